@@ -1,0 +1,1 @@
+"""The science: schedules, networks, objectives, samplers. Knows tensors; knows nothing of buckets or command lines."""

@@ -1,0 +1,153 @@
+"""The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index on top.
+
+    BUCKET/datasets/NAME-SIZE/index.json            written last, create-once: the dataset exists when this does
+                              shard-00000.tar       key.png and, where there are classes, key.cls
+                              shard-00000.offsets   a record of OFFSETS_DTYPE per image
+
+The index stays small for any number of images, because everything per image lies in the offset tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.store import ObjectMissingError, Store
+
+DATASETS = "datasets"
+INDEX = "index.json"
+SHARD_BYTES = 64 * 1024 * 1024
+OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4")])
+"""Where an image's encoded bytes lie in its tar, and its class (-1 without classes)."""
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+class Shard(BaseModel):
+    """One tar file of the dataset."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^shard-\d{5}\.tar$")
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    crc32c: str = Field(pattern=r"^[0-9a-f]{8}$")
+    images: int = Field(gt=0)
+    offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def offsets_name(self) -> str:
+        """Key of the offset table beside the shard."""
+        return self.name.removesuffix(".tar") + ".offsets"
+
+
+class DatasetIndex(BaseModel):
+    """What a dataset is and how it came to be: crop and filter change an FID more than most methods do."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = Field(default=1, ge=1, le=1)
+    name: str
+    size: int = Field(gt=0, description="height and width in pixels")
+    channels: int = Field(ge=1, le=3)
+    classes: tuple[str, ...] = ()
+    crop: str
+    resize_filter: str
+    licence: str = ""
+    source: str = Field(description="base name of what was packed")
+    source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
+    rejected_images: int = Field(default=0, ge=0)
+    shards: tuple[Shard, ...] = Field(min_length=1)
+
+    @property
+    def images(self) -> int:
+        """Number of images."""
+        return sum(shard.images for shard in self.shards)
+
+    @property
+    def decoded_bytes(self) -> int:
+        """Size of all images as uint8."""
+        return self.images * self.size * self.size * self.channels
+
+    @property
+    def dataset_id(self) -> str:
+        """SHA-256 over everything that decides what a reader sees: equal ids mean equal images in equal order."""
+        content = self.model_dump(include={"format", "size", "channels", "classes", "shards"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def to_json(self) -> bytes:
+        """The canonical bytes of `index.json`."""
+        return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def dataset_key(name: str, size: int) -> str:
+    """Folder of a dataset below the bucket: `datasets/celeba-64`."""
+    return f"{DATASETS}/{validated_dataset_name(name)}-{size}"
+
+
+def validated_dataset_name(name: str) -> str:
+    """Returns `name` if it can be part of a key, a label and an argument.
+
+    Raises:
+        BadRequestError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadRequestError(
+            f"{name!r} cannot be a dataset's name: use 1 to 63 lower-case letters, digits, '.', '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+def load_index(bucket: Store, key: str) -> DatasetIndex:
+    """Reads and validates the index of the dataset at `key` (`datasets/NAME-SIZE`).
+
+    Raises:
+        MissingInputError: there is no such dataset.
+        BadDataError: the index is not one.
+    """
+    where = f"{key}/{INDEX}"
+    try:
+        return DatasetIndex.model_validate_json(bucket.read(where).data)
+    except ObjectMissingError:
+        raise MissingInputError(
+            f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
+        ) from None
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(map(str, problem["loc"])) or "document"
+        raise BadDataError(
+            f"{bucket.uri_of(where)} is not a dataset index ({field}: {problem['msg']}): pack the dataset anew"
+        ) from None
+
+
+def find_dataset(bucket: Store, name: str, size: int | None = None) -> str:
+    """Key of the dataset `name`; without `size`, of the only size there is.
+
+    Raises:
+        MissingInputError: there is none.
+        BadRequestError: several sizes exist and none was chosen.
+    """
+    validated_dataset_name(name)
+    sizes = sorted(
+        int(match[1])
+        for folder in bucket.folders(DATASETS)
+        if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
+        and bucket.exists(f"{DATASETS}/{folder}/{INDEX}")
+    )
+    if size is not None and size in sizes:
+        return dataset_key(name, size)
+    if size is None and len(sizes) == 1:
+        return dataset_key(name, sizes[0])
+    if size is None and sizes:
+        raise BadRequestError(
+            f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose with --set data.size=N"
+        )
+    wanted = f"{name!r}" if size is None else f"{name!r} at {size} pixels"
+    there = f" (there is {', '.join(f'{name}-{s}' for s in sizes)})" if sizes else ""
+    raise MissingInputError(f"no dataset {wanted} in {bucket.uri}{there}")
