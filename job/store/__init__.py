@@ -1,16 +1,65 @@
 """Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`)."""
 
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from job.exits import BadRequestError
 from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 
 __all__ = ["Blob", "ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Store", "open_store"]
 
+DEADLINE_SECONDS = 60.0
+"""How long a bucket may be away before an operation gives up with exit code 69."""
 
-def open_store(uri: str) -> Store:
-    """Opens `gs://BUCKET[/PREFIX]`, `file:///PATH` or a plain path.
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
+
+
+def open_store(uri: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> Store:
+    """Opens `gs://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
 
     Backends are imported only when asked for, so that a local run needs no cloud library.
 
+    Args:
+        uri: where the objects lie; a path may be relative to the working folder or begin with `~`.
+        deadline_seconds: how long one operation on a bucket is retried while the bucket is away.
+
     Raises:
-        BadRequestError: a scheme nobody here speaks, or a backend whose extra is not installed.
+        BadRequestError: a scheme nobody here speaks, a name no bucket can have, or a backend whose extra is missing.
+        NoPermissionError: no credentials for the bucket were found.
     """
-    raise NotImplementedError
+    scheme, separator, rest = uri.partition("://")
+    match scheme.lower() if separator else "file":
+        case "file":
+            return _open_local(unquote(rest.removeprefix("localhost")) if separator else uri, uri)
+        case "gs":
+            return _open_gcs(rest, deadline_seconds)
+        case _:
+            raise BadRequestError(f"{uri!r}: nobody here speaks {scheme}://; use gs://BUCKET, file:///PATH or a path")
+
+
+def _open_local(path: str, uri: str) -> Store:
+    from job.store.local import LocalStore
+
+    if not path or "\0" in path or (path != uri and not path.startswith("/")):
+        raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
+    try:
+        path = str(Path(path).expanduser()) if path == uri else path
+    except RuntimeError:
+        raise BadRequestError(f"{uri!r}: this user has no home folder here: write the path out") from None
+    return LocalStore(Path(os.path.normpath(Path(path).absolute())))
+
+
+def _open_gcs(rest: str, deadline_seconds: float) -> Store:
+    bucket, _, prefix = rest.strip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise BadRequestError(f"gs://{rest} names no bucket: use gs://BUCKET or gs://BUCKET/FOLDER")
+    try:
+        from job.store.gcs import open_bucket
+    except ModuleNotFoundError as error:
+        raise BadRequestError(f"gs:// needs more than is installed ({error}): pip install 'ddpm-job[gs]'") from None
+    store = open_bucket(bucket, deadline_seconds)
+    return store.sub(prefix) if prefix else store

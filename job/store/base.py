@@ -53,7 +53,8 @@ class Store(abc.ABC):
 
     Every method raises `ObjectMissingError` (66) for a missing object, `MissingInputError` (66) for a missing bucket,
     `NoPermissionError` (77), `DiskFullError` (74), and `BucketAwayError` (69) after bounded retries; each message
-    names the object's URI and what to do.
+    names the object's URI and what to do. A local folder is made with its first object: until then it holds no objects,
+    and listing it is an error, for it may be a misspelt one.
     """
 
     uri: str
@@ -103,12 +104,20 @@ class Store(abc.ABC):
     def upload(self, path: Path, key: str) -> None:
         """Copies a finished local file to a fresh key, verified by crc32c end to end.
 
-        The object appears whole or not at all, also when this process dies half-way.
+        The object appears whole or not at all, also when this process dies half-way. As in `create`, a conflict with
+        an object of the same size and crc32c counts as success, so that whoever died after an upload can repeat it.
+
+        Raises:
+            ObjectExistsError: an object with other content has this key.
         """
 
     @abc.abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Copies an object to a local file (temporary name, then rename); `path` is whole or absent."""
+        """Copies an object to a local file (temporary name, then rename), making its folder if need be.
+
+        `path` is whole or absent, whatever happens to this process. It is not forced to the disk: after a power failure
+        it may be damaged, and can be fetched again.
+        """
 
     @abc.abstractmethod
     def open(self, key: str) -> BinaryIO:
@@ -118,7 +127,8 @@ class Store(abc.ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects below the folder `prefix`, recursively, in key order; never from a cache.
 
-        A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error.
+        A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error. Names that
+        are no valid keys (hidden files, folder markers, other people's spaces) are left out.
         """
 
     @abc.abstractmethod
@@ -129,13 +139,14 @@ class Store(abc.ABC):
     def delete(self, key: str) -> None:
         """Removes an object; one that is already gone is no error."""
 
+    @abc.abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether an object has this key right now."""
-        try:
-            self.read(key)
-        except ObjectMissingError:
-            return False
-        return True
+        """Whether an object has this key right now; does not read it."""
+
+
+def is_key(name: str) -> bool:
+    """Whether `name` is a safe relative key."""
+    return _KEY.fullmatch(name) is not None
 
 
 def validated_key(key: str) -> str:
@@ -145,8 +156,13 @@ def validated_key(key: str) -> str:
         BadRequestError: an empty, absolute, hidden or `..` component, or a character that some bucket or URL treats
             specially, any of which could lead outside the store.
     """
-    if not _KEY.fullmatch(key):
+    if not is_key(key):
         raise BadRequestError(
             f"{key!r} cannot be an object's key: use letters, digits, '.', '_', '=', '+' and '-' between single slashes"
         )
     return key
+
+
+def folder_key(prefix: str) -> str:
+    """What the keys below the folder `prefix` begin with; nothing for the store itself."""
+    return f"{validated_key(prefix)}/" if prefix else ""

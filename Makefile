@@ -1,0 +1,58 @@
+# The verbs a person types. Every one of them is one call of `ddpm`; `make help` lists them.
+
+DATASET ?= landscape-sample
+BUCKET  ?= $(or $(DDPM_BUCKET),./bucket)
+ON      ?= local
+PYTHON  ?= python3
+
+DDPM      = .venv/bin/ddpm
+INSTALLED = .venv/.installed
+TESTED    = .venv/.installed-test
+EPOCHS_OPTION = $(if $(EPOCHS),--epochs $(EPOCHS))
+
+.PHONY: help setup submit-train train sample pack test lint bench clean
+
+help: ## List the verbs and their variables
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
+	@echo
+	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-URI RUN=name"
+	@echo "           BUCKET=./bucket|gs://name EPOCHS=n ON=local ARGS='--set train.batch_size=64'"
+
+setup: $(INSTALLED) ## Install into .venv
+
+$(INSTALLED): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs]'
+	@touch $@
+
+$(TESTED): $(INSTALLED)
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,test,lint]'
+	@touch $@
+
+submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
+	@$(DDPM) data ensure $(DATASET) --bucket $(BUCKET) $(if $(SOURCE),--source '$(SOURCE)')
+	@$(DDPM) submit train --on $(ON) --dataset $(DATASET) $(if $(RUN),--run $(RUN)) --bucket $(BUCKET) $(EPOCHS_OPTION) $(ARGS)
+
+train: $(INSTALLED) ## Train or go on in this process
+	@$(DDPM) train --dataset $(DATASET) $(if $(RUN),--run $(RUN)) --bucket $(BUCKET) $(EPOCHS_OPTION) $(ARGS)
+
+sample: $(INSTALLED) ## Draw images from RUN's newest checkpoint
+	@$(DDPM) sample --run $(or $(RUN),$(DATASET)) --bucket $(BUCKET) $(ARGS)
+
+pack: $(INSTALLED) ## Pack SOURCE into DATASET
+	@$(DDPM) data pack $(or $(SOURCE),$(DATASET)) $(DATASET) --bucket $(BUCKET) $(ARGS)
+
+test: $(TESTED) ## Install what the tests need and run them
+	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
+
+lint: $(TESTED) ## Style, docstrings and types
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+bench: $(TESTED) ## Measure speed against peers on this machine
+	.venv/bin/python -m benchmarks $(ARGS)
+
+clean: ## Remove .venv; buckets and caches stay
+	rm -rf .venv

@@ -1,0 +1,430 @@
+"""Pictures: sample grids, nearest neighbours, noised beside original, the β/ᾱ plot, the loss curve, the denoising GIF.
+
+Everything here is pure: tensors and arrays go in, a `PIL.Image.Image` or the bytes of a file come out. Throughout,
+`columns` counts tiles in a row, and `scale` is a nearest-neighbour magnification that is chosen by image size if None.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cache
+from io import BytesIO
+from math import ceil, inf, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    import torch
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Images = NDArray[np.uint8]
+"""uint8 [B, H, W, C] with C = 1 (grey) or 3 (RGB)."""
+
+_WHITE, _INK, _FAINT = (255, 255, 255), (64, 64, 64), (168, 168, 168)
+_CURVES = {
+    "loss_q0": ("#8fd0b5", "t in 1st quarter"),
+    "loss_q1": ("#3fa7c4", "2nd"),
+    "loss_q2": ("#e6a04d", "3rd"),
+    "loss_q3": ("#d1603d", "4th"),
+    "loss": ("#22437c", "loss"),
+}
+
+
+def to_uint8(x: torch.Tensor) -> Images:
+    """Turn float [B, C, H, W] in [-1, 1] into uint8 [B, H, W, C], rounded to nearest and clamped; NaN is mid-grey."""
+    import torch
+
+    levels = x.detach().float().nan_to_num(nan=0.0).add(1).mul(127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def image_grid(
+    images: Images,
+    columns: int,
+    padding: int = 2,
+    scale: int = 1,
+    labels: Sequence[str] | None = None,
+    row_labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+) -> Image.Image:
+    """Lay images out on white, row by row, `columns · (W · scale + padding) + padding` pixels wide, and likewise high.
+
+    Args:
+        images: uint8 [B, H, W, C].
+        columns: tiles in a row; no more than there are images.
+        padding: white pixels around every tile, not scaled.
+        scale: nearest-neighbour magnification.
+        labels: a caption under each image.
+        row_labels: a caption left of each row.
+        column_labels: a caption above each column.
+
+    Raises:
+        ValueError: no images, images of another shape or type, or a wrong number of captions.
+    """
+    tiles = _tiles(images, scale)
+    count, height, width, _ = tiles.shape
+    columns = min(columns, count)
+    rows = ceil(count / columns)
+    for captions, expected in ((labels, count), (row_labels, rows), (column_labels, columns)):
+        if captions is not None and len(captions) != expected:
+            raise ValueError(f"{len(captions)} captions for {expected} places: {captions}")
+
+    size = _text_size(width)
+    line = 2 * size
+    left = max(round(_font(size).getlength(text)) for text in row_labels) + size if row_labels else 0
+    top = line if column_labels else 0
+    step_x, step_y = width + padding, height + padding + (line if labels else 0)
+    canvas = Image.new("RGB", (left + columns * step_x + padding, top + rows * step_y + padding), _WHITE)
+    for index, tile in enumerate(tiles):
+        x, y = left + padding + index % columns * step_x, top + padding + index // columns * step_y
+        canvas.paste(Image.fromarray(tile), (x, y))
+        if labels:
+            _write(canvas, (x + width / 2, y + height + line / 2), labels[index], size, "mm", width)
+        if row_labels and x == left + padding:
+            _write(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
+        if column_labels and index < columns:
+            _write(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
+    return canvas
+
+
+def nearest_pairs(
+    samples: Images, training: Images | Callable[[], Iterable[Images]]
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Find the training image nearest to each sample, by exact L2 distance over all pixels.
+
+    Memory is bounded by the samples and 64 MiB, whatever the size of the training set.
+
+    Args:
+        samples: uint8 [B, H, W, C].
+        training: uint8 [N, H, W, C], such as a memory map, or a function that yields it in chunks along N.
+
+    Returns:
+        Indices into the training images, int64 [B], the lowest among equals; distances in grey levels, float64 [B].
+
+    Raises:
+        ValueError: there are no training images, or they have another shape.
+    """
+    # In float64 every sum of products of bytes is exact; in float32 a copy can come out farther than a look-alike.
+    flat = _checked(samples).reshape(len(samples), -1).astype(np.float64)
+    norms = np.square(flat).sum(axis=1)
+    best, indices = np.full(len(flat), np.inf), np.zeros(len(flat), dtype=np.int64)
+    at_once, seen = max(1, 2**26 // (8 * flat.shape[1])), 0
+    for chunk in training() if callable(training) else [training]:
+        if chunk.shape[1:] != samples.shape[1:]:
+            raise ValueError(f"training images are {chunk.shape[1:]}, samples are {samples.shape[1:]}")
+        for start in range(0, len(chunk), at_once):
+            others = chunk[start : start + at_once].reshape(-1, flat.shape[1]).astype(np.float64)
+            squared = norms[:, None] - 2 * flat @ others.T + np.square(others).sum(axis=1)
+            nearest = squared.argmin(axis=1)
+            found = squared[np.arange(len(flat)), nearest]
+            closer = found < best
+            best[closer], indices[closer] = found[closer], nearest[closer] + seen
+            seen += len(others)
+    if not seen:
+        raise ValueError("there are no training images to compare with")
+    return indices, np.sqrt(best)
+
+
+def pairs_grid(samples: Images, nearest: Images, columns: int = 4, scale: int | None = None) -> Image.Image:
+    """Show each sample joined by a thin line to its nearest training image, both uint8 [B, H, W, C]; columns of pairs.
+
+    Raises:
+        ValueError: no images, or not one training image of the same shape for each sample.
+    """
+    if samples.shape != nearest.shape:
+        raise ValueError(f"samples {samples.shape} and training images {nearest.shape} do not pair up")
+    scale = scale or _scale(samples)
+    left, right = _tiles(samples, scale), _tiles(nearest, scale)
+    count, height, width, _ = left.shape
+    columns = min(columns, count)
+    link, gap, size = max(8, width // 8), max(14, width // 4), _text_size(width)
+    step_x, step_y, header = 2 * width + link + gap, height + gap // 2, 2 * size
+    canvas = Image.new("RGB", (columns * step_x - gap, header + ceil(count / columns) * step_y - gap // 2), _WHITE)
+    _write(canvas, (0, size / 2), "sample | nearest training image", size, "lm")
+    for index in range(count):
+        x, y = index % columns * step_x, header + index // columns * step_y
+        middle = y + height // 2
+        ImageDraw.Draw(canvas).line((x + width, middle, x + width + link, middle), fill=_FAINT, width=2)
+        canvas.paste(Image.fromarray(left[index]), (x, y))
+        canvas.paste(Image.fromarray(right[index]), (x + width + link, y))
+    return _framed(canvas)
+
+
+def comparison(
+    grids: Sequence[tuple[str, Images]], columns: int | None = None, scale: int | None = None
+) -> Image.Image:
+    """Show several checkpoints side by side, each under its title; more than four go into several rows.
+
+    `grids` has titles, such as "epoch 30", and images uint8 [B, H, W, C] from the same seeds in the same order. They
+    are as square as possible if `columns` is None, and together not much wider than a screen if `scale` is None.
+
+    Raises:
+        ValueError: nothing to compare, or images of another shape or type.
+    """
+    if not grids:
+        raise ValueError("there is nothing to compare")
+    first = _checked(grids[0][1])
+    columns = columns or ceil(sqrt(len(first)))
+    across = len(grids) if len(grids) <= 4 else ceil(sqrt(len(grids)))
+    fitting = max(1, 2000 // (across * columns * first.shape[2]))
+    scale = scale or min(fitting, _scale(first))
+    return _titled([(title, image_grid(images, columns, scale=scale)) for title, images in grids], across)
+
+
+class NoisingFigure(NamedTuple):
+    """Originals and what q(x_t | x_0) made of them (Ho et al. 2020, equation 4)."""
+
+    original: Image.Image
+    noised: Image.Image
+    combined: Image.Image
+
+
+def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int]) -> NoisingFigure:
+    """Show x_0 (`images`, uint8 [B, H, W, C]) beside x_t (`noised`, float [B, C, H, W], clamped to [-1, 1]).
+
+    Returns two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a labelled picture of both.
+
+    Raises:
+        ValueError: no images, or not one noised image and one timestep for each.
+    """
+    pixels = to_uint8(noised)
+    if pixels.shape != images.shape or len(timesteps) != len(images):
+        raise ValueError(f"images {images.shape}, noised {pixels.shape} and {len(timesteps)} timesteps do not match")
+    scale = _scale(images)
+    plain = image_grid(images, 6, 4, scale, labels=[""] * len(images))
+    labelled = image_grid(pixels, 6, 4, scale, labels=[f"t = {t}" for t in timesteps])
+    combined = _titled([("original", plain), ("noised", labelled)], across=2)
+    return NoisingFigure(image_grid(images, 6), image_grid(pixels, 6), combined)
+
+
+def contact_sheet(
+    images: Images,
+    labels: Sequence[int] | None = None,
+    class_names: Sequence[str] | None = None,
+    columns: int = 10,
+    scale: int | None = None,
+) -> Image.Image:
+    """Show images of a dataset, uint8 [B, H, W, C], grouped by their class `labels` where there are any.
+
+    Each group lies beside its entry of `class_names`, or beside the number of the class if these are None.
+
+    Raises:
+        ValueError: no images, or not one label for each image.
+    """
+    scale = scale or _scale(images, tile_pixels=72)
+    if labels is None:
+        return _framed(image_grid(images, columns, 4, scale))
+    if len(labels) != len(images):
+        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+    classes, counts = np.unique(np.asarray(labels), return_counts=True)
+    columns = min(columns, int(counts.max()))
+    groups, captions = [], []
+    for label, count in zip(classes, counts, strict=True):
+        rows = ceil(count / columns)
+        blanks = np.full((rows * columns - count, *images.shape[1:]), 255, dtype=np.uint8)
+        groups += [images[np.asarray(labels) == label], blanks]
+        captions += [class_names[label] if class_names else str(label), *[""] * (rows - 1)]
+    return _framed(image_grid(np.concatenate(groups), columns, 4, scale, row_labels=captions))
+
+
+def denoising_timesteps(timesteps: Sequence[int], frames: int = 20) -> list[int]:
+    """Choose steps of a sampling grid to show: evenly spaced, from the first, still noise, to the last, the sample.
+
+    There are exactly `frames` of them, without repetition, or all steps where the grid has fewer.
+
+    Raises:
+        ValueError: an empty grid.
+    """
+    if not timesteps:
+        raise ValueError("the sampling grid has no steps")
+    count, last = min(frames, len(timesteps)), len(timesteps) - 1
+    return [timesteps[last - index * last // max(1, count - 1)] for index in reversed(range(count))]
+
+
+def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scale: int | None = None) -> bytes:
+    """Animate sampling as an endless GIF over a thin bar that shows how far it is.
+
+    Each of `frames`, uint8 [B, H, W, C] from noise to samples, becomes one frame, `fps` of them in a second.
+
+    Raises:
+        ValueError: no frames, or images of another shape or type.
+    """
+    if not frames:
+        raise ValueError("there are no frames to animate")
+    scale = scale or _scale(frames[0])
+    pictures = []
+    for index, images in enumerate(frames):
+        grid = image_grid(images, columns, scale=scale)
+        # The bar also keeps equal frames apart, which the GIF writer would merge into one.
+        canvas = Image.new("RGB", (grid.width, grid.height + 6), _WHITE)
+        canvas.paste(grid)
+        end = 2 + (grid.width - 5) * (index + 1) // len(frames)
+        ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
+        # One palette each, for noise and samples share few colours; dithering would look like noise that is left.
+        pictures.append(canvas.quantize(palette=_palette(images), dither=Image.Dither.NONE))
+    file = BytesIO()
+    pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
+    return file.getvalue()
+
+
+def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> bytes:
+    """Plot β_t, float [T], and ᾱ_t = ∏ (1 - β_s) for s ≤ t (Ho et al. 2020, section 2), float [T], as a 640×480 PNG.
+
+    β is red, on the left axis, ᾱ is blue, on the right one; `name` of the schedule is in the title.
+    """
+    figure, axes = _figure(width_inches=6.4)
+    right = axes.twinx()
+    timesteps = len(np.asarray(betas))
+    lines = [
+        *axes.plot(np.asarray(betas), color="#c0392b", linewidth=2, label=r"$\beta_t$"),
+        *right.plot(np.asarray(alphas_cumprod), color="#1f5fa8", linewidth=2, label=r"$\bar\alpha_t$"),
+    ]
+    for side, line in zip((axes, right), lines, strict=True):
+        side.set_ylabel(str(line.get_label()), color=line.get_color(), fontsize=14)
+        side.tick_params(axis="y", colors=line.get_color())
+        side.set_ylim(bottom=0)
+    right.spines[:].set_visible(False)
+    axes.set_xlim(0, timesteps)
+    axes.set_xlabel("timestep t")
+    axes.set_title(f"{name} schedule, T = {timesteps}", pad=10)
+    axes.legend(handles=lines, loc="center right", frameon=False, fontsize=13)
+    return _png(figure)
+
+
+def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = None) -> bytes:
+    """Plot the training loss over the images seen as a 960×480 PNG: smoothed over raw, timestep quartiles thin.
+
+    Each row has `images_seen`, `loss` and, where known, `loss_q0` … `loss_q3`: the loss over the quarters of the
+    timesteps, from least to most noise. Of rows that a resumed run logged again the last counts. The y axis is
+    logarithmic where the loss spans more than a factor of ten; images per epoch give a second axis in epochs.
+    """
+    from matplotlib.ticker import EngFormatter, LogLocator
+
+    figure, axes = _figure(width_inches=9.6)
+    latest = {row["images_seen"]: row for row in rows}
+    x = np.array(sorted(latest), dtype=np.float64)
+    lowest, highest = inf, -inf
+    for key, (color, text) in _CURVES.items():
+        y = np.array([latest[images_seen].get(key, np.nan) for images_seen in sorted(latest)], dtype=np.float64)
+        known = np.isfinite(y)
+        if known.any():
+            lowest, highest = min(lowest, y[known].min()), max(highest, y[known].max())
+            if key == "loss":
+                axes.plot(x[known], y[known], color=color, linewidth=0.8, alpha=0.3)
+            axes.plot(x[known], _smoothed(y[known]), color=color, label=text, linewidth=2.2 if key == "loss" else 1)
+    if lowest > highest:
+        axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=axes.title.get_color())
+    else:
+        figure.legend(loc="outside lower center", ncols=len(_CURVES), frameon=False, labelcolor=axes.title.get_color())
+    if 0 < 10 * lowest < highest:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    axes.set(xlabel="images seen", ylabel="loss", xlim=(0, max(x.max(initial=0), 1)))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+    if epoch_images:
+        per_epoch = float(epoch_images)
+        top = axes.secondary_xaxis("top", functions=(lambda n: n / per_epoch, lambda epoch: epoch * per_epoch))
+        top.tick_params(colors=axes.title.get_color())
+        top.set_xlabel("epoch", color=axes.title.get_color())
+        top.spines[:].set_visible(False)
+    return _png(figure)
+
+
+def _checked(images: Images) -> Images:
+    if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
+        raise ValueError(f"expected uint8 [B, H, W, 1 or 3] with B ≥ 1, got {images.dtype} {list(images.shape)}")
+    return images
+
+
+def _tiles(images: Images, scale: int) -> Images:
+    rgb = np.broadcast_to(_checked(images), (*images.shape[:3], 3))
+    return np.ascontiguousarray(rgb.repeat(scale, axis=1).repeat(scale, axis=2))
+
+
+def _scale(images: Images, tile_pixels: int = 96) -> int:
+    return max(1, round(tile_pixels / _checked(images).shape[2]))
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    import matplotlib
+
+    # Pillow's own font draws boxes for é, β and all else beyond ASCII; this one is also that of the plots.
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
+
+
+def _text_size(tile_width: int) -> int:
+    return min(max(tile_width // 7, 12), 18)
+
+
+def _write(canvas: Image.Image, xy: tuple[float, float], text: str, size: int, anchor: str, limit: float = inf) -> None:
+    while size > 9 and _font(size).getlength(text) > limit:
+        size -= 1
+    while len(text) > 1 and _font(size).getlength(text) > limit:
+        text = text[:-2] + "…"
+    ImageDraw.Draw(canvas).text(xy, text, fill=_INK, font=_font(size), anchor=anchor)
+
+
+def _titled(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Image:
+    width, height = max(block.width for _, block in blocks), max(block.height for _, block in blocks)
+    size = min(max(width // 24, 14), 24)
+    gap, header = round(1.5 * size), 2 * size
+    rows = ceil(len(blocks) / across)
+    canvas = Image.new("RGB", (across * (width + gap) - gap, rows * (header + height + gap) - gap), _WHITE)
+    for index, (title, block) in enumerate(blocks):
+        x, y = index % across * (width + gap), index // across * (header + height + gap)
+        _write(canvas, (x + 2, y + size * 0.8), title, size, "lm", width)
+        canvas.paste(block, (x, y + header))
+    return _framed(canvas)
+
+
+def _framed(picture: Image.Image, margin: int = 20) -> Image.Image:
+    canvas = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), _WHITE)
+    canvas.paste(picture, (margin, margin))
+    return canvas
+
+
+def _palette(images: Images) -> Image.Image:
+    # At most 32 pixels of a side of each image: k-means over more costs seconds and finds the same colours.
+    stride = ceil(images.shape[2] / 32)
+    small = image_grid(images[:, ::stride, ::stride], columns=len(images))
+    small = small.quantize(254, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
+    palette = Image.new("P", (1, 1))
+    palette.putpalette([*(small.getpalette() or [])[: 3 * 254], *_WHITE, *_FAINT])
+    return palette
+
+
+def _figure(width_inches: float) -> tuple[Figure, Axes]:
+    # Figure itself, not pyplot: no global state, no display, safe beside other threads.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width_inches, 4.8), dpi=100, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    axes = figure.add_subplot()
+    ink = "#404040"
+    axes.tick_params(colors=ink)
+    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
+        text.set_color(ink)
+    axes.spines[:].set_color(ink)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(color="#e4e4e4", linewidth=0.8)
+    return figure, axes
+
+
+def _png(figure: Figure) -> bytes:
+    file = BytesIO()
+    figure.savefig(file, format="png", metadata={"Software": None})
+    return file.getvalue()
+
+
+def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Moving average over a fiftieth of the points on either side, fewer at the ends."""
+    window = np.ones(2 * (len(values) // 50) + 1)
+    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")

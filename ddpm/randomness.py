@@ -1,0 +1,194 @@
+"""Random draws keyed by (seed, image number): the same for any batch, micro-batch, world size and device.
+
+Every draw is a pure function of a key and a counter (Philox4x32-10; Salmon et al. 2011, "Parallel random numbers: as
+easy as 1, 2, 3"), so there is no generator state to save, and an image's noise does not depend on who computes it or
+beside whom. `torch.randn` cannot give that: its values depend on the batch it fills and, on CUDA, on the card.
+"""
+
+import math
+from collections.abc import Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+Word = Tensor | int
+"""A 32-bit word, in an int64 tensor or a Python int. Words that are tensors broadcast against each other."""
+
+_WORD_MASK = 0xFFFFFFFF
+_ROUNDS = 10
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
+
+_ARTANH_SERIES = [2 / (2 * k + 1) for k in range(9)]
+_SINE_SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]
+_COSINE_SERIES = [(-1) ** k / math.factorial(2 * k) for k in range(8)]
+
+
+class Purpose(IntEnum):
+    """What a draw is for; part of its counter. Renumbering would change the noise of every run that is resumed."""
+
+    TRAINING_NOISE = 0
+    TIMESTEP = 1
+    FLIP = 2
+    DROPOUT = 3
+    SAMPLING_NOISE = 4
+
+
+def training_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Standard normal noise ε for training images.
+
+    Args:
+        seed: the run's seed, of which 64 bits count.
+        image_numbers: int64 [B], the images' numbers in the run.
+        shape: (C, H, W) of one image.
+        device: where the noise is wanted.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    return _normals(Purpose.TRAINING_NOISE, image_numbers, seed, shape, device)
+
+
+def sampling_noise(seeds: Tensor, draw: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """Standard normal noise for sampling: an image's noise depends on its own seed and the draw alone.
+
+    Args:
+        seeds: int64 [B], one seed per image.
+        draw: which of the image's draws: the timestep for that step's noise, num_timesteps for x_T.
+        shape: (C, H, W) of one image.
+        device: where the noise is wanted.
+
+    Returns:
+        float32 [B, C, H, W].
+    """
+    return _normals(Purpose.SAMPLING_NOISE, draw, seeds, shape, device)
+
+
+def training_timesteps(seed: int, image_numbers: Tensor, num_timesteps: int) -> Tensor:
+    """Timesteps drawn uniformly from 0..num_timesteps-1; the probability of each is exact to 2⁻³².
+
+    Args:
+        seed: the run's seed.
+        image_numbers: int64 [B], the images' numbers in the run.
+        num_timesteps: T, below 2³¹.
+
+    Returns:
+        int64 [B] on the device of `image_numbers`.
+    """
+    return (_first_word(Purpose.TIMESTEP, image_numbers, seed) * num_timesteps) >> 32
+
+
+def training_flips(seed: int, image_numbers: Tensor) -> Tensor:
+    """Which images are mirrored.
+
+    Args:
+        seed: the run's seed.
+        image_numbers: int64 [B], the images' numbers in the run.
+
+    Returns:
+        bool [B] on the device of `image_numbers`, each true with probability 1/2.
+    """
+    return _first_word(Purpose.FLIP, image_numbers, seed) >= 1 << 31
+
+
+def dropout_seed(seed: int, first_image_number: int) -> int:
+    """Seed of 63 bits for the dropout masks of the micro-batch that begins with this image number."""
+    upper, lower, _, _ = philox((0, int(Purpose.DROPOUT), *_halves(first_image_number)), _halves(seed))
+    return int(upper << 32 | lower) >> 1
+
+
+def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tuple[Word, Word, Word, Word]:
+    """Philox4x32-10, a counter-based random function (Salmon et al. 2011, section 3.3).
+
+    Args:
+        counter: four words in 0..2³²-1.
+        key: two words in 0..2³²-1.
+
+    Returns:
+        Four random words in 0..2³²-1, of the shape that counter and key broadcast to.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # A product may wrap past 2⁶³: its upper word is still right after shift and mask. c1 and c3 keep whole
+        # products, whose upper words the next mask removes: that saves two passes over memory.
+        product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0, c1 = ((product1 >> 32) ^ c1 ^ k0) & _WORD_MASK, product1
+        c2, c3 = ((product0 >> 32) ^ c3 ^ k1) & _WORD_MASK, product0
+        k0, k1 = (k0 + _KEY_INCREMENTS[0]) & _WORD_MASK, (k1 + _KEY_INCREMENTS[1]) & _WORD_MASK
+    return c0, c1 & _WORD_MASK, c2, c3 & _WORD_MASK
+
+
+def _halves(number: Word) -> tuple[Word, Word]:
+    """Lower and upper word of 64-bit integers, negative ones in two's complement."""
+    return number & _WORD_MASK, (number >> 32) & _WORD_MASK
+
+
+def _first_word(purpose: Purpose, numbers: Tensor, seed: int) -> Tensor:
+    word, *_ = philox((0, int(purpose), *_halves(numbers)), _halves(seed))
+    assert isinstance(word, Tensor)
+    return word
+
+
+def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """float32 [B, *shape] for `number` or `seed` of shape [B]: value i of an image is word i mod 4 of block i div 4."""
+    # MPS has no float64.
+    compute_device = "cpu" if torch.device(device).type == "mps" else device
+    number, seed = (x[:, None].to(compute_device) if isinstance(x, Tensor) else x for x in (number, seed))
+    length = math.prod(shape)
+    blocks = torch.arange(math.ceil(length / 4), device=compute_device)
+    words = philox((blocks, int(purpose), *_halves(number)), _halves(seed))
+    w0, w1, w2, w3 = (torch.as_tensor(word) for word in words)
+    normals = torch.empty(*w0.shape, 4, device=compute_device)
+    normals[..., 0], normals[..., 1] = _box_muller(w0, w1)
+    normals[..., 2], normals[..., 3] = _box_muller(w2, w3)
+    return normals.flatten(1)[:, :length].reshape(-1, *shape).to(device)
+
+
+def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent standard normals, float64, from two words (Box & Muller 1958).
+
+    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way. The libraries' logarithms, cosines and square roots
+    differ in the last bit between vector bodies and scalar tails, processors and cards; rounding to float32 hides that
+    almost always, not always.
+    """
+    radius = _square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))
+    cosine, sine = _cosine_and_sine(angle_word)
+    return cosine.mul_(radius), sine.mul_(radius)
+
+
+def _logarithm(x: Tensor) -> Tensor:
+    """Natural logarithm of positive float64: ln(f·2ᵉ) = (e + ½) ln 2 + 2 artanh((f-√2)/(f+√2)) for f in [1, 2)."""
+    bits = x.view(torch.int64)
+    exponent = (bits >> 52) - 1023
+    fraction = (bits & ((1 << 52) - 1) | (1023 << 52)).view(torch.float64)
+    z = (fraction - math.sqrt(2)).div_(fraction + math.sqrt(2))
+    return _series(z * z, _ARTANH_SERIES).mul_(z).add_(exponent.double().add_(0.5).mul_(math.log(2)))
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Square root of positive float64: x·(1/√x), by Newton's method from a guess that halves the exponent."""
+    inverse_root = (0x5FE6EB50C7B537A9 - (x.view(torch.int64) >> 1)).view(torch.float64)
+    minus_half = x * -0.5
+    for _ in range(4):
+        inverse_root.mul_((inverse_root * inverse_root).mul_(minus_half).add_(1.5))
+    return inverse_root.mul_(x)
+
+
+def _cosine_and_sine(word: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of an angle uniform on the circle: series within ±π/4, then the angle is doubled twice."""
+    angle = (word - (1 << 31)).double().mul_(math.pi / 2**33)
+    squared = angle * angle
+    cosine, sine = _series(squared, _COSINE_SERIES), _series(squared, _SINE_SERIES).mul_(angle)
+    for _ in range(2):
+        cosine, sine = (cosine - sine).mul_(cosine + sine), (cosine * sine).mul_(2)
+    return cosine, sine
+
+
+def _series(x: Tensor, coefficients: list[float]) -> Tensor:
+    """Power series by Horner's rule, one rounded operation at a time: a fused multiply-add would round differently."""
+    total = torch.full_like(x, coefficients[-1])
+    for coefficient in reversed(coefficients[:-1]):
+        total.mul_(x).add_(coefficient)
+    return total

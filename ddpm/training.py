@@ -1,0 +1,238 @@
+"""The training loop. Progress is one number, `images_seen`; the rest is a function of it, the seed and the settings.
+
+The loop receives hooks and an iterable of batches, so that it can be read, tested and reused without a bucket.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ddpm import randomness
+from ddpm.ema import EMA, ema_decay
+from ddpm.objective import Objective
+
+QUARTILES = 4
+
+
+class Batch(Protocol):
+    """This process's part of one global batch."""
+
+    @property
+    def image_numbers(self) -> np.ndarray:
+        """int64 [b]: which images of the run these are."""
+
+    @property
+    def images(self) -> Tensor:
+        """uint8 [b, C, H, W]."""
+
+    @property
+    def labels(self) -> Tensor | None:
+        """int64 [b], or none."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop needs to know; lengths in images, `batch_size_images` over all processes."""
+
+    batch_size_images: int
+    micro_batch_size_images: int | None
+    learning_rate: float
+    warmup_images: int
+    clip_norm: float
+    ema_decay: float
+    ema_warmup: bool
+    seed: int
+    flip: bool
+    dropout: float
+
+
+class LossLog:
+    """Loss sums since the last row of the log, overall and by timestep quartile, kept on the device.
+
+    `sums` is float32 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, 1 + QUARTILES, device=device)
+
+    def add(self, losses: Tensor, timesteps: Tensor, num_timesteps: int) -> None:
+        """Counts per-image `losses` [b] at `timesteps` [b]; no host synchronisation."""
+        quartiles = timesteps * QUARTILES // num_timesteps
+        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).float()
+        member = torch.cat([torch.ones_like(losses)[None], member])
+        self.sums += torch.stack([member @ losses, member.sum(dim=1)])
+
+    def reduced(self) -> Tensor:
+        """The sums over all processes; a collective call where there are several."""
+        sums = self.sums.clone()
+        if dist.is_initialized():
+            dist.all_reduce(sums)
+        return sums
+
+
+def loss_row(sums: Tensor) -> dict[str, float]:
+    """Mean losses from `LossLog` sums: `loss`, `loss_q0` … `loss_q3`; quartiles without an image are left out."""
+    names = ["loss", *(f"loss_q{i}" for i in range(QUARTILES))]
+    totals, counts = sums.tolist()
+    return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training, on the device."""
+
+    model: nn.Module
+    ema: EMA
+    optimizer: torch.optim.Adam
+    log: LossLog
+    images_seen: int = 0
+    first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
+    """`images_seen` before the first step whose gradient was not finite, or -1; read only when something is."""
+
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The live tensors that a checkpoint holds, by group."""
+        named = dict(self.model.named_parameters())
+        moments = {
+            f"{moment}.{name}": self.optimizer.state[parameter][moment]
+            for moment in ("exp_avg", "exp_avg_sq")
+            for name, parameter in named.items()
+        }
+        return {
+            "model": {name: parameter.detach() for name, parameter in named.items()},
+            "ema": dict(self.ema.shadow),
+            "optimizer": moments,
+        }
+
+    def resume_at(self, images_seen: int, batch_size_images: int) -> None:
+        """Sets the progress after the tensors were restored; Adam's step count follows from it."""
+        self.images_seen = images_seen
+        for parameter_state in self.optimizer.state.values():
+            parameter_state["step"].fill_(images_seen // batch_size_images)
+
+
+class NonFiniteError(ArithmeticError):
+    """A gradient was not a finite number; `images_seen` says before which step."""
+
+    def __init__(self, images_seen: int) -> None:
+        super().__init__(f"the gradient was not a finite number after {images_seen} images")
+        self.images_seen = images_seen
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop asks of its surroundings, after every step; `images_seen` counts whole global batches."""
+
+    after_step: Callable[[TrainState], bool]
+    """Saves, logs and samples as due; returns whether to stop."""
+
+
+def create_state(model: nn.Module, device: torch.device) -> TrainState:
+    """A fresh state on `device`, with Adam's moments allocated so that they can be restored or copied at once."""
+    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam(parameters, fused=device.type in ("cuda", "cpu"))
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return TrainState(model, EMA(model), optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
+
+
+def learning_rate_at(images_seen: int, settings: Settings) -> float:
+    """Linear warm-up to a constant, for the step that begins after `images_seen` images."""
+    if not settings.warmup_images:
+        return settings.learning_rate
+    return settings.learning_rate * min(1.0, (images_seen + settings.batch_size_images) / settings.warmup_images)
+
+
+def micro_batches(count: int, size: int | None) -> Iterator[slice]:
+    """Cuts `count` images into slices of at most `size`."""
+    size = size or count
+    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+
+
+def train(
+    state: TrainState,
+    network: nn.Module,
+    batches: Iterable[Batch],
+    objective: Objective,
+    settings: Settings,
+    accelerator: Any,
+    hooks: Hooks,
+) -> None:
+    """Trains until `batches` ends or a hook says stop.
+
+    Args:
+        state: updated in place; its `model` holds the parameters.
+        network: what computes the prediction: `state.model`, wrapped for DDP and autocast by `accelerator`.
+        batches: beginning with image number `state.images_seen`.
+        objective: the loss, in fp32 around the network's autocast.
+        settings: see `Settings`.
+        accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
+        hooks: see `Hooks`.
+
+    Each image's noise, timestep and flip depend on its number alone, and its loss weighs 1/batch in the gradient, so
+    the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per micro-batch,
+    seeded by its first image number; they are the one thing that depends on the split.
+    """
+    device, num_timesteps = accelerator.device, objective.schedule.num_timesteps
+    layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
+    # DDP averages gradients over processes; this makes each image weigh 1/batch, also when slots are unequal.
+    weight = accelerator.num_processes / settings.batch_size_images
+    parameters = list(state.model.parameters())
+    network.train()
+    for batch in batches:
+        state.optimizer.param_groups[0]["lr"] = learning_rate_at(state.images_seen, settings)
+        numbers = torch.from_numpy(batch.image_numbers).to(device, non_blocking=True)
+        images = batch.images.to(device, non_blocking=True)
+        labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        for part in micro_batches(len(numbers), settings.micro_batch_size_images):
+            x_start = prepare_images(images[part], numbers[part], settings).contiguous(memory_format=layout)
+            timesteps = randomness.training_timesteps(settings.seed, numbers[part], num_timesteps)
+            noise = randomness.training_noise(settings.seed, numbers[part], tuple(x_start.shape[1:]), device)
+            if settings.dropout:
+                torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
+            last = part.stop == len(numbers)
+            with nullcontext() if last else accelerator.no_sync(network):
+                losses = objective.losses(network, x_start, timesteps, noise, None if labels is None else labels[part])
+                accelerator.backward(losses.sum() * weight)
+            state.log.add(losses.detach(), timesteps, num_timesteps)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
+        bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
+        state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        decay = ema_decay(state.images_seen, settings.batch_size_images, settings.ema_decay, settings.ema_warmup)
+        state.ema.update(state.model, decay)
+        state.images_seen += settings.batch_size_images
+        if hooks.after_step(state):
+            return
+
+
+def prepare_images(images: Tensor, image_numbers: Tensor, settings: Settings) -> Tensor:
+    """uint8 [b, C, H, W] → float32 in [-1, 1] (x/127.5 − 1, as Ho et al.), mirrored by image number."""
+    x = images.float() / 127.5 - 1
+    if not settings.flip:
+        return x
+    flips = randomness.training_flips(settings.seed, image_numbers)
+    return torch.where(flips[:, None, None, None], x.flip(-1), x)
+
+
+def check_finite(state: TrainState) -> None:
+    """Reads the device-side flag; call it when the host waits for the device anyway, and before every commit.
+
+    Raises:
+        NonFiniteError: some step's gradient was not finite.
+    """
+    first = int(state.first_nonfinite.item())
+    if first >= 0:
+        raise NonFiniteError(first)

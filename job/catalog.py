@@ -1,0 +1,173 @@
+"""The datasets in a bucket, for people: pack one, list them, look at one, verify it."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from job.config import pack_config
+from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.requests import PackRequest
+from job.shards import DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index, validated_dataset_name
+from job.stopping import StopFlag
+from job.store import Store, open_store
+
+EMBEDDED = "landscape-sample"
+SHEET_IMAGES = 60
+SHEET_PER_CLASS = 10
+
+
+def pack_dataset(request: PackRequest) -> None:
+    """Packs the source, and says what came of it."""
+    from job.pack import pack
+    from job.progress import Progress
+
+    request = request.check()
+    assert request.size is not None
+    bucket = open_store(request.bucket)
+    source = str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if request.source == EMBEDDED else request.source
+    stop = StopFlag().install()
+    with Progress(f"packing {request.name}", unit="images") as bar:
+        index = pack(
+            bucket,
+            source,
+            request.name,
+            size=request.size,
+            crop=request.crop,
+            resize_filter=request.resize_filter,
+            channels=request.channels,
+            classes=request.classes,
+            licence=request.licence,
+            max_bad=request.max_bad,
+            min_side=request.min_side,
+            progress=lambda done, total: bar.update(done, total=total),
+            should_stop=stop,
+        )
+    print(describe(index, bucket))
+
+
+def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str) -> None:
+    """Packs a dataset unless the bucket has it.
+
+    Raises:
+        MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
+    """
+    request = PackRequest(source or name, name, bucket_uri, size)
+    validated_dataset_name(name)
+    try:
+        find_dataset(open_store(bucket_uri), name, size)
+        return
+    except MissingInputError:
+        if not source and name != EMBEDDED:
+            preset = pack_config(name)
+            what = (preset.fetch if preset else "") or "a folder or archive of images"
+            raise MissingInputError(
+                f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
+                f"  make submit-train DATASET={name} SOURCE=path/to/it BUCKET={bucket_uri}\n"
+                f"or, to pack alone,\n"
+                f"  ddpm data pack path/to/it {name} --bucket {bucket_uri}"
+            ) from None
+    pack_dataset(request)
+
+
+def list_datasets(bucket_uri: str) -> None:
+    """Prints a table of the datasets in the bucket."""
+    from rich.console import Console
+    from rich.table import Table
+
+    bucket = open_store(bucket_uri)
+    table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
+    for folder in bucket.folders(DATASETS):
+        try:
+            index = load_index(bucket, f"{DATASETS}/{folder}")
+        except JobError:
+            table.add_row(folder, "unfinished: pack it again", *[""] * 6)
+            continue
+        table.add_row(
+            index.name,
+            str(index.size),
+            f"{index.images:,}",
+            str(len(index.classes) or "-"),
+            index.crop,
+            str(len(index.shards)),
+            f"{sum(shard.bytes for shard in index.shards):,}",
+            index.licence or "-",
+        )
+    if table.row_count:
+        Console().print(table)
+    else:
+        print(f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
+
+
+def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None) -> None:
+    """Prints what a dataset holds and makes a contact sheet of it."""
+    from ddpm import figures
+    from job.cache import default_cache_dir, open_cache
+
+    bucket = open_store(bucket_uri)
+    key = find_dataset(bucket, name, size)
+    index = load_index(bucket, key)
+    cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
+    everything = np.arange(index.images)
+    labels = cache.labels(everything)
+    print(describe(index, bucket))
+    for number, class_name in enumerate(index.classes):
+        print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
+    chosen = _spread(labels, len(index.classes))
+    sheet = figures.png(
+        figures.contact_sheet(cache.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
+    )
+    if output is None:
+        bucket.put(f"{key}/contact-sheet.png", sheet)
+        print(f"contact sheet  {bucket.uri_of(f'{key}/contact-sheet.png')}")
+    elif output.parent.is_dir():
+        output.write_bytes(sheet)
+        print(f"contact sheet  {output}")
+    else:
+        raise BadRequestError(f"there is no folder {output.parent} to write {output.name} into")
+
+
+def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
+    """Checks all hashes and images of a dataset.
+
+    Raises:
+        BadDataError: naming each bad object.
+    """
+    from job.progress import Progress
+    from job.verify import verify_dataset
+
+    bucket = open_store(bucket_uri)
+    key = find_dataset(bucket, name, size)
+    with Progress(f"verifying {name}", unit="images") as bar:
+        problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
+    if problems:
+        raise BadDataError(f"{bucket.uri}/{key} has {len(problems)} problems: " + "; ".join(problems))
+    print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
+
+
+def describe(index: DatasetIndex, bucket: Store) -> str:
+    """A dataset in a few lines."""
+    shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards)} shards"
+    kind = "grey" if index.channels == 1 else "colour"
+    lines = [
+        f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
+        f"images   {index.images:,} {kind}, {index.size}×{index.size} pixels, in {shards}, {INDEX} {index.dataset_id[:12]}",
+        f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter",
+    ]
+    if index.classes:
+        lines.append(f"classes  {', '.join(index.classes)}")
+    if index.rejected_images:
+        lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
+    if index.licence:
+        lines.append(f"licence  {index.licence}")
+    return "\n".join(lines)
+
+
+def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
+    """Indices spread evenly over the dataset, or over each class."""
+    if not classes:
+        return np.unique(np.linspace(0, len(labels) - 1, SHEET_IMAGES).astype(np.int64))
+    members = [np.flatnonzero(labels == number) for number in range(classes)]
+    return np.concatenate([m[np.unique(np.linspace(0, len(m) - 1, SHEET_PER_CLASS).astype(int))] for m in members if len(m)])

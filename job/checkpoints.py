@@ -1,0 +1,305 @@
+"""Checkpoints in a bucket: how one is committed, found, verified, loaded and retired.
+
+    RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
+                                                   MANIFEST.json              created once, last: the commit
+    RUN/LATEST                                                                a hint for people
+
+A checkpoint exists when its manifest does. The newest is the one with the highest (fence, images seen) whose objects
+verify: a writer that was replaced, and does not know it, has a lower fence and harms nobody.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ddpm.epochs import epochs_completed_by
+from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.store import ObjectMissingError, Store
+
+FOLDER = "checkpoints"
+MANIFEST = "MANIFEST.json"
+LATEST = "LATEST"
+
+
+@dataclass(frozen=True, order=True, slots=True)
+class CheckpointRef:
+    """A committed checkpoint's place in the order: attempts first, then progress."""
+
+    fence: int
+    images_seen: int
+
+    @property
+    def key(self) -> str:
+        """Its folder below the run."""
+        return f"{FOLDER}/{self.fence:06d}-{self.images_seen:012d}"
+
+    @classmethod
+    def parse(cls, folder: str) -> CheckpointRef | None:
+        """The inverse of `key`, for the folder's own name; none if it is something else."""
+        match = re.fullmatch(r"(\d{6})-(\d{12})", folder)
+        return cls(int(match[1]), int(match[2])) if match else None
+
+
+class FileRecord(BaseModel):
+    """One object of a checkpoint."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
+    group: str = Field(pattern=r"^[a-z]+$")
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class MetricSegment(BaseModel):
+    """Metric rows up to this checkpoint and since the one before, in an object of their own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str = Field(pattern=r"^metrics/[0-9-]+\.jsonl$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Manifest(BaseModel):
+    """What was committed. Its existence is the commit; `sha256` is that of its own canonical JSON without the field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = Field(default=1, ge=1, le=1)
+    fence: int = Field(ge=1)
+    attempt: str
+    images_seen: int = Field(ge=0)
+    epoch: int | None
+    created: str
+    code_version: str
+    config_sha256: str
+    world_size: int = Field(ge=1)
+    loss_sums: list[list[float]]
+    files: tuple[FileRecord, ...]
+    metric_segments: tuple[MetricSegment, ...] = ()
+    sha256: str = ""
+
+    def own_sha256(self) -> str:
+        """SHA-256 of the canonical JSON of every other field."""
+        content = self.model_dump(mode="json", exclude={"sha256"})
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+    def sealed(self) -> Manifest:
+        """The same manifest carrying its own hash."""
+        return self.model_copy(update={"sha256": self.own_sha256()})
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """Its place in the order."""
+        return CheckpointRef(self.fence, self.images_seen)
+
+
+def list_checkpoints(run: Store) -> list[CheckpointRef]:
+    """All committed checkpoints, oldest first."""
+    refs = []
+    for entry in run.list(FOLDER):
+        folder, _, name = entry.key.removeprefix(f"{FOLDER}/").partition("/")
+        if name == MANIFEST and (ref := CheckpointRef.parse(folder)):
+            refs.append(ref)
+    return sorted(refs)
+
+
+def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
+    """One checkpoint per `images_seen`, of the highest fence where several attempts made the same one."""
+    return {ref.images_seen: ref for ref in sorted(refs)}
+
+
+def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
+    """Reads a manifest and checks it against its own hash and place.
+
+    Raises:
+        BadDataError: it is rotten, or not the one of this place.
+        ObjectMissingError: it is gone.
+    """
+    key = f"{ref.key}/{MANIFEST}"
+    try:
+        manifest = Manifest.model_validate_json(run.read(key).data)
+    except ValidationError as error:
+        raise BadDataError(f"{run.uri_of(key)} is not a checkpoint manifest: {error.errors()[0]['msg']}") from None
+    if manifest.own_sha256() != manifest.sha256:
+        raise BadDataError(f"{run.uri_of(key)} does not match its own SHA-256")
+    if manifest.ref != ref:
+        raise BadDataError(f"{run.uri_of(key)} belongs to {manifest.ref.key}")
+    return manifest
+
+
+def commit_manifest(run: Store, manifest: Manifest) -> None:
+    """The commit: creates the manifest once, after all its objects are there."""
+    run.create(f"{manifest.ref.key}/{MANIFEST}", (manifest.sealed().model_dump_json(indent=1) + "\n").encode())
+    run.put(LATEST, f"{manifest.ref.key}\n".encode())
+
+
+def fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
+    """Downloads the files of `groups` into `folder`, each checked by size and SHA-256.
+
+    Returns:
+        The local paths by group.
+
+    Raises:
+        BadDataError: an object is missing, or is not what was committed; the message names it.
+    """
+    records = [record for record in manifest.files if record.group in groups]
+
+    def fetch_one(record: FileRecord) -> Path:
+        key, path = f"{manifest.ref.key}/{record.name}", folder / record.name
+        try:
+            run.download(key, path)
+        except ObjectMissingError:
+            raise BadDataError(f"{run.uri_of(key)} is missing, though its manifest is there") from None
+        if path.stat().st_size != record.bytes:
+            raise BadDataError(f"{run.uri_of(key)} has {path.stat().st_size} bytes instead of {record.bytes}")
+        with path.open("rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
+                raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
+        return path
+
+    with ThreadPoolExecutor(4) as pool:
+        paths = list(pool.map(fetch_one, records))
+    found: dict[str, list[Path]] = {group: [] for group in groups}
+    for record, path in zip(records, paths, strict=True):
+        found[record.group].append(path)
+    return found
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A verified checkpoint on the local disk, deleted when the context ends."""
+
+    manifest: Manifest
+    files: dict[str, list[Path]]
+
+    def copy_into(self, tensors: dict[str, dict[str, Any]]) -> None:
+        """Copies the files' values into live tensors, by group and name, keeping the live memory layout.
+
+        Raises:
+            BadDataError: names or shapes do not match.
+        """
+        from safetensors import safe_open
+
+        for group, paths in self.files.items():
+            missing = set(tensors[group])
+            for path in paths:
+                with safe_open(path, framework="pt") as file:
+                    for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                        target, value = tensors[group].get(name), file.get_tensor(name)
+                        if target is None or target.shape != value.shape:
+                            raise BadDataError(
+                                f"{self.manifest.ref.key}/{path.name}: tensor {name!r} does not fit this configuration"
+                            )
+                        target.copy_(value)
+                        missing.discard(name)
+            if missing:
+                raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
+
+
+@contextmanager
+def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...]) -> Iterator[Restored]:
+    """The verified files of one checkpoint, on the local disk until the context ends.
+
+    Raises:
+        BadDataError: it is damaged; the message names the object.
+    """
+    with tempfile.TemporaryDirectory(prefix="ddpm-restore-") as folder:
+        manifest = load_manifest(run, ref)
+        yield Restored(manifest, fetch(run, manifest, groups, Path(folder)))
+
+
+@contextmanager
+def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]) -> Iterator[Restored | None]:
+    """The newest checkpoint that verifies, or none if there are none; damaged ones are named through `warn`.
+
+    Raises:
+        BadDataError: there are checkpoints, but none of them verifies.
+    """
+    problems = []
+    with ExitStack() as stack:
+        found = None
+        for ref in reversed(list_checkpoints(run)):
+            try:
+                found = stack.enter_context(opened(run, ref, groups))
+                break
+            except (BadDataError, ObjectMissingError) as error:
+                problems.append(str(error))
+                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
+        if found is None and problems:
+            raise BadDataError(f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}")
+        yield found
+
+
+@dataclass(frozen=True)
+class Retention:
+    """Which checkpoints stay: the last few, and those of certain epochs."""
+
+    keep_last: int
+    keep_every_epochs: int
+    keep_epochs: tuple[int, ...]
+
+    def retire(self, refs: list[CheckpointRef], dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
+        """The checkpoints that may go, oldest first; never the newest.
+
+        An epoch's checkpoint is the first one at or after its last image, which is a function of the two sizes.
+        """
+        newest = sorted(refs)[-self.keep_last :]
+
+        def kept_for_epoch(ref: CheckpointRef) -> bool:
+            every = self.keep_every_epochs
+            epochs = epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
+            return any(epoch in self.keep_epochs or (every and epoch % every == 0) for epoch in epochs)
+
+        return [ref for ref in sorted(refs) if ref not in newest and not kept_for_epoch(ref)]
+
+
+def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
+    """Retires a checkpoint: the manifest first, so that nobody takes the rest for whole."""
+    run.delete(f"{ref.key}/{MANIFEST}")
+    for entry in run.list(ref.key):
+        run.delete(entry.key)
+
+
+def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
+    """Checkpoints by a person's words: `latest`, `all`, or epochs such as `30,80,490`.
+
+    Raises:
+        MissingInputError: there are none, or not for one of the epochs; the message names those there are.
+        BadRequestError: the words are none of the above.
+    """
+    refs = by_progress(list_checkpoints(run))
+    if not refs:
+        raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
+    ordered = [refs[images] for images in sorted(refs)]
+    epochs = {
+        epoch: ref
+        for ref in ordered
+        for epoch in epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
+    }
+    if wanted == "latest":
+        return [max(refs.values())]
+    if wanted == "all":
+        return ordered
+    chosen = []
+    for word in wanted.split(","):
+        if not word.strip().isdecimal():
+            raise BadRequestError(f"--checkpoints {wanted!r}: use epochs such as 30,80,490, or latest, or all")
+        if int(word) not in epochs:
+            there = ", ".join(map(str, sorted(epochs))) or "none that ends an epoch; use latest"
+            raise MissingInputError(
+                f"run {run_name!r} has no checkpoint of epoch {int(word)}: not kept, or not reached (there are: {there})"
+            )
+        chosen.append(epochs[int(word)])
+    return chosen

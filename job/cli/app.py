@@ -1,0 +1,69 @@
+"""The application: puts the nouns together and turns errors into one line and an exit code."""
+
+import errno
+import sys
+from typing import Annotated
+
+import typer
+
+from job.cli import data, figure, runs, sample, submit, train
+from job.exits import Exit, JobError
+
+app = typer.Typer(
+    name="ddpm",
+    help="The diffusion training job that never loses work.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("sample")(sample.sample)
+app.add_typer(figure.app, name="figure")
+app.add_typer(runs.app, name="runs")
+app.add_typer(submit.app, name="submit")
+
+
+def _version(show: bool) -> None:
+    if show:
+        from job import __version__
+
+        typer.echo(f"ddpm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Packs images, trains a DDPM on them and samples from it, with everything in a bucket.
+
+    Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
+    """
+
+
+def main() -> None:
+    """Entry point of `ddpm` and `python -m job`; always ends with a code of the table in `job.exits`."""
+    try:
+        app()
+    except JobError as error:
+        _fail(str(error), error.exit_code)
+    except OSError as error:
+        if error.errno == errno.EPIPE:
+            raise SystemExit(Exit.FINISHED) from None
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _fail(f"no space left on the disk{_at(error)}: free some, or set TMPDIR to a larger one", Exit.DISK_FULL)
+        if isinstance(error, PermissionError):
+            _fail(f"permission denied{_at(error)}", Exit.NO_PERMISSION)
+        raise
+
+
+def _at(error: OSError) -> str:
+    return f" at {error.filename}" if error.filename else ""
+
+
+def _fail(message: str, code: Exit) -> None:
+    print(f"ddpm: {message}", file=sys.stderr)
+    raise SystemExit(int(code))

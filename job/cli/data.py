@@ -1,0 +1,113 @@
+"""`ddpm data`: pack, list, show, verify."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from job.cli.options import DEFAULT_BUCKET, Bucket
+
+app = typer.Typer(help="Datasets: pack images into shards, look at them, verify them.", no_args_is_help=True)
+
+Name = Annotated[str, typer.Argument(help="Name of the dataset, such as celeba.")]
+Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width in pixels.")]
+
+
+@app.command()
+def pack(
+    source: Annotated[
+        str,
+        typer.Argument(help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample."),
+    ],
+    name: Name,
+    size: Size = None,
+    crop: Annotated[
+        str,
+        typer.Option("--crop", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
+    ] = "",
+    resize_filter: Annotated[
+        str, typer.Option("--filter", help="Resizing filter: lanczos, bicubic, bilinear or box.")
+    ] = "",
+    channels: Annotated[int | None, typer.Option("--channels", help="3 for colour, 1 for grey.")] = None,
+    classes: Annotated[
+        bool | None,
+        typer.Option(
+            "--classes/--no-classes", help="Whether first-level folders are classes. Default: if there are any."
+        ),
+    ] = None,
+    licence: Annotated[str, typer.Option("--licence", help="A note to keep with the dataset.")] = "",
+    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Unreadable images to put up with.")] = 100,
+    min_side: Annotated[
+        int | None,
+        typer.Option("--min-side", min=1, help="Reject images with a shorter side, in pixels. Default: size/2."),
+    ] = None,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Pack images into a dataset in the bucket. A NAME with a preset takes size and crop from it.
+
+    Examples:
+
+        ddpm data pack img_align_celeba.zip celeba --bucket gs://my-bucket
+
+        ddpm data pack ~/photos mine --size 64
+    """
+    from job.catalog import pack_dataset
+    from job.requests import PackRequest
+
+    pack_dataset(
+        PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    )
+
+
+@app.command()
+def ensure(
+    name: Name,
+    source: Annotated[str, typer.Option("--source", help="What to pack if the dataset is not there.")] = "",
+    size: Size = None,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Pack a dataset unless it is there; landscape-sample comes with the program and needs no source.
+
+    Example: ddpm data ensure celeba --source img_align_celeba.zip
+    """
+    from job.catalog import ensure_dataset
+
+    ensure_dataset(bucket, name, size, source)
+
+
+@app.command("list")
+def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
+    """List the datasets in the bucket."""
+    from job.catalog import list_datasets
+
+    list_datasets(bucket)
+
+
+@app.command()
+def show(
+    name: Name,
+    size: Size = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Contact sheet to write. Default: NAME-SIZE.png in the bucket."),
+    ] = None,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Show what a dataset holds, and make a contact sheet of it.
+
+    Example: ddpm data show landscape-sample -o sheet.png
+    """
+    from job.catalog import show_dataset
+
+    show_dataset(bucket, name, size, output)
+
+
+@app.command()
+def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
+    """Check every hash and image of a dataset; names each bad object.
+
+    Example: ddpm data verify celeba --bucket gs://my-bucket
+    """
+    from job.catalog import verify_named
+
+    verify_named(bucket, name, size)

@@ -1,0 +1,65 @@
+"""`ddpm figure`: schedule, noising, denoising."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Run
+
+app = typer.Typer(help="Pictures that explain: the schedule, noised images, the denoising.", no_args_is_help=True)
+
+TIMESTEPS = "962,237,38,39,988,559,299,226,985,791,859,485"
+
+
+@app.command()
+def schedule(
+    kind: Annotated[str, typer.Option("--schedule", help="linear or cosine.")] = "linear",
+    timesteps: Annotated[int, typer.Option("--timesteps", min=2, help="Number of diffusion steps T.")] = 1000,
+    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("schedule.png"),
+) -> None:
+    """Plot β (left axis) and ᾱ (right axis) over the timesteps.
+
+    Example: ddpm figure schedule --schedule cosine -o cosine.png
+    """
+    from job.pictures import schedule_picture
+
+    schedule_picture(kind, timesteps, output)
+
+
+@app.command()
+def noising(
+    dataset: Dataset,
+    timesteps: Annotated[
+        str, typer.Option("--timesteps", help="One timestep (0 to T-1) per image, comma-separated.")
+    ] = TIMESTEPS,
+    kind: Annotated[str, typer.Option("--schedule", help="linear or cosine.")] = "linear",
+    size: Annotated[int | None, typer.Option("--size", min=1, help="Which packed size, in pixels.")] = None,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="PNG to write; NAME-original.png and NAME-noised.png come beside it.")
+    ] = Path("noising.png"),
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Show images beside their noised versions q(x_t|x_0).
+
+    Example: ddpm figure noising --dataset landscape-sample
+    """
+    from job.pictures import noising_picture
+
+    noising_picture(bucket, dataset, size, timesteps, kind, output)
+
+
+@app.command()
+def denoising(
+    run: Run,
+    seeds: Annotated[str, typer.Option("--seeds", help="One image per seed, such as 0-11.")] = "0-11",
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Make a GIF of the run's newest network turning noise into images: 20 frames, 5 per second.
+
+    Example: ddpm figure denoising --run landscape-sample
+    """
+    from job.entry import sample_command
+    from job.requests import SampleRequest
+
+    sample_command(SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False), processes=1)

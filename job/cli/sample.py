@@ -1,0 +1,44 @@
+"""`ddpm sample`."""
+
+from typing import Annotated
+
+import typer
+
+from job.cli.options import DEFAULT_BUCKET, Bucket, Processes, Run
+
+
+def sample(
+    run: Run,
+    checkpoints: Annotated[
+        str, typer.Option("--checkpoints", help="Epochs such as 30,80,490, or latest, or all.")
+    ] = "latest",
+    seeds: Annotated[str, typer.Option("--seeds", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
+    sampler: Annotated[str, typer.Option("--sampler", help="ddpm or ddim. Default: the run's.")] = "",
+    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Network evaluations per image.")] = None,
+    gif: Annotated[
+        bool, typer.Option("--gif", help="Also make a GIF of the denoising: 20 frames, 5 per second.")
+    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights instead of the averaged ones.")] = False,
+    nearest: Annotated[
+        bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
+    ] = None,
+    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16. Default: the run's.")] = "",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
+    processes: Processes = None,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Draw images from a run's checkpoints; grids go into the run's folder in the bucket.
+
+    Image k depends on its seed alone. Several checkpoints also give one picture with them side by side.
+
+    Examples:
+
+        ddpm sample --run celeba --checkpoints 30,80,490 --seeds 0-63
+
+        ddpm sample --run celeba --sampler ddpm --steps 1000 --gif
+    """
+    from job.entry import sample_command
+    from job.requests import SampleRequest
+
+    request = SampleRequest(run, bucket, checkpoints, seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
+    sample_command(request, processes)

@@ -1,0 +1,99 @@
+"""The hardware a process runs on: device, precision, memory layout, and the Accelerate object that knows them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from ddpm.unet import UNet
+
+from job.config import RunConfig
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+COLLECTIVE_TIMEOUT_SECONDS = 600
+"""A rank that is gone must end the others in minutes, not in the hours that backends default to."""
+
+
+def best_precision() -> Literal["fp32", "bf16"]:
+    """bf16 where the hardware computes in it; elsewhere autocast would only be slower."""
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    capabilities = torch.cpu.get_capabilities()
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+
+
+def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+    """Joins the process group, if there is one, and picks this process's device.
+
+    Args:
+        precision: `fp32` or `bf16`.
+        deterministic: ask for bit-equal kernels.
+    """
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)),
+        ],
+    )
+
+
+def build_network(config: RunConfig, device: torch.device) -> UNet:
+    """The U-Net of a resolved configuration, initialised from the run's seed, in the layout that suits the device."""
+    assert config.data.size is not None and config.data.channels is not None
+    torch.manual_seed(config.train.seed)
+    network = UNet(
+        image_size=config.data.size,
+        in_channels=config.data.channels,
+        channels=config.model.channels,
+        channel_mults=config.model.channel_mults,
+        attention_sizes=config.model.attention_sizes,
+        layers_per_level=config.model.layers_per_level,
+        norm_groups=config.model.norm_groups,
+        dropout=config.model.dropout,
+        num_classes=config.model.num_classes or 0,
+    ).to(device)
+    # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
+    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+
+
+def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
+    """A bf16 autocast context for sampling, or none for fp32."""
+    if precision != "bf16":
+        return None
+    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def on_main_first(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
+    """Runs `work` on the main process and hands its picklable result, or its error, to every process.
+
+    Raising on all ranks alike keeps the others from waiting in a collective that never comes.
+    """
+    outcome: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            outcome[0] = work()
+        except Exception as error:
+            if accelerator.num_processes == 1:
+                raise
+            outcome[1] = error
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

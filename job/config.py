@@ -1,0 +1,383 @@
+"""What a run is made of. Numbers live in `presets/*.yaml`; this file says which keys exist, and what is valid.
+
+A configuration is resolved once, when a run begins: preset ← dataset ← `--config FILE` ← `--set key=value`. It is then
+stored with the run and is the base of every later attempt.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.shards import DatasetIndex
+
+
+def _split(value: Any) -> Any:
+    """Lets `--set model.channel_mults=1,2,2` stand for a list."""
+    if isinstance(value, str):
+        return [part for part in value.replace(" ", "").split(",") if part]
+    return [value] if isinstance(value, int) else value
+
+
+Ints = Annotated[tuple[int, ...], BeforeValidator(_split)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(_Section):
+    """Which images, in which order."""
+
+    dataset: str = ""
+    dataset_id: str = ""
+    size: int | None = Field(None, ge=1, description="pixels; follows the dataset")
+    channels: int | None = Field(None, description="follows the dataset")
+    flip: bool = Field(True, description="mirror half of the images, drawn per image number")
+    shuffle_block_images: int = Field(0, ge=0, description="shuffle within blocks of this many images; 0: all of them")
+    order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
+    cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
+
+
+class ModelConfig(_Section):
+    """The U-Net of Ho et al. (2020), appendix B."""
+
+    channels: int = Field(128, ge=1)
+    channel_mults: Ints = Field((1, 2, 2, 2), min_length=1)
+    attention_sizes: Ints = (16,)
+    layers_per_level: int = Field(2, ge=1)
+    norm_groups: int = Field(32, ge=1)
+    dropout: float = Field(0.0, ge=0, lt=1)
+    num_classes: int | None = Field(None, ge=0, description="follows the dataset; 0: unconditional")
+
+
+class DiffusionConfig(_Section):
+    """The forward process and what the network predicts."""
+
+    schedule: Literal["linear", "cosine"] = "linear"
+    timesteps: int = Field(1000, ge=2)
+    prediction: Literal["epsilon", "v"] = "epsilon"
+    min_snr_gamma: float | None = Field(None, gt=0, description="none: unweighted")
+
+
+class TrainConfig(_Section):
+    """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
+
+    batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass and process; none: all")
+    learning_rate: float = Field(2e-4, gt=0)
+    warmup_images: int = Field(0, ge=0, description="linear warm-up of the learning rate")
+    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_eps: float = Field(1e-8, gt=0)
+    clip_norm: float = Field(1.0, gt=0, description="limit of the gradient's global L2 norm")
+    epochs: int = Field(1, ge=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
+    deterministic: bool = Field(False, description="bit-equal results on one kind of GPU, at some speed")
+    compile: bool = Field(True, description="torch.compile on CUDA")
+
+
+class EmaConfig(_Section):
+    """Averaged weights."""
+
+    decay: float = Field(0.9999, ge=0, lt=1, description="per optimiser step")
+    warmup: bool = Field(True, description="min(decay, (1 + step) / (10 + step))")
+
+
+class CheckpointConfig(_Section):
+    """When to commit, and what to keep."""
+
+    every_epochs: int = Field(1, ge=1)
+    every_minutes: float = Field(10.0, gt=0)
+    keep_last: int = Field(3, ge=1)
+    keep_every_epochs: int = Field(0, ge=0, description="0: none beyond keep_last and keep_epochs")
+    keep_epochs: Ints = ()
+
+
+class SampleConfig(_Section):
+    """Defaults of `ddpm sample`, and the pictures that training makes."""
+
+    sampler: Literal["ddpm", "ddim"] = "ddim"
+    steps: int = Field(100, ge=1)
+    spacing: Literal["leading", "trailing", "quadratic"] = "trailing"
+    eta: float = Field(0.0, ge=0, le=1)
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    images: int = Field(64, ge=1, description="images of the grid made at the end and every `every_epochs`")
+    every_epochs: int = Field(0, ge=0, description="0: only at the end")
+    batch_size: int = Field(64, ge=1)
+    nearest: bool = Field(False, description="show the nearest training image beside each sample")
+
+
+class LogConfig(_Section):
+    """Metrics."""
+
+    every_images: int = Field(12_800, ge=1)
+
+
+class RunConfig(_Section):
+    """The whole configuration of a run."""
+
+    preset: str = ""
+    data: DataConfig = DataConfig()  # type: ignore[call-arg]
+    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    diffusion: DiffusionConfig = DiffusionConfig()  # type: ignore[call-arg]
+    train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
+    ema: EmaConfig = EmaConfig()  # type: ignore[call-arg]
+    checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
+    sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
+    log: LogConfig = LogConfig()  # type: ignore[call-arg]
+
+    def to_yaml(self) -> str:
+        """The text of `config.yaml`."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+class PackConfig(_Section):
+    """A preset's `pack` section: what its dataset looks like when packed under the preset's name."""
+
+    size: int = Field(ge=1)
+    crop: str = "center"
+    resize_filter: str = "lanczos"
+    licence: str = ""
+    fetch: str = Field("", description="where a person gets the images")
+
+
+FREE = (
+    "train.epochs",
+    "train.micro_batch_size",
+    "train.compile",
+    "data.cache_gigabytes",
+    "checkpoint",
+    "sample",
+    "log",
+)
+"""Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the program."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
+
+
+def _load_yaml(text: str, where: str) -> dict[str, Any]:
+    try:
+        document = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise BadConfigError(f"{where} must be a mapping of sections such as `train:`")
+    return document
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        close = difflib.get_close_matches(name, presets(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadRequestError(f"there is no preset {name!r}{hint} (there are: {', '.join(presets())})")
+    return _load_yaml((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+
+
+def pack_config(name: str) -> PackConfig | None:
+    """How the dataset `name` is packed, if a preset of that name says so."""
+    if name not in presets():
+        return None
+    section = _preset(name).get("pack")
+    return PackConfig.model_validate(section) if section else None
+
+
+def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+    """All dotted keys, such as `train.batch_size`."""
+    keys: list[str] = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += known_keys(field.annotation, f"{prefix}{name}.")
+        else:
+            keys.append(prefix + name)
+    return keys
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping → dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def _nest(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, leaf = key.split(".")
+        node = nested
+        for section in sections:
+            node = node.setdefault(section, {})
+        node[leaf] = value
+    return nested
+
+
+def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    keys = known_keys()
+    for key in flat:
+        if key not in keys:
+            leaf = key.rsplit(".", 1)[-1]
+            close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
+            raise BadConfigError(f"{where}: unknown key {key!r}{hint}")
+    return flat
+
+
+def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["train.batch_size=64"]` → `{"train.batch_size": 64}`; values are read as YAML.
+
+    Raises:
+        BadConfigError: no `=`, an unknown key, or a value that is not YAML.
+    """
+    flat: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise BadConfigError(f"--set {assignment!r}: write it as key=value, for example train.batch_size=64")
+        try:
+            flat[key.strip()] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+    return _checked(flat, "--set")
+
+
+def read_config_file(path: Path | None) -> dict[str, Any]:
+    """Dotted keys of a user's YAML file; empty without one.
+
+    Raises:
+        MissingInputError: no such file.
+        BadConfigError: not YAML, or unknown keys.
+    """
+    if path is None:
+        return {}
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise MissingInputError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise BadConfigError(f"--config {path} is not a text file") from None
+    return _checked(flatten(_load_yaml(text, str(path))), str(path))
+
+
+def validated(flat: dict[str, Any], where: str) -> RunConfig:
+    """A `RunConfig` from dotted keys.
+
+    Raises:
+        BadConfigError: naming each bad key, what is wrong with it, and its value.
+    """
+    try:
+        return RunConfig.model_validate(_nest(flat))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].lower()} (got {problem['input']!r})"
+            for problem in error.errors()
+        )
+        raise BadConfigError(f"{where}: {problems}") from None
+
+
+def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
+    """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+    base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    config = validated({**_checked(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
+    if config.data.size is not None:
+        check_shape(config)
+    return config
+
+
+def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
+    """Fills in what follows the dataset: size, channels, classes.
+
+    Raises:
+        BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
+    """
+    classes = len(index.classes)
+    for key, chosen, there in (
+        ("data.size", config.data.size, index.size),
+        ("data.channels", config.data.channels, index.channels),
+        ("model.num_classes", config.model.num_classes or None, classes),
+        ("data.dataset_id", config.data.dataset_id or None, index.dataset_id),
+    ):
+        if chosen is not None and chosen != there:
+            raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
+    follows = {
+        "data.dataset": index.name,
+        "data.dataset_id": index.dataset_id,
+        "data.size": index.size,
+        "data.channels": index.channels,
+        "model.num_classes": classes if config.model.num_classes is None else config.model.num_classes,
+    }
+    config = validated({**flatten(config.model_dump(mode="json")), **follows}, "configuration")
+    check_shape(config)
+    return config
+
+
+def check_shape(config: RunConfig) -> None:
+    """Checks the rules between keys.
+
+    Raises:
+        BadConfigError: naming the keys, and values that would do.
+    """
+    model, size = config.model, config.data.size or 0
+    divisor = 2 ** (len(model.channel_mults) - 1)
+    if size % divisor:
+        raise BadConfigError(
+            f"data.size={size} cannot be halved {len(model.channel_mults) - 1} times, as the "
+            f"{len(model.channel_mults)} levels of model.channel_mults need: pack at a multiple of {divisor}, or use "
+            "fewer levels"
+        )
+    for mult in model.channel_mults:
+        if mult < 1 or model.channels * mult % model.norm_groups:
+            raise BadConfigError(
+                f"model.channels × {mult} = {model.channels * mult} cannot be split into "
+                f"model.norm_groups={model.norm_groups} groups"
+            )
+    if config.sample.steps > config.diffusion.timesteps:
+        raise BadConfigError(
+            f"sample.steps={config.sample.steps} exceeds diffusion.timesteps={config.diffusion.timesteps}"
+        )
+
+
+def content_hash(config: RunConfig) -> str:
+    """SHA-256 of everything that decides what is learnt; equal for all attempts of a run."""
+    flat = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if not _is_free(k)}
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+
+
+def _is_free(key: str) -> bool:
+    return key in FREE or key.split(".")[0] in FREE or key == "preset"
+
+
+def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
+    """What this attempt changes about its run.
+
+    Raises:
+        BadConfigError: a difference in a key that decides what is learnt, with both values and the way out.
+    """
+    before, after = flatten(stored.model_dump(mode="json")), flatten(wanted.model_dump(mode="json"))
+    changes = {key: value for key, value in after.items() if before[key] != value and key != "preset"}
+    fixed = [
+        f"{key}: the run has {before[key]}, asked for {value}" for key, value in changes.items() if not _is_free(key)
+    ]
+    if fixed:
+        raise BadConfigError(
+            f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
+            "Leave these out to go on with it, or start another run with --run NAME"
+        )
+    return changes

@@ -1,0 +1,61 @@
+"""Metrics: JSON lines and TensorBoard events, in segments that are committed with checkpoints.
+
+A bucket cannot append, and a killed attempt must leave neither gaps nor duplicates. So the rows since the last
+checkpoint travel with the next one, as an object of their own that its manifest names; what was logged after the last
+commit is logged again by the attempt that computes it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from job.checkpoints import CheckpointRef, MetricSegment
+from job.exits import BadDataError
+from job.store import ObjectMissingError, Store
+
+Row = dict[str, Any]
+
+
+def segment_objects(rows: list[Row], ref: CheckpointRef) -> tuple[MetricSegment, dict[str, bytes]]:
+    """The rows as a segment for a manifest, and the objects to upload: JSON lines, and the same as TensorBoard events."""
+    name = f"{ref.fence:06d}-{ref.images_seen:012d}"
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    segment = MetricSegment(key=f"metrics/{name}.jsonl", sha256=hashlib.sha256(lines).hexdigest())
+    return segment, {segment.key: lines, f"tensorboard/events.out.tfevents.{name}": _events(rows)}
+
+
+def _events(rows: list[Row]) -> bytes:
+    # Written locally, whole: an event writer on a bucket overwrites its own file at each flush.
+    from tensorboardX import SummaryWriter
+
+    with tempfile.TemporaryDirectory(prefix="ddpm-events-") as folder:
+        with SummaryWriter(folder) as writer:
+            for row in rows:
+                for name, value in row.items():
+                    if name not in ("images_seen", "time") and value is not None:
+                        writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
+        (path,) = Path(folder).iterdir()
+        return path.read_bytes()
+
+
+def read_rows(run: Store, segments: Iterable[MetricSegment]) -> list[Row]:
+    """The rows of a checkpoint's segments, in order.
+
+    Raises:
+        BadDataError: a segment is missing or rotten; the message names it.
+    """
+    rows: list[Row] = []
+    for segment in segments:
+        try:
+            data = run.read(segment.key).data
+        except ObjectMissingError:
+            raise BadDataError(f"{run.uri_of(segment.key)} is missing, though a checkpoint names it") from None
+        if hashlib.sha256(data).hexdigest() != segment.sha256:
+            raise BadDataError(f"{run.uri_of(segment.key)} is rotten: its SHA-256 is not the one in the checkpoint")
+        rows += [json.loads(line) for line in data.splitlines()]
+    return rows

@@ -1,0 +1,99 @@
+"""What is in a bucket, told to a person: runs, their state, and where their pictures lie."""
+
+from __future__ import annotations
+
+import time
+from calendar import timegm
+
+from job import runs
+from job.checkpoints import by_progress, list_checkpoints
+from job.exits import JobError
+from job.runs import RUNS, Status, read_status, run_store
+from job.shards import dataset_key, load_index
+from job.store import Store, open_store
+
+STALE_SECONDS = 120.0
+"""A run that calls itself running but has not said so for this long was cut off."""
+
+
+def list_runs(bucket_uri: str) -> None:
+    """Prints a table of the runs in the bucket."""
+    from rich.console import Console
+    from rich.table import Table
+
+    bucket = open_store(bucket_uri)
+    table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "newest checkpoint", box=None)
+    names = bucket.folders(RUNS)
+    for name in names:
+        run = run_store(bucket, name)
+        refs, status = list_checkpoints(run), read_status(run)
+        newest = f"{max(refs).images_seen:,}" if refs else "-"
+        if status is None:
+            table.add_row(name, "not started", "-", "-", "-", "-", newest)
+            continue
+        progress = f"{status.images_seen:,}/{status.target_images:,}"
+        table.add_row(
+            name,
+            state_of(status),
+            f"{status.epoch:.1f}",
+            progress,
+            "-" if status.loss is None else f"{status.loss:.4f}",
+            "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
+            newest,
+        )
+    if names:
+        Console().print(table)
+    else:
+        print(f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
+
+
+def show_run(bucket_uri: str, name: str) -> None:
+    """Prints everything a person asks about one run."""
+    bucket = open_store(bucket_uri)
+    run = run_store(bucket, name)
+    config = runs.existing_config(run, name)
+    status, refs = read_status(run), by_progress(list_checkpoints(run))
+    lines = [f"run         {name}  ({run.uri})", f"dataset     {config.data.dataset}-{config.data.size}"]
+    if status is not None:
+        lines.append(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
+        lines.append(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
+        if status.loss is not None:
+            lines.append(f"loss        {status.loss:.4f}")
+        if status.images_per_second is not None:
+            lines.append(f"speed       {status.images_per_second:.1f} images/s")
+    if refs:
+        newest = max(refs.values())
+        lines.append(f"newest      {newest.key}, {newest.images_seen:,} images seen")
+        lines.append(f"checkpoints {len(refs)}: {_labels(bucket, config, sorted(refs))}")
+    lines.append(describe_outputs(run))
+    print("\n".join(lines))
+
+
+def state_of(status: Status) -> str:
+    """The state as a person should read it: a run that fell silent while running was cut off."""
+    if status.state != "running":
+        return status.state
+    age = time.time() - timegm(time.strptime(status.updated, "%Y-%m-%dT%H:%M:%SZ"))
+    return "running" if age < STALE_SECONDS else "cut off (the same command goes on)"
+
+
+def describe_outputs(run: Store) -> str:
+    """Where the run's checkpoints and pictures lie, a line each."""
+    pictures = [entry.key for folder in ("samples", "figures") for entry in run.list(folder)]
+    lines = [f"checkpoints {run.uri}/checkpoints"]
+    return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key in pictures)])
+
+
+def _labels(bucket: Store, config: runs.RunConfig, images_seen: list[int]) -> str:
+    from ddpm.epochs import epochs_completed_by
+
+    try:
+        assert config.data.size is not None
+        dataset_images = load_index(bucket, dataset_key(config.data.dataset, config.data.size)).images
+    except JobError:
+        return ", ".join(f"{images:,} images" for images in images_seen)
+    labels = []
+    for images in images_seen:
+        epochs = epochs_completed_by(images, dataset_images, config.train.batch_size)
+        labels.append(f"epoch {epochs[-1]}" if epochs else f"{images:,} images")
+    return ", ".join(labels)

@@ -1,0 +1,75 @@
+"""What a training command finds in the bucket. Needs no tensors, so errors come at once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ddpm.epochs import images_at_epoch
+from job import runs
+from job.config import (
+    RunConfig,
+    changed_for_attempt,
+    draft,
+    flatten,
+    follow_dataset,
+    validated,
+)
+from job.exits import BadRequestError
+from job.requests import TrainRequest
+from job.shards import DatasetIndex, find_dataset, load_index
+from job.store import Store, open_store
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run before this attempt touches it."""
+
+    bucket: Store
+    run: Store
+    index: DatasetIndex
+    dataset_key: str
+    config: RunConfig
+    changes: dict[str, Any]
+    is_new: bool
+
+    @property
+    def target_images(self) -> int:
+        """`images_seen` at which the run is finished."""
+        return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
+
+
+def plan_run(request: TrainRequest) -> Plan:
+    """Finds the dataset and the run, and resolves the configuration. Writes nothing.
+
+    A run that exists is the base of its own configuration, so that a newer program's presets cannot change it.
+
+    Raises:
+        MissingInputError: no such dataset.
+        BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
+    """
+    bucket = open_store(request.bucket)
+    run = runs.run_store(bucket, request.run)
+    stored = runs.load_config(run)
+    if stored is None:
+        config, changes = draft(request.preset_name, request.changes), {}
+    elif request.preset and request.preset != stored.preset:
+        config, changes = draft(request.preset, request.changes), {}
+    else:
+        base = flatten(stored.model_dump(mode="json"))
+        config, changes = validated({**base, **request.changes}, "configuration"), {}
+    if stored is not None and stored.data.dataset != request.dataset:
+        raise BadRequestError(
+            f"run {request.run!r} in {bucket.uri} is about dataset {stored.data.dataset!r}: "
+            f"choose another name with --run"
+        )
+    key = find_dataset(bucket, request.dataset, config.data.size)
+    index = load_index(bucket, key)
+    config = follow_dataset(config, index)
+    if stored is not None:
+        if config.train.precision == "auto":
+            config = config.model_copy(
+                update={"train": config.train.model_copy(update={"precision": stored.train.precision})}
+            )
+        changes = changed_for_attempt(stored, config, request.run)
+    return Plan(bucket, run, index, key, config, changes, is_new=stored is None)

@@ -1,0 +1,144 @@
+"""What a person asked for, checked as far as it can be without a bucket: usage errors come before missing inputs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, get_args
+
+from job import runs
+from job.config import SampleConfig, draft, pack_config, parse_sets, presets, read_config_file
+from job.exits import BadRequestError
+from job.shards import validated_dataset_name
+
+DEFAULT_PRESET = "landscape-sample"
+MAX_SEEDS = 1_000_000
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """What a person asked for; `check` finds every error that can be found without a bucket."""
+
+    dataset: str
+    bucket: str
+    run: str = ""
+    preset: str = ""
+    epochs: int | None = None
+    sets: tuple[str, ...] = ()
+    config_file: Path | None = None
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def check(self) -> TrainRequest:
+        """Returns the request with its run named and its changes parsed.
+
+        Raises:
+            BadRequestError, BadConfigError, MissingInputError: see the message.
+        """
+        validated_dataset_name(self.dataset)
+        run = runs.validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
+        changes = read_config_file(self.config_file) | parse_sets(self.sets)
+        if self.epochs is not None:
+            changes["train.epochs"] = self.epochs
+        checked = replace(self, run=run, changes=changes)
+        draft(checked.preset_name, changes)
+        return checked
+
+    @property
+    def preset_name(self) -> str:
+        """The preset asked for, else the dataset's own, else the small one."""
+        return self.preset or (self.dataset if self.dataset in presets() else DEFAULT_PRESET)
+
+
+@dataclass(frozen=True)
+class SampleRequest:
+    """Options of `ddpm sample`; empty ones follow the run's configuration."""
+
+    run: str
+    bucket: str
+    checkpoints: str = "latest"
+    seeds: str = ""
+    sampler: str = ""
+    steps: int | None = None
+    gif: bool = False
+    raw: bool = False
+    nearest: bool | None = None
+    precision: str = ""
+    batch_size: int | None = None
+    grid: bool = True
+
+    def check(self) -> SampleRequest:
+        """Returns the request if its words are known.
+
+        Raises:
+            BadRequestError: an unknown sampler or precision, or a list that is none.
+        """
+        runs.validated_run_name(self.run)
+        samplers = get_args(SampleConfig.model_fields["sampler"].annotation)
+        if self.sampler and self.sampler not in samplers:
+            raise BadRequestError(f"there is no sampler {self.sampler!r} (there are: {', '.join(samplers)})")
+        if self.precision not in ("", "fp32", "bf16"):
+            raise BadRequestError(f"--precision {self.precision!r}: use fp32 or bf16")
+        if self.checkpoints not in ("latest", "all"):
+            parse_numbers(self.checkpoints, "--checkpoints")
+        if self.seeds:
+            parse_numbers(self.seeds, "--seeds")
+        return self
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """Options of `ddpm data pack`; empty ones follow the preset of the dataset's name, if there is one."""
+
+    source: str
+    name: str
+    bucket: str
+    size: int | None = None
+    crop: str = ""
+    resize_filter: str = ""
+    channels: int | None = None
+    classes: bool | None = None
+    licence: str = ""
+    max_bad: int = 100
+    min_side: int | None = None
+
+    def check(self) -> PackRequest:
+        """Returns the request with the preset's size, crop, filter and licence filled in.
+
+        Raises:
+            BadRequestError: no size is given, and there is no preset to take it from.
+        """
+        validated_dataset_name(self.name)
+        preset = pack_config(self.name)
+        size = self.size or (preset.size if preset else None)
+        if size is None:
+            raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
+        if self.channels not in (None, 1, 3):
+            raise BadRequestError(f"--channels {self.channels}: use 3 for colour or 1 for grey")
+        return replace(
+            self,
+            size=size,
+            crop=self.crop or (preset.crop if preset else "center"),
+            resize_filter=self.resize_filter or (preset.resize_filter if preset else "lanczos"),
+            licence=self.licence or (preset.licence if preset else ""),
+        )
+
+
+def parse_numbers(text: str, option: str) -> list[int]:
+    """`"0-3,7"` → `[0, 1, 2, 3, 7]`.
+
+    Raises:
+        BadRequestError: it is not such a list, or longer than `MAX_SEEDS`.
+    """
+    numbers: list[int] = []
+    for word in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", word)
+        if not match:
+            raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
+        first, last = int(match[1]), int(match[2] or match[1])
+        if last < first:
+            raise BadRequestError(f"{option} {text!r}: the range {word.strip()} runs backwards")
+        if len(numbers) + last - first >= MAX_SEEDS:
+            raise BadRequestError(f"{option} {text!r}: at most {MAX_SEEDS:,} numbers")
+        numbers += range(first, last + 1)
+    return numbers

@@ -1,0 +1,157 @@
+"""A run's folder in the bucket: its configuration, its attempts, its state.
+
+BUCKET/runs/NAME/config.yaml             resolved when the run began; never rewritten
+                 attempts/000003.json    one per attempt, created once: its number is the attempt's fence
+                 status.json             how it is going; a convenience for people
+                 checkpoints/ metrics/ tensorboard/ samples/ figures/
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import time
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import yaml
+
+from job import __version__
+from job.config import RunConfig, flatten, validated
+from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.store import ObjectExistsError, ObjectMissingError, Store
+
+RUNS = "runs"
+CONFIG = "config.yaml"
+STATUS = "status.json"
+ATTEMPTS = "attempts"
+
+_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+
+
+def validated_run_name(name: str) -> str:
+    """Returns `name` if it can be part of a key, a Kubernetes name, a label and an argument.
+
+    Raises:
+        BadRequestError: it cannot.
+    """
+    if not _NAME.fullmatch(name):
+        raise BadRequestError(
+            f"{name!r} cannot be a run's name: use 1 to 63 lower-case letters, digits and '-', "
+            "beginning and ending with a letter or digit"
+        )
+    return name
+
+
+def run_store(bucket: Store, name: str) -> Store:
+    """The run's folder."""
+    return bucket.sub(f"{RUNS}/{validated_run_name(name)}")
+
+
+def load_config(run: Store) -> RunConfig | None:
+    """The run's stored configuration, or none if there is no such run.
+
+    Raises:
+        BadDataError: it is not readable by this version.
+    """
+    try:
+        data = run.read(CONFIG).data
+    except ObjectMissingError:
+        return None
+    try:
+        document = yaml.safe_load(data)
+        return validated(flatten(document), run.uri_of(CONFIG))
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
+        raise BadDataError(f"{run.uri_of(CONFIG)} is not a configuration: restore it or start another run") from None
+    except JobError as error:
+        raise BadDataError(f"{error}: another version of the program wrote it, or it is damaged") from None
+
+
+def existing_config(run: Store, name: str) -> RunConfig:
+    """Like `load_config`, for commands that need the run.
+
+    Raises:
+        MissingInputError: there is no such run.
+    """
+    config = load_config(run)
+    if config is None:
+        raise MissingInputError(f"there is no run {name!r} in {run.uri}: `ddpm runs list` shows those there are")
+    return config
+
+
+def create_config(run: Store, config: RunConfig) -> RunConfig:
+    """Stores a new run's configuration; if another attempt was first, returns what it stored."""
+    try:
+        run.create(CONFIG, config.to_yaml().encode())
+    except ObjectExistsError:
+        stored = load_config(run)
+        if stored is not None:
+            return stored
+        raise
+    return config
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One try at a run. Fences grow, so that a later attempt's checkpoints always win over an earlier one's."""
+
+    fence: int
+    id: str
+
+
+def new_attempt(run: Store, changes: dict[str, Any], world_size: int) -> Attempt:
+    """Registers an attempt under the next free number, which becomes its fence."""
+    numbers = [int(entry.key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json")) for entry in run.list(ATTEMPTS)]
+    fence, attempt_id = max(numbers, default=0) + 1, uuid.uuid4().hex
+    record = {
+        "id": attempt_id,
+        "started": utc_now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "code_version": __version__,
+        "world_size": world_size,
+        "changes": changes,
+    }
+    while True:
+        try:
+            run.create(f"{ATTEMPTS}/{fence:06d}.json", json.dumps(record, indent=1).encode())
+            return Attempt(fence, attempt_id)
+        except ObjectExistsError:
+            fence += 1
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a run is going. A hint for people: nothing is decided by it but whether to say that a run is finished."""
+
+    state: str
+    """`running`, `finished`, `stopped` or `failed`."""
+    fence: int
+    images_seen: int
+    target_images: int
+    epoch: float
+    loss: float | None
+    images_per_second: float | None
+    updated: str
+    message: str = ""
+
+
+def write_status(run: Store, status: Status) -> None:
+    """Replaces `status.json`."""
+    run.put(STATUS, json.dumps(asdict(status), indent=1).encode())
+
+
+def read_status(run: Store) -> Status | None:
+    """The last status, or none if there is none that this version understands."""
+    try:
+        return Status(**json.loads(run.read(STATUS).data))
+    except (ObjectMissingError, ValueError, TypeError):
+        return None
+
+
+def utc_now() -> str:
+    """Now, as ISO 8601 in UTC, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
