@@ -1,7 +1,8 @@
 """Pictures: sample grids, nearest neighbours, noised beside original, the β/ᾱ plot, the loss curve, the denoising GIF.
 
-Everything here is pure: tensors and arrays go in, a `PIL.Image.Image` or the bytes of a file come out. Throughout,
-`columns` counts tiles in a row, and `scale` is a nearest-neighbour magnification that is chosen by image size if None.
+Everything here is pure: tensors and arrays go in, a `PIL.Image.Image` or the bytes of a file come out. Images are
+uint8 [B, H, W, C] with C = 1 (grey) or 3 (RGB); every function raises ValueError where there are none, or where shapes,
+types or counts do not match. Small images are magnified by nearest neighbour, so that pixels stay what they are.
 """
 
 from __future__ import annotations
@@ -23,15 +24,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Images = NDArray[np.uint8]
-"""uint8 [B, H, W, C] with C = 1 (grey) or 3 (RGB)."""
-
 _WHITE, _INK, _FAINT = (255, 255, 255), (64, 64, 64), (168, 168, 168)
+_INK_HEX = "#404040"
 _CURVES = {
+    "loss": ("#22437c", "loss"),
     "loss_q0": ("#8fd0b5", "t in 1st quarter"),
     "loss_q1": ("#3fa7c4", "2nd"),
     "loss_q2": ("#e6a04d", "3rd"),
     "loss_q3": ("#d1603d", "4th"),
-    "loss": ("#22437c", "loss"),
 }
 
 
@@ -62,9 +62,6 @@ def image_grid(
         labels: a caption under each image.
         row_labels: a caption left of each row.
         column_labels: a caption above each column.
-
-    Raises:
-        ValueError: no images, images of another shape or type, or a wrong number of captions.
     """
     tiles = _tiles(images, scale)
     count, height, width, _ = tiles.shape
@@ -85,7 +82,7 @@ def image_grid(
         canvas.paste(Image.fromarray(tile), (x, y))
         if labels:
             _write(canvas, (x + width / 2, y + height + line / 2), labels[index], size, "mm", width)
-        if row_labels and x == left + padding:
+        if row_labels and index % columns == 0:
             _write(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
         if column_labels and index < columns:
             _write(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
@@ -97,7 +94,7 @@ def nearest_pairs(
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Find the training image nearest to each sample, by exact L2 distance over all pixels.
 
-    Memory is bounded by the samples and 64 MiB, whatever the size of the training set.
+    Memory is bounded by the samples and a few times 16 MiB, whatever the size of the training set.
 
     Args:
         samples: uint8 [B, H, W, C].
@@ -105,21 +102,18 @@ def nearest_pairs(
 
     Returns:
         Indices into the training images, int64 [B], the lowest among equals; distances in grey levels, float64 [B].
-
-    Raises:
-        ValueError: there are no training images, or they have another shape.
     """
     # In float64 every sum of products of bytes is exact; in float32 a copy can come out farther than a look-alike.
     flat = _checked(samples).reshape(len(samples), -1).astype(np.float64)
-    norms = np.square(flat).sum(axis=1)
+    norms = np.einsum("ij,ij->i", flat, flat)
     best, indices = np.full(len(flat), np.inf), np.zeros(len(flat), dtype=np.int64)
-    at_once, seen = max(1, 2**26 // (8 * flat.shape[1])), 0
+    at_once, seen = max(1, 2**24 // (8 * flat.shape[1])), 0
     for chunk in training() if callable(training) else [training]:
         if chunk.shape[1:] != samples.shape[1:]:
             raise ValueError(f"training images are {chunk.shape[1:]}, samples are {samples.shape[1:]}")
         for start in range(0, len(chunk), at_once):
             others = chunk[start : start + at_once].reshape(-1, flat.shape[1]).astype(np.float64)
-            squared = norms[:, None] - 2 * flat @ others.T + np.square(others).sum(axis=1)
+            squared = norms[:, None] - 2 * flat @ others.T + np.einsum("ij,ij->i", others, others)
             nearest = squared.argmin(axis=1)
             found = squared[np.arange(len(flat)), nearest]
             closer = found < best
@@ -130,16 +124,11 @@ def nearest_pairs(
     return indices, np.sqrt(best)
 
 
-def pairs_grid(samples: Images, nearest: Images, columns: int = 4, scale: int | None = None) -> Image.Image:
-    """Show each sample joined by a thin line to its nearest training image, both uint8 [B, H, W, C]; columns of pairs.
-
-    Raises:
-        ValueError: no images, or not one training image of the same shape for each sample.
-    """
+def pairs_grid(samples: Images, nearest: Images, columns: int = 4) -> Image.Image:
+    """Show each sample joined by a thin line to its nearest training image, `columns` pairs in a row."""
     if samples.shape != nearest.shape:
         raise ValueError(f"samples {samples.shape} and training images {nearest.shape} do not pair up")
-    scale = scale or _scale(samples)
-    left, right = _tiles(samples, scale), _tiles(nearest, scale)
+    left, right = (_tiles(images, _scale(images)) for images in (samples, nearest))
     count, height, width, _ = left.shape
     columns = min(columns, count)
     link, gap, size = max(8, width // 8), max(14, width // 4), _text_size(width)
@@ -155,24 +144,18 @@ def pairs_grid(samples: Images, nearest: Images, columns: int = 4, scale: int | 
     return _framed(canvas)
 
 
-def comparison(
-    grids: Sequence[tuple[str, Images]], columns: int | None = None, scale: int | None = None
-) -> Image.Image:
+def comparison(grids: Sequence[tuple[str, Images]]) -> Image.Image:
     """Show several checkpoints side by side, each under its title; more than four go into several rows.
 
-    `grids` has titles, such as "epoch 30", and images uint8 [B, H, W, C] from the same seeds in the same order. They
-    are as square as possible if `columns` is None, and together not much wider than a screen if `scale` is None.
-
-    Raises:
-        ValueError: nothing to compare, or images of another shape or type.
+    `grids` has titles, such as "epoch 30", and images from the same seeds in the same order. They are magnified no
+    more than fits a screen.
     """
     if not grids:
         raise ValueError("there is nothing to compare")
     first = _checked(grids[0][1])
-    columns = columns or ceil(sqrt(len(first)))
+    columns = ceil(sqrt(len(first)))
     across = len(grids) if len(grids) <= 4 else ceil(sqrt(len(grids)))
-    fitting = max(1, 2000 // (across * columns * first.shape[2]))
-    scale = scale or min(fitting, _scale(first))
+    scale = min(_scale(first), max(1, 2000 // (across * columns * first.shape[2])))
     return _titled([(title, image_grid(images, columns, scale=scale)) for title, images in grids], across)
 
 
@@ -188,9 +171,6 @@ def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int
     """Show x_0 (`images`, uint8 [B, H, W, C]) beside x_t (`noised`, float [B, C, H, W], clamped to [-1, 1]).
 
     Returns two bare grids, six to a row (398×134 pixels for twelve 64-pixel images), and a labelled picture of both.
-
-    Raises:
-        ValueError: no images, or not one noised image and one timestep for each.
     """
     pixels = to_uint8(noised)
     if pixels.shape != images.shape or len(timesteps) != len(images):
@@ -203,20 +183,10 @@ def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int
 
 
 def contact_sheet(
-    images: Images,
-    labels: Sequence[int] | None = None,
-    class_names: Sequence[str] | None = None,
-    columns: int = 10,
-    scale: int | None = None,
+    images: Images, labels: Sequence[int] | None = None, class_names: Sequence[str] | None = None, columns: int = 10
 ) -> Image.Image:
-    """Show images of a dataset, uint8 [B, H, W, C], grouped by their class `labels` where there are any.
-
-    Each group lies beside its entry of `class_names`, or beside the number of the class if these are None.
-
-    Raises:
-        ValueError: no images, or not one label for each image.
-    """
-    scale = scale or _scale(images, tile_pixels=72)
+    """Show images of a dataset, those of a class beside its name (or number, without names), if there are `labels`."""
+    scale = _scale(images, tile_pixels=72)
     if labels is None:
         return _framed(image_grid(images, columns, 4, scale))
     if len(labels) != len(images):
@@ -236,9 +206,6 @@ def denoising_timesteps(timesteps: Sequence[int], frames: int = 20) -> list[int]
     """Choose steps of a sampling grid to show: evenly spaced, from the first, still noise, to the last, the sample.
 
     There are exactly `frames` of them, without repetition, or all steps where the grid has fewer.
-
-    Raises:
-        ValueError: an empty grid.
     """
     if not timesteps:
         raise ValueError("the sampling grid has no steps")
@@ -249,10 +216,7 @@ def denoising_timesteps(timesteps: Sequence[int], frames: int = 20) -> list[int]
 def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scale: int | None = None) -> bytes:
     """Animate sampling as an endless GIF over a thin bar that shows how far it is.
 
-    Each of `frames`, uint8 [B, H, W, C] from noise to samples, becomes one frame, `fps` of them in a second.
-
-    Raises:
-        ValueError: no frames, or images of another shape or type.
+    Each of `frames`, from noise to samples, becomes exactly one, shown for 1/`fps` seconds.
     """
     if not frames:
         raise ValueError("there are no frames to animate")
@@ -306,33 +270,34 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
     from matplotlib.ticker import EngFormatter, LogLocator
 
     figure, axes = _figure(width_inches=9.6)
-    latest = {row["images_seen"]: row for row in rows}
-    x = np.array(sorted(latest), dtype=np.float64)
+    latest = dict(sorted({row["images_seen"]: row for row in rows}.items()))
+    x = np.array(list(latest), dtype=np.float64)
     lowest, highest = inf, -inf
     for key, (color, text) in _CURVES.items():
-        y = np.array([latest[images_seen].get(key, np.nan) for images_seen in sorted(latest)], dtype=np.float64)
+        y = np.array([row.get(key, np.nan) for row in latest.values()], dtype=np.float64)
         known = np.isfinite(y)
         if known.any():
             lowest, highest = min(lowest, y[known].min()), max(highest, y[known].max())
+            width = 2.2 if key == "loss" else 1
             if key == "loss":
                 axes.plot(x[known], y[known], color=color, linewidth=0.8, alpha=0.3)
-            axes.plot(x[known], _smoothed(y[known]), color=color, label=text, linewidth=2.2 if key == "loss" else 1)
+            axes.plot(x[known], _smoothed(y[known]), color=color, label=text, linewidth=width, zorder=2 + width)
     if lowest > highest:
-        axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=axes.title.get_color())
+        axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=_INK_HEX)
     else:
-        figure.legend(loc="outside lower center", ncols=len(_CURVES), frameon=False, labelcolor=axes.title.get_color())
+        figure.legend(loc="outside lower center", ncols=len(_CURVES), frameon=False, labelcolor=_INK_HEX)
     if 0 < 10 * lowest < highest:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
-    axes.set(xlabel="images seen", ylabel="loss", xlim=(0, max(x.max(initial=0), 1)))
+    axes.set(xlabel="images seen", ylabel="loss", xlim=(0, x[-1] if len(x) else 1000))
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     if epoch_images:
-        per_epoch = float(epoch_images)
-        top = axes.secondary_xaxis("top", functions=(lambda n: n / per_epoch, lambda epoch: epoch * per_epoch))
-        top.tick_params(colors=axes.title.get_color())
-        top.set_xlabel("epoch", color=axes.title.get_color())
+        functions = (lambda images: images / epoch_images, lambda epochs: epochs * epoch_images)
+        top = axes.secondary_xaxis("top", functions=functions)
+        top.tick_params(colors=_INK_HEX)
+        top.set_xlabel("epoch", color=_INK_HEX)
         top.spines[:].set_visible(False)
     return _png(figure)
 
@@ -404,15 +369,13 @@ def _palette(images: Images) -> Image.Image:
 def _figure(width_inches: float) -> tuple[Figure, Axes]:
     # Figure itself, not pyplot: no global state, no display, safe beside other threads.
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(width_inches, 4.8), dpi=100, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    figure = Figure(figsize=(width_inches, 4.8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
     axes = figure.add_subplot()
-    ink = "#404040"
-    axes.tick_params(colors=ink)
-    for text in (axes.title, axes.xaxis.label, axes.yaxis.label):
-        text.set_color(ink)
-    axes.spines[:].set_color(ink)
+    axes.tick_params(colors=_INK_HEX)
+    for part in (axes.title, axes.xaxis.label, axes.yaxis.label, axes.spines[:]):
+        part.set_color(_INK_HEX)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.8)
     return figure, axes
@@ -425,6 +388,9 @@ def _png(figure: Figure) -> bytes:
 
 
 def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Moving average over a fiftieth of the points on either side, fewer at the ends."""
-    window = np.ones(2 * (len(values) // 50) + 1)
-    return np.convolve(values, window, "same") / np.convolve(np.ones_like(values), window, "same")
+    """Moving average over a 25th of the points on either side; none before a point that are not also after it."""
+    index = np.arange(len(values))
+    radius = np.minimum(index, len(values) // 25)
+    sums = np.concatenate([[0], np.cumsum(values)])
+    first, end = index - radius, np.minimum(index + radius + 1, len(values))
+    return (sums[end] - sums[first]) / (end - first)

@@ -20,6 +20,8 @@ _ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
+# Bits of x, read as an integer, are about 2⁵²·(log₂ x + 1023 - 0.045); this minus half of them are about those of 1/√x.
+_INVERSE_ROOT_GUESS = int(1.5 * (1023 - 0.045) * 2**52)
 _ARTANH_SERIES = [2 / (2 * k + 1) for k in range(9)]
 _SINE_SERIES = [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]
 _COSINE_SERIES = [(-1) ** k / math.factorial(2 * k) for k in range(8)]
@@ -149,9 +151,9 @@ def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], d
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals, float64, from two words (Box & Muller 1958).
 
-    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way. The libraries' logarithms, cosines and square roots
-    differ in the last bit between vector bodies and scalar tails, processors and cards; rounding to float32 hides that
-    almost always, not always.
+    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way only. Library logarithms, cosines and (in torch)
+    square roots differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
+    rounding to float32 hides that almost always, not always.
     """
     radius = _square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))
     cosine, sine = _cosine_and_sine(angle_word)
@@ -169,7 +171,7 @@ def _logarithm(x: Tensor) -> Tensor:
 
 def _square_root(x: Tensor) -> Tensor:
     """Square root of positive float64: x·(1/√x), by Newton's method from a guess that halves the exponent."""
-    inverse_root = (0x5FE6EB50C7B537A9 - (x.view(torch.int64) >> 1)).view(torch.float64)
+    inverse_root = (_INVERSE_ROOT_GUESS - (x.view(torch.int64) >> 1)).view(torch.float64)
     minus_half = x * -0.5
     for _ in range(4):
         inverse_root.mul_((inverse_root * inverse_root).mul_(minus_half).add_(1.5))

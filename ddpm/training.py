@@ -211,9 +211,9 @@ def train(
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
+        state.images_seen += settings.batch_size_images
         decay = ema_decay(state.images_seen, settings.batch_size_images, settings.ema_decay, settings.ema_warmup)
         state.ema.update(state.model, decay)
-        state.images_seen += settings.batch_size_images
         if hooks.after_step(state):
             return
 

@@ -27,7 +27,9 @@ def pack_dataset(request: PackRequest) -> None:
     request = request.check()
     assert request.size is not None
     bucket = open_store(request.bucket)
-    source = str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if request.source == EMBEDDED else request.source
+    source = (
+        str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if request.source == EMBEDDED else request.source
+    )
     stop = StopFlag().install()
     with Progress(f"packing {request.name}", unit="images") as bar:
         index = pack(
@@ -170,4 +172,6 @@ def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
     if not classes:
         return np.unique(np.linspace(0, len(labels) - 1, SHEET_IMAGES).astype(np.int64))
     members = [np.flatnonzero(labels == number) for number in range(classes)]
-    return np.concatenate([m[np.unique(np.linspace(0, len(m) - 1, SHEET_PER_CLASS).astype(int))] for m in members if len(m)])
+    return np.concatenate(
+        [m[np.unique(np.linspace(0, len(m) - 1, SHEET_PER_CLASS).astype(int))] for m in members if len(m)]
+    )

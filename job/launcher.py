@@ -69,8 +69,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
 def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
     first_failure: int | None = None
     deadline = float("inf")
-    while any(process.poll() is None for process in ranks):
-        failures = [process.returncode for process in ranks if process.returncode]
+    while None in (codes := [process.poll() for process in ranks]):
+        failures = [code for code in codes if code]
         if failures and first_failure is None:
             first_failure = failures[0]
             deadline = time.monotonic() + GRACE_SECONDS
@@ -79,8 +79,7 @@ def _wait(ranks: list[subprocess.Popen[bytes]]) -> int:
         if time.monotonic() > deadline:
             _signal_all(ranks, signal.SIGKILL)
         time.sleep(0.05)
-    codes = [first_failure, *(process.returncode for process in ranks)]
-    code = next((code for code in codes if code), 0)
+    code = next((code for code in [first_failure, *codes] if code), 0)
     return 128 - code if code < 0 else code
 
 

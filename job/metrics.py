@@ -22,7 +22,7 @@ Row = dict[str, Any]
 
 
 def segment_objects(rows: list[Row], ref: CheckpointRef) -> tuple[MetricSegment, dict[str, bytes]]:
-    """The rows as a segment for a manifest, and the objects to upload: JSON lines, and the same as TensorBoard events."""
+    """The rows as a segment for a manifest, and the objects to upload: JSON lines, and TensorBoard events."""
     name = f"{ref.fence:06d}-{ref.images_seen:012d}"
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     segment = MetricSegment(key=f"metrics/{name}.jsonl", sha256=hashlib.sha256(lines).hexdigest())

@@ -19,7 +19,7 @@ from job.exits import BadRequestError
 ORDER_VERSION = "feistel-1"
 """Stored with a run: another algorithm would show a resumed run some images twice and others never."""
 
-_ROUNDS = 12
+_ROUNDS = 20
 _EPOCHS_HELD = 4
 
 Int64s = npt.NDArray[np.int64]

@@ -57,7 +57,7 @@ class Painter:
     def generate(
         self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
     ) -> torch.Tensor:
-        """One batch on this process: float32 [B, C, H, W] in [-1, 1]. With classes, seed k is of class k mod classes."""
+        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; with classes, seed k is of class k mod classes."""
         config, classes = self.config, self.config.model.num_classes
         assert config.data.size is not None and config.data.channels is not None
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)

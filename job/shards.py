@@ -146,7 +146,8 @@ def find_dataset(bucket: Store, name: str, size: int | None = None) -> str:
         return dataset_key(name, sizes[0])
     if size is None and sizes:
         raise BadRequestError(
-            f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose with --set data.size=N"
+            f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
+            "(of ddpm train: --set data.size=N)"
         )
     wanted = f"{name!r}" if size is None else f"{name!r} at {size} pixels"
     there = f" (there is {', '.join(f'{name}-{s}' for s in sizes)})" if sizes else ""

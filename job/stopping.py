@@ -31,12 +31,14 @@ class StopFlag:
         self.reason = self.reason or signal.Signals(number).name
 
     def __call__(self) -> bool:
+        """Whether a signal came."""
         return bool(self.reason)
 
 
 class Agreement:
-    """Flags that hold once any process raised them, agreed without waiting: each step starts an exchange and reads the
-    one before, so that the answer is one step late and the same on every process.
+    """Flags that hold once any process raised them, agreed without waiting.
+
+    Each step starts an exchange and reads the one before, so the answer is one step late and the same everywhere.
     """
 
     def __init__(self, world_size: int, flags: int) -> None:

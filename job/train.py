@@ -242,7 +242,7 @@ class TrainingSession:
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
             "learning_rate": learning_rate_at(previous, settings_of(self.config)),
-            "ema_decay": ema_decay(previous, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
+            "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
         }

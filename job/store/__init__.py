@@ -58,8 +58,8 @@ def _open_gcs(rest: str, deadline_seconds: float) -> Store:
     if not _BUCKET.fullmatch(bucket):
         raise BadRequestError(f"gs://{rest} names no bucket: use gs://BUCKET or gs://BUCKET/FOLDER")
     try:
-        from job.store.gcs import open_bucket
+        from job.store.gcs import Bucket, GcsStore
     except ModuleNotFoundError as error:
         raise BadRequestError(f"gs:// needs more than is installed ({error}): pip install 'ddpm-job[gs]'") from None
-    store = open_bucket(bucket, deadline_seconds)
+    store = GcsStore(Bucket(bucket, deadline_seconds))
     return store.sub(prefix) if prefix else store

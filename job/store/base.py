@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -132,7 +132,7 @@ class Store(abc.ABC):
         """
 
     @abc.abstractmethod
-    def folders(self, prefix: str = "") -> list[str]:
+    def folders(self, prefix: str = "") -> Sequence[str]:
         """Names of the immediate sub-folders of `prefix`, sorted; never from a cache."""
 
     @abc.abstractmethod

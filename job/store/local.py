@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -118,20 +118,21 @@ class LocalStore(Store):
             raise MissingInputError(self._no_root())
         return self._walk(self._path(prefix) if prefix else self._folder, folder_key(prefix))
 
-    def folders(self, prefix: str = "") -> list[str]:
+    def folders(self, prefix: str = "") -> Sequence[str]:
         """The folders below which there is an object: an empty one is nothing to a bucket."""
         if not self._root.is_dir():
             raise MissingInputError(self._no_root())
-        return [
+        return sorted(
             child.name
             for child in self._children(self._path(prefix) if prefix else self._folder)
             if child.is_dir(follow_symlinks=False) and any(self._walk(Path(child.path), ""))
-        ]
+        )
 
     def delete(self, key: str) -> None:
         """Unlinks the file, and the folders that are empty without it."""
         path = self._path(key)
-        with os_errors(path), suppress(FileNotFoundError, NotADirectoryError), folder_lock(path.parent):
+        absent = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+        with os_errors(path), suppress(*absent), folder_lock(path.parent):
             path.unlink()
         # A folder with anything in it stays, and so does one that somebody begins to write to.
         with suppress(OSError):
@@ -178,7 +179,7 @@ class LocalStore(Store):
             return os.fstat(file.fileno()).st_size == size_bytes and crc32c_of(file) == checksum
         return False
 
-    def _children(self, folder: Path) -> list[os.DirEntry[str]]:
+    def _children(self, folder: Path) -> Sequence[os.DirEntry[str]]:
         """What lies in `folder`, in the order in which a bucket would list it."""
         with os_errors(folder):
             try:

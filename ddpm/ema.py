@@ -1,0 +1,72 @@
+"""Averaged weights: the ones to sample from."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+
+def ema_decay(images_seen: int, batch_size_images: int, decay: float, warmup: bool) -> float:
+    """Decay of the average for one update, a function of progress alone.
+
+    Args:
+        images_seen: images seen so far, the present batch included.
+        batch_size_images: the global batch size.
+        decay: the decay that is reached in the end.
+        warmup: whether to begin with min(decay, (1+n)/(10+n)) after n batches, as latent-diffusion does, so that the
+            random initial weights are forgotten early.
+
+    Returns:
+        The factor on the old average.
+    """
+    if not warmup:
+        return decay
+    n = images_seen / batch_size_images
+    return min(decay, (1 + n) / (10 + n))
+
+
+class EMA:
+    """Exponential moving average of a module's parameters, in float32 whatever their dtype.
+
+    It takes the bare module: the caller strips the wrappers of DDP and torch.compile, whose prefixes change the names.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.shadow: dict[str, Tensor] = {
+            name: parameter.detach().to(torch.float32, copy=True) for name, parameter in model.named_parameters()
+        }
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, decay: float) -> None:
+        """Move the average: shadow ← decay · shadow + (1 - decay) · parameter. Nothing waits for the device."""
+        parameters = dict(model.named_parameters())
+        current = [parameters[name].to(torch.float32) for name in self.shadow]
+        torch._foreach_lerp_(list(self.shadow.values()), current, 1 - decay)
+
+    @torch.no_grad()
+    def copy_to(self, model: nn.Module) -> None:
+        """Overwrite the module's parameters with the average."""
+        parameters = dict(model.named_parameters())
+        torch._foreach_copy_([parameters[name] for name in self.shadow], list(self.shadow.values()))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The averages by parameter name: the tensors themselves, not copies."""
+        return dict(self.shadow)
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over averages of the same names and shapes; device and memory layout stay as they are.
+
+        Raises:
+            ValueError: when a name is missing or unknown, or a shape differs.
+        """
+        missing, unknown = self.shadow.keys() - state.keys(), state.keys() - self.shadow.keys()
+        if missing or unknown:
+            raise ValueError(f"the averaged weights do not fit: missing {sorted(missing)}, unknown {sorted(unknown)}")
+        for name, average in self.shadow.items():
+            if state[name].shape != average.shape:
+                raise ValueError(
+                    f"the averaged weight {name} has shape {list(state[name].shape)}, not {list(average.shape)}"
+                )
+        for name, average in self.shadow.items():
+            average.copy_(state[name])

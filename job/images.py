@@ -1,0 +1,172 @@
+"""One image: from whatever a person has to the PNG that lies in a shard, and from there to the array trained on.
+
+How images are cropped and resized changes an FID more than most methods do: both are part of a dataset's record.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageOps, features
+
+from job.exits import BadDataError, BadRequestError
+
+FILTERS = {
+    "lanczos": Image.Resampling.LANCZOS,
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "box": Image.Resampling.BOX,
+}
+PIXEL_LIMIT = 89_478_485
+"""Pillow's own limit (a quarter of a gigabyte as RGB), beyond which a file of a few kilobytes may be a bomb."""
+
+# Ghostscript and other interpreters that Pillow can call are no place for strangers' files.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
+
+# Pillow warns of large images, which are rejected here, and of broken EXIF, in the midst of a progress bar.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+class RejectedImageError(Exception):
+    """An image that is left out of the dataset, and why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to each image.
+
+    Attributes:
+        size: height and width of the result in pixels.
+        crop: `center` (the largest centred square), `center:SIDE`, `squash` (everything), or `LEFT,TOP,WIDTH,HEIGHT`,
+            in pixels of the upright image.
+        resize_filter: a key of `FILTERS`.
+        channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
+        min_side: images with a shorter side under this many pixels are rejected.
+    """
+
+    size: int
+    crop: str
+    resize_filter: str
+    channels: int
+    min_side: int
+
+    def __post_init__(self) -> None:
+        """Raises `BadRequestError` for a value that means nothing."""
+        if self.size < 1:
+            raise BadRequestError(f"--size {self.size}: give the width of the packed images in pixels, for example 64")
+        if not _CROP.fullmatch(self.crop):
+            raise BadRequestError(
+                f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT (in pixels)"
+            )
+        if self.resize_filter not in FILTERS:
+            raise BadRequestError(f"unknown resize filter {self.resize_filter!r}: use {', '.join(FILTERS)}")
+        if self.channels not in (1, 3):
+            raise BadRequestError(f"{self.channels} channels: use 3 for colour or 1 for grey")
+
+    def box(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """The crop (left, top, right, bottom) of an image of this size.
+
+        Raises:
+            RejectedImageError: it is not inside of the image.
+        """
+        crop = _CROP.fullmatch(self.crop)
+        assert crop is not None
+        if self.crop == "squash":
+            return 0, 0, width, height
+        if crop["box"]:
+            left, top, box_width, box_height = map(int, self.crop.split(","))
+        else:
+            box_width = box_height = int(crop["side"] or min(width, height))
+            left, top = (width - box_width) // 2, (height - box_height) // 2
+        if left < 0 or top < 0 or left + box_width > width or top + box_height > height:
+            raise RejectedImageError(f"crop {self.crop} is outside of its {width}×{height} pixels")
+        return left, top, left + box_width, top + box_height
+
+
+def prepare(encoded: bytes, recipe: Recipe) -> bytes:
+    """Decodes an image file, sets it upright, crops, resizes, and encodes it as PNG.
+
+    Raises:
+        RejectedImageError: unreadable, truncated, too small, too large, or the crop is outside of it.
+    """
+    image = _decoded(encoded)
+    if min(image.size) < recipe.min_side:
+        raise RejectedImageError(
+            f"has {image.width}×{image.height} pixels, under {recipe.min_side} on its shorter side"
+        )
+    box = recipe.box(*image.size)
+    if box != (0, 0, *image.size):
+        image = image.crop(box)
+    image = _in_channels(image, recipe.channels)
+    if image.size != (recipe.size, recipe.size):
+        image = image.resize((recipe.size, recipe.size), FILTERS[recipe.resize_filter], reducing_gap=None)
+    return _png(image)
+
+
+def _decoded(encoded: bytes) -> Image.Image:
+    """The upright image, in whatever mode its file has."""
+    try:
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        if image.width * image.height <= PIXEL_LIMIT:
+            image.load()
+            return ImageOps.exif_transpose(image)
+    # Decoders meet broken files with anything from SyntaxError to ZeroDivisionError; each means the same here.
+    except Exception as error:
+        raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
+    raise RejectedImageError(f"has {image.width}×{image.height} pixels, more than the limit of {PIXEL_LIMIT}")
+
+
+def _in_channels(image: Image.Image, channels: int) -> Image.Image:
+    """The image with 8 bits per channel, transparency replaced by white."""
+    if image.mode.startswith("I"):
+        # Pillow's own conversion cuts 16 bits off at 255 instead of scaling them.
+        levels = np.asarray(image).clip(0, 65535).astype(np.uint32)
+        image = Image.fromarray(((levels + 128) // 257).astype(np.uint8))
+    elif image.mode == "F":
+        raise RejectedImageError("has floating-point pixels, whose range is anybody's guess")
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    mode = "L" if channels == 1 else "RGB"
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    # Without this Pillow keeps the source's colour profile, gamma and text, which the resized pixels no longer need.
+    image.info.clear()
+    # Run lengths of filtered rows: 64×64 photographs come out 4 % smaller than from deflate at level 1, 20 % sooner.
+    image.save(file, "PNG", compress_level=1, compress_type=zlib.Z_RLE)
+    return file.getvalue()
+
+
+def codec_versions() -> str:
+    """Versions of the decoders and encoders, which decide the bytes of a packed image."""
+    libraries = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "libtiff")
+    return " ".join([f"pillow {features.version('pil')}", *(f"{name} {features.version(name)}" for name in libraries)])
+
+
+def decode(encoded: bytes | bytearray | memoryview, channels: int) -> np.ndarray:
+    """Decodes a packed image without holding the GIL.
+
+    Returns:
+        uint8 [height, width, channels].
+
+    Raises:
+        BadDataError: the bytes are no image.
+    """
+    import torch
+    from torchvision.io import ImageReadMode, decode_image
+
+    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    try:
+        image: torch.Tensor = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
+    except (RuntimeError, ValueError):
+        raise BadDataError("an image is damaged, or none of PNG, JPEG, WebP and GIF") from None
+    return image.permute(1, 2, 0).numpy()

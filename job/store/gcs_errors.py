@@ -1,0 +1,141 @@
+"""What goes wrong between us and Google Cloud Storage, told as the errors a person can act on.
+
+Two client libraries with four HTTP stacks below them have some thirty ways of saying five things; this is the one place
+that knows them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import aiohttp
+import requests
+import urllib3
+from gcsfs.retry import ChecksumError, HttpError
+from google.api_core.exceptions import GoogleAPIError, RetryError
+from google.auth.exceptions import GoogleAuthError, TransportError
+from google.cloud.storage.exceptions import DataCorruption
+
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.store.base import ObjectMissingError
+
+_REMOTE = (
+    GoogleAPIError,
+    GoogleAuthError,
+    DataCorruption,
+    HttpError,
+    ChecksumError,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    aiohttp.ClientError,
+    ConnectionError,
+    TimeoutError,
+)
+_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
+_MESSAGE = re.compile(r'"message": *"([^"]+)"')
+_REASON_CHARACTERS = 200
+
+
+class GcsErrors:
+    """Translates the errors of one bucket's clients."""
+
+    def __init__(self, bucket: str, deadline_seconds: float, bucket_exists: Callable[[], bool]) -> None:
+        """`bucket_exists` tells a missing bucket from a missing object: Google answers both with 404."""
+        self._bucket = f"gs://{bucket}"
+        self._deadline_seconds = deadline_seconds
+        self._bucket_exists = bucket_exists
+
+    @contextmanager
+    def about(self, uri: str) -> Iterator[None]:
+        """Turns what the clients raise into a `JobError` that names `uri`; errors of the local disk pass through.
+
+        Raises:
+            ObjectMissingError: 404, though the bucket is there.
+            MissingInputError: 404 for the bucket itself.
+            NoPermissionError: 401, 403, or credentials that cannot be refreshed.
+            BucketAwayError: no connection, silence, 408, 429 or 5xx until the deadline, or bytes damaged on the way.
+            BadRequestError: any other refusal.
+        """
+        try:
+            yield
+        except (*_REMOTE, OSError) as error:
+            # gcsfs raises bare OSErrors for HTTP answers; one with a number comes from this machine's disk.
+            if not isinstance(error, _REMOTE) and error.errno is not None:
+                raise
+            raise self.translated(error, uri) from error
+
+    def translated(self, error: BaseException, uri: str) -> JobError:
+        """The `JobError` for one error of a client."""
+        if isinstance(error, RetryError) and error.cause is not None:
+            error = error.cause
+        status, reason = _status(error), _reason(error)
+        if status == 404:
+            return self.missing(uri)
+        if status in (401, 403):
+            permission = _PERMISSION.search(str(error))
+            return NoPermissionError(
+                f"{uri}: no permission{f' {permission[0]}' if permission else ''} ({reason}): grant the account in use "
+                f"roles/storage.objectUser on {self._bucket}"
+            )
+        if isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError)):
+            return no_credentials(self._bucket, reason)
+        if isinstance(error, DataCorruption | ChecksumError):
+            return damaged(uri)
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            return BadRequestError(f"{uri}: Google Cloud Storage refused with {status}: {reason}")
+        return BucketAwayError(
+            f"{uri}: the bucket was away for {self._deadline_seconds:g} s ({reason}): check the network; the same "
+            "command goes on from here"
+        )
+
+    def missing(self, uri: str) -> MissingInputError:
+        """What a 404 about `uri` means."""
+        try:
+            there = self._bucket_exists()
+        except _REMOTE:
+            # Who may not list cannot tell; the object is missing all the same.
+            there = True
+        if there:
+            return ObjectMissingError(f"no object at {uri}")
+        return MissingInputError(
+            f"no bucket {self._bucket}: check the name, or make it with `gcloud storage buckets create {self._bucket}`"
+        )
+
+
+def damaged(uri: str) -> BucketAwayError:
+    """The bytes that arrived are not the ones that were sent."""
+    return BucketAwayError(f"{uri}: the bytes were damaged on the way (crc32c differs): check the network; try again")
+
+
+def no_credentials(bucket_uri: str, reason: str) -> NoPermissionError:
+    """Google knows neither a user nor a service account here."""
+    return NoPermissionError(
+        f"{bucket_uri}: no usable Google credentials ({reason}): run `gcloud auth application-default login`, or set "
+        "GOOGLE_APPLICATION_CREDENTIALS to a key file"
+    )
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an answer; None if there was none."""
+    if isinstance(error, FileNotFoundError):
+        return 404
+    if isinstance(error, OSError) and str(error).startswith("Forbidden"):
+        return 403
+    response = getattr(error, "response", None)
+    status = getattr(error, "code", None) or getattr(error, "status", None) or getattr(response, "status_code", None)
+    return int(status) if status else None
+
+
+def _reason(error: BaseException) -> str:
+    """One short line: the server's own words, or the innermost cause (`Connection refused`, not a nest of classes)."""
+    text = str(error)
+    if (message := _MESSAGE.search(text)) is not None:
+        text = message[1]
+    elif _status(error) is None:
+        while inner := error.__cause__ or error.__context__:
+            error = inner
+        text = str(error)
+    text = " ".join(text.split()) or type(error).__name__
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
