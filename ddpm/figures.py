@@ -24,8 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Images = NDArray[np.uint8]
-_WHITE, _INK, _FAINT = (255, 255, 255), (64, 64, 64), (168, 168, 168)
-_INK_HEX = "#404040"
+_WHITE, _INK, _FAINT, _INK_HEX = (255, 255, 255), (64, 64, 64), (168, 168, 168), "#404040"
 _CURVES = {
     "loss": ("#22437c", "loss"),
     "loss_q0": ("#8fd0b5", "t in 1st quarter"),
@@ -41,6 +40,13 @@ def to_uint8(x: torch.Tensor) -> Images:
 
     levels = x.detach().float().nan_to_num(nan=0.0).add(1).mul(127.5).round().clamp(0, 255)
     return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+
+
+def png(picture: Image.Image) -> bytes:
+    """Encode a picture as PNG."""
+    file = BytesIO()
+    picture.save(file, "PNG")
+    return file.getvalue()
 
 
 def image_grid(
@@ -71,8 +77,7 @@ def image_grid(
         if captions is not None and len(captions) != expected:
             raise ValueError(f"{len(captions)} captions for {expected} places: {captions}")
 
-    size = _text_size(width)
-    line = 2 * size
+    size, line = _text_size(width), 2 * _text_size(width)
     left = max(round(_font(size).getlength(text)) for text in row_labels) + size if row_labels else 0
     top = line if column_labels else 0
     step_x, step_y = width + padding, height + padding + (line if labels else 0)
@@ -137,18 +142,16 @@ def pairs_grid(samples: Images, nearest: Images, columns: int = 4) -> Image.Imag
     _write(canvas, (0, size / 2), "sample | nearest training image", size, "lm")
     for index in range(count):
         x, y = index % columns * step_x, header + index // columns * step_y
-        middle = y + height // 2
-        ImageDraw.Draw(canvas).line((x + width, middle, x + width + link, middle), fill=_FAINT, width=2)
+        canvas.paste(_FAINT, (x + width, y + height // 2 - 1, x + width + link, y + height // 2 + 1))
         canvas.paste(Image.fromarray(left[index]), (x, y))
         canvas.paste(Image.fromarray(right[index]), (x + width + link, y))
     return _framed(canvas)
 
 
 def comparison(grids: Sequence[tuple[str, Images]]) -> Image.Image:
-    """Show several checkpoints side by side, each under its title; more than four go into several rows.
+    """Show checkpoints side by side, each under its title ("epoch 30"), from the same seeds in the same order.
 
-    `grids` has titles, such as "epoch 30", and images from the same seeds in the same order. They are magnified no
-    more than fits a screen.
+    More than four go into several rows; they are magnified no more than fits a screen.
     """
     if not grids:
         raise ValueError("there is nothing to compare")
@@ -257,7 +260,7 @@ def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> b
     axes.set_xlabel("timestep t")
     axes.set_title(f"{name} schedule, T = {timesteps}", pad=10)
     axes.legend(handles=lines, loc="center right", frameon=False, fontsize=13)
-    return _png(figure)
+    return _plot_png(figure)
 
 
 def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = None) -> bytes:
@@ -299,7 +302,7 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
         top.tick_params(colors=_INK_HEX)
         top.set_xlabel("epoch", color=_INK_HEX)
         top.spines[:].set_visible(False)
-    return _png(figure)
+    return _plot_png(figure)
 
 
 def _checked(images: Images) -> Images:
@@ -360,9 +363,9 @@ def _palette(images: Images) -> Image.Image:
     # At most 32 pixels of a side of each image: k-means over more costs seconds and finds the same colours.
     stride = ceil(images.shape[2] / 32)
     small = image_grid(images[:, ::stride, ::stride], columns=len(images))
-    small = small.quantize(254, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
+    small = small.quantize(255, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*(small.getpalette() or [])[: 3 * 254], *_WHITE, *_FAINT])
+    palette.putpalette([*(small.getpalette() or [])[: 3 * 255], *_FAINT])
     return palette
 
 
@@ -381,7 +384,7 @@ def _figure(width_inches: float) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _png(figure: Figure) -> bytes:
+def _plot_png(figure: Figure) -> bytes:
     file = BytesIO()
     figure.savefig(file, format="png", metadata={"Software": None})
     return file.getvalue()

@@ -142,7 +142,7 @@ def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], d
     blocks = torch.arange(math.ceil(length / 4), device=compute_device)
     words = philox((blocks, int(purpose), *_halves(number)), _halves(seed))
     w0, w1, w2, w3 = (torch.as_tensor(word) for word in words)
-    normals = torch.empty(*w0.shape, 4, device=compute_device)
+    normals = torch.empty(*w0.shape, 4, dtype=torch.float32, device=compute_device)
     normals[..., 0], normals[..., 1] = _box_muller(w0, w1)
     normals[..., 2], normals[..., 3] = _box_muller(w2, w3)
     return normals.flatten(1)[:, :length].reshape(-1, *shape).to(device)
@@ -151,8 +151,8 @@ def _normals(purpose: Purpose, number: Word, seed: Word, shape: Sequence[int], d
 def _box_muller(radius_word: Tensor, angle_word: Tensor) -> tuple[Tensor, Tensor]:
     """Two independent standard normals, float64, from two words (Box & Muller 1958).
 
-    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way only. Library logarithms, cosines and (in torch)
-    square roots differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
+    Built from +, -, × and ÷ alone, which IEEE 754 rounds in one way only. Library logarithms, cosines and even torch's
+    square root may differ in the last bit between vector bodies and scalar tails, thread counts, processors and cards;
     rounding to float32 hides that almost always, not always.
     """
     radius = _square_root(_logarithm((radius_word.double() + 0.5) * 2.0**-32).mul_(-2))

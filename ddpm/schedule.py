@@ -4,7 +4,7 @@ Notation of Ho et al. 2020: α_t = 1 - β_t, ᾱ_t = α_0 ⋯ α_t with t in 0..
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -30,7 +30,7 @@ class NoiseSchedule:
     sqrt_one_minus_alphas_cumprod: Tensor
     snr: Tensor
     """Signal-to-noise ratio ᾱ_t / (1 - ᾱ_t)."""
-    alphas_cumprod_host: tuple[float, ...]
+    alphas_cumprod_host: tuple[float, ...] = field(repr=False)
     """ᾱ_t in float64. Samplers take their coefficients from here, so that no step waits for the device, and 1 - ᾱ_t,
     as small as 4e-5, keeps its digits."""
 

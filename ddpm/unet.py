@@ -25,9 +25,7 @@ class UNet(nn.Module):
         in_channels: int = 3,  # of the images, in and out
         channels: int = 128,  # width of the first level, before its multiplier
         channel_mults: Sequence[int] = (1, 2, 2, 2),  # one per level; every level halves the size
-        attention_sizes: Sequence[int] = (
-            16,
-        ),  # sizes in pixels of the levels with attention; the middle always has it
+        attention_sizes: Sequence[int] = (16,),  # pixels; levels of these sizes get attention, the middle always
         layers_per_level: int = 2,  # residual blocks per level on the way down; on the way up there is one more
         norm_groups: int = 32,  # of the group normalisations
         dropout: float = 0.0,  # probability, within the residual blocks
@@ -89,7 +87,7 @@ class UNet(nn.Module):
         embedding = self.time_embedding(timesteps)
         if self.class_embedding is not None:
             embedding = embedding + self.class_embedding(labels)
-        # Every residual block begins with this activation, so it is computed once.
+        # Every residual block projects the activated embedding: activate it once.
         embedding = F.silu(embedding)
 
         skips = [self.conv_in(x)]

@@ -143,11 +143,12 @@ class Idx(Source):
     def members(self) -> Iterator[Member]:
         """The images in file order, named after their class and number."""
         with self._open_images() as raw:
-            limit_bytes = _DEFLATE_LIMIT * _size_bytes(raw)
+            size = _size_bytes(raw)
             file = _gunzipped(raw)
+            limit_bytes = size if file is raw else size * _DEFLATE_LIMIT
             magic, count, height, width = struct.unpack(">4I", read_exactly(file, 16))
             pixels = height * width
-            if magic != 0x803 or not 0 < count * pixels <= limit_bytes:
+            if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
                 raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count} of {height} × {width})")
             labels = self._labels(count)
             digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))

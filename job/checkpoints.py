@@ -250,6 +250,11 @@ class Retention:
     keep_every_epochs: int
     keep_epochs: tuple[int, ...]
 
+    def keeps_epoch(self, epoch: int) -> bool:
+        """Whether the checkpoint at the end of `epoch` is never retired, and therefore always made."""
+        every = self.keep_every_epochs
+        return epoch in self.keep_epochs or bool(every and epoch % every == 0)
+
     def retire(self, refs: list[CheckpointRef], dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
         """The checkpoints that may go, oldest first; never the newest.
 
@@ -258,9 +263,8 @@ class Retention:
         newest = sorted(refs)[-self.keep_last :]
 
         def kept_for_epoch(ref: CheckpointRef) -> bool:
-            every = self.keep_every_epochs
             epochs = epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
-            return any(epoch in self.keep_epochs or (every and epoch % every == 0) for epoch in epochs)
+            return any(self.keeps_epoch(epoch) for epoch in epochs)
 
         return [ref for ref in sorted(refs) if ref not in newest and not kept_for_epoch(ref)]
 

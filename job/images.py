@@ -12,7 +12,7 @@ import zlib
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageOps, features
+from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from job.exits import BadDataError, BadRequestError
 
@@ -116,6 +116,8 @@ def _decoded(encoded: bytes) -> Image.Image:
         if image.width * image.height <= PIXEL_LIMIT:
             image.load()
             return ImageOps.exif_transpose(image)
+    except UnidentifiedImageError:
+        raise RejectedImageError("is damaged from its beginning, or no image of a kind that is read") from None
     # Decoders meet broken files with anything from SyntaxError to ZeroDivisionError; each means the same here.
     except Exception as error:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None

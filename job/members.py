@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import IO, TypeVar
 
 from job.exits import BadDataError, MissingInputError, NoPermissionError
@@ -176,8 +177,7 @@ def path_parts(name: str) -> tuple[str, ...]:
 def is_image(name: str) -> bool:
     """Whether the name says that this is an image a person meant to keep: no hidden file, no macOS litter."""
     *folders, base = path_parts(name)
-    suffix = "." + base.rpartition(".")[2].lower()
-    return suffix in SUFFIXES and not is_litter(base) and not any(map(is_litter, folders))
+    return PurePosixPath(base).suffix.lower() in SUFFIXES and not any(map(is_litter, [*folders, base]))
 
 
 def is_litter(component: str) -> bool:

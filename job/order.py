@@ -19,6 +19,7 @@ from job.exits import BadRequestError
 ORDER_VERSION = "feistel-1"
 """Stored with a run: another algorithm would show a resumed run some images twice and others never."""
 
+# Fewer are enough for thousands of images; blocks of three to six show a bias below twenty.
 _ROUNDS = 20
 _EPOCHS_HELD = 4
 
@@ -94,11 +95,10 @@ class Order:
         return {}
 
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:
-        """The shards as they lie end to end in an epoch, where each ends, and what turns a place there into an index."""
+        """The shards as they lie end to end in an epoch, where each ends, and what makes a place there an index."""
         if (layout := self._layouts.get(epoch)) is None:
             images = np.array(self.shard_images, dtype=np.int64)
-            keys = _mixed64(_key(self.seed, np.full(len(images), epoch), 0) + np.arange(len(images), dtype=np.uint64))
-            shards = np.argsort(keys, kind="stable")
+            shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
             ends = np.cumsum(images[shards])
             layout = shards, ends, np.cumsum(images)[shards] - ends
             if len(self._layouts) >= _EPOCHS_HELD:
@@ -124,7 +124,7 @@ def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:
 
 
 def _feistel(places: Int64s, rows: Int64s, columns: Int64s, keys: UInt64s) -> Int64s:
-    """Permutation of the cells of a grid: each round turns all cells of a column, or of a row, by a hash of its number."""
+    """Permutation of the cells of a grid: a round turns each column, or each row, by a hash of its number."""
     row, column = (half.astype(np.uint32) for half in np.divmod(places, columns))
     row_count, column_count = rows.astype(np.uint32), columns.astype(np.uint32)
     key, step = keys.astype(np.uint32), (keys >> np.uint64(32)).astype(np.uint32) | np.uint32(1)

@@ -1,65 +1,302 @@
 """Packing: images in, a dataset in the bucket out, whoever is killed on the way.
 
-Shards are uploaded as they fill. A journal says of each what of the source went into it, so that the same command goes on
-behind the last one; the index, created last and once, is what makes a dataset of them. The result depends on the source
-and the parameters alone, never on threads, interruptions, or how often it was tried.
+The same command goes on where an attempt was interrupted: it reads the source from its beginning, for only that tells
+whether it is still the same, but decodes and uploads nothing that is in the bucket already. What comes out depends on
+the source and the parameters alone: not on threads, interruptions, or how often it was tried.
 """
 
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import logging
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.images import Recipe, RejectedImageError, codec_versions, prepare
+from job.journal import Journal, PackedShard, Reject
 from job.members import Source, in_order
-from job.shards import INDEX, SHARD_BYTES, DatasetIndex, Shard, ShardWriter, dataset_key, shard_name
+from job.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
 from job.sources import Survey, open_source, survey
-from job.store import ObjectExistsError, Store
+from job.store import Store
 from job.store.files import os_errors
 
-PACKING = "packing"
-REJECTS = "rejects.jsonl"
-_NAMED = 3
-_WINDOW_PER_THREAD = 16
-
+_NAMED_REJECTS = 3
+_IMAGES_PER_THREAD = 16
+_SHARDS_IN_UPLOAD = 2
 _log = logging.getLogger(__name__)
-_Item = TypeVar("_Item")
 
 
-class Reject(BaseModel):
-    """A line of `rejects.jsonl`."""
+def pack(
+    bucket: Store,
+    source: str,
+    name: str,
+    *,
+    size: int,
+    crop: str = "center",
+    resize_filter: str = "lanczos",
+    channels: int | None = None,
+    classes: bool | None = None,
+    licence: str = "",
+    max_bad: int = 100,
+    min_side: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int | None], None] | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+    threads: int | None = None,
+) -> DatasetIndex:
+    """Packs `source` into `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Args:
+        bucket: where the dataset goes.
+        source: a local path or a URI, see `open_source`.
+        name: of the dataset.
+        size: height and width of the packed images in pixels.
+        crop: see `Recipe`.
+        resize_filter: see `Recipe`.
+        channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
+        classes: see `survey`.
+        licence: a note to keep with the dataset.
+        max_bad: how many images may be rejected.
+        min_side: reject images with a shorter side under this many pixels; None is half of `size`.
+        shard_bytes: a shard is closed when it has reached this size.
+        progress: called with the number of images read so far and in all.
+        should_stop: polled at each image.
+        threads: that decode and encode; None is one per CPU.
+
+    Returns:
+        The index as it lies in the bucket.
+
+    Raises:
+        BadRequestError: a parameter that means nothing, or the dataset is there already.
+        MissingInputError: there is no source.
+        BadDataError: it is unsafe, damaged or empty, or more than `max_bad` of its images cannot be used.
+        StoppedError: `should_stop` said so.
+        DiskFullError: there is no space for shards on their way to the bucket.
+    """
+    min_side = size // 2 if min_side is None else min_side
+    recipe = Recipe(size, crop, resize_filter, channels or 3, min_side)
+    key = dataset_key(name, size)
+    dataset = bucket.sub(key)
+    if dataset.exists(INDEX):
+        there = load_index(bucket, key)
+        raise BadRequestError(
+            f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
+            "Choose another name, or delete it first"
+        )
+    images = open_source(source)
+    if images.note:
+        _log.warning(images.note)
+    if channels is None:
+        recipe = Recipe(size, crop, resize_filter, images.channels, min_side)
+    stop = _Stop(should_stop, dataset.uri)
+    surveyed = survey(stop.polled(images.names()), images.where, classes)
+
+    parameters = {**asdict(recipe), "shard_bytes": shard_bytes, "codecs": codec_versions()}
+    parameters |= {"classes": surveyed.classes, "class_depth": surveyed.depth}
+    journal = Journal(dataset, parameters)
+    reusable = journal.packed(surveyed.images)
+    while True:
+        attempt = _Pass(images, surveyed, recipe, journal, reusable, shard_bytes, max_bad)
+        try:
+            attempt.run(threads or os.cpu_count() or 1, stop, progress)
+            break
+        except _SourceChangedError:
+            same = len(attempt.packed)
+            _log.warning(f"{images.where} has changed: shard {same} and those behind it are packed anew")
+            journal.forget(reusable[same:])
+            reusable = reusable[:same]
+
+    index = DatasetIndex(
+        name=name,
+        size=size,
+        channels=recipe.channels,
+        classes=surveyed.classes,
+        crop=crop,
+        resize_filter=resize_filter,
+        licence=licence,
+        source=images.name,
+        source_sha256=attempt.source_sha256.hexdigest(),
+        rejected_images=len(attempt.rejects),
+        shards=tuple(entry.shard for entry in attempt.packed),
+    )
+    journal.commit(index, attempt.packed, attempt.rejects)
+    return index
+
+
+class _SourceChangedError(Exception):
+    """The source no longer has what went into a shard that was to be reused."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Stop:
+    should_stop: Callable[[], bool]
+    where: str
+
+    def poll(self) -> None:
+        if self.should_stop():
+            raise StoppedError(f"stopped packing {self.where}: the same command goes on from here")
+
+    def polled(self, names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            self.poll()
+            yield name
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """One image of the source: its hash, and its PNG or why it has none; neither in a shard that is reused."""
 
     name: str
-    reason: str
+    sha256: bytes
+    png: bytes = b""
+    reason: str = ""
 
 
-class Progress(BaseModel):
-    """What `packing/shard-00000.json` says: this shard is in the bucket, and this is what went into it."""
+class _Pass:
+    """One reading of the source, from its beginning to its end."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    def __init__(
+        self,
+        source: Source,
+        surveyed: Survey,
+        recipe: Recipe,
+        journal: Journal,
+        reusable: list[PackedShard],
+        shard_bytes: int,
+        max_bad: int,
+    ) -> None:
+        self._source, self._survey, self._recipe = source, surveyed, recipe
+        self._journal, self._reusable = journal, reusable
+        self._shard_bytes, self._max_bad = shard_bytes, max_bad
+        self._writer: ShardWriter | None = None
+        self._read_images = 0
+        self.packed: list[PackedShard] = []
+        self.rejects: list[Reject] = []
+        self.source_sha256 = hashlib.sha256()
 
-    parameters_sha256: str
-    shard: Shard
-    entries: int
-    """Images of the source that were read up to the end of this shard, rejected ones included."""
-    source_sha256: str
-    """Hash of their names and contents."""
-    rejects: tuple[Reject, ...]
-    """Those since the shard before."""
-...
+    def run(self, threads: int, stop: _Stop, progress: Callable[[int, int | None], None] | None) -> None:
+        """Fills `packed`, `rejects` and `source_sha256`; all shards are in the bucket when it returns.
+
+        Raises:
+            _SourceChangedError: `packed` holds the reusable shards that are still right.
+        """
+        with (
+            _temporary_folder() as folder,
+            ThreadPoolExecutor(threads) as workers,
+            _Uploads(self._journal) as uploads,
+        ):
+            entries = enumerate(self._source.entries())
+            for image in in_order(workers, self._prepare, entries, window=_IMAGES_PER_THREAD * threads):
+                stop.poll()
+                self._read_images += 1
+                _add(self.source_sha256, image)
+                if len(self.packed) < len(self._reusable):
+                    self._reuse()
+                else:
+                    with os_errors(folder):
+                        self._take(image, folder)
+                    if self._writer and self._writer.bytes >= self._shard_bytes:
+                        self._close(uploads, is_last=False)
+                if progress is not None:
+                    progress(self._read_images, self._survey.images)
+            if len(self.packed) < len(self._reusable):
+                raise _SourceChangedError
+            if self._writer:
+                self._close(uploads, is_last=True)
+            uploads.finish()
+        if not self.packed:
+            raise BadDataError(f"{self._source.where}: none of its images can be used: {self._first_rejects()}")
+
+    def _prepare(self, entry: tuple[int, tuple[str, bytes]]) -> _Prepared:
+        number, (name, content) = entry
+        sha256 = hashlib.sha256(content).digest()
+        if self._reusable and number < self._reusable[-1].read_images:
+            return _Prepared(name, sha256)
+        try:
+            return _Prepared(name, sha256, png=prepare(content, self._recipe))
+        except RejectedImageError as error:
+            return _Prepared(name, sha256, reason=str(error))
+
+    def _reuse(self) -> None:
+        entry = self._reusable[len(self.packed)]
+        if self._read_images == entry.read_images:
+            if self.source_sha256.hexdigest() != entry.source_sha256:
+                raise _SourceChangedError
+            self.packed.append(entry)
+            self._reject(*entry.rejects)
+
+    def _take(self, image: _Prepared, folder: Path) -> None:
+        if image.reason:
+            self._reject(Reject(name=image.name, reason=image.reason))
+            return
+        if self._writer is None:
+            self._writer = ShardWriter(folder / shard_name(len(self.packed)))
+        key = f"{self._read_images - 1 - len(self.rejects):09d}"
+        self._writer.add(key, image.png, self._survey.label(image.name))
+
+    def _reject(self, *rejects: Reject) -> None:
+        self.rejects += rejects
+        if len(self.rejects) > self._max_bad:
+            raise BadDataError(
+                f"{self._source.where}: more than --max-bad={self._max_bad} images cannot be used: "
+                f"{self._first_rejects()}: see to them, or allow more"
+            )
+
+    def _first_rejects(self) -> str:
+        more = len(self.rejects) - _NAMED_REJECTS
+        return "; ".join(map(str, self.rejects[:_NAMED_REJECTS])) + (f"; and {more} more" if more > 0 else "")
+
+    def _close(self, uploads: _Uploads, is_last: bool) -> None:
+        assert self._writer is not None
+        with os_errors(self._writer.path):
+            shard, offsets = self._writer.finish()
+        entry = PackedShard(
+            parameters_sha256=self._journal.parameters_sha256,
+            shard=shard,
+            read_images=self._read_images,
+            source_sha256=self.source_sha256.hexdigest(),
+            rejects=tuple(self.rejects[sum(len(before.rejects) for before in self.packed) :]),
+            is_last=is_last,
+        )
+        self.packed.append(entry)
+        uploads.add(entry, self._writer.path, offsets)
+        self._writer = None
+
+
+class _Uploads(ThreadPoolExecutor):
+    """Uploads shards one after the other while the next are packed, and holds packing up when it cannot follow."""
+
+    def __init__(self, journal: Journal) -> None:
+        super().__init__(max_workers=1)
+        self._journal = journal
+        self._pending: deque[Future[None]] = deque()
+
+    def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
+        if len(self._pending) == _SHARDS_IN_UPLOAD:
+            self._pending.popleft().result()
+        self._pending.append(self.submit(self._journal.add, entry, tar, offsets))
+
+    def finish(self) -> None:
+        while self._pending:
+            self._pending.popleft().result()
+
+
+@contextmanager
+def _temporary_folder() -> Iterator[Path]:
+    with os_errors("the folder for temporary files (TMPDIR)"):
+        folder = tempfile.TemporaryDirectory(prefix="ddpm-pack-")
+    with folder as path:
+        yield Path(path)
+
+
+def _add(source_sha256: hashlib._Hash, image: _Prepared) -> None:
+    """The length keeps names and contents apart, whatever they are."""
+    name = image.name.encode()
+    source_sha256.update(b"%d:%b%b" % (len(name), name, image.sha256))

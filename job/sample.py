@@ -7,7 +7,6 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -130,13 +129,13 @@ class Look:
         if self.training is not None and self.lookup is not None:
             shown = images[:NEAREST_PAIRS]
             indices, _ = figures.nearest_pairs(shown, self.training)
-            return png(figures.pairs_grid(shown, self.lookup(indices), columns=5))
+            return figures.png(figures.pairs_grid(shown, self.lookup(indices), columns=5))
         count = len(self.classes)
         columns = 10 if count == 5 or count == 10 else 8 if len(images) > 4 else len(images)
         named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
         labels = [self.classes[seed % count] for seed in seeds[:columns]] if named else None
         scale = max(1, 96 // images.shape[1])
-        return png(figures.image_grid(images, columns, scale=scale, column_labels=labels))
+        return figures.png(figures.image_grid(images, columns, scale=scale, column_labels=labels))
 
 
 def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None) -> Look:
@@ -149,13 +148,6 @@ def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None) -
         return (cache.read(np.arange(i, min(i + 1024, index.images))) for i in range(0, index.images, 1024))
 
     return Look(classes, chunks, cache.read)
-
-
-def png(image: Any) -> bytes:
-    """A PIL image as PNG bytes."""
-    buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def default_sampling(config: RunConfig) -> Sampling:
@@ -217,7 +209,7 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
             _publish(run, f"denoising-{label}.gif", painter.denoising_gif(seeds[:GIF_SEEDS], sampling))
     if len(grids) > 1:
         words = request.checkpoints.replace(",", "-").replace(" ", "")
-        _publish(run, f"comparison-{words}-{how}.png", png(figures.comparison(grids)))
+        _publish(run, f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
 
 
 def _sampling_of(request: SampleRequest, config: RunConfig) -> Sampling:

@@ -12,7 +12,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import tarfile
+from pathlib import Path
 
+import google_crc32c
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -44,6 +47,53 @@ class Shard(BaseModel):
     def offsets_name(self) -> str:
         """Key of the offset table beside the shard."""
         return self.name.removesuffix(".tar") + ".offsets"
+
+
+class ShardWriter:
+    """Writes a shard to a local file. Its bytes depend on what is added alone: headers hold no times and no users."""
+
+    def __init__(self, path: Path) -> None:
+        """`path` is the file to write; its name is the shard's."""
+        self.path = path
+        self.bytes = 0
+        self._file = path.open("wb")
+        self._sha256 = hashlib.sha256()
+        self._crc32c = 0
+        self._records: list[tuple[int, int, int]] = []
+
+    def add(self, key: str, png: bytes, label: int) -> None:
+        """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
+        self._records.append((self.bytes + tarfile.BLOCKSIZE, len(png), label))
+        self._add_file(f"{key}.png", png)
+        if label >= 0:
+            self._add_file(f"{key}.cls", str(label).encode())
+
+    def finish(self) -> tuple[Shard, bytes]:
+        """Ends the file and returns its record and its offset table."""
+        self._write(bytes(2 * tarfile.BLOCKSIZE))
+        self._file.close()
+        offsets = np.array(self._records, dtype=OFFSETS_DTYPE).tobytes()
+        shard = Shard(
+            name=self.path.name,
+            bytes=self.bytes,
+            sha256=self._sha256.hexdigest(),
+            crc32c=f"{self._crc32c:08x}",
+            images=len(self._records),
+            offsets_sha256=hashlib.sha256(offsets).hexdigest(),
+        )
+        return shard, offsets
+
+    def _add_file(self, name: str, content: bytes) -> None:
+        header = tarfile.TarInfo(name)
+        header.size = len(content)
+        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
+        self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+
+    def _write(self, data: bytes) -> None:
+        self._file.write(data)
+        self._sha256.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
+        self.bytes += len(data)
 
 
 class DatasetIndex(BaseModel):
@@ -83,6 +133,11 @@ class DatasetIndex(BaseModel):
     def to_json(self) -> bytes:
         """The canonical bytes of `index.json`."""
         return (self.model_dump_json(indent=1) + "\n").encode()
+
+
+def shard_name(number: int) -> str:
+    """Key of a shard below its dataset."""
+    return f"shard-{number:05d}.tar"
 
 
 def dataset_key(name: str, size: int) -> str:

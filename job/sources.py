@@ -18,7 +18,7 @@ from job.store import Store, open_store
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
 """Folders of these names say how a dataset is divided, not what its images show."""
 
-_IDX = re.compile(r".*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+_IDX = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 
 
 class Folder(Source):

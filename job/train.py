@@ -131,6 +131,8 @@ class TrainingSession:
         self.cache, self.stop = cache, stop
         self.main = accelerator.is_main_process
         self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
+        keep = config.checkpoint
+        self.retention = Retention(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
         device = accelerator.device
         model = compute.build_network(config, device)
         self.state = create_state(model, device)
@@ -223,7 +225,8 @@ class TrainingSession:
         stopping, save_now = self.agreement.exchange(self.stop(), overdue)
         if crosses(images, self.batch_size, config.log.every_images):
             self._log()
-        if stopping or save_now or any(epoch % config.checkpoint.every_epochs == 0 for epoch in completed):
+        every = config.checkpoint.every_epochs
+        if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
             self._save()
         every = config.sample.every_epochs
         if every and not stopping and images < self.plan.target_images and any(e % every == 0 for e in completed):
@@ -290,9 +293,8 @@ class TrainingSession:
             ) from None
 
     def _after_commit(self, manifest: Manifest) -> None:
-        run, keep = self.plan.run, self.config.checkpoint
-        retention = Retention(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
-        for ref in retention.retire(list_checkpoints(run), self.dataset_images, self.batch_size):
+        run = self.plan.run
+        for ref in self.retention.retire(list_checkpoints(run), self.dataset_images, self.batch_size):
             delete_checkpoint(run, ref)
 
     def draw(self) -> Painter:

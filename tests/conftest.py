@@ -64,18 +64,9 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
         return
-    namespace = [
-        "unshare",
-        "--user",
-        "--map-root-user",
-        "--mount",
-        "sh",
-        "-c",
-        '"$@" && echo ready && exec sleep 600',
-        "-",
-    ]
+    script = '"$@" && echo ready && exec sleep 600'
     holder = subprocess.Popen(
-        [*namespace, *mount],
+        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "-", *mount],
         stdout=subprocess.PIPE,
         text=True,
     )

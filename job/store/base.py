@@ -65,7 +65,7 @@ class Store(abc.ABC):
 
     def uri_of(self, key: str) -> str:
         """The URI a person or another tool can use for `key`."""
-        return f"{self.uri}/{validated_key(key)}"
+        return f"{self.uri.rstrip('/')}/{validated_key(key)}"
 
     @abc.abstractmethod
     def sub(self, prefix: str) -> Store:

@@ -116,7 +116,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def crc32c_of(file: BinaryIO, copy_to: BinaryIO | None = None) -> int:
-    """CRC-32C (Castagnoli; RFC 3720, appendix B.4) of the rest of `file`, which is copied on the way if asked."""
+    """CRC-32C (RFC 3720, section 12.1) of the rest of `file`, which is copied on the way if asked."""
     checksum = 0
     while block := file.read(_COPY_BYTES):
         checksum = google_crc32c.extend(checksum, block)

@@ -35,6 +35,7 @@ _REMOTE = (
 )
 _PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
 _MESSAGE = re.compile(r'"message": *"([^"]+)"')
+_REQUEST = re.compile(r"^\d{3} [A-Z]+ \S+: ")
 _REASON_CHARACTERS = 200
 
 
@@ -60,9 +61,8 @@ class GcsErrors:
         """
         try:
             yield
-        except (*_REMOTE, OSError) as error:
-            # gcsfs raises bare OSErrors for HTTP answers; one with a number comes from this machine's disk.
-            if not isinstance(error, _REMOTE) and error.errno is not None:
+        except (*_REMOTE, OSError, ValueError) as error:
+            if not _is_remote(error):
                 raise
             raise self.translated(error, uri) from error
 
@@ -117,20 +117,31 @@ def no_credentials(bucket_uri: str, reason: str) -> NoPermissionError:
     )
 
 
+def _is_remote(error: Exception) -> bool:
+    """Whether an error came from the network: bare built-in ones may be gcsfs's words for HTTP answers.
+
+    An `OSError` with a number, though, comes from this machine's disk.
+    """
+    if isinstance(error, OSError) and not isinstance(error, _REMOTE):
+        return error.errno is None
+    return isinstance(error, _REMOTE) or str(error).startswith("Bad Request")
+
+
 def _status(error: BaseException) -> int | None:
     """HTTP status of an answer; None if there was none."""
     if isinstance(error, FileNotFoundError):
         return 404
-    if isinstance(error, OSError) and str(error).startswith("Forbidden"):
-        return 403
+    for word, status in (("Forbidden", 403), ("Bad Request", 400)):
+        if type(error) in (OSError, ValueError) and str(error).startswith(word):
+            return status
     response = getattr(error, "response", None)
-    status = getattr(error, "code", None) or getattr(error, "status", None) or getattr(response, "status_code", None)
-    return int(status) if status else None
+    code = getattr(error, "code", None) or getattr(error, "status", None) or getattr(response, "status_code", None)
+    return int(code) if code else None
 
 
 def _reason(error: BaseException) -> str:
     """One short line: the server's own words, or the innermost cause (`Connection refused`, not a nest of classes)."""
-    text = str(error)
+    text = _REQUEST.sub("", str(error))
     if (message := _MESSAGE.search(text)) is not None:
         text = message[1]
     elif _status(error) is None:

@@ -7,6 +7,7 @@ import io
 import multiprocessing
 import os
 import random
+import secrets
 import signal
 import subprocess
 import sys
@@ -211,24 +212,8 @@ def test_sub_is_the_same_bucket_below_a_folder(store: Store) -> None:
     assert store.folders() == []
 
 
-BAD_KEYS = [
-    "",
-    "/a",
-    "a/",
-    "a//b",
-    "..",
-    "a/../b",
-    "./a",
-    ".hidden",
-    "a/.hidden",
-    "a b",
-    "a\\b",
-    "a\n",
-    "a*",
-    "ä",
-    "a?b",
-    "a#b",
-]
+BAD_KEYS = ["", "/a", "a/", "a//b", "..", "a/../b", "./a", ".hidden", "a/.hidden", "gs://b/a", "~"]
+BAD_KEYS += [f"a{special}b" for special in " \\\n\0*?#:ä"]
 
 
 @pytest.mark.parametrize("key", BAD_KEYS)
@@ -271,8 +256,10 @@ def count_up(store: Store, times: int) -> None:
     for _ in range(times):
         while True:
             counter = store.read("counter")
+            count = int(counter.data.split()[0]) + 1
             with suppress(ConflictError):
-                store.replace("counter", str(int(counter.data) + 1).encode(), counter.version)
+                # Two racers that write the same bytes would both count as the one whose answer was lost.
+                store.replace("counter", f"{count} {secrets.token_hex(4)}".encode(), counter.version)
                 break
 
 
@@ -311,14 +298,14 @@ def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(stor
         won = [racer for child in children for racer in child.result()]
     assert won.count(True) == 1
     assert store.read("race").data == f"racer {won.index(True)}".encode()
-    assert store.read("counter").data == str(4 * 2 * 3).encode()
+    assert store.read("counter").data.split()[0] == b"24"
 
 
 def test_eight_threads_lose_no_count(store: Store) -> None:
     store.create("counter", b"0")
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda _: count_up(store, 6), range(8)))
-    assert store.read("counter").data == b"48"
+    assert store.read("counter").data.split()[0] == b"48"
 
 
 WRITER = """
@@ -343,15 +330,15 @@ def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Pat
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0.0, 0.1))
+            time.sleep(rng.uniform(0.0, 0.1 if attempts == 12 else 0.5))
             os.kill(writer.pid, signal.SIGKILL)
         for entry in store.list():
             assert entry.size_bytes == sizes[entry.key.partition("/")[0]]
     content = large_file.read_bytes()
     whole = keys(store, "large")
+    assert len(whole) >= 1
     assert all(store.read(key).data == content for key in whole)
-    assert store.exists("status") is bool(whole)
-    if whole:
+    if store.exists("status"):
         assert len(set(store.read("status").data)) == 1
     store.put("status", b"alive")
     assert store.read("status").data == b"alive"

@@ -1,0 +1,126 @@
+"""The batches of a run, from any image number on, for any number of processes. Its only state is an image number."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from queue import Empty, Queue
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from job.cache import ImageCache
+from job.order import Order
+
+_CHUNK_IMAGES = 8192
+
+
+class Batch(NamedTuple):
+    """This process's part of one global batch.
+
+    Attributes:
+        first_image: number of the global batch's first image.
+        image_numbers: int64 [b].
+        images: uint8 [b, C, H, W], channels_last in memory.
+        labels: int64 [b], or None without classes.
+    """
+
+    first_image: int
+    image_numbers: npt.NDArray[np.int64]
+    images: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def stream_batches(
+    cache: ImageCache,
+    order: Order,
+    *,
+    batch_size_images: int,
+    first_image: int,
+    last_image: int | None,
+    rank: int = 0,
+    world_size: int = 1,
+    prefetch_batches: int = 4,
+    pin_memory: bool = False,
+) -> Iterator[Batch]:
+    """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
+
+    Global batches are full, also across epochs: the k-th covers `batch_size_images` images of the run from
+    `first_image + k * batch_size_images` on. The last is the one that reaches `last_image`; without that there is none.
+
+    The thread ends with the generator. An error in it is raised here, in its place in the sequence.
+
+    Args:
+        cache: where the images are.
+        order: which image is which.
+        batch_size_images: over all processes.
+        first_image: number of the first image, on any batch boundary of the run.
+        last_image: how many images of the run are wanted at least, or None for no end.
+        rank: this process.
+        world_size: all processes; ranks beyond a remainder get one image less.
+        prefetch_batches: batches that are ready before they are asked for.
+        pin_memory: page-locked batches, which a GPU can copy while this process goes on.
+    """
+    ready: Queue[Batch | BaseException | None] = Queue(max(1, prefetch_batches))
+    closed = threading.Event()
+
+    def read_ahead() -> None:
+        try:
+            first = first_image
+            for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
+                cache.prefetch(order, first)
+                ready.put(_batch(cache, first, indices, numbers, pin_memory))
+                if closed.is_set():
+                    return
+                first += batch_size_images
+            ready.put(None)
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
+    thread.start()
+    try:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+    finally:
+        closed.set()
+        # The thread may be waiting for room, once at most: after that it looks whether it is still wanted.
+        try:
+            while True:
+                ready.get_nowait()
+        except Empty:
+            thread.join()
+
+
+def _slots(
+    order: Order, batch_size: int, first: int, last: int | None, rank: int, world_size: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+    """Dataset indices and image numbers of this rank, a batch at a time; ordered by thousands, which is far cheaper."""
+    slots = np.arange(rank, batch_size, world_size)
+    chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
+    while last is None or first < last:
+        count = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
+        numbers = first + batch_size * np.arange(count)[:, None] + slots
+        yield from zip(order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
+        first += count * batch_size
+
+
+def _batch(
+    cache: ImageCache,
+    first_image: int,
+    indices: npt.NDArray[np.int64],
+    numbers: npt.NDArray[np.int64],
+    pin_memory: bool,
+) -> Batch:
+    size, channels = cache.index.size, cache.index.channels
+    images = torch.empty((len(indices), size, size, channels), dtype=torch.uint8, pin_memory=pin_memory)
+    cache.read(indices, out=images.numpy())
+    labels = None
+    if cache.index.classes:
+        labels = torch.from_numpy(cache.labels(indices).astype(np.int64))
+        labels = labels.pin_memory() if pin_memory else labels
+    return Batch(first_image, numbers, images.permute(0, 3, 1, 2), labels)

@@ -1,0 +1,98 @@
+"""The loss against its definition, and the weights against what they mean for x_0."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm.objective import Objective
+from ddpm.schedule import linear_schedule, make_schedule
+
+SCHEDULE = linear_schedule()
+TIMESTEPS = torch.tensor([0, 129, 130, 259, 700, 999])
+X_START, NOISE, OUTPUT = torch.randn(3, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def constant_network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+    return OUTPUT
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_loss_is_the_mean_squared_error_of_each_image(prediction: str) -> None:
+    losses = Objective(SCHEDULE, prediction).losses(constant_network, X_START, TIMESTEPS, NOISE)
+    target = NOISE if prediction == "epsilon" else SCHEDULE.velocity(X_START, NOISE, TIMESTEPS)
+    assert losses.shape == (6,)
+    for i in range(6):
+        assert losses[i].item() == pytest.approx(nn.functional.mse_loss(OUTPUT[i], target[i]).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("prediction", ["epsilon", "v"])
+def test_network_gets_x_t_and_a_perfect_one_has_no_loss(prediction: str, gamma: float | None) -> None:
+    def perfect(x_t: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        assert labels is not None
+        assert labels.tolist() == [5, 4, 3, 2, 1, 0]
+        noise = SCHEDULE.noise_from(X_START, x_t, timesteps)
+        return noise if prediction == "epsilon" else SCHEDULE.velocity(X_START, noise, timesteps)
+
+    labels = torch.tensor([5, 4, 3, 2, 1, 0])
+    losses = Objective(SCHEDULE, prediction, gamma).losses(perfect, X_START, TIMESTEPS, NOISE, labels)
+    assert torch.all(losses < 1e-8)
+
+
+@pytest.mark.parametrize("kind", ["linear", "cosine"])
+def test_min_snr_loss_is_the_same_for_both_predictions(kind: str) -> None:
+    """Both weights are min(SNR, γ) times the squared error of x_0."""
+    schedule, gamma = make_schedule(kind, 1000), 5.0
+    timesteps = torch.tensor([20, 129, 130, 259, 600, 800])
+    x_estimate = X_START + 0.1 * OUTPUT
+    x_t = schedule.add_noise(X_START, NOISE, timesteps)
+    implied_noise = schedule.noise_from(x_estimate, x_t, timesteps)
+    implied = {"epsilon": implied_noise, "v": schedule.velocity(x_estimate, implied_noise, timesteps)}
+
+    snr = torch.tensor([schedule.alpha_bar(t) / (1 - schedule.alpha_bar(t)) for t in timesteps.tolist()])
+    expected = snr.clamp(max=gamma) * (x_estimate - X_START).square().mean(dim=(1, 2, 3))
+    for prediction, output in implied.items():
+        objective = Objective(schedule, prediction, gamma)
+        losses = objective.losses(lambda x, t, y, output=output: output, X_START, timesteps, NOISE)
+        torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_min_snr_weights_by_hand() -> None:
+    snr = torch.tensor([SCHEDULE.alpha_bar(t) / (1 - SCHEDULE.alpha_bar(t)) for t in TIMESTEPS.tolist()])
+    assert snr[1] > 5 > snr[2] > snr[3]
+    epsilon, v = (Objective(SCHEDULE, prediction, 5.0).weights(TIMESTEPS) for prediction in ("epsilon", "v"))
+    assert epsilon[0].item() == pytest.approx(5 / 9999, rel=1e-5)
+    assert v[0].item() == pytest.approx(5 / 10000, rel=1e-5)
+    assert epsilon[2:].tolist() == [1, 1, 1, 1]
+    torch.testing.assert_close(v[2:], snr[2:] / (snr[2:] + 1))
+    assert Objective(SCHEDULE, "v").weights(TIMESTEPS).tolist() == [1] * 6
+
+
+def test_half_precision_network_gives_float32_losses_and_gradients() -> None:
+    network = nn.Conv2d(3, 3, 1)
+
+    def autocast(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
+        assert x.dtype == torch.float32
+        with torch.autocast("cpu", torch.bfloat16):
+            output = network(x)
+        assert output.dtype == torch.bfloat16
+        return output
+
+    losses = Objective(SCHEDULE, "v", 5.0).losses(autocast, X_START, TIMESTEPS, NOISE)
+    assert losses.dtype == torch.float32
+    losses.mean().backward()
+    assert network.weight.grad is not None
+    assert network.weight.grad.dtype == torch.float32
+    assert network.weight.grad.abs().min() > 0
+
+
+def test_losses_never_wait_for_the_device() -> None:
+    """On the meta device any look at a value raises."""
+    objective = Objective(SCHEDULE.to("meta"), "v", 5.0)
+    images, timesteps = torch.empty(6, 3, 8, 8, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    assert objective.losses(lambda x, t, y: x, images, timesteps, images).shape == (6,)
+
+
+def test_unknown_prediction_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'eps'.*epsilon or v"):
+        Objective(SCHEDULE, "eps")

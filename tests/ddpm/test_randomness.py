@@ -1,0 +1,252 @@
+"""The random function against its published answers, and the draws against what the training loop relies on."""
+
+import math
+import struct
+from itertools import product
+
+import pytest
+import torch
+
+from ddpm.randomness import (
+    Purpose,
+    _box_muller,
+    dropout_seed,
+    philox,
+    sampling_noise,
+    training_flips,
+    training_noise,
+    training_timesteps,
+)
+
+ONES = 0xFFFFFFFF
+SHAPES = [(3, 8, 8), (1, 7, 5), (1, 1, 1), (3, 5, 7)]
+# Known answers of Random123, the authors' library: counter, key, result.
+KNOWN_ANSWERS = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((ONES, ONES, ONES, ONES), (ONES, ONES), (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+PINNED_TRAINING = [
+    "0x1.f0bcb80000000p-1",
+    "-0x1.8d59d00000000p-3",
+    "0x1.3c51a40000000p+0",
+    "-0x1.ec86760000000p+0",
+    "0x1.01c9c00000000p-5",
+    "0x1.e7fbb80000000p-2",
+    "-0x1.4b187c0000000p-1",
+    "0x1.a0526a0000000p+0",
+]
+PINNED_SAMPLING = [
+    "-0x1.fd25d80000000p+0",
+    "-0x1.b47c7c0000000p-2",
+    "-0x1.e44a020000000p-1",
+    "0x1.79b43c0000000p-1",
+]
+PINNED_TIMESTEPS = [261, 217, 218, 999, 702, 955, 642, 998]
+PINNED_FLIPS = [1, 1, 0, 1, 0, 1, 1, 1]
+PINNED_DROPOUT = 2038940925434337306
+
+
+@pytest.mark.parametrize(("counter", "key", "expected"), KNOWN_ANSWERS)
+def test_philox_known_answers(counter: tuple[int, ...], key: tuple[int, ...], expected: tuple[int, ...]) -> None:
+    assert philox(counter, key) == expected
+    words = philox(tuple(torch.tensor([word]) for word in counter), key)
+    assert tuple(int(word) for word in words) == expected
+
+
+def test_philox_of_tensors_equals_python_integers() -> None:
+    words = torch.randint(0, 2**32, (6, 200), generator=torch.Generator().manual_seed(0))
+    words[:, :4] = ONES
+    result = torch.stack(philox((words[0], words[1], words[2], words[3]), (words[4], words[5])))
+    for column in range(200):
+        c0, c1, c2, c3, k0, k1 = words[:, column].tolist()
+        assert tuple(result[:, column].tolist()) == philox((c0, c1, c2, c3), (k0, k1))
+
+
+def test_normals_are_box_muller_on_the_words() -> None:
+    """Every value from first principles: counter layout, uniforms, and the library's log, cosine and sine."""
+    seed, number, shape = 0x1234567890ABCDEF, 5_000_000_123, (3, 5, 7)
+    noise = training_noise(seed, torch.tensor([7, number]), shape, "cpu")[1].flatten()
+    key = (0x90ABCDEF, 0x12345678)
+    expected = []
+    for block in range(math.ceil(105 / 4)):
+        words = philox((block, Purpose.TRAINING_NOISE, number % 2**32, number // 2**32), key)
+        for first, second in (words[:2], words[2:]):
+            radius = math.sqrt(-2 * math.log((first + 0.5) / 2**32))
+            angle = math.pi * (second / 2**31 - 1)
+            expected += [radius * math.cos(angle), radius * math.sin(angle)]
+    torch.testing.assert_close(noise, torch.tensor(expected[:105]), rtol=1e-6, atol=1e-7)
+
+
+def box_muller_one_at_a_time(radius_word: int, angle_word: int) -> tuple[float, float]:
+    """The module's arithmetic in Python's floats: IEEE 754 doubles, no vectors, no fused operations."""
+
+    def series(x: float, coefficients: list[float]) -> float:
+        total = coefficients[-1]
+        for coefficient in reversed(coefficients[:-1]):
+            total = total * x + coefficient
+        return total
+
+    fraction, exponent = math.frexp((radius_word + 0.5) * 2.0**-32)
+    z = (2 * fraction - math.sqrt(2)) / (2 * fraction + math.sqrt(2))
+    logarithm = series(z * z, [2 / (2 * k + 1) for k in range(9)]) * z + (exponent - 1 + 0.5) * math.log(2)
+    squared_radius = logarithm * -2
+    (bits,) = struct.unpack("<q", struct.pack("<d", squared_radius))
+    (inverse,) = struct.unpack("<d", struct.pack("<q", int(1.5 * (1023 - 0.045) * 2**52) - (bits >> 1)))
+    for _ in range(4):
+        inverse *= (inverse * inverse) * (squared_radius * -0.5) + 1.5
+    radius = inverse * squared_radius
+
+    angle = (angle_word - 2**31) * (math.pi / 2**33)
+    cosine = series(angle * angle, [(-1) ** k / math.factorial(2 * k) for k in range(8)])
+    sine = series(angle * angle, [(-1) ** k / math.factorial(2 * k + 1) for k in range(7)]) * angle
+    for _ in range(2):
+        cosine, sine = (cosine - sine) * (cosine + sine), cosine * sine * 2
+    return cosine * radius, sine * radius
+
+
+def test_noise_is_bit_for_bit_what_plain_ieee_arithmetic_gives() -> None:
+    """So it is the same on every processor and card: library functions differ in the last bit, +, -, × and ÷ do not."""
+    blocks = torch.arange(5_000)
+    noise = training_noise(8, torch.tensor([1]), (1, 100, 200), "cpu").view(-1, 4)
+    words = torch.stack(philox((blocks, 0, 1, 0), (8, 0)), dim=1)
+    expected = [box_muller_one_at_a_time(a, b) + box_muller_one_at_a_time(c, d) for a, b, c, d in words.tolist()]
+    assert torch.equal(noise, torch.tensor(expected, dtype=torch.float64).float())
+    extremes = [0, 1, 2**31 - 1, 2**31, ONES]
+    radius_words, angle_words = torch.tensor(list(product(extremes, extremes))).unbind(1)
+    pairs = torch.stack(_box_muller(radius_words, angle_words), dim=1)
+    expected = [box_muller_one_at_a_time(a, b) for a, b in product(extremes, extremes)]
+    assert torch.equal(pairs, torch.tensor(expected, dtype=torch.float64))
+    assert pairs.norm(dim=1).max().item() == pytest.approx(math.sqrt(66 * math.log(2)), rel=1e-12)
+    assert pairs.norm(dim=1).min().item() == pytest.approx(2**-16, rel=1e-5)
+
+
+def test_noise_is_pinned() -> None:
+    """A changed value would change the noise of every run that is resumed: these must never be updated."""
+    noise = training_noise(42, torch.tensor([0, 2**40]), (1, 2, 2), "cpu")
+    assert [value.hex() for value in noise.flatten().tolist()] == PINNED_TRAINING
+    noise = sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu")
+    assert [value.hex() for value in noise.flatten().tolist()] == PINNED_SAMPLING
+    assert training_timesteps(42, torch.arange(8), 1000).tolist() == PINNED_TIMESTEPS
+    assert training_flips(42, torch.arange(8)).int().tolist() == PINNED_FLIPS
+    assert dropout_seed(42, 128) == PINNED_DROPOUT
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("micro_batch", [1, 2, 3, 5, 16])
+def test_training_draws_do_not_depend_on_the_batch(shape: tuple[int, ...], micro_batch: int) -> None:
+    numbers = torch.randperm(37, generator=torch.Generator().manual_seed(0)) + 2**33
+    noise = training_noise(9, numbers, shape, "cpu")
+    assert noise.shape == (37, *shape)
+    assert noise.dtype == torch.float32
+    timesteps, flips = training_timesteps(9, numbers, 1000), training_flips(9, numbers)
+    assert (timesteps.dtype, flips.dtype) == (torch.int64, torch.bool)
+    parts = numbers.split(micro_batch)
+    assert torch.equal(torch.cat([training_noise(9, part, shape, "cpu") for part in parts]), noise)
+    assert torch.equal(torch.cat([training_timesteps(9, part, 1000) for part in parts]), timesteps)
+    assert torch.equal(torch.cat([training_flips(9, part) for part in parts]), flips)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sampling_noise_depends_on_the_images_own_seed(shape: tuple[int, ...]) -> None:
+    seeds = torch.tensor([3, 2**62, 0, -5, 3])
+    noise = sampling_noise(seeds, 999, shape, "cpu")
+    assert torch.equal(noise[0], noise[4])
+    for i, seed in enumerate(seeds.tolist()):
+        assert torch.equal(sampling_noise(torch.tensor([seed]), 999, shape, "cpu")[0], noise[i])
+    assert not torch.equal(sampling_noise(seeds, 1000, shape, "cpu"), noise)
+
+
+def test_noise_does_not_depend_on_threads_or_batch_at_full_size() -> None:
+    """Large enough for several threads, whose share of the work begins and ends within vectors."""
+    numbers = torch.arange(67)
+    noise = training_noise(1, numbers, (3, 33, 31), "cpu")
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert torch.equal(training_noise(1, numbers, (3, 33, 31), "cpu"), noise)
+    finally:
+        torch.set_num_threads(threads)
+    parts = [training_noise(1, part, (3, 33, 31), "cpu") for part in numbers.split(13)]
+    assert torch.equal(torch.cat(parts), noise)
+
+
+def test_smaller_images_see_the_beginning_of_the_same_stream() -> None:
+    numbers = torch.arange(3)
+    large = training_noise(0, numbers, (3, 8, 8), "cpu").flatten(1)
+    small = training_noise(0, numbers, (1, 7, 5), "cpu").flatten(1)
+    assert torch.equal(large[:, :35], small)
+
+
+def test_noise_is_standard_normal() -> None:
+    noise = training_noise(3, torch.arange(200), (3, 32, 32), "cpu").double().flatten()
+    count = noise.numel()
+    assert noise.mean().abs() < 4 / count**0.5
+    assert noise.var().item() == pytest.approx(1, abs=4 * (2 / count) ** 0.5)
+    assert (noise**3).mean().abs() < 4 * (15 / count) ** 0.5
+    assert (noise**4).mean().item() == pytest.approx(3, abs=4 * (96 / count) ** 0.5)
+    # Kolmogorov-Smirnov against the normal distribution; 1.95/√n has a probability of 0.001.
+    cumulative = torch.special.ndtr(noise.sort().values)
+    steps = torch.arange(1, count + 1, dtype=torch.float64) / count
+    assert (cumulative - steps).abs().max() < 1.95 / count**0.5
+    assert 4.2 < noise.abs().max() < 6.8
+
+
+def test_values_images_seeds_and_purposes_are_uncorrelated() -> None:
+    shape, numbers = (3, 32, 32), torch.arange(64)
+    noise = training_noise(5, numbers, shape, "cpu").flatten(1).double()
+    limit = 5 / noise.numel() ** 0.5
+    for lag in (1, 2, 3, 4, 8):
+        assert (noise[:, lag:] * noise[:, :-lag]).mean().abs() < limit * 1.1
+    others = {
+        "next image": training_noise(5, numbers + 1, shape, "cpu"),
+        "upper half of the image number": training_noise(5, numbers + 2**32, shape, "cpu"),
+        "next seed": training_noise(6, numbers, shape, "cpu"),
+        "upper half of the seed": training_noise(5 + 2**32, numbers, shape, "cpu"),
+        "sampling, the image's number as its seed": sampling_noise(numbers, 5, shape, "cpu"),
+        "sampling, the run's seed": sampling_noise(torch.full((64,), 5), 0, shape, "cpu"),
+    }
+    for name, other in others.items():
+        other = other.flatten(1).double()
+        assert (noise * other).mean().abs() < limit, name
+        assert (noise.square() * other.square()).mean().item() == pytest.approx(1, abs=5 * limit), name
+
+
+def test_timesteps_are_uniform() -> None:
+    num_timesteps, count = 1000, 1_000_000
+    timesteps = training_timesteps(11, torch.arange(count), num_timesteps)
+    counts = timesteps.bincount(minlength=num_timesteps)
+    assert len(counts) == num_timesteps
+    chi_squared = ((counts - count / num_timesteps) ** 2 / (count / num_timesteps)).sum().item()
+    # Mean 999, standard deviation √(2 · 999).
+    assert abs(chi_squared - 999) < 4 * (2 * 999) ** 0.5
+    assert training_timesteps(11, torch.arange(100), 1).unique().tolist() == [0]
+    assert training_timesteps(11, torch.arange(10_000), 3).unique().tolist() == [0, 1, 2]
+
+
+def test_flips_are_fair_and_independent_of_timesteps() -> None:
+    numbers = torch.arange(100_000)
+    flips = training_flips(11, numbers).double()
+    assert flips.mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 100_000**0.5)
+    assert (flips[1:] * flips[:-1]).mean().item() == pytest.approx(0.25, abs=0.006)
+    timesteps = training_timesteps(11, numbers, 1000).double()
+    assert torch.corrcoef(torch.stack([flips, timesteps]))[0, 1].abs() < 4 / 100_000**0.5
+
+
+def test_dropout_seeds_are_distinct_and_fit_any_generator() -> None:
+    seeds = [dropout_seed(run_seed, number) for run_seed in (0, 1, -1, 2**63) for number in range(0, 64_000, 64)]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert max(seeds) > 2**62
+    torch.manual_seed(max(seeds))
+
+
+def test_seed_counts_to_64_bits() -> None:
+    numbers = torch.arange(4)
+    negative = training_noise(-1, numbers, (1, 2, 2), "cpu")
+    assert torch.equal(negative, training_noise(2**64 - 1, numbers, (1, 2, 2), "cpu"))

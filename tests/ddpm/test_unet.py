@@ -1,0 +1,249 @@
+"""The network against published sizes and against diffusers with the same weights."""
+
+import diffusers
+import pytest
+import torch
+
+from ddpm.unet import UNet, sinusoids
+
+
+def small(**changes: object) -> UNet:
+    arguments = {
+        "image_size": 16,
+        "channels": 8,
+        "channel_mults": (1, 2, 3),
+        "attention_sizes": (8,),
+        "norm_groups": 4,
+    }
+    return UNet(**{**arguments, **changes})
+
+
+def small_judge(channels: int = 3, num_classes: int | None = None) -> diffusers.UNet2DModel:
+    """diffusers' network with the settings that make it Ho et al.'s, of the size of `small`."""
+    return diffusers.UNet2DModel(
+        sample_size=16,
+        in_channels=channels,
+        out_channels=channels,
+        block_out_channels=(8, 16, 24),
+        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=2,
+        norm_num_groups=4,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+        num_class_embeds=num_classes,
+    )
+
+
+def randomise(network: torch.nn.Module, seed: int = 0) -> None:
+    """Weights that leave no branch at zero and keep activations of order one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            fan_in = parameter[0].numel()
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
+
+
+def inputs(channels: int = 3, batch: int = 4) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(batch, channels, 16, 16, generator=generator), torch.tensor([0, 17, 500, 999])[:batch]
+
+
+@pytest.mark.parametrize(
+    ("image_size", "channel_mults", "parameters", "tensors"),
+    [
+        (32, (1, 2, 2, 2), 35_746_307, 328),
+        (256, (1, 1, 2, 2, 4, 4), 113_673_219, 450),
+        (64, (1, 2, 2, 2, 4), 78_700_803, 390),
+    ],
+    ids=["cifar10", "celebahq-256", "celeba-64"],
+)
+def test_published_sizes(image_size: int, channel_mults: tuple[int, ...], parameters: int, tensors: int) -> None:
+    with torch.device("meta"):
+        network = UNet(image_size=image_size, channel_mults=channel_mults)
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+    assert len(network.state_dict()) == tensors
+    images = torch.empty(2, 3, image_size, image_size, device="meta")
+    # On the meta device any look at a value raises, so the forward pass never waits for the device.
+    assert network(images, torch.zeros(2, dtype=torch.int64, device="meta")).shape == images.shape
+
+
+@pytest.mark.parametrize(("channels", "num_classes"), [(3, 0), (1, 0), (3, 5)], ids=["colour", "grey", "classes"])
+def test_forward_and_names_equal_diffusers(channels: int, num_classes: int) -> None:
+    network, judge = small(in_channels=channels, num_classes=num_classes), small_judge(channels, num_classes or None)
+    randomise(network)
+    judge.load_state_dict(network.state_dict(), strict=True)
+    labels = torch.tensor([0, 4, 2, 2]) if num_classes else None
+    x, timesteps = inputs(channels)
+    network.eval()
+    judge.eval()
+    with torch.no_grad():
+        ours, theirs = network(x, timesteps, labels), judge(x, timesteps, labels).sample
+    assert ours.std() > 0.1
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+    randomise(judge, seed=2)
+    network.load_state_dict(judge.state_dict(), strict=True)
+    with torch.no_grad():
+        again = network(x, timesteps, labels)
+    assert (again - ours).abs().max() > 0.1
+    torch.testing.assert_close(again, judge(x, timesteps, labels).sample, rtol=0, atol=1e-5)
+
+
+def test_gradients_equal_diffusers() -> None:
+    network, judge = small(), small_judge()
+    randomise(network)
+    judge.load_state_dict(network.state_dict())
+    x, timesteps = inputs()
+    network(x, timesteps).square().mean().backward()
+    judge(x, timesteps).sample.square().mean().backward()
+    expected = {name: parameter.grad for name, parameter in judge.named_parameters()}
+    for name, parameter in network.named_parameters():
+        scale = expected[name].abs().max().item()
+        # A constant added to all keys moves no attention weight.
+        if not name.endswith("to_k.bias"):
+            assert scale > 1e-7, name
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-4 * scale + 1e-8, msg=name)
+
+
+def test_published_network_equals_diffusers_shape_by_shape() -> None:
+    with torch.device("meta"):
+        network = UNet(image_size=32)
+        judge = diffusers.UNet2DModel(
+            block_out_channels=(128, 256, 256, 256),
+            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+            attention_head_dim=None,
+        )
+    expected = {name: tensor.shape for name, tensor in judge.state_dict().items()}
+    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == expected
+
+
+def test_fresh_network_predicts_zero_and_has_ho_initialisation() -> None:
+    torch.manual_seed(0)
+    network = UNet(image_size=16, channels=32, channel_mults=(1, 2), attention_sizes=(8,))
+    x, timesteps = inputs()
+    assert torch.count_nonzero(network(x, timesteps)) == 0
+    for name, parameter in network.named_parameters():
+        if name.endswith("bias") or any(part in name for part in ("conv2.", "to_out.", "conv_out.")):
+            assert torch.count_nonzero(parameter) == 0, name
+        elif "norm" not in name:
+            pixels = parameter[0, 0].numel()
+            limit = (6 / (pixels * (parameter.shape[0] + parameter.shape[1]))) ** 0.5
+            assert parameter.abs().max() <= limit, name
+            assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
+
+
+def test_sinusoids_are_sines_first_down_to_a_ten_thousandth() -> None:
+    features = sinusoids(torch.tensor([0, 3, 999]), 8)
+    frequencies = torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4], dtype=torch.float64)
+    angles = torch.tensor([[0.0], [3.0], [999.0]], dtype=torch.float64) * frequencies
+    expected = torch.cat([angles.sin(), angles.cos()], dim=1).float()
+    assert features.dtype == torch.float32
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
+
+
+def test_any_size_that_the_levels_divide() -> None:
+    """28 pixels are halved twice; the net also takes another size than it was built for."""
+    network = small(image_size=28, in_channels=1, attention_sizes=(14,))
+    randomise(network)
+    assert len(network.down_blocks[1].attentions) == 2
+    assert len(network.down_blocks[0].attentions) == 0
+    for size in (28, 12):
+        output = network(torch.randn(2, 1, size, size), torch.tensor([1, 2]))
+        assert output.shape == (2, 1, size, size)
+        assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_per_level_count_one_more_on_the_way_up(layers: int) -> None:
+    network = small(layers_per_level=layers)
+    assert [len(block.resnets) for block in network.down_blocks] == [layers] * 3
+    assert [len(block.resnets) for block in network.up_blocks] == [layers + 1] * 3
+    x, timesteps = inputs()
+    assert network(x, timesteps).shape == x.shape
+
+
+def test_an_image_does_not_see_its_batch() -> None:
+    network = small().eval()
+    randomise(network)
+    x, timesteps = inputs()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x, timesteps)[2:3], network(x[2:3], timesteps[2:3]), rtol=0, atol=1e-5)
+
+
+def test_channels_last_and_autocast_agree_with_float32() -> None:
+    network = small()
+    randomise(network)
+    x, timesteps = inputs()
+    with torch.no_grad():
+        expected = network(x, timesteps)
+        network.to(memory_format=torch.channels_last)
+        x_last = x.contiguous(memory_format=torch.channels_last)
+        output = network(x_last, timesteps)
+        assert output.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+        for images in (x, x_last):
+            with torch.autocast("cpu", torch.bfloat16):
+                output = network(images, timesteps)
+            assert output.dtype == torch.bfloat16
+            assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
+        output = network.bfloat16()(x.bfloat16(), timesteps)
+        assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
+
+
+def test_compiles_as_one_graph() -> None:
+    network = small(num_classes=3)
+    randomise(network)
+    x, timesteps = inputs()
+    labels = torch.tensor([0, 1, 2, 0])
+    expected = network(x, timesteps, labels)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x, timesteps, labels), expected, rtol=0, atol=1e-5)
+
+
+def test_dropout_acts_in_training_alone() -> None:
+    network = small(dropout=0.5)
+    randomise(network)
+    x, timesteps = inputs()
+    with torch.no_grad():
+        torch.manual_seed(0)
+        first = network(x, timesteps)
+        assert (network(x, timesteps) - first).abs().max() > 0.01
+        torch.manual_seed(0)
+        assert torch.equal(network(x, timesteps), first)
+        network.eval()
+        assert torch.equal(network(x, timesteps), network(x, timesteps))
+
+
+def test_labels_change_the_prediction_and_must_match_the_network() -> None:
+    network = small(num_classes=5)
+    randomise(network)
+    x, timesteps = inputs()
+    with torch.no_grad():
+        same = network(x, timesteps, torch.tensor([1, 1, 1, 1]))
+        mixed = network(x, timesteps, torch.tensor([1, 2, 1, 3]))
+    changed = (same - mixed).abs().amax(dim=(1, 2, 3)) > 0.01
+    assert changed.tolist() == [False, True, False, True]
+    with pytest.raises(ValueError, match="num_classes"):
+        network(x, timesteps)
+    with pytest.raises(ValueError, match="num_classes"):
+        small()(x, timesteps, torch.tensor([0, 0, 0, 0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_size": 30}, r"image_size 30 cannot be halved 2 times.*multiple of 4"),
+        ({"image_size": 0}, r"image_size 0"),
+        ({"norm_groups": 5}, r"channels 8 is not a multiple of norm_groups 5"),
+        ({"channels": 3, "norm_groups": 3}, r"channels 3 must be even and at least 4"),
+        ({"channel_mults": ()}, r"at least one level"),
+    ],
+)
+def test_impossible_networks_are_refused(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small(**changes)

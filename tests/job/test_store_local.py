@@ -1,0 +1,320 @@
+"""Folders as buckets: links, full disks, missing rights, and what dead writers leave behind."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from job.exits import BadRequestError, DiskFullError, Exit, MissingInputError, NoPermissionError
+from job.store import Entry, ObjectMissingError, Store, open_store
+
+NOBODY = 65534
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def store(bucket: Path) -> Store:
+    return open_store(str(bucket))
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Iterator[Callable[[], None]]:
+    """Gives up root's right to do anything to any file, until the test ends."""
+    closed = {
+        folder: folder.stat().st_mode
+        for folder in (tmp_path, *tmp_path.parents)
+        if folder.stat().st_uid == os.geteuid() and not folder.stat().st_mode & 0o001
+    }
+
+    def give_up() -> None:
+        for folder in closed:
+            folder.chmod(0o755)
+        if os.geteuid() == 0:
+            os.seteuid(NOBODY)
+
+    yield give_up
+    os.seteuid(os.getuid())
+    for folder, mode in closed.items():
+        folder.chmod(mode)
+
+
+def test_objects_are_ordinary_files_and_nothing_else_stays(store: Store, bucket: Path, tmp_path: Path) -> None:
+    old_umask = os.umask(0o022)
+    try:
+        version = store.create("runs/a/lease.json", b"1")
+        store.replace("runs/a/lease.json", b"2", version)
+        store.put("runs/a/status.json", b"3")
+        store.upload(bucket / "runs/a/status.json", "runs/a/copy")
+        store.download("runs/a/copy", tmp_path / "out" / "copy")
+    finally:
+        os.umask(old_umask)
+    assert names_in(bucket) == ["a", "copy", "lease.json", "runs", "status.json"]
+    assert names_in(tmp_path / "out") == ["copy"]
+    for path in [*(bucket / "runs/a").iterdir(), tmp_path / "out" / "copy"]:
+        assert path.stat().st_mode & 0o777 == 0o644
+    assert (bucket / "runs/a/lease.json").read_bytes() == b"2"
+
+
+def test_missing_root_is_an_error_to_readers_and_made_by_writers(store: Store, bucket: Path, tmp_path: Path) -> None:
+    for look in (store.list, store.folders, store.sub("runs").list):
+        with pytest.raises(MissingInputError, match="is no folder: check the path") as error:
+            look()
+        assert str(bucket) in str(error.value)
+    reads: list[Callable[[str], object]] = [store.read, store.open, lambda key: store.download(key, tmp_path / "out")]
+    for read in reads:
+        with pytest.raises(ObjectMissingError, match="is no folder") as error:
+            read("key")
+        assert str(bucket) in str(error.value)
+    assert not store.exists("key")
+    store.delete("key")
+    assert list(tmp_path.iterdir()) == []
+    store.sub("deep/down").create("key", b"1")
+    assert list(store.list()) == [Entry("deep/down/key", 1)]
+    assert list(store.sub("nothing/here").list()) == []
+
+
+def test_root_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "archive.zip").write_bytes(b"zip")
+    store = open_store(str(tmp_path / "archive.zip"))
+    with pytest.raises(MissingInputError, match="is no folder"):
+        store.list()
+    with pytest.raises(ObjectMissingError, match="is no folder"):
+        store.read("key")
+    with pytest.raises(BadRequestError, match="Not a directory"):
+        store.create("key", b"1")
+    assert (tmp_path / "archive.zip").read_bytes() == b"zip"
+
+
+def test_a_name_is_a_file_or_a_folder(store: Store) -> None:
+    store.create("a/b", b"1")
+    for write in (store.create, store.put):
+        with pytest.raises(BadRequestError, match="Not a directory: a name on a local disk is either"):
+            write("a/b/c", b"2")
+    with pytest.raises(BadRequestError, match="Is a directory"):
+        store.put("a", b"2")
+    with pytest.raises(BadRequestError, match="File name too long"):
+        store.put("x" * 300, b"2")
+    assert list(store.list()) == [Entry("a/b", 1)]
+
+
+def test_links_out_of_the_root_are_refused(store: Store, bucket: Path, tmp_path: Path) -> None:
+    store.create("inside/object", b"1")
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    (outside / "secret").write_bytes(b"secret")
+    (bucket / "folder").symlink_to(outside)
+    (bucket / "file").symlink_to(outside / "secret")
+    (bucket / "dangling").symlink_to(outside / "new")
+    calls: list[Callable[[str], object]] = [
+        store.read,
+        store.open,
+        store.exists,
+        store.delete,
+        lambda key: store.create(key, b"2"),
+        lambda key: store.put(key, b"2"),
+        lambda key: store.upload(bucket / "inside/object", key),
+        lambda key: store.download(key, tmp_path / "out"),
+    ]
+    for call in calls:
+        for key in ("folder/secret", "folder/new", "file", "dangling"):
+            with pytest.raises(BadRequestError, match="leads out of"):
+                call(key)
+    with pytest.raises(BadRequestError, match="leads out of"):
+        store.list("folder")
+    assert list(store.list()) == [Entry("inside/object", 1)]
+    assert store.folders() == ["inside"]
+    assert names_in(outside) == ["secret"]
+
+
+def test_links_within_the_root_and_to_the_root_work(store: Store, bucket: Path, tmp_path: Path) -> None:
+    store.create("runs/best", b"1")
+    (bucket / "best").symlink_to("runs/best")
+    (bucket / "runs/loop").symlink_to(bucket)
+    (tmp_path / "link").symlink_to(bucket)
+    linked = open_store(str(tmp_path / "link"))
+    assert linked.read("best").data == linked.read("runs/loop/runs/best").data == b"1"
+    assert [entry.key for entry in linked.list()] == ["best", "runs/best"]
+
+
+def test_foreign_names_are_no_objects(store: Store, bucket: Path) -> None:
+    store.create("a/object", b"1")
+    for name in (".DS_Store", "a/.hidden/x", "two words", "a/ünï"):
+        (bucket / name).parent.mkdir(exist_ok=True)
+        (bucket / name).write_bytes(b"2")
+    os.mkfifo(bucket / "a" / "pipe")
+    (bucket / "a" / "empty").mkdir()
+    assert list(store.list()) == [Entry("a/object", 1)]
+    assert store.folders("a") == []
+
+
+def test_files_that_vanish_under_a_listing_are_left_out(store: Store, bucket: Path) -> None:
+    for key in ("a", "b", "c/d", "e/f", "g"):
+        store.create(key, b"1")
+    listing = store.list()
+    assert next(listing) == Entry("a", 1)
+    (bucket / "b").unlink()
+    store.delete("c/d")
+    assert [entry.key for entry in listing] == ["e/f", "g"]
+
+
+def test_delete_takes_empty_folders_along(store: Store, bucket: Path) -> None:
+    store.create("runs/a/checkpoints/1/part", b"1")
+    store.create("runs/a/config.yaml", b"1")
+    store.delete("runs/a/checkpoints/1/part")
+    assert names_in(bucket) == ["a", "config.yaml", "runs"]
+    store.delete("runs/a/config.yaml")
+    assert names_in(bucket) == []
+    assert list(store.list()) == []
+
+
+ABANDONED = """
+import os, sys
+from pathlib import Path
+from job.store.files import folder_lock, temporary_beside
+path = Path(sys.argv[1])
+with temporary_beside(path) as (temporary, file), folder_lock(path.parent):
+    file.write(b"half a ")
+    file.flush()
+    os._exit(9)
+"""
+
+
+def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_stay(store: Store, bucket: Path) -> None:
+    child = subprocess.run([sys.executable, "-c", ABANDONED, str(bucket / "runs" / "key")], check=False)
+    assert child.returncode == 9
+    (dead,) = (bucket / "runs").glob(".tmp-*")
+    assert (bucket / "runs" / ".lock").exists()
+    assert list(store.list()) == []
+    assert store.folders() == []
+    living = dead.with_name(".tmp-living")
+    with living.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        store.put("runs/key", b"whole")
+        assert names_in(bucket) == [".tmp-living", "key", "runs"]
+    assert store.read("runs/key").data == b"whole"
+
+
+def test_full_disk(small_disk: Path, bucket_uri: str, tmp_path: Path) -> None:
+    large = tmp_path / "large"
+    large.write_bytes(os.urandom(3 << 20))
+    store = open_store(str(small_disk / "bucket"))
+    version = store.create("kept/lease", b"1")
+    writes: list[Callable[[], object]] = [
+        lambda: store.create("kept/a", large.read_bytes()),
+        lambda: store.put("kept/lease", large.read_bytes()),
+        lambda: store.replace("kept/lease", large.read_bytes(), version),
+        lambda: store.upload(large, "new/folder/b"),
+    ]
+    for write in writes:
+        with pytest.raises(DiskFullError, match="No space left on device: free some space") as error:
+            write()
+        assert error.value.exit_code == Exit.DISK_FULL
+        assert str(small_disk / "bucket") in str(error.value)
+    assert list(store.list()) == [Entry("kept/lease", 1)]
+    assert store.read("kept/lease").data == b"1"
+    source = open_store(bucket_uri)
+    source.upload(large, "large")
+    with pytest.raises(DiskFullError, match="No space left on device") as error:
+        source.download("large", small_disk / "cache" / "large")
+    assert str(small_disk / "cache" / "large") in str(error.value)
+    assert [path for path in small_disk.rglob("*") if path.is_file()] == [small_disk / "bucket/kept/lease"]
+    store.create("kept/after", b"2")
+
+
+def test_no_permission(store: Store, bucket: Path, unprivileged: Callable[[], None]) -> None:
+    store.create("folder/object", b"1")
+    store.create("secret/object", b"1")
+    (bucket / "folder").chmod(0o555)
+    (bucket / "secret").chmod(0o000)
+    unprivileged()
+    calls: list[Callable[[], object]] = [
+        lambda: store.create("folder/new", b"2"),
+        lambda: store.put("folder/object", b"2"),
+        lambda: store.upload(bucket / "folder/object", "folder/copy"),
+        lambda: store.delete("folder/object"),
+        lambda: store.replace("folder/object", b"2", store.read("folder/object").version),
+        lambda: store.read("secret/object"),
+        lambda: store.exists("secret/object"),
+        lambda: list(store.list()),
+        lambda: store.upload(bucket / "secret/object", "copy"),
+        lambda: store.download("folder/object", bucket / "folder" / "out"),
+    ]
+    for call in calls:
+        with pytest.raises(NoPermissionError, match="Permission denied: give user") as error:
+            call()
+        assert str(bucket) in str(error.value)
+        assert error.value.exit_code == Exit.NO_PERMISSION
+    assert list(store.list("folder")) == [Entry("folder/object", 1)]
+
+
+@pytest.mark.parametrize("uri", ["{0}", "file://{0}", "file://localhost{0}", "FILE://{0}/", "{0}/x/.."])
+def test_ways_to_write_a_path(tmp_path: Path, uri: str) -> None:
+    assert open_store(uri.format(tmp_path / "a b")).uri == str(tmp_path / "a b")
+
+
+def test_relative_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_store("./bucket").uri == open_store("bucket/").uri == str(tmp_path / "bucket")
+    assert open_store("~/bucket").uri == str(tmp_path / "home/bucket")
+    assert open_store("100%25").uri == str(tmp_path / "100%25")
+    assert open_store("file:///100%25").uri == "/100%"
+    assert open_store("/").uri == "/"
+    assert open_store("/").uri_of("etc/hosts") == "/etc/hosts"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "words"),
+    [
+        ("s3://bucket", "nobody here speaks s3://; use gs://BUCKET, file:///PATH or a path"),
+        ("https://storage.googleapis.com/bucket", "https://"),
+        ("", "names no folder"),
+        ("file://", "names no folder"),
+        ("file://server/share", "names no folder"),
+        ("a\0b", "names no folder"),
+        ("~nobody-of-this-name/x", "no home folder"),
+        ("gs://", "names no bucket"),
+        ("gs://UPPER", "names no bucket"),
+        ("gs://b", "names no bucket"),
+        ("gs://user@bucket/x", "names no bucket"),
+        ("gs://bucket/../other", "cannot be an object's key"),
+        ("gs://bucket//folder", "cannot be an object's key"),
+    ],
+)
+def test_uris_that_nobody_speaks(uri: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    with pytest.raises(BadRequestError, match=words) as error:
+        open_store(uri)
+    assert error.value.exit_code == Exit.BAD_REQUEST
+
+
+def test_local_store_needs_no_cloud_library(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.modules["gcsfs"] = sys.modules["google.cloud.storage"] = None
+from job.exits import BadRequestError
+from job.store import open_store
+open_store({str(tmp_path)!r}).create("key", b"1")
+try:
+    open_store("gs://bucket")
+except BadRequestError as error:
+    print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert "pip install 'ddpm-job[gs]'" in child.stdout
+    assert child.stderr == ""

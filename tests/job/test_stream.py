@@ -1,0 +1,210 @@
+import hashlib
+import threading
+import time
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from job.cache import DecodedCache, ImageCache, open_cache
+from job.exits import BadConfigError, BadDataError
+from job.order import Order
+from job.shard_cache import ShardCache
+from job.stream import Batch, stream_batches
+from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
+
+SHARD_IMAGES = (9, 2, 11, 7, 6)
+IMAGES = sum(SHARD_IMAGES)
+BATCH = 8
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("stream")
+
+
+@pytest.fixture(scope="module")
+def dataset(root) -> SmallDataset:
+    return write_dataset(str(root / "bucket"), root, SHARD_IMAGES, size=64, grain=8)
+
+
+@pytest.fixture(params=[DecodedCache, ShardCache])
+def cache(request, dataset, root, tmp_path):
+    far = FarStore(root / "bucket")
+    shard_bytes = sum(shard.bytes for shard in dataset.index.shards)
+    budget_bytes = dataset.index.decoded_bytes if request.param is DecodedCache else shard_bytes * 19 // 20
+    cache = open_cache(far, KEY, dataset.index, cache_dir=tmp_path, budget_bytes=budget_bytes)
+    assert type(cache) is request.param
+    yield cache
+    cache.close()
+
+
+def stream(cache: ImageCache, first: int, last: int | None, rank: int = 0, world_size: int = 1, **options):
+    return stream_batches(
+        cache,
+        Order(SHARD_IMAGES, seed=4, block_images=10),
+        batch_size_images=BATCH,
+        first_image=first,
+        last_image=last,
+        rank=rank,
+        world_size=world_size,
+        **options,
+    )
+
+
+def hashes(batches: list[Batch]) -> dict[int, str]:
+    """Hash of what each image number of the run showed."""
+    seen = {}
+    for batch in batches:
+        assert batch.labels is not None
+        for number, image, label in zip(batch.image_numbers.tolist(), batch.images, batch.labels, strict=True):
+            assert number not in seen
+            seen[number] = hashlib.sha256(image.numpy().tobytes() + bytes([int(label)])).hexdigest()
+    return seen
+
+
+@pytest.fixture(scope="module")
+def expected(dataset) -> dict[int, str]:
+    """The first three epochs, straight from the pixels."""
+    order = Order(SHARD_IMAGES, seed=4, block_images=10)
+    numbers = np.arange(3 * IMAGES + BATCH)
+    return {
+        int(n): hashlib.sha256(dataset.pixels[i].transpose(2, 0, 1).tobytes() + bytes([dataset.labels[i]])).hexdigest()
+        for n, i in zip(numbers, order.indices(numbers), strict=True)
+    }
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 11])
+def test_any_number_of_processes_from_any_image_sees_the_same(cache, expected, world_size):
+    for first in (0, 5, IMAGES - 1, 2 * IMAGES):
+        ranks = [list(stream(cache, first, 3 * IMAGES, rank, world_size)) for rank in range(world_size)]
+        seen: dict[int, str] = {}
+        for together in zip(*ranks, strict=True):
+            numbers = np.concatenate([batch.image_numbers for batch in together])
+            assert sorted(numbers) == list(range(together[0].first_image, together[0].first_image + BATCH))
+            assert len({batch.first_image for batch in together}) == 1
+            assert max(map(len, (batch.image_numbers for batch in together))) <= -(-BATCH // world_size)
+            for batch in together:
+                seen |= hashes([batch])
+        end = first + -(-(3 * IMAGES - first) // BATCH) * BATCH
+        assert seen == {number: expected[number] for number in range(first, end)}
+
+
+def test_every_image_is_seen_once_per_epoch_though_batches_straddle_epochs(cache, dataset):
+    shown = [image.numpy().tobytes() for batch in stream(cache, 0, 3 * IMAGES) for image in batch.images]
+    assert len(shown) == 112
+    packed = sorted(image.transpose(2, 0, 1).tobytes() for image in dataset.pixels)
+    for epoch in range(3):
+        assert sorted(shown[epoch * IMAGES : (epoch + 1) * IMAGES]) == packed
+
+
+def test_a_stopped_run_goes_on_at_its_image_number(cache, expected):
+    before = list(islice(stream(cache, 0, 3 * IMAGES), 5))
+    after = list(stream(cache, before[-1].first_image + BATCH, 3 * IMAGES))
+    assert hashes(before + after) == {number: expected[number] for number in range(112)}
+    assert [batch.first_image for batch in before + after] == list(range(0, 3 * IMAGES, BATCH))
+
+
+def test_batches_are_tensors_in_the_layout_for_convolutions(cache, dataset):
+    batch = next(stream(cache, 0, None))
+    assert batch.images.shape == (BATCH, 3, 64, 64)
+    assert batch.images.dtype == torch.uint8
+    assert batch.images.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels is not None
+    assert batch.labels.dtype == torch.int64
+    assert batch.image_numbers.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "boundaries"),
+    [(0, 16, [0, 8]), (0, 17, [0, 8, 16]), (3, 12, [3, 11]), (16, 16, []), (24, 16, []), (0, 1, [0])],
+)
+def test_ends_at_the_first_boundary_at_or_after_the_last_image(cache, first, last, boundaries):
+    batches = list(stream(cache, first, last))
+    assert [batch.first_image for batch in batches] == boundaries
+    assert all(len(batch.images) == BATCH for batch in batches)
+
+
+def test_without_a_last_image_it_goes_on(dataset, tmp_path):
+    cache = open_cache(dataset.bucket, KEY, dataset.index, cache_dir=tmp_path, budget_bytes=10**9)
+    numbers = np.concatenate([batch.image_numbers for batch in islice(stream(cache, 3, None), 3000)])
+    assert (numbers == 3 + np.arange(3000 * BATCH)).all()
+
+
+def test_a_dataset_without_classes_has_no_labels(tmp_path):
+    plain = write_dataset(str(tmp_path / "bucket"), tmp_path, (4, 4), classes=(), channels=1)
+    cache = open_cache(plain.bucket, KEY, plain.index, cache_dir=tmp_path, budget_bytes=10**9)
+    (batch,) = stream_batches(cache, Order((4, 4), 0), batch_size_images=8, first_image=0, last_image=8)
+    assert batch.labels is None
+    assert batch.images.shape == (8, 1, 8, 8)
+
+
+class Reader:
+    """A cache that fails at the batch that holds a certain image, and counts the batches it read."""
+
+    def __init__(self, cache: ImageCache, fails_at_batch: int | None = None) -> None:
+        self.cache, self.index, self.fails_at_batch, self.batches = cache, cache.index, fails_at_batch, 0
+
+    def read(self, indices, out=None):
+        if self.batches == self.fails_at_batch:
+            raise BadDataError("shard-00001.tar is rotten")
+        self.batches += 1
+        return self.cache.read(indices, out)
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+
+
+def test_reads_ahead_so_far_and_no_farther(cache):
+    reader = Reader(cache)
+    batches = stream(reader, 0, None, prefetch_batches=3)
+    next(batches)
+    deadline = time.monotonic() + 10
+    while reader.batches < 5 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.1)
+    # One was taken, three are ready, one waits for room.
+    assert reader.batches == 5
+    batches.close()
+
+
+def test_the_thread_ends_with_the_generator(cache):
+    batches = stream(cache, 0, None)
+    assert threads() == []
+    next(batches)
+    assert len(threads()) == 1
+    batches.close()
+    assert threads() == []
+    assert len(list(stream(cache, 0, 100))) == 13
+    assert threads() == []
+    for batch in stream(cache, 0, None):
+        assert batch.first_image == 0
+        break
+    del batch
+    assert threads() == []
+
+
+def test_an_error_comes_in_its_place_and_with_its_type(cache):
+    reader = Reader(cache, fails_at_batch=6)
+    batches, taken = stream(reader, 0, None), []
+    with pytest.raises(BadDataError, match=r"shard-00001\.tar is rotten"):
+        taken.extend(batch.first_image for batch in batches)
+    assert threads() == []
+    batches = stream(reader, 0, None)
+    with pytest.raises(BadDataError):
+        next(batches)
+    assert reader.batches == 6
+
+
+def test_a_dataset_that_would_crawl_is_refused(dataset, root, tmp_path):
+    shard_bytes = sum(shard.bytes for shard in dataset.index.shards)
+    cache = open_cache(FarStore(root / "bucket"), KEY, dataset.index, cache_dir=tmp_path, budget_bytes=shard_bytes // 2)
+    with pytest.raises(BadConfigError, match=r"data\.cache_gigabytes"):
+        next(stream_batches(cache, Order(SHARD_IMAGES, 0), batch_size_images=8, first_image=0, last_image=None))
+    cache.close()
