@@ -89,7 +89,7 @@ def make_denoiser(
 
 def sample_ancestral(
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803
+    x_T: Tensor,
     schedule: NoiseSchedule,
     timesteps: list[int],
     noise_at: NoiseAt,
@@ -122,7 +122,7 @@ def sample_ancestral(
 
 def sample_ddim(
     denoise: Denoiser,
-    x_T: Tensor,  # noqa: N803
+    x_T: Tensor,
     schedule: NoiseSchedule,
     timesteps: list[int],
     noise_at: NoiseAt,

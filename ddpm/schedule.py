@@ -153,7 +153,7 @@ def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float
     def alpha_bar(u: float) -> float:
         return math.cos((u + s) / (1 + s) * math.pi / 2) ** 2
 
-    T = num_timesteps  # noqa: N806
+    T = num_timesteps
     betas = [min(1 - alpha_bar((t + 1) / T) / alpha_bar(t / T), max_beta) for t in range(T)]
     return NoiseSchedule.from_betas(torch.tensor(betas, dtype=torch.float64))
 

@@ -10,7 +10,7 @@ import numpy as np
 from job.config import pack_config
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.requests import PackRequest
-from job.shards import DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index, validated_dataset_name
+from job.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index, validated_dataset_name
 from job.stopping import StopFlag
 from job.store import Store, open_store
 
@@ -155,7 +155,8 @@ def describe(index: DatasetIndex, bucket: Store) -> str:
     kind = "grey" if index.channels == 1 else "colour"
     lines = [
         f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
-        f"images   {index.images:,} {kind}, {index.size}×{index.size} pixels, in {shards}, {INDEX} {index.dataset_id[:12]}",
+        f"images   {index.images:,} {kind}, {index.size}×{index.size} pixels, in {shards}",
+        f"id       {index.dataset_id}",
         f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter",
     ]
     if index.classes:
@@ -171,7 +172,7 @@ def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
     """Indices spread evenly over the dataset, or over each class."""
     if not classes:
         return np.unique(np.linspace(0, len(labels) - 1, SHEET_IMAGES).astype(np.int64))
-    members = [np.flatnonzero(labels == number) for number in range(classes)]
+    members = [m for number in range(classes) if len(m := np.flatnonzero(labels == number))]
     return np.concatenate(
         [m[np.unique(np.linspace(0, len(m) - 1, SHEET_PER_CLASS).astype(int))] for m in members if len(m)]
     )

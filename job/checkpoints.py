@@ -303,7 +303,7 @@ def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_si
         if int(word) not in epochs:
             there = ", ".join(map(str, sorted(epochs))) or "none that ends an epoch; use latest"
             raise MissingInputError(
-                f"run {run_name!r} has no checkpoint of epoch {int(word)}: not kept, or not reached (there are: {there})"
+                f"run {run_name!r} has no checkpoint of epoch {int(word)}: not kept or not reached (there are: {there})"
             )
         chosen.append(epochs[int(word)])
     return chosen

@@ -9,8 +9,8 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from ddpm.unet import UNet
 
+from ddpm.unet import UNet
 from job.config import RunConfig
 
 if TYPE_CHECKING:
@@ -68,8 +68,10 @@ def build_network(config: RunConfig, device: torch.device) -> UNet:
         dropout=config.model.dropout,
         num_classes=config.model.num_classes or 0,
     ).to(device)
-    # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
-    return network.to(memory_format=torch.channels_last) if device.type == "cuda" else network
+    if device.type == "cuda":
+        # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:

@@ -1,16 +1,16 @@
 """A dataset on its way into the bucket: shards, a journal that vouches for each, and at last the index that commits.
 
-An attempt may be killed at any point, and two may run at once. Objects are created once; what is there already and is
-the same counts as written, so that attempts with equal parameters do each other's work. What is there and differs was
-left by an attempt with other parameters: it goes, journal first, unless a dataset has been committed in the meantime.
+An attempt may be killed at any point, and two may run at once. Shards are created once; one that is there and is the
+same counts as written, so that attempts with equal parameters do each other's work. One that differs was left by an
+attempt with others, and is replaced in three steps: say so in the journal, see that there is no index, delete. Who
+commits creates the index, and looks at the journal afterwards. So one of the two always sees the other, and gives way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from itertools import count
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ from job.store import ObjectExistsError, ObjectMissingError, Store
 PACKING = "packing"
 REJECTS = "rejects.jsonl"
 _PARAMETERS = f"{PACKING}/parameters.json"
+_REPLACED = b"{}\n"
+"""In place of a journal entry: its shard is about to be replaced."""
 
 
 class Reject(BaseModel):
@@ -69,57 +71,45 @@ class Journal:
         dataset.put(_PARAMETERS, text)
 
     def packed(self, source_images: int) -> list[PackedShard]:
-        """The shards that are there and may be reused, if the source still has what went into them; forgets others."""
+        """The shards from the first on that are there and may be reused, if the source still has what is in them."""
         sizes = {entry.key: entry.size_bytes for entry in self.dataset.list()}
         packed: list[PackedShard] = []
-        for number in count():
-            entry = self._entry(number) if _key(shard_name(number)) in sizes else None
+        while True:
+            entry = self._entry(len(packed))
             if entry is None or (entry.is_last and entry.read_images != source_images):
-                break
+                return packed
             shard = entry.shard
             if (sizes.get(shard.name), sizes.get(shard.offsets_name)) != (shard.bytes, _offsets_bytes(shard)):
-                break
+                return packed
             packed.append(entry)
-        kept = {_PARAMETERS, *(_key(entry.shard.name) for entry in packed)}
-        # Only of what was listed before: an equal attempt may have added to the journal since.
-        for key in sizes:
-            if key.startswith(f"{PACKING}/") and key not in kept:
-                self.dataset.delete(key)
-        return packed
-
-    def forget(self, packed: Iterable[PackedShard]) -> None:
-        """Vouches for these shards no longer."""
-        for entry in packed:
-            self.dataset.delete(_key(entry.shard.name))
 
     def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        """Uploads a finished shard, deletes the local file, and then vouches for it."""
+        """Uploads a finished shard, vouches for it, and deletes the local file."""
         shard = entry.shard
-        self._write(shard.name, lambda: self.dataset.upload(tar, shard.name), _key(shard.name))
-        self._write(shard.offsets_name, lambda: self.dataset.create(shard.offsets_name, offsets), _key(shard.name))
-        self._write(_key(shard.name), lambda: self.dataset.create(_key(shard.name), entry.to_json()))
+        self._create(shard.name, lambda: self.dataset.upload(tar, shard.name), shard)
+        self._create(shard.offsets_name, lambda: self.dataset.create(shard.offsets_name, offsets), shard)
+        self.dataset.put(_key(shard.name), entry.to_json())
         tar.unlink()
 
     def commit(self, index: DatasetIndex, packed: Sequence[PackedShard], rejects: Sequence[Reject]) -> None:
         """Creates the index, which makes the dataset exist, and clears away what does not belong to it.
 
         Raises:
-            BadRequestError: somebody else packed something different here at the same time.
+            BadRequestError: somebody else is packing, or has packed, something different here at the same time.
         """
+        vouching = [self._read(_key(entry.shard.name)) for entry in packed]
+        # An equal attempt that was faster has cleared the journal away, and its index is the same.
+        if vouching != [entry.to_json() for entry in packed] and not self.dataset.exists(INDEX):
+            raise self._is_packed_otherwise()
         if rejects:
-            lines = "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
-            self._write(REJECTS, lambda: self.dataset.create(REJECTS, lines))
-        intact = all(self._entry_bytes(entry.shard.name) == entry.to_json() for entry in packed)
-        # An equal attempt that was faster has cleared the journal away, and created the same index.
-        if not intact and not self.dataset.exists(INDEX):
-            raise BadRequestError(
-                f"{self.dataset.uri} is being packed by another process with other images or parameters: "
-                "stop one of them, and type this command again"
-            )
+            self.dataset.put(REJECTS, "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
         try:
             self.dataset.create(INDEX, index.to_json())
         except ObjectExistsError:
             raise self._was_packed_otherwise() from None
+        if any(self._read(_key(entry.shard.name)) not in (entry.to_json(), None) for entry in packed):
+            self.dataset.delete(INDEX)
+            raise self._is_packed_otherwise()
         belonging = {INDEX, *([REJECTS] if rejects else [])}
         for shard in index.shards:
             belonging |= {shard.name, shard.offsets_name}
@@ -127,15 +117,21 @@ class Journal:
             if there.key not in belonging:
                 self.dataset.delete(there.key)
 
-    def _write(self, key: str, write: Callable[[], object], *vouching: str) -> None:
+    def _create(self, key: str, write: Callable[[], object], shard: Shard) -> None:
         try:
             write()
         except ObjectExistsError:
+            self.dataset.put(_key(shard.name), _REPLACED)
             if self.dataset.exists(INDEX):
                 raise self._was_packed_otherwise() from None
-            for stale in (*vouching, key):
-                self.dataset.delete(stale)
+            self.dataset.delete(key)
             write()
+
+    def _is_packed_otherwise(self) -> BadRequestError:
+        return BadRequestError(
+            f"{self.dataset.uri} is being packed by another process from other images or with other parameters: "
+            "stop one of them, and type this command again"
+        )
 
     def _was_packed_otherwise(self) -> BadRequestError:
         return BadRequestError(
@@ -145,15 +141,15 @@ class Journal:
 
     def _entry(self, number: int) -> PackedShard | None:
         try:
-            entry = PackedShard.model_validate_json(self._entry_bytes(shard_name(number)) or b"")
+            entry = PackedShard.model_validate_json(self._read(_key(shard_name(number))) or b"")
         except ValidationError:
             return None
         matches = entry.parameters_sha256 == self.parameters_sha256 and entry.shard.name == shard_name(number)
         return entry if matches else None
 
-    def _entry_bytes(self, shard: str) -> bytes | None:
+    def _read(self, key: str) -> bytes | None:
         try:
-            return self.dataset.read(_key(shard)).data
+            return self.dataset.read(key).data
         except ObjectMissingError:
             return None
 

@@ -110,7 +110,6 @@ def pack(
         except _SourceChangedError:
             same = len(attempt.packed)
             _log.warning(f"{images.where} has changed: shard {same} and those behind it are packed anew")
-            journal.forget(reusable[same:])
             reusable = reusable[:same]
 
     index = DatasetIndex(

@@ -7,9 +7,9 @@ from typing import get_args
 
 import numpy as np
 import torch
-from ddpm.schedule import make_schedule
 
 from ddpm import figures, randomness
+from ddpm.schedule import make_schedule
 from job.cache import default_cache_dir, open_cache
 from job.config import DiffusionConfig
 from job.exits import BadRequestError, MissingInputError

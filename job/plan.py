@@ -51,13 +51,13 @@ def plan_run(request: TrainRequest) -> Plan:
     bucket = open_store(request.bucket)
     run = runs.run_store(bucket, request.run)
     stored = runs.load_config(run)
+    changes: dict[str, Any] = {}
     if stored is None:
-        config, changes = draft(request.preset_name, request.changes), {}
+        config = draft(request.preset_name, request.changes)
     elif request.preset and request.preset != stored.preset:
-        config, changes = draft(request.preset, request.changes), {}
+        config = draft(request.preset, request.changes)
     else:
-        base = flatten(stored.model_dump(mode="json"))
-        config, changes = validated({**base, **request.changes}, "configuration"), {}
+        config = validated({**flatten(stored.model_dump(mode="json")), **request.changes}, "configuration")
     if stored is not None and stored.data.dataset != request.dataset:
         raise BadRequestError(
             f"run {request.run!r} in {bucket.uri} is about dataset {stored.data.dataset!r}: "

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from ddpm.schedule import make_schedule
-from ddpm.unet import UNet
 
 from ddpm import figures
 from ddpm.epochs import epochs_completed_by
 from ddpm.generation import Sampling, generate
+from ddpm.schedule import make_schedule
+from ddpm.unet import UNet
 from job import compute, runs
 from job.cache import ImageCache, default_cache_dir, open_cache
 from job.checkpoints import CheckpointRef, choose, opened
@@ -56,7 +56,7 @@ class Painter:
     def generate(
         self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
     ) -> torch.Tensor:
-        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; with classes, seed k is of class k mod classes."""
+        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; seed k is of class k mod classes, if any."""
         config, classes = self.config, self.config.model.num_classes
         assert config.data.size is not None and config.data.channels is not None
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from ddpm.ema import ema_decay
-from ddpm.objective import Objective
-from ddpm.schedule import make_schedule
 
 from ddpm import figures
+from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
+from ddpm.objective import Objective
+from ddpm.schedule import make_schedule
 from ddpm.training import (
     Hooks,
     NonFiniteError,
@@ -231,7 +231,7 @@ class TrainingSession:
         every = config.sample.every_epochs
         if every and not stopping and images < self.plan.target_images and any(e % every == 0 for e in completed):
             self.draw()
-        self.bar.update(images, **self._bar_fields())
+        self.bar.update(images, total=None, **self._bar_fields())
         return stopping
 
     def _log(self) -> None:
@@ -262,7 +262,8 @@ class TrainingSession:
         self.committed_images, self.saved_at = state.images_seen, time.monotonic()
         if self.writer is None:
             return
-        ref, objects = CheckpointRef(self.attempt.fence, state.images_seen), {}
+        ref = CheckpointRef(self.attempt.fence, state.images_seen)
+        objects: dict[str, bytes] = {}
         if self.rows:
             segment, objects = metrics.segment_objects(self.rows, ref)
             self.segments.append(segment)

@@ -18,6 +18,7 @@ from job.exits import BadDataError, BadRequestError, DiskFullError, JobError, Mi
 from job.pack import pack
 from job.shards import OFFSETS_DTYPE, DatasetIndex, load_index
 from job.store import open_store
+from job.store.local import LocalStore
 from job.verify import verify_dataset
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of, zip_of
 from tests.job.test_archives import digits, mnist  # noqa: F401
@@ -262,9 +263,7 @@ def test_a_source_that_changed_in_between_is_noticed(tmp_path, change, killed):
         with pytest.raises(StoppedError):
             packed(tmp_path, source, should_stop=stop_after(40))
     else:
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(job.pack.Journal, "commit", _interrupted)
-            packed(tmp_path, source)
+        all_but_committed(tmp_path, source)
         assert "packing/shard-00003.json" in objects(tmp_path)
     before = written(tmp_path / KEY / "shard-00000.tar")
     files = CHANGES[change](FILES)
@@ -345,7 +344,7 @@ def test_killed_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, 
     subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_EACH_WRITE, str(source), str(tmp_path)], check=True, timeout=120
     )
-    # The parameters; three objects for each of four shards; the index; five of the journal's to delete; nothing.
+    # The parameters; three objects for each of four shards; the index; five of the journal's to delete.
     last = 1 + 12 + 1 + 5 + 1
     assert (tmp_path / f"bucket-{last}").exists() and not (tmp_path / f"bucket-{last + 1}").exists()
     for number in range(1, last + 1):
@@ -462,6 +461,70 @@ def test_two_different_packers_at_once_never_make_a_wrong_dataset(tmp_path, sour
     if all(outcomes):
         packed(tmp_path, source)
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []
+
+
+def all_but_committed(bucket: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job.pack.Journal, "commit", _interrupted)
+        packed(bucket, source)
+
+
+def before(monkeypatch, method: str, key: str, action) -> None:
+    """Has `action` happen before the first call of a local store's method for a key that ends in `key`."""
+    original, done = getattr(LocalStore, method), []
+
+    def hooked(self, where, *arguments):
+        if where.endswith(key) and not done:
+            done.append(where)
+            action()
+        return original(self, where, *arguments)
+
+    monkeypatch.setattr(LocalStore, method, hooked)
+
+
+def test_shards_that_are_replaced_right_before_the_commit_undo_it(tmp_path, source, monkeypatch):
+    def rival():
+        with pytest.raises(StoppedError):
+            packed(tmp_path, source, crop="squash", should_stop=stop_after(50))
+
+    before(monkeypatch, "create", "index.json", rival)
+    with pytest.raises(BadRequestError, match="is being packed by another process"):
+        packed(tmp_path, source)
+    assert "index.json" not in objects(tmp_path)
+    packed(tmp_path, source, crop="squash")
+    assert verify_dataset(open_store(str(tmp_path)), KEY) == []
+
+
+@pytest.mark.parametrize(("method", "key"), [("put", "packing/shard-00000.json"), ("exists", "index.json")])
+def test_a_commit_while_shards_are_about_to_be_replaced_saves_them(
+    tmp_path, source, undisturbed, monkeypatch, method, key
+):
+    all_but_committed(tmp_path, source)
+    outcome = []
+
+    def rival():
+        try:
+            outcome.append(packed(tmp_path, source))
+        except BadRequestError:
+            outcome.append(None)
+
+    if method == "exists":
+        # The second look for an index: behind the note in the journal, and before anything is deleted.
+        original, calls = LocalStore.exists, []
+        monkeypatch.setattr(
+            LocalStore,
+            "exists",
+            lambda self, where: (calls.append(where), len(calls) == 2 and rival(), original(self, where))[2],
+        )
+    else:
+        before(monkeypatch, method, key, rival)
+    with pytest.raises(BadRequestError, match="was packed by another process meanwhile"):
+        packed(tmp_path, source, crop="squash")
+    monkeypatch.undo()
+    assert outcome[0] is not None
+    assert {
+        name: content for name, content in objects(tmp_path).items() if not name.startswith("packing/")
+    } == undisturbed
 
 
 # ------------------------------------------------------------------------------------------------ full disks
