@@ -1,16 +1,16 @@
 """A dataset on its way into the bucket: shards, a journal that vouches for each, and at last the index that commits.
 
-An attempt may be killed at any point, and two may run at once. Shards are created once; one that is there and is the
-same counts as written, so that attempts with equal parameters do each other's work. One that differs was left by an
-attempt with others, and is replaced in three steps: say so in the journal, see that there is no index, delete. Who
-commits creates the index, and looks at the journal afterwards. So one of the two always sees the other, and gives way.
+An attempt may be killed at any point, and several may run at once. Objects are created, never written over, and one
+that is there and is the same counts as written, so that attempts with equal parameters do each other's work. Of others
+the last to begin takes over: it writes its parameters down, sees that there is no index, and deletes what it finds. Who
+commits creates the index and then reads the parameters: one of the two always sees the other, and gives way.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,6 @@ from job.store import ObjectExistsError, ObjectMissingError, Store
 PACKING = "packing"
 REJECTS = "rejects.jsonl"
 _PARAMETERS = f"{PACKING}/parameters.json"
-_REPLACED = b"{}\n"
-"""In place of a journal entry: its shard is about to be replaced."""
 
 
 class Reject(BaseModel):
@@ -64,31 +62,50 @@ class Journal:
     """The objects of one dataset that is being packed with certain parameters."""
 
     def __init__(self, dataset: Store, parameters: dict[str, Any]) -> None:
-        """Leaves a note of the parameters in the bucket, so that one which is missing or read-only shows at once."""
+        """Takes over. Its first write shows at once whether the bucket is there and can be written to.
+
+        Raises:
+            BadRequestError: the dataset was completed in this moment.
+        """
         self.dataset = dataset
-        text = json.dumps(parameters, indent=1, sort_keys=True).encode()
-        self.parameters_sha256 = hashlib.sha256(text).hexdigest()
-        dataset.put(_PARAMETERS, text)
+        self._parameters = json.dumps(parameters, indent=1, sort_keys=True).encode()
+        self.parameters_sha256 = hashlib.sha256(self._parameters).hexdigest()
+        if self._read(_PARAMETERS) != self._parameters:
+            dataset.put(_PARAMETERS, self._parameters)
+            self._clear(key for key in self._sizes() if key != _PARAMETERS)
 
     def packed(self, source_images: int) -> list[PackedShard]:
         """The shards from the first on that are there and may be reused, if the source still has what is in them."""
-        sizes = {entry.key: entry.size_bytes for entry in self.dataset.list()}
+        sizes = self._sizes()
         packed: list[PackedShard] = []
         while True:
-            entry = self._entry(len(packed))
-            if entry is None or (entry.is_last and entry.read_images != source_images):
+            try:
+                entry = PackedShard.model_validate_json(self._read(_key(shard_name(len(packed)))))
+            except ValidationError:
                 return packed
-            shard = entry.shard
-            if (sizes.get(shard.name), sizes.get(shard.offsets_name)) != (shard.bytes, _offsets_bytes(shard)):
+            is_of_this = entry.parameters_sha256 == self.parameters_sha256 and _are_there(entry.shard, sizes)
+            if not is_of_this or (entry.is_last and entry.read_images != source_images):
                 return packed
             packed.append(entry)
 
     def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        """Uploads a finished shard, vouches for it, and deletes the local file."""
-        shard = entry.shard
-        self._create(shard.name, lambda: self.dataset.upload(tar, shard.name), shard)
-        self._create(shard.offsets_name, lambda: self.dataset.create(shard.offsets_name, offsets), shard)
-        self.dataset.put(_key(shard.name), entry.to_json())
+        """Uploads a finished shard, vouches for it, and deletes the local file.
+
+        Raises:
+            BadRequestError: somebody else is packing, or has packed, something different here at the same time.
+        """
+        try:
+            self._create(entry, tar, offsets)
+        except ObjectExistsError:
+            if not self._is_committed(entry.shard):
+                self._clear([_key(entry.shard.name), entry.shard.name, entry.shard.offsets_name])
+                try:
+                    self._create(entry, tar, offsets)
+                except ObjectExistsError:
+                    raise self._is_packed_otherwise() from None
+        # Whoever took over before the shard was vouched for has deleted it, and does not know of the journal's entry.
+        if not self._is_in_charge():
+            raise self._is_packed_otherwise()
         tar.unlink()
 
     def commit(self, index: DatasetIndex, packed: Sequence[PackedShard], rejects: Sequence[Reject]) -> None:
@@ -97,9 +114,8 @@ class Journal:
         Raises:
             BadRequestError: somebody else is packing, or has packed, something different here at the same time.
         """
-        vouching = [self._read(_key(entry.shard.name)) for entry in packed]
         # An equal attempt that was faster has cleared the journal away, and its index is the same.
-        if vouching != [entry.to_json() for entry in packed] and not self.dataset.exists(INDEX):
+        if not self._is_intact(packed, vouched=True) and not self.dataset.exists(INDEX):
             raise self._is_packed_otherwise()
         if rejects:
             self.dataset.put(REJECTS, "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
@@ -107,25 +123,57 @@ class Journal:
             self.dataset.create(INDEX, index.to_json())
         except ObjectExistsError:
             raise self._was_packed_otherwise() from None
-        if any(self._read(_key(entry.shard.name)) not in (entry.to_json(), None) for entry in packed):
+        if not self._is_intact(packed, vouched=False):
             self.dataset.delete(INDEX)
             raise self._is_packed_otherwise()
         belonging = {INDEX, *([REJECTS] if rejects else [])}
         for shard in index.shards:
             belonging |= {shard.name, shard.offsets_name}
-        for there in list(self.dataset.list()):
-            if there.key not in belonging:
-                self.dataset.delete(there.key)
-
-    def _create(self, key: str, write: Callable[[], object], shard: Shard) -> None:
-        try:
-            write()
-        except ObjectExistsError:
-            self.dataset.put(_key(shard.name), _REPLACED)
-            if self.dataset.exists(INDEX):
-                raise self._was_packed_otherwise() from None
+        for key in self._sizes().keys() - belonging:
             self.dataset.delete(key)
-            write()
+
+    def _create(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
+        self.dataset.upload(tar, entry.shard.name)
+        self.dataset.create(entry.shard.offsets_name, offsets)
+        self.dataset.create(_key(entry.shard.name), entry.to_json())
+
+    def _clear(self, keys: Iterable[str]) -> None:
+        """Deletes what others have left, or the same parameters made of a source that has changed."""
+        if not self._is_in_charge():
+            raise self._is_packed_otherwise()
+        if self.dataset.exists(INDEX):
+            raise self._was_packed_otherwise()
+        # In key order packing/ comes before shard-: the journal must never vouch for what is gone.
+        for key in sorted(keys):
+            self.dataset.delete(key)
+
+    def _is_in_charge(self) -> bool:
+        """Whether nobody with other parameters has taken over; an equal attempt may have committed and cleared up."""
+        return self._read(_PARAMETERS) in (self._parameters, b"")
+
+    def _is_committed(self, shard: Shard) -> bool:
+        try:
+            return shard in DatasetIndex.model_validate_json(self._read(INDEX)).shards
+        except ValidationError:
+            return False
+
+    def _is_intact(self, packed: Sequence[PackedShard], vouched: bool) -> bool:
+        """Whether all shards are there and vouched for, or at least not otherwise, and nobody has taken over."""
+        sizes = self._sizes()
+        return self._is_in_charge() and all(
+            _are_there(entry.shard, sizes)
+            and self._read(_key(entry.shard.name)) in (entry.to_json(), *([] if vouched else [b""]))
+            for entry in packed
+        )
+
+    def _sizes(self) -> dict[str, int]:
+        return {entry.key: entry.size_bytes for entry in self.dataset.list()}
+
+    def _read(self, key: str) -> bytes:
+        try:
+            return self.dataset.read(key).data
+        except ObjectMissingError:
+            return b""
 
     def _is_packed_otherwise(self) -> BadRequestError:
         return BadRequestError(
@@ -139,24 +187,12 @@ class Journal:
             "use that dataset, or choose another name"
         )
 
-    def _entry(self, number: int) -> PackedShard | None:
-        try:
-            entry = PackedShard.model_validate_json(self._read(_key(shard_name(number))) or b"")
-        except ValidationError:
-            return None
-        matches = entry.parameters_sha256 == self.parameters_sha256 and entry.shard.name == shard_name(number)
-        return entry if matches else None
-
-    def _read(self, key: str) -> bytes | None:
-        try:
-            return self.dataset.read(key).data
-        except ObjectMissingError:
-            return None
-
 
 def _key(shard: str) -> str:
+    """Of the journal entry that vouches for a shard."""
     return f"{PACKING}/{shard.removesuffix('.tar')}.json"
 
 
-def _offsets_bytes(shard: Shard) -> int:
-    return shard.images * OFFSETS_DTYPE.itemsize
+def _are_there(shard: Shard, sizes: dict[str, int]) -> bool:
+    offsets_bytes = shard.images * OFFSETS_DTYPE.itemsize
+    return (sizes.get(shard.name), sizes.get(shard.offsets_name)) == (shard.bytes, offsets_bytes)

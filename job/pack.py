@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from job.exits import BadDataError, BadRequestError, StoppedError
@@ -80,8 +80,9 @@ def pack(
         StoppedError: `should_stop` said so.
         DiskFullError: there is no space for shards on their way to the bucket.
     """
-    min_side = size // 2 if min_side is None else min_side
-    recipe = Recipe(size, crop, resize_filter, channels or 3, min_side)
+    recipe = Recipe(
+        size, crop, resize_filter, 3 if channels is None else channels, size // 2 if min_side is None else min_side
+    )
     key = dataset_key(name, size)
     dataset = bucket.sub(key)
     if dataset.exists(INDEX):
@@ -94,7 +95,7 @@ def pack(
     if images.note:
         _log.warning(images.note)
     if channels is None:
-        recipe = Recipe(size, crop, resize_filter, images.channels, min_side)
+        recipe = replace(recipe, channels=images.channels)
     stop = _Stop(should_stop, dataset.uri)
     surveyed = survey(stop.polled(images.names()), images.where, classes)
 
@@ -278,7 +279,7 @@ class _Uploads(ThreadPoolExecutor):
         self._pending: deque[Future[None]] = deque()
 
     def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        if len(self._pending) == _SHARDS_IN_UPLOAD:
+        while self._pending and (len(self._pending) == _SHARDS_IN_UPLOAD or self._pending[0].done()):
             self._pending.popleft().result()
         self._pending.append(self.submit(self._journal.add, entry, tar, offsets))
 

@@ -13,6 +13,7 @@ app = typer.Typer(
     name="ddpm",
     help="The diffusion training job that never loses work.",
     no_args_is_help=True,
+    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

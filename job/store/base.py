@@ -15,7 +15,9 @@ from typing import BinaryIO
 
 from job.exits import BadRequestError, JobError, MissingInputError
 
-_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
+_NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
+_ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
+_KEY = re.compile(rf"(?!\.){_ANY}+(/(?!\.){_ANY}+)*")
 
 
 class ObjectMissingError(MissingInputError):
@@ -48,6 +50,8 @@ class Blob:
 
 class Store(abc.ABC):
     """A bucket, or a folder in one. Keys are relative, `/`-separated and validated; instances are thread-safe.
+
+    What is written here gets a plain name; what others wrote, spaces and all, is listed and read under its own.
 
     Instances hold connections and must not cross a fork: pass `uri` to the child and call `open_store` there.
 
@@ -127,8 +131,8 @@ class Store(abc.ABC):
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects below the folder `prefix`, recursively, in key order; never from a cache.
 
-        A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error. Names that
-        are no valid keys (hidden files, folder markers, other people's spaces) are left out.
+        A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error. Hidden
+        names (`.DS_Store`), folder markers and names with control characters are left out: they are no keys.
         """
 
     @abc.abstractmethod
@@ -145,7 +149,7 @@ class Store(abc.ABC):
 
 
 def is_key(name: str) -> bool:
-    """Whether `name` is a safe relative key."""
+    """Whether `name` is a safe relative key: nothing empty, hidden or `..` in it, no backslash or control character."""
     return _KEY.fullmatch(name) is not None
 
 
@@ -153,12 +157,22 @@ def validated_key(key: str) -> str:
     """Returns `key` if it is a safe relative key.
 
     Raises:
-        BadRequestError: an empty, absolute, hidden or `..` component, or a character that some bucket or URL treats
-            specially, any of which could lead outside the store.
+        BadRequestError: it could lead outside the store, or is one that no listing shows.
     """
     if not is_key(key):
+        raise BadRequestError(f"{key!r} cannot be an object's key: use a relative path without '..' or hidden names")
+    return key
+
+
+def validated_new_key(key: str) -> str:
+    """Returns `key` if it means the same to every bucket, shell, URL and file system.
+
+    Raises:
+        BadRequestError: it has characters that some of them treat specially.
+    """
+    if not _NEW_KEY.fullmatch(key):
         raise BadRequestError(
-            f"{key!r} cannot be an object's key: use letters, digits, '.', '_', '=', '+' and '-' between single slashes"
+            f"{key!r} cannot be a new object's key: use letters, digits, '.', '_', '=', '+', '-' between single slashes"
         )
     return key
 

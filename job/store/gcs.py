@@ -40,6 +40,7 @@ from job.store.base import (
     folder_key,
     is_key,
     validated_key,
+    validated_new_key,
 )
 from job.store.files import crc32c_of, os_errors, temporary_beside
 from job.store.gcs_errors import GcsErrors, damaged, no_credentials
@@ -147,7 +148,7 @@ class GcsStore(Store):
 
     def upload(self, path: Path, key: str) -> None:
         """One resumable upload, in a single chunk up to 128 MiB; the bucket compares the crc32c declared with it."""
-        blob = self._blob(key)
+        blob = self._blob(validated_new_key(key))
         with os_errors(path):
             file, size_bytes = path.open("rb"), path.stat().st_size
         with file, os_errors(path), self._errors(key):
@@ -253,7 +254,7 @@ class GcsStore(Store):
         return self._bucket.handle.blob(f"{self._prefix}{validated_key(key)}")
 
     def _write(self, key: str, data: bytes, **condition: int) -> str:
-        blob = self._blob(key)
+        blob = self._blob(validated_new_key(key))
         blob.upload_from_string(
             data, content_type=_content_type(key), checksum="crc32c", **condition, **self._bucket.patience
         )

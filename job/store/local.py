@@ -20,6 +20,7 @@ from job.store.base import (
     folder_key,
     is_key,
     validated_key,
+    validated_new_key,
 )
 from job.store.files import crc32c_of, folder_lock, os_errors, sync_file, sync_folder, temporary_beside
 
@@ -49,7 +50,7 @@ class LocalStore(Store):
 
     def create(self, key: str, data: bytes) -> str:
         """Links a finished file into place: a link, unlike a rename, never takes the place of another."""
-        path = self._path(key)
+        path = self._path(validated_new_key(key))
         with os_errors(path), temporary_beside(path) as (temporary, file):
             file.write(data)
             sync_file(file)
@@ -78,7 +79,7 @@ class LocalStore(Store):
 
     def put(self, key: str, data: bytes) -> None:
         """Renames a finished file into place."""
-        path = self._path(key)
+        path = self._path(validated_new_key(key))
         with os_errors(path), temporary_beside(path) as (temporary, file):
             file.write(data)
             sync_file(file)
@@ -88,7 +89,7 @@ class LocalStore(Store):
 
     def upload(self, path: Path, key: str) -> None:
         """Copies, reads the copy back, and links it into place."""
-        target = self._path(key)
+        target = self._path(validated_new_key(key))
         with os_errors(path):
             source = path.open("rb")
         with source, os_errors(target), temporary_beside(target) as (temporary, file):

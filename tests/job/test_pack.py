@@ -37,6 +37,12 @@ def objects(bucket: str | Path) -> dict[str, bytes]:
     return {entry.key: store.read(entry.key).data for entry in store.list()}
 
 
+def committed(bucket: Path) -> dict[str, bytes]:
+    """Without what an interrupted clearing-up may have left of the journal."""
+    assert (bucket / KEY / "index.json").exists()
+    return {key: content for key, content in objects(bucket).items() if not key.startswith("packing/")}
+
+
 def written(shard: Path) -> tuple[int, int]:
     """Changes whenever the object is written anew, be it with the same bytes."""
     return shard.stat().st_ino, shard.stat().st_mtime_ns
@@ -351,8 +357,7 @@ def test_killed_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, 
         bucket = tmp_path / f"bucket-{number}"
         assert (bucket / KEY / "index.json").exists() == (number > 14)
         if number > 14:
-            kept = {key: content for key, content in objects(bucket).items() if not key.startswith("packing/")}
-            assert kept == undisturbed
+            assert committed(bucket) == undisturbed
             continue
         reused = {path: written(path) for path in (bucket / KEY).glob("*.tar") if _vouched(bucket, path)}
         assert len(reused) == max(0, (number - 2) // 3)
@@ -446,8 +451,7 @@ def test_two_equal_packers_at_once_both_succeed(tmp_path, source, undisturbed, s
     ]  # fmt: skip
     for outcome in race(*attempts):
         assert outcome is None or "is there already" in str(outcome)
-    kept = {key: content for key, content in objects(tmp_path).items() if not key.startswith("packing/")}
-    assert kept == undisturbed
+    assert committed(tmp_path) == undisturbed
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -469,20 +473,21 @@ def all_but_committed(bucket: Path, source: Path) -> None:
         packed(bucket, source)
 
 
-def before(monkeypatch, method: str, key: str, action) -> None:
-    """Has `action` happen before the first call of a local store's method for a key that ends in `key`."""
-    original, done = getattr(LocalStore, method), []
+def before(monkeypatch, method: str, part: str, action, times: int = 1) -> None:
+    """Has `action` happen once: before a local store's method is called for the n-th time for a key with `part`."""
+    original, calls = getattr(LocalStore, method), []
 
-    def hooked(self, where, *arguments):
-        if where.endswith(key) and not done:
-            done.append(where)
-            action()
-        return original(self, where, *arguments)
+    def hooked(self, key, *arguments):
+        if part in key:
+            calls.append(key)
+            if len(calls) == times:
+                action()
+        return original(self, key, *arguments)
 
     monkeypatch.setattr(LocalStore, method, hooked)
 
 
-def test_shards_that_are_replaced_right_before_the_commit_undo_it(tmp_path, source, monkeypatch):
+def test_shards_that_are_replaced_right_before_the_commit_stop_it(tmp_path, source, monkeypatch):
     def rival():
         with pytest.raises(StoppedError):
             packed(tmp_path, source, crop="squash", should_stop=stop_after(50))
@@ -495,36 +500,32 @@ def test_shards_that_are_replaced_right_before_the_commit_undo_it(tmp_path, sour
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []
 
 
-@pytest.mark.parametrize(("method", "key"), [("put", "packing/shard-00000.json"), ("exists", "index.json")])
-def test_a_commit_while_shards_are_about_to_be_replaced_saves_them(
-    tmp_path, source, undisturbed, monkeypatch, method, key
-):
+def test_a_commit_right_before_leftovers_are_cleared_saves_them(tmp_path, source, undisturbed, monkeypatch):
     all_but_committed(tmp_path, source)
-    outcome = []
-
-    def rival():
-        try:
-            outcome.append(packed(tmp_path, source))
-        except BadRequestError:
-            outcome.append(None)
-
-    if method == "exists":
-        # The second look for an index: behind the note in the journal, and before anything is deleted.
-        original, calls = LocalStore.exists, []
-        monkeypatch.setattr(
-            LocalStore,
-            "exists",
-            lambda self, where: (calls.append(where), len(calls) == 2 and rival(), original(self, where))[2],
-        )
-    else:
-        before(monkeypatch, method, key, rival)
+    indices = []
+    before(monkeypatch, "put", "packing/parameters.json", lambda: indices.append(packed(tmp_path, source)))
     with pytest.raises(BadRequestError, match="was packed by another process meanwhile"):
         packed(tmp_path, source, crop="squash")
+    assert len(indices) == 1
+    assert committed(tmp_path) == undisturbed
+
+
+def test_shards_vouched_for_after_they_were_cleared_are_never_committed(tmp_path, source, undisturbed, monkeypatch):
+    """Both have shards of the same size: the sizes alone would not tell."""
+
+    def rival():
+        with pytest.raises(KeyboardInterrupt):
+            before(monkeypatch, "create", "shard-00000.offsets", _interrupted)
+            packed(tmp_path, source, crop="squash")
+        assert (tmp_path / KEY / "shard-00000.tar").stat().st_size == len(undisturbed["shard-00000.tar"])
+
+    # The shard is uploaded, and not vouched for yet.
+    before(monkeypatch, "create", "shard-00000.offsets", rival)
+    with pytest.raises(BadRequestError, match="is being packed by another process"):
+        packed(tmp_path, source)
     monkeypatch.undo()
-    assert outcome[0] is not None
-    assert {
-        name: content for name, content in objects(tmp_path).items() if not name.startswith("packing/")
-    } == undisturbed
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed
 
 
 # ------------------------------------------------------------------------------------------------ full disks

@@ -198,6 +198,22 @@ def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_bucket, digits):  
         open_source("gs://no-such-bucket-here/a.zip")
 
 
+def test_names_in_a_bucket_may_be_what_people_call_their_files(gcs_server, gcs_bucket):
+    from google.cloud import storage
+
+    handle = storage.Client(project="test").bucket(gcs_bucket.removeprefix("gs://"))
+    for number, name in enumerate(LANDSCAPE + LITTER):
+        handle.blob(f"Landscape Images/{name}").upload_from_string(f"{number}".encode())
+    source = open_source(f"{gcs_bucket}/Landscape Images")
+    assert list(source.entries()) == [
+        ("00000000.jpg", b"0"),
+        ("00000000_(2).jpg", b"1"),
+        ("00000001.jpg", b"2"),
+        ("00000001_(2).jpg", b"3"),
+        ("00004318.jpg", b"4"),
+    ]
+
+
 def test_an_archive_in_a_bucket_that_was_cut_off(tmp_path, gcs_bucket):
     for path in (zip_of(tmp_path / "a.zip", FILES), tar_of(tmp_path / "a.tgz", FILES)):
         open_store(gcs_bucket).create(path.name, path.read_bytes()[:-300])

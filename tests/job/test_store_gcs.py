@@ -192,6 +192,24 @@ def test_a_download_that_breaks_off_is_begun_anew(proxy: Proxy, store: Store, fi
             assert file.with_name(target).read_bytes() == bytes(LARGE_BYTES)
 
 
+def test_a_stream_takes_few_requests(proxy: Proxy, store: Store, file: Path) -> None:
+    file.write_bytes(bytes(LARGE_BYTES))
+    store.upload(file, "part")
+    requests: list[bytes] = []
+
+    def count(data: bytes) -> bytes:
+        requests.extend([data] * (b"alt=media" in data))
+        return data
+
+    proxy.request = count
+    with store.open("part") as stream:
+        assert len(stream.read()) == LARGE_BYTES
+    assert len(requests) == 1
+    with store.open("part") as stream:
+        assert sum(len(block) for block in iter(lambda: stream.read(10_240), b"")) == LARGE_BYTES
+    assert len(requests) == 1 + 2
+
+
 @pytest.mark.parametrize("size_bytes", [1000, LARGE_BYTES])
 def test_damage_on_the_way_is_noticed(proxy: Proxy, store: Store, file: Path, size_bytes: int) -> None:
     file.write_bytes(b"0123456789" * (size_bytes // 10))
@@ -333,14 +351,14 @@ def test_missing_credentials_are_told_how_to_get(tmp_path: Path, monkeypatch: py
     assert "gs://bucket" in str(error.value)
 
 
-def test_foreign_objects_are_left_out_of_listings(gcs_bucket: str) -> None:
+def test_what_is_no_key_is_left_out_of_listings(gcs_bucket: str) -> None:
     name = gcs_bucket.removeprefix("gs://")
     bucket = storage.Client(project="test").bucket(name)
-    for key in ("folder/", "folder/object", "two words", ".hidden", "folder/.tmp-1", "other/.x"):
+    for key in ("folder/", "folder/object", "back\\slash", ".hidden", "folder/.tmp-1", "a//b"):
         bucket.blob(key).upload_from_string(b"1")
     store = open_store(gcs_bucket)
     assert list(store.list()) == [Entry("folder/object", 1)]
-    assert store.folders()[0] == "folder"
+    assert "folder" in store.folders()
 
 
 def test_objects_have_the_type_a_browser_needs(gcs_bucket: str, file: Path) -> None:

@@ -1,0 +1,152 @@
+"""Saving and going on: what training waits for, how fast parts reach a bucket, and how soon the next step runs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import chain, count
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from benchmarks.measuring import Figure, Turns, take_turns
+from benchmarks.resume import resumptions
+from benchmarks.subject import TINY, run_config
+from ddpm.training import create_state
+from job import __version__, compute
+from job.checkpoints import Manifest, delete_checkpoint, list_checkpoints
+from job.runs import utc_now
+from job.saving import UPLOADS, CheckpointWriter, Save, plan_parts
+from job.store import Store, open_store
+from tests.conftest import _started_server
+
+State = dict[str, dict[str, Tensor]]
+BUCKET = "benchmarks"
+
+
+def measure(quick: bool) -> list[Figure]:
+    """Saves Ho et al.'s CIFAR-10 network, 572 MB with averages and moments, to a folder and to an object server."""
+    sets, cpu = TINY if quick else (), torch.device("cpu")
+    state = create_state(compute.build_network(run_config(sets), cpu), cpu).tensors()
+    megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name) / "server.log"):
+        blocked, committed = saves(open_store(f"{name}/run"), state, 1 if quick else 7)
+        _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), state, 1 if quick else 2)
+        uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)
+        resumed = resumptions(f"gs://{BUCKET}", Path(name), sets, state, 1 if quick else 3)
+    return [
+        Figure(
+            "checkpoint_blocked_ratio",
+            "checkpoint: training blocked / plain copy into touched buffers, ×",
+            [1 / speedup for speedup in blocked.speedups],
+            at_most=2.0,
+            beside=f"{megabytes:.0f} MB: {median(blocked.ours):.3g} s, plain copy {median(blocked.peer):.3g} s",
+            raw={"state_megabytes": megabytes, **blocked.raw()},
+        ),
+        Figure(
+            "checkpoint_committed_seconds",
+            "checkpoint: from save to commit, in the background, folder, s",
+            committed,
+            beside=f"emulated gs://: {median(far_committed):.3g} s",
+            raw={"gs_seconds": far_committed},
+        ),
+        Figure(
+            "checkpoint_upload_ratio",
+            "checkpoint: upload speed / google-cloud-storage's own, ×",
+            uploads.speedups,
+            at_least=0.8,
+            beside=f"{UPLOADS} parts at a time, emulated gs://: {megabytes / median(uploads.ours):.0f} MB/s, "
+            f"raw client {megabytes / median(uploads.peer):.0f} MB/s",
+            raw=uploads.raw(),
+        ),
+        resumed,
+    ]
+
+
+def saves(run: Store, state: State, turns: int) -> tuple[Turns, list[float]]:
+    """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
+    writer = CheckpointWriter(run, state, lambda manifest: None)
+    live = list(chain.from_iterable(named.values() for named in state.values()))
+    buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
+    images_seen, started, committed = count(), [0.0], []
+
+    def save() -> None:
+        started[0] = time.perf_counter()
+        writer.save(Save(_manifest(next(images_seen)), {}))
+
+    def finish() -> None:
+        writer.wait()
+        committed.append(time.perf_counter() - started[0])
+        for ref in list_checkpoints(run):
+            delete_checkpoint(run, ref)
+
+    title = f"saving to {run.uri.partition('://')[0] if '://' in run.uri else 'a folder'}"
+    measured = take_turns(title, save, lambda: torch._foreach_copy_(buffers, live), turns, after_turn=finish)
+    writer.close()
+    return measured, committed[1:]
+
+
+def _manifest(images_seen: int) -> Manifest:
+    return Manifest(
+        fence=1,
+        attempt="benchmark",
+        images_seen=images_seen,
+        epoch=None,
+        created=utc_now(),
+        code_version=__version__,
+        config_sha256="0" * 64,
+        world_size=1,
+        loss_sums=[],
+        files=(),
+    )
+
+
+def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
+    """Uploads the files of one checkpoint through our store and with the bare client, equally many at a time."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+    from safetensors.torch import save_file
+
+    paths = []
+    for part in plan_parts(state):
+        paths.append(folder / part.name)
+        save_file({name: state[part.group][name].contiguous() for name in part.tensors}, paths[-1])
+    store = open_store(f"gs://{BUCKET}/ours")
+    bare = storage.Client(project=BUCKET, credentials=AnonymousCredentials()).bucket(BUCKET)
+    with ThreadPoolExecutor(UPLOADS) as pool:
+
+        def ours() -> None:
+            list(pool.map(lambda path: store.upload(path, path.name), paths))
+
+        def client() -> None:
+            list(pool.map(lambda path: bare.blob(f"bare/{path.name}").upload_from_filename(str(path)), paths))
+
+        def clean() -> None:
+            for path in paths:
+                store.delete(path.name)
+                bare.blob(f"bare/{path.name}").delete()
+
+        return take_turns("uploading", ours, client, turns, after_turn=clean)
+
+
+@contextmanager
+def object_server(log: Path) -> Iterator[None]:
+    """The object server that the tests use, with an empty bucket, where this process and its children look for one."""
+    from google.auth.credentials import AnonymousCredentials
+    from google.cloud import storage
+
+    server, url = _started_server(log)
+    try:
+        os.environ["STORAGE_EMULATOR_HOST"] = url
+        storage.Client(project=BUCKET, credentials=AnonymousCredentials()).create_bucket(BUCKET)
+        yield
+    finally:
+        os.environ.pop("STORAGE_EMULATOR_HOST", None)
+        server.kill()
+        server.wait()

@@ -1,0 +1,197 @@
+"""Reading images: a warm stream of a packed dataset against webdataset and torchvision's ImageFolder, and its memory."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks.measuring import Figure, seconds
+from benchmarks.subject import DATASET, pack_noise, write_noise
+from job.cache import ImageCache, open_cache
+from job.order import Order
+from job.progress import Progress
+from job.shards import INDEX, DatasetIndex, dataset_key, load_index, shard_name
+from job.store import open_store
+from job.stream import stream_batches
+
+SIZE = 64
+BATCH_SIZE_IMAGES = 128
+PEER_WORKERS = 2
+"""Both peers are faster with two worker processes than with none, and no faster with more than there are cores."""
+MEMORY_COPIES = 10
+"""How many times as large the dataset is whose stream must not take more memory."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the dataset: seconds from opening it to the first batch and to the last."""
+
+    first_batch_seconds: float
+    seconds: float
+
+
+def measure(quick: bool) -> list[Figure]:
+    """Reads the same images from the same disk, one epoch each in turn; the first turn warms up."""
+    images, turns = (256, 1) if quick else (10_000, 5)
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, Progress("reading images", unit="epochs") as bar:
+        folder = Path(name)
+        bucket, cache = str(folder / "bucket"), folder / "cache"
+        write_noise(folder / "images", images, SIZE)
+        index = pack_noise(bucket, folder / "images", SIZE)
+        key = dataset_key(DATASET, SIZE)
+        decoding_seconds = seconds(lambda: opened(bucket, key, cache).close())
+        readers: dict[str, Callable[[], Iterable[object]]] = {
+            "ours": lambda: our_epoch(opened(bucket, key, cache)),
+            "webdataset": lambda: webdataset_epoch([f"{bucket}/{key}/{shard.name}" for shard in index.shards]),
+            "ImageFolder": lambda: image_folder_epoch(folder / "images"),
+        }
+        epochs: dict[str, list[Epoch]] = {reader: [] for reader in readers}
+        for turn in range(turns + 1):
+            for number, (reader, batches) in enumerate(readers.items()):
+                epoch = timed_epoch(batches, images)
+                if turn:
+                    epochs[reader].append(epoch)
+                bar.update(turn * len(readers) + number + 1, total=(turns + 1) * len(readers))
+        large_key = f"{key}0"
+        multiply(bucket, key, large_key, MEMORY_COPIES)
+        memory = [
+            _in_own_process(partial(stream_memory, bucket, k, folder / "memory")) for k in (key, large_key)
+        ]
+    rates = {reader: [images / epoch.seconds for epoch in all_of_it] for reader, all_of_it in epochs.items()}
+    best_peer = max(("webdataset", "ImageFolder"), key=lambda reader: median(rates[reader]))
+    small_bytes, large_bytes = memory
+    return [
+        Figure(
+            "loader_images_per_second",
+            f"loader, warm, {SIZE}×{SIZE}×3: images/s",
+            rates["ours"],
+            at_least=100_000,
+            beside=f"{images:,} images, batch {BATCH_SIZE_IMAGES}, from opening to the last batch; "
+            f"decoded once before, in {decoding_seconds:.1f} s",
+            raw={
+                "images": images,
+                "images_per_second": rates,
+                "decoding_seconds": decoding_seconds,
+                "peer_workers": PEER_WORKERS,
+            },
+        ),
+        Figure(
+            "loader_ratio",
+            "loader: ours / best peer, ×",
+            [ours / peer for ours, peer in zip(rates["ours"], rates[best_peer], strict=True)],
+            beside=", ".join(f"{reader} {median(rates[reader]):,.0f} images/s" for reader in readers if reader != "ours"),
+        ),
+        Figure(
+            "loader_first_batch_seconds",
+            "loader: opening to the first batch, s",
+            [epoch.first_batch_seconds for epoch in epochs["ours"]],
+            at_most=0.1,
+            beside=", ".join(
+                f"{reader} {median(epoch.first_batch_seconds for epoch in epochs[reader]):.2f} s"
+                for reader in readers
+                if reader != "ours"
+            ),
+        ),
+        Figure(
+            "loader_memory_ratio",
+            f"loader: memory for {MEMORY_COPIES} times as many images, ×",
+            [large_bytes / small_bytes],
+            at_most=1.05,
+            beside=f"{small_bytes / 1e6:.0f} MB for {images:,} images, {large_bytes / 1e6:.0f} MB for "
+            f"{images * MEMORY_COPIES:,} (anonymous, the whole process)",
+            raw={"small_bytes": small_bytes, "large_bytes": large_bytes},
+        ),
+    ]
+
+
+def timed_epoch(batches: Callable[[], Iterable[object]], images: int) -> Epoch:
+    """Opens a dataset and takes the batches of one epoch."""
+    start = time.perf_counter()
+    iterator = iter(batches())
+    next(iterator)
+    first = time.perf_counter() - start
+    for _ in islice(iterator, -(-images // BATCH_SIZE_IMAGES) - 1):
+        pass
+    return Epoch(first, time.perf_counter() - start)
+
+
+def opened(bucket: str, key: str, cache_dir: Path) -> ImageCache:
+    """The dataset's cache of decoded images, filled."""
+    store = open_store(bucket)
+    return open_cache(store, key, load_index(store, key), cache_dir=cache_dir, budget_bytes=1 << 40)
+
+
+def our_epoch(cache: ImageCache) -> Iterable[object]:
+    """Shuffled uint8 batches, read ahead by one thread."""
+    return stream_batches(
+        cache,
+        Order(tuple(shard.images for shard in cache.index.shards), seed=0),
+        batch_size_images=BATCH_SIZE_IMAGES,
+        first_image=0,
+        last_image=cache.index.images,
+    )
+
+
+def webdataset_epoch(urls: list[str]) -> Iterable[object]:
+    """Our own shards as webdataset reads them: shuffled within 1,000 images, decoded with PIL."""
+    import webdataset
+    from torch.utils.data import DataLoader
+    from torchvision.transforms import PILToTensor
+
+    samples = webdataset.WebDataset(urls, shardshuffle=len(urls), seed=0, empty_check=False).shuffle(1000).decode("pil")
+    dataset = samples.to_tuple("png").map_tuple(PILToTensor())
+    return DataLoader(dataset, BATCH_SIZE_IMAGES, num_workers=PEER_WORKERS)
+
+
+def image_folder_epoch(folder: Path) -> Iterable[object]:
+    """The files before packing, shuffled, decoded with PIL."""
+    from torch.utils.data import DataLoader
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import PILToTensor
+
+    dataset = ImageFolder(str(folder), transform=PILToTensor())
+    return DataLoader(dataset, BATCH_SIZE_IMAGES, shuffle=True, num_workers=PEER_WORKERS)
+
+
+def multiply(bucket: str, key: str, large_key: str, copies: int) -> None:
+    """Writes the dataset `key` again as one of `copies` times its shards."""
+    store = open_store(bucket)
+    index: DatasetIndex = load_index(store, key)
+    shards = []
+    for shard in index.shards * copies:
+        copy = shard.model_copy(update={"name": shard_name(len(shards))})
+        store.upload(Path(bucket) / key / shard.name, f"{large_key}/{copy.name}")
+        store.create(f"{large_key}/{copy.offsets_name}", store.read(f"{key}/{shard.offsets_name}").data)
+        shards.append(copy)
+    store.create(f"{large_key}/{INDEX}", index.model_copy(update={"shards": tuple(shards)}).to_json())
+
+
+def stream_memory(bucket: str, key: str, cache_dir: Path) -> int:
+    """The most anonymous memory of this process, in bytes, while it decodes a dataset and streams it once."""
+    cache = opened(bucket, key, cache_dir)
+    most = anonymous_bytes()
+    for number, _ in enumerate(our_epoch(cache)):
+        if number % 16 == 0:
+            most = max(most, anonymous_bytes())
+    return most
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file backs (Linux); the mapped images are not in it."""
+    found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _in_own_process(work: Callable[[], int]) -> int:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work).result()

@@ -1,0 +1,139 @@
+"""How speed is measured: in turn with a peer, as medians, with the spread beside them and the machine named."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from job.progress import Progress
+
+BUSY_LOAD = 0.5
+"""More processes than this waiting for a core, before anything was measured, spoil what is measured."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One number of the report: the median of `samples`, which are all printed by their smallest and largest.
+
+    Attributes:
+        key: its name in the JSON.
+        what: its name in the table, unit included.
+        samples: one value per repetition.
+        at_least: the target, if more is better.
+        at_most: the target, if less is better.
+        beside: the numbers it comes from, in words.
+        raw: the same, for programs; names carry their units.
+    """
+
+    key: str
+    what: str
+    samples: list[float]
+    at_least: float | None = None
+    at_most: float | None = None
+    beside: str = ""
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """The median."""
+        return median(self.samples)
+
+    @property
+    def met(self) -> bool | None:
+        """Whether the target is met; none without a target."""
+        if self.at_least is not None:
+            return self.value >= self.at_least
+        return self.value <= self.at_most if self.at_most is not None else None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        target = {"at_least": self.at_least, "at_most": self.at_most, "met": self.met}
+        return {"value": self.value, "what": self.what, "samples": self.samples, **target, "raw": self.raw}
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of the same work, done by us and by a peer in turn, so that a slow minute hits both."""
+
+    ours: list[float]
+    peer: list[float]
+
+    @property
+    def speedups(self) -> list[float]:
+        """How many times as long the peer took, turn by turn."""
+        return [peer / ours for ours, peer in zip(self.ours, self.peer, strict=True)]
+
+    def raw(self) -> dict[str, list[float]]:
+        """Both lists, for JSON."""
+        return {"our_seconds": self.ours, "peer_seconds": self.peer}
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """Duration of `work`."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def take_turns(
+    title: str,
+    ours: Callable[[], object],
+    peer: Callable[[], object],
+    turns: int,
+    warmup_turns: int = 1,
+    after_turn: Callable[[], object] = lambda: None,
+) -> Turns:
+    """Times `peer` and `ours` alternately, and shows how far it is.
+
+    Args:
+        title: what is measured, for the progress bar.
+        ours: our work.
+        peer: the same work, done by a peer.
+        turns: how often each is timed.
+        warmup_turns: turns before these that do not count.
+        after_turn: what has to be waited for and cleaned up after every turn; not timed.
+    """
+    measured = Turns([], [])
+    with Progress(title, total=turns + warmup_turns, unit="turns") as bar:
+        for turn in range(-warmup_turns, turns):
+            peer_seconds, our_seconds = seconds(peer), seconds(ours)
+            after_turn()
+            if turn >= 0:
+                measured.peer.append(peer_seconds)
+                measured.ours.append(our_seconds)
+            bar.update(turn + warmup_turns + 1)
+    return measured
+
+
+def machine() -> dict[str, Any]:
+    """What the numbers hold for; the load is that of the minute before."""
+    import torch
+
+    from job.compute import best_precision
+
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": torch.get_num_threads(),
+        "memory_gigabytes": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9, 1),
+        "best_precision": best_precision(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_before": round(os.getloadavg()[0], 2),
+    }
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() == "model name":
+            features = ", ".join(f for f in ("avx512_bf16", "amx_bf16") if f in Path("/proc/cpuinfo").read_text())
+            return f"{value.strip()} ({features or 'no bf16'})"
+    return platform.machine()

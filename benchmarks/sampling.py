@@ -1,0 +1,53 @@
+"""Drawing images: `ddpm sample`'s painter against diffusers' DDIM pipeline at its defaults, at equal steps."""
+
+from __future__ import annotations
+
+from statistics import median
+
+from benchmarks.measuring import Figure, take_turns
+from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
+from ddpm.generation import Sampling
+from job import compute
+from job.sample import Painter
+from job.stopping import StopFlag
+
+AT_LEAST = 1.7
+
+
+def measure(quick: bool) -> list[Figure]:
+    """Draws batches in turn from networks that stay warm."""
+    from diffusers import DDIMPipeline, DDIMScheduler
+
+    steps, batch_size = (2, 2) if quick else (10, 32)
+    precision = compute.best_precision()
+    config = run_config(TINY if quick else HALF_WIDTH)
+    forget_accelerator()
+    painter = Painter(config, compute.build_accelerator("fp32"), precision, StopFlag())
+    pipeline = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+    sampling = Sampling("ddim", steps, "leading", 0.0, "fixed_large")
+    turns = take_turns(
+        "drawing images",
+        lambda: painter.draw(range(batch_size), sampling, batch_size, "ours"),
+        lambda: pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
+        turns=2 if quick else 4,
+    )
+    ours, peer = (batch_size / median(times) for times in (turns.ours, turns.peer))
+    return [
+        Figure(
+            "sample_ratio",
+            "sampling: ours / diffusers' DDIM pipeline, ×",
+            turns.speedups,
+            at_least=AT_LEAST if precision == "bf16" else None,
+            beside=f"batch {batch_size}, {steps} steps: {ours:.2f} images/s in {precision}, "
+            f"peer {peer:.2f} images/s in fp32",
+            raw={
+                **turns.raw(),
+                "batch_size_images": batch_size,
+                "steps": steps,
+                "precision": precision,
+                "our_images_per_second": ours,
+                "peer_images_per_second": peer,
+            },
+        )
+    ]

@@ -1,0 +1,79 @@
+"""What is measured: images of noise, and one network that we and the peers run with the same weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from ddpm.unet import UNet
+from job.config import RunConfig, draft, parse_sets
+from job.pack import pack
+from job.shards import DatasetIndex
+from job.store import open_store
+
+if TYPE_CHECKING:
+    from diffusers import UNet2DModel
+
+DATASET = "noise"
+PRESET = "cifar10"
+SIZE = 32
+
+HALF_WIDTH = ("model.channels=64", "model.dropout=0", "train.batch_size=32")
+"""Ho et al.'s CIFAR-10 network at half its width, 9 million parameters: a step takes about a second on two cores."""
+TINY = ("model.channels=32", "model.channel_mults=1,2", "model.dropout=0", "train.batch_size=4")
+"""A network that shows that a benchmark works, in no time."""
+
+
+def run_config(sets: tuple[str, ...]) -> RunConfig:
+    """Ho et al.'s CIFAR-10 configuration with changes, for images of 32 × 32 × 3."""
+    return draft(PRESET, {"data.size": SIZE, "data.channels": 3, **parse_sets(sets)})
+
+
+def write_noise(folder: Path, images: int, size: int) -> None:
+    """Fills `folder/all` with PNG files of uniform noise, uint8 [size, size, 3]: a folder as torchvision wants it."""
+    rng = np.random.default_rng(0)
+    (folder / "all").mkdir(parents=True)
+    for number in range(images):
+        pixels = rng.integers(0, 256, (size, size, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / "all" / f"{number:06d}.png", compress_level=1)
+
+
+def pack_noise(bucket_uri: str, folder: Path, size: int, shard_bytes: int = 16 << 20) -> DatasetIndex:
+    """Packs what `write_noise` wrote into `bucket_uri`, as the dataset `noise`."""
+    return pack(open_store(bucket_uri), str(folder), DATASET, size=size, classes=False, shard_bytes=shard_bytes)
+
+
+def diffusers_twin(network: UNet, config: RunConfig) -> UNet2DModel:
+    """The same network, as diffusers computes it: fp32, contiguous, equal weights."""
+    from diffusers import UNet2DModel
+
+    model, assert_size = config.model, config.data.size
+    assert assert_size is not None
+    sizes = [assert_size // 2**level for level in range(len(model.channel_mults))]
+    attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]
+    twin = UNet2DModel(
+        sample_size=assert_size,
+        block_out_channels=tuple(model.channels * mult for mult in model.channel_mults),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
+        layers_per_block=model.layers_per_level,
+        norm_num_groups=model.norm_groups,
+        norm_eps=1e-6,
+        attention_head_dim=None,
+        dropout=model.dropout,
+        downsample_padding=0,
+        flip_sin_to_cos=False,
+        freq_shift=1,
+    )
+    twin.load_state_dict(network.state_dict())
+    return twin
+
+
+def forget_accelerator() -> None:
+    """Lets the next `Accelerator` of this process choose its own precision, which is otherwise that of the first."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

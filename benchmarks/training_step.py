@@ -1,0 +1,222 @@
+"""One training step: ours against the loop of diffusers' unconditional example at its defaults, on the same U-Net."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.measuring import Figure, seconds, take_turns
+from benchmarks.subject import (
+    DATASET,
+    HALF_WIDTH,
+    PRESET,
+    SIZE,
+    TINY,
+    diffusers_twin,
+    forget_accelerator,
+    pack_noise,
+    write_noise,
+)
+from ddpm.objective import Objective
+from ddpm.schedule import make_schedule
+from ddpm.training import train
+from job import compute
+from job.cache import open_cache
+from job.config import RunConfig
+from job.order import Order
+from job.plan import plan_run
+from job.requests import TrainRequest
+from job.runs import Attempt
+from job.stopping import StopFlag
+from job.stream import stream_batches
+from job.train import TrainingSession, settings_of
+
+AT_LEAST = 1.8
+NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
+IMAGES = 1024
+
+
+def measure(quick: bool) -> list[Figure]:
+    """Runs both loops step by step in turn, and what a step is made of."""
+    precision = compute.best_precision()
+    with TemporaryDirectory(prefix="ddpm-bench-") as name:
+        ours = OurLoop(Path(name), quick, precision)
+        peer = DiffusersLoop(ours.session.config, ours.session.state.model)
+        turns = take_turns("training steps", ours.step, peer.step, 2 if quick else 9, 1 if quick else 2)
+        ours.close()
+    waits = [wait / step for wait, step in zip(ours.wait_seconds[-len(turns.ours) :], turns.ours, strict=True)]
+    flop = ours.step_flop()
+    peak = {kind: matmul_flop_per_second(kind, quick) for kind in (torch.float32, torch.bfloat16)}
+    our_peak = peak[torch.bfloat16 if precision == "bf16" else torch.float32]
+    our_seconds, peer_seconds = median(turns.ours), median(turns.peer)
+    batch_size, parameters = ours.session.batch_size, sum(p.numel() for p in ours.session.state.model.parameters())
+    raw = {
+        **turns.raw(),
+        "batch_size_images": batch_size,
+        "parameters": parameters,
+        "precision": precision,
+        "step_flop": flop,
+        "matmul_peak_flop_per_second": {str(kind).removeprefix("torch."): value for kind, value in peak.items()},
+        "our_share_of_peak": flop / our_seconds / our_peak,
+        "peer_share_of_fp32_peak": flop / peer_seconds / peak[torch.float32],
+    }
+    return [
+        Figure(
+            "training_step_ratio",
+            "training step: diffusers' example / ours, ×",
+            turns.speedups,
+            at_least=AT_LEAST if precision == "bf16" else None,
+            beside=f"{parameters / 1e6:.1f} M parameters, batch {batch_size}: "
+            f"{our_seconds:.3g} s in {precision}, peer {peer_seconds:.3g} s in fp32",
+            raw=raw,
+        ),
+        Figure(
+            "training_share_of_matmul_peak",
+            "training step: FLOP/s over this machine's matmul peak",
+            [flop / one / our_peak for one in turns.ours],
+            beside=f"{flop / our_seconds / 1e9:.0f} of {our_peak / 1e9:.0f} GFLOP/s in {precision}; "
+            f"peer {flop / peer_seconds / 1e9:.0f} of {peak[torch.float32] / 1e9:.0f} in fp32",
+        ),
+        Figure(
+            "training_waits_for_data_ratio",
+            "training step: share spent waiting for data",
+            waits,
+            at_most=0.01,
+            beside=f"{median(ours.wait_seconds) * 1e6:.0f} µs of a step",
+        ),
+    ]
+
+
+class OurLoop:
+    """`ddpm.training.train`, fed from a packed dataset and with the hooks of a real run; one step per call."""
+
+    def __init__(self, folder: Path, quick: bool, precision: str) -> None:
+        write_noise(folder / "images", 32 if quick else IMAGES, SIZE)
+        bucket = str(folder / "bucket")
+        pack_noise(bucket, folder / "images", SIZE)
+        sets = (*(TINY if quick else HALF_WIDTH), *NO_SAVES, f"train.precision={precision}")
+        plan = plan_run(TrainRequest(DATASET, bucket, preset=PRESET, epochs=1000, sets=sets).check())
+        forget_accelerator()
+        accelerator = compute.build_accelerator(precision)
+        cache = open_cache(plan.bucket, plan.dataset_key, plan.index, cache_dir=folder / "cache", budget_bytes=1 << 40)
+        self.session = TrainingSession(plan, plan.config, Attempt(1, "benchmark"), accelerator, cache, StopFlag())
+        self.session.restore()
+        self.wait_seconds: list[float] = []
+        config = plan.config
+        schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
+        self._objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        self._stream = stream_batches(
+            cache,
+            Order(tuple(shard.images for shard in plan.index.shards), config.train.seed),
+            batch_size_images=config.train.batch_size,
+            first_image=0,
+            last_image=None,
+        )
+        self._batches = self._timed(self._stream)
+
+    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            start = time.perf_counter()
+            batch = next(batches)
+            self.wait_seconds.append(time.perf_counter() - start)
+            yield batch
+
+    def step(self) -> None:
+        """One whole step."""
+        session, batch = self.session, islice(self._batches, 1)
+        settings = settings_of(session.config)
+        train(session.state, session.network, batch, self._objective, settings, session.accelerator, session.hooks)
+
+    def step_flop(self) -> int:
+        """Floating-point operations of the network's forward and backward pass over one batch."""
+        session = self.session
+        shape = (session.batch_size, session.config.data.channels, SIZE, SIZE)
+        with FlopCounterMode(display=False) as counter:
+            session.state.model(torch.randn(shape), torch.zeros(shape[0], dtype=torch.int64)).sum().backward()
+        return counter.get_total_flops()
+
+    def close(self) -> None:
+        """Ends the session's threads."""
+        self._stream.close()  # type: ignore[attr-defined]
+        for thread in (self.session.writer, self.session.status):
+            assert thread is not None
+        self.session.writer.close()
+        self.session.status.close("stopped")
+
+
+class DiffusersLoop:
+    """What diffusers' example of unconditional training does in a step, at its defaults, EMA on.
+
+    Accelerate in fp32, AdamW, cosine schedule, clipping at 1, `EMAModel`. Its images are ready in memory, so that what
+    it does to read them is not held against it.
+    """
+
+    def __init__(self, config: RunConfig, network: Any) -> None:
+        from accelerate import Accelerator
+        from diffusers import DDPMScheduler
+        from diffusers.optimization import get_scheduler
+        from diffusers.training_utils import EMAModel
+
+        forget_accelerator()
+        self._accelerator = Accelerator(cpu=True, mixed_precision="no")
+        model = diffusers_twin(network, config)
+        self._ema = EMAModel(
+            model.parameters(),
+            decay=0.9999,
+            use_ema_warmup=True,
+            inv_gamma=1.0,
+            power=0.75,
+            model_cls=type(model),
+            model_config=model.config,
+        )
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+        self._noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        images = torch.rand(max(IMAGES, config.train.batch_size), 3, SIZE, SIZE) * 2 - 1
+        loader = DataLoader(TensorDataset(images), batch_size=config.train.batch_size, shuffle=True, drop_last=True)
+        rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+        self._model, self._optimizer, self._loader, self._rates = self._accelerator.prepare(
+            model, optimizer, loader, rates
+        )
+        self._batches = self._endless()
+
+    def _endless(self) -> Iterator[Tensor]:
+        while True:
+            for (images,) in self._loader:
+                yield images
+
+    def step(self) -> None:
+        """One whole step, with the loss read as the example does for its progress bar."""
+        self._model.train()
+        clean = next(self._batches)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(0, 1000, (len(clean),)).long()
+        noisy = self._noise_scheduler.add_noise(clean, noise, timesteps)
+        with self._accelerator.accumulate(self._model):
+            loss = F.mse_loss(self._model(noisy, timesteps).sample.float(), noise.float())
+            self._accelerator.backward(loss)
+            self._accelerator.clip_grad_norm_(self._model.parameters(), 1.0)
+            self._optimizer.step()
+            self._rates.step()
+            self._optimizer.zero_grad()
+        self._ema.step(self._model.parameters())
+        loss.detach().item()
+
+
+def matmul_flop_per_second(dtype: torch.dtype, quick: bool) -> float:
+    """The best of several products of large square matrices: what this machine can do at most."""
+    side = 256 if quick else 4096
+    a, b = torch.randn(side, side).to(dtype), torch.randn(side, side).to(dtype)
+    product: Callable[[], Tensor] = lambda: a @ b  # noqa: E731
+    product()
+    return 2 * side**3 / min(seconds(product) for _ in range(4))
