@@ -8,7 +8,9 @@ PYTHON  ?= python3
 DDPM      = .venv/bin/ddpm
 INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
-EPOCHS_OPTION = $(if $(EPOCHS),--epochs $(EPOCHS))
+RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
+TRAIN     = train --dataset '$(DATASET)' --run '$(RUN_NAME)' --bucket '$(BUCKET)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
+            $(if $(SIZE),--set data.size=$(SIZE))
 
 .PHONY: help setup submit-train train sample pack test lint bench clean
 
@@ -16,7 +18,7 @@ help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo
 	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-URI RUN=name"
-	@echo "           BUCKET=./bucket|gs://name EPOCHS=n ON=local ARGS='--set train.batch_size=64'"
+	@echo "           BUCKET=./bucket|gs://name EPOCHS=n SIZE=pixels ON=local ARGS='--set train.batch_size=64'"
 
 setup: $(INSTALLED) ## Install into .venv
 
@@ -31,17 +33,17 @@ $(TESTED): $(INSTALLED)
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
-	@$(DDPM) data ensure $(DATASET) --bucket $(BUCKET) $(if $(SOURCE),--source '$(SOURCE)')
-	@$(DDPM) submit train --on $(ON) --dataset $(DATASET) $(if $(RUN),--run $(RUN)) --bucket $(BUCKET) $(EPOCHS_OPTION) $(ARGS)
+	@$(DDPM) data ensure '$(DATASET)' --bucket '$(BUCKET)' $(if $(SIZE),--size $(SIZE)) $(if $(SOURCE),--source '$(SOURCE)')
+	@$(DDPM) submit $(TRAIN) --on '$(ON)' $(ARGS)
 
 train: $(INSTALLED) ## Train or go on in this process
-	@$(DDPM) train --dataset $(DATASET) $(if $(RUN),--run $(RUN)) --bucket $(BUCKET) $(EPOCHS_OPTION) $(ARGS)
+	@$(DDPM) $(TRAIN) $(ARGS)
 
 sample: $(INSTALLED) ## Draw images from RUN's newest checkpoint
-	@$(DDPM) sample --run $(or $(RUN),$(DATASET)) --bucket $(BUCKET) $(ARGS)
+	@$(DDPM) sample --run '$(RUN_NAME)' --bucket '$(BUCKET)' $(ARGS)
 
 pack: $(INSTALLED) ## Pack SOURCE into DATASET
-	@$(DDPM) data pack $(or $(SOURCE),$(DATASET)) $(DATASET) --bucket $(BUCKET) $(ARGS)
+	@$(DDPM) data pack '$(or $(SOURCE),$(DATASET))' '$(DATASET)' --bucket '$(BUCKET)' $(if $(SIZE),--size $(SIZE)) $(ARGS)
 
 test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)

@@ -1,4 +1,4 @@
-"""Reading images: a warm stream of a packed dataset against webdataset and torchvision's ImageFolder, and its memory."""
+"""Reading images: a warm stream of a packed dataset against webdataset and torchvision's ImageFolder; its memory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from benchmarks.subject import DATASET, pack_noise, write_noise
 from job.cache import ImageCache, open_cache
 from job.order import Order
 from job.progress import Progress
-from job.shards import INDEX, DatasetIndex, dataset_key, load_index, shard_name
+from job.shards import INDEX, Shard, dataset_key, load_index, shard_name
 from job.store import open_store
 from job.stream import stream_batches
 
@@ -63,9 +63,7 @@ def measure(quick: bool) -> list[Figure]:
                 bar.update(turn * len(readers) + number + 1, total=(turns + 1) * len(readers))
         large_key = f"{key}0"
         multiply(bucket, key, large_key, MEMORY_COPIES)
-        memory = [
-            _in_own_process(partial(stream_memory, bucket, k, folder / "memory")) for k in (key, large_key)
-        ]
+        memory = [_in_own_process(partial(stream_memory, bucket, k, folder / "memory")) for k in (key, large_key)]
     rates = {reader: [images / epoch.seconds for epoch in all_of_it] for reader, all_of_it in epochs.items()}
     best_peer = max(("webdataset", "ImageFolder"), key=lambda reader: median(rates[reader]))
     small_bytes, large_bytes = memory
@@ -88,7 +86,9 @@ def measure(quick: bool) -> list[Figure]:
             "loader_ratio",
             "loader: ours / best peer, ×",
             [ours / peer for ours, peer in zip(rates["ours"], rates[best_peer], strict=True)],
-            beside=", ".join(f"{reader} {median(rates[reader]):,.0f} images/s" for reader in readers if reader != "ours"),
+            beside=", ".join(
+                f"{reader} {median(rates[reader]):,.0f} images/s" for reader in readers if reader != "ours"
+            ),
         ),
         Figure(
             "loader_first_batch_seconds",
@@ -165,8 +165,8 @@ def image_folder_epoch(folder: Path) -> Iterable[object]:
 def multiply(bucket: str, key: str, large_key: str, copies: int) -> None:
     """Writes the dataset `key` again as one of `copies` times its shards."""
     store = open_store(bucket)
-    index: DatasetIndex = load_index(store, key)
-    shards = []
+    index = load_index(store, key)
+    shards: list[Shard] = []
     for shard in index.shards * copies:
         copy = shard.model_copy(update={"name": shard_name(len(shards))})
         store.upload(Path(bucket) / key / shard.name, f"{large_key}/{copy.name}")

@@ -28,10 +28,13 @@ EVERY_STEP_LOGGED = (
     "checkpoint.keep_last=1",
 )
 """One step per epoch, over two images: what the step itself takes hardly counts."""
-IMPORTS = "import job.train, job.store.gcs, safetensors.torch, accelerate"
+IMPORTS = "import job.train, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
+"""What any training process on a bucket imports before its first step; torch's optimisers import its compiler."""
 
 
-def resumptions(bucket: str, folder: Path, sets: tuple[str, ...], state: dict[str, dict[str, Tensor]], turns: int) -> Figure:
+def resumptions(
+    bucket: str, folder: Path, sets: tuple[str, ...], state: dict[str, dict[str, Tensor]], turns: int
+) -> Figure:
     """Trains one epoch, then goes on `turns` times, each in a new process, and reads from the log when it stepped.
 
     Args:

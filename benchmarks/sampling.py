@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from statistics import median
+from typing import Any
 
 from benchmarks.measuring import Figure, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
@@ -23,7 +24,7 @@ def measure(quick: bool) -> list[Figure]:
     config = run_config(TINY if quick else HALF_WIDTH)
     forget_accelerator()
     painter = Painter(config, compute.build_accelerator("fp32"), precision, StopFlag())
-    pipeline = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
+    pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     sampling = Sampling("ddim", steps, "leading", 0.0, "fixed_large")
     turns = take_turns(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -13,9 +13,6 @@ from job.config import RunConfig, draft, parse_sets
 from job.pack import pack
 from job.shards import DatasetIndex
 from job.store import open_store
-
-if TYPE_CHECKING:
-    from diffusers import UNet2DModel
 
 DATASET = "noise"
 PRESET = "cifar10"
@@ -46,16 +43,15 @@ def pack_noise(bucket_uri: str, folder: Path, size: int, shard_bytes: int = 16 <
     return pack(open_store(bucket_uri), str(folder), DATASET, size=size, classes=False, shard_bytes=shard_bytes)
 
 
-def diffusers_twin(network: UNet, config: RunConfig) -> UNet2DModel:
-    """The same network, as diffusers computes it: fp32, contiguous, equal weights."""
+def diffusers_twin(network: UNet, config: RunConfig) -> Any:
+    """The same network as a diffusers `UNet2DModel` at its defaults: fp32, contiguous, equal weights."""
     from diffusers import UNet2DModel
 
-    model, assert_size = config.model, config.data.size
-    assert assert_size is not None
-    sizes = [assert_size // 2**level for level in range(len(model.channel_mults))]
+    model = config.model
+    sizes = [SIZE // 2**level for level in range(len(model.channel_mults))]
     attention = ["Attn" if size in model.attention_sizes else "" for size in sizes]
-    twin = UNet2DModel(
-        sample_size=assert_size,
+    twin: Any = UNet2DModel(
+        sample_size=SIZE,
         block_out_channels=tuple(model.channels * mult for mult in model.channel_mults),
         down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
         up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),

@@ -39,7 +39,7 @@ from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs import Attempt
 from job.stopping import StopFlag
-from job.stream import stream_batches
+from job.stream import Batch, stream_batches
 from job.train import TrainingSession, settings_of
 
 AT_LEAST = 1.8
@@ -116,19 +116,19 @@ class OurLoop:
         config = plan.config
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
         self._objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
-        self._stream = stream_batches(
+        self._stream: Any = stream_batches(
             cache,
             Order(tuple(shard.images for shard in plan.index.shards), config.train.seed),
             batch_size_images=config.train.batch_size,
             first_image=0,
             last_image=None,
         )
-        self._batches = self._timed(self._stream)
+        self._batches = self._timed_batches()
 
-    def _timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+    def _timed_batches(self) -> Iterator[Batch]:
         while True:
             start = time.perf_counter()
-            batch = next(batches)
+            batch = next(self._stream)
             self.wait_seconds.append(time.perf_counter() - start)
             yield batch
 
@@ -141,16 +141,15 @@ class OurLoop:
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""
         session = self.session
-        shape = (session.batch_size, session.config.data.channels, SIZE, SIZE)
+        shape = (session.batch_size, 3, SIZE, SIZE)
         with FlopCounterMode(display=False) as counter:
             session.state.model(torch.randn(shape), torch.zeros(shape[0], dtype=torch.int64)).sum().backward()
         return counter.get_total_flops()
 
     def close(self) -> None:
         """Ends the session's threads."""
-        self._stream.close()  # type: ignore[attr-defined]
-        for thread in (self.session.writer, self.session.status):
-            assert thread is not None
+        self._stream.close()
+        assert self.session.writer is not None and self.session.status is not None
         self.session.writer.close()
         self.session.status.close("stopped")
 
@@ -181,7 +180,7 @@ class DiffusersLoop:
             model_config=model.config,
         )
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-        self._noise_scheduler = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
+        self._noise_scheduler: Any = DDPMScheduler(num_train_timesteps=1000, beta_schedule="linear")
         images = torch.rand(max(IMAGES, config.train.batch_size), 3, SIZE, SIZE) * 2 - 1
         loader = DataLoader(TensorDataset(images), batch_size=config.train.batch_size, shuffle=True, drop_last=True)
         rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)

@@ -46,10 +46,7 @@ class Zip(Source):
 
     def _read(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
         with archive.open(info) as stream:
-            content = read_exactly(stream, info.file_size)
-            # The checksum is compared when the end is reached, which takes one more read.
-            stream.read(1)
-            return content
+            return read_exactly(stream, info.file_size)
 
 
 class Tar(Source):

@@ -9,8 +9,8 @@ import numpy as np
 
 from job.config import pack_config
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
-from job.requests import PackRequest
-from job.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index, validated_dataset_name
+from job.requests import DEFAULT_PRESET, PackRequest, validated_output
+from job.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index
 from job.stopping import StopFlag
 from job.store import Store, open_store
 
@@ -56,28 +56,37 @@ def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str) ->
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
     """
-    request = PackRequest(source or name, name, bucket_uri, size)
-    validated_dataset_name(name)
+    preset = pack_config(name)
+    # The network that a dataset without a preset of its own is trained with is made for this size.
+    default = preset or pack_config(DEFAULT_PRESET)
+    assert default is not None
+    request = PackRequest(source or name, name, bucket_uri, size or default.size).check()
+    bucket = open_store(bucket_uri)
     try:
-        find_dataset(open_store(bucket_uri), name, size)
+        find_dataset(bucket, name, size)
+        return
+    except BadRequestError:
+        # There are several sizes, of which training takes the one it is told.
         return
     except MissingInputError:
         if not source and name != EMBEDDED:
-            preset = pack_config(name)
+            # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
+            bucket.exists(DATASETS)
             what = (preset.fetch if preset else "") or "a folder or archive of images"
             raise MissingInputError(
                 f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
-                f"  make submit-train DATASET={name} SOURCE=path/to/it BUCKET={bucket_uri}\n"
+                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={bucket_uri}\n"
                 f"or, to pack alone,\n"
-                f"  ddpm data pack path/to/it {name} --bucket {bucket_uri}"
+                f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {bucket_uri}"
             ) from None
     pack_dataset(request)
 
 
 def list_datasets(bucket_uri: str) -> None:
     """Prints a table of the datasets in the bucket."""
-    from rich.console import Console
     from rich.table import Table
+
+    from job.overview import print_table
 
     bucket = open_store(bucket_uri)
     table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
@@ -98,19 +107,28 @@ def list_datasets(bucket_uri: str) -> None:
             index.licence or "-",
         )
     if table.row_count:
-        Console().print(table)
+        print_table(table)
     else:
         print(f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
 def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None) -> None:
-    """Prints what a dataset holds and makes a contact sheet of it."""
-    from ddpm import figures
-    from job.cache import default_cache_dir, open_cache
+    """Prints what a dataset holds and makes a contact sheet of it, in the bucket unless `output` names a file.
 
+    Raises:
+        BadRequestError: nothing can be written to `output`.
+        MissingInputError: there is no such dataset.
+    """
+    if output is not None:
+        validated_output(output)
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
+
+    from ddpm import figures
+    from job.cache import default_cache_dir, open_cache
+    from job.pictures import write_picture
+
     cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
     everything = np.arange(index.images)
     labels = cache.labels(everything)
@@ -123,12 +141,9 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     )
     if output is None:
         bucket.put(f"{key}/contact-sheet.png", sheet)
-        print(f"contact sheet  {bucket.uri_of(f'{key}/contact-sheet.png')}")
-    elif output.parent.is_dir():
-        output.write_bytes(sheet)
-        print(f"contact sheet  {output}")
     else:
-        raise BadRequestError(f"there is no folder {output.parent} to write {output.name} into")
+        write_picture(output, sheet)
+    print(f"contact sheet  {output or bucket.uri_of(f'{key}/contact-sheet.png')}")
 
 
 def verify_named(bucket_uri: str, name: str, size: int | None) -> None:

@@ -70,7 +70,9 @@ class Journal:
         self.dataset = dataset
         self._parameters = json.dumps(parameters, indent=1, sort_keys=True).encode()
         self.parameters_sha256 = hashlib.sha256(self._parameters).hexdigest()
-        if self._read(_PARAMETERS) != self._parameters:
+        try:
+            dataset.create(_PARAMETERS, self._parameters)
+        except ObjectExistsError:
             dataset.put(_PARAMETERS, self._parameters)
             self._clear(key for key in self._sizes() if key != _PARAMETERS)
 

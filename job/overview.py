@@ -4,28 +4,36 @@ from __future__ import annotations
 
 import time
 from calendar import timegm
+from typing import TYPE_CHECKING
 
 from job import runs
 from job.checkpoints import by_progress, list_checkpoints
-from job.exits import JobError
+from job.exits import BadRequestError, JobError
 from job.runs import RUNS, Status, read_status, run_store
 from job.shards import dataset_key, load_index
 from job.store import Store, open_store
 
+if TYPE_CHECKING:
+    from rich.table import Table
+
 STALE_SECONDS = 120.0
 """A run that calls itself running but has not said so for this long was cut off."""
+PIPE_COLUMNS = 1000
+"""Width where no terminal sets one: nothing is cut short that another program may look for."""
 
 
 def list_runs(bucket_uri: str) -> None:
     """Prints a table of the runs in the bucket."""
-    from rich.console import Console
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
     table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "newest checkpoint", box=None)
-    names = bucket.folders(RUNS)
-    for name in names:
-        run = run_store(bucket, name)
+    for name in bucket.folders(RUNS):
+        try:
+            run = run_store(bucket, name)
+        except BadRequestError:
+            # A folder that somebody else put there.
+            continue
         refs, status = list_checkpoints(run), read_status(run)
         newest = f"{max(refs).images_seen:,}" if refs else "-"
         if status is None:
@@ -41,10 +49,20 @@ def list_runs(bucket_uri: str) -> None:
             "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
             newest,
         )
-    if names:
-        Console().print(table)
+    if table.row_count:
+        print_table(table)
     else:
         print(f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
+
+
+def print_table(table: Table) -> None:
+    """Prints a table as wide as the terminal, or as it needs to be."""
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        console.width = PIPE_COLUMNS
+    console.print(table)
 
 
 def show_run(bucket_uri: str, name: str) -> None:

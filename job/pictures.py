@@ -12,24 +12,37 @@ from ddpm import figures, randomness
 from ddpm.schedule import make_schedule
 from job.cache import default_cache_dir, open_cache
 from job.config import DiffusionConfig
-from job.exits import BadRequestError, MissingInputError
-from job.requests import parse_numbers
+from job.exits import BadRequestError
+from job.requests import parse_numbers, validated_output
 from job.shards import find_dataset, load_index
 from job.store import open_store
+from job.store.files import os_errors, temporary_beside
 
 CACHE_BYTES = 32 * 10**9
 
 
 def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
-    """Writes the plot of β and ᾱ."""
+    """Writes the plot of β and ᾱ.
+
+    Raises:
+        BadRequestError: there is no such schedule, or nothing can be written to `output`.
+    """
     _known_schedule(kind)
+    validated_output(output)
     schedule = make_schedule(kind, num_timesteps)  # type: ignore[arg-type]
-    _write(output, figures.schedule_figure(schedule.betas.numpy(), schedule.alphas_cumprod.numpy(), kind))
+    write_picture(output, figures.schedule_figure(schedule.betas.numpy(), schedule.alphas_cumprod.numpy(), kind))
+    print(output)
 
 
 def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: str, kind: str, output: Path) -> None:
-    """Writes images beside q(x_t|x_0), and the two bare grids beside that."""
+    """Writes images beside q(x_t|x_0), and the two bare grids beside that.
+
+    Raises:
+        BadRequestError: there is no such schedule, timestep or number of images, or nothing can be written to `output`.
+        MissingInputError: there is no such dataset.
+    """
     _known_schedule(kind)
+    validated_output(output)
     steps, schedule = parse_numbers(timesteps, "--timesteps"), make_schedule(kind, 1000)  # type: ignore[arg-type]
     if max(steps) >= schedule.num_timesteps:
         raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {schedule.num_timesteps - 1}")
@@ -46,9 +59,10 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     )
     noised = schedule.add_noise(x_start, noise, torch.tensor(steps))
     figure = figures.noising_figure(images, noised, steps)
-    _write(output, figures.png(figure.combined))
-    for part in ("original", "noised"):
-        _write(output.with_name(f"{output.stem}-{part}{output.suffix}"), figures.png(getattr(figure, part)))
+    beside = {part: output.with_name(f"{output.stem}-{part}{output.suffix}") for part in ("original", "noised")}
+    for part, path in {"combined": output, **beside}.items():
+        write_picture(path, figures.png(getattr(figure, part)))
+        print(path)
 
 
 def _known_schedule(kind: str) -> None:
@@ -57,8 +71,13 @@ def _known_schedule(kind: str) -> None:
         raise BadRequestError(f"there is no schedule {kind!r} (there are: {', '.join(kinds)})")
 
 
-def _write(path: Path, data: bytes) -> None:
-    if not path.parent.is_dir():
-        raise MissingInputError(f"there is no folder {path.parent} to write {path.name} into")
-    path.write_bytes(data)
-    print(path)
+def write_picture(path: Path, data: bytes) -> None:
+    """Writes a file, whole or not at all.
+
+    Raises:
+        DiskFullError, NoPermissionError: it cannot be written.
+    """
+    with os_errors(path), temporary_beside(path) as (temporary, file):
+        file.write(data)
+        file.flush()
+        temporary.replace(path)

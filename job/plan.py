@@ -1,4 +1,4 @@
-"""What a training command finds in the bucket. Needs no tensors, so errors come at once."""
+"""What a command finds in the bucket before it begins. Needs no tensors, so errors come at once, and once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from ddpm.epochs import images_at_epoch
 from job import runs
+from job.checkpoints import CheckpointRef, choose
 from job.config import (
     RunConfig,
     changed_for_attempt,
@@ -15,9 +16,9 @@ from job.config import (
     follow_dataset,
     validated,
 )
-from job.exits import BadRequestError
-from job.requests import TrainRequest
-from job.shards import DatasetIndex, find_dataset, load_index
+from job.exits import BadConfigError, BadRequestError
+from job.requests import SampleRequest, TrainRequest
+from job.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.store import Store, open_store
 
 
@@ -73,3 +74,37 @@ def plan_run(request: TrainRequest) -> Plan:
             )
         changes = changed_for_attempt(stored, config, request.run)
     return Plan(bucket, run, index, key, config, changes, is_new=stored is None)
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """A run, and what of it is to be drawn."""
+
+    bucket: Store
+    run: Store
+    index: DatasetIndex
+    config: RunConfig
+    checkpoints: tuple[CheckpointRef, ...]
+    sampler: str
+    steps: int
+
+
+def plan_sampling(request: SampleRequest) -> SamplePlan:
+    """Finds the run and its checkpoints. Writes nothing.
+
+    Raises:
+        MissingInputError: no such run, dataset or checkpoint; the message names those there are.
+        BadConfigError: more steps than the run's diffusion has.
+    """
+    bucket = open_store(request.bucket)
+    run = runs.run_store(bucket, request.run)
+    config = runs.existing_config(run, request.run)
+    assert config.data.size is not None
+    timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
+    # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
+    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else timesteps)
+    if steps > timesteps:
+        raise BadConfigError(f"--steps {steps} exceeds the run's diffusion.timesteps={timesteps}")
+    index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
+    checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
+    return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)

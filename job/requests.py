@@ -13,7 +13,9 @@ from job.exits import BadRequestError
 from job.shards import validated_dataset_name
 
 DEFAULT_PRESET = "landscape-sample"
-MAX_SEEDS = 1_000_000
+MAX_NUMBERS = 10_000
+
+_CHECKPOINTS = re.compile(r"latest|all|\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,10 @@ class SampleRequest:
             raise BadRequestError(f"there is no sampler {self.sampler!r} (there are: {', '.join(samplers)})")
         if self.precision not in ("", "fp32", "bf16"):
             raise BadRequestError(f"--precision {self.precision!r}: use fp32 or bf16")
-        if self.checkpoints not in ("latest", "all"):
-            parse_numbers(self.checkpoints, "--checkpoints")
+        if not _CHECKPOINTS.fullmatch(self.checkpoints):
+            raise BadRequestError(
+                f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80,490, or latest, or all"
+            )
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
         return self
@@ -106,8 +110,10 @@ class PackRequest:
         """Returns the request with the preset's size, crop, filter and licence filled in.
 
         Raises:
-            BadRequestError: no size is given, and there is no preset to take it from.
+            BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
+        from job.images import Recipe
+
         validated_dataset_name(self.name)
         preset = pack_config(self.name)
         size = self.size or (preset.size if preset else None)
@@ -115,20 +121,36 @@ class PackRequest:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
         if self.channels not in (None, 1, 3):
             raise BadRequestError(f"--channels {self.channels}: use 3 for colour or 1 for grey")
-        return replace(
+        checked = replace(
             self,
             size=size,
             crop=self.crop or (preset.crop if preset else "center"),
             resize_filter=self.resize_filter or (preset.resize_filter if preset else "lanczos"),
             licence=self.licence or (preset.licence if preset else ""),
         )
+        Recipe(size, checked.crop, checked.resize_filter, self.channels or 3, self.min_side or 0)
+        return checked
+
+
+def validated_output(path: Path) -> Path:
+    """Returns `path` if a picture can be written there.
+
+    Raises:
+        BadRequestError: it does not end in .png, is a folder, or would be in a folder that is not there.
+    """
+    if path.suffix.lower() != ".png":
+        raise BadRequestError(f"--output {path}: pictures are PNG files, so let its name end in .png")
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise BadRequestError(f"--output {path}: {why}; name a file in a folder that is there")
+    return path
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
     """`"0-3,7"` → `[0, 1, 2, 3, 7]`.
 
     Raises:
-        BadRequestError: it is not such a list, or longer than `MAX_SEEDS`.
+        BadRequestError: it is not such a list, or longer than `MAX_NUMBERS`.
     """
     numbers: list[int] = []
     for word in text.split(","):
@@ -138,7 +160,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise BadRequestError(f"{option} {text!r}: the range {word.strip()} runs backwards")
-        if len(numbers) + last - first >= MAX_SEEDS:
-            raise BadRequestError(f"{option} {text!r}: at most {MAX_SEEDS:,} numbers")
+        if len(numbers) + last - first >= MAX_NUMBERS:
+            raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")
         numbers += range(first, last + 1)
     return numbers

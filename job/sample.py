@@ -1,15 +1,17 @@
 """`ddpm sample`, and the pictures that training makes: grids, comparisons and GIFs into the run's folder.
 
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
+            epoch-0080-ddpm-1000-seeds-0-63.png  other samplers, steps, weights or seeds are in the name
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080.gif             20 frames from noise to image
 """
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,16 +23,17 @@ from ddpm.epochs import epochs_completed_by
 from ddpm.generation import Sampling, generate
 from ddpm.schedule import make_schedule
 from ddpm.unet import UNet
-from job import compute, runs
+from job import compute
 from job.cache import ImageCache, default_cache_dir, open_cache
-from job.checkpoints import CheckpointRef, choose, opened
+from job.checkpoints import CheckpointRef, opened
 from job.config import RunConfig
-from job.exits import BadConfigError, StoppedError
+from job.exits import StoppedError
+from job.plan import SamplePlan, plan_sampling
 from job.progress import Progress
 from job.requests import SampleRequest, parse_numbers
-from job.shards import DatasetIndex, dataset_key, load_index
+from job.shards import DatasetIndex, dataset_key
 from job.stopping import StopFlag
-from job.store import Store, open_store
+from job.store import Store
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -103,7 +106,7 @@ class Painter:
         return images
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
-        """The way from noise to image for a few seeds, as a GIF."""
+        """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
         shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
         frames: list[Images] = []
 
@@ -112,7 +115,7 @@ class Painter:
                 frames.append(figures.to_uint8(x_t))
 
         frames.append(figures.to_uint8(self.generate(seeds, sampling, keep)))
-        return figures.denoising_gif(frames)
+        return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
 
 
 @dataclass(frozen=True)
@@ -182,20 +185,21 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
         MissingInputError: no such run or checkpoint; the message names those there are.
         BadDataError: a checkpoint is damaged; the message names the object.
     """
-    bucket = open_store(request.bucket)
-    run = runs.run_store(bucket, request.run)
-    config = runs.existing_config(run, request.run)
-    assert config.data.size is not None
-    index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
-    sampling = _sampling_of(request, config)
-    seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else list(range(config.sample.images))
-    refs = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
+    plan = plan_sampling(request)
+    run, config, index = plan.run, plan.config, plan.index
+    sampling = replace(default_sampling(config), sampler=plan.sampler, steps=plan.steps)  # type: ignore[arg-type]
+    seeds: Sequence[int] = range(config.sample.images)
+    gif_seeds: Sequence[int] = range(GIF_SEEDS)
+    if request.seeds:
+        seeds = parse_numbers(request.seeds, "--seeds")
+        gif_seeds = seeds[:GIF_SEEDS]
     accelerator = compute.build_accelerator("fp32")
     painter = Painter(config, accelerator, request.precision or config.train.precision, stop)
-    cache = _training_cache(bucket, config, index, request, accelerator, stop)
-    look, how = look_for(config, index, cache), f"{sampling.sampler}-{sampling.steps}{'-raw' if request.raw else ''}"
+    cache = _training_cache(plan, request, accelerator, stop)
+    look, how = look_for(config, index, cache), _how(request, sampling)
+    is_standard = how == _how(SampleRequest("", ""), default_sampling(config))
     grids: list[tuple[str, Images]] = []
-    for ref in refs:
+    for ref in plan.checkpoints:
         _load_weights(run, ref, "model" if request.raw else "ema", painter.network, accelerator)
         label = label_of(ref.images_seen, index.images, config.train.batch_size)
         if request.grid:
@@ -203,38 +207,38 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
             images = painter.draw(seeds, sampling, request.batch_size or config.sample.batch_size, label)
             if accelerator.is_main_process:
                 rate = len(seeds) / (time.monotonic() - started)
-                grids.append((label.replace("-0", " ").replace("-", " "), images))
+                unit, number = label.split("-")
+                grids.append((f"{unit} {int(number):,}", images))
                 _publish(run, f"{label}-{how}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
         if request.gif and accelerator.is_main_process:
-            _publish(run, f"denoising-{label}.gif", painter.denoising_gif(seeds[:GIF_SEEDS], sampling))
+            name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{how}.gif"
+            _publish(run, name, painter.denoising_gif(gif_seeds, sampling))
     if len(grids) > 1:
-        words = request.checkpoints.replace(",", "-").replace(" ", "")
+        words = _file_words(request.checkpoints, "-")
         _publish(run, f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
 
 
-def _sampling_of(request: SampleRequest, config: RunConfig) -> Sampling:
-    base = default_sampling(config)
-    sampler = request.sampler or base.sampler
-    # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (base.steps if sampler == base.sampler else config.diffusion.timesteps)
-    if steps > config.diffusion.timesteps:
-        raise BadConfigError(f"--steps {steps} exceeds the run's diffusion.timesteps={config.diffusion.timesteps}")
-    return Sampling(sampler, steps, base.spacing, base.eta, base.variance)  # type: ignore[arg-type]
+def _how(request: SampleRequest, sampling: Sampling) -> str:
+    """All that decides the images of a checkpoint, as part of a name: what differs does not overwrite each other."""
+    how = f"{sampling.sampler}-{sampling.steps}{'-raw' if request.raw else ''}"
+    return f"{how}-seeds-{_file_words(request.seeds, '_')}" if request.seeds else how
+
+
+def _file_words(numbers: str, comma: str) -> str:
+    words = "".join(numbers.split()).replace(",", comma)
+    # File systems end names at 255 bytes.
+    return words if len(words) <= 80 else hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
 def _training_cache(
-    bucket: Store,
-    config: RunConfig,
-    index: DatasetIndex,
-    request: SampleRequest,
-    accelerator: Accelerator,
-    stop: StopFlag,
+    plan: SamplePlan, request: SampleRequest, accelerator: Accelerator, stop: StopFlag
 ) -> ImageCache | None:
+    config, index = plan.config, plan.index
     wanted = config.sample.nearest if request.nearest is None else request.nearest
     if not (wanted and request.grid and accelerator.is_main_process):
         return None
     return open_cache(
-        bucket,
+        plan.bucket,
         dataset_key(config.data.dataset, index.size),
         index,
         cache_dir=default_cache_dir(),

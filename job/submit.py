@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
-from pathlib import Path
 from types import FrameType
 
 from job.exits import BadRequestError
 
 TARGETS = ("local",)
-LOG = Path("ddpm-job.log")
 
 
 def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
@@ -25,11 +25,19 @@ def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
         raise BadRequestError(f"there is no target {on!r} (there are: {', '.join(TARGETS)})")
     command = [sys.executable, "-m", "job", verb, *arguments]
     if detach:
-        with LOG.open("ab") as log:
+        from job.cache import default_cache_dir
+        from job.store.files import os_errors
+
+        # Not in the working folder, which may be somebody's checkout.
+        path = default_cache_dir() / "logs" / f"{verb}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.log"
+        with os_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            log = path.open("wb")
+        with log:
             child = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
-        print(f"process {child.pid} does it in the background and writes {LOG.absolute()}; `kill {child.pid}` stops it")
+        print(f"process {child.pid} does it in the background and writes {path}; `kill {child.pid}` stops it")
         return
     child = subprocess.Popen(command)
 

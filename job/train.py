@@ -86,6 +86,7 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
     session.restore()
     session.train()
     session.finish()
+    accelerator.end_training()
 
 
 def _begin(plan: Plan, precision: str, world_size: int) -> tuple[RunConfig, Attempt]:

@@ -1,6 +1,7 @@
 """The application: puts the nouns together and turns errors into one line and an exit code."""
 
 import errno
+import os
 import sys
 from typing import Annotated
 
@@ -13,6 +14,7 @@ app = typer.Typer(
     name="ddpm",
     help="The diffusion training job that never loses work.",
     no_args_is_help=True,
+    # Rich would read [/PREFIX] as markup, and need three times as long for --help.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -23,6 +25,9 @@ app.command("sample")(sample.sample)
 app.add_typer(figure.app, name="figure")
 app.add_typer(runs.app, name="runs")
 app.add_typer(submit.app, name="submit")
+
+SAID_BY_RANK_0 = (Exit.STOPPED, Exit.NOT_A_NUMBER)
+"""How all ranks end together, for the same reason."""
 
 
 def _version(show: bool) -> None:
@@ -52,12 +57,10 @@ def main() -> None:
     except JobError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
-        if error.errno == errno.EPIPE:
-            raise SystemExit(Exit.FINISHED) from None
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"no space left on the disk{_at(error)}: free some, or set TMPDIR to a larger one", Exit.DISK_FULL)
         if isinstance(error, PermissionError):
-            _fail(f"permission denied{_at(error)}", Exit.NO_PERMISSION)
+            _fail(f"permission denied{_at(error)}: give this user access, or choose another place", Exit.NO_PERMISSION)
         raise
 
 
@@ -66,5 +69,9 @@ def _at(error: OSError) -> str:
 
 
 def _fail(message: str, code: Exit) -> None:
-    print(f"ddpm: {message}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    if rank == "0":
+        print(f"ddpm: {message}", file=sys.stderr)
+    elif code not in SAID_BY_RANK_0:
+        print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
     raise SystemExit(int(code))

@@ -5,41 +5,47 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket
+from job.cli.options import DEFAULT_BUCKET, Bucket, Size
 
 app = typer.Typer(help="Datasets: pack images into shards, look at them, verify them.", no_args_is_help=True)
 
-Name = Annotated[str, typer.Argument(help="Name of the dataset, such as celeba.")]
-Size = Annotated[int | None, typer.Option("--size", min=1, help="Height and width in pixels.")]
+Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
 
 
 @app.command()
 def pack(
     source: Annotated[
         str,
-        typer.Argument(help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample."),
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample.",
+        ),
     ],
     name: Name,
     size: Size = None,
     crop: Annotated[
         str,
-        typer.Option("--crop", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
+        typer.Option(
+            "--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."
+        ),
     ] = "",
     resize_filter: Annotated[
-        str, typer.Option("--filter", help="Resizing filter: lanczos, bicubic, bilinear or box.")
+        str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
     ] = "",
-    channels: Annotated[int | None, typer.Option("--channels", help="3 for colour, 1 for grey.")] = None,
+    channels: Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")] = None,
     classes: Annotated[
         bool | None,
         typer.Option(
             "--classes/--no-classes", help="Whether first-level folders are classes. Default: if there are any."
         ),
     ] = None,
-    licence: Annotated[str, typer.Option("--licence", help="A note to keep with the dataset.")] = "",
-    max_bad: Annotated[int, typer.Option("--max-bad", min=0, help="Unreadable images to put up with.")] = 100,
+    licence: Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")] = "",
+    max_bad: Annotated[
+        int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")
+    ] = 100,
     min_side: Annotated[
         int | None,
-        typer.Option("--min-side", min=1, help="Reject images with a shorter side, in pixels. Default: size/2."),
+        typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
     ] = None,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
@@ -62,11 +68,15 @@ def pack(
 @app.command()
 def ensure(
     name: Name,
-    source: Annotated[str, typer.Option("--source", help="What to pack if the dataset is not there.")] = "",
+    source: Annotated[
+        str, typer.Option("--source", metavar="SOURCE", help="What to pack if the dataset is not there.")
+    ] = "",
     size: Size = None,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
-    """Pack a dataset unless it is there; landscape-sample comes with the program and needs no source.
+    """Pack a dataset unless it is there.
+
+    landscape-sample comes with the program and needs no source.
 
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
@@ -89,7 +99,9 @@ def show(
     size: Size = None,
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Contact sheet to write. Default: NAME-SIZE.png in the bucket."),
+        typer.Option(
+            "--output", "-o", metavar="PNG", help="Contact sheet to write. Default: contact-sheet.png in the bucket."
+        ),
     ] = None,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:

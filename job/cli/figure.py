@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Run
+from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Run, Size
 
 app = typer.Typer(help="Pictures that explain: the schedule, noised images, the denoising.", no_args_is_help=True)
 
@@ -14,9 +14,13 @@ TIMESTEPS = "962,237,38,39,988,559,299,226,985,791,859,485"
 
 @app.command()
 def schedule(
-    kind: Annotated[str, typer.Option("--schedule", help="linear or cosine.")] = "linear",
-    timesteps: Annotated[int, typer.Option("--timesteps", min=2, help="Number of diffusion steps T.")] = 1000,
-    output: Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")] = Path("schedule.png"),
+    kind: Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")] = "linear",
+    timesteps: Annotated[
+        int, typer.Option("--timesteps", metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
+    ] = 1000,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")] = Path(
+        "schedule.png"
+    ),
 ) -> None:
     """Plot β (left axis) and ᾱ (right axis) over the timesteps.
 
@@ -31,12 +35,15 @@ def schedule(
 def noising(
     dataset: Dataset,
     timesteps: Annotated[
-        str, typer.Option("--timesteps", help="One timestep (0 to T-1) per image, comma-separated.")
+        str, typer.Option("--timesteps", metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
     ] = TIMESTEPS,
-    kind: Annotated[str, typer.Option("--schedule", help="linear or cosine.")] = "linear",
-    size: Annotated[int | None, typer.Option("--size", min=1, help="Which packed size, in pixels.")] = None,
+    kind: Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")] = "linear",
+    size: Size = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", help="PNG to write; NAME-original.png and NAME-noised.png come beside it.")
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="PNG", help="Where to write it; -original.png and -noised.png come beside it."
+        ),
     ] = Path("noising.png"),
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
@@ -52,10 +59,14 @@ def noising(
 @app.command()
 def denoising(
     run: Run,
-    seeds: Annotated[str, typer.Option("--seeds", help="One image per seed, such as 0-11.")] = "0-11",
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="LIST", help="One image per seed, such as 0-11, up to 12.")
+    ] = "",
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
-    """Make a GIF of the run's newest network turning noise into images: 20 frames, 5 per second.
+    """Make a GIF of a run's network turning noise into images.
+
+    It shows the newest checkpoint in 20 frames, 5 per second, and goes into the run's folder in the bucket.
 
     Example: ddpm figure denoising --run landscape-sample
     """

@@ -19,7 +19,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 @app.command()
 def show(
-    run: Annotated[str, typer.Argument(help="Name of the run.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
     """Show a run: state, progress, checkpoints, attempts, where its pictures lie.

@@ -10,11 +10,16 @@ from job.cli.options import DEFAULT_BUCKET, Bucket, Processes, Run
 def sample(
     run: Run,
     checkpoints: Annotated[
-        str, typer.Option("--checkpoints", help="Epochs such as 30,80,490, or latest, or all.")
+        str, typer.Option("--checkpoints", metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
     ] = "latest",
-    seeds: Annotated[str, typer.Option("--seeds", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Annotated[str, typer.Option("--sampler", help="ddpm or ddim. Default: the run's.")] = "",
-    steps: Annotated[int | None, typer.Option("--steps", min=1, help="Network evaluations per image.")] = None,
+    seeds: Annotated[
+        str, typer.Option("--seeds", metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")
+    ] = "",
+    sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help="ddpm or ddim. Default: the run's.")] = "",
+    steps: Annotated[
+        int | None,
+        typer.Option("--steps", metavar="N", min=1, help="Network evaluations per image. Default: the run's."),
+    ] = None,
     gif: Annotated[
         bool, typer.Option("--gif", help="Also make a GIF of the denoising: 20 frames, 5 per second.")
     ] = False,
@@ -22,14 +27,19 @@ def sample(
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
     ] = None,
-    precision: Annotated[str, typer.Option("--precision", help="fp32 or bf16. Default: the run's.")] = "",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images at a time.")] = None,
+    precision: Annotated[
+        str, typer.Option("--precision", metavar="NAME", help="fp32 or bf16. Default: the run's.")
+    ] = "",
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time and process.")
+    ] = None,
     processes: Processes = None,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
-    """Draw images from a run's checkpoints; grids go into the run's folder in the bucket.
+    """Draw images from a run's checkpoints.
 
-    Image k depends on its seed alone. Several checkpoints also give one picture with them side by side.
+    Image k depends on its seed alone. A grid for each checkpoint goes into the run's folder in the bucket, and for
+    several checkpoints one picture with them side by side.
 
     Examples:
 

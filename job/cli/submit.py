@@ -10,12 +10,14 @@ app = typer.Typer(help="Start a command as a job somewhere; only --on changes.",
 @app.command("train", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
 def train(
     context: typer.Context,
-    on: Annotated[str, typer.Option("--on", help="Where: local (this machine).")] = "local",
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Where: local (this machine).")] = "local",
     detach: Annotated[
         bool, typer.Option("--detach", help="Return at once; the job goes on in the background.")
     ] = False,
 ) -> None:
-    """Submit `ddpm train` with the options that follow; see `ddpm train --help` for them.
+    """Start `ddpm train` with the options that follow.
+
+    See `ddpm train --help` for them.
 
     Example: ddpm submit train --dataset landscape-sample --on local --detach
     """

@@ -10,18 +10,23 @@ from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Processes
 
 def train(
     dataset: Dataset,
-    run: Annotated[str, typer.Option("--run", help="Name of the run. Default: the dataset's name.")] = "",
+    run: Annotated[
+        str, typer.Option("--run", metavar="NAME", help="Name of the run. Default: the dataset's name.")
+    ] = "",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", min=1, help="Train up to this many passes over the dataset.")
+        int | None, typer.Option("--epochs", metavar="N", min=1, help="Train up to this many passes over the dataset.")
     ] = None,
     preset: Annotated[
-        str, typer.Option("--preset", help="Settings to begin with. Default: the dataset's own, else a small one.")
+        str,
+        typer.Option(
+            "--preset", metavar="NAME", help="Settings to begin with. Default: the dataset's own, else a small one."
+        ),
     ] = "",
     sets: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64 (images per step)."),
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", help="A YAML file with settings.")] = None,
+    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML file with settings.")] = None,
     processes: Processes = None,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
@@ -31,7 +36,7 @@ def train(
 
         ddpm train --dataset celeba --bucket gs://my-bucket
 
-        ddpm train --dataset mine --preset landscape --epochs 200 --set train.batch_size=64
+        ddpm train --dataset mine --epochs 200 --set train.batch_size=64
     """
     from job.entry import train_command
     from job.requests import TrainRequest

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import struct
 import tarfile
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 
@@ -58,3 +61,24 @@ def folder_of(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     return path
+
+
+def idx(array: np.ndarray) -> bytes:
+    """The array in the format of MNIST's files."""
+    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
+
+
+def mnist(folder: Path, split: str, images: np.ndarray, labels: np.ndarray | None, gz: bool) -> None:
+    """Writes a set of images and labels as MNIST names them."""
+    folder.mkdir(exist_ok=True)
+    for kind, array in [("images-idx3", images), ("labels-idx1", labels)]:
+        if array is not None:
+            content = gzip.compress(idx(array)) if gz else idx(array)
+            (folder / f"{split}-{kind}-ubyte{'.gz' if gz else ''}").write_bytes(content)
+
+
+@pytest.fixture(name="digits")
+def digits_fixture() -> tuple[np.ndarray, np.ndarray]:
+    """Images and labels."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (12, 28, 28)), np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5])

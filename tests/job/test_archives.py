@@ -12,7 +12,15 @@ from job import archives, members
 from job.exits import BadDataError, JobError
 from job.images import Recipe, decode, prepare
 from job.sources import open_source
-from tests.job.some_images import folder_of, jpeg, tar_of, zip_of
+from tests.job.some_images import (
+    digits_fixture,  # noqa: F401
+    folder_of,
+    idx,
+    jpeg,
+    mnist,
+    tar_of,
+    zip_of,
+)
 
 FILES = [(f"b/{n}.jpg", jpeg(n)) for n in (2, 1)] + [("a/x.PNG", b"\x89PNG" * 50), ("notes.txt", b"no image")]
 IMAGES = FILES[:3]
@@ -213,30 +221,14 @@ def test_a_flipped_bit_behind_the_last_entry_of_a_tgz_is_found(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)]
+    "content",
+    [b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)],
+    ids=["nothing", "text", "zeros", "image", "csv.gz"],
 )
 def test_what_is_no_archive_is_refused(tmp_path, content):
     (tmp_path / "a").write_bytes(content)
     with pytest.raises(BadDataError, match=r"a is no archive that can be packed"):
         read(tmp_path / "a")
-
-
-def idx(array: np.ndarray) -> bytes:
-    return struct.pack(f">BBBB{array.ndim}I", 0, 0, 8, array.ndim, *array.shape) + array.astype(np.uint8).tobytes()
-
-
-def mnist(folder: Path, split: str, images: np.ndarray, labels: np.ndarray | None, gz: bool) -> None:
-    folder.mkdir(exist_ok=True)
-    for kind, array in [("images-idx3", images), ("labels-idx1", labels)]:
-        if array is not None:
-            content = gzip.compress(idx(array)) if gz else idx(array)
-            (folder / f"{split}-{kind}-ubyte{'.gz' if gz else ''}").write_bytes(content)
-
-
-@pytest.fixture
-def digits() -> tuple[np.ndarray, np.ndarray]:
-    rng = np.random.default_rng(0)
-    return rng.integers(0, 256, (12, 28, 28)), np.array([5, 0, 4, 1, 9, 2, 1, 3, 1, 4, 3, 5])
 
 
 @pytest.mark.parametrize("gz", [False, True])
@@ -293,5 +285,5 @@ def test_damaged_mnist_files_are_refused(tmp_path, digits, gz):
     if gz:
         mnist(tmp_path, "train", images, labels, gz)
         file.write_bytes(file.read_bytes()[:-9])
-        with pytest.raises(BadDataError, match="cannot be read|truncated"):
+        with pytest.raises(BadDataError, match=r"cannot be read|truncated"):
             read(tmp_path)

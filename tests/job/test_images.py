@@ -12,6 +12,11 @@ from tests.job.some_images import encoded, jpeg, picture
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
+def named(value: object) -> str | None:
+    """Contents of files make poor names of tests."""
+    return "file" if isinstance(value, bytes) else None
+
+
 def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=1):
     return Recipe(size, crop, resize_filter, channels, min_side)
 
@@ -73,7 +78,9 @@ def test_exif_orientation_is_applied_before_the_crop(orientation):
     np.testing.assert_array_equal(got, np.asarray(upright)[4:])
 
 
-@pytest.mark.parametrize("exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"])
+@pytest.mark.parametrize(
+    "exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"], ids=named
+)
 def test_broken_exif_does_not_cost_the_image(exif):
     got = pixels(encoded(flat("RGB", (200, 40, 90)), "JPEG", quality=95, exif=b"Exif\0\0" + exif))
     assert np.abs(got.astype(int) - [200, 40, 90]).max() <= 3
@@ -100,6 +107,7 @@ def test_broken_exif_does_not_cost_the_image(exif):
         (encoded(flat("RGB", (200, 40, 90)), "PPM"), (200, 40, 90)),
         (encoded(flat("RGB", (200, 40, 90)), "WEBP", lossless=True), (200, 40, 90)),
     ],
+    ids=named,
 )
 def test_every_mode_becomes_rgb(file, colour):
     got = pixels(file)
@@ -147,6 +155,7 @@ def test_the_png_holds_pixels_alone():
         (encoded(Image.new("F", (8, 8)), "TIFF"), "floating-point"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no image of a kind that is read"),
     ],
+    ids=named,
 )
 def test_bad_images_are_rejected_with_the_reason(file, reason):
     with pytest.raises(RejectedImageError, match=reason):
@@ -203,7 +212,7 @@ def test_decodes_to_contiguous_arrays():
     np.testing.assert_array_equal(got, np.asarray(image))
 
 
-@pytest.mark.parametrize("file", [b"", b"no image", encoded(picture(5))[:90]])
+@pytest.mark.parametrize("file", [b"", b"no image", encoded(picture(5))[:90]], ids=named)
 def test_what_is_no_image_cannot_be_decoded(file):
     with pytest.raises(BadDataError, match="an image is damaged"):
         decode(file, 3)

@@ -11,8 +11,14 @@ from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.members import in_order
 from job.sources import BucketFolder, open_source, survey
 from job.store import open_store
-from tests.job.some_images import folder_of, jpeg, tar_of, zip_of
-from tests.job.test_archives import digits, mnist  # noqa: F401
+from tests.job.some_images import (
+    digits_fixture,  # noqa: F401
+    folder_of,
+    jpeg,
+    mnist,
+    tar_of,
+    zip_of,
+)
 
 # As `unzip -l` shows the archives that people download, shortened.
 CELEBA = ["img_align_celeba/"] + [f"img_align_celeba/{n:06d}.jpg" for n in range(1, 7)]
@@ -174,7 +180,7 @@ def put(bucket: str, folder: Path, prefix: str) -> None:
             store.upload(path, f"{prefix}/{path.relative_to(folder).as_posix()}")
 
 
-def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_bucket, digits):  # noqa: F811
+def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_bucket, digits):
     local = tmp_path / "local"
     local.mkdir()
     zip_of(local / "a.zip", FILES)

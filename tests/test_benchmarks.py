@@ -1,0 +1,107 @@
+"""The benchmarks run, and say what they measured: nothing here depends on how fast this machine is."""
+
+import json
+import os
+import subprocess
+import sys
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+
+from benchmarks.__main__ import show
+from benchmarks.measuring import Figure, Turns, take_turns
+
+ROOT = Path(__file__).parent.parent
+SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
+CLAIMED = {
+    "training_step_ratio",
+    "training_share_of_matmul_peak",
+    "training_waits_for_data_ratio",
+    "loader_images_per_second",
+    "loader_ratio",
+    "loader_first_batch_seconds",
+    "loader_memory_ratio",
+    "checkpoint_blocked_ratio",
+    "checkpoint_committed_seconds",
+    "checkpoint_upload_ratio",
+    "resume_overhead_seconds",
+    "sample_ratio",
+}
+
+
+def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
+    # One thread each: the tests beside this one want the other core.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "benchmarks", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_quick_benchmarks_give_a_table_and_json_of_plausible_numbers(tmp_path):
+    done = benchmarks("--quick", "--output", str(tmp_path / "latest.json"))
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "latest.json").read_text())
+    figures = report["figures"]
+    assert figures.keys() == CLAIMED
+    for key, figure in figures.items():
+        assert report[key] == figure["value"] == pytest.approx(median(figure["samples"]))
+        # What is left of a difference of times may be below zero, by what one start differs from another.
+        assert key == "resume_overhead_seconds" or min(figure["samples"]) > 0, key
+        assert max(figure["samples"]) < (1 if key in SHARES else 1e7), key
+        assert figure["met"] is None, "tiny networks have no targets"
+        assert figure["what"].split()[0] in done.stdout
+    step = figures["training_step_ratio"]["raw"]
+    assert step["batch_size_images"] == 4
+    assert step["parameters"] == 1_002_883
+    ratios = [peer / ours for ours, peer in zip(step["our_seconds"], step["peer_seconds"], strict=True)]
+    assert report["training_step_ratio"] == pytest.approx(median(ratios))
+    blocked = figures["checkpoint_blocked_ratio"]["raw"]
+    assert blocked["state_megabytes"] == pytest.approx(16 * 1_002_883 / 1e6), "weights, averages and two moments"
+    rates = figures["loader_images_per_second"]["raw"]["images_per_second"]
+    assert rates.keys() == {"ours", "webdataset", "ImageFolder"}
+    start = figures["resume_overhead_seconds"]["raw"]
+    assert start["total_seconds"][0] > start["import_seconds"][0] / 2 > 0.1
+    assert report["machine"]["torch"] == torch.__version__
+    assert report["machine"]["threads"] == 1
+    assert report["command"].startswith("python -m benchmarks --quick")
+    age = datetime.now(UTC) - datetime.strptime(report["date"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
+    assert timedelta(0) < age < timedelta(minutes=5)
+    assert f"written: {tmp_path}" in done.stdout.replace("\n", "")
+
+
+def test_an_unknown_part_is_a_usage_error():
+    done = benchmarks("loading")
+    assert done.returncode == 2
+    assert "no part 'loading' (there are: training_step, loader, checkpoint, sampling)" in done.stderr
+
+
+def test_a_missed_target_is_printed_as_it_is_and_marked(tmp_path, capsys):
+    figures = [
+        Figure("a", "ratio of steps", [1.5, 1.7, 1.2], at_least=1.8),
+        Figure("b", "seconds", [0.05], at_most=0.1),
+        Figure("c", "images/s", [123_456.0]),
+    ]
+    machine = {"cpu": "a CPU", "cores": 2, "memory_gigabytes": 8.0, "torch": "2", "load_before": 3.0}
+    show(figures, {"machine": machine, "date": "today", "minutes": 1, "command": "python"}, tmp_path / "x.json")
+    lines = capsys.readouterr().out.splitlines()
+    (ratio,), (seconds,), (rate,) = (
+        [line for line in lines if name in line] for name in ("steps", "seconds", "images/s")
+    )
+    assert all(word in ratio for word in ("1.5", "1.2 – 1.7", "≥ 1.8", "MISSED"))
+    assert all(word in seconds for word in ("0.05", "≤ 0.1", "met"))
+    assert "123,456" in rate
+    assert "MISSED" not in rate
+    assert "met" not in rate
+    assert any("busy before (load 3.0)" in line for line in lines)
+
+
+def test_turns_alternate_and_leave_out_the_warm_up():
+    calls = []
+    turns = take_turns(
+        "x", lambda: calls.append("ours"), lambda: calls.append("peer"), 2, 1, lambda: calls.append("after")
+    )
+    assert calls == ["peer", "ours", "after"] * 3
+    assert len(turns.ours) == len(turns.peer) == 2
+    assert Turns(ours=[1.0, 2.0], peer=[3.0, 4.0]).speedups == [3.0, 2.0]
