@@ -30,22 +30,22 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"there is no part {min(unknown)!r} (there are: {', '.join(PARTS)})")
-    started, measured_on = time.time(), machine()
+    started, there = time.time(), machine()
     figures: list[Figure] = []
     for part in options.parts or PARTS:
         print(f"measuring: {part.replace('_', ' ')}", file=sys.stderr)
-        figures += import_module(f"benchmarks.{part}").measure(options.quick)
-    if options.quick:
-        figures = [replace(figure, at_least=None, at_most=None) for figure in figures]
-    report = {
-        **{figure.key: figure.value for figure in figures},
-        "machine": measured_on,
-        "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-        "minutes": round((time.time() - started) / 60, 2),
-        "figures": {figure.key: figure.to_dict() for figure in figures},
-    }
-    options.output.write_text(json.dumps(report, indent=1) + "\n")
+        measured: list[Figure] = import_module(f"benchmarks.{part}").measure(options.quick)
+        figures += [replace(f, at_least=None, at_most=None) for f in measured] if options.quick else measured
+        # After each part, so that an interruption leaves what was measured by then.
+        report = {
+            **{figure.key: figure.value for figure in figures},
+            "machine": there,
+            "command": " ".join(["python", "-m", "benchmarks", *sys.argv[1:]]),
+            "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+            "minutes": round((time.time() - started) / 60, 2),
+            "figures": {figure.key: figure.to_dict() for figure in figures},
+        }
+        options.output.write_text(json.dumps(report, indent=1) + "\n")
     show(figures, report, options.output)
 
 

@@ -105,7 +105,7 @@ class Journal:
                     self._create(entry, tar, offsets)
                 except ObjectExistsError:
                     raise self._is_packed_otherwise() from None
-        # Whoever took over before the shard was vouched for has deleted it, and does not know of the journal's entry.
+        # Whoever has lost the dataset to others learns it here, and not after hours.
         if not self._is_in_charge():
             raise self._is_packed_otherwise()
         tar.unlink()

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import IO, TypeVar
 
 from job.exits import BadDataError, MissingInputError, NoPermissionError
@@ -177,7 +176,8 @@ def path_parts(name: str) -> tuple[str, ...]:
 def is_image(name: str) -> bool:
     """Whether the name says that this is an image a person meant to keep: no hidden file, no macOS litter."""
     *folders, base = path_parts(name)
-    return PurePosixPath(base).suffix.lower() in SUFFIXES and not any(map(is_litter, [*folders, base]))
+    _, dot, suffix = base.rpartition(".")
+    return f"{dot}{suffix.lower()}" in SUFFIXES and not any(map(is_litter, [*folders, base]))
 
 
 def is_litter(component: str) -> bool:

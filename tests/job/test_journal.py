@@ -12,7 +12,7 @@ import pytest
 
 import job.pack
 from job.exits import BadDataError, BadRequestError, JobError, StoppedError
-from job.store import open_store
+from job.store import ObjectExistsError, open_store
 from job.store.local import LocalStore
 from job.verify import verify_dataset
 from tests.job.packing import (  # noqa: F401
@@ -138,7 +138,7 @@ def test_leftovers_that_are_rotten_are_replaced(tmp_path, source, undisturbed, r
 KILLED_BEFORE_EACH_WRITE = """
 import itertools, os, signal, sys
 from job.pack import pack
-from job.store import open_store
+from job.store import ObjectExistsError, open_store
 from job.store.local import LocalStore
 
 source, folder = sys.argv[1:]
@@ -194,7 +194,7 @@ def _vouched(bucket: Path, shard: Path) -> bool:
 PACK_STEP_BY_STEP = """
 import sys
 from job.pack import pack
-from job.store import open_store
+from job.store import ObjectExistsError, open_store
 
 def step(done, total):
     print(done, flush=True)
@@ -329,8 +329,8 @@ def test_shards_vouched_for_after_they_were_cleared_are_never_committed(tmp_path
     """Both have shards of the same size: the sizes alone would not tell."""
 
     def rival():
+        before(monkeypatch, "create", "shard-00000.offsets", _interrupted)
         with pytest.raises(KeyboardInterrupt):
-            before(monkeypatch, "create", "shard-00000.offsets", _interrupted)
             packed(tmp_path, source, crop="squash")
         assert (tmp_path / KEY / "shard-00000.tar").stat().st_size == len(undisturbed["shard-00000.tar"])
 
@@ -339,5 +339,31 @@ def test_shards_vouched_for_after_they_were_cleared_are_never_committed(tmp_path
     with pytest.raises(BadRequestError, match="is being packed by another process"):
         packed(tmp_path, source)
     monkeypatch.undo()
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed
+
+
+def test_who_has_lost_the_dataset_stops_at_the_next_shard(tmp_path, source, monkeypatch):
+    small, read = {"shard_bytes": 10_000}, []
+
+    def rival():
+        with pytest.raises(StoppedError):
+            packed(tmp_path, source, crop="squash", should_stop=stop_after(1), **small)
+
+    before(monkeypatch, "create", "shard-00000.offsets", rival)
+    with pytest.raises(BadRequestError, match="is being packed by another process"):
+        packed(tmp_path, source, progress=lambda done, total: read.append(done), **small)
+    assert len(read) < 30
+
+
+def test_an_equal_packer_that_commits_between_a_conflict_and_its_explanation_is_no_rival(
+    tmp_path, source, undisturbed, monkeypatch
+):
+    def rival():
+        packed(tmp_path, source)
+        # The bucket refused the journal's entry for one that has been cleared away before it could be compared.
+        raise ObjectExistsError("exists already")
+
+    before(monkeypatch, "create", "packing/shard-00001.json", rival)
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
