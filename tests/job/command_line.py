@@ -1,11 +1,18 @@
-"""Running `ddpm` as people do: in a process of its own, with words, an exit code and two streams."""
+"""Running `ddpm` as people do: words go in; an exit code and two streams come out."""
 
 from __future__ import annotations
 
+import io
 import os
+import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+
+import pytest
+
+from job.cli.app import main
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 
@@ -39,7 +46,7 @@ def environment(**changes: str) -> dict[str, str]:
 def ddpm(
     *words: object, program: tuple[str, ...] = (DDPM,), cwd: Path | None = None, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Runs `ddpm WORDS` to its end."""
+    """Runs `ddpm WORDS` to its end in a process of its own."""
     return subprocess.run(
         [*program, *map(str, words)],
         cwd=cwd,
@@ -50,6 +57,26 @@ def ddpm(
         check=False,
         timeout=200,
     )
+
+
+def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
+    """Like `ddpm`, in this process, which spares an interpreter's start where a command is refused at once."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", [DDPM, *map(str, words)])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.delenv("DDPM_BUCKET", raising=False)
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(words, code, out.getvalue(), err.getvalue())
 
 
 def succeeded(done: subprocess.CompletedProcess[str]) -> str:

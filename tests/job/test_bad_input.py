@@ -1,0 +1,439 @@
+"""What people type and hand over by mistake, or on purpose: one line says what, where and what to do, and nothing
+half-made is left that a later command would take for whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from job.checkpoints import list_checkpoints, load_manifest
+from job.exits import Exit
+from job.runs import read_status
+from job.store import open_store
+from job.verify import verify_dataset
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.some_images import encoded, picture, tar_of, zip_of
+
+GOOD = [(f"{number}.png", encoded(picture(number))) for number in range(12)]
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A local bucket with the embedded images at 16 pixels, and a run `good` of one epoch."""
+    folder = tmp_path_factory.mktemp("bad-input")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_CACHE", str(folder / "cache"))
+        succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", folder / "bucket"))
+        succeeded(ddpm("train", *about(folder / "bucket", "good")))
+        yield folder / "bucket"
+
+
+def about(bucket: object, run: str, **changes: str) -> list[object]:
+    return ["--dataset", "tiles", "--run", run, "--bucket", bucket, "--epochs", 1, *settings(**changes)]
+
+
+def everything(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# Requests that mean nothing are refused before anybody looks for the bucket, which is not there.
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        ("bogus", 2, ["No such command 'bogus'"]),
+        ("train", 2, ["Missing option '--dataset'"]),
+        ("train --dataset", 2, ["--dataset", "requires an argument"]),
+        ("train --dataset a --dataste b", 2, ["No such option", "--dataste", "--dataset"]),
+        ("train --dataset a --epochs 0", 2, ["--epochs", "greater than or equal to 1"]),
+        ("train --dataset a --epochs many", 2, ["--epochs", "valid integer"]),
+        ("train --dataset a --processes 100000", 2, ["--processes", "less than or equal to 64"]),
+        ("sample --run a --steps 0", 2, ["--steps", "greater than or equal to 1"]),
+        ("data pack x", 2, ["Missing argument", "NAME"]),
+        ("train --dataset a/b", 64, ["'a/b'", "dataset's name", "lower-case letters"]),
+        ("train --dataset a --run a/b", 64, ["'a/b'", "run's name", "lower-case letters"]),
+        ("train --dataset a --run ../a", 64, ["'../a'", "run's name"]),
+        ("train --dataset a --preset landscap", 64, ["'landscap'", "did you mean 'landscape'?"]),
+        ("sample --run a/b", 64, ["'a/b'", "run's name"]),
+        ("sample --run a --sampler euler", 64, ["no sampler 'euler'", "ddpm, ddim"]),
+        ("sample --run a --precision fp16", 64, ["'fp16'", "fp32 or bf16"]),
+        ("sample --run a --seeds 3-1", 64, ["--seeds '3-1'", "backwards"]),
+        ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
+        ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80,490, or latest, or all"]),
+        ("data pack x a/b --size 8", 64, ["'a/b'", "dataset's name"]),
+        ("data pack x a", 64, ["--size is needed", "try --size 64"]),
+        ("data pack x a --size 8 --crop middle", 64, ["--crop 'middle'", "center"]),
+        ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
+        ("data pack x a --size 8 --channels 2", 64, ["--channels 2", "3 for colour or 1 for grey"]),
+        ("data show a -o sheet.jpg", 64, ["sheet.jpg", "end in .png"]),
+        ("data show a -o nowhere/sheet.png", 64, ["nowhere/sheet.png", "no folder nowhere"]),
+        ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, cosine"]),
+        ("figure noising --dataset a --timesteps 1000", 64, ["1000 is not in 0 to 999"]),
+        ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "no folder nowhere"]),
+        ("train --dataset a --set train.batchsize=8", 78, ["'train.batchsize'", "did you mean 'train.batch_size'?"]),
+        ("train --dataset a --set train.batch_size", 78, ["'train.batch_size'", "key=value"]),
+        ("train --dataset a --set train.batch_size=-8", 78, ["train.batch_size", "greater than", "got -8"]),
+        ("train --dataset a --set train.learning_rate=.nan", 78, ["train.learning_rate", "finite"]),
+        ("train --dataset a --set train.seed=[", 78, ["'train.seed=['", "not valid YAML"]),
+        ("train --dataset a --set data.size=33", 78, ["data.size=33", "multiple of 4", "fewer levels"]),
+        ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.norm_groups=7", "= 32"]),
+        ("train --dataset a --config {config}", 78, ["bad.yaml", "'trian.epochs'", "did you mean 'train.epochs'?"]),
+        ("train --dataset a --config {notes}", 78, ["notes.yaml", "mapping of sections"]),
+        ("train --dataset a --config {nowhere}", 66, ["nowhere", "No such file"]),
+    ],
+)
+def test_a_request_that_means_nothing(tmp_path, monkeypatch, words, code, parts):
+    (tmp_path / "bad.yaml").write_text("trian:\n  epochs: 3\n")
+    (tmp_path / "notes.yaml").write_text("- buy milk\n")
+    nowhere = tmp_path / "nowhere"
+    typed = words.format(config=tmp_path / "bad.yaml", notes=tmp_path / "notes.yaml", nowhere=nowhere).split()
+    monkeypatch.chdir(tmp_path)
+    line = refused(ddpm_here(*typed, DDPM_BUCKET=str(nowhere)), code)
+    assert all(part in line for part in parts), line
+    assert not nowhere.exists()
+
+
+@pytest.mark.parametrize(
+    ("bucket", "code", "parts"),
+    [
+        ("{folder}/nowhere", 66, ["{folder}/nowhere is no folder", "check the path"]),
+        ("{folder}/file", 66, ["{folder}/file is no folder"]),
+        ("s3://mine", 64, ["'s3://mine'", "gs://BUCKET"]),
+        ("gs://", 64, ["gs:// names no bucket"]),
+        ("", 64, ["names no folder"]),
+    ],
+)
+@pytest.mark.parametrize("words", ["data list", "runs list", "train --dataset a", "data verify a"])
+def test_a_bucket_that_is_not_there(tmp_path, words, bucket, code, parts):
+    (tmp_path / "file").write_text("no bucket")
+    line = refused(ddpm_here(*words.split(), "--bucket", bucket.format(folder=tmp_path)), code)
+    assert all(part.format(folder=tmp_path) in line for part in parts), line
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["data list", "data ensure celeba", "data pack landscape-sample a --size 8", "train --dataset a", "sample --run a"],
+)
+def test_an_object_server_without_the_bucket(gcs_server, words):
+    line = refused(ddpm_here(*words.split(), "--bucket", "gs://no-such-bucket"), 66)
+    assert "no bucket gs://no-such-bucket" in line
+    assert "gcloud storage buckets create" in line
+
+
+class Forbidding(BaseHTTPRequestHandler):
+    """Answers as Google does when an account lacks a permission."""
+
+    def do_GET(self) -> None:
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        message = "me@example.com does not have storage.objects.list access to the Google Cloud Storage bucket."
+        body = json.dumps({"error": {"code": 403, "message": message, "errors": []}}).encode()
+        self.send_response(403)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def forbidding_server() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["data list", "data pack landscape-sample a --size 8", "train --dataset a", "sample --run a", "runs show a"],
+)
+def test_no_permission(forbidding_server, words):
+    line = refused(
+        ddpm_here(*words.split(), "--bucket", "gs://theirs", STORAGE_EMULATOR_HOST=forbidding_server),
+        Exit.NO_PERMISSION,
+    )
+    assert "gs://theirs" in line
+    assert "storage.objects.list" in line
+    assert "roles/storage.objectUser" in line
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "parts"),
+    [
+        ("train --dataset other", 66, ["no dataset 'other'"]),
+        ("train --dataset tiles --run good --set data.size=32", 66, ["'tiles' at 32 pixels", "there is tiles-16"]),
+        (
+            "train --dataset tiles --run good --set train.seed=1",
+            78,
+            ["train.seed: the run has 0, asked for 1", "--run"],
+        ),
+        ("train --dataset tiles --run new --set data.channels=1", 78, ["data.channels is 1", "tiles-16 has 3"]),
+        ("train --dataset tiles --run new --set model.num_classes=4", 78, ["num_classes is 4", "tiles-16 has 5"]),
+        (
+            "train --dataset tiles --run new --set model.channel_mults=1,1,1,1,1,1",
+            78,
+            ["data.size=16 cannot be halved 5 times", "multiple of 32"],
+        ),
+        (
+            "train --dataset tiles --run new --processes 3 --set train.batch_size=2",
+            78,
+            ["3 processes cannot share train.batch_size=2", "--processes N"],
+        ),
+        ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
+        ("sample --run good --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1)"]),
+        ("sample --run good --checkpoints 7 --processes 2", 66, ["no checkpoint of epoch 7", "there are: 1)"]),
+        ("sample --run good --steps 51", 78, ["--steps 51 exceeds", "diffusion.timesteps=50"]),
+        ("figure denoising --run other", 66, ["no run 'other'"]),
+        ("figure noising --dataset other", 66, ["no dataset 'other'"]),
+        ("data show other", 66, ["no dataset 'other'"]),
+        ("data verify tiles --size 8", 66, ["'tiles' at 8 pixels", "there is tiles-16"]),
+        ("data pack landscape-sample tiles --size 16", 64, ["tiles-16 is there already", "299 images"]),
+        ("data pack {bucket}/nothing.zip new --size 8", 66, ["nothing at", "nothing.zip", "folder or an archive"]),
+        ("runs show other", 66, ["no run 'other'"]),
+        ("submit train --dataset tiles --on mars", 64, ["no target 'mars'", "local"]),
+    ],
+)
+def test_what_is_not_there_or_does_not_fit(bucket, words, code, parts):
+    before = everything(bucket)
+    line = refused(ddpm_here(*words.format(bucket=bucket).split(), DDPM_BUCKET=str(bucket)), code)
+    assert all(part in line for part in parts), line
+    assert everything(bucket) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "part"),
+    [
+        ("train --dataset a --run a/b", 64, "'a/b' cannot be a run's name"),
+        ("data list", 66, "{bucket} is no folder"),
+        ("submit train --dataset a", 66, "{bucket} is no folder"),
+        ("submit train --dataset a --epoch 3", 2, "No such option: --epoch"),
+        ("submit train --dataset a --set x=1", 78, "unknown key 'x'"),
+    ],
+)
+def test_the_line_and_the_code_reach_the_shell(tmp_path, words, code, part):
+    line = refused(ddpm(*words.split(), DDPM_BUCKET=str(tmp_path / "nowhere")), code)
+    assert part.format(bucket=tmp_path / "nowhere") in line
+
+
+def test_a_dataset_without_a_source_says_what_to_type(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = ddpm_here("data", "ensure", "celeba", "--bucket", "b")
+    line = refused(done, Exit.MISSING_INPUT)
+    assert line == (
+        "ddpm: dataset 'celeba' is not in b yet. Get img_align_celeba.zip from the CelebA project page, then type"
+    )
+    assert done.stderr.splitlines()[1:] == [
+        "  make submit-train DATASET=celeba SOURCE=path/to/it SIZE=64 BUCKET=b",
+        "or, to pack alone,",
+        "  ddpm data pack path/to/it celeba --size 64 --bucket b",
+    ]
+    assert not list(tmp_path.iterdir())
+
+
+def bomb(path: Path) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in range(6):
+            archive.writestr(f"{number}.png", bytes(60 << 20))
+    return path
+
+
+def cut(path: Path, share: float) -> Path:
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    return path
+
+
+def written(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path
+
+
+BAD_SOURCES = {
+    "empty archive": (lambda path: zip_of(path, []), ["holds no images"]),
+    "no image in it": (lambda path: zip_of(path, [("read.me", b"hello")]), ["holds no images", ".png"]),
+    "empty file": (lambda path: written(path, b""), ["no archive that can be packed", "give a folder"]),
+    "another file": (lambda path: written(path, b"<html>sign in"), ["no archive that can be packed"]),
+    "truncated zip": (lambda path: cut(zip_of(path, GOOD), 0.5), ["truncated or damaged", "get it again"]),
+    "zip without its end": (lambda path: cut(zip_of(path, GOOD), 0.999), ["truncated or damaged", "get it again"]),
+    "truncated tar": (lambda path: cut(tar_of(path, GOOD), 0.5), ["truncated or damaged", "get it again"]),
+    "leads outside": (lambda path: zip_of(path, [*GOOD, ("../x.png", b"x")]), ["'../x.png'", "do not trust"]),
+    "bomb": (bomb, ["200 times its size", "do not trust"]),
+    "unreadable images": (lambda path: zip_of(path, [("a.png", b"no image")]), ["none of its images", "'a.png'"]),
+    "too many unreadable": (
+        lambda path: zip_of(path, [*GOOD, *((f"x{number}.png", b"") for number in range(101))]),
+        ["more than --max-bad=100", "'x0.png'", "and 98 more", "allow more"],
+    ),
+    "one pixel": (lambda path: zip_of(path, [("p.png", encoded(picture(1, 1, 1)))]), ["'p.png' has 1×1 pixels"]),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_SOURCES)
+def test_a_source_that_cannot_be_packed(tmp_path, kind):
+    make, parts = BAD_SOURCES[kind]
+    source, bucket = make(tmp_path / "source"), tmp_path / "bucket"
+    words = ("data", "pack", source, "mine", "--size", 16, "--bucket", bucket)
+    line = refused(ddpm_here(*words), Exit.BAD_DATA)
+    assert str(source) in line
+    assert all(part in line for part in parts), line
+    assert not list(bucket.rglob("index.json"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path != bucket) == ["source"]
+    if bucket.exists():
+        assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+        assert "no dataset 'mine'" in refused(ddpm_here("train", "--dataset", "mine", "--bucket", bucket), 66)
+    # The same command goes on once the source is a good one.
+    source.unlink()
+    zip_of(source, GOOD)
+    assert "12 colour, 16×16 pixels" in succeeded(ddpm_here(*words))
+    assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
+
+
+def test_an_empty_folder(tmp_path):
+    (tmp_path / "photos").mkdir()
+    line = refused(ddpm_here("data", "pack", tmp_path / "photos", "mine", "--size", 16, "--bucket", tmp_path / "b"), 65)
+    assert f"{tmp_path}/photos holds no images" in line
+    assert not (tmp_path / "b").exists()
+
+
+def test_images_of_all_kinds_train(tmp_path):
+    image, turned = picture(3), Image.Exif()
+    turned[0x0112] = 6
+    ramp = Image.fromarray((np.arange(40 * 48).reshape(48, 40) * 34).astype(np.uint16))
+    kinds = [
+        ("grey.png", encoded(image.convert("L"))),
+        ("grey-alpha.png", encoded(image.convert("LA"))),
+        ("alpha.png", encoded(image.convert("RGBA"))),
+        ("cmyk.jpg", encoded(image.convert("CMYK"), "JPEG")),
+        ("palette.gif", encoded(image.convert("P"), "GIF")),
+        ("bits.png", encoded(image.convert("1"))),
+        ("deep.png", encoded(ramp)),
+        ("turned.jpg", encoded(image, "JPEG", exif=turned)),
+        ("pixel.png", encoded(picture(4, 1, 1))),
+        ("broken.jpg", encoded(image, "JPEG")[:-400]),
+    ]
+    bucket, cache = tmp_path / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
+    source = zip_of(tmp_path / "kinds.zip", kinds)
+    out = succeeded(ddpm("data", "pack", source, "kinds", "--size", 16, "--bucket", bucket))
+    assert "images   8 colour" in out
+    assert "rejects  2, named in rejects.jsonl" in out
+    rejects = [json.loads(line) for line in (bucket / "datasets/kinds-16/rejects.jsonl").read_text().splitlines()]
+    assert {reject["name"]: reject["reason"].split()[0] for reject in rejects} == {
+        "broken.jpg": "cannot",
+        "pixel.png": "has",
+    }
+    words = ("--dataset", "kinds", "--bucket", bucket, "--epochs", 3, *settings(train__batch_size="8"))
+    out = succeeded(ddpm("train", *words, **cache))
+    assert "Run 'kinds' is finished: 3 epochs, 24 images seen." in out
+    status = read_status(open_store(str(bucket)).sub("runs/kinds"))
+    assert status is not None
+    assert (status.state, status.images_seen) == ("finished", 24)
+
+
+def test_rotten_checkpoints_are_named_and_not_used(bucket, tmp_path):
+    run = open_store(str(bucket)).sub("runs/good")
+    (ref,) = list_checkpoints(run)
+    name = load_manifest(run, ref).files[0].name
+    path = Path(run.uri_of(f"{ref.key}/{name}"))
+    content = path.read_bytes()
+    try:
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        for words in (["train", *about(bucket, "good"), "--epochs", 2], ["sample", "--run", "good", "--raw"]):
+            done = ddpm(*words, DDPM_BUCKET=str(bucket))
+            assert done.returncode == Exit.BAD_DATA
+            assert "Traceback" not in done.stderr
+            assert f"{path} is rotten" in done.stderr.splitlines()[-1]
+    finally:
+        path.write_bytes(content)
+
+
+def test_rotten_descriptions_are_named(tmp_path):
+    bucket = tmp_path / "bucket"
+    for key in ("datasets/mine-16/index.json", "runs/mine/config.yaml"):
+        (bucket / key).parent.mkdir(parents=True)
+        (bucket / key).write_text("{ : ")
+    for words, name in (
+        ("train --dataset mine --run new", "datasets/mine-16/index.json"),
+        ("data show mine", "datasets/mine-16/index.json"),
+        ("train --dataset mine", "runs/mine/config.yaml"),
+        ("sample --run mine", "runs/mine/config.yaml"),
+        ("runs show mine", "runs/mine/config.yaml"),
+    ):
+        assert f"{bucket}/{name}" in refused(ddpm_here(*words.split(), "--bucket", bucket), Exit.BAD_DATA)
+    assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+
+
+# A disk that is full: of the bucket, of the folder for temporary files, of the cache.
+
+SMALLEST = {"model__channels": "4", "model__channel_mults": "1", "model__attention_sizes": "[]"}
+
+
+def filled(disk: Path, free_bytes: int) -> Path:
+    """Leaves a disk with this much space; returns what takes the rest."""
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
+    return written(disk / "filling", bytes(free - free_bytes))
+
+
+@pytest.mark.parametrize("full", ["bucket", "tmp"])
+def test_a_full_disk_while_packing(small_disk, tmp_path, full):
+    filling = filled(small_disk, 64 << 10)
+    bucket = (small_disk if full == "bucket" else tmp_path) / "bucket"
+    temporary = {"TMPDIR": str(tmp_path if full == "bucket" else small_disk)}
+    words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
+    line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
+    assert str(small_disk) in line
+    assert "No space left on device: free some space" in line
+    assert not list(bucket.rglob("index.json"))
+    assert not list(tmp_path.glob("ddpm-*"))
+    assert not list(small_disk.glob("ddpm-*"))
+    filling.unlink()
+    succeeded(ddpm(*words, **temporary))
+    assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
+
+
+def test_a_full_disk_while_training(small_disk, tmp_path):
+    """There is space for the first checkpoint and none for the second: the next attempt goes on from the first."""
+    bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
+    succeeded(ddpm_here("data", "pack", zip_of(tmp_path / "a.zip", GOOD), "tiles", "--size", 16, "--bucket", bucket))
+    words = about(bucket, "full", train__batch_size="12", **SMALLEST)
+    succeeded(ddpm("train", *words, **cache))
+    filling = filled(small_disk, 64 << 10)
+    done = ddpm("train", *words, "--epochs", 2, **cache)
+    assert done.returncode == Exit.DISK_FULL
+    assert "Traceback" not in done.stderr
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith(f"ddpm: {bucket}/runs/full/checkpoints/000002-000000000024/")
+    assert "No space left on device: free some space" in line
+    run = open_store(str(bucket)).sub("runs/full")
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [12]
+    status = read_status(run)
+    assert status is None or status.state == "failed"
+    filling.unlink()
+    out = succeeded(ddpm("train", *words, "--epochs", 2, **cache))
+    assert "Run 'full' is finished: 2 epochs, 24 images seen." in out
+
+
+def test_a_full_disk_for_the_cache_and_for_pictures(small_disk, bucket):
+    filled(small_disk, 8 << 10)
+    line = refused(ddpm("train", *about(bucket, "uncached"), DDPM_CACHE=str(small_disk / "cache")), Exit.DISK_FULL)
+    assert "DDPM_CACHE moves it" in line
+    assert list_checkpoints(open_store(str(bucket)).sub("runs/uncached")) == []
+    output = small_disk / "schedule.png"
+    line = refused(ddpm_here("figure", "schedule", "-o", output), Exit.DISK_FULL)
+    assert f"{output}: No space left on device" in line
+    assert sorted(path.name for path in small_disk.glob("*schedule*")) == []
