@@ -35,7 +35,7 @@ def measure(quick: bool) -> list[Figure]:
     sets, cpu = TINY if quick else (), torch.device("cpu")
     state = create_state(compute.build_network(run_config(sets), cpu), cpu).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
-    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name) / "server.log"):
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)):
         blocked, committed = saves(open_store(f"{name}/run"), state, 1 if quick else 7)
         _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), state, 1 if quick else 2)
         uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)
@@ -136,17 +136,22 @@ def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
 
 
 @contextmanager
-def object_server(log: Path) -> Iterator[None]:
-    """The object server that the tests use, with an empty bucket, where this process and its children look for one."""
+def object_server(folder: Path) -> Iterator[None]:
+    """The object server that the tests use, with an empty bucket: what `gs://` means here and in child processes.
+
+    `folder` takes its log, and the images that these processes cache.
+    """
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
-    server, url = _started_server(log)
+    server, url = _started_server(folder / "server.log")
+    before = dict(os.environ)
     try:
-        os.environ["STORAGE_EMULATOR_HOST"] = url
+        os.environ |= {"STORAGE_EMULATOR_HOST": url, "DDPM_CACHE": str(folder / "cache")}
         storage.Client(project=BUCKET, credentials=AnonymousCredentials()).create_bucket(BUCKET)
         yield
     finally:
-        os.environ.pop("STORAGE_EMULATOR_HOST", None)
+        os.environ.clear()
+        os.environ.update(before)
         server.kill()
         server.wait()

@@ -63,10 +63,12 @@ def measure(quick: bool) -> list[Figure]:
                 bar.update(turn * len(readers) + number + 1, total=(turns + 1) * len(readers))
         large_key = f"{key}0"
         multiply(bucket, key, large_key, MEMORY_COPIES)
-        memory = [_in_own_process(partial(stream_memory, bucket, k, folder / "memory")) for k in (key, large_key)]
+        with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
+            small_bytes, large_bytes = fresh_process.map(
+                partial(stream_memory, bucket, folder / "memory"), (key, large_key)
+            )
     rates = {reader: [images / epoch.seconds for epoch in all_of_it] for reader, all_of_it in epochs.items()}
     best_peer = max(("webdataset", "ImageFolder"), key=lambda reader: median(rates[reader]))
-    small_bytes, large_bytes = memory
     return [
         Figure(
             "loader_images_per_second",
@@ -175,8 +177,8 @@ def multiply(bucket: str, key: str, large_key: str, copies: int) -> None:
     store.create(f"{large_key}/{INDEX}", index.model_copy(update={"shards": tuple(shards)}).to_json())
 
 
-def stream_memory(bucket: str, key: str, cache_dir: Path) -> int:
-    """The most anonymous memory of this process, in bytes, while it decodes a dataset and streams it once."""
+def stream_memory(bucket: str, cache_dir: Path, key: str) -> int:
+    """The most anonymous memory of this process, in bytes, once it has decoded a dataset and while it streams it."""
     cache = opened(bucket, key, cache_dir)
     most = anonymous_bytes()
     for number, _ in enumerate(our_epoch(cache)):
@@ -190,8 +192,3 @@ def anonymous_bytes() -> int:
     found = re.search(r"RssAnon:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert found is not None
     return int(found[1]) * 1024
-
-
-def _in_own_process(work: Callable[[], int]) -> int:
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(work).result()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import time
@@ -12,11 +11,14 @@ from statistics import median
 from torch import Tensor
 
 from benchmarks.measuring import Figure, seconds
-from benchmarks.subject import DATASET, PRESET, SIZE, pack_noise, write_noise
+from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_noise, write_noise
 from job.checkpoints import list_checkpoints, load_manifest, newest_good
 from job.metrics import Row, read_rows
 from job.progress import Progress
+from job.requests import TrainRequest
+from job.stopping import StopFlag
 from job.store import Store, open_store
+from job.train import run_training
 
 RUN = "resumed"
 IMAGES = 2
@@ -35,7 +37,7 @@ IMPORTS = "import job.train, job.store.gcs, safetensors.torch, accelerate, torch
 def resumptions(
     bucket: str, folder: Path, sets: tuple[str, ...], state: dict[str, dict[str, Tensor]], turns: int
 ) -> Figure:
-    """Trains one epoch, then goes on `turns` times, each in a new process, and reads from the log when it stepped.
+    """Trains one epoch here, then goes on `turns` times in new processes, and reads from the log when they stepped.
 
     Args:
         bucket: a `gs://` bucket that the children find, too.
@@ -48,15 +50,17 @@ def resumptions(
     pack_noise(bucket, folder / "images", SIZE)
     run = open_store(bucket).sub(f"runs/{RUN}")
     importing, loading, totals = [], [], []
-    with Progress("resuming", total=turns + 1, unit="starts") as bar:
-        for epochs in range(1, turns + 2):
+    all_sets = (*sets, *EVERY_STEP_LOGGED)
+    forget_accelerator()
+    run_training(TrainRequest(DATASET, bucket, RUN, PRESET, epochs=1, sets=all_sets).check(), StopFlag())
+    with Progress("resuming", total=turns, unit="starts") as bar:
+        for turn in range(1, turns + 1):
             started = time.time()
-            _train(bucket, epochs, sets, folder / "cache")
-            if epochs > 1:
-                totals.append(newest_rows(run)[-1]["time"] - started)
-                importing.append(seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True)))
-                loading.append(seconds(lambda: _load(run, state)))
-            bar.update(epochs)
+            _go_on(bucket, turn + 1, all_sets)
+            totals.append(newest_rows(run)[-1]["time"] - started)
+            importing.append(seconds(lambda: subprocess.run([sys.executable, "-c", IMPORTS], check=True)))
+            loading.append(seconds(lambda: _load(run, state)))
+            bar.update(turn)
     return Figure(
         "resume_overhead_seconds",
         "resume: start to the first step, beyond import and load, s",
@@ -73,12 +77,12 @@ def newest_rows(run: Store) -> list[Row]:
     return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metric_segments)
 
 
-def _train(bucket: str, epochs: int, sets: tuple[str, ...], cache: Path) -> None:
+def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
     command = [sys.executable, "-m", "job", "train", "--dataset", DATASET, "--bucket", bucket, "--run", RUN]
     command += ["--preset", PRESET, "--epochs", str(epochs)]
-    for assignment in (*sets, *EVERY_STEP_LOGGED):
+    for assignment in sets:
         command += ["--set", assignment]
-    done = subprocess.run(command, env={**os.environ, "DDPM_CACHE": str(cache)}, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: {done.stderr[-2000:]}")
 

@@ -54,7 +54,8 @@ def launch(arguments: Sequence[str], processes: int) -> int:
             "MASTER_PORT": str(port),
         }
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
-        ranks.append(subprocess.Popen([sys.executable, "-m", "job", *arguments], env=environment))
+        # -P: a job.py in the working folder must not stand in for the program.
+        ranks.append(subprocess.Popen([sys.executable, "-P", "-m", "job", *arguments], env=environment))
 
     def forward(number: int, frame: FrameType | None) -> None:
         for process in ranks:

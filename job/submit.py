@@ -23,7 +23,7 @@ def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
     """
     if on not in TARGETS:
         raise BadRequestError(f"there is no target {on!r} (there are: {', '.join(TARGETS)})")
-    command = [sys.executable, "-m", "job", verb, *arguments]
+    command = [sys.executable, "-P", "-m", "job", verb, *arguments]
     if detach:
         from job.cache import default_cache_dir
         from job.store.files import os_errors

@@ -4,5 +4,3 @@ import os
 
 # gcsfs would probe each bucket over gRPC, which emulators lack and forks do not survive; it reads this when imported.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-# Jobs and ranks are started as `python -m job`, which would find a `job.py` in the working folder before this one.
-os.environ.setdefault("PYTHONSAFEPATH", "1")

@@ -16,9 +16,13 @@ def start(tmp_path, rank_code, processes=2):
     package.mkdir()
     (package / "__init__.py").write_text("")
     (package / "__main__.py").write_text(textwrap.dedent(rank_code))
-    code = f"import sys; from job.launcher import launch; sys.exit(launch(['x'], {processes}))"
-    environment = {**os.environ, "PYTHONPATH": ""}
-    return subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=environment)
+    code = f"""
+import os, sys
+from job.launcher import launch
+os.environ["PYTHONPATH"] = {str(tmp_path)!r}
+sys.exit(launch(["x"], {processes}))
+"""
+    return subprocess.Popen([sys.executable, "-P", "-c", code], cwd=tmp_path)
 
 
 def test_ranks_know_their_place(tmp_path):

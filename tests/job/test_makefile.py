@@ -1,0 +1,129 @@
+"""The verbs of the Makefile, typed in a copy of this checkout, which git finds as clean as before."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from job.checkpoints import list_checkpoints
+from job.store import open_store
+from tests.job.command_line import environment, settings
+from tests.job.some_images import jpeg, zip_of
+
+CHECKOUT = Path(__file__).parents[2]
+SMALL = shlex.join(settings())
+
+Make = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-c", "user.name=tests", "-c", "user.email=tests@example.com", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
+    """Runs `make` in a committed copy of the checkout, whose `.venv` has nothing to install."""
+    folder = tmp_path_factory.mktemp("make")
+    checkout = folder / "checkout"
+    for name in git(CHECKOUT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
+        if name and (CHECKOUT / name).is_file():
+            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+            (checkout / name).write_bytes((CHECKOUT / name).read_bytes())
+    git(checkout, "init", "--quiet")
+    git(checkout, "add", "--all")
+    git(checkout, "commit", "--quiet", "--message", "copy")
+    program = checkout / ".venv/bin/ddpm"
+    program.parent.mkdir(parents=True)
+    program.write_text(f'#!/bin/sh\nPYTHONPATH="$PWD" exec {sys.executable} -m job "$@"\n')
+    program.chmod(0o755)
+    (checkout / ".venv/.installed").touch()
+
+    def make(*words: str) -> subprocess.CompletedProcess[str]:
+        variables = environment(DDPM_CACHE=str(folder / "cache"), MAKEFLAGS="")
+        done = subprocess.run(
+            ["make", *words], cwd=checkout, env=variables, capture_output=True, text=True, check=False, timeout=200
+        )
+        assert "Traceback" not in done.stderr
+        assert git(checkout, "status", "--porcelain") == ""
+        return done
+
+    yield make
+
+
+def succeeded(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def bucket_of(done: subprocess.CompletedProcess[str]) -> Path:
+    match = re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", done.stdout, re.MULTILINE)
+    assert match is not None
+    return Path(match[1])
+
+
+def test_help_lists_every_verb(make):
+    out = succeeded(make())
+    assert out == succeeded(make("help"))
+    listed = re.findall(r"^  make (\S+) +(\S.*)$", out, re.MULTILINE)
+    phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
+    assert phony is not None
+    assert [verb for verb, _ in listed] == phony[1].split()
+    assert all(variable in out for variable in ("DATASET=", "SOURCE=", "RUN=", "BUCKET=", "EPOCHS=", "ON=", "ARGS="))
+
+
+def test_setup_has_nothing_to_do_twice(make):
+    assert "Nothing to be done" in succeeded(make("setup"))
+
+
+def test_submit_train_packs_trains_and_says_where_everything_lies(make):
+    done = make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}")
+    out = succeeded(done)
+    assert "299 colour, 16×16 pixels" in out
+    assert "Run 'landscape-sample' is finished: 1 epoch, 312 images seen." in out
+    bucket = bucket_of(done)
+    assert (bucket.name, bucket.parent.name) == ("bucket", "checkout")
+    pictures = [Path(path) for path in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
+    assert {path.name for path in pictures} == {"epoch-0001-ddim-4.png", "denoising-epoch-0001.gif", "loss.png"}
+    assert all(path.stat().st_size > 1000 for path in pictures)
+
+    out = succeeded(make("submit-train"))
+    assert "299 colour" not in out
+    assert "Run 'landscape-sample' is finished already: 1 epoch, 312 images seen." in out
+    assert "EPOCHS=2" in out
+    assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/landscape-sample"))] == [312]
+    out = succeeded(make("sample", "ARGS=--seeds 0-1 --no-nearest"))
+    assert f"{bucket}/runs/landscape-sample/samples/epoch-0001-ddim-4-seeds-0-1.png" in out
+
+
+def test_a_dataset_that_is_nowhere_says_what_to_type(make):
+    done = make("submit-train", "DATASET=celeba")
+    # make itself ends with 2 whatever its commands say.
+    assert done.returncode == 2
+    assert re.search(r"submit-train\] Error 66$", done.stderr.strip())
+    assert "  make submit-train DATASET=celeba SOURCE=path/to/it SIZE=64 BUCKET=./bucket\n" in done.stderr
+    assert "  ddpm data pack path/to/it celeba --size 64 --bucket ./bucket\n" in done.stderr
+    assert done.stdout == ""
+
+
+def test_names_with_spaces_dots_and_sizes_pass_through(make, tmp_path):
+    source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
+    bucket = tmp_path / "my bucket"
+    words = [f"BUCKET={bucket}", "DATASET=my_photos", f"SOURCE={source}"]
+    for size in (8, 16):
+        assert f"12 colour, {size}×{size} pixels" in succeeded(make("pack", *words, f"SIZE={size}"))
+    done = make("train", *words, "EPOCHS=1", f"ARGS={SMALL}")
+    assert "sizes 8, 16: choose one" in done.stderr
+    out = succeeded(make("train", *words, "SIZE=16", "EPOCHS=1", f"ARGS={SMALL} --set train.batch_size=12"))
+    assert "Run 'my-photos' is finished: 1 epoch, 12 images seen." in out
+    assert "  size: 16\n" in (bucket / "runs/my-photos/config.yaml").read_text()
+    # There are two sizes to train on, which is no reason to ask for a source.
+    out = succeeded(make("submit-train", *words, "SIZE=16"))
+    assert "Run 'my-photos' is finished already" in out
+    assert "no target 'mars'" in make("submit-train", *words, "ON=mars").stderr
