@@ -11,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from job.cli.app import main
 
@@ -60,8 +61,9 @@ def ddpm(
 
 
 def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Like `ddpm`, in this process, which spares an interpreter's start where a command is refused at once."""
+    """Like `ddpm`, in this process, which spares the seconds that importing torch takes each time."""
     out, err, code = io.StringIO(), io.StringIO(), 0
+    AcceleratorState._reset_state(reset_partial_state=True)
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])

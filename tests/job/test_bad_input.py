@@ -33,8 +33,8 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("bad-input")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", folder / "bucket"))
-        succeeded(ddpm("train", *about(folder / "bucket", "good")))
+        succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", folder / "bucket"))
+        succeeded(ddpm_here("train", *about(folder / "bucket", "good")))
         yield folder / "bucket"
 
 
@@ -329,7 +329,7 @@ def test_images_of_all_kinds_train(tmp_path):
     ]
     bucket, cache = tmp_path / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
     source = zip_of(tmp_path / "kinds.zip", kinds)
-    out = succeeded(ddpm("data", "pack", source, "kinds", "--size", 16, "--bucket", bucket))
+    out = succeeded(ddpm_here("data", "pack", source, "kinds", "--size", 16, "--bucket", bucket))
     assert "images   8 colour" in out
     assert "rejects  2, named in rejects.jsonl" in out
     rejects = [json.loads(line) for line in (bucket / "datasets/kinds-16/rejects.jsonl").read_text().splitlines()]
@@ -338,7 +338,7 @@ def test_images_of_all_kinds_train(tmp_path):
         "pixel.png": "has",
     }
     words = ("--dataset", "kinds", "--bucket", bucket, "--epochs", 3, *settings(train__batch_size="8"))
-    out = succeeded(ddpm("train", *words, **cache))
+    out = succeeded(ddpm_here("train", *words, **cache))
     assert "Run 'kinds' is finished: 3 epochs, 24 images seen." in out
     status = read_status(open_store(str(bucket)).sub("runs/kinds"))
     assert status is not None
@@ -354,7 +354,7 @@ def test_rotten_checkpoints_are_named_and_not_used(bucket, tmp_path):
     try:
         path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         for words in (["train", *about(bucket, "good"), "--epochs", 2], ["sample", "--run", "good", "--raw"]):
-            done = ddpm(*words, DDPM_BUCKET=str(bucket))
+            done = ddpm_here(*words, DDPM_BUCKET=str(bucket))
             assert done.returncode == Exit.BAD_DATA
             assert "Traceback" not in done.stderr
             assert f"{path} is rotten" in done.stderr.splitlines()[-1]
@@ -395,14 +395,14 @@ def test_a_full_disk_while_packing(small_disk, tmp_path, full):
     bucket = (small_disk if full == "bucket" else tmp_path) / "bucket"
     temporary = {"TMPDIR": str(tmp_path if full == "bucket" else small_disk)}
     words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
-    line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
+    line = refused(ddpm_here(*words, **temporary), Exit.DISK_FULL)
     assert str(small_disk) in line
     assert "No space left on device: free some space" in line
     assert not list(bucket.rglob("index.json"))
     assert not list(tmp_path.glob("ddpm-*"))
     assert not list(small_disk.glob("ddpm-*"))
     filling.unlink()
-    succeeded(ddpm(*words, **temporary))
+    succeeded(ddpm_here(*words, **temporary))
     assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
 
 
@@ -411,9 +411,9 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
     succeeded(ddpm_here("data", "pack", zip_of(tmp_path / "a.zip", GOOD), "tiles", "--size", 16, "--bucket", bucket))
     words = about(bucket, "full", train__batch_size="12", **SMALLEST)
-    succeeded(ddpm("train", *words, **cache))
+    succeeded(ddpm_here("train", *words, **cache))
     filling = filled(small_disk, 64 << 10)
-    done = ddpm("train", *words, "--epochs", 2, **cache)
+    done = ddpm_here("train", *words, "--epochs", 2, **cache)
     assert done.returncode == Exit.DISK_FULL
     assert "Traceback" not in done.stderr
     line = done.stderr.splitlines()[-1]
@@ -424,13 +424,13 @@ def test_a_full_disk_while_training(small_disk, tmp_path):
     status = read_status(run)
     assert status is None or status.state == "failed"
     filling.unlink()
-    out = succeeded(ddpm("train", *words, "--epochs", 2, **cache))
+    out = succeeded(ddpm_here("train", *words, "--epochs", 2, **cache))
     assert "Run 'full' is finished: 2 epochs, 24 images seen." in out
 
 
 def test_a_full_disk_for_the_cache_and_for_pictures(small_disk, bucket):
     filled(small_disk, 8 << 10)
-    line = refused(ddpm("train", *about(bucket, "uncached"), DDPM_CACHE=str(small_disk / "cache")), Exit.DISK_FULL)
+    line = refused(ddpm_here("train", *about(bucket, "uncached"), DDPM_CACHE=str(small_disk / "cache")), Exit.DISK_FULL)
     assert "DDPM_CACHE moves it" in line
     assert list_checkpoints(open_store(str(bucket)).sub("runs/uncached")) == []
     output = small_disk / "schedule.png"

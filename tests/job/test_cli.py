@@ -22,7 +22,7 @@ from PIL import Image
 import job
 from job.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, environment, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, succeeded
 from tests.job.some_images import folder_of, jpeg
 
 COMMANDS = (
@@ -202,12 +202,14 @@ def test_runs_are_listed_and_shown(bucket):
 
 
 def test_a_dataset_is_verified(local):
-    assert "as it was packed" in succeeded(ddpm("data", "verify", "tiles", "--bucket", local))
+    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", local))
 
 
 def test_images_are_noised(local, tmp_path):
-    words = ("figure", "noising", "--dataset", "tiles", "--timesteps", "0,999", "-o", "n.png", "--bucket", local)
-    assert succeeded(ddpm(*words, cwd=tmp_path)).split() == ["n.png", "n-original.png", "n-noised.png"]
+    output = tmp_path / "n.png"
+    words = ("figure", "noising", "--dataset", "tiles", "--timesteps", "0,999", "-o", output, "--bucket", local)
+    names = [Path(line).name for line in succeeded(ddpm_here(*words)).splitlines()]
+    assert names == ["n.png", "n-original.png", "n-noised.png"]
     original, noised = (np.asarray(Image.open(tmp_path / f"n-{part}.png"), float) for part in ("original", "noised"))
     assert original.shape == noised.shape
     # Half of the picture is the image at t = 0, which is hardly noised, the other at t = 999, where nothing is left.
@@ -216,7 +218,7 @@ def test_images_are_noised(local, tmp_path):
 
 
 def test_denoising_is_a_gif(bucket):
-    out = succeeded(ddpm("figure", "denoising", "--run", "walk", "--seeds", "3,5", "--bucket", bucket))
+    out = succeeded(ddpm_here("figure", "denoising", "--run", "walk", "--seeds", "3,5", "--bucket", bucket))
     run = run_of(bucket, "walk")
     gif = picture_at(run, out.strip().removeprefix(f"{run.uri}/"))
     assert (gif.n_frames, gif.info["duration"]) == (20, 200)
