@@ -61,7 +61,7 @@ def measure(quick: bool) -> list[Figure]:
                 if turn:
                     epochs[reader].append(epoch)
                 bar.update(turn * len(readers) + number + 1, total=(turns + 1) * len(readers))
-        large_key = f"{key}0"
+        large_key = dataset_key(f"large-{DATASET}", SIZE)
         multiply(bucket, key, large_key, MEMORY_COPIES)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
             small_bytes, large_bytes = fresh_process.map(

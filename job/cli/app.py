@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from io import TextIOWrapper
 from typing import Annotated
 
 import typer
@@ -52,6 +53,10 @@ def _root(
 
 def main() -> None:
     """Entry point of `ddpm` and `python -m job`; always ends with a code of the table in `job.exits`."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except JobError as error:

@@ -395,14 +395,14 @@ def test_a_full_disk_while_packing(small_disk, tmp_path, full):
     bucket = (small_disk if full == "bucket" else tmp_path) / "bucket"
     temporary = {"TMPDIR": str(tmp_path if full == "bucket" else small_disk)}
     words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
-    line = refused(ddpm_here(*words, **temporary), Exit.DISK_FULL)
+    line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
     assert str(small_disk) in line
     assert "No space left on device: free some space" in line
     assert not list(bucket.rglob("index.json"))
     assert not list(tmp_path.glob("ddpm-*"))
     assert not list(small_disk.glob("ddpm-*"))
     filling.unlink()
-    succeeded(ddpm_here(*words, **temporary))
+    succeeded(ddpm(*words, **temporary))
     assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
 
 

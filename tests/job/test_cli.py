@@ -8,6 +8,7 @@ import os
 import re
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,7 +24,7 @@ import job
 from job.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, succeeded
-from tests.job.some_images import folder_of, jpeg
+from tests.job.some_images import folder_of, jpeg, zip_of
 
 COMMANDS = (
     "",
@@ -82,13 +83,21 @@ def test_the_shell_completes_commands(typed, offered):
     assert offered <= set(succeeded(ddpm(**words)).split())
 
 
+@pytest.fixture(scope="module", autouse=True)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where local buckets lie, and the cache, which is this module's own."""
+    folder = tmp_path_factory.mktemp("cli")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_CACHE", str(folder / "cache"))
+        yield folder
+
+
 @pytest.fixture(scope="module", params=["local", "gs"])
-def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def bucket(request: pytest.FixtureRequest, folder: Path) -> str:
     """A bucket with the embedded images at 16 pixels and a run `walk` of two epochs, all made on the command line.
 
     On the object server the run is made in two attempts; in the folder by a submitted job.
     """
-    folder = tmp_path_factory.mktemp("cli")
     uri = str(folder / "bucket")
     if request.param == "gs":
         request.getfixturevalue("gcs_server")
@@ -97,29 +106,25 @@ def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         name = f"test-{secrets.token_hex(6)}"
         storage.Client(project="test").create_bucket(name)
         uri = f"gs://{name}/some/folder"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        out = succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
-        assert f"{uri}/datasets/tiles-16" in out
-        assert "299 colour, 16×16 pixels" in out
-        if request.param == "gs":
-            out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 1))
-            assert out.startswith("Run 'walk' is finished: 1 epoch, 312 images seen.\n")
-            out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 2))
-        else:
-            out = succeeded(ddpm("submit", "train", *about(uri, "walk"), "--epochs", 2, "--on", "local"))
-        assert out.startswith("Run 'walk' is finished: 2 epochs, 600 images seen.\n")
-        yield uri
+    out = succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
+    assert f"{uri}/datasets/tiles-16" in out
+    assert "299 colour, 16×16 pixels" in out
+    if request.param == "gs":
+        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 1))
+        assert out.startswith("Run 'walk' is finished: 1 epoch, 312 images seen.\n")
+        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 2))
+    else:
+        out = succeeded(ddpm("submit", "train", *about(uri, "walk"), "--epochs", 2, "--on", "local"))
+    assert out.startswith("Run 'walk' is finished: 2 epochs, 600 images seen.\n")
+    return uri
 
 
 @pytest.fixture(scope="module")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def local(folder: Path) -> str:
     """A local bucket with the embedded images at 16 pixels."""
-    folder = tmp_path_factory.mktemp("local")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", folder / "bucket"))
-        yield str(folder / "bucket")
+    uri = str(folder / "other-bucket")
+    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
+    return uri
 
 
 def about(uri: str, run: str) -> list[str]:
@@ -138,7 +143,7 @@ def test_datasets_are_listed_and_shown(bucket):
     header, row = succeeded(ddpm("data", "list", "--bucket", bucket)).splitlines()
     assert header.split()[:4] == ["dataset", "size", "images", "classes"]
     assert row.split()[:4] == ["tiles", "16", "299", "5"]
-    out = succeeded(ddpm("data", "show", "tiles", "--bucket", bucket))
+    out = succeeded(ddpm_here("data", "show", "tiles", "--bucket", bucket))
     counts = {name: int(count) for name, count in re.findall(r"^  (\w+) +(\d+) images$", out, re.MULTILINE)}
     assert sorted(counts) == ["coast", "desert", "hills", "mountain", "skyline"]
     assert sum(counts.values()) == 299
@@ -225,37 +230,40 @@ def test_denoising_is_a_gif(bucket):
 
 
 def test_the_schedule_needs_no_bucket(tmp_path):
-    assert succeeded(ddpm("figure", "schedule", "--schedule", "cosine", cwd=tmp_path)) == "schedule.png\n"
-    assert Image.open(tmp_path / "schedule.png").size == (640, 480)
+    output = tmp_path / "schedule.png"
+    assert succeeded(ddpm_here("figure", "schedule", "--schedule", "cosine", "-o", output)) == f"{output}\n"
+    assert Image.open(output).size == (640, 480)
 
 
 def beside(program: str) -> str:
     return str(Path(sys.executable).with_name(program))
 
 
-ACCELERATE = (beside("accelerate"), "launch", "--num_processes", "1", "--mixed_precision", "no")
-ACCELERATE_2 = (*ACCELERATE[:2], "--multi_gpu", "--num_processes", "2", *ACCELERATE[4:], "--dynamo_backend", "no")
-TORCHRUN = (beside("torchrun"), "--nproc_per_node", "2")
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def test_other_launchers_train_the_same_run(local):
     launchers = {
-        "single": (1, [*ACCELERATE, "-m", "job"]),
-        "pair": (2, [*ACCELERATE_2, "-m", "job"]),
-        # torchrun takes words that begin like its own options for itself, also behind the program, but for `--`.
-        "torchrun": (2, [*TORCHRUN, "-m", "job", "--"]),
+        "single": (1, "accelerate", "launch --num_processes 1"),
+        "pair": (2, "accelerate", f"launch --multi_gpu --num_processes 2 --main_process_port {free_port()}"),
+        "torchrun": (2, "torchrun", "--standalone --nproc_per_node 2"),
     }
+    # torchrun takes words that begin like its own options for itself, also behind the program, but for `--`.
+    module = {"accelerate": "--mixed_precision no --dynamo_backend no -m job", "torchrun": "-m job --"}
     children = {
         run: subprocess.Popen(
-            [*words, "train", *about(local, run), "--epochs", "1"],
+            [beside(program), *options.split(), *module[program].split(), "train", *about(local, run), "--epochs", "1"],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
-        for run, (_, words) in launchers.items()
+        for run, (_, program, options) in launchers.items()
     }
-    for run, (processes, _) in launchers.items():
+    for run, (processes, *_) in launchers.items():
         out, _ = children[run].communicate(timeout=200)
         assert children[run].returncode == 0, out
         assert out.count(f"Run '{run}' is finished: 1 epoch, 312 images seen.") == 1
@@ -321,6 +329,14 @@ def test_a_reader_that_goes_away_is_no_traceback(local):
     child.stdout.close()
     assert b"Traceback" not in child.stderr.read()
     child.wait(60)
+
+
+def test_a_terminal_that_cannot_show_a_character_shows_its_escape(tmp_path):
+    photos = zip_of(tmp_path / os.fsdecode(b"caf\xe9.zip"), [(f"{n}.jpg", jpeg(n)) for n in range(3)])
+    words = ("data", "pack", photos, "mine", "--size", 16, "--bucket", tmp_path / "bucket")
+    out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
+    assert "3 colour, 16\\xd716 pixels" in out
+    assert "made     from caf\\xe9.zip" in out
 
 
 def test_the_bucket_of_the_environment(local):
