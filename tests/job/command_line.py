@@ -40,7 +40,9 @@ def settings(**changes: str) -> list[str]:
 
 def environment(**changes: str) -> dict[str, str]:
     """What a child process sees: one thread, so that tests beside each other do not wait for each other."""
-    inherited = {name: value for name, value in os.environ.items() if name != "DDPM_BUCKET"}
+    # Under `make test` the variables of that make, its level among them, would reach the makes that tests start.
+    private = {"DDPM_BUCKET", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
+    inherited = {name: value for name, value in os.environ.items() if name not in private}
     return {**inherited, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
 
 

@@ -46,7 +46,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     (checkout / ".venv/.installed").touch()
 
     def make(*words: str) -> subprocess.CompletedProcess[str]:
-        variables = environment(DDPM_CACHE=str(folder / "cache"), MAKEFLAGS="")
+        variables = environment(DDPM_CACHE=str(folder / "cache"))
         done = subprocess.run(
             ["make", *words], cwd=checkout, env=variables, capture_output=True, text=True, check=False, timeout=200
         )
