@@ -6,7 +6,9 @@ copy to host → (training goes on) → safetensors files on the local disk → 
 from __future__ import annotations
 
 import hashlib
+import os
 import queue
+import re
 import shutil
 import tempfile
 import threading
@@ -20,6 +22,7 @@ import torch
 
 from job.checkpoints import FileRecord, Manifest, commit_manifest
 from job.store import Store
+from job.store.files import os_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -174,10 +177,19 @@ class CheckpointWriter:
         self._after_commit(manifest)
 
     def _write(self, part: Part, folder: Path) -> FileRecord:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         path = folder / part.name
-        save_file({name: self._copy.host[part.group][name] for name in part.tensors}, path)
+        tensors = {name: self._copy.host[part.group][name] for name in part.tensors}
+        with os_errors(path):
+            try:
+                save_file(tensors, path)
+            except SafetensorError as error:
+                # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
+                if (match := re.search(r"os error (\d+)", str(error))) is None:
+                    raise
+                raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
         with path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         return FileRecord(name=part.name, group=part.group, bytes=path.stat().st_size, sha256=sha256)

@@ -353,6 +353,8 @@ class TrainingSession:
         try:
             self._close("stopped" if isinstance(error, StoppedError) else "failed")
         except JobError as second:
+            if second is error:
+                return
             self.bar.note(f"while ending: {second}")
 
     def _close(self, state: str) -> None:

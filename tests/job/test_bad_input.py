@@ -5,7 +5,6 @@ half-made is left that a later command would take for whole.
 from __future__ import annotations
 
 import json
-import os
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -376,64 +375,3 @@ def test_rotten_descriptions_are_named(tmp_path):
     ):
         assert f"{bucket}/{name}" in refused(ddpm_here(*words.split(), "--bucket", bucket), Exit.BAD_DATA)
     assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
-
-
-# A disk that is full: of the bucket, of the folder for temporary files, of the cache.
-
-SMALLEST = {"model__channels": "4", "model__channel_mults": "1", "model__attention_sizes": "[]"}
-
-
-def filled(disk: Path, free_bytes: int) -> Path:
-    """Leaves a disk with this much space; returns what takes the rest."""
-    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_frsize
-    return written(disk / "filling", bytes(free - free_bytes))
-
-
-@pytest.mark.parametrize("full", ["bucket", "tmp"])
-def test_a_full_disk_while_packing(small_disk, tmp_path, full):
-    filling = filled(small_disk, 64 << 10)
-    bucket = (small_disk if full == "bucket" else tmp_path) / "bucket"
-    temporary = {"TMPDIR": str(tmp_path if full == "bucket" else small_disk)}
-    words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
-    line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
-    assert str(small_disk) in line
-    assert "No space left on device: free some space" in line
-    assert not list(bucket.rglob("index.json"))
-    assert not list(tmp_path.glob("ddpm-*"))
-    assert not list(small_disk.glob("ddpm-*"))
-    filling.unlink()
-    succeeded(ddpm(*words, **temporary))
-    assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
-
-
-def test_a_full_disk_while_training(small_disk, tmp_path):
-    """There is space for the first checkpoint and none for the second: the next attempt goes on from the first."""
-    bucket, cache = small_disk / "bucket", {"DDPM_CACHE": str(tmp_path / "cache")}
-    succeeded(ddpm_here("data", "pack", zip_of(tmp_path / "a.zip", GOOD), "tiles", "--size", 16, "--bucket", bucket))
-    words = about(bucket, "full", train__batch_size="12", **SMALLEST)
-    succeeded(ddpm_here("train", *words, **cache))
-    filling = filled(small_disk, 64 << 10)
-    done = ddpm_here("train", *words, "--epochs", 2, **cache)
-    assert done.returncode == Exit.DISK_FULL
-    assert "Traceback" not in done.stderr
-    line = done.stderr.splitlines()[-1]
-    assert line.startswith(f"ddpm: {bucket}/runs/full/checkpoints/000002-000000000024/")
-    assert "No space left on device: free some space" in line
-    run = open_store(str(bucket)).sub("runs/full")
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [12]
-    status = read_status(run)
-    assert status is None or status.state == "failed"
-    filling.unlink()
-    out = succeeded(ddpm_here("train", *words, "--epochs", 2, **cache))
-    assert "Run 'full' is finished: 2 epochs, 24 images seen." in out
-
-
-def test_a_full_disk_for_the_cache_and_for_pictures(small_disk, bucket):
-    filled(small_disk, 8 << 10)
-    line = refused(ddpm_here("train", *about(bucket, "uncached"), DDPM_CACHE=str(small_disk / "cache")), Exit.DISK_FULL)
-    assert "DDPM_CACHE moves it" in line
-    assert list_checkpoints(open_store(str(bucket)).sub("runs/uncached")) == []
-    output = small_disk / "schedule.png"
-    line = refused(ddpm_here("figure", "schedule", "-o", output), Exit.DISK_FULL)
-    assert f"{output}: No space left on device" in line
-    assert sorted(path.name for path in small_disk.glob("*schedule*")) == []
