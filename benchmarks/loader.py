@@ -16,12 +16,12 @@ from tempfile import TemporaryDirectory
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, pack_noise, write_noise
-from job.cache import ImageCache, open_cache
-from job.order import Order
+from job.data.cache import ImageCache, open_cache
+from job.data.order import Order
+from job.data.shards import INDEX, Shard, dataset_key, load_index, shard_name
+from job.data.stream import stream_batches
 from job.progress import Progress
-from job.shards import INDEX, Shard, dataset_key, load_index, shard_name
 from job.store import open_store
-from job.stream import stream_batches
 
 SIZE = 64
 BATCH_SIZE_IMAGES = 128

@@ -10,8 +10,8 @@ from PIL import Image
 
 from ddpm.unet import UNet
 from job.config import RunConfig, draft, parse_sets
-from job.pack import pack
-from job.shards import DatasetIndex
+from job.data.pack import pack
+from job.data.shards import DatasetIndex
 from job.store import open_store
 
 DATASET = "noise"

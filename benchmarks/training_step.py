@@ -32,14 +32,14 @@ from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
 from ddpm.training import train
 from job import compute
-from job.cache import open_cache
 from job.config import RunConfig
-from job.order import Order
+from job.data.cache import open_cache
+from job.data.order import Order
+from job.data.stream import Batch, stream_batches
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs import Attempt
 from job.stopping import StopFlag
-from job.stream import Batch, stream_batches
 from job.train import TrainingSession, settings_of
 
 AT_LEAST = 1.8

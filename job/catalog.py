@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from job.config import pack_config
+from job.data.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
-from job.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index
 from job.stopping import StopFlag
 from job.store import Store, open_store
 
@@ -21,7 +21,7 @@ SHEET_PER_CLASS = 10
 
 def pack_dataset(request: PackRequest) -> None:
     """Packs the source, and says what came of it."""
-    from job.pack import pack
+    from job.data.pack import pack
     from job.progress import Progress
 
     request = request.check()
@@ -126,7 +126,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     index = load_index(bucket, key)
 
     from ddpm import figures
-    from job.cache import default_cache_dir, open_cache
+    from job.data.cache import default_cache_dir, open_cache
     from job.pictures import write_picture
 
     cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
@@ -152,8 +152,8 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     Raises:
         BadDataError: naming each bad object.
     """
+    from job.data.verify import verify_dataset
     from job.progress import Progress
-    from job.verify import verify_dataset
 
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)

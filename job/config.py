@@ -17,8 +17,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from job.data.shards import DatasetIndex
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-from job.shards import DatasetIndex
 
 
 def _split(value: Any) -> Any:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from job import runs
 from job.checkpoints import by_progress, list_checkpoints
+from job.data.shards import dataset_key, load_index
 from job.exits import BadRequestError, JobError
 from job.runs import RUNS, Status, read_status, run_store
-from job.shards import dataset_key, load_index
 from job.store import Store, open_store
 
 if TYPE_CHECKING:

@@ -10,11 +10,11 @@ import torch
 
 from ddpm import figures, randomness
 from ddpm.schedule import make_schedule
-from job.cache import default_cache_dir, open_cache
 from job.config import DiffusionConfig
+from job.data.cache import default_cache_dir, open_cache
+from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import parse_numbers, validated_output
-from job.shards import find_dataset, load_index
 from job.store import open_store
 from job.store.files import os_errors, temporary_beside
 

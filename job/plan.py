@@ -16,9 +16,9 @@ from job.config import (
     follow_dataset,
     validated,
 )
+from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
 from job.requests import SampleRequest, TrainRequest
-from job.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.store import Store, open_store
 
 

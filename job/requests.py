@@ -9,8 +9,8 @@ from typing import Any, get_args
 
 from job import runs
 from job.config import SampleConfig, draft, pack_config, parse_sets, presets, read_config_file
+from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
-from job.shards import validated_dataset_name
 
 DEFAULT_PRESET = "landscape-sample"
 MAX_NUMBERS = 10_000
@@ -112,7 +112,7 @@ class PackRequest:
         Raises:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
-        from job.images import Recipe
+        from job.data.images import Recipe
 
         validated_dataset_name(self.name)
         preset = pack_config(self.name)

@@ -24,14 +24,14 @@ from ddpm.generation import Sampling, generate
 from ddpm.schedule import make_schedule
 from ddpm.unet import UNet
 from job import compute
-from job.cache import ImageCache, default_cache_dir, open_cache
 from job.checkpoints import CheckpointRef, opened
 from job.config import RunConfig
+from job.data.cache import ImageCache, default_cache_dir, open_cache
+from job.data.shards import DatasetIndex, dataset_key
 from job.exits import StoppedError
 from job.plan import SamplePlan, plan_sampling
 from job.progress import Progress
 from job.requests import SampleRequest, parse_numbers
-from job.shards import DatasetIndex, dataset_key
 from job.stopping import StopFlag
 from job.store import Store
 

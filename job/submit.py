@@ -25,7 +25,7 @@ def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
         raise BadRequestError(f"there is no target {on!r} (there are: {', '.join(TARGETS)})")
     command = [sys.executable, "-P", "-m", "job", verb, *arguments]
     if detach:
-        from job.cache import default_cache_dir
+        from job.data.cache import default_cache_dir
         from job.store.files import os_errors
 
         # Not in the working folder, which may be somebody's checkout.

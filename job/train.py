@@ -29,7 +29,6 @@ from ddpm.training import (
     train,
 )
 from job import __version__, compute, metrics, runs
-from job.cache import ImageCache, default_cache_dir, open_cache
 from job.checkpoints import (
     CheckpointRef,
     Manifest,
@@ -40,8 +39,10 @@ from job.checkpoints import (
     newest_good,
 )
 from job.config import RunConfig, content_hash
+from job.data.cache import ImageCache, default_cache_dir, open_cache
+from job.data.order import Order
+from job.data.stream import stream_batches
 from job.exits import JobError, NotANumberError, StoppedError
-from job.order import Order
 from job.plan import Plan, plan_run
 from job.progress import Progress
 from job.requests import TrainRequest
@@ -50,7 +51,6 @@ from job.sample import GIF_SEEDS, SAMPLES, Painter, default_sampling, draw_run_g
 from job.saving import CheckpointWriter, Save
 from job.status import StatusReporter
 from job.stopping import Agreement, StopFlag
-from job.stream import stream_batches
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

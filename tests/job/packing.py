@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from job.pack import pack
-from job.shards import DatasetIndex
+from job.data.pack import pack
+from job.data.shards import DatasetIndex
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
 

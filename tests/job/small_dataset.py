@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from job.shards import INDEX, DatasetIndex, ShardWriter, shard_name
+from job.data.shards import INDEX, DatasetIndex, ShardWriter, shard_name
 from job.store import Store, open_store
 from job.store.local import LocalStore
 

@@ -16,10 +16,10 @@ import pytest
 from PIL import Image
 
 from job.checkpoints import list_checkpoints, load_manifest
+from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.runs import read_status
 from job.store import open_store
-from job.verify import verify_dataset
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, tar_of, zip_of
 

@@ -14,8 +14,8 @@ from job.config import (
     read_config_file,
     validated,
 )
+from job.data.shards import DatasetIndex, Shard
 from job.exits import BadConfigError, BadRequestError, Exit, MissingInputError
-from job.shards import DatasetIndex, Shard
 
 
 def index(size=32, channels=3, classes=("a", "b"), images=10):

@@ -15,8 +15,8 @@ from PIL import Image
 
 from job import compute
 from job.checkpoints import list_checkpoints, opened
+from job.data.pack import pack
 from job.exits import BadConfigError, MissingInputError, StoppedError
-from job.pack import pack
 from job.plan import plan_sampling
 from job.requests import SampleRequest, TrainRequest
 from job.sample import Painter, default_sampling, run_sampling

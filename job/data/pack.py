@@ -18,12 +18,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from job.data.images import Recipe, RejectedImageError, codec_versions, prepare
+from job.data.journal import Journal, PackedShard, Reject
+from job.data.members import Source, in_order
+from job.data.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
+from job.data.sources import Survey, open_source, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.images import Recipe, RejectedImageError, codec_versions, prepare
-from job.journal import Journal, PackedShard, Reject
-from job.members import Source, in_order
-from job.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
-from job.sources import Survey, open_source, survey
 from job.store import Store
 from job.store.files import os_errors
 

@@ -19,9 +19,9 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from job.data.images import decode
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex
 from job.exits import BadDataError, StoppedError
-from job.images import decode
-from job.shards import OFFSETS_DTYPE, DatasetIndex
 from job.store import Store
 from job.store.files import crc32c_of, os_errors, temporary_beside
 

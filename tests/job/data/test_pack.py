@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import job.pack
+import job.data.pack
+from job.data.shards import OFFSETS_DTYPE, load_index
+from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError
-from job.shards import OFFSETS_DTYPE, load_index
 from job.store import open_store
-from job.verify import verify_dataset
 from tests.job.packing import FILES, KEY, SHARD_BYTES, objects, packed, source_fixture, undisturbed_fixture  # noqa: F401
 from tests.job.some_images import (
     digits_fixture,  # noqa: F401
@@ -157,7 +157,7 @@ def test_a_dataset_that_is_there_is_not_packed_again(tmp_path, source, undisturb
 
 
 def test_a_bucket_that_is_missing_shows_before_anything_is_packed(source, gcs_bucket, monkeypatch):
-    monkeypatch.setattr(job.pack, "prepare", lambda *_: pytest.fail("packed"))
+    monkeypatch.setattr(job.data.pack, "prepare", lambda *_: pytest.fail("packed"))
     with pytest.raises(MissingInputError, match="no bucket"):
         packed(f"{gcs_bucket}-not", source)
 

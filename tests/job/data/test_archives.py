@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job import archives, members
+from job.data import archives, members
+from job.data.images import Recipe, decode, prepare
+from job.data.sources import open_source
 from job.exits import BadDataError, JobError
-from job.images import Recipe, decode, prepare
-from job.sources import open_source
 from tests.job.some_images import (
     digits_fixture,  # noqa: F401
     folder_of,

@@ -3,11 +3,11 @@ import hashlib
 import numpy as np
 import pytest
 
+from job.data.pack import pack
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, ShardWriter
+from job.data.verify import verify_dataset
 from job.exits import BadDataError, MissingInputError
-from job.pack import pack
-from job.shards import OFFSETS_DTYPE, DatasetIndex, ShardWriter
 from job.store import open_store
-from job.verify import verify_dataset
 from tests.job.some_images import encoded, jpeg, picture, zip_of
 
 KEY = "datasets/small-16"

@@ -10,9 +10,19 @@ from functools import partial
 from pathlib import Path
 from urllib.parse import unquote
 
-from job.archives import Idx, Opener, Tar, Zip
+from job.data.archives import Idx, Opener, Tar, Zip
+from job.data.members import (
+    ENTRY_BYTES,
+    SUFFIXES,
+    Member,
+    Source,
+    is_image,
+    is_litter,
+    path_parts,
+    read_exactly,
+    refusing,
+)
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.members import ENTRY_BYTES, SUFFIXES, Member, Source, is_image, is_litter, path_parts, read_exactly, refusing
 from job.store import Store, open_store
 
 SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})

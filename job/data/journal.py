@@ -16,8 +16,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, shard_name
 from job.exits import BadRequestError
-from job.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, shard_name
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
 PACKING = "packing"

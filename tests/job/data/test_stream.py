@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from job.cache import DecodedCache, ImageCache, open_cache
+from job.data.cache import DecodedCache, ImageCache, open_cache
+from job.data.order import Order
+from job.data.shard_cache import ShardCache
+from job.data.stream import Batch, stream_batches
 from job.exits import BadConfigError, BadDataError
-from job.order import Order
-from job.shard_cache import ShardCache
-from job.stream import Batch, stream_batches
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
 SHARD_IMAGES = (9, 2, 11, 7, 6)

@@ -13,11 +13,11 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from job.data.images import decode
+from job.data.journal import REJECTS
+from job.data.members import in_order
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Shard, load_index
 from job.exits import BadDataError
-from job.images import decode
-from job.journal import REJECTS
-from job.members import in_order
-from job.shards import OFFSETS_DTYPE, DatasetIndex, Shard, load_index
 from job.store import ObjectMissingError, Store
 from job.store.files import os_errors
 

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from job.data.images import Recipe, RejectedImageError, decode, prepare
 from job.exits import BadDataError, BadRequestError
-from job.images import Recipe, RejectedImageError, decode, prepare
 from tests.job.some_images import encoded, jpeg, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")

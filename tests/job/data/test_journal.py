@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-import job.pack
+import job.data.pack
+from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, JobError, StoppedError
 from job.store import ObjectExistsError, open_store
 from job.store.local import LocalStore
-from job.verify import verify_dataset
 from tests.job.packing import (  # noqa: F401
     FILES,
     KEY,
@@ -43,8 +43,8 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(
     assert "packing/shard-00002.json" not in there
 
     calls = []
-    prepare = job.pack.prepare
-    monkeypatch.setattr(job.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
+    prepare = job.data.pack.prepare
+    monkeypatch.setattr(job.data.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
     packed(bucket, source)
     assert objects(bucket) == undisturbed
     assert len(calls) == 60 - done[-1]["read_images"]
@@ -137,7 +137,7 @@ def test_leftovers_that_are_rotten_are_replaced(tmp_path, source, undisturbed, r
 
 KILLED_BEFORE_EACH_WRITE = """
 import itertools, os, signal, sys
-from job.pack import pack
+from job.data.pack import pack
 from job.store import ObjectExistsError, open_store
 from job.store.local import LocalStore
 
@@ -193,7 +193,7 @@ def _vouched(bucket: Path, shard: Path) -> bool:
 
 PACK_STEP_BY_STEP = """
 import sys
-from job.pack import pack
+from job.data.pack import pack
 from job.store import ObjectExistsError, open_store
 
 def step(done, total):
@@ -284,7 +284,7 @@ def test_two_different_packers_at_once_never_make_a_wrong_dataset(tmp_path, sour
 
 def all_but_committed(bucket: Path, source: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.pack.Journal, "commit", _interrupted)
+        patch.setattr(job.data.pack.Journal, "commit", _interrupted)
         packed(bucket, source)
 
 

@@ -17,11 +17,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from job.data.order import Order
+from job.data.shard_cache import ShardCache
+from job.data.shard_source import Int64s, ShardSource, Uint8s, crc32c
+from job.data.shards import DatasetIndex
 from job.exits import BadRequestError, DiskFullError
-from job.order import Order
-from job.shard_cache import ShardCache
-from job.shard_source import Int64s, ShardSource, Uint8s, crc32c
-from job.shards import DatasetIndex
 from job.store import Store
 from job.store.files import os_errors
 

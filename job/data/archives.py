@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import BinaryIO, cast
 
-from job.members import ENTRY_BYTES, EXPANSION, Member, RefusedError, Source, read_exactly
+from job.data.members import ENTRY_BYTES, EXPANSION, Member, RefusedError, Source, read_exactly
 
 Opener = Callable[[], BinaryIO]
 """Opens the archive from its beginning, as a seekable stream."""

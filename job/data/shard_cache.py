@@ -13,9 +13,9 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from job.data.order import Order
+from job.data.shard_source import DOWNLOADS, Int64s, ShardSource, Uint8s
 from job.exits import BadConfigError, BadDataError, MissingInputError
-from job.order import Order
-from job.shard_source import DOWNLOADS, Int64s, ShardSource, Uint8s
 from job.store.files import os_errors
 
 

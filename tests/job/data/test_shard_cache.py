@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.cache import open_cache
+from job.data.cache import open_cache
+from job.data.order import Order
+from job.data.shard_cache import ShardCache
 from job.exits import BadConfigError, BadDataError, BucketAwayError, MissingInputError
-from job.order import Order
-from job.shard_cache import ShardCache
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
 SHARD_IMAGES = (4,) * 6

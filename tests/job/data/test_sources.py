@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from job.data.members import in_order
+from job.data.sources import BucketFolder, open_source, survey
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.members import in_order
-from job.sources import BucketFolder, open_source, survey
 from job.store import open_store
 from tests.job.some_images import (
     digits_fixture,  # noqa: F401
@@ -228,7 +228,7 @@ def test_an_archive_in_a_bucket_that_was_cut_off(tmp_path, gcs_bucket):
 
 
 def test_an_object_too_large_for_an_image_is_not_fetched(tmp_path, monkeypatch):
-    monkeypatch.setattr("job.sources.ENTRY_BYTES", 1000)
+    monkeypatch.setattr("job.data.sources.ENTRY_BYTES", 1000)
     folder_of(tmp_path, [("1.jpg", bytes(1000)), ("2.jpg", bytes(1001))])
     with pytest.raises(BadDataError, match=r"'2.jpg', which has 1001 bytes, more than the 1000"):
         list(BucketFolder(open_store(str(tmp_path))).entries())

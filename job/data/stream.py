@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from job.cache import ImageCache
-from job.order import Order
+from job.data.cache import ImageCache
+from job.data.order import Order
 
 _CHUNK_IMAGES = 8192
 

@@ -4,8 +4,8 @@ from math import factorial, sqrt
 import numpy as np
 import pytest
 
+from job.data.order import ORDER_VERSION, Order
 from job.exits import BadRequestError
-from job.order import ORDER_VERSION, Order
 
 SHARDS = (100, 37, 1, 250, 12)
 IMAGES = sum(SHARDS)

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.cache import DecodedCache, default_cache_dir, open_cache
+from job.data.cache import DecodedCache, default_cache_dir, open_cache
+from job.data.shard_source import ShardSource
+from job.data.shards import SHARD_BYTES
 from job.exits import BadDataError, BucketAwayError, DiskFullError, Exit, MissingInputError, StoppedError
-from job.shard_source import ShardSource
-from job.shards import SHARD_BYTES
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
 SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar", "shard-00003.tar", "shard-00004.tar"]
@@ -164,8 +164,8 @@ OPEN_AND_SAVE = """
 import os, signal, sys
 from pathlib import Path
 import numpy as np
-from job.cache import open_cache
-from job.shards import load_index
+from job.data.cache import open_cache
+from job.data.shards import load_index
 from tests.job.small_dataset import KEY, FarStore
 root, killed_after = Path(sys.argv[1]), int(sys.argv[2])
 def note(key):
