@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from job.config import pack_config
-from job.data.shards import DATASETS, DatasetIndex, dataset_key, find_dataset, load_index
+from job.data.shards import DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
 from job.stopping import StopFlag
@@ -162,6 +162,31 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     if problems:
         raise BadDataError(f"{bucket.uri}/{key} has {len(problems)} problems: " + "; ".join(problems))
     print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
+
+
+def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) -> None:
+    """Deletes a dataset, its index first, so that nobody takes what is left for whole. Half-packed ones go too.
+
+    Raises:
+        BadRequestError: not `certain`; the message says what would go. Or there are several sizes and none was named.
+        MissingInputError: there is no such dataset.
+    """
+    bucket = open_store(bucket_uri)
+    key = find_dataset(bucket, name, size) if size is None else dataset_key(name, size)
+    dataset = bucket.sub(key)
+    entries = list(dataset.list())
+    if not entries:
+        raise MissingInputError(f"there is no dataset at {dataset.uri}: `ddpm data list` shows those there are")
+    count, size_bytes = len(entries), sum(entry.size_bytes for entry in entries)
+    if not certain:
+        raise BadRequestError(
+            f"{dataset.uri} has {count:,} objects of {size_bytes:,} bytes, and runs may need them to go on: "
+            "add --yes to delete them for good"
+        )
+    dataset.delete(INDEX)
+    for entry in entries:
+        dataset.delete(entry.key)
+    print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
 def describe(index: DatasetIndex, bucket: Store) -> str:

@@ -30,6 +30,8 @@ from job.store import ObjectMissingError, Store
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
+MAX_IMAGES_SEEN = 10**12 - 1
+"""What the twelve digits in a checkpoint's name can count."""
 
 
 @dataclass(frozen=True, order=True, slots=True)

@@ -64,7 +64,7 @@ class DiffusionConfig(_Section):
     """The forward process and what the network predicts."""
 
     schedule: Literal["linear", "cosine"] = "linear"
-    timesteps: int = Field(1000, ge=2)
+    timesteps: int = Field(1000, ge=2, le=100_000)
     prediction: Literal["epsilon", "v"] = "epsilon"
     min_snr_gamma: float | None = Field(None, gt=0, description="none: unweighted")
 
@@ -72,14 +72,14 @@ class DiffusionConfig(_Section):
 class TrainConfig(_Section):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
-    batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
+    batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass and process; none: all")
     learning_rate: float = Field(2e-4, gt=0)
     warmup_images: int = Field(0, ge=0, description="linear warm-up of the learning rate")
     adam_betas: tuple[float, float] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     clip_norm: float = Field(1.0, gt=0, description="limit of the gradient's global L2 norm")
-    epochs: int = Field(1, ge=1)
+    epochs: int = Field(1, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     deterministic: bool = Field(False, description="bit-equal results on one kind of GPU, at some speed")
@@ -163,14 +163,43 @@ FREE = (
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 
 
+CHOSEN_ELSEWHERE = {
+    "preset": "--preset NAME",
+    "data.dataset": "--dataset NAME",
+    "data.dataset_id": "--dataset NAME: the id is the dataset's own",
+}
+"""Keys that a person does not set, and the option that does."""
+
+
 def presets() -> list[str]:
     """Names of the presets that come with the program."""
     return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
 
 
+class _PlainLoader(yaml.SafeLoader):
+    """YAML without aliases: they can make a small file refer to itself, or stand for gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
+        return super().compose_node(parent, index)
+
+
+def parse_yaml(text: str | bytes) -> Any:
+    """Plain data from YAML.
+
+    Raises:
+        yaml.YAMLError: not YAML, or with aliases, or nested too deeply.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)  # noqa: S506 -- a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+
+
 def _load_yaml(text: str, where: str) -> dict[str, Any]:
     try:
-        document = yaml.safe_load(text)
+        document = parse_yaml(text)
     except yaml.YAMLError as error:
         raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if document is None:
@@ -237,6 +266,8 @@ def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:
             close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
             raise BadConfigError(f"{where}: unknown key {key!r}{hint}")
+        if key in CHOSEN_ELSEWHERE:
+            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]}")
     return flat
 
 
@@ -252,7 +283,7 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise BadConfigError(f"--set {assignment!r}: write it as key=value, for example train.batch_size=64")
         try:
-            flat[key.strip()] = yaml.safe_load(text)
+            flat[key.strip()] = parse_yaml(text)
         except yaml.YAMLError:
             raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
     return _checked(flat, "--set")
@@ -296,8 +327,7 @@ def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
     base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
     config = validated({**_checked(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
-    if config.data.size is not None:
-        check_shape(config)
+    check_shape(config)
     return config
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from calendar import timegm
 from typing import TYPE_CHECKING
 
 from job import runs
@@ -69,7 +67,7 @@ def show_run(bucket_uri: str, name: str) -> None:
     """Prints everything a person asks about one run."""
     bucket = open_store(bucket_uri)
     run = run_store(bucket, name)
-    config = runs.existing_config(run, name)
+    config = runs.existing_config(bucket, name)
     status, refs = read_status(run), by_progress(list_checkpoints(run))
     lines = [f"run         {name}  ({run.uri})", f"dataset     {config.data.dataset}-{config.data.size}"]
     if status is not None:
@@ -91,8 +89,7 @@ def state_of(status: Status) -> str:
     """The state as a person should read it: a run that fell silent while running was cut off."""
     if status.state != "running":
         return status.state
-    age = time.time() - timegm(time.strptime(status.updated, "%Y-%m-%dT%H:%M:%SZ"))
-    return "running" if age < STALE_SECONDS else "cut off (the same command goes on)"
+    return "running" if runs.age_seconds(status) < STALE_SECONDS else "cut off (the same command goes on)"
 
 
 def describe_outputs(run: Store) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from ddpm.epochs import images_at_epoch
 from job import runs
-from job.checkpoints import CheckpointRef, choose
+from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose
 from job.config import (
     RunConfig,
     changed_for_attempt,
@@ -73,7 +73,13 @@ def plan_run(request: TrainRequest) -> Plan:
                 update={"train": config.train.model_copy(update={"precision": stored.train.precision})}
             )
         changes = changed_for_attempt(stored, config, request.run)
-    return Plan(bucket, run, index, key, config, changes, is_new=stored is None)
+    plan = Plan(bucket, run, index, key, config, changes, is_new=stored is None)
+    if plan.target_images > MAX_IMAGES_SEEN:
+        raise BadConfigError(
+            f"train.epochs={config.train.epochs:,} of {index.images:,} images are more than the "
+            f"{MAX_IMAGES_SEEN:,} that a run can count"
+        )
+    return plan
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,7 @@ def plan_sampling(request: SampleRequest) -> SamplePlan:
     """
     bucket = open_store(request.bucket)
     run = runs.run_store(bucket, request.run)
-    config = runs.existing_config(run, request.run)
+    config = runs.existing_config(bucket, request.run)
     assert config.data.size is not None
     timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.

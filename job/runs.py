@@ -14,13 +14,15 @@ import re
 import socket
 import time
 import uuid
+from calendar import timegm
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
 
 from job import __version__
-from job.config import RunConfig, flatten, validated
+from job.config import RunConfig, flatten, parse_yaml, validated
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -29,6 +31,7 @@ CONFIG = "config.yaml"
 STATUS = "status.json"
 ATTEMPTS = "attempts"
 
+_UTC = "%Y-%m-%dT%H:%M:%SZ"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -62,7 +65,7 @@ def load_config(run: Store) -> RunConfig | None:
     except ObjectMissingError:
         return None
     try:
-        document = yaml.safe_load(data)
+        document = parse_yaml(data)
         return validated(flatten(document), run.uri_of(CONFIG))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise BadDataError(f"{run.uri_of(CONFIG)} is not a configuration: restore it or start another run") from None
@@ -70,15 +73,15 @@ def load_config(run: Store) -> RunConfig | None:
         raise BadDataError(f"{error}: another version of the program wrote it, or it is damaged") from None
 
 
-def existing_config(run: Store, name: str) -> RunConfig:
+def existing_config(bucket: Store, name: str) -> RunConfig:
     """Like `load_config`, for commands that need the run.
 
     Raises:
         MissingInputError: there is no such run.
     """
-    config = load_config(run)
+    config = load_config(run_store(bucket, name))
     if config is None:
-        raise MissingInputError(f"there is no run {name!r} in {run.uri}: `ddpm runs list` shows those there are")
+        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
     return config
 
 
@@ -147,11 +150,18 @@ def write_status(run: Store, status: Status) -> None:
 def read_status(run: Store) -> Status | None:
     """The last status, or none if there is none that this version understands."""
     try:
-        return Status(**json.loads(run.read(STATUS).data))
-    except (ObjectMissingError, ValueError, TypeError):
+        status = TypeAdapter(Status).validate_json(run.read(STATUS).data)
+        time.strptime(status.updated, _UTC)
+    except (ObjectMissingError, ValueError):
         return None
+    return status
 
 
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(_UTC, time.gmtime())
+
+
+def age_seconds(status: Status) -> float:
+    """How long ago the run said so."""
+    return time.time() - timegm(time.strptime(status.updated, _UTC))

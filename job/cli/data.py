@@ -1,4 +1,4 @@
-"""`ddpm data`: pack, list, show, verify."""
+"""`ddpm data`: pack, list, show, verify, delete."""
 
 from pathlib import Path
 from typing import Annotated
@@ -123,3 +123,19 @@ def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> No
     from job.catalog import verify_named
 
     verify_named(bucket, name, size)
+
+
+@app.command()
+def delete(
+    name: Name,
+    size: Size = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Delete a dataset, or what is left of one that was never finished.
+
+    Example: ddpm data delete mine --size 64 --yes
+    """
+    from job.catalog import delete_dataset
+
+    delete_dataset(bucket, name, size, yes)

@@ -89,7 +89,7 @@ def pack(
         there = load_index(bucket, key)
         raise BadRequestError(
             f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
-            "Choose another name, or delete it first"
+            f"Choose another name, or delete it first: ddpm data delete {name} --size {size} --bucket {bucket.uri}"
         )
     images = open_source(source)
     if images.note:

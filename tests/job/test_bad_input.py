@@ -18,11 +18,12 @@ from PIL import Image
 from job.checkpoints import list_checkpoints, load_manifest
 from job.data.verify import verify_dataset
 from job.exits import Exit
-from job.runs import read_status
+from job.runs import Status, read_status
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, tar_of, zip_of
 
+STATUS = Status("finished", 1, 304, 304, 1.0, 0.5, 10.0, "2025-01-01T00:00:00Z")
 GOOD = [(f"{number}.png", encoded(picture(number))) for number in range(12)]
 
 
@@ -87,6 +88,13 @@ def everything(folder: Path) -> dict[Path, bytes]:
         ("train --dataset a --set train.seed=[", 78, ["'train.seed=['", "not valid YAML"]),
         ("train --dataset a --set data.size=33", 78, ["data.size=33", "multiple of 4", "fewer levels"]),
         ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.norm_groups=7", "= 32"]),
+        ("train --dataset a --set model.norm_groups=7", 78, ["model.norm_groups=7", "= 32"]),
+        ("train --dataset a --set sample.steps=2000", 78, ["sample.steps=2000", "diffusion.timesteps=1000"]),
+        ("train --dataset a --epochs 100000000000000000000", 78, ["train.epochs", "less than or equal to 1000000"]),
+        ("train --dataset a --set preset=celeba", 78, ["preset", "--preset NAME"]),
+        ("train --dataset a --set data.dataset=b", 78, ["data.dataset", "--dataset NAME"]),
+        ("train --dataset a --config {alias}", 78, ["alias.yaml", "aliases (*loop) are not supported"]),
+        ("train --dataset a --config {deep}", 78, ["deep.yaml", "nested too deeply"]),
         ("train --dataset a --config {config}", 78, ["bad.yaml", "'trian.epochs'", "did you mean 'train.epochs'?"]),
         ("train --dataset a --config {notes}", 78, ["notes.yaml", "mapping of sections"]),
         ("train --dataset a --config {nowhere}", 66, ["nowhere", "No such file"]),
@@ -95,8 +103,11 @@ def everything(folder: Path) -> dict[Path, bytes]:
 def test_a_request_that_means_nothing(tmp_path, monkeypatch, words, code, parts):
     (tmp_path / "bad.yaml").write_text("trian:\n  epochs: 3\n")
     (tmp_path / "notes.yaml").write_text("- buy milk\n")
+    (tmp_path / "alias.yaml").write_text("train: &loop\n  epochs: *loop\n")
+    (tmp_path / "deep.yaml").write_text("[" * 5000)
     nowhere = tmp_path / "nowhere"
-    typed = words.format(config=tmp_path / "bad.yaml", notes=tmp_path / "notes.yaml", nowhere=nowhere).split()
+    files = {name: tmp_path / f"{name}.yaml" for name in ("notes", "alias", "deep")}
+    typed = words.format(config=tmp_path / "bad.yaml", nowhere=nowhere, **files).split()
     monkeypatch.chdir(tmp_path)
     line = refused(ddpm_here(*typed, DDPM_BUCKET=str(nowhere)), code)
     assert all(part in line for part in parts), line
@@ -375,3 +386,55 @@ def test_rotten_descriptions_are_named(tmp_path):
     ):
         assert f"{bucket}/{name}" in refused(ddpm_here(*words.split(), "--bucket", bucket), Exit.BAD_DATA)
     assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{",
+        "[]",
+        '{"state": 3}',
+        b"\xff",
+        json.dumps({**vars(STATUS), "loss": "low"}),
+        json.dumps({**vars(STATUS), "updated": "now"}),
+    ],
+)
+def test_a_damaged_status_is_as_good_as_none(bucket, content):
+    path = bucket / "runs/good/status.json"
+    before = path.read_bytes()
+    try:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        for words in (["list"], ["show", "good"]):
+            assert "good" in succeeded(ddpm_here("runs", *words, "--bucket", bucket))
+    finally:
+        path.write_bytes(before)
+
+
+def test_a_run_that_is_not_there_is_looked_for_in_the_bucket_that_was_named(bucket):
+    line = refused(ddpm_here("runs", "show", "nobody", "--bucket", bucket), Exit.MISSING_INPUT)
+    assert f"there is no run 'nobody' in {bucket}:" in line
+
+
+def test_more_images_than_a_run_can_count(bucket, monkeypatch):
+    monkeypatch.setattr("job.plan.MAX_IMAGES_SEEN", 1000)
+    line = refused(ddpm_here("train", *about(bucket, "long"), "--epochs", 4), Exit.BAD_CONFIG)
+    assert "train.epochs=4 of 299 images are more than the 1,000 that a run can count" in line
+    assert not (bucket / "runs/long").exists()
+
+
+def test_a_dataset_goes_only_when_one_is_certain(tmp_path):
+    archive = tmp_path / "some.zip"
+    zip_of(archive, GOOD)
+    bucket = tmp_path / "bucket"
+    about_it = ["mine", "--size", 8, "--bucket", bucket]
+    bucket.mkdir()
+    assert "no dataset" in refused(ddpm_here("data", "delete", *about_it), Exit.MISSING_INPUT)
+    succeeded(ddpm_here("data", "pack", archive, *about_it))
+    refused(ddpm_here("data", "pack", archive, *about_it), Exit.BAD_REQUEST)
+    there = everything(bucket)
+    assert "add --yes" in refused(ddpm_here("data", "delete", *about_it), Exit.BAD_REQUEST)
+    assert everything(bucket) == there
+    assert "deleted" in succeeded(ddpm_here("data", "delete", *about_it, "--yes"))
+    assert everything(bucket) == {}
+    succeeded(ddpm_here("data", "pack", archive, *about_it))
+    assert everything(bucket) == there
