@@ -25,11 +25,11 @@ setup: $(INSTALLED) ## Install into .venv
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
 	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3]'
 	@touch $@
 
 $(TESTED): $(INSTALLED)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,test,lint]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,test,lint]'
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job

@@ -20,11 +20,12 @@ from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
 from job import __version__, compute
-from job.checkpoints import Manifest, delete_checkpoint, list_checkpoints
+from job.checkpoints import Manifest, list_checkpoints
+from job.retention import delete_checkpoint
 from job.runs import utc_now
 from job.saving import UPLOADS, CheckpointWriter, Save, plan_parts
 from job.store import Store, open_store
-from tests.conftest import _started_server
+from tests.servers import fake_gcs_server
 
 State = dict[str, dict[str, Tensor]]
 BUCKET = "benchmarks"
@@ -71,7 +72,7 @@ def measure(quick: bool) -> list[Figure]:
 
 def saves(run: Store, state: State, turns: int) -> tuple[Turns, list[float]]:
     """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
-    writer = CheckpointWriter(run, state, lambda manifest: None)
+    writer = CheckpointWriter(run, state)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []
@@ -144,14 +145,12 @@ def object_server(folder: Path) -> Iterator[None]:
     from google.auth.credentials import AnonymousCredentials
     from google.cloud import storage
 
-    server, url = _started_server(folder / "server.log")
     before = dict(os.environ)
-    try:
-        os.environ |= {"STORAGE_EMULATOR_HOST": url, "DDPM_CACHE": str(folder / "cache")}
-        storage.Client(project=BUCKET, credentials=AnonymousCredentials()).create_bucket(BUCKET)
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-        server.kill()
-        server.wait()
+    with fake_gcs_server(folder) as url:
+        try:
+            os.environ |= {"STORAGE_EMULATOR_HOST": url, "DDPM_CACHE": str(folder / "cache")}
+            storage.Client(project=BUCKET, credentials=AnonymousCredentials()).create_bucket(BUCKET)
+            yield
+        finally:
+            os.environ.clear()
+            os.environ.update(before)

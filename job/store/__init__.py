@@ -1,4 +1,4 @@
-"""Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`)."""
+"""Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`, `s3`)."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, Object
 
 __all__ = ["Blob", "ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Store", "open_store"]
 
-DEADLINE_SECONDS = 60.0
-"""How long a bucket may be away before an operation gives up with exit code 69."""
+DEADLINE_SECONDS = 15.0
+"""How long a bucket may be away before an operation gives up: less than a lease lasts. `patient` waits longer."""
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 def open_store(uri: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> Store:
-    """Opens `gs://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
+    """Opens `gs://` or `s3://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
 
     Backends are imported only when asked for, so that a local run needs no cloud library.
 
@@ -37,8 +37,12 @@ def open_store(uri: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> Store
             return _open_local(unquote(rest.removeprefix("localhost")) if separator else uri, uri)
         case "gs":
             return _open_gcs(rest, deadline_seconds)
+        case "s3":
+            return _open_s3(rest, deadline_seconds)
         case _:
-            raise BadRequestError(f"{uri!r}: nobody here speaks {scheme}://; use gs://BUCKET, file:///PATH or a path")
+            raise BadRequestError(
+                f"{uri!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, file:///PATH or a path"
+            )
 
 
 def _open_local(path: str, uri: str) -> Store:
@@ -54,12 +58,31 @@ def _open_local(path: str, uri: str) -> Store:
 
 
 def _open_gcs(rest: str, deadline_seconds: float) -> Store:
-    bucket, _, prefix = rest.strip("/").partition("/")
-    if not _BUCKET.fullmatch(bucket):
-        raise BadRequestError(f"gs://{rest} names no bucket: use gs://BUCKET or gs://BUCKET/FOLDER")
+    name, prefix = _bucket_and_prefix("gs", rest)
     try:
         from job.store.gcs import Bucket, GcsStore
     except ModuleNotFoundError as error:
-        raise BadRequestError(f"gs:// needs more than is installed ({error}): pip install 'ddpm-job[gs]'") from None
-    store = GcsStore(Bucket(bucket, deadline_seconds))
+        raise _extra_missing("gs", error) from None
+    store = GcsStore(Bucket(name, deadline_seconds))
     return store.sub(prefix) if prefix else store
+
+
+def _open_s3(rest: str, deadline_seconds: float) -> Store:
+    name, prefix = _bucket_and_prefix("s3", rest)
+    try:
+        from job.store.s3 import Bucket, S3Store
+    except ModuleNotFoundError as error:
+        raise _extra_missing("s3", error) from None
+    store = S3Store(Bucket(name, deadline_seconds))
+    return store.sub(prefix) if prefix else store
+
+
+def _bucket_and_prefix(scheme: str, rest: str) -> tuple[str, str]:
+    bucket, _, prefix = rest.strip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket):
+        raise BadRequestError(f"{scheme}://{rest} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
+    return bucket, prefix
+
+
+def _extra_missing(scheme: str, error: ModuleNotFoundError) -> BadRequestError:
+    return BadRequestError(f"{scheme}:// needs more than is installed ({error}): pip install 'ddpm-job[{scheme}]'")

@@ -119,7 +119,7 @@ def test_a_request_that_means_nothing(tmp_path, monkeypatch, words, code, parts)
     [
         ("{folder}/nowhere", 66, ["{folder}/nowhere is no folder", "check the path"]),
         ("{folder}/file", 66, ["{folder}/file is no folder"]),
-        ("s3://mine", 64, ["'s3://mine'", "gs://BUCKET"]),
+        ("az://mine", 64, ["'az://mine'", "gs://BUCKET"]),
         ("gs://", 64, ["gs:// names no bucket"]),
         ("", 64, ["names no folder"]),
     ],
@@ -201,11 +201,6 @@ def test_no_permission(forbidding_server, words):
             78,
             ["data.size=16 cannot be halved 5 times", "multiple of 32"],
         ),
-        (
-            "train --dataset tiles --run new --processes 3 --set train.batch_size=2",
-            78,
-            ["3 processes cannot share train.batch_size=2", "--processes N"],
-        ),
         ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
         ("sample --run good --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1)"]),
         ("sample --run good --checkpoints 7 --processes 2", 66, ["no checkpoint of epoch 7", "there are: 1)"]),
@@ -224,6 +219,15 @@ def test_what_is_not_there_or_does_not_fit(bucket, words, code, parts):
     before = everything(bucket)
     line = refused(ddpm_here(*words.format(bucket=bucket).split(), DDPM_BUCKET=str(bucket)), code)
     assert all(part in line for part in parts), line
+    assert everything(bucket) == before
+
+
+def test_more_processes_than_images_in_a_batch(bucket):
+    before = everything(bucket)
+    words = "train --dataset tiles --run new --processes 3 --set train.batch_size=2"
+    line = refused(ddpm(*words.split(), DDPM_BUCKET=str(bucket)), 78)
+    assert "3 processes cannot share train.batch_size=2" in line
+    assert "--processes N" in line
     assert everything(bucket) == before
 
 

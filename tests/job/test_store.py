@@ -19,6 +19,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
+import boto3
 import pytest
 from google.cloud import storage
 
@@ -251,11 +252,15 @@ def test_odd_keys_of_others_are_read_but_not_written(store: Store, key: str, tmp
         with pytest.raises(BadRequestError, match="cannot be a new object's key"):
             write(key, b"2")
     assert keys(store) == []
-    if store.uri.startswith("gs://"):
-        storage.Client(project="test").bucket(store.uri.removeprefix("gs://")).blob(key).upload_from_string(b"1")
-    else:
-        Path(store.uri_of(key)).parent.mkdir(exist_ok=True)
-        Path(store.uri_of(key)).write_bytes(b"1")
+    scheme, _, bucket = store.uri.partition("://")
+    match scheme:
+        case "gs":
+            storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(b"1")
+        case "s3":
+            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"1")
+        case _:
+            Path(store.uri_of(key)).parent.mkdir(exist_ok=True)
+            Path(store.uri_of(key)).write_bytes(b"1")
     assert list(store.list()) == [Entry(key, 1)]
     assert store.exists(key)
     store.download(key, tmp_path / "out")
@@ -359,6 +364,8 @@ def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Pat
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0.0, 0.1 if attempts == 12 else 0.5))
+            while attempt == attempts - 1 and not keys(store, "large"):
+                time.sleep(0.01)
             os.kill(writer.pid, signal.SIGKILL)
         for entry in store.list():
             assert entry.size_bytes == sizes[entry.key.partition("/")[0]]

