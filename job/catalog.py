@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config import pack_config
+from job.config_input import pack_config
 from job.data.shards import DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output

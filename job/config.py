@@ -1,4 +1,4 @@
-"""What a run is made of. Numbers live in `presets/*.yaml`; this file says which keys exist, and what is valid.
+"""What a run is made of: which keys exist, what is valid, and what an attempt may change. Numbers are in `presets/`.
 
 A configuration is resolved once, when a run begins: preset ← dataset ← `--config FILE` ← `--set key=value`. It is then
 stored with the run and is the base of every later attempt.
@@ -6,19 +6,15 @@ stored with the run and is the base of every later attempt.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
-from collections.abc import Iterable
-from importlib import resources
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from job.data.shards import DatasetIndex
-from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.exits import BadConfigError
 
 
 def _split(value: Any) -> Any:
@@ -31,11 +27,13 @@ def _split(value: Any) -> Any:
 Ints = Annotated[tuple[int, ...], BeforeValidator(_split)]
 
 
-class _Section(BaseModel):
+class Section(BaseModel):
+    """A group of keys: nothing unknown, no infinity, never changed."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class DataConfig(_Section):
+class DataConfig(Section):
     """Which images, in which order."""
 
     dataset: str = ""
@@ -48,7 +46,7 @@ class DataConfig(_Section):
     cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""
 
     channels: int = Field(128, ge=1)
@@ -60,7 +58,7 @@ class ModelConfig(_Section):
     num_classes: int | None = Field(None, ge=0, description="follows the dataset; 0: unconditional")
 
 
-class DiffusionConfig(_Section):
+class DiffusionConfig(Section):
     """The forward process and what the network predicts."""
 
     schedule: Literal["linear", "cosine"] = "linear"
@@ -69,7 +67,7 @@ class DiffusionConfig(_Section):
     min_snr_gamma: float | None = Field(None, gt=0, description="none: unweighted")
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
@@ -86,14 +84,14 @@ class TrainConfig(_Section):
     compile: bool = Field(True, description="torch.compile on CUDA")
 
 
-class EmaConfig(_Section):
+class EmaConfig(Section):
     """Averaged weights."""
 
     decay: float = Field(0.9999, ge=0, lt=1, description="per optimiser step")
     warmup: bool = Field(True, description="min(decay, (1 + step) / (10 + step))")
 
 
-class CheckpointConfig(_Section):
+class CheckpointConfig(Section):
     """When to commit, and what to keep."""
 
     every_epochs: int = Field(1, ge=1)
@@ -103,7 +101,7 @@ class CheckpointConfig(_Section):
     keep_epochs: Ints = ()
 
 
-class SampleConfig(_Section):
+class SampleConfig(Section):
     """Defaults of `ddpm sample`, and the pictures that training makes."""
 
     sampler: Literal["ddpm", "ddim"] = "ddim"
@@ -117,13 +115,13 @@ class SampleConfig(_Section):
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Metrics."""
 
     every_images: int = Field(12_800, ge=1)
 
 
-class RunConfig(_Section):
+class RunConfig(Section):
     """The whole configuration of a run."""
 
     preset: str = ""
@@ -141,16 +139,6 @@ class RunConfig(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-class PackConfig(_Section):
-    """A preset's `pack` section: what its dataset looks like when packed under the preset's name."""
-
-    size: int = Field(ge=1)
-    crop: str = "center"
-    resize_filter: str = "lanczos"
-    licence: str = ""
-    fetch: str = Field("", description="where a person gets the images")
-
-
 FREE = (
     "train.epochs",
     "train.micro_batch_size",
@@ -161,79 +149,6 @@ FREE = (
     "log",
 )
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
-
-
-CHOSEN_ELSEWHERE = {
-    "preset": "--preset NAME",
-    "data.dataset": "--dataset NAME",
-    "data.dataset_id": "--dataset NAME: the id is the dataset's own",
-}
-"""Keys that a person does not set, and the option that does."""
-
-
-def presets() -> list[str]:
-    """Names of the presets that come with the program."""
-    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
-
-
-class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: they can make a small file refer to itself, or stand for gigabytes."""
-
-    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
-        return super().compose_node(parent, index)
-
-
-def parse_yaml(text: str | bytes) -> Any:
-    """Plain data from YAML.
-
-    Raises:
-        yaml.YAMLError: not YAML, or with aliases, or nested too deeply.
-    """
-    try:
-        return yaml.load(text, _PlainLoader)  # noqa: S506 -- a SafeLoader
-    except RecursionError:
-        raise yaml.YAMLError("nested too deeply") from None
-
-
-def _load_yaml(text: str, where: str) -> dict[str, Any]:
-    try:
-        document = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise BadConfigError(f"{where} must be a mapping of sections such as `train:`")
-    return document
-
-
-def _preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        close = difflib.get_close_matches(name, presets(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadRequestError(f"there is no preset {name!r}{hint} (there are: {', '.join(presets())})")
-    return _load_yaml((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
-
-
-def pack_config(name: str) -> PackConfig | None:
-    """How the dataset `name` is packed, if a preset of that name says so."""
-    if name not in presets():
-        return None
-    section = _preset(name).get("pack")
-    return PackConfig.model_validate(section) if section else None
-
-
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
-    """All dotted keys, such as `train.batch_size`."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -258,55 +173,6 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:
-    keys = known_keys()
-    for key in flat:
-        if key not in keys:
-            leaf = key.rsplit(".", 1)[-1]
-            close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
-            raise BadConfigError(f"{where}: unknown key {key!r}{hint}")
-        if key in CHOSEN_ELSEWHERE:
-            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]}")
-    return flat
-
-
-def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["train.batch_size=64"]` → `{"train.batch_size": 64}`; values are read as YAML.
-
-    Raises:
-        BadConfigError: no `=`, an unknown key, or a value that is not YAML.
-    """
-    flat: dict[str, Any] = {}
-    for assignment in assignments:
-        key, equals, text = assignment.partition("=")
-        if not equals:
-            raise BadConfigError(f"--set {assignment!r}: write it as key=value, for example train.batch_size=64")
-        try:
-            flat[key.strip()] = parse_yaml(text)
-        except yaml.YAMLError:
-            raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
-    return _checked(flat, "--set")
-
-
-def read_config_file(path: Path | None) -> dict[str, Any]:
-    """Dotted keys of a user's YAML file; empty without one.
-
-    Raises:
-        MissingInputError: no such file.
-        BadConfigError: not YAML, or unknown keys.
-    """
-    if path is None:
-        return {}
-    try:
-        text = path.read_text()
-    except OSError as error:
-        raise MissingInputError(f"--config {path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise BadConfigError(f"--config {path} is not a text file") from None
-    return _checked(flatten(_load_yaml(text, str(path))), str(path))
-
-
 def validated(flat: dict[str, Any], where: str) -> RunConfig:
     """A `RunConfig` from dotted keys.
 
@@ -321,14 +187,6 @@ def validated(flat: dict[str, Any], where: str) -> RunConfig:
             for problem in error.errors()
         )
         raise BadConfigError(f"{where}: {problems}") from None
-
-
-def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
-    """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
-    base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
-    config = validated({**_checked(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
-    check_shape(config)
-    return config
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:

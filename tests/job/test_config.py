@@ -1,19 +1,8 @@
 import pytest
 import yaml
 
-from job.config import (
-    changed_for_attempt,
-    content_hash,
-    draft,
-    flatten,
-    follow_dataset,
-    known_keys,
-    pack_config,
-    parse_sets,
-    presets,
-    read_config_file,
-    validated,
-)
+from job.config import changed_for_attempt, content_hash, flatten, follow_dataset, validated
+from job.config_input import draft, known_keys, pack_config, parse_sets, presets, read_config_file
 from job.data.shards import DatasetIndex, Shard
 from job.exits import BadConfigError, BadRequestError, Exit, MissingInputError
 
