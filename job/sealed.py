@@ -1,0 +1,68 @@
+"""Small JSON objects that carry the SHA-256 of their own canonical form: a flipped bit shows when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from job.exits import BadDataError
+from job.store.base import Store
+
+
+class Sealed(BaseModel):
+    """A record with its own hash, `sha256`: that of the canonical JSON (sorted keys) of every other field."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
+
+    def to_json(self) -> bytes:
+        """The bytes to store, with the hash filled in."""
+        document = self.model_dump(mode="json")
+        return _bytes(document | {"sha256": _sha256(document)})
+
+    @classmethod
+    def from_json(cls, data: bytes, uri: str) -> Self:
+        """The inverse of `to_json`; `uri` is where the bytes came from.
+
+        Raises:
+            BadDataError: it is something else, or rotten; the message names the object.
+        """
+        try:
+            document = json.loads(data)
+            # Bytes are compared as well: `1e-5` and `1E-5` are one bit and no value apart.
+            intact = document["sha256"] == _sha256(document) and _bytes(document) == data
+        except (ValueError, TypeError, KeyError, RecursionError):
+            intact = False
+        if not intact:
+            raise BadDataError(f"{uri} is rotten: it does not match its own SHA-256")
+        try:
+            return cls.model_validate(document)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            field = ".".join(map(str, problem["loc"])) or "document"
+            raise BadDataError(
+                f"{uri} is of another version of the program ({field}: {problem['msg'].lower()})"
+            ) from None
+
+    @classmethod
+    def load(cls, store: Store, key: str) -> Self:
+        """Reads a record and checks it against its own hash.
+
+        Raises:
+            BadDataError: it is something else, or rotten; the message names the object.
+            ObjectMissingError: it is not there.
+        """
+        return cls.from_json(store.read(key).data, store.uri_of(key))
+
+
+def _sha256(document: dict[str, Any]) -> str:
+    content = {name: value for name, value in document.items() if name != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _bytes(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()

@@ -1,0 +1,44 @@
+"""Leases for tests: one that is taken, and one whose holder is far away and silent."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import Any
+
+from job import lease as lease_module
+from job.lease import LEASE, Lease
+from job.process_identity import ProcessIdentity
+from job.store import Store
+
+QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "LOOK_SECONDS": 0.05}
+"""The expiry stays as it is, so that a machine that is busy elsewhere makes no holder look dead."""
+Notes = list[str]
+
+
+def taken(run: Store, floor: int = 0, wait_seconds: float = 0, notes: Notes | None = None) -> Lease:
+    return Lease.take(run, floor, wait_seconds, lambda: False, (notes if notes is not None else []).append)
+
+
+def record_in(run: Store) -> dict[str, Any]:
+    return json.loads(run.read(LEASE).data)
+
+
+def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it never came about"
+        time.sleep(0.01)
+
+
+def by_somebody_elsewhere(run: Store, fence: int = 4, since: str = "2031-01-01T00:00:00Z") -> bytes:
+    """The lease of a holder on another machine, of whom nothing more is heard."""
+    elsewhere = ProcessIdentity.of_this_process().model_copy(
+        update={"host": "far-away", "pid": 77, "boot_id": "00000000-0000-4000-8000-000000000000"}
+    )
+    record = lease_module._Record(
+        fence=fence, holder=f"holder-{since}", renewal=9, released=False, since=since, process=elsewhere
+    )
+    run.put(LEASE, record.to_json())
+    return record.to_json()
