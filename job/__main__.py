@@ -1,6 +1,10 @@
-"""`python -m job`, the same as `ddpm`."""
+"""`python -m job`, the same as `ddpm`; what the launcher starts begins here."""
 
-from job.cli.app import main
+from job.launched import attach
 
 if __name__ == "__main__":
+    attach()
+
+    from job.cli.app import main
+
     main()

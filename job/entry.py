@@ -1,78 +1,103 @@
-"""From a checked request to the work: in this process, or one process per GPU."""
+"""From a checked request to the work: the launcher sees whether it can be done, and the ranks that it starts do it."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable
 
 from job.checkpoints import list_checkpoints
 from job.exits import BadConfigError
-from job.launcher import LAUNCHED, default_processes, launch, under_launcher
+from job.launched import is_rank
+from job.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
 from job.plan import Plan, plan_run, plan_sampling
 from job.requests import SampleRequest, TrainRequest
 from job.runs import read_status
-from job.stopping import StopFlag
+from job.stopping import StopFlag, deadline
 
 
-def train_command(request: TrainRequest, processes: int | None) -> None:
+def train_command(
+    request: TrainRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
+) -> None:
     """Trains or goes on; says where everything lies when the run is finished.
+
+    Args:
+        request: which run.
+        processes: on this machine; None is one per GPU, or one. Under torchrun or accelerate these decide.
+        hang_after_seconds: see `launch`.
+        stop_after: a duration, see `deadline`.
 
     Raises:
         BadConfigError: there are more processes than images in a batch.
+        SystemExit: the ranks ended with another code than 0.
         JobError: see the message.
     """
     request = request.check()
-    plan = plan_run(request)
-    world_size, batch_size = _world_size(processes), plan.config.train.batch_size
-    if world_size > batch_size:
-        raise BadConfigError(
-            f"{world_size} processes cannot share train.batch_size={batch_size} images: use fewer with --processes N"
-        )
-    if not under_launcher() and _finished(plan):
-        _tell(plan, request, "is finished already")
-        return
-
-    def work() -> None:
+    with deadline(stop_after):
+        stop = _listen()
+        plan = plan_run(request)
+        world_size, batch_size = _world_size(processes), plan.config.train.batch_size
+        if world_size > batch_size:
+            raise BadConfigError(
+                f"{world_size} processes cannot share train.batch_size={batch_size} images: "
+                "use fewer with --processes N"
+            )
+        if (world_size == 1 or not is_rank()) and _finished(plan):
+            _tell(plan, request, "is finished already")
+            return
+        if not is_rank():
+            _launch(world_size, hang_after_seconds)
+            return
         from job.train import run_training
 
-        run_training(request, StopFlag().install())
+        run_training(request, stop)
+        if os.environ.get("RANK", "0") == "0":
+            _tell(plan_run(request), request, "is finished")
 
-    if _run(work, processes):
-        _tell(plan_run(request), request, "is finished")
 
+def sample_command(
+    request: SampleRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
+) -> None:
+    """Samples, and says where the pictures lie. What is missing shows before there are several processes to say so.
 
-def sample_command(request: SampleRequest, processes: int | None) -> None:
-    """Samples, and says where the pictures lie. What is missing shows before there are several processes to say so."""
+    Args:
+        request: what to draw.
+        processes: see `train_command`.
+        hang_after_seconds: see `launch`.
+        stop_after: a duration, see `deadline`.
+
+    Raises:
+        SystemExit: the ranks ended with another code than 0.
+        JobError: see the message.
+    """
     request = request.check()
-    if not under_launcher():
-        plan_sampling(request)
-
-    def work() -> None:
+    with deadline(stop_after):
+        stop = _listen()
+        if not is_rank():
+            plan_sampling(request)
+            _launch(_world_size(processes), hang_after_seconds)
+            return
         from job.sample import run_sampling
 
-        run_sampling(request, StopFlag().install())
+        run_sampling(request, stop)
 
-    _run(work, processes)
+
+def _listen() -> StopFlag:
+    """To be called before anything that takes time: from now on no signal goes unnoticed."""
+    if is_rank():
+        return StopFlag().install()
+    leave_at_signals()
+    return StopFlag()
 
 
 def _world_size(processes: int | None) -> int:
-    return int(os.environ["WORLD_SIZE"]) if under_launcher() else processes or default_processes()
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes or default_processes()
 
 
-def _run(work: Callable[[], None], processes: int | None) -> bool:
-    """Does the work here or in ranks; whether this process should speak for all of them."""
-    if under_launcher():
-        work()
-        return os.environ["RANK"] == "0" and LAUNCHED not in os.environ
-    world_size = _world_size(processes)
-    if world_size == 1:
-        work()
-        return True
-    code = launch(sys.argv[1:], world_size)
+def _launch(world_size: int, hang_after_seconds: float) -> None:
+    # -P: a job.py in the working folder must not stand in for the program.
+    code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], world_size, hang_after_seconds)
     if code:
         raise SystemExit(code)
-    return True
 
 
 def _finished(plan: Plan) -> bool:

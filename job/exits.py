@@ -105,6 +105,12 @@ class StoppedError(JobError):
     exit_code = Exit.STOPPED
 
 
+class LostRunError(JobError):
+    """Another attempt holds the run: it was there first, or took it over."""
+
+    exit_code = Exit.LOST_RUN
+
+
 class NoPermissionError(JobError):
     """The credentials do not allow the operation."""
 

@@ -1,14 +1,12 @@
-"""`ddpm submit`: the same command, as a job on a target. `local` is a child process on this machine."""
+"""`ddpm submit`: the same command, as a job on a target. `local` is this machine."""
 
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from types import FrameType
 
 from job.exits import BadRequestError
 
@@ -16,7 +14,7 @@ TARGETS = ("local",)
 
 
 def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
-    """Starts `ddpm VERB ARGUMENTS` on a target; in the foreground this ends as the job does.
+    """Starts `ddpm VERB ARGUMENTS` on a target; in the foreground this process becomes the job.
 
     Raises:
         BadRequestError: there is no such target.
@@ -39,12 +37,5 @@ def submit(verb: str, arguments: Sequence[str], on: str, detach: bool) -> None:
             )
         print(f"process {child.pid} does it in the background and writes {path}; `kill {child.pid}` stops it")
         return
-    child = subprocess.Popen(command)
-
-    def forward(number: int, frame: FrameType | None) -> None:
-        child.send_signal(number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, forward)
-    code = child.wait()
-    raise SystemExit(128 - code if code < 0 else code)
+    sys.stdout.flush()
+    os.execv(sys.executable, command)  # noqa: S606

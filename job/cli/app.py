@@ -4,12 +4,13 @@ import errno
 import os
 import sys
 from io import TextIOWrapper
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 from job.cli import data, figure, runs, sample, submit, train
 from job.exits import Exit, JobError
+from job.launched import LOST_PEER, is_launched, lost_peer
 
 app = typer.Typer(
     name="ddpm",
@@ -67,16 +68,26 @@ def main() -> None:
         if isinstance(error, PermissionError):
             _fail(f"permission denied{_at(error)}: give this user access, or choose another place", Exit.NO_PERMISSION)
         raise
+    except RuntimeError as error:
+        if said := lost_peer(error):
+            _fail(f"another process of this run went away ({said})", LOST_PEER)
+        raise
 
 
 def _at(error: OSError) -> str:
     return f" at {error.filename}" if error.filename else ""
 
 
-def _fail(message: str, code: Exit) -> None:
+def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
-    if rank == "0":
+    # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
+    if rank == "0" or is_launched():
         print(f"ddpm: {message}", file=sys.stderr)
     elif code not in SAID_BY_RANK_0:
         print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        # Threads of a process group that is no more abort the interpreter on its way out: the code would be SIGABRT.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     raise SystemExit(int(code))

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Size
+from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter
 
 app = typer.Typer(help="Datasets: pack images into shards, look at them, verify them.", no_args_is_help=True)
 
@@ -47,6 +47,7 @@ def pack(
         int | None,
         typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
     ] = None,
+    stop_after: StopAfter = "",
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
     """Pack images into a dataset in the bucket. A NAME with a preset takes size and crop from it.
@@ -59,10 +60,12 @@ def pack(
     """
     from job.catalog import pack_dataset
     from job.requests import PackRequest
+    from job.stopping import deadline
 
-    pack_dataset(
-        PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-    )
+    with deadline(stop_after):
+        pack_dataset(
+            PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+        )
 
 
 @app.command()

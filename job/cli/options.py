@@ -24,4 +24,23 @@ Processes = Annotated[
     ),
 ]
 
+HangAfter = Annotated[
+    float,
+    typer.Option(
+        "--hang-after",
+        metavar="SECONDS",
+        min=0,
+        help="End with code 71 and all stacks when a process makes no progress for so long; 0 is never.",
+    ),
+]
+StopAfter = Annotated[
+    str,
+    typer.Option(
+        "--stop-after",
+        metavar="DURATION",
+        help="Save and end with code 75 after so long, such as 90m, 1h30m or 3600 (seconds).",
+    ),
+]
+
+DEFAULT_HANG_AFTER = 600.0
 DEFAULT_BUCKET = "./bucket"

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Processes, Run
+from job.cli.options import DEFAULT_BUCKET, DEFAULT_HANG_AFTER, Bucket, HangAfter, Processes, Run, StopAfter
 
 
 def sample(
@@ -34,6 +34,8 @@ def sample(
         int | None, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time and process.")
     ] = None,
     processes: Processes = None,
+    hang_after: HangAfter = DEFAULT_HANG_AFTER,
+    stop_after: StopAfter = "",
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
     """Draw images from a run's checkpoints.
@@ -51,4 +53,4 @@ def sample(
     from job.requests import SampleRequest
 
     request = SampleRequest(run, bucket, checkpoints, seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
-    sample_command(request, processes)
+    sample_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)

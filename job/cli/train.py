@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Processes
+from job.cli.options import DEFAULT_BUCKET, DEFAULT_HANG_AFTER, Bucket, Dataset, HangAfter, Processes, StopAfter
 
 
 def train(
@@ -28,6 +28,17 @@ def train(
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML file with settings.")] = None,
     processes: Processes = None,
+    wait: Annotated[
+        float,
+        typer.Option(
+            "--wait",
+            metavar="SECONDS",
+            min=0,
+            help="Wait so long for another attempt that holds the run, instead of ending with code 76.",
+        ),
+    ] = 0.0,
+    hang_after: HangAfter = DEFAULT_HANG_AFTER,
+    stop_after: StopAfter = "",
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
     """Train a run, or go on with it: the same command does both.
@@ -41,4 +52,5 @@ def train(
     from job.entry import train_command
     from job.requests import TrainRequest
 
-    train_command(TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config), processes)
+    request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait)
+    train_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)

@@ -14,6 +14,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from job.cli.app import main
+from job.launched import LAUNCHED
+from job.launcher import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 
@@ -63,14 +65,15 @@ def ddpm(
 
 
 def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Like `ddpm`, in this process, which spares the seconds that importing torch takes each time."""
+    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     AcceleratorState._reset_state(reset_partial_state=True)
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.setattr(sys, "argv", [DDPM, *map(str, words)])
         patch.setattr(sys, "excepthook", sys.excepthook)
         patch.delenv("DDPM_BUCKET", raising=False)
+        patch.setenv(LAUNCHED, str(os.getppid()))
         for name, value in variables.items():
             patch.setenv(name, value)
         try:

@@ -1,0 +1,103 @@
+"""What the ranks say, on the launcher's stderr as they say it; the last lines are kept for the report of a failure."""
+
+from __future__ import annotations
+
+import os
+import re
+import selectors
+import threading
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+STDERR = 2
+_TAIL_LINES = 20
+_LINE_BYTES = 8192
+_CLOSE_SECONDS = 2.0
+_OWN_PREFIX = re.compile(rb"\[rank\d+\]: ")
+_ERROR = re.compile(rb"ddpm: ")
+_BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate called|  what\(\): |Exception raised from ")
+"""Lines with which torch's C++ side accompanies the end of a process group, a screenful per rank."""
+
+
+@dataclass
+class _Stream:
+    rank: int
+    descriptor: int
+    pending: bytes = b""
+    tail: deque[bytes] = field(default_factory=lambda: deque(maxlen=_TAIL_LINES))
+    ended: threading.Event = field(default_factory=threading.Event)
+
+
+class Relay:
+    """Reads the ranks' pipes in a thread, so that a terminal that takes nothing more cannot hold the launcher up.
+
+    Rank 0 speaks for all; lines of the others begin with `[rank 1] `. Their errors are kept back until it is known
+    which of them was the cause, and so is what a distributed backend prints while it goes down.
+    """
+
+    def __init__(self) -> None:
+        self._streams: dict[int, _Stream] = {}
+        self._lock = threading.Lock()
+        # A progress bar may stand in the line: what comes out takes its place, and the bar is drawn anew below.
+        is_drawn_on = os.isatty(STDERR) and os.environ.get("TERM") != "dumb"
+        self._line_start = b"\r\x1b[2K" if is_drawn_on else b""
+        self._thread = threading.Thread(target=self._read, name="relay", daemon=True)
+
+    def follow(self, rank: int, descriptor: int) -> None:
+        """Adds the reading end of a rank's pipe; before `start`."""
+        self._streams[rank] = _Stream(rank, descriptor)
+
+    def start(self) -> None:
+        """Begins to read."""
+        self._thread.start()
+
+    def say(self, text: str) -> None:
+        """Prints a line of the launcher's own."""
+        self._show([text.encode(errors="backslashreplace")])
+
+    def tail(self, rank: int) -> list[str]:
+        """The last lines of a rank that has ended; none if it wrote to the terminal itself."""
+        stream = self._streams.get(rank)
+        if stream is None:
+            return []
+        # A process that the rank left behind may hold the pipe open for ever.
+        stream.ended.wait(_CLOSE_SECONDS)
+        return [line.decode(errors="replace") for line in list(stream.tail)]
+
+    def close(self) -> None:
+        """Waits until everything the ranks wrote has been shown."""
+        self._thread.join(_CLOSE_SECONDS)
+
+    def _read(self) -> None:
+        with selectors.DefaultSelector() as selector:
+            for stream in self._streams.values():
+                selector.register(stream.descriptor, selectors.EVENT_READ, stream)
+            while selector.get_map():
+                for key, _ in selector.select():
+                    data = os.read(key.fd, 1 << 16)
+                    self._take(key.data, data)
+                    if not data:
+                        selector.unregister(key.fd)
+                        os.close(key.fd)
+                        key.data.ended.set()
+
+    def _take(self, stream: _Stream, data: bytes) -> None:
+        *lines, stream.pending = (stream.pending + data).split(b"\n")
+        if len(stream.pending) > _LINE_BYTES or (stream.pending and not data):
+            lines.append(stream.pending)
+            stream.pending = b""
+        if stream.rank:
+            lines = [_OWN_PREFIX.sub(b"", line, count=1) for line in lines]
+        stream.tail += lines
+        shown = [line for line in lines if not _BACKEND_NOISE.match(line)]
+        if stream.rank:
+            shown = [b"[rank %d] %b" % (stream.rank, line) for line in shown if not _ERROR.match(line)]
+        self._show(shown)
+
+    def _show(self, lines: list[bytes]) -> None:
+        data = b"".join(self._line_start + line + b"\n" for line in lines)
+        # A terminal or a pipe that went away must not end a run.
+        with self._lock, suppress(OSError):
+            while data:
+                data = data[os.write(STDERR, data) :]
