@@ -37,10 +37,10 @@ from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.stream import Batch, stream_batches
 from job.plan import plan_run
+from job.ranks import Ranks
 from job.requests import TrainRequest
-from job.runs import Attempt
+from job.session import TrainingSession, settings_of
 from job.stopping import StopFlag
-from job.train import TrainingSession, settings_of
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
@@ -110,8 +110,7 @@ class OurLoop:
         forget_accelerator()
         accelerator = compute.build_accelerator(precision)
         cache = open_cache(plan.bucket, plan.dataset_key, plan.index, cache_dir=folder / "cache", budget_bytes=1 << 40)
-        self.session = TrainingSession(plan, plan.config, Attempt(1, "benchmark"), accelerator, cache, StopFlag())
-        self.session.restore()
+        self.session = TrainingSession(plan, plan.config, Ranks(accelerator, StopFlag()), cache, StopFlag())
         self.wait_seconds: list[float] = []
         config = plan.config
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
@@ -136,7 +135,8 @@ class OurLoop:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
         settings = settings_of(session.config)
-        train(session.state, session.network, batch, self._objective, settings, session.accelerator, session.hooks)
+        accelerator = session.ranks.accelerator
+        train(session.state, session.network, batch, self._objective, settings, accelerator, session.hooks)
 
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""
@@ -147,11 +147,8 @@ class OurLoop:
         return counter.get_total_flops()
 
     def close(self) -> None:
-        """Ends the session's threads."""
+        """Ends the thread that reads images."""
         self._stream.close()
-        assert self.session.writer is not None and self.session.status is not None
-        self.session.writer.close()
-        self.session.status.close("stopped")
 
 
 class DiffusersLoop:

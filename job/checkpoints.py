@@ -11,7 +11,6 @@ verify: a writer that was replaced, and does not know it, has a lower fence and 
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import tempfile
 from collections.abc import Callable, Iterator
@@ -21,10 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 FOLDER = "checkpoints"
@@ -69,14 +69,23 @@ class MetricSegment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    key: str = Field(pattern=r"^metrics/[0-9-]+\.jsonl$")
+    name: str = Field(pattern=r"^\d{6}-\d{12}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    events_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+    @property
+    def key(self) -> str:
+        """The rows, as JSON lines."""
+        return f"metrics/{self.name}.jsonl"
+
+    @property
+    def events_key(self) -> str:
+        """The same rows, as TensorBoard events."""
+        return f"tensorboard/events.out.tfevents.{self.name}"
 
 
-class Manifest(BaseModel):
-    """What was committed. Its existence is the commit; `sha256` is that of its own canonical JSON without the field."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class Manifest(Sealed):
+    """What was committed. Its existence is the commit."""
 
     format: int = Field(default=1, ge=1, le=1)
     fence: int = Field(ge=1)
@@ -90,16 +99,6 @@ class Manifest(BaseModel):
     loss_sums: list[list[float]]
     files: tuple[FileRecord, ...]
     metric_segments: tuple[MetricSegment, ...] = ()
-    sha256: str = ""
-
-    def own_sha256(self) -> str:
-        """SHA-256 of the canonical JSON of every other field."""
-        content = self.model_dump(mode="json", exclude={"sha256"})
-        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-    def sealed(self) -> Manifest:
-        """The same manifest carrying its own hash."""
-        return self.model_copy(update={"sha256": self.own_sha256()})
 
     @property
     def ref(self) -> CheckpointRef:
@@ -130,12 +129,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         ObjectMissingError: it is gone.
     """
     key = f"{ref.key}/{MANIFEST}"
-    try:
-        manifest = Manifest.model_validate_json(run.read(key).data)
-    except ValidationError as error:
-        raise BadDataError(f"{run.uri_of(key)} is not a checkpoint manifest: {error.errors()[0]['msg']}") from None
-    if manifest.own_sha256() != manifest.sha256:
-        raise BadDataError(f"{run.uri_of(key)} does not match its own SHA-256")
+    manifest = Manifest.load(run, key)
     if manifest.ref != ref:
         raise BadDataError(f"{run.uri_of(key)} belongs to {manifest.ref.key}")
     return manifest
@@ -143,7 +137,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
 
 def commit_manifest(run: Store, manifest: Manifest) -> None:
     """The commit: creates the manifest once, after all its objects are there."""
-    run.create(f"{manifest.ref.key}/{MANIFEST}", (manifest.sealed().model_dump_json(indent=1) + "\n").encode())
+    run.create(f"{manifest.ref.key}/{MANIFEST}", manifest.to_json())
     run.put(LATEST, f"{manifest.ref.key}\n".encode())
 
 
@@ -242,40 +236,6 @@ def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]
         if found is None and problems:
             raise BadDataError(f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}")
         yield found
-
-
-@dataclass(frozen=True)
-class Retention:
-    """Which checkpoints stay: the last few, and those of certain epochs."""
-
-    keep_last: int
-    keep_every_epochs: int
-    keep_epochs: tuple[int, ...]
-
-    def keeps_epoch(self, epoch: int) -> bool:
-        """Whether the checkpoint at the end of `epoch` is never retired, and therefore always made."""
-        every = self.keep_every_epochs
-        return epoch in self.keep_epochs or bool(every and epoch % every == 0)
-
-    def retire(self, refs: list[CheckpointRef], dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
-        """The checkpoints that may go, oldest first; never the newest.
-
-        An epoch's checkpoint is the first one at or after its last image, which is a function of the two sizes.
-        """
-        newest = sorted(refs)[-self.keep_last :]
-
-        def kept_for_epoch(ref: CheckpointRef) -> bool:
-            epochs = epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
-            return any(self.keeps_epoch(epoch) for epoch in epochs)
-
-        return [ref for ref in sorted(refs) if ref not in newest and not kept_for_epoch(ref)]
-
-
-def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
-    """Retires a checkpoint: the manifest first, so that nobody takes the rest for whole."""
-    run.delete(f"{ref.key}/{MANIFEST}")
-    for entry in run.list(ref.key):
-        run.delete(entry.key)
 
 
 def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

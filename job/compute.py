@@ -79,23 +79,3 @@ def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractC
     if precision != "bf16":
         return None
     return lambda: torch.autocast(device.type, dtype=torch.bfloat16)
-
-
-def on_main_first(accelerator: Accelerator, work: Callable[[], Any]) -> Any:
-    """Runs `work` on the main process and hands its picklable result, or its error, to every process.
-
-    Raising on all ranks alike keeps the others from waiting in a collective that never comes.
-    """
-    outcome: list[Any] = [None, None]
-    if accelerator.is_main_process:
-        try:
-            outcome[0] = work()
-        except Exception as error:
-            if accelerator.num_processes == 1:
-                raise
-            outcome[1] = error
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(outcome, src=0)
-    if outcome[1] is not None:
-        raise outcome[1]
-    return outcome[0]

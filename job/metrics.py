@@ -25,8 +25,11 @@ def segment_objects(rows: list[Row], ref: CheckpointRef) -> tuple[MetricSegment,
     """The rows as a segment for a manifest, and the objects to upload: JSON lines, and TensorBoard events."""
     name = f"{ref.fence:06d}-{ref.images_seen:012d}"
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    segment = MetricSegment(key=f"metrics/{name}.jsonl", sha256=hashlib.sha256(lines).hexdigest())
-    return segment, {segment.key: lines, f"tensorboard/events.out.tfevents.{name}": _events(rows)}
+    events = _events(rows)
+    segment = MetricSegment(
+        name=name, sha256=hashlib.sha256(lines).hexdigest(), events_sha256=hashlib.sha256(events).hexdigest()
+    )
+    return segment, {segment.key: lines, segment.events_key: events}
 
 
 def _events(rows: list[Row]) -> bytes:

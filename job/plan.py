@@ -8,14 +8,8 @@ from typing import Any
 from ddpm.epochs import images_at_epoch
 from job import runs
 from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose
-from job.config import (
-    RunConfig,
-    changed_for_attempt,
-    draft,
-    flatten,
-    follow_dataset,
-    validated,
-)
+from job.config import RunConfig, changed_for_attempt, flatten, follow_dataset, validated
+from job.config_input import draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
 from job.requests import SampleRequest, TrainRequest

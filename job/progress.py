@@ -24,6 +24,11 @@ REFRESHES_PER_SECOND = 5.0
 THIN_SPACE = "\u202f"
 
 
+def note(text: str) -> None:
+    """Prints a line on stderr, above the bars if there are any."""
+    _SCREEN.print(text)
+
+
 class Progress:
     """How far something is, on stderr.
 

@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any, get_args
 
 from job import runs
-from job.config import SampleConfig, draft, pack_config, parse_sets, presets, read_config_file
+from job.config import SampleConfig
+from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
 
 DEFAULT_PRESET = "landscape-sample"
 MAX_NUMBERS = 10_000
+MAX_COUNT = 10**9
+MAX_SEED = 10**18 - 1
 
 _CHECKPOINTS = re.compile(r"latest|all|\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
 
@@ -29,6 +32,8 @@ class TrainRequest:
     epochs: int | None = None
     sets: tuple[str, ...] = ()
     config_file: Path | None = None
+    wait_seconds: float = 0.0
+    """How long to wait for another attempt that holds the run."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:
@@ -67,13 +72,18 @@ class SampleRequest:
     nearest: bool | None = None
     precision: str = ""
     batch_size: int | None = None
+    count: int | None = None
+    """Draws so many images in pieces, instead of pictures."""
+    save: str = ""
+    slice: str = ""
+    first_seed: int | None = None
     grid: bool = True
 
     def check(self) -> SampleRequest:
         """Returns the request if its words are known.
 
         Raises:
-            BadRequestError: an unknown sampler or precision, or a list that is none.
+            BadRequestError: an unknown sampler or precision, a list that is none, or options that exclude each other.
         """
         runs.validated_run_name(self.run)
         samplers = get_args(SampleConfig.model_fields["sampler"].annotation)
@@ -87,7 +97,43 @@ class SampleRequest:
             )
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
+        self._check_count()
         return self
+
+    @property
+    def slice_of(self) -> tuple[int, int]:
+        """Which slice is to be made, from 0, and of how many.
+
+        Raises:
+            BadRequestError: `slice` is none.
+        """
+        if not self.slice:
+            return 0, 1
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", self.slice)
+        if not match or int(match[1]) >= int(match[2]):
+            raise BadRequestError(
+                f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
+            )
+        return int(match[1]), int(match[2])
+
+    def _check_count(self) -> None:
+        if self.count is None:
+            chosen = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
+            for option in (option for option, is_chosen in chosen.items() if is_chosen):
+                raise BadRequestError(f"{option} is about many images: say how many with --count, such as --count 50000")
+            return
+        if not 1 <= self.count <= MAX_COUNT:
+            raise BadRequestError(f"--count {self.count}: use 1 to {MAX_COUNT:,} images")
+        if self.save not in ("", "shards", "png"):
+            raise BadRequestError(f"--save {self.save!r}: use shards or png")
+        if not 0 <= (self.first_seed or 0) <= MAX_SEED + 1 - self.count:
+            raise BadRequestError(f"--first-seed {self.first_seed}: seeds are 0 to {MAX_SEED:,}")
+        excluded = {"--seeds": (self.seeds, "use --first-seed"), "--gif": (self.gif, "make the GIF without --count")}
+        excluded["--nearest"] = (self.nearest, "it is for grids without --count")
+        for option, (is_chosen, what_to_do) in excluded.items():
+            if is_chosen:
+                raise BadRequestError(f"{option} and --count exclude each other: {what_to_do}")
+        _ = self.slice_of
 
 
 @dataclass(frozen=True)

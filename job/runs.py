@@ -1,6 +1,7 @@
 """A run's folder in the bucket: its configuration, its attempts, its state.
 
 BUCKET/runs/NAME/config.yaml             resolved when the run began; never rewritten
+                 lease.json              who may write to it now
                  attempts/000003.json    one per attempt, created once: its number is the attempt's fence
                  status.json             how it is going; a convenience for people
                  checkpoints/ metrics/ tensorboard/ samples/ figures/
@@ -8,6 +9,7 @@ BUCKET/runs/NAME/config.yaml             resolved when the run began; never rewr
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -22,8 +24,11 @@ import yaml
 from pydantic import TypeAdapter
 
 from job import __version__
-from job.config import RunConfig, flatten, parse_yaml, validated
+from job.checkpoints import list_checkpoints
+from job.config import RunConfig, flatten, validated
+from job.config_input import parse_yaml
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
 RUNS = "runs"
@@ -64,8 +69,14 @@ def load_config(run: Store) -> RunConfig | None:
         data = run.read(CONFIG).data
     except ObjectMissingError:
         return None
+    first_line, _, text = data.partition(b"\n")
+    if first_line != _seal(text):
+        raise BadDataError(
+            f"{run.uri_of(CONFIG)} is not as it was written: its SHA-256 differs. Restore it, or start another run; "
+            "what may change is changed with --set"
+        )
     try:
-        document = parse_yaml(data)
+        document = parse_yaml(text)
         return validated(flatten(document), run.uri_of(CONFIG))
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
         raise BadDataError(f"{run.uri_of(CONFIG)} is not a configuration: restore it or start another run") from None
@@ -88,7 +99,8 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
 def create_config(run: Store, config: RunConfig) -> RunConfig:
     """Stores a new run's configuration; if another attempt was first, returns what it stored."""
     try:
-        run.create(CONFIG, config.to_yaml().encode())
+        text = config.to_yaml().encode()
+        run.create(CONFIG, _seal(text) + b"\n" + text)
     except ObjectExistsError:
         stored = load_config(run)
         if stored is not None:
@@ -97,33 +109,45 @@ def create_config(run: Store, config: RunConfig) -> RunConfig:
     return config
 
 
-@dataclass(frozen=True)
-class Attempt:
+class Attempt(Sealed):
     """One try at a run. Fences grow, so that a later attempt's checkpoints always win over an earlier one's."""
 
     fence: int
     id: str
+    started: str
+    host: str
+    pid: int
+    code_version: str
+    world_size: int
+    changes: dict[str, Any]
+    """What this attempt does otherwise than the run's stored configuration says."""
 
 
-def new_attempt(run: Store, changes: dict[str, Any], world_size: int) -> Attempt:
-    """Registers an attempt under the next free number, which becomes its fence."""
-    numbers = [int(entry.key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json")) for entry in run.list(ATTEMPTS)]
-    fence, attempt_id = max(numbers, default=0) + 1, uuid.uuid4().hex
-    record = {
-        "id": attempt_id,
-        "started": utc_now(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "code_version": __version__,
-        "world_size": world_size,
-        "changes": changes,
-    }
-    while True:
-        try:
-            run.create(f"{ATTEMPTS}/{fence:06d}.json", json.dumps(record, indent=1).encode())
-            return Attempt(fence, attempt_id)
-        except ObjectExistsError:
-            fence += 1
+def highest_fence(run: Store) -> int:
+    """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
+    attempts = (entry.key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json") for entry in run.list(ATTEMPTS))
+    numbers = [int(number) for number in attempts if number.isdecimal()]
+    return max([*numbers, *(ref.fence for ref in list_checkpoints(run))], default=0)
+
+
+def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: int) -> Attempt:
+    """Writes down who works on the run under this fence, which the run's lease gave."""
+    attempt = Attempt(
+        fence=fence,
+        id=uuid.uuid4().hex,
+        started=utc_now(),
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        code_version=__version__,
+        world_size=world_size,
+        changes=changes,
+    )
+    run.create(f"{ATTEMPTS}/{fence:06d}.json", attempt.to_json())
+    return attempt
+
+
+def _seal(text: bytes) -> bytes:
+    return b"# sha256: " + hashlib.sha256(text).hexdigest().encode()
 
 
 @dataclass(frozen=True)

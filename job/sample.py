@@ -8,18 +8,16 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from ddpm import figures
-from ddpm.epochs import epochs_completed_by
 from ddpm.generation import Sampling, generate
 from ddpm.schedule import make_schedule
 from ddpm.unet import UNet
@@ -29,16 +27,16 @@ from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex, dataset_key
 from job.exits import StoppedError
+from job.heartbeat import beat
 from job.plan import SamplePlan, plan_sampling
 from job.progress import Progress
+from job.ranks import Ranks
 from job.requests import SampleRequest, parse_numbers
-from job.stopping import StopFlag
+from job.retention import reading
+from job.sample_names import SAMPLES, file_words, how_drawn, label_of
+from job.stopping import Agreement, StopFlag
 from job.store import Store
 
-if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-SAMPLES = "samples"
 GIF_SEEDS = 12
 GIF_FRAMES = 20
 NEAREST_PAIRS = 40
@@ -49,9 +47,12 @@ Images = np.ndarray
 class Painter:
     """A network in eval mode and all that is needed to draw from it on the processes there are."""
 
-    def __init__(self, config: RunConfig, accelerator: Accelerator, precision: str, stop: Callable[[], bool]) -> None:
-        self.config, self.accelerator, self.stop = config, accelerator, stop
-        self.device = accelerator.device
+    def __init__(
+        self, config: RunConfig, ranks: Ranks, precision: str, stop: Callable[[], bool], agreement: Agreement
+    ) -> None:
+        """`agreement` has one flag: being stopped, which all processes must be at the same step."""
+        self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
+        self.device = ranks.accelerator.device
         self.network: UNet = compute.build_network(config, self.device).eval().requires_grad_(False)
         self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(self.device)
         self.autocast = compute.autocast_for(precision, self.device)
@@ -59,16 +60,13 @@ class Painter:
     def generate(
         self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
     ) -> torch.Tensor:
-        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; seed k is of class k mod classes, if any."""
+        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; seed k is of class k mod classes, if any.
+
+        `callback` gets every step's timestep, x_t and predicted x_0.
+        """
         config, classes = self.config, self.config.model.num_classes
         assert config.data.size is not None and config.data.channels is not None
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-
-        def checked(t: int, x_t: Any, x_start: Any) -> None:
-            if self.stop():
-                raise StoppedError("stopped while sampling; the same command begins again")
-            if callback is not None:
-                callback(t, x_t, x_start)
 
         return generate(
             self.network,
@@ -79,19 +77,29 @@ class Painter:
             (config.data.channels, config.data.size, config.data.size),
             numbers % classes if classes else None,
             self.autocast,
-            checked,
+            callback,
         )
 
     def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> Images:
-        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, empty on the others."""
-        rank, world_size = self.accelerator.process_index, self.accelerator.num_processes
+        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, empty on the others.
+
+        Raises:
+            StoppedError: on all processes at the same step, when any of them was asked to stop.
+        """
+        rank, world_size = self.ranks.rank, self.ranks.world_size
         mine = list(seeds[rank::world_size])
+        steps = len(sampling.timesteps(self.schedule.num_timesteps))
         made: list[Images] = []
         with Progress(title, total=len(seeds), unit="images", disable=rank != 0) as bar:
-            for start in range(0, len(mine), batch_size_images):
-                batch = self.generate(mine[start : start + batch_size_images], sampling)
-                made.append(figures.to_uint8(batch))
+            # Every process counts the batches of the first one, which has the most.
+            for start in range(0, len(seeds[::world_size]), batch_size_images):
+                if batch := mine[start : start + batch_size_images]:
+                    made.append(figures.to_uint8(self.generate(batch, sampling, self._check_agreed)))
+                else:
+                    for _ in range(steps):
+                        self._check_agreed()
                 bar.update(min(len(seeds), (start + len(batch)) * world_size))
+            self._agreement.finish()
         part = np.concatenate(made) if made else np.empty((0, 0, 0, 0), np.uint8)
         if world_size == 1:
             return part
@@ -105,12 +113,20 @@ class Painter:
                 images[other::world_size] = piece
         return images
 
+    def _check_agreed(self, *_: Any) -> None:
+        (stopping,) = self._agreement.exchange(self.stop())
+        if stopping:
+            self._agreement.finish()
+            raise StoppedError("stopped while sampling; the same command begins again")
+
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
         shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
         frames: list[Images] = []
 
         def keep(t: int, x_t: torch.Tensor, x_start: torch.Tensor) -> None:
+            if self.stop():
+                raise StoppedError("stopped while sampling; the same command begins again")
             if t in shown[:-1]:
                 frames.append(figures.to_uint8(x_t))
 
@@ -147,8 +163,10 @@ def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None) -
     if cache is None:
         return Look(classes)
 
-    def chunks() -> Any:
-        return (cache.read(np.arange(i, min(i + 1024, index.images))) for i in range(0, index.images, 1024))
+    def chunks() -> Iterator[Images]:
+        for first in range(0, index.images, 1024):
+            beat()
+            yield cache.read(np.arange(first, min(first + 1024, index.images)))
 
     return Look(classes, chunks, cache.read)
 
@@ -159,10 +177,9 @@ def default_sampling(config: RunConfig) -> Sampling:
     return Sampling(sample.sampler, sample.steps, sample.spacing, sample.eta, sample.variance)
 
 
-def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> str:
-    """`epoch-0080`, or `images-000012345` for a checkpoint inside an epoch."""
-    epochs = epochs_completed_by(images_seen, dataset_images, batch_size_images)
-    return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
+def sampling_of(plan: SamplePlan) -> Sampling:
+    """The sampler of a run's configuration, but for what the request chose."""
+    return replace(default_sampling(plan.config), sampler=plan.sampler, steps=plan.steps)  # type: ignore[arg-type]
 
 
 def draw_run_grid(
@@ -172,10 +189,13 @@ def draw_run_grid(
     config = painter.config
     seeds, sampling = range(config.sample.images), default_sampling(config)
     images = painter.draw(seeds, sampling, config.sample.batch_size, "sampling")
-    if painter.accelerator.is_main_process:
+
+    def publish() -> None:
         label = label_of(images_seen, index.images, config.train.batch_size)
         look = look_for(config, index, cache if config.sample.nearest else None)
         run.put(f"{SAMPLES}/{label}-{sampling.sampler}-{sampling.steps}.png", look.grid(images, seeds))
+
+    painter.ranks.on_main(publish)
 
 
 def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
@@ -184,58 +204,48 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
         BadDataError: a checkpoint is damaged; the message names the object.
+        BucketAwayError: the bucket stayed away beyond the limit.
     """
-    plan = plan_sampling(request)
+    plan = plan_sampling(request).patient(stop)
     run, config, index = plan.run, plan.config, plan.index
-    sampling = replace(default_sampling(config), sampler=plan.sampler, steps=plan.steps)  # type: ignore[arg-type]
+    sampling, usual = sampling_of(plan), default_sampling(config)
     seeds: Sequence[int] = range(config.sample.images)
     gif_seeds: Sequence[int] = range(GIF_SEEDS)
     if request.seeds:
         seeds = parse_numbers(request.seeds, "--seeds")
         gif_seeds = seeds[:GIF_SEEDS]
-    accelerator = compute.build_accelerator("fp32")
-    painter = Painter(config, accelerator, request.precision or config.train.precision, stop)
-    cache = _training_cache(plan, request, accelerator, stop)
-    look, how = look_for(config, index, cache), _how(request, sampling)
-    is_standard = how == _how(SampleRequest("", ""), default_sampling(config))
+    ranks = Ranks(compute.build_accelerator("fp32"), stop)
+    painter = Painter(
+        config, ranks, request.precision or config.train.precision, stop, Agreement(ranks.world_size, flags=1)
+    )
+    cache = _training_cache(plan, request, stop) if ranks.is_main else None
+    look = look_for(config, index, cache)
+    how = how_drawn(plan.sampler, plan.steps, raw=request.raw, seeds=request.seeds)
+    is_standard = how == how_drawn(usual.sampler, usual.steps)
     grids: list[tuple[str, Images]] = []
     for ref in plan.checkpoints:
-        _load_weights(run, ref, "model" if request.raw else "ema", painter.network, accelerator)
+        load_weights(run, ref, "model" if request.raw else "ema", painter.network, ranks)
         label = label_of(ref.images_seen, index.images, config.train.batch_size)
         if request.grid:
             started = time.monotonic()
             images = painter.draw(seeds, sampling, request.batch_size or config.sample.batch_size, label)
-            if accelerator.is_main_process:
+            if ranks.is_main:
                 rate = len(seeds) / (time.monotonic() - started)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
                 _publish(run, f"{label}-{how}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
-        if request.gif and accelerator.is_main_process:
+        if request.gif and ranks.is_main:
             name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{how}.gif"
             _publish(run, name, painter.denoising_gif(gif_seeds, sampling))
     if len(grids) > 1:
-        words = _file_words(request.checkpoints, "-")
+        words = file_words(request.checkpoints, "-")
         _publish(run, f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
 
 
-def _how(request: SampleRequest, sampling: Sampling) -> str:
-    """All that decides the images of a checkpoint, as part of a name: what differs does not overwrite each other."""
-    how = f"{sampling.sampler}-{sampling.steps}{'-raw' if request.raw else ''}"
-    return f"{how}-seeds-{_file_words(request.seeds, '_')}" if request.seeds else how
-
-
-def _file_words(numbers: str, comma: str) -> str:
-    words = "".join(numbers.split()).replace(",", comma)
-    # File systems end names at 255 bytes.
-    return words if len(words) <= 80 else hashlib.sha256(words.encode()).hexdigest()[:16]
-
-
-def _training_cache(
-    plan: SamplePlan, request: SampleRequest, accelerator: Accelerator, stop: StopFlag
-) -> ImageCache | None:
+def _training_cache(plan: SamplePlan, request: SampleRequest, stop: StopFlag) -> ImageCache | None:
     config, index = plan.config, plan.index
     wanted = config.sample.nearest if request.nearest is None else request.nearest
-    if not (wanted and request.grid and accelerator.is_main_process):
+    if not (wanted and request.grid):
         return None
     return open_cache(
         plan.bucket,
@@ -247,12 +257,18 @@ def _training_cache(
     )
 
 
-def _load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, accelerator: Accelerator) -> None:
+def load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, ranks: Ranks) -> None:
+    """Reads the weights of a checkpoint, once for all processes, and keeps it from being retired meanwhile. Collective.
+
+    Raises:
+        BadDataError: it is damaged; the message names the object.
+    """
+
     def load() -> None:
-        with opened(run, ref, (group,)) as restored:
+        with reading(run, ref), opened(run, ref, (group,)) as restored:
             restored.copy_into({group: {name: value.detach() for name, value in network.named_parameters()}})
 
-    compute.on_main_first(accelerator, load)
+    ranks.on_main(load)
     if dist.is_initialized():
         for parameter in network.parameters():
             dist.broadcast(parameter.detach(), src=0)

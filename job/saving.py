@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import queue
 import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,6 +22,7 @@ import torch
 from job.checkpoints import FileRecord, Manifest, commit_manifest
 from job.store import Store
 from job.store.files import os_errors
+from job.store.patient import Outage, PatientStore
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PART_BYTES = 128 * 1024 * 1024
 """Parts of this size keep all connections busy, and a retry cheap."""
 UPLOADS = 4
+POLL_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -88,93 +89,220 @@ class Save:
 
     manifest: Manifest
     objects: dict[str, bytes]
+    irreplaceable: bool = False
+    """Whether a newer checkpoint must not stand in for it: an epoch that is kept for good."""
+
+
+def _for_ever() -> float:
+    return float("inf")
 
 
 class CheckpointWriter:
-    """Commits checkpoints in a thread of its own, in order, at most one ahead of the bucket.
+    """Commits checkpoints in a thread of its own, in order. Training waits for a copy into host buffers, no longer.
 
-    An error in the thread is raised by the next `save` or `close`: a run whose saves fail must not go on unnoticed.
+    While the bucket is away the thread tries again, and training goes on: of the checkpoints that fall due meanwhile
+    the newest is kept, with the small objects of those it stands in for, and every picture. An error that ends the
+    thread, such as a bucket that stays away beyond the limit, is raised by the next call: a run that cannot be saved
+    must not go on.
     """
 
     def __init__(
-        self, run: Store, live: dict[str, dict[str, Tensor]], after_commit: Callable[[Manifest], None]
+        self,
+        run: Store,
+        live: dict[str, dict[str, Tensor]],
+        *,
+        confirm: Callable[[], None] = lambda: None,
+        after_commit: Callable[[Manifest], None] = lambda _: None,
+        outage: Outage | None = None,
     ) -> None:
-        self._run = run
+        """Allocates the host buffers and starts the thread.
+
+        Args:
+            run: the run's folder.
+            live: the tensors to save, by group.
+            confirm: called before every commit; raises if another attempt holds the run.
+            after_commit: retires older checkpoints; nobody waits for it but `close`.
+            outage: how long to try again while the bucket is away; without one, an error is final.
+        """
+        self._closing = threading.Event()
+        self._run = PatientStore(run, outage or Outage(0, lambda _: None), self._closing.is_set)
+        self._confirm, self._after_commit = confirm, after_commit
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
-        self._after_commit = after_commit
-        self._host_free = threading.Event()
-        self._host_free.set()
-        self._queue: queue.Queue[Save | None] = queue.Queue(maxsize=1)
-        self._pending = 0
+        self._changed = threading.Condition()
+        self._queued: Save | None = None
+        self._pictures: dict[str, bytes] = {}
+        self._reading_host = False
+        self._committing = False
+        self._folder: Path | None = None
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     @property
+    def checkpoint_bytes(self) -> int:
+        """Size of one checkpoint, headers aside."""
+        return sum(tensor.nbytes for named in self._copy.host.values() for tensor in named.values())
+
+    @property
     def busy(self) -> bool:
         """Whether a checkpoint is still on its way to the bucket."""
-        return self._pending > 0
+        return self._committing or self._queued is not None
 
-    def save(self, save: Save) -> None:
-        """Takes a copy of the live tensors and queues it; blocks for the copy, and for an unfinished local write."""
-        while not self._host_free.wait(timeout=0.1):
-            self._raise_error()
-        self._raise_error()
-        self._host_free.clear()
-        self._copy.copy()
-        self._pending += 1
-        self._queue.put(save)
+    @property
+    def has_pictures(self) -> bool:
+        """Whether a picture is still on its way to the bucket."""
+        return bool(self._pictures)
 
-    def wait(self) -> None:
-        """Returns when everything queued is committed; raises the thread's error if there was one."""
-        self._queue.join()
-        self._raise_error()
+    def put(self, key: str, data: bytes) -> None:
+        """Queues a picture, which is written over whatever is there; raises the thread's error if there was one."""
+        with self._changed:
+            self.raise_error()
+            self._pictures[key] = data
+            self._changed.notify_all()
 
-    def close(self) -> None:
-        """Ends the thread; what is queued is committed first."""
-        self._queue.put(None)
-        self._thread.join()
-        self._raise_error()
+    def save(
+        self,
+        save: Save,
+        poll: Callable[[], object] = lambda: None,
+        seconds_left: Callable[[], float] = _for_ever,
+    ) -> bool:
+        """Takes a copy of the live tensors and queues it; whether it could.
 
-    def _raise_error(self) -> None:
+        Blocks for the copy; for a local write that is under way; and, with the bucket away, for a queued checkpoint
+        that is irreplaceable. `poll` is called while it does, so that waiting is not taken for hanging, and
+        `seconds_left` says how long it may.
+        """
+        with self._changed:
+            while self._reading_host or (self._queued is not None and self._queued.irreplaceable):
+                self.raise_error()
+                if seconds_left() <= 0:
+                    return False
+                poll()
+                self._changed.wait(timeout=POLL_SECONDS)
+            self.raise_error()
+            if self._queued is not None:
+                save = replace(save, objects=self._queued.objects | save.objects)
+            self._copy.copy()
+            self._queued = save
+            self._changed.notify_all()
+            return True
+
+    def wait(
+        self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None
+    ) -> bool:
+        """Waits until everything queued is in the bucket, or no time is left; whether it is.
+
+        Raises the thread's error if there was one. Both arguments are asked all the while.
+        """
+        with self._changed:
+            while (self.busy or self._pictures) and self._error is None and seconds_left() > 0:
+                poll()
+                self._changed.wait(timeout=POLL_SECONDS)
+            self.raise_error()
+            return not (self.busy or self._pictures)
+
+    def close(
+        self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None
+    ) -> None:
+        """Ends the thread, with what is queued committed if there is time for that, and what is under way ended."""
+        try:
+            self.wait(seconds_left, poll)
+        finally:
+            with self._changed:
+                self._closing.set()
+                self._changed.notify_all()
+            while self._thread.is_alive() and seconds_left() > 0:
+                poll()
+                self._thread.join(POLL_SECONDS)
+            if self._thread.is_alive() and (folder := self._folder) is not None:
+                # The thread waits for a bucket that keeps silent, and will die with the process.
+                shutil.rmtree(folder, ignore_errors=True)
+
+    @property
+    def failed(self) -> bool:
+        """Whether an error ended the thread; `raise_error` raises it."""
+        return self._error is not None
+
+    def raise_error(self) -> None:
+        """Raises what ended the thread, if anything did."""
         if self._error is not None:
             raise self._error
 
     def _work(self) -> None:
-        while (save := self._queue.get()) is not None:
-            try:
-                if self._error is None:
-                    self._commit(save)
-            except BaseException as error:
-                self._error = error
-            finally:
-                self._pending -= 1
-                self._queue.task_done()
-        self._queue.task_done()
-
-    def _commit(self, save: Save) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="ddpm-save-"))
         try:
-            with ThreadPoolExecutor(UPLOADS) as pool:
-                records = []
-                uploads = []
-                for part in self._parts:
-                    record = self._write(part, folder)
-                    records.append(record)
-                    uploads.append(
-                        pool.submit(self._upload, folder / record.name, f"{save.manifest.ref.key}/{record.name}")
-                    )
-                self._host_free.set()
-                for upload in uploads:
-                    upload.result()
+            while self._has_work():
+                # A checkpoint first: it is work, a picture can be drawn again.
+                if (save := self._next()) is not None:
+                    manifest = self._commit(save)
+                    self._committed()
+                    self._after_commit(manifest)
+                else:
+                    self._put_picture()
+        except BaseException as error:
+            with self._changed:
+                self._error = error
+                self._committing = self._reading_host = False
+                self._changed.notify_all()
+
+    def _has_work(self) -> bool:
+        with self._changed:
+            while not (self._queued or self._pictures or self._closing.is_set()):
+                self._changed.wait()
+            return not self._closing.is_set()
+
+    def _next(self) -> Save | None:
+        with self._changed:
+            save, self._queued = self._queued, None
+            self._committing = self._reading_host = save is not None
+            return save
+
+    def _committed(self) -> None:
+        with self._changed:
+            self._committing = False
+            self._changed.notify_all()
+
+    def _put_picture(self) -> None:
+        key, data = next(iter(self._pictures.items()))
+        self._run.put(key, data)
+        with self._changed:
+            # Another of the same name may have come meanwhile.
+            if self._pictures[key] is data:
+                del self._pictures[key]
+            self._changed.notify_all()
+
+    def _commit(self, save: Save) -> Manifest:
+        with os_errors("the folder for temporary files (TMPDIR)"):
+            folder = self._folder = Path(tempfile.mkdtemp(prefix="ddpm-save-"))
+        try:
+            return self._upload_all(save, folder)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+            self._folder = None
+
+    def _upload_all(self, save: Save, folder: Path) -> Manifest:
+        with ThreadPoolExecutor(UPLOADS) as pool:
+            records, uploads = [], []
+            for part in self._parts:
+                records.append(record := self._write(part, folder))
+                key = f"{save.manifest.ref.key}/{record.name}"
+                uploads.append(pool.submit(self._upload, folder / record.name, key))
+            with self._changed:
+                self._reading_host = False
+                self._changed.notify_all()
+            for upload in uploads:
+                upload.result()
         for key, data in save.objects.items():
             self._run.create(key, data)
-        manifest = save.manifest.model_copy(update={"files": tuple(records)}).sealed()
-        commit_manifest(self._run, manifest)
-        self._after_commit(manifest)
+        manifest = save.manifest.model_copy(update={"files": tuple(records)})
+
+        def commit() -> None:
+            # Both again after an outage: the run may have been taken over meanwhile.
+            self._confirm()
+            commit_manifest(self._run.inner, manifest)
+
+        self._run.insist(commit)
+        return manifest
 
     def _write(self, part: Part, folder: Path) -> FileRecord:
         from safetensors import SafetensorError

@@ -10,6 +10,7 @@ from job.runs import Status, write_status
 from job.store import Store
 
 EVERY_SECONDS = 30.0
+CLOSE_SECONDS = 5.0
 
 
 class StatusReporter:
@@ -17,24 +18,31 @@ class StatusReporter:
 
     def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
         self._run, self._current, self._warn = run, current, warn
-        self._ended = threading.Event()
+        self._state, self._ended = "running", threading.Event()
+        self._failing = False
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()
 
     def _work(self) -> None:
-        while True:
+        while not self._ended.is_set():
             self._write("running")
-            if self._ended.wait(EVERY_SECONDS):
-                return
+            self._ended.wait(EVERY_SECONDS)
+        self._write(self._state)
 
-    def close(self, state: str) -> None:
-        """Ends the thread and writes the last state: `finished`, `stopped` or `failed`."""
+    def close(self, state: str, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Has the last state written, `finished`, `stopped` or `failed`, if the bucket takes it in time."""
+        self._state = state
         self._ended.set()
-        self._thread.join()
-        self._write(state)
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            self._warn(f"the run's status does not say that it {state}: the bucket did not answer in time")
 
     def _write(self, state: str) -> None:
         try:
             write_status(self._run, self._current(state))
+            self._failing = False
         except JobError as error:
-            self._warn(f"could not write the run's status: {error}")
+            # Once per outage is enough.
+            if not self._failing:
+                self._warn(f"could not write the run's status: {error}")
+            self._failing = True

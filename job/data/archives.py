@@ -61,7 +61,7 @@ class Tar(Source):
         """The headers' entries; the archive must end as a tar does."""
         with self._open() as file:
             self.limit_bytes = max(ENTRY_BYTES, EXPANSION * _size_bytes(file))
-            stream = _TarStream(file, self._gzipped, self.limit_bytes)
+            stream = self.stream(file)
             try:
                 archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
             except tarfile.TarError:
@@ -71,13 +71,19 @@ class Tar(Source):
             while (member := archive.next()) is not None:
                 # Otherwise tarfile remembers every header, and memory grows with the archive.
                 archive.members.clear()  # type: ignore[attr-defined]
+                stream.member = member.name
                 is_file = member.isreg() and not member.issparse()
                 yield Member(
                     member.name,
                     partial(self._read, archive, member) if is_file else None,
                     "" if is_file or member.isdir() else "is a link or a device: do not trust this archive",
+                    member.offset_data,
                 )
             stream.finish()
+
+    def stream(self, file: BinaryIO) -> TarStream:
+        """What the headers are read from."""
+        return TarStream(file, self.limit_bytes, gzipped=self._gzipped)
 
     def _read(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
         stream = archive.extractfile(member)
@@ -85,42 +91,50 @@ class Tar(Source):
         return read_exactly(stream, member.size)
 
 
-class _TarStream:
+class TarStream:
     """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
 
-    def __init__(self, file: BinaryIO, gzipped: bool, limit_bytes: float) -> None:
+    def __init__(self, file: BinaryIO, limit_bytes: float, *, gzipped: bool = False, skips: bool = True) -> None:
+        """Without `skips` every byte is read; what is unpacked always is."""
         self._file = cast(BinaryIO, gzip.GzipFile(fileobj=file)) if gzipped else file
-        self._gzipped = gzipped
+        self._skips = skips and not gzipped
         self._limit_bytes = limit_bytes
+        self.member = ""
+        """Name of the entry whose content is next."""
         self._position = 0
         self._last_block = b""
 
     def tell(self) -> int:
+        """Bytes up to here, unpacked."""
         return self._position
 
     def seek(self, position: int) -> None:
-        if not self._gzipped:
+        """Goes forward to `position`."""
+        if self._skips:
             self._position = self._file.seek(position)
         while self._position < position:
             if not self.read(min(position - self._position, _BLOCK_BYTES)):
                 raise EOFError("unexpected end of data")
 
     def read(self, size: int) -> bytes:
+        """The next bytes."""
         # A header may claim any length for itself, and tarfile would believe it.
         if size > ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
-            raise RefusedError(f"unpacks to more than {EXPANSION} times its size: do not trust this archive")
+            raise RefusedError(
+                f"unpacks to more than {EXPANSION} times its size (at entry {self.member!r}): do not trust this archive"
+            )
         return self._last_block
 
     def finish(self) -> None:
         """Raises unless the archive ends as a tar does: `tarfile` takes a damaged header for the end."""
         if self._last_block != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it has no end mark")
-        # The checksum is compared when the end is reached.
-        while self._gzipped and self.read(_BLOCK_BYTES):
+        # A checksum is compared when the end is reached.
+        while not self._skips and self.read(_BLOCK_BYTES):
             pass
 
 

@@ -22,6 +22,7 @@ from job.data.shard_cache import ShardCache
 from job.data.shard_source import Int64s, ShardSource, Uint8s, crc32c
 from job.data.shards import DatasetIndex
 from job.exits import BadRequestError, DiskFullError
+from job.heartbeat import beat
 from job.store import Store
 from job.store.files import os_errors
 
@@ -164,6 +165,7 @@ class DecodedCache:
         intact: dict[int, bool] = {}
 
         def check(shard: int) -> None:
+            beat()
             if not self._source.should_stop():
                 intact[shard] = int(filled[shard]) == _IS_FILLED | crc32c(self._block(self._images, shard))
 

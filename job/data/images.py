@@ -27,6 +27,8 @@ PIXEL_LIMIT = 89_478_485
 
 # Ghostscript and other interpreters that Pillow can call are no place for strangers' files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
+_NO_PACKED_IMAGE = "an image is damaged, or none of PNG, JPEG, WebP and GIF"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
 
 # Pillow warns of large images, which are rejected here, and of broken EXIF, in the midst of a progress bar.
@@ -95,6 +97,22 @@ def prepare(encoded: bytes, recipe: Recipe) -> bytes:
     Raises:
         RejectedImageError: unreadable, truncated, too small, too large, or the crop is outside of it.
     """
+    return _png(_prepared(encoded, recipe))
+
+
+def prepared_pixels(encoded: bytes, recipe: Recipe) -> np.ndarray:
+    """What `decode` makes of what `prepare` returns, without the PNG in between.
+
+    Returns:
+        uint8 [size, size, channels].
+
+    Raises:
+        RejectedImageError: as `prepare`.
+    """
+    return np.asarray(_prepared(encoded, recipe)).reshape(recipe.size, recipe.size, recipe.channels)
+
+
+def _prepared(encoded: bytes, recipe: Recipe) -> Image.Image:
     image = _decoded(encoded)
     if min(image.size) < recipe.min_side:
         raise RejectedImageError(
@@ -106,7 +124,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> bytes:
     image = _in_channels(image, recipe.channels)
     if image.size != (recipe.size, recipe.size):
         image = image.resize((recipe.size, recipe.size), FILTERS[recipe.resize_filter], reducing_gap=None)
-    return _png(image)
+    return image
 
 
 def _decoded(encoded: bytes) -> Image.Image:
@@ -161,14 +179,36 @@ def decode(encoded: bytes | bytearray | memoryview, channels: int) -> np.ndarray
         uint8 [height, width, channels].
 
     Raises:
-        BadDataError: the bytes are no image.
+        BadDataError: the bytes are no image, or one with more pixels than `PIXEL_LIMIT`.
     """
     import torch
     from torchvision.io import ImageReadMode, decode_image
 
+    data = bytearray(encoded)
+    width, height = declared_size(data)
+    if width * height > PIXEL_LIMIT:
+        raise BadDataError(f"an image has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT}")
     mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
     try:
-        image: torch.Tensor = decode_image(torch.frombuffer(bytearray(encoded), dtype=torch.uint8), mode)
+        image: torch.Tensor = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
     except (RuntimeError, ValueError):
-        raise BadDataError("an image is damaged, or none of PNG, JPEG, WebP and GIF") from None
+        raise BadDataError(_NO_PACKED_IMAGE) from None
     return image.permute(1, 2, 0).numpy()
+
+
+def declared_size(encoded: bytes | bytearray) -> tuple[int, int]:
+    """Width and height that the header of a packed image claims, at which a decoder would take its memory.
+
+    Raises:
+        BadDataError: it is no image of a kind that is read; an animation of many small pictures is none either.
+    """
+    if encoded.startswith(_PNG_MAGIC) and encoded[12:16] == b"IHDR":
+        return int.from_bytes(encoded[16:20]), int.from_bytes(encoded[20:24])
+    try:
+        with Image.open(io.BytesIO(encoded), formats=("JPEG", "WEBP", "GIF")) as image:
+            if not getattr(image, "is_animated", False):
+                return image.size
+    # As in `_decoded`: a broken header can raise anything.
+    except Exception:
+        raise BadDataError(_NO_PACKED_IMAGE) from None
+    raise BadDataError("an image is an animation, of which nobody knows which picture is meant")

@@ -90,8 +90,8 @@ class Journal:
                 return packed
             packed.append(entry)
 
-    def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        """Uploads a finished shard, vouches for it, and deletes the local file.
+    def add(self, entry: PackedShard, tar: Path | None, offsets: bytes) -> None:
+        """Uploads a finished shard, vouches for it, and deletes the local file; there is none for a foreign shard.
 
         Raises:
             BadRequestError: somebody else is packing, or has packed, something different here at the same time.
@@ -100,7 +100,8 @@ class Journal:
             self._create(entry, tar, offsets)
         except ObjectExistsError:
             if not self._is_committed(entry.shard):
-                self._clear([_key(entry.shard.name), entry.shard.name, entry.shard.offsets_name])
+                own = [entry.shard.name] if tar else []
+                self._clear([_key(entry.shard.name), *own, entry.shard.offsets_name])
                 try:
                     self._create(entry, tar, offsets)
                 except ObjectExistsError:
@@ -108,7 +109,8 @@ class Journal:
         # Whoever has lost the dataset to others learns it here, and not after hours.
         if not self._is_in_charge():
             raise self._is_packed_otherwise()
-        tar.unlink()
+        if tar is not None:
+            tar.unlink()
 
     def commit(self, index: DatasetIndex, packed: Sequence[PackedShard], rejects: Sequence[Reject]) -> None:
         """Creates the index, which makes the dataset exist, and clears away what does not belong to it.
@@ -134,8 +136,9 @@ class Journal:
         for key in self._sizes().keys() - belonging:
             self.dataset.delete(key)
 
-    def _create(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        self.dataset.upload(tar, entry.shard.name)
+    def _create(self, entry: PackedShard, tar: Path | None, offsets: bytes) -> None:
+        if tar is not None:
+            self.dataset.upload(tar, entry.shard.name)
         self.dataset.create(entry.shard.offsets_name, offsets)
         self.dataset.create(_key(entry.shard.name), entry.to_json())
 
@@ -196,5 +199,6 @@ def _key(shard: str) -> str:
 
 
 def _are_there(shard: Shard, sizes: dict[str, int]) -> bool:
-    offsets_bytes = shard.images * OFFSETS_DTYPE.itemsize
-    return (sizes.get(shard.name), sizes.get(shard.offsets_name)) == (shard.bytes, offsets_bytes)
+    if sizes.get(shard.offsets_name) != shard.images * OFFSETS_DTYPE.itemsize:
+        return False
+    return bool(shard.uri) or sizes.get(shard.name) == shard.bytes

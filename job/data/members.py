@@ -7,6 +7,7 @@ that unpack to terabytes mean that an archive is not what its user takes it for.
 from __future__ import annotations
 
 import abc
+import hashlib
 import lzma
 import math
 import re
@@ -14,12 +15,15 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import IO, TypeVar
+
+import numpy as np
 
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 
@@ -46,6 +50,8 @@ class Member:
     """None for a folder."""
     problem: str = ""
     """Why this member makes the whole source unacceptable."""
+    offset: int = -1
+    """Of a tar's file: where its content begins."""
 
 
 class Source(abc.ABC):
@@ -73,8 +79,25 @@ class Source(abc.ABC):
         """All files in order; each can be read until the next one is asked for."""
 
     def names(self) -> Iterator[str]:
-        """Relative paths of the images, in order; reads no more than that takes."""
-        return (name for name, _ in self._images())
+        """Relative paths of the images, in order; reads no more than that takes, or twice that if names are equal."""
+        # Eight bytes per name, so that memory hardly grows with the source.
+        hashes = array("Q")
+        for name, _ in self._images():
+            hashes.append(_hash(name))
+            yield name
+        values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
+        if suspects := set(values[counts > 1].tolist()):
+            self._refuse_equal(name for name, _ in self._images() if _hash(name) in suspects)
+
+    def _refuse_equal(self, names: Iterable[str]) -> None:
+        seen: set[str] = set()
+        for name in names:
+            if name in seen:
+                raise BadDataError(
+                    f"{self.where} has the entry {name!r} more than once, and nobody knows which is meant: "
+                    "do not trust this archive"
+                )
+            seen.add(name)
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
@@ -96,6 +119,12 @@ class Source(abc.ABC):
                 yield from in_order(pool, self._load, self._images(), window=2 * self.readers)
 
     def _images(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
+        for name, member in self.checked_members():
+            if member.read is not None and is_image(name):
+                yield name, member.read
+
+    def checked_members(self) -> Iterator[tuple[str, Member]]:
+        """All members with their names in plain form; each can be read until the next one is asked for."""
         with refusing(self.where):
             for member in self.members():
                 parts = path_parts(member.name)
@@ -103,9 +132,7 @@ class Source(abc.ABC):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
                 if member.problem:
                     raise RefusedError(f"has the entry {member.name!r}, which {member.problem}")
-                name = printable("/".join(part for part in parts if part not in ("", ".")))
-                if member.read is not None and is_image(name):
-                    yield name, member.read
+                yield printable("/".join(part for part in parts if part not in ("", "."))), member
 
     def _load(self, image: tuple[str, Callable[[], bytes]]) -> tuple[str, bytes]:
         name, read = image
@@ -188,3 +215,7 @@ def is_litter(component: str) -> bool:
 def printable(name: str) -> str:
     """The name as valid Unicode: bytes that are not UTF-8 become escapes, which JSON can hold."""
     return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+
+
+def _hash(name: str) -> int:
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())

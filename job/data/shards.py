@@ -4,7 +4,8 @@
                               shard-00000.tar       key.png and, where there are classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
 
-The index stays small for any number of images, because everything per image lies in the offset tables.
+The index stays small for any number of images, because everything per image lies in the offset tables. Tars that were
+there before may be indexed in place: then the index names their URIs, and their images are prepared at each reading.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from pathlib import Path
 
 import google_crc32c
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import ObjectMissingError, Store
@@ -42,6 +43,8 @@ class Shard(BaseModel):
     crc32c: str = Field(pattern=r"^[0-9a-f]{8}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    uri: str = Field(default="", pattern=r"^((/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/])?$")
+    """Where the tar lies; empty if that is beside its table, under `name`."""
 
     @property
     def offsets_name(self) -> str:
@@ -112,7 +115,19 @@ class DatasetIndex(BaseModel):
     source: str = Field(description="base name of what was packed")
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     rejected_images: int = Field(default=0, ge=0)
+    codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
     shards: tuple[Shard, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _all_or_none_is_foreign(self) -> DatasetIndex:
+        if len({bool(shard.uri) for shard in self.shards}) > 1:
+            raise ValueError("either all shards have URIs of their own, or none has")
+        return self
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the tars are somebody else's, indexed in place: `crop` and `resize_filter` apply at each reading."""
+        return bool(self.shards[0].uri)
 
     @property
     def images(self) -> int:
@@ -128,6 +143,10 @@ class DatasetIndex(BaseModel):
     def dataset_id(self) -> str:
         """SHA-256 over everything that decides what a reader sees: equal ids mean equal images in equal order."""
         content = self.model_dump(include={"format", "size", "channels", "classes", "shards"})
+        for shard in content["shards"]:
+            del shard["uri"]
+        if self.is_foreign:
+            content |= {"crop": self.crop, "resize_filter": self.resize_filter}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from queue import Empty, Queue
 from typing import NamedTuple
 
@@ -15,6 +15,7 @@ from job.data.cache import ImageCache
 from job.data.order import Order
 
 _CHUNK_IMAGES = 8192
+_POLL_SECONDS = 0.5
 
 
 class Batch(NamedTuple):
@@ -44,6 +45,7 @@ def stream_batches(
     world_size: int = 1,
     prefetch_batches: int = 4,
     pin_memory: bool = False,
+    poll: Callable[[], object] = lambda: None,
 ) -> Iterator[Batch]:
     """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
 
@@ -62,6 +64,7 @@ def stream_batches(
         world_size: all processes; ranks beyond a remainder get one image less.
         prefetch_batches: batches that are ready before they are asked for.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
+        poll: called now and then while a batch is waited for, such as one whose shard lies in a bucket that is away.
     """
     ready: Queue[Batch | BaseException | None] = Queue(max(1, prefetch_batches))
     closed = threading.Event()
@@ -82,7 +85,7 @@ def stream_batches(
     thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
     thread.start()
     try:
-        while (item := ready.get()) is not None:
+        while (item := _next(ready, poll)) is not None:
             if isinstance(item, BaseException):
                 raise item
             yield item
@@ -94,6 +97,14 @@ def stream_batches(
                 ready.get_nowait()
         except Empty:
             thread.join()
+
+
+def _next(ready: Queue[Batch | BaseException | None], poll: Callable[[], object]) -> Batch | BaseException | None:
+    while True:
+        try:
+            return ready.get(timeout=_POLL_SECONDS)
+        except Empty:
+            poll()
 
 
 def _slots(

@@ -21,6 +21,7 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Without this every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
+import aiohttp
 import google.auth
 from gcsfs.core import GCSFileSystem
 from google.api_core.exceptions import NotFound, PreconditionFailed
@@ -76,13 +77,18 @@ class Bucket:
             # More threads than connections would make urllib3 throw connections away, and complain of it.
             self.client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
         self.handle = self.client.bucket(name)
-        self.files = GCSFileSystem(token=credentials, use_listings_cache=False, skip_instance_cache=True)
+        # Half the deadline, so that a server that accepts and then keeps silent gets a second chance.
+        self._silence_seconds = deadline_seconds / 2
+        self.files = GCSFileSystem(
+            token=credentials,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            requests_timeout=aiohttp.ClientTimeout(
+                total=None, sock_connect=self._silence_seconds, sock_read=self._silence_seconds
+            ),
+        )
         self.deadline_seconds = deadline_seconds
-        self.patience: dict[str, Any] = {
-            # Half the deadline, so that a server that accepts and then keeps silent gets a second chance.
-            "timeout": deadline_seconds / 2,
-            "retry": DEFAULT_RETRY.with_delay(initial=0.25, maximum=8.0, multiplier=2.0).with_timeout(deadline_seconds),
-        }
+        self.patience = self.patience_for(0)
         self.errors = GcsErrors(name, deadline_seconds, self.exists)
         self._seen = False
 
@@ -96,8 +102,13 @@ class Bucket:
             self._seen = True
         return True
 
+    def patience_for(self, size_bytes: int) -> dict[str, Any]:
+        """How google-cloud-storage is to try again, as arguments of a call that sends `size_bytes`."""
+        retry = DEFAULT_RETRY.with_delay(initial=0.25, maximum=8.0, multiplier=2.0)
+        return {"timeout": self._silence_seconds, "retry": retry.with_timeout(self.transfer_seconds(size_bytes))}
+
     def transfer_seconds(self, size_bytes: int) -> float:
-        """How long gcsfs may take for `size_bytes`, for it has a limit on attempts but none on time."""
+        """How long `size_bytes` may take with all attempts."""
         return self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
 
 
@@ -162,7 +173,7 @@ class GcsStore(Store):
                     content_type=_content_type(key),
                     if_generation_match=0,
                     checksum="crc32c",
-                    **self._bucket.patience,
+                    **self._bucket.patience_for(min(size_bytes, _CHUNK_BYTES)),
                 )
             except PreconditionFailed:
                 blob.reload(**self._bucket.patience)

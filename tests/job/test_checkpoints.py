@@ -8,10 +8,8 @@ import torch
 from job.checkpoints import (
     CheckpointRef,
     Manifest,
-    Retention,
     by_progress,
     choose,
-    delete_checkpoint,
     list_checkpoints,
     load_manifest,
     newest_good,
@@ -19,6 +17,7 @@ from job.checkpoints import (
 )
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.metrics import read_rows, segment_objects
+from job.retention import Retention, delete_checkpoint
 from job.saving import CheckpointWriter, HostCopy, Save, plan_parts
 from job.store import open_store
 
@@ -51,7 +50,7 @@ def manifest(fence, images_seen, segments=()):
 
 def write(run, *places, tensors=None):
     tensors = tensors or live_tensors()
-    writer = CheckpointWriter(run, tensors, lambda _: None)
+    writer = CheckpointWriter(run, tensors)
     for fence, images_seen in places:
         writer.save(Save(manifest(fence, images_seen), {}))
         writer.wait()
@@ -149,7 +148,7 @@ def test_a_manifest_of_another_place_is_refused(run):
 def test_values_at_the_moment_of_save_are_written_though_training_goes_on(run):
     tensors = live_tensors()
     before = tensors["model"]["conv.bias"].clone()
-    writer = CheckpointWriter(run, tensors, lambda _: None)
+    writer = CheckpointWriter(run, tensors)
     writer.save(Save(manifest(1, 80), {}))
     tensors["model"]["conv.bias"].fill_(-1)
     writer.close()
@@ -161,13 +160,15 @@ def test_values_at_the_moment_of_save_are_written_though_training_goes_on(run):
 
 def test_a_failed_save_is_raised_by_the_next_call_and_leaves_no_checkpoint(run):
     class Broken:
+        uri = run.uri
+
         def __getattr__(self, name):
             return getattr(run, name)
 
         def upload(self, path, key):
             raise BadDataError("the disk ate it")
 
-    writer = CheckpointWriter(Broken(), live_tensors(), lambda _: None)
+    writer = CheckpointWriter(Broken(), live_tensors())
     writer.save(Save(manifest(1, 80), {}))
     with pytest.raises(BadDataError, match="ate it"):
         writer.wait()

@@ -18,8 +18,10 @@ from job.checkpoints import list_checkpoints, opened
 from job.data.pack import pack
 from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.plan import plan_sampling
+from job.ranks import Ranks
 from job.requests import SampleRequest, TrainRequest
 from job.sample import Painter, default_sampling, run_sampling
+from job.stopping import Agreement
 from job.store import Store, open_store
 from job.train import run_training
 from tests.job.command_line import NETWORK, ddpm, succeeded
@@ -72,7 +74,8 @@ def draw(bucket: Path, run: Store) -> Callable[..., np.ndarray]:
     def draw(seeds, batch_size, precision="fp32", **sampling) -> np.ndarray:
         AcceleratorState._reset_state(reset_partial_state=True)
         plan = plan_sampling(SampleRequest("walk", str(bucket)))
-        painter = Painter(plan.config, compute.build_accelerator("fp32"), precision, lambda: False)
+        ranks = Ranks(compute.build_accelerator("fp32"), lambda: None)
+        painter = Painter(plan.config, ranks, precision, lambda: False, Agreement(1, flags=1))
         with opened(run, plan.checkpoints[0], ("ema",)) as restored:
             restored.copy_into({"ema": dict(painter.network.named_parameters())})
         how = replace(default_sampling(plan.config), **sampling)

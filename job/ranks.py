@@ -1,0 +1,76 @@
+"""The processes of a run, and what they tell each other outside the training step."""
+
+from __future__ import annotations
+
+import pickle
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+R = TypeVar("R")
+
+LONGEST_WAIT = timedelta(days=7)
+"""The main process may wait for a lease or a bucket; if it dies, its closed connection ends the others at once."""
+POLL_SECONDS = 0.002
+
+
+class Ranks:
+    """All processes of a run, seen from one of them."""
+
+    def __init__(self, accelerator: Accelerator, poll: Callable[[], object]) -> None:
+        """Collective. `poll` is called while this process waits for others: waiting must not be taken for hanging."""
+        self.accelerator = accelerator
+        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
+        self.is_main = accelerator.is_main_process
+        self._poll = poll
+        # NCCL would need device tensors, and would give up after the timeout of a training step.
+        self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
+
+    def on_main(self, work: Callable[[], R]) -> R:
+        """Runs `work` on the main process and hands its picklable result, or its error, to every process.
+
+        Raising on all of them alike keeps the others from waiting in a collective call that never comes. Collective.
+        """
+        if self._group is None:
+            return work()
+        outcome: tuple[Any, BaseException | None] = (None, None)
+        if self.is_main:
+            try:
+                outcome = (work(), None)
+            except Exception as failure:
+                outcome = (None, failure)
+        result, error = self._broadcast(outcome)
+        if error is not None:
+            raise error
+        return cast(R, result)
+
+    def sum(self, *numbers: int) -> tuple[int, ...]:
+        """The sums of every process's numbers, on all of them. Collective."""
+        if self._group is None:
+            return numbers
+        sums = torch.tensor(numbers, dtype=torch.int64)
+        self._wait(dist.all_reduce(sums, group=self._group, async_op=True))
+        return tuple(sums.tolist())
+
+    def _broadcast(self, value: Any) -> Any:
+        # These bytes come from a process of this run that is connected to this one, never from a bucket.
+        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) if self.is_main else None
+        size = torch.tensor([0 if data is None else len(data)])
+        self._wait(dist.broadcast(size, src=0, group=self._group, async_op=True))
+        if data is None:
+            data = torch.empty(int(size), dtype=torch.uint8)
+        self._wait(dist.broadcast(data, src=0, group=self._group, async_op=True))
+        return value if self.is_main else pickle.loads(data.numpy().tobytes())  # noqa: S301
+
+    def _wait(self, work: Any) -> None:
+        while not work.is_completed():
+            self._poll()
+            time.sleep(POLL_SECONDS)
+        work.wait()

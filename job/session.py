@@ -1,0 +1,319 @@
+"""One attempt at a run on one process: the state on the device, and what is due after each step.
+
+Everything that decides what is learnt happens in `ddpm.training`. Here it is connected to a bucket: which images come
+in, when a checkpoint goes out, who is told how it goes.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from ddpm import figures
+from ddpm.ema import ema_decay
+from ddpm.epochs import crosses, epochs_completed_by
+from ddpm.objective import Objective
+from ddpm.schedule import make_schedule
+from ddpm.training import (
+    Hooks,
+    NonFiniteError,
+    Settings,
+    TrainState,
+    check_finite,
+    create_state,
+    learning_rate_at,
+    loss_row,
+    train,
+)
+from job import compute, metrics, runs
+from job.checkpoints import MetricSegment, newest_good
+from job.commits import Commits
+from job.config import RunConfig
+from job.data.cache import ImageCache
+from job.data.order import Order
+from job.data.stream import stream_batches
+from job.exits import BucketAwayError, JobError, LostRunError, NotANumberError, StoppedError
+from job.lease import Lease
+from job.plan import Plan
+from job.progress import Progress
+from job.ranks import Ranks
+from job.retention import Retention
+from job.runs import Attempt
+from job.sample import GIF_SEEDS, SAMPLES, Painter, default_sampling, draw_run_grid, label_of
+from job.status import StatusReporter
+from job.stopping import Agreement, StopFlag
+from job.store.patient import Outage, PatientStore
+
+
+def settings_of(config: RunConfig) -> Settings:
+    """The loop's settings from a run's configuration."""
+    return Settings(
+        batch_size_images=config.train.batch_size,
+        micro_batch_size_images=config.train.micro_batch_size,
+        learning_rate=config.train.learning_rate,
+        warmup_images=config.train.warmup_images,
+        clip_norm=config.train.clip_norm,
+        ema_decay=config.ema.decay,
+        ema_warmup=config.ema.warmup,
+        seed=config.train.seed,
+        flip=config.data.flip,
+        dropout=config.model.dropout,
+    )
+
+
+class TrainingSession:
+    """Every process makes the same decisions at the same step; only the main one writes."""
+
+    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: StopFlag) -> None:
+        """Builds the network and its state on this process's device. Collective."""
+        self.plan, self.config, self.ranks = plan, config, ranks
+        self.cache, self.stop = cache, stop
+        self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
+        keep = config.checkpoint
+        self.retention = Retention(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
+        device = ranks.accelerator.device
+        model = compute.build_network(config, device)
+        self.state = create_state(model, device)
+        if config.train.compile and device.type == "cuda":
+            model.compile()
+        self.network = ranks.accelerator.prepare_model(model)
+        self.agreement = Agreement(ranks.world_size, flags=3)
+        self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
+        self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
+        self.commits: Commits | None = None
+        self.status: StatusReporter | None = None
+        self.last_row: metrics.Row = {}
+        self.committed_images = -1
+        self.logged_at, self.logged_images = time.monotonic(), 0
+
+    @contextmanager
+    def restored(self, attempt: Attempt, lease: Lease | None, outage: Outage, grace_seconds: float) -> Iterator[None]:
+        """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
+
+        Args:
+            attempt: this attempt.
+            lease: held by the main process; none on the others.
+            outage: how long the bucket may be away.
+            grace_seconds: from a preemption notice to the end of the machine.
+        """
+        segments = self._restore()
+        if lease is not None:
+            run = self.plan.run.inner if isinstance(self.plan.run, PatientStore) else self.plan.run
+            self.commits = Commits(
+                run,
+                self.config,
+                attempt,
+                lease,
+                self.state.tensors(),
+                dataset_images=self.dataset_images,
+                segments=segments,
+                outage=outage,
+                grace_seconds=grace_seconds,
+                poll=self.stop,
+                note=self.bar.note,
+            )
+            self.status = StatusReporter(run, lambda state: self._status(state, attempt.fence), self.bar.note)
+        try:
+            yield
+        except BaseException as error:
+            self._end(error)
+            raise
+        self._close("finished", wait=True)
+
+    def _restore(self) -> list[MetricSegment]:
+        tensors = self.state.tensors()
+
+        def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
+            with newest_good(self.plan.run, ("model", "ema", "optimizer"), self.bar.note) as restored:
+                if restored is None:
+                    return None
+                restored.copy_into(tensors)
+                manifest = restored.manifest
+                return manifest.images_seen, manifest.loss_sums, list(manifest.metric_segments)
+
+        found = self.ranks.on_main(load)
+        if found is None:
+            return []
+        images_seen, loss_sums, segments = found
+        if dist.is_initialized():
+            for named in tensors.values():
+                for tensor in named.values():
+                    dist.broadcast(tensor, src=0)
+        self.state.resume_at(images_seen, self.batch_size)
+        if self.ranks.is_main:
+            # The others begin at zero: the sums are added up over processes.
+            self.state.log.sums.copy_(torch.tensor(loss_sums))
+        self.committed_images = self.logged_images = images_seen
+        return segments
+
+    def train(self) -> None:
+        """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
+        config, index = self.config, self.plan.index
+        accelerator = self.ranks.accelerator
+        order = Order(tuple(s.images for s in index.shards), config.train.seed, config.data.shuffle_block_images)
+        batches = stream_batches(
+            self.cache,
+            order,
+            batch_size_images=self.batch_size,
+            first_image=self.state.images_seen,
+            last_image=self.plan.target_images,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            pin_memory=accelerator.device.type == "cuda",
+            poll=self.stop,
+        )
+        schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
+        objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        with self.bar.started_at(self.state.images_seen):
+            try:
+                train(self.state, self.network, batches, objective, settings_of(config), accelerator, self.hooks)
+            except StoppedError:
+                # A shard that did not come because its bucket is away: the step before it is whole, and can be saved.
+                if self.ranks.world_size > 1:
+                    raise
+            self.agreement.finish()
+            self._save()
+            stopped = self.state.images_seen < self.plan.target_images
+            self.ranks.on_main(lambda: self.commits.wait(stopped) if self.commits else None)
+        if stopped:
+            raise StoppedError(
+                f"stopped by {self.stop.reason or 'another process'} after {self.state.images_seen:,} images; "
+                "everything is saved, and the same command goes on from there"
+            )
+
+    @property
+    def hooks(self) -> Hooks:
+        """What the loop calls."""
+        return Hooks(after_step=self._after_step)
+
+    def _after_step(self, state: TrainState) -> bool:
+        images, config, commits = state.images_seen, self.config, self.commits
+        completed = epochs_completed_by(images, self.dataset_images, self.batch_size)
+        stopping, save_now, troubled = self.agreement.exchange(
+            self.stop(), commits is not None and commits.overdue, commits is not None and commits.troubled
+        )
+        if troubled:
+            self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
+        if crosses(images, self.batch_size, config.log.every_images):
+            self._log()
+        every = config.checkpoint.every_epochs
+        if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
+            self._save()
+        every = config.sample.every_epochs
+        if every and not stopping and images < self.plan.target_images and any(e % every == 0 for e in completed):
+            try:
+                self.draw()
+            except StoppedError:
+                # On every process at once, between two steps: what was learnt is saved as after any other.
+                stopping = True
+        self.bar.update(images, total=None, **self._bar_fields())
+        return stopping
+
+    def _log(self) -> None:
+        self._check_finite()
+        state, now = self.state, time.monotonic()
+        losses = loss_row(state.log.reduced())
+        state.log.sums.zero_()
+        previous = state.images_seen - self.batch_size
+        self.last_row = {
+            "images_seen": state.images_seen,
+            "epoch": round(state.images_seen / self.dataset_images, 4),
+            **losses,
+            "learning_rate": learning_rate_at(previous, settings_of(self.config)),
+            "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
+            "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
+            "time": round(time.time(), 3),
+        }
+        if self.commits is not None:
+            self.commits.rows.append(self.last_row)
+        self.logged_at, self.logged_images = now, state.images_seen
+
+    def _save(self) -> None:
+        """Queues a checkpoint of this moment, unless there is one; collective."""
+        images_seen = self.state.images_seen
+        if images_seen == self.committed_images:
+            return
+        self._check_finite()
+        loss_sums = self.state.log.reduced().tolist()
+        self.committed_images = images_seen
+        self.ranks.on_main(
+            lambda: self.commits.save(images_seen, loss_sums, self.ranks.world_size) if self.commits else None
+        )
+
+    def _check_finite(self) -> None:
+        try:
+            check_finite(self.state)
+        except NonFiniteError as error:
+            raise NotANumberError(
+                f"{error}; the last checkpoint in {self.plan.run.uri} is from before. It would happen again at the "
+                "same image: start another run with a lower train.learning_rate, or with train.precision=fp32"
+            ) from None
+
+    def draw(self) -> Painter:
+        """Makes the sample grid of this moment from the averaged weights; collective."""
+        plan, config = self.plan, self.config
+        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
+        self.state.ema.copy_to(painter.network)
+        draw_run_grid(plan.run, painter, plan.index, self.state.images_seen, self.cache)
+        return painter
+
+    def finish(self) -> None:
+        """Makes the last pictures; collective."""
+        painter, run = self.draw(), self.plan.run
+
+        def publish() -> None:
+            assert self.commits is not None
+            label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
+            gif = painter.denoising_gif(range(GIF_SEEDS), default_sampling(self.config))
+            run.put(f"{SAMPLES}/denoising-{label}.gif", gif)
+            rows = metrics.read_rows(run, self.commits.segments)
+            run.put("figures/loss.png", figures.loss_figure(rows, self.dataset_images))
+
+        self.ranks.on_main(publish)
+
+    def _bar_fields(self) -> dict[str, str]:
+        """Text beside the bar; from the last row of the log, since reading the loss would wait for the device."""
+        if not self.ranks.is_main:
+            return {}
+        epoch = self.state.images_seen / self.dataset_images
+        fields = {"epoch": f"{epoch:.1f}/{self.config.train.epochs}"}
+        if "loss" in self.last_row:
+            fields["loss"] = f"{self.last_row['loss']:.4f}"
+        every = self.config.checkpoint.every_epochs
+        fields["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
+        return fields
+
+    def _status(self, state: str, fence: int) -> runs.Status:
+        images = self.state.images_seen
+        return runs.Status(
+            state=state,
+            fence=fence,
+            images_seen=images,
+            target_images=self.plan.target_images,
+            epoch=round(images / self.dataset_images, 3),
+            loss=self.last_row.get("loss"),
+            images_per_second=self.last_row.get("images_per_second"),
+            updated=runs.utc_now(),
+        )
+
+    def _end(self, error: BaseException) -> None:
+        if isinstance(error, LostRunError):
+            # The run's status is the other attempt's now.
+            self.status = None
+        try:
+            # Whatever went wrong here, a checkpoint on its way is a good one: let it arrive before that is told.
+            wait = not isinstance(error, StoppedError | LostRunError | BucketAwayError)
+            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait)
+        except JobError as second:
+            if second is not error:
+                self.bar.note(f"while ending: {second}")
+
+    def _close(self, state: str, wait: bool) -> None:
+        if self.status is not None:
+            self.status.close(state)
+        if self.commits is not None:
+            self.commits.close(wait)
