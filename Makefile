@@ -1,18 +1,33 @@
 # The verbs a person types. Every one of them is one call of `ddpm`; `make help` lists them.
 
 DATASET ?= landscape-sample
-BUCKET  ?= $(or $(DDPM_BUCKET),./bucket)
+BUCKET  ?= ./bucket
 ON      ?= local
 PYTHON  ?= python3
+ifeq ($(origin BUCKET) $(if $(value DDPM_BUCKET),set),file set)
+BUCKET  := $(value DDPM_BUCKET)
+endif
+
+# What a person types is text: make does not expand it, and no shell sees it without quotes. ARGS are words.
+define newline
+
+
+endef
+literal = $(subst $(newline), ,$(value $(1)))
+$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON ARGS,$(eval override $(name) := $$(call literal,$(name))))
+quoted = '$(subst ','\'',$(1))'
+each_quoted = $(foreach word,$(1),$(call quoted,$(word)))
 
 DDPM      = .venv/bin/ddpm
 INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
-TRAIN     = train --dataset '$(DATASET)' --run '$(RUN_NAME)' --bucket '$(BUCKET)' $(if $(EPOCHS),--epochs $(EPOCHS)) \
-            $(if $(SIZE),--set data.size=$(SIZE))
+IN_BUCKET = --bucket $(call quoted,$(BUCKET))
+TRAIN     = train --dataset $(call quoted,$(DATASET)) --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) \
+            $(if $(EPOCHS),--epochs $(call quoted,$(EPOCHS))) $(if $(SIZE),--set $(call quoted,data.size=$(SIZE)))
+PACKING   = $(IN_BUCKET) $(if $(SIZE),--size $(call quoted,$(SIZE)))
 
-.PHONY: help setup submit-train train sample pack test lint bench clean
+.PHONY: help setup submit-train train sample pack test lint bench crash-test clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -33,17 +48,17 @@ $(TESTED): $(INSTALLED)
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
-	@$(DDPM) data ensure '$(DATASET)' --bucket '$(BUCKET)' $(if $(SIZE),--size $(SIZE)) $(if $(SOURCE),--source '$(SOURCE)')
-	@$(DDPM) submit $(TRAIN) --on '$(ON)' $(ARGS)
+	@$(DDPM) data ensure $(call quoted,$(DATASET)) $(PACKING) $(if $(SOURCE),--source $(call quoted,$(SOURCE)))
+	@$(DDPM) submit $(TRAIN) --on $(call quoted,$(ON)) $(call each_quoted,$(ARGS))
 
 train: $(INSTALLED) ## Train or go on in this process
-	@$(DDPM) $(TRAIN) $(ARGS)
+	@$(DDPM) $(TRAIN) $(call each_quoted,$(ARGS))
 
 sample: $(INSTALLED) ## Draw images from RUN's newest checkpoint
-	@$(DDPM) sample --run '$(RUN_NAME)' --bucket '$(BUCKET)' $(ARGS)
+	@$(DDPM) sample --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) $(call each_quoted,$(ARGS))
 
 pack: $(INSTALLED) ## Pack SOURCE into DATASET
-	@$(DDPM) data pack '$(or $(SOURCE),$(DATASET))' '$(DATASET)' --bucket '$(BUCKET)' $(if $(SIZE),--size $(SIZE)) $(ARGS)
+	@$(DDPM) data pack $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) $(PACKING) $(call each_quoted,$(ARGS))
 
 test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
@@ -55,6 +70,9 @@ lint: $(TESTED) ## Style, docstrings and types
 
 bench: $(TESTED) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)
+
+crash-test: $(TESTED) ## Kill a run at every point of its protocols, then at random: ARGS='--kills 100 --bucket gs'
+	.venv/bin/python -m benchmarks.crash_campaign $(call each_quoted,$(ARGS))
 
 clean: ## Remove .venv; buckets and caches stay
 	rm -rf .venv

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from job.config_input import pack_config
-from job.data.shards import DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
+from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
 from job.stopping import StopFlag
 from job.store import Store, open_store
+from job.store.patient import PatientStore, open_patient
 
 EMBEDDED = "landscape-sample"
 SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
+MEGABYTE = 10**6
+
+
+def _never() -> bool:
+    return False
 
 
 def pack_dataset(request: PackRequest) -> None:
@@ -26,11 +34,16 @@ def pack_dataset(request: PackRequest) -> None:
 
     request = request.check()
     assert request.size is not None
-    bucket = open_store(request.bucket)
+    stop = StopFlag()
+
+    def opened(uri: str) -> PatientStore:
+        return open_patient(uri, stop, note)
+
+    bucket = opened(request.bucket)
     source = (
         str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if request.source == EMBEDDED else request.source
     )
-    stop = StopFlag().install()
+    stop.install()
     with Progress(f"packing {request.name}", unit="images") as bar:
         index = pack(
             bucket,
@@ -46,6 +59,43 @@ def pack_dataset(request: PackRequest) -> None:
             min_side=request.min_side,
             progress=lambda done, total: bar.update(done, total=total),
             should_stop=stop,
+            opened=opened,
+        )
+    print(describe(index, bucket))
+
+
+def index_dataset(words: Sequence[str], request: PackRequest) -> None:
+    """Makes tars that are there a dataset, in place, and says what came of it. `request` has no source."""
+    from job.data.indexing import index_tars
+    from job.progress import Progress
+
+    request = request.check()
+    assert request.size is not None
+    stop = StopFlag()
+
+    def opened(uri: str) -> PatientStore:
+        return open_patient(uri, stop, note)
+
+    bucket = opened(request.bucket)
+    stop.install()
+    with Progress(f"indexing {request.name}", unit="MB") as bar:
+        index = index_tars(
+            bucket,
+            words,
+            request.name,
+            size=request.size,
+            crop=request.crop,
+            resize_filter=request.resize_filter,
+            channels=request.channels or 3,
+            classes=request.classes,
+            licence=request.licence,
+            max_bad=request.max_bad,
+            min_side=request.min_side,
+            progress=lambda done, total, images: bar.update(
+                done // MEGABYTE, total=total // MEGABYTE, images=f"{images:,}"
+            ),
+            should_stop=stop,
+            opened=opened,
         )
     print(describe(index, bucket))
 
@@ -128,6 +178,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     from ddpm import figures
     from job.data.cache import default_cache_dir, open_cache
     from job.pictures import write_picture
+    from job.provenance import put_picture
 
     cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
     everything = np.arange(index.images)
@@ -140,10 +191,10 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
         figures.contact_sheet(cache.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
     )
     if output is None:
-        bucket.put(f"{key}/contact-sheet.png", sheet)
+        put_picture(bucket, f"{key}/{CONTACT_SHEET}", sheet)
     else:
         write_picture(output, sheet)
-    print(f"contact sheet  {output or bucket.uri_of(f'{key}/contact-sheet.png')}")
+    print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")
 
 
 def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
@@ -155,7 +206,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     from job.data.verify import verify_dataset
     from job.progress import Progress
 
-    bucket = open_store(bucket_uri)
+    bucket = open_patient(bucket_uri, _never, note)
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
@@ -197,7 +248,8 @@ def describe(index: DatasetIndex, bucket: Store) -> str:
         f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
         f"images   {index.images:,} {kind}, {index.size}×{index.size} pixels, in {shards}",
         f"id       {index.dataset_id}",
-        f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter",
+        f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter"
+        + (", at each reading" if index.is_foreign else ""),
     ]
     if index.classes:
         lines.append(f"classes  {', '.join(index.classes)}")

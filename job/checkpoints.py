@@ -2,10 +2,11 @@
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
                                                    MANIFEST.json              created once, last: the commit
-    RUN/LATEST                                                                a hint for people
+    RUN/LATEST                                                                the last commit, a hint
 
 A checkpoint exists when its manifest does. The newest is the one with the highest (fence, images seen) whose objects
-verify: a writer that was replaced, and does not know it, has a lower fence and harms nobody.
+verify: a writer that was replaced, and does not know it, has a lower fence and harms nobody. `LATEST` only tells that a
+manifest was lost.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,8 @@ from job.store import ObjectMissingError, Store
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
 LATEST = "LATEST"
+READERS = 16
+"""Small objects that are read at a time."""
 MAX_IMAGES_SEEN = 10**12 - 1
 """What the twelve digits in a checkpoint's name can count."""
 
@@ -106,6 +110,19 @@ class Manifest(Sealed):
         return CheckpointRef(self.fence, self.images_seen)
 
 
+class Latest(Sealed):
+    """The content of `LATEST`. It is written after the manifest, so that it may name the checkpoint before."""
+
+    checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """What it names."""
+        ref = CheckpointRef.parse(self.checkpoint.removeprefix(f"{FOLDER}/"))
+        assert ref is not None
+        return ref
+
+
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """All committed checkpoints, oldest first."""
     refs = []
@@ -121,6 +138,11 @@ def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
     return {ref.images_seen: ref for ref in sorted(refs)}
 
 
+def manifest_key(ref: CheckpointRef) -> str:
+    """Where a checkpoint's manifest lies."""
+    return f"{ref.key}/{MANIFEST}"
+
+
 def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
     """Reads a manifest and checks it against its own hash and place.
 
@@ -128,7 +150,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         BadDataError: it is rotten, or not the one of this place.
         ObjectMissingError: it is gone.
     """
-    key = f"{ref.key}/{MANIFEST}"
+    key = manifest_key(ref)
     manifest = Manifest.load(run, key)
     if manifest.ref != ref:
         raise BadDataError(f"{run.uri_of(key)} belongs to {manifest.ref.key}")
@@ -137,8 +159,29 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
 
 def commit_manifest(run: Store, manifest: Manifest) -> None:
     """The commit: creates the manifest once, after all its objects are there."""
-    run.create(f"{manifest.ref.key}/{MANIFEST}", manifest.to_json())
-    run.put(LATEST, f"{manifest.ref.key}\n".encode())
+    run.create(manifest_key(manifest.ref), manifest.to_json())
+    put_latest(run, manifest.ref)
+
+
+def put_latest(run: Store, ref: CheckpointRef) -> None:
+    """Says which checkpoint was committed last."""
+    run.put(LATEST, Latest(checkpoint=ref.key).to_json())
+
+
+def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
+    """What is wrong if `LATEST` names a checkpoint newer than all that are there, which are `refs`; or nothing.
+
+    Raises:
+        BadDataError: `LATEST` is rotten.
+    """
+    try:
+        ref = Latest.load(run, LATEST).ref
+    except ObjectMissingError:
+        return ""
+    # One that is older was retired after somebody was killed, or replaced, before saying what came after it.
+    if ref in refs or (refs and ref < max(refs)) or run.exists(manifest_key(ref)):
+        return ""
+    return f"{run.uri_of(manifest_key(ref))} is missing, though {run.uri_of(LATEST)} names it"
 
 
 def fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
@@ -184,22 +227,26 @@ class Restored:
         """Copies the files' values into live tensors, by group and name, keeping the live memory layout.
 
         Raises:
-            BadDataError: names or shapes do not match.
+            BadDataError: names or shapes do not match, or a file is none of tensors, whatever its manifest says.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         for group, paths in self.files.items():
             missing = set(tensors[group])
             for path in paths:
-                with safe_open(path, framework="pt") as file:
-                    for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                        target, value = tensors[group].get(name), file.get_tensor(name)
-                        if target is None or target.shape != value.shape:
-                            raise BadDataError(
-                                f"{self.manifest.ref.key}/{path.name}: tensor {name!r} does not fit this configuration"
-                            )
-                        target.copy_(value)
-                        missing.discard(name)
+                try:
+                    with safe_open(path, framework="pt") as file:
+                        for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
+                            target, value = tensors[group].get(name), file.get_tensor(name)
+                            if target is None or target.shape != value.shape:
+                                raise BadDataError(
+                                    f"{self.manifest.ref.key}/{path.name}: tensor {name!r} does not fit this "
+                                    "configuration"
+                                )
+                            target.copy_(value)
+                            missing.discard(name)
+                except SafetensorError as error:
+                    raise BadDataError(f"{self.manifest.ref.key}/{path.name} holds no tensors ({error})") from None
             if missing:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
 
@@ -220,22 +267,112 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...]) -> Iterator[
 def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]) -> Iterator[Restored | None]:
     """The newest checkpoint that verifies, or none if there are none; damaged ones are named through `warn`.
 
+    If its latest metrics are damaged, the one before is used, from which they are learnt again. Where that would cost
+    more than the rows are worth, the checkpoint is used without them: its manifest then does not name them any more.
+
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
     """
-    problems = []
+    problems: list[str] = []
+
+    def set_aside(ref: CheckpointRef, problem: str) -> None:
+        problems.append(problem)
+        warn(f"set aside checkpoint {run.uri}/{ref.key}: {problem}")
+
     with ExitStack() as stack:
-        found = None
-        for ref in reversed(list_checkpoints(run)):
+        segments = _Segments(run)
+
+        def restored(ref: CheckpointRef) -> Restored | None:
             try:
                 found = stack.enter_context(opened(run, ref, groups))
-                break
             except (BadDataError, ObjectMissingError) as error:
-                problems.append(str(error))
-                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
+                set_aside(ref, str(error))
+                return None
+            if damaged := segments.damaged(found.manifest):
+                warn(
+                    f"using checkpoint {run.uri}/{ref.key} without metrics that are lost: {'; '.join(damaged.values())}"
+                )
+                left = tuple(segment for segment in found.manifest.metric_segments if segment not in damaged)
+                found = replace(found, manifest=found.manifest.model_copy(update={"metric_segments": left}))
+            return found
+
+        refs = list_checkpoints(run)[::-1]
+        if lost := _lost_manifest(run, refs, warn):
+            problems.append(lost)
+        found: Restored | None = None
+        spare: CheckpointRef | None = None
+        for ref, older in zip_longest(refs, refs[1:]):
+            if older and not spare and (problem := segments.learnt_again(ref, older)):
+                set_aside(ref, problem)
+                spare = ref
+                continue
+            found = restored(ref) or (restored(spare) if spare else None)
+            spare = None
+            if found:
+                break
         if found is None and problems:
             raise BadDataError(f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}")
         yield found
+
+
+def _lost_manifest(run: Store, refs: list[CheckpointRef], warn: Callable[[str], None]) -> str:
+    try:
+        lost = lost_manifest(run, refs)
+    except BadDataError as error:
+        warn(f"{error}; the manifests tell which checkpoint is the newest")
+        return ""
+    if lost:
+        warn(f"set aside a checkpoint: {lost}")
+    return lost
+
+
+class _Segments:
+    """The metric segments of a run's checkpoints, which share most of them: each is read once."""
+
+    def __init__(self, run: Store) -> None:
+        self._run = run
+        self._problems: dict[MetricSegment, str] = {}
+
+    def damaged(self, manifest: Manifest) -> dict[MetricSegment, str]:
+        """What is wrong with the rows that a checkpoint names, by segment."""
+        unread = [segment for segment in manifest.metric_segments if segment not in self._problems]
+        with ThreadPoolExecutor(READERS) as pool:
+            self._problems |= zip(unread, pool.map(self._problem, unread), strict=True)
+        problems = {segment: self._problems[segment] for segment in manifest.metric_segments}
+        return {segment: problem for segment, problem in problems.items() if problem}
+
+    def learnt_again(self, ref: CheckpointRef, older: CheckpointRef) -> str:
+        """What is wrong with the rows of `ref`, if whoever goes on from `older` learns just those again; or nothing."""
+        try:
+            manifest, before = load_manifest(self._run, ref), load_manifest(self._run, older)
+        except (BadDataError, ObjectMissingError):
+            return ""
+        damaged = self.damaged(manifest)
+        new = {*manifest.metric_segments} - {*before.metric_segments}
+        return "; ".join(damaged.values()) if len(new) == 1 and damaged.keys() == new else ""
+
+    def _problem(self, segment: MetricSegment) -> str:
+        try:
+            read_segment(self._run, segment)
+        except BadDataError as error:
+            return str(error)
+        return ""
+
+
+def read_segment(run: Store, segment: MetricSegment) -> bytes:
+    """The rows of a segment, as JSON lines.
+
+    Raises:
+        BadDataError: it is missing or rotten; the message names it.
+    """
+    uri = run.uri_of(segment.key)
+    try:
+        data = run.read(segment.key).data
+    except ObjectMissingError:
+        raise BadDataError(f"{uri} is missing, though a checkpoint names it") from None
+    if hashlib.sha256(data).hexdigest() != segment.sha256:
+        raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the checkpoint")
+    return data
 
 
 def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

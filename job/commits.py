@@ -14,6 +14,7 @@ from job.config import RunConfig, content_hash
 from job.exits import BucketAwayError, JobError, StoppedError
 from job.grace import VARIABLE, Notice, cadence_minutes, fits, measure_save_seconds
 from job.lease import Lease
+from job.provenance import stamped
 from job.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs import Attempt
 from job.saving import CheckpointWriter, Save
@@ -61,9 +62,8 @@ class Commits:
         self._dataset_images, self._grace_seconds = dataset_images, grace_seconds
         self._notice, self._note = notice, note
         self.segments, self.rows = segments, list[metrics.Row]()
-        keep = config.checkpoint
-        self.retention = Retention(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
-        self._every_minutes = keep.every_minutes
+        self.retention = Retention.of(config)
+        self._every_minutes = config.checkpoint.every_minutes
         self._saved_at = time.monotonic()
         self._swept = False
         self._writer = CheckpointWriter(
@@ -116,13 +116,13 @@ class Commits:
             metric_segments=tuple(self.segments),
         )
         kept = any(self.retention.keeps_epoch(epoch) for epoch in completed)
-        save = Save(manifest, objects, irreplaceable=kept)
+        save = Save(manifest, objects, irreplaceable=kept, urgent=self._notice())
         if not self._writer.save(save, self._notice, self._notice.seconds_left_to_save):
             raise self._no_time()
 
-    def put(self, key: str, data: bytes) -> None:
-        """Queues a picture, which goes up when the bucket takes it."""
-        self._writer.put(key, data)
+    def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
+        """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
+        self._writer.put(key, stamped(key, picture, fence=self._attempt.fence, images_seen=images_seen))
 
     def wait(self) -> None:
         """Returns when everything is in the bucket; once a stop was asked for, only as long as there is time.
@@ -159,13 +159,16 @@ class Commits:
         """Retires what may go. An error costs space, not work: the next commit tries again."""
         run, config = self._run, self._config
         try:
-            refs = self.retention.retire(list_checkpoints(run), self._dataset_images, config.train.batch_size)
-            if refs:
-                read = being_read(run)
-                for ref in refs:
+            refs = list_checkpoints(run)
+            old = self.retention.retire(refs, self._dataset_images, config.train.batch_size, manifest.ref)
+            if old:
+                read, over = being_read(run)
+                for ref in old:
                     if ref not in read:
                         self._lease.confirm()
                         delete_checkpoint(run, ref)
+                for key in over:
+                    run.delete(key)
             if not self._swept:
                 for key in orphans(run, self._attempt.fence):
                     self._lease.confirm()

@@ -7,9 +7,10 @@ import sys
 
 from job.checkpoints import list_checkpoints
 from job.exits import BadConfigError
-from job.launched import is_rank
+from job.launched import is_launched, is_rank
 from job.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
-from job.plan import Plan, plan_run, plan_sampling
+from job.pieces import Batch
+from job.plan import Plan, plan_batches, plan_run, plan_sampling
 from job.requests import SampleRequest, TrainRequest
 from job.runs import read_status
 from job.stopping import StopFlag, deadline
@@ -34,7 +35,7 @@ def train_command(
     request = request.check()
     with deadline(stop_after):
         stop = _listen()
-        plan = plan_run(request)
+        plan = plan_run(request, stop)
         world_size, batch_size = _world_size(processes), plan.config.train.batch_size
         if world_size > batch_size:
             raise BadConfigError(
@@ -49,9 +50,9 @@ def train_command(
             return
         from job.train import run_training
 
-        run_training(request, stop)
+        run_training(request, stop.install())
         if os.environ.get("RANK", "0") == "0":
-            _tell(plan_run(request), request, "is finished")
+            _tell(plan_run(request, stop), request, "is finished")
 
 
 def sample_command(
@@ -73,20 +74,28 @@ def sample_command(
     with deadline(stop_after):
         stop = _listen()
         if not is_rank():
-            plan_sampling(request)
-            _launch(_world_size(processes), hang_after_seconds)
-            return
-        from job.sample import run_sampling
+            plan = plan_sampling(request, stop)
+            if request.count is None or not _tell_complete(plan_batches(plan, request)):
+                _launch(_world_size(processes), hang_after_seconds)
+        elif request.count is None:
+            from job.sample import run_sampling
 
-        run_sampling(request, stop)
+            run_sampling(request, stop.install())
+        else:
+            from job.sample_batches import run_batches
+
+            run_batches(request, stop.install())
 
 
 def _listen() -> StopFlag:
     """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    if is_rank():
-        return StopFlag().install()
-    leave_at_signals()
-    return StopFlag()
+    stop = StopFlag()
+    if not is_rank():
+        leave_at_signals()
+    elif not is_launched():
+        stop.install()
+    # A rank of our launcher installs it when its work begins: until then a signal ends it, with nothing to save.
+    return stop
 
 
 def _world_size(processes: int | None) -> int:
@@ -108,6 +117,15 @@ def _finished(plan: Plan) -> bool:
 def _images_seen(plan: Plan) -> int:
     checkpoints = list_checkpoints(plan.run)
     return max(checkpoints).images_seen if checkpoints else 0
+
+
+def _tell_complete(batches: list[Batch]) -> bool:
+    """Whether all images of all batches are there already; if so, it says where."""
+    if not all(batch.index() for batch in batches):
+        return False
+    for batch in batches:
+        print(batch.describe("complete already"))
+    return True
 
 
 def _tell(plan: Plan, request: TrainRequest, what: str) -> None:

@@ -19,6 +19,8 @@ GRACE_SECONDS = 30.0
 """What a spot VM is given. A GKE spot node gives 15 unless its pool is told otherwise, which the variable says."""
 MARGIN_SECONDS = 3.0
 """For noticing the signal and for ending the process."""
+PROBE = "probe"
+"""Folder of the object that measures how long a save takes."""
 PROBE_BYTES = 16 << 20
 SAVES_PER_CADENCE = 10
 """Where a preemption costs the work since the last save, saving may take up to a tenth of the time."""
@@ -78,7 +80,7 @@ def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
         JobError: the bucket or the local disk refuse, as they would refuse a checkpoint.
     """
     size_bytes = min(PROBE_BYTES, checkpoint_bytes)
-    key = f"probe/{uuid.uuid4().hex}"
+    key = f"{PROBE}/{uuid.uuid4().hex}"
     with tempfile.TemporaryDirectory(prefix="ddpm-probe-") as folder:
         path = Path(folder) / "probe"
         started = time.monotonic()

@@ -34,7 +34,7 @@ CLOSE_SECONDS = 5.0
 _SWAPS = 5
 
 
-class _Record(Sealed):
+class LeaseRecord(Sealed):
     """The content of `lease.json`."""
 
     # A checkpoint's folder has six digits for it.
@@ -51,18 +51,28 @@ class _Record(Sealed):
         return f"process {self.process.pid} on {self.process.host!r} since {self.since} (fence {self.fence})"
 
 
-def _read(run: Store) -> tuple[_Record | None, str | None]:
+def load_lease(run: Store) -> LeaseRecord:
+    """What the run's lease says, whether it is held or was given back.
+
+    Raises:
+        BadDataError: it is rotten.
+        ObjectMissingError: nobody ever held the run.
+    """
+    return LeaseRecord.load(run, LEASE)
+
+
+def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
     """The record and its version; no version if there is no object, no record if nobody can read it."""
     try:
         blob = run.read(LEASE)
     except ObjectMissingError:
         return None, None
     with suppress(BadDataError):
-        return _Record.from_json(blob.data, run.uri_of(LEASE)), blob.version
+        return LeaseRecord.from_json(blob.data, run.uri_of(LEASE)), blob.version
     return None, blob.version
 
 
-def _write(run: Store, record: _Record, version: str | None) -> str | None:
+def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
     """The new version; none if somebody else wrote since `version` was read."""
     try:
         if version is None:
@@ -82,7 +92,7 @@ class _Watch:
 
     def __init__(self, run: Store) -> None:
         self._run = run
-        self.record: _Record | None = None
+        self.record: LeaseRecord | None = None
         self.version: str | None = None
         self.silent_seconds = 0.0
         """How long it has certainly not changed."""
@@ -129,7 +139,7 @@ class Lease:
     """
 
     def __init__(
-        self, run: Store, record: _Record, version: str, confirmed_at: float, note: Callable[[str], None]
+        self, run: Store, record: LeaseRecord, version: str, confirmed_at: float, note: Callable[[str], None]
     ) -> None:
         self.fence = record.fence
         """Higher than that of everybody who held the run before."""
@@ -165,7 +175,7 @@ class Lease:
         while not should_stop():
             watch.look()
             if (why := watch.why_free()) is not None:
-                record = _Record(
+                record = LeaseRecord(
                     fence=max(floor, watch.record.fence if watch.record else 0) + 1,
                     holder=uuid.uuid4().hex,
                     renewal=0,

@@ -14,9 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from job.checkpoints import CheckpointRef, MetricSegment
+from job.checkpoints import CheckpointRef, MetricSegment, read_segment
 from job.exits import BadDataError
-from job.store import ObjectMissingError, Store
+from job.store import Store
 
 Row = dict[str, Any]
 
@@ -55,10 +55,18 @@ def read_rows(run: Store, segments: Iterable[MetricSegment]) -> list[Row]:
     rows: list[Row] = []
     for segment in segments:
         try:
-            data = run.read(segment.key).data
-        except ObjectMissingError:
-            raise BadDataError(f"{run.uri_of(segment.key)} is missing, though a checkpoint names it") from None
-        if hashlib.sha256(data).hexdigest() != segment.sha256:
-            raise BadDataError(f"{run.uri_of(segment.key)} is rotten: its SHA-256 is not the one in the checkpoint")
-        rows += [json.loads(line) for line in data.splitlines()]
+            found = [json.loads(line) for line in read_segment(run, segment).splitlines()]
+        except (ValueError, RecursionError):
+            found = [None]
+        if not all(map(_is_row, found)):
+            raise BadDataError(f"{run.uri_of(segment.key)} holds no metrics, though a checkpoint vouches for it")
+        rows += found
     return rows
+
+
+def _is_row(row: object) -> bool:
+    return isinstance(row, dict) and {"images_seen", "loss"} <= row.keys() and all(map(_is_number, row.values()))
+
+
+def _is_number(value: object) -> bool:
+    return value is None or isinstance(value, int | float)

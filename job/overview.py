@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from job import runs
 from job.checkpoints import by_progress, list_checkpoints
 from job.data.shards import dataset_key, load_index
-from job.exits import BadRequestError, JobError
+from job.exits import BadDataError, BadRequestError, JobError
 from job.runs import RUNS, Status, read_status, run_store
 from job.store import Store, open_store
 
@@ -83,6 +83,32 @@ def show_run(bucket_uri: str, name: str) -> None:
         lines.append(f"checkpoints {len(refs)}: {_labels(bucket, config, sorted(refs))}")
     lines.append(describe_outputs(run))
     print("\n".join(lines))
+
+
+def verify_named_run(bucket_uri: str, name: str) -> None:
+    """Checks every object of a run and prints a line for each bad one.
+
+    Raises:
+        MissingInputError: there is no such run.
+        BadDataError: there are bad objects.
+    """
+    from job.progress import Progress
+    from job.verification import verify_run
+
+    bucket = open_store(bucket_uri)
+    with Progress(f"verifying {name}", unit="bytes") as bar:
+        findings = verify_run(bucket, name, lambda done, total: bar.update(done, total=total))
+    for problem in findings.problems:
+        print(problem)
+    uri, looked_at = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
+    if findings.leftovers:
+        left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
+        print(f"{uri}: {left} that killed attempts left behind harm nobody: `ddpm runs prune {name}` deletes them")
+    if count := len(findings.problems):
+        raise BadDataError(
+            f"{uri}: {count} {'problem' if count == 1 else 'problems'} in {looked_at}; each is named above"
+        )
+    print(f"{uri}: {looked_at}: all as they were written")
 
 
 def state_of(status: Status) -> str:

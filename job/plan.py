@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
 from job import runs
-from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose
+from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest
 from job.config import RunConfig, changed_for_attempt, flatten, follow_dataset, validated
 from job.config_input import draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
+from job.pieces import Batch, Drawing, piece_images
+from job.progress import note
 from job.requests import SampleRequest, TrainRequest
-from job.store import Store, open_store
+from job.sample_names import SAMPLES, how_drawn, label_of
+from job.store import Store
+from job.store.patient import PatientStore, open_patient
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run before this attempt touches it."""
+    """A run before this attempt touches it. Its stores wait for a bucket that is away."""
 
-    bucket: Store
-    run: Store
+    bucket: PatientStore
+    run: PatientStore
     index: DatasetIndex
     dataset_key: str
     config: RunConfig
@@ -34,17 +40,30 @@ class Plan:
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
 
-def plan_run(request: TrainRequest) -> Plan:
+def _never() -> bool:
+    return False
+
+
+def _note(text: str) -> None:
+    # What becomes of the bucket is the same for all processes.
+    if os.environ.get("RANK", "0") == "0":
+        note(text)
+
+
+def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it.
+    `should_stop` is polled while the bucket is waited for, now and by the plan's stores later.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
+        BucketAwayError: the bucket stayed away beyond the limit.
+        StoppedError: `should_stop` said so.
     """
-    bucket = open_store(request.bucket)
-    run = runs.run_store(bucket, request.run)
+    bucket = open_patient(request.bucket, should_stop, _note)
+    run = bucket.sub(f"{runs.RUNS}/{runs.validated_run_name(request.run)}")
     stored = runs.load_config(run)
     changes: dict[str, Any] = {}
     if stored is None:
@@ -89,14 +108,16 @@ class SamplePlan:
     steps: int
 
 
-def plan_sampling(request: SampleRequest) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing.
+def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _never) -> SamplePlan:
+    """Finds the run and its checkpoints. Writes nothing; `should_stop` as for `plan_run`.
 
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
+        BucketAwayError: the bucket stayed away beyond the limit.
+        StoppedError: `should_stop` said so.
     """
-    bucket = open_store(request.bucket)
+    bucket = open_patient(request.bucket, should_stop, _note)
     run = runs.run_store(bucket, request.run)
     config = runs.existing_config(bucket, request.run)
     assert config.data.size is not None
@@ -108,3 +129,42 @@ def plan_sampling(request: SampleRequest) -> SamplePlan:
     index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
     return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)
+
+
+def plan_batches(plan: SamplePlan, request: SampleRequest) -> list[Batch]:
+    """What `--count` asks for: a batch of images of each checkpoint. Writes nothing.
+
+    Raises:
+        BadDataError: a checkpoint's manifest is damaged.
+        BadRequestError: images of another checkpoint, or drawn otherwise, lie where these would.
+    """
+    config, index, count = plan.config, plan.index, request.count
+    assert count is not None
+    first_seed, save = request.first_seed or 0, request.save or "shards"
+    how = how_drawn(plan.sampler, plan.steps, raw=request.raw)
+    batches = []
+    for ref in plan.checkpoints:
+        drawing = Drawing(
+            checkpoint=ref.key,
+            checkpoint_sha256=load_manifest(plan.run, ref).sha256,
+            weights="model" if request.raw else "ema",
+            sampler=plan.sampler,
+            steps=plan.steps,
+            spacing=config.sample.spacing,
+            eta=config.sample.eta,
+            variance=config.sample.variance,
+            precision=request.precision or config.train.precision,
+            size=index.size,
+            channels=index.channels,
+            classes=index.classes if config.model.num_classes else (),
+            first_seed=first_seed,
+            count=count,
+            piece_images=piece_images(count),
+            save=save,  # type: ignore[arg-type]
+        )
+        label = label_of(ref.images_seen, index.images, config.train.batch_size)
+        name = f"{label}-{how}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
+        batch = Batch(plan.run.sub(f"{SAMPLES}/{name}"), drawing)
+        batch.check()
+        batches.append(batch)
+    return batches

@@ -120,7 +120,9 @@ class SampleRequest:
         if self.count is None:
             chosen = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
             for option in (option for option, is_chosen in chosen.items() if is_chosen):
-                raise BadRequestError(f"{option} is about many images: say how many with --count, such as --count 50000")
+                raise BadRequestError(
+                    f"{option} is about many images: say how many with --count, such as --count 50000"
+                )
             return
         if not 1 <= self.count <= MAX_COUNT:
             raise BadRequestError(f"--count {self.count}: use 1 to {MAX_COUNT:,} images")

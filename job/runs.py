@@ -10,23 +10,23 @@ BUCKET/runs/NAME/config.yaml             resolved when the run began; never rewr
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import socket
 import time
 import uuid
 from calendar import timegm
-from dataclasses import asdict, dataclass
+from contextlib import suppress
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter
+from pydantic import Field, field_validator
 
 from job import __version__
 from job.checkpoints import list_checkpoints
 from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
+from job.data.shards import dataset_key
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
@@ -36,7 +36,7 @@ CONFIG = "config.yaml"
 STATUS = "status.json"
 ATTEMPTS = "attempts"
 
-_UTC = "%Y-%m-%dT%H:%M:%SZ"
+UTC = "%Y-%m-%dT%H:%M:%SZ"
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -63,17 +63,27 @@ def load_config(run: Store) -> RunConfig | None:
     """The run's stored configuration, or none if there is no such run.
 
     Raises:
-        BadDataError: it is not readable by this version.
+        BadDataError: it is missing, rotten, another run's, or not readable by this version.
     """
+    attempt = last_attempt(run)
     try:
         data = run.read(CONFIG).data
     except ObjectMissingError:
-        return None
+        if attempt is None:
+            return None
+        raise BadDataError(
+            f"{run.uri_of(CONFIG)} is missing, though the run was begun: restore it, or start another run"
+        ) from None
     first_line, _, text = data.partition(b"\n")
     if first_line != _seal(text):
         raise BadDataError(
             f"{run.uri_of(CONFIG)} is not as it was written: its SHA-256 differs. Restore it, or start another run; "
             "what may change is changed with --set"
+        )
+    if attempt is not None and attempt.config_file_sha256 != hashlib.sha256(data).hexdigest():
+        raise BadDataError(
+            f"{run.uri_of(CONFIG)} is not the one that {run.uri_of(attempt_key(attempt.fence))} says: one of them is "
+            "another run's. Restore it, or start another run"
         )
     try:
         document = parse_yaml(text)
@@ -94,6 +104,20 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
     if config is None:
         raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
     return config
+
+
+def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
+    """The run's configuration with what its last attempt changed about it."""
+    attempt = last_attempt(run)
+    if attempt is None:
+        return config
+    return validated({**flatten(config.model_dump(mode="json")), **attempt.changes}, run.uri_of(CONFIG))
+
+
+def dataset_key_of(config: RunConfig) -> str:
+    """Folder of a run's dataset below the bucket."""
+    assert config.data.size is not None
+    return dataset_key(config.data.dataset, config.data.size)
 
 
 def create_config(run: Store, config: RunConfig) -> RunConfig:
@@ -121,13 +145,49 @@ class Attempt(Sealed):
     world_size: int
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
+    config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
+    previous: int | None
+    """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
+
+
+def attempt_key(fence: int) -> str:
+    """Where an attempt's record lies."""
+    return f"{ATTEMPTS}/{fence:06d}.json"
+
+
+def attempt_fences(run: Store) -> list[int]:
+    """The fences of the attempts that are recorded, in order; they have gaps where others held the run."""
+    names = (entry.key.removeprefix(f"{ATTEMPTS}/") for entry in run.list(ATTEMPTS))
+    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{6})\.json", name)))
+
+
+def load_attempt(run: Store, fence: int) -> Attempt:
+    """Reads an attempt's record and checks it against its own hash and place.
+
+    Raises:
+        BadDataError: it is rotten, or another's.
+        ObjectMissingError: it is not there.
+    """
+    attempt = Attempt.load(run, attempt_key(fence))
+    if attempt.fence != fence:
+        raise BadDataError(f"{run.uri_of(attempt_key(fence))} belongs to attempt {attempt.fence}")
+    return attempt
+
+
+def last_attempt(run: Store) -> Attempt | None:
+    """The newest record of an attempt that can be read, if there is one."""
+    # A bucket that is a folder which is not there yet has no attempts either.
+    with suppress(MissingInputError):
+        for fence in reversed(attempt_fences(run)):
+            with suppress(BadDataError):
+                return load_attempt(run, fence)
+    return None
 
 
 def highest_fence(run: Store) -> int:
     """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
-    attempts = (entry.key.removeprefix(f"{ATTEMPTS}/").removesuffix(".json") for entry in run.list(ATTEMPTS))
-    numbers = [int(number) for number in attempts if number.isdecimal()]
-    return max([*numbers, *(ref.fence for ref in list_checkpoints(run))], default=0)
+    return max([*attempt_fences(run), *(ref.fence for ref in list_checkpoints(run))], default=0)
 
 
 def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: int) -> Attempt:
@@ -141,8 +201,10 @@ def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: 
         code_version=__version__,
         world_size=world_size,
         changes=changes,
+        config_file_sha256=hashlib.sha256(run.read(CONFIG).data).hexdigest(),
+        previous=max(attempt_fences(run), default=None),
     )
-    run.create(f"{ATTEMPTS}/{fence:06d}.json", attempt.to_json())
+    run.create(attempt_key(fence), attempt.to_json())
     return attempt
 
 
@@ -150,8 +212,7 @@ def _seal(text: bytes) -> bytes:
     return b"# sha256: " + hashlib.sha256(text).hexdigest().encode()
 
 
-@dataclass(frozen=True)
-class Status:
+class Status(Sealed):
     """How a run is going. A hint for people: nothing is decided by it but whether to say that a run is finished."""
 
     state: str
@@ -165,27 +226,30 @@ class Status:
     updated: str
     message: str = ""
 
+    @field_validator("updated")
+    @classmethod
+    def _is_a_time(cls, updated: str) -> str:
+        time.strptime(updated, UTC)
+        return updated
+
 
 def write_status(run: Store, status: Status) -> None:
     """Replaces `status.json`."""
-    run.put(STATUS, json.dumps(asdict(status), indent=1).encode())
+    run.put(STATUS, status.to_json())
 
 
 def read_status(run: Store) -> Status | None:
-    """The last status, or none if there is none that this version understands."""
-    try:
-        status = TypeAdapter(Status).validate_json(run.read(STATUS).data)
-        time.strptime(status.updated, _UTC)
-    except (ObjectMissingError, ValueError):
-        return None
-    return status
+    """The last status, or none if there is none that is whole and that this version understands."""
+    with suppress(ObjectMissingError, BadDataError):
+        return Status.load(run, STATUS)
+    return None
 
 
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC, to the second."""
-    return time.strftime(_UTC, time.gmtime())
+    return time.strftime(UTC, time.gmtime())
 
 
 def age_seconds(status: Status) -> float:
     """How long ago the run said so."""
-    return time.time() - timegm(time.strptime(status.updated, _UTC))
+    return time.time() - timegm(time.strptime(status.updated, UTC))

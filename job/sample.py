@@ -30,6 +30,7 @@ from job.exits import StoppedError
 from job.heartbeat import beat
 from job.plan import SamplePlan, plan_sampling
 from job.progress import Progress
+from job.provenance import put_picture
 from job.ranks import Ranks
 from job.requests import SampleRequest, parse_numbers
 from job.retention import reading
@@ -182,18 +183,23 @@ def sampling_of(plan: SamplePlan) -> Sampling:
     return replace(default_sampling(plan.config), sampler=plan.sampler, steps=plan.steps)  # type: ignore[arg-type]
 
 
+def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> str:
+    """Where a run's standard grid of a moment lies."""
+    label = label_of(images_seen, dataset_images, config.train.batch_size)
+    return f"{SAMPLES}/{label}-{config.sample.sampler}-{config.sample.steps}.png"
+
+
 def draw_run_grid(
-    run: Store, painter: Painter, index: DatasetIndex, images_seen: int, cache: ImageCache | None
+    put: Callable[[str, bytes], None], painter: Painter, index: DatasetIndex, images_seen: int, cache: ImageCache | None
 ) -> None:
-    """Draws the run's standard grid into its folder; collective."""
+    """Draws the run's standard grid and has it `put` into its folder; collective."""
     config = painter.config
     seeds, sampling = range(config.sample.images), default_sampling(config)
     images = painter.draw(seeds, sampling, config.sample.batch_size, "sampling")
 
     def publish() -> None:
-        label = label_of(images_seen, index.images, config.train.batch_size)
         look = look_for(config, index, cache if config.sample.nearest else None)
-        run.put(f"{SAMPLES}/{label}-{sampling.sampler}-{sampling.steps}.png", look.grid(images, seeds))
+        put(run_grid_key(config, index.images, images_seen), look.grid(images, seeds))
 
     painter.ranks.on_main(publish)
 
@@ -206,7 +212,7 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
         BadDataError: a checkpoint is damaged; the message names the object.
         BucketAwayError: the bucket stayed away beyond the limit.
     """
-    plan = plan_sampling(request).patient(stop)
+    plan = plan_sampling(request, stop)
     run, config, index = plan.run, plan.config, plan.index
     sampling, usual = sampling_of(plan), default_sampling(config)
     seeds: Sequence[int] = range(config.sample.images)
@@ -233,13 +239,13 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
                 rate = len(seeds) / (time.monotonic() - started)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
-                _publish(run, f"{label}-{how}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
+                _publish(run, ref, f"{label}-{how}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
         if request.gif and ranks.is_main:
             name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{how}.gif"
-            _publish(run, name, painter.denoising_gif(gif_seeds, sampling))
+            _publish(run, ref, name, painter.denoising_gif(gif_seeds, sampling))
     if len(grids) > 1:
         words = file_words(request.checkpoints, "-")
-        _publish(run, f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
+        _publish(run, max(plan.checkpoints), f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
 
 
 def _training_cache(plan: SamplePlan, request: SampleRequest, stop: StopFlag) -> ImageCache | None:
@@ -274,7 +280,7 @@ def load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, rank
             dist.broadcast(parameter.detach(), src=0)
 
 
-def _publish(run: Store, name: str, data: bytes, note: str = "") -> None:
+def _publish(run: Store, ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
     key = f"{SAMPLES}/{name}"
-    run.put(key, data)
+    put_picture(run, key, picture, fence=ref.fence, images_seen=ref.images_seen)
     print(f"{run.uri_of(key)}{f'  ({note})' if note else ''}")

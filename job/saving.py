@@ -91,6 +91,8 @@ class Save:
     objects: dict[str, bytes]
     irreplaceable: bool = False
     """Whether a newer checkpoint must not stand in for it: an epoch that is kept for good."""
+    urgent: bool = False
+    """Whether it goes before pictures that were queued earlier: there may be no time for both."""
 
 
 def _for_ever() -> float:
@@ -188,9 +190,7 @@ class CheckpointWriter:
             self._changed.notify_all()
             return True
 
-    def wait(
-        self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None
-    ) -> bool:
+    def wait(self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None) -> bool:
         """Waits until everything queued is in the bucket, or no time is left; whether it is.
 
         Raises the thread's error if there was one. Both arguments are asked all the while.
@@ -202,9 +202,7 @@ class CheckpointWriter:
             self.raise_error()
             return not (self.busy or self._pictures)
 
-    def close(
-        self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None
-    ) -> None:
+    def close(self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None) -> None:
         """Ends the thread, with what is queued committed if there is time for that, and what is under way ended."""
         try:
             self.wait(seconds_left, poll)
@@ -232,7 +230,7 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # A checkpoint first: it is work, a picture can be drawn again.
+                # In order, for the next attempt draws only the picture of the very checkpoint that it begins with.
                 if (save := self._next()) is not None:
                     manifest = self._commit(save)
                     self._committed()
@@ -253,6 +251,8 @@ class CheckpointWriter:
 
     def _next(self) -> Save | None:
         with self._changed:
+            if self._pictures and not (self._queued and self._queued.urgent):
+                return None
             save, self._queued = self._queued, None
             self._committing = self._reading_host = save is not None
             return save

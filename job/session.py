@@ -37,16 +37,16 @@ from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
 from job.exits import BucketAwayError, JobError, LostRunError, NotANumberError, StoppedError
+from job.grace import Notice
 from job.lease import Lease
 from job.plan import Plan
 from job.progress import Progress
 from job.ranks import Ranks
 from job.retention import Retention
 from job.runs import Attempt
-from job.sample import GIF_SEEDS, SAMPLES, Painter, default_sampling, draw_run_grid, label_of
-from job.status import StatusReporter
-from job.stopping import Agreement, StopFlag
-from job.store.patient import Outage, PatientStore
+from job.sample import GIF_SEEDS, SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+from job.status import CLOSE_SECONDS, StatusReporter
+from job.stopping import Agreement
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -68,13 +68,12 @@ def settings_of(config: RunConfig) -> Settings:
 class TrainingSession:
     """Every process makes the same decisions at the same step; only the main one writes."""
 
-    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: StopFlag) -> None:
+    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Notice) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks = plan, config, ranks
         self.cache, self.stop = cache, stop
         self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
-        keep = config.checkpoint
-        self.retention = Retention(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
+        self.retention = Retention.of(config)
         device = ranks.accelerator.device
         model = compute.build_network(config, device)
         self.state = create_state(model, device)
@@ -91,18 +90,17 @@ class TrainingSession:
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
-    def restored(self, attempt: Attempt, lease: Lease | None, outage: Outage, grace_seconds: float) -> Iterator[None]:
+    def restored(self, attempt: Attempt, lease: Lease | None, grace_seconds: float) -> Iterator[None]:
         """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
 
         Args:
             attempt: this attempt.
             lease: held by the main process; none on the others.
-            outage: how long the bucket may be away.
             grace_seconds: from a preemption notice to the end of the machine.
         """
         segments = self._restore()
         if lease is not None:
-            run = self.plan.run.inner if isinstance(self.plan.run, PatientStore) else self.plan.run
+            run = self.plan.run.inner
             self.commits = Commits(
                 run,
                 self.config,
@@ -111,12 +109,18 @@ class TrainingSession:
                 self.state.tensors(),
                 dataset_images=self.dataset_images,
                 segments=segments,
-                outage=outage,
+                outage=self.plan.run.outage,
                 grace_seconds=grace_seconds,
-                poll=self.stop,
+                notice=self.stop,
                 note=self.bar.note,
             )
-            self.status = StatusReporter(run, lambda state: self._status(state, attempt.fence), self.bar.note)
+
+            def status(state: str) -> runs.Status:
+                # Whoever slept and was replaced must not say on waking how the run was going then.
+                lease.confirm()
+                return self._status(state, attempt.fence)
+
+            self.status = StatusReporter(run, status, self.bar.note)
         try:
             yield
         except BaseException as error:
@@ -169,6 +173,7 @@ class TrainingSession:
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
         with self.bar.started_at(self.state.images_seen):
+            self._draw_missed()
             try:
                 train(self.state, self.network, batches, objective, settings_of(config), accelerator, self.hooks)
             except StoppedError:
@@ -178,7 +183,9 @@ class TrainingSession:
             self.agreement.finish()
             self._save()
             stopped = self.state.images_seen < self.plan.target_images
-            self.ranks.on_main(lambda: self.commits.wait(stopped) if self.commits else None)
+            if stopped:
+                self.stop.begin()
+            self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
         if stopped:
             raise StoppedError(
                 f"stopped by {self.stop.reason or 'another process'} after {self.state.images_seen:,} images; "
@@ -201,10 +208,11 @@ class TrainingSession:
         if crosses(images, self.batch_size, config.log.every_images):
             self._log()
         every = config.checkpoint.every_epochs
+        if stopping:
+            self.stop.begin()
         if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
             self._save()
-        every = config.sample.every_epochs
-        if every and not stopping and images < self.plan.target_images and any(e % every == 0 for e in completed):
+        if not stopping and self._is_grid_due(images):
             try:
                 self.draw()
             except StoppedError:
@@ -258,8 +266,22 @@ class TrainingSession:
         plan, config = self.plan, self.config
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
         self.state.ema.copy_to(painter.network)
-        draw_run_grid(plan.run, painter, plan.index, self.state.images_seen, self.cache)
+        draw_run_grid(self._put, painter, plan.index, self.state.images_seen, self.cache)
         return painter
+
+    def _is_grid_due(self, images_seen: int) -> bool:
+        """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""
+        every = self.config.sample.every_epochs
+        completed = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
+        return bool(every) and images_seen < self.plan.target_images and any(e % every == 0 for e in completed)
+
+    def _draw_missed(self) -> None:
+        """Draws the restored checkpoint's grid if the attempt that saved it did not get that far; collective."""
+        images_seen, run = self.state.images_seen, self.plan.run
+        if self._is_grid_due(images_seen):
+            key = run_grid_key(self.config, self.dataset_images, images_seen)
+            if self.ranks.on_main(lambda: not run.exists(key)):
+                self.draw()
 
     def finish(self) -> None:
         """Makes the last pictures; collective."""
@@ -269,11 +291,16 @@ class TrainingSession:
             assert self.commits is not None
             label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), default_sampling(self.config))
-            run.put(f"{SAMPLES}/denoising-{label}.gif", gif)
+            self._put(f"{SAMPLES}/denoising-{label}.gif", gif)
             rows = metrics.read_rows(run, self.commits.segments)
-            run.put("figures/loss.png", figures.loss_figure(rows, self.dataset_images))
+            self._put("figures/loss.png", figures.loss_figure(rows, self.dataset_images))
+            self.commits.wait()
 
         self.ranks.on_main(publish)
+
+    def _put(self, key: str, picture: bytes) -> None:
+        assert self.commits is not None
+        self.commits.put(key, picture, images_seen=self.state.images_seen)
 
     def _bar_fields(self) -> dict[str, str]:
         """Text beside the bar; from the last row of the log, since reading the loss would wait for the device."""
@@ -306,14 +333,17 @@ class TrainingSession:
             self.status = None
         try:
             # Whatever went wrong here, a checkpoint on its way is a good one: let it arrive before that is told.
-            wait = not isinstance(error, StoppedError | LostRunError | BucketAwayError)
+            wait = not isinstance(error, LostRunError | BucketAwayError)
             self._close("stopped" if isinstance(error, StoppedError) else "failed", wait)
         except JobError as second:
             if second is not error:
                 self.bar.note(f"while ending: {second}")
 
     def _close(self, state: str, wait: bool) -> None:
-        if self.status is not None:
-            self.status.close(state)
-        if self.commits is not None:
-            self.commits.close(wait)
+        try:
+            if self.commits is not None:
+                self.commits.close(wait)
+        finally:
+            if self.status is not None:
+                # The lease is to be given back as well.
+                self.status.close(state, min(CLOSE_SECONDS, self.stop.seconds_left() / 2))

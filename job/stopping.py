@@ -34,7 +34,7 @@ _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _NO_ETAG = "0"
 """Asks for a value as it is (cloud.google.com/compute/docs/metadata/querying-metadata)."""
 _POLL_SECONDS = 60
-_LONGEST_PAUSE_SECONDS = 5.0
+_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 5.0
 """Between two attempts to reach the metadata server: a notice comes 30 s, or even 15, before the end."""
 
 
@@ -82,9 +82,16 @@ class StopFlag:
         self.reason = ""
         self._stop_at = float("inf")
         self._main_thread = threading.get_ident()
+        self._installed = False
 
     def install(self) -> StopFlag:
-        """Takes over this process's signals (main thread only), the deadline, and on Compute Engine its notices."""
+        """Takes over this process's signals (main thread only), the deadline, and on Compute Engine its notices.
+
+        A second call changes nothing.
+        """
+        if self._installed:
+            return self
+        self._installed = True
         handle_stop_signals(self._handle)
         # On its way out the interpreter restores the default actions: a second signal would change the exit code.
         atexit.register(ignore_stop_signals)
@@ -103,7 +110,7 @@ class StopFlag:
 
     def _watch(self, host: str, resource: str, value: str, counts_at_once: bool) -> None:
         """Waits for a metadata value, through all errors of the server; a daemon thread, which no exit waits for."""
-        found, etag, pause_seconds = value if not counts_at_once else "", _NO_ETAG, 1.0
+        found, etag, pause_seconds = value if not counts_at_once else "", _NO_ETAG, _PAUSE_SECONDS
         while not self.reason:
             try:
                 before, (found, etag) = found, _changed_metadata(host, resource, etag)
@@ -112,7 +119,7 @@ class StopFlag:
             else:
                 if found == value != before:
                     self._set(f"the machine's notice {resource}={value}")
-                pause_seconds = 1.0
+                pause_seconds = _PAUSE_SECONDS
             # Also after an answer: a server that does not know how to wait must not be asked without end.
             time.sleep(pause_seconds)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from job import compute, runs
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
@@ -16,7 +14,9 @@ from job.requests import TrainRequest
 from job.runs import Attempt
 from job.session import TrainingSession
 from job.stopping import StopFlag
-from job.store.patient import Outage, PatientStore, away_limit_seconds
+
+_LAST_SECONDS = 0.5
+"""For the process itself to end, of the time that a preemption leaves."""
 
 
 def run_training(request: TrainRequest, stop: StopFlag) -> None:
@@ -29,42 +29,42 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
         BucketAwayError: the bucket stayed away beyond the limit.
         JobError: see the message.
     """
-    outage, grace = Outage(away_limit_seconds(), note), grace_seconds()
-    plan = plan_run(request)
+    grace = grace_seconds()
+    notice = Notice(stop, grace)
+    plan = plan_run(request, notice)
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
     accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
-    ranks = Ranks(accelerator, stop)
+    ranks = Ranks(accelerator, notice)
     lease: Lease | None = None
 
     def begin() -> tuple[RunConfig, Attempt]:
         nonlocal lease
-        lease = Lease.take(plan.run, runs.highest_fence(plan.run), request.wait_seconds, stop, note)
+        floor = runs.highest_fence(plan.run)
+        # The lease itself keeps to its own times, so its store must not wait.
+        lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, notice, note)
         return _begin(plan, lease.fence, precision, ranks.world_size)
 
     try:
         config, attempt = ranks.on_main(begin)
-        patient = replace(
-            plan, bucket=PatientStore(plan.bucket, outage, stop), run=PatientStore(plan.run, outage, stop)
-        )
         with Progress("reading images", unit="images", total=plan.index.images, disable=not ranks.is_main) as bar:
             cache = open_cache(
-                patient.bucket,
+                plan.bucket,
                 plan.dataset_key,
                 plan.index,
                 cache_dir=default_cache_dir(),
                 budget_bytes=int(config.data.cache_gigabytes * 1e9),
                 progress=lambda done, total: bar.update(done),
-                should_stop=stop,
+                should_stop=notice,
             )
-        session = TrainingSession(patient, config, ranks, cache, stop)
-        with session.restored(attempt, lease, outage, grace):
+        session = TrainingSession(plan, config, ranks, cache, notice)
+        with session.restored(attempt, lease, grace):
             session.train()
             session.finish()
     finally:
         if lease is not None:
-            lease.close()
+            lease.close(notice.seconds_left() - _LAST_SECONDS)
     accelerator.end_training()
 
 

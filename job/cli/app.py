@@ -3,6 +3,7 @@
 import errno
 import os
 import sys
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, NoReturn
 
@@ -54,6 +55,25 @@ def _root(
 
 def main() -> None:
     """Entry point of `ddpm` and `python -m job`; always ends with a code of the table in `job.exits`."""
+    try:
+        run()
+    except SystemExit as end:
+        if not (isinstance(end.code, int) and end.code):
+            raise
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError):
+                stream.flush()
+        # The interpreter would wait for threads, of which one may be asking a bucket that keeps silent; and those of a
+        # process group that is no more would abort it, so that the code would be SIGABRT.
+        os._exit(end.code)
+
+
+def run() -> None:
+    """Does what the command line says; an error is told in one line.
+
+    Raises:
+        SystemExit: the exit code.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
@@ -85,9 +105,4 @@ def _fail(message: str, code: int) -> NoReturn:
         print(f"ddpm: {message}", file=sys.stderr)
     elif code not in SAID_BY_RANK_0:
         print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        # Threads of a process group that is no more abort the interpreter on its way out: the code would be SIGABRT.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
     raise SystemExit(int(code))

@@ -1,4 +1,4 @@
-"""`ddpm data`: pack, list, show, verify, delete."""
+"""`ddpm data`: pack, index, list, show, verify, delete."""
 
 from pathlib import Path
 from typing import Annotated
@@ -7,9 +7,25 @@ import typer
 
 from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter
 
-app = typer.Typer(help="Datasets: pack images into shards, look at them, verify them.", no_args_is_help=True)
+app = typer.Typer(
+    help="Datasets: pack images into shards, or index what there is; look at them, verify them.", no_args_is_help=True
+)
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
+Crop = Annotated[
+    str,
+    typer.Option("--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
+]
+Filter = Annotated[
+    str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
+]
+Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
+Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")]
+MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")]
+MinSide = Annotated[
+    int | None,
+    typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
+]
 
 
 @app.command()
@@ -23,30 +39,18 @@ def pack(
     ],
     name: Name,
     size: Size = None,
-    crop: Annotated[
-        str,
-        typer.Option(
-            "--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."
-        ),
-    ] = "",
-    resize_filter: Annotated[
-        str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
-    ] = "",
-    channels: Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")] = None,
+    crop: Crop = "",
+    resize_filter: Filter = "",
+    channels: Channels = None,
     classes: Annotated[
         bool | None,
         typer.Option(
             "--classes/--no-classes", help="Whether first-level folders are classes. Default: if there are any."
         ),
     ] = None,
-    licence: Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")] = "",
-    max_bad: Annotated[
-        int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")
-    ] = 100,
-    min_side: Annotated[
-        int | None,
-        typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
-    ] = None,
+    licence: Licence = "",
+    max_bad: MaxBad = 100,
+    min_side: MinSide = None,
     stop_after: StopAfter = "",
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:
@@ -65,6 +69,54 @@ def pack(
     with deadline(stop_after):
         pack_dataset(
             PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+        )
+
+
+@app.command()
+def index(
+    tars: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="URI",
+            help="Tars, folders of tars, or patterns such as gs://b/laion/{00000..00099}.tar; gs://, s3:// or local.",
+            show_default=False,
+        ),
+    ],
+    name: Name,
+    size: Size = None,
+    crop: Crop = "",
+    resize_filter: Filter = "",
+    channels: Channels = None,
+    classes: Annotated[
+        bool | None,
+        typer.Option(
+            "--classes/--no-classes", help="Whether each image has a .cls. Default: whether the first one has."
+        ),
+    ] = None,
+    licence: Licence = "",
+    max_bad: MaxBad = 100,
+    min_side: MinSide = None,
+    stop_after: StopAfter = "",
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Make WebDataset tars a dataset where they lie, without copying them.
+
+    Such tars are what img2dataset writes. They must stay as they are: every one is hashed.
+
+    Examples:
+
+        ddpm data index gs://theirs/laion/{00000..00099}.tar laion --size 64 --bucket gs://my-bucket
+
+        ddpm data index ~/laion laion --size 64 --crop center
+    """
+    from job.catalog import index_dataset
+    from job.requests import PackRequest
+    from job.stopping import deadline
+
+    with deadline(stop_after):
+        index_dataset(
+            tars,
+            PackRequest("", name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side),
         )
 
 

@@ -1,4 +1,4 @@
-"""`ddpm runs`: list, show."""
+"""`ddpm runs`: list, show, verify, prune."""
 
 from typing import Annotated
 
@@ -6,7 +6,9 @@ import typer
 
 from job.cli.options import DEFAULT_BUCKET, Bucket
 
-app = typer.Typer(help="Runs in the bucket: how they are going.", no_args_is_help=True)
+app = typer.Typer(help="Runs in the bucket: how they are going, whether they are whole.", no_args_is_help=True)
+
+Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
 @app.command("list")
@@ -18,10 +20,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 
 @app.command()
-def show(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")],
-    bucket: Bucket = DEFAULT_BUCKET,
-) -> None:
+def show(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
     """Show a run: state, progress, checkpoints, attempts, where its pictures lie.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
@@ -29,3 +28,42 @@ def show(
     from job.overview import show_run
 
     show_run(bucket, run)
+
+
+@app.command()
+def verify(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
+    """Check every object of a run; name each that is rotten, cut off, missing, swapped or foreign.
+
+    Reads all of the run once, also while it trains. Ends with 65 if anything is wrong.
+
+    Example: ddpm runs verify celeba --bucket gs://my-bucket
+    """
+    from job.overview import verify_named_run
+
+    verify_named_run(bucket, run)
+
+
+@app.command()
+def prune(
+    run: Run,
+    keep_last: Annotated[
+        int | None,
+        typer.Option(
+            "--keep-last",
+            metavar="N",
+            min=1,
+            help="Checkpoints to keep, of the newest. Default: the run's checkpoint.keep_last.",
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Delete what the run's rules do not keep: old checkpoints, and what killed attempts left behind.
+
+    Never the newest checkpoint that verifies, nor one that is being read. Refused while the run trains.
+
+    Example: ddpm runs prune celeba --keep-last 1 --dry-run
+    """
+    from job.pruning import prune_run
+
+    prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)

@@ -33,6 +33,24 @@ def sample(
     batch_size: Annotated[
         int | None, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time and process.")
     ] = None,
+    count: Annotated[
+        int | None,
+        typer.Option("--count", metavar="IMAGES", help="Save so many images, one per seed, instead of drawing a grid."),
+    ] = None,
+    save: Annotated[
+        str, typer.Option("--save", metavar="KIND", help="How to save them: shards (tar files; the default) or png.")
+    ] = "",
+    slice_: Annotated[
+        str,
+        typer.Option(
+            "--slice",
+            metavar="I/N",
+            help="Make every N-th piece of them, I from 0 to N-1: slices may run side by side.",
+        ),
+    ] = "",
+    first_seed: Annotated[
+        int | None, typer.Option("--first-seed", metavar="K", help="The seed of the first image. Default: 0.")
+    ] = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
@@ -43,14 +61,36 @@ def sample(
     Image k depends on its seed alone. A grid for each checkpoint goes into the run's folder in the bucket, and for
     several checkpoints one picture with them side by side.
 
+    With --count the images themselves are saved, in pieces of up to 256. A command that was stopped or killed goes on
+    when it is given again, with other slices or processes if you like, and makes no piece twice. While the run still
+    trains, name the checkpoint: latest would soon be another.
+
     Examples:
 
         ddpm sample --run celeba --checkpoints 30,80,490 --seeds 0-63
 
         ddpm sample --run celeba --sampler ddpm --steps 1000 --gif
+
+        ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
     """
     from job.entry import sample_command
     from job.requests import SampleRequest
 
-    request = SampleRequest(run, bucket, checkpoints, seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
+    request = SampleRequest(
+        run,
+        bucket,
+        checkpoints,
+        seeds,
+        sampler,
+        steps,
+        gif,
+        raw,
+        nearest,
+        precision,
+        batch_size,
+        count,
+        save,
+        slice_,
+        first_seed,
+    )
     sample_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)

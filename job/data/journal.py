@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, shard_name
-from job.exits import BadRequestError
+from job.exits import BadDataError, BadRequestError
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
 PACKING = "packing"
@@ -35,6 +35,11 @@ class Reject(BaseModel):
 
     def __str__(self) -> str:
         return f"{self.name!r} {self.reason}"
+
+
+def rejects_lines(rejects: Iterable[Reject]) -> bytes:
+    """The bytes of `rejects.jsonl`."""
+    return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
 
 
 class PackedShard(BaseModel):
@@ -122,7 +127,7 @@ class Journal:
         if not self._is_intact(packed, vouched=True) and not self.dataset.exists(INDEX):
             raise self._is_packed_otherwise()
         if rejects:
-            self.dataset.put(REJECTS, "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode())
+            self.dataset.put(REJECTS, rejects_lines(rejects))
         try:
             self.dataset.create(INDEX, index.to_json())
         except ObjectExistsError:
@@ -158,8 +163,8 @@ class Journal:
 
     def _is_committed(self, shard: Shard) -> bool:
         try:
-            return shard in DatasetIndex.model_validate_json(self._read(INDEX)).shards
-        except ValidationError:
+            return shard in DatasetIndex.from_json(self._read(INDEX), self.dataset.uri_of(INDEX)).shards
+        except BadDataError:
             return False
 
     def _is_intact(self, packed: Sequence[PackedShard], vouched: bool) -> bool:

@@ -19,12 +19,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, prepare
-from job.data.journal import Journal, PackedShard, Reject
+from job.data.journal import Journal, PackedShard, Reject, rejects_lines
 from job.data.members import Source, in_order
 from job.data.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
 from job.data.sources import Survey, open_source, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.store import Store
+from job.store import Store, open_store
 from job.store.files import os_errors
 
 _NAMED_REJECTS = 3
@@ -50,6 +50,7 @@ def pack(
     progress: Callable[[int, int | None], None] | None = None,
     should_stop: Callable[[], bool] = lambda: False,
     threads: int | None = None,
+    opened: Callable[[str], Store] = open_store,
 ) -> DatasetIndex:
     """Packs `source` into `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
 
@@ -69,6 +70,7 @@ def pack(
         progress: called with the number of images read so far and in all.
         should_stop: polled at each image.
         threads: that decode and encode; None is one per CPU.
+        opened: opens the source's bucket, if it lies in one.
 
     Returns:
         The index as it lies in the bucket.
@@ -91,7 +93,7 @@ def pack(
             f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
             f"Choose another name, or delete it first: ddpm data delete {name} --size {size} --bucket {bucket.uri}"
         )
-    images = open_source(source)
+    images = open_source(source, opened)
     if images.note:
         _log.warning(images.note)
     if channels is None:
@@ -124,10 +126,11 @@ def pack(
         source=images.name,
         source_sha256=attempt.source_sha256.hexdigest(),
         rejected_images=len(attempt.rejects),
+        rejects_sha256=hashlib.sha256(rejects_lines(attempt.rejects)).hexdigest() if attempt.rejects else "",
         shards=tuple(entry.shard for entry in attempt.packed),
     )
     journal.commit(index, attempt.packed, attempt.rejects)
-    return index
+    return DatasetIndex.from_json(index.to_json(), dataset.uri_of(INDEX))
 
 
 class _SourceChangedError(Exception):

@@ -107,7 +107,7 @@ class ShardCache:
     def _open(self, shard: int) -> BinaryIO:
         """A shard's file, fetched if it is not here; checked by each process before it first reads from it."""
         if self._source.is_local:
-            path = self._source.place(shard)
+            path = self._source.places.path(shard)
             if shard not in self._verified:
                 self._source.check(shard, path)
         else:

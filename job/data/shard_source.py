@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import logging
 import os
 import shutil
 import time
@@ -11,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import TypeVar
@@ -19,9 +21,10 @@ import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from job.data.images import decode
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex
-from job.exits import BadDataError, StoppedError
+from job.data.images import Recipe, RejectedImageError, codec_versions, declared_size, decode, prepared_pixels
+from job.data.places import Places
+from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, first_damaged
+from job.exits import BadDataError, BadRequestError, StoppedError
 from job.store import Store
 from job.store.files import crc32c_of, os_errors, temporary_beside
 
@@ -33,6 +36,7 @@ DOWNLOADS = 4
 _RECORD_BYTES = OFFSETS_DTYPE.itemsize
 _DECODE_IMAGES = 32
 _POLL_SECONDS = 0.05
+_log = logging.getLogger(__name__)
 
 
 class ShardSource:
@@ -40,6 +44,7 @@ class ShardSource:
 
     Attributes:
         index: what the dataset is.
+        places: where its shards lie.
         folder: this dataset's part of the node's cache, shared by all processes of the node.
         records: offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N].
         starts: index of each shard's first image, and N, int64 [shards + 1].
@@ -61,10 +66,20 @@ class ShardSource:
         self.threads = threads or os.cpu_count() or 1
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self._bucket, self._key = bucket, key
+        self.places = Places(bucket, key, index)
+        self._decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
         self.records = self._open_records()
+
+    @property
+    def _made(self) -> str:
+        return "indexed" if self.index.is_foreign else "packed"
+
+    @property
+    def _anew(self) -> str:
+        return "index the dataset anew" if self.index.is_foreign else "pack the dataset anew"
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -74,20 +89,7 @@ class ShardSource:
     @property
     def is_local(self) -> bool:
         """Whether the bucket is a folder, whose shards are read where they lie."""
-        return self._bucket.uri.startswith("/")
-
-    def uri(self, shard: int) -> str:
-        """Where the bucket holds a shard."""
-        return self._bucket.uri_of(f"{self._key}/{self.index.shards[shard].name}")
-
-    def place(self, shard: int) -> Path:
-        """The file of a shard in a bucket that is a folder.
-
-        Raises:
-            MissingInputError: it is not there.
-        """
-        with self._bucket.open(f"{self._key}/{self.index.shards[shard].name}") as file:
-            return Path(file.name)
+        return self.places.is_local
 
     def check_stop(self) -> None:
         """Raises `StoppedError` once this process is to stop."""
@@ -142,7 +144,11 @@ class ShardSource:
             if size_bytes == packed.bytes and hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
                 return
         wrong = "other bytes" if size_bytes == packed.bytes else f"{size_bytes:,} bytes instead of {packed.bytes:,}"
-        raise BadDataError(f"{self.uri(shard)} holds {wrong} than were packed: restore it, or pack the dataset anew")
+        with path.open("rb") as file:
+            damage = first_damaged(file, self.records[self.starts[shard] : self.starts[shard + 1]])
+        raise BadDataError(
+            f"{self.places.uri(shard)} holds {wrong} than were {self._made}; {damage}: restore it, or {self._anew}"
+        )
 
     def is_intact(self, shard: int, path: Path) -> bool:
         """Whether a file still holds the shard that was once verified, at the speed of CRC-32C."""
@@ -150,9 +156,16 @@ class ShardSource:
             return f"{crc32c_of(file):08x}" == self.index.shards[shard].crc32c
 
     def encoded(self, shard: int, descriptor: int, row: int) -> bytes:
-        """Image `row` (within the shard) as it lies in the shard's open file."""
+        """Image `row` (within the shard) as it lies in the shard's open file.
+
+        Raises:
+            BadDataError: it is not the image that was packed.
+        """
         record = self.records[self.starts[shard] + row]
-        return os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+        content = os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+        if google_crc32c.value(content) != record["crc32c"]:
+            raise BadDataError(f"{self._image(shard, row)} is not as it was {self._made}: restore it, or {self._anew}")
+        return content
 
     def decode(
         self, shard: int, rows: Int64s, read: Callable[[int], bytes], out: Uint8s, places: Int64s
@@ -172,16 +185,11 @@ class ShardSource:
 
         def decode_some(part: range) -> None:
             for i in part:
+                content = read(i)
                 try:
-                    image = decode(read(i), self.index.channels)
+                    out[places[i]] = self._decode_image(content)
                 except BadDataError as error:
-                    raise BadDataError(f"{self._image(shard, rows[i])}: {error}: pack the dataset anew") from None
-                if image.shape != self.image_shape:
-                    raise BadDataError(
-                        f"{self._image(shard, rows[i])} is {image.shape[1]}×{image.shape[0]} pixels "
-                        f"in a dataset of {self.index.size}×{self.index.size}: pack the dataset anew"
-                    )
-                out[places[i]] = image
+                    raise BadDataError(f"{self._image(shard, rows[i])}: {error}: {self._anew}") from None
 
         parts = [range(len(rows))[i : i + _DECODE_IMAGES] for i in range(0, len(rows), _DECODE_IMAGES)]
         return [self._decoders.submit(decode_some, part) for part in parts]
@@ -229,15 +237,16 @@ class ShardSource:
             pool.shutdown(wait=False, cancel_futures=True)
 
     def _image(self, shard: int, row: int) -> str:
-        return f"{self.uri(shard)}, image {row} (at byte {self.records[self.starts[shard] + row]['offset']})"
+        return f"{self.places.uri(shard)}, image {row} (at byte {self.records[self.starts[shard] + row]['offset']})"
 
     def _fetched(self, number: int, incoming: Path) -> Path:
         shard = self.index.shards[number]
         if self.is_local:
-            path = self.place(number)
+            path = self.places.path(number)
         else:
             path = incoming / shard.name
-            self._bucket.download(f"{self._key}/{shard.name}", path)
+            store, key = self.places.of(number)
+            store.download(key, path)
         self.check(number, path)
         return path
 
@@ -265,16 +274,48 @@ class ShardSource:
         key = f"{self._key}/{shard.offsets_name}"
         data = self._bucket.read(key).data
         if hashlib.sha256(data).hexdigest() != shard.offsets_sha256 or len(data) != shard.images * _RECORD_BYTES:
-            raise BadDataError(f"{self._bucket.uri_of(key)} is not the table that was packed: pack the dataset anew")
+            raise BadDataError(f"{self._bucket.uri_of(key)} is not the table that was {self._made}: {self._anew}")
         records = np.frombuffer(data, OFFSETS_DTYPE)
         offsets, labels = records["offset"], records["label"]
         lowest, highest = (0, len(self.index.classes) - 1) if self.index.classes else (-1, -1)
         is_inside = offsets.max() < shard.bytes and (offsets + records["bytes"]).max() <= shard.bytes
         if not is_inside or labels.min() < lowest or labels.max() > highest:
-            raise BadDataError(
-                f"{self._bucket.uri_of(key)} points beyond its shard or its classes: pack the dataset anew"
-            )
+            raise BadDataError(f"{self._bucket.uri_of(key)} points beyond its shard or its classes: {self._anew}")
         return data
+
+
+def image_decoder(index: DatasetIndex, where: str) -> Callable[[bytes], Uint8s]:
+    """What makes an image, uint8 [H, W, C], of its encoded bytes, or raises `BadDataError`."""
+    if not index.is_foreign:
+        return partial(_decode_packed, index)
+    try:
+        recipe = Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
+    except BadRequestError as error:
+        raise BadDataError(f"{where} is not a dataset index ({error}): index the dataset anew") from None
+    if index.codecs != codec_versions():
+        _log.warning(
+            f"dataset {index.name} was indexed with {index.codecs}, and is read with {codec_versions()}: "
+            "its images may differ in their last bits"
+        )
+    return partial(_decode_foreign, recipe)
+
+
+def _decode_packed(index: DatasetIndex, encoded: bytes) -> Uint8s:
+    # A decoder would take the memory for whatever size the image claims.
+    size, (width, height) = index.size, declared_size(encoded)
+    if (width, height) != (size, size):
+        raise BadDataError(f"it is {width}×{height} pixels in a dataset of {size}×{size}")
+    image = decode(encoded, index.channels)
+    if image.shape[2] != index.channels:
+        raise BadDataError(f"it has {image.shape[2]} channels in a dataset of {index.channels}")
+    return image
+
+
+def _decode_foreign(recipe: Recipe, encoded: bytes) -> Uint8s:
+    try:
+        return prepared_pixels(encoded, recipe)
+    except RejectedImageError as error:
+        raise BadDataError(f"it {error}") from None
 
 
 def crc32c(pixels: Uint8s) -> int:

@@ -3,9 +3,11 @@
     BUCKET/datasets/NAME-SIZE/index.json            written last, create-once: the dataset exists when this does
                               shard-00000.tar       key.png and, where there are classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
+                              rejects.jsonl         the images that were left out, if there are any
 
 The index stays small for any number of images, because everything per image lies in the offset tables. Tars that were
 there before may be indexed in place: then the index names their URIs, and their images are prepared at each reading.
+The index carries its own hash and those of all other objects, the tables a checksum per image, so that damage is named.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import json
 import re
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 DATASETS = "datasets"
 INDEX = "index.json"
+CONTACT_SHEET = "contact-sheet.png"
 SHARD_BYTES = 64 * 1024 * 1024
-OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4")])
-"""Where an image's encoded bytes lie in its tar, and its class (-1 without classes)."""
+OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
+"""Where an image's encoded bytes lie in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
@@ -62,11 +68,11 @@ class ShardWriter:
         self._file = path.open("wb")
         self._sha256 = hashlib.sha256()
         self._crc32c = 0
-        self._records: list[tuple[int, int, int]] = []
+        self._records: list[tuple[int, int, int, int]] = []
 
     def add(self, key: str, png: bytes, label: int) -> None:
         """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.bytes + tarfile.BLOCKSIZE, len(png), label))
+        self._records.append((self.bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
         self._add_file(f"{key}.png", png)
         if label >= 0:
             self._add_file(f"{key}.cls", str(label).encode())
@@ -99,10 +105,31 @@ class ShardWriter:
         self.bytes += len(data)
 
 
-class DatasetIndex(BaseModel):
-    """What a dataset is and how it came to be: crop and filter change an FID more than most methods do."""
+def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
+    """Names the first image of a damaged shard that is not as it was packed, or says that all of them are.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Args:
+        file: the shard, however damaged.
+        table: its offset table, OFFSETS_DTYPE [n], which must be the one that was packed.
+    """
+    for row, (offset, size_bytes, _, checksum) in enumerate(table.tolist()):
+        file.seek(offset)
+        if google_crc32c.value(file.read(size_bytes)) != checksum:
+            file.seek(offset - tarfile.BLOCKSIZE)
+            return f"the first damaged image is {row}{_member_name(file.read(tarfile.BLOCKSIZE))}, at byte {offset}"
+    return "all its images are whole, but not what lies between them"
+
+
+def _member_name(header: bytes) -> str:
+    """In brackets; nothing if the header is damaged as well."""
+    try:
+        return f" ({tarfile.TarInfo.frombuf(header, 'ascii', 'backslashreplace').name!r})"
+    except tarfile.HeaderError:
+        return ""
+
+
+class DatasetIndex(Sealed):
+    """What a dataset is and how it came to be: crop and filter change an FID more than most methods do."""
 
     format: int = Field(default=1, ge=1, le=1)
     name: str
@@ -115,6 +142,7 @@ class DatasetIndex(BaseModel):
     source: str = Field(description="base name of what was packed")
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     rejected_images: int = Field(default=0, ge=0)
+    rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
@@ -149,10 +177,6 @@ class DatasetIndex(BaseModel):
             content |= {"crop": self.crop, "resize_filter": self.resize_filter}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
-    def to_json(self) -> bytes:
-        """The canonical bytes of `index.json`."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
-
 
 def shard_name(number: int) -> str:
     """Key of a shard below its dataset."""
@@ -179,25 +203,24 @@ def validated_dataset_name(name: str) -> str:
 
 
 def load_index(bucket: Store, key: str) -> DatasetIndex:
-    """Reads and validates the index of the dataset at `key` (`datasets/NAME-SIZE`).
+    """Reads the index of the dataset at `key` (`datasets/NAME-SIZE`) and checks it against its own hash and place.
 
     Raises:
         MissingInputError: there is no such dataset.
-        BadDataError: the index is not one.
+        BadDataError: the index is not one, rotten, or another dataset's.
     """
     where = f"{key}/{INDEX}"
     try:
-        return DatasetIndex.model_validate_json(bucket.read(where).data)
+        index = DatasetIndex.load(bucket, where)
     except ObjectMissingError:
         raise MissingInputError(
             f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
         ) from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(map(str, problem["loc"])) or "document"
-        raise BadDataError(
-            f"{bucket.uri_of(where)} is not a dataset index ({field}: {problem['msg']}): pack the dataset anew"
-        ) from None
+    except BadDataError as error:
+        raise BadDataError(f"{error}: restore it, or pack the dataset anew") from None
+    if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
+        raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}: restore it, or pack the dataset anew")
+    return index
 
 
 def find_dataset(bucket: Store, name: str, size: int | None = None) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -89,8 +89,8 @@ def _read_file(path: Path) -> bytes:
         return read_exactly(file, os.fstat(file.fileno()).st_size)
 
 
-def open_source(source: str) -> Source:
-    """Finds out what `source` is: a local path, or the URI of an object or a folder in a bucket.
+def open_source(source: str, opened: Callable[[str], Store] = open_store) -> Source:
+    """Finds out what `source` is: a local path, or the URI of an object or a folder in a bucket, which is `opened`.
 
     Raises:
         MissingInputError: it is not there.
@@ -99,7 +99,7 @@ def open_source(source: str) -> Source:
     """
     scheme, separator, rest = source.partition("://")
     if separator and scheme.lower() != "file":
-        return _in_bucket(source, f"{scheme}://", rest)
+        return _in_bucket(source, f"{scheme}://", rest, opened)
     path = Path(unquote(rest) if separator else source).expanduser()
     with refusing(repr(source)):
         if path.is_dir():
@@ -111,12 +111,12 @@ def open_source(source: str) -> Source:
         return _idx(path.parent, files, path.name) or _archive(path, _opener(path))
 
 
-def _in_bucket(uri: str, scheme: str, rest: str) -> Source:
+def _in_bucket(uri: str, scheme: str, rest: str, opened: Callable[[str], Store]) -> Source:
     folder, _, name = rest.rpartition("/")
-    if folder and name and (parent := open_store(scheme + folder)).exists(name):
+    if folder and name and (parent := opened(scheme + folder)).exists(name):
         files = _bucket_idx_files(parent) if _IDX.fullmatch(name) else {}
         return _idx(parent.uri, files, name) or _archive(uri, partial(parent.open, name))
-    store = open_store(uri)
+    store = opened(uri)
     if next(iter(store.list()), None) is None:
         raise MissingInputError(f"there is nothing at {uri}: give a folder or an archive of images")
     return _idx(uri, _bucket_idx_files(store)) or BucketFolder(store)
@@ -134,7 +134,7 @@ def _idx(folder: object, files: dict[str, Opener], chosen: str = "") -> Idx | No
     """The MNIST set `chosen`, or else the one for training; None without any."""
     images = sorted(name for name in files if "images" in name)
     train = [name for name in images if "train" in name]
-    if not images:
+    if not images or (chosen and chosen not in files):
         return None
     if not chosen and not train and len(images) > 1:
         raise BadRequestError(f"{folder} holds several MNIST sets: give one of {', '.join(images)} as SOURCE")

@@ -18,19 +18,21 @@ DEADLINE_SECONDS = 15.0
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
-def open_store(uri: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> Store:
+def open_store(uri: str, *, deadline_seconds: float | None = None) -> Store:
     """Opens `gs://` or `s3://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
 
     Backends are imported only when asked for, so that a local run needs no cloud library.
 
     Args:
         uri: where the objects lie; a path may be relative to the working folder or begin with `~`.
-        deadline_seconds: how long one operation on a bucket is retried while the bucket is away.
+        deadline_seconds: how long one operation on a bucket is retried while the bucket is away; `DEADLINE_SECONDS` if
+            not given.
 
     Raises:
         BadRequestError: a scheme nobody here speaks, a name no bucket can have, or a backend whose extra is missing.
         NoPermissionError: no credentials for the bucket were found.
     """
+    deadline_seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
     scheme, separator, rest = uri.partition("://")
     match scheme.lower() if separator else "file":
         case "file":
@@ -41,7 +43,8 @@ def open_store(uri: str, *, deadline_seconds: float = DEADLINE_SECONDS) -> Store
             return _open_s3(rest, deadline_seconds)
         case _:
             raise BadRequestError(
-                f"{uri!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, file:///PATH or a path"
+                f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
+                "file:///PATH or a path"
             )
 
 
@@ -79,9 +82,19 @@ def _open_s3(rest: str, deadline_seconds: float) -> Store:
 
 def _bucket_and_prefix(scheme: str, rest: str) -> tuple[str, str]:
     bucket, _, prefix = rest.strip("/").partition("/")
+    if not _BUCKET.fullmatch(bucket) and "@" in rest:
+        raise BadRequestError(
+            f"{_without_secrets(f'{scheme}://{rest}')} has a user or password in it, which every log would repeat: "
+            "leave it out, and give credentials as the provider's own tools take them"
+        )
     if not _BUCKET.fullmatch(bucket):
         raise BadRequestError(f"{scheme}://{rest} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
     return bucket, prefix
+
+
+def _without_secrets(uri: str) -> str:
+    """The URI for a message: without user and password, and without a query, which may be a signature."""
+    return re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))
 
 
 def _extra_missing(scheme: str, error: ModuleNotFoundError) -> BadRequestError:

@@ -44,7 +44,7 @@ from job.store.base import (
     validated_new_key,
 )
 from job.store.files import crc32c_of, os_errors, temporary_beside
-from job.store.gcs_errors import GcsErrors, damaged, no_credentials
+from job.store.gcs_errors import REMOTE, GcsErrors, damaged, is_lost, is_passing, no_credentials
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CONNECTIONS = 64
@@ -78,13 +78,13 @@ class Bucket:
             self.client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
         self.handle = self.client.bucket(name)
         # Half the deadline, so that a server that accepts and then keeps silent gets a second chance.
-        self._silence_seconds = deadline_seconds / 2
+        self.silence_seconds = deadline_seconds / 2
         self.files = GCSFileSystem(
             token=credentials,
             use_listings_cache=False,
             skip_instance_cache=True,
             requests_timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self._silence_seconds, sock_read=self._silence_seconds
+                total=None, sock_connect=self.silence_seconds, sock_read=self.silence_seconds
             ),
         )
         self.deadline_seconds = deadline_seconds
@@ -105,7 +105,7 @@ class Bucket:
     def patience_for(self, size_bytes: int) -> dict[str, Any]:
         """How google-cloud-storage is to try again, as arguments of a call that sends `size_bytes`."""
         retry = DEFAULT_RETRY.with_delay(initial=0.25, maximum=8.0, multiplier=2.0)
-        return {"timeout": self._silence_seconds, "retry": retry.with_timeout(self.transfer_seconds(size_bytes))}
+        return {"timeout": self.silence_seconds, "retry": retry.with_timeout(self.transfer_seconds(size_bytes))}
 
     def transfer_seconds(self, size_bytes: int) -> float:
         """How long `size_bytes` may take with all attempts."""
@@ -166,6 +166,16 @@ class GcsStore(Store):
             blob.crc32c = crc32c = _encoded(crc32c_of(file))
             blob.chunk_size = min(_CHUNK_BYTES, (size_bytes // _CHUNK_MULTIPLE_BYTES + 1) * _CHUNK_MULTIPLE_BYTES)
             file.seek(0)
+            arrived = False
+
+            def is_to_be_repeated(error: Exception) -> bool:
+                # An upload whose answer was lost cannot be repeated everywhere; that it arrived can be seen.
+                nonlocal arrived
+                arrived = is_lost(error) and self._holds(key, size_bytes, crc32c)
+                return is_passing(error) and not arrived
+
+            patience = self._bucket.patience_for(min(size_bytes, _CHUNK_BYTES))
+            patience["retry"] = patience["retry"].with_predicate(is_to_be_repeated)
             try:
                 blob.upload_from_file(
                     file,
@@ -173,7 +183,7 @@ class GcsStore(Store):
                     content_type=_content_type(key),
                     if_generation_match=0,
                     checksum="crc32c",
-                    **self._bucket.patience_for(min(size_bytes, _CHUNK_BYTES)),
+                    **patience,
                 )
             except PreconditionFailed:
                 blob.reload(**self._bucket.patience)
@@ -181,6 +191,10 @@ class GcsStore(Store):
                     raise ObjectExistsError(
                         f"{self.uri_of(key)} exists already with other content: somebody else was first"
                     ) from None
+            except Exception:
+                if not arrived:
+                    raise
+                return
             if blob.crc32c != crc32c:
                 blob.delete(if_generation_match=blob.generation, **self._bucket.patience)
                 raise damaged(self.uri_of(key))
@@ -270,6 +284,13 @@ class GcsStore(Store):
             data, content_type=_content_type(key), checksum="crc32c", **condition, **self._bucket.patience
         )
         return str(blob.generation)
+
+    def _holds(self, key: str, size_bytes: int, crc32c: str) -> bool:
+        """Whether the object is there with this content; one that cannot be asked about is not."""
+        blob = self._blob(key)
+        with suppress(*REMOTE):
+            blob.reload(timeout=self._bucket.silence_seconds, retry=None)
+        return (blob.size, blob.crc32c) == (size_bytes, crc32c)
 
     def _own_write(self, key: str, data: bytes) -> str | None:
         """The object's version if it holds `data`: a write whose answer was lost is refused when it is repeated."""

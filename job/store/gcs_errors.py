@@ -21,7 +21,7 @@ from google.cloud.storage.exceptions import DataCorruption
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.store.base import ObjectMissingError
 
-_REMOTE = (
+REMOTE = (
     GoogleAPIError,
     GoogleAuthError,
     DataCorruption,
@@ -61,7 +61,7 @@ class GcsErrors:
         """
         try:
             yield
-        except (*_REMOTE, OSError, ValueError) as error:
+        except (*REMOTE, OSError, ValueError) as error:
             if not _is_remote(error):
                 raise
             raise self.translated(error, uri) from error
@@ -94,7 +94,7 @@ class GcsErrors:
         """What a 404 about `uri` means."""
         try:
             there = self._bucket_exists()
-        except _REMOTE:
+        except REMOTE:
             # Who may not list cannot tell; the object is missing all the same.
             there = True
         if there:
@@ -102,6 +102,19 @@ class GcsErrors:
         return MissingInputError(
             f"no bucket {self._bucket}: check the name, or make it with `gcloud storage buckets create {self._bucket}`"
         )
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same request of google-cloud-storage may succeed a little later."""
+    if isinstance(error, GoogleAuthError):
+        return error.retryable or isinstance(error, TransportError)
+    status = _status(error)
+    return _is_remote(error) if status is None else status >= 500 or status in (408, 429)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether a request got no answer, so that it may have been met or not."""
+    return _is_remote(error) and _status(error) is None
 
 
 def damaged(uri: str) -> BucketAwayError:
@@ -122,9 +135,9 @@ def _is_remote(error: Exception) -> bool:
 
     An `OSError` with a number, though, comes from this machine's disk.
     """
-    if isinstance(error, OSError) and not isinstance(error, _REMOTE):
+    if isinstance(error, OSError) and not isinstance(error, REMOTE):
         return error.errno is None
-    return isinstance(error, _REMOTE) or str(error).startswith("Bad Request")
+    return isinstance(error, REMOTE) or str(error).startswith("Bad Request")
 
 
 def _status(error: BaseException) -> int | None:
@@ -145,8 +158,8 @@ def _reason(error: BaseException) -> str:
     if (message := _MESSAGE.search(text)) is not None:
         text = message[1]
     elif _status(error) is None:
-        while inner := error.__cause__ or error.__context__:
+        while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
             error = inner
-        text = str(error)
+        text = "timed out" if isinstance(error, TimeoutError) else str(error)
     text = " ".join(text.split()) or type(error).__name__
     return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"

@@ -99,7 +99,9 @@ class PatientStore(Store):
     def __init__(self, inner: Store, outage: Outage, should_stop: Callable[[], bool]) -> None:
         """`outage` has the limit and knows whom to tell; `should_stop` is polled by whoever waits for the bucket."""
         super().__init__(inner.uri)
-        self.inner, self.outage, self._should_stop = inner, outage, should_stop
+        # Patience upon patience would double the limit.
+        self.inner: Store = inner.inner if isinstance(inner, PatientStore) else inner
+        self.outage, self._should_stop = outage, should_stop
 
     def insist(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Does `work`, which must bear repetition, until the bucket is there for all of it."""
@@ -138,7 +140,7 @@ class PatientStore(Store):
             if self._should_stop():
                 leave_at = leave_at or time.monotonic() + LAST_SECONDS
                 if time.monotonic() >= leave_at:
-                    raise StoppedError(f"stopped while {self.uri} did not answer")
+                    raise StoppedError(f"stopped while {self.uri} did not answer; the same command goes on")
         return done.result()
 
     def _pause(self, seconds: float, error: BucketAwayError) -> None:
@@ -150,7 +152,11 @@ class PatientStore(Store):
 
     def sub(self, prefix: str) -> PatientStore:
         """A store below, with the same patience."""
-        return PatientStore(self.inner.sub(prefix), self.outage, self._should_stop)
+        return self.around(self.inner.sub(prefix))
+
+    def around(self, store: Store) -> PatientStore:
+        """Another store, with the same patience."""
+        return PatientStore(store, self.outage, self._should_stop)
 
     def read(self, key: str) -> Blob:
         """As `Store.read`."""

@@ -139,6 +139,9 @@ class Bucket:
             which |= {} if version is None else {"IfMatch": version}
             answer = self.once("get_object", Key=name, ChecksumMode="ENABLED", **which)
             body = answer.pop("Body")
+            if "ContentLength" not in answer:
+                # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
+                raise IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
             if not first:
                 first.update(answer)
             version = answer["ETag"]

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState
 
-from job.cli.app import main
+from job.cli.app import run
 from job.launched import LAUNCHED
 from job.launcher import STOP_SIGNALS
 
@@ -77,7 +77,7 @@ def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[s
         for name, value in variables.items():
             patch.setenv(name, value)
         try:
-            main()
+            run()
         except SystemExit as end:
             code = int(end.code or 0)
         finally:

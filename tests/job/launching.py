@@ -23,6 +23,11 @@ def ready():
 def all_ready():
     while not all(Path(f"{other}.ready").exists() for other in range(int(os.environ.get("WORLD_SIZE", 1)))):
         time.sleep(0.01)
+def work(seconds):
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        beat()
+        time.sleep(0.02)
 """
 _LAUNCHER = """
 import sys
@@ -45,6 +50,12 @@ def start(
     program = _LAUNCHER.format(processes=processes, hang_after_seconds=hang_after_seconds)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
     return subprocess.Popen([*before, sys.executable, "-P", "-c", program], cwd=folder, **streams)
+
+
+def ended(child: subprocess.Popen[str], seconds: float = 30) -> tuple[int, str, str]:
+    """The exit code of a launcher, and what it printed."""
+    out, err = child.communicate(timeout=seconds)
+    return child.returncode, out, err
 
 
 def eventually(condition: Callable[[], Any], seconds: float = 60) -> Any:

@@ -37,7 +37,7 @@ def by_somebody_elsewhere(run: Store, fence: int = 4, since: str = "2031-01-01T0
     elsewhere = ProcessIdentity.of_this_process().model_copy(
         update={"host": "far-away", "pid": 77, "boot_id": "00000000-0000-4000-8000-000000000000"}
     )
-    record = lease_module._Record(
+    record = lease_module.LeaseRecord(
         fence=fence, holder=f"holder-{since}", renewal=9, released=False, since=since, process=elsewhere
     )
     run.put(LEASE, record.to_json())

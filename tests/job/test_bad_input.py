@@ -23,7 +23,16 @@ from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, tar_of, zip_of
 
-STATUS = Status("finished", 1, 304, 304, 1.0, 0.5, 10.0, "2025-01-01T00:00:00Z")
+STATUS = {
+    "state": "finished",
+    "fence": 1,
+    "images_seen": 304,
+    "target_images": 304,
+    "epoch": 1.0,
+    "loss": 0.5,
+    "images_per_second": 10.0,
+    "updated": "2025-01-01T00:00:00Z",
+}
 GOOD = [(f"{number}.png", encoded(picture(number))) for number in range(12)]
 
 
@@ -399,8 +408,9 @@ def test_rotten_descriptions_are_named(tmp_path):
         "[]",
         '{"state": 3}',
         b"\xff",
-        json.dumps({**vars(STATUS), "loss": "low"}),
-        json.dumps({**vars(STATUS), "updated": "now"}),
+        Status.model_construct(**STATUS).to_json()[:-1],
+        Status.model_construct(state="finished").to_json(),
+        Status.model_construct(**{**STATUS, "updated": "now"}).to_json(),
     ],
 )
 def test_a_damaged_status_is_as_good_as_none(bucket, content):

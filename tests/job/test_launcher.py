@@ -13,7 +13,7 @@ import pytest
 from job.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.job.command_line import DDPM, environment, settings
-from tests.job.launching import children, eventually, is_gone, ready_pids, start
+from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
 STOPS = """
 from job.stopping import StopFlag
@@ -24,12 +24,6 @@ while not stop():
 Path(f"{rank}.stopped").touch()
 sys.exit(75)
 """
-
-
-def ended(child, seconds=30):
-    """The exit code of a launcher, and what it printed."""
-    out, err = child.communicate(timeout=seconds)
-    return child.returncode, out, err
 
 
 def test_ranks_know_their_place(tmp_path):

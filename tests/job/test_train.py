@@ -71,7 +71,7 @@ def train(packed):
 
             def __call__(self):
                 # Whoever waits polls, too, as often as it happens to wait.
-                after_a_step = sys._getframe(1).f_code.co_name == "_after_step"
+                after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
                 return stop_after is not None and after_a_step and next(polls) >= stop_after
 
         request = TrainRequest("tiles", str(packed), run=run, preset=preset, epochs=epochs, sets=(*SMALL, *sets))

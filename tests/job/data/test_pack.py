@@ -1,6 +1,7 @@
 import io
 import json
 
+import google_crc32c
 import numpy as np
 import pytest
 from PIL import Image
@@ -59,7 +60,8 @@ def test_the_offsets_point_to_the_images_and_the_index_says_how_they_were_made(t
         assert SHARD_BYTES <= len(tar) < SHARD_BYTES + 5000 or shard == index.shards[-1]
         table = np.fromfile(tmp_path / KEY / shard.offsets_name, OFFSETS_DTYPE)
         assert len(table) == shard.images
-        for offset, size, label in table.tolist():
+        for offset, size, label, crc32c in table.tolist():
+            assert google_crc32c.value(tar[offset : offset + size]) == crc32c
             assert tar[offset : offset + 4] == b"\x89PNG"
             assert tar[offset + size - 8 : offset + size - 4] == b"IEND"
             labels.append(label)

@@ -1,0 +1,98 @@
+"""`python -m benchmarks.crash_campaign`: kills a run at every point of its protocols, then at random moments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import secrets
+import signal
+import sys
+import tempfile
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn
+
+from benchmarks.crash_campaign.buckets import KINDS, bucket
+from benchmarks.crash_campaign.campaign import Request, run_campaign, title
+from benchmarks.crash_campaign.points import POINTS, SABOTAGES, listing
+from benchmarks.crash_campaign.processes import destroy_all
+from job.progress import note
+from job.store import open_store
+
+EPILOG = """\
+Exit code: 0 if the killed runs end with the undisturbed run's weights, metrics and pictures, else 1, with what does not
+hold. Example: python -m benchmarks.crash_campaign --kills 100 --seed 7 --bucket gs"""
+
+
+def main() -> int:
+    """Runs the campaign that the command line asks for; the exit code."""
+    options = _options()
+    if options.list:
+        print(listing())
+        return 0
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _leave)
+    names = tuple(filter(None, options.points.split(",")))
+    request = Request(options.kills, options.seed, names, options.sabotage)
+    with tempfile.TemporaryDirectory(prefix="ddpm-campaign-") as temporary:
+        folder = options.keep or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        with bucket(options.bucket, folder / "bucket") as uri:
+            base = f"{uri.rstrip('/')}/campaign-{secrets.token_hex(4)}"
+            report = run_campaign(request, base, folder.resolve(), note)
+            if options.keep is None and options.bucket == uri:
+                store = open_store(base)
+                for entry in list(store.list()):
+                    store.delete(entry.key)
+    if options.json:
+        options.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
+    print(title(report, options.bucket))
+    print(report.table())
+    if report.failures:
+        print(f"\n{len(report.failures)} failure{'s' * (len(report.failures) > 1)}:")
+        print("\n".join(report.failures))
+        return 1
+    print("\nNothing was lost.")
+    return 0
+
+
+def _leave(number: int, frame: FrameType | None) -> NoReturn:
+    destroy_all()
+    raise SystemExit(128 + number)
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.crash_campaign",
+        description="Kills a run at every point of its protocols and at random moments; it must end as if undisturbed.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
+    parser.add_argument("--kills", type=int, default=20, metavar="N", help="random kills after the points (20)")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the runs and of the random kills (0)")
+    parser.add_argument(
+        "--bucket", default="file", metavar="WHERE", help=f"{kinds}, or a URI, which is used as it is (file)"
+    )
+    parser.add_argument(
+        "--points", default="", metavar="NAMES", help="only these points, such as staged,manifest; or none"
+    )
+    parser.add_argument("--sabotage", default="", choices=SABOTAGES, help="break a protocol, which must be reported")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results there, too")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="work there, and leave everything for a look")
+    parser.add_argument("--list", action="store_true", help="list the points, and end")
+    options = parser.parse_args()
+    known = {point.name for point in POINTS} | {"none"}
+    if unknown := [name for name in options.points.split(",") if name and name not in known]:
+        parser.error(f"there is no point {unknown[0]!r}: --list shows those there are")
+    if options.kills < 0:
+        parser.error(f"--kills {options.kills}: use 0 or more")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed {options.seed}: use 0 to 2**63 - 1")
+    if options.sabotage and options.kills == parser.get_default("kills"):
+        options.kills = 0
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())

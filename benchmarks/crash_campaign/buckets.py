@@ -1,0 +1,76 @@
+"""Where the campaign's runs lie: a bucket that was given, or one of a real server that is started for it."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+KINDS = {
+    "file": "a folder",
+    "gs": "a fake-gcs-server of its own",
+    "s3": "a SeaweedFS of its own",
+    "s3-moto": "a moto server of its own",
+}
+
+
+@contextmanager
+def bucket(wanted: str, folder: Path) -> Iterator[str]:
+    """URI of a bucket while the context lasts.
+
+    Args:
+        wanted: one of `KINDS`, or a URI, which is used as it is.
+        folder: for the data and logs of a server.
+    """
+    kind = wanted.removesuffix("://")
+    if kind not in KINDS:
+        yield wanted
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    if kind == "file":
+        yield f"file://{folder.resolve()}"
+    elif kind == "gs":
+        yield from _gs(folder)
+    else:
+        yield from _s3(folder, with_moto=kind == "s3-moto")
+
+
+def _gs(folder: Path) -> Iterator[str]:
+    from google.cloud import storage
+
+    from tests.servers import fake_gcs_server
+
+    name = f"campaign-{secrets.token_hex(4)}"
+    with fake_gcs_server(folder) as url, _variables(STORAGE_EMULATOR_HOST=url):
+        storage.Client(project="campaign").create_bucket(name)
+        yield f"gs://{name}"
+
+
+def _s3(folder: Path, with_moto: bool) -> Iterator[str]:
+    import boto3
+
+    from tests.servers import SECRET, moto, seaweedfs
+
+    name = f"campaign-{secrets.token_hex(4)}"
+    with (moto if with_moto else seaweedfs)(folder) as url:
+        nothing, keys = os.devnull, {"AWS_ACCESS_KEY_ID": "owner", "AWS_SECRET_ACCESS_KEY": SECRET}
+        files = {"AWS_CONFIG_FILE": nothing, "AWS_SHARED_CREDENTIALS_FILE": nothing}
+        with _variables(AWS_ENDPOINT_URL=url, AWS_EC2_METADATA_DISABLED="true", **keys, **files):
+            boto3.client("s3").create_bucket(Bucket=name)
+            yield f"s3://{name}"
+
+
+@contextmanager
+def _variables(**variables: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,211 @@
+"""All lanes of a campaign, two at a time, and what they found, as a table and as JSON."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, product
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.crash_campaign.injection import EXPIRE_SECONDS, RENEW_SECONDS
+from benchmarks.crash_campaign.lane import Lane
+from benchmarks.crash_campaign.points import POINTS, SABOTAGES, Point
+from benchmarks.crash_campaign.records import Moment, Tally
+from benchmarks.crash_campaign.work import EPOCHS, IMAGES, Work, make_images
+from job.progress import Progress
+
+LANES_AT_A_TIME = 2
+KINDS = ((1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1))
+"""Processes and dropout of the lanes."""
+TURNS = (*KINDS, *KINDS[:2])
+"""Whose turn it is to get a random kill: two processes start and train more slowly than one."""
+ACTIONS, TARGETS = ("kill", "term"), ("group", "rank", "launcher")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a person asked for."""
+
+    kills: int
+    seed: int
+    points: tuple[str, ...]
+    """Names; empty for all of them."""
+    sabotage: str = ""
+
+    def chosen_points(self) -> list[Point]:
+        """The points to be met, in their order."""
+        names = self.points or SABOTAGES.get(self.sabotage, ()) or tuple(point.name for point in POINTS)
+        return [point for point in POINTS if point.name in names]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the lanes found together."""
+
+    seed: int
+    bucket: str
+    sabotage: str
+    seconds: float
+    lanes: dict[str, Tally]
+
+    @property
+    def failures(self) -> list[str]:
+        """What did not hold."""
+        return [failure for tally in self.lanes.values() for failure in tally.failures]
+
+    @property
+    def kills(self) -> Counter[str]:
+        """Kills of all lanes, by kind."""
+        return sum((tally.kills for tally in self.lanes.values()), Counter())
+
+    def total(self, name: str) -> int:
+        """The sum of a count over all lanes."""
+        return sum(getattr(tally, name) for tally in self.lanes.values())
+
+    @property
+    def recovery_seconds(self) -> list[float]:
+        """Of all lanes."""
+        return [seconds for tally in self.lanes.values() for seconds in tally.recovery_seconds]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON."""
+        recovery = self.recovery_seconds or [0.0]
+        return {
+            "seed": self.seed,
+            "bucket": self.bucket,
+            "sabotage": self.sabotage,
+            "seconds": round(self.seconds, 1),
+            "kills": self.kills.total(),
+            "kills_by_kind": dict(self.kills),
+            "resumes": self.total("resumes"),
+            "runs": self.total("runs"),
+            "lost_images": self.total("lost_images"),
+            "repeated_images": self.total("repeated_images"),
+            "bad_checkpoints": self.total("bad_checkpoints"),
+            "planted_checkpoints": self.total("planted_checkpoints"),
+            "recovery_seconds_median": round(median(recovery), 2),
+            "recovery_seconds_worst": round(max(recovery), 2),
+            "failures": self.failures,
+            "lanes": {name: vars(tally) for name, tally in self.lanes.items()},
+        }
+
+    def table(self) -> str:
+        """For people."""
+        recovery = self.recovery_seconds
+        rows: list[tuple[str, str]] = [("kills", f"{self.kills.total()}")]
+        rows += [(f"  {kind}", f"{count}") for kind, count in sorted(self.kills.items())]
+        rot = sum((tally.rot for tally in self.lanes.values()), Counter[str]())
+        rows += [
+            ("damages", ", ".join(sorted(rot)) or "none"),
+            ("resumes", f"{self.total('resumes')}, in {self.total('runs')} runs"),
+            ("images lost", f"{self.total('lost_images')}"),
+            ("images repeated", f"{self.total('repeated_images'):,}"),
+            ("bad checkpoints seen", f"{self.total('bad_checkpoints')} of {self.total('planted_checkpoints')} damaged"),
+            ("recovery", f"median {median(recovery):.1f} s, worst {max(recovery):.1f} s" if recovery else "none"),
+        ]
+        for name, tally in self.lanes.items():
+            undisturbed = f"{tally.undisturbed_hash[:32]}… undisturbed" if tally.undisturbed_hash else "not compared"
+            rows.append((f"weights, {name}", undisturbed))
+            for sha256, count in Counter(tally.hashes).items():
+                rows.append(("", f"{sha256[:32]}… after kills ({count} run{'s' * (count > 1)})"))
+        width = max(len(name) for name, _ in rows)
+        lines = [f"{name.ljust(width)}  {value}" for name, value in rows]
+        return "\n".join([*lines, "", *DEFINITIONS])
+
+
+DEFINITIONS = (
+    "images lost: of the order from 0 to the end, those that went into the final weights not once.",
+    "images repeated: trained on again by a later attempt, because what was learnt from them was not saved.",
+    "recovery: from the start of a process after a kill to the end of its first step, imports included.",
+    "weights: SHA-256 over all tensors of the newest checkpoint: model, averaged weights, moments of the optimiser.",
+    "Compared as well: learning rate, losses and all other metrics, loss sums of manifests, pixels, noise and timestep",
+    "of every image, pictures, packed shards, saved samples. Losses of 2 processes agree to 1e-5, all else to the bit.",
+    f"The lease is renewed every {RENEW_SECONDS:g} s and expires after {EXPIRE_SECONDS:g} s, not 5 and 20.",
+)  # fmt: skip
+
+
+def lane_of(point: Point) -> tuple[int, float]:
+    """Processes and dropout of the lane that meets a point: the two lanes of one process share them out."""
+    is_later = POINTS.index(point) >= [other.name for other in POINTS].index("renewal-before")
+    if point.processes == 2:
+        return 2, 0.1 if point.action == "term" else 0.0
+    return 1, 0.1 if is_later else 0.0
+
+
+def plan_lanes(request: Request) -> list[tuple[int, float, list[Point], list[Moment]]]:
+    """Processes, dropout, points and moments of each lane that has something to do."""
+    # A broken protocol shows in any lane.
+    shares = {kind: (list[Point](), list[Moment]()) for kind in (KINDS[:1] if request.sabotage else KINDS)}
+    for point in request.chosen_points():
+        kind = lane_of(point)
+        shares[kind if kind in shares else KINDS[0]][0].append(point)
+    generator, turns = random.Random(request.seed), cycle(kind for kind in TURNS if kind in shares)
+    for action, target, at_once in _kinds_of_kills(generator, request.kills):
+        kind = next(turns)
+        moment = Moment(generator.random(), action, target, generator.randrange(kind[0]), at_once)
+        shares[kind][1].append(moment)
+    return [(*kind, points, moments) for kind, (points, moments) in shares.items() if points or moments]
+
+
+def _kinds_of_kills(generator: random.Random, count: int) -> list[tuple[str, str, bool]]:
+    """As many of each kind as of any other, in an order that is drawn."""
+    kinds = list(product(ACTIONS, TARGETS, (False, True)))
+    kills: list[tuple[str, str, bool]] = []
+    while len(kills) < count:
+        generator.shuffle(kinds)
+        kills += kinds
+    return kills[:count]
+
+
+def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[str], None]) -> Report:
+    """Runs all lanes.
+
+    Args:
+        request: what is to be done.
+        bucket: URI of a bucket or of a folder in one that nobody else uses.
+        folder: for caches, traces and outputs.
+        tell: prints a line; called from several threads.
+    """
+    began = time.time()
+    source = make_images(folder / "images")
+    planned = plan_lanes(request)
+    total = sum(len([p for p in points if p.op != "rot"]) + len(moments) for _, _, points, moments in planned)
+    lanes: list[Lane] = []
+    with Progress("crash campaign", total=total, unit="kills") as bar:
+        lock, done = threading.Lock(), 0
+
+        def killed() -> None:
+            nonlocal done
+            with lock:
+                done += 1
+                bar.update(done)
+
+        for number, (processes, dropout, points, moments) in enumerate(planned):
+            base = f"{bucket}/lane-{number + 1}"
+            work = partial(_work, base, processes, dropout, request.seed, source)
+            place = folder / f"lane-{number + 1}"
+            lanes.append(Lane(work, place, points, moments, request.sabotage, tell, killed))
+        with ThreadPoolExecutor(LANES_AT_A_TIME) as pool:
+            tallies = list(pool.map(Lane.run, lanes))
+    names: Sequence[str] = [lane.name for lane in lanes]
+    return Report(request.seed, bucket, request.sabotage, time.time() - began, dict(zip(names, tallies, strict=True)))
+
+
+def _work(base: str, processes: int, dropout: float, seed: int, source: Path, part: str) -> Work:
+    return Work(f"{base}/{part}", processes, dropout, seed, source)
+
+
+def title(report: Report, bucket: str) -> str:
+    """What was done, in a line."""
+    return (
+        f"seed {report.seed}, {bucket}: {EPOCHS} epochs of {IMAGES} images, {len(report.lanes)} kinds of runs, "
+        f"{report.seconds / 60:.1f} min"
+    )

@@ -1,0 +1,230 @@
+"""What became of a run: the tensors, metrics and pictures at its end, and the images that each attempt trained on."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import isclose
+from typing import Any
+
+from PIL import Image, ImageSequence
+
+from benchmarks.crash_campaign.processes import Event
+from job.checkpoints import newest_good
+from job.metrics import Row, read_rows
+from job.sample_names import SAMPLES
+from job.store import Store
+
+GROUPS = ("model", "ema", "optimizer")
+SUMS_TOLERANCE = 1e-5
+"""Relative, for sums of losses that two processes add up: a checkpoint between two rows of the log changes the order
+in which float32 numbers are added. With one process they must be equal."""
+MEASURED = ("images_per_second", "time")
+"""What no two runs have in common in their metrics."""
+
+Ref = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """A finished run, as it lies in the bucket."""
+
+    ref: Ref
+    """Fence and images seen of the newest checkpoint."""
+    hashes: dict[str, str]
+    """SHA-256 over names, shapes and bytes of all tensors, by group."""
+    loss_sums: list[list[float]]
+    rows: list[Row]
+    pictures: dict[str, str]
+    """SHA-256 of the pixels, by name."""
+
+    @property
+    def weights_sha256(self) -> str:
+        """One hash over all groups."""
+        return hashlib.sha256("".join(self.hashes[group] for group in GROUPS).encode()).hexdigest()
+
+
+def read_ending(run: Store) -> Ending:
+    """Reads a finished run's newest checkpoint and what goes with it.
+
+    Raises:
+        BadDataError: no checkpoint verifies, or a metric segment does not.
+    """
+    with newest_good(run, GROUPS, lambda _: None) as restored:
+        if restored is None:
+            raise LookupError(f"{run.uri} has no checkpoint")
+        hashes = {group: _sha256_of(paths) for group, paths in restored.files.items()}
+        manifest = restored.manifest
+    return Ending(
+        (manifest.fence, manifest.images_seen),
+        hashes,
+        manifest.loss_sums,
+        read_rows(run, manifest.metric_segments),
+        {entry.key: _pixels_sha256(run.read(entry.key).data) for entry in run.list(SAMPLES) if _is_picture(entry.key)},
+    )
+
+
+def saved_images(run: Store) -> dict[str, str]:
+    """SHA-256 of every piece that `ddpm sample --count` saved, by name; nothing unless its index lists just these."""
+    pieces, listed = {}, {}
+    for entry in run.list(SAMPLES):
+        name = entry.key.rpartition("/")[2]
+        if name.startswith("piece-") and name.endswith(".tar"):
+            pieces[name] = hashlib.sha256(run.read(entry.key).data).hexdigest()
+        elif name == "index.json":
+            listed = {piece["name"]: piece["sha256"] for piece in json.loads(run.read(entry.key).data)["pieces"]}
+    return pieces if pieces == listed else {}
+
+
+def _is_picture(key: str) -> bool:
+    return key.count("/") == 1 and key.endswith((".png", ".gif"))
+
+
+def _pixels_sha256(data: bytes) -> str:
+    """Over all frames of a picture; what its file says about where it comes from names an attempt."""
+    with Image.open(io.BytesIO(data)) as image:
+        frames = (frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image))
+        return hashlib.sha256(b"".join(frames)).hexdigest()
+
+
+def _sha256_of(paths: Iterable[Any]) -> str:
+    from safetensors import safe_open
+
+    tensors: dict[str, Any] = {}
+    for path in paths:
+        with safe_open(path, framework="numpy") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    sha256 = hashlib.sha256()
+    for name in sorted(tensors):
+        array = tensors[name]
+        sha256.update(f"{name} {array.dtype} {array.shape}\n".encode() + array.tobytes())
+    return sha256.hexdigest()
+
+
+@dataclass
+class History:
+    """What all attempts at a run did, put together from their traces."""
+
+    steps: dict[int, list[tuple[int, dict[int, str]]]] = field(default_factory=dict)
+    """By fence: images seen after a step, and what one rank trained on in it (number → hash)."""
+    restored: dict[int, Ref] = field(default_factory=dict)
+    sums: dict[int, list[list[float]]] = field(default_factory=dict)
+    """Loss sums by images seen, of the last commit there."""
+    trained: Counter[int] = field(default_factory=Counter)
+    """How often each image number was trained on, by all attempts together."""
+
+    @classmethod
+    def of(cls, events: Iterable[Event]) -> History:
+        """Reads the events of all processes of a run."""
+        history = cls()
+        for event in events:
+            if event["event"] == "step":
+                images = dict(event["images"])
+                history.steps.setdefault(event["fence"], []).append((event["images_seen"], images))
+                history.trained.update(images.keys())
+            elif event["event"] == "restored":
+                history.restored[event["fence"]] = (event["ref"][0], event["ref"][1])
+            elif event["event"] == "commit":
+                history.sums[event["ref"][1]] = event["loss_sums"]
+        return history
+
+    def effective(self, ref: Ref) -> list[tuple[int, str]]:
+        """Every image, with its number, that went into a checkpoint: its attempt's, its parent's, and so on."""
+        images: list[tuple[int, str]] = []
+        at: Ref | None = ref
+        while at is not None:
+            fence, until = at
+            at = self.restored.get(fence)
+            since = at[1] if at else 0
+            for images_seen, step in self.steps.get(fence, []):
+                if since < images_seen <= until:
+                    images += step.items()
+        return images
+
+    @property
+    def repeated_images(self) -> int:
+        """How many images were trained on again because what was learnt from them was not saved."""
+        return sum(self.trained.values()) - len(self.trained)
+
+
+def lost_images(history: History, ending: Ending) -> int:
+    """How many images of the order, up to the end of the run, went into its final weights not once."""
+    return len(set(range(ending.ref[1])) - {number for number, _ in history.effective(ending.ref)})
+
+
+def differences(history: History, ending: Ending, reference: History, undisturbed: Ending, processes: int) -> list[str]:
+    """What a disturbed run ended with that the undisturbed one did not, causes first; nothing if all is well."""
+    found = _image_differences(history.effective(ending.ref), dict(reference.effective(undisturbed.ref)))
+    for group in GROUPS:
+        ours, theirs = ending.hashes[group], undisturbed.hashes[group]
+        if ours != theirs:
+            found.append(f"the final {group} tensors differ: {ours[:16]}… instead of {theirs[:16]}…")
+    found += _row_differences(ending.rows, undisturbed.rows, processes)
+    if not _sums_agree(ending.loss_sums, undisturbed.loss_sums, processes):
+        found.append(f"the last manifest's loss sums differ: {ending.loss_sums} instead of {undisturbed.loss_sums}")
+    for images_seen in sorted(history.sums.keys() & reference.sums.keys()):
+        if not _sums_agree(history.sums[images_seen], reference.sums[images_seen], processes):
+            found.append(f"the loss sums committed at {images_seen} images differ from the undisturbed run's")
+            break
+    pictures = ending.pictures
+    if missing := sorted(undisturbed.pictures.keys() - pictures.keys()):
+        found.append(_named(missing, "picture", "is missing", "are missing"))
+    if others := sorted(name for name, sha256 in undisturbed.pictures.items() if pictures.get(name, sha256) != sha256):
+        found.append(_named(others, "picture", "is another", "are others"))
+    return found
+
+
+def _named(names: list[Any], kind: str, what: str, what_all: str) -> str:
+    """`image 216 was lost`, or `3 images were lost, the first is 216`."""
+    if len(names) == 1:
+        return f"{kind} {names[0]} {what}"
+    return f"{len(names):,} {kind}s {what_all}, the first is {names[0]}"
+
+
+def _image_differences(effective: list[tuple[int, str]], expected: dict[int, str]) -> list[str]:
+    found = []
+    counts = Counter(number for number, _ in effective)
+    if lost := sorted(expected.keys() - counts.keys()):
+        found.append(_named(lost, "image", "of the order was lost", "of the order were lost"))
+    if doubled := sorted(number for number, count in counts.items() if count > 1):
+        found.append(_named(doubled, "image", "went into the final weights twice", "went into the final weights twice"))
+    if beyond := sorted(counts.keys() - expected.keys()):
+        found.append(_named(beyond, "image", "is beyond the end of the run", "are beyond the end of the run"))
+    if other := sorted(number for number, digest in effective if expected.get(number, digest) != digest):
+        what = "other pixels, noise or timesteps than undisturbed"
+        found.append(_named(other, "image", f"had {what}", f"had {what}"))
+    return found
+
+
+def _row_differences(rows: list[Row], expected: list[Row], processes: int) -> list[str]:
+    places, wanted = ([row["images_seen"] for row in some] for some in (rows, expected))
+    found = []
+    if doubled := [place for place, count in Counter(places).items() if count > 1]:
+        found.append(f"the metrics have a duplicate at {doubled[0]} images")
+    if missing := sorted(set(wanted) - set(places)):
+        found.append(f"the metrics have a gap at {missing[0]} images")
+    if places != wanted and not found:
+        found.append("the metrics have rows that the undisturbed run has not, or in another order")
+    if found:
+        return found
+    for row, other in zip(rows, expected, strict=True):
+        for name in row.keys() | other.keys():
+            if name not in MEASURED and not _agree(row.get(name), other.get(name), name, processes):
+                place = row["images_seen"]
+                return [f"the metrics at {place} images have {name} {row.get(name)} instead of {other.get(name)}"]
+    return []
+
+
+def _agree(value: Any, other: Any, name: str, processes: int) -> bool:
+    if processes > 1 and name.startswith("loss") and value is not None and other is not None:
+        return isclose(value, other, rel_tol=SUMS_TOLERANCE)
+    return bool(value == other)
+
+
+def _sums_agree(sums: list[list[float]], others: list[list[float]], processes: int) -> bool:
+    pairs = zip((x for row in sums for x in row), (x for row in others for x in row), strict=True)
+    return all(_agree(value, other, "loss", processes) for value, other in pairs)

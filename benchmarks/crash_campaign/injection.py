@@ -1,0 +1,312 @@
+"""What runs inside the processes that are to die: a trace of what they do, and the fault that ends them.
+
+The product's code is not touched: modules are changed as they are imported, in these processes alone. The trace is a
+file of JSON lines, each written with one call, so that it holds everything up to the kill.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from benchmarks.crash_campaign import sabotage
+
+VARIABLE = "DDPM_CRASH_CAMPAIGN"
+"""JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
+OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
+SHARD_BYTES = 1 << 16
+RENEW_SECONDS, EXPIRE_SECONDS, WRITE_GAP_SECONDS = 1.0, 8.0, 0.2
+"""Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
+
+_STORES = {"job.store.local": "LocalStore", "job.store.gcs": "GcsStore", "job.store.s3": "S3Store"}
+_SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
+
+
+class Trace:
+    """What this process did. Lines of several processes do not mix: each is one write to a file that only grows."""
+
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+        self.fence = 0
+        self.rank = int(os.environ.get("RANK", "0"))
+
+    def __call__(self, event: str, **fields: Any) -> None:
+        """Writes a line."""
+        line = {"event": event, "time": time.time(), "rank": self.rank, "fence": self.fence, **fields}
+        os.write(self._descriptor, (json.dumps(line) + "\n").encode())
+
+
+class _Gate:
+    """Lets a process be stopped while no other thread is inside an operation, holding a lock that others wait for."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._inside = 0
+        self._closed = False
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._closed)
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._inside -= 1
+                self._changed.notify_all()
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        with self._changed:
+            self._closed = True
+            self._changed.wait_for(lambda: self._inside == 1)
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._closed = False
+                self._changed.notify_all()
+
+
+class Fault:
+    """The point at which this process, its group or its launcher gets a signal; see `Point` for the fields."""
+
+    def __init__(self, trace: Trace, fields: dict[str, Any]) -> None:
+        self._trace, self._fields = trace, fields
+        self._lock, self._count, self._struck = threading.Lock(), 0, False
+        self._armed = not fields["since"]
+        self._gate = _Gate()
+
+    def around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
+        """Does `work`, and what the fault wants before or after it."""
+        with self._gate.inside():
+            if self._struck or not self._matches(op, uri, data):
+                result = work()
+                self._armed = self._armed or bool(re.search(self._fields["since"], f"{op} {uri}"))
+                return result
+            if self._fields["hold"]:
+                return self._held(work)
+            # One at a time: after the k-th upload exactly k objects are there.
+            with self._lock:
+                self._count += 1
+                due = self._count == self._fields["nth"]
+                if due and self._fields["when"] == "before":
+                    self._strike(op, uri)
+                result = work()
+                if due and self._fields["when"] == "after":
+                    self._strike(op, uri)
+                return result
+
+    def _held(self, work: Callable[[], Any]) -> Any:
+        with self._lock:
+            self._count += 1
+            if self._count == self._fields["nth"]:
+                self._strike("held", "")
+        while not self._struck:
+            time.sleep(0.01)
+        return work()
+
+    def _matches(self, op: str, uri: str, data: bytes) -> bool:
+        fields = self._fields
+        return (
+            self._armed
+            and self._trace.rank == fields["rank"]
+            and op in fields["op"].split("|")
+            and re.search(fields["key"], uri) is not None
+            and (not fields["data"] or re.search(fields["data"].encode(), data) is not None)
+        )
+
+    def _strike(self, op: str, uri: str) -> None:
+        self._struck = True
+        number = _SIGNALS[self._fields["action"]]
+        self._trace("fault", point=self._fields["name"], op=op, uri=uri)
+        if number == signal.SIGSTOP:
+            with self._gate.alone():
+                os.killpg(0, number)
+            return
+        match self._fields["target"]:
+            case "group":
+                os.killpg(0, number)
+            case "launcher":
+                os.kill(int(os.environ["DDPM_LAUNCHED"]), number)
+            case _:
+                os.kill(os.getpid(), number)
+        while number == signal.SIGKILL:
+            time.sleep(1)
+
+
+class Watched:
+    """The hooks: what is changed in each module once it is imported."""
+
+    def __init__(self, trace: Trace, fault: Fault | None, broken: str) -> None:
+        self._trace, self._fault, self._broken = trace, fault, broken
+        self._local = threading.local()
+        self._drawn: list[Any] = []
+
+    def after_import(self, module: ModuleType) -> None:
+        """Changes a module."""
+        match module.__name__:
+            case name if name in _STORES:
+                store = getattr(module, _STORES[module.__name__])
+                for op in OPERATIONS:
+                    setattr(store, op, self._watched(op, getattr(store, op)))
+            case "job.lease":
+                vars(module).update(
+                    RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS, WRITE_GAP_SECONDS=WRITE_GAP_SECONDS
+                )
+            case "job.data.pack":
+                module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
+            case "job.sample":
+                self._watch_sampling(module.Painter, "_check_agreed")
+            case "job.sample_batches":
+                self._watch_sampling(module._Slice, "_check_stopped")
+            case "job.checkpoints":
+                self._watch_restoring(module)
+            case "job.session":
+                self._watch_session(module)
+            case "ddpm.randomness":
+                self._keep_drawn(module, "training_timesteps")
+                self._keep_drawn(module, "training_noise")
+            case "ddpm.training":
+                self._keep_drawn(module, "prepare_images")
+        sabotage.apply(self._broken, module, self._trace)
+
+    def _around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
+        return work() if self._fault is None else self._fault.around(op, uri, data, work)
+
+    def _watched(self, op: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        def call(store: Any, *args: Any, **kwargs: Any) -> Any:
+            # What a store does within an operation, such as reading in a replace, is no operation of its own.
+            if getattr(self._local, "inside", False):
+                return method(store, *args, **kwargs)
+            uri = f"{store.uri}/{args[1] if op == 'upload' else args[0]}"
+            data = args[1] if op in ("create", "replace", "put") else b""
+
+            def work() -> Any:
+                self._local.inside = True
+                try:
+                    result = method(store, *args, **kwargs)
+                finally:
+                    self._local.inside = False
+                if op == "create" and uri.endswith("/MANIFEST.json"):
+                    manifest = json.loads(data)
+                    committed = [manifest["fence"], manifest["images_seen"]]
+                    self._trace("commit", ref=committed, loss_sums=manifest["loss_sums"])
+                elif op == "create" and "/records/piece-" in uri:
+                    self._trace("piece", uri=uri)
+                elif op == "delete" and "/checkpoints/" in uri:
+                    self._trace("delete", uri=uri)
+                return result
+
+            return self._around(op, uri, data, work)
+
+        return call
+
+    def _watch_sampling(self, kind: type, name: str) -> None:
+        check = getattr(kind, name)
+
+        def watched_check(this: Any, *args: Any) -> None:
+            self._around("sampling-step", "", b"", lambda: check(this, *args))
+
+        setattr(kind, name, watched_check)
+
+    def _watch_restoring(self, module: ModuleType) -> None:
+        copy = module.Restored.copy_into
+
+        def copy_into(restored: Any, tensors: dict[str, Any]) -> None:
+            copy(restored, tensors)
+            if "optimizer" in tensors:
+                ref = restored.manifest.ref
+                self._trace("restored", ref=[ref.fence, ref.images_seen])
+
+        module.Restored.copy_into = copy_into
+
+    def _watch_session(self, module: ModuleType) -> None:
+        session = module.TrainingSession
+        restored, after_step = session.restored, session._after_step
+
+        def watched_restored(this: Any, attempt: Any, *args: Any, **kwargs: Any) -> Any:
+            self._trace.fence = attempt.fence
+            self._trace("began")
+            return restored(this, attempt, *args, **kwargs)
+
+        def watched_after_step(this: Any, state: Any) -> bool:
+            self._trace("step", images_seen=state.images_seen, images=self._digests())
+            return bool(after_step(this, state))
+
+        session.restored, session._after_step = watched_restored, watched_after_step
+
+    def _keep_drawn(self, module: ModuleType, name: str) -> None:
+        """Keeps what goes into a micro-batch: its images come first, then their timesteps and noise."""
+        draw = getattr(module, name)
+
+        def kept(*args: Any) -> Any:
+            drawn = draw(*args)
+            if name == "prepare_images":
+                self._drawn.append((args[1].tolist(), []))
+            self._drawn[-1][1].append(drawn)
+            return drawn
+
+        setattr(module, name, kept)
+
+    def _digests(self) -> list[list[Any]]:
+        """Of each image that went into this step: its number, and a hash of its pixels, timestep and noise."""
+        digests = []
+        for numbers, tensors in self._drawn:
+            arrays = [tensor.contiguous().numpy() for tensor in tensors]
+            for i, number in enumerate(numbers):
+                digest = hashlib.blake2b(b"".join(array[i].tobytes() for array in arrays), digest_size=6)
+                digests.append([number, digest.hexdigest()])
+        self._drawn.clear()
+        return digests
+
+
+class _AfterImport(importlib.abc.MetaPathFinder):
+    """Hands modules of the product to a hook once they are imported."""
+
+    def __init__(self, hook: Callable[[ModuleType], None]) -> None:
+        self._hook = hook
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        if not name.startswith(("job.", "ddpm.")):
+            return None
+        for finder in sys.meta_path:
+            if finder is self or (spec := finder.find_spec(name, path, target)) is None:
+                continue
+            if spec.loader is not None:
+                spec.loader.exec_module = partial(self._execute, spec.loader.exec_module)  # type: ignore[method-assign]
+            return spec
+        return None
+
+    def _execute(self, execute: Callable[[ModuleType], None], module: ModuleType) -> None:
+        execute(module)
+        self._hook(module)
+
+
+def install() -> None:
+    """Puts trace, fault and sabotage in place, if the environment asks for them."""
+    if VARIABLE not in os.environ:
+        return
+    chosen = json.loads(os.environ[VARIABLE])
+    trace = Trace(chosen["trace"])
+    role = "rank" if "DDPM_LAUNCHED" in os.environ else "launcher"
+    trace("process", pid=os.getpid(), role=role)
+    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") == "pack"
+    fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
+    sys.meta_path.insert(0, _AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))

@@ -1,0 +1,181 @@
+"""Commands of the product as real processes: started, watched through their trace, killed, and awaited to the last."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks.crash_campaign.injection import VARIABLE
+from benchmarks.crash_campaign.points import Point
+
+ROOT = Path(__file__).resolve().parents[2]
+INJECTED = Path(__file__).with_name("injected")
+PATIENCE_SECONDS = 180.0
+"""After so long without an end a process counts as hung, which is a failure of the product."""
+POLL_SECONDS = 0.02
+
+Event = dict[str, Any]
+_leaving = threading.Event()
+_started: set[Invocation] = set()
+"""Groups that may still run: each is a session of its own, which no signal to this process reaches."""
+
+
+def destroy_all() -> None:
+    """Kills everything that was started here and may still run; nothing can be started any more."""
+    _leaving.set()
+    for invocation in list(_started):
+        invocation.destroy()
+
+
+class HungError(Exception):
+    """A process did not get where it had to."""
+
+
+class LeavingError(Exception):
+    """Somebody stopped the campaign."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the processes of a lane work: their cache, temporary files and traces, and what is broken in them."""
+
+    folder: Path
+    cache: Path
+    sabotage: str = ""
+
+    def environment(self, trace: Path, point: Point | None) -> dict[str, str]:
+        """What a child process sees: one thread, so that sums are added up in one order, and nothing of `DDPM_…`."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith("DDPM_")}
+        paths = [str(INJECTED), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        fault = None if point is None or point.op == "rot" else asdict(point)
+        return inherited | {
+            "OMP_NUM_THREADS": "1",
+            "DDPM_CACHE": str(self.cache),
+            "TMPDIR": str(self.folder / "tmp"),
+            "PYTHONPATH": os.pathsep.join(paths),
+            VARIABLE: json.dumps({"trace": str(trace), "fault": fault, "sabotage": self.sabotage}),
+        }
+
+
+class Invocation:
+    """One start of a command, in a process group of its own."""
+
+    def __init__(self, number: int, words: Sequence[str], place: Place, point: Point | None = None) -> None:
+        if _leaving.is_set():
+            raise LeavingError
+        self.number, self.words = number, tuple(words)
+        (place.folder / "tmp").mkdir(parents=True, exist_ok=True)
+        self.trace_path = place.folder / f"{number:04d}.trace"
+        self.output_path = place.folder / f"{number:04d}.output"
+        self.started = time.time()
+        with self.output_path.open("wb") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "job", *words],
+                cwd=place.folder,
+                env=place.environment(self.trace_path, point),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        self.group = self._process.pid
+        _started.add(self)
+
+    @property
+    def code(self) -> int | None:
+        """The exit code, once the first process of the group has ended."""
+        return self._process.poll()
+
+    @property
+    def output(self) -> str:
+        """What it printed so far, on both streams."""
+        return self.output_path.read_text(errors="replace")
+
+    @property
+    def events(self) -> list[Event]:
+        """Its trace so far."""
+        with suppress(FileNotFoundError):
+            # The last line may be under way.
+            whole, _, _ = self.trace_path.read_text().rpartition("\n")
+            return [json.loads(line) for line in whole.splitlines()]
+        return []
+
+    def find(self, event: str) -> Event | None:
+        """The first event of a kind in its trace."""
+        return next((found for found in self.events if found["event"] == event), None)
+
+    def rank_pid(self, rank: int) -> int | None:
+        """Process id of a rank, once it has started."""
+        ranks = (event for event in self.events if event["event"] == "process" and event["role"] == "rank")
+        return next((event["pid"] for event in ranks if event["rank"] == rank), None)
+
+    def send(self, number: int, target: str, rank: int = 0) -> bool:
+        """Signals the group, a rank or the launcher alone; whether there was anybody to signal."""
+        with suppress(ProcessLookupError):
+            if target == "group":
+                os.killpg(self.group, number)
+            elif target == "launcher":
+                os.kill(self.group, number)
+            elif (pid := self.rank_pid(rank)) is not None and pid in self.living():
+                os.kill(pid, number)
+            else:
+                return False
+            return True
+        return False
+
+    def living(self) -> list[int]:
+        """Processes of the group that still run; dead ones that nobody has reaped are not among them."""
+        return [pid for pid, group, state in _processes() if group == self.group and state not in "ZX"]
+
+    def wait_until(self, condition: Callable[[], Any], what: str, seconds: float = PATIENCE_SECONDS) -> Any:
+        """Returns what `condition` said once that is true.
+
+        Raises:
+            HungError: it never was.
+        """
+        deadline = time.monotonic() + seconds
+        while not (said := condition()):
+            if _leaving.is_set():
+                raise LeavingError
+            if time.monotonic() > deadline:
+                raise HungError(f"process {self.number} ({' '.join(self.words[:2])}) {what} within {seconds:g} s")
+            time.sleep(POLL_SECONDS)
+        return said
+
+    def wait(self) -> int:
+        """Waits until the whole group is gone, and returns the first process's exit code."""
+        self.wait_until(lambda: self.code is not None and not self.living(), "did not end")
+        code = self.code
+        if code is None or _leaving.is_set():
+            raise LeavingError
+        _started.discard(self)
+        return code
+
+    def destroy(self) -> None:
+        """Kills whatever is left of it."""
+        if self not in _started:
+            # Its number may belong to somebody else by now.
+            return
+        _started.discard(self)
+        with suppress(ProcessLookupError):
+            os.killpg(self.group, signal.SIGKILL)
+        self._process.wait()
+
+
+def _processes() -> Iterator[tuple[int, int, str]]:
+    """Id, group and state of every process of this machine."""
+    for folder in Path("/proc").iterdir():
+        if folder.name.isdecimal():
+            with suppress(OSError):
+                state, _, group = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+                yield int(folder.name), int(group), state

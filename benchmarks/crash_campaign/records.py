@@ -1,0 +1,140 @@
+"""What a campaign keeps book of: kills at random moments, a run with all its processes, and what was counted."""
+
+from __future__ import annotations
+
+import re
+import signal
+from collections import Counter
+from dataclasses import dataclass, field
+
+from benchmarks.crash_campaign.history import GROUPS, Ending, History
+from benchmarks.crash_campaign.processes import Invocation
+from job.checkpoints import FOLDER, CheckpointRef, list_checkpoints, opened
+from job.exits import Exit, JobError
+from job.store import Store
+
+KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
+EXPECTED_CODES = {
+    ("kill", "group"): {KILLED},
+    ("kill", "launcher"): {KILLED},
+    ("kill", "rank"): {128 + signal.SIGKILL},
+    # A signal that comes before Python has installed a handler ends the process as signals do.
+    ("term", "group"): {Exit.STOPPED, TERMINATED},
+    ("term", "launcher"): {Exit.STOPPED, TERMINATED},
+    ("term", "rank"): {Exit.STOPPED, 128 + signal.SIGTERM},
+}
+"""How the command ends when somebody gets a signal; it may also have finished just before."""
+_SET_ASIDE = re.compile(rf"set aside checkpoint \S+/{FOLDER}/(\S+):")
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A kill at a moment that was drawn: after `fraction` of the time a process would take, start-up included."""
+
+    fraction: float
+    action: str
+    target: str
+    rank: int
+    at_once: bool
+    """Whether the command is typed again at once, while processes of the killed one may still run."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+        whom = f"rank {self.rank}" if self.target == "rank" else self.target
+        return f"SIG{self.action.upper()} to {whom}{', again at once' if self.at_once else ''}"
+
+
+class BrokenError(Exception):
+    """Something does not hold, and going on would prove nothing."""
+
+
+@dataclass
+class Run:
+    """One run of a lane, from its first process to its last."""
+
+    name: str
+    store: Store
+    invocations: list[Invocation] = field(default_factory=list)
+    lingering: list[tuple[Invocation, Moment]] = field(default_factory=list)
+    verified: set[CheckpointRef] = field(default_factory=set)
+    rotten: set[CheckpointRef] = field(default_factory=set)
+    zombies: set[int] = field(default_factory=set)
+    """Fences of attempts that were replaced while they stood still."""
+
+    @property
+    def history(self) -> History:
+        """What all its attempts did."""
+        return History.of(event for invocation in self.invocations for event in invocation.events)
+
+    @property
+    def checkpoints(self) -> list[CheckpointRef]:
+        """Those that are committed, oldest first."""
+        try:
+            return list_checkpoints(self.store)
+        except JobError:
+            # A bucket that is a folder comes into being with its first object.
+            return []
+
+    @property
+    def set_aside(self) -> set[str]:
+        """Folders of checkpoints that a process found damaged."""
+        return {name for invocation in self.invocations for name in _SET_ASIDE.findall(invocation.output)}
+
+    def audit(self) -> None:
+        """Every checkpoint that somebody committed must be whole, whoever was killed.
+
+        Raises:
+            BrokenError: one is not, and nobody damaged it on purpose.
+        """
+        for ref in set(self.checkpoints) - self.verified - self.rotten:
+            # What a zombie commits late may name objects that were swept, and harms nobody.
+            if ref.fence in self.zombies:
+                continue
+            try:
+                with opened(self.store, ref, GROUPS):
+                    self.verified.add(ref)
+            except JobError as error:
+                raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None
+
+    def written_after_loss(self) -> list[str]:
+        """Attempts that wrote although another had taken the run; one commit or deletion may have been under way."""
+        events = [event for invocation in self.invocations for event in invocation.events]
+        taken, late = 0, Counter[int]()
+        for event in sorted(events, key=lambda event: event["time"]):
+            if event["event"] == "began":
+                taken = max(taken, event["fence"])
+            elif event["event"] in ("commit", "delete") and event["fence"] < taken:
+                late[event["fence"]] += 1
+        return [f"attempt {fence} wrote {n} times after another took the run" for fence, n in late.items() if n > 1]
+
+
+@dataclass
+class Tally:
+    """What a lane counted."""
+
+    kills: Counter[str] = field(default_factory=Counter)
+    rot: Counter[str] = field(default_factory=Counter)
+    resumes: int = 0
+    runs: int = 0
+    lost_images: int = 0
+    repeated_images: int = 0
+    bad_checkpoints: int = 0
+    planted_checkpoints: int = 0
+    recovery_seconds: list[float] = field(default_factory=list)
+    hashes: list[str] = field(default_factory=list)
+    undisturbed_hash: str = ""
+    failures: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """The run that nobody disturbs: what the others must end like."""
+
+    ending: Ending
+    history: History
+    dataset: dict[str, bytes]
+    sampled: dict[str, str]
+    """Pictures of `ddpm sample`: SHA-256 by name."""
+    saved: dict[str, str]
+    """Pieces of `ddpm sample --count`: SHA-256 by name."""

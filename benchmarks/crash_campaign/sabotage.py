@@ -1,0 +1,71 @@
+"""The protocols, broken on purpose inside a child process: a campaign that does not report each proves nothing."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+
+def apply(name: str, module: ModuleType, trace: Any) -> None:
+    """Breaks `module`, just imported, if the sabotage `name` concerns it; `trace` knows this attempt's fence."""
+    if (broken := _BROKEN.get((name, module.__name__))) is not None:
+        broken(module, trace)
+
+
+def _manifest_first(saving: Any, trace: Any) -> None:
+    def upload_all(writer: Any, save: Any, folder: Any) -> None:
+        records = [writer._write(part, folder) for part in writer._parts]
+        with writer._changed:
+            writer._reading_host = False
+            writer._changed.notify_all()
+        for key, data in save.objects.items():
+            writer._run.create(key, data)
+        manifest = save.manifest.model_copy(update={"files": tuple(records)})
+        writer._confirm()
+        saving.commit_manifest(writer._run.inner, manifest)
+        for record in records:
+            writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
+        writer._after_commit(manifest)
+
+    saving.CheckpointWriter._upload_all = upload_all
+
+
+def _fence_ignored(lease: Any, trace: Any) -> None:
+    lease.Lease.confirm = lambda this: None
+    lease.Lease.check_lost = lambda this: None
+    lease.Lease.lost = property(lambda this: False)
+
+
+def _position_off_by_one(session: Any, trace: Any) -> None:
+    stream_batches = session.stream_batches
+
+    def shifted(*args: Any, first_image: int, **kwargs: Any) -> Any:
+        return stream_batches(*args, first_image=first_image + (first_image > 0), **kwargs)
+
+    session.stream_batches = shifted
+
+
+def _order_drawn_anew(session: Any, trace: Any) -> None:
+    order = session.Order
+    session.Order = lambda shard_images, seed, block_images: order(shard_images, seed + trace.fence - 1, block_images)
+
+
+def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
+    def encoded(this: Any, shard: int, descriptor: int, row: int) -> bytes:
+        record = this.records[this.starts[shard] + row]
+        return os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+
+    # The checksum of each image would find out as well.
+    shard_source.ShardSource.check = lambda this, shard, path: None
+    shard_source.ShardSource.encoded = encoded
+
+
+_BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
+    ("manifest-first", "job.saving"): _manifest_first,
+    ("fence-ignored", "job.lease"): _fence_ignored,
+    ("position-off-by-one", "job.session"): _position_off_by_one,
+    ("order-drawn-anew", "job.session"): _order_drawn_anew,
+    ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
+}

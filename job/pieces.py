@@ -1,0 +1,277 @@
+"""Many images of one checkpoint, in pieces that are committed one by one: their layout, and which are there.
+
+RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides the images: created once, first
+                                        piece-00012.tar            a shard that webdataset can read
+                                        records/piece-00012.json   created once, after the piece: its commit
+                                        grid.png                   the first images
+                                        index.json                 created once, when all pieces are there
+RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
+
+Nothing here is ever written over or deleted. So what lies there stays what its record says, however many processes make
+the same piece, and a piece without a record, left by a process that was killed, is as good as another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from math import ceil
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from job.exits import BadDataError, BadRequestError
+from job.sealed import Sealed
+from job.store import ObjectExistsError, ObjectMissingError, Store
+
+DRAWING = "drawing.json"
+RECORDS = "records"
+GRID = "grid.png"
+INDEX = "index.json"
+PIECES_WANTED = 64
+"""So many pieces, if they are of a useful size, let a dozen slices finish at about the same time."""
+SMALLEST_PIECE_IMAGES = 16
+LARGEST_PIECE_IMAGES = 256
+"""What a process that is killed has drawn in vain is at most three of these: two on their way, one half drawn."""
+MOST_PIECES = 100_000
+READERS = 16
+_SHA256 = r"^[0-9a-f]{64}$"
+
+
+def piece_images(count: int) -> int:
+    """Images of a piece: a function of `count` alone, so that a job may go on in other slices, batches or processes."""
+    wanted = min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
+    return max(wanted, ceil(count / MOST_PIECES))
+
+
+class Drawing(BaseModel):
+    """All that decides the images, and how they are cut into pieces."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
+    checkpoint_sha256: str = Field(pattern=_SHA256)
+    weights: Literal["ema", "model"]
+    sampler: str
+    steps: int = Field(ge=1)
+    spacing: str
+    eta: float
+    variance: str
+    precision: str
+    size: int = Field(gt=0)
+    channels: int = Field(ge=1, le=3)
+    classes: tuple[str, ...]
+    first_seed: int = Field(ge=0)
+    count: int = Field(ge=1)
+    piece_images: int = Field(ge=1)
+    save: Literal["shards", "png"]
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces."""
+        return ceil(self.count / self.piece_images)
+
+    def seeds(self, number: int) -> range:
+        """The seeds of a piece."""
+        first, end = self.first_seed + number * self.piece_images, self.first_seed + self.count
+        return range(first, min(first + self.piece_images, end))
+
+    def slice(self, index: int, slices: int) -> range:
+        """The pieces of slice `index` (from 0) of `slices`: each n-th, so that all finish at about the same time."""
+        return range(index, self.pieces, slices)
+
+    def label(self, seed: int) -> int:
+        """The class of an image: classes go round; -1 without classes."""
+        return seed % len(self.classes) if self.classes else -1
+
+    def image_name(self, seed: int) -> str:
+        """An image's name, without its ending."""
+        return f"{seed:09d}"
+
+
+class Opening(Sealed):
+    """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
+
+    format: int = Field(default=1, ge=1, le=1)
+    drawing: Drawing
+
+
+class PieceFile(BaseModel):
+    """One object of a piece."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^piece-\d{5}(\.tar|/\d{9,18}\.png)$")
+    bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=_SHA256)
+
+
+class PieceRecord(Sealed):
+    """A piece that is there. Its existence is the commit."""
+
+    format: int = Field(default=1, ge=1, le=1)
+    number: int = Field(ge=0)
+    first_seed: int = Field(ge=0)
+    images: int = Field(ge=1)
+    files: tuple[PieceFile, ...] = Field(min_length=1)
+    drawing: Drawing
+    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Without this, two that make the same piece in the same second could both take themselves for the first."""
+    created: str
+    code_version: str
+
+
+class PieceEntry(BaseModel):
+    """What the index says about a piece; a folder's `sha256` is that of its files' lines as `sha256sum` prints them."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(pattern=r"^piece-\d{5}(\.tar)?$")
+    first_seed: int
+    images: int
+    bytes: int
+    sha256: str = Field(pattern=_SHA256)
+
+
+class BatchIndex(Sealed):
+    """All pieces in order. It depends on them alone: whoever sees the last piece first writes the same bytes."""
+
+    format: int = Field(default=1, ge=1, le=1)
+    drawing: Drawing
+    pieces: tuple[PieceEntry, ...]
+
+
+def piece_name(number: int) -> str:
+    """A piece's name: that of its folder, and without endings of its shard and record."""
+    return f"piece-{number:05d}"
+
+
+def record_key(number: int) -> str:
+    """Where a piece's record lies; apart from the pieces, so that records are listed without a million images."""
+    return f"{RECORDS}/{piece_name(number)}.json"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A drawing and its folder in the bucket."""
+
+    store: Store
+    drawing: Drawing
+
+    def check(self) -> None:
+        """Returns if the folder is empty, or about this drawing.
+
+        Raises:
+            BadRequestError: it is about another; the message says in what they differ.
+        """
+        try:
+            found = Opening.load(self.store, DRAWING)
+        except ObjectMissingError:
+            return
+        self._check_same(found.drawing, DRAWING)
+
+    def begin(self) -> None:
+        """Claims the folder for this drawing.
+
+        Raises:
+            BadRequestError: it is about another; the message says in what they differ.
+        """
+        try:
+            self.store.create(DRAWING, Opening(drawing=self.drawing).to_json())
+        except ObjectExistsError:
+            self.check()
+
+    def committed(self) -> set[int]:
+        """The numbers of the pieces that are there."""
+        numbers = {record_key(number): number for number in range(self.drawing.pieces)}
+        return {numbers[entry.key] for entry in self.store.list(RECORDS) if entry.key in numbers}
+
+    def is_committed(self, number: int) -> bool:
+        """Whether a piece is there by now."""
+        return self.store.exists(record_key(number))
+
+    def load(self, number: int) -> PieceRecord:
+        """The record of a piece.
+
+        Raises:
+            BadDataError: it is rotten, or that of another piece.
+            BadRequestError: it is about another drawing.
+        """
+        key, seeds = record_key(number), self.drawing.seeds(number)
+        try:
+            record = PieceRecord.load(self.store, key)
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes this piece again") from None
+        self._check_same(record.drawing, key)
+        if (record.number, record.first_seed, record.images) != (number, seeds[0], len(seeds)):
+            raise BadDataError(f"{self.store.uri_of(key)} is about piece {record.number}: delete it and start again")
+        return record
+
+    def load_all(
+        self, numbers: Iterable[int], progress: Callable[[int], object] = lambda done: None
+    ) -> list[PieceRecord]:
+        """The records of some pieces, in order, many at a time; `progress` learns how many there are by now.
+
+        Raises:
+            BadDataError, BadRequestError: as `load`.
+        """
+        records: list[PieceRecord] = []
+        with ThreadPoolExecutor(READERS) as pool:
+            for record in pool.map(self.load, numbers):
+                records.append(record)
+                progress(len(records))
+        return records
+
+    def index(self) -> BatchIndex | None:
+        """The index, if everything is there.
+
+        Raises:
+            BadDataError: it is rotten.
+            BadRequestError: it is about another drawing.
+        """
+        try:
+            index = BatchIndex.load(self.store, INDEX)
+        except ObjectMissingError:
+            return None
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+        self._check_same(index.drawing, INDEX)
+        return index
+
+    def commit_index(self, records: Sequence[PieceRecord]) -> None:
+        """Says that everything is there; `records` are those of all pieces, in order."""
+        index = BatchIndex(drawing=self.drawing, pieces=tuple(piece_entry(record) for record in records))
+        self.store.create(INDEX, index.to_json())
+
+    def describe(self, note: str) -> str:
+        """A line for people about a whole batch."""
+        drawing = self.drawing
+        pieces = f"{drawing.pieces:,} piece{'s' * (drawing.pieces > 1)}"
+        return f"{self.store.uri_of(INDEX)}  ({drawing.count:,} images in {pieces}; {note})"
+
+    def _check_same(self, found: Drawing, key: str) -> None:
+        theirs, ours = found.model_dump(), self.drawing.model_dump()
+        differing = [
+            f"{name} {theirs[name]!s:.12} and not {ours[name]!s:.12}" for name in ours if theirs[name] != ours[name]
+        ]
+        if differing:
+            raise BadRequestError(
+                f"{self.store.uri_of(key)} is about images of another drawing ({', '.join(differing)}): "
+                f"delete {self.store.uri} to draw them anew, or draw others with --first-seed"
+            )
+
+
+def piece_entry(record: PieceRecord) -> PieceEntry:
+    """What the index says about a piece."""
+    files = record.files
+    lines = "".join(f"{file.sha256}  {file.name.rpartition('/')[2]}\n" for file in files)
+    is_shard = record.drawing.save == "shards"
+    return PieceEntry(
+        name=files[0].name if is_shard else piece_name(record.number),
+        first_seed=record.first_seed,
+        images=record.images,
+        bytes=sum(file.bytes for file in files),
+        sha256=files[0].sha256 if is_shard else hashlib.sha256(lines.encode()).hexdigest(),
+    )

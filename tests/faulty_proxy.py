@@ -1,0 +1,320 @@
+"""A bad network: an HTTP proxy before a real bucket server that refuses, loses, stalls and cuts what passes.
+
+It reads whole requests and whole answers, so that each fault falls between or into them and not somewhere by chance.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import socket
+import struct
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from enum import StrEnum
+from http.client import HTTPConnection, HTTPException
+from typing import BinaryIO
+from urllib.parse import urlsplit
+
+
+class Fault(StrEnum):
+    """What may happen to a request."""
+
+    TOO_MANY = "429"
+    TOO_MANY_FOR_NOW = "429 with Retry-After"
+    BROKEN = "500"
+    UNAVAILABLE = "503"
+    UNAVAILABLE_FOR_NOW = "503 with Retry-After"
+    RESET = "reset before the request is passed on"
+    LOST_ANSWER = "reset after the server has answered"
+    SILENCE = "no byte of an answer"
+    SILENCE_MIDWAY = "half an answer, then silence"
+    SHORT = "fewer bytes than Content-Length says"
+    SHORT_CHUNKS = "chunks that break off"
+
+
+_STATUS = {
+    Fault.TOO_MANY: (429, ""),
+    Fault.TOO_MANY_FOR_NOW: (429, "Retry-After: 1\r\n"),
+    Fault.BROKEN: (500, ""),
+    Fault.UNAVAILABLE: (503, ""),
+    Fault.UNAVAILABLE_FOR_NOW: (503, "Retry-After: 1\r\n"),
+}
+_BODIES = {
+    "json": '{"error": {"code": %d, "message": "a bad day", "errors": []}}',
+    "xml": "<?xml version='1.0'?><Error><Code>BadDay</Code><Message>%d, a bad day</Message></Error>",
+}
+_BODILESS = {204, 304}
+_HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "expect"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """One request, whole."""
+
+    method: str
+    target: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    @property
+    def line(self) -> str:
+        """Method and target: what the patterns of `inject` are matched with."""
+        return f"{self.method} {self.target}"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer, whole."""
+
+    status: int
+    reason: str
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+
+class FaultyProxy:
+    """A proxy on a port of its own, `url`, before the server at `target`.
+
+    Attributes:
+        rate: which part of the requests meets a fault; all kinds are dealt out before one comes again.
+        silence_seconds: how long a connection stays silent, unless its client gives up first.
+        requests: the requests that arrived so far, by method.
+        injected: the faults so far.
+        connections: the connections so far.
+    """
+
+    def __init__(self, target: str, *, rate: float = 0.0, seed: int = 0, silence_seconds: float = 60.0) -> None:
+        """Errors look like Google's for a client of `STORAGE_EMULATOR_HOST`, and like S3's for any other."""
+        self.rate, self.silence_seconds = rate, silence_seconds
+        self.requests: Counter[str] = Counter()
+        self.injected: Counter[Fault] = Counter()
+        self.connections = 0
+        self._random, self._deck = random.Random(seed), list[Fault]()
+        self._orders: list[tuple[re.Pattern[str], Fault]] = []
+        self._lock = threading.Lock()
+        self._target = urlsplit(target).netloc
+        self._open: set[socket.socket] = set()
+        self._hanging = False
+        self._listener: socket.socket | None = None
+        self._listen(0)
+
+    def __enter__(self) -> FaultyProxy:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.refuse()
+
+    def inject(self, fault: Fault, pattern: str, times: int = 1) -> None:
+        """Has the next requests whose line matches the regular expression meet this fault, whatever the rate."""
+        with self._lock:
+            self._orders += [(re.compile(pattern), fault)] * times
+
+    def refuse(self) -> None:
+        """The bucket goes away: nobody listens, and what is under way breaks off."""
+        with self._lock:
+            listener, self._listener = self._listener, None
+            connections, self._open = self._open, set()
+        for end in [*connections, *([listener] if listener else [])]:
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+        if listener is not None:
+            listener.close()
+
+    def hang(self) -> None:
+        """The bucket goes away: connections are taken, and nothing is answered on them any more."""
+        self._hanging = True
+
+    def come_back(self) -> None:
+        """The bucket is there again, at the same address."""
+        if self._hanging:
+            self._hanging = False
+            self.refuse()
+        if self._listener is None:
+            self._listen(self._port)
+
+    @contextmanager
+    def away(self) -> Iterator[None]:
+        """The bucket is away while the context lasts."""
+        self.refuse()
+        try:
+            yield
+        finally:
+            self.come_back()
+
+    def _listen(self, port: int) -> None:
+        listener = socket.create_server(("127.0.0.1", port), backlog=200)
+        self._port = int(listener.getsockname()[1])
+        self.url = f"http://127.0.0.1:{self._port}"
+        self._listener = listener
+        threading.Thread(target=self._accept, args=(listener,), daemon=True).start()
+
+    def _accept(self, listener: socket.socket) -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                with self._lock:
+                    if self._listener is not listener:
+                        client.close()
+                        return
+                    self._open.add(client)
+                    self.connections += 1
+                threading.Thread(target=self._serve, args=(client,), daemon=True).start()
+
+    def _serve(self, client: socket.socket) -> None:
+        server = HTTPConnection(self._target)
+        try:
+            with client, suppress(OSError, HTTPException), client.makefile("rb") as file:
+                while (request := _read_request(client, file)) is not None and self._pass(client, server, request):
+                    pass
+        finally:
+            server.close()
+            with self._lock:
+                self._open.discard(client)
+
+    def _pass(self, client: socket.socket, server: HTTPConnection, request: Request) -> bool:
+        """Answers one request; whether the connection lives on."""
+        fault = self._fault_for(request)
+        if fault is Fault.SILENCE or self._hanging:
+            self._keep_silent(client)
+            return False
+        if fault is Fault.RESET:
+            _reset(client)
+            return False
+        if fault in _STATUS:
+            client.sendall(self._refusal(request, fault))
+            return True
+        answer = self._ask(server, request)
+        if self._hanging:
+            self._keep_silent(client)
+            return False
+        if fault is None:
+            client.sendall(_head(answer, f"Content-Length: {_length(request, answer)}"))
+            client.sendall(answer.body)
+            return True
+        if fault is Fault.LOST_ANSWER or answer.status in _BODILESS:
+            _reset(client)
+        elif fault is Fault.SILENCE_MIDWAY:
+            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
+            client.sendall(answer.body[: len(answer.body) // 2])
+            self._keep_silent(client)
+        elif fault is Fault.SHORT:
+            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
+            client.sendall(answer.body[: len(answer.body) // 2])
+        else:
+            half = answer.body[: len(answer.body) // 2 + 1]
+            client.sendall(_head(answer, "Transfer-Encoding: chunked"))
+            client.sendall(b"%x\r\n%b\r\n" % (len(half), half) if half else b"")
+        return False
+
+    def _fault_for(self, request: Request) -> Fault | None:
+        with self._lock:
+            self.requests[request.method] += 1
+            fault = None
+            for number, (pattern, ordered) in enumerate(self._orders):
+                if pattern.search(request.line):
+                    del self._orders[number]
+                    fault = ordered
+                    break
+            else:
+                if self._random.random() < self.rate:
+                    if not self._deck:
+                        self._deck = self._random.sample(list(Fault), len(Fault))
+                    fault = self._deck.pop()
+            if request.method == "HEAD" and fault in (Fault.SILENCE_MIDWAY, Fault.SHORT, Fault.SHORT_CHUNKS):
+                # Its answer has no body to be cut.
+                fault = Fault.LOST_ANSWER
+            if fault is not None:
+                self.injected[fault] += 1
+            return fault
+
+    def _refusal(self, request: Request, fault: Fault) -> bytes:
+        status, header = _STATUS[fault]
+        body = b""
+        if request.method != "HEAD":
+            body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % status).encode()
+        head = f"HTTP/1.1 {status} No\r\n{header}Content-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    def _ask(self, server: HTTPConnection, request: Request) -> Answer:
+        for attempt in range(2):
+            try:
+                server.putrequest(request.method, request.target, skip_host=True, skip_accept_encoding=True)
+                for name, value in request.headers:
+                    if name.lower() not in _HOP_BY_HOP:
+                        server.putheader(name, value)
+                server.putheader("Content-Length", str(len(request.body)))
+                server.endheaders(request.body)
+                response = server.getresponse()
+                break
+            except (OSError, HTTPException):
+                # The server has closed a connection that was idle.
+                server.close()
+                if attempt:
+                    raise
+        body, headers = response.read(), response.getheaders()
+        here = urlsplit(self.url).netloc
+        if "json" in (response.getheader("Content-Type") or ""):
+            body = body.replace(self._target.encode(), here.encode())
+        # Where an upload goes on, too, must lead through here.
+        passed = tuple((name, value.replace(self._target, here)) for name, value in headers)
+        return Answer(response.status, response.reason, passed, body)
+
+    def _keep_silent(self, client: socket.socket) -> None:
+        until = time.monotonic() + self.silence_seconds
+        client.settimeout(0.1)
+        while time.monotonic() < until:
+            with suppress(TimeoutError):
+                if not client.recv(1 << 16):
+                    return
+
+
+def _read_request(client: socket.socket, file: BinaryIO) -> Request | None:
+    line = file.readline()
+    if not line.strip():
+        return None
+    method, target, _ = line.decode("latin-1").split(" ", 2)
+    headers: list[tuple[str, str]] = []
+    while (line := file.readline()).strip():
+        name, _, value = line.decode("latin-1").partition(":")
+        headers.append((name, value.strip()))
+    named = {name.lower(): value for name, value in headers}
+    if named.get("expect", "").lower() == "100-continue":
+        client.sendall(b"HTTP/1.1 100 Continue\r\n\r\n")
+    if "chunked" in named.get("transfer-encoding", "").lower():
+        body = b"".join(_chunks(file))
+    else:
+        size_bytes = int(named.get("content-length", 0))
+        body = file.read(size_bytes)
+        if len(body) < size_bytes:
+            return None
+    return Request(method, target, tuple(headers), body)
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    while size_bytes := int(file.readline().split(b";")[0] or b"0", 16):
+        yield file.read(size_bytes)
+        file.readline()
+    file.readline()
+
+
+def _head(answer: Answer, framing: str) -> bytes:
+    lines = [f"HTTP/1.1 {answer.status} {answer.reason}"]
+    lines += [f"{name}: {value}" for name, value in answer.headers if name.lower() not in _HOP_BY_HOP]
+    return "\r\n".join([*lines, framing, "", ""]).encode("latin-1")
+
+
+def _length(request: Request, answer: Answer) -> int | str:
+    """What an answer to HEAD says of a body that does not come."""
+    if request.method == "HEAD":
+        return next((value for name, value in answer.headers if name.lower() == "content-length"), 0)
+    return len(answer.body)
+
+
+def _reset(client: socket.socket) -> None:
+    client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    client.close()

@@ -1,0 +1,423 @@
+"""Tars of other people, written by the real `webdataset`, become a dataset where they lie."""
+
+import io
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from job.checkpoints import list_checkpoints
+from job.data.cache import open_cache
+from job.data.indexing import index_tars
+from job.data.order import Order
+from job.data.pack import pack
+from job.data.shard_cache import ShardCache
+from job.data.shards import load_index
+from job.data.stream import stream_batches
+from job.data.tar_uris import expand_braces
+from job.data.verify import verify_dataset
+from job.exits import BadDataError, BadRequestError, Exit, JobError, MissingInputError, StoppedError
+from job.store import Store, open_store
+from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
+from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
+
+KEY = "datasets/laion-16"
+BOMB = encoded(picture(0).resize((1, 1)).resize((10_000, 10_000)).convert("1"), "PNG")
+
+Samples = list[dict[str, object]]
+
+
+def samples_of(count: int = 34, kind: str = "jpg", **more: object) -> Samples:
+    """As img2dataset lays them out: an image, its caption and a record, under a number; no two of one size."""
+    return [
+        {
+            "__key__": f"{n:09d}",
+            kind: jpeg(n, 30 + n, 64 - n) if kind == "jpg" else encoded(picture(n, 30 + n, 64 - n), kind),
+            "txt": f"picture {n}",
+            "json": json.dumps({"number": n}).encode(),
+            **{name: value(n) if callable(value) else value for name, value in more.items()},
+        }
+        for n in range(count)
+    ]
+
+
+def write_tars(folder: Path, samples: Samples, per_tar: int = 10) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=per_tar, encoder=False, verbose=0) as writer:
+        for sample in samples:
+            writer.write({k: v.encode() if isinstance(v, str) and k[0] != "_" else v for k, v in sample.items()})
+    return folder
+
+
+def indexed(bucket: Store, *words: object, **options: object):
+    return index_tars(bucket, list(map(str, words)), "laion", **{"size": 16, **options})  # type: ignore[arg-type]
+
+
+def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
+    cache = open_cache(bucket, key, load_index(bucket, key), cache_dir=cache_dir, budget_bytes=budget_bytes)
+    try:
+        return cache.read(np.arange(cache.index.images))
+    finally:
+        cache.close()
+
+
+def uploaded(folder: Path, uri: str) -> None:
+    store = open_store(uri)
+    for path in sorted(folder.iterdir()):
+        store.upload(path, path.name)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> Path:
+    return write_tars(tmp_path_factory.mktemp("theirs") / "laion", samples_of())
+
+
+@pytest.fixture
+def bucket(tmp_path) -> Store:
+    return open_store(str(tmp_path / "bucket"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("jpg", {}),
+        ("png", {"crop": "squash", "resize_filter": "box"}),
+        ("webp", {"channels": 1, "crop": "center:24"}),
+    ],
+)
+def test_the_images_are_those_that_packing_would_have_given(tmp_path, bucket, kind, options):
+    samples = samples_of(24, kind)
+    tars = write_tars(tmp_path / "tars", samples)
+    files = folder_of(tmp_path / "images", [(f"{s['__key__']}.{kind}", s[kind]) for s in samples])  # type: ignore[misc]
+    index = indexed(bucket, tars, **options)
+    packed = pack(bucket, str(files), "packed", size=16, **options)
+    assert (index.images, len(index.shards), index.channels) == (24, 3, packed.channels)
+    want = pixels(bucket, "datasets/packed-16", tmp_path / "cache")
+    np.testing.assert_array_equal(pixels(bucket, KEY, tmp_path / "cache"), want)
+    np.testing.assert_array_equal(pixels(bucket, KEY, tmp_path / "other", budget_bytes=1), want)
+    assert verify_dataset(bucket, KEY) == []
+
+
+def test_nothing_is_copied_and_nothing_of_theirs_is_touched(tmp_path, bucket, tars):
+    before = snapshot(tars)
+    index = indexed(bucket, tars)
+    names = set(snapshot(tmp_path / "bucket" / KEY))
+    assert names == {"index.json", *(f"shard-0000{n}.offsets" for n in range(4))}
+    assert [shard.uri for shard in index.shards] == [f"{tars}/0000{n}.tar" for n in range(4)]
+    pixels(bucket, KEY, tmp_path / "cache")
+    succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
+    assert not (tmp_path / "bucket" / KEY).exists()
+    assert snapshot(tars) == before
+
+
+def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_are_named(tmp_path, tars, gcs_bucket):
+    uploaded(tars, f"{gcs_bucket}/theirs/laion")
+    moved = shutil.copytree(tars, tmp_path / "a folder" / "moved")
+    ids = {
+        indexed(open_store(str(tmp_path / str(number))), *words, threads=1 + number % 3).dataset_id
+        for number, words in enumerate(
+            [
+                [tars],
+                [f"{tars}/{{00000..00003}}.tar"],
+                [f"file://{tars}/{{00000,00001}}.tar", *(f"{tars}/0000{n}.tar" for n in (2, 3))],
+                [moved],
+                [f"{gcs_bucket}/theirs"],
+                [f"{gcs_bucket}/theirs/laion/{{00000..00003}}.tar"],
+            ]
+        )
+    }
+    assert len(ids) == 1
+    other = indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id
+    assert other not in ids
+
+
+@pytest.mark.parametrize("budget", ["32", "0.0003"])
+def test_a_bucket_trains_from_tars_in_another(tmp_path, tars, gcs_bucket, budget):
+    """With room for all images, and with room for four shards of which each block needs three."""
+    theirs = f"{gcs_bucket}/theirs"
+    uploaded(tars, theirs)
+    ours = f"{gcs_bucket}/ours"
+    cache = {"DDPM_CACHE": str(tmp_path / "cache")}
+    out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 16, "--bucket", ours, **cache))
+    assert "34 colour, 16×16 pixels, in 4 shards" in out
+    assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
+    words = ["--dataset", "laion", "--bucket", ours, "--epochs", 2]
+    words += settings(train__batch_size="17", data__cache_gigabytes=budget, data__shuffle_block_images="8")
+    out = succeeded(ddpm_here("train", *words, **cache))
+    assert "Run 'laion' is finished: 2 epochs, 68 images seen." in out
+    run = open_store(f"{ours}/runs/laion")
+    assert [ref.images_seen for ref in list_checkpoints(run)][-1] == 68
+    assert "34" in succeeded(ddpm_here("data", "list", "--bucket", ours))
+    assert "is as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
+    assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
+
+
+def test_batches_do_not_depend_on_the_cache(tmp_path, bucket, tars, gcs_bucket):
+    uploaded(tars, f"{gcs_bucket}/laion")
+    index = indexed(bucket, f"{gcs_bucket}/laion")
+    order = Order(tuple(shard.images for shard in index.shards), seed=3, block_images=8)
+    shown = []
+    for budget_bytes in (1 << 30, 4 * max(shard.bytes for shard in index.shards)):
+        # A third of the images decoded, were there room for no more.
+        budget_bytes = min(budget_bytes, index.decoded_bytes if budget_bytes == 1 << 30 else budget_bytes)
+        cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / str(budget_bytes), budget_bytes=budget_bytes)
+        batches = stream_batches(cache, order, batch_size_images=7, first_image=0, last_image=70)
+        shown.append([batch.images.numpy().tobytes() for batch in batches])
+        cache.close()
+    assert len(shown[0]) == 10
+    assert shown[0] == shown[1]
+
+
+def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
+    tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: str(n % 3)))
+    index = indexed(bucket, tars)
+    assert index.classes == ("0", "1", "2")
+    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=1 << 30)
+    assert cache.labels(np.arange(12)).tolist() == [n % 3 for n in range(12)]
+    without = indexed(open_store(str(tmp_path / "without")), tars, classes=False)
+    assert without.classes == ()
+    # The dataset that packing writes is read as well, its classes with it.
+    images = folder_of(tmp_path / "images", [(f"{'ab'[n % 2]}/{n}.jpg", jpeg(n)) for n in range(10)])
+    pack(bucket, str(images), "packed", size=16)
+    again = index_tars(bucket, [f"{bucket.uri}/datasets/packed-16"], "again", size=16)
+    assert (again.images, again.classes) == (10, ("0", "1"))
+    np.testing.assert_array_equal(
+        pixels(bucket, "datasets/again-16", tmp_path / "cache"),
+        pixels(bucket, "datasets/packed-16", tmp_path / "cache"),
+    )
+
+
+def test_one_sample_is_one_image(tmp_path, bucket):
+    """Masks, thumbnails and captions beside it, folders, litter and dots in names."""
+    names = ["a/one.mask.png", "a/one.jpg", "a/one.txt", "b/two.large.JPG", "._two.jpg", "c/.hidden/x.jpg", "read.me"]
+    tar = tar_of(tmp_path / "a.tar", [(name, jpeg(number)) for number, name in enumerate(names)])
+    indexed(bucket, tar)
+    got = pixels(bucket, KEY, tmp_path / "cache")
+    pack(bucket, str(folder_of(tmp_path / "i", [("1.jpg", jpeg(1)), ("3.jpg", jpeg(3))])), "packed", size=16)
+    np.testing.assert_array_equal(got, pixels(bucket, "datasets/packed-16", tmp_path / "cache"))
+
+
+def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
+    samples = samples_of(30)
+    for number, content in ((3, b"no image"), (11, jpeg(11)[:-300]), (12, encoded(picture(1, 4, 4))), (29, BOMB)):
+        samples[number]["jpg"] = content
+    # A tar without one good image is no shard.
+    bad = write_tars(tmp_path / "bad", [{**sample, "jpg": b"no image"} for sample in samples_of(5)]) / "00000.tar"
+    tars = write_tars(tmp_path / "tars", samples)
+    words = [tars / "00000.tar", bad, tars / "00001.tar", tars / "00002.tar"]
+    index = indexed(bucket, *words)
+    assert (index.images, index.rejected_images, len(index.shards)) == (26, 9, 3)
+    lines = [json.loads(line) for line in bucket.read(f"{KEY}/rejects.jsonl").data.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "00000.tar/000000003.jpg",
+        *(f"00000.tar/00000000{n}.jpg" for n in range(5)),
+        "00001.tar/000000011.jpg",
+        "00001.tar/000000012.jpg",
+        "00002.tar/000000029.jpg",
+    ]
+    assert [line["reason"].split()[0] for line in lines[-3:]] == ["cannot", "has", "has"]
+    assert "100000000 pixels, more than the limit" in lines[-1]["reason"].replace("10000×10000", "100000000")
+    assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
+    assert verify_dataset(bucket, KEY) == []
+    small = open_store(str(tmp_path / "small"))
+    with pytest.raises(BadDataError, match=r"more than --max-bad=8 .*'00000.tar/000000003.jpg' .*and 6 more: see to"):
+        indexed(small, *words, max_bad=8)
+    with pytest.raises(BadDataError, match="none of their images can be used"):
+        indexed(small, bad)
+
+
+@pytest.mark.parametrize("stop_at", [3, 17, 30])
+def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars, stop_at):
+    straight = open_store(str(tmp_path / "straight"))
+    indexed(straight, tars)
+    polls, bucket, read = iter([False] * stop_at), open_store(str(tmp_path / "bucket")), []
+    with pytest.raises(StoppedError):
+        indexed(bucket, tars, should_stop=lambda: next(polls, True))
+    assert not bucket.exists(f"{KEY}/index.json")
+    indexed(bucket, tars, progress=lambda done, total, images: read.append((done, images)))
+    assert read[0][1] == stop_at // 10 * 10 + 1
+    assert snapshot(tmp_path / "bucket") == snapshot(tmp_path / "straight")
+
+
+KILLED = """
+import os, signal, sys
+from job.data.indexing import index_tars
+from job.store import open_store
+def die(done, total, images):
+    if images == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+index_tars(open_store(sys.argv[1]), [sys.argv[2]], "laion", size=16, progress=die)
+"""
+
+
+def test_a_killed_indexing_goes_on(tmp_path, tars):
+    bucket = tmp_path / "bucket"
+    command = [sys.executable, "-c", KILLED, str(bucket), str(tars)]
+    for images in ("15", "25"):
+        assert subprocess.run([*command, images], env=environment(), check=False).returncode == -signal.SIGKILL
+    indexed(open_store(str(bucket)), tars)
+    straight = tmp_path / "straight"
+    indexed(open_store(str(straight)), tars)
+    assert snapshot(bucket) == snapshot(straight)
+
+
+def test_other_tars_or_parameters_begin_anew(tmp_path, tars, bucket):
+    polls = iter([False] * 25)
+    with pytest.raises(StoppedError):
+        indexed(bucket, tars, should_stop=lambda: next(polls, True))
+    index = indexed(bucket, tars / "00002.tar", crop="squash")
+    assert (index.images, index.crop, len(index.shards)) == (10, "squash", 1)
+    assert verify_dataset(bucket, KEY) == []
+
+
+def flipped(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[1000] ^= 1
+    path.write_bytes(data)
+
+
+def shortened(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1024])
+
+
+@pytest.mark.parametrize("change", [flipped, shortened, Path.unlink])
+@pytest.mark.parametrize("mode", ["decoded", "shards"])
+def test_a_tar_that_changes_later_is_named(tmp_path, tars, bucket, change, mode):
+    theirs = shutil.copytree(tars, tmp_path / "theirs")
+    index = indexed(bucket, theirs)
+    change(theirs / "00002.tar")
+    (problem,) = verify_dataset(bucket, KEY)
+    assert problem.startswith(f"{theirs}/00002.tar ")
+    budget_bytes = 1 << 30 if mode == "decoded" else index.decoded_bytes - 1
+    error = MissingInputError if change is Path.unlink else BadDataError
+    with pytest.raises(error, match=rf"{theirs}/00002\.tar") as raised:
+        pixels(bucket, KEY, tmp_path / "cache", budget_bytes)
+    assert raised.value.exit_code == (Exit.MISSING_INPUT if change is Path.unlink else Exit.BAD_DATA)
+    if change is not Path.unlink:
+        assert "than were indexed" in str(raised.value)
+
+
+def test_a_tar_in_a_bucket_that_changes_later_ends_training_with_65(tmp_path, tars, gcs_bucket):
+    theirs, cache = f"{gcs_bucket}/theirs", {"DDPM_CACHE": str(tmp_path / "cache")}
+    uploaded(tars, theirs)
+    succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 16, "--bucket", gcs_bucket))
+    content = bytearray((tars / "00001.tar").read_bytes())
+    content[700] ^= 1
+    open_store(theirs).put("00001.tar", bytes(content))
+    words = ["--dataset", "laion", "--bucket", gcs_bucket, *settings()]
+    line = refused(ddpm_here("train", *words, **cache), Exit.BAD_DATA)
+    assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
+
+
+@pytest.mark.parametrize(
+    ("name", "match"),
+    [("../up.jpg", "leads out of it, '../up.jpg'"), ("/etc/x.jpg", "leads out"), ("a/../../x.jpg", "leads out")],
+)
+def test_tars_of_strangers_are_refused_as_in_packing(tmp_path, bucket, name, match):
+    tar = tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1)), (name, jpeg(2))])
+    with pytest.raises(BadDataError, match=match):
+        indexed(bucket, tar)
+    assert not bucket.exists(f"{KEY}/index.json")
+
+
+def test_two_files_of_one_name_are_refused(tmp_path, bucket):
+    tar = tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2)), ("./1.jpg", jpeg(3))])
+    with pytest.raises(BadDataError, match=r"a\.tar has the entry '1\.jpg' more than once"):
+        indexed(bucket, tar)
+
+
+def test_names_that_do_not_tell_samples_apart_are_refused(tmp_path, bucket):
+    tar = tar_of(tmp_path / "a.tar", [(f"clip.{n:04d}.jpg", jpeg(n, 20, 20)) for n in range(20)])
+    with pytest.raises(BadDataError, match=r"'clip\.0016\.jpg' is one of more than 16 images of sample 'clip'"):
+        indexed(bucket, tar)
+
+
+@pytest.mark.parametrize("cut", [511, 700, 20_000])
+def test_a_truncated_tar_is_refused(tmp_path, tars, bucket, cut):
+    path = tmp_path / "cut.tar"
+    path.write_bytes((tars / "00000.tar").read_bytes()[:cut])
+    with pytest.raises(BadDataError, match=r"cut\.tar"):
+        indexed(bucket, path)
+
+
+def test_links_in_a_tar_are_refused(tmp_path, bucket):
+    with tarfile.open(tmp_path / "a.tar", "w") as archive:
+        info = tarfile.TarInfo("1.jpg")
+        info.size = len(jpeg(1))
+        archive.addfile(info, io.BytesIO(jpeg(1)))
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(BadDataError, match=r"'2\.jpg', which is a link or a device"):
+        indexed(bucket, tmp_path / "a.tar")
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "part"),
+    [
+        ("nowhere.tar", 66, "nothing at"),
+        ("nowhere", 66, "nothing at"),
+        ("empty", 66, "nothing at"),
+        ("texts", 65, "holds no .tar"),
+        ("a.tar.gz", 64, "is compressed"),
+        ("a.zip.tar", 64, "is compressed"),
+        ("{1..", 64, "{00000..00099}"),
+        ("{5..1}.tar", 64, "runs backwards"),
+        ("{0..999999}.tar", 64, "more than 100,000"),
+        ("{x}.tar", 64, "neither a range"),
+        ("{a,a}.tar", 64, "named twice"),
+        ("ftp://host/a.tar", 64, "nobody here speaks"),
+    ],
+)
+def test_words_that_mean_no_tars(tmp_path, bucket, word, code, part):
+    (tmp_path / "empty").mkdir()
+    folder_of(tmp_path / "texts", [("read.me", b"hello")])
+    tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1))])
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    (tmp_path / "a.zip.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    with pytest.raises(JobError, match=part) as error:
+        indexed(bucket, word if "://" in word else f"{tmp_path}/{word}")
+    assert error.value.exit_code == code
+    assert not Path(bucket.uri).exists()
+
+
+def test_a_dataset_that_is_there_is_not_written_over(bucket, tars):
+    indexed(bucket, tars)
+    with pytest.raises(BadRequestError, match="is there already: 34 images"):
+        indexed(bucket, tars)
+
+
+def test_braces_expand_as_in_a_shell():
+    assert list(expand_braces("a/{008..011}.tar")) == [f"a/{n}.tar" for n in ("008", "009", "010", "011")]
+    assert list(expand_braces("{x,y}/{0..1}")) == ["x/0", "x/1", "y/0", "y/1"]
+    assert list(expand_braces("gs://b/plain.tar")) == ["gs://b/plain.tar"]
+
+
+def test_an_index_that_names_a_pipe_does_not_hang(tmp_path, tars, bucket):
+    import os
+
+    theirs = shutil.copytree(tars, tmp_path / "theirs")
+    index = indexed(bucket, theirs)
+    (theirs / "00000.tar").unlink()
+    os.mkfifo(theirs / "00000.tar")
+    for budget_bytes in (1 << 30, index.decoded_bytes - 1):
+        with pytest.raises(MissingInputError, match=r"00000\.tar"):
+            pixels(bucket, KEY, tmp_path / "cache", budget_bytes)
+
+
+def test_too_little_room_for_the_images_reads_shards(tmp_path, tars, bucket):
+    index = indexed(bucket, tars)
+    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path, budget_bytes=index.decoded_bytes - 1)
+    assert isinstance(cache, ShardCache)
+    cache.close()

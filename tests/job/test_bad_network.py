@@ -1,0 +1,303 @@
+"""A whole day's work through a network where every tenth request goes wrong, and with a bucket that goes away."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import job.store
+from job.checkpoints import list_checkpoints, load_manifest
+from job.data.pack import pack
+from job.exits import Exit
+from job.metrics import read_rows
+from job.store import ConflictError, ObjectExistsError, Store, open_store
+from job.store.patient import open_patient
+from tests.faulty_proxy import Fault, FaultyProxy
+from tests.job.command_line import DDPM, ddpm_here, environment, refused, settings, succeeded
+from tests.job.leases import eventually
+
+DEADLINE_SECONDS = 2.0
+"""Instead of a quarter of a minute, so that a silent connection costs a second."""
+SHARD_BYTES = 60_000
+EPOCHS = 4
+MANY_EPOCHS = 100_000
+KEPT_EPOCHS = 20
+SETTINGS = settings(
+    checkpoint__every_epochs="1",
+    checkpoint__keep_last="2",
+    checkpoint__keep_every_epochs="2",
+    sample__every_epochs="2",
+    train__batch_size="100",
+    log__every_images="100",
+)
+
+
+@pytest.fixture(params=["gs", "s3"])
+def proxied(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[tuple[FaultyProxy, str]]:
+    """A bucket behind a proxy, which clients are sent to; operations give up soon."""
+    if request.param == "gs":
+        server, bucket = request.getfixturevalue("gcs_server"), request.getfixturevalue("gcs_bucket")
+    else:
+        request.getfixturevalue("aws_credentials")
+        server, bucket = use_seaweedfs(request, monkeypatch)
+    monkeypatch.setattr(job.store, "DEADLINE_SECONDS", DEADLINE_SECONDS)
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    with FaultyProxy(server) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST" if request.param == "gs" else "AWS_ENDPOINT_URL", proxy.url)
+        yield proxy, bucket
+
+
+def use_seaweedfs(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> tuple[str, str]:
+    from tests.conftest import _new_s3_bucket, _use_s3_server
+
+    server = _use_s3_server("seaweedfs", request, patch)
+    return server, _new_s3_bucket(server)
+
+
+def pack_tiles(bucket: Store) -> str:
+    """Packs the embedded images as `tiles-16` in many shards, and returns the dataset's id."""
+    source = resources.files("job") / "datasets" / "landscape-sample.zip"
+    return pack(bucket, str(source), "tiles", size=16, shard_bytes=SHARD_BYTES).dataset_id
+
+
+def train_words(bucket: str, epochs: int) -> list[object]:
+    return ["train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs, *SETTINGS]
+
+
+def train(bucket: str, epochs: int, **variables: str) -> str:
+    return succeeded(ddpm_here(*train_words(bucket, epochs), **variables))
+
+
+def learnt(run: Store) -> tuple[dict[str, str], list[dict[str, object]]]:
+    """The hashes of the newest checkpoint's files, and its metrics without the clock."""
+    manifest = load_manifest(run, max(list_checkpoints(run)))
+    rows = read_rows(run, manifest.metric_segments)
+    timeless = [{name: row[name] for name in row if name not in ("time", "images_per_second")} for row in rows]
+    return {file.name: file.sha256 for file in manifest.files}, timeless
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
+    """The dataset's id and the run, as they are when nothing happens."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    dataset_id = pack_tiles(open_store(str(folder)))
+    train(str(folder), EPOCHS, DDPM_CACHE=str(folder / "cache"))
+    return dataset_id, open_store(str(folder)).sub("runs/walk")
+
+
+def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
+    undisturbed: tuple[str, Store], proxied: tuple[FaultyProxy, str]
+) -> None:
+    proxy, bucket = proxied
+    dataset_id, quiet = undisturbed
+    proxy.rate = 0.1
+    notes: list[str] = []
+    assert pack_tiles(open_patient(bucket, lambda: False, notes.append)) == dataset_id
+    assert "every shard" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
+    train(bucket, EPOCHS // 2)
+    train(bucket, EPOCHS)
+    words = ("--run", "walk", "--bucket", bucket, "--checkpoints", "2,4", "--seeds", "0-3", "--no-nearest")
+    pictures = succeeded(ddpm_here("sample", *words)).splitlines()
+    proxy.rate = 0.0
+    run = open_store(bucket).sub("runs/walk")
+    assert learnt(run) == learnt(quiet)
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [ref.images_seen for ref in list_checkpoints(quiet)]
+    assert len(pictures) == 3
+    assert {entry.key for entry in quiet.list("samples")} <= {entry.key for entry in run.list("samples")}
+    assert set(proxy.injected) == set(Fault)
+    assert proxy.injected.total() > 0.05 * proxy.requests.total()
+
+
+def newest(run: Store) -> int:
+    return max((ref.images_seen for ref in list_checkpoints(run)), default=0)
+
+
+def meanwhile(work: Callable[[], None]) -> threading.Thread:
+    """Does `work` beside a command in this process, and then stops that as a preemption would, whatever came of it."""
+
+    def stop_at_last() -> None:
+        try:
+            work()
+        finally:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=stop_at_last, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("proxied", ["gs", "s3"], indirect=True)
+@pytest.mark.parametrize("away_seconds", [8.0, pytest.param(60.0, marks=pytest.mark.slow)])
+def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
+    proxied: tuple[FaultyProxy, str], away_seconds: float
+) -> None:
+    proxy, bucket = proxied
+    pack_tiles(open_store(bucket))
+    run = open_store(bucket).sub("runs/walk")
+    away = [0.0, 0.0]
+
+    def go_away() -> None:
+        eventually(lambda: newest(run) > 0, 60)
+        away[0] = time.time()
+        with proxy.away():
+            time.sleep(away_seconds)
+            away[1] = time.time()
+        before = newest(run)
+        eventually(lambda: newest(run) > before, 60)
+
+    beside = meanwhile(go_away)
+    words = [*train_words(bucket, MANY_EPOCHS), *settings(checkpoint__keep_every_epochs=str(KEPT_EPOCHS))]
+    done = ddpm_here(*words, "--set", "sample.every_epochs=10")
+    beside.join()
+    assert done.returncode == Exit.STOPPED, done.stderr
+    assert done.stderr.count("trying again for up to 900 s") == done.stderr.count("the bucket is back after") >= 1
+
+    rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metric_segments)
+    while_away = [row["images_seen"] for row in rows if away[0] < row["time"] < away[1]]
+    assert while_away[-1] - while_away[0] >= 10 * 100, "training stood still"
+    # Nothing is missing: no row of the metrics, no checkpoint that is kept for good, no picture, not the last step.
+    assert [row["images_seen"] for row in rows] == [*range(100, newest(run) + 1, 100)]
+    epochs = newest(run) // 299
+    kept = {ref.images_seen for ref in list_checkpoints(run)}
+    assert {-(-299 * epoch // 100) * 100 for epoch in range(KEPT_EPOCHS, epochs + 1, KEPT_EPOCHS)} <= kept
+    pictures = {entry.key for entry in run.list("samples")}
+    assert {f"epoch-{epoch:04d}" for epoch in range(10, epochs, 10)} <= {key[8:18] for key in pictures}
+
+
+@pytest.mark.parametrize("proxied", ["gs"], indirect=True)
+def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(proxied: tuple[FaultyProxy, str]) -> None:
+    proxy, bucket = proxied
+    pack_tiles(open_store(bucket))
+    run = open_store(bucket).sub("runs/walk")
+
+    def go_away() -> None:
+        eventually(lambda: newest(run) > 0, 60)
+        proxy.refuse()
+
+    beside = threading.Thread(target=go_away)
+    beside.start()
+    done = ddpm_here(*train_words(bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="3")
+    beside.join()
+    assert "trying again for up to 3 s" in done.stderr
+    line = refused(done, Exit.BUCKET_AWAY)
+    assert f"ddpm: {bucket}/runs/walk" in line
+    assert "Connection refused" in line
+    assert "s in all)" in line
+
+    proxy.come_back()
+    saved = newest(run)
+    beside = meanwhile(lambda: eventually(lambda: newest(run) > saved, 60))
+    done = ddpm_here(*train_words(bucket, MANY_EPOCHS))
+    beside.join()
+    assert done.returncode == Exit.STOPPED, done.stderr
+    assert max(list_checkpoints(run)).fence == 2
+
+
+@pytest.mark.parametrize("proxied", ["gs", "s3"], indirect=True)
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
+    proxied: tuple[FaultyProxy, str], processes: int
+) -> None:
+    proxy, bucket = proxied
+    pack_tiles(open_store(bucket))
+    run = open_store(bucket).sub("runs/walk")
+    words = [DDPM, *map(str, train_words(bucket, MANY_EPOCHS)), "--processes", str(processes)]
+    variables = environment(DDPM_GRACE_SECONDS="6")
+    child = subprocess.Popen(words, env=variables, stderr=subprocess.PIPE, text=True)
+    eventually(lambda: newest(run) > 0, 120)
+    proxy.hang()
+    time.sleep(1)
+    began = time.monotonic()
+    child.terminate()
+    _, stderr = child.communicate(timeout=60)
+    seconds = time.monotonic() - began
+    assert child.returncode == Exit.BUCKET_AWAY, stderr
+    assert "Traceback" not in stderr
+    assert f"{bucket}/runs/walk did not take the last checkpoint in the 6 s (DDPM_GRACE_SECONDS)" in stderr
+    assert seconds < 6 + 2
+    proxy.come_back()
+    assert "is finished" in train(bucket, 1)
+
+
+@pytest.mark.parametrize("proxied", ["gs", "s3"], indirect=True)
+@pytest.mark.parametrize("how", ["hang", "refuse"])
+def test_packing_is_stopped_though_the_bucket_is_away(proxied: tuple[FaultyProxy, str], how: str) -> None:
+    proxy, bucket = proxied
+    getattr(proxy, how)()
+    words = [DDPM, "data", "pack", "landscape-sample", "mine", "--size", "16", "--bucket", bucket]
+    child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    if how == "hang":
+        eventually(lambda: proxy.connections > 0, 60)
+        time.sleep(0.5)
+    else:
+        time.sleep(3)
+    began = time.monotonic()
+    child.terminate()
+    _, stderr = child.communicate(timeout=60)
+    assert time.monotonic() - began < 6
+    assert child.returncode == Exit.STOPPED, stderr
+    assert stderr.splitlines()[-1].startswith("ddpm: stopped while ")
+    assert "Traceback" not in stderr
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.SHORT, Fault.SHORT_CHUNKS])
+def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
+    proxied: tuple[FaultyProxy, str], fault: Fault, tmp_path: Path
+) -> None:
+    proxy, bucket = proxied
+    store = open_store(bucket)
+    small, large = tmp_path / "small", tmp_path / "large"
+    small.write_bytes(secrets.token_bytes(1000))
+    large.write_bytes(secrets.token_bytes(9 << 20))
+
+    def losing(pattern: str, work: Callable[[], object]) -> object:
+        proxy.injected.clear()
+        proxy.inject(fault, pattern)
+        result = work()
+        assert proxy.injected.total() == 1
+        return result
+
+    write = "^(POST /upload|PUT)"
+    version = losing(write, lambda: store.create("key", b"mine"))
+    assert store.read("key").version == version
+    with pytest.raises(ObjectExistsError):
+        losing(write, lambda: store.create("key", b"theirs"))
+    newer = losing(write, lambda: store.replace("key", b"newer", str(version)))
+    assert (store.read("key").data, store.read("key").version) == (b"newer", newer)
+    with pytest.raises(ConflictError):
+        losing(write, lambda: store.replace("key", b"newest", str(version)))
+    losing(write, lambda: store.put("put", b"1"))
+    losing(write, lambda: store.upload(small, "small"))
+    losing("^PUT|^POST.*[?]uploads", lambda: store.upload(large, "large"))
+    if bucket.startswith("s3://"):
+        losing("^POST.*uploadId", lambda: store.upload(large, "larger"))
+    else:
+        losing("^POST", lambda: store.upload(large, "larger"))
+    for key in ("large", "larger"):
+        store.download(key, tmp_path / "out")
+        assert (tmp_path / "out").read_bytes() == large.read_bytes()
+    large.write_bytes(small.read_bytes()[::-1])
+    with pytest.raises(ObjectExistsError):
+        losing(write, lambda: store.upload(large, "small"))
+    losing("^DELETE", lambda: store.delete("key"))
+    assert not store.exists("key")
+    losing("^DELETE", lambda: store.delete("key"))
+
+
+def test_a_bucket_that_is_not_there_is_told_at_once(proxied: tuple[FaultyProxy, str]) -> None:
+    _, bucket = proxied
+    began = time.monotonic()
+    words = ("train", "--dataset", "tiles", "--bucket", f"{bucket}-not")
+    assert f"no bucket {bucket}-not" in refused(ddpm_here(*words), Exit.MISSING_INPUT)
+    assert time.monotonic() - began < 5

@@ -1,0 +1,138 @@
+"""Credentials stay where they are: none reaches a bucket, the local cache or what a program prints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from job.exits import Exit
+from job.store import open_store
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.some_images import encoded, folder_of, picture
+from tests.servers import SECRET
+
+MARKED = {
+    name: f"marked-{name.lower().replace('_', '-')}-8f3a"
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY", "GITHUB_TOKEN", "GOOGLE_OAUTH_ACCESS_TOKEN")
+}
+PRIVATE_KEY = "marked-private-key-8f3a"
+
+
+@pytest.fixture
+def secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Variables that hold or name secrets; each secret has a mark that `told` looks for."""
+    account = {"type": "service_account", "client_email": "a@b.c", "private_key": PRIVATE_KEY, "token_uri": "http://x"}
+    (tmp_path / "account.json").write_text(json.dumps(account))
+    variables = {**MARKED, "GOOGLE_APPLICATION_CREDENTIALS": str(tmp_path / "account.json")}
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    return variables
+
+
+def told(text: str | bytes) -> list[str]:
+    """The secrets in a text."""
+    data = text.encode() if isinstance(text, str) else text
+    return [secret for secret in (SECRET, PRIVATE_KEY, *MARKED.values()) if secret.encode() in data]
+
+
+@pytest.mark.parametrize("server", ["gs", "s3-moto", "s3-seaweedfs"])
+def test_a_run_tells_no_secret_to_anybody(server, bucket_of, secrets, tmp_path):
+    bucket = bucket_of(server)
+    cache = tmp_path / "cache"
+    variables = {"DDPM_CACHE": str(cache)}
+    images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
+    train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="12")]
+    printed = []
+    for words in (
+        ["data", "pack", images, "small", "--size", 8, "--bucket", bucket],
+        train,
+        ["sample", "--run", "small", "--bucket", bucket, "--seeds", "0", "--steps", "1"],
+        ["runs", "show", "small", "--bucket", bucket],
+    ):
+        # The run itself in processes of its own, as people start it.
+        done = (ddpm if words is train else ddpm_here)(*words, **variables)
+        succeeded(done)
+        printed.append(done.stdout + done.stderr)
+    for words in (
+        ["train", "--dataset", "other"],
+        ["sample", "--run", "other"],
+        ["train", "--dataset", "a", "--set", "x"],
+    ):
+        done = ddpm_here(*words, "--bucket", bucket, **variables)
+        assert done.returncode in (Exit.MISSING_INPUT, Exit.BAD_CONFIG)
+        printed.append(done.stdout + done.stderr)
+    assert [secret for text in printed for secret in told(text)] == []
+    store = open_store(bucket)
+    keys = [entry.key for entry in store.list()]
+    assert {"runs/small/config.yaml", "runs/small/attempts/000001.json", "datasets/small-8/index.json"} <= set(keys)
+    assert [(key, secret) for key in keys for secret in told(key.encode() + store.read(key).data)] == []
+    held = [path for path in cache.rglob("*") if path.is_file()]
+    assert held
+    assert [(path, secret) for path in held for secret in told(path.read_bytes())] == []
+
+
+@pytest.fixture
+def bucket_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+    """Makes a bucket on one kind of server, whose credentials hold a mark."""
+    from tests.conftest import _new_s3_bucket, _use_s3_server
+
+    def make(server: str) -> str:
+        if server == "gs":
+            return str(request.getfixturevalue("gcs_bucket"))
+        request.getfixturevalue("aws_credentials")
+        return _new_s3_bucket(_use_s3_server(server.removeprefix("s3-"), request, monkeypatch))
+
+    return make
+
+
+def test_credentials_that_are_refused_are_not_repeated(seaweedfs_server, aws_credentials, secrets, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    done = ddpm_here("data", "list", "--bucket", "s3://any-bucket")
+    refused(done, Exit.NO_PERMISSION)
+    assert told(done.stdout + done.stderr) == []
+
+
+def test_a_broken_key_file_is_not_repeated(secrets, monkeypatch):
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    done = ddpm_here("data", "list", "--bucket", "gs://any-bucket")
+    refused(done, Exit.NO_PERMISSION)
+    assert told(done.stdout + done.stderr) == []
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "s3://AKIAEXAMPLE:{secret}@my-bucket",
+        "s3://AKIAEXAMPLE:ab/{secret}@my-bucket/folder",
+        "gs://somebody:{secret}@my-bucket/folder",
+        "https://somebody:{secret}@host/archive.zip",
+        "https://my-bucket.s3.amazonaws.com/archive.zip?X-Amz-Signature={secret}",
+        "hdfs://somebody:{secret}@host/folder",
+    ],
+)
+def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path, uri):
+    uri = uri.format(secret=SECRET)
+    bucket = tmp_path / "bucket"
+    for words in (
+        ["data", "list", "--bucket", uri],
+        ["train", "--dataset", "a", "--bucket", uri],
+        ["sample", "--run", "a", "--bucket", uri],
+        ["data", "pack", uri, "a", "--size", 8, "--bucket", bucket],
+        ["data", "index", uri, "a", "--size", 8, "--bucket", bucket],
+        ["data", "ensure", "a", "--source", uri, "--bucket", bucket],
+    ):
+        done = ddpm_here(*words)
+        line = refused(done, Exit.BAD_REQUEST)
+        assert "…" in line
+        assert told(done.stdout + done.stderr) == []
+    assert not bucket.exists()
+
+
+def test_an_address_of_a_server_with_a_password_is_refused_and_not_repeated(aws_credentials, monkeypatch):
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://somebody:{SECRET}@127.0.0.1:1")
+    done = ddpm_here("data", "list", "--bucket", "s3://any-bucket")
+    refused(done, Exit.BAD_REQUEST)
+    assert told(done.stdout + done.stderr) == []

@@ -1,0 +1,364 @@
+"""What is read may come from anybody: nothing of it is executed, wherever a loader looks."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import io
+import json
+import os
+import pickle
+import shutil
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from job.checkpoints import MANIFEST, Manifest, list_checkpoints
+from job.data.cache import open_cache
+from job.data.shards import INDEX, ShardWriter, load_index
+from job.exits import Exit
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.some_images import encoded, folder_of, picture
+
+CHECKOUT = Path(__file__).parents[2]
+DATASET, RUN = "datasets/small-8", "runs/small"
+SMALL = settings(train__batch_size="12", log__every_images="12", sample__steps="1", sample__images="1")
+
+
+class Payload:
+    """Whoever unpickles it makes a folder."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (self.marker,)
+
+
+def pickled(marker: Path) -> bytes:
+    return pickle.dumps(Payload(marker))
+
+
+def torch_saved(marker: Path) -> bytes:
+    file = io.BytesIO()
+    torch.save({"weight": torch.ones(3), "payload": Payload(marker)}, file)
+    return file.getvalue()
+
+
+def object_array(marker: Path) -> bytes:
+    file = io.BytesIO()
+    np.save(file, np.array([Payload(marker)], dtype=object), allow_pickle=True)
+    return file.getvalue()
+
+
+def tagged_yaml(marker: Path) -> bytes:
+    return f"train: !!python/object/apply:os.mkdir ['{marker}']\n".encode()
+
+
+def json_of_a_pickle(marker: Path) -> bytes:
+    return json.dumps({"py/reduce": [{"py/function": "os.mkdir"}, [str(marker)]]}).encode()
+
+
+def gigabytes(marker: Path) -> bytes:
+    """A safetensors file whose header claims more memory than any machine has."""
+    return struct.pack("<Q", 1 << 45) + b'{"weight":'
+
+
+PAYLOADS = [pickled, torch_saved, object_array, tagged_yaml, json_of_a_pickle, gigabytes]
+
+
+@pytest.mark.parametrize(
+    ("payload", "unsafe_load"),
+    [
+        (pickled, pickle.loads),
+        (torch_saved, lambda data: torch.load(io.BytesIO(data), weights_only=False)),
+        (object_array, lambda data: np.load(io.BytesIO(data), allow_pickle=True)),
+        (tagged_yaml, lambda data: yaml.load(data, yaml.UnsafeLoader)),
+    ],
+)
+def test_the_payloads_go_off_where_somebody_loads_them(tmp_path, payload, unsafe_load):
+    unsafe_load(payload(tmp_path / "marker"))
+    assert (tmp_path / "marker").is_dir()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bucket with a dataset of twelve images and a run of two epochs over it."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("security")
+    images = folder_of(folder / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
+    bucket = folder / "bucket"
+    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket))
+    succeeded(train(bucket, folder / "cache", epochs=2))
+    return bucket
+
+
+def train(bucket: Path, cache_dir: Path, epochs: int = 3):
+    words = ["--dataset", "small", "--bucket", bucket, "--epochs", epochs]
+    return ddpm_here("train", *words, *SMALL, DDPM_CACHE=str(cache_dir))
+
+
+@pytest.fixture
+def bucket(trained: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(trained, tmp_path / "bucket")
+
+
+@pytest.fixture(autouse=True)
+def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """What no test may find when it ends; and nobody waits for the holder of a lease that is no lease."""
+    monkeypatch.setattr("job.lease.EXPIRE_SECONDS", 0.5)
+    yield tmp_path / "marker"
+    if "go_off" not in os.environ["PYTEST_CURRENT_TEST"]:
+        assert not (tmp_path / "marker").exists()
+
+
+def ends_well_or_in_one_line(done, *codes: int) -> None:
+    assert done.returncode in codes, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    if done.returncode:
+        refused(done, done.returncode)
+
+
+def objects(bucket: Path) -> list[Path]:
+    return sorted(path.relative_to(bucket) for path in bucket.rglob("*") if path.is_file())
+
+
+def test_a_payload_in_the_place_of_any_object_is_never_executed(trained, tmp_path, marker):
+    """Commands that read; what they cannot do without ends them, the rest is as good as absent."""
+    listed = objects(trained)
+    assert len(listed) > 15
+    for number, key in enumerate(listed):
+        bucket = shutil.copytree(trained, tmp_path / str(number))
+        (bucket / key).write_bytes(PAYLOADS[number % len(PAYLOADS)](marker))
+        commands = [["data", "list"], ["runs", "list"], ["runs", "show", "small"]]
+        if key.is_relative_to(DATASET):
+            commands.append(["data", "verify", "small"])
+        if key.is_relative_to(RUN):
+            commands.append(["sample", "--run", "small", "--seeds", "0", "--steps", "1", "--no-nearest"])
+        for words in commands:
+            ends_well_or_in_one_line(ddpm_here(*words, "--bucket", bucket), 0, Exit.BAD_DATA)
+        shutil.rmtree(bucket)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "code"),
+    [
+        ("lease.json", 0),
+        ("LATEST", 0),
+        ("status.json", 0),
+        ("attempts/000001.json", 0),
+        ("metrics/*.jsonl", 0),
+        ("checkpoints/*/optimizer-00.safetensors", Exit.BAD_DATA),
+    ],
+)
+def test_a_payload_in_the_place_of_what_training_reads(bucket, tmp_path, marker, pattern, code):
+    found = list((bucket / RUN).glob(pattern))
+    assert found
+    for path in found:
+        path.write_bytes(torch_saved(marker))
+    done = train(bucket, tmp_path / "cache")
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def replace_manifest(bucket: Path, **changes: object) -> Manifest:
+    """Changes the newest checkpoint's manifest, which vouches for itself again."""
+    store = open_store(str(bucket / RUN))
+    ref = list_checkpoints(store)[-1]
+    manifest = Manifest.load(store, f"{ref.key}/{MANIFEST}").model_copy(update=changes)
+    (bucket / RUN / ref.key / MANIFEST).write_bytes(manifest.to_json())
+    return manifest
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+@pytest.mark.parametrize("command", ["train", "sample"])
+def test_a_checkpoint_that_vouches_for_a_payload(bucket, tmp_path, marker, payload, command):
+    manifest = replace_manifest(bucket)
+    content = payload(marker)
+    files = [
+        file.model_copy(update={"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
+        for file in manifest.files
+    ]
+    for file in files:
+        (bucket / RUN / manifest.ref.key / file.name).write_bytes(content)
+    replace_manifest(bucket, files=tuple(files))
+    if command == "train":
+        done = train(bucket, tmp_path / "cache")
+    else:
+        done = ddpm_here("sample", "--run", "small", "--bucket", bucket, DDPM_CACHE=str(tmp_path / "cache"))
+    assert "safetensors holds no tensors" in refused(done, Exit.BAD_DATA)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_metrics_that_a_manifest_vouches_for(bucket, tmp_path, marker, payload):
+    manifest = replace_manifest(bucket)
+    content = payload(marker)
+    sha256 = hashlib.sha256(content).hexdigest()
+    segments = [segment.model_copy(update={"sha256": sha256}) for segment in manifest.metric_segments]
+    for segment in segments:
+        (bucket / RUN / segment.key).write_bytes(content)
+    replace_manifest(bucket, metric_segments=tuple(segments))
+    assert ".jsonl" in refused(train(bucket, tmp_path / "cache"), Exit.BAD_DATA)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_a_configuration_that_vouches_for_itself(bucket, tmp_path, marker, payload):
+    text = payload(marker)
+    (bucket / RUN / "config.yaml").write_bytes(b"# sha256: " + hashlib.sha256(text).hexdigest().encode() + b"\n" + text)
+    assert "config.yaml" in refused(train(bucket, tmp_path / "cache"), Exit.BAD_DATA)
+    assert "config.yaml" in refused(ddpm_here("sample", "--run", "small", "--bucket", bucket), Exit.BAD_DATA)
+
+
+def replace_index(bucket: Path, **changes: object) -> None:
+    """The dataset's index, which vouches for itself again; the run goes on with what it finds."""
+    index = load_index(open_store(str(bucket)), DATASET).model_copy(update=changes)
+    (bucket / DATASET / INDEX).write_bytes(index.to_json())
+    shutil.rmtree(bucket / RUN)
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_an_offset_table_that_the_index_vouches_for(bucket, tmp_path, marker, payload):
+    (shard,) = load_index(open_store(str(bucket)), DATASET).shards
+    # Of the right length, too: what it says is nonsense.
+    size = (bucket / DATASET / shard.offsets_name).stat().st_size
+    table = payload(marker)[:size].ljust(size, b"\xff")
+    (bucket / DATASET / shard.offsets_name).write_bytes(table)
+    replace_index(bucket, shards=(shard.model_copy(update={"offsets_sha256": hashlib.sha256(table).hexdigest()}),))
+    assert "shard-00000.offsets points beyond" in refused(train(bucket, tmp_path / "cache"), Exit.BAD_DATA)
+
+
+@pytest.mark.parametrize("cache_gigabytes", ["32", "1e-6"])
+@pytest.mark.parametrize("payload", [*PAYLOADS, lambda _: bomb()], ids=lambda payload: payload.__name__)
+def test_images_that_the_index_vouches_for(bucket, tmp_path, marker, payload, cache_gigabytes):
+    writer = ShardWriter(tmp_path / "shard-00000.tar")
+    for number in range(12):
+        writer.add(f"{number:09d}", payload(marker) if number == 7 else encoded(picture(number, 8, 8)), -1)
+    shard, offsets = writer.finish()
+    shutil.copy(writer.path, bucket / DATASET / shard.name)
+    (bucket / DATASET / shard.offsets_name).write_bytes(offsets)
+    replace_index(bucket, shards=(shard,))
+    words = ["--dataset", "small", "--bucket", bucket, *settings(train__batch_size="12")]
+    words += ["--set", f"data.cache_gigabytes={cache_gigabytes}"]
+    done = ddpm_here("train", *words, DDPM_CACHE=str(tmp_path / "cache"))
+    assert "shard-00000.tar, image 7 (at byte " in refused(done, Exit.BAD_DATA)
+
+
+@cache
+def bomb() -> bytes:
+    """A PNG of 20,000 × 20,000 black pixels: 50 kilobytes, which decode to more than a gigabyte."""
+    rows = zlib.compress(bytes(20_000 * (1 + 20_000 // 8)), 1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", 20_000, 20_000, 1, 0, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    )
+
+
+def test_bombs_among_images_are_counted_as_bad(tmp_path):
+    files = [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(3)] + [("bomb.png", bomb())]
+    done = ddpm_here(
+        "data", "pack", folder_of(tmp_path / "images", files), "small", "--size", 8, "--bucket", tmp_path / "b"
+    )
+    assert "rejects  1, named in rejects.jsonl" in succeeded(done)
+    assert "(400000000 pixels)" in (tmp_path / "b" / DATASET / "rejects.jsonl").read_text()
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_what_the_local_cache_holds_is_never_executed(trained, tmp_path, marker, payload):
+    store, cache_dir = open_store(str(trained)), tmp_path / "cache"
+    index = load_index(store, DATASET)
+
+    def pixels() -> bytes:
+        images = open_cache(store, DATASET, index, cache_dir=cache_dir, budget_bytes=1 << 30)
+        return images.read(np.arange(12)).tobytes()
+
+    before = pixels()
+    held = [path for path in cache_dir.rglob("*") if path.is_file()]
+    assert {"images", "filled", "offsets"} <= {path.name for path in held}
+    for path in held:
+        path.write_bytes(payload(marker))
+    assert pixels() == before
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_the_journal_of_a_packing_that_was_interrupted(tmp_path, marker, payload):
+    images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(3)])
+    for name in ("parameters", "shard-00000", "shard-00001"):
+        folder_of(tmp_path / "b" / DATASET, [(f"packing/{name}.json", payload(marker))])
+    folder_of(tmp_path / "b" / DATASET, [("shard-00000.tar", payload(marker)), ("shard-00000.offsets", b"")])
+    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", tmp_path / "b"))
+    succeeded(ddpm_here("data", "verify", "small", "--bucket", tmp_path / "b"))
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_payloads_among_images_to_pack(tmp_path, marker, payload):
+    good = [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(3)]
+    others = [(name, payload(marker)) for name in ("0.npy", "0.npz", "0.pt", "0.pkl", "0.cls", "config.yaml", "x.png")]
+    images = folder_of(tmp_path / "images", good + others)
+    out = succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", tmp_path / "b"))
+    assert "images   3 colour" in out
+    assert "rejects  1," in out
+    folder_of(tmp_path / "mnist", [("train-images-idx3-ubyte", payload(marker)), ("a.npy", payload(marker))])
+    for source in (tmp_path / "mnist", tmp_path / "mnist" / "a.npy"):
+        done = ddpm_here("data", "pack", source, "small", "--size", 16, "--bucket", tmp_path / "b")
+        assert str(source) in refused(done, Exit.BAD_DATA)
+
+
+def test_tags_in_what_a_person_hands_over(tmp_path, marker, bucket):
+    (tmp_path / "mine.yaml").write_bytes(tagged_yaml(marker))
+    value = f"train.seed=!!python/object/apply:os.mkdir ['{marker}']"
+    for words in (["--config", tmp_path / "mine.yaml"], ["--set", value]):
+        line = refused(ddpm_here("train", "--dataset", "small", "--bucket", bucket, *words), Exit.BAD_CONFIG)
+        assert "not valid YAML" in line
+
+
+def test_an_index_may_not_send_anybody_elsewhere(bucket):
+    for uri in ("http://host/a.tar", "file:///a.tar", "../a.tar", "gs://b/a\n.tar", "gs://b/"):
+        index = load_index(open_store(str(bucket)), DATASET)
+        elsewhere = tuple(shard.model_copy(update={"uri": uri}) for shard in index.shards)
+        content = index.model_copy(update={"shards": elsewhere}).to_json()
+        copy = shutil.copytree(bucket, bucket.with_name(uri.encode().hex()))
+        (copy / DATASET / INDEX).write_bytes(content)
+        done = ddpm_here("data", "verify", "small", "--bucket", copy)
+        assert "index.json" in refused(done, Exit.BAD_DATA)
+
+
+UNSAFE_CALLS = {
+    *("eval", "exec", "compile", "__import__", "os.system", "os.popen", "commands.getoutput", "subprocess.getoutput"),
+    *("pickle.load", "pickle.loads", "pickle.Unpickler", "marshal.loads", "shelve.open", "torch.load", "joblib.load"),
+    *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pandas.read_pickle", "tarfile.extractall"),
+}
+KNOWN = {
+    ("job/ranks.py", "pickle.loads"),  # between the processes of one run
+    ("job/config_input.py", "yaml.load"),  # with a SafeLoader
+}
+
+
+def unsafe_calls(path: Path) -> Iterator[str]:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        keywords = {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords}
+        if name in UNSAFE_CALLS or name.endswith((".extractall", ".read_pickle")):
+            yield name
+        if keywords.get("shell", "False") != "False" or keywords.get("allow_pickle", "False") != "False":
+            yield f"{name}({keywords})"
+        if name in ("np.load", "numpy.load") and keywords.get("allow_pickle") != "False":
+            yield name
+
+
+def test_the_program_calls_nothing_that_executes_what_it_reads(tmp_path):
+    sources = [path for part in ("ddpm", "job") for path in (CHECKOUT / part).rglob("*.py")]
+    assert len(sources) > 60
+    found = {(str(path.relative_to(CHECKOUT)), call) for path in sources for call in unsafe_calls(path)}
+    assert found == KNOWN
+    (tmp_path / "bad.py").write_text("np.load(x)\nrun('ls', shell=True)\nos.system('ls')\ntorch.load(x)\neval(x)\n")
+    assert len(list(unsafe_calls(tmp_path / "bad.py"))) == 5

@@ -1,0 +1,162 @@
+"""The crash campaign in small: two points and a random kill, a protocol broken on purpose, and its judge by itself."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.crash_campaign.campaign import Request, plan_lanes
+from benchmarks.crash_campaign.history import Ending, History, differences, lost_images
+from benchmarks.crash_campaign.points import POINTS, SABOTAGES
+from benchmarks.crash_campaign.processes import Event
+
+ROOT = Path(__file__).parent.parent
+
+
+class Campaign:
+    """One that runs while another does."""
+
+    def __init__(self, json_path: Path, *words: str) -> None:
+        self.json_path = json_path
+        command = [sys.executable, "-m", "benchmarks.crash_campaign", *words, "--json", str(json_path)]
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+
+    def end(self) -> tuple[int, str, dict]:
+        out, err = self.process.communicate(timeout=280)
+        assert "Traceback" not in err, err
+        return self.process.returncode, out, json.loads(self.json_path.read_text())
+
+
+@pytest.fixture(scope="module")
+def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Campaign]]:
+    folder = tmp_path_factory.mktemp("campaigns")
+    running = {
+        "sound": Campaign(folder / "sound.json", "--points", "staged,manifest", "--kills", "1", "--seed", "3"),
+        "broken": Campaign(folder / "broken.json", "--sabotage", "manifest-first"),
+    }
+    yield running
+    for campaign in running.values():
+        campaign.process.terminate()
+        campaign.process.communicate()
+
+
+def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(campaigns: dict[str, Campaign]):
+    code, out, report = campaigns["sound"].end()
+    assert code == 0, out
+    assert report["kills"] == 3
+    assert report["failures"] == []
+    assert report["resumes"] >= 3
+    assert report["lost_images"] == report["bad_checkpoints"] == 0
+    assert report["repeated_images"] > 0, "nothing of the epoch before `staged` was saved"
+    assert 0 < report["recovery_seconds_median"] <= report["recovery_seconds_worst"]
+    (lane,) = report["lanes"].values()
+    assert len(lane["undisturbed_hash"]) == 64
+    assert set(lane["hashes"]) == {lane["undisturbed_hash"]}
+    assert "Nothing was lost." in out
+
+
+def test_a_broken_protocol_is_reported(campaigns: dict[str, Campaign]):
+    code, out, report = campaigns["broken"].end()
+    assert code == 1, out
+    (failure,) = report["failures"]
+    assert "is committed, but" in failure
+    assert failure.endswith("is missing, though its manifest is there")
+    assert failure in out
+
+
+def test_points_have_names_of_their_own_and_each_is_met_once():
+    names = [point.name for point in POINTS]
+    assert len(set(names)) == len(names)
+    assert {name for names in SABOTAGES.values() for name in names} <= set(names)
+    for seed in range(5):
+        lanes = plan_lanes(Request(kills=100, seed=seed, points=()))
+        assert sorted(point.name for _, _, points, _ in lanes for point in points) == sorted(names)
+        assert [point.processes == processes for processes, _, points, _ in lanes for point in points]
+        moments = [moment for _, _, _, moments in lanes for moment in moments]
+        kinds = {(moment.action, moment.target, moment.at_once) for moment in moments}
+        assert (len(moments), len(kinds)) == (100, 12)
+        assert {(processes, dropout) for processes, dropout, _, some in lanes if some} == {
+            (1, 0.0), (1, 0.1), (2, 0.0), (2, 0.1),
+        }  # fmt: skip
+
+
+def _step(fence: int, images_seen: int, *numbers: int, digest: str = "image") -> Event:
+    images = [[number, f"{digest} {number}"] for number in numbers]
+    return {"event": "step", "fence": fence, "images_seen": images_seen, "images": images}
+
+
+def _restored(fence: int, *ref: int) -> Event:
+    return {"event": "restored", "fence": fence, "ref": list(ref)}
+
+
+def _rows(*places: int) -> list[dict[str, float]]:
+    return [{"images_seen": place, "loss": place / 7, "learning_rate": 1e-3, "time": 0.5} for place in places]
+
+
+UNDISTURBED = [_step(1, 2, 0, 1), _step(1, 4, 2, 3), _step(1, 6, 4, 5)]
+ENDING = Ending(
+    (1, 6), dict.fromkeys(("model", "ema", "optimizer"), "h"), [[1.0], [2.0]], _rows(2, 4, 6), {"a.png": "p"}
+)
+
+
+def _problems(events: list[Event], ending: Ending, processes: int = 1) -> list[str]:
+    return differences(History.of(events), ending, History.of(UNDISTURBED), ENDING, processes)
+
+
+def test_the_judge_follows_the_final_checkpoint_back_through_all_attempts():
+    # The second attempt goes on from 2, not from the 4 that the first one reached without saving.
+    killed = [*UNDISTURBED[:2], _restored(2, 1, 2), _step(2, 4, 2, 3), _restored(3, 2, 4), _step(3, 6, 4, 5)]
+    ending = replace(ENDING, ref=(3, 6))
+    history = History.of(killed)
+    assert _problems(killed, ending) == []
+    assert (lost_images(history, ending), history.repeated_images) == (0, 2)
+
+
+@pytest.mark.parametrize(
+    ("events", "said"),
+    [
+        (
+            [*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 3, 4), _step(2, 6, 5, 6)],
+            "image 2 of the order was lost",
+        ),
+        ([*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 3, 4), _step(2, 6, 5, 6)], "image 6 is beyond the end"),
+        (
+            [*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 1, 2), _step(2, 6, 3, 4, 5)],
+            "image 1 went into the final",
+        ),
+        ([*UNDISTURBED[:2], _restored(2, 1, 4), _step(2, 6, 4, 5, digest="x")], "2 images had other pixels"),
+    ],
+)
+def test_the_judge_names_images_that_are_lost_doubled_or_others(events: list[Event], said: str):
+    assert any(problem.startswith(said) for problem in _problems(events, replace(ENDING, ref=(2, 6))))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"hashes": ENDING.hashes | {"optimizer": "g"}}, "the final optimizer tensors differ"),
+        ({"rows": _rows(2, 6)}, "the metrics have a gap at 4 images"),
+        ({"rows": _rows(2, 4, 4, 6)}, "the metrics have a duplicate at 4 images"),
+        ({"rows": [*_rows(2, 4), _rows(6)[0] | {"learning_rate": 2e-3}]}, "the metrics at 6 images have learning_rate"),
+        ({"loss_sums": [[1.0 + 1e-7], [2.0]]}, "the last manifest's loss sums differ"),
+        ({"pictures": {}}, "picture a.png is missing"),
+        ({"pictures": {"a.png": "q"}}, "picture a.png is another"),
+    ],
+)
+def test_the_judge_names_what_else_differs(change: dict, said: str):
+    (problem,) = _problems(UNDISTURBED, replace(ENDING, **change))
+    assert problem.startswith(said)
+
+
+def test_sums_of_two_processes_may_differ_by_rounding_and_no_more():
+    rounded, wrong = ([[1.0 + difference], [2.0]] for difference in (1e-7, 1e-3))
+    assert _problems(UNDISTURBED, replace(ENDING, loss_sums=rounded), processes=2) == []
+    assert len(_problems(UNDISTURBED, replace(ENDING, loss_sums=wrong), processes=2)) == 1
