@@ -63,4 +63,7 @@ class Objective:
         snr = self.schedule.snr[timesteps]
         if self.min_snr_gamma is None:
             return torch.ones_like(snr)
-        return snr.clamp(max=self.min_snr_gamma) / (snr if self.prediction == "epsilon" else snr + 1)
+        if self.prediction == "epsilon":
+            # Not min(SNR, γ) / SNR: an SNR that underflows to 0 would make it 0/0.
+            return (self.min_snr_gamma / snr).clamp(max=1)
+        return snr.clamp(max=self.min_snr_gamma) / (snr + 1)

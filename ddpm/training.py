@@ -134,10 +134,15 @@ class Hooks:
     """Saves, logs and samples as due; returns whether to stop."""
 
 
-def create_state(model: nn.Module, device: torch.device) -> TrainState:
-    """A fresh state on `device`, with Adam's moments allocated so that they can be restored or copied at once."""
+def create_state(
+    model: nn.Module, device: torch.device, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+) -> TrainState:
+    """A fresh state on `device`, with Adam's moments allocated so that they can be restored or copied at once.
+
+    `betas` and `eps` are those of Kingma, Ba 2015 (algorithm 1).
+    """
     parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, fused=device.type in ("cuda", "cpu"))
+    optimizer = torch.optim.Adam(parameters, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
     for parameter in parameters:
         optimizer.state[parameter] = {
             "step": torch.zeros((), device=device),

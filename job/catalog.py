@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -122,12 +123,13 @@ def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str) ->
         if not source and name != EMBEDDED:
             # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
             bucket.exists(DATASETS)
+            quoted = shlex.quote(bucket_uri)
             what = (preset.fetch if preset else "") or "a folder or archive of images"
             raise MissingInputError(
                 f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
-                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={bucket_uri}\n"
+                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={quoted}\n"
                 f"or, to pack alone,\n"
-                f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {bucket_uri}"
+                f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {quoted}"
             ) from None
     pack_dataset(request)
 

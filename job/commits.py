@@ -151,8 +151,8 @@ class Commits:
 
     def _no_time(self) -> BucketAwayError:
         return BucketAwayError(
-            f"{self._run.uri} did not take the last checkpoint in the {self._grace_seconds:g} s ({VARIABLE}) from being "
-            "stopped to the end: what was learnt since the one before will be learnt again by the same command"
+            f"{self._run.uri} did not take the last checkpoint in the {self._grace_seconds:g} s ({VARIABLE}) between "
+            "the notice and the end: what was learnt since the one before will be learnt again by the same command"
         )
 
     def _after_commit(self, manifest: Manifest) -> None:
@@ -187,6 +187,6 @@ class Commits:
         self._every_minutes = cadence_minutes(every, seconds, grace)
         if not fits(seconds, grace):
             self._note(
-                f"a save takes about {seconds:.0f} s, which does not fit into the {grace:g} s between a preemption "
+                f"a save takes about {seconds:.1f} s, which does not fit into the {grace:g} s between a preemption "
                 f"notice and the end: saving every {self._every_minutes:.1f} instead of {every:g} minutes"
             )

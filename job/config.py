@@ -11,7 +11,7 @@ import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from job.data.shards import DatasetIndex
 from job.exits import BadConfigError
@@ -25,12 +25,21 @@ def _split(value: Any) -> Any:
 
 
 Ints = Annotated[tuple[int, ...], BeforeValidator(_split)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A group of keys: nothing unknown, no infinity, never changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML has many words for true and false, and Python takes these for 1 and 0."""
+        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+            raise ValueError("true and false mean nothing here")
+        return value
 
 
 class DataConfig(Section):
@@ -49,10 +58,10 @@ class DataConfig(Section):
 class ModelConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""
 
-    channels: int = Field(128, ge=1)
-    channel_mults: Ints = Field((1, 2, 2, 2), min_length=1)
+    channels: int = Field(128, ge=4, le=4096)
+    channel_mults: Ints = Field((1, 2, 2, 2), min_length=1, max_length=12)
     attention_sizes: Ints = (16,)
-    layers_per_level: int = Field(2, ge=1)
+    layers_per_level: int = Field(2, ge=1, le=64)
     norm_groups: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
     num_classes: int | None = Field(None, ge=0, description="follows the dataset; 0: unconditional")
@@ -62,7 +71,7 @@ class DiffusionConfig(Section):
     """The forward process and what the network predicts."""
 
     schedule: Literal["linear", "cosine"] = "linear"
-    timesteps: int = Field(1000, ge=2, le=100_000)
+    timesteps: int = Field(1000, ge=2, le=10_000)
     prediction: Literal["epsilon", "v"] = "epsilon"
     min_snr_gamma: float | None = Field(None, gt=0, description="none: unweighted")
 
@@ -74,7 +83,7 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass and process; none: all")
     learning_rate: float = Field(2e-4, gt=0)
     warmup_images: int = Field(0, ge=0, description="linear warm-up of the learning rate")
-    adam_betas: tuple[float, float] = (0.9, 0.999)
+    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0)
     clip_norm: float = Field(1.0, gt=0, description="limit of the gradient's global L2 norm")
     epochs: int = Field(1, ge=1, le=1_000_000)
@@ -118,7 +127,7 @@ class SampleConfig(Section):
 class LogConfig(Section):
     """Metrics."""
 
-    every_images: int = Field(12_800, ge=1)
+    every_images: int = Field(12_800, ge=1, description="a row at least once an epoch, however small the dataset")
 
 
 class RunConfig(Section):
@@ -138,6 +147,8 @@ class RunConfig(Section):
         """The text of `config.yaml`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+
+MOST_MULT = 64
 
 FREE = (
     "train.epochs",
@@ -230,15 +241,32 @@ def check_shape(config: RunConfig) -> None:
             f"{len(model.channel_mults)} levels of model.channel_mults need: pack at a multiple of {divisor}, or use "
             "fewer levels"
         )
-    for mult in model.channel_mults:
-        if mult < 1 or model.channels * mult % model.norm_groups:
-            raise BadConfigError(
-                f"model.channels × {mult} = {model.channels * mult} cannot be split into "
-                f"model.norm_groups={model.norm_groups} groups"
-            )
-    if config.sample.steps > config.diffusion.timesteps:
+    if model.channels % model.norm_groups:
         raise BadConfigError(
-            f"sample.steps={config.sample.steps} exceeds diffusion.timesteps={config.diffusion.timesteps}"
+            f"model.channels={model.channels} cannot be split into model.norm_groups={model.norm_groups} groups"
+        )
+    if model.channels % 2:
+        raise BadConfigError(f"model.channels={model.channels} must be even, for sines and cosines of the timestep")
+    if any(not 1 <= mult <= MOST_MULT for mult in model.channel_mults):
+        raise BadConfigError(f"model.channel_mults must be between 1 and {MOST_MULT}, not {list(model.channel_mults)}")
+    check_steps(config, config.sample.steps, "sample.steps=")
+
+
+def check_steps(config: RunConfig, steps: int, option: str) -> None:
+    """Checks that a sampler's steps begin where images are noise.
+
+    Raises:
+        BadConfigError: they do not; the message calls the number of steps `option`.
+    """
+    timesteps = config.diffusion.timesteps
+    if steps > timesteps:
+        raise BadConfigError(f"{option}{steps} exceeds diffusion.timesteps={timesteps}")
+    stride = timesteps // steps
+    if config.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
+        raise BadConfigError(
+            f"{option}{steps} with sample.spacing=leading would begin at t={(steps - 1) * stride} of {timesteps}, "
+            f"where images are no noise yet: use {timesteps // stride} or {timesteps // (stride + 1)} steps, or "
+            "another spacing"
         )
 
 

@@ -57,7 +57,8 @@ def print_table(table: Table) -> None:
     """Prints a table as wide as the terminal, or as it needs to be."""
     from rich.console import Console
 
-    console = Console()
+    # A licence may hold what Rich would read as [/MARKUP].
+    console = Console(markup=False, emoji=False)
     if not console.is_terminal:
         console.width = PIPE_COLUMNS
     console.print(table)

@@ -10,7 +10,7 @@ from typing import Any
 from ddpm.epochs import images_at_epoch
 from job import runs
 from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest
-from job.config import RunConfig, changed_for_attempt, flatten, follow_dataset, validated
+from job.config import RunConfig, changed_for_attempt, check_steps, flatten, follow_dataset, validated
 from job.config_input import draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
@@ -53,7 +53,8 @@ def _note(text: str) -> None:
 def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
-    A run that exists is the base of its own configuration, so that a newer program's presets cannot change it.
+    A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
+    its last attempt changed stays changed until somebody says otherwise.
     `should_stop` is polled while the bucket is waited for, now and by the plan's stores later.
 
     Raises:
@@ -68,15 +69,16 @@ def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) ->
     changes: dict[str, Any] = {}
     if stored is None:
         config = draft(request.preset_name, request.changes)
-    elif request.preset and request.preset != stored.preset:
-        config = draft(request.preset, request.changes)
-    else:
-        config = validated({**flatten(stored.model_dump(mode="json")), **request.changes}, "configuration")
-    if stored is not None and stored.data.dataset != request.dataset:
+    elif stored.data.dataset != request.dataset:
         raise BadRequestError(
             f"run {request.run!r} in {bucket.uri} is about dataset {stored.data.dataset!r}: "
             f"choose another name with --run"
         )
+    elif request.preset and request.preset != stored.preset:
+        config = draft(request.preset, request.changes)
+    else:
+        last = runs.as_last_changed(run, stored)
+        config = validated({**flatten(last.model_dump(mode="json")), **request.changes}, "configuration")
     key = find_dataset(bucket, request.dataset, config.data.size)
     index = load_index(bucket, key)
     config = follow_dataset(config, index)
@@ -107,6 +109,10 @@ class SamplePlan:
     sampler: str
     steps: int
 
+    def other_precision(self, request: SampleRequest) -> str:
+        """The precision that was asked for, if it is not the run's own."""
+        return request.precision if request.precision != self.config.train.precision else ""
+
 
 def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _never) -> SamplePlan:
     """Finds the run and its checkpoints. Writes nothing; `should_stop` as for `plan_run`.
@@ -119,13 +125,12 @@ def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _nev
     """
     bucket = open_patient(request.bucket, should_stop, _note)
     run = runs.run_store(bucket, request.run)
-    config = runs.existing_config(bucket, request.run)
+    config = runs.as_last_changed(run, runs.existing_config(bucket, request.run))
     assert config.data.size is not None
     timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
     steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else timesteps)
-    if steps > timesteps:
-        raise BadConfigError(f"--steps {steps} exceeds the run's diffusion.timesteps={timesteps}")
+    check_steps(config, steps, "--steps ")
     index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
     return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)
@@ -141,7 +146,7 @@ def plan_batches(plan: SamplePlan, request: SampleRequest) -> list[Batch]:
     config, index, count = plan.config, plan.index, request.count
     assert count is not None
     first_seed, save = request.first_seed or 0, request.save or "shards"
-    how = how_drawn(plan.sampler, plan.steps, raw=request.raw)
+    how = how_drawn(plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
     batches = []
     for ref in plan.checkpoints:
         drawing = Drawing(

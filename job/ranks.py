@@ -61,7 +61,7 @@ class Ranks:
 
     def _broadcast(self, value: Any) -> Any:
         # These bytes come from a process of this run that is connected to this one, never from a bucket.
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8) if self.is_main else None
+        data = torch.frombuffer(bytearray(_pickled(value)), dtype=torch.uint8) if self.is_main else None
         size = torch.tensor([0 if data is None else len(data)])
         self._wait(dist.broadcast(size, src=0, group=self._group, async_op=True))
         if data is None:
@@ -74,3 +74,11 @@ class Ranks:
             self._poll()
             time.sleep(POLL_SECONDS)
         work.wait()
+
+
+def _pickled(outcome: tuple[Any, BaseException | None]) -> bytes:
+    try:
+        return pickle.dumps(outcome)
+    except Exception as failure:
+        # Whatever it is, the others must not wait for it for ever.
+        return pickle.dumps((None, RuntimeError(f"the main process cannot tell what came of it: {failure!r}")))

@@ -14,6 +14,8 @@ from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
 
 DEFAULT_PRESET = "landscape-sample"
+GIF_SEEDS = 12
+"""Images of a GIF, at most."""
 MAX_NUMBERS = 10_000
 MAX_COUNT = 10**9
 MAX_SEED = 10**18 - 1
@@ -95,10 +97,11 @@ class SampleRequest:
             raise BadRequestError(
                 f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80,490, or latest, or all"
             )
-        if self.seeds:
-            parse_numbers(self.seeds, "--seeds")
+        seeds = parse_numbers(self.seeds, "--seeds") if self.seeds else []
+        if not self.grid and len(seeds) > GIF_SEEDS:
+            raise BadRequestError(f"--seeds {self.seeds}: a GIF shows up to {GIF_SEEDS} images, not {len(seeds)}")
         self._check_count()
-        return self
+        return replace(self, checkpoints=_without_repetition(self.checkpoints))
 
     @property
     def slice_of(self) -> tuple[int, int]:
@@ -136,6 +139,12 @@ class SampleRequest:
             if is_chosen:
                 raise BadRequestError(f"{option} and --count exclude each other: {what_to_do}")
         _ = self.slice_of
+
+
+def _without_repetition(checkpoints: str) -> str:
+    """`"30, 080,30"` as `"30,80"`: pictures are named after it."""
+    words = (word.strip() for word in checkpoints.split(","))
+    return ",".join(dict.fromkeys(str(int(word)) if word.isdecimal() else word for word in words))
 
 
 @dataclass(frozen=True)

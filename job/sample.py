@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -32,15 +33,13 @@ from job.plan import SamplePlan, plan_sampling
 from job.progress import Progress
 from job.provenance import put_picture
 from job.ranks import Ranks
-from job.requests import SampleRequest, parse_numbers
+from job.requests import GIF_SEEDS, SampleRequest, parse_numbers
 from job.retention import reading
 from job.sample_names import SAMPLES, file_words, how_drawn, label_of
 from job.stopping import Agreement, StopFlag
 from job.store import Store
 
-GIF_SEEDS = 12
 GIF_FRAMES = 20
-NEAREST_PAIRS = 40
 
 Images = np.ndarray
 
@@ -147,9 +146,8 @@ class Look:
     def grid(self, images: Images, seeds: Sequence[int]) -> bytes:
         """A PNG of the images."""
         if self.training is not None and self.lookup is not None:
-            shown = images[:NEAREST_PAIRS]
-            indices, _ = figures.nearest_pairs(shown, self.training)
-            return figures.png(figures.pairs_grid(shown, self.lookup(indices), columns=5))
+            indices, _ = figures.nearest_pairs(images, self.training)
+            return figures.png(figures.pairs_grid(images, self.lookup(indices), columns=5))
         count = len(self.classes)
         columns = 10 if count == 5 or count == 10 else 8 if len(images) > 4 else len(images)
         named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
@@ -226,8 +224,13 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
     )
     cache = _training_cache(plan, request, stop) if ranks.is_main else None
     look = look_for(config, index, cache)
-    how = how_drawn(plan.sampler, plan.steps, raw=request.raw, seeds=request.seeds)
+    chosen = partial(how_drawn, plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
+    how = gif_how = chosen(seeds=request.seeds)
+    if request.seeds and len(gif_seeds) < len(seeds):
+        gif_how = chosen(seeds=",".join(map(str, gif_seeds)))
     is_standard = how == how_drawn(usual.sampler, usual.steps)
+    is_layout_chosen = request.nearest is not None and request.nearest != config.sample.nearest
+    layout = ("-nearest" if request.nearest else "-alone") if is_layout_chosen else ""
     grids: list[tuple[str, Images]] = []
     for ref in plan.checkpoints:
         load_weights(run, ref, "model" if request.raw else "ema", painter.network, ranks)
@@ -239,9 +242,9 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
                 rate = len(seeds) / (time.monotonic() - started)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
-                _publish(run, ref, f"{label}-{how}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
+                _publish(run, ref, f"{label}-{how}{layout}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
         if request.gif and ranks.is_main:
-            name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{how}.gif"
+            name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{gif_how}.gif"
             _publish(run, ref, name, painter.denoising_gif(gif_seeds, sampling))
     if len(grids) > 1:
         words = file_words(request.checkpoints, "-")

@@ -15,9 +15,12 @@ def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> s
     return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
 
 
-def how_drawn(sampler: str, steps: int, *, raw: bool = False, seeds: str = "") -> str:
-    """All that decides the images of a checkpoint, as part of a name: `ddim-100-raw-seeds-0-63`."""
-    how = f"{sampler}-{steps}{'-raw' if raw else ''}"
+def how_drawn(sampler: str, steps: int, *, raw: bool = False, precision: str = "", seeds: str = "") -> str:
+    """All that decides the images of a checkpoint, as part of a name: `ddim-100-raw-seeds-0-63`.
+
+    `precision` is named where it is not the run's own.
+    """
+    how = f"{sampler}-{steps}{'-raw' if raw else ''}{f'-{precision}' if precision else ''}"
     return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 

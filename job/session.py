@@ -30,7 +30,7 @@ from ddpm.training import (
     train,
 )
 from job import compute, metrics, runs
-from job.checkpoints import MetricSegment, newest_good
+from job.checkpoints import MetricSegment
 from job.commits import Commits
 from job.config import RunConfig
 from job.data.cache import ImageCache
@@ -42,9 +42,11 @@ from job.lease import Lease
 from job.plan import Plan
 from job.progress import Progress
 from job.ranks import Ranks
+from job.requests import GIF_SEEDS
+from job.restoring import newest_good
 from job.retention import Retention
 from job.runs import Attempt
-from job.sample import GIF_SEEDS, SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+from job.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
 from job.status import CLOSE_SECONDS, StatusReporter
 from job.stopping import Agreement
 
@@ -76,7 +78,7 @@ class TrainingSession:
         self.retention = Retention.of(config)
         device = ranks.accelerator.device
         model = compute.build_network(config, device)
-        self.state = create_state(model, device)
+        self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
         if config.train.compile and device.type == "cuda":
             model.compile()
         self.network = ranks.accelerator.prepare_model(model)
@@ -168,10 +170,12 @@ class TrainingSession:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             pin_memory=accelerator.device.type == "cuda",
+            with_labels=bool(config.model.num_classes),
             poll=self.stop,
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        self.logged_at = time.monotonic()
         with self.bar.started_at(self.state.images_seen):
             self._draw_missed()
             try:
@@ -205,7 +209,7 @@ class TrainingSession:
         )
         if troubled:
             self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
-        if crosses(images, self.batch_size, config.log.every_images):
+        if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         every = config.checkpoint.every_epochs
         if stopping:
@@ -257,8 +261,8 @@ class TrainingSession:
             check_finite(self.state)
         except NonFiniteError as error:
             raise NotANumberError(
-                f"{error}; the last checkpoint in {self.plan.run.uri} is from before. It would happen again at the "
-                "same image: start another run with a lower train.learning_rate, or with train.precision=fp32"
+                f"{error}; what {self.plan.run.uri} holds is from before. It would happen again at the same image: "
+                "start another run with a lower train.learning_rate, or with train.precision=fp32"
             ) from None
 
     def draw(self) -> Painter:

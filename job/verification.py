@@ -209,11 +209,12 @@ class _Verification:
                     self._manifests[ref] = loaded
                 elif loaded is not None:
                     self._problems.append(loaded)
-        for ref, manifest in self._manifests.items():
+        for ref, manifest in [*self._manifests.items()]:
             if (attempt := self._attempts.get(ref.fence)) and attempt.id != manifest.attempt:
                 self._problems.append(
                     f"{self._run.uri_of(manifest_key(ref))} was not written by attempt {ref.fence} of this run"
                 )
+                del self._manifests[ref]
             elif runs.attempt_key(ref.fence) not in self._sizes:
                 self._missing(runs.attempt_key(ref.fence), f"{ref.key} is of this attempt")
 

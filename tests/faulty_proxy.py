@@ -62,9 +62,9 @@ class Request:
     body: bytes
 
     @property
-    def line(self) -> str:
-        """Method and target: what the patterns of `inject` are matched with."""
-        return f"{self.method} {self.target}"
+    def text(self) -> str:
+        """Method, target and the beginning of the body: what the patterns of `inject` are looked for in."""
+        return f"{self.method} {self.target}\n{self.body[:500].decode('latin-1')}"
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class FaultyProxy:
         self.refuse()
 
     def inject(self, fault: Fault, pattern: str, times: int = 1) -> None:
-        """Has the next requests whose line matches the regular expression meet this fault, whatever the rate."""
+        """Has the next requests in whose text the regular expression is found meet this fault, whatever the rate."""
         with self._lock:
             self._orders += [(re.compile(pattern), fault)] * times
 
@@ -216,7 +216,7 @@ class FaultyProxy:
             self.requests[request.method] += 1
             fault = None
             for number, (pattern, ordered) in enumerate(self._orders):
-                if pattern.search(request.line):
+                if pattern.search(request.text):
                     del self._orders[number]
                     fault = ordered
                     break

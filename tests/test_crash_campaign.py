@@ -39,8 +39,8 @@ class Campaign:
 def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Campaign]]:
     folder = tmp_path_factory.mktemp("campaigns")
     running = {
-        "sound": Campaign(folder / "sound.json", "--points", "staged,manifest", "--kills", "1", "--seed", "3"),
-        "broken": Campaign(folder / "broken.json", "--sabotage", "manifest-first"),
+        "sound": Campaign(folder / "sound.json", "--points", "staged,manifest", "--kills", "1", "--epochs", "4"),
+        "broken": Campaign(folder / "broken.json", "--sabotage", "manifest-first", "--epochs", "4"),
     }
     yield running
     for campaign in running.values():
@@ -77,7 +77,7 @@ def test_points_have_names_of_their_own_and_each_is_met_once():
     assert len(set(names)) == len(names)
     assert {name for names in SABOTAGES.values() for name in names} <= set(names)
     for seed in range(5):
-        lanes = plan_lanes(Request(kills=100, seed=seed, points=()))
+        lanes = plan_lanes(Request(kills=100, seed=seed, epochs=10, points=()))
         assert sorted(point.name for _, _, points, _ in lanes for point in points) == sorted(names)
         assert [point.processes == processes for processes, _, points, _ in lanes for point in points]
         moments = [moment for _, _, _, moments in lanes for moment in moments]

@@ -16,6 +16,7 @@ from benchmarks.crash_campaign.buckets import KINDS, bucket
 from benchmarks.crash_campaign.campaign import Request, run_campaign, title
 from benchmarks.crash_campaign.points import POINTS, SABOTAGES, listing
 from benchmarks.crash_campaign.processes import destroy_all
+from job.exits import JobError
 from job.progress import note
 from job.store import open_store
 
@@ -26,6 +27,14 @@ hold. Example: python -m benchmarks.crash_campaign --kills 100 --seed 7 --bucket
 
 def main() -> int:
     """Runs the campaign that the command line asks for; the exit code."""
+    try:
+        return _run()
+    except JobError as error:
+        print(f"crash campaign: {error}", file=sys.stderr)
+        return int(error.exit_code)
+
+
+def _run() -> int:
     options = _options()
     if options.list:
         print(listing())
@@ -33,7 +42,7 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _leave)
     names = tuple(filter(None, options.points.split(",")))
-    request = Request(options.kills, options.seed, names, options.sabotage)
+    request = Request(options.kills, options.seed, options.epochs, names, options.sabotage)
     with tempfile.TemporaryDirectory(prefix="ddpm-campaign-") as temporary:
         folder = options.keep or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +80,7 @@ def _options() -> argparse.Namespace:
     kinds = ", ".join(f"{kind} ({what})" for kind, what in KINDS.items())
     parser.add_argument("--kills", type=int, default=20, metavar="N", help="random kills after the points (20)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the runs and of the random kills (0)")
+    parser.add_argument("--epochs", type=int, default=10, metavar="N", help="length of each run (10)")
     parser.add_argument(
         "--bucket", default="file", metavar="WHERE", help=f"{kinds}, or a URI, which is used as it is (file)"
     )
@@ -85,8 +95,14 @@ def _options() -> argparse.Namespace:
     known = {point.name for point in POINTS} | {"none"}
     if unknown := [name for name in options.points.split(",") if name and name not in known]:
         parser.error(f"there is no point {unknown[0]!r}: --list shows those there are")
+    if options.keep and options.keep.exists() and any(options.keep.iterdir()):
+        parser.error(f"--keep {options.keep} is not empty: choose another folder")
+    if options.points == "none" and not options.kills:
+        parser.error("--points none --kills 0 leaves nothing to do")
     if options.kills < 0:
         parser.error(f"--kills {options.kills}: use 0 or more")
+    if options.epochs < 4:
+        parser.error(f"--epochs {options.epochs}: use 4 or more, so that checkpoints are retired and pictures drawn")
     if not 0 <= options.seed < 2**63:
         parser.error(f"--seed {options.seed}: use 0 to 2**63 - 1")
     if options.sabotage and options.kills == parser.get_default("kills"):

@@ -19,7 +19,7 @@ from benchmarks.crash_campaign.injection import EXPIRE_SECONDS, RENEW_SECONDS
 from benchmarks.crash_campaign.lane import Lane
 from benchmarks.crash_campaign.points import POINTS, SABOTAGES, Point
 from benchmarks.crash_campaign.records import Moment, Tally
-from benchmarks.crash_campaign.work import EPOCHS, IMAGES, Work, make_images
+from benchmarks.crash_campaign.work import IMAGES, Work, make_images
 from job.progress import Progress
 
 LANES_AT_A_TIME = 2
@@ -36,6 +36,8 @@ class Request:
 
     kills: int
     seed: int
+    epochs: int
+    """Length of each run."""
     points: tuple[str, ...]
     """Names; empty for all of them."""
     sabotage: str = ""
@@ -50,9 +52,8 @@ class Request:
 class Report:
     """What the lanes found together."""
 
-    seed: int
+    request: Request
     bucket: str
-    sabotage: str
     seconds: float
     lanes: dict[str, Tally]
 
@@ -79,9 +80,10 @@ class Report:
         """Everything, for JSON."""
         recovery = self.recovery_seconds or [0.0]
         return {
-            "seed": self.seed,
+            "seed": self.request.seed,
             "bucket": self.bucket,
-            "sabotage": self.sabotage,
+            "sabotage": self.request.sabotage,
+            "epochs": self.request.epochs,
             "seconds": round(self.seconds, 1),
             "kills": self.kills.total(),
             "kills_by_kind": dict(self.kills),
@@ -190,22 +192,22 @@ def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[st
 
         for number, (processes, dropout, points, moments) in enumerate(planned):
             base = f"{bucket}/lane-{number + 1}"
-            work = partial(_work, base, processes, dropout, request.seed, source)
+            work = partial(_work, base, processes, dropout, request, source)
             place = folder / f"lane-{number + 1}"
             lanes.append(Lane(work, place, points, moments, request.sabotage, tell, killed))
         with ThreadPoolExecutor(LANES_AT_A_TIME) as pool:
             tallies = list(pool.map(Lane.run, lanes))
     names: Sequence[str] = [lane.name for lane in lanes]
-    return Report(request.seed, bucket, request.sabotage, time.time() - began, dict(zip(names, tallies, strict=True)))
+    return Report(request, bucket, time.time() - began, dict(zip(names, tallies, strict=True)))
 
 
-def _work(base: str, processes: int, dropout: float, seed: int, source: Path, part: str) -> Work:
-    return Work(f"{base}/{part}", processes, dropout, seed, source)
+def _work(base: str, processes: int, dropout: float, request: Request, source: Path, part: str) -> Work:
+    return Work(f"{base}/{part}", processes, dropout, request.seed, request.epochs, source)
 
 
 def title(report: Report, bucket: str) -> str:
     """What was done, in a line."""
-    return (
-        f"seed {report.seed}, {bucket}: {EPOCHS} epochs of {IMAGES} images, {len(report.lanes)} kinds of runs, "
-        f"{report.seconds / 60:.1f} min"
-    )
+    request, lanes = report.request, len(report.lanes)
+    kinds = f"{lanes} kind{'s' * (lanes > 1)} of runs"
+    length = f"{request.epochs} epochs of {IMAGES} images"
+    return f"seed {request.seed}, {bucket}: {kinds}, {length}, {report.seconds / 60:.1f} min"

@@ -14,8 +14,8 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
-from job.checkpoints import newest_good
 from job.metrics import Row, read_rows
+from job.restoring import newest_good
 from job.sample_names import SAMPLES
 from job.store import Store
 

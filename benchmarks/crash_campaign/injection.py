@@ -28,7 +28,7 @@ VARIABLE = "DDPM_CRASH_CAMPAIGN"
 """JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
 OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
 SHARD_BYTES = 1 << 16
-RENEW_SECONDS, EXPIRE_SECONDS, WRITE_GAP_SECONDS = 1.0, 8.0, 0.2
+RENEW_SECONDS, EXPIRE_SECONDS, WRITE_GAP_SECONDS = 1.0, 12.0, 0.2
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
 
 _STORES = {"job.store.local": "LocalStore", "job.store.gcs": "GcsStore", "job.store.s3": "S3Store"}
@@ -116,7 +116,8 @@ class Fault:
             self._count += 1
             if self._count == self._fields["nth"]:
                 self._strike("held", "")
-        while not self._struck:
+        # After SIGKILL nobody goes on, not even in the moment before it takes effect.
+        while not self._struck or self._fields["action"] == "kill":
             time.sleep(0.01)
         return work()
 

@@ -177,11 +177,6 @@ SABOTAGES = {
 """Ways to break the protocols on purpose, and the points at which each shows."""
 
 
-def numbered() -> dict[str, int]:
-    """The numbers of all points, by name."""
-    return {point.name: number for number, point in enumerate(POINTS, 1)}
-
-
 def listing() -> str:
     """All points, a line each."""
     rows = [

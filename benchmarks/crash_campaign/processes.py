@@ -20,7 +20,7 @@ from benchmarks.crash_campaign.points import Point
 
 ROOT = Path(__file__).resolve().parents[2]
 INJECTED = Path(__file__).with_name("injected")
-PATIENCE_SECONDS = 180.0
+PATIENCE_SECONDS = 300.0
 """After so long without an end a process counts as hung, which is a failure of the product."""
 POLL_SECONDS = 0.02
 

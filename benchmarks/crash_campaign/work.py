@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-IMAGES, SIZE, EPOCHS, BATCH_SIZE_IMAGES = 200, 16, 10, 24
+IMAGES, SIZE, BATCH_SIZE_IMAGES = 200, 16, 24
 DATASET = "campaign"
 DATASET_KEY = f"datasets/{DATASET}-{SIZE}"
 SAMPLED_SEEDS, SAVED_IMAGES = "0-7", 64
@@ -42,6 +42,7 @@ class Work:
     processes: int
     dropout: float
     seed: int
+    epochs: int
     source: Path
 
     @property
@@ -52,7 +53,7 @@ class Work:
     def train(self, run: str) -> list[str]:
         """Trains a run or goes on with it; waits for another attempt that holds it."""
         chosen = SETTINGS | {"model.dropout": self.dropout, "train.seed": self.seed}
-        words = ["train", "--dataset", DATASET, "--run", run, "--bucket", self.bucket, "--epochs", str(EPOCHS)]
+        words = ["train", "--dataset", DATASET, "--run", run, "--bucket", self.bucket, "--epochs", str(self.epochs)]
         words += ["--processes", str(self.processes), "--wait", "120"]
         return words + [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
 

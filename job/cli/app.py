@@ -15,7 +15,6 @@ from job.launched import LOST_PEER, is_launched, lost_peer
 
 app = typer.Typer(
     name="ddpm",
-    help="The diffusion training job that never loses work.",
     no_args_is_help=True,
     # Rich would read [/PREFIX] as markup, and need three times as long for --help.
     rich_markup_mode=None,
@@ -47,7 +46,9 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Packs images, trains a DDPM on them and samples from it, with everything in a bucket.
+    """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.
+
+    Everything lies in a bucket: a folder, gs:// or s3://.
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """

@@ -8,7 +8,9 @@ import typer
 from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter
 
 app = typer.Typer(
-    help="Datasets: pack images into shards, or index what there is; look at them, verify them.", no_args_is_help=True
+    help="Datasets: pack images into shards, or index what there is; look at them, verify them.\n\n"
+    "Example: ddpm data pack ~/photos mine --size 64",
+    no_args_is_help=True,
 )
 
 Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
@@ -142,7 +144,10 @@ def ensure(
 
 @app.command("list")
 def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
-    """List the datasets in the bucket."""
+    """List the datasets in the bucket.
+
+    Example: ddpm data list --bucket gs://my-bucket
+    """
     from job.catalog import list_datasets
 
     list_datasets(bucket)

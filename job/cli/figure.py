@@ -7,7 +7,10 @@ import typer
 
 from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Run, Size
 
-app = typer.Typer(help="Pictures that explain: the schedule, noised images, the denoising.", no_args_is_help=True)
+app = typer.Typer(
+    help="Pictures that explain: the schedule, noised images, the denoising.\n\nExample: ddpm figure schedule",
+    no_args_is_help=True,
+)
 
 TIMESTEPS = "962,237,38,39,988,559,299,226,985,791,859,485"
 

@@ -16,7 +16,9 @@ Bucket = Annotated[
 ]
 Run = Annotated[str, typer.Option("--run", metavar="NAME", help="Name of the run, such as celeba.")]
 Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of a packed dataset, such as celeba.")]
-Size = Annotated[int | None, typer.Option("--size", metavar="PIXELS", min=1, help="Height and width of the images.")]
+Size = Annotated[
+    int | None, typer.Option("--size", metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")
+]
 Processes = Annotated[
     int | None,
     typer.Option(

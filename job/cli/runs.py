@@ -6,14 +6,20 @@ import typer
 
 from job.cli.options import DEFAULT_BUCKET, Bucket
 
-app = typer.Typer(help="Runs in the bucket: how they are going, whether they are whole.", no_args_is_help=True)
+app = typer.Typer(
+    help="Runs in the bucket: how they are going, whether they are whole.\n\nExample: ddpm runs show celeba",
+    no_args_is_help=True,
+)
 
 Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
 @app.command("list")
 def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
-    """List the runs in the bucket."""
+    """List the runs in the bucket.
+
+    Example: ddpm runs list --bucket gs://my-bucket
+    """
     from job.overview import list_runs
 
     list_runs(bucket)

@@ -4,7 +4,11 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Start a command as a job somewhere; only --on changes.", no_args_is_help=True)
+app = typer.Typer(
+    help="Start a command as a job somewhere; only --on changes.\n\n"
+    "Example: ddpm submit train --dataset celeba --on local",
+    no_args_is_help=True,
+)
 
 
 @app.command("train", context_settings={"ignore_unknown_options": True, "allow_extra_args": True})

@@ -121,7 +121,10 @@ def _prepared(encoded: bytes, recipe: Recipe) -> Image.Image:
     box = recipe.box(*image.size)
     if box != (0, 0, *image.size):
         image = image.crop(box)
-    image = _in_channels(image, recipe.channels)
+    try:
+        image = _in_channels(image, recipe.channels)
+    except ValueError as error:
+        raise RejectedImageError(f"has colours that cannot be converted: {error}") from None
     if image.size != (recipe.size, recipe.size):
         image = image.resize((recipe.size, recipe.size), FILTERS[recipe.resize_filter], reducing_gap=None)
     return image

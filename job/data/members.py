@@ -27,12 +27,15 @@ import numpy as np
 
 from job.exits import BadDataError, MissingInputError, NoPermissionError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"})
+SUFFIXES = frozenset(
+    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+)
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -213,8 +216,9 @@ def is_litter(component: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """The name as valid Unicode: bytes that are not UTF-8 become escapes, which JSON can hold."""
-    return name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become escapes."""
+    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
+    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def _hash(name: str) -> int:

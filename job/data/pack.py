@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import shlex
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -91,7 +92,8 @@ def pack(
         there = load_index(bucket, key)
         raise BadRequestError(
             f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: ddpm data delete {name} --size {size} --bucket {bucket.uri}"
+            f"Choose another name, or delete it first: ddpm data delete {name} --size {size} "
+            f"--bucket {shlex.quote(bucket.uri)}"
         )
     images = open_source(source, opened)
     if images.note:
@@ -100,6 +102,8 @@ def pack(
         recipe = replace(recipe, channels=images.channels)
     stop = _Stop(should_stop, dataset.uri)
     surveyed = survey(stop.polled(images.names()), images.where, classes)
+    if surveyed.note:
+        _log.warning(surveyed.note)
 
     parameters = {**asdict(recipe), "shard_bytes": shard_bytes, "codecs": codec_versions()}
     parameters |= {"classes": surveyed.classes, "class_depth": surveyed.depth}

@@ -168,6 +168,8 @@ class Survey:
     classes: tuple[str, ...]
     depth: int
     """Number of folders above those that name the classes."""
+    note: str = ""
+    """What a person should know who expected classes."""
 
     def label(self, name: str) -> int:
         """Class of an image; -1 without classes."""
@@ -195,7 +197,10 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
     found, depth = _class_folders(folders)
     if classes and not found:
         raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    return Survey(images, () if classes is False else found, depth)
+    note = ""
+    if classes is None and not found and len([folder for folder in folders if folder]) > 1:
+        note = f"{where}: some images lie beside the folders of others, so the folders are not taken for classes"
+    return Survey(images, () if classes is False else found, depth, note)
 
 
 def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:

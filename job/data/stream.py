@@ -45,6 +45,7 @@ def stream_batches(
     world_size: int = 1,
     prefetch_batches: int = 4,
     pin_memory: bool = False,
+    with_labels: bool = True,
     poll: Callable[[], object] = lambda: None,
 ) -> Iterator[Batch]:
     """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
@@ -64,6 +65,7 @@ def stream_batches(
         world_size: all processes; ranks beyond a remainder get one image less.
         prefetch_batches: batches that are ready before they are asked for.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
+        with_labels: whether the network has classes; without, a dataset's classes are left out.
         poll: called now and then while a batch is waited for, such as one whose shard lies in a bucket that is away.
     """
     ready: Queue[Batch | BaseException | None] = Queue(max(1, prefetch_batches))
@@ -74,7 +76,7 @@ def stream_batches(
             first = first_image
             for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
                 cache.prefetch(order, first)
-                ready.put(_batch(cache, first, indices, numbers, pin_memory))
+                ready.put(_batch(cache, first, indices, numbers, pin_memory, with_labels))
                 if closed.is_set():
                     return
                 first += batch_size_images
@@ -126,12 +128,13 @@ def _batch(
     indices: npt.NDArray[np.int64],
     numbers: npt.NDArray[np.int64],
     pin_memory: bool,
+    with_labels: bool,
 ) -> Batch:
     size, channels = cache.index.size, cache.index.channels
     images = torch.empty((len(indices), size, size, channels), dtype=torch.uint8, pin_memory=pin_memory)
     cache.read(indices, out=images.numpy())
     labels = None
-    if cache.index.classes:
+    if with_labels and cache.index.classes:
         labels = torch.from_numpy(cache.labels(indices).astype(np.int64))
         labels = labels.pin_memory() if pin_memory else labels
     return Batch(first_image, numbers, images.permute(0, 3, 1, 2), labels)

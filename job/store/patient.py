@@ -71,20 +71,22 @@ class Outage:
         self._note = note
         self._lock = threading.Lock()
         self._since: float | None = None
+        self._answered_at = 0.0
 
-    def began(self, error: BucketAwayError) -> None:
-        """An operation failed."""
+    def began(self, error: BucketAwayError, asked_at: float) -> None:
+        """An operation failed that was begun at this reading of the monotonic clock."""
         with self._lock:
-            first, self._since = self._since is None, self._since or time.monotonic()
+            # Others may have had an answer meanwhile.
+            first = self._since is None and asked_at > self._answered_at
+            if first:
+                self._since = time.monotonic()
         if first:
             self._note(f"{error}; trying again for up to {self.limit_seconds:g} s")
 
     def ended(self) -> None:
         """An operation succeeded."""
-        if self._since is None:
-            return
         with self._lock:
-            since, self._since = self._since, None
+            since, self._since, self._answered_at = self._since, None, time.monotonic()
         if since is not None:
             self._note(f"the bucket is back after {time.monotonic() - since:.0f} s")
 
@@ -108,6 +110,7 @@ class PatientStore(Store):
         first_failure: float | None = None
         pause = FIRST_PAUSE_SECONDS
         while True:
+            asked_at = time.monotonic()
             try:
                 result = self._attempt(partial(work, *args, **kwargs))
             except BucketAwayError as error:
@@ -118,7 +121,7 @@ class PatientStore(Store):
                     if not limit:
                         raise
                     raise BucketAwayError(f"{error} (tried for {now - first_failure:.0f} s in all)") from error
-                self.outage.began(error)
+                self.outage.began(error, asked_at)
                 self._pause(min(pause, first_failure + limit - now), error)
                 pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
             else:

@@ -93,6 +93,16 @@ def test_losses_never_wait_for_the_device() -> None:
     assert objective.losses(lambda x, t, y: x, images, timesteps, images).shape == (6,)
 
 
+def test_an_snr_that_underflows_leaves_the_weights_finite() -> None:
+    schedule = make_schedule("linear", 20_000)
+    timesteps = torch.arange(20_000)
+    assert schedule.snr.min() == 0
+    for prediction in ("epsilon", "v"):
+        weights = Objective(schedule, prediction, 5.0).weights(timesteps)
+        assert torch.isfinite(weights).all()
+    assert Objective(schedule, "epsilon", 5.0).weights(timesteps)[-1] == 1
+
+
 def test_unknown_prediction_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'eps'.*epsilon or v"):
         Objective(SCHEDULE, "eps")

@@ -12,11 +12,11 @@ from job.checkpoints import (
     choose,
     list_checkpoints,
     load_manifest,
-    newest_good,
     opened,
 )
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.metrics import read_rows, segment_objects
+from job.restoring import newest_good
 from job.retention import Retention, delete_checkpoint
 from job.saving import CheckpointWriter, HostCopy, Save, plan_parts
 from job.store import open_store

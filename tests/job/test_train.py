@@ -149,6 +149,19 @@ def test_a_finished_run_leaves_everything_a_person_wants(train, packed):
     assert (status.state, status.images_seen, status.target_images) == ("finished", 600, 600)
 
 
+def test_the_picture_of_an_epoch_at_whose_end_a_run_was_stopped_is_drawn_by_the_next_attempt(train, packed):
+    run, every_epoch = (
+        open_store(str(packed)).sub("runs/pictured"),
+        ("sample.every_epochs=1", "checkpoint.every_epochs=1"),
+    )
+    with pytest.raises(StoppedError):
+        train("pictured", *every_epoch, epochs=2, stop_after=12)
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [312]
+    assert not run.exists("samples/epoch-0001-ddim-4.png")
+    train("pictured", *every_epoch, epochs=2)
+    assert run.exists("samples/epoch-0001-ddim-4.png")
+
+
 def test_micro_batches_change_nothing_but_rounding(train, packed):
     train("one", epochs=1)
     train("five", "train.micro_batch_size=5", epochs=1)
@@ -162,7 +175,7 @@ def test_micro_batches_change_nothing_but_rounding(train, packed):
 def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed):
     bucket = open_store(str(packed))
     index = load_index(bucket, "datasets/tiles-16")
-    settings = settings_of(TrainRequestConfig)
+    settings = settings_of(Configuration)
 
     def hashes(world_size, budget_bytes, micro):
         cache = open_cache(
@@ -199,7 +212,7 @@ def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed)
     assert hashes(3, 150_000, 2) == expected
 
 
-class TrainRequestConfig:
+class Configuration:
     """The few settings that `settings_of` reads, with flips on."""
 
     class train:
@@ -233,6 +246,40 @@ def test_a_run_refuses_another_configuration(train, packed):
     train("fixed", epochs=1)
     with pytest.raises(BadConfigError, match=r"train\.seed: the run has 0, asked for 1"):
         train("fixed", "train.seed=1", epochs=2)
+
+
+def test_a_network_without_classes_learns_from_a_dataset_with_classes(train, packed):
+    train("unconditional", "model.num_classes=0")
+    ref, tensors, rows = final_state(run_of(packed, "unconditional"))
+    assert ref.images_seen == 312
+    assert not any("class" in name for name in tensors)
+    assert all(np.isfinite(row["loss"]) for row in rows)
+
+
+def test_the_moments_of_adam_follow_the_configuration(train, packed):
+    train("usual")
+    train("forgetful", "train.adam_betas=0.5,0.9", "train.adam_eps=1e-4")
+    (_, usual, _), (_, forgetful, _) = (final_state(run_of(packed, name)) for name in ("usual", "forgetful"))
+    name = "optimizer.exp_avg_sq.conv_in.weight"
+    assert not torch.equal(usual[name], forgetful[name])
+
+
+def test_what_an_attempt_changed_stays_changed(train, packed):
+    train("sticky", epochs=1)
+    with pytest.raises(StoppedError):
+        train("sticky", "log.every_images=48", epochs=3, stop_after=5)
+    run_training(TrainRequest("tiles", str(packed), run="sticky").check(), lambda: False)
+    ref, _, rows = final_state(run_of(packed, "sticky"))
+    assert ref.images_seen == 912
+    assert [row["images_seen"] for row in rows if row["images_seen"] > 312] == list(range(336, 912, 48))
+    attempt = json.loads(run_of(packed, "sticky").read("attempts/000003.json").data)
+    assert attempt["changes"] == {"train.epochs": 3, "log.every_images": 48}
+
+
+def test_a_small_dataset_has_a_row_of_metrics_every_epoch(train, packed):
+    train("rare", "log.every_images=1000000", epochs=2)
+    _, _, rows = final_state(run_of(packed, "rare"))
+    assert [row["images_seen"] for row in rows] == [312, 600]
 
 
 def test_a_run_is_about_one_dataset(train, packed):

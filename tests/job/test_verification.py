@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.checkpoints import LATEST, CheckpointRef, list_checkpoints, load_manifest, newest_good
+from job.checkpoints import LATEST, CheckpointRef, list_checkpoints, load_manifest
 from job.data.pack import pack
 from job.exits import BadDataError, Exit
 from job.metrics import read_rows
 from job.plan import plan_run
 from job.requests import TrainRequest
+from job.restoring import newest_good
 from job.retention import READING, Reader
 from job.store import Store, open_store
 from job.verification import verify_run

@@ -1,5 +1,6 @@
 import gzip
 import io
+import stat
 import struct
 import tarfile
 import zipfile
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 from job.data import archives, members
-from job.data.images import Recipe, decode, prepare
+from job.data.images import Recipe, RejectedImageError, decode, prepare
 from job.data.sources import open_source
 from job.exits import BadDataError, JobError
 from tests.job.some_images import (
@@ -103,13 +104,39 @@ def test_links_devices_and_sparse_files_refuse_a_tar(tmp_path, kind):
         read(tmp_path / "a.tar")
 
 
-def test_links_refuse_a_zip(tmp_path):
+@pytest.mark.parametrize("mode", [stat.S_IFLNK, stat.S_IFCHR, stat.S_IFBLK, stat.S_IFIFO, stat.S_IFSOCK])
+def test_links_and_devices_refuse_a_zip(tmp_path, mode):
     info = zipfile.ZipInfo("innocent.jpg")
-    info.external_attr = 0o120777 << 16
+    info.external_attr = (mode | 0o777) << 16
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
         archive.writestr(info, "/etc/passwd")
     with pytest.raises(BadDataError, match=r"'innocent.jpg', which is a link or a device"):
         read(tmp_path / "a.zip")
+
+
+@pytest.mark.parametrize(("make", "name"), [(zip_of, "a.zip"), (tar_of, "a.tar"), (tar_of, "a.tar.gz")])
+@pytest.mark.parametrize("again", ["b/1.jpg", "./b/1.jpg", "b//1.jpg", "b\\1.jpg"])
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_two_entries_of_one_name_refuse_an_archive(tmp_path, make, name, again):
+    path = make(tmp_path / name, [*((f"a/{n}.jpg", b"1") for n in range(200)), ("b/1.jpg", b"1"), (again, b"2")])
+    with pytest.raises(BadDataError, match=rf"{name} has the entry 'b/1\.jpg' more than once"):
+        list(open_source(str(path)).names())
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_names_that_count_for_nothing_may_come_twice(tmp_path):
+    twice = [("a/", b""), ("a/", b""), ("read.me", b""), ("read.me", b"")]
+    assert read(zip_of(tmp_path / "a.zip", [*twice, *IMAGES])) == IMAGES
+
+
+@pytest.mark.parametrize(("make", "name"), [(zip_of, "a.zip"), (tar_of, "a.tar"), (tar_of, "a.tar.gz")])
+def test_archives_in_archives_are_not_opened(tmp_path, make, name):
+    bomb = deflated(tmp_path / "bomb.zip", 3, 30 << 20).read_bytes()
+    inner = tar_of(tmp_path / "inner.tar.gz", [("../up.jpg", b"x")]).read_bytes()
+    path = make(tmp_path / name, [("bomb.zip", bomb), ("inner.tar.gz", inner), ("inner.png", inner), *IMAGES])
+    assert read(path) == [("inner.png", inner), *IMAGES]
+    with pytest.raises(RejectedImageError, match="no image of a kind that is read"):
+        prepare(inner, Recipe(8, "center", "box", 3, 1))
 
 
 def test_encryption_refuses_a_zip(tmp_path):
@@ -150,7 +177,7 @@ def test_a_bomb_of_many_entries_goes_off_early(tmp_path, monkeypatch):
     path = deflated(tmp_path / "a.zip", 100, 1 << 20)
     opened = open_source(str(path)).entries()
     read_bytes = 0
-    with pytest.raises(BadDataError, match="unpacks to more than 200 times its size"):
+    with pytest.raises(BadDataError, match=r"unpacks to more than 200 times its size \(at entry '\d+\.png'\)"):
         for _, content in opened:
             read_bytes += len(content)
     assert read_bytes <= 200 * path.stat().st_size < 40 << 20
@@ -159,7 +186,7 @@ def test_a_bomb_of_many_entries_goes_off_early(tmp_path, monkeypatch):
 def test_a_gzip_bomb_goes_off_although_it_is_no_image(tmp_path, monkeypatch):
     monkeypatch.setattr(archives, "ENTRY_BYTES", 1 << 20)
     path = tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1)), ("zeros.bin", bytes(64 << 20))])
-    with pytest.raises(BadDataError, match="unpacks to more than 200 times its size"):
+    with pytest.raises(BadDataError, match=r"unpacks to more than 200 times its size \(at entry 'zeros.bin'\)"):
         list(open_source(str(path)).names())
 
 

@@ -121,8 +121,7 @@ def test_nothing_is_copied_and_nothing_of_theirs_is_touched(tmp_path, bucket, ta
     assert snapshot(tars) == before
 
 
-def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_are_named(tmp_path, tars, gcs_bucket):
-    uploaded(tars, f"{gcs_bucket}/theirs/laion")
+def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_are_named(tmp_path, tars):
     moved = shutil.copytree(tars, tmp_path / "a folder" / "moved")
     ids = {
         indexed(open_store(str(tmp_path / str(number))), *words, threads=1 + number % 3).dataset_id
@@ -131,15 +130,29 @@ def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_
                 [tars],
                 [f"{tars}/{{00000..00003}}.tar"],
                 [f"file://{tars}/{{00000,00001}}.tar", *(f"{tars}/0000{n}.tar" for n in (2, 3))],
-                [moved],
-                [f"{gcs_bucket}/theirs"],
-                [f"{gcs_bucket}/theirs/laion/{{00000..00003}}.tar"],
+                [moved.parent],
             ]
         )
     }
     assert len(ids) == 1
     other = indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id
     assert other not in ids
+
+
+def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
+    theirs = f"{bucket_uri}/theirs/laion"
+    uploaded(tars, theirs)
+    here = indexed(bucket, tars)
+    there = open_store(f"{bucket_uri}/ours")
+    for words in ([f"{bucket_uri}/theirs"], [f"{theirs}/{{00000..00003}}.tar"]):
+        index = indexed(there, *words)
+        assert index.dataset_id == here.dataset_id
+        assert [shard.uri for shard in index.shards] == [f"{theirs}/0000{n}.tar" for n in range(4)]
+        want = pixels(bucket, KEY, tmp_path / "cache")
+        np.testing.assert_array_equal(pixels(there, KEY, tmp_path / f"cache-{len(words[0])}"), want)
+        assert verify_dataset(there, KEY) == []
+        for entry in list(there.list()):
+            there.delete(entry.key)
 
 
 @pytest.mark.parametrize("budget", ["32", "0.0003"])

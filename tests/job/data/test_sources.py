@@ -56,7 +56,7 @@ def test_the_landscape_archive_as_downloaded_and_nested(tmp_path, folder):
 
 
 def test_hidden_files_litter_and_other_kinds_are_ignored(tmp_path):
-    suffixes = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "JPG", "Png"]
+    suffixes = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jpe", "jfif", "JPG", "Png"]
     good = [f"a/1.{suffix}" for suffix in suffixes]
     bad = ["a/.1.jpg", ".a/1.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", "a/1.txt", "a/jpg", "a/1.jpg.part", "a/1.jpg/"]
     assert names_in_zip(tmp_path / "a.zip", good + bad) == good
@@ -92,12 +92,19 @@ def test_classes_are_the_first_folders_that_tell_images_apart(names, classes):
             survey(names, "here", classes=True)
 
 
+def test_folders_that_are_not_taken_for_classes_are_told_of():
+    names = ["cats/1.jpg", "dogs/1.jpg", "preview.jpg"]
+    assert "some images lie beside the folders of others" in survey(names, "here").note
+    assert survey(names, "here", classes=False).note == ""
+    assert survey(names[:2], "here").note == survey(names[2:], "here").note == survey(names[:1], "here").note == ""
+
+
 def test_no_images_is_an_error(tmp_path):
     for make, name in [(zip_of, "a.zip"), (tar_of, "a.tar"), (tar_of, "a.tgz"), (folder_of, "a")]:
         (tmp_path / "a").mkdir(exist_ok=True)
         for files in ([], [("readme.txt", b"x")]):
             source = open_source(str(make(tmp_path / name, files)))
-            with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .bmp, .gif, .jpeg"):
+            with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .bmp, .gif, .jfif"):
                 survey(source.names(), source.where)
 
 

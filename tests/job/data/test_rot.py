@@ -1,0 +1,249 @@
+"""Every object of a dataset, and of a node's cache of it, and every kind of damage: named, or mended."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job.data.cache import DecodedCache
+from job.data.pack import pack
+from job.data.shard_cache import ShardCache
+from job.data.shard_source import ShardSource
+from job.data.shards import load_index
+from job.data.verify import verify_dataset
+from job.exits import BadDataError, Exit, MissingInputError
+from job.store import Store, open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.damages import DAMAGES, damaged, pairs, swapped
+from tests.job.small_dataset import FarStore
+from tests.job.some_images import jpeg, zip_of
+
+KEY = "datasets/pets-16"
+READ = ("index.json", "shard-")
+"""What the objects that a reader needs begin with."""
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two datasets of three shards each, with rejected images and contact sheets."""
+    folder = tmp_path_factory.mktemp("rot")
+    for number, name in enumerate(("pets", "other")):
+        files = [(f"{kind}/{n:02d}.jpg", jpeg(100 * number + n)) for kind in ("cat", "dog") for n in range(10)]
+        source = zip_of(folder / f"{name}.zip", [*files, ("cat/bad.jpg", b""), ("dog/bad.jpg", b"")])
+        pack(open_store(str(folder)), str(source), name, size=16, shard_bytes=16_000)
+        succeeded(ddpm_here("data", "show", name, "--bucket", folder, DDPM_CACHE=str(folder / "show")))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def store(bucket: Path) -> Store:
+    return open_store(str(bucket))
+
+
+@pytest.fixture(scope="module")
+def dataset(store: Store) -> Store:
+    return store.sub(KEY)
+
+
+@pytest.fixture(scope="module")
+def keys(dataset: Store) -> list[str]:
+    keys = [entry.key for entry in dataset.list()]
+    assert [re.sub(r"\d", "", key) for key in keys] == [
+        "contact-sheet.png",
+        "index.json",
+        "rejects.jsonl",
+        *["shard-.offsets", "shard-.tar"] * 3,
+    ]
+    return keys
+
+
+@pytest.fixture(scope="module")
+def pixels(store: Store, bucket: Path) -> np.ndarray:
+    return read(store, bucket / "whole")
+
+
+def opened_cache(store: Store, folder: Path, kind: str = "decoded") -> DecodedCache | ShardCache:
+    index = load_index(store, KEY)
+    source = ShardSource(store, KEY, index, folder, threads=1, should_stop=lambda: False)
+    return DecodedCache(source, None) if kind == "decoded" else ShardCache(source, 1 << 30)
+
+
+def read(store: Store, folder: Path, kind: str = "decoded") -> np.ndarray:
+    """All images."""
+    opened = opened_cache(store, folder, kind)
+    index = opened.index
+    try:
+        return opened.read(np.arange(index.images))
+    finally:
+        opened.close()
+
+
+def blamed(store: Store) -> list[str]:
+    """The keys that verifying names, which stand at the beginning of each line."""
+    uri = f"{store.uri_of(KEY)}/"
+    try:
+        problems = verify_dataset(store, KEY)
+    except BadDataError as error:
+        problems = [str(error)]
+    return [line.split()[0].removeprefix(uri) for line in problems]
+
+
+def refusal(store: Store, cache: Path, kind: str, pixels: np.ndarray) -> str:
+    """Why the images cannot be read; nothing if they are all there, and right."""
+    try:
+        np.testing.assert_array_equal(read(store, cache, kind), pixels)
+    except (BadDataError, MissingInputError) as error:
+        return str(error)
+    finally:
+        shutil.rmtree(cache, ignore_errors=True)
+    return ""
+
+
+def test_a_whole_dataset_has_no_problems(bucket, store):
+    assert verify_dataset(store, KEY) == []
+    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "pets", "--bucket", bucket))
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_whatever_is_damaged_is_named_and_nothing_else(store, dataset, keys, name):
+    wrong = {}
+    for key in keys:
+        # A dataset without an index is none, and nobody needs a contact sheet.
+        if name == "gone" and key in ("index.json", "contact-sheet.png"):
+            continue
+        with damaged(dataset, key, DAMAGES[name]):
+            if (found := blamed(store)) != [key]:
+                wrong[key] = found
+    assert wrong == {}
+
+
+def test_whatever_is_swapped_is_named(store, dataset, keys):
+    wrong = {}
+    for one, other in pairs(keys):
+        with swapped(dataset, one, other):
+            if sorted(found := blamed(store)) != [one, other]:
+                wrong[one, other] = found
+    assert wrong == {}
+
+
+def test_what_belongs_to_another_dataset_is_named(store, dataset, keys):
+    wrong, other = {}, store.sub("datasets/other-16")
+    # Both rejected images of the same names.
+    for key in {*keys} - {"rejects.jsonl"}:
+        theirs = other.read(key).data
+        with damaged(dataset, key, lambda data, theirs=theirs: theirs):
+            if (found := blamed(store)) != [key]:
+                wrong[key] = found
+    assert wrong == {}
+
+
+def test_what_is_no_part_of_a_dataset_is_named(store, dataset):
+    for key in ("shard-00099.tar", "packing/left-by-a-killed-packer.json"):
+        dataset.create(key, b"x")
+    found = blamed(store)
+    for key in ("shard-00099.tar", "packing/left-by-a-killed-packer.json"):
+        dataset.delete(key)
+    assert found == ["shard-00099.tar"]
+
+
+@pytest.mark.parametrize("name", [*DAMAGES, "another dataset's"])
+@pytest.mark.parametrize("kind", ["decoded", "shards"])
+def test_a_reader_names_what_is_damaged_in_the_bucket(store, dataset, keys, pixels, bucket, tmp_path, name, kind):
+    far, wrong = FarStore(bucket), {}
+    for key in keys:
+        theirs = store.read(f"datasets/other-16/{key}").data
+        damage = DAMAGES.get(name, lambda _, theirs=theirs: theirs)
+        if damage is not None and damage(dataset.read(key).data) == dataset.read(key).data:
+            continue
+        with damaged(dataset, key, damage):
+            for where in (store, far):
+                said = refusal(where, tmp_path / "cache", kind, pixels)
+                name_of_it = (
+                    f"no dataset at {where.uri}/{KEY}"
+                    if (key, damage) == ("index.json", None)
+                    else where.uri_of(f"{KEY}/{key}")
+                    if damage or where is store
+                    else key
+                )
+                if bool(said) != key.startswith(READ) or (said and name_of_it not in said):
+                    wrong[key] = said
+    assert wrong == {}
+
+
+def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
+    index = load_index(store, KEY)
+    row, shard = 3, index.shards[1]
+    record = opened_cache(store, tmp_path / "records")._source.records[index.shards[0].images + row]
+    name = f"'{index.shards[0].images + row:09d}.png'"
+
+    def flip(data: bytes) -> bytes:
+        at = int(record["offset"]) + int(record["bytes"]) // 2
+        return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
+
+    named = f"the first damaged image is {row} ({name}), at byte {record['offset']}"
+    words = ("train", "--dataset", "pets", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="8"))
+    with damaged(dataset, shard.name, flip):
+        for cache_gigabytes in ("1", "0.000001"):
+            done = ddpm_here(
+                *words, "--set", f"data.cache_gigabytes={cache_gigabytes}", DDPM_CACHE=str(tmp_path / cache_gigabytes)
+            )
+            line = refused(done, Exit.BAD_DATA)
+            assert f"{dataset.uri_of(shard.name)} holds other bytes than were packed; {named}" in line
+        assert named in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+    with damaged(dataset, shard.name, lambda data: data[:100] + b"?" + data[101:]):
+        line = refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+        assert "all its images are whole, but not what lies between them" in line
+    with damaged(dataset, shard.name, lambda data: data[: int(record["offset"]) + 1]):
+        assert named in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+
+
+@pytest.mark.parametrize("kind", ["decoded", "shards"])
+@pytest.mark.parametrize("name", [*DAMAGES])
+def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, name, kind):
+    far, cache = FarStore(bucket), tmp_path / "cache"
+    np.testing.assert_array_equal(read(far, cache, kind), pixels)
+    files = sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_size)
+    assert {re.sub(r"\d", "", path.name) for path in files} == (
+        {"images", "filled", "offsets"} if kind == "decoded" else {"shard-.tar", "offsets"}
+    )
+    damage = DAMAGES[name]
+    for path in files:
+        if damage is None:
+            path.unlink()
+        else:
+            path.write_bytes(damage(path.read_bytes()))
+        np.testing.assert_array_equal(read(far, cache, kind), pixels)
+
+
+def test_a_shard_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(bucket, store, pixels, tmp_path):
+    far, index = FarStore(bucket), load_index(store, KEY)
+    opened = opened_cache(far, tmp_path, "shards")
+    np.testing.assert_array_equal(opened.read(np.arange(index.images)), pixels)
+    for image in range(index.images):
+        # The last bit of the pixels' own checksum: many decoders do not look at it.
+        record, shard = opened._source.records[image], np.searchsorted(opened._source.starts, image, "right") - 1
+        path = opened._path(shard)
+        content = bytearray(path.read_bytes())
+        content[int(record["offset"]) + int(record["bytes"]) - 13] ^= 1
+        path.write_bytes(content)
+        far.downloads.clear()
+        np.testing.assert_array_equal(opened.read(np.arange(index.images)), pixels)
+        assert far.downloads == [index.shards[shard].name]
+    opened.close()
+
+
+def test_on_a_bucket(gcs_bucket, dataset, pixels, tmp_path):
+    far = open_store(gcs_bucket)
+    for entry in dataset.list():
+        far.put(f"{KEY}/{entry.key}", dataset.read(entry.key).data)
+    assert blamed(far) == []
+    np.testing.assert_array_equal(read(far, tmp_path / "cache"), pixels)
+    for key in ("index.json", "rejects.jsonl", "shard-00001.offsets", "shard-00001.tar"):
+        with damaged(far.sub(KEY), key, DAMAGES["bit in the middle"]):
+            assert blamed(far) == [key]
+            said = refusal(far, tmp_path / "other", "decoded", pixels)
+            assert (far.uri_of(f"{KEY}/{key}") in said) == key.startswith(READ)
