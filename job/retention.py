@@ -65,12 +65,12 @@ class Retention:
             refs: those there are.
             dataset_images: images of an epoch.
             batch_size_images: how progress is counted.
-            verified: one that is known to be good, for the caller has made it: it stays, and one of a higher fence,
-                which may be rotten for all the caller knows, neither goes nor pushes others out.
+            verified: one that is known to be good, for the caller has made it, the newest of its fence: one of a
+                higher fence, which may be rotten for all the caller knows, neither goes nor pushes others out.
         """
         if verified is not None:
             refs = [ref for ref in refs if ref.fence <= verified.fence]
-        newest = [*sorted(refs)[-self.keep_last :], verified]
+        newest = sorted(refs)[-self.keep_last :]
 
         def kept_for_epoch(ref: CheckpointRef) -> bool:
             epochs = epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)

@@ -188,7 +188,7 @@ def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[st
             nonlocal done
             with lock:
                 done += 1
-                bar.update(done)
+                bar.update(done, total=max(total, done))
 
         for number, (processes, dropout, points, moments) in enumerate(planned):
             base = f"{bucket}/lane-{number + 1}"

@@ -19,10 +19,12 @@ import google_crc32c
 from job.data.archives import Tar, TarStream
 from job.data.members import SUFFIXES, Member, RefusedError, is_litter, path_parts, refusing
 from job.data.tar_uris import TarUri
+from job.exits import BadRequestError
 
 _KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _CLASS = re.compile(rb"\s*(\d{1,5})\s*")
 _CLASS_BYTES = 64
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
 _IMAGES_PER_SAMPLE = 16
 
 
@@ -79,6 +81,12 @@ class SampledTar(Tar):
 
     def stream(self, file: BinaryIO) -> TarStream:
         """One that reads everything, for the hashes."""
+        if file.read(6).startswith(_COMPRESSED):
+            raise BadRequestError(
+                f"{self.where} is compressed, and no image can be read from its middle: pack it with `ddpm data pack`, "
+                "or unpack it to a plain .tar"
+            )
+        file.seek(0)
         self._stream = _HashingStream(file, self.limit_bytes, skips=False)
         return self._stream
 
@@ -87,6 +95,7 @@ class SampledTar(Tar):
 
         Raises:
             BadDataError: the tar is unsafe, truncated or damaged, or two of its files have one name; it names which.
+            BadRequestError: it is compressed.
         """
         for key, group in groupby(self._files(), key=lambda file: file[0]):
             parts = _Parts(key)

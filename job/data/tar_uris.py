@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from job.data.members import is_litter, path_parts
 from job.data.places import split_uri
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import Store, open_store
+from job.store.base import is_key
 
 MOST_TARS = 100_000
 """What the five digits in a shard's name can count."""
@@ -43,19 +47,19 @@ def find_tars(words: Iterable[str], opened: Callable[[str], Store] = open_store)
 
     Raises:
         MissingInputError: there is nothing at one of them.
-        BadRequestError: a pattern that is none, the same tar twice, more than `MOST_TARS`, or a compressed one.
+        BadRequestError: a pattern that is none, the same tar twice, or more than `MOST_TARS`.
         BadDataError: a folder without tars.
     """
     tars: list[TarUri] = []
     seen: set[str] = set()
-    for uri in itertools.chain.from_iterable(map(expand_braces, words)):
-        for tar in _tars_at(uri, opened):
-            if tar.uri in seen:
-                raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
-            seen.add(tar.uri)
-            tars.append(tar)
-            if len(tars) > MOST_TARS:
-                raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")
+    finder = _Finder(opened)
+    for tar in itertools.chain.from_iterable(map(finder.at, words)):
+        if tar.uri in seen:
+            raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
+        seen.add(tar.uri)
+        tars.append(tar)
+        if len(tars) > MOST_TARS:
+            raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")
     return tars
 
 
@@ -69,6 +73,8 @@ def expand_braces(pattern: str) -> Iterator[str]:
     if "{" in "".join(pieces[::2]) or "}" in "".join(pieces[::2]):
         raise BadRequestError(f"{pattern!r}: write a pattern as {{00000..00099}} or {{a,b}}, none within another")
     choices = [[piece] if number % 2 == 0 else _choices(piece, pattern) for number, piece in enumerate(pieces)]
+    if math.prod(map(len, choices)) > MOST_TARS:
+        raise BadRequestError(f"{pattern!r} stands for more than {MOST_TARS:,} tars")
     return map("".join, itertools.product(*choices))
 
 
@@ -83,35 +89,52 @@ def _choices(piece: str, pattern: str) -> list[str]:
     return piece.split(",")
 
 
-def _tars_at(uri: str, opened: Callable[[str], Store]) -> Iterator[TarUri]:
-    store = opened(uri)
-    folder, name = split_uri(store.uri)
-    # A bucket itself lies in no folder.
-    if name and not folder.endswith(":/") and (parent := opened(folder)).exists(name):
-        yield TarUri(parent, name, _checked_size(parent, name))
-        return
-    nowhere = store.uri.startswith("/") and not Path(store.uri).is_dir()
-    objects = [] if nowhere else list(store.list())
-    if not objects:
-        raise MissingInputError(f"there is nothing at {store.uri}: give tars, a pattern, or a folder of tars")
-    entries = [entry for entry in objects if entry.key.endswith(".tar") and not _is_hidden(entry.key)]
-    if not entries:
-        raise BadDataError(f"{store.uri} holds no .tar: only tars that are not compressed can be indexed in place")
-    for entry in entries:
-        yield TarUri(store, entry.key, entry.size_bytes)
+class _Finder:
+    """Opens each folder once, and asks a bucket for a pattern's tars by one listing instead of one by one."""
+
+    def __init__(self, opened: Callable[[str], Store]) -> None:
+        self._opened = cache(opened)
+
+    def at(self, word: str) -> Iterator[TarUri]:
+        uris = [uri.rstrip("/") for uri in expand_braces(word)]
+        listed: dict[str, dict[str, int]] = {}
+        for uri in uris:
+            folder, name = split_uri(uri) if "/" in uri else (".", uri)
+            # A bucket itself lies in no folder.
+            if folder.endswith(":/") or name in ("", "~", "..", "."):
+                yield from self._below(uri)
+                continue
+            store = self._opened(folder)
+            if len(uris) > 1 and "://" in store.uri:
+                if folder not in listed:
+                    listed[folder] = {entry.key: entry.size_bytes for entry in store.list()}
+                size_bytes = listed[folder].get(name)
+            else:
+                size_bytes = _size_bytes(store, name)
+            if size_bytes is None:
+                yield from self._below(uri)
+            else:
+                yield TarUri(store, name, size_bytes)
+
+    def _below(self, uri: str) -> Iterator[TarUri]:
+        store = self._opened(uri)
+        nowhere = store.uri.startswith("/") and not Path(store.uri).is_dir()
+        objects = [] if nowhere else list(store.list())
+        if not objects:
+            raise MissingInputError(f"there is nothing at {store.uri}: give tars, a pattern, or a folder of tars")
+        entries = [entry for entry in objects if entry.key.endswith(".tar") and not _is_hidden(entry.key)]
+        if not entries:
+            raise BadDataError(f"{store.uri} holds no .tar: only tars that are not compressed can be indexed in place")
+        for entry in entries:
+            yield TarUri(store, entry.key, entry.size_bytes)
+
+
+def _size_bytes(store: Store, name: str) -> int | None:
+    if not is_key(name) or not store.exists(name):
+        return None
+    with store.open(name) as file:
+        return file.seek(0, io.SEEK_END)
 
 
 def _is_hidden(key: str) -> bool:
     return any(map(is_litter, path_parts(key)))
-
-
-def _checked_size(store: Store, key: str) -> int:
-    with store.open(key) as file:
-        magic = file.read(4)
-        size_bytes = file.seek(0, 2)
-    if magic.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zX", b"\x28\xb5\x2f\xfd", b"PK")):
-        raise BadRequestError(
-            f"{store.uri_of(key)} is compressed, and no image can be read from its middle: pack it with "
-            "`ddpm data pack`, or unpack it to a plain .tar"
-        )
-    return size_bytes

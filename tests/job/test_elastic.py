@@ -16,13 +16,13 @@ from tests.job.command_line import DDPM, environment, settings
 from tests.job.hooked import hooked
 
 BATCH_IMAGES, STEPS = 10, 50
-EPOCHS, TARGET_IMAGES = 4, 1200
+ALONE_UNTIL_IMAGE = 1200
 STAGES = (
     (2, 80, ()),
     (1, 620, ("--set", "train.micro_batch_size=3", "--set", "data.cache_gigabytes=0.0001")),
-    (3, None, ("--set", "train.micro_batch_size=null", "--set", "data.cache_gigabytes=1")),
+    (3, 1150, ("--set", "train.micro_batch_size=null", "--set", "data.cache_gigabytes=1")),
 )
-"""Processes; the image at which they are stopped; what else is different. All images take 230 kB."""
+"""Processes; at which image they are asked to stop; what else is different. All images together take 230 kB."""
 RECORD = """
 import hashlib, json, os, signal
 draw, image_losses, numbers_drawn = randomness.training_noise, Objective.losses, []
@@ -40,7 +40,7 @@ def losses(self, network, x_start, timesteps, noise, labels=None):
     contents = map(sha256, x_start), map(sha256, noise), timesteps.tolist()
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
-    if numbers_drawn[0] >= float(os.environ["STOP_AT_IMAGE"]):
+    if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
         os.kill(os.getpid(), signal.SIGTERM)
     return found
 
@@ -58,15 +58,15 @@ def packed(tmp_path_factory):
     return folder
 
 
-def started(packed, run, stage, precision, processes, stop_at_image=None, *options):
-    """A process that trains until it is stopped or finished."""
+def started(packed, run, stage, precision, processes, stop_at_image, *options):
+    """A command whose processes train until they stop themselves."""
     variables = environment(
         DDPM_CACHE=str(packed / "cache"),
         PYTHONPATH=str(packed / "hooks"),
         RECORD=str(packed / f"{run}-{stage}"),
-        STOP_AT_IMAGE=str(stop_at_image or "inf"),
+        STOP_AT_IMAGE=str(stop_at_image),
     )
-    words = ["train", "--dataset", "tiles", "--run", run, "--bucket", str(packed / "bucket"), "--epochs", str(EPOCHS)]
+    words = ["train", "--dataset", "tiles", "--run", run, "--bucket", str(packed / "bucket"), "--epochs", "99"]
     network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision)
     return subprocess.Popen(
         [DDPM, *words, "--processes", str(processes), *network, *options],
@@ -77,11 +77,10 @@ def started(packed, run, stage, precision, processes, stop_at_image=None, *optio
     )
 
 
-def ended(child):
-    """The exit code; an unexpected one fails with what was said."""
-    _, err = child.communicate(timeout=200)
-    assert child.returncode in (0, 75), err
-    return child.returncode
+def stopped(child):
+    """Waits until it has saved everything and ended."""
+    _, err = child.communicate(timeout=250)
+    assert child.returncode == 75, err
 
 
 def recorded(packed, run, stage):
@@ -101,24 +100,22 @@ def batch_losses(rows, first, last):
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
 def test_two_then_one_then_three_processes_learn_what_one_does(packed, precision, bound):
-    alone = started(packed, f"alone-{precision}", 0, precision, 1)
+    alone = started(packed, f"alone-{precision}", 0, precision, 1, ALONE_UNTIL_IMAGE)
     stopped_at, name = [0], f"moving-{precision}"
     run = open_store(str(packed / "bucket")).sub(f"runs/{name}")
     for stage, (processes, stop_at_image, options) in enumerate(STAGES):
-        code = ended(started(packed, name, stage, precision, processes, stop_at_image, *options))
-        assert code == (75 if stop_at_image else 0)
+        stopped(started(packed, name, stage, precision, processes, stop_at_image, *options))
         newest = load_manifest(run, max(list_checkpoints(run)))
         assert newest.world_size == processes
         stopped_at.append(newest.images_seen)
-    assert ended(alone) == 0
+    stopped(alone)
     expected = recorded(packed, f"alone-{precision}", 0)
-    assert sorted(expected) == list(range(TARGET_IMAGES))
-    assert stopped_at[-1] == TARGET_IMAGES
+    assert sorted(expected) == list(range(len(expected)))
+    assert len(expected) >= stopped_at[-1]
     for stage, (first, last) in enumerate(pairwise(stopped_at)):
         rows = recorded(packed, name, stage)
         assert sorted(rows) == list(range(first, last)), f"stage {stage}"
         assert all(rows[number][0] == expected[number][0] for number in rows), f"stage {stage}"
-        # A step more would be compared than asked for if every stage were as long as it happens to be.
         until = min(last, first + STEPS * BATCH_IMAGES)
         assert stage == 0 or until - first == STEPS * BATCH_IMAGES
         found, whole = batch_losses(rows, first, until), batch_losses(expected, first, until)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import pytest
 
@@ -21,7 +22,7 @@ IMAGES, BATCH, EPOCHS = 160, 4, 50
 STEPS = EPOCHS * IMAGES // BATCH
 WARM, LAST = range(12, 20), range(42, 50)
 """Epochs that are compared: pictures have been drawn before both."""
-GROWTH_BYTES = 16 << 20
+GROWTH_BYTES = 8 << 20
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,8 @@ def test_memory_files_and_threads_do_not_grow(kind, tmp_path, request):
     assert min(len(warm), len(last)) >= 5, len(samples)
     limits = {"resident_bytes": GROWTH_BYTES, "anonymous_bytes": GROWTH_BYTES, "files": 2, "threads": 2}
     for name, growth in limits.items():
-        before, after = (max(getattr(sample, name) for sample in part) for part in (warm, last))
+        before, after = (median(getattr(sample, name) for sample in part) for part in (warm, last))
+        # Four uploads and a checkpoint on its way have files of their own, now and then.
         print(f"{kind}: {name} {before:,} -> {after:,}")
         assert after <= before + growth, name
 

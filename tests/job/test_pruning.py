@@ -219,4 +219,4 @@ def test_training_does_not_measure_its_own_by_what_nobody_verified():
     older, foreign = CheckpointRef(1, 240), CheckpointRef(9, 16)
     assert rule.retire([older, own, foreign], 40, 16) == [older, own]
     assert rule.retire([older, own, foreign], 40, 16, verified=own) == [older]
-    assert rule.retire([older, own], 40, 16, verified=older) == []
+    assert Retention(2, 0, ()).retire([older, own, foreign], 40, 16, verified=own) == []

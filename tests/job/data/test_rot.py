@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from job.data.cache import DecodedCache
+from job.data.images import decode
 from job.data.pack import pack
 from job.data.shard_cache import ShardCache
 from job.data.shard_source import ShardSource
@@ -19,8 +21,8 @@ from job.exits import BadDataError, Exit, MissingInputError
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.small_dataset import FarStore
-from tests.job.some_images import jpeg, zip_of
+from tests.job.small_dataset import FarStore, write_dataset
+from tests.job.some_images import encoded, jpeg, zip_of
 
 KEY = "datasets/pets-16"
 READ = ("index.json", "shard-")
@@ -219,21 +221,28 @@ def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, name
         np.testing.assert_array_equal(read(far, cache, kind), pixels)
 
 
-def test_a_shard_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(bucket, store, pixels, tmp_path):
-    far, index = FarStore(bucket), load_index(store, KEY)
-    opened = opened_cache(far, tmp_path, "shards")
-    np.testing.assert_array_equal(opened.read(np.arange(index.images)), pixels)
-    for image in range(index.images):
-        # The last bit of the pixels' own checksum: many decoders do not look at it.
-        record, shard = opened._source.records[image], np.searchsorted(opened._source.starts, image, "right") - 1
-        path = opened._path(shard)
+def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_path):
+    def jpeg_of(pixels: np.ndarray) -> bytes:
+        return encoded(Image.fromarray(pixels), "JPEG", quality=90)
+
+    written = write_dataset(str(tmp_path / "bucket"), tmp_path, (4, 4), size=32, encode=jpeg_of)
+    far = FarStore(tmp_path / "bucket")
+    source = ShardSource(far, written.key, written.index, tmp_path / "cache", threads=1, should_stop=lambda: False)
+    cache = ShardCache(source, 1 << 30)
+    whole = cache.read(np.arange(8))
+    for image in range(8):
+        record, path = source.records[image], cache._path(image // 4)
         content = bytearray(path.read_bytes())
-        content[int(record["offset"]) + int(record["bytes"]) - 13] ^= 1
+        place = int(record["offset"]) + int(record["bytes"]) * 3 // 4
+        content[place] ^= 1
+        # Nothing in a JPEG tells that a bit of it flipped.
+        damaged_jpeg = bytes(content[int(record["offset"]) :][: int(record["bytes"])])
+        assert (decode(damaged_jpeg, 3) != whole[image]).any()
         path.write_bytes(content)
         far.downloads.clear()
-        np.testing.assert_array_equal(opened.read(np.arange(index.images)), pixels)
-        assert far.downloads == [index.shards[shard].name]
-    opened.close()
+        np.testing.assert_array_equal(cache.read(np.arange(8)), whole)
+        assert far.downloads == [path.name]
+    cache.close()
 
 
 def test_on_a_bucket(gcs_bucket, dataset, pixels, tmp_path):
