@@ -228,7 +228,7 @@ class Lease:
             raise LostRunError(self._lost)
 
     def close(self, timeout_seconds: float = float("inf")) -> None:
-        """Gives the lease back, if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
+        """Gives the lease back if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
         self._closing.set()
         self._thread.join(min(timeout_seconds, CLOSE_SECONDS))
         if self._thread.is_alive():
