@@ -294,6 +294,7 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     if fixed:
         raise BadConfigError(
             f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
-            "Leave these out to go on with it, or start another run with --run NAME"
+            "Leave these out to go on with it, start another run with --run NAME, or delete this one "
+            f"(ddpm runs delete {run} --yes)"
         )
     return changes

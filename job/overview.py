@@ -8,6 +8,7 @@ from job import runs
 from job.checkpoints import by_progress, list_checkpoints
 from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError
+from job.lease import LEASE
 from job.runs import RUNS, Status, read_status, run_store
 from job.store import Store, open_store
 
@@ -31,6 +32,9 @@ def list_runs(bucket_uri: str) -> None:
             run = run_store(bucket, name)
         except BadRequestError:
             # A folder that somebody else put there.
+            continue
+        if all(entry.key == LEASE for entry in run.list()):
+            # All that is left of a run that was deleted.
             continue
         refs, status = list_checkpoints(run), read_status(run)
         newest = f"{max(refs).images_seen:,}" if refs else "-"

@@ -72,7 +72,8 @@ def load_config(run: Store) -> RunConfig | None:
         if attempt is None:
             return None
         raise BadDataError(
-            f"{run.uri_of(CONFIG)} is missing, though the run was begun: restore it, or start another run"
+            f"{run.uri_of(CONFIG)} is missing, though the run was begun: restore it, or delete the rest of the run "
+            f"(ddpm runs delete {run.uri.rsplit('/', 1)[-1]} --yes)"
         ) from None
     first_line, _, text = data.partition(b"\n")
     if first_line != _seal(text):

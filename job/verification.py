@@ -137,7 +137,8 @@ class _Verification:
         self._bucket, self._name, self._progress = bucket, name, progress
         self._run = runs.run_store(bucket, name)
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
-        if not self._sizes:
+        # A lease alone is what is left of a run that was deleted.
+        if not self._sizes.keys() - {LEASE}:
             raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
         self._total_bytes, self._done_bytes, self._lock = sum(self._sizes.values()), 0, threading.Lock()
         self._objects = _Objects(self._run, self._advance)

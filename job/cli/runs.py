@@ -1,4 +1,4 @@
-"""`ddpm runs`: list, show, verify, prune."""
+"""`ddpm runs`: list, show, verify, prune, delete."""
 
 from typing import Annotated
 
@@ -73,3 +73,20 @@ def prune(
     from job.pruning import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
+
+
+@app.command()
+def delete(
+    run: Run,
+    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
+    bucket: Bucket = DEFAULT_BUCKET,
+) -> None:
+    """Delete a run: its checkpoints, pictures and metrics, or what is left of one.
+
+    Refused while somebody trains it or samples from it.
+
+    Example: ddpm runs delete celeba --yes
+    """
+    from job.run_deletion import delete_run
+
+    delete_run(bucket, run, certain=yes)

@@ -271,7 +271,7 @@ def test_what_an_attempt_changed_stays_changed(train, packed):
     run_training(TrainRequest("tiles", str(packed), run="sticky").check(), lambda: False)
     ref, _, rows = final_state(run_of(packed, "sticky"))
     assert ref.images_seen == 912
-    assert [row["images_seen"] for row in rows if row["images_seen"] > 312] == list(range(336, 912, 48))
+    assert [row["images_seen"] for row in rows if row["images_seen"] > 312] == list(range(336, 913, 48))
     attempt = json.loads(run_of(packed, "sticky").read("attempts/000003.json").data)
     assert attempt["changes"] == {"train.epochs": 3, "log.every_images": 48}
 
