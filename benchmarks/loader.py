@@ -61,8 +61,7 @@ def measure(quick: bool) -> list[Figure]:
                 if turn:
                     epochs[reader].append(epoch)
                 bar.update(turn * len(readers) + number + 1, total=(turns + 1) * len(readers))
-        large_key = dataset_key(f"large-{DATASET}", SIZE)
-        multiply(bucket, key, large_key, MEMORY_COPIES)
+        large_key = multiply(bucket, key, f"large-{DATASET}", MEMORY_COPIES)
         with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as fresh_process:
             small_bytes, large_bytes = fresh_process.map(
                 partial(stream_memory, bucket, folder / "memory"), (key, large_key)
@@ -164,17 +163,20 @@ def image_folder_epoch(folder: Path) -> Iterable[object]:
     return DataLoader(dataset, BATCH_SIZE_IMAGES, shuffle=True, num_workers=PEER_WORKERS)
 
 
-def multiply(bucket: str, key: str, large_key: str, copies: int) -> None:
-    """Writes the dataset `key` again as one of `copies` times its shards."""
+def multiply(bucket: str, key: str, large_name: str, copies: int) -> str:
+    """Writes the dataset `key` again as one of `copies` times its shards; the key of that."""
     store = open_store(bucket)
     index = load_index(store, key)
+    large_key = dataset_key(large_name, index.size)
     shards: list[Shard] = []
     for shard in index.shards * copies:
         copy = shard.model_copy(update={"name": shard_name(len(shards))})
         store.upload(Path(bucket) / key / shard.name, f"{large_key}/{copy.name}")
         store.create(f"{large_key}/{copy.offsets_name}", store.read(f"{key}/{shard.offsets_name}").data)
         shards.append(copy)
-    store.create(f"{large_key}/{INDEX}", index.model_copy(update={"shards": tuple(shards)}).to_json())
+    large = index.model_copy(update={"name": large_name, "shards": tuple(shards)})
+    store.create(f"{large_key}/{INDEX}", large.to_json())
+    return large_key
 
 
 def stream_memory(bucket: str, cache_dir: Path, key: str) -> int:

@@ -55,7 +55,7 @@ def _root(
 
 
 def main() -> None:
-    """Entry point of `ddpm` and `python -m job`; always ends with a code of the table in `job.exits`."""
+    """Entry point of `ddpm` and `python -m job`; ends with a code of the table in `job.exits`, or 1 after a crash."""
     try:
         run()
     except SystemExit as end:
@@ -92,7 +92,25 @@ def run() -> None:
     except RuntimeError as error:
         if said := lost_peer(error):
             _fail(f"another process of this run went away ({said})", LOST_PEER)
+        if said := _out_of_memory(error):
+            _fail(said, 1)
         raise
+    except MemoryError as error:
+        _fail(_out_of_memory(error), 1)
+
+
+def _out_of_memory(error: Exception) -> str:
+    """What to say if memory ran out, here or on the GPU; empty for any other error."""
+    torch, text = sys.modules.get("torch"), " ".join(str(error).split())
+    is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # PyTorch says it of the host's memory in a bare RuntimeError.
+    if not (is_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text):
+        return ""
+    said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
+    return (
+        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{said}: train with a smaller train.micro_batch_size, "
+        "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
+    )
 
 
 def _at(error: OSError) -> str:

@@ -263,9 +263,9 @@ def test_output_comes_live_and_says_whose_it_is(tmp_path):
     """
     child = start(tmp_path, code)
     ready_pids(tmp_path)
-    assert child.stderr.readline() == "live from 0\n"
-    assert child.stderr.readline() == "[rank 1] out of 1\n"
-    assert child.stderr.readline() == "[rank 1] live from 1\n"
+    first = [child.stderr.readline() for _ in range(3)]
+    assert first.count("live from 0\n") == 1
+    assert [line for line in first if "1" in line] == ["[rank 1] out of 1\n", "[rank 1] live from 1\n"]
     assert child.poll() is None
     (tmp_path / "go").touch()
     # `communicate` would not see what `readline` has taken from the pipe already.

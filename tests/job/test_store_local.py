@@ -291,7 +291,7 @@ def test_relative_paths_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("gs://", "names no bucket"),
         ("gs://UPPER", "names no bucket"),
         ("gs://b", "names no bucket"),
-        ("gs://user@bucket/x", "names no bucket"),
+        ("gs://user@bucket/x", "has a user or password in it"),
         ("gs://bucket/../other", "cannot be an object's key"),
         ("gs://bucket//folder", "cannot be an object's key"),
     ],

@@ -16,7 +16,8 @@ SHARD_IMAGES = 60
 SHARDS_IN_BUDGET = 4
 
 READ = """
-import hashlib, json, re, sys
+import hashlib, json, os, re, sys
+from contextlib import suppress
 from pathlib import Path
 from job.data.cache import open_cache
 from job.data.order import Order
@@ -35,13 +36,13 @@ for batch in stream_batches(cache, order, batch_size_images=20, first_image=0, l
     sha256.update(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes())
     status = Path("/proc/self/status").read_text()
     most["anonymous"] = max(most["anonymous"], 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
-    # A file may be evicted between its listing and this look at it.
+    # A file or a folder may be gone between its listing and this look at it.
     sizes = []
-    for path in cache_dir.rglob("*.tar"):
-        try:
-            sizes.append(path.stat().st_size)
-        except FileNotFoundError:
-            pass
+    for folder, _, names in os.walk(cache_dir):
+        for name in names:
+            if name.endswith(".tar"):
+                with suppress(FileNotFoundError):
+                    sizes.append(os.stat(f"{folder}/{name}").st_size)
     most["disk"] = max(most["disk"], sum(sizes))
 cache.close()
 found = {"type": type(cache).__name__, "sha256": sha256.hexdigest(), "downloads": len(store.downloads)}

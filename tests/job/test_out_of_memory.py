@@ -1,0 +1,61 @@
+"""Memory that runs out: on the machine for real, on a GPU as PyTorch says it."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+
+from job.cli import app
+from tests.job.command_line import ddpm, refused, settings, succeeded
+from tests.job.hooked import hooked
+
+LITTLE_MEMORY = """
+import resource
+from pathlib import Path
+
+train_with_all_memory = run_training
+
+def run_training(*arguments):
+    in_use_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (in_use_bytes + 1000 * 2**20,) * 2)
+    train_with_all_memory(*arguments)
+"""
+
+
+def test_on_the_machine(tmp_path):
+    place = ("--bucket", tmp_path / "bucket")
+    variables = {
+        "PYTHONPATH": hooked(tmp_path / "hooks", job__train=LITTLE_MEMORY),
+        "DDPM_CACHE": str(tmp_path / "cache"),
+    }
+    succeeded(ddpm("data", "ensure", "landscape-sample", *place))
+    sets = settings(model__channels="64", train__batch_size="299", checkpoint__every_minutes="60")
+    words = ("train", "--dataset", "landscape-sample", "--epochs", 1, *place, *sets)
+    said = refused(ddpm(*words, **variables), 1)
+    assert "memory ran out on the machine" in said
+    assert "smaller train.micro_batch_size" in said
+    succeeded(ddpm(*words, "--set", "train.micro_batch_size=2", **variables))
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"),
+            "memory ran out on the GPU (Tried to allocate 2.00 GiB)",
+        ),
+        (MemoryError(), "memory ran out on the machine:"),
+    ],
+)
+def test_as_it_is_said(error, said, monkeypatch, capsys):
+    def fail():
+        raise error
+
+    monkeypatch.setattr(app, "app", fail)
+    monkeypatch.setattr(sys, "argv", ["ddpm"])
+    with pytest.raises(SystemExit) as end:
+        app.run()
+    assert end.value.code == 1
+    assert said in capsys.readouterr().err
