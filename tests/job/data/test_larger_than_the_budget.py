@@ -36,13 +36,12 @@ for batch in stream_batches(cache, order, batch_size_images=20, first_image=0, l
     sha256.update(batch.images.numpy().tobytes() + batch.labels.numpy().tobytes())
     status = Path("/proc/self/status").read_text()
     most["anonymous"] = max(most["anonymous"], 1024 * int(re.search(r"RssAnon:\\s+(\\d+)", status)[1]))
-    # A file or a folder may be gone between its listing and this look at it.
+    listed = [f"{folder}/{name}" for folder, _, names in os.walk(cache_dir) for name in names if name.endswith(".tar")]
+    # Those that are still there were there together; one that was listed first may have made room for another.
     sizes = []
-    for folder, _, names in os.walk(cache_dir):
-        for name in names:
-            if name.endswith(".tar"):
-                with suppress(FileNotFoundError):
-                    sizes.append(os.stat(f"{folder}/{name}").st_size)
+    for path in listed:
+        with suppress(FileNotFoundError):
+            sizes.append(os.stat(path).st_size)
     most["disk"] = max(most["disk"], sum(sizes))
 cache.close()
 found = {"type": type(cache).__name__, "sha256": sha256.hexdigest(), "downloads": len(store.downloads)}
