@@ -19,11 +19,12 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
-from job import __version__, compute
-from job.checkpoints import Manifest, list_checkpoints
-from job.retention import delete_checkpoint
-from job.runs import utc_now
-from job.saving import UPLOADS, CheckpointWriter, Save, plan_parts
+from job import __version__
+from job.processes import compute
+from job.runs.checkpoints import Manifest, list_checkpoints
+from job.runs.records import utc_now
+from job.runs.retention import delete_checkpoint
+from job.runs.saving import UPLOADS, CheckpointWriter, Save, plan_parts
 from job.store import Store, open_store
 from tests.servers import fake_gcs_server
 

@@ -115,7 +115,7 @@ def machine() -> dict[str, Any]:
     """What the numbers hold for; the load is that of the minute before."""
     import torch
 
-    from job.compute import best_precision
+    from job.processes.compute import best_precision
 
     return {
         "cpu": _cpu_model(),

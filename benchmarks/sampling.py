@@ -8,10 +8,10 @@ from typing import Any
 from benchmarks.measuring import Figure, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
 from ddpm.generation import Sampling
-from job import compute
-from job.ranks import Ranks
-from job.sample import Painter
-from job.stopping import Agreement, StopFlag
+from job.processes import compute
+from job.processes.ranks import Ranks
+from job.processes.stopping import Agreement, StopFlag
+from job.sampling.sample import Painter
 
 AT_LEAST = 1.7
 

@@ -31,16 +31,16 @@ from benchmarks.subject import (
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
 from ddpm.training import train
-from job import compute
 from job.config import RunConfig
 from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.stream import Batch, stream_batches
 from job.plan import plan_run
-from job.ranks import Ranks
+from job.processes import compute
+from job.processes.ranks import Ranks
+from job.processes.stopping import StopFlag
 from job.requests import TrainRequest
 from job.session import TrainingSession, settings_of
-from job.stopping import StopFlag
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")

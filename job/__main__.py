@@ -1,6 +1,6 @@
 """`python -m job`, the same as `ddpm`; what the launcher starts begins here."""
 
-from job.launched import attach
+from job.processes.launched import attach
 
 if __name__ == "__main__":
     attach()

@@ -12,9 +12,9 @@ import numpy as np
 from job.config_input import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.processes.stopping import StopFlag
 from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
-from job.stopping import StopFlag
 from job.store import Store, open_store
 from job.store.patient import PatientStore, open_patient
 
@@ -138,7 +138,7 @@ def list_datasets(bucket_uri: str) -> None:
     """Prints a table of the datasets in the bucket."""
     from rich.table import Table
 
-    from job.overview import print_table
+    from job.runs.overview import print_table
 
     bucket = open_store(bucket_uri)
     table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
@@ -179,8 +179,8 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
     from ddpm import figures
     from job.data.cache import default_cache_dir, open_cache
-    from job.pictures import write_picture
-    from job.provenance import put_picture
+    from job.runs.provenance import put_picture
+    from job.sampling.pictures import write_picture
 
     cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
     everything = np.arange(index.images)

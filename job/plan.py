@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
-from job import runs
-from job.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest
 from job.config import RunConfig, changed_for_attempt, check_steps, flatten, follow_dataset, validated
 from job.config_input import draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
-from job.pieces import Batch, Drawing, piece_images
 from job.progress import note
 from job.requests import SampleRequest, TrainRequest
-from job.sample_names import SAMPLES, how_drawn, label_of
+from job.runs import records
+from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest
+from job.sampling.names import SAMPLES, how_drawn, label_of
+from job.sampling.pieces import Batch, Drawing, piece_images
 from job.store import Store
 from job.store.patient import PatientStore, open_patient
 
@@ -64,8 +64,8 @@ def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) ->
         StoppedError: `should_stop` said so.
     """
     bucket = open_patient(request.bucket, should_stop, _note)
-    run = bucket.sub(f"{runs.RUNS}/{runs.validated_run_name(request.run)}")
-    stored = runs.load_config(run)
+    run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
+    stored = records.load_config(run)
     changes: dict[str, Any] = {}
     if stored is None:
         config = draft(request.preset_name, request.changes)
@@ -77,7 +77,7 @@ def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) ->
     elif request.preset and request.preset != stored.preset:
         config = draft(request.preset, request.changes)
     else:
-        last = runs.as_last_changed(run, stored)
+        last = records.as_last_changed(run, stored)
         config = validated({**flatten(last.model_dump(mode="json")), **request.changes}, "configuration")
     key = find_dataset(bucket, request.dataset, config.data.size)
     index = load_index(bucket, key)
@@ -124,8 +124,8 @@ def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _nev
         StoppedError: `should_stop` said so.
     """
     bucket = open_patient(request.bucket, should_stop, _note)
-    run = runs.run_store(bucket, request.run)
-    config = runs.as_last_changed(run, runs.existing_config(bucket, request.run))
+    run = records.run_store(bucket, request.run)
+    config = records.as_last_changed(run, records.existing_config(bucket, request.run))
     assert config.data.size is not None
     timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.

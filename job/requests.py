@@ -7,11 +7,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from job import runs
 from job.config import SampleConfig
 from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
+from job.runs import records
 
 DEFAULT_PRESET = "landscape-sample"
 GIF_SEEDS = 12
@@ -45,7 +45,7 @@ class TrainRequest:
             BadRequestError, BadConfigError, MissingInputError: see the message.
         """
         validated_dataset_name(self.dataset)
-        run = runs.validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
+        run = records.validated_run_name(self.run or self.dataset.replace(".", "-").replace("_", "-"))
         changes = read_config_file(self.config_file) | parse_sets(self.sets)
         if self.epochs is not None:
             changes["train.epochs"] = self.epochs
@@ -87,7 +87,7 @@ class SampleRequest:
         Raises:
             BadRequestError: an unknown sampler or precision, a list that is none, or options that exclude each other.
         """
-        runs.validated_run_name(self.run)
+        records.validated_run_name(self.run)
         samplers = get_args(SampleConfig.model_fields["sampler"].annotation)
         if self.sampler and self.sampler not in samplers:
             raise BadRequestError(f"there is no sampler {self.sampler!r} (there are: {', '.join(samplers)})")

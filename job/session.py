@@ -29,26 +29,27 @@ from ddpm.training import (
     loss_row,
     train,
 )
-from job import compute, metrics, runs
-from job.checkpoints import MetricSegment
-from job.commits import Commits
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
 from job.exits import BucketAwayError, JobError, LostRunError, NotANumberError, StoppedError
-from job.grace import Notice
-from job.lease import Lease
 from job.plan import Plan
+from job.processes import compute
+from job.processes.ranks import Ranks
+from job.processes.stopping import Agreement
 from job.progress import Progress
-from job.ranks import Ranks
 from job.requests import GIF_SEEDS
-from job.restoring import newest_good
-from job.retention import Retention
-from job.runs import Attempt
-from job.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
-from job.status import CLOSE_SECONDS, StatusReporter
-from job.stopping import Agreement
+from job.runs import metrics, records
+from job.runs.checkpoints import MetricSegment
+from job.runs.commits import Commits
+from job.runs.grace import Notice
+from job.runs.lease import Lease
+from job.runs.records import Attempt
+from job.runs.restoring import newest_good
+from job.runs.retention import Retention
+from job.runs.status import CLOSE_SECONDS, StatusReporter
+from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -117,7 +118,7 @@ class TrainingSession:
                 note=self.bar.note,
             )
 
-            def status(state: str) -> runs.Status:
+            def status(state: str) -> records.Status:
                 # Whoever slept and was replaced must not say on waking how the run was going then.
                 lease.confirm()
                 return self._status(state, attempt.fence)
@@ -318,9 +319,9 @@ class TrainingSession:
         fields["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
         return fields
 
-    def _status(self, state: str, fence: int) -> runs.Status:
+    def _status(self, state: str, fence: int) -> records.Status:
         images = self.state.images_seen
-        return runs.Status(
+        return records.Status(
             state=state,
             fence=fence,
             images_seen=images,
@@ -328,7 +329,7 @@ class TrainingSession:
             epoch=round(images / self.dataset_images, 3),
             loss=self.last_row.get("loss"),
             images_per_second=self.last_row.get("images_per_second"),
-            updated=runs.utc_now(),
+            updated=records.utc_now(),
         )
 
     def _end(self, error: BaseException) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from job import compute, runs
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
-from job.grace import Notice, grace_seconds
-from job.lease import Lease
 from job.plan import Plan, plan_run
+from job.processes import compute
+from job.processes.ranks import Ranks
+from job.processes.stopping import StopFlag
 from job.progress import Progress, note
-from job.ranks import Ranks
 from job.requests import TrainRequest
-from job.runs import Attempt
+from job.runs import records
+from job.runs.grace import Notice, grace_seconds
+from job.runs.lease import Lease
+from job.runs.records import Attempt
 from job.session import TrainingSession
-from job.stopping import StopFlag
 
 _LAST_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
@@ -41,7 +42,7 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
 
     def begin() -> tuple[RunConfig, Attempt]:
         nonlocal lease
-        floor = runs.highest_fence(plan.run)
+        floor = records.highest_fence(plan.run)
         # The lease itself keeps to its own times, so its store must not wait.
         lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, notice, note)
         return _begin(plan, lease.fence, precision, ranks.world_size)
@@ -72,5 +73,5 @@ def _begin(plan: Plan, fence: int, precision: str, world_size: int) -> tuple[Run
     config = plan.config
     if plan.is_new:
         resolved = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-        config = runs.create_config(plan.run, resolved)
-    return config, runs.record_attempt(plan.run, fence, plan.changes, world_size)
+        config = records.create_config(plan.run, resolved)
+    return config, records.record_attempt(plan.run, fence, plan.changes, world_size)

@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
-from job.metrics import Row, read_rows
-from job.restoring import newest_good
-from job.sample_names import SAMPLES
+from job.runs.metrics import Row, read_rows
+from job.runs.restoring import newest_good
+from job.sampling.names import SAMPLES
 from job.store import Store
 
 GROUPS = ("model", "ema", "optimizer")

@@ -165,17 +165,17 @@ class Watched:
                 store = getattr(module, _STORES[module.__name__])
                 for op in OPERATIONS:
                     setattr(store, op, self._watched(op, getattr(store, op)))
-            case "job.lease":
+            case "job.runs.lease":
                 vars(module).update(
                     RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS, WRITE_GAP_SECONDS=WRITE_GAP_SECONDS
                 )
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
-            case "job.sample":
+            case "job.sampling.sample":
                 self._watch_sampling(module.Painter, "_check_agreed")
-            case "job.sample_batches":
+            case "job.sampling.batches":
                 self._watch_sampling(module._Slice, "_check_stopped")
-            case "job.checkpoints":
+            case "job.runs.checkpoints":
                 self._watch_restoring(module)
             case "job.session":
                 self._watch_session(module)

@@ -15,9 +15,9 @@ from benchmarks.crash_campaign.points import POINTS, Point
 from benchmarks.crash_campaign.processes import HungError, Invocation, LeavingError, Place
 from benchmarks.crash_campaign.records import EXPECTED_CODES, BrokenError, Moment, Run, Tally, Undisturbed
 from benchmarks.crash_campaign.work import DATASET_KEY, Work
-from job.checkpoints import FOLDER
 from job.exits import Exit, JobError
-from job.runs import RUNS
+from job.runs.checkpoints import FOLDER
+from job.runs.records import RUNS
 from job.store import Store, open_store
 
 SHORTER = 0.8

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from benchmarks.crash_campaign.history import GROUPS, Ending, History
 from benchmarks.crash_campaign.processes import Invocation
-from job.checkpoints import FOLDER, CheckpointRef, list_checkpoints, opened
 from job.exits import Exit, JobError
+from job.runs.checkpoints import FOLDER, CheckpointRef, list_checkpoints, opened
 from job.store import Store
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.crash_campaign.work import DATASET_KEY
-from job.checkpoints import CheckpointRef, load_manifest
 from job.data.shards import OFFSETS_DTYPE, load_index
+from job.runs.checkpoints import CheckpointRef, load_manifest
 from job.store import Store
 
 

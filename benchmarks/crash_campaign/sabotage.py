@@ -63,8 +63,8 @@ def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
-    ("manifest-first", "job.saving"): _manifest_first,
-    ("fence-ignored", "job.lease"): _fence_ignored,
+    ("manifest-first", "job.runs.saving"): _manifest_first,
+    ("fence-ignored", "job.runs.lease"): _fence_ignored,
     ("position-off-by-one", "job.session"): _position_off_by_one,
     ("order-drawn-anew", "job.session"): _order_drawn_anew,
     ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,

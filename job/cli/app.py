@@ -11,7 +11,7 @@ import typer
 
 from job.cli import data, figure, runs, sample, submit, train
 from job.exits import Exit, JobError
-from job.launched import LOST_PEER, is_launched, lost_peer
+from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
 app = typer.Typer(
     name="ddpm",

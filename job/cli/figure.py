@@ -29,7 +29,7 @@ def schedule(
 
     Example: ddpm figure schedule --schedule cosine -o cosine.png
     """
-    from job.pictures import schedule_picture
+    from job.sampling.pictures import schedule_picture
 
     schedule_picture(kind, timesteps, output)
 
@@ -54,7 +54,7 @@ def noising(
 
     Example: ddpm figure noising --dataset landscape-sample
     """
-    from job.pictures import noising_picture
+    from job.sampling.pictures import noising_picture
 
     noising_picture(bucket, dataset, size, timesteps, kind, output)
 
@@ -73,7 +73,7 @@ def denoising(
 
     Example: ddpm figure denoising --run landscape-sample
     """
-    from job.entry import sample_command
+    from job.processes.entry import sample_command
     from job.requests import SampleRequest
 
     sample_command(SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False), processes=1)

@@ -20,7 +20,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
     Example: ddpm runs list --bucket gs://my-bucket
     """
-    from job.overview import list_runs
+    from job.runs.overview import list_runs
 
     list_runs(bucket)
 
@@ -31,7 +31,7 @@ def show(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
-    from job.overview import show_run
+    from job.runs.overview import show_run
 
     show_run(bucket, run)
 
@@ -44,7 +44,7 @@ def verify(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
-    from job.overview import verify_named_run
+    from job.runs.overview import verify_named_run
 
     verify_named_run(bucket, run)
 
@@ -70,7 +70,7 @@ def prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.pruning import prune_run
+    from job.runs.pruning import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
@@ -87,6 +87,6 @@ def delete(
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.run_deletion import delete_run
+    from job.runs.deletion import delete_run
 
     delete_run(bucket, run, certain=yes)

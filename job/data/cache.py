@@ -22,7 +22,7 @@ from job.data.shard_cache import ShardCache
 from job.data.shard_source import Int64s, ShardSource, Uint8s, crc32c
 from job.data.shards import DatasetIndex
 from job.exits import BadRequestError, DiskFullError
-from job.heartbeat import beat
+from job.processes.heartbeat import beat
 from job.store import Store
 from job.store.files import os_errors
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from job.data.order import Order
 from job.data.shard_source import DOWNLOADS, Int64s, ShardSource, Uint8s
 from job.exits import BadConfigError, BadDataError, MissingInputError
-from job.heartbeat import beat
+from job.processes.heartbeat import beat
 from job.store.files import os_errors
 
 

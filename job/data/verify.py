@@ -21,7 +21,7 @@ from job.data.places import Places
 from job.data.shard_source import image_decoder
 from job.data.shards import CONTACT_SHEET, INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, first_damaged, load_index
 from job.exits import BadDataError
-from job.provenance import picture_problems
+from job.runs.provenance import picture_problems
 from job.store import ObjectMissingError, Store
 from job.store.files import os_errors
 

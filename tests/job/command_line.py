@@ -14,8 +14,8 @@ import pytest
 from accelerate.state import AcceleratorState
 
 from job.cli.app import run
-from job.launched import LAUNCHED
-from job.launcher import STOP_SIGNALS
+from job.processes.launched import LAUNCHED
+from job.processes.launcher import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 _PROLOGUE = """
-from job.launched import attach
+from job.processes.launched import attach
 attach()
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from job.heartbeat import beat
+from job.processes.heartbeat import beat
 rank = int(os.environ.get("RANK", 0))
 def ready():
     Path(f"{rank}.pid").write_text(str(os.getpid()))
@@ -31,7 +31,7 @@ def work(seconds):
 """
 _LAUNCHER = """
 import sys
-from job import launcher
+from job.processes import launcher
 launcher.GRACE_SECONDS = 1.0
 sys.exit(launcher.launch([sys.executable, "-P", "rank.py"], {processes}, {hang_after_seconds}))
 """

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.checkpoints import list_checkpoints, load_manifest
 from job.data.verify import verify_dataset
 from job.exits import Exit
-from job.runs import Status, read_status
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.records import Status, read_status
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, tar_of, zip_of

@@ -16,11 +16,11 @@ import pytest
 
 import job.store
 from ddpm.training import TrainState
-from job import lease
-from job.checkpoints import list_checkpoints, load_manifest
 from job.data.pack import pack
 from job.exits import Exit
-from job.metrics import read_rows
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.metrics import read_rows
+from job.runs.records import lease
 from job.session import TrainingSession
 from job.store import ConflictError, ObjectExistsError, Store, open_store
 from job.store.patient import open_patient

@@ -21,7 +21,7 @@ import yaml
 from PIL import Image
 
 import job
-from job.checkpoints import list_checkpoints, load_manifest
+from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, succeeded
 from tests.job.some_images import folder_of, jpeg, zip_of

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from job.checkpoints import list_checkpoints
 from job.data.verify import verify_dataset
 from job.exits import Exit
-from job.runs import read_status
+from job.runs.checkpoints import list_checkpoints
+from job.runs.records import read_status
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, zip_of

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from job.checkpoints import list_checkpoints
+from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.job.command_line import environment, settings
 from tests.job.some_images import jpeg, zip_of

@@ -20,10 +20,10 @@ import pytest
 import torch
 import yaml
 
-from job.checkpoints import MANIFEST, Manifest, list_checkpoints
 from job.data.cache import open_cache
 from job.data.shards import INDEX, ShardWriter, load_index
 from job.exits import Exit
+from job.runs.checkpoints import MANIFEST, Manifest, list_checkpoints
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
@@ -114,7 +114,7 @@ def bucket(trained: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What no test may find when it ends; and nobody waits for the holder of a lease that is no lease."""
-    monkeypatch.setattr("job.lease.EXPIRE_SECONDS", 0.5)
+    monkeypatch.setattr("job.runs.lease.EXPIRE_SECONDS", 0.5)
     yield tmp_path / "marker"
     if "go_off" not in os.environ["PYTEST_CURRENT_TEST"]:
         assert not (tmp_path / "marker").exists()
@@ -336,7 +336,7 @@ UNSAFE_CALLS = {
     *("yaml.load", "yaml.unsafe_load", "yaml.full_load", "yaml.load_all", "pandas.read_pickle", "tarfile.extractall"),
 }
 KNOWN = {
-    ("job/ranks.py", "pickle.loads"),  # between the processes of one run
+    ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
     ("job/config_input.py", "yaml.load"),  # with a SafeLoader
 }
 

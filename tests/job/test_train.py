@@ -16,16 +16,16 @@ from accelerate.state import AcceleratorState
 
 from ddpm import randomness
 from ddpm.training import prepare_images
-from job.checkpoints import list_checkpoints, load_manifest, opened
 from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.pack import pack
 from job.data.shards import load_index
 from job.data.stream import stream_batches
 from job.exits import BadConfigError, BadRequestError, Exit, NotANumberError, StoppedError
-from job.metrics import read_rows
 from job.requests import TrainRequest
-from job.runs import read_status
+from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.metrics import read_rows
+from job.runs.records import read_status
 from job.session import settings_of
 from job.store import open_store
 from job.train import run_training

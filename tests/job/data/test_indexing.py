@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import webdataset
 
-from job.checkpoints import list_checkpoints, load_manifest
 from job.data.cache import DecodedCache, open_cache
 from job.data.indexing import index_tars
 from job.data.order import Order
@@ -24,6 +23,7 @@ from job.data.shards import load_index
 from job.data.stream import stream_batches
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, MissingInputError, StoppedError
+from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of

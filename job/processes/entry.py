@@ -1,0 +1,138 @@
+"""From a checked request to the work: the launcher sees whether it can be done, and the ranks that it starts do it."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from job.exits import BadConfigError
+from job.plan import Plan, plan_batches, plan_run, plan_sampling
+from job.processes.launched import is_launched, is_rank
+from job.processes.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
+from job.processes.stopping import StopFlag, deadline
+from job.requests import SampleRequest, TrainRequest
+from job.runs.checkpoints import list_checkpoints
+from job.runs.records import read_status
+from job.sampling.pieces import Batch
+
+
+def train_command(
+    request: TrainRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
+) -> None:
+    """Trains or goes on; says where everything lies when the run is finished.
+
+    Args:
+        request: which run.
+        processes: on this machine; None is one per GPU, or one. Under torchrun or accelerate these decide.
+        hang_after_seconds: see `launch`.
+        stop_after: a duration, see `deadline`.
+
+    Raises:
+        BadConfigError: there are more processes than images in a batch.
+        SystemExit: the ranks ended with another code than 0.
+        JobError: see the message.
+    """
+    request = request.check()
+    with deadline(stop_after):
+        stop = _listen()
+        plan = plan_run(request, stop)
+        world_size, batch_size = _world_size(processes), plan.config.train.batch_size
+        if world_size > batch_size:
+            raise BadConfigError(
+                f"{world_size} processes cannot share train.batch_size={batch_size} images: "
+                "use fewer with --processes N"
+            )
+        if (world_size == 1 or not is_rank()) and _finished(plan):
+            _tell(plan, request, "is finished already")
+            return
+        if not is_rank():
+            _launch(world_size, hang_after_seconds)
+            return
+        from job.train import run_training
+
+        run_training(request, stop.install())
+        if os.environ.get("RANK", "0") == "0":
+            _tell(plan_run(request, stop), request, "is finished")
+
+
+def sample_command(
+    request: SampleRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
+) -> None:
+    """Samples, and says where the pictures lie. What is missing shows before there are several processes to say so.
+
+    Args:
+        request: what to draw.
+        processes: see `train_command`.
+        hang_after_seconds: see `launch`.
+        stop_after: a duration, see `deadline`.
+
+    Raises:
+        SystemExit: the ranks ended with another code than 0.
+        JobError: see the message.
+    """
+    request = request.check()
+    with deadline(stop_after):
+        stop = _listen()
+        if not is_rank():
+            plan = plan_sampling(request, stop)
+            if request.count is None or not _tell_complete(plan_batches(plan, request)):
+                _launch(_world_size(processes), hang_after_seconds)
+        elif request.count is None:
+            from job.sampling.sample import run_sampling
+
+            run_sampling(request, stop.install())
+        else:
+            from job.sampling.batches import run_batches
+
+            run_batches(request, stop.install())
+
+
+def _listen() -> StopFlag:
+    """To be called before anything that takes time: from now on no signal goes unnoticed."""
+    stop = StopFlag()
+    if not is_rank():
+        leave_at_signals()
+    elif not is_launched():
+        stop.install()
+    # A rank of our launcher installs it when its work begins: until then a signal ends it, with nothing to save.
+    return stop
+
+
+def _world_size(processes: int | None) -> int:
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes or default_processes()
+
+
+def _launch(world_size: int, hang_after_seconds: float) -> None:
+    # -P: a job.py in the working folder must not stand in for the program.
+    code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], world_size, hang_after_seconds)
+    if code:
+        raise SystemExit(code)
+
+
+def _finished(plan: Plan) -> bool:
+    status = read_status(plan.run)
+    return status is not None and status.state == "finished" and _images_seen(plan) >= plan.target_images
+
+
+def _images_seen(plan: Plan) -> int:
+    checkpoints = list_checkpoints(plan.run)
+    return max(checkpoints).images_seen if checkpoints else 0
+
+
+def _tell_complete(batches: list[Batch]) -> bool:
+    """Whether all images of all batches are there already; if so, it says where."""
+    if not all(batch.index() for batch in batches):
+        return False
+    for batch in batches:
+        print(batch.describe("complete already"))
+    return True
+
+
+def _tell(plan: Plan, request: TrainRequest, what: str) -> None:
+    from job.runs.overview import describe_outputs
+
+    images_seen = _images_seen(plan)
+    epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
+    print(f"Run {request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
+    print(describe_outputs(plan.run))
+    print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")

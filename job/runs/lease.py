@@ -1,0 +1,295 @@
+"""One writer per run: a lease that its holder renews, and that others take when it is given back, dead or silent.
+
+    RUN/lease.json     who holds the run, under which fence, and how often it was renewed
+
+The object is created once and from then on only replaced by compare-and-swap. Who finds it held watches, by its own
+clock, whether it changes: the clocks of two machines are never compared. Fences only grow, so that a holder that was
+stopped, replaced and woken in the middle of a write has a lower one and harms nobody.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+
+from pydantic import Field
+
+from job.exits import BadDataError, BucketAwayError, JobError, LostRunError, StoppedError
+from job.processes.process_identity import ProcessIdentity
+from job.runs.records import utc_now
+from job.sealed import Sealed
+from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
+
+LEASE = "lease.json"
+RENEW_SECONDS = 5.0
+EXPIRE_SECONDS = 20.0
+LOOK_SECONDS = 0.5
+"""How often one who watches reads the lease, and asks whether to stop."""
+WRITE_GAP_SECONDS = 1.0
+"""Google Cloud Storage takes about one write a second to one object."""
+CLOSE_SECONDS = 5.0
+_SWAPS = 5
+
+
+class LeaseRecord(Sealed):
+    """The content of `lease.json`."""
+
+    # A checkpoint's folder has six digits for it.
+    fence: int = Field(ge=1, lt=10**6)
+    holder: str
+    renewal: int = Field(ge=0)
+    """Goes up with every write, so that no two are alike: a store tells its own lost answers by the content."""
+    released: bool
+    since: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+    """For people only: nothing is decided by it."""
+    process: ProcessIdentity
+
+    def __str__(self) -> str:
+        return f"process {self.process.pid} on {self.process.host!r} since {self.since} (fence {self.fence})"
+
+
+def load_lease(run: Store) -> LeaseRecord:
+    """What the run's lease says, whether it is held or was given back.
+
+    Raises:
+        BadDataError: it is rotten.
+        ObjectMissingError: nobody ever held the run.
+    """
+    return LeaseRecord.load(run, LEASE)
+
+
+def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
+    """The record and its version; no version if there is no object, no record if nobody can read it."""
+    try:
+        blob = run.read(LEASE)
+    except ObjectMissingError:
+        return None, None
+    with suppress(BadDataError):
+        return LeaseRecord.from_json(blob.data, run.uri_of(LEASE)), blob.version
+    return None, blob.version
+
+
+def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
+    """The new version; none if somebody else wrote since `version` was read."""
+    try:
+        if version is None:
+            return run.create(LEASE, record.to_json())
+        return run.replace(LEASE, record.to_json(), version)
+    except (ObjectExistsError, ConflictError):
+        return None
+
+
+def _boot_seconds() -> float:
+    """A clock that never jumps and counts the time a machine sleeps: what was ours before a sleep may not be after."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+
+class _Watch:
+    """What one who wants a lease sees of it."""
+
+    def __init__(self, run: Store) -> None:
+        self._run = run
+        self.record: LeaseRecord | None = None
+        self.version: str | None = None
+        self.silent_seconds = 0.0
+        """How long it has certainly not changed."""
+        self.renewed = False
+        """Whether the present holder was seen to renew it."""
+        self._seen_at = 0.0
+        self._holder = ""
+
+    def look(self) -> None:
+        # Unlike the holder's clock this one stands still while a machine sleeps: a laptop that wakes must give the
+        # holder, which wakes with it, the time to renew.
+        asked = time.monotonic()
+        record, version = _read(self._run)
+        if version == self.version:
+            self.silent_seconds = asked - self._seen_at
+            return
+        holder = record.holder if record else ""
+        # That another has won the race says nothing yet about whether the winner still lives.
+        self.renewed = self.version is not None and holder == self._holder
+        self.record, self.version, self._holder = record, version, holder
+        self.silent_seconds, self._seen_at = 0.0, time.monotonic()
+
+    def why_free(self) -> str | None:
+        """Why the lease may be taken; none while it may not."""
+        if self.version is None:
+            return "nobody held it"
+        if self.record and self.record.released:
+            return "it was given back"
+        if self.record and self.record.process.certainly_dead():
+            return f"{self.record} is dead"
+        if self.silent_seconds >= EXPIRE_SECONDS:
+            return f"{self.who()} was silent for {self.silent_seconds:.0f} s"
+        return None
+
+    def who(self) -> str:
+        return str(self.record) if self.record else f"somebody whose {LEASE} is damaged"
+
+
+class Lease:
+    """The right to write to a run, kept by a thread until `close`.
+
+    While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
+    run is lost. A store with a deadline of less than `EXPIRE_SECONDS` keeps one silent connection from costing the run.
+    """
+
+    def __init__(
+        self, run: Store, record: LeaseRecord, version: str, confirmed_at: float, note: Callable[[str], None]
+    ) -> None:
+        self.fence = record.fence
+        """Higher than that of everybody who held the run before."""
+        self._run, self._record, self._note = run, record, note
+        self._uri = run.uri_of(LEASE)
+        self._version: str | None = version
+        self._confirmed_at = self._began_at = self._ended_at = confirmed_at
+        self._lost = ""
+        self._lock = threading.Lock()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+        self._thread.start()
+
+    @classmethod
+    def take(
+        cls, run: Store, floor: int, wait_seconds: float, should_stop: Callable[[], bool], note: Callable[[str], None]
+    ) -> Lease:
+        """Takes the run: at once if it is free or its holder certainly dead, else when the holder falls silent.
+
+        Args:
+            run: the run's folder.
+            floor: the highest fence known from elsewhere, such as attempts and checkpoints.
+            wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
+            should_stop: polled all the while.
+            note: told what a person should know; from other threads, too.
+
+        Raises:
+            LostRunError: the holder lives; the message names it.
+            StoppedError: `should_stop` said so.
+            BucketAwayError: the lease cannot be read or written.
+        """
+        watch, began, told = _Watch(run), time.monotonic(), ""
+        while not should_stop():
+            watch.look()
+            if (why := watch.why_free()) is not None:
+                record = LeaseRecord(
+                    fence=max(floor, watch.record.fence if watch.record else 0) + 1,
+                    holder=uuid.uuid4().hex,
+                    renewal=0,
+                    released=False,
+                    since=utc_now(),
+                    process=ProcessIdentity.of_this_process(),
+                )
+                asked = _boot_seconds()
+                if (version := _write(run, record, watch.version)) is not None:
+                    if told or (watch.record and not watch.record.released):
+                        note(f"took {run.uri} over: {why}")
+                    return cls(run, record, version, asked, note)
+                continue
+            over = time.monotonic() - began >= wait_seconds
+            # A holder that just fell silent is not waited for in vain: it either comes back or expires.
+            if over and watch.renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
+                raise LostRunError(
+                    f"{run.uri} is held by {watch.who()}, which is alive: stop it, or use --wait SECONDS"
+                )
+            if told != watch.who():
+                told = watch.who()
+                note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
+            time.sleep(LOOK_SECONDS)
+        raise StoppedError(f"stopped before {run.uri} could be taken")
+
+    def confirm(self) -> None:
+        """Returns if the run is certainly still ours; call it before every commit and every delete.
+
+        It asks the bucket, by renewing, unless a renewal of the last `RENEW_SECONDS` answers it.
+
+        Raises:
+            LostRunError: another attempt took the run.
+            BucketAwayError: it cannot be known now; write nothing.
+        """
+        assert not self._closing.is_set(), "the lease was given back"
+        self._renew()
+
+    @property
+    def lost(self) -> bool:
+        """Whether another attempt is known to have taken the run; asks nobody."""
+        return bool(self._lost)
+
+    def check_lost(self) -> None:
+        """Raises if the run is known to be lost; cheap enough for every step.
+
+        Raises:
+            LostRunError: another attempt took the run.
+        """
+        if self._lost:
+            raise LostRunError(self._lost)
+
+    def close(self, timeout_seconds: float = float("inf")) -> None:
+        """Gives the lease back if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
+        self._closing.set()
+        self._thread.join(min(timeout_seconds, CLOSE_SECONDS))
+        if self._thread.is_alive():
+            self._note(f"{self._uri} could not be given back in time: the next attempt waits until it expires")
+
+    def _work(self) -> None:
+        failing = False
+        while not self._closing.wait(self._pause_seconds()):
+            try:
+                self._renew()
+                failing = False
+            except LostRunError:
+                return
+            # Whatever it was, a thread that ends here would give the run away.
+            except Exception as error:
+                if not failing:
+                    self._note(f"could not renew {self._uri}, without which nothing is written: {error}")
+                failing = True
+        self._give_back()
+
+    def _pause_seconds(self) -> float:
+        due = self._began_at + RENEW_SECONDS - _boot_seconds()
+        return due if due > 0 else WRITE_GAP_SECONDS
+
+    def _renew(self) -> None:
+        with self._lock:
+            self.check_lost()
+            if _boot_seconds() - self._confirmed_at < RENEW_SECONDS:
+                return
+            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _boot_seconds()))
+            self._swap(released=False)
+
+    def _give_back(self) -> None:
+        try:
+            with self._lock:
+                if not self._lost:
+                    self._swap(released=True)
+        except JobError as error:
+            if not self._lost:
+                self._note(f"could not give {self._uri} back: {error}; the next attempt waits until it expires")
+
+    def _swap(self, released: bool) -> None:
+        """Writes the next record over our last one, and over nothing else."""
+        self._began_at = _boot_seconds()
+        try:
+            for _ in range(_SWAPS):
+                update = {"renewal": self._record.renewal + 1, "released": released}
+                self._record = self._record.model_copy(update=update)
+                if (version := _write(self._run, self._record, self._version)) is not None:
+                    self._version, self._confirmed_at = version, self._began_at
+                    return
+                self._look_again()
+        finally:
+            self._ended_at = _boot_seconds()
+        raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")
+
+    def _look_again(self) -> None:
+        """After a swap that failed: another's record means loss; an own write that came late, or damage, does not."""
+        record, self._version = _read(self._run)
+        if record is not None and record.holder != self._record.holder:
+            self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
+            raise LostRunError(self._lost)
+        if record is None:
+            self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it anew")

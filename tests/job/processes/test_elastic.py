@@ -1,0 +1,124 @@
+"""A run that changes the number of its processes, its micro-batches and its cache learns what an undisturbed one does.
+
+Real processes, watched from within: each writes down the images, the noise, the timesteps and the losses of its steps.
+"""
+
+import json
+import subprocess
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.store import open_store
+from tests.job.command_line import DDPM, environment, settings
+from tests.job.hooked import hooked
+
+BATCH_IMAGES, STEPS = 10, 50
+ALONE_UNTIL_IMAGE = 1200
+STAGES = (
+    (2, 80, ()),
+    (1, 620, ("--set", "train.micro_batch_size=3", "--set", "data.cache_gigabytes=0.0001")),
+    (3, 1150, ("--set", "train.micro_batch_size=null", "--set", "data.cache_gigabytes=1")),
+)
+"""Processes; at which image they are asked to stop; what else is different. All images together take 230 kB."""
+RECORD = """
+import hashlib, json, os, signal
+draw, image_losses, numbers_drawn = randomness.training_noise, Objective.losses, []
+record = open(f"{os.environ['RECORD']}-{os.getpid()}.jsonl", "w", buffering=1)
+
+def training_noise(seed, image_numbers, shape, device):
+    numbers_drawn[:] = image_numbers.tolist()
+    return draw(seed, image_numbers, shape, device)
+
+def sha256(tensor):
+    return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+def losses(self, network, x_start, timesteps, noise, labels=None):
+    found = image_losses(self, network, x_start, timesteps, noise, labels)
+    contents = map(sha256, x_start), map(sha256, noise), timesteps.tolist()
+    for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
+        print(json.dumps([number, content, loss]), file=record)
+    if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return found
+
+randomness.training_noise, Objective.losses = training_noise, losses
+"""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A folder with a packed dataset, a cache, and the lines that record."""
+    folder = tmp_path_factory.mktemp("elastic")
+    hooked(folder / "hooks", ddpm__training=RECORD)
+    words = [DDPM, "data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", folder / "bucket"]
+    subprocess.run(words, env=environment(), stdout=subprocess.DEVNULL, check=True)
+    return folder
+
+
+def started(packed, run, stage, precision, processes, stop_at_image, *options):
+    """A command whose processes train until they stop themselves."""
+    variables = environment(
+        DDPM_CACHE=str(packed / "cache"),
+        PYTHONPATH=str(packed / "hooks"),
+        RECORD=str(packed / f"{run}-{stage}"),
+        STOP_AT_IMAGE=str(stop_at_image),
+    )
+    words = ["train", "--dataset", "tiles", "--run", run, "--bucket", str(packed / "bucket"), "--epochs", "99"]
+    network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision)
+    return subprocess.Popen(
+        [DDPM, *words, "--processes", str(processes), *network, *options],
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def stopped(child):
+    """Waits until it has saved everything and ended."""
+    _, err = child.communicate(timeout=250)
+    assert child.returncode == 75, err
+
+
+def recorded(packed, run, stage):
+    """Image number → what was seen of it, and its loss; each must have come once."""
+    rows = [
+        json.loads(line) for path in packed.glob(f"{run}-{stage}-*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert [number for number, count in Counter(number for number, *_ in rows).items() if count > 1] == []
+    return {number: (content, loss) for number, content, loss in rows}
+
+
+def batch_losses(rows, first, last):
+    """Mean loss of each global batch between two image numbers."""
+    batches = (range(start, start + BATCH_IMAGES) for start in range(first, last, BATCH_IMAGES))
+    return [sum(rows[number][1] for number in batch) / BATCH_IMAGES for batch in batches]
+
+
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
+def test_two_then_one_then_three_processes_learn_what_one_does(packed, precision, bound):
+    alone = started(packed, f"alone-{precision}", 0, precision, 1, ALONE_UNTIL_IMAGE)
+    stopped_at, name = [0], f"moving-{precision}"
+    run = open_store(str(packed / "bucket")).sub(f"runs/{name}")
+    for stage, (processes, stop_at_image, options) in enumerate(STAGES):
+        stopped(started(packed, name, stage, precision, processes, stop_at_image, *options))
+        newest = load_manifest(run, max(list_checkpoints(run)))
+        assert newest.world_size == processes
+        stopped_at.append(newest.images_seen)
+    stopped(alone)
+    expected = recorded(packed, f"alone-{precision}", 0)
+    assert sorted(expected) == list(range(len(expected)))
+    assert len(expected) >= stopped_at[-1]
+    for stage, (first, last) in enumerate(pairwise(stopped_at)):
+        rows = recorded(packed, name, stage)
+        assert sorted(rows) == list(range(first, last)), f"stage {stage}"
+        assert all(rows[number][0] == expected[number][0] for number in rows), f"stage {stage}"
+        until = min(last, first + STEPS * BATCH_IMAGES)
+        assert stage == 0 or until - first == STEPS * BATCH_IMAGES
+        found, whole = batch_losses(rows, first, until), batch_losses(expected, first, until)
+        worst = max(abs(a - b) / b for a, b in zip(found, whole, strict=True))
+        print(f"{precision}, stage {stage}: losses of {len(found)} steps differ by {worst:.1e} at most")
+        assert worst <= bound

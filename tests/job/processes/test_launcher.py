@@ -1,0 +1,334 @@
+"""Real processes: ranks that fail, hang on, leave orphans and are killed, under a launcher that is a program itself."""
+
+import os
+import pty
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from job.runs.checkpoints import list_checkpoints
+from job.store import open_store
+from tests.job.command_line import DDPM, environment, settings
+from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
+
+STOPS = """
+from job.processes.stopping import StopFlag
+stop = StopFlag().install()
+ready()
+while not stop():
+    time.sleep(0.01)
+Path(f"{rank}.stopped").touch()
+sys.exit(75)
+"""
+
+
+def test_ranks_know_their_place(tmp_path):
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "OMP_NUM_THREADS")
+    code = f"""
+    names = {names}
+    Path(str(rank)).write_text(" ".join(os.environ.get(name, "-") for name in names))
+    """
+    assert ended(start(tmp_path, code, 3, env=environment(OMP_NUM_THREADS="5"))) == (0, "", "")
+    ports = set()
+    for rank in range(3):
+        *place, port, threads = (tmp_path / str(rank)).read_text().split()
+        assert place == [str(rank), str(rank), "3", "3", "127.0.0.1"]
+        assert threads == "5"
+        ports.add(int(port))
+    assert len(ports) == 1
+
+
+def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
+    code = """
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert not names & os.environ.keys()
+    print(input())
+    print("as it is", end="", file=sys.stderr)
+    """
+    child = start(tmp_path, code, 1, stdin=subprocess.PIPE)
+    out, err = child.communicate("to the rank\n", timeout=30)
+    assert (child.returncode, out, err) == (0, "to the rank\n", "as it is")
+
+
+@pytest.mark.parametrize(
+    ("code", "seen", "said"),
+    [
+        ("sys.exit(70)", 70, "ddpm: rank 1 of 2 failed first: the loss or a gradient was not a number"),
+        (
+            "print('ddpm: no space', file=sys.stderr); sys.exit(74)",
+            74,
+            "ddpm: rank 1 of 2 failed first: no space\n",
+        ),
+        (
+            "print('a hint'); sys.stdout.flush(); os.kill(os.getpid(), 9)",
+            137,
+            "ddpm: rank 1 of 2 failed first: killed by SIGKILL, as the kernel does when memory runs out; "
+            "its last lines:\n    a hint\n",
+        ),
+        (
+            "1/0",
+            1,
+            "ddpm: rank 1 of 2 failed first, with exit code 1; its last lines:\n    Traceback",
+        ),
+    ],
+)
+def test_the_first_failure_is_the_exit_code_and_ends_the_others(tmp_path, code, seen, said):
+    started = time.monotonic()
+    found, out, err = ended(start(tmp_path, f"if rank == 1:\n    {code}\ntime.sleep(60)"))
+    assert (found, out) == (seen, "")
+    assert said in err
+    assert err.count("ddpm: ") == 1
+    assert time.monotonic() - started < 15
+
+
+def test_what_rank_0_said_is_not_said_again(tmp_path):
+    code = """
+    print(f"ddpm: the same of {rank}", file=sys.stderr, flush=True)
+    ready(); all_ready()
+    sys.exit(66)
+    """
+    assert ended(start(tmp_path, code)) == (66, "", "ddpm: the same of 0\n")
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "whole"),
+    [
+        ("sys.exit(68)", "sys.exit(70)", 70),
+        ("sys.exit(68)", "os.kill(os.getpid(), 9)", 137),
+        ("print('[rank0]:[E1 ProcessGroupNCCL.cpp:1] timeout', flush=True); os.abort()", "sys.exit(70)", 70),
+        ("sys.exit(68)", "sys.exit(68)", 1),
+        ("sys.exit(68)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", 71),
+        ("sys.exit(75)", "sys.exit(69)", 69),
+        ("sys.exit(75)", "sys.exit(68)", 75),
+        ("sys.exit(75)", "sys.exit(0)", 75),
+        ("sys.exit(0)", "sys.exit(70)", 70),
+    ],
+)
+def test_a_consequence_is_not_taken_for_the_cause(tmp_path, first, then, whole):
+    code = f"""
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    ready(); all_ready()
+    if rank == 1:
+        {first}
+    time.sleep(0.5)
+    {then}
+    """
+    assert ended(start(tmp_path, code))[0] == whole
+
+
+def test_a_straggler_shows_its_stack_and_is_killed(tmp_path):
+    code = """
+    def deaf():
+        time.sleep(60)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready(); all_ready()
+    if rank == 0:
+        sys.exit(70)
+    deaf()
+    """
+    started = time.monotonic()
+    found, _, err = ended(start(tmp_path, code))
+    assert found == 70
+    assert re.search(r"ddpm: stacks of rank 1 of 2:\n(\[rank 1\] .*\n)+\[rank 1\] .* in deaf\n", err)
+    assert 1 < time.monotonic() - started < 15
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_signals_reach_every_rank(tmp_path, number):
+    child = start(tmp_path, STOPS)
+    ready_pids(tmp_path)
+    child.send_signal(number)
+    assert ended(child) == (75, "", "")
+    assert all((tmp_path / f"{rank}.stopped").exists() for rank in range(2))
+
+
+def test_nohup_is_respected(tmp_path):
+    child = start(tmp_path, STOPS, before=("nohup",), stdin=subprocess.DEVNULL)
+    ranks = ready_pids(tmp_path)
+    child.send_signal(signal.SIGHUP)
+    time.sleep(0.3)
+    assert child.poll() is None
+    assert not any(map(is_gone, ranks))
+    child.terminate()
+    assert ended(child)[0] == 75
+
+
+def test_a_rank_that_stops_stops_the_others(tmp_path):
+    child = start(tmp_path, STOPS)
+    os.kill(ready_pids(tmp_path)[1], signal.SIGTERM)
+    assert ended(child) == (75, "", "")
+    assert all((tmp_path / f"{rank}.stopped").exists() for rank in range(2))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_before_a_rank_can_take_it_is_a_stop(tmp_path, processes):
+    code = """
+    if rank == 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    ready()
+    time.sleep(60)
+    """
+    child = start(tmp_path, code, processes)
+    ready_pids(tmp_path, processes)
+    child.terminate()
+    started = time.monotonic()
+    assert ended(child) == (75, "", "ddpm: stopped by SIGTERM before it began; the same command begins again\n")
+    assert time.monotonic() - started < 5
+
+
+def test_ranks_die_with_their_launcher(tmp_path):
+    child = start(tmp_path, "signal.signal(signal.SIGTERM, signal.SIG_IGN); ready(); time.sleep(60)", 3)
+    ranks = ready_pids(tmp_path, 3)
+    os.kill(ranks[1], signal.SIGSTOP)
+    child.kill()
+    child.wait()
+    eventually(lambda: all(map(is_gone, ranks)), seconds=1)
+
+
+def test_a_rank_whose_launcher_is_gone_already_does_not_begin(tmp_path):
+    program = "from job.processes.launched import attach; attach(); print('began')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(DDPM_LAUNCHED="1"), capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "the launcher of this process is gone" in done.stderr
+
+
+def test_orphans_are_reaped_and_no_status_is_stolen(tmp_path):
+    code = """
+    subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 & echo $! > long"])
+    ready(); all_ready()
+    while not Path("go").exists():
+        time.sleep(0.02)
+    sys.exit(70 if rank else 68)
+    """
+    child = start(tmp_path, code)
+    ranks = ready_pids(tmp_path)
+    (orphan, *_) = eventually(lambda: (tmp_path / "long").read_text().split())
+    eventually(lambda: len(children(child.pid)) == 4)
+    assert int(orphan) in children(child.pid)
+    assert not any(map(is_gone, children(child.pid)))
+    for pid in set(children(child.pid)) - set(ranks):
+        os.kill(pid, signal.SIGKILL)
+    eventually(lambda: sorted(children(child.pid)) == sorted(ranks))
+    (tmp_path / "go").touch()
+    assert ended(child)[0] == 70
+
+
+def test_what_an_orphan_holds_open_holds_nobody_up(tmp_path):
+    code = """
+    orphan = subprocess.Popen(["sleep", "600"])
+    Path(f"{rank}.orphan").write_text(str(orphan.pid))
+    print("last words", file=sys.stderr, flush=True)
+    ready(); all_ready()
+    os._exit(rank and 9)
+    """
+    started = time.monotonic()
+    child = start(tmp_path, code, stderr=(tmp_path / "log").open("w"))
+    assert child.wait(30) == 9
+    assert time.monotonic() - started < 15
+    assert "its last lines:\n    last words\n" in (tmp_path / "log").read_text()
+    for rank in range(2):
+        os.kill(int((tmp_path / f"{rank}.orphan").read_text()), signal.SIGKILL)
+
+
+def test_as_process_1_of_a_container(tmp_path):
+    """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
+    before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+    code = 'assert os.getppid() == 1\nsubprocess.run(["sh", "-c", "sleep 0.1 &"])\n' + STOPS
+    child = start(tmp_path, code, before=before)
+    ready_pids(tmp_path)
+    (launcher,) = children(child.pid)
+    eventually(lambda: len(children(launcher)) == 2)
+    os.kill(launcher, signal.SIGTERM)
+    assert ended(child) == (75, "", "")
+
+
+def test_output_comes_live_and_says_whose_it_is(tmp_path):
+    code = r"""
+    print(f"out of {rank}", flush=True)
+    time.sleep(rank * 0.3)
+    sys.stderr.write(f"live from {rank}\nlast without an end")
+    sys.stderr.flush()
+    if rank:
+        print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise", flush=True)
+        print("[rank1]: once is enough", flush=True)
+    ready()
+    while not Path("go").exists():
+        time.sleep(0.02)
+    """
+    child = start(tmp_path, code)
+    ready_pids(tmp_path)
+    first = [child.stderr.readline() for _ in range(3)]
+    assert first.count("live from 0\n") == 1
+    assert [line for line in first if "1" in line] == ["[rank 1] out of 1\n", "[rank 1] live from 1\n"]
+    assert child.poll() is None
+    (tmp_path / "go").touch()
+    # `communicate` would not see what `readline` has taken from the pipe already.
+    assert sorted(child.stderr.read().splitlines()) == [
+        "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise",
+        "[rank 1] once is enough",
+        "last without an end",
+    ]
+    assert child.stdout.read() == "out of 0\n"
+    assert child.wait(30) == 0
+
+
+def test_rank_0_keeps_the_terminal_for_its_bar(tmp_path):
+    """What others print takes the place of the bar's line instead of being written into it."""
+    ours, theirs = pty.openpty()
+    code = """
+    if rank == 0:
+        assert sys.stderr.isatty()
+        print("a bar", end="", file=sys.stderr, flush=True)
+        ready()
+    all_ready_0 = lambda: Path("0.ready").exists()
+    while not all_ready_0():
+        time.sleep(0.01)
+    if rank == 1:
+        assert not sys.stderr.isatty()
+        print("a note", file=sys.stderr)
+    """
+    child = start(tmp_path, code, stderr=theirs, env=environment(TERM="xterm"))
+    assert child.wait(30) == 0
+    assert os.read(ours, 4096) == b"a bar\r\x1b[2K[rank 1] a note\r\n"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_reader_that_is_gone_ends_nothing(tmp_path):
+    child = start(tmp_path, "print('x' * 100_000, file=sys.stderr); Path(f'{rank}.done').touch()")
+    child.stderr.close()
+    assert child.wait(30) == 0
+    assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
+
+
+def test_the_launcher_does_not_import_torch():
+    program = "import sys, job.cli.app, job.processes.entry; assert not {'torch', 'accelerate'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
+
+
+def test_a_killed_rank_of_a_real_run_is_named_and_not_buried(tmp_path):
+    bucket, variables = tmp_path / "bucket", environment(DDPM_CACHE=str(tmp_path / "cache"))
+    subprocess.run(
+        [DDPM, "data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", bucket],
+        env=variables,
+        stdout=subprocess.DEVNULL,
+        check=True,
+    )
+    words = ["train", "--dataset", "tiles", "--bucket", str(bucket), "--epochs", "1000", "--processes", "2"]
+    child = subprocess.Popen([DDPM, *words, *settings()], env=variables, stderr=subprocess.PIPE, text=True)
+    run = open_store(str(bucket)).sub("runs/tiles")
+    eventually(lambda: list_checkpoints(run), seconds=120)
+    ranks = sorted(children(child.pid))
+    os.kill(ranks[1], signal.SIGKILL)
+    code, _, err = ended(child, 60)
+    assert code == 137
+    assert "Traceback" not in err
+    assert err.count("went away") == 1
+    assert "ddpm: rank 1 of 2 failed first: killed by SIGKILL" in err.splitlines()[-1]
+    assert all(map(is_gone, ranks))

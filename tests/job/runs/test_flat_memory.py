@@ -1,0 +1,115 @@
+"""A run that lasts needs no more memory, files or threads than one that just began: 2,000 steps, 50 checkpoints."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import pytest
+
+from job.runs.checkpoints import list_checkpoints
+from job.store import Store, open_store
+from tests.job.command_line import ddpm_here, environment, settings, succeeded
+from tests.job.some_images import encoded, folder_of, picture
+
+IMAGES, BATCH, EPOCHS = 160, 4, 50
+STEPS = EPOCHS * IMAGES // BATCH
+WARM, LAST = range(12, 20), range(42, 50)
+"""Epochs that are compared: pictures have been drawn before both."""
+GROWTH_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a process holds at a moment of the run."""
+
+    epoch: int
+    resident_bytes: int
+    anonymous_bytes: int
+    files: int
+    threads: int
+
+
+def child_of(pid: int) -> int | None:
+    """The rank that a launcher started, once it is there."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    names = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in children}
+    return next((int(child) for child, name in names.items() if b"\0train\0" in name), None)
+
+
+def sample_of(pid: int, epoch: int) -> Sample:
+    status = Path(f"/proc/{pid}/status").read_text()
+    found = re.findall(r"^(VmRSS|RssAnon|Threads):\s+(\d+)", status, re.MULTILINE)
+    values = {name: int(value) for name, value in found}
+    files = len(list(Path(f"/proc/{pid}/fd").iterdir()))
+    return Sample(epoch, 1024 * values["VmRSS"], 1024 * values["RssAnon"], files, values["Threads"])
+
+
+def epochs_done(run: Store) -> int:
+    refs = list_checkpoints(run)
+    return max(refs).images_seen // IMAGES if refs else 0
+
+
+def samples_of(process: subprocess.Popen[bytes], run: Store) -> Iterator[Sample]:
+    while process.poll() is None:
+        try:
+            if (rank := child_of(process.pid)) is not None:
+                yield sample_of(rank, epochs_done(run))
+        except (FileNotFoundError, ProcessLookupError, KeyError):
+            # It has just ended.
+            pass
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["local", "gs", "s3"])
+def test_memory_files_and_threads_do_not_grow(kind, tmp_path, request):
+    if kind == "local":
+        bucket = str(tmp_path / "bucket")
+    else:
+        bucket = str(request.getfixturevalue("gcs_bucket" if kind == "gs" else "moto_bucket"))
+    images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 8, 8))) for n in range(IMAGES)])
+    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket))
+    words = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", str(EPOCHS)]
+    every = {"checkpoint__every_epochs": "1", "sample__every_epochs": "10"}
+    words += settings(train__batch_size=str(BATCH), sample__images="1", sample__steps="1", **every)
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "job", *words],
+            env=environment(DDPM_CACHE=str(tmp_path / "cache")),
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            samples = list(samples_of(process, open_store(bucket).sub("runs/small")))
+        finally:
+            process.kill()
+            process.wait()
+    log_text = (tmp_path / "log").read_text()
+    assert process.returncode == 0, log_text
+    assert f"{EPOCHS} epochs, {STEPS * BATCH:,} images seen" in log_text
+    warm, last = ([sample for sample in samples if sample.epoch in epochs] for epochs in (WARM, LAST))
+    assert min(len(warm), len(last)) >= 5, len(samples)
+    limits = {"resident_bytes": GROWTH_BYTES, "anonymous_bytes": GROWTH_BYTES, "files": 2, "threads": 2}
+    for name, growth in limits.items():
+        before, after = (median(getattr(sample, name) for sample in part) for part in (warm, last))
+        # Four uploads and a checkpoint on its way have files of their own, now and then.
+        print(f"{kind}: {name} {before:,} -> {after:,}")
+        assert after <= before + growth, name
+
+
+@pytest.fixture
+def moto_bucket(moto_server: str, aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://NAME` of a fresh bucket."""
+    from tests.conftest import _new_s3_bucket
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_server)
+    return _new_s3_bucket(moto_server)

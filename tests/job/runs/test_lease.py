@@ -1,0 +1,371 @@
+"""What one process can see of a lease: fences, silence, damage, confirmations, and a bucket that is away."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.exits import BucketAwayError, Exit, LostRunError, StoppedError
+from job.processes.process_identity import ProcessIdentity
+from job.runs.lease import LEASE, Lease
+from job.runs.records import lease as lease_module
+from job.store import ConflictError, Store, open_store
+from job.store.local import LocalStore
+from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process renews and looks often, and waits for the real expiry."""
+    for name, value in QUICK.items():
+        monkeypatch.setattr(lease_module, name, value)
+
+
+@pytest.fixture
+def soon_expired(quick: None, monkeypatch: pytest.MonkeyPatch) -> float:
+    monkeypatch.setattr(lease_module, "EXPIRE_SECONDS", 0.6)
+    return 0.6
+
+
+@pytest.fixture
+def run(bucket_uri: str) -> Store:
+    return open_store(bucket_uri).sub("runs/one")
+
+
+class BadDay(LocalStore):
+    """A folder that can be away, and lose an answer after it has written; it keeps the times of the writes."""
+
+    away = False
+    lose_next = False
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.writes: list[float] = []
+
+    def read(self, key: str) -> Any:
+        self._suffer()
+        return super().read(key)
+
+    def create(self, key: str, data: bytes) -> str:
+        self._suffer()
+        self.writes.append(time.monotonic())
+        return super().create(key, data)
+
+    def replace(self, key: str, data: bytes, version: str) -> str:
+        self._suffer()
+        self.writes.append(time.monotonic())
+        new_version = super().replace(key, data, version)
+        if self.lose_next:
+            self.lose_next = False
+            raise BucketAwayError("the answer was lost")
+        return new_version
+
+    def _suffer(self) -> None:
+        if self.away:
+            raise BucketAwayError("the bucket is away")
+
+
+@pytest.fixture
+def bad_day(tmp_path: Path) -> BadDay:
+    (tmp_path / "run").mkdir()
+    return BadDay(tmp_path / "run")
+
+
+def test_the_first_lease_is_above_the_floor_and_says_who_holds_it(run: Store):
+    notes: Notes = []
+    lease = taken(run, floor=6, notes=notes)
+    record = record_in(run)
+    assert lease.fence == record["fence"] == 7
+    assert record["process"] == ProcessIdentity.of_this_process().model_dump()
+    assert record["released"] is False
+    assert notes == []
+    lease.close()
+    assert record_in(run)["released"] is True
+    assert record_in(run)["fence"] == 7
+
+
+def test_a_lease_given_back_is_taken_at_once_and_fences_only_grow(run: Store):
+    fences = []
+    began = time.monotonic()
+    for floor in (0, 0, 10, 3, 0):
+        lease = taken(run, floor)
+        fences.append(lease.fence)
+        lease.close()
+    assert fences == [1, 2, 11, 12, 13]
+    assert time.monotonic() - began < lease_module.EXPIRE_SECONDS / 2
+
+
+def test_closing_twice_and_closing_a_lost_lease_change_nothing(run: Store, quick: None):
+    lease = taken(run)
+    lease.close()
+    there = run.read(LEASE)
+    lease.close()
+    assert run.read(LEASE) == there
+    lost = taken(run)
+    foreign = by_somebody_elsewhere(run, fence=50)
+    eventually(lambda: lost.lost)
+    lost.close()
+    assert run.read(LEASE).data == foreign
+
+
+def test_waiting_can_be_stopped(run: Store, quick: None):
+    by_somebody_elsewhere(run)
+    began = time.monotonic()
+    with pytest.raises(StoppedError) as caught:
+        Lease.take(run, 0, 60, lambda: time.monotonic() - began > 0.3, print)
+    assert caught.value.exit_code == Exit.STOPPED
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("since", ["1999-12-31T23:59:59Z", "2031-01-01T00:00:00Z"])
+def test_the_silence_of_a_holder_is_told_by_no_clock_but_ones_own(run: Store, soon_expired: float, since: str):
+    by_somebody_elsewhere(run, fence=4, since=since)
+    notes: Notes = []
+    began = time.monotonic()
+    lease = taken(run, notes=notes)
+    assert time.monotonic() - began >= soon_expired
+    assert lease.fence == 5
+    assert "process 77 on 'far-away'" in notes[0]
+    assert "silent" in notes[1]
+    lease.close()
+
+
+@pytest.mark.parametrize("since", ["1999-12-31T23:59:59Z", "2031-01-01T00:00:00Z"])
+def test_a_clock_that_is_wrong_makes_no_living_holder_dead(
+    run: Store, monkeypatch: pytest.MonkeyPatch, quick: None, since: str
+):
+    monkeypatch.setattr(lease_module, "utc_now", lambda: since)
+    holder = taken(run)
+    with pytest.raises(LostRunError, match=f"since {since}"):
+        taken(run)
+    holder.confirm()
+    holder.close()
+
+
+def test_a_race_won_by_somebody_who_then_dies_is_not_lost_for_ever(run: Store, soon_expired: float):
+    by_somebody_elsewhere(run, fence=4, since="2031-01-01T00:00:00Z")
+    threading.Timer(0.3, by_somebody_elsewhere, [run, 5, "2031-01-01T00:00:01Z"]).start()
+    began = time.monotonic()
+    lease = taken(run)
+    assert time.monotonic() - began >= 0.3 + soon_expired
+    assert lease.fence == 6
+    lease.close()
+
+
+def test_a_holder_that_falls_silent_at_the_end_of_the_wait_is_not_taken_for_alive(bad_day: BadDay, soon_expired: float):
+    holder = taken(bad_day)
+    run = open_store(bad_day.uri)
+    threading.Timer(0.3, setattr, [bad_day, "away", True]).start()
+    lease = taken(run, wait_seconds=0.6)
+    assert lease.fence == 2
+    bad_day.away = False
+    eventually(lambda: holder.lost)
+    lease.close()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda data: b"",
+        lambda data: b"\xff\x00",
+        lambda data: b"[]",
+        lambda data: data[: len(data) // 2],
+        lambda data: data.replace(b'"fence": 4', b'"fence": 5'),
+        lambda data: data.replace(b'"holder": "h', b'"holder": "i'),
+        lambda data: data.replace(b'"pid": 77', b'"pid": -1'),
+        lambda data: b'{"fence": 99999999, "released": true}',
+    ],
+    ids=["empty", "binary", "other JSON", "truncated", "fence", "holder", "pid", "invented"],
+)
+def test_a_damaged_lease_is_watched_and_then_replaced_loudly(
+    tmp_path: Path, soon_expired: float, damage: Callable[[bytes], bytes]
+):
+    run = open_store(str(tmp_path))
+    intact = by_somebody_elsewhere(run, fence=4)
+    assert damage(intact) != intact
+    run.put(LEASE, damage(intact))
+    notes: Notes = []
+    began = time.monotonic()
+    lease = taken(run, floor=8, notes=notes)
+    assert time.monotonic() - began >= soon_expired
+    assert lease.fence == record_in(run)["fence"] == 9
+    assert ["damaged" in note and run.uri in note for note in notes] == [True, True]
+    lease.close()
+
+
+def test_every_flipped_bit_of_a_lease_is_noticed(tmp_path: Path):
+    run = open_store(str(tmp_path))
+    intact = by_somebody_elsewhere(run)
+    for position in range(len(intact)):
+        rotten = bytearray(intact)
+        rotten[position] ^= 1
+        run.put(LEASE, bytes(rotten))
+        record, version = lease_module._read(run)
+        assert version
+        assert record is None, rotten[position - 9 : position + 9]
+
+
+def test_a_holder_writes_a_damaged_or_deleted_lease_anew_and_nobody_else_gets_in(run: Store, quick: None):
+    notes: Notes = []
+    lease = taken(run, floor=2, notes=notes)
+    run.put(LEASE, b"garbage")
+    with pytest.raises(LostRunError, match="is alive"):
+        taken(run)
+    assert record_in(run)["fence"] == 3
+    run.delete(LEASE)
+    eventually(lambda: run.exists(LEASE))
+    lease.confirm()
+    assert (record_in(run)["fence"], lease.lost) == (3, False)
+    assert [any(word in note for note in notes) for word in ("damaged", "deleted")] == [True, True]
+    lease.close()
+
+
+def test_confirming_asks_the_bucket_only_when_the_last_answer_is_old(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(bad_day)
+    for _ in range(1000):
+        lease.confirm()
+    assert len(bad_day.writes) == 1
+    # Even if every answer were old at once, one object is not written more often than the bucket takes.
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(lease_module, "WRITE_GAP_SECONDS", 0.2)
+    threads = [threading.Thread(target=lambda: [lease.confirm() for _ in range(3)]) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(bad_day.writes) >= 10
+    assert min(later - earlier for earlier, later in pairwise(bad_day.writes)) > 0.19
+    monkeypatch.undo()
+    lease.close()
+
+
+def test_a_confirmation_is_a_renewal_that_others_see(run: Store, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(run)
+    before = record_in(run)
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
+    lease.confirm()
+    monkeypatch.undo()
+    after = record_in(run)
+    assert after["renewal"] > before["renewal"]
+    assert [after[name] for name in ("fence", "holder", "since")] == [
+        before[name] for name in ("fence", "holder", "since")
+    ]
+    lease.close()
+
+
+def test_whoever_lost_the_run_is_told_and_writes_nothing(run: Store, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(run)
+    lease.check_lost()
+    foreign = by_somebody_elsewhere(run, fence=9)
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(lease_module, "WRITE_GAP_SECONDS", 0.0)
+    for ask in (lease.confirm, lease.confirm, lease.check_lost):
+        with pytest.raises(LostRunError, match=r"taken over by process 77 on 'far-away' since .* \(fence 9\)"):
+            ask()
+    assert lease.lost
+    lease.close()
+    assert run.read(LEASE).data == foreign
+
+
+def test_a_holder_whose_bucket_is_away_goes_on_and_renews_when_it_is_back(bad_day: BadDay, quick: None):
+    notes: Notes = []
+    lease = taken(bad_day, notes=notes)
+    bad_day.away = True
+    eventually(lambda: notes)
+    time.sleep(3 * lease_module.RENEW_SECONDS)
+    with pytest.raises(BucketAwayError):
+        lease.confirm()
+    lease.check_lost()
+    assert not lease.lost
+    assert [("could not renew" in note) for note in notes] == [True]
+    bad_day.away = False
+    renewal = record_in(bad_day)["renewal"]
+    lease.confirm()
+    eventually(lambda: record_in(bad_day)["renewal"] > renewal + 1)
+    assert record_in(bad_day)["fence"] == lease.fence
+    lease.close()
+
+
+def test_a_holder_that_was_replaced_while_its_bucket_was_away_learns_of_it(bad_day: BadDay, soon_expired: float):
+    lease = taken(bad_day)
+    bad_day.away = True
+    other = taken(open_store(bad_day.uri))
+    assert other.fence == lease.fence + 1
+    with pytest.raises(BucketAwayError):
+        lease.confirm()
+    bad_day.away = False
+    eventually(lambda: lease.lost)
+    with pytest.raises(LostRunError):
+        lease.confirm()
+    other.confirm()
+    other.close()
+
+
+def test_the_lost_answer_to_an_own_renewal_is_no_loss(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
+    lease = taken(bad_day)
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(lease_module, "WRITE_GAP_SECONDS", 0.0)
+    for _ in range(3):
+        bad_day.lose_next = True
+        with suppress(BucketAwayError):
+            lease.confirm()
+        renewal = record_in(bad_day)["renewal"]
+        lease.confirm()
+        assert record_in(bad_day)["renewal"] > renewal
+    assert not lease.lost
+    monkeypatch.undo()
+    lease.close()
+
+
+def test_closing_takes_a_bounded_time_when_the_bucket_never_answers(
+    bad_day: BadDay, quick: None, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(lease_module, "CLOSE_SECONDS", 0.3)
+    answer = threading.Event()
+    monkeypatch.setattr(BadDay, "replace", lambda *_: answer.wait(60) and "never")
+    notes: Notes = []
+    lease = taken(bad_day, notes=notes)
+    began = time.monotonic()
+    lease.close()
+    assert 0.3 <= time.monotonic() - began < 10
+    assert ["could not be given back in time" in note for note in notes] == [True]
+    answer.set()
+
+
+def test_closing_when_the_bucket_is_away_says_that_others_wait(bad_day: BadDay):
+    notes: Notes = []
+    lease = taken(bad_day, notes=notes)
+    bad_day.away = True
+    lease.close()
+    assert ["could not give" in note and "the bucket is away" in note for note in notes] == [True]
+
+
+def test_taking_needs_the_bucket(bad_day: BadDay):
+    bad_day.away = True
+    with pytest.raises(BucketAwayError) as caught:
+        taken(bad_day)
+    assert caught.value.exit_code == Exit.BUCKET_AWAY
+
+
+def test_a_renewal_that_is_somebody_elses_doing_every_time_is_not_confirmed(
+    bad_day: BadDay, monkeypatch: pytest.MonkeyPatch
+):
+    lease = taken(bad_day)
+
+    def conflict(*_: object) -> str:
+        raise ConflictError("changed")
+
+    monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
+    monkeypatch.setattr(BadDay, "replace", conflict)
+    with pytest.raises(BucketAwayError, match="changes faster"):
+        lease.confirm()
+    monkeypatch.undo()
+    lease.confirm()
+    lease.close()

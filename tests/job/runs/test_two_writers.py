@@ -1,0 +1,115 @@
+"""Two attempts at one run, as people start them: one is refused, one waits, one sleeps in the middle of a commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.lease import EXPIRE_SECONDS
+from job.runs.records import read_status
+from job.store import open_store
+from tests.job.command_line import DDPM, ddpm, environment, settings, succeeded
+from tests.job.hooked import hooked
+from tests.job.launching import children, eventually
+
+FREEZE = """
+import signal
+commit = commit_manifest
+
+def commit_manifest(run, manifest):
+    if Path(os.environ["FREEZE"]).exists():
+        os.kill(os.getpid(), signal.SIGSTOP)
+    commit(run, manifest)
+"""
+"""A process that stops after it made sure that it holds the run, and before the commit: no check can help there."""
+
+
+@pytest.fixture
+def place(tmp_path) -> Path:
+    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", tmp_path / "bucket"))
+    return tmp_path
+
+
+def words(place: Path, epochs: int) -> list[str]:
+    bucket = str(place / "bucket")
+    return ["train", "--dataset", "tiles", "--bucket", bucket, "--epochs", str(epochs), *settings()]
+
+
+def variables(place: Path, **more: str) -> dict[str, str]:
+    return {"DDPM_CACHE": str(place / "cache"), **more}
+
+
+def is_stopped(pid: int) -> bool:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+
+
+def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place):
+    run, freeze = open_store(str(place / "bucket")).sub("runs/tiles"), place / "freeze"
+    hooks = hooked(place / "hooks", job__runs__saving=FREEZE)
+    sleeper = subprocess.Popen(
+        [DDPM, *words(place, 10_000), "--set", "checkpoint.every_minutes=0.01"],
+        env=environment(**variables(place, PYTHONPATH=hooks, FREEZE=str(freeze))),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    eventually(lambda: list_checkpoints(run) or sleeper.poll() is not None, 120)
+    (rank,) = children(sleeper.pid)
+
+    # Without --wait: refused.
+    began = time.monotonic()
+    second = subprocess.Popen(
+        [DDPM, *words(place, 10_000)], env=environment(**variables(place)), stderr=subprocess.PIPE, text=True
+    )
+    assert "watching for up to 20 s whether it is alive" in next(line for line in second.stderr if "is held by" in line)
+    found = time.monotonic()
+    line = second.stderr.read()
+    assert second.wait(60) == 76
+    seconds = time.monotonic() - found
+    print(f"76 {seconds:.1f} s after the lease was found, {found - began:.1f} s after the start")
+    assert seconds < 15
+    assert re.search(
+        rf"^ddpm: .*runs/tiles is held by process {rank} on '.*' since \d{{4}}-\d\d-\d\dT.*Z \(fence 1\)", line
+    )
+    assert sleeper.poll() is None
+
+    # With --wait: it has the run when its holder fell silent.
+    freeze.touch()
+    eventually(lambda: is_stopped(rank), 60)
+    silent = time.monotonic()
+    epochs = max(list_checkpoints(run)).images_seen // 299 + 2
+    waited = ddpm(*words(place, epochs), "--wait", 300, **variables(place))
+    seconds = time.monotonic() - silent
+    assert waited.returncode == 0, waited.stderr
+    print(f"taken over and finished {seconds:.1f} s after SIGSTOP")
+    assert seconds >= EXPIRE_SECONDS
+    assert re.search(rf"took .*runs/tiles over: process {rank} .* was silent for 2\d s", waited.stderr)
+    status, newest = read_status(run), max(list_checkpoints(run))
+    assert (status.state, status.fence, newest.fence) == ("finished", 2, 2)
+
+    # Woken in the middle of its commit, it writes the manifest it was about to write, and nothing more.
+    before = {entry.key: run.read(entry.key).data for entry in run.list()}
+    freeze.unlink()
+    os.kill(rank, signal.SIGCONT)
+    _, err = sleeper.communicate(timeout=60)
+    assert sleeper.returncode == 76, err
+    assert "Traceback" not in err
+    assert re.search(r"ddpm: .*runs/tiles was taken over by process \d+ .* \(fence 2\)", err)
+    after = {entry.key: run.read(entry.key).data for entry in run.list()}
+    changed = {key for key in before | after if before.get(key) != after.get(key)}
+    (late,) = changed - {"LATEST"}
+    assert re.fullmatch(r"checkpoints/000001-\d{12}/MANIFEST.json", late)
+
+    # Nobody takes what it wrote for the state of the run.
+    assert max(list_checkpoints(run)) == newest
+    load_manifest(run, newest)
+    assert "is finished already" in succeeded(ddpm(*words(place, epochs), **variables(place)))
+    succeeded(ddpm(*words(place, epochs + 1), **variables(place)))
+    assert max(list_checkpoints(run)).fence == 3
+    assert max(list_checkpoints(run)).images_seen > newest.images_seen

@@ -1,0 +1,207 @@
+"""Drawing from checkpoints: which images come out, and that nothing but their seeds decides it."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from PIL import Image
+
+from job.data.pack import pack
+from job.exits import BadConfigError, MissingInputError, StoppedError
+from job.plan import plan_sampling
+from job.processes import compute
+from job.processes.ranks import Ranks
+from job.processes.stopping import Agreement
+from job.requests import SampleRequest, TrainRequest
+from job.runs.checkpoints import list_checkpoints, opened
+from job.sampling.sample import Painter, default_sampling, run_sampling
+from job.store import Store, open_store
+from job.train import run_training
+from tests.job.command_line import NETWORK, ddpm, succeeded
+
+SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
+BF16_LEVELS = 1.0
+"""Mean difference, in levels of 255, that bf16 may make; measured on a CPU: 0.0 between batch sizes, 0.2 from fp32."""
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A bucket with a run `walk` of three epochs, of which the first and the last have checkpoints."""
+    # Threads that wait for each other's core make a small network a slow one.
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("sample")
+    source = resources.files("job") / "datasets" / "landscape-sample.zip"
+    pack(open_store(str(folder)), str(source), "tiles", size=16)
+    sets = [f"{key}={value}" for key, value in NETWORK.items()]
+    sets += ["checkpoint.keep_last=1", "checkpoint.keep_epochs=1", "sample.nearest=false"]
+    sets += ["train.learning_rate=0.01", "train.warmup_images=0"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_CACHE", str(folder / "cache"))
+        AcceleratorState._reset_state(reset_partial_state=True)
+        request = TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets))
+        run_training(request.check(), lambda: False)
+        yield folder
+
+
+@pytest.fixture
+def run(bucket: Path) -> Store:
+    return open_store(str(bucket)).sub("runs/walk")
+
+
+@pytest.fixture
+def sample(bucket: Path, run: Store, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Image.Image]]:
+    """Samples in this process and returns the pictures it named."""
+
+    def sample(**options) -> dict[str, Image.Image]:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        capsys.readouterr()
+        run_sampling(SampleRequest("walk", str(bucket), **options).check(), lambda: False)
+        named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+        keys = [uri.removeprefix(f"{run.uri}/samples/") for uri in named]
+        return {key: Image.open(io.BytesIO(run.read(f"samples/{key}").data)) for key in keys}
+
+    return sample
+
+
+@pytest.fixture
+def draw(bucket: Path, run: Store) -> Callable[..., np.ndarray]:
+    """Draws seeds with the newest averaged weights, int16 [n, 16, 16, 3]."""
+
+    def draw(seeds, batch_size, precision="fp32", **sampling) -> np.ndarray:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        plan = plan_sampling(SampleRequest("walk", str(bucket)))
+        ranks = Ranks(compute.build_accelerator("fp32"), lambda: None)
+        painter = Painter(plan.config, ranks, precision, lambda: False, Agreement(1, flags=1))
+        with opened(run, plan.checkpoints[0], ("ema",)) as restored:
+            restored.copy_into({"ema": dict(painter.network.named_parameters())})
+        how = replace(default_sampling(plan.config), **sampling)
+        return painter.draw(seeds, how, batch_size, "test").astype(np.int16)
+
+    return draw
+
+
+@pytest.mark.parametrize(
+    "sampling", [{}, {"sampler": "ddim", "steps": 10, "eta": 1.0}, {"sampler": "ddpm", "steps": 20}], ids=str
+)
+def test_an_image_depends_on_its_seed_alone(draw, sampling):
+    images = draw(SEEDS, 64, **sampling)
+    assert images.shape == (7, 16, 16, 3)
+    for batch_size in (1, 3):
+        assert np.abs(draw(SEEDS, batch_size, **sampling) - images).max() <= 1
+    # Classes go round: a seed keeps its class in any company.
+    chosen = [6, 5, 1]
+    assert np.abs(draw([SEEDS[i] for i in chosen], 2, **sampling) - images[chosen]).max() <= 1
+    different = np.abs(images[:, None] - images[None]).mean(axis=(2, 3, 4))
+    assert different[~np.eye(7, dtype=bool)].min() > 10
+
+
+def test_bf16_differs_a_little_between_batch_sizes(draw):
+    fp32 = draw(SEEDS, 64)
+    bf16 = {batch_size: draw(SEEDS, batch_size, precision="bf16") for batch_size in (1, 3, 64)}
+    for images in bf16.values():
+        assert np.abs(images - bf16[64]).mean() < BF16_LEVELS
+        assert 0 < np.abs(images - fp32).mean() < BF16_LEVELS
+
+
+def test_processes_share_the_seeds_out_and_draw_the_same(bucket, sample):
+    (name, alone), *_ = sample(seeds="0-6", precision="fp32").items()
+    words = ("--run", "walk", "--seeds", "0-6", "--precision", "fp32", "--processes", 2)
+    out = succeeded(ddpm("sample", *words, "--bucket", bucket))
+    assert [line.split()[0] for line in out.splitlines()] == [str(bucket / "runs/walk/samples" / name)]
+    together = np.asarray(Image.open(bucket / "runs/walk/samples" / name), np.int16)
+    assert np.abs(together - np.asarray(alone, np.int16)).max() <= 1
+
+
+def test_raw_weights_are_others(sample):
+    assert [*sample(), *sample(raw=True)] == ["epoch-0003-ddim-4.png", "epoch-0003-ddim-4-raw.png"]
+    averaged, raw = (np.asarray(next(iter(sample(raw=raw).values())), np.int16) for raw in (False, True))
+    assert averaged.shape == raw.shape
+    assert np.abs(averaged - raw).mean() > 2
+
+
+def test_the_steps_of_another_sampler_are_all_there_are(sample):
+    assert list(sample(sampler="ddpm", seeds="0")) == ["epoch-0003-ddpm-50-seeds-0.png"]
+    assert list(sample(sampler="ddpm", seeds="0", steps=7)) == ["epoch-0003-ddpm-7-seeds-0.png"]
+    assert list(sample(sampler="ddim", seeds="0")) == ["epoch-0003-ddim-4-seeds-0.png"]
+    with pytest.raises(BadConfigError, match=r"--steps 51 exceeds diffusion.timesteps=50"):
+        sample(steps=51)
+
+
+def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
+    pictures = sample(checkpoints="1, 3", seeds="0-3")
+    assert list(pictures) == [
+        "epoch-0001-ddim-4-seeds-0-3.png",
+        "epoch-0003-ddim-4-seeds-0-3.png",
+        "comparison-1-3-ddim-4-seeds-0-3.png",
+    ]
+    assert list(sample(checkpoints="all", seeds="0-3"))[-1] == "comparison-all-ddim-4-seeds-0-3.png"
+    left, right = np.split(np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[:, 1:], 2, axis=1)
+    assert np.abs(left - right).mean() > 10
+
+
+def test_a_checkpoint_that_was_not_kept_is_named_with_those_there_are(sample):
+    for checkpoints, missing in (("2", 2), ("1,9", 9)):
+        with pytest.raises(MissingInputError, match=rf"no checkpoint of epoch {missing}: .* \(there are: 1, 3\)"):
+            sample(checkpoints=checkpoints)
+
+
+@pytest.mark.parametrize("steps", [4, 20, 50])
+def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, draw, steps):
+    how = "" if steps == 4 else f"-ddim-{steps}"
+    ((name, gif),) = sample(gif=True, grid=False, steps=steps).items()
+    assert name == f"denoising-epoch-0003{how}.gif"
+    assert (gif.n_frames, gif.info["loop"]) == (20, 0)
+    frames = []
+    for number in range(20):
+        gif.seek(number)
+        assert gif.info["duration"] == 200
+        frames.append(np.asarray(gif.convert("RGB"), np.int16))
+    # Twelve tiles of 96 pixels; a palette of 255 colours is all that stands between the first one and its sample.
+    first = draw(range(12), 12, steps=steps)[0].repeat(6, axis=0).repeat(6, axis=1)
+    assert np.abs(frames[-1][2:98, 2:98] - first).mean() < 8 < 40 < np.abs(frames[0][2:98, 2:98] - first).mean()
+
+
+def test_other_options_do_not_overwrite_a_picture(sample):
+    names = [
+        name
+        for options in (
+            {},
+            {"raw": True},
+            {"steps": 5},
+            {"seeds": "0,3"},
+            {"seeds": "0-3"},
+            {"sampler": "ddpm", "steps": 4},
+            {"precision": "bf16"},
+            {"nearest": True},
+        )
+        for name in sample(**options)
+    ]
+    names += [*sample(gif=True, grid=False), *sample(gif=True, grid=False, seeds="0-3")]
+    assert len(set(names)) == len(names) == 10
+    # What is asked for and is the run's own way anyway changes no name.
+    assert list(sample(precision="fp32", nearest=False, sampler="ddim", steps=4)) == list(sample())
+    long = ",".join(map(str, range(1000, 1100)))
+    assert max(map(len, sample(seeds=long))) < 60
+
+
+def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
+    AcceleratorState._reset_state(reset_partial_state=True)
+    before = [entry.key for entry in run.list("samples")]
+    polls = iter([False, True])
+    request = SampleRequest("walk", str(bucket), seeds="40-44", nearest=False)
+    with pytest.raises(StoppedError, match="the same command begins again"):
+        run_sampling(request.check(), lambda: next(polls))
+    assert [entry.key for entry in run.list("samples")] == before
+
+
+def test_the_newest_checkpoint_is_the_default(run, sample):
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
+    assert list(sample(checkpoints="3")) == list(sample())
