@@ -19,7 +19,7 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
-from job import __version__
+from job.code_version import code_version
 from job.processes import compute
 from job.runs.checkpoints import Manifest, list_checkpoints
 from job.runs.records import utc_now
@@ -101,7 +101,7 @@ def _manifest(images_seen: int) -> Manifest:
         images_seen=images_seen,
         epoch=None,
         created=utc_now(),
-        code_version=__version__,
+        code_version=code_version(),
         config_sha256="0" * 64,
         world_size=1,
         loss_sums=[],

@@ -45,7 +45,7 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
         floor = records.highest_fence(plan.run)
         # The lease itself keeps to its own times, so its store must not wait.
         lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, notice, note)
-        return _begin(plan, lease.fence, precision, ranks.world_size)
+        return _begin(plan, lease.fence, precision, ranks)
 
     try:
         config, attempt = ranks.on_main(begin)
@@ -69,9 +69,14 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
     accelerator.end_training()
 
 
-def _begin(plan: Plan, fence: int, precision: str, world_size: int) -> tuple[RunConfig, Attempt]:
+def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks) -> tuple[RunConfig, Attempt]:
     config = plan.config
     if plan.is_new:
         resolved = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
         config = records.create_config(plan.run, resolved)
-    return config, records.record_attempt(plan.run, fence, plan.changes, world_size)
+    before = records.last_attempt(plan.run)
+    device = compute.describe_device(ranks.accelerator.device)
+    attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device)
+    for difference in records.what_is_otherwise(before, attempt) if before else []:
+        note(difference)
+    return config, attempt

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import platform
+import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -51,6 +54,19 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
             InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS)),
         ],
     )
+
+
+def describe_device(device: torch.device) -> str:
+    """`NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, but for the number of processes."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return f"{name}, torch {torch.__version__}"
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            return match[1].strip()
+    return platform.machine() or "CPU"
 
 
 def build_network(config: RunConfig, device: torch.device) -> UNet:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ddpm.epochs import epochs_completed_by
-from job import __version__
+from job.code_version import code_version
 from job.config import RunConfig, content_hash
 from job.exits import BucketAwayError, JobError, StoppedError
 from job.runs import metrics, records
@@ -109,7 +109,7 @@ class Commits:
             images_seen=images_seen,
             epoch=completed[-1] if completed else None,
             created=records.utc_now(),
-            code_version=__version__,
+            code_version=code_version(),
             config_sha256=content_hash(self._config),
             world_size=world_size,
             loss_sums=loss_sums,

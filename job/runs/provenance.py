@@ -13,7 +13,7 @@ import zlib
 
 from pydantic import Field
 
-from job import __version__
+from job.code_version import code_version
 from job.exits import BadDataError
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -62,7 +62,9 @@ def stamped(key: str, picture: bytes, *, fence: int | None, images_seen: int | N
         images_seen: by these weights.
     """
     sha256 = hashlib.sha256(picture).hexdigest()
-    record = Provenance(key=key, fence=fence, images_seen=images_seen, code_version=__version__, content_sha256=sha256)
+    record = Provenance(
+        key=key, fence=fence, images_seen=images_seen, code_version=code_version(), content_sha256=sha256
+    )
     return _joined(picture, record.to_json())
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 from pydantic import Field, field_validator
 
-from job import __version__
+from job.code_version import code_version
 from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
 from job.data.shards import dataset_key
@@ -144,6 +144,8 @@ class Attempt(Sealed):
     pid: int
     code_version: str
     world_size: int
+    device: str
+    """What it computes on, and with which PyTorch: rounding depends on both."""
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
     config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -191,7 +193,7 @@ def highest_fence(run: Store) -> int:
     return max([*attempt_fences(run), *(ref.fence for ref in list_checkpoints(run))], default=0)
 
 
-def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: int) -> Attempt:
+def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str) -> Attempt:
     """Writes down who works on the run under this fence, which the run's lease gave."""
     attempt = Attempt(
         fence=fence,
@@ -199,14 +201,32 @@ def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: 
         started=utc_now(),
         host=socket.gethostname(),
         pid=os.getpid(),
-        code_version=__version__,
+        code_version=code_version(),
         world_size=world_size,
+        device=device,
         changes=changes,
         config_file_sha256=hashlib.sha256(run.read(CONFIG).data).hexdigest(),
         previous=max(attempt_fences(run), default=None),
     )
     run.create(attempt_key(fence), attempt.to_json())
     return attempt
+
+
+def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
+    """What a person should know when a run goes on under other circumstances: a sentence for each, mostly none."""
+    found = []
+    if before.code_version != now.code_version:
+        found.append(
+            f"attempt {before.fence} was made by code {before.code_version}, and this is {now.code_version}: the same "
+            "images and noise come, unless that is what was changed; what is learnt may differ from an undisturbed run"
+        )
+    circumstances = [f"{attempt.world_size} × {attempt.device}" for attempt in (before, now)]
+    if circumstances[0] != circumstances[1]:
+        found.append(
+            f"attempt {before.fence} computed on {circumstances[0]}, and this one does on {circumstances[1]}: "
+            "the same images and noise, another rounding"
+        )
+    return found
 
 
 def _seal(text: bytes) -> bytes:

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm import figures
-from job import __version__
+from job.code_version import code_version
 from job.data.images import declared_size, decode
 from job.data.shards import ShardWriter, shard_name
 from job.exits import BadDataError, StoppedError
@@ -50,7 +50,7 @@ def commit_piece(batch: Batch, number: int, images: Images) -> bool:
         drawing=batch.drawing,
         attempt=uuid.uuid4().hex,
         created=records.utc_now(),
-        code_version=__version__,
+        code_version=code_version(),
     )
     try:
         batch.store.create(record_key(number), record.to_json())

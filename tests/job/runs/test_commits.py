@@ -81,7 +81,7 @@ def begun(
         commits = Commits(
             run,
             config,
-            record_attempt(run, lease.fence, {}, 1),
+            record_attempt(run, lease.fence, {}, 1, "cpu"),
             lease,
             {"model": {"w": torch.zeros(100)}},
             dataset_images=DATASET_IMAGES,

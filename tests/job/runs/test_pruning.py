@@ -40,7 +40,7 @@ def run(bucket: Path) -> Store:
     for fence in range(1, FENCE + 1):
         lease = Lease.take(run, 0, 0.0, lambda: False, pytest.fail)
         assert lease.fence == fence
-        attempt = records.record_attempt(run, fence, {}, 1)
+        attempt = records.record_attempt(run, fence, {}, 1, "cpu")
         write(run, attempt, *(range(16, 48, 16) if fence == 1 else range(48, 96, 16)))
         lease.close()
     say(run, seconds_ago=0)
@@ -129,7 +129,7 @@ def test_what_the_rules_do_not_keep_goes(bucket, run):
 
 
 def test_epochs_that_the_run_keeps_stay(bucket, run, tmp_path):
-    attempt = records.record_attempt(run, 3, {"checkpoint.keep_epochs": [2], "checkpoint.keep_last": 1}, 1)
+    attempt = records.record_attempt(run, 3, {"checkpoint.keep_epochs": [2], "checkpoint.keep_last": 1}, 1, "cpu")
     assert attempt.previous == FENCE
     assert "no dataset at" in refused(prune(bucket), Exit.MISSING_INPUT)
     write_dataset(str(bucket), tmp_path, (5, 3, 7, 1, 6))

@@ -1,0 +1,56 @@
+"""A run that goes on with other code, or on another machine: allowed, and told."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+import job
+from job.code_version import PACKAGES, code_version
+from job.processes import compute
+from job.runs.records import last_attempt
+from job.store import open_store
+from tests.job.command_line import ddpm, ddpm_here, settings, succeeded
+
+
+@pytest.fixture
+def words(tmp_path: Path) -> tuple[object, ...]:
+    """A command that trains two epochs of a run that has one."""
+    place = ("--bucket", tmp_path / "bucket")
+    words = ("train", "--dataset", "landscape-sample", "--run", "walk", *place, *settings())
+    succeeded(ddpm_here("data", "ensure", "landscape-sample", *place))
+    done = ddpm_here(*words, "--epochs", 1)
+    succeeded(done)
+    assert "attempt" not in done.stderr
+    return (*words, "--epochs", 2)
+
+
+def test_nothing_is_said_where_nothing_changed(words):
+    done = ddpm_here(*words)
+    assert "attempt" not in succeeded(done) + done.stderr
+
+
+def test_other_code_is_told(words, tmp_path):
+    checkout = Path(job.__file__).parents[1]
+    for package in PACKAGES:
+        shutil.copytree(checkout / package, tmp_path / "other" / package, ignore=shutil.ignore_patterns("__pycache__"))
+    with (tmp_path / "other/ddpm/ema.py").open("a") as source:
+        source.write("# Another line.\n")
+    done = ddpm(*words, program=(sys.executable, "-P", "-m", "job"), PYTHONPATH=str(tmp_path / "other"))
+    succeeded(done)
+    (line,) = [line for line in done.stderr.splitlines() if "made by code" in line]
+    assert line.startswith(f"attempt 1 was made by code {code_version()}, and this is {code_version().split('+')[0]}+")
+    attempt = last_attempt(open_store(str(tmp_path / "bucket")).sub("runs/walk"))
+    assert attempt.code_version != code_version()
+    assert attempt.code_version in line
+
+
+def test_another_gpu_is_told(words, monkeypatch):
+    name = "NVIDIA A100-SXM4-80GB, torch 2.9.0"
+    monkeypatch.setattr(compute, "describe_device", lambda device: name)
+    done = ddpm_here(*words)
+    succeeded(done)
+    assert f"and this one does on 1 × {name}: the same images and noise, another rounding" in done.stderr
