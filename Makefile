@@ -44,7 +44,7 @@ $(INSTALLED): pyproject.toml
 	@touch $@
 
 $(TESTED): $(INSTALLED)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,test,lint]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,kubernetes,google,test,lint]'
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job

@@ -1,0 +1,120 @@
+"""What is asked of an engine that runs jobs, said once for all of them."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from job.exits import Exit, JobError
+from job.jobs.spec import JobSpec
+from job.jobs.targets import Target
+
+Manifest = dict[str, Any]
+"""What is sent to an engine, as JSON types."""
+
+
+class State(StrEnum):
+    """How a job is going; the words of all engines are translated into these."""
+
+    WAITING = "waiting"
+    """For a machine, a queue or an image."""
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    GONE = "gone"
+    """The engine does not know it, though it was submitted: its machine was taken away, or somebody deleted it."""
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it stays like that unless somebody submits the job again."""
+        return self not in (State.WAITING, State.RUNNING)
+
+
+@dataclass(frozen=True)
+class JobStatus:
+    """What an engine says about a job."""
+
+    name: str
+    state: State
+    message: str = ""
+    """Why, in a line: the engine's reason, or the last line of the program."""
+    exit_code: int | None = None
+    """Of the program, where the engine tells it."""
+    attempts: int = 0
+    """How often the program was started, where the engine tells it."""
+    created: str = ""
+    """ISO 8601, UTC."""
+    place: str = ""
+    """Zone or node it runs on."""
+
+
+class NoCapacityError(JobError):
+    """The engine has no machine of the kind that was asked for: another zone, or later, may have one."""
+
+    exit_code = Exit.BUCKET_AWAY
+
+
+class Backend(abc.ABC):
+    """One engine, as a target describes it.
+
+    Rendering needs neither credentials nor network. Everything else raises errors that a person can act on:
+    `NoPermissionError` (77), `MissingInputError` (66) for a job, project or namespace that is not there,
+    `BadRequestError` (64) for what the engine refuses, `BucketAwayError` (69) when the engine's API is away after
+    bounded retries, and `NoCapacityError` when it has no machine of that kind now.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self.target = target
+
+    @abc.abstractmethod
+    def render(self, spec: JobSpec) -> list[Manifest]:
+        """All that `submit` sends, in order. Pure: equal specs give equal manifests.
+
+        Raises:
+            BadRequestError: this backend cannot run such a job; the message names the option.
+        """
+
+    @abc.abstractmethod
+    def submit(self, spec: JobSpec) -> None:
+        """Sends what `render` gives, or nothing: what was made before an error is removed again.
+
+        Raises:
+            BadRequestError: a job of this name is there and not over.
+            NoCapacityError: there is no such machine now.
+        """
+
+    @abc.abstractmethod
+    def status(self, name: str) -> JobStatus:
+        """How a job is going; `State.GONE` if the engine does not know it."""
+
+    @abc.abstractmethod
+    def jobs(self) -> list[JobStatus]:
+        """All jobs that this program submitted to this target, newest first."""
+
+    @abc.abstractmethod
+    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+        """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.
+
+        Raises:
+            MissingInputError: there is no such job, or its output is gone.
+        """
+
+    @abc.abstractmethod
+    def cancel(self, name: str) -> None:
+        """Ends the job as a preemption would (it saves first), and removes what it had made for it.
+
+        Raises:
+            MissingInputError: there is no such job.
+        """
+
+    @abc.abstractmethod
+    def describe(self, name: str) -> Manifest:
+        """What the engine itself holds about the job.
+
+        Raises:
+            MissingInputError: there is no such job.
+        """

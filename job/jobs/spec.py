@@ -1,0 +1,104 @@
+"""A job as data: a command of this program, and what it needs of a machine. Backends render it; none is sent here."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from job.exits import BadRequestError
+
+Verb = Literal["train", "sample", "pack"]
+
+NAME_CHARACTERS = 52
+"""Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
+LABEL_PREFIX = "ddpm"
+_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+
+
+@dataclass(frozen=True)
+class JobSpec:
+    """One job. Equal specs give equal manifests, and a job that is submitted twice has the same name.
+
+    Attributes:
+        name: a DNS label that begins with a letter; what engines and people call the job.
+        verb: what it does.
+        argv: the words after `ddpm`, such as `("train", "--dataset", "celeba", "--bucket", "gs://b")`. Nothing
+            secret: they are shown in lists and logs.
+        image: the container image; empty for jobs that are processes of this machine.
+        bucket: URI of the bucket.
+        run: the run it works on; empty for packing.
+        gpus: per node; 0 is a CPU job.
+        gpu_type: as the backend names it, such as `nvidia-l4`; empty is whatever the target says.
+        nodes: machines that train together; 1 for everything else.
+        slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
+        spot: whether it may run on machines that are taken away.
+        max_hours: the engine ends the job after so long, whatever it does: the guard against a forgotten bill.
+        env: variables of the container. Nothing secret.
+        labels: further labels, such as a team's.
+    """
+
+    name: str
+    verb: Verb
+    argv: tuple[str, ...]
+    image: str
+    bucket: str
+    run: str = ""
+    gpus: int = 1
+    gpu_type: str = ""
+    nodes: int = 1
+    slices: int = 0
+    spot: bool = True
+    max_hours: float = 24.0
+    env: Mapping[str, str] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Refuses what no backend could run.
+
+        Raises:
+            BadRequestError: naming the field.
+        """
+        validated_job_name(self.name)
+        if self.argv[:1] != (self.verb,) and self.argv[:2] != ("data", self.verb):
+            raise BadRequestError(f"the job {self.name!r} does {self.verb}, and its words are {' '.join(self.argv)!r}")
+        if self.nodes < 1 or self.gpus < 0 or self.slices < 0:
+            raise BadRequestError(
+                f"nodes={self.nodes}, gpus={self.gpus}, slices={self.slices}: use at least one node, nothing negative"
+            )
+        if self.nodes > 1 and self.verb != "train":
+            raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
+        if self.slices and self.verb != "sample":
+            raise BadRequestError(f"--slices {self.slices} is for sampling")
+        if not 0 < self.max_hours <= 24 * 30:
+            raise BadRequestError(f"--max-hours {self.max_hours:g}: use more than 0 and at most 720")
+        for name in self.env:
+            if not _VARIABLE.fullmatch(name):
+                raise BadRequestError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
+
+    @property
+    def max_seconds(self) -> int:
+        """`max_hours` in whole seconds."""
+        return round(self.max_hours * 3600)
+
+    @property
+    def all_labels(self) -> dict[str, str]:
+        """Labels by which a job is found again, whoever made it."""
+        own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
+        return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
+
+
+def validated_job_name(name: str) -> str:
+    """Returns `name` if every backend can call a job so.
+
+    Raises:
+        BadRequestError: it cannot.
+    """
+    if not (_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
+        raise BadRequestError(
+            f"{name!r} cannot be a job's name: use at most {NAME_CHARACTERS} lower-case letters, digits and '-', "
+            "beginning with a letter"
+        )
+    return name
