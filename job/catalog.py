@@ -101,8 +101,8 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
     print(describe(index, bucket))
 
 
-def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str) -> None:
-    """Packs a dataset unless the bucket has it.
+def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str, on: str = "") -> None:
+    """Packs a dataset unless the bucket has it; `on` is the target that wants it, for the message.
 
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
@@ -124,10 +124,11 @@ def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str) ->
             # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
             bucket.exists(DATASETS)
             quoted = shlex.quote(bucket_uri)
+            there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
             what = (preset.fetch if preset else "") or "a folder or archive of images"
             raise MissingInputError(
                 f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
-                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={quoted}\n"
+                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={quoted}{there}\n"
                 f"or, to pack alone,\n"
                 f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {quoted}"
             ) from None

@@ -39,19 +39,28 @@ def presets() -> list[str]:
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """YAML without aliases: they can make a small file refer to itself, or stand for gigabytes."""
+    """YAML with each key once and without aliases: they can make a small file refer to itself, or be gigabytes."""
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
         return super().compose_node(parent, index)
 
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            # The last one would win without a word.
+            keys = [key.value for key, _ in node.value]
+            twice = next((key for key in keys if keys.count(key) > 1), "a key")
+            raise yaml.YAMLError(f"{twice!r} is there twice, below line {node.start_mark.line + 1}")
+        return mapping
+
 
 def parse_yaml(text: str | bytes) -> Any:
     """Plain data from YAML.
 
     Raises:
-        yaml.YAMLError: not YAML, or with aliases, or nested too deeply.
+        yaml.YAMLError: not YAML, or with aliases, or a key that is there twice, or nested too deeply.
     """
     try:
         return yaml.load(text, _PlainLoader)  # noqa: S506 -- a SafeLoader

@@ -49,6 +49,11 @@ TABLE: dict[Exit, Meaning] = {
 """Codes that are not listed (crash, out of memory, signal) are retried a bounded number of times."""
 
 
+def retried(code: int) -> str:
+    """Whether a program that ended with `code` is started again: `never`, `bounded` or `always`."""
+    return TABLE[Exit(code)].retried if code in TABLE else "bounded"
+
+
 class JobError(Exception):
     """An error a person can act on: its message says what happened, where, and what to do.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,6 +20,8 @@ GIF_SEEDS = 12
 MAX_NUMBERS = 10_000
 MAX_COUNT = 10**9
 MAX_SEED = 10**18 - 1
+BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
+"""As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
 _CHECKPOINTS = re.compile(r"latest|all|\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
 
@@ -112,7 +115,14 @@ class SampleRequest:
         """
         if not self.slice:
             return 0, 1
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", self.slice)
+        index, separator, slices = self.slice.partition("/")
+        if index == BATCH_TASK_INDEX:
+            index = os.environ.get(BATCH_TASK_INDEX, "")
+            if not index:
+                raise BadRequestError(
+                    f"--slice {self.slice}: this is no task of Google Batch, which sets {BATCH_TASK_INDEX}"
+                )
+        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", f"{index}{separator}{slices}")
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter
+from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter, Targets
 
 app = typer.Typer(
     help="Datasets: pack images into shards, or index what there is; look at them, verify them.\n\n"
@@ -129,9 +129,13 @@ def ensure(
         str, typer.Option("--source", metavar="SOURCE", help="What to pack if the dataset is not there.")
     ] = "",
     size: Size = None,
-    bucket: Bucket = DEFAULT_BUCKET,
+    on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
+    targets: Targets = None,
+    bucket: Annotated[
+        str, typer.Option("--bucket", metavar="URI", help="Where it is to lie. Default: as for submit.")
+    ] = "",
 ) -> None:
-    """Pack a dataset unless it is there.
+    """Pack a dataset unless it is there. The work is done on this machine, wherever the bucket is.
 
     landscape-sample comes with the program and needs no source.
 
@@ -139,7 +143,11 @@ def ensure(
     """
     from job.catalog import ensure_dataset
 
-    ensure_dataset(bucket, name, size, source)
+    if not bucket:
+        from job.jobs.targets import bucket_on
+
+        bucket = bucket_on(on or "local", targets)
+    ensure_dataset(bucket, name, size, source, on)
 
 
 @app.command("list")

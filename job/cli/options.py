@@ -1,5 +1,6 @@
 """Options that several commands share."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -43,6 +44,15 @@ StopAfter = Annotated[
         help="Save and end with code 75 after so long, such as 90m, 1h30m or 3600 (seconds).",
     ),
 ]
+Targets = Annotated[
+    Path | None,
+    typer.Option(
+        "--targets",
+        metavar="FILE",
+        help="The file that names targets. Default: that of DDPM_TARGETS, else ./targets.yaml.",
+    ),
+]
+Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="yaml or json.")]
 
 DEFAULT_HANG_AFTER = 600.0
 DEFAULT_BUCKET = "./bucket"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -14,6 +15,7 @@ Verb = Literal["train", "sample", "pack"]
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
 LABEL_PREFIX = "ddpm"
+_HASH_CHARACTERS = 8
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 
@@ -84,6 +86,15 @@ class JobSpec:
         return round(self.max_hours * 3600)
 
     @property
+    def machines(self) -> int:
+        """How many run at a time, at most."""
+        return self.slices or self.nodes
+
+    def argv_of_slice(self, index: int | str) -> tuple[str, ...]:
+        """The words of one slice; `index` may be a variable that the engine fills in, such as `$(INDEX)`."""
+        return (*self.argv, "--slice", f"{index}/{self.slices}") if self.slices else self.argv
+
+    @property
     def all_labels(self) -> dict[str, str]:
         """Labels by which a job is found again, whoever made it."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
@@ -102,3 +113,26 @@ def validated_job_name(name: str) -> str:
             "beginning with a letter"
         )
     return name
+
+
+def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
+    """What the job is called: `train-RUN`, or `sample-RUN-HASH` and `pack-DATASET-HASH`, of the words in `argv`.
+
+    The same words give the same name, so that a job that runs already is found and not started twice.
+    """
+    subject = re.sub(r"[._]", "-", subject).strip("-")
+    digest = hashlib.sha256("\0".join(argv).encode()).hexdigest()[:_HASH_CHARACTERS] if argv else ""
+    room = NAME_CHARACTERS - len(f"{verb}-") - (len(digest) + 1 if digest else 0)
+    if len(subject) > room:
+        # Two long names that begin alike must differ.
+        own = hashlib.sha256(subject.encode()).hexdigest()[:_HASH_CHARACTERS]
+        subject = f"{subject[: room - len(own) - 1].rstrip('-')}-{own}"
+    return validated_job_name("-".join(filter(None, (verb, subject, digest))))
+
+
+def is_about(name: str, run: str) -> bool:
+    """Whether a job of this name works on `run`."""
+    if name == job_name("train", run):
+        return True
+    with_hash = job_name("sample", run, ("words",))
+    return name[: -_HASH_CHARACTERS - 1] == with_hash[: -_HASH_CHARACTERS - 1]

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from job.config_input import parse_yaml
+from job.exits import BadConfigError, BadRequestError, MissingInputError, NoPermissionError
+from job.store import check_uri, is_remote
 
 TARGETS_FILE = "targets.yaml"
 VARIABLE = "DDPM_TARGETS"
 """Path of the file, where it is not `targets.yaml` in the working folder."""
+BUCKET_VARIABLE = "DDPM_BUCKET"
+DEFAULT_BUCKET = "./bucket"
 MAX_HOURS = 24.0
+BUILT_IN = ("local", "container")
+"""Targets that are there without a file; one that defines them may only change what they say."""
+_SECRETS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY"}
+_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_TARGET_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
 _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
@@ -20,7 +37,7 @@ _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
 class Target(BaseModel):
     """What all targets have in common."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     name: str = ""
     """Its key in the file."""
@@ -36,6 +53,25 @@ class Target(BaseModel):
     price_per_hour: float | None = Field(None, ge=0)
     """In dollars, of one machine with all its GPUs, as the user pays it."""
     env: dict[str, str] = Field(default_factory=dict)
+    """Variables of the job. Nothing secret: lists and logs show them."""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether its machines see no file of this one."""
+        return self.backend not in ("local", "container")
+
+    @field_validator("env")
+    @classmethod
+    def _is_no_secret(cls, env: dict[str, str]) -> dict[str, str]:
+        for name in env:
+            if not _VARIABLE.fullmatch(name):
+                raise ValueError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
+            if _SECRETS & set(name.split("_")):
+                raise ValueError(
+                    f"{name} looks like a secret, which lists and logs would show: give the job's service account "
+                    "access instead"
+                )
+        return env
 
 
 class LocalTarget(Target):
@@ -55,6 +91,8 @@ class ContainerTarget(Target):
     spot: bool = False
     memory: str = ""
     """Limit, such as `16g`; empty is none."""
+    network: str = ""
+    """`host` for a bucket server on this machine's loopback; empty is the engine's default."""
 
 
 class KubernetesTarget(Target):
@@ -117,3 +155,130 @@ _CLASSES: dict[str, type[Target]] = {
     "vm": VmTarget,
     "batch": BatchTarget,
 }
+
+
+def load_targets(path: Path | None = None) -> dict[str, Target]:
+    """All targets by name: those of the file, after `local` and `container`, which are always there.
+
+    Args:
+        path: the file; None is `$DDPM_TARGETS`, else `./targets.yaml` if that is there.
+
+    Raises:
+        MissingInputError: a file that was named is not there.
+        NoPermissionError: it may not be read.
+        BadConfigError: it is not valid; the message names the target and the key.
+    """
+    targets = {name: _target(name, {}, name) for name in BUILT_IN}
+    named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    try:
+        text = (named or Path(TARGETS_FILE)).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        if named is None:
+            return targets
+        option = "--targets" if path else VARIABLE
+        raise MissingInputError(f"{option} {named} is not there: write it, or let setup.sh do so") from None
+    except PermissionError:
+        raise NoPermissionError(f"{named or TARGETS_FILE} may not be read: give this user access") from None
+    except (OSError, UnicodeDecodeError):
+        raise BadConfigError(f"{named or TARGETS_FILE} is no text file") from None
+    return targets | parse_targets(text, str(named or TARGETS_FILE))
+
+
+def parse_targets(text: str, where: str) -> dict[str, Target]:
+    """The targets of a file's `text`; `where` is the file.
+
+    Raises:
+        BadConfigError: naming the target and the key.
+    """
+    try:
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if document is None:
+        return {}
+    if not isinstance(document, dict):
+        raise BadConfigError(f"{where} must be a mapping of names to targets, such as `gke: {{backend: kubernetes}}`")
+    return {str(name): _target(str(name), block, f"{where}: target {str(name)!r}") for name, block in document.items()}
+
+
+def chosen_target(targets: dict[str, Target], name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        BadRequestError: there is none; the message names those there are.
+    """
+    if name not in targets:
+        close = difflib.get_close_matches(name, targets, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadRequestError(f"there is no target {name!r}{hint} (there are: {', '.join(targets)})")
+    return targets[name]
+
+
+def bucket_on(name: str, path: Path | None = None) -> str:
+    """The bucket of a target, else that of `DDPM_BUCKET`, else the default one.
+
+    Raises:
+        BadRequestError, BadConfigError, MissingInputError: see `load_targets` and `chosen_target`.
+    """
+    return default_bucket(chosen_target(load_targets(path), name))
+
+
+def default_bucket(target: Target) -> str:
+    """Where its datasets and runs lie if nobody says otherwise; a target's own bucket wins over `DDPM_BUCKET`."""
+    return target.bucket or os.environ.get(BUCKET_VARIABLE, "") or DEFAULT_BUCKET
+
+
+def _target(name: str, block: Any, where: str) -> Target:
+    if not _TARGET_NAME.fullmatch(name):
+        raise BadConfigError(f"{where}: use lower-case letters, digits and '-' for its name, beginning with a letter")
+    if not isinstance(block, dict):
+        raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
+    block = {"backend": name} | block if name in BUILT_IN else dict(block)
+    backend = block.get("backend")
+    if not isinstance(backend, str) or backend not in _CLASSES:
+        said = f"there is no backend {backend!r}" if "backend" in block else "it names no backend"
+        raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
+    if name in BUILT_IN and backend != name:
+        raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
+    model = _CLASSES[backend]
+    keys = [key for key in model.model_fields if key != "name"]
+    for key in block:
+        if key not in keys:
+            close = difflib.get_close_matches(str(key), keys, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else f"{backend} knows {', '.join(keys)}"
+            raise BadConfigError(f"{where}: unknown key {key!r}; {hint}")
+    try:
+        # Through JSON, whose arrays may be tuples where YAML's lists would not be.
+        target = model.model_validate_json(json.dumps({**block, "name": name}, default=str))
+    except ValidationError as error:
+        raise BadConfigError(f"{where}: {_problems(error)}") from None
+    return _checked(target, where)
+
+
+def _problems(error: ValidationError) -> str:
+    problems = []
+    for problem in error.errors():
+        key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+        if problem["type"] == "missing":
+            problems.append(f"{key} is needed")
+        else:
+            given = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
+            problems.append(f"{key}: {what[:1].lower() + what[1:] if given else what}{given}")
+    return "; ".join(problems)
+
+
+def _checked(target: Target, where: str) -> Target:
+    """What a model alone cannot say."""
+    if target.bucket:
+        try:
+            check_uri(target.bucket)
+        except BadRequestError as error:
+            raise BadConfigError(f"{where}: bucket: {error}") from None
+        if target.is_remote and not is_remote(target.bucket):
+            raise BadConfigError(
+                f"{where}: bucket {target.bucket!r} is a folder of this machine, which its jobs cannot see: use "
+                "gs://BUCKET or s3://BUCKET"
+            )
+    if re.search(r"\s", target.image):
+        raise BadConfigError(f"{where}: image {target.image!r} has a space in it: use REGISTRY/NAME:TAG or …@sha256:…")
+    return target

@@ -7,6 +7,7 @@ import sys
 
 from job.exits import BadConfigError
 from job.plan import Plan, plan_batches, plan_run, plan_sampling
+from job.processes.group import nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
 from job.processes.stopping import StopFlag, deadline
@@ -36,7 +37,10 @@ def train_command(
     with deadline(stop_after):
         stop = _listen()
         plan = plan_run(request, stop)
-        world_size, batch_size = _world_size(processes), plan.config.train.batch_size
+        # A rank must not ask a process of its own how many GPUs there are.
+        here = 1 if is_rank() else processes or default_processes()
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else here * nodes()
+        batch_size = plan.config.train.batch_size
         if world_size > batch_size:
             raise BadConfigError(
                 f"{world_size} processes cannot share train.batch_size={batch_size} images: "
@@ -46,7 +50,7 @@ def train_command(
             _tell(plan, request, "is finished already")
             return
         if not is_rank():
-            _launch(world_size, hang_after_seconds)
+            _launch(here, hang_after_seconds)
             return
         from job.train import run_training
 
@@ -76,7 +80,7 @@ def sample_command(
         if not is_rank():
             plan = plan_sampling(request, stop)
             if request.count is None or not _tell_complete(plan_batches(plan, request)):
-                _launch(_world_size(processes), hang_after_seconds)
+                _launch(processes or default_processes(), hang_after_seconds)
         elif request.count is None:
             from job.sampling.sample import run_sampling
 
@@ -98,13 +102,9 @@ def _listen() -> StopFlag:
     return stop
 
 
-def _world_size(processes: int | None) -> int:
-    return int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes or default_processes()
-
-
-def _launch(world_size: int, hang_after_seconds: float) -> None:
+def _launch(processes: int, hang_after_seconds: float) -> None:
     # -P: a job.py in the working folder must not stand in for the program.
-    code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], world_size, hang_after_seconds)
+    code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds)
     if code:
         raise SystemExit(code)
 

@@ -29,6 +29,7 @@ from typing import NoReturn
 
 from job.exits import TABLE, Exit
 from job.processes import heartbeat
+from job.processes.group import Group
 from job.processes.heartbeat import Heartbeats
 from job.processes.launched import LAUNCHED, LOST_PEER
 from job.processes.relay import STDERR, Relay
@@ -45,7 +46,8 @@ ABANDON_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _PR_SET_CHILD_SUBREAPER = 36
-_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk or a driver", "T": "stopped"}
+_STOPPED = "stopped"
+_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk or a driver", "T": _STOPPED}
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -82,18 +84,22 @@ def default_processes() -> int:
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
-    """Runs `command` as `processes` ranks on this machine, in the main thread, and returns the exit code of the whole.
+    """Runs `command` as `processes` ranks on this machine, in the main thread, and returns the exit code of them all.
 
     That is the code of the rank that failed first, 128 + n if signal n killed it. A rank that failed because another
     one was gone is not the first, and one that stopped with its state saved does not outweigh one that failed. A single
-    rank learns of no group, for which Accelerate would make a process group of one.
+    rank learns of no group, for which Accelerate would make a process group of one. Where the environment tells of
+    several nodes (see `job.processes.group`), these are the ranks of this one.
 
     Args:
         command: the words that start a rank; it calls `job.processes.launched.attach` first thing.
         processes: how many; with one it has this process's terminal, input and output to itself.
         hang_after_seconds: a rank without a heartbeat for so long ends all with code 71; 0 means never.
+
+    Raises:
+        BadRequestError: the environment tells of nodes in a way that makes no sense.
     """
-    return _Job(command, processes, hang_after_seconds).run()
+    return _Job(command, Group.of(processes), hang_after_seconds).run()
 
 
 class _End(Enum):
@@ -109,6 +115,9 @@ class _End(Enum):
 @dataclass
 class _Rank:
     number: int
+    """In the whole group."""
+    local: int
+    """Among those of this node."""
     process: subprocess.Popen[bytes]
     code: int = 0
     end: _End | None = None
@@ -122,9 +131,9 @@ class _Hung:
 
 
 class _Job:
-    def __init__(self, command: Sequence[str], processes: int, hang_after_seconds: float) -> None:
-        self._command, self._processes, self._hang_after_seconds = command, processes, hang_after_seconds
-        self._heartbeats, self._relay = Heartbeats(processes), Relay()
+    def __init__(self, command: Sequence[str], group: Group, hang_after_seconds: float) -> None:
+        self._command, self._group, self._hang_after_seconds = command, group, hang_after_seconds
+        self._heartbeats, self._relay = Heartbeats(group.processes), Relay()
         self._ranks: list[_Rank] = []
         self._ended: list[_Rank] = []
         self._signals: deque[int] = deque()
@@ -162,17 +171,17 @@ class _Job:
         return self._exit_code()
 
     def _start(self) -> None:
-        port = _free_port() if self._processes > 1 else 0
+        group = self._group
         # The parent-death signal comes when the thread that forked ends: this one must be the main thread.
-        for number in range(self._processes):
+        for number in range(group.processes):
             environment = {
                 **os.environ,
                 LAUNCHED: str(os.getpid()),
                 heartbeat.VARIABLE: self._heartbeats.place(number),
-                **(_group_environment(number, self._processes, port) if self._processes > 1 else {}),
+                **group.environment(number),
             }
             # Rank 0 draws its progress on a terminal itself; what else a rank prints comes by way of the relay.
-            is_relayed = self._processes > 1 and (number > 0 or not os.isatty(STDERR))
+            is_relayed = group.processes > 1 and (number > 0 or not os.isatty(STDERR))
             process = subprocess.Popen(
                 self._command,
                 env=environment,
@@ -180,9 +189,10 @@ class _Job:
                 stdout=subprocess.PIPE if number else None,
                 stderr=subprocess.STDOUT if number else subprocess.PIPE if is_relayed else None,
             )
-            self._ranks.append(_Rank(number, process))
+            rank = _Rank(group.first_rank + number, number, process)
+            self._ranks.append(rank)
             if (pipe := process.stdout or process.stderr) is not None:
-                self._relay.follow(number, os.dup(pipe.fileno()))
+                self._relay.follow(rank.number, os.dup(pipe.fileno()))
                 pipe.close()
         self._relay.start()
 
@@ -245,12 +255,18 @@ class _Job:
     def _find_hung(self) -> None:
         silent_seconds = self._heartbeats.look()
         living = self._living()
-        is_hung = any(silent_seconds[rank.number] > self._hang_after_seconds for rank in living)
+        is_hung = any(silent_seconds[rank.local] > self._hang_after_seconds for rank in living)
         if not is_hung or not self._hang_after_seconds or self._killed_at < float("inf"):
             return
+        states = {rank.number: _state(rank.process.pid) for rank in living}
+
+        def turn(rank: _Rank) -> tuple[bool, float]:
+            # One that is stopped may have had the last word, so that the others wait for it.
+            return states[rank.number] != _STOPPED, self._heartbeats.last_beat(rank.local)
+
         # The others soon wait for the first one, and are silent as well.
-        first = min(living, key=lambda rank: self._heartbeats.last_beat(rank.number))
-        self._hung = _Hung(first.number, silent_seconds[first.number], _state(first.process.pid))
+        first = min(living, key=turn)
+        self._hung = _Hung(first.number, silent_seconds[first.local], states[first.number])
         self._dump_stacks()
         self._kill()
 
@@ -267,7 +283,7 @@ class _Job:
         self._send(signal.SIGKILL)
 
     def _name(self, rank: int) -> str:
-        return f"rank {rank} of {self._processes}" if self._processes > 1 else "the process"
+        return f"rank {rank} of {self._group.world_size}" if self._group.world_size > 1 else "the process"
 
     def _exit_code(self) -> int:
         if self._hung is not None:
@@ -300,14 +316,14 @@ class _Job:
             self._report_failure(causes[0])
 
     def _report_failure(self, first: _Rank) -> None:
-        name = self._name(first.number) + (" failed first" if self._processes > 1 else " failed")
+        name = self._name(first.number) + (" failed first" if self._group.world_size > 1 else " failed")
         if first.code < 0:
             hint = ", as the kernel does when memory runs out" if first.code == -signal.SIGKILL else ""
             self._tell(f"{name}: killed by {signal.Signals(-first.code).name}{hint}", first)
         elif first.end is _End.LOST_PEER:
             self._tell(f"{name}: it lost the others", first)
         elif first.code not in TABLE:
-            if self._processes > 1:
+            if self._group.processes > 1:
                 self._tell(f"{name}, with exit code {first.code}", first)
         elif self._ranks[0].code != first.code:
             # What ends all ranks alike, rank 0 has said; one that ends with a code of the table has said why.
@@ -319,19 +335,6 @@ class _Job:
         self._relay.say("\n    ".join([f"ddpm: {what}{'; its last lines:' if lines else ''}", *lines]))
 
 
-def _group_environment(rank: int, processes: int, port: int) -> dict[str, str]:
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    return {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-
-
 def _before_it_began(number: int) -> str:
     return f"ddpm: stopped by {signal.Signals(number).name} before it began; the same command begins again"
 
@@ -341,9 +344,3 @@ def _state(pid: int) -> str:
         letter = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
         return _STATES.get(letter, letter)
     return "gone"
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -35,11 +36,16 @@ class ProcessIdentity(BaseModel):
     @classmethod
     def of_this_process(cls) -> ProcessIdentity:
         """The process that asks."""
-        host, pid = socket.gethostname(), os.getpid()
+        return cls.of_child(os.getpid())
+
+    @classmethod
+    def of_child(cls, pid: int) -> ProcessIdentity:
+        """A child of the process that asks, which has not been waited for: its number cannot be another's yet."""
+        host = socket.gethostname()
         try:
             stat = _stat(pid)
             # A container that was given its host's /proc would look up its own numbers among the host's.
-            if stat is not None and Path("/proc/self").readlink() == Path(str(pid)):
+            if stat is not None and Path("/proc/self").readlink() == Path(str(os.getpid())):
                 namespace = str(Path("/proc/self/ns/pid").readlink())
                 boot_id = _BOOT_ID.read_text().strip()
                 return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=int(stat[_START]))
@@ -47,12 +53,28 @@ class ProcessIdentity(BaseModel):
             pass
         return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
 
+    def send(self, number: int) -> bool:
+        """Sends a signal to this very process; False if it has ended, or lives where it cannot be told for certain."""
+        if not self._is_of_here():
+            return False
+        try:
+            descriptor = os.pidfd_open(self.pid)
+        except ProcessLookupError:
+            return False
+        try:
+            # Whoever has the number now keeps it while the descriptor is checked: it names a process, not a number.
+            if self.certainly_dead():
+                return False
+            signal.pidfd_send_signal(descriptor, number)
+        except ProcessLookupError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
     def certainly_dead(self) -> bool:
         """Whether this very process has ended; False whenever that cannot be known from here."""
-        here = ProcessIdentity.of_this_process()
-        # Clones of one virtual machine share their boot id, but seldom their name.
-        place = (self.host, self.boot_id, self.pid_namespace)
-        if not self.boot_id or place != (here.host, here.boot_id, here.pid_namespace):
+        if not self._is_of_here():
             return False
         try:
             os.kill(self.pid, 0)
@@ -63,6 +85,12 @@ class ProcessIdentity(BaseModel):
         # A /proc that hides the processes of other users shows nothing here, which proves nothing.
         stat = _stat(self.pid)
         return stat is not None and (stat[_STATE] in _DEAD_STATES or int(stat[_START]) != self.start_ticks)
+
+    def _is_of_here(self) -> bool:
+        here = ProcessIdentity.of_this_process()
+        # Clones of one virtual machine share their boot id, but seldom their name.
+        place = (self.host, self.boot_id, self.pid_namespace)
+        return bool(self.boot_id) and place == (here.host, here.boot_id, here.pid_namespace)
 
 
 def _stat(pid: int) -> list[bytes] | None:

@@ -10,7 +10,17 @@ from urllib.parse import unquote
 from job.exits import BadRequestError
 from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 
-__all__ = ["Blob", "ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Store", "open_store"]
+__all__ = [
+    "Blob",
+    "ConflictError",
+    "Entry",
+    "ObjectExistsError",
+    "ObjectMissingError",
+    "Store",
+    "check_uri",
+    "is_remote",
+    "open_store",
+]
 
 DEADLINE_SECONDS = 15.0
 """How long a bucket may be away before an operation gives up: less than a lease lasts. `patient` waits longer."""
@@ -42,10 +52,28 @@ def open_store(uri: str, *, deadline_seconds: float | None = None) -> Store:
         case "s3":
             return _open_s3(rest, deadline_seconds)
         case _:
-            raise BadRequestError(
-                f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
-                "file:///PATH or a path"
-            )
+            raise _unknown_scheme(scheme, uri)
+
+
+def is_remote(uri: str) -> bool:
+    """Whether `uri` lies in a bucket, and not on a disk of this machine."""
+    scheme, separator, _ = uri.partition("://")
+    return bool(separator) and scheme.lower() != "file"
+
+
+def check_uri(uri: str) -> None:
+    """Returns if `uri` can be a bucket; needs neither its library nor credentials.
+
+    Raises:
+        BadRequestError: as `open_store`.
+    """
+    scheme, _, rest = uri.partition("://")
+    if not is_remote(uri):
+        open_store(uri)
+    elif scheme.lower() in ("gs", "s3"):
+        _bucket_and_prefix(scheme.lower(), rest)
+    else:
+        raise _unknown_scheme(scheme, uri)
 
 
 def _open_local(path: str, uri: str) -> Store:
@@ -90,6 +118,13 @@ def _bucket_and_prefix(scheme: str, rest: str) -> tuple[str, str]:
     if not _BUCKET.fullmatch(bucket):
         raise BadRequestError(f"{scheme}://{rest} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
     return bucket, prefix
+
+
+def _unknown_scheme(scheme: str, uri: str) -> BadRequestError:
+    return BadRequestError(
+        f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
+        "file:///PATH or a path"
+    )
 
 
 def _without_secrets(uri: str) -> str:

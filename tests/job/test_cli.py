@@ -49,6 +49,14 @@ COMMANDS = (
     "runs prune",
     "submit",
     "submit train",
+    "submit sample",
+    "submit pack",
+    "jobs",
+    "jobs list",
+    "jobs status",
+    "jobs logs",
+    "jobs cancel",
+    "jobs describe",
 )
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "gcsfs", "google", "fsspec"}
 

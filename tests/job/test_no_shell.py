@@ -60,7 +60,7 @@ def test_names_of_files_and_classes_are_text(tmp_path, monkeypatch):
         succeeded(ddpm_here(*words, "--bucket", bucket, **variables))
 
 
-MAKE_VARIABLES = ("DATASET", "RUN", "SOURCE", "BUCKET", "SIZE", "EPOCHS", "ON")
+MAKE_VARIABLES = ("DATASET", "RUN", "SOURCE", "BUCKET", "SIZE", "EPOCHS", "ON", "TARGETS")
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ MAKE_VARIABLES = ("DATASET", "RUN", "SOURCE", "BUCKET", "SIZE", "EPOCHS", "ON")
 def test_neither_make_nor_its_shell_sees_what_its_variables_hold(make, tmp_path, value):  # noqa: F811
     hostile = value.format(m=tmp_path / "marker")
     # -i: whatever one line of a recipe says, make goes on with the next.
-    for verb in ("submit-train", "train", "sample", "pack"):
+    for verb in ("submit-train", "submit-sample", "submit-pack", "train", "sample", "pack"):
         done = make("-i", verb, *(f"{name}={hostile}" for name in MAKE_VARIABLES), f"ARGS=--set train.seed={hostile}")
         assert "ddpm: " in done.stderr or "Error: " in done.stderr
         assert "not found" not in done.stderr and "Syntax error" not in done.stderr

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, NoReturn
 
-from job.exits import Exit, JobError
+from job.exits import BadRequestError, Exit, JobError
+from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
 
@@ -87,6 +88,23 @@ class Backend(abc.ABC):
             NoCapacityError: there is no such machine now.
         """
 
+    def become(self, spec: JobSpec) -> NoReturn:
+        """Turns this process into the job, where that runs on this machine: its terminal, signals and exit code.
+
+        Raises:
+            BadRequestError: the job would run elsewhere, or cannot begin.
+        """
+        raise BadRequestError(f"{spec.name} runs elsewhere than on this machine: submit it")
+
+    def describe_start(self, name: str) -> str:
+        """What a person should know about a job that was submitted just now."""
+        about = f"{name} --on {self.target.name}"
+        return f"{name} is submitted: `ddpm jobs logs {about} -f` follows it, `ddpm jobs cancel {about}` stops it"
+
+    def elsewhere(self) -> Backend | None:
+        """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
+        return None
+
     @abc.abstractmethod
     def status(self, name: str) -> JobStatus:
         """How a job is going; `State.GONE` if the engine does not know it."""
@@ -118,3 +136,7 @@ class Backend(abc.ABC):
         Raises:
             MissingInputError: there is no such job.
         """
+
+    def checks(self) -> Iterable[Check]:
+        """What of the engine a job would need, looked at now, for `ddpm doctor`; says what is wrong instead of raising."""
+        return ()

@@ -1,0 +1,87 @@
+"""`ddpm jobs`: list, status, logs, cancel, describe."""
+
+from typing import Annotated
+
+import typer
+
+from job.cli.options import Output, Targets
+
+app = typer.Typer(
+    help="Jobs that were submitted: how they are going, what they print, and how to stop them.\n\n"
+    "Example: ddpm jobs status train-celeba --on gke",
+    no_args_is_help=True,
+)
+
+Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
+On = Annotated[
+    str, typer.Option("--on", metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
+]
+
+
+@app.command("list")
+def list_(on: On = "", targets: Targets = None) -> None:
+    """List the jobs on a target, or on all of them.
+
+    Example: ddpm jobs list --on gke
+    """
+    from job.jobs.overview import Asked, list_jobs
+
+    list_jobs(Asked(on, targets))
+
+
+@app.command()
+def status(
+    job: Name,
+    on: On = "",
+    targets: Targets = None,
+    bucket: Annotated[
+        str, typer.Option("--bucket", metavar="URI", help="Where its run lies. Default: the target's bucket.")
+    ] = "",
+) -> None:
+    """Show how a job is going, also when its machine is gone.
+
+    The engine tells about the job, the run's folder in the bucket about its progress and its attempts.
+
+    Example: ddpm jobs status train-celeba --on gke
+    """
+    from job.jobs.overview import Asked, show_job
+
+    show_job(job, Asked(on, targets), bucket)
+
+
+@app.command()
+def logs(
+    job: Name,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")] = False,
+    on: On = "",
+    targets: Targets = None,
+) -> None:
+    """Print what a job printed.
+
+    Example: ddpm jobs logs train-celeba --on gke -f
+    """
+    from job.jobs.overview import Asked, print_logs
+
+    print_logs(job, Asked(on, targets), follow=follow)
+
+
+@app.command()
+def cancel(job: Name, on: On = "", targets: Targets = None) -> None:
+    """Stop a job: it saves first, and the same submit goes on from there.
+
+    Example: ddpm jobs cancel train-celeba --on gke
+    """
+    from job.jobs.overview import Asked, cancel_job
+
+    cancel_job(job, Asked(on, targets))
+
+
+@app.command()
+def describe(job: Name, on: On = "", targets: Targets = None, output: Output = "") -> None:
+    """Print what the engine itself holds about a job.
+
+    Example: ddpm jobs describe train-celeba --on gke -o json
+    """
+    from job.jobs.overview import Asked, describe_job
+
+    describe_job(job, Asked(on, targets), output)

@@ -1,0 +1,32 @@
+"""One thing that was looked at before a job needs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from job.exits import Exit, JobError
+
+
+@dataclass(frozen=True)
+class Check:
+    """What was found, and what to do about it.
+
+    Attributes:
+        name: what was looked at, in a word or two, such as `bucket write`.
+        passed: whether a job can rely on it.
+        message: what was found, in a line.
+        remedy: what to do if it did not pass.
+        exit_code: what a job would end with for want of it.
+    """
+
+    name: str
+    passed: bool
+    message: str
+    remedy: str = ""
+    exit_code: Exit = Exit.MISSING_INPUT
+
+    @classmethod
+    def of_error(cls, name: str, error: JobError) -> Check:
+        """A check that failed with `error`, whose message says what to do after its last colon."""
+        message, separator, remedy = str(error).rpartition(": ")
+        return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)

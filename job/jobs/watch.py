@@ -1,0 +1,233 @@
+"""`--watch`: follows a job, and submits it again where its engine gives up, as the table of exit codes allows.
+
+Engines retry as well, but Google Batch counts every retry, a VM that was taken away is gone, and none of them looks
+for machines elsewhere. The watch is a process on somebody's machine: if it ends, the job goes on without it, and the
+same command watches it again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError, retried
+from job.jobs.backends.base import Backend, JobStatus, NoCapacityError, State
+from job.jobs.spec import JobSpec
+
+POLL_SECONDS = 15.0
+FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
+"""Before a job is submitted again; doubled each time, until one ran for `STEADY_SECONDS`."""
+STEADY_SECONDS = 600.0
+MOST_FAILURES = 4
+"""Failures that count, such as crashes, after which the watch gives up. Preemptions do not count."""
+ELSEWHERE_SECONDS = 900.0
+"""A job that has waited so long for a machine is moved to the target's next zone or region."""
+CRASHED = 1
+"""The exit code of a job whose engine does not tell it."""
+SHORTEST_HOURS = 1 / 60
+"""What is left of `max_hours` when it is not worth submitting a job again."""
+
+
+class JobEndedError(JobError):
+    """A job that ended otherwise than well. This program ends with its code, also where that is a crash's."""
+
+    def __init__(self, message: str, code: int | None) -> None:
+        super().__init__(message)
+        self.exit_code = CRASHED if code is None else code  # type: ignore[assignment]
+
+
+class Clock(Protocol):
+    """Time, which tests let pass faster."""
+
+    def now(self) -> float:
+        """In seconds."""
+
+    def wait(self, seconds: float) -> bool:
+        """Waits, and says whether to stop watching."""
+
+
+@dataclass
+class BootClock:
+    """The clock that counts the sleep of a laptop: a job goes on, and costs, while its watcher sleeps."""
+
+    stopping: Callable[[float], bool]
+    """Waits for so many seconds, and says whether to stop."""
+
+    def now(self) -> float:
+        """See `Clock`."""
+        return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+    def wait(self, seconds: float) -> bool:
+        """See `Clock`."""
+        return self.stopping(seconds)
+
+
+@dataclass
+class Watch:
+    """One job, until it is finished or nobody should try again.
+
+    Attributes:
+        home: the target's first place; `elsewhere` of it are the others.
+        spec: the job. What is submitted again has what is left of its `max_hours`.
+        clock: time.
+        note: told what a person should know, a line each.
+        is_finished: asked about a job that its engine does not know any more, such as on a VM that deletes itself.
+    """
+
+    home: Backend
+    spec: JobSpec
+    clock: Clock
+    note: Callable[[str], None]
+    is_finished: Callable[[], bool] = lambda: False
+    _here: Backend = field(init=False)
+    _failures: int = field(init=False, default=0)
+    _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
+    _used_seconds: float = field(init=False, default=0.0)
+    """How long the job was seen running, in all."""
+
+    def __post_init__(self) -> None:
+        self._here = self.home
+
+    def run(self) -> None:
+        """Submits the job unless it is there, and returns when it is finished.
+
+        Raises:
+            StoppedError: the watch was told to stop, or somebody cancelled the job, or its `max_hours` are used up.
+            JobEndedError: what the job ended with is not tried again, or was too often.
+            JobError: what the engine says to a request; see `Backend`.
+        """
+        if (status := self._ask()).state.is_over:
+            self._submit()
+        else:
+            self.note(f"{self.spec.name} is {status.state.value} already: watching it")
+        while True:
+            status = self._follow()
+            match status.state:
+                case State.FINISHED:
+                    self.note(f"{self.spec.name} is finished")
+                    return
+                case State.CANCELLED:
+                    raise StoppedError(
+                        f"{self.spec.name} was cancelled: what it saved stays, and the same command goes on"
+                    )
+                case State.GONE if self.is_finished():
+                    self.note(f"{self.spec.name} is finished, and its machine is gone")
+                    return
+            self._judge(status)
+            self._pause()
+            self._submit()
+
+    def _judge(self, status: JobStatus) -> None:
+        """Returns if the job is to be submitted again.
+
+        Raises:
+            JobEndedError: it is not.
+        """
+        name, said = self.spec.name, f": {status.message}" if status.message else ""
+        # A machine may come and go between two looks, and is paid for all the same.
+        self._used_seconds += POLL_SECONDS
+        if status.state is State.GONE:
+            self.note(f"{name} is gone{said}; submitting it again")
+        else:
+            code = status.exit_code
+            how = "failed" if code is None else f"ended with {code}"
+            rule = "bounded" if code is None else retried(code)
+            if rule == "never":
+                raise JobEndedError(f"{name} {how}, which would come again{said}", code)
+            self._failures += rule == "bounded"
+            if self._failures > MOST_FAILURES:
+                raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
+            counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+            self.note(f"{name} {how}{said}; submitting it again{counted}")
+        if self._hours_left() < SHORTEST_HOURS:
+            raise StoppedError(
+                f"{name} has used its {self.spec.max_hours:g} hours: the same command goes on, for as long again"
+            )
+
+    def _follow(self) -> JobStatus:
+        """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""
+        since, waiting, before, told = self.clock.now(), 0.0, State.WAITING, None
+        ran_seconds = 0.0
+        while True:
+            status, now = self._ask(), self.clock.now()
+            passed, since = now - since, now
+            # A poll that first sees it running counts what passed since the last one: rather too much than too little.
+            if before is State.RUNNING or status.state is State.RUNNING:
+                self._used_seconds += passed
+                ran_seconds += passed
+            waiting = waiting + passed if status.state is State.WAITING else 0.0
+            before = status.state
+            if ran_seconds > STEADY_SECONDS:
+                self._pause_seconds = FIRST_PAUSE_SECONDS
+            if status.state.is_over:
+                return status
+            if (said := (status.state, status.place, status.message)) != told:
+                told = said
+                where = f" in {status.place}" if status.place else ""
+                self.note(
+                    f"{self.spec.name} is {status.state.value}{where}{': ' * bool(status.message)}{status.message}"
+                )
+            if waiting > ELSEWHERE_SECONDS and self.home.elsewhere() is not None:
+                self._move()
+                waiting, since = 0.0, self.clock.now()
+            self._sleep(POLL_SECONDS)
+
+    def _move(self) -> None:
+        self.note(f"{self.spec.name} has waited for a machine for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
+        try:
+            self._here.cancel(self.spec.name)
+        except (MissingInputError, BadRequestError):
+            # It ended by itself just now.
+            return
+        while not self._ask().state.is_over:
+            self._sleep(POLL_SECONDS)
+        self._here = self._here.elsewhere() or self.home
+        self._submit()
+
+    def _submit(self) -> None:
+        """Submits the job where there is a machine, however long that takes to find."""
+        while True:
+            try:
+                self._here.submit(replace(self.spec, max_hours=self._hours_left()))
+                return
+            except NoCapacityError as error:
+                following = self._here.elsewhere()
+                self._here = following or self.home
+                self.note(f"{error}; trying {'the next place' if following else 'again from the first place'}")
+                if following is None:
+                    self._pause()
+            except BucketAwayError as error:
+                self.note(f"{error}; trying again")
+                self._pause()
+            except BadRequestError:
+                # An answer that was lost on the way: the job is there all the same.
+                if self._ask().state.is_over:
+                    raise
+                return
+
+    def _ask(self) -> JobStatus:
+        told = False
+        while True:
+            try:
+                return self._here.status(self.spec.name)
+            except BucketAwayError as error:
+                if not told:
+                    self.note(f"{error}; the job goes on meanwhile")
+                told = True
+                self._sleep(POLL_SECONDS)
+
+    def _hours_left(self) -> float:
+        # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
+        used_hours = int(self._used_seconds) / 3600
+        return max(self.spec.max_hours - used_hours, SHORTEST_HOURS / 2) if used_hours else self.spec.max_hours
+
+    def _pause(self) -> None:
+        self._sleep(self._pause_seconds)
+        self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
+
+    def _sleep(self, seconds: float) -> None:
+        if self.clock.wait(seconds):
+            name = self.spec.name
+            raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")

@@ -1,0 +1,116 @@
+"""Which processes make one group: those of this machine, and of the other nodes of the job if it has several.
+
+The environment of each node says it, in torchrun's `PET_` variables or in the plain ones; a single machine needs to be
+told nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from job.exits import BadRequestError
+
+_NODES = ("PET_NNODES", "NNODES")
+_NODE = ("PET_NODE_RANK", "NODE_RANK", "JOB_COMPLETION_INDEX")
+_ADDRESS = ("PET_MASTER_ADDR", "MASTER_ADDR")
+_PORT = ("PET_MASTER_PORT", "MASTER_PORT")
+PORT = 29500
+"""Of the first node, where nothing else is said; PyTorch's own default."""
+MAX_NODES = 1024
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of a job, seen from one node.
+
+    Attributes:
+        processes: on this node, and as many on each other one.
+        nodes: of the job.
+        node: this one's number, from 0.
+        address: host name or address of node 0, which all others must reach.
+        port: where node 0 listens.
+    """
+
+    processes: int
+    nodes: int = 1
+    node: int = 0
+    address: str = "127.0.0.1"
+    port: int = 0
+
+    @classmethod
+    def of(cls, processes: int, environment: Mapping[str, str] = os.environ) -> Group:
+        """The group of `processes` on this node and as many on each of the others that the environment tells of.
+
+        Raises:
+            BadRequestError: the variables contradict each other, or one is missing; the message names it.
+        """
+        nodes = _number(environment, _NODES, 1, MAX_NODES, default=1)
+        if nodes == 1:
+            return cls(processes, port=_free_port() if processes > 1 else 0)
+        address = _first(environment, _ADDRESS)[1]
+        if not address:
+            raise BadRequestError(f"{' or '.join(_ADDRESS)} is not set: it names node 0, which {nodes} nodes meet at")
+        node = _number(environment, _NODE, 0, nodes - 1)
+        return cls(processes, nodes, node, address, _number(environment, _PORT, 1, 65535, default=PORT))
+
+    @property
+    def world_size(self) -> int:
+        """Processes of all nodes."""
+        return self.nodes * self.processes
+
+    @property
+    def first_rank(self) -> int:
+        """Rank of this node's first process."""
+        return self.node * self.processes
+
+    def environment(self, number: int) -> dict[str, str]:
+        """Variables of this node's process `number`; none for a process that is alone, which needs no group."""
+        if self.world_size == 1:
+            return {}
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
+        return {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            "RANK": str(self.first_rank + number),
+            "LOCAL_RANK": str(number),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_WORLD_SIZE": str(self.processes),
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": str(self.port),
+        }
+
+
+def nodes() -> int:
+    """How many nodes the environment tells of; 1 if it tells of none.
+
+    Raises:
+        BadRequestError: it is no such number.
+    """
+    return _number(os.environ, _NODES, 1, MAX_NODES, default=1)
+
+
+def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:
+    for name in names:
+        if text := environment.get(name, ""):
+            return name, text
+    return names[0], ""
+
+
+def _number(
+    environment: Mapping[str, str], names: tuple[str, ...], least: int, most: int, default: int | None = None
+) -> int:
+    name, text = _first(environment, names)
+    if not text and default is not None:
+        return default
+    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
+        said = f"{name}={text!r}" if text else f"{' or '.join(names)} is not set"
+        raise BadRequestError(f"{said}: give a number from {least} to {most}")
+    return int(text)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])

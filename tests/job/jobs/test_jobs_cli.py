@@ -1,0 +1,107 @@
+"""`ddpm jobs`: one view of all engines, and of runs whose machines are gone."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job.exits import Exit
+from job.jobs.backends.local import LocalBackend
+from job.jobs.targets import load_targets
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.jobs.test_local import ended, spec
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder and a cache of the test's own, and no cluster."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-cluster"))
+    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def failed(folder: Path) -> str:
+    """The name of a job in the background that ended with 66."""
+    LocalBackend(load_targets()["local"]).submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-none"))
+    ended("train-none")
+    return "train-none"
+
+
+def test_without_jobs_there_is_something_to_type():
+    assert succeeded(ddpm_here("jobs", "list", "--on", "local")) == (
+        "no jobs on local: start one with `ddpm submit train --dataset NAME --on TARGET`\n"
+    )
+
+
+def test_jobs_are_listed_with_how_they_ended(failed):
+    header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
+    assert header.split() == "job target state attempts exit code created place what it says".split()
+    assert row.split()[:5] == ["train-none", "local", "failed", "1", "66"]
+    assert "nowhere is no folder" in row
+
+
+def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
+    (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
+    done = ddpm_here("jobs", "list")
+    assert "train-none" in succeeded(done)
+    assert re.search(r"^gke: \S", done.stderr, re.MULTILINE)
+    # Who asks for it by name is told by the exit code, too.
+    assert ddpm_here("jobs", "list", "--on", "gke").returncode not in (0, 1, 2)
+    # A command that names no target finds the one that knows the job.
+    assert "failed" in succeeded(ddpm_here("jobs", "status", failed))
+
+
+@pytest.mark.parametrize("command", ["status", "logs", "cancel", "describe"])
+def test_what_is_asked_about_a_job_that_nobody_knows(command):
+    line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
+    assert "target 'local' knows no job 'train-nothing'" in line
+    assert "ddpm jobs list" in line
+    assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
+    assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
+    line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
+    assert "--targets no.yaml is not there" in line
+
+
+def test_a_description_is_what_the_engine_holds(failed):
+    as_yaml = yaml.safe_load(succeeded(ddpm_here("jobs", "describe", failed, "--on", "local")))
+    as_json = json.loads(succeeded(ddpm_here("jobs", "describe", failed, "--on", "local", "-o", "json")))
+    assert as_yaml == as_json
+    assert as_yaml["argv"] == ["train", "--dataset", "none", "--bucket", "nowhere"]
+    assert "use yaml or json" in refused(ddpm_here("jobs", "describe", failed, "-o", "xml"), Exit.BAD_REQUEST)
+
+
+@pytest.mark.parametrize("kind", ["local", "gs"])
+def test_a_job_whose_machine_is_gone_has_its_story_still(kind, folder, request):
+    uri = str(folder / "bucket") if kind == "local" else str(request.getfixturevalue("gcs_bucket"))
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
+    words = ["train", "--dataset", "tiles", "--run", "walk", "--epochs", 1, "--bucket", uri, *settings()]
+    succeeded(ddpm(*words))
+    # As told by a target that has its bucket, and by a person who knows where it was.
+    (folder / "targets.yaml").write_text(yaml.safe_dump({"local": {"bucket": uri}}))
+    for name in ("train-walk", "sample-walk-0123abcd"):
+        for more in ([], ["--on", "local"], ["--bucket", uri]):
+            lines = succeeded(ddpm_here("jobs", "status", name, *more)).splitlines()
+            assert lines[0] == f"job         {name}: no engine knows it any more; this is what its run's folder says"
+            assert lines[1] == f"run         walk  ({uri}/runs/walk)"
+            assert lines[2].startswith("run's state finished, as of 20")
+            assert lines[3] == "images seen 312 of 312 (epoch 1.04)"
+            assert lines[4].startswith("newest      checkpoints/000001-000000000312")
+            assert lines[5].startswith("attempt 1 ")
+    refused(ddpm_here("jobs", "status", "train-other"), Exit.MISSING_INPUT)
+    refused(ddpm_here("jobs", "status", "train-walk-2"), Exit.MISSING_INPUT)
+    # Its output went with the machine.
+    refused(ddpm_here("jobs", "logs", "train-walk"), Exit.MISSING_INPUT)
+
+
+def test_a_bucket_that_cannot_be_read_hides_no_job(failed, folder):
+    done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
+    assert "state       failed" in succeeded(done)
+    assert "the run's folder cannot be read" in done.stderr

@@ -1,0 +1,177 @@
+"""`targets.yaml`: what is valid, what is refused and how, and the example that comes with the program."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
+from job.jobs.targets import (
+    BatchTarget,
+    ContainerTarget,
+    KubernetesTarget,
+    LocalTarget,
+    VmTarget,
+    bucket_on,
+    chosen_target,
+    load_targets,
+    parse_targets,
+)
+
+EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
+GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty working folder, and no variable that names a file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDPM_TARGETS", raising=False)
+    monkeypatch.delenv("DDPM_BUCKET", raising=False)
+
+
+def test_local_and_container_are_there_without_a_file():
+    targets = load_targets()
+    assert {name: type(target) for name, target in targets.items()} == {
+        "local": LocalTarget,
+        "container": ContainerTarget,
+    }
+    assert [target.name for target in targets.values()] == ["local", "container"]
+
+
+def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
+    Path("targets.yaml").write_text(EXAMPLE)
+    targets = load_targets()
+    kinds = {type(target) for target in targets.values()}
+    assert kinds == {LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget}
+    assert targets["vm"].zones == ("us-central1-a", "us-central1-b", "us-east1-c")
+    assert targets["cluster"].node_selector == {"gpu": "l4"}
+    assert [targets[name].is_remote for name in ("local", "container", "gke", "vm", "batch")] == [False] * 2 + [True] * 3
+    assert bucket_on("gke") == "gs://my-bucket"
+    # What is in the example is worth reading: nothing that the defaults would say anyway.
+    assert set(yaml.safe_load(EXAMPLE)) == {"local", "container", "gke", "cluster", "vm", "batch"}
+
+
+def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_path, monkeypatch):
+    for name, folder in (("here", "."), ("there", "a"), ("elsewhere", "b")):
+        Path(folder).mkdir(exist_ok=True)
+        Path(folder, "targets.yaml").write_text(GKE.replace("gke", name) + "}")
+    assert list(load_targets()) == ["local", "container", "here"]
+    monkeypatch.setenv("DDPM_TARGETS", "a/targets.yaml")
+    assert list(load_targets()) == ["local", "container", "there"]
+    assert list(load_targets(Path("b/targets.yaml"))) == ["local", "container", "elsewhere"]
+
+
+def test_a_file_that_was_named_must_be_there(monkeypatch):
+    with pytest.raises(MissingInputError, match="--targets no.yaml is not there"):
+        load_targets(Path("no.yaml"))
+    monkeypatch.setenv("DDPM_TARGETS", "neither.yaml")
+    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither.yaml is not there"):
+        load_targets()
+
+
+def test_a_folder_and_a_binary_file_are_no_targets():
+    Path("f").mkdir()
+    Path("b").write_bytes(b"\xff\xfe\x00")
+    for name in ("f", "b"):
+        with pytest.raises(BadConfigError, match="is no text file"):
+            load_targets(Path(name))
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        (GKE, ["not valid YAML"]),
+        ("[gke]", ["must be a mapping of names to targets"]),
+        ("gke: kubernetes", ["target 'gke' must be a mapping of keys"]),
+        ("gke: {image: i}", ["it names no backend", "local, container, kubernetes, vm, batch"]),
+        ("gke: {backend: slurm}", ["there is no backend 'slurm'"]),
+        ("gke: {backend: [kubernetes]}", ["there is no backend"]),
+        (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'", "did you mean 'namespace'?"]),
+        (GKE + ", zzzz: a}", ["unknown key 'zzzz'", "kubernetes knows backend, image, bucket"]),
+        (GKE + ", name: a}", ["unknown key 'name'"]),
+        (GKE + ", 3: a}", ["unknown key 3"]),
+        (GKE + ", gpus: many}", ["gpus: input should be a valid integer", "(got 'many')"]),
+        (GKE + ", gpus: 65}", ["gpus: input should be less than or equal to 64"]),
+        (GKE + ", gpus: 1.5}", ["gpus:"]),
+        (GKE + ", spot: 1}", ["spot: input should be a valid boolean"]),
+        (GKE + ", max_hours: 0}", ["max_hours: input should be greater than 0"]),
+        (GKE + ", max_hours: .nan}", ["max_hours"]),
+        (GKE + ", price_per_hour: .inf}", ["price_per_hour"]),
+        (GKE + ", price_per_hour: -1}", ["price_per_hour"]),
+        (GKE + ", namespace: My_Space}", ["namespace: string should match pattern", "'My_Space'"]),
+        (GKE + ", cluster: eks}", ["cluster: input should be 'gke' or 'plain'"]),
+        (GKE + ", grace_seconds: 4}", ["grace_seconds"]),
+        (GKE + ", env: {lower: a}}", ["'lower' cannot be a variable"]),
+        (GKE + ", env: {HF_TOKEN: a}}", ["HF_TOKEN looks like a secret", "service account"]),
+        (GKE + ", env: {AWS_SECRET_ACCESS_KEY: a}}", ["looks like a secret"]),
+        (GKE + ", env: {A: 1}}", ["env.A: input should be a valid string"]),
+        (GKE + "}\ngke: {backend: kubernetes}", ["'gke' is there twice"]),
+        ("gke: {backend: kubernetes, bucket: ./folder}", ["'./folder' is a folder of this machine", "gs://BUCKET"]),
+        ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "nobody here speaks hdfs://"]),
+        ("gke: {backend: kubernetes, bucket: 'gs://X'}", ["bucket:", "names no bucket"]),
+        ("gke: {backend: kubernetes, image: 'a b'}", ["image 'a b' has a space in it"]),
+        ("Big_One: {backend: local}", ["target 'Big_One': use lower-case letters"]),
+        ("local: {backend: kubernetes}", ["target 'local' is always the local backend"]),
+        ("vm: {backend: vm, project: my-project}", ["zones is needed"]),
+        ("vm: {backend: vm, zones: [us-east1-a]}", ["project is needed"]),
+        ("vm: {backend: vm, project: my-project, zones: []}", ["zones:", "at least 1"]),
+        ("vm: {backend: vm, project: my-project, zones: [us-east1]}", ["zones.0: string should match pattern"]),
+        ("vm: {backend: vm, project: my-project, zones: us-east1-a}", ["zones: input should be a valid"]),
+        ("b: {backend: batch, project: my-project, regions: [us-east1-a]}", ["regions.0"]),
+        ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: string should match pattern"]),
+        ("b: {backend: batch, region: us-east1}", ["unknown key 'region'", "did you mean 'regions'?"]),
+        ("a: &x {backend: local}\nb: *x", ["aliases"]),
+        ("a: !!python/object/apply:os.system [touch marker]", ["not valid YAML"]),
+    ],
+)
+def test_what_is_wrong_is_named_with_the_target_and_the_key(text, parts):
+    with pytest.raises(BadConfigError) as refused:
+        parse_targets(text, "targets.yaml")
+    assert str(refused.value).startswith("targets.yaml")
+    assert all(part in str(refused.value) for part in parts), refused.value
+    assert refused.value.exit_code == 78
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("secret", ["gs://somebody:hunter2@bucket", "s3://KEY:hunter2@bucket/folder"])
+def test_a_bucket_with_a_password_is_refused_and_not_repeated(secret):
+    with pytest.raises(JobError) as refused:
+        parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_an_empty_file_changes_nothing():
+    for text in ("", "# nothing\n", "{}"):
+        assert parse_targets(text, "targets.yaml") == {}
+
+
+def test_a_block_changes_what_a_built_in_target_says():
+    Path("targets.yaml").write_text("local: {bucket: ./mine, max_hours: 2}\ncontainer: {engine: docker, gpus: 2}")
+    targets = load_targets()
+    assert (targets["local"].bucket, targets["local"].max_hours) == ("./mine", 2.0)
+    assert (targets["container"].engine, targets["container"].gpus) == ("docker", 2)
+    assert list(targets) == ["local", "container"]
+
+
+def test_variables_that_only_sound_secret_are_let_through():
+    text = GKE + ", env: {TOKENIZERS_PARALLELISM: 'false', GOOGLE_APPLICATION_CREDENTIALS: /a, KEYBOARD: x}}"
+    assert len(parse_targets(text, "f")["gke"].env) == 3
+
+
+def test_an_unknown_target_names_the_nearest():
+    targets = load_targets() | parse_targets(GKE + "}", "f")
+    with pytest.raises(BadRequestError, match=r"no target 'gkee'; did you mean 'gke'\? \(there are: local, container, gke"):
+        chosen_target(targets, "gkee")
+    with pytest.raises(BadRequestError, match=r"no target 'mars' \(there are"):
+        chosen_target(targets, "mars")
+
+
+def test_the_bucket_of_a_target_wins_over_the_variable(monkeypatch):
+    Path("targets.yaml").write_text(GKE + "}")
+    assert (bucket_on("gke"), bucket_on("local")) == ("gs://bucket", "./bucket")
+    monkeypatch.setenv("DDPM_BUCKET", "gs://mine")
+    assert (bucket_on("gke"), bucket_on("local")) == ("gs://bucket", "gs://mine")
