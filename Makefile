@@ -3,6 +3,9 @@
 DATASET ?= landscape-sample
 ON      ?= local
 PYTHON  ?= python3
+ENGINE  ?= $(shell command -v podman >/dev/null && echo podman || echo docker)
+IMAGE   ?= localhost/ddpm:latest
+TORCH   ?= cuda
 
 # What a person types is text: make does not expand it, and no shell sees it without quotes. ARGS are words.
 define newline
@@ -10,13 +13,14 @@ define newline
 
 endef
 literal = $(subst $(newline), ,$(value $(1)))
-$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS ARGS,$(eval override $(name) := $$(call literal,$(name))))
+$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS ARGS IMAGE TORCH BASE_IMAGE TORCH_WHEELS,$(eval override $(name) := $$(call literal,$(name))))
 quoted = '$(subst ','\'',$(1))'
 each_quoted = $(foreach word,$(1),$(call quoted,$(word)))
 
 DDPM      = .venv/bin/ddpm
 INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
+INFRA     = .venv/.installed-infra
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
 # Without BUCKET= it is the target's, else that of DDPM_BUCKET, else ./bucket, as for `ddpm` itself.
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
@@ -27,7 +31,7 @@ SAMPLE    = sample --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET)
 PACKING   = $(IN_BUCKET) $(if $(SIZE),--size $(call quoted,$(SIZE)))
 PACK      = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) $(PACKING)
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample pack test lint bench crash-test clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample pack image push-image image-size locks test test-containers test-infra infra infra-destroy lint bench crash-test clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -35,6 +39,7 @@ help: ## List the verbs and their variables
 	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-URI RUN=name"
 	@echo "           BUCKET=./bucket|gs://name EPOCHS=n SIZE=pixels ARGS='--set train.batch_size=64'"
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
+	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
 setup: $(INSTALLED) ## Install into .venv
 
@@ -67,13 +72,51 @@ sample: $(INSTALLED) ## Draw images from RUN's newest checkpoint
 pack: $(INSTALLED) ## Pack SOURCE into DATASET
 	@$(DDPM) data pack $(PACK) $(call each_quoted,$(ARGS))
 
+image: ## Build IMAGE with PyTorch for TORCH
+	$(ENGINE) build --file docker/Dockerfile --tag $(call quoted,$(IMAGE)) --build-arg TORCH=$(call quoted,$(TORCH)) \
+	    $(if $(BASE_IMAGE),--build-arg BASE_IMAGE=$(call quoted,$(BASE_IMAGE))) \
+	    $(if $(TORCH_WHEELS),--build-context torch-wheels=$(call quoted,$(TORCH_WHEELS))) \
+	    --build-arg REVISION="$$(git describe --always --dirty 2>/dev/null || echo unknown)" .
+
+push-image: ## Push IMAGE to its registry
+	@case $(call quoted,$(IMAGE)) in localhost/*) echo "push-image: say where to: IMAGE=registry/name:tag" >&2; exit 64;; esac
+	$(ENGINE) push $(call quoted,$(IMAGE))
+
+image-size: ## Show how large IMAGE is, by layer
+	$(ENGINE) history --format '{{.Size}}	{{.CreatedBy}}' $(call quoted,$(IMAGE))
+
+locks: $(TESTED) ## Write the locks of the image anew: ARGS=--upgrade
+	.venv/bin/python docker/locks.py $(call each_quoted,$(ARGS))
+
 test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 2 --dist loadfile $(ARGS)
 
-lint: $(TESTED) ## Style, docstrings and types
+test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
+	@tests/containers/install.sh
+	.venv/bin/pytest -m containers tests/containers --timeout=1200 $(ARGS)
+
+test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells: needs zsh
+	.venv/bin/pytest -m infra tests/infra $(ARGS)
+
+$(INFRA): $(TESTED)
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[infra]'
+	test -x .venv/checkov/bin/pip || $(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
+	.venv/bin/python -m tests.infra.provider_schema .venv/provider-schema
+	@touch $@
+
+infra: ## Make or change what jobs need on Google Cloud: ARGS='--project ID --region us-central1 --gke'
+	./setup.sh --infra-only $(call each_quoted,$(ARGS))
+
+infra-destroy: ## Remove all of that but the buckets: ARGS='--project ID'
+	./setup.sh --destroy $(call each_quoted,$(ARGS))
+
+lint: $(TESTED) ## Style, docstrings, types and the Dockerfile
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
+	.venv/bin/hadolint docker/Dockerfile
+	.venv/bin/shellcheck --external-sources setup.sh infra/google-cloud.sh job/jobs/backends/vm_supervise.sh
 
 bench: $(TESTED) ## Measure speed against peers on this machine
 	.venv/bin/python -m benchmarks $(ARGS)

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from job.cli import data, figure, jobs, runs, sample, submit, train
+from job.cli import data, doctor, figure, jobs, runs, sample, submit, train
 from job.exits import Exit, JobError
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
@@ -28,6 +28,7 @@ app.add_typer(figure.app, name="figure")
 app.add_typer(runs.app, name="runs")
 app.add_typer(submit.app, name="submit")
 app.add_typer(jobs.app, name="jobs")
+app.command("doctor")(doctor.doctor)
 
 SAID_BY_RANK_0 = (Exit.STOPPED, Exit.NOT_A_NUMBER)
 """How all ranks end together, for the same reason."""

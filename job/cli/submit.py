@@ -1,11 +1,18 @@
 """`ddpm submit`: the same commands, started where there are machines for them."""
 
+from __future__ import annotations
+
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from job.cli.options import Output, Targets
+
+if TYPE_CHECKING:
+    from job.jobs.building import Wishes
+    from job.jobs.spec import Verb
+    from job.jobs.submit import Manner
 
 app = typer.Typer(
     help="Start a command as a job somewhere; only --on changes.\n\n"
@@ -130,8 +137,8 @@ def pack(
     _submit("pack", context, on, targets, wishes, Manner(dry_run, output, watch, yes, detach))
 
 
-def _submit(verb: str, context: typer.Context, on: str, targets: Path | None, wishes: object, manner: object) -> None:
+def _submit(verb: Verb, context: typer.Context, on: str, targets: Path | None, wishes: Wishes, manner: Manner) -> None:
     from job.cli.words import parsed
     from job.jobs.submit import submit
 
-    submit(parsed(verb, context.args), on, targets, wishes, manner)  # type: ignore[arg-type]
+    submit(parsed(verb, context.args), on, targets, wishes, manner)

@@ -12,9 +12,10 @@ import typer
 from job.cli import data, sample, train
 
 if TYPE_CHECKING:
+    from job.jobs.spec import Verb
     from job.requests import PackRequest, SampleRequest, TrainRequest
 
-_VERBS: dict[str, tuple[tuple[str, ...], Callable[..., None]]] = {
+_VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {
     "train": (("train",), train.train),
     "sample": (("sample",), sample.sample),
     "pack": (("data", "pack"), data.pack),
@@ -28,7 +29,7 @@ _FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 class Words:
     """A verb and what was said about it."""
 
-    verb: str
+    verb: Verb
     values: Mapping[str, Any]
     """By parameter, with defaults and the environment filled in."""
     given: frozenset[str]
@@ -46,7 +47,12 @@ class Words:
         """What is asked for, not checked yet."""
         from job.requests import PackRequest, SampleRequest, TrainRequest
 
-        kind = {"train": TrainRequest, "sample": SampleRequest, "pack": PackRequest}[self.verb]
+        kinds: dict[Verb, type[TrainRequest | SampleRequest | PackRequest]] = {
+            "train": TrainRequest,
+            "sample": SampleRequest,
+            "pack": PackRequest,
+        }
+        kind = kinds[self.verb]
         values = {_FIELDS.get(name, name): value for name, value in self.values.items()}
         if kind is TrainRequest:
             values["sets"] = tuple(values["sets"] or ())
@@ -74,7 +80,7 @@ class Words:
         return (*path, *arguments, *options)
 
 
-def parsed(verb: str, words: Sequence[str]) -> Words:
+def parsed(verb: Verb, words: Sequence[str]) -> Words:
     """Takes the words of a command line apart as `ddpm train`, `ddpm sample` or `ddpm data pack` would.
 
     Raises:

@@ -61,14 +61,14 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         case PackRequest():
             run, subject = "", request.name
             words = words.saying(source=_source(request.source, target))
-    if target.backend == "local":
+    if not target.is_remote:
         words = _on_this_machine(words, target, wishes)
     argv = words.argv()
     gpus = (0 if words.verb == "pack" else target.gpus) if wishes.gpus is None else wishes.gpus
     slices = ("--slices", str(wishes.slices)) if wishes.slices else ()
     return JobSpec(
-        name=job_name(request_verb(request), subject, () if words.verb == "train" else (*argv, *slices)),
-        verb=request_verb(request),
+        name=job_name(words.verb, subject, () if words.verb == "train" else (*argv, *slices)),
+        verb=words.verb,
         argv=argv,
         image=_image(target),
         bucket=bucket,
@@ -81,11 +81,6 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         max_hours=wishes.max_hours or target.max_hours,
         env=target.env,
     )
-
-
-def request_verb(request: TrainRequest | SampleRequest | PackRequest) -> Any:
-    """`train`, `sample` or `pack`."""
-    return {TrainRequest: "train", SampleRequest: "sample", PackRequest: "pack"}[type(request)]
 
 
 def bucket_of(words: Words, target: Target) -> str:
@@ -169,7 +164,8 @@ def _source(source: str, target: Target) -> str:
 
 
 def _on_this_machine(words: Words, target: Target, wishes: Wishes) -> Words:
-    if wishes.gpus and words.verb != "pack" and "processes" not in words.given:
+    # In a container are the GPUs that were asked for, and no others.
+    if target.backend == "local" and wishes.gpus and words.verb != "pack" and "processes" not in words.given:
         words = words.saying(processes=wishes.gpus)
     limit = wishes.max_hours or (target.max_hours if "max_hours" in target.model_fields_set else None)
     # There is no engine that would end it.

@@ -12,7 +12,7 @@ from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, JobStatus, State
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.submit import check_format, formatted
-from job.jobs.targets import BUILT_IN, Target, chosen_target, default_bucket, load_targets
+from job.jobs.targets import Target, chosen_target, default_bucket, load_targets
 from job.progress import note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
@@ -46,7 +46,7 @@ class Asked:
             if self.on:
                 raise
             # Nobody said that there is a container engine on this machine.
-            if target.name not in BUILT_IN:
+            if target.backend != "container":
                 note(f"{target.name}: {error}")
             return None
 

@@ -80,14 +80,14 @@ def submit(words: Words, on: str, targets: Path | None, wishes: Wishes, manner: 
 
 def plan_lines(spec: JobSpec, target: Target) -> list[str]:
     """What a person should know before anything is sent: what, where, for how long at most, and for how much."""
-    machine = f" on {target.machine_type}" if isinstance(target, GoogleTarget) else ""
+    machine = target.machine_type if isinstance(target, GoogleTarget) else "node"
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
     kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
     return [
         f"job       {spec.name}, on {target.name} ({_where(target)})",
         f"command   ddpm {shlex.join(spec.argv)}",
         f"image     {spec.image}",
-        f"machines  {spec.machines}{machine}, {gpus}; {kind}",
+        f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
         f"limit     {spec.max_hours:g} hours, then the engine ends it; what is saved stays (--max-hours)",
         f"cost      {estimate(spec, target)}",

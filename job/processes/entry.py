@@ -13,6 +13,7 @@ from job.processes.launcher import HANG_SECONDS, default_processes, launch, leav
 from job.processes.stopping import StopFlag, deadline
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import list_checkpoints
+from job.runs.grace import check_writable
 from job.runs.records import read_status
 from job.sampling.pieces import Batch
 
@@ -50,6 +51,7 @@ def train_command(
             _tell(plan, request, "is finished already")
             return
         if not is_rank():
+            check_writable(plan.run)
             _launch(here, hang_after_seconds)
             return
         from job.train import run_training
@@ -79,7 +81,10 @@ def sample_command(
         stop = _listen()
         if not is_rank():
             plan = plan_sampling(request, stop)
-            if request.count is None or not _tell_complete(plan_batches(plan, request)):
+            if request.count is None:
+                _launch(processes or default_processes(), hang_after_seconds)
+            elif not _tell_complete(plan_batches(plan, request)):
+                check_writable(plan.run)
                 _launch(processes or default_processes(), hang_after_seconds)
         elif request.count is None:
             from job.sampling.sample import run_sampling

@@ -94,6 +94,18 @@ def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
     return max(seconds - round_trip, 0.0) * checkpoint_bytes / size_bytes + 3 * round_trip
 
 
+def check_writable(run: Store) -> None:
+    """Writes and deletes a few bytes: what a lease and every save need is known before anything that takes time.
+
+    Raises:
+        NoPermissionError: the credentials do not allow one of the two; the message names the object.
+        JobError: the bucket is not there, or is away.
+    """
+    key, content = f"{PROBE}/{uuid.uuid4().hex}", uuid.uuid4().bytes
+    run.create(key, content)
+    run.delete(key)
+
+
 def fits(save_seconds: float, grace: float) -> bool:
     """Whether a save begun at the notice ends in time."""
     return save_seconds + MARGIN_SECONDS <= grace

@@ -1,9 +1,9 @@
 """The schema of Terraform's google provider: which arguments and blocks each resource has, of which type.
 
-No registry is asked: the bindings of CDK Terrain, a wheel on PyPI, hold what their generator read from the provider. They
-write names in camelCase and put arguments and nested blocks into interfaces that are called `…Config` and so on.
+Terraform's registry is not asked: the bindings of CDK Terrain, a wheel on PyPI, hold what their generator read from the
+provider. They write names in camelCase and put arguments and nested blocks into interfaces called `…Config` and so on.
 
-    python -m tests.infra.provider_schema FOLDER    # downloads the wheel into FOLDER and writes the small schema beside it
+    python -m tests.infra.provider_schema FOLDER    # downloads the wheel, keeps a small schema
 """
 
 from __future__ import annotations

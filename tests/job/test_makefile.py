@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -75,7 +76,10 @@ def test_help_lists_every_verb(make):
     phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
     assert phony is not None
     assert [verb for verb, _ in listed] == phony[1].split()
-    assert all(variable in out for variable in ("DATASET=", "SOURCE=", "RUN=", "BUCKET=", "EPOCHS=", "ON=", "ARGS="))
+    assert all(
+        variable in out
+        for variable in ("DATASET=", "SOURCE=", "RUN=", "BUCKET=", "EPOCHS=", "ON=", "TARGETS=", "ARGS=")
+    )
 
 
 def test_setup_has_nothing_to_do_twice(make):
@@ -127,3 +131,33 @@ def test_names_with_spaces_dots_and_sizes_pass_through(make, tmp_path):
     out = succeeded(make("submit-train", *words, "SIZE=16"))
     assert "Run 'my-photos' is finished already" in out
     assert "no target 'mars'" in make("submit-train", *words, "ON=mars").stderr
+
+
+def test_jobs_go_where_on_says(make, tmp_path):
+    """As dry runs, which neither pack nor need anything."""
+    targets = tmp_path / "my targets.yaml"
+    targets.write_text("far: {backend: kubernetes, image: registry.example.com/ddpm:1, bucket: 'gs://of-far'}")
+    there = ["ON=far", f"TARGETS={targets}"]
+    out = succeeded(make("submit-train", "DATASET=celeba", "EPOCHS=3", *there, "ARGS=--dry-run -o json"))
+    words = json.loads(out)["spec"]["template"]["spec"]["containers"][0]["args"]
+    assert words[:7] == ["train", "--dataset", "celeba", "--run", "celeba", "--epochs", "3"]
+    assert words[-2:] == ["--bucket", "gs://of-far"]
+    out = succeeded(
+        make("submit-sample", "RUN=walk", *there, "BUCKET=gs://mine", "ARGS=--count 9 --slices 2 --dry-run")
+    )
+    assert "gs://mine" in out and "gs://of-far" not in out
+    out = succeeded(make("submit-pack", "SOURCE=gs://photos/a.zip", "DATASET=mine", "SIZE=8", *there, "ARGS=--dry-run"))
+    assert "gs://photos/a.zip" in out
+    done = make("submit-pack", "SOURCE=photos", "DATASET=mine", "SIZE=8", *there, "ARGS=--dry-run")
+    assert "SOURCE 'photos' is a path of this machine" in done.stderr
+    done = make("submit-train", f"BUCKET={tmp_path}", *there, "ARGS=--dry-run")
+    assert "which jobs on 'far' cannot see" in done.stderr
+
+
+def test_jobs_on_this_machine(make, tmp_path):
+    words = [f"BUCKET={tmp_path / 'bucket'}", "DATASET=landscape-sample"]
+    assert "299 colour, 16×16 pixels" in succeeded(make("submit-pack", *words, "SIZE=16"))
+    out = succeeded(make("submit-train", *words, "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
+    assert "is finished: 1 epoch" in out
+    out = succeeded(make("submit-sample", *words, "ARGS=--seeds 0 --no-nearest"))
+    assert "epoch-0001-ddim-4-seeds-0-alone.png" in out

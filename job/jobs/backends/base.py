@@ -138,5 +138,5 @@ class Backend(abc.ABC):
         """
 
     def checks(self) -> Iterable[Check]:
-        """What of the engine a job would need, looked at now, for `ddpm doctor`; says what is wrong instead of raising."""
+        """For `ddpm doctor`: looks at what a job would need of the engine. Says what is wrong instead of raising it."""
         return ()

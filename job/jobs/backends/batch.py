@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from job.exits import BadRequestError, BucketAwayError, MissingInputError
-from job.jobs.backends import google_logs
+from job.jobs.backends import google_checks, google_logs
 from job.jobs.backends.base import Backend, JobStatus, Manifest, State
 from job.jobs.backends.batch_manifests import OVER_TIME, UNRESPONSIVE, job
 from job.jobs.backends.google import GoogleApis, NotThereError
 from job.jobs.backends.google_container import meaning
 from job.jobs.backends.google_logs import Entry, quoted
-from job.jobs.spec import JobSpec
+from job.jobs.checks import Check
+from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget, Target
 
 POLL_SECONDS = 2.0
@@ -120,9 +121,21 @@ class BatchBackend(Backend):
             yield f"[{task}] {entry.text}" if many else entry.text
 
     def cancel(self, name: str) -> None:
-        """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and forgets the job."""
+        """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the story of the job.
+
+        Raises:
+            BadRequestError: it is over already.
+        """
         found = self._known(name)
-        self._delete(found)
+        if _state(found).is_over:
+            raise BadRequestError(f"job {name!r} is {_state(found)} already")
+        what, until = f"job {found.name}", time.monotonic() + GONE_SECONDS
+        if not found.status.state.name.endswith("_IN_PROGRESS"):
+            self._apis.ask(what, self._apis.batch.cancel_job, {"name": found.name})
+        while not (status := self.status(name)).state.is_over:
+            if time.monotonic() > until:
+                raise BucketAwayError(f"{what}: Batch is still at it after {GONE_SECONDS:.0f} s ({status.message})")
+            time.sleep(POLL_SECONDS)
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the job, and its tasks."""
@@ -132,6 +145,10 @@ class BatchBackend(Backend):
         described: Manifest = json.loads(batch_v1.Job.to_json(found))
         described["tasks"] = [json.loads(batch_v1.Task.to_json(task)) for task in self._tasks(found)]
         return described
+
+    def checks(self) -> Iterable[Check]:
+        """See `Backend.checks`."""
+        return google_checks.checks(self._apis, self.target, "Batch", self.target.regions, self.jobs)
 
     def _parent(self, region: str) -> str:
         return f"projects/{self.target.project}/locations/{region}"
@@ -155,27 +172,17 @@ class BatchBackend(Backend):
         return found
 
     def _tasks(self, found: Any) -> list[Any]:
-        client, request = self._apis.batch, {"parent": f"{found.name}/taskGroups/group0"}
+        request = {"parent": f"{found.name}/taskGroups/group0"}
         try:
-            return self._apis.insist(
-                f"the tasks of {found.name}",
-                lambda: [*client.list_tasks(request=request, retry=None, timeout=30.0)],
-            )
+            return self._apis.ask_for_all(f"the tasks of {found.name}", self._apis.batch.list_tasks, request)
         except NotThereError:
             # A job that has only just been made has none.
             return []
 
     def _listed(self, region: str) -> list[Any]:
-        client = self._apis.batch
-        request = {"parent": self._parent(region), "filter": "labels.app=ddpm", "page_size": 1000}
-        return self._apis.insist(
-            f"the jobs in {region}",
-            lambda: [
-                one
-                for one in client.list_jobs(request=request, retry=None, timeout=30.0)
-                if one.labels.get("app") == "ddpm"
-            ],
-        )
+        request = {"parent": self._parent(region), "page_size": 1000}
+        listed = self._apis.ask_for_all(f"the jobs in {region}", self._apis.batch.list_jobs, request)
+        return [one for one in listed if one.labels.get("app") == LABEL_PREFIX]
 
     def _make_room(self, name: str) -> None:
         """Removes a job of this name that is over, from all regions.

@@ -87,7 +87,8 @@ class ContainerBackend(Backend):
 
     def describe_start(self, name: str) -> str:
         """Which container does it, and how to look at it."""
-        return f"container {name} does it in the background; `{self._host.engine} logs -f {name}` shows what it prints"
+        about = f"{name} --on {self.target.name}"
+        return f"container {name} does it: `ddpm jobs logs {about} -f` follows it, `ddpm jobs cancel {about}` stops it"
 
     def status(self, name: str) -> JobStatus:
         """How a container is going, or how it ended."""
@@ -283,17 +284,17 @@ def _status(found: dict[str, Any]) -> JobStatus:
     state, name = found["State"], found["Name"].removeprefix("/")
     said, code = str(state["Status"]).lower(), int(state["ExitCode"])
     started = str(state.get("StartedAt", "")).startswith("2")
-    at = {"created": _utc(found.get("Created", "")), "attempts": 1 if started else 0}
+    made = JobStatus(name, State.RUNNING, attempts=int(started), created=_utc(found.get("Created", "")))
     if said not in _OVER:
-        return JobStatus(name, State.WAITING if said in _WAITING else State.RUNNING, **at)
+        return replace(made, state=State.WAITING) if said in _WAITING else made
     if not started:
-        return JobStatus(name, State.FAILED, state.get("Error") or "it did not start", **at)
+        return replace(made, state=State.FAILED, message=state.get("Error") or "it did not start")
     meaning = TABLE[Exit(code)].text if code in TABLE else state.get("Error") or f"exit code {code}"
     if state.get("OOMKilled"):
         meaning = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
     # Nobody but a person, or the job's own deadline, stops a container of this machine.
-    how = {Exit.FINISHED: State.FINISHED, Exit.STOPPED: State.CANCELLED}.get(code, State.FAILED)  # type: ignore[call-overload]
-    return JobStatus(name, how, "" if how is State.FINISHED else meaning, code, **at)
+    how = {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(code, State.FAILED)
+    return replace(made, state=how, message="" if how is State.FINISHED else meaning, exit_code=code)
 
 
 def _utc(created: str) -> str:

@@ -105,12 +105,9 @@ def _mount(path: Path, inside: str) -> str:
 
 
 def _source(argv: tuple[str, ...]) -> Path | None:
-    """What is packed, if it is a file or folder of this machine; `JobSpec`s name those by their absolute paths."""
-    for word in argv[2:]:
-        path = word.removeprefix("file://") if word.startswith("file:///") else word
-        if path.startswith("/"):
-            return Path(path)
-    return None
+    """What is packed, if it is a file or folder of this machine; the words of a job end with SOURCE NAME."""
+    source = argv[-2].removeprefix("file://") if argv[-2].startswith("file:///") else argv[-2]
+    return Path(source) if source.startswith("/") else None
 
 
 def _gpus(spec: JobSpec, host: Host) -> list[str]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 _STOCK_OUT = re.compile(r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability", re.I)
 _QUOTA = re.compile(r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded", re.I)
 _PERMISSION = re.compile(r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I)
-_REQUEST = re.compile(r"^\d{3} (?:[A-Z]+ \S+: )?")
+_REQUEST = re.compile(r"^(?:\d{3} )?(?:(?:GET|POST|PUT|DELETE) \S+: )?")
 _REASON_CHARACTERS = 400
 LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 
@@ -61,6 +61,13 @@ class GoogleApis:
         return self._client("COMPUTE", compute_v1.ZoneOperationsClient)
 
     @cached_property
+    def regions(self) -> Any:
+        """Of Compute Engine, with their quotas."""
+        from google.cloud import compute_v1
+
+        return self._client("COMPUTE", compute_v1.RegionsClient)
+
+    @cached_property
     def batch(self) -> Any:
         """Of Batch."""
         from google.cloud import batch_v1
@@ -89,6 +96,10 @@ class GoogleApis:
             JobError: as `translated`.
         """
         return self.insist(what, lambda: call(*arguments, retry=None, timeout=TIMEOUT_SECONDS, **named))
+
+    def ask_for_all(self, what: str, call: Callable[..., Iterable[T]], request: dict[str, Any]) -> list[T]:
+        """As `ask`, for a method whose answer comes in pages: all of it, of one moment as far as the API goes."""
+        return self.insist(what, lambda: [*call(request=request, retry=None, timeout=TIMEOUT_SECONDS)])
 
     def insist(self, what: str, work: Callable[[], T]) -> T:
         """As `ask`, for anything that asks these APIs."""

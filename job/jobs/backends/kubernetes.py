@@ -6,32 +6,27 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 
-from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError
 from job.jobs.backends.base import Backend, JobStatus, Manifest, State
 from job.jobs.backends.kubernetes_api import (
     JOB,
     JOB_SET,
-    LOCAL_QUEUES,
     RETRY_DELAYS_SECONDS,
     AlreadyThereError,
     Api,
     Kind,
     NotThereError,
 )
+from job.jobs.backends.kubernetes_checks import cluster_checks, require_job_sets, require_queue
 from job.jobs.backends.kubernetes_logs import POLL_SECONDS, Follower, past_lines
 from job.jobs.backends.kubernetes_manifests import MANIFEST_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, status_of
+from job.jobs.checks import Check
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
 GONE_MARGIN_SECONDS = 45.0
 """How long a job that is deleted may take to go, beyond the grace period of its pods."""
-JOB_SET_HINT = (
-    "kubectl apply --server-side -f https://github.com/kubernetes-sigs/jobset/releases/latest/download/manifests.yaml"
-)
-QUEUE_HINT = (
-    "kubectl apply --server-side -f https://github.com/kubernetes-sigs/kueue/releases/latest/download/manifests.yaml"
-)
 _NOISE = ("managedFields",)
 
 
@@ -65,11 +60,9 @@ class KubernetesBackend(Backend):
         """Sends it; a job of that name that is over makes room."""
         (made,) = self.render(spec)
         kind = JOB_SET if made["kind"] == "JobSet" else JOB
-        if kind is JOB_SET and not self._api.knows(JOB_SET):
-            raise MissingInputError(
-                f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs: {JOB_SET_HINT}"
-            )
-        self._check_queue()
+        if kind is JOB_SET:
+            require_job_sets(self._api, spec.nodes)
+        require_queue(self._api, self._target)
         for there, old in self._all_named(spec.name):
             if not (is_over(old) or is_being_deleted(old)):
                 raise self._alive(old)
@@ -125,6 +118,10 @@ class KubernetesBackend(Backend):
         names = [name, *(pod["metadata"]["name"] for pod in pods)]
         events = [event for about in names for event in self._api.events(about)]
         return {"job": _plain(job), "pods": [*map(_plain, pods)], "events": [*map(_plain, events)]}
+
+    def checks(self) -> Iterator[Check]:
+        """The cluster, rights, account, JobSets, queue and quota."""
+        return cluster_checks(self._api, self._target)
 
     def _all_named(self, name: str) -> list[tuple[Kind, Manifest]]:
         found = [(kind, self._api.get(kind, name)) for kind in (JOB, JOB_SET)]
@@ -190,24 +187,6 @@ class KubernetesBackend(Backend):
                     f"with `kubectl -n {self._target.namespace} get pods -l ddpm-job={name}`"
                 )
             time.sleep(min(0.5, self._poll_seconds))
-
-    def _check_queue(self) -> None:
-        """A queue that is not there would never let the job go."""
-        queue = self._target.queue
-        if not queue:
-            return
-        try:
-            known = [kind for kind in LOCAL_QUEUES if self._api.knows(kind)]
-            if not known:
-                raise MissingInputError(f"{self._api.host} knows no queues, and the target names one: {QUEUE_HINT}")
-            if self._api.get(known[0], queue) is None:
-                raise MissingInputError(
-                    f"there is no LocalQueue {queue!r} in namespace {self._target.namespace!r}: `kubectl -n "
-                    f"{self._target.namespace} get localqueues` shows those there are"
-                )
-        except NoPermissionError:
-            # Who may submit jobs need not be allowed to see queues.
-            return
 
 
 def _is(there: Manifest, made: Manifest) -> bool:

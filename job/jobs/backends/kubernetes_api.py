@@ -155,6 +155,31 @@ class Api:
             return []
         return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
 
+    def service_account(self, name: str) -> Manifest | None:
+        """A service account of the namespace; None if it is not there."""
+        try:
+            return self._read("read_namespaced_service_account", name, self._namespace)
+        except NotThereError:
+            return None
+
+    def quotas(self) -> list[Manifest]:
+        """The ResourceQuotas of the namespace; none for who may not see them."""
+        try:
+            return _items(self._read("list_namespaced_resource_quota", self._namespace))
+        except NoPermissionError:
+            return []
+
+    def may(self, verb: str, group: str, resource: str, part: str) -> bool:
+        """Whether these credentials are allowed to do it in the namespace."""
+        about = {"namespace": self._namespace, "verb": verb, "group": group, "resource": resource, "subresource": part}
+        review = {"apiVersion": "authorization.k8s.io/v1", "kind": "SelfSubjectAccessReview"}
+        body = {**review, "metadata": {}, "spec": {"resourceAttributes": about}}
+        path = ("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
+        answer = self._asked(
+            lambda: self._objects().create_cluster_custom_object(*path, body, _request_timeout=_TIMEOUT)
+        )
+        return bool(answer.get("status", {}).get("allowed"))
+
     def log(self, pod: str, container: str, follow: bool, silence_seconds: float = READ_SECONDS) -> Iterator[str]:
         """The lines of a container's output, each behind its time stamp; with `follow` until it ends.
 

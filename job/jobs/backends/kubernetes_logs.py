@@ -140,24 +140,27 @@ class _Position:
     def __init__(self) -> None:
         self.was_whole = False
         """Whether the pod had ended before the last reading began."""
-        self._last, self._count = ("", ""), 0
-        self._met, self._is_past = 0, False
+        self._first, self._last = "", ""
+        self._count = self._met = 0
+        self._is_cut = False
 
     def begin(self) -> None:
-        self._met, self._is_past = 0, self._last == ("", "")
+        """A reading begins."""
+        self._met = 0
 
     def is_new(self, line: str) -> bool:
-        moment = _moment(line)
-        if not self._is_past:
-            if moment < self._last:
-                return False
-            self._met += moment == self._last
-            if moment == self._last and self._met <= self._count:
-                return False
-        # From the first new line on all are new, also if the node's clock is set back in between.
-        self._is_past = True
-        self._count = self._count + 1 if moment == self._last else 1
-        self._last = moment
+        """Whether this line, the next of a reading, was in no reading before."""
+        self._met += 1
+        if self._met == 1 and line != self._first:
+            # A node cuts the output of a pod at some megabytes: it begins otherwise then, and only times tell.
+            self._is_cut, self._first, self._count = bool(self._first), line, 0
+        if self._is_cut and _moment(line) <= _moment(self._last):
+            self._count = self._met
+            return False
+        # Elsewhere times are not asked: a node's clock may be set back.
+        if not self._is_cut and self._met <= self._count:
+            return False
+        self._is_cut, self._count, self._last = False, self._met, line
         return True
 
 

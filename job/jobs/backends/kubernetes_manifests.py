@@ -13,7 +13,7 @@ from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import Manifest
-from job.jobs.backends.kubernetes_rules import problems, quantity
+from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems, quantity
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget
@@ -34,7 +34,6 @@ MASTER_PORT = 29500
 MANIFEST_ANNOTATION = "ddpm-manifest"
 """Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
 BUCKET_ANNOTATION = "ddpm-bucket"
-QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_SECONDS_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
 INDEX = "JOB_COMPLETION_INDEX"
 _INDEX_ANNOTATION = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
@@ -236,7 +235,7 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
 
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     requests = {"cpu": target.cpus, "memory": target.memory, "ephemeral-storage": _disk(target)}
-    limits = requests | ({"nvidia.com/gpu": str(spec.gpus)} if spec.gpus else {})
+    limits = requests | ({GPU: str(spec.gpus)} if spec.gpus else {})
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,

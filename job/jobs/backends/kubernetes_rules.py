@@ -29,6 +29,8 @@ _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
 _SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
+GPU = "nvidia.com/gpu"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # A pod is called JOB-INDEX-XXXXX, and a label has 63 characters.
 _LONGEST, _SUFFIX = 63, "-abcde"
 
@@ -80,6 +82,8 @@ def problems(manifest: dict[str, Any]) -> list[str]:
         return [f"kind: {manifest.get('apiVersion')} {manifest.get('kind')} is neither a Job nor a JobSet"]
     if spec.get("ttlSecondsAfterFinished") is None:
         found.append("end: without ttlSecondsAfterFinished the job stays for ever")
+    if labels.get(QUEUE_LABEL) and spec.get("suspend") is not True:
+        found.append("queue: a job with a queue begins suspended, or it would not wait for it")
     if not metadata.get("namespace"):
         found.append("names: without a namespace it goes wherever the caller's context points")
     return found + [f"{rule}: {text}" for job in jobs for rule, check in RULES.items() for text in check(job)]
@@ -112,8 +116,8 @@ def _indexes(job: _Job) -> Iterator[str]:
     indexed, completions = spec.get("completionMode") == "Indexed", spec.get("completions")
     if indexed and (completions is None or spec.get("parallelism") is None):
         yield "completionMode Indexed needs completions and parallelism"
-    if not indexed and "backoffLimitPerIndex" in spec:
-        yield "backoffLimitPerIndex needs completionMode Indexed"
+    if not indexed:
+        yield "only with completionMode Indexed does a pod know which node or slice it is"
     if "maxFailedIndexes" in spec and "backoffLimitPerIndex" not in spec:
         yield "maxFailedIndexes needs backoffLimitPerIndex"
     if "backoffLimitPerIndex" in spec and "maxFailedIndexes" not in spec:
@@ -177,6 +181,8 @@ def _resources(job: _Job) -> Iterator[str]:
         for name in {*limits, *requests}:
             if "/" not in name:
                 continue
+            if name != GPU:
+                yield f"{name!r} is no resource that this program uses: GPUs are {GPU}"
             if name not in limits or requests.get(name, limits[name]) != limits[name]:
                 yield f"the request and the limit of {name} differ, which Kubernetes cannot do"
             elif not str(limits[name]).isdecimal():
@@ -190,7 +196,9 @@ def _memory(job: _Job) -> Iterator[str]:
         directory = volume.get("emptyDir", {})
         medium = directory.get("medium", "")
         yield from _one_of("medium of an emptyDir", medium, ("", "Memory"))
-        if "emptyDir" in volume and quantity(directory.get("sizeLimit")) is None:
+        if "emptyDir" not in volume:
+            yield f"volume {volume.get('name')} has no emptyDir"
+        elif quantity(directory.get("sizeLimit")) is None:
             yield f"volume {volume.get('name')} has no sizeLimit like 50Gi: it could fill the node"
         elif medium in sizes:
             sizes[medium] += quantity(directory.get("sizeLimit")) or 0
@@ -277,6 +285,8 @@ def _environment(job: _Job) -> Iterator[str]:
                 yield f"{name} is there twice"
             if ("value" in variable) == ("valueFrom" in variable):
                 yield f"{name} has either a value or a source"
+            if "valueFrom" in variable and not variable["valueFrom"].get("fieldRef", {}).get("fieldPath"):
+                yield f"the source of {name} is no field of the pod"
             if _SECRET.search(name) and variable.get("value"):
                 yield f"{name} looks like a secret, and everybody who sees the job sees it: use the service account"
             yield from _undeclared(variable.get("value", ""), declared)

@@ -7,7 +7,8 @@ from typing import Any
 
 from job.exits import TABLE, Exit
 from job.jobs.backends.base import JobStatus, Manifest, State
-from job.jobs.backends.kubernetes_manifests import CONTAINER, QUEUE_LABEL
+from job.jobs.backends.kubernetes_manifests import CONTAINER
+from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,10 +123,12 @@ class LocalBackend(Backend):
 
         Raises:
             MissingInputError: there is no such job.
-            BadRequestError: it is over.
+            BadRequestError: it is over, or runs on another machine.
         """
         record = self._existing(name)
         if record.is_alive:
+            if record.host != socket.gethostname():
+                raise BadRequestError(f"{name} runs on {record.host!r}: cancel it there")
             note_in_record(name, cancelled=True)
             if record.process is not None and record.process.send(signal.SIGTERM):
                 return
@@ -158,5 +161,4 @@ def _status(record: LocalRecord) -> JobStatus:
         state, message = State.GONE, "its process was killed, or the machine was restarted"
     elif record.process is None:
         state = State.WAITING
-    place = record.process.host if record.process else ""
-    return JobStatus(record.name, state, message, record.exit_code, 1, record.created, place)
+    return JobStatus(record.name, state, message, record.exit_code, 1, record.created, record.host)

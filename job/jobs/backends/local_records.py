@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import suppress
@@ -54,7 +55,13 @@ class LocalRecord(BaseModel):
         """Whether the job, or who would tell how it ended, may still live."""
         if self.exit_code is not None:
             return False
-        return any(not who.certainly_dead() for who in (self.supervisor, self.process) if who is not None)
+        return any(_may_live(who) for who in (self.supervisor, self.process) if who is not None)
+
+    @property
+    def host(self) -> str:
+        """The machine it was started on: a cache folder may be shared by several."""
+        who = self.process or self.supervisor
+        return who.host if who else ""
 
     def last_line(self) -> str:
         """What it printed last; empty if that cannot be read."""
@@ -63,6 +70,14 @@ class LocalRecord(BaseModel):
             lines = file.read().decode(errors="replace").strip().splitlines()
             return re.sub(r"^ddpm: ", "", lines[-1]) if lines else ""
         return ""
+
+
+def _may_live(who: ProcessIdentity) -> bool:
+    here = ProcessIdentity.of_this_process()
+    if who.host == here.host and who.boot_id and here.boot_id and who.boot_id != here.boot_id:
+        # The machine was started anew. Who shares its name and this folder with another machine is told wrongly.
+        return False
+    return not who.certainly_dead()
 
 
 def folder() -> Path:
@@ -93,7 +108,8 @@ def begin_record(spec: JobSpec) -> LocalRecord | None:
         log.touch()
         with folder_lock(path):
             before = load_record(spec.name)
-            if before is not None and before.is_alive:
+            # One on another machine is kept from the run by its lease, and cannot be asked from here.
+            if before is not None and before.is_alive and before.host == socket.gethostname():
                 log.unlink()
                 return None
             record = LocalRecord(

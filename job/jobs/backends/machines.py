@@ -1,7 +1,7 @@
 """Which GPUs a machine type of Compute Engine has, so that a wrong pair is refused before anything is sent.
 
-The table holds what the accelerator-optimised families bundle (cloud.google.com/compute/docs/gpus, November 2026). N1 is
-the one family that takes GPUs as an extra; all others have none.
+The table holds what the accelerator-optimised families bundle (cloud.google.com/compute/docs/gpus, November 2026). N1
+is the one family that takes GPUs as an extra; all others have none.
 """
 
 from __future__ import annotations

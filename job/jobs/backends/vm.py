@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, cast
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError
-from job.jobs.backends import google_logs, vm_story
+from job.jobs.backends import google_checks, google_logs, vm_story
 from job.jobs.backends.base import Backend, JobStatus, Manifest
 from job.jobs.backends.google import GoogleApis, NotThereError, refusal
 from job.jobs.backends.vm_manifests import instances
 from job.jobs.backends.vm_story import Machine
-from job.jobs.spec import JobSpec
+from job.jobs.checks import Check
+from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import Target, VmTarget
 
 POLL_SECONDS = 1.0
@@ -142,16 +143,17 @@ class VmBackend(Backend):
         described = [json.loads(compute_v1.Instance.to_json(machine.instance)) for machine in machines]
         return {"instances": described, "said": {machine.instance.name: dict(machine.said) for machine in machines}}
 
+    def checks(self) -> Iterable[Check]:
+        """See `Backend.checks`."""
+        regions = [*dict.fromkeys(zone.rpartition("-")[0] for zone in self.target.zones)]
+        return google_checks.checks(self._apis, self.target, "Compute Engine", regions, self.jobs)
+
     def _machines(self, name: str = "") -> list[Machine]:
         """Those of one job, or of all, in any zone of the project."""
-        client, project = self._apis.instances, self.target.project
-
-        def ask() -> list[tuple[str, Any]]:
-            request = {"project": project, "filter": "labels.app=ddpm"}
-            pages = client.aggregated_list(request=request, retry=None, timeout=30.0)
-            return [(place, one) for place, scoped in pages for one in scoped.instances]
-
-        found = self._apis.insist(f"the machines of project {project}", ask)
+        project, client = self.target.project, self._apis.instances
+        request = {"project": project, "filter": f"labels.app={LABEL_PREFIX}"}
+        pages = self._apis.ask_for_all(f"the machines of project {project}", client.aggregated_list, request)
+        found = [(place, instance) for place, scoped in pages for instance in scoped.instances]
         return [
             Machine(place.rpartition("/")[2], instance, self._said(place.rpartition("/")[2], instance))
             for place, instance in found

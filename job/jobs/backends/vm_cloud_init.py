@@ -8,6 +8,7 @@ On Container-Optimized OS /etc is empty at each start, and cloud-init fills it a
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ SCRIPT = Path(__file__).with_name("vm_supervise.sh")
 FAILURES = 4
 """Crashes and other counted codes that end a job: Kubernetes' backoffLimit, on one machine."""
 _DRIVER = "/var/lib/nvidia"
-_REGISTRIES = ("pkg.dev", "gcr.io")
+_REGISTRY = re.compile(r"(.+\.)?(pkg\.dev|gcr\.io)")
 
 _UNIT = f"""\
 [Unit]
@@ -61,7 +62,7 @@ def cloud_init(spec: JobSpec, machine: str, gpus: int, index: int) -> str:
         "DDPM_SLICE": str(index),
         "DDPM_SLICES": str(spec.slices),
         "DDPM_GPUS": str(gpus),
-        "DDPM_REGISTRY": host if host.endswith(_REGISTRIES) else "",
+        "DDPM_REGISTRY": host if _REGISTRY.fullmatch(host) else "",
         "DDPM_NEVER": " ".join(map(str, container.NEVER_RETRIED)),
         "DDPM_ALWAYS": " ".join(map(str, container.ALWAYS_RETRIED)),
         "DDPM_FAILURES": str(FAILURES),
@@ -99,7 +100,10 @@ def _options(spec: JobSpec, machine: str, gpus: int, index: int) -> list[str]:
 
 
 def _gpu_options(gpus: int) -> list[str]:
-    """What `--gpus all` does elsewhere: docker has no NVIDIA runtime here (container-optimized-os/docs/how-to/run-gpus)."""
+    """What `--gpus all` does elsewhere: here docker has no NVIDIA runtime.
+
+    See cloud.google.com/container-optimized-os/docs/how-to/run-gpus.
+    """
     return [
         f"--volume={_DRIVER}/lib64:/usr/local/nvidia/lib64:ro",
         f"--volume={_DRIVER}/bin:/usr/local/nvidia/bin:ro",

@@ -1,4 +1,4 @@
-"""A job as requests for Compute Engine VMs: what `instances.insert` takes (cloud.google.com/compute/docs/reference/rest).
+"""A job as requests for VMs: what `instances.insert` takes (cloud.google.com/compute/docs/reference/rest/v1).
 
 The VM runs Container-Optimized OS. Its cloud-init configuration, see `vm_cloud_init`, starts the container; it ends by
 itself when the job is over, and Compute Engine deletes it at `maxRunDuration` whatever the machine does.

@@ -16,7 +16,7 @@ from job.jobs.backends.google_logs import Entry, quoted
 from job.jobs.backends.vm_manifests import SLICE_LABEL, SLICES_LABEL
 
 LOG = "ddpm-jobs"
-"""Log of what machines say about themselves; the events are those of `vm_supervise.sh`, and `submitted` and `cancelled`, of this program."""
+"""Log of what machines say about themselves: events of `vm_supervise.sh`, and `submitted` and `cancelled` of ours."""
 LOG_LABEL = "ddpm-job"
 OUTPUT_LOG = "gcplogs-docker-driver"
 LOOK_BACK = timedelta(days=30)

@@ -9,7 +9,8 @@
 #   DDPM_REGISTRY            host that wants this machine's credentials; may be empty
 #   DDPM_NEVER, DDPM_ALWAYS  exit codes that end the job, and that are retried uncounted: "2 64 65"
 #   DDPM_FAILURES            so many others end it
-#   DDPM_PAUSE_SECONDS       before the first retry
+#   DDPM_GRACE_SECONDS       from SIGTERM to SIGKILL
+#   DDPM_PAUSE_SECONDS, DDPM_TICK_SECONDS    before the first retry, and between two looks
 # Far and wide there are only bash, coreutils, sed, curl and docker: this is Container-Optimized OS.
 set -u
 
@@ -19,7 +20,7 @@ readonly compute=${DDPM_COMPUTE:-https://compute.googleapis.com}
 readonly logging=${DDPM_LOGGING:-https://logging.googleapis.com}
 readonly metadata="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/v1"
 readonly container=ddpm-job pull_tries=5 driver_tries=3 missing_input=66 away=69
-pause=${DDPM_PAUSE_SECONDS:-10}
+readonly tick=${DDPM_TICK_SECONDS:-1} pause=${DDPM_PAUSE_SECONDS:-10}
 readonly longest_pause=$((pause * 30)) short_attempt=$((pause * 6))
 stopping=0
 child=
@@ -49,37 +50,37 @@ authorized() {
 record() {
   local body message
   message=$(printf '%s' "$3" | tr -c '[:alnum:] .,:;/_()@=-' ' ' | cut -c 1-400)
-  body="{\"logName\":\"projects/$project/logs/ddpm-jobs\",\"resource\":{\"type\":\"global\"},\"entries\":[{\
-\"labels\":{\"ddpm-job\":\"$DDPM_JOB\",\"ddpm-slice\":\"$DDPM_SLICE\",\"ddpm-slices\":\"$DDPM_SLICES\"},\"jsonPayload\":{\"event\":\"$1\",\
-\"code\":$2,\"attempts\":$attempts,\"message\":\"$message\",\"machine\":\"$machine\",\"zone\":\"$zone\"}}]}"
+  printf -v body '{"logName": "projects/%s/logs/ddpm-jobs", "resource": {"type": "global"}, "entries": [{%s, %s}]}' "$project" \
+    "\"labels\": {\"ddpm-job\": \"$DDPM_JOB\", \"ddpm-slice\": \"$DDPM_SLICE\", \"ddpm-slices\": \"$DDPM_SLICES\"}" \
+    "\"jsonPayload\": {\"event\": \"$1\", \"code\": $2, \"attempts\": $attempts, \"message\": \"$message\"}"
   authorized --header 'Content-Type: application/json' --data "$body" "$logging/v2/entries:write"
+}
+
+# Sleeps for a moment, or until a signal comes. Short, for one that comes just before it is noticed by nobody.
+moment() {
+  sleep "$1" >/dev/null 2>&1 &
+  wait $!
 }
 
 # Runs a command until it ends, and sets `code`; a signal meanwhile stops the container, which may take its time.
 run() {
-  local again
   "$@" &
   child=$!
-  while :; do
+  while kill -0 "$child" 2>/dev/null; do
     if ((stopping)); then
-      docker stop --time "$DDPM_GRACE_SECONDS" "$container" >/dev/null 2>&1 || kill -TERM "$child" 2>/dev/null
-      # Not `wait`: the container may only just be coming up, and has to be told again.
-      if kill -0 "$child" 2>/dev/null; then sleep 0.5 && continue; fi
+      # Again and again: the container may only just be coming up.
+      docker stop -t "$DDPM_GRACE_SECONDS" "$container" >/dev/null 2>&1 || kill -TERM "$child" 2>/dev/null
     fi
-    wait "$child"
-    code=$?
-    kill -0 "$child" 2>/dev/null || break
+    moment "$tick"
   done
-  # The first `wait` may have been cut short by a signal.
-  wait "$child" 2>/dev/null
-  again=$?
-  ((again == 127)) || code=$again
+  wait "$child"
+  code=$?
 }
 
-# Sleeps, unless a signal comes.
+# Waits, unless a signal comes.
 rest() {
-  sleep "$1" &
-  wait $!
+  local until=$((SECONDS + $1))
+  while ((SECONDS < until && !stopping)); do moment "$tick"; done
 }
 
 leave_if_stopping() {
@@ -99,8 +100,8 @@ finish() {
   local tries
   for tries in 1 2 3; do
     authorized --request DELETE "$compute/compute/v1/projects/$project/zones/$zone/instances/$machine" && exit 0
-    ((tries < 3)) && rest "$pause"
     ((stopping)) && exit 0
+    ((tries < 3)) && rest "$pause"
   done
   say "this machine may not delete itself (compute.instances.delete): switching it off; delete it, its disk costs money"
   systemctl poweroff
@@ -156,12 +157,13 @@ keep_running() {
     docker rm --force "$container" >/dev/null 2>&1
     began=$SECONDS
     run docker run --name "$container" --rm "${log[@]}" "${words[@]}"
-    leave_if_stopping
     if ((code == 0)); then
       finish 0 "finished"
     elif in_list "$code" "$DDPM_NEVER"; then
       finish "$code" "ended with code $code, which is not retried"
-    elif ! in_list "$code" "$DDPM_ALWAYS"; then
+    fi
+    leave_if_stopping
+    if ! in_list "$code" "$DDPM_ALWAYS"; then
       failures=$((failures + 1))
       ((failures < DDPM_FAILURES)) || finish "$code" "ended with code $code, for the ${failures}th time with such a code"
     fi

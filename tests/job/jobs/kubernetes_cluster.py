@@ -46,6 +46,8 @@ class Cluster:
         self.served = dict(SERVED)
         """Resources by group and version; what is taken out is not installed."""
         self.namespaces = {"default"}
+        self.denied: set[tuple[str, str]] = set()
+        """Verb and resource that the caller is told to be without."""
         self.goes_after_seconds = 0.1
         """How long the pods of an object that is deleted take to end."""
         self._objects: dict[tuple[str, str, str], Object] = {}
@@ -58,7 +60,9 @@ class Cluster:
     def create(self, namespace: str, plural: str, body: Object, is_dry: bool) -> Object:
         """Stores an object, with what the server adds to it."""
         if plural == "selfsubjectaccessreviews":
-            return {**body, "status": {"allowed": True}}
+            about = body["spec"]["resourceAttributes"]
+            what = f"{about['resource']}/{about['subresource']}" if about.get("subresource") else about["resource"]
+            return {**body, "status": {"allowed": (about["verb"], what) not in self.denied}}
         name = body.get("metadata", {}).get("name", "")
         if namespace not in self.namespaces:
             raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found', name=namespace, kind="namespaces")
@@ -237,6 +241,15 @@ class Cluster:
         """Whoever reads the output of a pod loses the connection here, once."""
         with self._changed:
             self._lines[self._find("default", "pods", pod)["metadata"]["uid"]].append(None)
+            self._changed.notify_all()
+
+    def cut_log(self, pod: str, lines: int) -> None:
+        """A node throws away the first lines of a pod's output; whoever reads it loses the connection."""
+        with self._changed:
+            uid = self._find("default", "pods", pod)["metadata"]["uid"]
+            old = self._lines[uid]
+            self._lines[uid] = old[lines:]
+            old.append(None)
             self._changed.notify_all()
 
     # What both need.

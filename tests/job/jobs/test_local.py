@@ -84,7 +84,7 @@ def test_a_job_in_the_background_has_a_story_and_can_be_stopped_and_gone_on_with
     assert re.search(r"^state +running, 1 start, submitted 20", out, re.MULTILINE)
     assert f"run         long  ({bucket}/runs/long)" in out
     assert re.search(r"^attempt 1 +20.*, 1 × ", out, re.MULTILINE)
-    header, row = succeeded(ddpm("jobs", "list", "--on", "local")).splitlines()
+    _, row = succeeded(ddpm("jobs", "list", "--on", "local")).splitlines()
     assert row.split()[:3] == ["train-long", "local", "running"]
     assert json.loads(succeeded(ddpm("jobs", "describe", "train-long", "-o", "json")))["process"]["pid"] == pid
 
@@ -161,6 +161,30 @@ def test_a_number_that_another_process_has_now_is_nobody(tmp_path):
         bystander.wait()
 
 
+def test_a_machine_that_was_started_anew_runs_no_job_of_before():
+    local = backend()
+    local.submit(spec("--dataset", "a"))
+    ended("train-a")
+    before = load_record("train-a").process.model_copy(update={"boot_id": "another", "pid": os.getpid()})
+    note_in_record("train-a", process=before, supervisor=before, exit_code=None)
+    assert local.status("train-a").state is State.GONE
+    local.submit(spec("--dataset", "a"))
+    assert ended("train-a").exit_code == 66
+
+
+def test_a_job_of_another_machine_that_shares_the_folder_is_in_nobody_s_way():
+    local = backend()
+    local.submit(spec("--dataset", "a"))
+    ended("train-a")
+    there = load_record("train-a").process.model_copy(update={"host": "another"})
+    note_in_record("train-a", process=there, supervisor=there, exit_code=None)
+    assert (local.status("train-a").state, local.status("train-a").place) == (State.RUNNING, "another")
+    with pytest.raises(BadRequestError, match="runs on 'another'"):
+        local.cancel("train-a")
+    local.submit(spec("--dataset", "a"))
+    assert ended("train-a").exit_code == 66
+
+
 def test_two_that_submit_the_same_job_at_once_start_it_once(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "race"), "--epochs", "1000", "--detach"]
     children = [
@@ -187,9 +211,7 @@ def test_variables_of_the_target_reach_the_job_and_nothing_secret_is_remembered(
 
 def test_a_job_may_be_packing_or_sampling(bucket):
     succeeded(ddpm("train", *about(bucket, "short"), "--epochs", 1))
-    out = succeeded(
-        ddpm("submit", "sample", "--run", "short", "--bucket", bucket, "--seeds", "0-1", "--no-nearest")
-    )
+    out = succeeded(ddpm("submit", "sample", "--run", "short", "--bucket", bucket, "--seeds", "0-1", "--no-nearest"))
     assert "epoch-0001-ddim-4-seeds-0-1-alone.png" in out
     words = ["submit", "pack", "landscape-sample", "small", "--size", 8, "--bucket", bucket]
     succeeded(ddpm(*words, "--detach"))

@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -138,7 +139,9 @@ def test_a_configuration_file_of_this_machine_travels_as_words(folder):
     assert "mine.yaml" in built("train", words, "local").argv
 
 
-@pytest.mark.parametrize("value", [1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""])
+@pytest.mark.parametrize(
+    "value", [1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""]
+)
 def test_every_value_survives_the_way_into_a_word(value, tmp_path):
     from job.jobs.building import _as_yaml
 
@@ -269,6 +272,18 @@ def test_a_dry_run_prints_the_request_alone_and_needs_nothing(folder, on):
     assert not (folder / "cache").exists()
 
 
+@pytest.mark.parametrize("on", ["container", "gke", "cluster", "vm", "batch"])
+def test_each_target_of_the_example_takes_each_verb(on):
+    example = str(resources.files("job.jobs") / "targets.example.yaml")
+    for words in (
+        ["train", *FOR_TRAIN],
+        ["sample", "--run", "celeba", "--seeds", "0-3"],
+        ["pack", "landscape-sample", "tiles", "--size", "16"],
+    ):
+        words = ["submit", *words, "--on", on, "--targets", example, "--bucket", "gs://mine", "--dry-run"]
+        assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
+
+
 def test_nothing_is_by_reference_and_scripts_are_blocks():
     shared = {"a": 1}
     text = formatted([{"one": shared, "two": shared, "script": "#!/bin/sh\necho\n"}, {}])
@@ -285,7 +300,7 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
     lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, vm))
     assert lines["job"] == "train-it, on vm (vm, project my-project, us-east1-b, then us-east1-c)"
     assert lines["command"] == "ddpm train --dataset a --run it --wait 80 --bucket gs://bucket"
-    assert lines["machines"].startswith("1 on g2-standard-8, 1 × nvidia-l4 each; spot")
+    assert lines["machines"].startswith("1 × g2-standard-8, 1 × nvidia-l4 each; spot")
     assert lines["limit"].startswith("10 hours")
     assert lines["cost"] == "at most $7.50 (1 × $0.75 per hour, as the target says, × 10 hours)"
     lines = plan_lines(replace(spec, spot=False), vm.model_copy(update={"price_per_hour": None}))

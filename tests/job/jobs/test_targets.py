@@ -49,7 +49,9 @@ def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
     assert kinds == {LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget}
     assert targets["vm"].zones == ("us-central1-a", "us-central1-b", "us-east1-c")
     assert targets["cluster"].node_selector == {"gpu": "l4"}
-    assert [targets[name].is_remote for name in ("local", "container", "gke", "vm", "batch")] == [False] * 2 + [True] * 3
+    assert [targets[name].is_remote for name in ("local", "container", "gke", "vm", "batch")] == [False] * 2 + [
+        True
+    ] * 3
     assert bucket_on("gke") == "gs://my-bucket"
     # What is in the example is worth reading: nothing that the defaults would say anyway.
     assert set(yaml.safe_load(EXAMPLE)) == {"local", "container", "gke", "cluster", "vm", "batch"}
@@ -66,10 +68,10 @@ def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_
 
 
 def test_a_file_that_was_named_must_be_there(monkeypatch):
-    with pytest.raises(MissingInputError, match="--targets no.yaml is not there"):
+    with pytest.raises(MissingInputError, match=r"--targets no\.yaml is not there"):
         load_targets(Path("no.yaml"))
     monkeypatch.setenv("DDPM_TARGETS", "neither.yaml")
-    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither.yaml is not there"):
+    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither\.yaml is not there"):
         load_targets()
 
 
@@ -164,7 +166,9 @@ def test_variables_that_only_sound_secret_are_let_through():
 
 def test_an_unknown_target_names_the_nearest():
     targets = load_targets() | parse_targets(GKE + "}", "f")
-    with pytest.raises(BadRequestError, match=r"no target 'gkee'; did you mean 'gke'\? \(there are: local, container, gke"):
+    with pytest.raises(
+        BadRequestError, match=r"no target 'gkee'; did you mean 'gke'\? \(there are: local, container, gke"
+    ):
         chosen_target(targets, "gkee")
     with pytest.raises(BadRequestError, match=r"no target 'mars' \(there are"):
         chosen_target(targets, "mars")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 
 import pytest
 
@@ -95,9 +96,7 @@ class EnginesClock:
 
 
 def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, is_finished: Callable[[], bool] = lambda: False):
-    return Watch(
-        Place(engine, places or ("a",)), spec, EnginesClock(engine), engine.told.append, is_finished
-    )
+    return Watch(Place(engine, places or ("a",)), spec, EnginesClock(engine), engine.told.append, is_finished)
 
 
 def test_a_job_that_ends_well_is_submitted_once():
@@ -154,7 +153,7 @@ def test_preemptions_in_between_do_not_count_as_failures():
 def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
     engine = Engine([G, *[75] * 12, (R, 0), (R, 700), 75, R, F])
     watching(engine, spec=replace(SPEC, max_hours=500.0)).run()
-    pauses = [later - earlier for earlier, later in zip(engine.submitted_at, engine.submitted_at[1:], strict=False)]
+    pauses = [later - earlier for earlier, later in pairwise(engine.submitted_at)]
     assert pauses[:6] == [10, 20, 40, 80, 160, 320]
     assert pauses[6:12] == [LONGEST_PAUSE_SECONDS] * 6
     assert pauses[12] == 700 + 2 * POLL_SECONDS + 10
@@ -218,7 +217,7 @@ def test_max_hours_hold_for_all_attempts_together():
     hours = [hours for _, hours in engine.submitted]
     assert hours[0] == 2.0
     assert 3 <= len(hours) <= 4
-    assert all(later < earlier - 0.5 for earlier, later in zip(hours, hours[1:], strict=False))
+    assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
 
 
 def test_time_without_a_machine_costs_nothing():

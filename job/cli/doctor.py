@@ -1,0 +1,33 @@
+"""`ddpm doctor`."""
+
+from typing import Annotated
+
+import typer
+
+from job.cli.options import DEFAULT_BUCKET, Targets
+
+
+def doctor(
+    on: Annotated[
+        str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")
+    ] = "local",
+    bucket: Annotated[
+        str, typer.Option("--bucket", metavar="URI", envvar="DDPM_BUCKET", help="Default: the target's bucket.")
+    ] = "",
+    no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Look at no bucket.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, at the end.")] = False,
+    targets: Targets = None,
+) -> None:
+    """Look whether a job on a target would have what it needs: a line for each thing, and what to do.
+
+    Ends with 0, or with the code that a job would end with for want of the first thing that is missing.
+
+    Example: ddpm doctor --on gke --bucket gs://my-bucket
+    """
+    from job.jobs.doctor import checks_of, tell
+    from job.jobs.targets import chosen_target, load_targets
+
+    target = chosen_target(load_targets(targets), on)
+    uri = "" if no_bucket else bucket or target.bucket or DEFAULT_BUCKET
+    if code := tell(checks_of(target, uri), as_json):
+        raise SystemExit(int(code))

@@ -1,0 +1,156 @@
+"""`--on container`: the words of a person, podman and the real image, from the first image to the last checkpoint."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from job.jobs.backends.base import State
+from job.jobs.backends.container import ContainerBackend
+from job.jobs.targets import ContainerTarget, load_targets
+from job.runs.checkpoints import list_checkpoints
+from job.store import open_store
+from tests.containers.podman import IMAGE, inspected, podman
+from tests.containers.runs import assert_equal, assert_stopped_in_an_epoch, training
+from tests.job.command_line import DDPM, ddpm, environment, refused, succeeded
+from tests.job.launching import ended, eventually
+
+HERE = ("--on", "container")
+
+
+def backend() -> ContainerBackend:
+    target = load_targets()["container"]
+    assert isinstance(target, ContainerTarget)
+    return ContainerBackend(target)
+
+
+def test_pack_and_train_with_what_comes_along(place):
+    bucket = place.parent / "new-bucket"
+    out = succeeded(ddpm("submit", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket, *HERE))
+    assert "299 colour, 16×16 pixels" in out
+    out = succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
+    assert "Run 'first' is finished: 1 epoch, 299 images seen." in out
+    # Where the container says that pictures lie, they lie for whoever submitted it, too.
+    pictures = [Path(line.split()[-1]) for line in out.splitlines() if line.startswith("picture")]
+    assert len(pictures) == 3
+    assert all(picture.stat().st_uid == bucket.stat().st_uid for picture in pictures)
+    assert backend().status("train-first").state is State.FINISHED
+    assert "is finished already" in succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
+
+
+def test_a_run_that_is_stopped_twice_has_the_weights_of_an_undisturbed_one(place):
+    run, other = (open_store(str(place)).sub(f"runs/{name}") for name in ("stopped", "undisturbed"))
+    words = [DDPM, "submit", *training("stopped", place), *HERE]
+    seen = 0
+    for number in (signal.SIGTERM, signal.SIGINT):
+        before = len(list_checkpoints(run)) if seen else 0
+        child = subprocess.Popen(words, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        eventually(lambda: child.poll() is not None or _checkpoints(run) > before, 120)  # noqa: B023
+        child.send_signal(number)
+        asked = time.monotonic()
+        code, _, err = ended(child, 60)
+        print(f"{number.name}: {time.monotonic() - asked:.1f} s to exit code {code}")
+        assert code == 75, err
+        assert "everything is saved, and the same command goes on from there" in err
+        assert backend().status("train-stopped").state is State.CANCELLED
+        now = assert_stopped_in_an_epoch(run)
+        assert now > seen
+        seen = now
+    succeeded(ddpm("submit", *training("stopped", place), *HERE))
+    succeeded(ddpm("submit", *training("undisturbed", place), *HERE))
+    assert_equal(run, other)
+
+
+def _checkpoints(run):
+    return len(list_checkpoints(run)) if run.exists("config.yaml") else 0
+
+
+def test_in_the_background_it_is_listed_followed_and_cancelled(place):
+    run = open_store(str(place)).sub("runs/behind")
+    out = succeeded(ddpm("submit", *training("behind", place, 10_000), *HERE, "--detach"))
+    assert "ddpm jobs logs train-behind --on container -f" in out
+    said = refused(ddpm("submit", *training("behind", place, 10_000), *HERE, "--detach"), 64)
+    assert "train-behind runs in a container already" in said
+    eventually(lambda: _checkpoints(run), 120)
+    status = backend().status("train-behind")
+    assert (status.state, status.attempts) == (State.RUNNING, 1)
+    assert "train-behind" in succeeded(ddpm("jobs", "list", *HERE))
+    follower = subprocess.Popen(
+        [DDPM, "jobs", "logs", "train-behind", *HERE, "-f"], env=environment(), stdout=subprocess.PIPE, text=True
+    )
+    succeeded(ddpm("jobs", "cancel", "train-behind", *HERE))
+    assert "everything is saved" in follower.communicate(timeout=60)[0]
+    status = backend().status("train-behind")
+    assert (status.state, status.exit_code) == (State.CANCELLED, 75)
+    assert json.loads(json.dumps(backend().describe("train-behind")))["Config"]["Labels"]["ddpm-bucket"] == str(place)
+    backend().cancel("train-behind")
+    assert backend().status("train-behind").state is State.GONE
+    assert "66" not in str(refused(ddpm("jobs", "logs", "train-behind", *HERE), 66))
+
+
+def test_the_container_is_confined(place):
+    succeeded(ddpm("submit", *training("confined", place, 10_000), *HERE, "--detach"))
+    (found,) = json.loads(podman("container", "inspect", "train-confined").stdout)
+    host = found["HostConfig"]
+    assert host["ReadonlyRootfs"]
+    assert host["ShmSize"] == 2 << 30
+    assert not found["EffectiveCaps"]
+    mounts = {mount["Destination"]: mount for mount in found["Mounts"]}
+    assert mounts.keys() == {str(place), "/scratch"}
+    script = "touch /x; touch /opt/ddpm/x; touch /tmp/x /scratch/x && echo wrote"
+    done = podman("exec", "train-confined", "sh", "-c", script, check=False)
+    assert done.stdout == "wrote\n"
+    assert done.stderr.count("Read-only file system") == 2
+    podman("rm", "--force", "--time", "0", "train-confined")
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        (("--set", "train.batch_size=0"), 78, "train.batch_size"),
+        (("--set", "no.such_key=1"), 78, "no.such_key"),
+        (("--preset", "nonesuch"), 64, "nonesuch"),
+    ],
+)
+def test_a_bad_setting_has_its_code_and_a_line(place, words, code, says):
+    assert says in refused(ddpm("submit", *training("bad", place), *words, *HERE), code)
+
+
+def test_what_only_the_container_finds_has_its_code(place):
+    """A batch that the processes cannot share is found by the launcher in the container."""
+    done = ddpm("submit", *training("wide", place), "--processes", 24, *HERE)
+    assert "24 processes cannot share" in refused(done, 78)
+    assert inspected("train-wide")["ExitCode"] == 78
+    assert backend().status("train-wide").state is State.FAILED
+    done = ddpm("submit", "train", "--dataset", "nowhere", "--bucket", place, *HERE)
+    assert "nowhere" in refused(done, 66)
+
+
+def test_an_image_that_is_nowhere(place):
+    Path("targets.yaml").write_text("container: {image: 127.0.0.1:1/ddpm:latest}\n")
+    done = ddpm("submit", *training("imageless", place), *HERE)
+    # Above it stands what the engine said.
+    assert "ddpm: image 127.0.0.1:1/ddpm:latest could not be pulled" in done.stderr.splitlines()[-1]
+    assert done.returncode == 66
+    assert backend().status("train-imageless").state is State.GONE
+
+
+def test_without_an_engine_it_says_what_to_install(place, tmp_path):
+    said = refused(ddpm("submit", *training("a", place), *HERE, PATH=str(tmp_path)), 66)
+    assert "apt-get install podman" in said
+
+
+def test_the_doctor_looks_into_the_container(place):
+    began = time.monotonic()
+    out = succeeded(ddpm("doctor", *HERE, "--bucket", place))
+    print(f"doctor: {time.monotonic() - began:.1f} s")
+    assert not [line for line in out.splitlines() if not line.startswith("ok ")]
+    assert f"image                     {IMAGE}" in out
+    assert "2,048 MiB in /dev/shm" in out
+    assert "2 processes by gloo" in out
+    assert not (place / "doctor").exists()

@@ -1,0 +1,106 @@
+"""Rendered Jobs as a cluster would run them: the real image as pods, an object server, and the Jobs' own retry rules."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from job.runs.checkpoints import list_checkpoints
+from job.store import Store, open_store
+from tests.containers.job_runner import Attempt, JobRunner
+from tests.containers.podman import IMAGE
+from tests.containers.runs import assert_equal, training
+from tests.job.command_line import ddpm, succeeded
+
+
+@pytest.fixture
+def bucket(gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A gs:// bucket with the packed images, and a target whose pods find its server on the host's loopback."""
+    monkeypatch.chdir(tmp_path)
+    target = {
+        "backend": "kubernetes",
+        "image": IMAGE,
+        "bucket": gcs_bucket,
+        "cluster": "plain",
+        "gpus": 0,
+        "memory": "4Gi",
+        "grace_seconds": 30,
+        "env": {"STORAGE_EMULATOR_HOST": gcs_server, "OMP_NUM_THREADS": "1"},
+    }
+    Path("targets.yaml").write_text(json.dumps({"cluster": target}))
+    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", gcs_bucket))
+    return gcs_bucket
+
+
+def rendered(*words: object) -> dict[str, Any]:
+    """The Job that a dry run prints."""
+    out = succeeded(ddpm("submit", *words, "--on", "cluster", "--dry-run", "-o", "json"))
+    job = json.loads(out)
+    return job[0] if isinstance(job, list) else job
+
+
+def of(bucket: str, run: str) -> Store:
+    return open_store(bucket).sub(f"runs/{run}")
+
+
+def test_a_run_that_is_terminated_and_disrupted_ends_with_the_weights_of_an_undisturbed_one(bucket):
+    run, ended = of(bucket, "taken"), set[str]()
+
+    def once_it_has_saved(attempt: Attempt) -> None:
+        if attempt.number > 1 or attempt.pod in ended:
+            return
+        if run.exists("config.yaml") and any(ref.fence == attempt.number + 1 for ref in list_checkpoints(run)):
+            ended.add(attempt.pod)
+            attempt.disrupt() if attempt.number else attempt.terminate()
+
+    runner = JobRunner(rendered(*training("taken", bucket)), once_it_has_saved)
+    assert runner.run() == "Complete"
+    outcomes = [(attempt.exit_code, attempt.action) for attempt in runner.attempts]
+    assert outcomes == [(75, "Ignore"), (75, "Ignore"), (0, "")]
+    assert all("everything is saved, and the same command goes on" in each.output for each in runner.attempts[:2])
+    fences = {ref.fence for ref in list_checkpoints(run)}
+    assert max(fences) == 3
+    assert JobRunner(rendered(*training("undisturbed", bucket))).run() == "Complete"
+    assert_equal(run, of(bucket, "undisturbed"))
+
+
+def test_two_slices_make_each_image_once(bucket):
+    assert JobRunner(rendered(*training("drawn", bucket, epochs=1))).run() == "Complete"
+    count, run = 40, of(bucket, "drawn")
+    words = ("sample", "--run", "drawn", "--count", count, "--save", "png", "--bucket", bucket, "--slices", 2)
+    job = rendered(*words)
+    assert (job["spec"]["completions"], job["spec"]["backoffLimitPerIndex"]) == (2, 4)
+    runner = JobRunner(job)
+    assert runner.run() == "Complete", [attempt.output for attempt in runner.attempts]
+    assert sorted((attempt.index, attempt.exit_code) for attempt in runner.attempts) == [(0, 0), (1, 0)]
+    made = [entry.key for entry in run.list("samples") if entry.key.endswith(".png") and "-40-png/" in entry.key]
+    print("\n".join(made[:3]))
+    assert len({key.rpartition("/")[2] for key in made if "grid" not in key}) == count
+    # What is there is not made again.
+    again = JobRunner(job)
+    assert again.run() == "Complete"
+    assert all("complete already" in attempt.output for attempt in again.attempts)
+
+
+@pytest.mark.parametrize(
+    ("words", "code"), [(("--processes", "40"), 78), (("--dataset", "nowhere", "--run", "other"), 66)]
+)
+def test_what_would_come_again_is_not_tried_again(bucket, words, code):
+    runner = JobRunner(rendered(*training("bad", bucket), *words))
+    assert runner.run() == "PodFailurePolicy"
+    assert [(attempt.exit_code, attempt.action) for attempt in runner.attempts] == [(code, "FailJob")]
+    assert len([line for line in runner.attempts[0].output.splitlines() if line.startswith("ddpm:")]) == 1
+
+
+def test_a_crash_is_tried_again_but_not_for_ever(bucket):
+    job = rendered(*training("crashing", bucket))
+    job["spec"]["backoffLimit"] = 1
+    # The kernel does this when memory runs out.
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    container["command"] = ["sh", "-c", "exit 137"]
+    runner = JobRunner(job)
+    assert runner.run() == "BackoffLimitExceeded"
+    assert [(attempt.exit_code, attempt.action) for attempt in runner.attempts] == [(137, "Count")] * 2

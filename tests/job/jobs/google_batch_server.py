@@ -1,0 +1,136 @@
+"""Google Batch: jobs and their tasks (cloud.google.com/batch/docs/reference/rest/v1)."""
+
+from __future__ import annotations
+
+import re
+from datetime import UTC, datetime
+from typing import Any
+
+from google.cloud import batch_v1
+
+from tests.job.jobs.google_services import Refusal, as_json, parsed, require
+
+_LOCATION = r"projects/([^/]+)/locations/([^/]+)"
+_OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
+
+
+class BatchService:
+    """What it knows. Jobs stay as they are until a test moves them on."""
+
+    def __init__(self, project: str) -> None:
+        self.project = project
+        self.jobs: dict[str, dict[str, Any]] = {}
+        """By full name."""
+        self.tasks: dict[str, list[dict[str, Any]]] = {}
+        self._by_request: dict[str, dict[str, Any]] = {}
+
+    def move(self, name: str, state: str, event: str = "") -> None:
+        """Has the job of that short name in a state, with a word about it."""
+        for full, job in self.jobs.items():
+            if full.endswith(f"/jobs/{name}"):
+                job["status"]["state"] = state
+                job["status"]["statusEvents"].append({"description": event or f"Job state is set to {state}"})
+
+    def end_task(self, name: str, code: int, index: int = 0) -> None:
+        """Has a task of the job run, and end with a code."""
+        full = next(full for full in self.jobs if full.endswith(f"/jobs/{name}"))
+        tasks = self.tasks.setdefault(full, [])
+        while len(tasks) <= index:
+            tasks.append(
+                {
+                    "name": f"{full}/taskGroups/group0/tasks/{len(tasks)}",
+                    "status": {"state": "PENDING", "statusEvents": []},
+                }
+            )
+        status = tasks[index]["status"]
+        word = "SUCCEEDED" if code == 0 else "FAILED"
+        status["statusEvents"].append({"description": "Task state is set to RUNNING", "taskState": "RUNNING"})
+        event: dict[str, Any] = {"description": f"Task state is set to {word}", "taskState": word}
+        if code:
+            event["taskExecution"] = {"exitCode": code}
+        status["statusEvents"].append(event)
+        status["state"] = word
+
+    def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
+        match = re.fullmatch(rf"/v1/({_LOCATION}/jobs)(?:/([^/:]+))?(?:/taskGroups/([^/]+)/tasks)?(:cancel)?", path)
+        if not match:
+            return None
+        parent, project, location, name, group, cancel = match.groups()
+        if project != self.project:
+            raise Refusal(403, f"Permission 'batch.jobs.get' denied on resource 'projects/{project}'")
+        if name is None:
+            if method == "POST":
+                return self._create(parent, location, query, body)
+            return {"jobs": [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]}
+        full = f"{parent}/{name}"
+        if full not in self.jobs:
+            raise Refusal(404, f"Resource '{full}' was not found")
+        job = self.jobs[full]
+        if group:
+            return {"tasks": self.tasks.get(full, [])}
+        if cancel:
+            if job["status"]["state"] in _OVER:
+                raise Refusal(400, f"Job {name} is in a terminal state and cannot be cancelled")
+            self.move(name, "CANCELLED")
+            return {"name": f"{parent}/operations/cancel-{name}", "done": True}
+        if method == "DELETE":
+            del self.jobs[full]
+            return {"name": f"{parent}/operations/delete-{name}", "done": True}
+        return job
+
+    def _create(self, parent: str, location: str, query: dict[str, str], body: Any) -> dict[str, Any]:
+        if query.get("requestId") in self._by_request:
+            return self._by_request[query["requestId"]]
+        job = as_json(parsed(body, batch_v1.Job))
+        name = query.get("jobId", "")
+        require(bool(re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name)), f"job_id {name!r} is not valid")
+        check_job(job, location)
+        full = f"{parent}/{name}"
+        if full in self.jobs:
+            raise Refusal(409, f"Resource '{full}' already exists")
+        job |= {
+            "name": full,
+            "uid": f"{name}-{len(self._by_request)}",
+            "createTime": datetime.now(UTC).isoformat().replace("+00:00", "Z"),
+            "status": {"state": "QUEUED", "statusEvents": []},
+        }
+        self.jobs[full] = job
+        if "requestId" in query:
+            self._by_request[query["requestId"]] = job
+        return job
+
+
+def check_job(job: dict[str, Any], location: str) -> None:
+    """The rules that the reference pages give, and the proto does not."""
+    groups = job.get("taskGroups", [])
+    require(len(groups) == 1, "Only one task group is supported")
+    group = groups[0]
+    task = group.get("taskSpec", {})
+    require(1 <= int(group.get("taskCount", 1)) <= 10000, "taskCount must be 1 to 10000")
+    require(int(group.get("taskCountPerNode", 1)) >= 1, "taskCountPerNode must be positive")
+    require(0 <= task.get("maxRetryCount", 0) <= 10, "maxRetryCount must be 0 to 10")
+    require(0 < float(task.get("maxRunDuration", "1s").removesuffix("s")) <= 14 * 86400, "maxRunDuration is too long")
+    policies = task.get("lifecyclePolicies", [])
+    require(len(policies) <= 1, "Only one lifecycle policy is supported")
+    for policy in policies:
+        require(policy.get("action") in ("RETRY_TASK", "FAIL_TASK"), "A policy needs an action")
+        codes = policy.get("actionCondition", {}).get("exitCodes", [])
+        require(bool(codes) and 0 not in codes, "A policy needs exit codes, which are not 0")
+    runnables = task.get("runnables", [])
+    require(bool(runnables), "A task needs runnables")
+    for runnable in runnables:
+        container = runnable.get("container", {})
+        require(bool(container.get("imageUri")), "A container needs an image")
+        # Everything but these is ignored then, among it the options that the container cannot do without.
+        require(not container.get("enableImageStreaming"), "Image streaming drops options")
+    policy = job.get("allocationPolicy", {})
+    places = policy.get("location", {}).get("allowedLocations", [])
+    inside = (place == f"regions/{location}" or place.startswith(f"zones/{location}-") for place in places)
+    require(bool(places) and all(inside), f"allowed locations {places} are not in {location}")
+    instances = policy.get("instances", [])
+    require(len(instances) == 1, "Only instances[0] is supported")
+    own = instances[0].get("policy", {})
+    require(bool(own.get("machineType")), "A machine type is needed")
+    require(own.get("provisioningModel") in ("SPOT", "STANDARD"), "Invalid provisioning model")
+    for key, value in job.get("labels", {}).items():
+        require(bool(re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) and re.fullmatch(r"[a-z0-9_-]{0,63}", value)), "Label")

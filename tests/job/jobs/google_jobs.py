@@ -1,0 +1,107 @@
+"""Jobs for VMs and for Batch whose requests are kept beside the tests, and the servers that clients talk to here."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+from google.cloud import batch_v1, compute_v1
+
+from job.jobs.backends.batch_manifests import job
+from job.jobs.backends.vm_manifests import instances
+from job.jobs.spec import JobSpec
+from job.jobs.targets import BatchTarget, VmTarget
+from tests.job.jobs.google_batch_server import check_job
+from tests.job.jobs.google_compute_server import check_instance
+from tests.job.jobs.google_server import PROJECT
+from tests.job.jobs.google_services import Refusal, as_json, parsed
+
+GOLDEN = Path(__file__).with_name("golden")
+BUCKET = "gs://bucket"
+IMAGE = "us-central1-docker.pkg.dev/my-project/ddpm/ddpm:1"
+ACCOUNT = "ddpm@my-project.iam.gserviceaccount.com"
+ZONES, REGIONS = ("us-central1-a", "us-east1-c"), ("us-central1", "us-east1")
+VM = VmTarget(name="vm", backend="vm", project=PROJECT, zones=ZONES, image=IMAGE, service_account=ACCOUNT)
+BATCH = BatchTarget(
+    name="batch", backend="batch", project=PROJECT, regions=REGIONS, image=IMAGE, service_account=ACCOUNT
+)
+EIGHT = {"machine_type": "g2-standard-96", "network": "ddpm", "subnetwork": "ddpm-us-central1"}
+T4 = {"machine_type": "n1-standard-8", "gpu_type": "nvidia-tesla-t4", "service_account": ""}
+
+
+def spec(name: str = "celeba", **changes: Any) -> JobSpec:
+    """A training job; `changes` replace its fields."""
+    argv = ("train", "--dataset", "celeba", "--wait", "65", "--bucket", BUCKET)
+    given: dict[str, Any] = {"verb": "train", "argv": argv, "image": IMAGE, "bucket": BUCKET, "run": "celeba"}
+    return JobSpec(name=name, **given | changes)
+
+
+def sampling(name: str = "sample-celeba", slices: int = 3, **changes: Any) -> JobSpec:
+    """Many images, in slices."""
+    argv = ("sample", "--run", "celeba", "--checkpoints", "490", "--count", "50000", "--bucket", BUCKET)
+    return spec(name, **{"verb": "sample", "argv": argv, "slices": slices} | changes)
+
+
+JOBS: dict[str, tuple[JobSpec, dict[str, Any]]] = {
+    "one-gpu-spot": (spec(env={"NCCL_DEBUG": "INFO"}), {}),
+    "eight-gpus": (spec(gpus=8, spot=False, max_hours=72.0, labels={"team": "vision"}), EIGHT),
+    "extra-gpus": (spec(gpus=2), T4),
+    "sampling-slices": (sampling(), {}),
+}
+"""The case's name is its file's: the job, and what differs in the target."""
+
+
+def rendered(backend: str, case: str) -> list[dict[str, Any]]:
+    """What is sent for a case of `JOBS`."""
+    one, changes = JOBS[case]
+    if backend == "vm":
+        return instances(one, VM.model_copy(update=changes), ZONES[0])
+    return [job(one, BATCH.model_copy(update=changes), REGIONS[0])]
+
+
+def judged(backend: str, made: dict[str, Any]) -> list[str]:
+    """What the proto and the services' rules say against a request; empty if it is right."""
+    kind = compute_v1.Instance if backend == "vm" else batch_v1.Job
+    try:
+        message = parsed(copy.deepcopy(made), kind)
+        if backend == "vm":
+            check_instance(as_json(message), ZONES[0])
+        else:
+            check_job(as_json(message), REGIONS[0])
+        return []
+    except Refusal as refusal:
+        return [str(refusal)]
+
+
+def user_data(instance: dict[str, Any]) -> dict[str, Any]:
+    """The cloud-init configuration of a VM, as YAML's data."""
+    (text,) = [item["value"] for item in instance["metadata"]["items"] if item["key"] == "user-data"]
+    assert text.startswith("#cloud-config\n")
+    return yaml.safe_load(text)
+
+
+def files_of(instance: dict[str, Any]) -> dict[str, str]:
+    """The files that cloud-init writes, by path."""
+    return {file["path"]: file["content"] for file in user_data(instance)["write_files"]}
+
+
+def readable(made: list[dict[str, Any]]) -> str:
+    """Requests as YAML, with scripts as blocks; JSON's own data types."""
+
+    class Dumper(yaml.SafeDumper):
+        def ignore_aliases(self, data: Any) -> bool:
+            return True
+
+    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
+        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+    Dumper.add_representer(str, text)
+    return yaml.dump_all(json.loads(json.dumps(made)), Dumper=Dumper, sort_keys=False, width=120)
+
+
+def never() -> bool:
+    """Nobody stops this test."""
+    return False
