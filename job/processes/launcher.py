@@ -45,7 +45,8 @@ ABANDON_SECONDS = 10.0
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _PR_SET_CHILD_SUBREAPER = 36
-_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk or a driver", "T": "stopped"}
+_STOPPED = "stopped"
+_STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk or a driver", "T": _STOPPED}
 
 
 def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
@@ -248,9 +249,15 @@ class _Job:
         is_hung = any(silent_seconds[rank.number] > self._hang_after_seconds for rank in living)
         if not is_hung or not self._hang_after_seconds or self._killed_at < float("inf"):
             return
+        states = {rank.number: _state(rank.process.pid) for rank in living}
+
+        def turn(rank: _Rank) -> tuple[bool, float]:
+            # One that is stopped may have had the last word, so that the others wait for it.
+            return states[rank.number] != _STOPPED, self._heartbeats.last_beat(rank.number)
+
         # The others soon wait for the first one, and are silent as well.
-        first = min(living, key=lambda rank: self._heartbeats.last_beat(rank.number))
-        self._hung = _Hung(first.number, silent_seconds[first.number], _state(first.process.pid))
+        first = min(living, key=turn)
+        self._hung = _Hung(first.number, silent_seconds[first.number], states[first.number])
         self._dump_stacks()
         self._kill()
 

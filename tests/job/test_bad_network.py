@@ -18,9 +18,9 @@ import job.store
 from ddpm.training import TrainState
 from job.data.pack import pack
 from job.exits import Exit
+from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
-from job.runs.records import lease
 from job.session import TrainingSession
 from job.store import ConflictError, ObjectExistsError, Store, open_store
 from job.store.patient import open_patient

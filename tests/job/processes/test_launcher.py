@@ -87,6 +87,7 @@ def test_the_first_failure_is_the_exit_code_and_ends_the_others(tmp_path, code, 
 
 def test_what_rank_0_said_is_not_said_again(tmp_path):
     code = """
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
     print(f"ddpm: the same of {rank}", file=sys.stderr, flush=True)
     ready(); all_ready()
     sys.exit(66)
