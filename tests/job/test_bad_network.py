@@ -106,6 +106,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
     return dataset_id, open_store(str(folder)).sub("runs/walk")
 
 
+@pytest.mark.parametrize("proxied", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
     undisturbed: tuple[str, Store], proxied: tuple[FaultyProxy, str]
 ) -> None:
