@@ -20,7 +20,7 @@ MAX_NUMBERS = 10_000
 MAX_COUNT = 10**9
 MAX_SEED = 10**18 - 1
 
-_CHECKPOINTS = re.compile(r"latest|all|\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
+_CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class SampleRequest:
         """
         if not self.slice:
             return 0, 1
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", self.slice)
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", self.slice)
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
@@ -211,7 +211,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     """
     numbers: list[int] = []
     for word in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", word)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match:
             raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import random
 import select
 import signal
 import socket
@@ -351,6 +352,12 @@ def _state(pid: int) -> str:
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that the kernel gives to connections: one of these would be taken before a rank listens."""
+    first_given = 32768
+    with suppress(OSError, ValueError):
+        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in [*random.sample(range(10_000, max(first_given, 10_100)), 50), 0]:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return int(listener.getsockname()[1])
+    raise OSError("no port is free for the processes of this machine to meet at")

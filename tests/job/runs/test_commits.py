@@ -87,6 +87,7 @@ def begun(
             {"model": {"w": torch.zeros(100)}},
             dataset_images=DATASET_IMAGES,
             segments=[],
+            aside=set(),
             outage=Outage(60, notes.append),
             grace_seconds=grace_seconds,
             notice=Notice(lambda: False, grace_seconds),

@@ -273,7 +273,7 @@ def test_who_makes_a_piece_again_does_no_harm(trained, gcs_bucket, save):
     assert np.array_equal(read_images(batch, batch.load(0), 16), images[:16])
     key = "piece-00001.tar" if save == "shards" else "piece-00001/000000016.png"
     batch.store.create(key, b"something else")
-    with pytest.raises(BadDataError, match=f"{key} is not the (piece|image) that belongs there: delete it"):
+    with pytest.raises(BadDataError, match=f"{key} is not what belongs there, or damaged: delete it"):
         commit_piece(batch, 1, images[16:])
     assert batch.committed() == {0}
 
