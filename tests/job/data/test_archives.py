@@ -70,6 +70,17 @@ def test_control_characters_in_names_become_visible(tmp_path):
     ]
 
 
+def test_what_follows_the_end_mark_is_not_left_out_in_silence(tmp_path):
+    first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]) for name in "ab")
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(BadDataError, match="holds more behind its end mark"):
+        read(joined)
+    zeros = tmp_path / "zeros.tar"
+    zeros.write_bytes(first.read_bytes() + bytes(100_000))
+    assert read(zeros) == [("a.jpg", b"1")]
+
+
 def test_backslashes_of_windows_separate_folders(tmp_path):
     assert read(zip_of(tmp_path / "a.zip", [("cats\\1.jpg", b"1")])) == [("cats/1.jpg", b"1")]
 
