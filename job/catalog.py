@@ -179,19 +179,19 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     index = load_index(bucket, key)
 
     from ddpm import figures
-    from job.data.cache import default_cache_dir, open_cache
+    from job.data.cache import default_cache_dir
+    from job.data.chosen_images import ChosenImages
     from job.runs.provenance import put_picture
     from job.sampling.pictures import write_picture
 
-    cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=32 * 10**9)
-    everything = np.arange(index.images)
-    labels = cache.labels(everything)
+    images = ChosenImages(bucket, key, index, default_cache_dir())
+    labels = images.labels
     print(describe(index, bucket))
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     chosen = _spread(labels, len(index.classes))
     sheet = figures.png(
-        figures.contact_sheet(cache.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
+        figures.contact_sheet(images.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
     )
     if output is None:
         put_picture(bucket, f"{key}/{CONTACT_SHEET}", sheet)

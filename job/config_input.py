@@ -66,6 +66,9 @@ def parse_yaml(text: str | bytes) -> Any:
         return yaml.load(text, _PlainLoader)  # noqa: S506 -- a SafeLoader
     except RecursionError:
         raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # What a tag or the look of a value promised: 2020-99-99, !!int x, a number of thousands of digits.
+        raise yaml.YAMLError(f"not the value it seems to be: {error}") from None
 
 
 def _load_yaml(text: str, where: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ MAX_SEED = 10**18 - 1
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
-_CHECKPOINTS = re.compile(r"latest|all|\s*\d{1,9}\s*(,\s*\d{1,9}\s*)*")
+_CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ class SampleRequest:
                 raise BadRequestError(
                     f"--slice {self.slice}: this is no task of Google Batch, which sets {BATCH_TASK_INDEX}"
                 )
-        match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", f"{index}{separator}{slices}")
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", f"{index}{separator}{slices}")
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
@@ -221,7 +221,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     """
     numbers: list[int] = []
     for word in text.split(","):
-        match = re.fullmatch(r"\s*(\d{1,18})(?:-(\d{1,18}))?\s*", word)
+        match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match:
             raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])

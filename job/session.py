@@ -41,7 +41,7 @@ from job.processes.stopping import Agreement
 from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
-from job.runs.checkpoints import MetricSegment
+from job.runs.checkpoints import CheckpointRef, MetricSegment
 from job.runs.commits import Commits
 from job.runs.grace import Notice
 from job.runs.lease import Lease
@@ -87,6 +87,8 @@ class TrainingSession:
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
         self.commits: Commits | None = None
+        self.set_aside: set[CheckpointRef] = set()
+        """Checkpoints that were found not to verify."""
         self.status: StatusReporter | None = None
         self.last_row: metrics.Row = {}
         self.committed_images = -1
@@ -112,6 +114,7 @@ class TrainingSession:
                 self.state.tensors(),
                 dataset_images=self.dataset_images,
                 segments=segments,
+                aside=self.set_aside,
                 outage=self.plan.run.outage,
                 grace_seconds=grace_seconds,
                 notice=self.stop,
@@ -135,7 +138,8 @@ class TrainingSession:
         tensors = self.state.tensors()
 
         def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
-            with newest_good(self.plan.run, ("model", "ema", "optimizer"), self.bar.note) as restored:
+            groups = ("model", "ema", "optimizer")
+            with newest_good(self.plan.run, groups, self.bar.note, self.set_aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
+from job.exits import LostRunError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks
@@ -40,15 +41,23 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
     ranks = Ranks(accelerator, notice)
     lease: Lease | None = None
 
-    def begin() -> tuple[RunConfig, Attempt]:
+    def take() -> int:
         nonlocal lease
         floor = records.highest_fence(plan.run)
         # The lease itself keeps to its own times, so its store must not wait.
         lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, notice, note)
-        return _begin(plan, lease.fence, precision, ranks)
+        return lease.fence
 
     try:
-        config, attempt = ranks.on_main(begin)
+        fence, planned = ranks.on_main(take), plan
+        # Whoever held the run until now may have begun it, or changed it.
+        plan = plan_run(request, notice)
+        if planned.is_new and not plan.is_new and plan.config.train.precision != precision:
+            raise LostRunError(
+                f"{plan.run.uri} was begun by another attempt meanwhile, with train.precision="
+                f"{plan.config.train.precision}: the same command goes on"
+            )
+        config, attempt = ranks.on_main(lambda: _begin(plan, fence, precision, ranks))
         with Progress("reading images", unit="images", total=plan.index.images, disable=not ranks.is_main) as bar:
             cache = open_cache(
                 plan.bucket,
@@ -74,6 +83,8 @@ def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks) -> tuple[RunCon
     if plan.is_new:
         resolved = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
         config = records.create_config(plan.run, resolved)
+        if config != resolved:
+            raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
     attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device)

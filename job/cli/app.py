@@ -86,6 +86,8 @@ def run() -> None:
     except JobError as error:
         _fail(str(error), error.exit_code)
     except OSError as error:
+        if "No usable temporary directory" in str(error):
+            _fail("no folder for temporary files can be written: free some space, or set TMPDIR", Exit.DISK_FULL)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             _fail(f"no space left on the disk{_at(error)}: free some, or set TMPDIR to a larger one", Exit.DISK_FULL)
         if isinstance(error, PermissionError):

@@ -11,7 +11,7 @@ Bucket = Annotated[
         "--bucket",
         metavar="URI",
         envvar="DDPM_BUCKET",
-        help="Where datasets and runs lie: gs://NAME[/PREFIX] or a local folder.",
+        help="Where datasets and runs lie: gs://NAME[/PREFIX], s3://NAME[/PREFIX] or a local folder.",
         show_envvar=True,
     ),
 ]

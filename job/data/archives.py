@@ -130,12 +130,16 @@ class TarStream:
         return self._last_block
 
     def finish(self) -> None:
-        """Raises unless the archive ends as a tar does: `tarfile` takes a damaged header for the end."""
+        """Raises unless the archive ends as a tar does: `tarfile` takes zeros in place of a header for the end."""
         if self._last_block != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it has no end mark")
         # A checksum is compared when the end is reached.
-        while not self._skips and self.read(_BLOCK_BYTES):
-            pass
+        while block := self.read(_BLOCK_BYTES):
+            if block.strip(b"\0"):
+                raise RefusedError(
+                    "holds more behind its end mark, which is not read: was it joined with `cat`, or is it damaged? "
+                    "Unpack it, and pack the folder"
+                )
 
 
 class Idx(Source):

@@ -35,6 +35,7 @@ ENTRY_BYTES = 256 * 1024 * 1024
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 
+_NO_TEXT = re.compile(r"[\udc80-\udcff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -216,9 +217,13 @@ def is_litter(component: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become escapes."""
-    text = name.encode(errors="surrogateescape").decode(errors="backslashreplace")
-    return _CONTROL.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become `%xx`.
+
+    Backslashes would be taken for separators of folders, and what follows them for names of classes.
+    """
+    text = name.encode(errors="surrogateescape").decode(errors="surrogateescape")
+    text = _NO_TEXT.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02x}", text)
+    return _CONTROL.sub(lambda match: f"%{ord(match[0]):02x}", text)
 
 
 def _hash(name: str) -> int:

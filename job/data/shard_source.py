@@ -162,7 +162,15 @@ class ShardSource:
             BadDataError: it is not the image that was packed.
         """
         record = self.records[self.starts[shard] + row]
-        content = os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+        return self.checked(shard, row, os.pread(descriptor, int(record["bytes"]), int(record["offset"])))
+
+    def checked(self, shard: int, row: int, content: bytes) -> bytes:
+        """Returns what was read of image `row` (within the shard) if it is the image that was packed.
+
+        Raises:
+            BadDataError: it is not.
+        """
+        record = self.records[self.starts[shard] + row]
         if google_crc32c.value(content) != record["crc32c"]:
             raise BadDataError(f"{self._image(shard, row)} is not as it was {self._made}: restore it, or {self._anew}")
         return content

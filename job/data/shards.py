@@ -37,6 +37,9 @@ OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"),
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
+TAR_URI = r"(/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]"
+"""A regular expression of what an index may say of where a tar lies."""
+
 
 class Shard(BaseModel):
     """One tar file of the dataset."""
@@ -49,7 +52,7 @@ class Shard(BaseModel):
     crc32c: str = Field(pattern=r"^[0-9a-f]{8}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    uri: str = Field(default="", pattern=r"^((/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/])?$")
+    uri: str = Field(default="", pattern=rf"^({TAR_URI})?$")
     """Where the tar lies; empty if that is beside its table, under `name`."""
 
     @property

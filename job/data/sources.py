@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -100,7 +101,10 @@ def open_source(source: str, opened: Callable[[str], Store] = open_store) -> Sou
     scheme, separator, rest = source.partition("://")
     if separator and scheme.lower() != "file":
         return _in_bucket(source, f"{scheme}://", rest, opened)
-    path = Path(unquote(rest) if separator else source).expanduser()
+    path = Path(unquote(rest) if separator else source)
+    # Of a user who is not there, `~nobody` is a name like any other.
+    with suppress(RuntimeError):
+        path = path.expanduser()
     with refusing(repr(source)):
         if path.is_dir():
             return _idx(path, _local_idx_files(path)) or Folder(path)

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from job.data.members import is_litter, path_parts
 from job.data.places import split_uri
+from job.data.shards import TAR_URI
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import Store, open_store
 from job.store.base import is_key
@@ -56,11 +57,17 @@ def find_tars(words: Iterable[str], opened: Callable[[str], Store] = open_store)
     for tar in itertools.chain.from_iterable(map(finder.at, words)):
         if tar.uri in seen:
             raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
+        if not re.fullmatch(TAR_URI, tar.uri) or _is_no_text(tar.uri):
+            raise BadRequestError(f"{tar.uri!r} has bytes in its name that no index can hold: rename it")
         seen.add(tar.uri)
         tars.append(tar)
         if len(tars) > MOST_TARS:
             raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")
     return tars
+
+
+def _is_no_text(name: str) -> bool:
+    return any(0xD800 <= ord(character) <= 0xDFFF for character in name)
 
 
 def expand_braces(pattern: str) -> Iterator[str]:

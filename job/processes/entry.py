@@ -101,10 +101,8 @@ def _listen() -> StopFlag:
     stop = StopFlag()
     if not is_rank():
         leave_at_signals()
-    elif not is_launched():
-        stop.install()
-    # A rank of our launcher installs it when its work begins: until then a signal ends it, with nothing to save.
-    return stop
+    # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
+    return stop.install(signals=is_rank() and not is_launched())
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
@@ -126,8 +124,12 @@ def _images_seen(plan: Plan) -> int:
 
 def _tell_complete(batches: list[Batch]) -> bool:
     """Whether all images of all batches are there already; if so, it says where."""
-    if not all(batch.index() for batch in batches):
+    indices = [batch.index() for batch in batches]
+    if not all(indices):
         return False
+    for batch, index in zip(batches, indices, strict=True):
+        assert index is not None
+        batch.check_whole(index)
     for batch in batches:
         print(batch.describe("complete already"))
     return True

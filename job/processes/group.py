@@ -7,9 +7,12 @@ told nothing.
 from __future__ import annotations
 
 import os
+import random
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from job.exits import BadRequestError
 
@@ -111,6 +114,12 @@ def _number(
 
 
 def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that the kernel gives to connections: one of these would be taken before a rank listens."""
+    first_given = 32768
+    with suppress(OSError, ValueError):
+        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    for port in [*random.sample(range(10_000, max(first_given, 10_100)), 50), 0]:
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("", port))
+            return int(listener.getsockname()[1])
+    raise OSError("no port is free for the processes of this machine to meet at")

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 STOP_AT = "DDPM_STOP_AT"
 """The deadline in seconds of CLOCK_BOOTTIME, which all processes of a machine share and which counts a suspension."""
 
-_DURATION = re.compile(r"(?:(?P<d>\d+)d)?(?:(?P<h>\d+)h)?(?:(?P<m>\d+)m)?(?:(?P<s>\d+)s?)?", re.IGNORECASE)
+_DURATION = re.compile(r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m)?(?:(?P<s>[0-9]+)s?)?", re.IGNORECASE)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _NO_ETAG = "0"
@@ -82,19 +82,22 @@ class StopFlag:
         self.reason = ""
         self._stop_at = float("inf")
         self._main_thread = threading.get_ident()
-        self._installed = False
+        self._installed = self._takes_signals = False
 
-    def install(self) -> StopFlag:
+    def install(self, *, signals: bool = True) -> StopFlag:
         """Takes over this process's signals (main thread only), the deadline, and on Compute Engine its notices.
 
-        A second call changes nothing.
+        Without `signals` these end the process as they did before; a later call may take them over. Otherwise a second
+        call changes nothing.
         """
+        if signals and not self._takes_signals:
+            self._takes_signals = True
+            handle_stop_signals(self._handle)
+            # On its way out the interpreter restores the default actions: a second signal would change the exit code.
+            atexit.register(ignore_stop_signals)
         if self._installed:
             return self
         self._installed = True
-        handle_stop_signals(self._handle)
-        # On its way out the interpreter restores the default actions: a second signal would change the exit code.
-        atexit.register(ignore_stop_signals)
         self._stop_at = float(os.environ.get(STOP_AT, "inf"))
         if host := _metadata_host():
             for resource, value, counts_at_once in _NOTICES:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import RunConfig, content_hash
-from job.exits import BucketAwayError, JobError, StoppedError
+from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics, records
 from job.runs.checkpoints import CheckpointRef, Manifest, MetricSegment, list_checkpoints
 from job.runs.grace import VARIABLE, Notice, cadence_minutes, fits, measure_save_seconds
@@ -39,6 +39,7 @@ class Commits:
         *,
         dataset_images: int,
         segments: list[MetricSegment],
+        aside: set[CheckpointRef],
         outage: Outage,
         grace_seconds: float,
         notice: Notice,
@@ -54,13 +55,14 @@ class Commits:
             tensors: the live tensors, by group.
             dataset_images: images of an epoch.
             segments: of the checkpoint that was restored; later ones are added.
+            aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
             outage: how long the bucket may be away.
             grace_seconds: from a preemption notice to the end of the machine.
             notice: polled while the main thread waits, and asked how long it may.
             note: told what a person should know.
         """
         self._run, self._config, self._attempt, self._lease = run, config, attempt, lease
-        self._dataset_images, self._grace_seconds = dataset_images, grace_seconds
+        self._dataset_images, self._grace_seconds, self._aside = dataset_images, grace_seconds, aside
         self._notice, self._note = notice, note
         self.segments, self.rows = segments, list[metrics.Row]()
         self.retention = Retention.of(config)
@@ -160,7 +162,7 @@ class Commits:
         """Retires what may go. An error costs space, not work: the next commit tries again."""
         run, config = self._run, self._config
         try:
-            refs = list_checkpoints(run)
+            refs = [ref for ref in list_checkpoints(run) if ref not in self._aside]
             old = self.retention.retire(refs, self._dataset_images, config.train.batch_size, manifest.ref)
             if old:
                 read, over = being_read(run)
@@ -175,7 +177,9 @@ class Commits:
                     self._lease.confirm()
                     run.delete(key)
                 self._swept = True
-        except BucketAwayError as error:
+        except LostRunError:
+            raise
+        except JobError as error:
             self._note(f"old checkpoints of {run.uri} stay for now: {error}")
 
     def _measure(self) -> None:

@@ -193,7 +193,8 @@ class Lease:
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
             if over and watch.renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
                 raise LostRunError(
-                    f"{run.uri} is held by {watch.who()}, which is alive: stop it, or use --wait SECONDS"
+                    f"{run.uri} is held by {watch.who()}, which is alive: stop it first, or have "
+                    "`ddpm train --wait SECONDS` wait for it"
                 )
             if told != watch.who():
                 told = watch.who()
@@ -208,9 +209,10 @@ class Lease:
 
         Raises:
             LostRunError: another attempt took the run.
-            BucketAwayError: it cannot be known now; write nothing.
+            BucketAwayError: it cannot be known now, or the lease was given back; write nothing.
         """
-        assert not self._closing.is_set(), "the lease was given back"
+        if self._closing.is_set():
+            raise BucketAwayError(f"{self._uri} was given back: nothing more is written")
         self._renew()
 
     @property

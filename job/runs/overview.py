@@ -11,6 +11,7 @@ from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints
 from job.runs.lease import LEASE
 from job.runs.records import RUNS, Status, read_status, run_store
+from job.sampling.pieces import GRID
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -126,7 +127,9 @@ def state_of(status: Status) -> str:
 
 def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
-    pictures = [entry.key for folder in ("samples", "figures") for entry in run.list(folder)]
+    keys = [entry.key for folder in ("samples", "figures") for entry in run.list(folder)]
+    # The images of a batch are not shown one by one.
+    pictures = [key for key in keys if key.endswith((".png", ".gif")) and (key.count("/") == 1 or key.endswith(GRID))]
     lines = [f"checkpoints {run.uri}/checkpoints"]
     return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key in pictures)])
 

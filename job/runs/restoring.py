@@ -25,8 +25,12 @@ from job.store import ObjectMissingError, Store
 
 
 @contextmanager
-def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]) -> Iterator[Restored | None]:
+def newest_good(
+    run: Store, groups: tuple[str, ...], warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
+) -> Iterator[Restored | None]:
     """The newest checkpoint that verifies, or none if there are none; damaged ones are named through `warn`.
+
+    Those go into `aside` as well.
 
     If its latest metrics are damaged, the one before is used, from which they are learnt again. Where that would cost
     more than the rows are worth, the checkpoint is used without them: its manifest then does not name them any more.
@@ -38,6 +42,8 @@ def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]
 
     def set_aside(ref: CheckpointRef, problem: str) -> None:
         problems.append(problem)
+        if aside is not None:
+            aside.add(ref)
         warn(f"set aside checkpoint {run.uri}/{ref.key}: {problem}")
 
     with ExitStack() as stack:
@@ -72,7 +78,10 @@ def newest_good(run: Store, groups: tuple[str, ...], warn: Callable[[str], None]
             if found:
                 break
         if found is None and problems:
-            raise BadDataError(f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}")
+            raise BadDataError(
+                f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}. Restore one of them, or start another "
+                "run with --run NAME"
+            )
         yield found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -93,12 +93,27 @@ class Reader(Sealed):
 
 
 @contextmanager
-def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) -> Iterator[None]:
-    """Keeps a checkpoint from being retired by the run that goes on meanwhile."""
+def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) -> Iterator[Callable[[], None]]:
+    """Keeps a checkpoint from being retired, and its run from being deleted, meanwhile.
+
+    Yields a function to be called now and then by whoever takes longer than `seconds`.
+    """
     key = f"{READING}/{ref.key.removeprefix(f'{FOLDER}/')}-{uuid.uuid4().hex}.json"
-    run.create(key, Reader(checkpoint=ref.key, until=time.time() + seconds).to_json())
+
+    def reader() -> bytes:
+        return Reader(checkpoint=ref.key, until=time.time() + seconds).to_json()
+
+    run.create(key, reader())
+    said_at = time.monotonic()
+
+    def renew() -> None:
+        nonlocal said_at
+        if time.monotonic() - said_at > seconds / 4:
+            run.put(key, reader())
+            said_at = time.monotonic()
+
     try:
-        yield
+        yield renew
     finally:
         run.delete(key)
 
@@ -128,8 +143,13 @@ def being_read(run: Store) -> tuple[set[CheckpointRef], list[str]]:
 
 
 def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
-    """Retires a checkpoint: the manifest first, so that nobody takes the rest for whole."""
+    """Retires a checkpoint: the manifest first, so that nobody takes the rest for whole.
+
+    The files of one that somebody began to read meanwhile are left behind, for a later sweep.
+    """
     run.delete(manifest_key(ref))
+    if ref in being_read(run)[0]:
+        return
     for entry in run.list(ref.key):
         run.delete(entry.key)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
 from ddpm import figures
-from job.exits import StoppedError
+from job.exits import BadDataError, StoppedError
 from job.plan import SamplePlan, plan_batches, plan_sampling
 from job.processes import compute
 from job.processes.launched import lost_peer
@@ -25,6 +26,7 @@ from job.requests import SampleRequest
 from job.runs.checkpoints import CheckpointRef
 from job.runs.grace import Notice, grace_seconds
 from job.runs.provenance import put_picture
+from job.runs.retention import reading
 from job.sampling.names import SAMPLES
 from job.sampling.piece_files import Images, PieceWriter, read_images
 from job.sampling.pieces import GRID, Batch, PieceRecord
@@ -71,18 +73,23 @@ class _Slice:
         index, slices = request.slice_of
         self.numbers = batch.drawing.slice(index, slices)
         self.name = batch.store.uri.rpartition("/")[2]
+        self._renew: Callable[[], None] = lambda: None
+        """Says that the run is still being sampled from."""
         self.slice_name = f"slice {index}/{slices}" if slices > 1 else ""
 
     def make(self) -> None:
         """Makes the pieces that are missing, and the index if that completes it. Collective."""
         missing = self.ranks.on_main(self._begin)
         made_images, started = 0, time.monotonic()
-        if missing:
-            load_weights(self.plan.run, self.ref, self.batch.drawing.weights, self.painter.network, self.ranks)
-            started = time.monotonic()
-            made_images = self._draw(missing)
-        seconds = time.monotonic() - started
-        self.ranks.on_main(lambda: self._finish(missing, made_images, seconds))
+        with ExitStack() as stack:
+            if self.ranks.is_main:
+                self._renew = stack.enter_context(reading(self.plan.run, self.ref))
+            if missing:
+                load_weights(self.plan.run, self.ref, self.batch.drawing.weights, self.painter.network, self.ranks)
+                started = time.monotonic()
+                made_images = self._draw(missing)
+            seconds = time.monotonic() - started
+            self.ranks.on_main(lambda: self._finish(missing, made_images, seconds))
 
     def _begin(self) -> list[int]:
         """The pieces of this slice that are not there; those that are have readable records."""
@@ -90,7 +97,9 @@ class _Slice:
         batch.begin()
         there = batch.committed()
         found = [number for number in self.numbers if number in there]
-        self._records(found)
+        sizes = {entry.key: entry.size_bytes for entry in batch.store.list()}
+        for record in self._records(found):
+            batch.check_files(record, sizes)
         return [number for number in self.numbers if number not in there]
 
     def _draw(self, missing: list[int]) -> int:
@@ -103,6 +112,7 @@ class _Slice:
         def advance(images: int) -> None:
             nonlocal done
             done += images
+            self._renew()
             # What the others have drawn by now is about as much.
             bar.update(min(total, total - left + done * world_size))
 
@@ -163,10 +173,15 @@ class _Slice:
         rate = f" at {made_images / seconds:.2f} images/s" if made_images else ""
         note = f"{made_images:,} made{rate}, {there:,} there before"
         to_come = drawing.pieces - len(batch.committed())
+        if to_come and not self.slice_name:
+            raise BadDataError(
+                f"{batch.store.uri}: {to_come:,} pieces that were there have gone meanwhile: find out who deleted "
+                "them; the same command makes them again"
+            )
         if to_come:
-            of = f"{self.slice_name} is done" if self.slice_name else "this slice is done"
             print(
-                f"{batch.store.uri}  ({of}: {note}; {to_come:,} of {drawing.pieces:,} pieces are to come from others)"
+                f"{batch.store.uri}  ({self.slice_name} is done: {note}; "
+                f"{to_come:,} of {drawing.pieces:,} pieces are to come from others)"
             )
             return
         if batch.index() is None:

@@ -11,14 +11,13 @@ import torch
 from ddpm import figures, randomness
 from ddpm.schedule import make_schedule
 from job.config import DiffusionConfig
-from job.data.cache import default_cache_dir, open_cache
+from job.data.cache import default_cache_dir
+from job.data.chosen_images import ChosenImages
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import parse_numbers, validated_output
 from job.store import open_store
 from job.store.files import os_errors, temporary_beside
-
-CACHE_BYTES = 32 * 10**9
 
 
 def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
@@ -51,8 +50,8 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     index = load_index(bucket, key)
     if len(steps) > index.images:
         raise BadRequestError(f"--timesteps has {len(steps)} entries, but {index.name} only {index.images} images")
-    cache = open_cache(bucket, key, index, cache_dir=default_cache_dir(), budget_bytes=CACHE_BYTES)
-    images = cache.read(np.linspace(0, index.images - 1, len(steps)).astype(np.int64))
+    chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)
+    images = ChosenImages(bucket, key, index, default_cache_dir()).read(chosen)
     x_start = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(
         torch.arange(len(steps)), schedule.num_timesteps, tuple(x_start.shape[1:]), x_start.device

@@ -30,6 +30,8 @@ from job.store.files import os_errors
 
 UPLOADS = 16
 POLL_SECONDS = 0.05
+SAME_LEVELS = 8.0
+"""Mean difference, of 255, by which an image that another machine rounded otherwise may differ."""
 
 Images = np.ndarray
 
@@ -76,7 +78,10 @@ def read_images(batch: Batch, record: PieceRecord, images: int) -> Images:
                 f"{batch.store.uri_of(file.name)} is rotten: its SHA-256 is not the one in its record. Delete both, "
                 "and the same command makes this piece again"
             )
-        found += [decode(png, drawing.channels) for png in (_shard_pngs(data) if is_shard else [data])]
+        try:
+            found += [decode(png, drawing.channels) for png in (_shard_pngs(data) if is_shard else [data])]
+        except BadDataError as error:
+            raise BadDataError(f"{batch.store.uri_of(file.name)}: {error}") from None
     return np.stack(found[:images])
 
 
@@ -165,11 +170,11 @@ def _save_shard(batch: Batch, number: int, images: Images) -> tuple[PieceFile, .
             # The same images, rounded otherwise on another machine. It may be about to be committed: it stays.
             there = Path(folder) / "there.tar"
             batch.store.download(key, there)
-            return (_adopted_shard(batch, number, key, there),)
+            return (_adopted_shard(batch, number, key, there, images),)
     return (PieceFile(name=key, bytes=shard.bytes, sha256=shard.sha256),)
 
 
-def _adopted_shard(batch: Batch, number: int, key: str, path: Path) -> PieceFile:
+def _adopted_shard(batch: Batch, number: int, key: str, path: Path, images: Images) -> PieceFile:
     drawing = batch.drawing
     expected = [f"{drawing.image_name(seed)}.png" for seed in drawing.seeds(number)]
     try:
@@ -178,9 +183,11 @@ def _adopted_shard(batch: Batch, number: int, key: str, path: Path) -> PieceFile
     except tarfile.TarError:
         names = []
     if names != expected:
-        raise BadDataError(f"{batch.store.uri_of(key)} is not the piece that belongs there: delete it and start again")
-    with path.open("rb") as file:
-        return PieceFile(name=key, bytes=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+        raise _not_ours(batch, key)
+    data = path.read_bytes()
+    for png, image in zip(_shard_pngs(data), images, strict=True):
+        _check_same(batch, key, png, image)
+    return PieceFile(name=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
 
 def _save_pngs(batch: Batch, number: int, images: Images) -> tuple[PieceFile, ...]:
@@ -193,7 +200,7 @@ def _save_pngs(batch: Batch, number: int, images: Images) -> tuple[PieceFile, ..
         except ObjectExistsError:
             # As with a shard: the same image, rounded otherwise.
             data = batch.store.read(key).data
-            _check_size(batch, key, data)
+            _check_same(batch, key, data, image)
         return PieceFile(name=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     with ThreadPoolExecutor(UPLOADS) as pool:
@@ -204,12 +211,20 @@ def _encoded(image: Images) -> bytes:
     return figures.png(Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image))
 
 
-def _check_size(batch: Batch, key: str, data: bytes) -> None:
+def _check_same(batch: Batch, key: str, png: bytes, image: Images) -> None:
+    """Raises unless `png` shows `image`, uint8 [H, W, C]: what a killed process left may have rotted since."""
     size = batch.drawing.size
     with suppress(BadDataError):
-        if declared_size(data) == (size, size):
-            return
-    raise BadDataError(f"{batch.store.uri_of(key)} is not the image that belongs there: delete it and start again")
+        # The size first: a decoder would take the memory for whatever the image claims.
+        if declared_size(png) == (size, size):
+            there = decode(png, batch.drawing.channels).astype(np.int16)
+            if there.shape == image.shape and np.abs(there - image).mean() <= SAME_LEVELS:
+                return
+    raise _not_ours(batch, key)
+
+
+def _not_ours(batch: Batch, key: str) -> BadDataError:
+    return BadDataError(f"{batch.store.uri_of(key)} is not what belongs there, or damaged: delete it and start again")
 
 
 def _shard_pngs(data: bytes) -> list[bytes]:

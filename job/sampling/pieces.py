@@ -14,7 +14,7 @@ the same piece, and a piece without a record, left by a process that was killed,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from math import ceil
@@ -209,6 +209,20 @@ class Batch:
             raise BadDataError(f"{self.store.uri_of(key)} is about piece {record.number}: delete it and start again")
         return record
 
+    def check_files(self, record: PieceRecord, sizes: Mapping[str, int]) -> None:
+        """Returns if the files of a record are there, going by a listing: sizes in bytes by key.
+
+        Raises:
+            BadDataError: one is missing or of another size; the message says what to delete.
+        """
+        for file in record.files:
+            if sizes.get(file.name) != file.bytes:
+                what = "is missing" if file.name not in sizes else "is not as its record says"
+                raise BadDataError(
+                    f"{self.store.uri_of(file.name)} {what}: delete it, {record_key(record.number)} and {INDEX}, as "
+                    "far as they are there, and the same command makes this piece again"
+                )
+
     def load_all(
         self, numbers: Iterable[int], progress: Callable[[int], object] = lambda done: None
     ) -> list[PieceRecord]:
@@ -239,6 +253,39 @@ class Batch:
             raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
         self._check_same(index.drawing, INDEX)
         return index
+
+    def check_whole(self, index: BatchIndex) -> None:
+        """Returns if all that the index lists is there, by name and size; what is in it is for `ddpm runs verify`.
+
+        Raises:
+            BadDataError: something is missing or of another size; the message says what to delete.
+        """
+        sizes = {entry.key: entry.size_bytes for entry in self.store.list()}
+        found: dict[str, list[int]] = {}
+        for key, size_bytes in sizes.items():
+            found.setdefault(key.partition("/")[0], []).append(size_bytes)
+        expected = {
+            piece.name: (1 if self.drawing.save == "shards" else piece.images, piece.bytes) for piece in index.pieces
+        }
+        wrong = [
+            name for name, size in expected.items() if (len(found.get(name, ())), sum(found.get(name, ()))) != size
+        ]
+        if wrong:
+            number = int(wrong[0].removeprefix("piece-")[:5])
+            keys = [key for key in (INDEX, record_key(number)) if key in sizes]
+            keys += [key for key in sizes if key.partition("/")[0] == wrong[0]]
+            raise BadDataError(
+                f"{self.store.uri}: {wrong[0]} is not what its index says ({len(wrong)} such): delete "
+                f"{', '.join(keys[:3])}{' …' if len(keys) > 3 else ''}, and the same command makes it again"
+            )
+        missing = [
+            key for key in (DRAWING, GRID, *(record_key(n) for n in range(self.drawing.pieces))) if key not in sizes
+        ]
+        if missing:
+            raise BadDataError(
+                f"{self.store.uri_of(missing[0])} is missing ({len(missing)} such), though all images are there: "
+                f"delete {INDEX} beside it, and the same command makes it again"
+            )
 
     def commit_index(self, records: Sequence[PieceRecord]) -> None:
         """Says that everything is there; `records` are those of all pieces, in order."""

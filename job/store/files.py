@@ -10,6 +10,7 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,6 +20,8 @@ import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, DiskFullError, JobError, MissingInputError, NoPermissionError
 
+LOCK_SECONDS = 15.0
+LOCK_POLL_SECONDS = 0.002
 _ATTEMPTS = 100
 _COPY_BYTES = 1 << 20
 _TEMPORARY = ".tmp-"
@@ -137,15 +140,37 @@ def _make_folder(folder: Path) -> None:
 
 
 def _locked_file(path: Path) -> int:
-    """Descriptor of the file at `path`, made if need be, under an exclusive lock."""
+    """Descriptor of the file at `path`, made if need be, under an exclusive lock.
+
+    Raises:
+        BucketAwayError: somebody else held the lock all the time.
+    """
+    give_up_at = time.monotonic() + LOCK_SECONDS
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            _lock(descriptor, path, give_up_at)
+        except BaseException:
+            os.close(descriptor)
+            raise
         # Its former holder may have removed the file while this one waited: a lock on a nameless file is worth nothing.
         with suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(descriptor), path.lstat()):
                 return descriptor
         os.close(descriptor)
+
+
+def _lock(descriptor: int, path: Path, give_up_at: float) -> None:
+    while True:
+        with suppress(BlockingIOError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        # A process that was suspended inside would hold up all others for as long as it sleeps.
+        if time.monotonic() >= give_up_at:
+            raise BucketAwayError(
+                f"{path} was locked by another process for {LOCK_SECONDS:g} s: `fuser {path}` names it; wake or end it"
+            )
+        time.sleep(LOCK_POLL_SECONDS)
 
 
 def _sweep(folder: Path) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 from job.processes.process_identity import ProcessIdentity
+from job.runs import lease as lease_module
 from job.runs.lease import LEASE, Lease
-from job.runs.records import lease as lease_module
 from job.store import Store
 
 QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "LOOK_SECONDS": 0.05}

@@ -18,9 +18,9 @@ import job.store
 from ddpm.training import TrainState
 from job.data.pack import pack
 from job.exits import Exit
+from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
-from job.runs.records import lease
 from job.session import TrainingSession
 from job.store import ConflictError, ObjectExistsError, Store, open_store
 from job.store.patient import open_patient
@@ -106,6 +106,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
     return dataset_id, open_store(str(folder)).sub("runs/walk")
 
 
+@pytest.mark.parametrize("proxied", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
     undisturbed: tuple[str, Store], proxied: tuple[FaultyProxy, str]
 ) -> None:

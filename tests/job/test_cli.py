@@ -164,6 +164,13 @@ def test_datasets_are_listed_and_shown(bucket):
     assert len(sheet.getcolors(1 << 24)) > 1000
 
 
+def test_a_licence_is_text_and_no_markup(tmp_path):
+    licence = "CC0 [/bold] [link=x]:smile:"
+    place = ("--bucket", tmp_path / "bucket")
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
+    assert succeeded(ddpm_here("data", "list", *place)).rstrip().endswith(licence)
+
+
 def test_a_finished_run_says_so_and_where_everything_lies(bucket):
     out = succeeded(ddpm("train", *about(bucket, "walk"), "--epochs", 2))
     assert out.startswith("Run 'walk' is finished already: 2 epochs, 600 images seen.\n")

@@ -57,6 +57,9 @@ def test_later_layers_win(tmp_path):
         ("batch_size=3", "did you mean 'train.batch_size'"),
         ("train.batch_size", "key=value"),
         ("train.batch_size=[", "not valid YAML"),
+        ("train.seed=2020-99-99", "not valid YAML"),
+        ("train.seed=!!int x", "not valid YAML"),
+        (f"train.seed={'9' * 5000}", "not valid YAML"),
         ("quite.something.else=1", "sections: preset, data"),
     ],
 )

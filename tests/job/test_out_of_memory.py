@@ -31,7 +31,7 @@ def test_on_the_machine(tmp_path):
         "DDPM_CACHE": str(tmp_path / "cache"),
     }
     succeeded(ddpm("data", "ensure", "landscape-sample", *place))
-    sets = settings(model__channels="64", train__batch_size="299", checkpoint__every_minutes="60")
+    sets = settings(model__channels="32", train__batch_size="299", checkpoint__every_minutes="60")
     words = ("train", "--dataset", "landscape-sample", "--epochs", 1, *place, *sets)
     said = refused(ddpm(*words, **variables), 1)
     assert "memory ran out on the machine" in said

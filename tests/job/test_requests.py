@@ -35,6 +35,7 @@ def test_a_training_request_is_checked_without_a_bucket():
         (SampleRequest("a", "x", checkpoints="newest"), BadRequestError),
         (SampleRequest("a", "x", seeds="x"), BadRequestError),
         (SampleRequest("a", "x", precision="fp16"), BadRequestError),
+        (SampleRequest("a", "x", seeds="0-12", gif=True, grid=False), BadRequestError),
         (PackRequest("x", "a/b", "x", size=3), BadRequestError),
         (PackRequest("x", "Ä", "x", size=3), BadRequestError),
         (PackRequest("x", "a", "x"), BadRequestError),

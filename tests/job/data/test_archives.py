@@ -60,7 +60,25 @@ def test_tars_with_long_names_and_dots(tmp_path, tar_format):
 
 
 def test_names_that_are_not_utf_8_become_printable(tmp_path):
-    assert read(tar_of(tmp_path / "a.tar", [("gr\udcfcn/1.jpg", b"1")])) == [("gr\\xfcn/1.jpg", b"1")]
+    assert read(tar_of(tmp_path / "a.tar", [("gr\udcfcn/1.jpg", b"1")])) == [("gr%fcn/1.jpg", b"1")]
+
+
+def test_control_characters_in_names_become_visible(tmp_path):
+    # A terminal would obey them, and a list of rejects with lines would have more of these than rejects.
+    assert read(tar_of(tmp_path / "a.tar", [("a\x1b[2J\n\x7f\u2028/1.jpg", b"1")])) == [
+        ("a%1b[2J%0a%7f%2028/1.jpg", b"1")
+    ]
+
+
+def test_what_follows_the_end_mark_is_not_left_out_in_silence(tmp_path):
+    first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]) for name in "ab")
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    with pytest.raises(BadDataError, match="holds more behind its end mark"):
+        read(joined)
+    zeros = tmp_path / "zeros.tar"
+    zeros.write_bytes(first.read_bytes() + bytes(100_000))
+    assert read(zeros) == [("a.jpg", b"1")]
 
 
 def test_backslashes_of_windows_separate_folders(tmp_path):

@@ -162,6 +162,13 @@ def test_bad_images_are_rejected_with_the_reason(file, reason):
         prepare(file, recipe(min_side=4))
 
 
+def test_colours_that_pillow_cannot_make_grey_reject_the_image():
+    file = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
+    assert prepare(file, recipe(min_side=4))
+    with pytest.raises(RejectedImageError, match="has colours that cannot be converted: conversion from LAB"):
+        prepare(file, recipe(min_side=4, channels=1))
+
+
 @pytest.mark.parametrize("crop", ["center:41", "1,0,40,8", "0,41,8,8", "0,0,8,49"])
 def test_a_crop_outside_of_the_image_rejects_it(crop):
     with pytest.raises(RejectedImageError, match=f"crop {crop} is outside of its 40×48 pixels"):

@@ -92,6 +92,15 @@ def test_classes_are_the_first_folders_that_tell_images_apart(names, classes):
             survey(names, "here", classes=True)
 
 
+def test_names_of_old_archives_make_no_classes(tmp_path):
+    (tmp_path / "flat").mkdir()
+    for name in (b"caf\xe9.png", b"th\xe9.png", b"fl\xfbte.png", b"a\nb.png", b"c\x1b[31m.png"):
+        (tmp_path / "flat" / os.fsdecode(name)).write_bytes(b"x")
+    names = list(open_source(str(tmp_path / "flat")).names())
+    assert "caf%e9.png" in names
+    assert survey(names, "it").classes == ()
+
+
 def test_folders_that_are_not_taken_for_classes_are_told_of():
     names = ["cats/1.jpg", "dogs/1.jpg", "preview.jpg"]
     assert "some images lie beside the folders of others" in survey(names, "here").note

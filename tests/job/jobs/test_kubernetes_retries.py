@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import yaml
 
@@ -19,8 +21,13 @@ def expected(code: int) -> str:
     return OUTCOME[TABLE[Exit(code)].retried if code in TABLE else "bounded"]
 
 
+@functools.cache
+def kept(case: str):
+    return yaml.safe_load((GOLDEN / f"{case}.yaml").read_text())
+
+
 def controller(case: str) -> JobController | JobSetController:
-    made = yaml.safe_load((GOLDEN / f"{case}.yaml").read_text())
+    made = kept(case)
     return JobSetController(made) if made["kind"] == "JobSet" else JobController(made)
 
 

@@ -98,7 +98,7 @@ def batch_losses(rows, first, last):
     return [sum(rows[number][1] for number in batch) / BATCH_IMAGES for batch in batches]
 
 
-@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), ("bf16", 1e-2)])
+@pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), pytest.param("bf16", 1e-2, marks=pytest.mark.slow)])
 def test_two_then_one_then_three_processes_learn_what_one_does(packed, precision, bound):
     alone = started(packed, f"alone-{precision}", 0, precision, 1, ALONE_UNTIL_IMAGE)
     stopped_at, name = [0], f"moving-{precision}"

@@ -146,7 +146,7 @@ def test_a_signal_on_the_way_out_does_not_change_the_exit_code(tmp_path):
 
 def test_a_preemption_notice_is_acted_on_as_soon_as_it_comes(watching, server):
     stop = watching()
-    eventually(lambda: server.asked(PREEMPTED) == 2, 20)
+    eventually(lambda: server.asked(PREEMPTED) == server.asked(MAINTENANCE) == 2, 20)
     assert server.requests[0].endswith("wait_for_change=true&last_etag=0&timeout_sec=60")
     asked = len(server.requests)
     time.sleep(0.2)

@@ -10,13 +10,14 @@ import torch
 
 from job.config_input import draft
 from job.exits import BucketAwayError, LostRunError
+from job.runs import commits as commits_module
+from job.runs import grace
 from job.runs.checkpoints import CheckpointRef, list_checkpoints, load_manifest
 from job.runs.commits import Commits
 from job.runs.grace import Notice
 from job.runs.lease import Lease
 from job.runs.metrics import read_rows
-from job.runs.records import commits as commits_module
-from job.runs.records import create_config, grace, record_attempt
+from job.runs.records import create_config, record_attempt
 from job.runs.retention import READING, reading
 from job.store import Store
 from job.store.local import LocalStore
@@ -86,6 +87,7 @@ def begun(
             {"model": {"w": torch.zeros(100)}},
             dataset_images=DATASET_IMAGES,
             segments=[],
+            aside=set(),
             outage=Outage(60, notes.append),
             grace_seconds=grace_seconds,
             notice=Notice(lambda: False, grace_seconds),

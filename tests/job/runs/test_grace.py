@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from job.exits import BadRequestError
+from job.runs import grace
 from job.runs.checkpoints import list_checkpoints
 from job.runs.grace import MARGIN_SECONDS, VARIABLE, Notice, cadence_minutes, fits, grace_seconds, measure_save_seconds
-from job.runs.records import grace
 from job.store import open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm, refused, settings, succeeded

@@ -14,8 +14,8 @@ import pytest
 
 from job.exits import BucketAwayError, Exit, LostRunError, StoppedError
 from job.processes.process_identity import ProcessIdentity
+from job.runs import lease as lease_module
 from job.runs.lease import LEASE, Lease
-from job.runs.records import lease as lease_module
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
 from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken

@@ -18,14 +18,14 @@ import pytest
 
 from job.exits import Exit, LostRunError
 from job.processes.process_identity import ProcessIdentity
+from job.runs import lease as lease_module
 from job.runs.lease import LEASE
-from job.runs.records import lease as lease_module
 from job.store import Store, open_store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
 CHILD = """
 import json, sys, time
-from job.runs.records import lease
+from job.runs import lease
 from job.exits import JobError
 from job.store import open_store
 

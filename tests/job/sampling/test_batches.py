@@ -31,7 +31,7 @@ from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest, open
 from job.runs.grace import Notice
 from job.sampling import batches
 from job.sampling.piece_files import PieceWriter, commit_piece, read_images
-from job.sampling.pieces import Batch, record_key
+from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
 from job.sampling.sample import Painter, sampling_of
 from job.store import Store, open_store
 from job.train import run_training
@@ -273,9 +273,43 @@ def test_who_makes_a_piece_again_does_no_harm(trained, gcs_bucket, save):
     assert np.array_equal(read_images(batch, batch.load(0), 16), images[:16])
     key = "piece-00001.tar" if save == "shards" else "piece-00001/000000016.png"
     batch.store.create(key, b"something else")
-    with pytest.raises(BadDataError, match=f"{key} is not the (piece|image) that belongs there: delete it"):
+    with pytest.raises(BadDataError, match=f"{key} is not what belongs there, or damaged: delete it"):
         commit_piece(batch, 1, images[16:])
     assert batch.committed() == {0}
+
+
+@pytest.mark.parametrize("save", ["shards", "png"])
+def test_a_piece_that_rotted_before_it_was_committed_is_not_adopted(trained, gcs_bucket, save):
+    batch = batch_of(copied(trained, gcs_bucket), 20, save=save)
+    batch.begin()
+    images = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 3), dtype=np.uint8)
+    assert commit_piece(batch, 0, images)
+    key = "piece-00000.tar" if save == "shards" else "piece-00000/000000003.png"
+    data = bytearray(batch.store.read(key).data)
+    at = data.index(b"IDAT") + 40
+    data[at : at + 20] = bytes(20)
+    batch.store.put(key, bytes(data))
+    batch.store.delete(record_key(0))
+    with pytest.raises(BadDataError, match=f"{key} is not what belongs there, or damaged: delete it"):
+        commit_piece(batch, 0, images)
+    assert batch.committed() == set()
+
+
+@pytest.mark.parametrize("save", ["shards", "png"])
+def test_a_batch_that_lost_something_is_not_called_complete(bucket, save):
+    command = words(bucket, 20, "--save", save)
+    succeeded(ddpm_here(*command))
+    batch = batch_of(bucket, 20, save=save)
+    whole = contents(batch.store)
+    pieces = {"shards": "piece-00001.tar", "png": "piece-00001/000000017.png"}
+    for key in (pieces[save], record_key(1), GRID, DRAWING):
+        batch.store.delete(key)
+        said = refused(ddpm(*command), 65)
+        assert INDEX in said, key
+        for named in re.findall(r"(index\.json|records/piece-\d+\.json|piece-00001\S*(?:tar|png))", said):
+            batch.store.delete(named)
+        succeeded(ddpm_here(*command))
+        assert contents(batch.store).keys() == whole.keys(), key
 
 
 def test_a_piece_that_another_process_makes_meanwhile_is_not_drawn(bucket, monkeypatch):
