@@ -78,7 +78,7 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         nodes=wishes.nodes,
         slices=wishes.slices,
         spot=target.spot if wishes.spot is None else wishes.spot,
-        max_hours=wishes.max_hours or target.max_hours,
+        max_hours=target.max_hours if wishes.max_hours is None else wishes.max_hours,
         env=target.env,
     )
 

@@ -1,8 +1,8 @@
 """What Kubernetes' Job controller does with a Job, over `podman kube play`: an emulation, not Kubernetes itself.
 
-podman runs one pod of a Job and knows nothing of indexes, retries and failure policies. So each attempt at each index is a
-pod of its own here, and its end is judged by the Job's own rules (kubernetes.io/docs/concepts/workloads/controllers/job).
-Left out are the pauses between attempts, and all that concerns nodes: selectors, tolerations, GPUs.
+podman runs one pod of a Job and knows nothing of indexes, retries and failure policies. So each attempt at an index is
+a pod of its own here, and its end is judged by the Job's own rules (kubernetes.io/docs/concepts/workloads/controllers/
+job). Left out are the pauses between attempts, and all that concerns nodes: selectors, tolerations, GPUs.
 """
 
 from __future__ import annotations

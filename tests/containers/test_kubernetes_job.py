@@ -1,4 +1,4 @@
-"""Rendered Jobs as a cluster would run them: the real image as pods, an object server, and the Jobs' own retry rules."""
+"""Rendered Jobs as a cluster would run them: the real image in pods, an object server, and the Jobs' own rules."""
 
 from __future__ import annotations
 

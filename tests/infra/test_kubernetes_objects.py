@@ -1,4 +1,4 @@
-"""infra/kubernetes: no misspelt key, no name that leads nowhere. Kueue's own schema is not to be had without a cluster."""
+"""infra/kubernetes: no misspelt key, no name that leads nowhere. Kueue has no schema to be had without a cluster."""
 
 from __future__ import annotations
 

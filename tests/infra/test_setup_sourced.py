@@ -1,4 +1,4 @@
-"""Sourcing setup.sh in bash and zsh, and setting up this machine alone: two variables are all that a shell gets of it."""
+"""Sourcing setup.sh in bash and zsh, and setting up this machine alone: two variables are all a shell gets of it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ state() {
     "zsh": r"""
 state() {
   setopt; trap; pwd; echo /proc/$$/fd/*; print -l ${(ok)functions}; alias; echo "$#:$*"
-  typeset -p | grep -vE '^(typeset|export|integer|float)[^=]* (_|status|LINENO|RANDOM|SECONDS|EPOCH[A-Z]*|TTYIDLE|funcstack|'\
-'pipestatus|options|parameters|commands|historywords|history|jobdirs|jobstates|jobtexts|functions[a-z_]*|ZSH_EVAL_CONTEXT|zsh_eval_context|COLUMNS|LINES|\?)(=|$)'
+  typeset -p | grep -vE '^(typeset|export|integer|float)[^=]* (_|status|LINENO|RANDOM|SECONDS|EPOCH[A-Z]*|'\
+'TTYIDLE|funcstack|pipestatus|options|parameters|commands|historywords|history|jobdirs|jobstates|jobtexts|'\
+'functions[a-z_]*|ZSH_EVAL_CONTEXT|zsh_eval_context|COLUMNS|LINES|\?)(=|$)'
 }
 """,
 }

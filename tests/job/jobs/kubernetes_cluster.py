@@ -21,7 +21,8 @@ SERVED: dict[tuple[str, str], tuple[str, ...]] = {
     ("kueue.x-k8s.io", "v1beta2"): ("localqueues",),
     ("authorization.k8s.io", "v1"): ("selfsubjectaccessreviews",),
 }
-_KINDS = {"pods": "Pod", "jobs": "Job", "jobsets": "JobSet", "localqueues": "LocalQueue", "events": "Event"}
+KINDS = {"pods": "Pod", "jobs": "Job", "jobsets": "JobSet", "localqueues": "LocalQueue", "events": "Event"}
+"""What clients call a resource."""
 _NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _INDEX = "batch.kubernetes.io/job-completion-index"
 
@@ -67,7 +68,7 @@ class Cluster:
         if namespace not in self.namespaces:
             raise Refusal(404, "NotFound", f'namespaces "{namespace}" not found', name=namespace, kind="namespaces")
         if not _NAME.fullmatch(name):
-            what = f'{_KINDS[plural]} "{name}" is invalid: metadata.name: a lowercase RFC 1123 label is needed'
+            what = f'{KINDS[plural]} "{name}" is invalid: metadata.name: a lowercase RFC 1123 label is needed'
             raise Refusal(422, "Invalid", what, name=name, kind=plural)
         if body["metadata"].get("namespace", namespace) != namespace:
             raise Refusal(400, "BadRequest", "the namespace of the object does not match that of the request")
@@ -98,7 +99,7 @@ class Cluster:
                 for (where, what, _), thing in self._objects.items()
                 if what == plural and where == namespace and _is_selected(thing, query)
             ]
-            kind = f"{_KINDS.get(plural, 'Object')}List"
+            kind = f"{KINDS.get(plural, 'Object')}List"
             metadata = {"resourceVersion": str(self._version)}
             return {"kind": kind, "apiVersion": "v1", "metadata": metadata, "items": items}
 

@@ -18,8 +18,9 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import kubernetes_validate
+from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
-from tests.job.jobs.kubernetes_cluster import Cluster, Refusal
+from tests.job.jobs.kubernetes_cluster import KINDS, Cluster, Refusal
 
 VERSION = "1.34"
 _PATH = re.compile(
@@ -148,6 +149,9 @@ class _Handler(BaseHTTPRequestHandler):
             major, minor = VERSION.split(".")
             self.say(200, {"major": major, "minor": minor, "gitVersion": f"v{VERSION}.0"})
             return
+        if (found := self._discovered(url.path)) is not None:
+            self.say(200, found)
+            return
         match = _PATH.fullmatch(url.path)
         if match is None or not self._knows(match["group"] or "", match["version"] or "v1", match["plural"]):
             # Paths of groups that are not there are answered by no API, and with no Status.
@@ -155,6 +159,29 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self._allow(match["plural"], match["name"], match["part"])
         self._dispatch(match["namespace"] or "", match["plural"], match["name"], match["part"], query)
+
+    def _discovered(self, path: str) -> dict[str, Any] | None:
+        """What clients ask first (kubernetes.io/docs/concepts/overview/kubernetes-api, discovery, unaggregated)."""
+        served = self.known.cluster.served
+        if path == "/api":
+            return {"kind": "APIVersions", "versions": ["v1"]}
+        if path == "/apis":
+            groups = []
+            for group, version in served:
+                entry = {"groupVersion": f"{group}/{version}", "version": version}
+                groups += [{"name": group, "versions": [entry], "preferredVersion": entry}] if group else []
+            return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
+        match = re.fullmatch(r"/api/(v1)|/apis/([^/]+)/([^/]+)", path)
+        plurals = served.get((match[2] or "", match[1] or match[3])) if match else None
+        if match is None or plurals is None:
+            return None
+        verbs = ["create", "delete", "get", "list", "watch"]
+        resources = [
+            {"name": name, "singularName": "", "namespaced": True, "kind": KINDS.get(name, "Other"), "verbs": verbs}
+            for name in plurals
+        ]
+        version = match[1] or f"{match[2]}/{match[3]}"
+        return {"kind": "APIResourceList", "groupVersion": version, "resources": resources}
 
     def _knows(self, group: str, version: str, plural: str) -> bool:
         return plural in self.known.cluster.served.get((group, version), ())
@@ -227,6 +254,10 @@ def _check(body: dict[str, Any], field_validation: str) -> None:
         return
     if body.get("kind") == "JobSet":
         spec = body.get("spec", {})
+        model = JobsetV1alpha2JobSet.from_dict(body)
+        # These models leave out what they do not know.
+        if model is None or model.to_dict() != body:
+            raise Refusal(400, "BadRequest", "strict decoding error: unknown field in a JobSet")
         for part in spec.get("replicatedJobs", []):
             job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "x"}, **part.get("template", {})}
             _check(job, field_validation)

@@ -1,0 +1,111 @@
+"""A person at a cluster: `ddpm submit` and `ddpm jobs`, and kubectl with what a dry run prints."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from job.exits import Exit
+from tests.job.command_line import ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.jobs.kubernetes_server import kubernetes_server
+
+KUBECTL = str(Path(sys.executable).with_name("kubectl"))
+TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
+TARGETS = """
+gke:
+  backend: kubernetes
+  image: registry.example.com/ddpm@sha256:0123
+  bucket: gs://bucket
+  gpu_type: nvidia-l4
+"""
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
+        monkeypatch.delenv(name, raising=False)
+    (tmp_path / "targets.yaml").write_text(TARGETS)
+    with kubernetes_server() as running:
+        path = tmp_path / "kubeconfig"
+        path.write_text(yaml.safe_dump(running.kubeconfig()))
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        yield running
+
+
+def kubectl(*words, text=""):
+    done = subprocess.run(
+        [KUBECTL, *words], input=text, env=environment(), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_a_job_is_submitted_followed_and_cancelled(server):
+    out = succeeded(ddpm_here(*TRAIN, "--yes"))
+    assert "1 × node, 1 × nvidia-l4 each" in out
+    assert "train-celeba is submitted" in out
+    pod = server.cluster.start_pod("train-celeba")
+    server.cluster.print(pod, "epoch 1")
+    assert "running" in succeeded(ddpm_here("jobs", "list", "--on", "gke"))
+    assert succeeded(ddpm_here("jobs", "logs", "train-celeba", "--on", "gke")) == "epoch 1\n"
+    assert "is there and running" in refused(ddpm_here(*TRAIN, "--yes"), Exit.BAD_REQUEST)
+    assert "restartPolicy: Never" in succeeded(ddpm_here("jobs", "describe", "train-celeba", "--on", "gke"))
+    succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
+    assert server.cluster.get("default", "jobs", "train-celeba")["metadata"]["deletionTimestamp"]
+
+
+@pytest.mark.parametrize("wishes", [(), ("--nodes", "2"), ("--gpus", "8", "--on-demand")], ids=["one", "nodes", "gpus"])
+@pytest.mark.parametrize("output", ["yaml", "json"])
+def test_kubectl_sends_what_a_dry_run_prints(server, wishes, output):
+    printed = succeeded(ddpm_here(*TRAIN, *wishes, "--dry-run", "-o", output))
+    assert not server.requests
+    # kubectl sends no token over a connection that is not encrypted.
+    server.tokens.append("")
+    # The server has no OpenAPI document for kubectl; it checks what arrives itself.
+    assert "train-celeba created" in kubectl("apply", "--validate=false", "-f", "-", text=printed)
+    (sent,) = server.bodies
+    assert sent["metadata"]["annotations"].pop("kubectl.kubernetes.io/last-applied-configuration")
+    assert sent == yaml.safe_load(printed)
+
+
+def test_a_dry_run_needs_no_cluster_and_no_client(server, monkeypatch, tmp_path):
+    (tmp_path / "kubernetes.py").write_text("raise ImportError('not installed', name='kubernetes')")
+    environment = {"KUBECONFIG": str(tmp_path / "none"), "PYTHONPATH": str(tmp_path)}
+    assert "kind: Job" in succeeded(ddpm(*TRAIN, "--dry-run", **environment))
+    line = refused(ddpm(*TRAIN, "--yes", **environment), Exit.MISSING_INPUT)
+    assert "pip install 'ddpm-job[kubernetes]'" in line
+
+
+@pytest.mark.parametrize(
+    ("break_it", "code", "said"),
+    [
+        (lambda server: server.tokens.clear(), Exit.NO_PERMISSION, "sign in again"),
+        (lambda server: server.forbidden.add(("create", "jobs")), Exit.NO_PERMISSION, "cannot create resource"),
+        (lambda server: server.cluster.namespaces.clear(), Exit.MISSING_INPUT, "there is no namespace 'default'"),
+    ],
+)
+def test_what_stands_in_the_way_is_one_line(server, break_it, code, said):
+    break_it(server)
+    assert said in refused(ddpm_here(*TRAIN, "--yes"), code)
+    assert not server.cluster.names("jobs")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--on", "gkee"], "no target 'gkee'; did you mean 'gke'?"),
+        (["--on", "gke", "--run", "A_B"], "cannot be a run's name"),
+        (["--on", "gke", "--nodes", "0"], "nodes"),
+        (["--on", "gke", "--max-hours", "0"], "max-hours"),
+    ],
+)
+def test_a_request_that_means_nothing_asks_no_cluster(server, words, said):
+    done = ddpm_here("submit", "train", "--dataset", "celeba", *words, "--yes")
+    assert done.returncode in (Exit.BAD_REQUEST, Exit.USAGE)
+    assert said in done.stderr
+    assert not server.requests
