@@ -80,11 +80,14 @@ def test_in_the_background_it_is_listed_followed_and_cancelled(place):
     status = backend().status("train-behind")
     assert (status.state, status.attempts) == (State.RUNNING, 1)
     assert "train-behind" in succeeded(ddpm("jobs", "list", *HERE))
-    follower = subprocess.Popen(
-        [DDPM, "jobs", "logs", "train-behind", *HERE, "-f"], env=environment(), stdout=subprocess.PIPE, text=True
-    )
-    succeeded(ddpm("jobs", "cancel", "train-behind", *HERE))
-    assert "everything is saved" in follower.communicate(timeout=60)[0]
+    words = [DDPM, "jobs", "logs", "train-behind", *HERE, "-f"]
+    with subprocess.Popen(
+        words, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as follower:
+        succeeded(ddpm("jobs", "cancel", "train-behind", *HERE))
+        code, out, err = ended(follower, 60)
+    assert (code, err) == (0, "")
+    assert "everything is saved" in out
     status = backend().status("train-behind")
     assert (status.state, status.exit_code) == (State.CANCELLED, 75)
     assert json.loads(json.dumps(backend().describe("train-behind")))["Config"]["Labels"]["ddpm-bucket"] == str(place)
