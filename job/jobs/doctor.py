@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 
-from job.exits import Exit, JobError, NoPermissionError
+from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
 from job.jobs.checks import Check
 from job.jobs.targets import Target
@@ -24,7 +24,9 @@ from job.store import ObjectExistsError, Store, is_remote, open_store
 
 FOLDER = "doctor"
 """Of the bucket: where objects are tried out, and deleted again."""
-DEADLINE_SECONDS = 5.0
+DEADLINE_SECONDS = 10.0
+"""A request that is given up too early may still arrive, after its object was deleted."""
+CLOCK_ANSWER_SECONDS = 3.0
 CLOCK_SECONDS = 60.0
 """S3 and Google refuse what is signed five minutes ago or later; a clock that drifts gets there."""
 SHARED_MEMORY_BYTES = 1 << 30
@@ -85,7 +87,8 @@ def _trials(store: Store) -> Iterator[Check]:
         store.create(key, content)
     except JobError as error:
         yield Check.of_error("bucket write", error)
-        yield from _listing(store, None)
+        if error.exit_code is not Exit.BUCKET_AWAY:
+            yield from _listing(store, None)
         return
     yield Check("bucket write", True, f"{store.uri}, {(time.monotonic() - began) * 1000:.0f} ms")
     try:
@@ -139,7 +142,7 @@ def _clock(uri: str) -> Iterator[Check]:
     if not server.startswith(("http://", "https://")):
         server = f"http://{server}"
     try:
-        with urlopen(Request(server, method="HEAD"), timeout=DEADLINE_SECONDS) as answer:  # noqa: S310
+        with urlopen(Request(server, method="HEAD"), timeout=CLOCK_ANSWER_SECONDS) as answer:  # noqa: S310
             said = answer.headers.get("Date", "")
     except HTTPError as error:
         # It has a clock, whatever it thinks of the question.
@@ -197,8 +200,9 @@ def _disk() -> Check:
         return Check.of_error("disk", error)
     except OSError as error:
         return Check("disk", False, f"{error.filename}: {error.strerror}", "set DDPM_CACHE", Exit.NO_PERMISSION)
-    if not os.access(existing, os.W_OK):
-        return Check.of_error("disk", NoPermissionError(f"{existing} cannot be written: set DDPM_CACHE to what can"))
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        what = "cannot be written" if existing.is_dir() else "is no folder"
+        return Check("disk", False, f"{existing} {what}", "set DDPM_CACHE to a folder that can", Exit.NO_PERMISSION)
     message = f"{free_bytes / 1e9:.1f} GB free for images in {folder}; they take at most {budget:g} GB"
     remedy = "free some, or set DDPM_CACHE to another disk"
     return Check("disk", free_bytes >= FREE_DISK_BYTES, message, remedy, Exit.DISK_FULL)

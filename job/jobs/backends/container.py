@@ -8,6 +8,7 @@ import re
 import selectors
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -111,7 +112,21 @@ class ContainerBackend(Backend):
         Raises:
             MissingInputError: there is no such container.
         """
-        self._existing(name)
+        told = 0
+        while True:
+            # Asked before reading, so that nothing is missed that was printed in between.
+            is_over = not follow or _status(self._existing(name)).state.is_over
+            number = 0
+            for number, line in enumerate(self._printed(name, not is_over, should_stop), 1):
+                if number > told:
+                    yield line
+            told = max(told, number)
+            if is_over or should_stop():
+                return
+            # podman does not follow a container that is about to stop.
+            time.sleep(LOOK_SECONDS)
+
+    def _printed(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         words = [self._engine(), "logs", *(["--follow"] if follow else []), name]
         with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
             assert process.stdout is not None

@@ -1,0 +1,124 @@
+"""`ddpm doctor`: what it finds on real buckets and on this machine, and what a job finds by itself before it begins."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from job.exits import Exit
+from job.jobs import doctor
+from job.jobs.checks import Check
+from job.store import open_store
+from tests.job.command_line import ddpm, refused, settings, succeeded
+
+
+def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypatch):
+    checks = list(doctor.bucket_checks(bucket_uri))
+    assert [check.name for check in checks if not check.passed] == []
+    names = ["credentials", *(f"bucket {what}" for what in ("write", "read", "create-once", "list", "delete"))]
+    assert [check.name for check in checks][:6] == names
+    if "://" in bucket_uri:
+        assert not list(open_store(bucket_uri).list("doctor"))
+
+
+def test_a_bucket_that_is_not_there(gcs_server):
+    checks = list(doctor.bucket_checks("gs://no-such-bucket-here"))
+    failed = [check for check in checks if not check.passed]
+    assert (failed[0].name, failed[0].exit_code) == ("bucket write", Exit.MISSING_INPUT)
+    assert failed[0].remedy
+
+
+def test_credentials_that_may_only_read(seaweedfs_server, aws_credentials, monkeypatch):
+    import boto3
+
+    boto3.client("s3", endpoint_url=seaweedfs_server).create_bucket(Bucket="only-for-reading")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    checks = {check.name: check for check in doctor.bucket_checks("s3://only-for-reading")}
+    assert (checks["bucket write"].passed, checks["bucket write"].exit_code) == (False, Exit.NO_PERMISSION)
+    assert "s3://only-for-reading" in checks["bucket write"].message
+    assert checks["bucket list"].passed
+
+
+def test_a_job_finds_it_before_it_starts_anything(seaweedfs_server, aws_credentials, monkeypatch):
+    import boto3
+
+    bucket = "s3://readers-run"
+    boto3.client("s3", endpoint_url=seaweedfs_server).create_bucket(Bucket="readers-run")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server)
+    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket))
+    began = time.monotonic()
+    done = ddpm("train", "--dataset", "tiles", "--bucket", bucket, *settings(), AWS_ACCESS_KEY_ID="reader")
+    seconds = time.monotonic() - began
+    line = refused(done, 77)
+    assert "s3://readers-run/runs/tiles/" in line
+    # No process of the run was started, which takes PyTorch's seconds.
+    assert "rank" not in done.stderr
+    print(f"without permission: {seconds:.1f} s to exit code 77")
+    assert seconds < 10
+
+
+def test_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
+    began = time.monotonic()
+    done = ddpm("doctor", "--bucket", tmp_path / "bucket")
+    out = succeeded(done)
+    print(f"{time.monotonic() - began:.1f} s")
+    assert [line[:4] for line in out.splitlines()] == ["ok  "] * len(out.splitlines())
+    assert "all-reduce" in out
+    assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
+    found = json.loads(succeeded(ddpm("doctor", "--no-bucket", "--json")))
+    assert [check["name"] for check in found] == ["GPUs", "shared memory", "disk", "all-reduce"]
+
+
+def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file" / "cache"))
+    check = doctor._disk()
+    assert (check.passed, check.exit_code) == (False, Exit.NO_PERMISSION)
+
+
+def test_a_clock_that_is_wrong(monkeypatch):
+    class Server(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response_only(403)
+            self.send_header("Date", "Wed, 25 Nov 2020 10:00:00 GMT")
+            self.end_headers()
+
+        def log_message(self, *words):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        (check,) = doctor._clock("gs://bucket")
+        server.shutdown()
+    assert not check.passed
+    assert "ahead of the bucket's" in check.message
+    # A server that is away is the bucket's business.
+    assert [*doctor._clock("gs://bucket")] == []
+    assert [*doctor._clock("/folder")] == []
+
+
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_shared_memory_matters_with_several_gpus(gpus, monkeypatch):
+    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
+    assert doctor._shared_memory(gpus).passed == (gpus == 1)
+
+
+def test_the_code_is_that_of_the_first_failure(capsys):
+    checks = [
+        Check("a", True, "fine", "nothing to do"),
+        Check("b", False, "no", "ask", Exit.NO_PERMISSION),
+        Check("c", False, "gone"),
+    ]
+    assert doctor.tell(checks, as_json=False) is Exit.NO_PERMISSION
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["ok", "FAIL", "FAIL"]
+    assert doctor.tell(checks[:1], as_json=True) is Exit.FINISHED
+    assert json.loads(capsys.readouterr().out) == [
+        {"name": "a", "passed": True, "message": "fine", "remedy": "nothing to do", "exit_code": 66}
+    ]
