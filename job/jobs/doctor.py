@@ -125,7 +125,7 @@ def _listing(store: Store, key: str | None) -> Iterator[Check]:
         yield Check.of_error("bucket list", error)
         return
     seen = key is None or key in found
-    message = "it is there" if seen else "a fresh object is not in it"
+    message = "it answers" if key is None else "what was written is in it" if seen else "what was written is not in it"
     yield Check("bucket list", seen, message, "use a bucket whose listings are up to date", Exit.BAD_REQUEST)
 
 

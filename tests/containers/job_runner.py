@@ -19,6 +19,8 @@ from tests.containers.podman import inspected, podman
 INDEX = "JOB_COMPLETION_INDEX"
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 LOOK_SECONDS = 0.2
+SANDBOXES = 3
+"""How often a pod is made before it counts as one that cannot be."""
 
 
 @dataclass
@@ -101,7 +103,12 @@ class JobRunner:
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
         attempt = Attempt(index, number, pod, f"{pod}-{container['name']}")
         self._living[index] = attempt
-        podman("kube", "play", "--network", "host", "-", input=json.dumps(manifest))
+        # As the kubelet does with a sandbox that its runtime could not make, which says nothing about the program.
+        for chance in reversed(range(SANDBOXES)):
+            words = ("kube", "play", "--network", "host", "-")
+            if podman(*words, check=not chance, input=json.dumps(manifest)).returncode == 0:
+                return
+            podman("pod", "rm", "--force", "--time", "0", pod, check=False)
 
     def _ended(self) -> list[Attempt]:
         ended = []

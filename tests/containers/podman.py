@@ -59,7 +59,7 @@ def build_image() -> None:
     """Builds the real Dockerfile by `make image`, on the base image, with PyTorch for CPUs."""
     if podman("image", "exists", BASE_IMAGE, check=False).returncode:
         _make_base()
-    wheels = _torch_wheels()
+    wheels = torch_wheels()
     words = [f"IMAGE={IMAGE}", f"BASE_IMAGE={BASE_IMAGE}", "ENGINE=podman", "TORCH=cpu"]
     words += [f"TORCH_WHEELS={wheels}"] if wheels else []
     done = subprocess.run(["make", "image", *words], cwd=CHECKOUT, capture_output=True, text=True, check=False)
@@ -99,7 +99,7 @@ def _make_base() -> None:
     subprocess.run(["rm", "-rf", str(root)], check=True)
 
 
-def _torch_wheels() -> str:
+def torch_wheels() -> str:
     """The folder from which pip takes PyTorch on this machine, if its settings name one; else its own index has it."""
     listed = subprocess.run([sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True)
     folders = re.findall(r"find-links='(/[^']*)'", listed.stdout)

@@ -12,7 +12,7 @@ from tests.job.command_line import settings
 GROUPS = ("model", "ema", "optimizer")
 EPOCHS = 16
 IMAGES = 299
-SMALL = settings(checkpoint__every_minutes="0.02", train__batch_size="23", sample__every_epochs="0")
+SMALL = settings(checkpoint__every_minutes="0.02", sample__every_epochs="0")
 """A run that has a checkpoint in seconds, and goes on for longer than a test takes to stop it."""
 
 

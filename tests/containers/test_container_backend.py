@@ -15,7 +15,7 @@ from job.jobs.backends.container import ContainerBackend
 from job.jobs.targets import ContainerTarget, load_targets
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.containers.podman import IMAGE, inspected, podman
+from tests.containers.podman import BASE_IMAGE, IMAGE, inspected, podman, torch_wheels
 from tests.containers.runs import assert_equal, assert_stopped_in_an_epoch, training
 from tests.job.command_line import DDPM, ddpm, environment, refused, succeeded
 from tests.job.launching import ended, eventually
@@ -34,7 +34,7 @@ def test_pack_and_train_with_what_comes_along(place):
     out = succeeded(ddpm("submit", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket, *HERE))
     assert "299 colour, 16×16 pixels" in out
     out = succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
-    assert "Run 'first' is finished: 1 epoch, 299 images seen." in out
+    assert "Run 'first' is finished: 1 epoch, 312 images seen." in out
     # Where the container says that pictures lie, they lie for whoever submitted it, too.
     pictures = [Path(line.split()[-1]) for line in out.splitlines() if line.startswith("picture")]
     assert len(pictures) == 3
@@ -126,12 +126,24 @@ def test_a_bad_setting_has_its_code_and_a_line(place, words, code, says):
 
 def test_what_only_the_container_finds_has_its_code(place):
     """A batch that the processes cannot share is found by the launcher in the container."""
-    done = ddpm("submit", *training("wide", place), "--processes", 24, *HERE)
-    assert "24 processes cannot share" in refused(done, 78)
+    done = ddpm("submit", *training("wide", place), "--processes", 25, *HERE)
+    assert "25 processes cannot share" in refused(done, 78)
     assert inspected("train-wide")["ExitCode"] == 78
     assert backend().status("train-wide").state is State.FAILED
     done = ddpm("submit", "train", "--dataset", "nowhere", "--bucket", place, *HERE)
     assert "nowhere" in refused(done, 66)
+
+
+def test_an_image_that_is_not_there_is_built_from_the_checkout(place):
+    own = "localhost/ddpm-test-built:latest"
+    Path("targets.yaml").write_text(f"container: {{image: '{own}'}}\n")
+    check = next(check for check in backend().checks() if not check.passed)
+    assert (check.name, f"make image IMAGE={own}" in check.remedy) == ("image", True)
+    wheels = {"TORCH_WHEELS": torch_wheels()} if torch_wheels() else {}
+    done = ddpm("submit", *training("built", place, epochs=1), *HERE, BASE_IMAGE=BASE_IMAGE, **wheels)
+    assert "Run 'built' is finished" in succeeded(done)
+    assert f"building {own} from " in done.stderr
+    podman("image", "rm", "--force", own)
 
 
 def test_an_image_that_is_nowhere(place):
