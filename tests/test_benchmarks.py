@@ -39,6 +39,7 @@ def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_quick_benchmarks_give_a_table_and_json_of_plausible_numbers(tmp_path):
     done = benchmarks("--quick", "--output", str(tmp_path / "latest.json"))
     assert done.returncode == 0, done.stderr

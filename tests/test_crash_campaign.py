@@ -48,6 +48,7 @@ def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ca
         campaign.process.communicate()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(campaigns: dict[str, Campaign]):
     code, out, report = campaigns["sound"].end()
     assert code == 0, out
@@ -63,6 +64,7 @@ def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(campaigns
     assert "Nothing was lost." in out
 
 
+@pytest.mark.slow
 def test_a_broken_protocol_is_reported(campaigns: dict[str, Campaign]):
     code, out, report = campaigns["broken"].end()
     assert code == 1, out

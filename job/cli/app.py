@@ -107,8 +107,9 @@ def _out_of_memory(error: Exception) -> str:
     """What to say if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # PyTorch says it of the host's memory in a bare RuntimeError.
-    if not (is_gpu or isinstance(error, MemoryError) or "can't allocate memory" in text):
+    # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
+    said_so = "can't allocate memory" in text or "could not create a primitive" in text
+    if not (is_gpu or isinstance(error, MemoryError) or said_so):
         return ""
     said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
     return (

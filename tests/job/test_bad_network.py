@@ -197,6 +197,7 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
     assert {f"epoch-{epoch:04d}" for epoch in range(10, epochs, 10)} <= {key[8:18] for key in pictures}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("proxied", ["gs"], indirect=True)
 def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
     proxied: tuple[FaultyProxy, str], monkeypatch: pytest.MonkeyPatch

@@ -263,6 +263,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+@pytest.mark.slow
 def test_other_launchers_train_the_same_run(local):
     launchers = {
         "single": (1, "accelerate", "launch --num_processes 1"),

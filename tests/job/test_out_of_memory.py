@@ -47,6 +47,7 @@ def test_on_the_machine(tmp_path):
             "memory ran out on the GPU (Tried to allocate 2.00 GiB)",
         ),
         (MemoryError(), "memory ran out on the machine:"),
+        (RuntimeError("could not create a primitive"), "memory ran out on the machine (could not create a primitive)"),
     ],
 )
 def test_as_it_is_said(error, said, monkeypatch, capsys):

@@ -221,6 +221,7 @@ def test_a_job_may_be_packing_or_sampling(bucket):
     assert Path(bucket, "datasets/small-8/index.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_watched_job_in_the_background_is_submitted_until_it_is_finished(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)

@@ -110,8 +110,8 @@ def test_a_hung_job_ends_with_71_and_the_stacks_of_all_ranks(tmp_path, processes
 def test_a_rank_that_is_stopped_from_outside_hangs_and_shows_where(tmp_path):
     code = """
     def at_work():
+        ready(); all_ready()
         work(60)
-    ready(); all_ready()
     at_work()
     """
     child = start(tmp_path, code, hang_after_seconds=2)
@@ -156,6 +156,7 @@ def test_a_suspended_machine_hangs_nobody(tmp_path):
     assert ended(child) == (0, "", "")
 
 
+@pytest.mark.slow
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(tmp_path):
     bucket, variables = tmp_path / "bucket", environment(DDPM_CACHE=str(tmp_path / "cache"))
     pack = [DDPM, "data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", bucket]

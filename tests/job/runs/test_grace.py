@@ -90,6 +90,7 @@ def test_the_time_runs_from_the_notice():
     assert 0 < brief.seconds_left_to_save() <= 0.5
 
 
+@pytest.mark.slow
 def test_a_person_is_warned_and_saving_follows(tmp_path):
     bucket = tmp_path / "bucket"
     succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", bucket))

@@ -228,6 +228,7 @@ def test_a_thread_that_wakes_with_its_process_tells_the_training_loop(
     lease.close()
 
 
+@pytest.mark.slow
 def test_a_holder_that_sleeps_beyond_expiry_is_replaced_and_wakes_to_find_it_out(gcs_bucket: str, start: Start):
     run = open_store(gcs_bucket).sub("runs/one")
     holder = start(run)
