@@ -97,5 +97,5 @@ def test_stopped_under_torchrun_and_finished_under_accelerate_it_is_the_same_run
 def test_an_error_is_told_and_its_code_becomes_1(place, program):
     code, err = ended(started(place, program, "refused", 1, "--set", "train.batch_size=1"))
     assert code == 1
-    assert re.search(r"^ddpm: 2 processes cannot share train\.batch_size=1 images", err, re.MULTILINE)
+    assert re.search(r"^ddpm(?: \(rank 1\))?: 2 processes cannot share train\.batch_size=1 images", err, re.MULTILINE)
     assert "ddpm/" not in err, "a traceback of ours"
