@@ -6,23 +6,37 @@ is imported, which takes half a second, and longer in an image that was never re
 
 import os
 import signal
+from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    name = signal.Signals(number).name
-    os.write(2, f"ddpm: stopped by {name}; the same command begins again\n".encode())
+    _tell(number)
+    # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
+    os._exit(75)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    _tell(number)
     raise SystemExit(75)
 
 
-def main() -> None:
-    """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
+def _tell(number: int) -> None:
+    os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
+
+
+def _handle(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
     # A rank ends at a signal that comes before its work: its launcher knows what that means.
     if "DDPM_LAUNCHED" not in os.environ:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _leave)
+                signal.signal(number, handler)
+
+
+def main() -> None:
+    """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
+    _handle(_leave)
 
     from job.processes.launched import attach
 
@@ -30,6 +44,8 @@ def main() -> None:
 
     from job.cli import app
 
+    # From here on there may be a progress bar to end, or a temporary folder to remove.
+    _handle(_end)
     app.main()
 
 

@@ -11,7 +11,7 @@ import typer
 
 from job.cli import data, doctor, figure, jobs, runs, sample, submit, train
 from job.exits import Exit, JobError
-from job.processes.launched import LOST_PEER, is_launched, lost_peer
+from job.processes.launched import LOST_PEER, is_launched, is_rank, lost_peer
 
 app = typer.Typer(
     name="ddpm",
@@ -61,14 +61,14 @@ def main() -> None:
     try:
         run()
     except SystemExit as end:
-        if not (isinstance(end.code, int) and end.code):
+        if not isinstance(end.code, int | None) or not (end.code or is_rank()):
             raise
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError):
                 stream.flush()
         # The interpreter would wait for threads, of which one may be asking a bucket that keeps silent; and those of a
         # process group that is no more would abort it, so that the code would be SIGABRT.
-        os._exit(end.code)
+        os._exit(end.code or 0)
 
 
 def run() -> None:

@@ -69,7 +69,8 @@ def leave_at_signals() -> None:
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         os.write(STDERR, _before_it_began(number).encode() + b"\n")
-        raise SystemExit(int(Exit.STOPPED))
+        # There is nothing to save, and an exception may be lost in a callback or in a thread's end.
+        os._exit(int(Exit.STOPPED))
 
     handle_stop_signals(leave)
 
