@@ -99,7 +99,6 @@ test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, 
 	.venv/bin/pytest -m infra tests/infra $(ARGS)
 
 $(INFRA): $(TESTED)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[infra]'
 	test -x .venv/checkov/bin/pip || $(PYTHON) -m venv .venv/checkov
 	.venv/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
 	.venv/bin/python -m tests.infra.provider_schema .venv/provider-schema

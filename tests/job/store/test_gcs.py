@@ -229,7 +229,7 @@ def test_damage_on_the_way_is_noticed(proxy: Proxy, store: Store, file: Path, si
 
 def seconds_until_away(call: Callable[[], object], words: str) -> float:
     start = time.monotonic()
-    with pytest.raises(BucketAwayError, match=rf"gs://bucket/runs.* away for 1 s \(.*{words}.*\): check") as error:
+    with pytest.raises(BucketAwayError, match=rf"gs://bucket/runs.* away for 2 s \(.*{words}.*\): check") as error:
         call()
     assert error.value.exit_code == Exit.BUCKET_AWAY
     return time.monotonic() - start
@@ -244,15 +244,15 @@ def test_server_that_is_away_is_told_within_the_deadline(
         if listening:
             server.listen(200)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.getsockname()[1]}")
-        store = open_store("gs://bucket/runs", deadline_seconds=1)
+        store = open_store("gs://bucket/runs", deadline_seconds=2)
         seconds = list(pool.map(lambda call: seconds_until_away(call, words), every_call(store, file)))
-    assert max(seconds) < 2
+    assert max(seconds) < 4
     assert [path.name for path in file.parent.iterdir()] == ["file"]
     assert caplog.text == ""
 
 
 def test_server_that_goes_away_before_the_content(proxy: Proxy, gcs_bucket: str, file: Path) -> None:
-    store = open_store(gcs_bucket, deadline_seconds=1)
+    store = open_store(gcs_bucket, deadline_seconds=2)
     store.upload(file, "part")
     stream = store.open("part")
     proxy.request = lambda data: None if b"alt=media" in data else data
@@ -260,7 +260,7 @@ def test_server_that_goes_away_before_the_content(proxy: Proxy, gcs_bucket: str,
         start = time.monotonic()
         with pytest.raises(BucketAwayError, match=f"{gcs_bucket}/part: the bucket was away"):
             read()
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 4
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
