@@ -92,10 +92,11 @@ test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 3 --dist loadfile $(ARGS)
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
-	@tests/containers/install.sh
+	@tests/install.sh podman runc mmdebstrap
 	.venv/bin/pytest -m containers tests/containers --timeout=1200 $(ARGS)
 
-test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells: needs zsh
+test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells
+	@tests/install.sh zsh
 	.venv/bin/pytest -m infra tests/infra $(ARGS)
 
 $(INFRA): $(TESTED)
