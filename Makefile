@@ -54,6 +54,7 @@ $(TESTED): $(INSTALLED)
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
+	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) submit $(TRAIN) $(PLACE) --dry-run $(call each_quoted,$(filter-out --watch,$(ARGS))) >/dev/null)
 	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) data ensure $(call quoted,$(DATASET)) $(PACKING) $(PLACE) $(if $(SOURCE),--source $(call quoted,$(SOURCE))))
 	@$(DDPM) submit $(TRAIN) $(PLACE) $(call each_quoted,$(ARGS))
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from job.config_input import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.processes.stopping import StopFlag
 from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
@@ -41,9 +41,11 @@ def pack_dataset(request: PackRequest) -> None:
         return open_patient(uri, stop, note)
 
     bucket = opened(request.bucket)
-    source = (
-        str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip") if request.source == EMBEDDED else request.source
-    )
+    source = request.source
+    if source == EMBEDDED:
+        source = str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip")
+        if Path(EMBEDDED).exists():
+            note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
     stop.install()
     with Progress(f"packing {request.name}", unit="images") as bar:
         index = pack(
@@ -146,8 +148,11 @@ def list_datasets(bucket_uri: str) -> None:
     for folder in bucket.folders(DATASETS):
         try:
             index = load_index(bucket, f"{DATASETS}/{folder}")
-        except JobError:
-            table.add_row(folder, "unfinished: pack it again", *[""] * 6)
+        except MissingInputError:
+            table.add_row(folder, "unfinished: pack it again, or delete it", *[""] * 6)
+            continue
+        except BadDataError:
+            table.add_row(folder, "its index.json is damaged: restore it, or delete the dataset", *[""] * 6)
             continue
         table.add_row(
             index.name,
@@ -226,7 +231,7 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
         MissingInputError: there is no such dataset.
     """
     bucket = open_store(bucket_uri)
-    key = find_dataset(bucket, name, size) if size is None else dataset_key(name, size)
+    key = find_dataset(bucket, name, unfinished=True) if size is None else dataset_key(name, size)
     dataset = bucket.sub(key)
     entries = list(dataset.list())
     if not entries:

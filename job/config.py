@@ -25,6 +25,7 @@ def _split(value: Any) -> Any:
 
 
 Ints = Annotated[tuple[int, ...], BeforeValidator(_split)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -60,7 +61,7 @@ class ModelConfig(Section):
 
     channels: int = Field(128, ge=4, le=4096)
     channel_mults: Ints = Field((1, 2, 2, 2), min_length=1, max_length=12)
-    attention_sizes: Ints = (16,)
+    attention_sizes: Counts = (16,)
     layers_per_level: int = Field(2, ge=1, le=64)
     norm_groups: int = Field(32, ge=1)
     dropout: float = Field(0.0, ge=0, lt=1)
@@ -107,7 +108,7 @@ class CheckpointConfig(Section):
     every_minutes: float = Field(10.0, gt=0)
     keep_last: int = Field(3, ge=1)
     keep_every_epochs: int = Field(0, ge=0, description="0: none beyond keep_last and keep_epochs")
-    keep_epochs: Ints = ()
+    keep_epochs: Counts = ()
 
 
 class SampleConfig(Section):

@@ -25,6 +25,8 @@ class PackConfig(Section):
     fetch: str = Field("", description="where a person gets the images")
 
 
+_MAX_CONFIG_CHARACTERS = 1_000_000
+
 CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
     "data.dataset": "--dataset NAME",
@@ -151,11 +153,16 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        text = path.read_text()
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MAX_CONFIG_CHARACTERS + 1)
     except OSError as error:
         raise MissingInputError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError:
         raise BadConfigError(f"--config {path} is not a text file") from None
+    if len(text) > _MAX_CONFIG_CHARACTERS:
+        raise BadConfigError(
+            f"--config {path} is longer than {_MAX_CONFIG_CHARACTERS:,} characters: is it the right file?"
+        )
     return _checked(flatten(_load_yaml(text, str(path))), str(path))
 
 

@@ -180,12 +180,15 @@ class PackRequest:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
         from job.data.images import Recipe
+        from job.data.members import printable
 
         validated_dataset_name(self.name)
         preset = pack_config(self.name)
         size = self.size or (preset.size if preset else None)
         if size is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
+        if printable(self.licence) != self.licence:
+            raise BadRequestError(f"--licence {self.licence!r}: a note is one line of plain text")
         if self.channels not in (None, 1, 3):
             raise BadRequestError(f"--channels {self.channels}: use 3 for colour or 1 for grey")
         checked = replace(

@@ -19,7 +19,7 @@ import numpy as np
 
 from job.data.images import Recipe, RejectedImageError, codec_versions, prepared_pixels
 from job.data.journal import Journal, PackedShard, Reject, rejects_lines
-from job.data.members import in_order
+from job.data.members import SUFFIXES, in_order
 from job.data.places import split_uri
 from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, dataset_key, load_index, shard_name
 from job.data.tar_samples import Sample, SampledTar
@@ -74,7 +74,8 @@ def index_tars(
     Raises:
         BadRequestError: a parameter that means nothing, or the dataset is there already.
         MissingInputError: there are no such tars.
-        BadDataError: one is unsafe, damaged or without images, or more than `max_bad` images cannot be used.
+        BadDataError: one is unsafe or damaged, there are no images, more than `max_bad` of them cannot be used, or
+            a class has a number that is larger than there are images.
         StoppedError: `should_stop` said so.
     """
     recipe = Recipe(size, crop, resize_filter, channels, size // 2 if min_side is None else min_side)
@@ -168,8 +169,18 @@ class _Indexing:
         for tar in self._tars[done_tars:]:
             self._index(tar, workers, stop, done_bytes)
             done_bytes += tar.bytes
+        where = _described(self._tars)
+        if not self.indexed and not self.rejects:
+            raise BadDataError(f"{where}: there are no images in it: no name ends in {', '.join(sorted(SUFFIXES))}")
         if not self.indexed:
-            raise BadDataError(f"{_described(self._tars)}: none of their images can be used: {self._first_rejects()}")
+            raise BadDataError(f"{where}: none of their images can be used: {self._first_rejects()}")
+        images = sum(entry.shard.images for entry in self.indexed)
+        # One mistyped number would give the network a hundred thousand classes.
+        if self.highest_label >= images:
+            raise BadDataError(
+                f"{where}: a .cls says class {self.highest_label:,}, of {images:,} images: classes are numbered from "
+                "0 without large gaps; mend it, or index with --no-classes"
+            )
 
     def source_sha256(self) -> str:
         """Over the tars in their order."""

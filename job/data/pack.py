@@ -95,7 +95,7 @@ def pack(
             f"Choose another name, or delete it first: ddpm data delete {name} --size {size} "
             f"--bucket {shlex.quote(bucket.uri)}"
         )
-    images = open_source(source, opened)
+    images = open_source(source, opened, bucket.uri)
     if images.note:
         _log.warning(images.note)
     if channels is None:

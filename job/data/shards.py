@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shlex
 import tarfile
 from pathlib import Path
 from typing import BinaryIO
@@ -220,14 +221,19 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
             f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
         ) from None
     except BadDataError as error:
-        raise BadDataError(f"{error}: restore it, or pack the dataset anew") from None
+        raise BadDataError(f"{error}: restore it, or {_begin_anew(bucket, key)}") from None
     if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
-        raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}: restore it, or pack the dataset anew")
+        raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}: restore it, or {_begin_anew(bucket, key)}")
     return index
 
 
-def find_dataset(bucket: Store, name: str, size: int | None = None) -> str:
-    """Key of the dataset `name`; without `size`, of the only size there is.
+def _begin_anew(bucket: Store, key: str) -> str:
+    name, _, size = key.removeprefix(f"{DATASETS}/").rpartition("-")
+    return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}` and pack it again"
+
+
+def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:
+    """Key of the dataset `name`; without `size`, of the only size there is. Those without an index only if asked for.
 
     Raises:
         MissingInputError: there is none.
@@ -238,7 +244,7 @@ def find_dataset(bucket: Store, name: str, size: int | None = None) -> str:
         int(match[1])
         for folder in bucket.folders(DATASETS)
         if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
-        and bucket.exists(f"{DATASETS}/{folder}/{INDEX}")
+        and (unfinished or bucket.exists(f"{DATASETS}/{folder}/{INDEX}"))
     )
     if size is not None and size in sizes:
         return dataset_key(name, size)

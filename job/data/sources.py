@@ -35,10 +35,19 @@ _IDX = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 class Folder(Source):
     """A local folder, in the order of its relative paths."""
 
-    def __init__(self, path: Path) -> None:
-        """`path` may itself be a link."""
+    def __init__(self, path: Path, bucket: str = "") -> None:
+        """`path` may itself be a link. What is packed must not become a source: a `bucket` below is left out.
+
+        Raises:
+            BadRequestError: the folder is itself the bucket.
+        """
         self._root = path.resolve()
         super().__init__(str(self._root))
+        self._bucket = Path(bucket).resolve() if bucket.startswith("/") else None
+        if self._bucket == self._root:
+            raise BadRequestError(f"{self._root} is both SOURCE and bucket: choose another --bucket")
+        if self._bucket and self._bucket.is_dir() and self._bucket.is_relative_to(self._root):
+            self.note = f"leaving out {self._bucket}, which is the bucket"
 
     def members(self) -> Iterator[Member]:
         """The files below, without hidden ones."""
@@ -49,9 +58,9 @@ class Folder(Source):
             # Whole paths are compared, as a bucket does it: a-b/x comes before a/x.
             children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
         for child in children:
-            if is_litter(child.name):
-                continue
             path = Path(child.path)
+            if is_litter(child.name) or path == self._bucket:
+                continue
             if child.is_dir(follow_symlinks=False):
                 yield from self._below(path, f"{prefix}{child.name}/")
             elif is_image(child.name) or child.is_dir():
@@ -90,12 +99,18 @@ def _read_file(path: Path) -> bytes:
         return read_exactly(file, os.fstat(file.fileno()).st_size)
 
 
-def open_source(source: str, opened: Callable[[str], Store] = open_store) -> Source:
+def open_source(source: str, opened: Callable[[str], Store] = open_store, bucket: str = "") -> Source:
     """Finds out what `source` is: a local path, or the URI of an object or a folder in a bucket, which is `opened`.
+
+    Args:
+        source: a path or URI.
+        opened: opens the store of a URI.
+        bucket: where it is to be packed to, which is no part of it.
 
     Raises:
         MissingInputError: it is not there.
-        BadRequestError: a URI that no store speaks, or a folder with several MNIST sets and none for training.
+        BadRequestError: a URI that no store speaks, a folder with several MNIST sets and none for training, or one
+            that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
     scheme, separator, rest = source.partition("://")
@@ -107,7 +122,7 @@ def open_source(source: str, opened: Callable[[str], Store] = open_store) -> Sou
         path = path.expanduser()
     with refusing(repr(source)):
         if path.is_dir():
-            return _idx(path, _local_idx_files(path)) or Folder(path)
+            return _idx(path, _local_idx_files(path)) or Folder(path, bucket)
         if not path.is_file():
             raise MissingInputError(f"there is nothing at {source!r}: give a folder or an archive of images")
         path = path.resolve()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -44,8 +46,8 @@ class LocalStore(Store):
 
     def read(self, key: str) -> Blob:
         """Reads one open file, which is never written again, so that bytes and version belong together."""
-        with self._reading(key) as path:
-            data = path.read_bytes()
+        with self._reading(key) as path, _opened(path) as file:
+            data = file.read()
         return Blob(data, _version(data))
 
     def create(self, key: str, data: bytes) -> str:
@@ -111,7 +113,7 @@ class LocalStore(Store):
     def open(self, key: str) -> BinaryIO:
         """Opens the file itself."""
         with self._reading(key) as path:
-            return path.open("rb")
+            return _opened(path)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """Walks the folders; a file that vanishes on the way is left out."""
@@ -200,6 +202,15 @@ class LocalStore(Store):
             elif child.is_file() and (not child.is_symlink() or self._inside(Path(child.path))):
                 with suppress(FileNotFoundError):
                     yield Entry(f"{prefix}{child.name}", child.stat().st_size)
+
+
+def _opened(path: Path) -> BinaryIO:
+    """The file, which is a regular one: opening a pipe would wait for somebody to write into it, for good."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise FileNotFoundError(errno.ENOENT, "is no regular file", str(path))
+    return file
 
 
 def _version(data: bytes) -> str:

@@ -408,7 +408,35 @@ def test_rotten_descriptions_are_named(tmp_path):
         ("runs show mine", "runs/mine/config.yaml"),
     ):
         assert f"{bucket}/{name}" in refused(ddpm_here(*words.split(), "--bucket", bucket), Exit.BAD_DATA)
-    assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+    assert "its index.json is damaged" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+    # What the message says to type works.
+    assert f"`ddpm data delete mine --size 16 --bucket {bucket}`" in refused(
+        ddpm_here("data", "show", "mine", "--bucket", bucket), Exit.BAD_DATA
+    )
+    succeeded(ddpm_here("data", "delete", "mine", "--size", 16, "--bucket", bucket, "--yes"))
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket))
+
+
+def test_what_was_never_finished_is_listed_and_goes_without_its_size(tmp_path):
+    left = tmp_path / "datasets/mine-16/packing/parameters.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    assert "unfinished: pack it again, or delete it" in succeeded(ddpm_here("data", "list", "--bucket", tmp_path))
+    succeeded(ddpm_here("data", "delete", "mine", "--bucket", tmp_path, "--yes"))
+    assert not (tmp_path / "datasets").exists()
+
+
+def test_the_bucket_is_no_part_of_the_photos_around_it(tmp_path):
+    (tmp_path / "1.png").write_bytes(encoded(picture(1)))
+    words = ["--size", 8, "--bucket", tmp_path / "bucket"]
+    succeeded(ddpm_here("data", "pack", tmp_path, "one", *words))
+    succeeded(ddpm_here("data", "show", "one", *words))
+    assert list((tmp_path / "bucket").rglob("*.png"))
+    done = ddpm("data", "pack", tmp_path, "two", *words)
+    assert "images   1 colour" in succeeded(done)
+    assert f"leaving out {tmp_path}/bucket, which is the bucket" in done.stderr
+    here = ["data", "pack", tmp_path, "three", "--size", 8, "--bucket", tmp_path]
+    assert "is both SOURCE and bucket" in refused(ddpm_here(*here), Exit.BAD_REQUEST)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import pytest
 import yaml
 
@@ -80,6 +82,8 @@ def test_unknown_keys_name_the_nearest_known_one(assignment, words):
         ("model.norm_groups=7", "model.norm_groups=7"),
         ("sample.steps=5000", "diffusion.timesteps=1000"),
         ("data.size=30", "multiple of 8"),
+        ("model.attention_sizes=[-16]", "model.attention_sizes"),
+        ("checkpoint.keep_epochs=[30,-1]", "checkpoint.keep_epochs"),
     ],
 )
 def test_bad_values_name_their_key(assignment, words):
@@ -96,6 +100,8 @@ def test_a_config_file_may_be_missing_or_wrong(tmp_path):
         bad.write_bytes(content)
         with pytest.raises(BadConfigError, match=r"bad\.yaml"):
             read_config_file(bad)
+    with pytest.raises(BadConfigError, match="/dev/zero is longer than"):
+        read_config_file(Path("/dev/zero"))
 
 
 def test_an_unknown_preset_names_the_nearest():

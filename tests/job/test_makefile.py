@@ -116,6 +116,12 @@ def test_a_dataset_that_is_nowhere_says_what_to_type(make):
     assert done.stdout == ""
 
 
+def test_a_mistyped_setting_is_told_before_hours_of_packing(make, tmp_path):
+    done = make("submit-train", "DATASET=mine", f"SOURCE={tmp_path}", f"BUCKET={tmp_path}/b", "ARGS=--set train.x=1")
+    assert re.search(r"unknown key 'train.x'[^\n]*\n.*submit-train\] Error 78$", done.stderr.strip())
+    assert not (tmp_path / "b").exists()
+
+
 def test_names_with_spaces_dots_and_sizes_pass_through(make, tmp_path):
     source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     bucket = tmp_path / "my bucket"

@@ -40,6 +40,7 @@ def test_a_training_request_is_checked_without_a_bucket():
         (PackRequest("x", "Ä", "x", size=3), BadRequestError),
         (PackRequest("x", "a", "x"), BadRequestError),
         (PackRequest("x", "a", "x", size=8, channels=4), BadRequestError),
+        (PackRequest("x", "a", "x", size=8, licence="\x1b[31mCC0"), BadRequestError),
     ],
 )
 def test_bad_requests(request_, error):

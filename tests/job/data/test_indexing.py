@@ -212,6 +212,9 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     assert index.classes == ("0", "1", "2")
     cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=1 << 30)
     assert cache.labels(np.arange(12)).tolist() == [n % 3 for n in range(12)]
+    mistyped = write_tars(tmp_path / "mistyped", samples_of(12, cls=lambda n: str(n + 7 * (n == 5))))
+    with pytest.raises(BadDataError, match="says class 12, of 12 images"):
+        indexed(open_store(str(tmp_path / "mistyped-bucket")), mistyped)
     without = indexed(open_store(str(tmp_path / "without")), tars, classes=False)
     assert without.classes == ()
     # The dataset that packing writes is read as well, its classes with it.
@@ -368,6 +371,11 @@ def test_names_that_do_not_tell_samples_apart_are_refused(tmp_path, bucket):
     tar = tar_of(tmp_path / "a.tar", [(f"clip.{n:04d}.jpg", jpeg(n, 20, 20)) for n in range(20)])
     with pytest.raises(BadDataError, match=r"'clip\.0016\.jpg' is one of more than 16 images of sample 'clip'"):
         indexed(bucket, tar)
+
+
+def test_a_tar_without_images_is_refused(tmp_path, bucket):
+    with pytest.raises(BadDataError, match=r"there are no images in it: no name ends in \.bmp"):
+        indexed(bucket, tar_of(tmp_path / "notes.tar", [("a.txt", b"x"), ("a.json", b"{}")]))
 
 
 @pytest.mark.parametrize("cut", [511, 700, 20_000])

@@ -159,6 +159,10 @@ def test_what_is_no_key_or_no_file_is_no_object(store: Store, bucket: Path) -> N
     (bucket / "a" / "empty").mkdir()
     assert list(store.list()) == [Entry("a/object", 1)]
     assert store.folders("a") == []
+    # Nobody will ever write into the pipe.
+    for read in (store.read, store.open):
+        with pytest.raises(ObjectMissingError, match="pipe"):
+            read("a/pipe")
 
 
 def test_files_that_vanish_under_a_listing_are_left_out(store: Store, bucket: Path) -> None:
