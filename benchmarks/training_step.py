@@ -122,6 +122,7 @@ class OurLoop:
             first_image=0,
             last_image=None,
         )
+        self.session.batches = self._stream
         self._batches = self._timed_batches()
 
     def _timed_batches(self) -> Iterator[Batch]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,7 @@ from ddpm.training import (
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
-from job.data.stream import stream_batches
+from job.data.stream import BatchStream, stream_batches
 from job.exits import BucketAwayError, JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
@@ -50,6 +50,8 @@ from job.runs.restoring import newest_good
 from job.runs.retention import Retention
 from job.runs.status import CLOSE_SECONDS, StatusReporter
 from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+
+_STARVED_POLL_SECONDS = 0.02
 
 
 def settings_of(config: RunConfig) -> Settings:
@@ -71,6 +73,9 @@ def settings_of(config: RunConfig) -> Settings:
 class TrainingSession:
     """Every process makes the same decisions at the same step; only the main one writes."""
 
+    batches: BatchStream
+    """What `train` goes through."""
+
     def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Notice) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks = plan, config, ranks
@@ -83,7 +88,7 @@ class TrainingSession:
         if config.train.compile and device.type == "cuda":
             model.compile()
         self.network = ranks.accelerator.prepare_model(model)
-        self.agreement = Agreement(ranks.world_size, flags=3)
+        self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
         self.commits: Commits | None = None
@@ -166,7 +171,7 @@ class TrainingSession:
         config, index = self.config, self.plan.index
         accelerator = self.ranks.accelerator
         order = Order(tuple(s.images for s in index.shards), config.train.seed, config.data.shuffle_block_images)
-        batches = stream_batches(
+        self.batches = stream_batches(
             self.cache,
             order,
             batch_size_images=self.batch_size,
@@ -183,12 +188,12 @@ class TrainingSession:
         self.logged_at = time.monotonic()
         with self.bar.started_at(self.state.images_seen):
             self._draw_missed()
-            try:
-                train(self.state, self.network, batches, objective, settings_of(config), accelerator, self.hooks)
-            except StoppedError:
-                # A shard that did not come because its bucket is away: the step before it is whole, and can be saved.
-                if self.ranks.world_size > 1:
-                    raise
+            with closing(self.batches):
+                # Each step tells the step after next whether anybody lacks its batch.
+                if self._can_all_begin(2):
+                    train(
+                        self.state, self.network, self.batches, objective, settings_of(config), accelerator, self.hooks
+                    )
             self.agreement.finish()
             self._save()
             stopped = self.state.images_seen < self.plan.target_images
@@ -201,6 +206,17 @@ class TrainingSession:
                 "everything is saved, and the same command goes on from there"
             )
 
+    def _can_all_begin(self, steps: int) -> bool:
+        """Waits until every process has the batches of so many steps; False if one is to stop before. Collective.
+
+        A step that only some processes can begin never ends, and what was learnt before it could not be saved.
+        """
+        while True:
+            lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
+            if not lacking or stopping:
+                return not lacking
+            time.sleep(_STARVED_POLL_SECONDS)
+
     @property
     def hooks(self) -> Hooks:
         """What the loop calls."""
@@ -209,14 +225,18 @@ class TrainingSession:
     def _after_step(self, state: TrainState) -> bool:
         images, config, commits = state.images_seen, self.config, self.commits
         completed = epochs_completed_by(images, self.dataset_images, self.batch_size)
-        stopping, save_now, troubled = self.agreement.exchange(
-            self.stop(), commits is not None and commits.overdue, commits is not None and commits.troubled
+        stopping, save_now, troubled, starved = self.agreement.exchange(
+            self.stop(),
+            commits is not None and commits.overdue,
+            commits is not None and commits.troubled,
+            not self.batches.holds(2),
         )
         if troubled:
             self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         every = config.checkpoint.every_epochs
+        stopping = stopping or (starved and not self._can_all_begin(1))
         if stopping:
             self.stop.begin()
         if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):

@@ -9,6 +9,7 @@ reading.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +26,9 @@ from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, dataset_k
 from job.data.tar_samples import Sample, SampledTar
 from job.data.tar_uris import TarUri, find_tars
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.store import Store, open_store
+from job.store import Store, is_remote, open_store
 
+_log = logging.getLogger(__name__)
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
 
@@ -88,6 +90,8 @@ def index_tars(
             f"Choose another name, or delete it first: ddpm data delete {name} --size {size} --bucket {bucket.uri}"
         )
     tars = find_tars(words, opened)
+    if is_remote(bucket.uri) and (here := next((tar.uri for tar in tars if not is_remote(tar.uri)), "")):
+        _log.warning(f"{here} is a file of this machine: jobs on others will find the dataset in {bucket.uri}, not it")
     has_classes = _first_has_a_class(tars) if classes is None else classes
     parameters = {**asdict(recipe), "codecs": codec_versions(), "has_classes": has_classes}
     parameters |= {"tars": [[tar.uri, tar.bytes] for tar in tars]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import NamedTuple
 
@@ -13,6 +14,7 @@ import torch
 
 from job.data.cache import ImageCache
 from job.data.order import Order
+from job.exits import StoppedError
 
 _CHUNK_IMAGES = 8192
 _POLL_SECONDS = 0.5
@@ -47,13 +49,13 @@ def stream_batches(
     pin_memory: bool = False,
     with_labels: bool = True,
     poll: Callable[[], object] = lambda: None,
-) -> Iterator[Batch]:
+) -> BatchStream:
     """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
 
     Global batches are full, also across epochs: the k-th covers `batch_size_images` images of the run from
     `first_image + k * batch_size_images` on. The last is the one that reaches `last_image`; without that there is none.
 
-    The thread ends with the generator. An error in it is raised here, in its place in the sequence.
+    An error in the thread is raised here, in its place in the sequence.
 
     Args:
         cache: where the images are.
@@ -63,50 +65,105 @@ def stream_batches(
         last_image: how many images of the run are wanted at least, or None for no end.
         rank: this process.
         world_size: all processes; ranks beyond a remainder get one image less.
-        prefetch_batches: batches that are ready before they are asked for.
+        prefetch_batches: batches that are ready before they are asked for, at least 2.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
         with_labels: whether the network has classes; without, a dataset's classes are left out.
         poll: called now and then while a batch is waited for, such as one whose shard lies in a bucket that is away.
     """
-    ready: Queue[Batch | BaseException | None] = Queue(max(1, prefetch_batches))
-    closed = threading.Event()
 
-    def read_ahead() -> None:
-        try:
-            first = first_image
-            for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
-                cache.prefetch(order, first)
-                ready.put(_batch(cache, first, indices, numbers, pin_memory, with_labels))
-                if closed.is_set():
-                    return
-                first += batch_size_images
-            ready.put(None)
-        except BaseException as error:
-            ready.put(error)
+    def read() -> Iterator[Batch]:
+        first = first_image
+        for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
+            cache.prefetch(order, first)
+            yield _batch(cache, first, indices, numbers, pin_memory, with_labels)
+            first += batch_size_images
 
-    thread = threading.Thread(target=read_ahead, name="batches", daemon=True)
-    thread.start()
-    try:
-        while (item := _next(ready, poll)) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-    finally:
-        closed.set()
+    return BatchStream(read(), max(2, prefetch_batches), poll)
+
+
+class BatchStream(Iterator[Batch]):
+    """Batches that a thread reads ahead. It begins at the first question, and ends with the stream."""
+
+    def __init__(self, batches: Iterator[Batch], prefetch_batches: int, poll: Callable[[], object]) -> None:
+        """See `stream_batches`."""
+        self._ahead = _Ahead(batches, Queue(prefetch_batches))
+        self._poll = poll
+        self._thread: threading.Thread | None = None
+
+    def __next__(self) -> Batch:
+        """The next batch, which is waited for."""
+        self._start()
+        item = self._take()
+        if isinstance(item, Batch):
+            return item
+        self.close()
+        if item is None:
+            raise StopIteration
+        raise item
+
+    def holds(self, count: int) -> bool:
+        """Whether the next `count` batches are here, or all that there will be; waits for none.
+
+        One that a stop kept from coming is not here.
+        """
+        self._start()
+        return self._ahead.holds(count)
+
+    def close(self) -> None:
+        """Ends the thread; a batch that it is reading is waited for."""
+        self._ahead.closed.set()
         # The thread may be waiting for room, once at most: after that it looks whether it is still wanted.
         try:
             while True:
-                ready.get_nowait()
+                self._ahead.ready.get_nowait()
         except Empty:
-            thread.join()
+            if self._thread is not None:
+                self._thread.join()
+
+    def __del__(self) -> None:
+        """A loop that broke off has no further use for it."""
+        self.close()
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._ahead.read, name="batches", daemon=True)
+            self._thread.start()
+
+    def _take(self) -> Batch | BaseException | None:
+        while not self._ahead.closed.is_set():
+            try:
+                return self._ahead.ready.get(timeout=_POLL_SECONDS)
+            except Empty:
+                self._poll()
+        return None
 
 
-def _next(ready: Queue[Batch | BaseException | None], poll: Callable[[], object]) -> Batch | BaseException | None:
-    while True:
+@dataclass
+class _Ahead:
+    """What the thread works on. It does not know the stream, so that one nobody refers to is closed."""
+
+    batches: Iterator[Batch]
+    ready: Queue[Batch | BaseException | None]
+    closed: threading.Event = field(default_factory=threading.Event)
+    has_ended: bool = False
+    was_stopped: bool = False
+
+    def read(self) -> None:
         try:
-            return ready.get(timeout=_POLL_SECONDS)
-        except Empty:
-            poll()
+            for batch in self.batches:
+                self.ready.put(batch)
+                if self.closed.is_set():
+                    return
+            self.has_ended = True
+            self.ready.put(None)
+        except BaseException as error:
+            self.was_stopped = isinstance(error, StoppedError)
+            self.has_ended = not self.was_stopped
+            self.ready.put(error)
+
+    def holds(self, count: int) -> bool:
+        # The error of a stop, which lies behind the last batch, may be in there as well.
+        return self.has_ended or self.ready.qsize() - self.was_stopped >= count
 
 
 def _slots(

@@ -75,10 +75,10 @@ def patient(bucket: str) -> Store:
     return open_patient(bucket, lambda: False, lambda _: None)
 
 
-def pack_tiles(bucket: Store) -> str:
+def pack_tiles(bucket: Store, shard_bytes: int = SHARD_BYTES) -> str:
     """Packs the embedded images as `tiles-16` in many shards, and returns the dataset's id."""
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    return pack(bucket, str(source), "tiles", size=16, shard_bytes=SHARD_BYTES).dataset_id
+    return pack(bucket, str(source), "tiles", size=16, shard_bytes=shard_bytes).dataset_id
 
 
 def train_words(bucket: str, epochs: int) -> list[object]:
@@ -256,6 +256,36 @@ def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
     assert seconds < 6 + 2
     proxy.come_back()
     assert "is finished" in train(bucket, 1)
+
+
+@pytest.mark.parametrize(
+    ("proxied", "processes"), [("gs", 2), pytest.param("s3", 1, marks=pytest.mark.slow)], indirect=["proxied"]
+)
+def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
+    proxied: tuple[FaultyProxy, str], processes: int
+) -> None:
+    """One process may have the images of the next step and the other not: none begins it, and all save."""
+    proxy, bucket = proxied
+    pack_tiles(patient(bucket), shard_bytes=SHARD_BYTES // 3)
+    run = patient(bucket).sub("runs/walk")
+    cache = settings(data__cache_gigabytes=str(3 * SHARD_BYTES / 1e9), data__shuffle_block_images="32")
+    words = [*train_words(bucket, MANY_EPOCHS), *cache, *settings(train__batch_size="8", sample__every_epochs="0")]
+    child = subprocess.Popen(
+        [DDPM, *map(str, words), "--processes", str(processes)], env=environment(), stderr=subprocess.PIPE, text=True
+    )
+    eventually(lambda: newest(run) > 0, 120)
+    proxy.inject(Fault.SILENCE, r"^GET [^\n]*shard-", times=1000)
+    eventually(lambda: proxy.injected[Fault.SILENCE] > 0, 60)
+    # The steps whose images are here are done meanwhile, and their checkpoints have arrived.
+    time.sleep(5)
+    before = newest(run)
+    began = time.monotonic()
+    child.terminate()
+    _, stderr = child.communicate(timeout=60)
+    assert child.returncode == Exit.STOPPED, stderr
+    assert time.monotonic() - began < 10
+    assert newest(run) > before
+    assert f"after {newest(run):,} images; everything is saved" in stderr
 
 
 @pytest.mark.parametrize(("proxied", "how"), [("gs", "hang"), ("s3", "refuse")], indirect=["proxied"])
