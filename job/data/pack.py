@@ -11,11 +11,9 @@ import hashlib
 import logging
 import os
 import shlex
-import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -27,6 +25,7 @@ from job.data.sources import Survey, open_source, survey
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.store import Store, open_store
 from job.store.files import os_errors
+from job.store.scratch import scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
@@ -195,7 +194,7 @@ class _Pass:
             _SourceChangedError: `packed` holds the reusable shards that are still right.
         """
         with (
-            _temporary_folder() as folder,
+            scratch_folder("pack") as folder,
             ThreadPoolExecutor(threads) as workers,
             _Uploads(self._journal) as uploads,
         ):
@@ -293,14 +292,6 @@ class _Uploads(ThreadPoolExecutor):
     def finish(self) -> None:
         while self._pending:
             self._pending.popleft().result()
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with os_errors("the folder for temporary files (TMPDIR)"):
-        folder = tempfile.TemporaryDirectory(prefix="ddpm-pack-")
-    with folder as path:
-        yield Path(path)
 
 
 def _add(source_sha256: hashlib._Hash, image: _Prepared) -> None:

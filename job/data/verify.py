@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,7 +22,7 @@ from job.data.shards import CONTACT_SHEET, INDEX, OFFSETS_DTYPE, DatasetIndex, S
 from job.exits import BadDataError
 from job.runs.provenance import picture_problems
 from job.store import ObjectMissingError, Store
-from job.store.files import os_errors
+from job.store.scratch import scratch_folder
 
 Table = npt.NDArray[np.void]
 
@@ -50,10 +49,8 @@ def verify_dataset(bucket: Store, key: str, progress: Callable[[int, int], None]
     dataset = bucket.sub(key)
     problems = _rejects(dataset, index) + _others(bucket, key, index)
     checked_images = 0
-    with os_errors("the folder for temporary files (TMPDIR)"):
-        folder = tempfile.TemporaryDirectory(prefix="ddpm-verify-")
-    with folder as path, ThreadPoolExecutor(os.cpu_count()) as workers:
-        tar = Path(path) / "shard.tar"
+    with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
+        tar = folder / "shard.tar"
         places = Places(bucket, key, index)
         for place, shard in enumerate(index.shards):
             found = _shard(dataset, *places.of(place), index, shard, tar, workers)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -21,6 +20,7 @@ from job.jobs.backends import backend_for
 from job.jobs.checks import Check
 from job.jobs.targets import Target
 from job.store import ObjectExistsError, Store, is_remote, open_store
+from job.store.scratch import scratch_folder
 
 FOLDER = "doctor"
 """Of the bucket: where objects are tried out, and deleted again."""
@@ -211,7 +211,7 @@ def _disk() -> Check:
 def _all_reduce(gpus: int) -> Check:
     name, world_size = "all-reduce", 1 if gpus == 1 else 2
     remedy = "set NCCL_DEBUG=INFO and look again" if gpus else "see to the loopback interface and its firewall"
-    with tempfile.TemporaryDirectory(prefix="ddpm-doctor-") as folder:
+    with scratch_folder("doctor") as folder:
         ranks = [
             subprocess.Popen(
                 [sys.executable, "-P", "-m", "job.jobs.all_reduce", f"{folder}/meeting", str(rank), str(world_size)],

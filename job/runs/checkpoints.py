@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -27,6 +26,7 @@ from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
+from job.store.scratch import scratch_folder
 
 FOLDER = "checkpoints"
 MANIFEST = "MANIFEST.json"
@@ -257,9 +257,9 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...]) -> Iterator[
     Raises:
         BadDataError: it is damaged; the message names the object.
     """
-    with tempfile.TemporaryDirectory(prefix="ddpm-restore-") as folder:
+    with scratch_folder("restore") as folder:
         manifest = load_manifest(run, ref)
-        yield Restored(manifest, fetch(run, manifest, groups, Path(folder)))
+        yield Restored(manifest, fetch(run, manifest, groups, folder))
 
 
 def read_segment(run: Store, segment: MetricSegment) -> bytes:

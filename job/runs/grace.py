@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 
 from job.exits import BadRequestError
 from job.store import Store
 from job.store.files import os_errors
+from job.store.scratch import scratch_folder
 
 VARIABLE = "DDPM_GRACE_SECONDS"
 GRACE_SECONDS = 30.0
@@ -81,8 +80,8 @@ def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
     """
     size_bytes = min(PROBE_BYTES, checkpoint_bytes)
     key = f"{PROBE}/{uuid.uuid4().hex}"
-    with tempfile.TemporaryDirectory(prefix="ddpm-probe-") as folder:
-        path = Path(folder) / "probe"
+    with scratch_folder("probe") as folder:
+        path = folder / "probe"
         started = time.monotonic()
         with os_errors(path):
             path.write_bytes(os.urandom(size_bytes))

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from job.exits import BadDataError
 from job.runs.checkpoints import CheckpointRef, MetricSegment, read_segment
 from job.store import Store
+from job.store.scratch import scratch_folder
 
 Row = dict[str, Any]
 
@@ -36,13 +35,13 @@ def _events(rows: list[Row]) -> bytes:
     # Written locally, whole: an event writer on a bucket overwrites its own file at each flush.
     from tensorboardX import SummaryWriter
 
-    with tempfile.TemporaryDirectory(prefix="ddpm-events-") as folder:
-        with SummaryWriter(folder) as writer:
+    with scratch_folder("events") as folder:
+        with SummaryWriter(str(folder)) as writer:
             for row in rows:
                 for name, value in row.items():
                     if name not in ("images_seen", "time") and value is not None:
                         writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
-        (path,) = Path(folder).iterdir()
+        (path,) = folder.iterdir()
         return path.read_bytes()
 
 

@@ -9,7 +9,6 @@ import hashlib
 import os
 import re
 import shutil
-import tempfile
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +22,7 @@ from job.runs.checkpoints import FileRecord, Manifest, commit_manifest
 from job.store import Store
 from job.store.files import os_errors
 from job.store.patient import Outage, PatientStore
+from job.store.scratch import scratch_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -272,13 +272,12 @@ class CheckpointWriter:
             self._changed.notify_all()
 
     def _commit(self, save: Save) -> Manifest:
-        with os_errors("the folder for temporary files (TMPDIR)"):
-            folder = self._folder = Path(tempfile.mkdtemp(prefix="ddpm-save-"))
-        try:
-            return self._upload_all(save, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            self._folder = None
+        with scratch_folder("save") as folder:
+            self._folder = folder
+            try:
+                return self._upload_all(save, folder)
+            finally:
+                self._folder = None
 
     def _upload_all(self, save: Save, folder: Path) -> Manifest:
         with ThreadPoolExecutor(UPLOADS) as pool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import io
 import tarfile
-import tempfile
 import threading
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +26,7 @@ from job.runs.grace import Notice
 from job.sampling.pieces import Batch, PieceFile, PieceRecord, piece_name, record_key
 from job.store import ObjectExistsError
 from job.store.files import os_errors
+from job.store.scratch import scratch_folder
 
 UPLOADS = 16
 POLL_SECONDS = 0.05
@@ -157,8 +157,8 @@ class PieceWriter:
 
 def _save_shard(batch: Batch, number: int, images: Images) -> tuple[PieceFile, ...]:
     drawing, key = batch.drawing, f"{piece_name(number)}.tar"
-    with tempfile.TemporaryDirectory(prefix="ddpm-piece-") as folder:
-        path = Path(folder) / shard_name(number)
+    with scratch_folder("piece") as folder:
+        path = folder / shard_name(number)
         with os_errors(path):
             writer = ShardWriter(path)
             for seed, image in zip(drawing.seeds(number), images, strict=True):
@@ -168,7 +168,7 @@ def _save_shard(batch: Batch, number: int, images: Images) -> tuple[PieceFile, .
             batch.store.upload(path, key)
         except ObjectExistsError:
             # The same images, rounded otherwise on another machine. It may be about to be committed: it stays.
-            there = Path(folder) / "there.tar"
+            there = folder / "there.tar"
             batch.store.download(key, there)
             return (_adopted_shard(batch, number, key, there, images),)
     return (PieceFile(name=key, bytes=shard.bytes, sha256=shard.sha256),)
