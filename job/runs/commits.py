@@ -12,7 +12,7 @@ from job.code_version import code_version
 from job.config import RunConfig, content_hash
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics, records
-from job.runs.checkpoints import CheckpointRef, Manifest, MetricSegment, list_checkpoints
+from job.runs.checkpoints import FOLDER, CheckpointRef, Manifest, MetricSegment, list_checkpoints
 from job.runs.grace import VARIABLE, Notice, cadence_minutes, fits, measure_save_seconds
 from job.runs.lease import Lease
 from job.runs.provenance import stamped
@@ -176,6 +176,7 @@ class Commits:
                 for key in orphans(run, self._attempt.fence):
                     self._lease.confirm()
                     run.delete(key)
+                run.sub(FOLDER).sweep()
                 self._swept = True
         except LostRunError:
             raise

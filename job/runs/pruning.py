@@ -22,6 +22,8 @@ from job.runs.grace import PROBE
 from job.runs.lease import Lease, load_lease
 from job.runs.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs.verification import checkpoint_problems
+from job.sampling.names import SAMPLES
+from job.sampling.piece_checks import batch_of, uncommitted
 from job.store import ObjectMissingError, Store, open_store
 
 ORPHAN_SECONDS = 3600.0
@@ -120,8 +122,8 @@ def removals(
     # Without rules about epochs it does not matter how long one is.
     dataset_images = load_index(bucket, records.dataset_key_of(config)).images if retention.keeps_epochs else 1
     old = retention.retire(refs, dataset_images, config.train.batch_size)
+    read, over = being_read(run)
     if old:
-        read, _ = being_read(run)
         stays = _newest_verified(run, refs, warn)
         old = [ref for ref in old if ref not in read and ref != stays]
     why = f"not among the last {retention.keep_last}" + (", nor of an epoch to keep" if retention.keeps_epochs else "")
@@ -130,8 +132,20 @@ def removals(
         for ref in old
     ]
     left = [(key, "left behind by an attempt that is over") for key in orphans(run, over_below)]
+    left += [(key, "left behind by a reader that was killed") for key in over]
+    # A sampler says that it reads a checkpoint before it makes its first piece.
+    if not read:
+        left += [(key, "left behind by sampling that was stopped") for key in _pieces_without_record(run)]
     left += [(key, "left behind by a measurement") for key in sizes if key.startswith(f"{PROBE}/")]
     return [*found, *(Removal(key, sizes.get(key, 0), reason) for key, reason in left)]
+
+
+def _pieces_without_record(run: Store) -> list[str]:
+    batches: dict[str, set[str]] = {}
+    for entry in run.list(SAMPLES):
+        if folder := batch_of(entry.key):
+            batches.setdefault(folder, set()).add(entry.key.removeprefix(f"{folder}/"))
+    return [f"{folder}/{key}" for folder, keys in batches.items() for key in sorted(uncommitted(keys))]
 
 
 def _newest_verified(run: Store, refs: list[CheckpointRef], warn: Callable[[str], None]) -> CheckpointRef:
@@ -161,6 +175,7 @@ def _remove(run: Store, lease: Lease, found: list[Removal], stop: Callable[[], b
             print(removal)
             done_bytes += removal.size_bytes
             bar.update(number + 1)
+    run.sweep()
     _mend_latest(run, {removal.ref for removal in found})
     print(f"{run.uri}: {done_bytes:,} bytes deleted" if found else f"{run.uri}: there is nothing to prune")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -24,6 +24,8 @@ from job.sampling.pieces import (
     record_key,
 )
 from job.store import ObjectMissingError, Store
+
+_PIECE = re.compile(r"piece-(\d{5})(\.tar|/\d{9,18}\.png)")
 
 Check = Callable[[], list[str]]
 Compare = Callable[[str, str, int | None, str], list[str]]
@@ -66,10 +68,12 @@ class BatchChecks:
             return
         known = {DRAWING, INDEX, GRID}
         entries: dict[int, PieceEntry] = {}
+        unreadable: set[int] = set()
         for number, record in _records(batch, keys):
             known.add(key := record_key(number))
             if isinstance(record, str):
                 self.problems.append(record)
+                unreadable.add(number)
                 continue
             entries[number] = piece_entry(record)
             for file in record.files:
@@ -78,10 +82,13 @@ class BatchChecks:
         if GRID in keys:
             yield partial(picture_problems, self._run, f"{folder}/{GRID}")
         self._look_at_index(batch, keys, entries)
-        for key in keys - known:
-            if re.fullmatch(r"piece-\d{5}(\.tar|/\d{9,18}\.png)", key):
-                self.leftovers.add(f"{folder}/{key}")
-            elif not key.startswith(f"{RECORDS}/"):
+        without_record = uncommitted(keys)
+        self.leftovers |= {f"{folder}/{key}" for key in without_record}
+        for key in keys - known - without_record:
+            if (match := _PIECE.fullmatch(key)) and int(match[1]) in unreadable:
+                # What is wrong is its record, which has been named.
+                continue
+            if not key.startswith(f"{RECORDS}/"):
                 self.problems.append(f"{store.uri_of(key)} is no part of the run: move it elsewhere, or delete it")
 
     def _look_at_index(self, batch: Batch, keys: set[str], entries: dict[int, PieceEntry]) -> None:
@@ -112,6 +119,12 @@ def _records(batch: Batch, keys: set[str]) -> Iterator[tuple[int, PieceRecord | 
     numbers = [number for number in range(batch.drawing.pieces) if record_key(number) in keys]
     with ThreadPoolExecutor(READERS) as pool:
         yield from zip(numbers, pool.map(load, numbers), strict=True)
+
+
+def uncommitted(keys: Iterable[str]) -> set[str]:
+    """Of the keys of a batch's folder, those of pieces without a record: whoever made them was killed, or is at it."""
+    keys = set(keys)
+    return {key for key in keys if (match := _PIECE.fullmatch(key)) and record_key(int(match[1])) not in keys}
 
 
 def batch_of(key: str) -> str:

@@ -147,6 +147,13 @@ class Store(abc.ABC):
     def exists(self, key: str) -> bool:
         """Whether an object has this key right now; does not read it."""
 
+    def sweep(self) -> None:
+        """Removes what killed writers left half-written and nobody can see.
+
+        A bucket does so by itself, where a rule of its lifecycle ends multipart uploads.
+        """
+        return
+
 
 def is_key(name: str) -> bool:
     """Whether `name` is a safe relative key: nothing empty, hidden or `..` in it, no backslash or control character."""

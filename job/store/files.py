@@ -85,7 +85,10 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
     with os.fdopen(descriptor, "w+b") as file:
         try:
-            _sweep(path.parent)
+            # Once per process and folder, which keeps it cheap.
+            if path.parent not in _swept:
+                _swept.add(path.parent)
+                sweep_temporaries(path.parent)
             yield temporary, file
         finally:
             temporary.unlink(missing_ok=True)
@@ -173,11 +176,8 @@ def _lock(descriptor: int, path: Path, give_up_at: float) -> None:
         time.sleep(LOCK_POLL_SECONDS)
 
 
-def _sweep(folder: Path) -> None:
-    """Removes what dead writers left in `folder`; once per process and folder, which keeps it cheap."""
-    if folder in _swept:
-        return
-    _swept.add(folder)
+def sweep_temporaries(folder: Path) -> None:
+    """Removes what dead writers left in `folder`."""
     for leftover in folder.glob(f"{_TEMPORARY}*"):
         # Somebody who still writes holds the lock, and somebody else may sweep too.
         with suppress(OSError):

@@ -24,7 +24,15 @@ from job.store.base import (
     validated_key,
     validated_new_key,
 )
-from job.store.files import crc32c_of, folder_lock, os_errors, sync_file, sync_folder, temporary_beside
+from job.store.files import (
+    crc32c_of,
+    folder_lock,
+    os_errors,
+    sweep_temporaries,
+    sync_file,
+    sync_folder,
+    temporary_beside,
+)
 
 
 class LocalStore(Store):
@@ -143,6 +151,15 @@ class LocalStore(Store):
                 if folder == self._root:
                     break
                 folder.rmdir()
+
+    def sweep(self) -> None:
+        """Unlinks the temporary files that nobody has locked, and the folders that are empty without them."""
+        with os_errors(self._folder):
+            for folder, _, _ in os.walk(self._folder, topdown=False):
+                sweep_temporaries(Path(folder))
+                with suppress(OSError):
+                    if folder != str(self._root):
+                        Path(folder).rmdir()
 
     def exists(self, key: str) -> bool:
         """Looks at the file's kind alone."""

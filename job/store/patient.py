@@ -206,6 +206,10 @@ class PatientStore(Store):
         """As `Store.exists`."""
         return self.insist(self.inner.exists, key)
 
+    def sweep(self) -> None:
+        """As `Store.sweep`."""
+        self.insist(self.inner.sweep)
+
 
 class _PatientFile(io.RawIOBase):
     """A seekable file over another, each read of which begins at a position of its own and can be repeated."""

@@ -172,6 +172,33 @@ def test_a_reader_that_was_killed_holds_nothing_for_ever(run):
     assert being_read(run) == (set(), sorted(entry.key for entry in run.list("reading")))
 
 
+def test_what_killed_readers_samplers_and_savers_left_goes(bucket, run):
+    succeeded(prune(bucket))
+    there = everything(run).keys()
+    batch = "samples/epoch-0001-ddim-4-0-8"
+    left = {
+        f"reading/000002-000000000064-{'0' * 32}.json": Reader(checkpoint="x", until=1.0).to_json(),
+        f"{batch}/piece-00000.tar": b"1",
+        f"{batch}/piece-00001/000000004.png": b"1",
+    }
+    kept = {f"{batch}/piece-00002.tar": b"1", f"{batch}/records/piece-00002.json": b"{}"}
+    for key, data in (left | kept).items():
+        run.create(key, data)
+    unlocked = Path(run.uri) / "checkpoints/000001-000000000099/.tmp-0123456789abcdef"
+    unlocked.parent.mkdir()
+    unlocked.write_bytes(b"half a checkpoint")
+    # Whoever reads may be making these very pieces.
+    with reading(run, CheckpointRef(2, 80)):
+        lines = succeeded(prune(bucket, "--dry-run"))
+        assert "left behind by a reader that was killed" in lines
+        assert "piece" not in lines
+    assert unlocked.exists()
+    lines = succeeded(prune(bucket))
+    assert lines.count("left behind by sampling that was stopped") == 2
+    assert everything(run).keys() == there | kept.keys()
+    assert not unlocked.parent.exists()
+
+
 def test_it_is_refused_while_somebody_trains(bucket, run):
     lease = Lease.take(run, FENCE, 0.0, lambda: False, pytest.fail)
     try:

@@ -29,6 +29,7 @@ from job.processes.stopping import Agreement
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest, opened
 from job.runs.grace import Notice
+from job.runs.verification import verify_run
 from job.sampling import batches
 from job.sampling.piece_files import PieceWriter, commit_piece, read_images
 from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
@@ -370,6 +371,11 @@ def test_rot_is_named(bucket, what):
     line = refused(ddpm_here(*words(bucket, 40)), 65)
     assert f"{batch.store.uri}/{key} is rotten" in line
     assert "elete" in line
+    findings = verify_run(open_store(bucket), "walk")
+    named = [problem for problem in findings.problems if f"{batch.store.uri}/" in problem]
+    assert [f"{batch.store.uri}/{key} " in problem for problem in named] == [True]
+    # A good piece whose record is rotten is none that a killed sampler left.
+    assert not [left for left in findings.leftovers if f"{batch.store.uri}/".endswith(f"/{left.split('/')[1]}/")]
     # What it says is to be done helps.
     batch.store.delete(key)
     if what == "shard":

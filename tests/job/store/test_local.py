@@ -13,6 +13,7 @@ import pytest
 
 from job.exits import BadRequestError, DiskFullError, Exit, MissingInputError, NoPermissionError
 from job.store import Entry, ObjectMissingError, Store, open_store
+from job.store.files import temporary_beside
 
 NOBODY = 65534
 
@@ -210,6 +211,19 @@ def test_temporaries_of_the_dead_are_swept_and_those_of_the_living_stay(store: S
         store.put("runs/key", b"whole")
         assert names_in(bucket) == [".tmp-living", "key", "runs"]
     assert store.read("runs/key").data == b"whole"
+
+
+def test_sweeping_takes_what_the_dead_left_anywhere_and_nothing_else(store: Store, bucket: Path) -> None:
+    store.create("a/b/object", b"1")
+    with temporary_beside(bucket / "a/c/object") as (living, _):
+        for folder in ("a/b", "a/d/e"):
+            (bucket / folder).mkdir(parents=True, exist_ok=True)
+            (bucket / folder / ".tmp-0000000000000000").write_bytes(b"half")
+        (bucket / "a/.DS_Store").write_bytes(b"")
+        store.sub("a").sweep()
+        left = sorted(str(path.relative_to(bucket)) for path in bucket.rglob("*") if path.is_file())
+        assert left == ["a/.DS_Store", "a/b/object", str(living.relative_to(bucket))]
+        assert not (bucket / "a/d").exists()
 
 
 def test_full_disk(small_disk: Path, bucket_uri: str, tmp_path: Path) -> None:
