@@ -129,7 +129,7 @@ class TrainingSession:
             def status(state: str) -> records.Status:
                 # Whoever slept and was replaced must not say on waking how the run was going then.
                 lease.confirm()
-                return self._status(state, attempt.fence)
+                return self._status(state, attempt)
 
             self.status = StatusReporter(run, status, self.bar.note)
         try:
@@ -343,11 +343,12 @@ class TrainingSession:
         fields["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
         return fields
 
-    def _status(self, state: str, fence: int) -> records.Status:
+    def _status(self, state: str, attempt: Attempt) -> records.Status:
         images = self.state.images_seen
         return records.Status(
             state=state,
-            fence=fence,
+            fence=attempt.fence,
+            attempt=attempt.id,
             images_seen=images,
             target_images=self.plan.target_images,
             epoch=round(images / self.dataset_images, 3),

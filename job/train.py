@@ -57,7 +57,7 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
                 f"{plan.run.uri} was begun by another attempt meanwhile, with train.precision="
                 f"{plan.config.train.precision}: the same command goes on"
             )
-        config, attempt = ranks.on_main(lambda: _begin(plan, fence, precision, ranks))
+        config, attempt = ranks.on_main(lambda: _begin(plan, fence, precision, ranks, lease.holder if lease else ""))
         with Progress("reading images", unit="images", total=plan.index.images, disable=not ranks.is_main) as bar:
             cache = open_cache(
                 plan.bucket,
@@ -78,7 +78,7 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
     accelerator.end_training()
 
 
-def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks) -> tuple[RunConfig, Attempt]:
+def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks, holder: str) -> tuple[RunConfig, Attempt]:
     config = plan.config
     if plan.is_new:
         resolved = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
@@ -87,7 +87,7 @@ def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks) -> tuple[RunCon
             raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
-    attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device)
+    attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device, holder)
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     return config, attempt

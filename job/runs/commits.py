@@ -125,7 +125,8 @@ class Commits:
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
-        self._writer.put(key, stamped(key, picture, fence=self._attempt.fence, images_seen=images_seen))
+        fence, attempt = self._attempt.fence, self._attempt.id
+        self._writer.put(key, stamped(key, picture, fence=fence, attempt=attempt, images_seen=images_seen))
 
     def wait(self) -> None:
         """Returns when everything is in the bucket; once a stop was asked for, only as long as there is time.

@@ -143,6 +143,8 @@ class Lease:
     ) -> None:
         self.fence = record.fence
         """Higher than that of everybody who held the run before."""
+        self.holder = record.holder
+        """Unique to this holder."""
         self._run, self._record, self._note = run, record, note
         self._uri = run.uri_of(LEASE)
         self._version: str | None = version

@@ -10,11 +10,14 @@ from __future__ import annotations
 import hashlib
 import struct
 import zlib
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from pydantic import Field
 
 from job.code_version import code_version
 from job.exits import BadDataError
+from job.runs.records import attempt_id
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -31,6 +34,8 @@ class Provenance(Sealed):
     """Below its run; of a dataset's contact sheet, below the bucket."""
     fence: int | None = Field(default=None, ge=1)
     """Of the attempt whose weights it shows."""
+    attempt: str = ""
+    """The id of that attempt, which tells runs apart."""
     images_seen: int | None = Field(default=None, ge=0)
     code_version: str
     content_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
@@ -49,21 +54,28 @@ def put_picture(
         fence: see `stamped`.
         images_seen: see `stamped`.
     """
-    store.put(key, stamped(key, picture, fence=fence, images_seen=images_seen))
+    attempt = attempt_id(store, fence) if fence is not None else ""
+    store.put(key, stamped(key, picture, fence=fence, attempt=attempt, images_seen=images_seen))
 
 
-def stamped(key: str, picture: bytes, *, fence: int | None, images_seen: int | None) -> bytes:
+def stamped(key: str, picture: bytes, *, fence: int | None, images_seen: int | None, attempt: str = "") -> bytes:
     """The picture with its provenance in it.
 
     Args:
         key: where it is to lie.
         picture: a finished PNG or GIF, without provenance.
         fence: of the attempt whose weights it shows; none for a picture that shows no weights.
+        attempt: its id.
         images_seen: by these weights.
     """
     sha256 = hashlib.sha256(picture).hexdigest()
     record = Provenance(
-        key=key, fence=fence, images_seen=images_seen, code_version=code_version(), content_sha256=sha256
+        key=key,
+        fence=fence,
+        attempt=attempt,
+        images_seen=images_seen,
+        code_version=code_version(),
+        content_sha256=sha256,
     )
     return _joined(picture, record.to_json())
 
@@ -97,8 +109,14 @@ def read_provenance(data: bytes, uri: str) -> Provenance:
     return record
 
 
-def picture_problems(store: Store, key: str) -> list[str]:
-    """What is wrong with the picture at `key`: nothing, or one line that names it."""
+def picture_problems(store: Store, key: str, attempt_ids: Mapping[int, str] = MappingProxyType({})) -> list[str]:
+    """What is wrong with the picture at `key`: nothing, or one line that names it.
+
+    Args:
+        store: the run's folder.
+        key: where the picture lies.
+        attempt_ids: of the run's attempts, by fence, as far as they are known.
+    """
     uri = store.uri_of(key)
     try:
         record = read_provenance(store.read(key).data, uri)
@@ -106,7 +124,11 @@ def picture_problems(store: Store, key: str) -> list[str]:
         return [f"{uri} is missing"]
     except BadDataError as error:
         return [str(error)]
-    return [] if record.key == key else [f"{uri} is not in its place: it was made as {record.key}"]
+    if record.key != key:
+        return [f"{uri} is not in its place: it was made as {record.key}"]
+    if record.attempt and record.attempt != attempt_ids.get(record.fence or 0, record.attempt):
+        return [f"{uri} belongs to another run: attempt {record.fence} of this one did not make it"]
+    return []
 
 
 def _joined(picture: bytes, record: bytes) -> bytes:

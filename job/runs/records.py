@@ -150,6 +150,8 @@ class Attempt(Sealed):
     """What this attempt does otherwise than the run's stored configuration says."""
     config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
+    holder: str
+    """As which it held the run's lease."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
@@ -178,6 +180,13 @@ def load_attempt(run: Store, fence: int) -> Attempt:
     return attempt
 
 
+def attempt_id(run: Store, fence: int) -> str:
+    """The id of an attempt; empty where nobody can tell."""
+    with suppress(ObjectMissingError, BadDataError):
+        return load_attempt(run, fence).id
+    return ""
+
+
 def last_attempt(run: Store) -> Attempt | None:
     """The newest record of an attempt that can be read, if there is one."""
     # A bucket that is a folder which is not there yet has no attempts either.
@@ -193,8 +202,10 @@ def highest_fence(run: Store) -> int:
     return max([*attempt_fences(run), *(ref.fence for ref in list_checkpoints(run))], default=0)
 
 
-def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str) -> Attempt:
-    """Writes down who works on the run under this fence, which the run's lease gave."""
+def record_attempt(
+    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str = ""
+) -> Attempt:
+    """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
     attempt = Attempt(
         fence=fence,
         id=uuid.uuid4().hex,
@@ -206,6 +217,7 @@ def record_attempt(run: Store, fence: int, changes: dict[str, Any], world_size: 
         device=device,
         changes=changes,
         config_file_sha256=hashlib.sha256(run.read(CONFIG).data).hexdigest(),
+        holder=holder,
         previous=max(attempt_fences(run), default=None),
     )
     run.create(attempt_key(fence), attempt.to_json())
@@ -239,6 +251,8 @@ class Status(Sealed):
     state: str
     """`running`, `finished`, `stopped` or `failed`."""
     fence: int
+    attempt: str
+    """The id of the attempt, without which another run's status would not be noticed."""
     images_seen: int
     target_images: int
     epoch: float

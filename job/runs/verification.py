@@ -160,7 +160,7 @@ class _Verification:
         self._look_at_latest()
         checks = [check for manifest in self._manifests.values() for check in self._objects.of_manifest(manifest)]
         unnamed = [key for key in self._sizes if key not in self._objects.named]
-        pieces = BatchChecks(self._run, set(self._sizes), self._objects.problems)
+        pieces = BatchChecks(self._run, set(self._sizes), self._objects.problems, self._attempt_ids)
         checks += pieces.checks()
         checks += [check for key in unnamed if (check := self._check_of(key))]
         self._problems += _done(checks)
@@ -247,14 +247,28 @@ class _Verification:
             if self._manifests:
                 self._missing(STATUS, "there are checkpoints")
         try:
-            load_lease(self._run)
+            lease = load_lease(self._run)
+            attempt = self._attempts.get(lease.fence)
+            if attempt and attempt.holder and attempt.holder != lease.holder:
+                self._problems.append(self._foreign(LEASE, attempt))
         except BadDataError as error:
             self._problems.append(str(error))
         except ObjectMissingError:
             if self._attempts:
                 self._missing(LEASE, "there were attempts")
-        if self._status and records.attempt_key(self._status.fence) not in self._sizes:
+        if self._status and (attempt := self._attempts.get(self._status.fence)):
+            if attempt.id != self._status.attempt:
+                self._problems.append(self._foreign(STATUS, attempt))
+                self._status = None
+        elif self._status and records.attempt_key(self._status.fence) not in self._sizes:
             self._missing(records.attempt_key(self._status.fence), f"{STATUS} is of this attempt")
+
+    @property
+    def _attempt_ids(self) -> dict[int, str]:
+        return {fence: attempt.id for fence, attempt in self._attempts.items()}
+
+    def _foreign(self, key: str, attempt: Attempt) -> str:
+        return f"{self._run.uri_of(key)} is another run's: attempt {attempt.fence} of this one did not write it"
 
     def _look_at_latest(self) -> None:
         refs = [ref for key in self._sizes if (ref := _manifest_of(key))]
@@ -302,7 +316,7 @@ class _Verification:
 
     def _look_at_picture(self, key: str) -> list[str]:
         self._advance(self._sizes[key])
-        return picture_problems(self._run, key)
+        return picture_problems(self._run, key, self._attempt_ids)
 
     def _look_at_reader(self, key: str, ref: CheckpointRef) -> list[str]:
         try:

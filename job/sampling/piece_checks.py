@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -40,9 +40,16 @@ class BatchChecks:
         leftovers: keys of pieces that killed processes left without a record.
     """
 
-    def __init__(self, run: Store, keys: set[str], compare: Compare) -> None:
-        """`keys` are those of the run's objects; `compare` looks at one that a record names."""
-        self._run, self._compare = run, compare
+    def __init__(self, run: Store, keys: set[str], compare: Compare, attempt_ids: Mapping[int, str]) -> None:
+        """Looks at nothing yet.
+
+        Args:
+            run: the run's folder.
+            keys: of the run's objects.
+            compare: looks at one that a record names.
+            attempt_ids: see `picture_problems`.
+        """
+        self._run, self._compare, self._attempt_ids = run, compare, attempt_ids
         self._folders: dict[str, set[str]] = {}
         for key in keys:
             if folder := batch_of(key):
@@ -80,7 +87,7 @@ class BatchChecks:
                 known.add(file.name)
                 yield partial(self._compare, f"{folder}/{file.name}", file.sha256, file.bytes, f"{folder}/{key}")
         if GRID in keys:
-            yield partial(picture_problems, self._run, f"{folder}/{GRID}")
+            yield partial(picture_problems, self._run, f"{folder}/{GRID}", self._attempt_ids)
         self._look_at_index(batch, keys, entries)
         without_record = uncommitted(keys)
         self.leftovers |= {f"{folder}/{key}" for key in without_record}

@@ -26,6 +26,7 @@ from tests.job.some_images import encoded, picture, tar_of, zip_of
 STATUS = {
     "state": "finished",
     "fence": 1,
+    "attempt": "0" * 32,
     "images_seen": 304,
     "target_images": 304,
     "epoch": 1.0,

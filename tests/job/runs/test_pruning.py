@@ -75,6 +75,7 @@ def say(run: Store, seconds_ago: float) -> None:
     status = records.Status(
         state="stopped",
         fence=FENCE,
+        attempt=records.attempt_id(run, FENCE),
         images_seen=80,
         target_images=160,
         epoch=1.0,

@@ -154,14 +154,12 @@ def test_whatever_is_swapped_is_named_and_nothing_else(store, run, keys):
 def test_what_belongs_to_another_run_is_named(store, run, keys):
     other, wrong = store.sub("runs/other"), {}
     same = {entry.key for entry in other.list()} & {*keys}
-    for key in same - {"lease.json", "status.json", LATEST}:
+    for key in same - {LATEST}:
         theirs = other.read(key).data
         with damaged(run, key, lambda data, theirs=theirs: theirs):
-            # Of a picture only its place is known, which is the same.
-            expected = [] if key.startswith("figures/") else [key]
-            if (found := blamed(store)) != expected:
+            if (found := blamed(store)) != [key]:
                 wrong[key] = found
-    assert {"config.yaml", "attempts/000001.json"} < same
+    assert {"config.yaml", "attempts/000001.json", "figures/loss.png", "lease.json", "status.json"} < same
     assert wrong == {}
 
 
