@@ -14,10 +14,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, shard_name
 from job.exits import BadDataError, BadRequestError
+from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
 PACKING = "packing"
@@ -42,10 +43,8 @@ def rejects_lines(rejects: Iterable[Reject]) -> bytes:
     return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
 
 
-class PackedShard(BaseModel):
+class PackedShard(Sealed):
     """The journal's object for a shard: it is in the bucket whole, and this is what went into it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     parameters_sha256: str
     shard: Shard
@@ -57,10 +56,6 @@ class PackedShard(BaseModel):
     """Those met since the shard before."""
     is_last: bool
     """Whether it ends because the source did, and not because it was full."""
-
-    def to_json(self) -> bytes:
-        """Its canonical bytes."""
-        return (self.model_dump_json(indent=1) + "\n").encode()
 
 
 class Journal:
@@ -86,9 +81,10 @@ class Journal:
         sizes = self._sizes()
         packed: list[PackedShard] = []
         while True:
+            key = _key(shard_name(len(packed)))
             try:
-                entry = PackedShard.model_validate_json(self._read(_key(shard_name(len(packed)))))
-            except ValidationError:
+                entry = PackedShard.from_json(self._read(key), self.dataset.uri_of(key))
+            except BadDataError:
                 return packed
             is_of_this = entry.parameters_sha256 == self.parameters_sha256 and _are_there(entry.shard, sizes)
             if not is_of_this or (entry.is_last and entry.read_images != source_images):

@@ -135,6 +135,21 @@ def test_leftovers_that_are_rotten_are_replaced(tmp_path, source, undisturbed, r
     assert objects(tmp_path) == undisturbed
 
 
+def test_a_journal_that_still_looks_like_one_is_not_believed(tmp_path, source, undisturbed):
+    with pytest.raises(StoppedError):
+        packed(tmp_path, source, should_stop=stop_after(50))
+    for field in ("images", "sha256", "crc32c", "offsets_sha256"):
+        path = tmp_path / KEY / "packing/shard-00001.json"
+        text = path.read_text()
+        start = text.index(f'"{field}"') + len(field) + 2
+        digit = next(i for i in range(start, len(text)) if text[i].isdigit())
+        path.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
+        with pytest.raises(StoppedError):
+            packed(tmp_path, source, should_stop=stop_after(50))
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed
+
+
 KILLED_BEFORE_EACH_WRITE = """
 import itertools, os, signal, sys
 from job.data.pack import pack
