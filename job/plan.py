@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,11 +12,11 @@ from ddpm.epochs import images_at_epoch
 from job.config import RunConfig, changed_for_attempt, check_steps, flatten, follow_dataset, validated
 from job.config_input import draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.progress import note
 from job.requests import SampleRequest, TrainRequest
 from job.runs import records
-from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest
+from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest, lost_manifest
 from job.sampling.names import SAMPLES, how_drawn, label_of
 from job.sampling.pieces import Batch, Drawing, piece_images
 from job.store import Store
@@ -133,6 +134,10 @@ def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _nev
     check_steps(config, steps, "--steps ")
     index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
+    if request.checkpoints == "latest":
+        with suppress(BadDataError):
+            if lost := lost_manifest(run, checkpoints):
+                _note(f"{lost}: drawing from the checkpoint before")
     return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)
 
 

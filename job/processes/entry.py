@@ -12,7 +12,7 @@ from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
 from job.processes.stopping import StopFlag, deadline
 from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import list_checkpoints
+from job.runs.checkpoints import is_there, list_checkpoints
 from job.runs.grace import check_writable
 from job.runs.records import read_status
 from job.sampling.pieces import Batch
@@ -114,7 +114,10 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 
 def _finished(plan: Plan) -> bool:
     status = read_status(plan.run)
-    return status is not None and status.state == "finished" and _images_seen(plan) >= plan.target_images
+    if status is None or status.state != "finished" or _images_seen(plan) < plan.target_images:
+        return False
+    # One that was lost since then is learnt again.
+    return is_there(plan.run, max(list_checkpoints(plan.run)))
 
 
 def _images_seen(plan: Plan) -> int:

@@ -183,6 +183,16 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
     return f"{run.uri_of(manifest_key(ref))} is missing, though {run.uri_of(LATEST)} names it"
 
 
+def is_there(run: Store, ref: CheckpointRef) -> bool:
+    """Whether a checkpoint's manifest is whole and its files have the sizes that it says; reads no more than that."""
+    try:
+        manifest = load_manifest(run, ref)
+    except (BadDataError, ObjectMissingError):
+        return False
+    sizes = {entry.key.rsplit("/", 1)[-1]: entry.size_bytes for entry in run.list(ref.key)}
+    return all(sizes.get(record.name) == record.bytes for record in manifest.files)
+
+
 def fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
     """Downloads the files of `groups` into `folder`, each checked by size and SHA-256.
 
@@ -283,10 +293,13 @@ def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_si
 
     Raises:
         MissingInputError: there are none, or not for one of the epochs; the message names those there are.
+        BadDataError: there was one.
         BadRequestError: the words are none of the above.
     """
     refs = by_progress(list_checkpoints(run))
     if not refs:
+        if lost := lost_manifest(run, []):
+            raise BadDataError(f"run {run_name!r} has no checkpoint any more: {lost}")
         raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
     ordered = [refs[images] for images in sorted(refs)]
     epochs = {

@@ -25,7 +25,7 @@ from ddpm.unet import UNet
 from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex, dataset_key
-from job.exits import StoppedError
+from job.exits import BadDataError, StoppedError
 from job.plan import SamplePlan, plan_sampling
 from job.processes import compute
 from job.processes.heartbeat import beat
@@ -274,8 +274,16 @@ def load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, rank
     """
 
     def load() -> None:
-        with reading(run, ref), opened(run, ref, (group,)) as restored:
-            restored.copy_into({group: {name: value.detach() for name, value in network.named_parameters()}})
+        tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
+        try:
+            with reading(run, ref), opened(run, ref, (group,)) as restored:
+                restored.copy_into(tensors)
+        except BadDataError as error:
+            name = run.uri.rsplit("/", 1)[-1]
+            raise BadDataError(
+                f"{error}; `ddpm runs show {name}` lists the other checkpoints, for --checkpoints, and "
+                f"`ddpm runs verify {name}` says which are whole"
+            ) from None
 
     ranks.on_main(load)
     if dist.is_initialized():

@@ -15,8 +15,8 @@ import torch
 
 from job.data.pack import pack
 from job.exits import BadDataError, Exit
-from job.plan import plan_run
-from job.requests import TrainRequest
+from job.plan import plan_run, plan_sampling
+from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import LATEST, CheckpointRef, list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.runs.restoring import newest_good
@@ -257,9 +257,38 @@ def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(run, keys):
         missing = rf"{re.escape(run.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
         with pytest.raises(BadDataError, match=missing), newest_good(run, GROUPS, lambda _: None):
             pass
+        request = SampleRequest("r", run.uri.removesuffix("/runs/r"))
+        with pytest.raises(BadDataError, match=missing):
+            plan_sampling(request.check())
     finally:
         for ref, data in whole.items():
             run.put(f"{ref.key}/MANIFEST.json", data)
+
+
+@pytest.mark.parametrize("damage", ["cut off", "gone"])
+def test_a_finished_run_that_has_lost_its_newest_checkpoint_learns_it_again(bucket, run, contents, damage, tmp_path):
+    shutil.copytree(bucket / "runs" / "r", tmp_path / "runs" / "r")
+    shutil.copytree(bucket / "datasets", tmp_path / "datasets")
+    copy = open_store(str(tmp_path)).sub("runs/r")
+    newest, before = list_checkpoints(copy)[::-1][:2]
+    path = tmp_path / "runs/r" / newest.key / "model-00.safetensors"
+    words = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
+    if damage == "gone":
+        # With the manifest: sampling takes the one before, and says so.
+        (path.parent / "MANIFEST.json").unlink()
+        done = ddpm_here(*words)
+        assert f"{path.parent}/MANIFEST.json is missing" in done.stderr
+        assert "epoch-0003-" in succeeded(done)
+    else:
+        path.write_bytes(path.read_bytes()[:-1])
+        assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*words, "--raw"), Exit.BAD_DATA)
+    done = train(tmp_path, "r", 4)
+    assert "is finished: 4 epochs" in succeeded(done)
+    assert f"set aside checkpoint {path.parent}" in done.stderr or "set aside a checkpoint" in done.stderr
+    again = max(list_checkpoints(copy))
+    assert (again.fence, again.images_seen) == (3, newest.images_seen)
+    assert _hash(copy, again) == contents[newest]
+    assert before in list_checkpoints(copy)
 
 
 @pytest.mark.parametrize("name", [*DAMAGES, "another run's"])
