@@ -169,6 +169,7 @@ class _Job:
         ignore_stop_signals()
         self._relay.close()
         self._report()
+        self._relay.flush()
         return self._exit_code()
 
     def _start(self) -> None:
@@ -274,6 +275,7 @@ class _Job:
     def _dump_stacks(self) -> None:
         for rank in self._living():
             self._relay.say(f"ddpm: stacks of {self._name(rank.number)}:")
+            self._relay.flush()
             os.kill(rank.process.pid, signal.SIGUSR1)
             # A stopped process would keep the signal for later.
             os.kill(rank.process.pid, signal.SIGCONT)

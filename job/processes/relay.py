@@ -9,11 +9,14 @@ import threading
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
+from queue import Full, Queue
 
 STDERR = 2
 _TAIL_LINES = 20
 _LINE_BYTES = 8192
 _CLOSE_SECONDS = 2.0
+_QUEUED = 10_000
+"""Pieces of text that wait for the terminal, of some lines each."""
 _OWN_PREFIX = re.compile(rb"\[rank\d+\]: ")
 _ERROR = re.compile(rb"ddpm: ")
 _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate called|  what\(\): |Exception raised from ")
@@ -30,27 +33,30 @@ class _Stream:
 
 
 class Relay:
-    """Reads the ranks' pipes in a thread, so that a terminal that takes nothing more cannot hold the launcher up.
+    """Reads the ranks' pipes in one thread and writes in another: neither the launcher nor a rank waits for a terminal.
 
+    One that takes nothing more misses lines, in the end; it does not hold up a run, or its stop.
     Rank 0 speaks for all; lines of the others begin with `[rank 1] `. Their errors are kept back until it is known
     which of them was the cause, and so is what a distributed backend prints while it goes down.
     """
 
     def __init__(self) -> None:
         self._streams: dict[int, _Stream] = {}
-        self._lock = threading.Lock()
+        self._outgoing: Queue[bytes] = Queue(_QUEUED)
         # A progress bar may stand in the line: what comes out takes its place, and the bar is drawn anew below.
         is_drawn_on = os.isatty(STDERR) and os.environ.get("TERM") != "dumb"
         self._line_start = b"\r\x1b[2K" if is_drawn_on else b""
-        self._thread = threading.Thread(target=self._read, name="relay", daemon=True)
+        self._reader = threading.Thread(target=self._read, name="relay-reader", daemon=True)
+        self._writer = threading.Thread(target=self._write, name="relay-writer", daemon=True)
 
     def follow(self, rank: int, descriptor: int) -> None:
         """Adds the reading end of a rank's pipe; before `start`."""
         self._streams[rank] = _Stream(rank, descriptor)
 
     def start(self) -> None:
-        """Begins to read."""
-        self._thread.start()
+        """Begins to read and to write."""
+        self._reader.start()
+        self._writer.start()
 
     def say(self, text: str) -> None:
         """Prints a line of the launcher's own."""
@@ -66,8 +72,13 @@ class Relay:
         return [line.decode(errors="replace") for line in list(stream.tail)]
 
     def close(self) -> None:
-        """Waits until everything the ranks wrote has been shown."""
-        self._thread.join(_CLOSE_SECONDS)
+        """Waits until everything the ranks wrote has been read."""
+        self._reader.join(_CLOSE_SECONDS)
+
+    def flush(self) -> None:
+        """Waits until everything has been shown, as far as the terminal takes it."""
+        with self._outgoing.all_tasks_done:
+            self._outgoing.all_tasks_done.wait_for(lambda: not self._outgoing.unfinished_tasks, _CLOSE_SECONDS)
 
     def _read(self) -> None:
         with selectors.DefaultSelector() as selector:
@@ -96,8 +107,15 @@ class Relay:
         self._show(shown)
 
     def _show(self, lines: list[bytes]) -> None:
-        data = b"".join(self._line_start + line + b"\n" for line in lines)
-        # A terminal or a pipe that went away must not end a run.
-        with self._lock, suppress(OSError):
-            while data:
-                data = data[os.write(STDERR, data) :]
+        if lines:
+            with suppress(Full):
+                self._outgoing.put_nowait(b"".join(self._line_start + line + b"\n" for line in lines))
+
+    def _write(self) -> None:
+        while True:
+            data = self._outgoing.get()
+            # A terminal or a pipe that went away must not end a run.
+            with suppress(OSError):
+                while data:
+                    data = data[os.write(STDERR, data) :]
+            self._outgoing.task_done()

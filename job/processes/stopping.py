@@ -28,7 +28,9 @@ if TYPE_CHECKING:
 STOP_AT = "DDPM_STOP_AT"
 """The deadline in seconds of CLOCK_BOOTTIME, which all processes of a machine share and which counts a suspension."""
 
-_DURATION = re.compile(r"(?:(?P<d>[0-9]+)d)?(?:(?P<h>[0-9]+)h)?(?:(?P<m>[0-9]+)m)?(?:(?P<s>[0-9]+)s?)?", re.IGNORECASE)
+_DURATION = re.compile(
+    r"(?:(?P<d>[0-9]{1,9})d)?(?:(?P<h>[0-9]{1,9})h)?(?:(?P<m>[0-9]{1,9})m)?(?:(?P<s>[0-9]{1,9})s?)?", re.IGNORECASE
+)
 _UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _NO_ETAG = "0"

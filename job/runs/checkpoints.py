@@ -1,4 +1,4 @@
-"""Checkpoints in a bucket: how one is committed, found, verified, loaded and retired.
+"""Checkpoints in a bucket: how one is committed, found, verified and loaded.
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
                                                    MANIFEST.json              created once, last: the commit

@@ -151,11 +151,6 @@ class CheckpointWriter:
         """Whether a checkpoint is still on its way to the bucket."""
         return self._committing or self._queued is not None
 
-    @property
-    def has_pictures(self) -> bool:
-        """Whether a picture is still on its way to the bucket."""
-        return bool(self._pictures)
-
     def put(self, key: str, data: bytes) -> None:
         """Queues a picture, which is written over whatever is there; raises the thread's error if there was one."""
         with self._changed:

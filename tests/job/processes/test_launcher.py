@@ -309,6 +309,23 @@ def test_a_reader_that_is_gone_ends_nothing(tmp_path):
     assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
 
 
+def test_a_terminal_that_takes_nothing_more_holds_nothing_up(tmp_path):
+    code = """
+    for _ in range(100):
+        print('x' * 10_000, file=sys.stderr)
+    Path(f'{rank}.done').touch()
+    all_ready_1 = lambda: Path("0.done").exists() and Path("1.done").exists()
+    while not all_ready_1():
+        time.sleep(0.01)
+    sys.exit(70 * rank)
+    """
+    child = start(tmp_path, code)
+    # Nobody reads what it prints, which is more than a pipe holds.
+    assert child.wait(20) == 70
+    assert child.stderr.read().startswith("xxx")
+    assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
+
+
 def test_the_launcher_does_not_import_torch():
     program = "import sys, job.cli.app, job.processes.entry; assert not {'torch', 'accelerate'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
