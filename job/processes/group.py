@@ -6,9 +6,11 @@ told nothing.
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import socket
+import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +25,10 @@ _PORT = ("PET_MASTER_PORT", "MASTER_PORT")
 PORT = 29500
 """Of the first node, where nothing else is said; PyTorch's own default."""
 MAX_NODES = 1024
+
+_INTERFACE = "GLOO_SOCKET_IFNAME"
+_SIOCGIFADDR = 0x8915
+"""Asks for an interface's address (netdevice(7))."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +88,29 @@ class Group:
             "LOCAL_WORLD_SIZE": str(self.processes),
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
+            **self._interface(),
         }
+
+    def _interface(self) -> dict[str, str]:
+        """Gloo listens where the host's name leads, which many a machine has as 127.0.1.1 in its /etc/hosts."""
+        if self.nodes == 1 or _INTERFACE in os.environ:
+            return {}
+        name = interface_to(self.address)
+        return {_INTERFACE: name} if name else {}
+
+
+def interface_to(address: str) -> str:
+    """The network interface by which this machine reaches a host name or IPv4 address; empty if nobody can tell."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        # Nothing is sent: this only chooses a route.
+        probe.connect((address, 9))
+        own = socket.inet_aton(probe.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode())
+                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == own:
+                    return name
+    return ""
 
 
 def nodes() -> int:

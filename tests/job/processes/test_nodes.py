@@ -1,0 +1,113 @@
+"""Several nodes of one job, each with a launcher of its own: who they are, and that they learn what one node does."""
+
+from __future__ import annotations
+
+import signal
+import socket
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from job.data.pack import pack
+from job.exits import BadRequestError
+from job.processes.group import PORT, Group, interface_to
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.store import open_store
+from tests.job.leases import eventually
+from tests.job.nodes import Nodes
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
+        ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
+        ("NNODES", "JOB_COMPLETION_INDEX", "MASTER_ADDR", ""),
+    ],
+)
+def test_the_environment_says_who_a_node_is(names):
+    environment = dict(zip(names, ("3", "2", "node-0.job", "1234"), strict=True))
+    group = Group.of(4, environment)
+    assert group == Group(4, nodes=3, node=2, address="node-0.job", port=1234 if names[3] else PORT)
+    assert (group.world_size, group.first_rank) == (12, 8)
+    variables = group.environment(1)
+    assert {name: variables[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "9",
+        "LOCAL_RANK": "1",
+        "WORLD_SIZE": "12",
+        "LOCAL_WORLD_SIZE": "4",
+    }
+
+
+@pytest.mark.parametrize(
+    ("environment", "named"),
+    [
+        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
+        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK or JOB_COMPLETION_INDEX is not set"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK='2'"),
+        ({"NNODES": "0"}, "NNODES='0'"),
+        ({"NNODES": "two"}, "NNODES='two'"),
+        ({"NNODES": "²"}, "NNODES='²'"),
+        ({"NNODES": "1025"}, "NNODES='1025'"),
+        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "1", "MASTER_PORT": "65536"}, "MASTER_PORT='65536'"),
+    ],
+)
+def test_what_makes_no_group_is_named(environment, named):
+    with pytest.raises(BadRequestError, match=named):
+        Group.of(1, environment)
+
+
+def test_a_machine_that_is_alone_is_told_nothing():
+    assert Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0) == {}
+    assert Group.of(2, {}).address == "127.0.0.1"
+
+
+def test_the_interface_that_leads_to_a_node():
+    assert interface_to("127.0.0.1") == "lo"
+    assert interface_to("localhost") == "lo"
+    assert interface_to("nowhere.invalid") == ""
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Nodes:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    source = resources.files("job") / "datasets" / "landscape-sample.zip"
+    pack(open_store(str(tmp_path / "bucket")), str(source), "tiles", size=16)
+    return Nodes(tmp_path, "127.0.0.1", port)
+
+
+def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(nodes):
+    one = nodes.alone("alone", 2)
+    two = nodes.together("together", 2)
+    assert [node.wait(120) for node in two] == [0, 0], nodes.said(two)
+    assert one.wait(120) == 0
+    runs = [open_store(str(nodes.bucket)).sub(f"runs/{name}") for name in ("alone", "together")]
+    manifests = [load_manifest(run, max(list_checkpoints(run))) for run in runs]
+    assert [manifest.world_size for manifest in manifests] == [2, 2]
+    alone, together = ({file.name: file.sha256 for file in manifest.files} for manifest in manifests)
+    assert alone == together
+
+
+@pytest.mark.parametrize("told", [0, 1])
+def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes, told):
+    run = open_store(str(nodes.bucket)).sub("runs/walk")
+    together = nodes.together("walk", 10_000)
+    eventually(lambda: list_checkpoints(run), 60)
+    together[told].send_signal(signal.SIGTERM)
+    assert [node.wait(60) for node in together] == [75, 75], nodes.said(together)
+    stopped_at = max(list_checkpoints(run)).images_seen
+    epochs = stopped_at // 299 + 1
+    together = nodes.together("walk", epochs)
+    assert [node.wait(60) for node in together] == [0, 0], nodes.said(together)
+    assert max(list_checkpoints(run)).images_seen > stopped_at
+
+
+def test_a_node_that_dies_ends_the_others(nodes):
+    run = open_store(str(nodes.bucket)).sub("runs/walk")
+    together = nodes.together("walk", 10_000)
+    eventually(lambda: list_checkpoints(run), 60)
+    together[1].kill()
+    assert together[0].wait(60) not in (0, 75), nodes.said(together)
