@@ -167,9 +167,10 @@ def _on_this_machine(words: Words, target: Target, wishes: Wishes) -> Words:
     # In a container are the GPUs that were asked for, and no others.
     if target.backend == "local" and wishes.gpus and words.verb != "pack" and "processes" not in words.given:
         words = words.saying(processes=wishes.gpus)
-    limit = wishes.max_hours or (target.max_hours if "max_hours" in target.model_fields_set else None)
-    # There is no engine that would end it.
-    if limit and "stop_after" not in words.given:
+    limit = target.max_hours if "max_hours" in target.model_fields_set else None
+    limit = limit if wishes.max_hours is None else wishes.max_hours
+    # There is no engine that would end it; a limit that makes no sense is refused with the rest of the job.
+    if limit is not None and 0 < limit < math.inf and "stop_after" not in words.given:
         words = words.saying(stop_after=f"{max(1, round(limit * 3600))}s")
     return words
 

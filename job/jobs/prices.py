@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from job.config_input import parse_yaml
 from job.exits import BadDataError
@@ -17,23 +17,15 @@ UNKNOWN = "price unknown"
 
 
 class Price(BaseModel):
-    """One row of the table: what one machine costs by the hour, who says so, and since when."""
+    """One row of the table: what one machine costs on demand by the hour, who says so, and of which day."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
-    machine_type: str = ""
-    gpu_type: str = ""
-    """Of a machine with one such GPU."""
-    spot: bool
+    machine_type: str
+    region: str
     dollars_per_hour: float = Field(ge=0)
     source: str = Field(pattern=r"^https://\S+$")
     date: str = Field(pattern=r"^\d{4}-\d{2}-\d{2}$")
-
-    @model_validator(mode="after")
-    def _names_one_thing(self) -> Price:
-        if bool(self.machine_type) == bool(self.gpu_type):
-            raise ValueError("a row names either a machine_type or a gpu_type")
-        return self
 
 
 @dataclass(frozen=True)
@@ -76,13 +68,14 @@ def estimate(spec: JobSpec, target: Target, prices: Sequence[Price] | None = Non
     if target.price_per_hour is not None:
         why = f"{machines} × ${target.price_per_hour:g} per hour, as the target says, × {spec.max_hours:g} hours"
         return Estimate(machines * target.price_per_hour * spec.max_hours, why)
-    machine_type = target.machine_type if isinstance(target, GoogleTarget) else ""
-    for row in load_prices() if prices is None else prices:
-        by_machine = bool(row.machine_type) and row.machine_type == machine_type
-        by_gpu = bool(row.gpu_type) and row.gpu_type == spec.gpu_type and spec.gpus == 1
-        if row.spot == spec.spot and (by_machine or by_gpu):
-            why = (
-                f"{machines} × ${row.dollars_per_hour:g} per hour × {spec.max_hours:g} hours; {row.source}, {row.date}"
-            )
-            return Estimate(machines * row.dollars_per_hour * spec.max_hours, why)
-    return Estimate(None, UNKNOWN)
+    if not isinstance(target, GoogleTarget):
+        return Estimate(None, UNKNOWN)
+    table = load_prices() if prices is None else prices
+    rows = {row.region: row for row in table if row.machine_type == target.machine_type}
+    if not all(region in rows for region in target.all_regions):
+        return Estimate(None, UNKNOWN)
+    # It may end up in any of them.
+    row = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
+    per_hour = f"${row.dollars_per_hour:g} per hour" + (" on demand, and spot costs less," if spec.spot else "")
+    why = f"{machines} × {per_hour} × {spec.max_hours:g} hours; {row.source}, {row.date}"
+    return Estimate(machines * row.dollars_per_hour * spec.max_hours, why)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import difflib
 import json
 import os
@@ -119,7 +120,7 @@ class KubernetesTarget(Target):
     shared_memory: str = "2Gi"
 
 
-class GoogleTarget(Target):
+class GoogleTarget(Target, abc.ABC):
     """What targets on Google Cloud have in common."""
 
     project: _Project
@@ -131,6 +132,11 @@ class GoogleTarget(Target):
     gpu_type: str = "nvidia-l4"
     boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
 
+    @property
+    @abc.abstractmethod
+    def all_regions(self) -> tuple[str, ...]:
+        """Where a job may run."""
+
 
 class VmTarget(GoogleTarget):
     """A Compute Engine VM for each job, which deletes itself."""
@@ -139,6 +145,11 @@ class VmTarget(GoogleTarget):
     zones: tuple[_Zone, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
 
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """Those of the zones."""
+        return tuple(dict.fromkeys(zone.rpartition("-")[0] for zone in self.zones))
+
 
 class BatchTarget(GoogleTarget):
     """Google Batch."""
@@ -146,6 +157,11 @@ class BatchTarget(GoogleTarget):
     backend: Literal["batch"]
     regions: tuple[_Region, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
+
+    @property
+    def all_regions(self) -> tuple[str, ...]:
+        """Where a job may run."""
+        return self.regions
 
 
 _CLASSES: dict[str, type[Target]] = {

@@ -37,7 +37,7 @@ def job(spec: JobSpec, target: BatchTarget, region: str) -> Manifest:
         raise BadRequestError(f"--slices {spec.slices}: {MAX_SLICES} are the limit")
     if spec.max_hours > 14 * 24:
         raise BadRequestError(f"--max-hours {spec.max_hours:g}: Batch runs nothing for longer than 336 hours")
-    machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus)
+    machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus, spec.spot)
     return {
         "labels": container.labels(spec),
         "taskGroups": [

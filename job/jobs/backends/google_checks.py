@@ -35,7 +35,7 @@ def checks(
         return
     yield Check(api, True, f"project {target.project} answers; {len(jobs)} jobs")
     try:
-        machine = machine_for(target.machine_type, target.gpu_type, target.gpus)
+        machine = machine_for(target.machine_type, target.gpu_type, target.gpus, target.spot)
     except JobError as error:
         yield Check.of_error("machine type", error)
         return

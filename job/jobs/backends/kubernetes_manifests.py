@@ -192,6 +192,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
         **({"nodeSelector": selector} if selector else {}),
+        **_away_from_spot(spec, target),
         **({"tolerations": tolerations} if tolerations else {}),
         "securityContext": {
             "runAsNonRoot": True,
@@ -231,6 +232,15 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
     if target.tolerations is not None:
         tolerations = [dict(toleration) for toleration in target.tolerations]
     return selector, tolerations
+
+
+def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
+    """On demand is not on nodes that may go, which Kueue would take first and which not every pool taints."""
+    if spec.spot or target.cluster != "gke" or target.node_selector is not None:
+        return {}
+    no_spot = {"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}
+    required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}
+    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}}
 
 
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:

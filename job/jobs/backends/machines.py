@@ -1,7 +1,8 @@
 """Which GPUs a machine type of Compute Engine has, so that a wrong pair is refused before anything is sent.
 
-The table holds what the accelerator-optimised families bundle (cloud.google.com/compute/docs/gpus, November 2026). N1
-is the one family that takes GPUs as an extra; all others have none.
+The table holds what the accelerator-optimised families bundle
+(docs.cloud.google.com/compute/docs/accelerator-optimized-machines, as of 2026-04-13). N1 is the one family that takes
+GPUs as an extra; all others have none.
 """
 
 from __future__ import annotations
@@ -48,7 +49,12 @@ _SHAPES: dict[str, tuple[float, float]] = {
 """Processors and gigabytes for each GPU, where the name counts GPUs."""
 _GIGABYTES_PER_CPU = {"n1-standard": 3.75, "n1-highmem": 6.5, "g4-standard": 3.75, "standard": 4.0, "highmem": 8.0}
 """Where the name counts processors."""
-_HYPERDISK_ONLY = ("g4-", "a3-ultragpu-", "a4-", "a4x-", "c4-", "n4-")
+_HYPERDISK_ONLY = (
+    *("g4-", "a3-ultragpu-", "a4-", "a4x-"),
+    *("c4-", "c4a-", "c4d-", "n4-", "n4a-", "n4d-", "h4d-"),
+)
+_SPOT_ONLY = ("a3-highgpu-1g", "a3-highgpu-2g", "a3-highgpu-4g")
+"""Compute Engine makes these on demand for nobody."""
 
 
 @dataclass(frozen=True)
@@ -86,14 +92,18 @@ class Machine:
         return (int(cpus), int(gigabytes * 1024 * 0.85)) if cpus else None
 
 
-def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
+def machine_for(machine_type: str, gpu_type: str, gpus: int, spot: bool = True) -> Machine:
     """The machine for a job with `gpus` GPUs of type `gpu_type`, or of the machine's own type if that is empty.
 
     A CPU job may run on a machine that has GPUs; it uses none of them.
 
     Raises:
-        BadRequestError: there is no such pair; the message names one that there is.
+        BadRequestError: there is no such pair, or not on demand; the message names what there is.
     """
+    if machine_type in _SPOT_ONLY and not spot:
+        raise BadRequestError(
+            f"{machine_type} is not to be had on demand: use --spot, or set machine_type: a3-highgpu-8g in the target"
+        )
     if not _MACHINE_TYPE.fullmatch(machine_type):
         raise BadRequestError(f"machine_type {machine_type!r}: use a name such as g2-standard-8 or n1-standard-8")
     if gpus == 0:

@@ -32,7 +32,7 @@ def instances(spec: JobSpec, target: VmTarget, zone: str) -> list[Manifest]:
         raise BadRequestError(
             f"--slices {spec.slices}: each is a VM of its own, and {MAX_SLICES} are the limit; use a batch target"
         )
-    machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus)
+    machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus, spec.spot)
     return [_instance(spec, target, zone, machine, index) for index in range(spec.machines)]
 
 

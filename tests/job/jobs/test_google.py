@@ -145,6 +145,13 @@ def test_pairs_that_do_not_exist(machine, gpu, count, hint):
 def test_the_newest_machines_have_the_disks_that_they_take():
     assert machine_for("a4-highgpu-8g", "", 8).disk_type == "hyperdisk-balanced"
     assert machine_for("g2-standard-8", "", 1).disk_type == "pd-balanced"
+    assert machine_for("c4d-standard-8", "", 0).disk_type == "hyperdisk-balanced"
+
+
+def test_what_is_not_sold_on_demand_is_refused():
+    assert machine_for("a3-highgpu-1g", "", 1, spot=True).gpus == 1
+    with pytest.raises(BadRequestError, match="a3-highgpu-1g is not to be had on demand: use --spot"):
+        machine_for("a3-highgpu-1g", "", 1, spot=False)
 
 
 @pytest.mark.parametrize(

@@ -112,7 +112,12 @@ def test_gke_selects_and_tolerates_as_it_labels_and_taints():
     }
     assert {toleration["key"] for toleration in pod["tolerations"]} == {"cloud.google.com/gke-spot", "nvidia.com/gpu"}
     on_demand = pod_of(manifest(spec(spot=False), TARGET))
-    assert "cloud.google.com/gke-spot" not in str(on_demand)
+    assert "cloud.google.com/gke-spot" not in str(on_demand["nodeSelector"]) + str(on_demand["tolerations"])
+    (term,) = on_demand["affinity"]["nodeAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"][
+        "nodeSelectorTerms"
+    ]
+    assert term["matchExpressions"] == [{"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}]
+    assert "affinity" not in pod
     other = pod_of(manifest(spec(gpu_type="nvidia-tesla-t4"), TARGET))
     assert other["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-tesla-t4"
     without = pod_of(manifest(spec(gpus=0, spot=False), TARGET))

@@ -11,8 +11,8 @@ from job.jobs.prices import estimate, load_prices
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
 
-VM = "vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket"
-ROW = "{spot: true, dollars_per_hour: 0.5, source: https://example.com/prices, date: 2026-01-31"
+VM = "vm: {backend: vm, project: my-project, zones: [us-east1-b, us-east1-c], image: i, bucket: gs://bucket"
+ROW = "{dollars_per_hour: 0.5, source: https://example.com/prices, date: 2026-01-31, machine_type: g2-standard-8"
 
 
 def spec(**changes) -> JobSpec:
@@ -40,34 +40,49 @@ def test_without_a_figure_nothing_is_guessed():
 
 
 def test_the_target_s_own_price_wins():
-    found = estimate(spec(nodes=2), vm(", price_per_hour: 1.5"), prices(ROW + ", machine_type: g2-standard-8}"))
+    found = estimate(spec(nodes=2), vm(", price_per_hour: 1.5"), prices(ROW + ", region: us-east1}"))
     assert found.dollars == 30
     assert str(found) == "at most $30.00 (2 × $1.5 per hour, as the target says, × 10 hours)"
 
 
-def test_a_row_of_the_machine_type_or_of_its_one_gpu_fits():
-    by_machine, by_gpu = prices(ROW + ", machine_type: g2-standard-8}"), prices(ROW + ", gpu_type: nvidia-l4}")
-    for table in (by_machine, by_gpu):
-        found = estimate(spec(), vm(), table)
-        assert found.dollars == 5
-        assert "https://example.com/prices, 2026-01-31" in str(found)
-    # A machine with four of them costs something else.
-    assert estimate(spec(gpus=4), vm(), by_gpu).dollars is None
-    assert estimate(spec(spot=False), vm(), by_machine).dollars is None
-    assert estimate(spec(gpu_type="nvidia-t4"), vm(", machine_type: n1-standard-8"), by_gpu).dollars is None
+def test_a_row_of_the_machine_type_in_the_region_fits():
+    table = prices(ROW + ", region: us-east1}")
+    found = estimate(spec(spot=False), vm(), table)
+    assert found.dollars == 5
+    assert str(found) == "at most $5.00 (1 × $0.5 per hour × 10 hours; https://example.com/prices, 2026-01-31)"
+    assert "on demand, and spot costs less, × 10 hours" in str(estimate(spec(spot=True), vm(), table))
+    assert estimate(spec(), vm(", machine_type: g2-standard-4"), table).dollars is None
     words = {"verb": "sample", "argv": ("sample",), "slices": 4}
-    assert estimate(spec(**words), vm(), by_machine).dollars == 20
+    assert estimate(spec(**words), vm(), table).dollars == 20
+
+
+def test_a_job_that_may_run_in_several_regions_costs_at_most_what_the_dearest_does():
+    batch = parse_targets(
+        "b: {backend: batch, project: my-project, regions: [us-east1, us-west1], image: i, bucket: gs://bucket}", "f"
+    )["b"]
+    one, other = ROW + ", region: us-east1}", ROW.replace("0.5", "0.75") + ", region: us-west1}"
+    assert estimate(spec(), batch, prices(one, other)).dollars == 7.5
+    assert estimate(spec(), batch, prices(one)).dollars is None
+
+
+def test_nobody_knows_what_a_node_of_a_cluster_costs():
+    cluster = parse_targets("k: {backend: kubernetes, image: i, bucket: gs://bucket}", "f")["k"]
+    assert estimate(spec(), cluster).dollars is None
+
+
+def test_what_is_shipped_is_found():
+    central = parse_targets(VM.replace("us-east1", "us-central1") + ", machine_type: g2-standard-8}", "f")["vm"]
+    assert 5 < (estimate(spec(), central).dollars or 0) < 20
 
 
 @pytest.mark.parametrize(
     "row",
     [
         ROW + "}",
-        ROW + ", gpu_type: a, machine_type: b}",
-        "{spot: true, dollars_per_hour: 1, gpu_type: a, date: 2026-01-31}",
-        "{spot: true, dollars_per_hour: 1, gpu_type: a, source: hearsay, date: 2026-01-31}",
-        "{spot: true, dollars_per_hour: -1, gpu_type: a, source: https://e.com, date: 2026-01-31}",
-        "{spot: true, dollars_per_hour: 1, gpu_type: a, source: https://e.com}",
+        "{dollars_per_hour: 1, machine_type: a, region: b, date: 2026-01-31}",
+        "{dollars_per_hour: 1, machine_type: a, region: b, source: hearsay, date: 2026-01-31}",
+        "{dollars_per_hour: -1, machine_type: a, region: b, source: https://e.com, date: 2026-01-31}",
+        "{dollars_per_hour: 1, machine_type: a, region: b, source: https://e.com}",
         "1",
     ],
 )
