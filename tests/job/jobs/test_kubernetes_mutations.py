@@ -20,6 +20,11 @@ ONE = ("1.34",)
 FREE = ("labels", "annotations", "nodeSelector")
 """Maps whose keys are anybody's."""
 OPTIONAL = {
+    "affinity",
+    "nodeAffinity",
+    "requiredDuringSchedulingIgnoredDuringExecution",
+    "matchExpressions",
+    "values",
     "annotations",
     "podReplacementPolicy",
     "enableServiceLinks",
