@@ -13,7 +13,7 @@ define newline
 
 endef
 literal = $(subst $(newline), ,$(value $(1)))
-$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS ARGS IMAGE TORCH BASE_IMAGE TORCH_WHEELS,$(eval override $(name) := $$(call literal,$(name))))
+$(foreach name,DATASET SOURCE RUN BUCKET EPOCHS SIZE ON TARGETS ARGS EXTRAS IMAGE TORCH BASE_IMAGE TORCH_WHEELS,$(eval override $(name) := $$(call literal,$(name))))
 quoted = '$(subst ','\'',$(1))'
 each_quoted = $(foreach word,$(1),$(call quoted,$(word)))
 
@@ -41,7 +41,8 @@ help: ## List the verbs and their variables
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
-setup: $(INSTALLED) ## Install into .venv
+setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there
+	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,.[gs,s3,$(EXTRAS)]))
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'

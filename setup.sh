@@ -270,7 +270,9 @@ EOF
 
 install() {
   begin "installing ddpm into .venv"
-  run make -C "$root" setup
+  local extras=google
+  ((!gke)) || extras=google,kubernetes
+  if ((local_only)); then run make -C "$root" setup; else run make -C "$root" setup "EXTRAS=$extras"; fi
 }
 
 main() {

@@ -16,7 +16,7 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 
 from job.exits import Exit, JobError
-from job.jobs.backends import backend_for
+from job.jobs.backends import backend_for, extra_named
 from job.jobs.checks import Check
 from job.jobs.targets import Target
 from job.store import ObjectExistsError, Store, is_remote, open_store
@@ -41,7 +41,11 @@ def checks_of(target: Target, bucket: str) -> Iterator[Check]:
         yield from bucket_checks(bucket)
     if target.backend == "local":
         yield from machine_checks()
-    yield from backend_for(target).checks()
+    try:
+        with extra_named(target):
+            yield from backend_for(target).checks()
+    except JobError as error:
+        yield Check.of_error(target.backend, error)
 
 
 def bucket_checks(uri: str) -> Iterator[Check]:

@@ -104,7 +104,8 @@ def _where(target: Target) -> str:
 
 
 def _ask(spec: JobSpec) -> None:
-    if not sys.stdin.isatty():
+    # A process whose input was closed has none at all.
+    if sys.stdin is None or not sys.stdin.isatty():
         raise BadRequestError(f"{spec.name} is not submitted: there is no terminal to ask on; --yes submits without")
     print("Submit? [y/N] ", end="", flush=True)
     if sys.stdin.readline().strip().lower() not in ("y", "yes"):

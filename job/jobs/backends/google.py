@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError
@@ -24,6 +24,7 @@ T = TypeVar("T")
 PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or says that it is too busy."""
 TIMEOUT_SECONDS = 30.0
+HURRIED_SECONDS = 4.0
 ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 _STOCK_OUT = re.compile(r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability", re.I)
 _QUOTA = re.compile(r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded", re.I)
@@ -45,6 +46,11 @@ class GoogleApis:
 
     def __init__(self, project: str) -> None:
         self.project = project
+        self._is_hurried = False
+
+    def hurry(self) -> None:
+        """Has each request tried once, and not for long: somebody waits for the answers."""
+        self._is_hurried = True
 
     @cached_property
     def instances(self) -> Any:
@@ -66,6 +72,13 @@ class GoogleApis:
         from google.cloud import compute_v1
 
         return self._client("COMPUTE", compute_v1.RegionsClient)
+
+    @cached_property
+    def projects(self) -> Any:
+        """Of Compute Engine, with the quotas that hold over all regions."""
+        from google.cloud import compute_v1
+
+        return self._client("COMPUTE", compute_v1.ProjectsClient)
 
     @cached_property
     def batch(self) -> Any:
@@ -95,15 +108,39 @@ class GoogleApis:
             NotThereError: 404.
             JobError: as `translated`.
         """
-        return self.insist(what, lambda: call(*arguments, retry=None, timeout=TIMEOUT_SECONDS, **named))
+        return self.insist(what, lambda: call(*arguments, retry=None, timeout=self._timeout_seconds, **named))
 
     def ask_for_all(self, what: str, call: Callable[..., Iterable[T]], request: dict[str, Any]) -> list[T]:
         """As `ask`, for a method whose answer comes in pages: all of it, of one moment as far as the API goes."""
-        return self.insist(what, lambda: [*call(request=request, retry=None, timeout=TIMEOUT_SECONDS)])
+        return self.insist(what, lambda: [*call(request=request, retry=None, timeout=self._timeout_seconds)])
+
+    def service_account(self, email: str) -> None:
+        """Returns if there is such a service account.
+
+        Raises:
+            NotThereError: there is none.
+            JobError: as `translated`.
+        """
+        from google.auth.transport.requests import AuthorizedSession
+
+        options, credentials = self._access("IAM")
+        base, what = options.get("api_endpoint", "https://iam.googleapis.com"), f"service account {email}"
+
+        def look() -> None:
+            url = f"{base}/v1/projects/-/serviceAccounts/{quote(email)}"
+            answer = AuthorizedSession(credentials).get(url, timeout=self._timeout_seconds)
+            if answer.status_code != 200:
+                raise refusal(answer.status_code, " ".join(answer.text.split())[:200], what, self.project)
+
+        self.insist(what, look)
+
+    @property
+    def _timeout_seconds(self) -> float:
+        return HURRIED_SECONDS if self._is_hurried else TIMEOUT_SECONDS
 
     def insist(self, what: str, work: Callable[[], T]) -> T:
         """As `ask`, for anything that asks these APIs."""
-        for pause in (*PAUSES_SECONDS, None):
+        for pause in (None,) if self._is_hurried else (*PAUSES_SECONDS, None):
             try:
                 with self._translating(what):
                     return work()

@@ -6,14 +6,16 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from job.exits import Exit, JobError
+from job.exits import Exit, JobError, NoPermissionError
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.machines import machine_for
+from job.jobs.backends.registry import image_check
 from job.jobs.checks import Check
 from job.jobs.targets import GoogleTarget
 
 _GPU = re.compile(r"nvidia-(?:tesla-)?([a-z0-9-]+?)")
 _QUOTA = "GPU quota"
+_ACCOUNT = "service account"
 
 
 def checks(
@@ -28,6 +30,7 @@ def checks(
         regions: where it would run, each once.
         look: asks the engine for the jobs there are.
     """
+    apis.hurry()
     try:
         jobs = look()
     except JobError as error:
@@ -41,6 +44,37 @@ def checks(
         return
     if machine.gpus:
         yield _quota(apis, machine.gpu_type, machine.gpus, target.spot, regions)
+        yield _quota_everywhere(apis, machine.gpus)
+    yield _account(apis, target)
+    yield image_check(target.image)
+
+
+def _account(apis: GoogleApis, target: GoogleTarget) -> Check:
+    email = target.service_account
+    if not email:
+        return Check(_ACCOUNT, True, "none is named: machines act as the project's default account")
+    try:
+        apis.service_account(email)
+    except NoPermissionError:
+        return Check(_ACCOUNT, True, f"{email}: these credentials may not look whether it is there")
+    except JobError as error:
+        return Check.of_error(_ACCOUNT, error)
+    return Check(_ACCOUNT, True, f"{email} is there")
+
+
+def _quota_everywhere(apis: GoogleApis, gpus: int) -> Check:
+    """A project has a quota over all regions besides that of each: 0 in a new one."""
+    name, metric = f"{_QUOTA}, everywhere", "GPUS_ALL_REGIONS"
+    try:
+        found = apis.ask(f"project {apis.project}", apis.projects.get, {"project": apis.project})
+    except JobError as error:
+        return Check.of_error(name, error)
+    own = next((quota for quota in found.quotas if quota.metric == metric), None)
+    if own is None:
+        return Check(name, True, f"{metric}: not known before a job asks")
+    free = own.limit - own.usage
+    message = f"{metric}: {free:g} of {own.limit:g} free; a job takes {gpus}"
+    return Check(name, free >= gpus, message, f"ask for more at {_where(apis)}", Exit.BAD_REQUEST)
 
 
 def _quota(apis: GoogleApis, gpu_type: str, gpus: int, spot: bool, regions: Sequence[str]) -> Check:
@@ -58,9 +92,12 @@ def _quota(apis: GoogleApis, gpu_type: str, gpus: int, spot: bool, regions: Sequ
         free = own.limit - own.usage
         fits = fits or free >= gpus
         said.append(f"{region} {free:g} of {own.limit:g} free")
-    where = f"https://console.cloud.google.com/iam-admin/quotas?project={apis.project}"
     message = f"{metric}: {', '.join(said)}; a job takes {gpus}"
-    return Check(_QUOTA, fits, message, f"ask for more at {where}", Exit.BAD_REQUEST)
+    return Check(_QUOTA, fits, message, f"ask for more at {_where(apis)}", Exit.BAD_REQUEST)
+
+
+def _where(apis: GoogleApis) -> str:
+    return f"https://console.cloud.google.com/iam-admin/quotas?project={apis.project}"
 
 
 def metric_of(gpu_type: str, spot: bool) -> str:

@@ -21,7 +21,7 @@ from job.jobs.targets import KubernetesTarget
 RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 CONNECT_SECONDS = 5.0
 READ_SECONDS = 30.0
-_TIMEOUT = (CONNECT_SECONDS, READ_SECONDS)
+HURRIED_SECONDS = 3.0
 LONGEST_PAUSE_SECONDS = 15.0
 """Of a pause that the server asks for."""
 _BUSY = (408, 429, 500, 502, 503, 504)
@@ -67,8 +67,13 @@ class Api:
 
     def __init__(self, target: KubernetesTarget, retry_delays_seconds: tuple[float, ...]) -> None:
         self._target, self._delays = target, retry_delays_seconds
+        self._timeout = (CONNECT_SECONDS, READ_SECONDS)
         self._namespace = target.namespace
         self._client: Any = None
+
+    def hurry(self) -> None:
+        """Has each call tried once, and not for long: somebody waits for the answers."""
+        self._delays, self._timeout = (), (HURRIED_SECONDS, HURRIED_SECONDS)
 
     @property
     def host(self) -> str:
@@ -88,7 +93,7 @@ class Api:
             nonlocal tries
             tries += 1
             made: Manifest = self._objects().create_namespaced_custom_object(
-                *self._path(kind), manifest, field_validation="Strict", _request_timeout=_TIMEOUT
+                *self._path(kind), manifest, field_validation="Strict", _request_timeout=self._timeout
             )
             return made
 
@@ -102,7 +107,9 @@ class Api:
         """An object; None if there is none of this name, or no such kind."""
         path = (*self._path(kind), name)
         try:
-            return self._asked(lambda: self._objects().get_namespaced_custom_object(*path, _request_timeout=_TIMEOUT))
+            return self._asked(
+                lambda: self._objects().get_namespaced_custom_object(*path, _request_timeout=self._timeout)
+            )
         except NotThereError:
             return None
 
@@ -131,7 +138,7 @@ class Api:
         options = {"propagationPolicy": "Foreground", "preconditions": {"uid": uid}}
         path = (*self._path(kind), name)
         self._asked(
-            lambda: self._objects().delete_namespaced_custom_object(*path, body=options, _request_timeout=_TIMEOUT)
+            lambda: self._objects().delete_namespaced_custom_object(*path, body=options, _request_timeout=self._timeout)
         )
 
     def pods(self, selector: str) -> list[Manifest]:
@@ -176,7 +183,7 @@ class Api:
         body = {**review, "metadata": {}, "spec": {"resourceAttributes": about}}
         path = ("authorization.k8s.io", "v1", "selfsubjectaccessreviews")
         answer = self._asked(
-            lambda: self._objects().create_cluster_custom_object(*path, body, _request_timeout=_TIMEOUT)
+            lambda: self._objects().create_cluster_custom_object(*path, body, _request_timeout=self._timeout)
         )
         return bool(answer.get("status", {}).get("allowed"))
 
@@ -236,11 +243,11 @@ class Api:
 
     def _listed(self, kind: Kind, **options: Any) -> Any:
         call = self._objects().list_namespaced_custom_object
-        return self._asked(lambda: call(*self._path(kind), **options, _request_timeout=_TIMEOUT))
+        return self._asked(lambda: call(*self._path(kind), **options, _request_timeout=self._timeout))
 
     def _read(self, what: str, *names: str, **options: Any) -> Manifest:
         call = getattr(self._core(), what)
-        options |= {"_preload_content": False, "_request_timeout": _TIMEOUT}
+        options |= {"_preload_content": False, "_request_timeout": self._timeout}
         parsed: Manifest = json.loads(self._asked(lambda: call(*names, **options)).data)
         return parsed
 

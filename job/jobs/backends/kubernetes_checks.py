@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from job.exits import Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes_api import JOB, JOB_SET, LOCAL_QUEUES, Api
 from job.jobs.backends.kubernetes_rules import GPU, quantity
+from job.jobs.backends.registry import image_check
 from job.jobs.checks import Check
 from job.jobs.targets import KubernetesTarget
 
@@ -59,6 +60,7 @@ def require_queue(api: Api, target: KubernetesTarget) -> None:
 
 def cluster_checks(api: Api, target: KubernetesTarget) -> Iterator[Check]:
     """The checks of `ddpm doctor`; the rest is left out where the cluster does not answer."""
+    api.hurry()
     try:
         jobs = api.all_with(JOB, "app=ddpm")
     except JobError as error:
@@ -74,6 +76,7 @@ def cluster_checks(api: Api, target: KubernetesTarget) -> Iterator[Check]:
         ("GPU quota", _quota),
     ):
         yield _looked(name, look, api, target)
+    yield image_check(target.image)
 
 
 def _looked(name: str, look: Callable[[Api, KubernetesTarget], str], api: Api, target: KubernetesTarget) -> Check:
@@ -108,7 +111,11 @@ def _account(api: Api, target: KubernetesTarget) -> str:
 
 
 def _job_sets(api: Api, target: KubernetesTarget) -> str:
-    return "installed" if api.knows(JOB_SET) else f"not installed; only --nodes needs them ({JOB_SET_HINT})"
+    if not api.knows(JOB_SET):
+        return f"not installed; only --nodes needs them ({JOB_SET_HINT})"
+    if not api.may("create", JOB_SET.group, JOB_SET.plural, ""):
+        return "installed, but these credentials may not create them, which only --nodes needs"
+    return "installed"
 
 
 def _queue(api: Api, target: KubernetesTarget) -> str:

@@ -15,7 +15,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
     from job.jobs.backends import batch, google, google_logs, vm
 
     with google_server() as server:
-        for api in ("COMPUTE", "BATCH", "LOGGING"):
+        for api in ("COMPUTE", "BATCH", "LOGGING", "IAM"):
             # gcloud's own values end with a path.
             path = "compute/v1/" if api == "COMPUTE" else ""
             monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"{server.url}/{path}")

@@ -28,6 +28,7 @@ class ComputeService:
         self.failing_zones: dict[str, tuple[str, str]] = {}
         """Code and message of the error with which making a machine there ends."""
         self.quotas = {"PREEMPTIBLE_NVIDIA_L4_GPUS": 4.0, "NVIDIA_L4_GPUS": 0.0}
+        self.gpus_everywhere = 4.0
         self._operations: dict[str, tuple[dict[str, Any], Callable[[], None]]] = {}
         self._by_request: dict[str, dict[str, Any]] = {}
         self._numbers = itertools.count(1)
@@ -41,6 +42,8 @@ class ComputeService:
         if region := re.fullmatch(r"/compute/v1/projects/[^/]+/regions/([^/]+)", path):
             quotas = [{"metric": metric, "limit": limit, "usage": 1.0} for metric, limit in self.quotas.items()]
             return {"name": region[1], "quotas": quotas}
+        if re.fullmatch(r"/compute/v1/projects/[^/]+", path):
+            return {"quotas": [{"metric": "GPUS_ALL_REGIONS", "limit": self.gpus_everywhere, "usage": 1.0}]}
         match = re.fullmatch(
             r"/compute/v1/projects/([^/]+)/(?:zones/([^/]+)|aggregated)/(instances|operations)(.*)", path
         )

@@ -31,6 +31,7 @@ class GoogleServer:
         self.port = 0
         self.compute, self.batch, self.logging = ComputeService(PROJECT), BatchService(PROJECT), LoggingService()
         self.metadata = Metadata()
+        self.accounts = {"ddpm-job@my-project.iam.gserviceaccount.com"}
         self.requests: list[tuple[str, str]] = []
         """Method and path of each request, in order."""
         self.refusals: list[Refusal | None] = []
@@ -60,6 +61,10 @@ class GoogleServer:
         # Only a machine has a token here; the clients come without credentials, as to any server in plain http.
         if headers.get("Authorization") not in (None, f"Bearer {TOKEN}"):
             raise Refusal(401, "Request had invalid authentication credentials.")
+        if account := re.fullmatch(r"/v1/projects/-/serviceAccounts/(.+)", path):
+            if account[1] not in self.accounts:
+                raise Refusal(404, f"Unknown service account: {account[1]}", "notFound")
+            return {"email": account[1]}
         for service in (self.compute, self.batch, self.logging):
             if (found := service.answer(method, path, query, body)) is not None:
                 return found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -73,6 +75,24 @@ def test_this_machine(tmp_path, monkeypatch):
     assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
     found = json.loads(succeeded(ddpm("doctor", "--no-bucket", "--json")))
     assert [check["name"] for check in found] == ["GPUs", "shared memory", "disk", "all-reduce"]
+
+
+@pytest.mark.parametrize("verb", [["doctor"], ["jobs", "list"]])
+def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path, verb):
+    targets = tmp_path / "targets.yaml"
+    targets.write_text("far: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket}")
+    code = (
+        "import sys\n"
+        "sys.modules['google.cloud.compute_v1'] = None\n"
+        f"sys.argv = ['ddpm', *{verb!r}, '--on', 'far', '--targets', {str(targets)!r}]\n"
+        "sys.argv += ['--no-bucket'] if 'doctor' in sys.argv else []\n"
+        "from job.__main__ import main\n"
+        "main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == Exit.MISSING_INPUT, done.stderr
+    assert "Traceback" not in done.stderr
+    assert "pip install 'ddpm-job[google]'" in done.stdout + done.stderr
 
 
 def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):

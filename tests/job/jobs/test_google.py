@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from google.cloud import compute_v1
@@ -18,6 +19,7 @@ from job.jobs.backends.machines import machine_for
 from job.jobs.backends.vm import VmBackend
 from tests.job.jobs.google_jobs import BATCH, VM, spec
 from tests.job.jobs.google_services import Refusal
+from tests.job.jobs.registry_server import registry
 
 both = pytest.mark.parametrize(("kind", "target"), [(VmBackend, VM), (BatchBackend, BATCH)])
 
@@ -43,6 +45,17 @@ def test_an_api_that_says_nothing(monkeypatch, kind, target):
         monkeypatch.setattr(google, "TIMEOUT_SECONDS", 0.3)
         with pytest.raises(BucketAwayError, match="away or too busy"):
             kind(target).status("celeba")
+
+
+@both
+def test_the_doctor_does_not_wait_for_an_api_that_says_nothing(monkeypatch, kind, target):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        for api in ("COMPUTE", "BATCH"):
+            monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        (check,) = kind(target).checks()
+        assert time.monotonic() - began < 10
+    assert not check.passed and check.exit_code == Exit.BUCKET_AWAY
 
 
 @both
@@ -80,11 +93,25 @@ def test_credentials_go_to_no_server_in_plain_http(cloud, monkeypatch):
 
 
 @both
-def test_the_doctor_looks_at_the_api_and_the_quota(cloud, kind, target):
-    api, quota = kind(target).checks()
-    assert api.passed and quota.passed
+def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud, kind, target):
+    with registry() as there:
+        there.images = {"ddpm:1"}
+        account = "ddpm-job@my-project.iam.gserviceaccount.com"
+        target = target.model_copy(update={"image": f"{there.host}/ddpm:1", "service_account": account})
+        found = list(kind(target).checks())
+        api, quota, everywhere, account_check, image = found
+        assert [check.name for check in found if not check.passed] == []
+        assert everywhere.message == "GPUS_ALL_REGIONS: 3 of 4 free; a job takes 1"
+        assert account_check.message == f"{account} is there"
+        assert image.message == f"{there.host}/ddpm:1 is there"
+        there.images = set()
+        cloud.accounts, cloud.compute.gpus_everywhere = set(), 1.0
+        found = list(kind(target).checks())
+        failed = {check.name: check.exit_code for check in found if not check.passed}
+        missing, refused = Exit.MISSING_INPUT, Exit.BAD_REQUEST
+        assert failed == {"GPU quota, everywhere": refused, "service account": missing, "image": missing}
     assert quota.message.startswith("PREEMPTIBLE_NVIDIA_L4_GPUS: us-central1 3 of 4 free")
-    (_, quota) = kind(target.model_copy(update={"gpus": 8, "machine_type": "g2-standard-96"})).checks()
+    (_, quota, *_) = kind(target.model_copy(update={"gpus": 8, "machine_type": "g2-standard-96"})).checks()
     assert not quota.passed and "iam-admin/quotas" in quota.remedy
     (_, machine) = kind(target.model_copy(update={"gpus": 2})).checks()
     assert not machine.passed and "g2-standard-24" in machine.remedy

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import socket
+import time
+
 import pytest
 import yaml
 
@@ -9,6 +12,7 @@ from job.exits import Exit
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET
 from tests.job.jobs.kubernetes_server import kubernetes_server
+from tests.job.jobs.registry_server import registry
 
 
 @pytest.fixture
@@ -21,7 +25,10 @@ def server(tmp_path, monkeypatch):
 
 
 def checked(target=TARGET):
-    return {check.name: check for check in KubernetesBackend(target, ()).checks()}
+    with registry() as there:
+        there.images = {"ddpm:1"}
+        target = target.model_copy(update={"image": f"{there.host}/ddpm:1"})
+        return {check.name: check for check in KubernetesBackend(target, ()).checks()}
 
 
 def with_account(server, namespace="default", **annotations):
@@ -32,7 +39,7 @@ def test_a_cluster_that_has_all(server):
     with_account(server, **{"iam.gke.io/gcp-service-account": "ddpm@p.iam.gserviceaccount.com"})
     found = checked()
     assert [name for name, check in found.items() if not check.passed] == []
-    assert list(found) == ["cluster", "job rights", "service account", "JobSets", "queue", "GPU quota"]
+    assert list(found) == ["cluster", "job rights", "service account", "JobSets", "queue", "GPU quota", "image"]
     assert found["service account"].message == "ddpm acts as ddpm@p.iam.gserviceaccount.com"
     assert found["JobSets"].message == "installed"
 
@@ -41,6 +48,8 @@ def test_what_is_missing_is_named_with_what_to_do(server):
     server.cluster.namespaces.add("training")
     del server.cluster.served["jobset.x-k8s.io", "v1alpha2"]
     server.cluster.denied.add(("get", "pods/log"))
+    # Whether it may be made is of no interest where there is none.
+    server.cluster.denied.add(("create", "jobsets"))
     found = checked(QUEUED)
     assert not found["job rights"].passed and "may not get pods/log" in found["job rights"].message
     assert found["job rights"].exit_code is Exit.NO_PERMISSION
@@ -49,6 +58,25 @@ def test_what_is_missing_is_named_with_what_to_do(server):
     assert not found["queue"].passed and "no LocalQueue 'gpus'" in found["queue"].message
     # Only --nodes needs them, and this target may never be asked for several.
     assert found["JobSets"].passed and "kubectl apply" in found["JobSets"].message
+
+
+def test_who_may_not_make_job_sets_learns_it_before_several_nodes_are_asked_for(server):
+    with_account(server)
+    server.cluster.denied.add(("create", "jobsets"))
+    assert "may not create them" in checked()["JobSets"].message
+
+
+def test_a_cluster_that_keeps_silent_is_not_waited_for(server, monkeypatch, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        config = server.kubeconfig()
+        config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        path = tmp_path / "silent"
+        path.write_text(yaml.safe_dump(config))
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        began = time.monotonic()
+        (check,) = KubernetesBackend(TARGET).checks()
+        assert time.monotonic() - began < 10
+    assert (check.name, check.exit_code) == ("cluster", Exit.BUCKET_AWAY)
 
 
 def test_an_account_that_is_bound_to_no_other_is_told(server):

@@ -284,6 +284,18 @@ def test_each_target_of_the_example_takes_each_verb(on):
         assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
 
 
+def test_a_process_without_input_is_not_asked(tmp_path):
+    targets = tmp_path / "targets.yaml"
+    targets.write_text(
+        "far: {backend: vm, project: my-project, zones: [us-east1-b], image: example.com/ddpm:1, bucket: gs://bucket}"
+    )
+    words = [DDPM, "submit", "train", "--dataset", "a", "--on", "far", "--targets", str(targets)]
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == Exit.BAD_REQUEST, done.stderr
+    assert done.stderr.splitlines()[-1].endswith("there is no terminal to ask on; --yes submits without")
+
+
 def test_nothing_is_by_reference_and_scripts_are_blocks():
     shared = {"a": 1}
     text = formatted([{"one": shared, "two": shared, "script": "#!/bin/sh\necho\n"}, {}])
