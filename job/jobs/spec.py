@@ -14,6 +14,8 @@ Verb = Literal["train", "sample", "pack"]
 
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
+MIN_SECONDS = 60
+"""The shortest limit of a job: engines refuse less, or take it for none."""
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -74,8 +76,8 @@ class JobSpec:
             raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
         if self.slices and self.verb != "sample":
             raise BadRequestError(f"--slices {self.slices} is for sampling")
-        if not 0 < self.max_hours <= 24 * 30:
-            raise BadRequestError(f"--max-hours {self.max_hours:g}: use more than 0 and at most 720")
+        if not MIN_SECONDS / 3600 <= self.max_hours <= 24 * 30:
+            raise BadRequestError(f"--max-hours {self.max_hours:g}: use at least a minute (0.017) and at most 720")
         for name in self.env:
             if not _VARIABLE.fullmatch(name):
                 raise BadRequestError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")

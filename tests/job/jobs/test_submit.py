@@ -166,6 +166,10 @@ def test_folders_of_this_machine_become_absolute(folder):
     assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(folder / "b"))
 
 
+def test_a_minute_is_the_shortest_limit():
+    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
+
+
 def test_this_machine_has_no_engine_that_ends_a_job():
     argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "2"
@@ -191,6 +195,9 @@ def test_this_machine_has_no_engine_that_ends_a_job():
         ("train", ["--dataset", "a", "--config", "no"], "gke", {}, MissingInputError, "--config no"),
         ("train", ["--dataset", "a", "--preset", "no"], "gke", {}, BadRequestError, "no preset 'no'"),
         ("train", ["--dataset", "a"], "gke", {"max_hours": 1000}, BadRequestError, "--max-hours 1000"),
+        ("train", ["--dataset", "a"], "vm", {"max_hours": 0.0001}, BadRequestError, "--max-hours 0.0001: use at least"),
+        ("train", ["--dataset", "a"], "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
+        ("train", ["--dataset", "a"], "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
         ("train", ["--dataset", "a"], "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
         ("train", ["--dataset", "a"], "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
         ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
