@@ -27,6 +27,7 @@ BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
 _SECRETS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY"}
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_SUBNETWORK = re.compile(r"(?:.+/)?regions/([^/]+)/subnetworks/[^/]+")
 _TARGET_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
@@ -295,6 +296,13 @@ def _checked(target: Target, where: str) -> Target:
                 f"{where}: bucket {target.bucket!r} is a folder of this machine, which its jobs cannot see: use "
                 "gs://BUCKET or s3://BUCKET"
             )
+    if isinstance(target, GoogleTarget) and (match := _SUBNETWORK.fullmatch(target.subnetwork)):
+        for region in target.all_regions:
+            if region != match[1]:
+                raise BadConfigError(
+                    f"{where}: subnetwork {target.subnetwork!r} lies in {match[1]}, and machines in {region} cannot "
+                    "use it: leave that region out, or write the name alone if each region has a subnetwork called so"
+                )
     if re.search(r"\s", target.image):
         raise BadConfigError(f"{where}: image {target.image!r} has a space in it: use REGISTRY/NAME:TAG or …@sha256:…")
     return target

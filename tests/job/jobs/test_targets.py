@@ -126,6 +126,16 @@ def test_a_folder_and_a_binary_file_are_no_targets():
         ("b: {backend: batch, project: my-project, regions: [us-east1-a]}", ["regions.0"]),
         ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: string should match pattern"]),
         ("b: {backend: batch, region: us-east1}", ["unknown key 'region'", "did you mean 'regions'?"]),
+        (
+            "vm: {backend: vm, project: my-project, zones: [us-central1-a, us-east1-c], "
+            "subnetwork: projects/my-project/regions/us-central1/subnetworks/ddpm}",
+            ["target 'vm': subnetwork", "lies in us-central1, and machines in us-east1 cannot use it", "name alone"],
+        ),
+        (
+            "b: {backend: batch, project: my-project, regions: [us-east1], "
+            "subnetwork: 'https://www.googleapis.com/compute/v1/projects/p/regions/us-central1/subnetworks/ddpm'}",
+            ["lies in us-central1, and machines in us-east1"],
+        ),
         ("a: &x {backend: local}\nb: *x", ["aliases"]),
         ("a: !!python/object/apply:os.system [touch marker]", ["not valid YAML"]),
     ],
@@ -137,6 +147,12 @@ def test_what_is_wrong_is_named_with_the_target_and_the_key(text, parts):
     assert all(part in str(refused.value) for part in parts), refused.value
     assert refused.value.exit_code == 78
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("subnetwork", ["ddpm", "projects/my-project/regions/us-east1/subnetworks/ddpm"])
+def test_a_subnetwork_is_a_name_or_lies_where_the_machines_are(subnetwork):
+    text = f"vm: {{backend: vm, project: my-project, zones: [us-east1-b, us-east1-c], subnetwork: {subnetwork}}}"
+    assert parse_targets(text, "f")["vm"].subnetwork == subnetwork
 
 
 @pytest.mark.parametrize("secret", ["gs://somebody:hunter2@bucket", "s3://KEY:hunter2@bucket/folder"])
