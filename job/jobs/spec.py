@@ -20,6 +20,9 @@ LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
+_NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
+"""Names that sound like secrets, and say where something is."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,11 @@ class JobSpec:
         """Labels by which a job is found again, whoever made it."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
         return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
+
+
+def sounds_secret(variable: str) -> bool:
+    """Whether the name of a variable says that its value is for nobody else's eyes, as lists and logs are not."""
+    return bool(_SECRET.search(variable)) and not _NO_SECRET.fullmatch(variable)
 
 
 def validated_job_name(name: str) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from job.config_input import parse_yaml
 from job.exits import BadConfigError, BadRequestError, MissingInputError, NoPermissionError
+from job.jobs.spec import sounds_secret
 from job.store import check_uri, is_remote
 
 TARGETS_FILE = "targets.yaml"
@@ -25,7 +26,6 @@ DEFAULT_BUCKET = "./bucket"
 MAX_HOURS = 24.0
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
-_SECRETS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY"}
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _SUBNETWORK = re.compile(r"(?:.+/)?regions/([^/]+)/subnetworks/[^/]+")
 _TARGET_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -68,7 +68,7 @@ class Target(BaseModel):
         for name in env:
             if not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
-            if _SECRETS & set(name.split("_")):
+            if sounds_secret(name):
                 raise ValueError(
                     f"{name} looks like a secret, which lists and logs would show: give the job's service account "
                     "access instead"

@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from job.jobs.backends.kubernetes_jobset_rules import jobset_problems
+from job.jobs.spec import sounds_secret
 
 Rule = Callable[["_Job"], Iterator[str]]
 RULES: dict[str, Rule] = {}
@@ -28,7 +29,6 @@ _VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
 GPU = "nvidia.com/gpu"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # A pod is called JOB-INDEX-XXXXX, and a label has 63 characters.
@@ -287,7 +287,7 @@ def _environment(job: _Job) -> Iterator[str]:
                 yield f"{name} has either a value or a source"
             if "valueFrom" in variable and not variable["valueFrom"].get("fieldRef", {}).get("fieldPath"):
                 yield f"the source of {name} is no field of the pod"
-            if _SECRET.search(name) and variable.get("value"):
+            if sounds_secret(name) and variable.get("value"):
                 yield f"{name} looks like a secret, and everybody who sees the job sees it: use the service account"
             yield from _undeclared(variable.get("value", ""), declared)
             declared.add(name)

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
+from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.spec import JobSpec
 from job.jobs.targets import (
     BatchTarget,
     ContainerTarget,
@@ -175,9 +177,26 @@ def test_a_block_changes_what_a_built_in_target_says():
     assert list(targets) == ["local", "container"]
 
 
+SECRETS = ["PGPASSWORD", "APIKEY", "WANDB_CREDENTIALS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
+SECRETS += ["HF_TOKEN", "GITHUBTOKEN", "MYSQL_PWD", "SSHPASSWD", "GPG_PASSPHRASE", "CLIENTSECRET", "PRIVATE_KEYS"]
+HARMLESS = ["TOKENIZERS_PARALLELISM", "GOOGLE_APPLICATION_CREDENTIALS", "KEYBOARD", "AWS_WEB_IDENTITY_TOKEN_FILE"]
+HARMLESS += ["HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "PWD", "NCCL_DEBUG", "XDG_CACHE_HOME"]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_variables_that_sound_secret_are_refused_here_and_in_manifests(name):
+    with pytest.raises(BadConfigError, match=f"{name} looks like a secret"):
+        parse_targets(GKE + f", env: {{{name}: x}}}}", "f")
+    target = parse_targets(GKE + "}", "f")["gke"]
+    spec = JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a", env={name: "x"})
+    with pytest.raises(BadRequestError, match=f"{name} looks like a secret"):
+        manifest(spec, target)
+
+
 def test_variables_that_only_sound_secret_are_let_through():
-    text = GKE + ", env: {TOKENIZERS_PARALLELISM: 'false', GOOGLE_APPLICATION_CREDENTIALS: /a, KEYBOARD: x}}"
-    assert len(parse_targets(text, "f")["gke"].env) == 3
+    target = parse_targets(GKE + f", env: {{{', '.join(f'{name}: /a' for name in HARMLESS)}}}}}", "f")["gke"]
+    assert list(target.env) == HARMLESS
+    manifest(JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a", env=target.env), target)
 
 
 def test_an_unknown_target_names_the_nearest():
