@@ -110,7 +110,7 @@ class KubernetesTarget(Target):
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
     node_selector: dict[str, str] | None = None
     """Instead of what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str]] | None = None
+    tolerations: list[dict[str, str | int]] | None = None
     """Instead of what `cluster` and `spot` give."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
@@ -157,7 +157,7 @@ class BatchTarget(GoogleTarget):
 
     backend: Literal["batch"]
     regions: tuple[_Region, ...] = Field(min_length=1)
-    """Tried in this order when one has no machine."""
+    """Tried in this order when one has no machine; `region:` is one alone."""
 
     @property
     def all_regions(self) -> tuple[str, ...]:
@@ -257,6 +257,8 @@ def _target(name: str, block: Any, where: str) -> Target:
         raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
+    if backend == "batch" and "region" in block and "regions" not in block:
+        block["regions"] = [block.pop("region")]
     model = _CLASSES[backend]
     keys = [key for key in model.model_fields if key != "name"]
     for key in block:

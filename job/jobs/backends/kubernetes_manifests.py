@@ -212,10 +212,10 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     }
 
 
-def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Node selector and tolerations: the target's own, else as GKE labels and taints its nodes, else none."""
     selector: dict[str, str] = {}
-    tolerations: list[dict[str, str]] = []
+    tolerations: list[dict[str, Any]] = []
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:

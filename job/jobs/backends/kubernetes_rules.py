@@ -309,6 +309,14 @@ def _place(job: _Job) -> Iterator[str]:
         yield from _one_of(
             "effect of a toleration", toleration.get("effect", ""), ("", "NoSchedule", "PreferNoSchedule", "NoExecute")
         )
+        seconds = toleration.get("tolerationSeconds")
+        if seconds is not None and (not isinstance(seconds, int) or toleration.get("effect") != "NoExecute"):
+            yield f"tolerationSeconds {seconds!r} is a whole number, and goes with effect NoExecute"
+        for name, value in toleration.items():
+            if name not in ("key", "operator", "value", "effect", "tolerationSeconds"):
+                yield f"{name!r} is no field of a toleration"
+            elif name != "tolerationSeconds" and not isinstance(value, str):
+                yield f"{name} of a toleration is {value!r}, which is no text: put it in quotes"
         if operator == "Exists" and toleration.get("value"):
             yield "a toleration with operator Exists has no value"
         if operator == "Equal" and not toleration.get("key"):

@@ -200,6 +200,10 @@ def test_what_could_not_run_is_refused(job, said):
         ({"cpus": "-1"}, "no quantity"),
         ({"memory": "2Gi"}, "count against memory"),
         ({"tolerations": [{"operator": "Exist"}]}, "operator of a toleration"),
+        ({"tolerations": [{"key": "a", "value": 1}]}, "value of a toleration is 1, which is no text"),
+        ({"tolerations": [{"key": "a", "tolerationSeconds": 60}]}, "goes with effect NoExecute"),
+        ({"tolerations": [{"key": "a", "effect": "NoExecute", "tolerationSeconds": "60"}]}, "is a whole number"),
+        ({"tolerations": [{"keys": "a", "operator": "Exists"}]}, "'keys' is no field of a toleration"),
         ({"node_selector": {"a b": "c"}}, "no label"),
     ],
 )

@@ -127,7 +127,10 @@ def test_a_folder_and_a_binary_file_are_no_targets():
         ("vm: {backend: vm, project: my-project, zones: us-east1-a}", ["zones: input should be a valid"]),
         ("b: {backend: batch, project: my-project, regions: [us-east1-a]}", ["regions.0"]),
         ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: string should match pattern"]),
-        ("b: {backend: batch, region: us-east1}", ["unknown key 'region'", "did you mean 'regions'?"]),
+        ("b: {backend: batch, project: my-project, region: us-east1-a}", ["regions.0"]),
+        ("b: {backend: batch, region: us-east1, regions: [us-east1]}", ["unknown key 'region'", "mean 'regions'?"]),
+        ("vm: {backend: vm, region: us-east1}", ["unknown key 'region'"]),
+        (GKE + ", tolerations: [{key: a, tolerationSeconds: 1.5}]}", ["tolerations.0.tolerationSeconds"]),
         (
             "vm: {backend: vm, project: my-project, zones: [us-central1-a, us-east1-c], "
             "subnetwork: projects/my-project/regions/us-central1/subnetworks/ddpm}",
@@ -162,6 +165,19 @@ def test_a_bucket_with_a_password_is_refused_and_not_repeated(secret):
     with pytest.raises(JobError) as refused:
         parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml")
     assert "hunter2" not in str(refused.value)
+
+
+def test_one_region_of_batch_may_be_written_as_such():
+    for text in ("region: us-east1", "regions: [us-east1]"):
+        target = parse_targets(f"b: {{backend: batch, project: my-project, {text}}}", "f")["b"]
+        assert target.all_regions == ("us-east1",)
+
+
+def test_a_toleration_may_end():
+    toleration = {"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
+    target = parse_targets(GKE + f", tolerations: [{toleration}]}}", "f")["gke"]
+    made = manifest(JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a"), target)
+    assert made["spec"]["template"]["spec"]["tolerations"] == [toleration]
 
 
 def test_an_empty_file_changes_nothing():
