@@ -120,6 +120,11 @@ class KubernetesTarget(Target):
     """Local disk for the cache of images."""
     shared_memory: str = "2Gi"
 
+    @property
+    def selects_as_gke(self) -> bool:
+        """Whether the GPU type and `spot` decide about the node; else the target's own selector does, or nothing."""
+        return self.cluster == "gke" and self.node_selector is None
+
 
 class GoogleTarget(Target, abc.ABC):
     """What targets on Google Cloud have in common."""

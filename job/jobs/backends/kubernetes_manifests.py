@@ -6,6 +6,7 @@ jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows `job.exit
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ from typing import Any
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import Manifest
 from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems, quantity
+from job.jobs.backends.machines import GKE_GPU_TYPES
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget
@@ -219,7 +221,7 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:
-            selector["cloud.google.com/gke-accelerator"] = gpu_type
+            selector["cloud.google.com/gke-accelerator"] = _known(gpu_type, target)
         if spec.spot:
             selector["cloud.google.com/gke-spot"] = "true"
             tolerations.append(
@@ -234,9 +236,21 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
     return selector, tolerations
 
 
+def _known(gpu_type: str, target: KubernetesTarget) -> str:
+    """Returns a GPU type that GKE labels nodes with: for another one a job would wait for ever."""
+    if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
+        close = difflib.get_close_matches(gpu_type, GKE_GPU_TYPES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BadRequestError(
+            f"--gpu-type {gpu_type}: GKE has no GPUs of this name{hint} (there are: {', '.join(GKE_GPU_TYPES)}); for "
+            f"nodes with another label set node_selector of target {target.name!r}"
+        )
+    return gpu_type
+
+
 def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     """On demand is not on nodes that may go, which Kueue would take first and which not every pool taints."""
-    if spec.spot or target.cluster != "gke" or target.node_selector is not None:
+    if spec.spot or not target.selects_as_gke:
         return {}
     no_spot = {"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}
     required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}

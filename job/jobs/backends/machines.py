@@ -35,6 +35,8 @@ _EXTRA: dict[str, tuple[int, ...]] = {
     "nvidia-tesla-v100": (1, 2, 4, 8),
 }
 """What N1 takes, and how many of them."""
+GKE_GPU_TYPES = tuple(sorted({*(name for name, _ in _BUNDLED.values()), *_EXTRA, "nvidia-gb200", "nvidia-gb300"}))
+"""Values of the label `cloud.google.com/gke-accelerator`."""
 _MACHINE_TYPE = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)+")
 _SHAPES: dict[str, tuple[float, float]] = {
     "a2-highgpu": (12, 85),

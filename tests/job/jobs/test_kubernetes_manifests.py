@@ -125,6 +125,18 @@ def test_gke_selects_and_tolerates_as_it_labels_and_taints():
     assert "nvidia.com/gpu" not in container_of(manifest(spec(gpus=0), TARGET))["resources"]["limits"]
 
 
+def test_a_gpu_that_gke_does_not_have_is_refused_and_not_waited_for():
+    for gpu_type, hint in (("nvidia-l40000", "did you mean nvidia-l4?"), ("h100", "nvidia-h100-80gb")):
+        with pytest.raises(BadRequestError, match=re.escape(hint)) as caught:
+            manifest(spec(gpu_type=gpu_type), TARGET)
+        assert caught.value.exit_code == Exit.BAD_REQUEST
+        manifest(spec(gpu_type=gpu_type), TARGET.model_copy(update={"cluster": "plain"}))
+        own = TARGET.model_copy(update={"node_selector": {"cloud.google.com/gke-accelerator": gpu_type}})
+        assert pod_of(manifest(spec(gpu_type=gpu_type), own))["nodeSelector"] == own.node_selector
+    with pytest.raises(BadRequestError, match="nvidia-l5"):
+        manifest(spec(), TARGET.model_copy(update={"gpu_type": "nvidia-l5"}))
+
+
 def test_a_plain_cluster_and_the_targets_own_selectors_replace_them():
     plain = TARGET.model_copy(update={"cluster": "plain"})
     assert "google" not in str(pod_of(manifest(spec(), plain)))

@@ -29,6 +29,8 @@ TARGETS = """
 local: {bucket: gs://of-local}
 gke: {backend: kubernetes, image: registry/ddpm:1, bucket: gs://bucket, gpu_type: nvidia-l4, grace_seconds: 105}
 vm: {backend: vm, project: my-project, zones: [us-east1-b], image: registry/ddpm:1, bucket: gs://bucket, spot: false}
+plain: {backend: kubernetes, cluster: plain, image: i, bucket: gs://bucket, gpu_type: nvidia-l4, gpus: 8}
+own: {backend: kubernetes, node_selector: {gpu: l4}, image: i, bucket: gs://bucket}
 bare: {backend: kubernetes, bucket: gs://bucket}
 s3: {backend: kubernetes, image: i, env: {A: b}}
 """
@@ -200,6 +202,10 @@ def test_this_machine_has_no_engine_that_ends_a_job():
         ("train", ["--dataset", "a"], "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
         ("train", ["--dataset", "a"], "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
         ("train", ["--dataset", "a"], "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
+        ("train", ["--dataset", "a"], "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
+        ("train", ["--dataset", "a"], "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
+        ("train", ["--dataset", "a"], "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
+        ("train", ["--dataset", "a"], "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
         ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
         (
             "sample",
@@ -313,6 +319,15 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
     lines = plan_lines(replace(spec, spot=False), vm.model_copy(update={"price_per_hour": None}))
     assert lines[-1] == "cost      price unknown"
     assert "on demand" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("on", "gpus"), [("plain", 8), ("own", 1)])
+def test_a_person_is_told_nothing_of_nodes_that_the_target_does_not_select(on, gpus):
+    target = load_targets()[on]
+    (line,) = [line for line in plan_lines(built("train", FOR_TRAIN, on), target) if line.startswith("machines")]
+    assert line == f"machines  1 × node, {gpus} × GPU each; spot or on demand, as the target's nodes are"
+    line = "\n".join(plan_lines(built("train", FOR_TRAIN, "gke", gpu_type="nvidia-h100-80gb"), load_targets()["gke"]))
+    assert "1 × nvidia-h100-80gb each; spot, which may be taken away" in line
 
 
 def test_without_a_terminal_somebody_must_have_said_yes():
