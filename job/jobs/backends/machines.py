@@ -94,6 +94,12 @@ class Machine:
         return (int(cpus), int(gigabytes * 1024 * 0.85)) if cpus else None
 
 
+def gpus_of(machine_type: str) -> tuple[int, str] | None:
+    """How many GPUs every machine of the type has, and which; None if it has none of its own."""
+    gpu_type, count = _BUNDLED.get(machine_type, ("", 0))
+    return (count, gpu_type) if count else None
+
+
 def machine_for(machine_type: str, gpu_type: str, gpus: int, spot: bool = True) -> Machine:
     """The machine for a job with `gpus` GPUs of type `gpu_type`, or of the machine's own type if that is empty.
 

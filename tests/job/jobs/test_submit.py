@@ -330,6 +330,20 @@ def test_a_person_is_told_nothing_of_nodes_that_the_target_does_not_select(on, g
     assert "1 × nvidia-h100-80gb each; spot, which may be taken away" in line
 
 
+@pytest.mark.parametrize(
+    ("machine_type", "said"),
+    [
+        ("g2-standard-24", "1 × g2-standard-24, no GPU used: 2 × nvidia-l4 idle, but paid for; on demand"),
+        ("n1-standard-8", "1 × n1-standard-8, no GPU; on demand"),
+        ("e2-standard-8", "1 × e2-standard-8, no GPU; on demand"),
+    ],
+)
+def test_whoever_packs_is_told_of_gpus_that_are_paid_for(machine_type, said):
+    vm = load_targets()["vm"].model_copy(update={"machine_type": machine_type})
+    spec = spec_of(parsed("pack", ["landscape-sample", "tiles", "--size", "8"]), vm, Wishes())
+    assert f"machines  {said}" in plan_lines(spec, vm)
+
+
 def test_without_a_terminal_somebody_must_have_said_yes():
     done = ddpm("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
     assert "--yes" in refused(done, Exit.BAD_REQUEST)
