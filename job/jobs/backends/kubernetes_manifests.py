@@ -33,6 +33,8 @@ SPARE_DISK = "2Gi"
 """For the output of the program, which counts as the container's disk, too."""
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
+CAPACITY = "ddpm-capacity"
+"""Label of the nodes that `infra/terraform` makes, and the taint of those without GPUs that stay."""
 MANIFEST_ANNOTATION = "ddpm-manifest"
 """Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
 BUCKET_ANNOTATION = "ddpm-bucket"
@@ -229,6 +231,8 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
             )
         if spec.gpus:
             tolerations.append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
+        elif not spec.spot:
+            tolerations.append({"key": CAPACITY, "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"})
     if target.node_selector is not None:
         selector = dict(target.node_selector)
     if target.tolerations is not None:

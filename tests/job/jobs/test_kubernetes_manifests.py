@@ -121,7 +121,9 @@ def test_gke_selects_and_tolerates_as_it_labels_and_taints():
     other = pod_of(manifest(spec(gpu_type="nvidia-tesla-t4"), TARGET))
     assert other["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-tesla-t4"
     without = pod_of(manifest(spec(gpus=0, spot=False), TARGET))
-    assert "nodeSelector" not in without and "tolerations" not in without
+    # Of infra/terraform's own nodes without GPUs, which pods of the system are kept away from.
+    taint = {"key": "ddpm-capacity", "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"}
+    assert "nodeSelector" not in without and without["tolerations"] == [taint]
     assert "nvidia.com/gpu" not in container_of(manifest(spec(gpus=0), TARGET))["resources"]["limits"]
 
 
