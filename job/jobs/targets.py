@@ -114,11 +114,16 @@ class KubernetesTarget(Target):
     """Instead of what `cluster` and `spot` give."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    cpus: str = "4"
-    memory: str = "16Gi"
+    machine_type: str = ""
+    """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
+    cpus: str = ""
+    """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
+    memory: str = ""
+    """Empty: its share, or 16Gi for each GPU."""
     scratch: str = "50Gi"
     """Local disk for the cache of images."""
-    shared_memory: str = "2Gi"
+    shared_memory: str = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
 
     @property
     def selects_as_gke(self) -> bool:

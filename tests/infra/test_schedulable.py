@@ -12,9 +12,9 @@ import yaml
 from job.cli.words import parsed
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.jobs.backends.kubernetes_rules import GPU, quantity
-from job.jobs.backends.machines import Machine
+from job.jobs.backends.machines import Machine, gpus_of
 from job.jobs.building import Wishes, spec_of
-from job.jobs.targets import KubernetesTarget
+from job.jobs.targets import KubernetesTarget, Target
 from tests.infra.configuration import read_folder
 from tests.infra.evaluated import attributes_of, blocks_of, defaults, value_of
 from tests.infra.test_outputs import targets
@@ -25,6 +25,10 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra/terraform"
 SPOT, ACCELERATOR = "cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator"
 GIB = 2**30
+MACHINE_TYPES = [f"g2-standard-{cpus}" for cpus in (4, 8, 12, 16, 24, 32, 48, 96)]
+MACHINE_TYPES += [
+    f"{family}-{gpus}g" for family in ("a2-highgpu", "a2-ultragpu", "a3-highgpu") for gpus in (1, 2, 4, 8)
+]
 DEFAULTS = defaults((FOLDER / "variables.tf").read_text(), "gpu_pool")
 Pod = dict[str, Any]
 
@@ -118,7 +122,7 @@ def takes(pool: Pool, pod: Pod) -> bool:
     )
 
 
-def rendered(words: str, gke: KubernetesTarget | None = None, **wishes: Any) -> Pod:
+def rendered(words: str, gke: Target | None = None, **wishes: Any) -> Pod:
     """The pod of `ddpm submit WORDS` on the target that setup.sh writes."""
     target = gke or targets()["gke"]
     assert isinstance(target, KubernetesTarget)
@@ -188,6 +192,26 @@ def test_in_a_queue_too():
 )
 def test_nodes_that_do_not_fit_are_noticed(field, value):
     assert where(rendered(TRAIN), **{field: value}) == []
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "gpu_type", "gpus"),
+    [
+        *((name, *reversed(found)) for name in MACHINE_TYPES if (found := gpus_of(name))),
+        *(
+            (f"n1-{kind}-{cpus}", "nvidia-tesla-t4", 1)
+            for kind in ("standard", "highmem")
+            for cpus in (2, 4, 8, 16, 32)
+        ),
+        ("n1-standard-16", "nvidia-tesla-t4", 4),
+    ],
+)
+def test_jobs_fit_on_every_machine_type_that_terraform_takes(machine_type, gpu_type, gpus):
+    chosen: dict[str, Any] = {"machine_type": machine_type, "gpu_type": gpu_type, "gpus": gpus}
+    gke = targets(**{name: str(value) for name, value in chosen.items()})["gke"]
+    assert where(rendered(TRAIN, gke), **chosen) == ["gpu-spot"]
+    assert where(rendered(TRAIN, gke, gpus=1), **chosen) == ["gpu-spot"]
+    assert where(rendered(PACK, gke), **chosen) == ["cpu-spot"]
 
 
 def test_the_smallest_disk_that_is_allowed_suffices():

@@ -9,12 +9,12 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
-import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import Manifest
-from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems, quantity
+from job.jobs.backends.kubernetes_resources import TMP, requests, shared_memory
+from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems
 from job.jobs.backends.machines import GKE_GPU_TYPES
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
@@ -28,9 +28,6 @@ RETRIES = 4
 """How many failures that may pass, such as crashes, are followed by another attempt."""
 SHOWN_SECONDS = 86_400
 """How long a job that is over stays, for its status and its output."""
-TMP = "8Gi"
-SPARE_DISK = "2Gi"
-"""For the output of the program, which counts as the container's disk, too."""
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
 CAPACITY = "ddpm-capacity"
@@ -208,7 +205,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "containers": [_container(spec, target)],
         "volumes": [
             # torch hands tensors from process to process there; the engine's own 64 MB are soon full.
-            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}},
+            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory(spec, target)}},
             {"name": "scratch", "emptyDir": {"sizeLimit": target.scratch}},
             # torch.compile puts libraries there and runs them: a plain emptyDir is not mounted noexec.
             {"name": "tmp", "emptyDir": {"sizeLimit": TMP}},
@@ -262,8 +259,8 @@ def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
 
 
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    requests = {"cpu": target.cpus, "memory": target.memory, "ephemeral-storage": _disk(target)}
-    limits = requests | ({GPU: str(spec.gpus)} if spec.gpus else {})
+    asked = requests(spec, target)
+    limits = asked | ({GPU: str(spec.gpus)} if spec.gpus else {})
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,
@@ -272,7 +269,7 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
         "args": _words(spec, target),
         "env": _environment(spec, target),
-        "resources": {"requests": requests, "limits": limits},
+        "resources": {"requests": asked, "limits": limits},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -286,13 +283,6 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
         ],
     }
-
-
-def _disk(target: KubernetesTarget) -> str:
-    parts = [quantity(text) for text in (target.scratch, TMP, SPARE_DISK)]
-    if None in parts:
-        raise BadRequestError(f"scratch: {target.scratch!r} of target {target.name!r} is no size: use one like 50Gi")
-    return f"{math.ceil(sum(part for part in parts if part is not None) / 2**30)}Gi"
 
 
 def _words(spec: JobSpec, target: KubernetesTarget) -> list[str]:

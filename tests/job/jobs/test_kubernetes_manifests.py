@@ -161,6 +161,49 @@ def test_an_image_that_may_change_is_asked_for_each_time():
         assert container_of(manifest(spec(image=image), TARGET))["imagePullPolicy"] == policy
 
 
+def asked_of(made):
+    (shared,) = [volume["emptyDir"] for volume in pod_of(made)["volumes"] if volume["name"] == "dshm"]
+    requests = container_of(made)["resources"]["requests"]
+    return requests["cpu"], requests["memory"], shared["sizeLimit"]
+
+
+@pytest.mark.parametrize(
+    ("target", "job", "asked"),
+    [
+        ({}, {}, ("4", "16Gi", "2Gi")),
+        ({}, {"gpus": 8}, ("32", "128Gi", "16Gi")),
+        ({}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
+        ({"machine_type": "g2-standard-4"}, {}, ("3", "10Gi", "2Gi")),
+        ({"machine_type": "g2-standard-8"}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
+        ({"machine_type": "g2-standard-96"}, {"gpus": 8}, ("93", "244Gi", "16Gi")),
+        ({"machine_type": "g2-standard-96"}, {"gpus": 1}, ("11625m", "30Gi", "2Gi")),
+        ({"machine_type": "n1-standard-4", "gpu_type": "nvidia-tesla-t4"}, {}, ("3", "9Gi", "2Gi")),
+        ({"machine_type": "n1-standard-4", "gpu_type": "nvidia-tesla-t4", "gpus": 2}, {}, ("1500m", "4Gi", "2Gi")),
+        ({"machine_type": "g2-standard-8"}, {"gpu_type": "nvidia-h100-80gb", "gpus": 8}, ("32", "128Gi", "16Gi")),
+        ({"machine_type": "g2-standard-96", "cpus": "7", "memory": "9Gi"}, {"gpus": 8}, ("7", "9Gi", "1Gi")),
+        ({"machine_type": "custom-x", "cpus": "7", "memory": "9Gi"}, {}, ("7", "9Gi", "1Gi")),
+        ({"machine_type": "g2-standard-4", "cpus": "1"}, {}, ("1", "10Gi", "2Gi")),
+    ],
+)
+def test_a_job_asks_for_its_share_of_a_node(target, job, asked):
+    if asked[-1] == "1Gi":
+        target = {**target, "shared_memory": "1Gi"}
+    assert asked_of(manifest(spec(**job), TARGET.model_copy(update=target))) == asked
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "gpus", "said"),
+    [
+        ("g2-standard-8", 8, "--gpus 8: nodes of target 'gke' are g2-standard-8, with 1: ask for at most so many"),
+        ("n1-custom-8-16384", 1, "nodes of target 'gke' are n1-custom-8-16384, whose room for jobs is not known here"),
+        ("n1-standard-1", 1, "set cpus and memory"),
+    ],
+)
+def test_what_no_node_of_the_target_has_room_for_is_refused(machine_type, gpus, said):
+    with pytest.raises(BadRequestError, match=re.escape(said)):
+        manifest(spec(gpus=gpus), TARGET.model_copy(update={"machine_type": machine_type}))
+
+
 def test_slices_are_indexes_that_fail_on_their_own():
     made = manifest(sampling(slices=5), TARGET)
     assert made["spec"]["completions"] == made["spec"]["parallelism"] == 5
