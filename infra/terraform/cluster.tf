@@ -1,8 +1,11 @@
-# GKE, if asked for: one zonal control plane, one small node for the system, and GPU nodes that exist while jobs run.
+# GKE, if asked for: one zonal control plane, one small node for the system, and nodes for jobs that exist while jobs run.
 
 locals {
   scopes    = ["https://www.googleapis.com/auth/cloud-platform"]
   max_nodes = { spot = var.gpu_pool.spot_max_nodes, on-demand = var.gpu_pool.on_demand_max_nodes }
+  gpu_pools = { for capacity, nodes in local.max_nodes : "gpu-${capacity}" => { capacity = capacity, nodes = nodes, machine_type = var.gpu_pool.machine_type, gpus = [var.gpu_pool.gpus] } }
+  # Who packs needs no GPU, and should pay for none.
+  cpu_pools = { for capacity in keys(local.max_nodes) : "cpu-${capacity}" => { capacity = capacity, nodes = 4, machine_type = "e2-standard-8", gpus = [] } }
 }
 
 resource "google_container_cluster" "this" {
@@ -29,9 +32,7 @@ resource "google_container_cluster" "this" {
   workload_identity_config { workload_pool = "${var.project}.svc.id.goog" }
   # Of the default pool, until it is removed: projects without a default account could not begin otherwise.
   node_config { service_account = google_service_account.nodes[0].email }
-  lifecycle {
-    ignore_changes = [location, node_config] # a new zone in the region must not make another cluster of this one
-  }
+  lifecycle { ignore_changes = [location, node_config] } # a new zone in the region must not make another cluster of this one
 }
 
 resource "google_container_node_pool" "system" {
@@ -59,14 +60,14 @@ resource "google_container_node_pool" "system" {
   }
 }
 
-resource "google_container_node_pool" "gpu" {
-  for_each       = { for capacity, nodes in local.max_nodes : capacity => nodes if var.gke && nodes > 0 }
-  name           = "gpu-${each.key}"
+resource "google_container_node_pool" "jobs" {
+  for_each       = { for name, pool in merge(local.gpu_pools, local.cpu_pools) : name => pool if var.gke && pool.nodes > 0 }
+  name           = each.key
   cluster        = google_container_cluster.this[0].id
   node_locations = local.zones
   autoscaling {
     total_min_node_count = 0
-    total_max_node_count = each.value
+    total_max_node_count = each.value.nodes
     location_policy      = "ANY" # an even spread would leave machines unfound
   }
   management {
@@ -74,28 +75,31 @@ resource "google_container_node_pool" "gpu" {
     auto_upgrade = true
   }
   node_config {
-    machine_type    = var.gpu_pool.machine_type
-    spot            = each.key == "spot"
+    machine_type    = each.value.machine_type
+    spot            = each.value.capacity == "spot"
     disk_size_gb    = var.gpu_pool.disk_gigabytes
     service_account = google_service_account.nodes[0].email
     oauth_scopes    = local.scopes
-    labels          = { ddpm-capacity = each.key }
-    guest_accelerator {
-      type  = var.gpu_pool.gpu_type
-      count = var.gpu_pool.gpus
-      gpu_driver_installation_config { gpu_driver_version = "LATEST" }
-    }
-    # GKE taints GPU nodes by itself, spot nodes only where it is told to.
-    dynamic "taint" {
-      for_each = each.key == "spot" ? ["true"] : []
+    labels          = { ddpm-capacity = each.value.capacity }
+    dynamic "guest_accelerator" {
+      for_each = each.value.gpus
       content {
-        key    = "cloud.google.com/gke-spot"
-        value  = taint.value
+        type  = var.gpu_pool.gpu_type
+        count = guest_accelerator.value
+        gpu_driver_installation_config { gpu_driver_version = "LATEST" }
+      }
+    }
+    # GKE taints GPU nodes by itself. Pods of the system would keep the others from going.
+    dynamic "taint" {
+      for_each = each.key == "gpu-on-demand" ? [] : [each.value.capacity]
+      content {
+        key    = taint.value == "spot" ? "cloud.google.com/gke-spot" : "ddpm-capacity"
+        value  = taint.value == "spot" ? "true" : taint.value
         effect = "NO_SCHEDULE"
       }
     }
     dynamic "kubelet_config" {
-      for_each = each.key == "spot" && var.long_shutdown ? [120] : []
+      for_each = each.value.capacity == "spot" && var.long_shutdown ? [120] : []
       content {
         shutdown_grace_period_seconds               = kubelet_config.value
         shutdown_grace_period_critical_pods_seconds = 15

@@ -1,8 +1,6 @@
 # Who may do what. Jobs run as one account on every engine; it reaches two buckets, one image repository and the logs.
 
-resource "google_service_account" "job" {
-  account_id = "${var.name}-job"
-}
+resource "google_service_account" "job" { account_id = "${var.name}-job" }
 
 resource "google_storage_bucket_iam_member" "job_writes_runs" {
   bucket = google_storage_bucket.runs.name

@@ -38,9 +38,7 @@ resource "google_compute_router_nat" "this" {
 }
 
 # A node pool that names a zone without such machines is refused whole, so they are asked for first.
-data "google_compute_zones" "up" {
-  region = var.region
-}
+data "google_compute_zones" "up" { region = var.region }
 
 data "google_compute_machine_types" "gpu" {
   for_each = toset(data.google_compute_zones.up.names)

@@ -46,7 +46,7 @@ variable "nat" {
 }
 
 variable "gke" {
-  description = "Whether to make a cluster. One small node of it runs day and night; GPU nodes while jobs run."
+  description = "Whether to make a cluster. One small node of it runs day and night; all others while jobs run."
   type        = bool
   default     = false
 }
@@ -73,8 +73,8 @@ variable "gpu_pool" {
     error_message = "These do not go together: nvidia-l4 is in g2-…, nvidia-tesla-a100 in a2-highgpu-…, nvidia-a100-80gb in a2-ultragpu-…, nvidia-h100-80gb in a3-highgpu-…; nvidia-tesla-t4 goes with n1-…."
   }
   validation {
-    condition     = min(var.gpu_pool.spot_max_nodes, var.gpu_pool.on_demand_max_nodes) >= 0 && var.gpu_pool.spot_max_nodes + var.gpu_pool.on_demand_max_nodes <= 64 && contains([1, 2, 4, 8], var.gpu_pool.gpus) && var.gpu_pool.disk_gigabytes >= 100
-    error_message = "Use 0 to 64 nodes in all, 1, 2, 4 or 8 GPUs, and 100 GB of disk at least, for the image and a job's cache."
+    condition     = min(var.gpu_pool.spot_max_nodes, var.gpu_pool.on_demand_max_nodes) >= 0 && var.gpu_pool.spot_max_nodes + var.gpu_pool.on_demand_max_nodes <= 64 && contains([1, 2, 4, 8], var.gpu_pool.gpus) && var.gpu_pool.disk_gigabytes >= 130
+    error_message = "Use 0 to 64 nodes in all, 1, 2, 4 or 8 GPUs, and 130 GB of disk at least: of less GKE leaves no 60 GB to a job."
   }
 }
 

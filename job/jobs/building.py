@@ -12,7 +12,7 @@ import yaml
 from job.config_input import parse_sets, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import JobSpec, job_name
-from job.jobs.targets import Target, default_bucket
+from job.jobs.targets import KubernetesTarget, Target, default_bucket
 from job.requests import PackRequest, SampleRequest, TrainRequest
 from job.runs.grace import GRACE_SECONDS
 from job.runs.lease import EXPIRE_SECONDS
@@ -74,7 +74,7 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         bucket=bucket,
         run=run,
         gpus=gpus,
-        gpu_type=(wishes.gpu_type or target.gpu_type) if gpus else "",
+        gpu_type=(wishes.gpu_type or target.gpu_type) if gpus and _selects_by_type(target) else "",
         nodes=wishes.nodes,
         slices=wishes.slices,
         spot=target.spot if wishes.spot is None else wishes.spot,
@@ -112,10 +112,22 @@ def _check_wishes(target: Target, wishes: Wishes) -> None:
     if target.is_remote:
         if not target.image:
             raise BadConfigError(f"target {target.name!r} has no `image:`, which its machines would run")
+        given = wishes.gpu_type or wishes.spot is not None
+        if given and not _selects_by_type(target):
+            spot = "--spot" if wishes.spot else "--on-demand"
+            option = f"--gpu-type {wishes.gpu_type}" if wishes.gpu_type else spot
+            raise BadRequestError(
+                f"{option} decides nothing on {target.name!r}, which chooses nodes by `node_selector:` alone: leave it "
+                "out, or use a target for those nodes"
+            )
         return
     if wishes.spot or wishes.gpu_type:
         option = "--spot" if wishes.spot else f"--gpu-type {wishes.gpu_type}"
         raise BadRequestError(f"{option} is about machines in a cloud, and {target.name!r} is this one: leave it out")
+
+
+def _selects_by_type(target: Target) -> bool:
+    return not isinstance(target, KubernetesTarget) or target.selects_as_gke
 
 
 def _training(words: Words, request: TrainRequest, target: Target) -> Words:

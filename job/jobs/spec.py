@@ -14,10 +14,15 @@ Verb = Literal["train", "sample", "pack"]
 
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
+MIN_SECONDS = 60
+"""The shortest limit of a job: engines refuse less, or take it for none."""
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
+_NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
+"""Names that sound like secrets, and say where something is."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,8 @@ class JobSpec:
             raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
         if self.slices and self.verb != "sample":
             raise BadRequestError(f"--slices {self.slices} is for sampling")
-        if not 0 < self.max_hours <= 24 * 30:
-            raise BadRequestError(f"--max-hours {self.max_hours:g}: use more than 0 and at most 720")
+        if not MIN_SECONDS / 3600 <= self.max_hours <= 24 * 30:
+            raise BadRequestError(f"--max-hours {self.max_hours:g}: use at least a minute (0.017) and at most 720")
         for name in self.env:
             if not _VARIABLE.fullmatch(name):
                 raise BadRequestError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
@@ -99,6 +104,11 @@ class JobSpec:
         """Labels by which a job is found again, whoever made it."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
         return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
+
+
+def sounds_secret(variable: str) -> bool:
+    """Whether the name of a variable says that its value is for nobody else's eyes, as lists and logs are not."""
+    return bool(_SECRET.search(variable)) and not _NO_SECRET.fullmatch(variable)
 
 
 def validated_job_name(name: str) -> str:

@@ -16,10 +16,11 @@ import yaml
 from job.exits import BadRequestError, JobError
 from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, Manifest, NoCapacityError
+from job.jobs.backends.machines import gpus_of
 from job.jobs.building import Wishes, spec_of
 from job.jobs.prices import estimate
 from job.jobs.spec import JobSpec
-from job.jobs.targets import GoogleTarget, Target, chosen_target, load_targets
+from job.jobs.targets import GoogleTarget, KubernetesTarget, Target, chosen_target, load_targets
 from job.progress import note
 
 if TYPE_CHECKING:
@@ -82,7 +83,11 @@ def plan_lines(spec: JobSpec, target: Target) -> list[str]:
     """What a person should know before anything is sent: what, where, for how long at most, and for how much."""
     machine = target.machine_type if isinstance(target, GoogleTarget) else "node"
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
+    if not spec.gpus and (found := gpus_of(machine)):
+        gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
     kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
+    if isinstance(target, KubernetesTarget) and not target.selects_as_gke:
+        kind = "spot or on demand, as the target's nodes are"
     return [
         f"job       {spec.name}, on {target.name} ({_where(target)})",
         f"command   ddpm {shlex.join(spec.argv)}",

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from job.config_input import parse_yaml
 from job.exits import BadConfigError, BadRequestError, MissingInputError, NoPermissionError
+from job.jobs.spec import sounds_secret
 from job.store import check_uri, is_remote
 
 TARGETS_FILE = "targets.yaml"
@@ -25,8 +26,8 @@ DEFAULT_BUCKET = "./bucket"
 MAX_HOURS = 24.0
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
-_SECRETS = {"TOKEN", "SECRET", "PASSWORD", "PASSWD", "KEY"}
 _VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_SUBNETWORK = re.compile(r"(?:.+/)?regions/([^/]+)/subnetworks/[^/]+")
 _TARGET_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
 _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
@@ -67,7 +68,7 @@ class Target(BaseModel):
         for name in env:
             if not _VARIABLE.fullmatch(name):
                 raise ValueError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
-            if _SECRETS & set(name.split("_")):
+            if sounds_secret(name):
                 raise ValueError(
                     f"{name} looks like a secret, which lists and logs would show: give the job's service account "
                     "access instead"
@@ -109,15 +110,25 @@ class KubernetesTarget(Target):
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
     node_selector: dict[str, str] | None = None
     """Instead of what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str]] | None = None
+    tolerations: list[dict[str, str | int]] | None = None
     """Instead of what `cluster` and `spot` give."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    cpus: str = "4"
-    memory: str = "16Gi"
+    machine_type: str = ""
+    """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
+    cpus: str = ""
+    """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
+    memory: str = ""
+    """Empty: its share, or 16Gi for each GPU."""
     scratch: str = "50Gi"
     """Local disk for the cache of images."""
-    shared_memory: str = "2Gi"
+    shared_memory: str = ""
+    """Part of `memory`; empty: 2Gi for each GPU."""
+
+    @property
+    def selects_as_gke(self) -> bool:
+        """Whether the GPU type and `spot` decide about the node; else the target's own selector does, or nothing."""
+        return self.cluster == "gke" and self.node_selector is None
 
 
 class GoogleTarget(Target, abc.ABC):
@@ -156,7 +167,7 @@ class BatchTarget(GoogleTarget):
 
     backend: Literal["batch"]
     regions: tuple[_Region, ...] = Field(min_length=1)
-    """Tried in this order when one has no machine."""
+    """Tried in this order when one has no machine; `region:` is one alone."""
 
     @property
     def all_regions(self) -> tuple[str, ...]:
@@ -256,6 +267,8 @@ def _target(name: str, block: Any, where: str) -> Target:
         raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
+    if backend == "batch" and "region" in block and "regions" not in block:
+        block["regions"] = [block.pop("region")]
     model = _CLASSES[backend]
     keys = [key for key in model.model_fields if key != "name"]
     for key in block:
@@ -295,6 +308,13 @@ def _checked(target: Target, where: str) -> Target:
                 f"{where}: bucket {target.bucket!r} is a folder of this machine, which its jobs cannot see: use "
                 "gs://BUCKET or s3://BUCKET"
             )
+    if isinstance(target, GoogleTarget) and (match := _SUBNETWORK.fullmatch(target.subnetwork)):
+        for region in target.all_regions:
+            if region != match[1]:
+                raise BadConfigError(
+                    f"{where}: subnetwork {target.subnetwork!r} lies in {match[1]}, and machines in {region} cannot "
+                    "use it: leave that region out, or write the name alone if each region has a subnetwork called so"
+                )
     if re.search(r"\s", target.image):
         raise BadConfigError(f"{where}: image {target.image!r} has a space in it: use REGISTRY/NAME:TAG or …@sha256:…")
     return target

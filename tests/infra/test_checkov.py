@@ -32,7 +32,7 @@ ACCEPTED = {
     ): "Google's own keys are enough for an image of public code",
     ("CKV_GCP_26", "google_compute_subnetwork.this"): "flow logs cost more than the network",
     ("CKV2_GCP_18", "google_compute_network.this"): "no rule is the tightest: nothing comes in",
-    ("CKV_GCP_68", "google_container_node_pool.gpu"): "secure boot refuses GPU drivers that are not signed",
+    ("CKV_GCP_68", "google_container_node_pool.jobs"): "secure boot refuses GPU drivers that are not signed",
     ("CKV_GCP_68", CLUSTER): TEMPORARY,
     ("CKV_GCP_69", CLUSTER): TEMPORARY,
     ("CKV_GCP_12", CLUSTER): "Dataplane V2, which is switched on, brings network policies",

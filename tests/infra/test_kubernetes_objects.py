@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.infra.test_schedulable import pools
+
 pytestmark = pytest.mark.infra
 
 ROOT = Path(__file__).parents[2]
@@ -102,14 +104,13 @@ def test_nothing_is_wrong():
 
 
 def test_flavours_are_the_node_pools_of_terraform():
-    cluster = (ROOT / "infra/terraform/cluster.tf").read_text()
-    assert "labels          = { ddpm-capacity = each.key }" in cluster
-    pools = re.search(r"max_nodes = \{ (.*) \}", cluster)
-    assert pools is not None
-    flavours = [
-        thing["spec"]["nodeLabels"]["ddpm-capacity"] for thing in documents() if thing["kind"] == "ResourceFlavor"
-    ]
-    assert flavours == re.findall(r"([\w-]+) = ", pools[1])
+    made = {pool.name: pool.labels for pool in pools(spot_max_nodes=1, on_demand_max_nodes=1)}
+    flavours = [thing["spec"]["nodeLabels"] for thing in documents() if thing["kind"] == "ResourceFlavor"]
+    capacities = [labels["ddpm-capacity"] for labels in flavours]
+    assert sorted(made) == sorted(f"{kind}-{capacity}" for kind in ("gpu", "cpu") for capacity in capacities)
+    for labels in flavours:
+        for kind in ("gpu", "cpu"):
+            assert labels.items() <= made[f"{kind}-{labels['ddpm-capacity']}"].items()
 
 
 def test_all_that_jobs_ask_for_is_covered():

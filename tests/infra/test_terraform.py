@@ -48,6 +48,17 @@ def test_every_variable_that_a_person_types_as_text_is_validated():
         assert typed in free or any(child.kind == "validation" for child in block.blocks), block.path
 
 
+def test_the_example_sets_what_can_be_set():
+    text = (FOLDER / "terraform.tfvars.example").read_text().replace("# ", "")
+    declared = {block.labels[0]: block for block in read_folder(FOLDER) if block.kind == "variable"}
+    assert set(re.findall(r"^(\w+) += ", text, re.MULTILINE)) <= set(declared)
+    for name, fields in re.findall(r"^(\w+) += \{\n(.*?)^\}", text, re.MULTILINE | re.DOTALL):
+        kind = declared[name].attribute("type")
+        assert kind is not None
+        known = {str(token) for token in kind.expression.scan_values(lambda _: True)}
+        assert set(re.findall(r"^ *(\w+) += ", fields, re.MULTILINE)) <= known
+
+
 MISTAKES = [
     # file, what is there, the mistake, what the check says
     ("storage", 'public_access_prevention    = "enforced"', 'public_acess_prevention = "enforced"', "unknown argument"),

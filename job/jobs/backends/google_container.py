@@ -71,7 +71,13 @@ def labels(spec: JobSpec) -> dict[str, str]:
 
 def variables(spec: JobSpec) -> dict[str, str]:
     """The variables of the container, in the order of their names."""
-    own = {"DDPM_CACHE": f"{SCRATCH}/cache", "DDPM_GRACE_SECONDS": str(GRACE_SECONDS)}
+    own = {
+        # On these machines /tmp is memory.
+        "TMPDIR": SCRATCH,
+        "XDG_CACHE_HOME": f"{SCRATCH}/cache",
+        "DDPM_CACHE": f"{SCRATCH}/ddpm",
+        "DDPM_GRACE_SECONDS": str(GRACE_SECONDS),
+    }
     return dict(sorted({**own, **spec.env}.items()))
 
 

@@ -6,14 +6,16 @@ jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows `job.exit
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
-import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import Manifest
-from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems, quantity
+from job.jobs.backends.kubernetes_resources import TMP, requests, shared_memory
+from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems
+from job.jobs.backends.machines import GKE_GPU_TYPES
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget
@@ -26,11 +28,10 @@ RETRIES = 4
 """How many failures that may pass, such as crashes, are followed by another attempt."""
 SHOWN_SECONDS = 86_400
 """How long a job that is over stays, for its status and its output."""
-TMP = "8Gi"
-SPARE_DISK = "2Gi"
-"""For the output of the program, which counts as the container's disk, too."""
 REPLICATED_JOB = "node"
 MASTER_PORT = 29500
+CAPACITY = "ddpm-capacity"
+"""Label of the nodes that `infra/terraform` makes, and the taint of those without GPUs that stay."""
 MANIFEST_ANNOTATION = "ddpm-manifest"
 """Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
 BUCKET_ANNOTATION = "ddpm-bucket"
@@ -204,7 +205,7 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "containers": [_container(spec, target)],
         "volumes": [
             # torch hands tensors from process to process there; the engine's own 64 MB are soon full.
-            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": target.shared_memory}},
+            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory(spec, target)}},
             {"name": "scratch", "emptyDir": {"sizeLimit": target.scratch}},
             # torch.compile puts libraries there and runs them: a plain emptyDir is not mounted noexec.
             {"name": "tmp", "emptyDir": {"sizeLimit": TMP}},
@@ -212,14 +213,14 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     }
 
 
-def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], list[dict[str, str]]]:
+def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], list[dict[str, Any]]]:
     """Node selector and tolerations: the target's own, else as GKE labels and taints its nodes, else none."""
     selector: dict[str, str] = {}
-    tolerations: list[dict[str, str]] = []
+    tolerations: list[dict[str, Any]] = []
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:
-            selector["cloud.google.com/gke-accelerator"] = gpu_type
+            selector["cloud.google.com/gke-accelerator"] = _known(gpu_type, target)
         if spec.spot:
             selector["cloud.google.com/gke-spot"] = "true"
             tolerations.append(
@@ -227,6 +228,8 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
             )
         if spec.gpus:
             tolerations.append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
+        elif not spec.spot:
+            tolerations.append({"key": CAPACITY, "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"})
     if target.node_selector is not None:
         selector = dict(target.node_selector)
     if target.tolerations is not None:
@@ -234,9 +237,21 @@ def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], lis
     return selector, tolerations
 
 
+def _known(gpu_type: str, target: KubernetesTarget) -> str:
+    """Returns a GPU type that GKE labels nodes with: for another one a job would wait for ever."""
+    if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
+        close = difflib.get_close_matches(gpu_type, GKE_GPU_TYPES, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise BadRequestError(
+            f"--gpu-type {gpu_type}: GKE has no GPUs of this name{hint} (there are: {', '.join(GKE_GPU_TYPES)}); for "
+            f"nodes with another label set node_selector of target {target.name!r}"
+        )
+    return gpu_type
+
+
 def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     """On demand is not on nodes that may go, which Kueue would take first and which not every pool taints."""
-    if spec.spot or target.cluster != "gke" or target.node_selector is not None:
+    if spec.spot or not target.selects_as_gke:
         return {}
     no_spot = {"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}
     required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}
@@ -244,8 +259,8 @@ def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
 
 
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    requests = {"cpu": target.cpus, "memory": target.memory, "ephemeral-storage": _disk(target)}
-    limits = requests | ({GPU: str(spec.gpus)} if spec.gpus else {})
+    asked = requests(spec, target)
+    limits = asked | ({GPU: str(spec.gpus)} if spec.gpus else {})
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,
@@ -254,7 +269,7 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
         "args": _words(spec, target),
         "env": _environment(spec, target),
-        "resources": {"requests": requests, "limits": limits},
+        "resources": {"requests": asked, "limits": limits},
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "readOnlyRootFilesystem": True,
@@ -268,13 +283,6 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
         ],
     }
-
-
-def _disk(target: KubernetesTarget) -> str:
-    parts = [quantity(text) for text in (target.scratch, TMP, SPARE_DISK)]
-    if None in parts:
-        raise BadRequestError(f"scratch: {target.scratch!r} of target {target.name!r} is no size: use one like 50Gi")
-    return f"{math.ceil(sum(part for part in parts if part is not None) / 2**30)}Gi"
 
 
 def _words(spec: JobSpec, target: KubernetesTarget) -> list[str]:

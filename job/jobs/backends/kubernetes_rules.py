@@ -13,6 +13,7 @@ from decimal import Decimal
 from typing import Any
 
 from job.jobs.backends.kubernetes_jobset_rules import jobset_problems
+from job.jobs.spec import sounds_secret
 
 Rule = Callable[["_Job"], Iterator[str]]
 RULES: dict[str, Rule] = {}
@@ -28,7 +29,6 @@ _VALUE = re.compile(r"([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?")
 _KEY = re.compile(r"([a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _REFERENCE = re.compile(r"\$\$|\$\(([A-Za-z_][A-Za-z0-9_.-]*)\)")
-_SECRET = re.compile(r"(^|_)(KEY|TOKEN|SECRET|PASSWORD|PASSWD)$")
 GPU = "nvidia.com/gpu"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 # A pod is called JOB-INDEX-XXXXX, and a label has 63 characters.
@@ -287,7 +287,7 @@ def _environment(job: _Job) -> Iterator[str]:
                 yield f"{name} has either a value or a source"
             if "valueFrom" in variable and not variable["valueFrom"].get("fieldRef", {}).get("fieldPath"):
                 yield f"the source of {name} is no field of the pod"
-            if _SECRET.search(name) and variable.get("value"):
+            if sounds_secret(name) and variable.get("value"):
                 yield f"{name} looks like a secret, and everybody who sees the job sees it: use the service account"
             yield from _undeclared(variable.get("value", ""), declared)
             declared.add(name)
@@ -309,6 +309,14 @@ def _place(job: _Job) -> Iterator[str]:
         yield from _one_of(
             "effect of a toleration", toleration.get("effect", ""), ("", "NoSchedule", "PreferNoSchedule", "NoExecute")
         )
+        seconds = toleration.get("tolerationSeconds")
+        if seconds is not None and (not isinstance(seconds, int) or toleration.get("effect") != "NoExecute"):
+            yield f"tolerationSeconds {seconds!r} is a whole number, and goes with effect NoExecute"
+        for name, value in toleration.items():
+            if name not in ("key", "operator", "value", "effect", "tolerationSeconds"):
+                yield f"{name!r} is no field of a toleration"
+            elif name != "tolerationSeconds" and not isinstance(value, str):
+                yield f"{name} of a toleration is {value!r}, which is no text: put it in quotes"
         if operator == "Exists" and toleration.get("value"):
             yield "a toleration with operator Exists has no value"
         if operator == "Equal" and not toleration.get("key"):

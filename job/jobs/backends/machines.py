@@ -35,6 +35,8 @@ _EXTRA: dict[str, tuple[int, ...]] = {
     "nvidia-tesla-v100": (1, 2, 4, 8),
 }
 """What N1 takes, and how many of them."""
+GKE_GPU_TYPES = tuple(sorted({*(name for name, _ in _BUNDLED.values()), *_EXTRA, "nvidia-gb200", "nvidia-gb300"}))
+"""Values of the label `cloud.google.com/gke-accelerator`."""
 _MACHINE_TYPE = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)+")
 _SHAPES: dict[str, tuple[float, float]] = {
     "a2-highgpu": (12, 85),
@@ -90,6 +92,12 @@ class Machine:
             cpus = float(count) if count.isdecimal() and per_cpu else 0.0
             gigabytes = cpus * (per_cpu or 0.0)
         return (int(cpus), int(gigabytes * 1024 * 0.85)) if cpus else None
+
+
+def gpus_of(machine_type: str) -> tuple[int, str] | None:
+    """How many GPUs every machine of the type has, and which; None if it has none of its own."""
+    gpu_type, count = _BUNDLED.get(machine_type, ("", 0))
+    return (count, gpu_type) if count else None
 
 
 def machine_for(machine_type: str, gpu_type: str, gpus: int, spot: bool = True) -> Machine:

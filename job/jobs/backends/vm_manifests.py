@@ -95,7 +95,7 @@ def _scheduling(spec: JobSpec) -> dict[str, Any]:
         # Machines with GPUs cannot move.
         "onHostMaintenance": "TERMINATE",
         "automaticRestart": False,
-        "maxRunDuration": {"seconds": str(max(spec.max_seconds, 30))},
+        "maxRunDuration": {"seconds": str(spec.max_seconds)},
     }
 
 

@@ -211,6 +211,22 @@ def test_a_cpu_job_gets_no_driver_and_no_devices():
     assert "--gpus" not in made and "installGpuDrivers" not in made and "accelerators" not in made
 
 
+@both
+def test_what_is_staged_lies_on_the_disk_and_not_in_memory(backend):
+    made = render(backend, spec())
+    if backend == "vm":
+        lines = files_of(made[0])["/etc/ddpm/environment"].splitlines()
+        variables = dict(line.split("=", 1) for line in lines)
+    else:
+        variables = made["taskGroups"][0]["taskSpec"]["runnables"][0]["environment"]["variables"]
+    assert "--tmpfs=/tmp:" in str(made)
+    assert variables["TMPDIR"] == "/scratch"
+    for name in ("DDPM_CACHE", "XDG_CACHE_HOME"):
+        assert variables[name].startswith("/scratch/"), name
+    given = render(backend, spec(env={"TMPDIR": "/elsewhere"}))
+    assert "/elsewhere" in str(given)
+
+
 def test_slices_are_machines_with_words_of_their_own_or_tasks_that_find_their_number():
     machines = rendered("vm", "sampling-slices")
     assert [machine["name"] for machine in machines] == [f"sample-celeba-{index}" for index in range(3)]

@@ -121,8 +121,22 @@ def test_gke_selects_and_tolerates_as_it_labels_and_taints():
     other = pod_of(manifest(spec(gpu_type="nvidia-tesla-t4"), TARGET))
     assert other["nodeSelector"]["cloud.google.com/gke-accelerator"] == "nvidia-tesla-t4"
     without = pod_of(manifest(spec(gpus=0, spot=False), TARGET))
-    assert "nodeSelector" not in without and "tolerations" not in without
+    # Of infra/terraform's own nodes without GPUs, which pods of the system are kept away from.
+    taint = {"key": "ddpm-capacity", "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"}
+    assert "nodeSelector" not in without and without["tolerations"] == [taint]
     assert "nvidia.com/gpu" not in container_of(manifest(spec(gpus=0), TARGET))["resources"]["limits"]
+
+
+def test_a_gpu_that_gke_does_not_have_is_refused_and_not_waited_for():
+    for gpu_type, hint in (("nvidia-l40000", "did you mean nvidia-l4?"), ("h100", "nvidia-h100-80gb")):
+        with pytest.raises(BadRequestError, match=re.escape(hint)) as caught:
+            manifest(spec(gpu_type=gpu_type), TARGET)
+        assert caught.value.exit_code == Exit.BAD_REQUEST
+        manifest(spec(gpu_type=gpu_type), TARGET.model_copy(update={"cluster": "plain"}))
+        own = TARGET.model_copy(update={"node_selector": {"cloud.google.com/gke-accelerator": gpu_type}})
+        assert pod_of(manifest(spec(gpu_type=gpu_type), own))["nodeSelector"] == own.node_selector
+    with pytest.raises(BadRequestError, match="nvidia-l5"):
+        manifest(spec(), TARGET.model_copy(update={"gpu_type": "nvidia-l5"}))
 
 
 def test_a_plain_cluster_and_the_targets_own_selectors_replace_them():
@@ -145,6 +159,49 @@ def test_a_queue_gets_a_job_that_waits_for_it():
 def test_an_image_that_may_change_is_asked_for_each_time():
     for image, policy in (("r/ddpm:latest", "Always"), (TARGET.image, "IfNotPresent"), ("localhost/d", "IfNotPresent")):
         assert container_of(manifest(spec(image=image), TARGET))["imagePullPolicy"] == policy
+
+
+def asked_of(made):
+    (shared,) = [volume["emptyDir"] for volume in pod_of(made)["volumes"] if volume["name"] == "dshm"]
+    requests = container_of(made)["resources"]["requests"]
+    return requests["cpu"], requests["memory"], shared["sizeLimit"]
+
+
+@pytest.mark.parametrize(
+    ("target", "job", "asked"),
+    [
+        ({}, {}, ("4", "16Gi", "2Gi")),
+        ({}, {"gpus": 8}, ("32", "128Gi", "16Gi")),
+        ({}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
+        ({"machine_type": "g2-standard-4"}, {}, ("3", "10Gi", "2Gi")),
+        ({"machine_type": "g2-standard-8"}, {"gpus": 0}, ("4", "16Gi", "2Gi")),
+        ({"machine_type": "g2-standard-96"}, {"gpus": 8}, ("93", "244Gi", "16Gi")),
+        ({"machine_type": "g2-standard-96"}, {"gpus": 1}, ("11625m", "30Gi", "2Gi")),
+        ({"machine_type": "n1-standard-4", "gpu_type": "nvidia-tesla-t4"}, {}, ("3", "9Gi", "2Gi")),
+        ({"machine_type": "n1-standard-4", "gpu_type": "nvidia-tesla-t4", "gpus": 2}, {}, ("1500m", "4Gi", "2Gi")),
+        ({"machine_type": "g2-standard-8"}, {"gpu_type": "nvidia-h100-80gb", "gpus": 8}, ("32", "128Gi", "16Gi")),
+        ({"machine_type": "g2-standard-96", "cpus": "7", "memory": "9Gi"}, {"gpus": 8}, ("7", "9Gi", "1Gi")),
+        ({"machine_type": "custom-x", "cpus": "7", "memory": "9Gi"}, {}, ("7", "9Gi", "1Gi")),
+        ({"machine_type": "g2-standard-4", "cpus": "1"}, {}, ("1", "10Gi", "2Gi")),
+    ],
+)
+def test_a_job_asks_for_its_share_of_a_node(target, job, asked):
+    if asked[-1] == "1Gi":
+        target = {**target, "shared_memory": "1Gi"}
+    assert asked_of(manifest(spec(**job), TARGET.model_copy(update=target))) == asked
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "gpus", "said"),
+    [
+        ("g2-standard-8", 8, "--gpus 8: nodes of target 'gke' are g2-standard-8, with 1: ask for at most so many"),
+        ("n1-custom-8-16384", 1, "nodes of target 'gke' are n1-custom-8-16384, whose room for jobs is not known here"),
+        ("n1-standard-1", 1, "set cpus and memory"),
+    ],
+)
+def test_what_no_node_of_the_target_has_room_for_is_refused(machine_type, gpus, said):
+    with pytest.raises(BadRequestError, match=re.escape(said)):
+        manifest(spec(gpus=gpus), TARGET.model_copy(update={"machine_type": machine_type}))
 
 
 def test_slices_are_indexes_that_fail_on_their_own():
@@ -200,6 +257,10 @@ def test_what_could_not_run_is_refused(job, said):
         ({"cpus": "-1"}, "no quantity"),
         ({"memory": "2Gi"}, "count against memory"),
         ({"tolerations": [{"operator": "Exist"}]}, "operator of a toleration"),
+        ({"tolerations": [{"key": "a", "value": 1}]}, "value of a toleration is 1, which is no text"),
+        ({"tolerations": [{"key": "a", "tolerationSeconds": 60}]}, "goes with effect NoExecute"),
+        ({"tolerations": [{"key": "a", "effect": "NoExecute", "tolerationSeconds": "60"}]}, "is a whole number"),
+        ({"tolerations": [{"keys": "a", "operator": "Exists"}]}, "'keys' is no field of a toleration"),
         ({"node_selector": {"a b": "c"}}, "no label"),
     ],
 )

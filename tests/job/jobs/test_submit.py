@@ -29,6 +29,8 @@ TARGETS = """
 local: {bucket: gs://of-local}
 gke: {backend: kubernetes, image: registry/ddpm:1, bucket: gs://bucket, gpu_type: nvidia-l4, grace_seconds: 105}
 vm: {backend: vm, project: my-project, zones: [us-east1-b], image: registry/ddpm:1, bucket: gs://bucket, spot: false}
+plain: {backend: kubernetes, cluster: plain, image: i, bucket: gs://bucket, gpu_type: nvidia-l4, gpus: 8}
+own: {backend: kubernetes, node_selector: {gpu: l4}, image: i, bucket: gs://bucket}
 bare: {backend: kubernetes, bucket: gs://bucket}
 s3: {backend: kubernetes, image: i, env: {A: b}}
 """
@@ -166,6 +168,10 @@ def test_folders_of_this_machine_become_absolute(folder):
     assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(folder / "b"))
 
 
+def test_a_minute_is_the_shortest_limit():
+    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
+
+
 def test_this_machine_has_no_engine_that_ends_a_job():
     argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "2"
@@ -191,8 +197,15 @@ def test_this_machine_has_no_engine_that_ends_a_job():
         ("train", ["--dataset", "a", "--config", "no"], "gke", {}, MissingInputError, "--config no"),
         ("train", ["--dataset", "a", "--preset", "no"], "gke", {}, BadRequestError, "no preset 'no'"),
         ("train", ["--dataset", "a"], "gke", {"max_hours": 1000}, BadRequestError, "--max-hours 1000"),
+        ("train", ["--dataset", "a"], "vm", {"max_hours": 0.0001}, BadRequestError, "--max-hours 0.0001: use at least"),
+        ("train", ["--dataset", "a"], "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
+        ("train", ["--dataset", "a"], "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
         ("train", ["--dataset", "a"], "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
         ("train", ["--dataset", "a"], "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
+        ("train", ["--dataset", "a"], "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
+        ("train", ["--dataset", "a"], "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
+        ("train", ["--dataset", "a"], "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
+        ("train", ["--dataset", "a"], "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
         ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
         (
             "sample",
@@ -318,6 +331,29 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
     lines = plan_lines(replace(spec, spot=False), vm.model_copy(update={"price_per_hour": None}))
     assert lines[-1] == "cost      price unknown"
     assert "on demand" in "\n".join(lines)
+
+
+@pytest.mark.parametrize(("on", "gpus"), [("plain", 8), ("own", 1)])
+def test_a_person_is_told_nothing_of_nodes_that_the_target_does_not_select(on, gpus):
+    target = load_targets()[on]
+    (line,) = [line for line in plan_lines(built("train", FOR_TRAIN, on), target) if line.startswith("machines")]
+    assert line == f"machines  1 × node, {gpus} × GPU each; spot or on demand, as the target's nodes are"
+    line = "\n".join(plan_lines(built("train", FOR_TRAIN, "gke", gpu_type="nvidia-h100-80gb"), load_targets()["gke"]))
+    assert "1 × nvidia-h100-80gb each; spot, which may be taken away" in line
+
+
+@pytest.mark.parametrize(
+    ("machine_type", "said"),
+    [
+        ("g2-standard-24", "1 × g2-standard-24, no GPU used: 2 × nvidia-l4 idle, but paid for; on demand"),
+        ("n1-standard-8", "1 × n1-standard-8, no GPU; on demand"),
+        ("e2-standard-8", "1 × e2-standard-8, no GPU; on demand"),
+    ],
+)
+def test_whoever_packs_is_told_of_gpus_that_are_paid_for(machine_type, said):
+    vm = load_targets()["vm"].model_copy(update={"machine_type": machine_type})
+    spec = spec_of(parsed("pack", ["landscape-sample", "tiles", "--size", "8"]), vm, Wishes())
+    assert f"machines  {said}" in plan_lines(spec, vm)
 
 
 def test_without_a_terminal_somebody_must_have_said_yes():

@@ -9,6 +9,8 @@ import pytest
 import yaml
 
 from job.exits import BadConfigError, BadRequestError, JobError, MissingInputError
+from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.spec import JobSpec
 from job.jobs.targets import (
     BatchTarget,
     ContainerTarget,
@@ -125,7 +127,20 @@ def test_a_folder_and_a_binary_file_are_no_targets():
         ("vm: {backend: vm, project: my-project, zones: us-east1-a}", ["zones: input should be a valid"]),
         ("b: {backend: batch, project: my-project, regions: [us-east1-a]}", ["regions.0"]),
         ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: string should match pattern"]),
-        ("b: {backend: batch, region: us-east1}", ["unknown key 'region'", "did you mean 'regions'?"]),
+        ("b: {backend: batch, project: my-project, region: us-east1-a}", ["regions.0"]),
+        ("b: {backend: batch, region: us-east1, regions: [us-east1]}", ["unknown key 'region'", "mean 'regions'?"]),
+        ("vm: {backend: vm, region: us-east1}", ["unknown key 'region'"]),
+        (GKE + ", tolerations: [{key: a, tolerationSeconds: 1.5}]}", ["tolerations.0.tolerationSeconds"]),
+        (
+            "vm: {backend: vm, project: my-project, zones: [us-central1-a, us-east1-c], "
+            "subnetwork: projects/my-project/regions/us-central1/subnetworks/ddpm}",
+            ["target 'vm': subnetwork", "lies in us-central1, and machines in us-east1 cannot use it", "name alone"],
+        ),
+        (
+            "b: {backend: batch, project: my-project, regions: [us-east1], "
+            "subnetwork: 'https://www.googleapis.com/compute/v1/projects/p/regions/us-central1/subnetworks/ddpm'}",
+            ["lies in us-central1, and machines in us-east1"],
+        ),
         ("a: &x {backend: local}\nb: *x", ["aliases"]),
         ("a: !!python/object/apply:os.system [touch marker]", ["not valid YAML"]),
     ],
@@ -139,11 +154,30 @@ def test_what_is_wrong_is_named_with_the_target_and_the_key(text, parts):
     assert not list(Path().iterdir())
 
 
+@pytest.mark.parametrize("subnetwork", ["ddpm", "projects/my-project/regions/us-east1/subnetworks/ddpm"])
+def test_a_subnetwork_is_a_name_or_lies_where_the_machines_are(subnetwork):
+    text = f"vm: {{backend: vm, project: my-project, zones: [us-east1-b, us-east1-c], subnetwork: {subnetwork}}}"
+    assert parse_targets(text, "f")["vm"].subnetwork == subnetwork
+
+
 @pytest.mark.parametrize("secret", ["gs://somebody:hunter2@bucket", "s3://KEY:hunter2@bucket/folder"])
 def test_a_bucket_with_a_password_is_refused_and_not_repeated(secret):
     with pytest.raises(JobError) as refused:
         parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml")
     assert "hunter2" not in str(refused.value)
+
+
+def test_one_region_of_batch_may_be_written_as_such():
+    for text in ("region: us-east1", "regions: [us-east1]"):
+        target = parse_targets(f"b: {{backend: batch, project: my-project, {text}}}", "f")["b"]
+        assert target.all_regions == ("us-east1",)
+
+
+def test_a_toleration_may_end():
+    toleration = {"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}
+    target = parse_targets(GKE + f", tolerations: [{toleration}]}}", "f")["gke"]
+    made = manifest(JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a"), target)
+    assert made["spec"]["template"]["spec"]["tolerations"] == [toleration]
 
 
 def test_an_empty_file_changes_nothing():
@@ -159,9 +193,26 @@ def test_a_block_changes_what_a_built_in_target_says():
     assert list(targets) == ["local", "container"]
 
 
+SECRETS = ["PGPASSWORD", "APIKEY", "WANDB_CREDENTIALS", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"]
+SECRETS += ["HF_TOKEN", "GITHUBTOKEN", "MYSQL_PWD", "SSHPASSWD", "GPG_PASSPHRASE", "CLIENTSECRET", "PRIVATE_KEYS"]
+HARMLESS = ["TOKENIZERS_PARALLELISM", "GOOGLE_APPLICATION_CREDENTIALS", "KEYBOARD", "AWS_WEB_IDENTITY_TOKEN_FILE"]
+HARMLESS += ["HF_TOKEN_PATH", "AWS_SHARED_CREDENTIALS_FILE", "PWD", "NCCL_DEBUG", "XDG_CACHE_HOME"]
+
+
+@pytest.mark.parametrize("name", SECRETS)
+def test_variables_that_sound_secret_are_refused_here_and_in_manifests(name):
+    with pytest.raises(BadConfigError, match=f"{name} looks like a secret"):
+        parse_targets(GKE + f", env: {{{name}: x}}}}", "f")
+    target = parse_targets(GKE + "}", "f")["gke"]
+    spec = JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a", env={name: "x"})
+    with pytest.raises(BadRequestError, match=f"{name} looks like a secret"):
+        manifest(spec, target)
+
+
 def test_variables_that_only_sound_secret_are_let_through():
-    text = GKE + ", env: {TOKENIZERS_PARALLELISM: 'false', GOOGLE_APPLICATION_CREDENTIALS: /a, KEYBOARD: x}}"
-    assert len(parse_targets(text, "f")["gke"].env) == 3
+    target = parse_targets(GKE + f", env: {{{', '.join(f'{name}: /a' for name in HARMLESS)}}}}}", "f")["gke"]
+    assert list(target.env) == HARMLESS
+    manifest(JobSpec("train-a", "train", ("train",), "i", "gs://bucket", "a", env=target.env), target)
 
 
 def test_an_unknown_target_names_the_nearest():
