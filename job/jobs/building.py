@@ -13,6 +13,7 @@ from job.config_input import parse_sets, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import JobSpec, job_name
 from job.jobs.targets import KubernetesTarget, Target, default_bucket
+from job.processes.launcher import GPUS
 from job.requests import PackRequest, SampleRequest, TrainRequest
 from job.runs.grace import GRACE_SECONDS
 from job.runs.lease import EXPIRE_SECONDS
@@ -79,7 +80,8 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         slices=wishes.slices,
         spot=target.spot if wishes.spot is None else wishes.spot,
         max_hours=target.max_hours if wishes.max_hours is None else wishes.max_hours,
-        env=target.env,
+        # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
+        env={GPUS: str(gpus), **target.env} if gpus and target.is_remote else target.env,
     )
 
 

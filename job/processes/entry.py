@@ -9,7 +9,7 @@ from job.exits import BadConfigError
 from job.plan import Plan, plan_batches, plan_run, plan_sampling
 from job.processes.group import nodes
 from job.processes.launched import is_launched, is_rank
-from job.processes.launcher import HANG_SECONDS, default_processes, launch, leave_at_signals
+from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
 from job.processes.stopping import StopFlag, deadline
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import is_there, list_checkpoints
@@ -106,6 +106,7 @@ def _listen() -> StopFlag:
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
+    check_gpus()
     # -P: a job.py in the working folder must not stand in for the program.
     code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds)
     if code:

@@ -23,17 +23,20 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
+from functools import cache
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from job.exits import TABLE, Exit
+from job.exits import TABLE, Exit, MissingInputError
 from job.processes import heartbeat
 from job.processes.group import Group
 from job.processes.heartbeat import Heartbeats
 from job.processes.launched import LAUNCHED, LOST_PEER
 from job.processes.relay import STDERR, Relay
 
+GPUS = "DDPM_GPUS"
+"""How many GPUs of each machine the job was given; whoever starts it there says so."""
 HANG_SECONDS = 600.0
 """After so long without a heartbeat a rank counts as hung, unless another limit is given."""
 GRACE_SECONDS = 30.0
@@ -76,12 +79,32 @@ def leave_at_signals() -> None:
 
 
 def default_processes() -> int:
-    """One per GPU that torch sees, or one; a process of its own asks torch, where there is an NVIDIA driver."""
+    """One per GPU that torch sees, or one."""
+    return max(1, _gpus())
+
+
+def check_gpus() -> None:
+    """Returns if torch sees the GPUs that the job was given: on a CPU it would go on for weeks, at a GPU's price.
+
+    Raises:
+        MissingInputError: it sees fewer.
+    """
+    given = os.environ.get(GPUS, "")
+    if given.isdecimal() and (seen := _gpus()) < int(given):
+        raise MissingInputError(
+            f"this job was given {given} GPU{'s' * (given != '1')}, and PyTorch sees {seen}: is the driver new enough "
+            "for the image? `nvidia-smi` and `ddpm doctor` on that machine say more"
+        )
+
+
+@cache
+def _gpus() -> int:
+    """Those that torch sees; a process of its own asks torch, where there is an NVIDIA driver."""
     if not Path("/proc/driver/nvidia").exists():
-        return 1
+        return 0
     count = "import torch; print(torch.cuda.device_count())"
     asked = subprocess.run([sys.executable, "-P", "-c", count], stdout=subprocess.PIPE, check=False)
-    return max(1, int(asked.stdout)) if asked.returncode == 0 else 1
+    return int(asked.stdout) if asked.returncode == 0 else 0
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:

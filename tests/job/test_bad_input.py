@@ -236,6 +236,14 @@ def test_what_is_not_there_or_does_not_fit(bucket, words, code, parts):
     assert everything(bucket) == before
 
 
+@pytest.mark.parametrize("words", [["train", "--run", "new"], ["sample", "--run", "good"]])
+def test_gpus_that_are_not_there(bucket, words):
+    words = [*words, "--bucket", bucket, *(["--dataset", "tiles"] if words[0] == "train" else [])]
+    done = ddpm(*words, DDPM_GPUS="1")
+    assert "this job was given 1 GPU, and PyTorch sees 0" in refused(done, Exit.MISSING_INPUT)
+    assert not (bucket / "runs/new").exists()
+
+
 def test_more_processes_than_images_in_a_batch(bucket):
     before = everything(bucket)
     words = "train --dataset tiles --run new --processes 3 --set train.batch_size=2"

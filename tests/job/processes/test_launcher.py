@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from job.exits import MissingInputError
+from job.processes import launcher
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.job.command_line import DDPM, environment, settings
@@ -324,6 +326,16 @@ def test_a_terminal_that_takes_nothing_more_holds_nothing_up(tmp_path):
     assert child.wait(20) == 70
     assert child.stderr.read().startswith("xxx")
     assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
+
+
+def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(launcher, "_gpus", lambda: 1)
+    for given in ("", "0", "1"):
+        monkeypatch.setenv(launcher.GPUS, given)
+        launcher.check_gpus()
+    monkeypatch.setenv(launcher.GPUS, "8")
+    with pytest.raises(MissingInputError, match="was given 8 GPUs, and PyTorch sees 1: is the driver"):
+        launcher.check_gpus()
 
 
 def test_the_launcher_does_not_import_torch():
