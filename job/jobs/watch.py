@@ -109,15 +109,23 @@ class Watch:
                     self.note(f"{self.spec.name} is finished")
                     return
                 case State.CANCELLED:
-                    raise StoppedError(
-                        f"{self.spec.name} was cancelled: what it saved stays, and the same command goes on"
-                    )
+                    raise self._ended_by_somebody("was cancelled")
                 case State.GONE if self.is_finished():
                     self.note(f"{self.spec.name} is finished, and its machine is gone")
                     return
+            self._stop_if_deleted(status)
             self._judge(status)
             self._pause()
+            if self._here.keeps_jobs:
+                self._stop_if_deleted(self._ask())
             self._submit()
+
+    def _stop_if_deleted(self, status: JobStatus) -> None:
+        if status.state is State.GONE and self._here.keeps_jobs:
+            raise self._ended_by_somebody("was deleted")
+
+    def _ended_by_somebody(self, how: str) -> StoppedError:
+        return StoppedError(f"{self.spec.name} {how}: what it saved stays, and the same command goes on")
 
     def _judge(self, status: JobStatus) -> None:
         """Returns if the job is to be submitted again.

@@ -6,7 +6,7 @@ import abc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from job.exits import BadRequestError, Exit, JobError
 from job.jobs.checks import Check
@@ -67,6 +67,9 @@ class Backend(abc.ABC):
     `BadRequestError` (64) for what the engine refuses, `BucketAwayError` (69) when the engine's API is away after
     bounded retries, and `NoCapacityError` when it has no machine of that kind now.
     """
+
+    keeps_jobs: ClassVar[bool] = False
+    """Whether a job that was there and is not was deleted by somebody: nothing else makes the engine forget it."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -54,6 +54,7 @@ _SHORTAGES = {
 class BatchBackend(Backend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
+    keeps_jobs = True
     target: BatchTarget
 
     def __init__(self, target: Target, region: int = 0) -> None:

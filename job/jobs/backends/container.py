@@ -43,6 +43,7 @@ _OVER = ("exited", "stopped", "dead", "removing")
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found again by their labels."""
 
+    keeps_jobs = True
     target: ContainerTarget
 
     def __init__(self, target: Target, host: Host | None = None) -> None:

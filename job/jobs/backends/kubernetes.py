@@ -33,6 +33,8 @@ _NOISE = ("managedFields",)
 class KubernetesBackend(Backend):
     """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
 
+    keeps_jobs = True
+
     def __init__(
         self,
         target: Target,

@@ -7,13 +7,23 @@ import time
 
 import pytest
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, retried
+from job.exits import (
+    BadRequestError,
+    BucketAwayError,
+    Exit,
+    MissingInputError,
+    NoPermissionError,
+    StoppedError,
+    retried,
+)
 from job.jobs.backends.base import State
 from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.batch_manifests import MAX_RETRIES, job
+from job.jobs.watch import Watch
 from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import BATCH, REGIONS, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
+from tests.job.jobs.story import Story
 
 NO_STOCK = (
     "VM in Managed Instance Group meets error: Batch Error: code - CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED, "
@@ -163,6 +173,13 @@ def test_cancelling_keeps_the_story(cloud, backend):
         backend.cancel("celeba")
     with pytest.raises(MissingInputError, match="no job 'nobody'"):
         backend.cancel("nobody")
+
+
+def test_a_job_that_is_deleted_is_not_submitted_again_by_its_watch(cloud, backend):
+    told = []
+    with pytest.raises(StoppedError, match="celeba was deleted"):
+        Watch(backend, spec(), Story(cloud.batch.jobs.clear), told.append).run()
+    assert not cloud.batch.jobs
 
 
 def test_logs_are_those_of_this_job_and_followed_across_its_tasks(cloud, backend):

@@ -174,6 +174,29 @@ def test_a_cancelled_job_is_left_alone():
     assert len(engine.submitted) == 1
 
 
+class Keeping(Place):
+    """Of an engine that forgets no job by itself."""
+
+    keeps_jobs = True
+
+
+def test_where_an_engine_keeps_its_jobs_one_that_is_gone_was_deleted_and_stays_so():
+    for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
+        engine = Engine(answers)
+        with pytest.raises(StoppedError, match="train-a was deleted: what it saved stays") as stopped:
+            Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+        assert stopped.value.exit_code == Exit.STOPPED
+        assert len(engine.submitted) == submissions
+    # One that is over for longer than its engine tells may have finished.
+    engine = Engine([R, G])
+    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append, lambda: True).run()
+    assert engine.told[-1] == "train-a is finished, and its machine is gone"
+    # Who failed and is there still is tried again.
+    engine = Engine([G, 137, 137, F])
+    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert len(engine.submitted) == 2
+
+
 def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
     engine = Engine([G, R, F], full={"a": 2, "b": 2, "c": 1})
     watching(engine, "a", "b", "c").run()
