@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError, retried
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError
 from job.jobs.backends.base import Backend, JobStatus, NoCapacityError, State
 from job.jobs.spec import JobSpec
 
@@ -21,7 +21,8 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one ran for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
 MOST_FAILURES = 4
-"""Failures that count, such as crashes, after which the watch gives up. Preemptions do not count."""
+"""Failures that count after which the watch gives up: crashes, and machines that are gone without a word, which may as
+well have failed for good. Preemptions do not count."""
 ELSEWHERE_SECONDS = 900.0
 """A job that has waited so long for a machine is moved to the target's next zone or region."""
 CRASHED = 1
@@ -136,19 +137,15 @@ class Watch:
         name, said = self.spec.name, f": {status.message}" if status.message else ""
         # A machine may come and go between two looks, and is paid for all the same.
         self._used_seconds += POLL_SECONDS
-        if status.state is State.GONE:
-            self.note(f"{name} is gone{said}; submitting it again")
-        else:
-            code = status.exit_code
-            how = "failed" if code is None else f"ended with {code}"
-            rule = "bounded" if code is None else retried(code)
-            if rule == "never":
-                raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-            self._failures += rule == "bounded"
-            if self._failures > MOST_FAILURES:
-                raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
-            counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
-            self.note(f"{name} {how}{said}; submitting it again{counted}")
+        code, rule = status.exit_code, status.retried
+        how = "is gone" if status.state is State.GONE else "failed" if code is None else f"ended with {code}"
+        if rule == "never":
+            raise JobEndedError(f"{name} {how}, which would come again{said}", code)
+        self._failures += rule == "bounded"
+        if self._failures > MOST_FAILURES:
+            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
+        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+        self.note(f"{name} {how}{said}; submitting it again{counted}")
         if self._hours_left() < SHORTEST_HOURS:
             raise StoppedError(
                 f"{name} has used its {self.spec.max_hours:g} hours: the same command goes on, for as long again"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError
+from job.exits import BadRequestError, Exit, JobError, retried
 from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
@@ -35,6 +35,13 @@ class State(StrEnum):
         return self not in (State.WAITING, State.RUNNING)
 
 
+class Cause(StrEnum):
+    """Why a job is as it is, where its engine knows what an exit code does not tell."""
+
+    TAKEN_AWAY = "taken away"
+    """Its machine was."""
+
+
 @dataclass(frozen=True)
 class JobStatus:
     """What an engine says about a job."""
@@ -51,6 +58,14 @@ class JobStatus:
     """ISO 8601, UTC."""
     place: str = ""
     """Zone or node it runs on."""
+    cause: Cause | None = None
+
+    @property
+    def retried(self) -> str:
+        """Whether it is tried again: `never`, `bounded` or `always`, as the table of exit codes has it."""
+        if self.cause is Cause.TAKEN_AWAY:
+            return "always"
+        return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
 class NoCapacityError(JobError):

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from job.jobs.backends import google_logs
-from job.jobs.backends.base import JobStatus, State
+from job.jobs.backends.base import Cause, JobStatus, State
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.google_container import meaning
 from job.jobs.backends.google_logs import Entry, quoted
@@ -163,14 +163,16 @@ def from_log(name: str, entries: Sequence[Entry]) -> JobStatus:
         return _ended(name, _number(fields.get("code"), 1), attempts, str(fields.get("message", "")))
     if "cancelled" in words:
         return JobStatus(name, State.CANCELLED, "cancelled", attempts=attempts)
-    message = "its machine was taken away" if "stopped" in words else "its machine is gone"
-    return JobStatus(name, State.GONE, message, attempts=attempts)
+    if "stopped" in words:
+        return JobStatus(name, State.GONE, "its machine was taken away", attempts=attempts, cause=Cause.TAKEN_AWAY)
+    return JobStatus(name, State.GONE, "its machine is gone", attempts=attempts)
 
 
 def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
     """The slices of a job as one."""
     finished = sum(part.state is State.FINISHED for part in parts)
     worst = min(parts, key=lambda part: _ORDER.index(part.state))
+    causes = {part.cause for part in parts if part.state is worst.state}
     message = f"{finished} of {len(parts)} slices finished"
     if worst.message and worst.state is not State.FINISHED:
         message += f"; slice {parts.index(worst)}: {worst.message}"
@@ -182,6 +184,7 @@ def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
         sum(part.attempts for part in parts),
         min((part.created for part in parts if part.created), default=""),
         ",".join(sorted({part.place for part in parts if part.place})),
+        worst.cause if len(causes) == 1 else None,
     )
 
 

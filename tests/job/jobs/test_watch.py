@@ -10,7 +10,7 @@ import pytest
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError, retried
 from job.jobs import watch
-from job.jobs.backends.base import Backend, JobStatus, Manifest, NoCapacityError, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapacityError, State
 from job.jobs.spec import JobSpec
 from job.jobs.submit import submit_somewhere
 from job.jobs.targets import parse_targets
@@ -20,6 +20,7 @@ VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], 
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 
 W, R, F, C, G = State.WAITING, State.RUNNING, State.FINISHED, State.CANCELLED, State.GONE
+TAKEN = Cause.TAKEN_AWAY
 
 
 @dataclass
@@ -27,7 +28,8 @@ class Engine:
     """What several places share: the answers to `status`, in order, and what was asked of them."""
 
     answers: list
-    """A state, an exit code of a failed job, a pair of state and seconds that pass first, or an error."""
+    """A state, an exit code or a cause of a failed job, a pair of state and seconds that pass first, or an error; a
+    machine that was taken away is gone."""
     full: dict[str, int] = field(default_factory=dict)
     """How often each place has no machine."""
     now: float = 0.0
@@ -73,6 +75,9 @@ class Place(Backend):
             self.engine.now += seconds
         if isinstance(answer, JobError):
             raise answer
+        if isinstance(answer, Cause):
+            state = State.GONE if answer is TAKEN else State.FAILED
+            return JobStatus(name, state, "because", cause=answer)
         if isinstance(answer, State):
             return JobStatus(name, answer, place=self.name if answer is R else "")
         return JobStatus(name, State.FAILED, "because", answer)
@@ -145,7 +150,7 @@ def test_a_failure_without_a_code_counts():
 
 
 def test_preemptions_in_between_do_not_count_as_failures():
-    engine = Engine([G, *[75, 137, G] * MOST_FAILURES, F])
+    engine = Engine([G, *[75, 137, TAKEN] * MOST_FAILURES, F])
     watching(engine).run()
     assert len(engine.submitted) == 3 * MOST_FAILURES + 1
 
@@ -172,6 +177,16 @@ def test_a_cancelled_job_is_left_alone():
     with pytest.raises(StoppedError, match="was cancelled"):
         watching(engine).run()
     assert len(engine.submitted) == 1
+
+
+def test_machines_that_are_gone_without_a_word_are_failures_however_long_they_ran():
+    for attempt in ([G], [R, R, G], [(R, 0), (R, 3600.0), G]):
+        engine = Engine([G, *attempt * 50])
+        with pytest.raises(JobEndedError, match=r"train-a is gone, the 5th failure: giving up") as ended:
+            watching(engine, spec=replace(SPEC, max_hours=500.0)).run()
+        assert ended.value.exit_code == 1
+        assert len(engine.submitted) == MOST_FAILURES + 1
+    assert engine.told[-2] == "train-a is gone; submitting it again (failure 4 of 4)"
 
 
 class Keeping(Place):
