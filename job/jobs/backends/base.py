@@ -40,6 +40,8 @@ class Cause(StrEnum):
 
     TAKEN_AWAY = "taken away"
     """Its machine was."""
+    UNRESPONSIVE = "unresponsive"
+    """It could not be ended, though it was to end."""
 
 
 @dataclass(frozen=True)
@@ -63,8 +65,11 @@ class JobStatus:
     @property
     def retried(self) -> str:
         """Whether it is tried again: `never`, `bounded` or `always`, as the table of exit codes has it."""
-        if self.cause is Cause.TAKEN_AWAY:
-            return "always"
+        match self.cause:
+            case Cause.TAKEN_AWAY:
+                return "always"
+            case Cause.UNRESPONSIVE:
+                return "never"
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
