@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Protocol
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError
-from job.jobs.backends.base import Backend, JobStatus, NoCapacityError, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
 from job.jobs.spec import JobSpec
 
 POLL_SECONDS = 15.0
@@ -45,6 +47,9 @@ class Clock(Protocol):
     def now(self) -> float:
         """In seconds."""
 
+    def utc(self) -> datetime:
+        """The time of day, which the times of engines are compared with."""
+
     def wait(self, seconds: float) -> bool:
         """Waits, and says whether to stop watching."""
 
@@ -59,6 +64,10 @@ class BootClock:
     def now(self) -> float:
         """See `Clock`."""
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+    def utc(self) -> datetime:
+        """See `Clock`."""
+        return datetime.now(UTC)
 
     def wait(self, seconds: float) -> bool:
         """See `Clock`."""
@@ -86,7 +95,7 @@ class Watch:
     _failures: int = field(init=False, default=0)
     _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
     _used_seconds: float = field(init=False, default=0.0)
-    """How long the job was seen running, in all."""
+    """How long the job was seen running, in all, and how old it was if it ran before somebody watched."""
 
     def __post_init__(self) -> None:
         self._here = self.home
@@ -103,6 +112,7 @@ class Watch:
             self._submit()
         else:
             self.note(f"{self.spec.name} is {status.state.value} already: watching it")
+            self._used_seconds = self._age_seconds(status)
         while True:
             status = self._follow()
             match status.state:
@@ -137,6 +147,8 @@ class Watch:
         name, said = self.spec.name, f": {status.message}" if status.message else ""
         # A machine may come and go between two looks, and is paid for all the same.
         self._used_seconds += POLL_SECONDS
+        if status.cause is Cause.OUT_OF_TIME:
+            raise self._out_of_time()
         code, rule = status.exit_code, status.retried
         how = "is gone" if status.state is State.GONE else "failed" if code is None else f"ended with {code}"
         if rule == "never":
@@ -147,9 +159,19 @@ class Watch:
         counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
         self.note(f"{name} {how}{said}; submitting it again{counted}")
         if self._hours_left() < SHORTEST_HOURS:
-            raise StoppedError(
-                f"{name} has used its {self.spec.max_hours:g} hours: the same command goes on, for as long again"
-            )
+            raise self._out_of_time()
+
+    def _out_of_time(self) -> StoppedError:
+        name, hours = self.spec.name, f"{self.spec.max_hours:g} hours"
+        return StoppedError(f"{name} has used its {hours}: the same command goes on, for as long again")
+
+    def _age_seconds(self, status: JobStatus) -> float:
+        """How long a job that is there may have run; nothing for one that still waits for its first machine."""
+        if status.state is not State.RUNNING and status.attempts < 2:
+            return 0.0
+        with suppress(ValueError):
+            return max(0.0, (self.clock.utc() - datetime.fromisoformat(status.created)).total_seconds())
+        return 0.0
 
     def _follow(self) -> JobStatus:
         """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""

@@ -42,6 +42,8 @@ class Cause(StrEnum):
     """Its machine was."""
     UNRESPONSIVE = "unresponsive"
     """It could not be ended, though it was to end."""
+    OUT_OF_TIME = "out of time"
+    """It ran for its `max_hours`."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ class JobStatus:
         match self.cause:
             case Cause.TAKEN_AWAY:
                 return "always"
-            case Cause.UNRESPONSIVE:
+            case Cause.UNRESPONSIVE | Cause.OUT_OF_TIME:
                 return "never"
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.exits import TABLE, Exit
-from job.jobs.backends.base import JobStatus, Manifest, State
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State
 from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+_OUT_OF_TIME = "DeadlineExceeded"
 _BEGINNING = ("ContainerCreating", "PodInitializing")
 
 
@@ -34,6 +35,7 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
         attempts=_attempts(job, pods),
         created=job["metadata"].get("creationTimestamp", ""),
         place=(running or {}).get("spec", {}).get("nodeName", ""),
+        cause=_cause(job, state),
     )
 
 
@@ -124,6 +126,11 @@ def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
     return None if ended is None else int(ended["exitCode"])
 
 
+def _cause(job: Manifest, state: State) -> Cause | None:
+    failed = _condition(job, "Failed") if state is State.FAILED else None
+    return Cause.OUT_OF_TIME if failed is not None and failed.get("reason") == _OUT_OF_TIME else None
+
+
 def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
     """How the last program ended that did not finish."""
     ends = [end for pod in pods if (end := termination(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
@@ -132,8 +139,8 @@ def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
 
 def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:
     reason, said = condition.get("reason", ""), " ".join(str(condition.get("message", "")).split())
-    if reason == "DeadlineExceeded":
-        return "DeadlineExceeded: it had run for --max-hours; the same command goes on"
+    if reason == _OUT_OF_TIME:
+        return f"{_OUT_OF_TIME}: it had run for --max-hours; the same command goes on"
     ended = _last_ended(pods)
     if ended is None:
         return f"{reason}: {said}"

@@ -209,6 +209,11 @@ def test_a_task_that_could_not_be_ended_is_not_submitted_again(cloud, backend):
     assert not any("submitting" in line for line in told)
 
 
+def test_a_task_that_ran_for_its_hours_is_not_submitted_again(cloud, backend):
+    with pytest.raises(StoppedError, match="has used its 24 hours"):
+        Watch(backend, spec(), Story(fails(cloud, 50005), pauses), [].append).run()
+
+
 @pytest.mark.parametrize("code", [50000, 139])
 def test_what_may_be_a_crash_counts(cloud, backend, code):
     with pytest.raises(JobEndedError, match="the 5th failure"):

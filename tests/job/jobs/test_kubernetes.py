@@ -252,6 +252,18 @@ def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, b
     assert len(server.bodies) == 1 and not server.cluster.names("jobs")
 
 
+def test_a_job_that_kubernetes_ends_at_its_deadline_has_used_its_hours(server, backend):
+    def reach_the_deadline():
+        server.cluster.end_pod(server.cluster.start_pod(NAME), 75, "ddpm: stopped by SIGTERM, saved")
+        server.cluster.end_job(NAME, "Failed", "DeadlineExceeded", "Job was active longer than specified deadline")
+
+    backend.submit(spec())
+    server.cluster.start_pod(NAME)
+    with pytest.raises(StoppedError, match="has used its 24 hours"):
+        watching(backend, Story(reach_the_deadline), []).run()
+    assert len(server.bodies) == 1
+
+
 def test_a_failed_job_that_is_cancelled_before_the_next_attempt_gets_none(server, backend):
     def fail():
         server.cluster.end_pod(server.cluster.start_pod(NAME), 137)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
@@ -19,6 +20,8 @@ from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, POLL_SECONDS, J
 VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+"""When the clock begins."""
 W, R, F, C, G = State.WAITING, State.RUNNING, State.FINISHED, State.CANCELLED, State.GONE
 TAKEN = Cause.TAKEN_AWAY
 
@@ -28,8 +31,8 @@ class Engine:
     """What several places share: the answers to `status`, in order, and what was asked of them."""
 
     answers: list
-    """A state, an exit code or a cause of a failed job, a pair of state and seconds that pass first, or an error; a
-    machine that was taken away is gone."""
+    """A state, an exit code or a cause of a failed job, a pair of state and seconds that pass first, a status, or an
+    error; a machine that was taken away is gone."""
     full: dict[str, int] = field(default_factory=dict)
     """How often each place has no machine."""
     now: float = 0.0
@@ -46,6 +49,9 @@ class Engine:
 
     def clock(self) -> float:
         return self.now
+
+    def utc(self) -> datetime:
+        return NOON + timedelta(seconds=self.now)
 
 
 class Place(Backend):
@@ -75,6 +81,8 @@ class Place(Backend):
             self.engine.now += seconds
         if isinstance(answer, JobError):
             raise answer
+        if isinstance(answer, JobStatus):
+            return answer
         if isinstance(answer, Cause):
             state = State.GONE if answer is TAKEN else State.FAILED
             return JobStatus(name, state, "because", cause=answer)
@@ -97,7 +105,7 @@ class Place(Backend):
 
 class EnginesClock:
     def __init__(self, engine: Engine) -> None:
-        self.now, self.wait = engine.clock, engine.wait
+        self.now, self.utc, self.wait = engine.clock, engine.utc, engine.wait
 
 
 def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, is_finished: Callable[[], bool] = lambda: False):
@@ -256,6 +264,36 @@ def test_max_hours_hold_for_all_attempts_together():
     assert hours[0] == 2.0
     assert 3 <= len(hours) <= 4
     assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
+
+
+@pytest.mark.parametrize("created", ["2026-01-31T11:00:00Z", "2026-01-31T11:00:00.123456+00:00"])
+def test_the_hours_of_a_job_that_runs_already_began_when_it_did(created):
+    there = JobStatus("train-a", R, created=created)
+    engine = Engine([there, 75, R, F])
+    watching(engine).run()
+    ((_, hours),) = engine.submitted
+    assert 0.98 < hours < 1
+    engine = Engine([replace(there, created="2026-01-31T09:00:00Z"), 75])
+    with pytest.raises(StoppedError, match="has used its 2 hours"):
+        watching(engine).run()
+    assert engine.submitted == []
+    # Between two attempts it has run; who waits for a first machine has not, and a time that cannot be read is none.
+    engine = Engine([replace(there, state=W, attempts=2), 75, R, F])
+    watching(engine).run()
+    assert engine.submitted[0][1] < 1
+    for other in (replace(there, state=W, attempts=1), replace(there, created="")):
+        engine = Engine([other, 75, R, F])
+        watching(engine).run()
+        assert engine.submitted[0][1] > 1.9
+
+
+def test_what_the_engine_ended_for_its_hours_has_used_them():
+    for answers, submissions in (([R, Cause.OUT_OF_TIME], 0), ([G, R, Cause.OUT_OF_TIME], 1)):
+        engine = Engine(answers)
+        with pytest.raises(StoppedError, match="has used its 2 hours: the same command goes on") as stopped:
+            watching(engine).run()
+        assert stopped.value.exit_code == Exit.STOPPED
+        assert len(engine.submitted) == submissions
 
 
 def test_time_without_a_machine_costs_nothing():
