@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Protocol
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
 from job.jobs.spec import JobSpec
 
@@ -27,6 +27,8 @@ MOST_FAILURES = 4
 well have failed for good. Preemptions do not count."""
 ELSEWHERE_SECONDS = 900.0
 """A job that has waited so long for a machine is moved to the target's next zone or region."""
+NO_IMAGE_SECONDS = 300.0
+"""A job whose image cannot be pulled for so long is ended: somebody must mend that, and its machine costs meanwhile."""
 CRASHED = 1
 """The exit code of a job whose engine does not tell it."""
 SHORTEST_HOURS = 1 / 60
@@ -177,6 +179,7 @@ class Watch:
         """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""
         since, waiting, before, told = self.clock.now(), 0.0, State.WAITING, None
         ran_seconds = 0.0
+        no_image_since: float | None = None
         while True:
             status, now = self._ask(), self.clock.now()
             passed, since = now - since, now
@@ -196,10 +199,30 @@ class Watch:
                 self.note(
                     f"{self.spec.name} is {status.state.value}{where}{': ' * bool(status.message)}{status.message}"
                 )
+            if status.cause is not Cause.NO_IMAGE:
+                no_image_since = None
+            elif no_image_since is None:
+                no_image_since = now
+            elif now - no_image_since > NO_IMAGE_SECONDS:
+                self._end_without_image(status)
             if waiting > ELSEWHERE_SECONDS and self.home.elsewhere() is not None:
                 self._move()
                 waiting, since = 0.0, self.clock.now()
             self._sleep(POLL_SECONDS)
+
+    def _end_without_image(self, status: JobStatus) -> None:
+        """Removes a job whose image cannot be pulled; returns if its engine does not answer.
+
+        Raises:
+            JobEndedError: it is removed.
+        """
+        try:
+            with suppress(MissingInputError, BadRequestError):
+                self._here.cancel(self.spec.name)
+        except BucketAwayError as error:
+            self.note(f"{error}; trying again to remove {self.spec.name}")
+            return
+        raise JobEndedError(f"{self.spec.name} cannot begin, and is removed: {status.message}", Exit.MISSING_INPUT)
 
     def _move(self) -> None:
         self.note(f"{self.spec.name} has waited for a machine for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")

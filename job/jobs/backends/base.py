@@ -44,6 +44,8 @@ class Cause(StrEnum):
     """It could not be ended, though it was to end."""
     OUT_OF_TIME = "out of time"
     """It ran for its `max_hours`."""
+    NO_IMAGE = "no image"
+    """It has a machine, which costs, and its image cannot be pulled."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class JobStatus:
         match self.cause:
             case Cause.TAKEN_AWAY:
                 return "always"
-            case Cause.UNRESPONSIVE | Cause.OUT_OF_TIME:
+            case Cause.UNRESPONSIVE | Cause.OUT_OF_TIME | Cause.NO_IMAGE:
                 return "never"
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 

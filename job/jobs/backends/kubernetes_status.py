@@ -35,7 +35,7 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
         attempts=_attempts(job, pods),
         created=job["metadata"].get("creationTimestamp", ""),
         place=(running or {}).get("spec", {}).get("nodeName", ""),
-        cause=_cause(job, state),
+        cause=_cause(state, job, pods),
     )
 
 
@@ -86,7 +86,7 @@ def _state_and_message(job: Manifest, pods: Sequence[Manifest], events: Sequence
     if any(is_running(pod) for pod in living):
         return State.RUNNING, _how_running(living, pods)
     if living:
-        return State.WAITING, _why_waiting(living[-1])
+        return State.WAITING, _why_waiting(next(filter(_lacks_image, living), living[-1]))
     warnings = [event for event in events if event.get("type") == "Warning"]
     if warnings and not pods:
         return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}"
@@ -126,9 +126,16 @@ def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
     return None if ended is None else int(ended["exitCode"])
 
 
-def _cause(job: Manifest, state: State) -> Cause | None:
-    failed = _condition(job, "Failed") if state is State.FAILED else None
-    return Cause.OUT_OF_TIME if failed is not None and failed.get("reason") == _OUT_OF_TIME else None
+def _cause(state: State, job: Manifest, pods: Sequence[Manifest]) -> Cause | None:
+    if state is State.FAILED and (_condition(job, "Failed") or {}).get("reason") == _OUT_OF_TIME:
+        return Cause.OUT_OF_TIME
+    if state is State.WAITING and any(_lacks_image(pod) for pod in pods if not has_ended(pod)):
+        return Cause.NO_IMAGE
+    return None
+
+
+def _lacks_image(pod: Manifest) -> bool:
+    return (_container_state(pod).get("waiting") or {}).get("reason") in IMAGE_REASONS
 
 
 def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:

@@ -13,17 +13,14 @@ from job.exits import (
     Exit,
     MissingInputError,
     NoPermissionError,
-    StoppedError,
     retried,
 )
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.batch_manifests import MAX_RETRIES, job
-from job.jobs.watch import JobEndedError, Watch
 from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import BATCH, REGIONS, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
-from tests.job.jobs.story import Story
 
 NO_STOCK = (
     "VM in Managed Instance Group meets error: Batch Error: code - CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED, "
@@ -175,51 +172,6 @@ def test_cancelling_keeps_the_story(cloud, backend):
         backend.cancel("nobody")
 
 
-def fails(cloud, *codes, name="celeba"):
-    """What happens when the first task of a job has ended so often, and Batch gives up."""
-
-    def happen():
-        for code in codes:
-            cloud.batch.end_task(name, code)
-        cloud.batch.move(name, "FAILED")
-
-    return happen
-
-
-def pauses():
-    """The watch waits before it submits the job again."""
-
-
-@pytest.mark.parametrize("code", [50001, 50002, 50003, 50006])
-def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_uncounted(cloud, backend, code):
-    def finishes():
-        cloud.batch.tasks.clear()
-        cloud.batch.move("celeba", "SUCCEEDED")
-
-    told, lost = [], fails(cloud, 137, *[code] * (1 + MAX_RETRIES))
-    Watch(backend, spec(), Story(*[lost, pauses] * 8, finishes), told.append).run()
-    again = [line for line in told if "submitting it again" in line]
-    assert len(again) == 8 and not any("failure" in line for line in again)
-
-
-def test_a_task_that_could_not_be_ended_is_not_submitted_again(cloud, backend):
-    told = []
-    with pytest.raises(JobEndedError, match=r"celeba failed, which would come again.*could not be ended"):
-        Watch(backend, spec(), Story(fails(cloud, 50004), pauses), told.append).run()
-    assert not any("submitting" in line for line in told)
-
-
-def test_a_task_that_ran_for_its_hours_is_not_submitted_again(cloud, backend):
-    with pytest.raises(StoppedError, match="has used its 24 hours"):
-        Watch(backend, spec(), Story(fails(cloud, 50005), pauses), [].append).run()
-
-
-@pytest.mark.parametrize("code", [50000, 139])
-def test_what_may_be_a_crash_counts(cloud, backend, code):
-    with pytest.raises(JobEndedError, match="the 5th failure"):
-        Watch(backend, spec(), Story(*[fails(cloud, code), pauses] * 9), [].append).run()
-
-
 def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, backend):
     backend.submit(sampling())
     for index, codes in enumerate(((50001, 65), (50001,), (137, 0))):
@@ -234,13 +186,6 @@ def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, ba
             cloud.batch.end_task("sample-celeba", code, index)
     status = backend.status("sample-celeba")
     assert (status.exit_code, status.cause) == (None, Cause.TAKEN_AWAY)
-
-
-def test_a_job_that_is_deleted_is_not_submitted_again_by_its_watch(cloud, backend):
-    told = []
-    with pytest.raises(StoppedError, match="celeba was deleted"):
-        Watch(backend, spec(), Story(cloud.batch.jobs.clear), told.append).run()
-    assert not cloud.batch.jobs
 
 
 def test_logs_are_those_of_this_job_and_followed_across_its_tasks(cloud, backend):

@@ -8,14 +8,12 @@ import time
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.watch import Watch
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import kubernetes_server, wait_for
-from tests.job.jobs.story import Story
 
 NAME = "train-celeba"
 FAST = (0.01, 0.02, 0.03)
@@ -34,10 +32,6 @@ def kubeconfig(server, tmp_path, monkeypatch):
     monkeypatch.setenv("KUBECONFIG", str(path))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     return path
-
-
-def watching(backend, story, told, job=None):
-    return Watch(backend, job or spec(), story, told.append)
 
 
 @pytest.fixture
@@ -238,46 +232,6 @@ def test_cancelling_ends_the_pods_in_order(server, backend):
         assert backend.status(NAME).state is State.GONE
         with pytest.raises(MissingInputError, match=r"no job 'train-celeba' in namespace 'default'"):
             backend.cancel(NAME)
-
-
-@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "jobset"])
-def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, backend, job):
-    def cancel():
-        backend.cancel(NAME)
-        wait_for(lambda: backend.status(NAME).state is State.GONE)
-
-    told = []
-    with pytest.raises(StoppedError, match=r"train-celeba was deleted: what it saved stays"):
-        watching(backend, Story(cancel), told, job).run()
-    assert len(server.bodies) == 1 and not server.cluster.names("jobs")
-
-
-def test_a_job_that_kubernetes_ends_at_its_deadline_has_used_its_hours(server, backend):
-    def reach_the_deadline():
-        server.cluster.end_pod(server.cluster.start_pod(NAME), 75, "ddpm: stopped by SIGTERM, saved")
-        server.cluster.end_job(NAME, "Failed", "DeadlineExceeded", "Job was active longer than specified deadline")
-
-    backend.submit(spec())
-    server.cluster.start_pod(NAME)
-    with pytest.raises(StoppedError, match="has used its 24 hours"):
-        watching(backend, Story(reach_the_deadline), []).run()
-    assert len(server.bodies) == 1
-
-
-def test_a_failed_job_that_is_cancelled_before_the_next_attempt_gets_none(server, backend):
-    def fail():
-        server.cluster.end_pod(server.cluster.start_pod(NAME), 137)
-        server.cluster.end_job(NAME, "Failed", "BackoffLimitExceeded")
-
-    def cancel():
-        backend.cancel(NAME)
-        wait_for(lambda: backend.status(NAME).state is State.GONE)
-
-    told = []
-    with pytest.raises(StoppedError, match=r"train-celeba was deleted"):
-        watching(backend, Story(fail, cancel), told).run()
-    assert "submitting it again (failure 1 of 4)" in told[-1]
-    assert len(server.bodies) == 1
 
 
 def test_jobs_are_listed_newest_first_and_others_are_not(server, backend):

@@ -10,10 +10,8 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError, State
 from job.jobs.backends.vm import VmBackend
-from job.jobs.watch import JobEndedError, Watch
 from tests.job.jobs.google_jobs import VM, ZONES, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
-from tests.job.jobs.story import Story
 
 STOCK_OUT = (
     "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
@@ -194,52 +192,6 @@ def test_a_slice_that_was_taken_away_makes_the_job_one_that_goes_on(cloud, backe
         vanishes(cloud, f"sample-celeba-{index}")
     status = backend.status("sample-celeba")
     assert (status.state, status.message) == (State.GONE, "2 of 3 slices finished; slice 2: its machine is gone")
-
-
-@pytest.mark.parametrize("job", [spec(), sampling(slices=2)], ids=["training", "slices"])
-def test_machines_that_say_nothing_are_not_made_for_ever(cloud, backend, job):
-    """As without `roles/logging.logWriter`: nobody can tell whether a job finished, failed for good, or was lost."""
-    told = []
-
-    def ends():
-        cloud.compute.instances.clear()
-
-    def pauses():
-        pass
-
-    with pytest.raises(JobEndedError, match=r"is gone, the 5th failure: giving up.*its machine is gone"):
-        Watch(backend, job, Story(*[ends, pauses] * 40), told.append).run()
-    assert len([line for line in told if "submitting it again" in line]) == 4
-
-
-def test_machines_that_are_taken_away_do_not_count(cloud, backend):
-    told = []
-
-    def is_taken_away():
-        tells(cloud, "sample-celeba", "stopped", 75, 0, 2)
-        tells(cloud, "sample-celeba", "stopped", 75, 1, 2)
-        cloud.compute.instances.clear()
-
-    def pauses():
-        pass
-
-    def finishes():
-        for index in range(2):
-            tells(cloud, "sample-celeba", "over", 0, index, 2)
-        cloud.compute.instances.clear()
-
-    Watch(backend, sampling(slices=2), Story(*[is_taken_away, pauses] * 8, finishes), told.append).run()
-    again = [line for line in told if "submitting it again" in line]
-    assert len(again) == 8 and not any("failure" in line for line in again)
-    # One slice of two may have failed for good.
-    told.clear()
-
-    def one_says_nothing():
-        tells(cloud, "sample-celeba", "stopped", 75, 0, 2)
-        cloud.compute.instances.clear()
-
-    with pytest.raises(JobEndedError, match="the 5th failure"):
-        Watch(backend, sampling(slices=2), Story(*[one_says_nothing, pauses] * 40), told.append).run()
 
 
 def test_slices_that_cannot_all_be_had_are_none(cloud, backend):
