@@ -153,6 +153,10 @@ def from_log(name: str, entries: Sequence[Entry]) -> JobStatus:
     entries = entries[starts[-1] :] if starts else entries
     if not entries:
         return JobStatus(name, State.GONE, "its machine is gone, and left no word")
+    return replace(_last_told(name, entries), created=_utc(entries[0].at))
+
+
+def _last_told(name: str, entries: Sequence[Entry]) -> JobStatus:
     # Whoever cancels says so before the machine has heard of it.
     words = {_event(entry): entry for entry in entries}
     last = entries[-1]
@@ -211,14 +215,17 @@ def _ended(name: str, code: int, attempts: int, message: str) -> JobStatus:
 
 
 def _with_machine(part: JobStatus, machine: Machine) -> JobStatus:
-    created = machine.created.isoformat(timespec="seconds").replace("+00:00", "Z")
-    part = replace(part, created=created, place=machine.zone)
+    part = replace(part, created=_utc(machine.created), place=machine.zone)
     if machine.is_off:
         off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {part.name}` deletes both"
         return replace(part, message=f"{part.message}; {off}")
     if machine.is_leaving and part.state is State.GONE:
         return replace(part, state=State.RUNNING, message="its machine is being taken away")
     return part
+
+
+def _utc(at: datetime) -> str:
+    return at.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _event(entry: Entry) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -10,6 +11,7 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError, State
 from job.jobs.backends.vm import VmBackend
+from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.jobs.google_jobs import VM, ZONES, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
 
@@ -98,6 +100,25 @@ def test_a_machine_that_was_taken_away_is_gone_and_one_that_finished_is_not(clou
     backend.submit(spec())
     vanishes(cloud, "celeba")
     assert backend.status("celeba").state is State.GONE
+
+
+def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"vm: {{backend: vm, project: my-project, zones: [{ZONES[0]}], image: i, bucket: gs://bucket}}"
+    (tmp_path / "targets.yaml").write_text(text)
+    backend.submit(spec())
+    tells(cloud, "celeba", "started")
+    cloud.logging.printed("celeba", "epoch 1")
+    tells(cloud, "celeba", "stopped", 75)
+    vanishes(cloud, "celeba")
+    lines = succeeded(ddpm_here("jobs", "logs", "celeba", "--on", "vm")).splitlines()
+    assert lines == ["ddpm-vm: submitted", "ddpm-vm: started", "epoch 1", "ddpm-vm: stopped"]
+    lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", tmp_path)).splitlines()
+    assert lines[0] == "job         celeba, on vm"
+    assert re.fullmatch(r"state       gone, 1 start, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
+    assert lines[2:] == ["it says     its machine was taken away"]
+    # What was never there is not.
+    assert "knows no job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
 
 def test_a_job_that_runs_is_not_started_twice(cloud, backend):
