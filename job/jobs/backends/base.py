@@ -140,6 +140,10 @@ class Backend(abc.ABC):
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """What tells a job of this engine from all others, whichever of several targets shows it."""
+        return (self.target.backend, self.target.name, status.name)
+
     @abc.abstractmethod
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.

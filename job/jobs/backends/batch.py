@@ -112,6 +112,10 @@ class BatchBackend(Backend):
         found.sort(key=lambda one: _created(one), reverse=True)
         return [status_of(one, ()) for one in found]
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: each region has names of its own."""
+        return ("batch", self.target.project, status.place, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """See `Backend.logs`."""
         found = self._known(name)

@@ -107,6 +107,10 @@ class ContainerBackend(Backend):
         statuses = [_status(found) for found in json.loads(asked.stdout or "[]")]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: this machine may have two engines."""
+        return ("container", self._host.engine, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the container printed; its engine keeps that until the job is submitted anew.
 

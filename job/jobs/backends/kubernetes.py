@@ -94,6 +94,10 @@ class KubernetesBackend(Backend):
         ]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: two contexts may be one cluster."""
+        return ("kubernetes", self._api.host, self._target.namespace, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """Lines of all its pods, with the index before each where there are several."""
         job = self._named(name)

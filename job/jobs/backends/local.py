@@ -95,6 +95,10 @@ class LocalBackend(Backend):
         """The newest job of each name that was started here."""
         return [_status(record) for record in load_records()]
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: all targets are this machine."""
+        return ("local", status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the job printed.
 

@@ -99,6 +99,10 @@ class VmBackend(Backend):
         found = [vm_story.status(name, machines, []) for name, machines in names.items()]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: every target sees all zones of its project."""
+        return ("vm", self.target.project, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """See `Backend.logs`."""
         machines = self._machines(name)

@@ -10,15 +10,18 @@ import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError, State
+from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.vm import VmBackend
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.jobs.google_jobs import VM, ZONES, never, sampling, spec
+from tests.job.jobs.google_jobs import BATCH, REGIONS, VM, ZONES, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
 
 STOCK_OUT = (
     "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
     "The zone 'projects/my-project/zones/us-central1-a' does not have enough resources available.",
 )
+BATCHES = {"first": REGIONS[0], "second": REGIONS[1], "both": ", ".join(REGIONS)}
+"""Targets by name, and their regions."""
 QUOTA = ("QUOTA_EXCEEDED", "Quota 'PREEMPTIBLE_NVIDIA_L4_GPUS' exceeded.  Limit: 0.0 in region us-central1.")
 
 
@@ -213,6 +216,22 @@ def test_a_slice_that_was_taken_away_makes_the_job_one_that_goes_on(cloud, backe
         vanishes(cloud, f"sample-celeba-{index}")
     status = backend.status("sample-celeba")
     assert (status.state, status.message) == (State.GONE, "2 of 3 slices finished; slice 2: its machine is gone")
+
+
+def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "{{backend: {}, project: my-project, {}: [{}], image: i, bucket: gs://bucket}}\n"
+    texts = [f"{name}: " + line.format("vm", "zones", zone) for name, zone in zip(("one", "two"), ZONES, strict=True)]
+    texts += [f"{name}: " + line.format("batch", "regions", region) for name, region in BATCHES.items()]
+    (tmp_path / "targets.yaml").write_text("".join(texts))
+    backend.submit(spec())
+    BatchBackend(BATCH).submit(spec("batched"))
+    BatchBackend(BATCH).elsewhere().submit(spec("elsewhere"))
+    listed = succeeded(ddpm_here("jobs", "list"))
+    assert [listed.count(name) for name in ("celeba", "batched", "elsewhere")] == [1, 1, 1]
+    for name in ("celeba", "batched", "elsewhere"):
+        assert "waiting" in succeeded(ddpm_here("jobs", "status", name, "--bucket", tmp_path))
+        succeeded(ddpm_here("jobs", "cancel", name))
 
 
 def test_slices_that_cannot_all_be_had_are_none(cloud, backend):
