@@ -125,15 +125,15 @@ def print_logs(name: str, asked: Asked, *, follow: bool) -> None:
 
 
 def cancel_job(name: str, asked: Asked) -> None:
-    """Has a job save and end.
+    """Has a job save and end, and says what that meant for it.
 
     Raises:
         MissingInputError: no target knows it.
     """
     target, backend = _the_one(name, asked)
     with extra_named(target):
-        backend.cancel(name)
-    print(f"{name} on {target.name} was told to stop: it saves first, and the same command goes on from there")
+        done = backend.cancel(name)
+    print(f"{name} on {target.name} {done}")
 
 
 def describe_job(name: str, asked: Asked, output: str) -> None:

@@ -77,6 +77,15 @@ class JobStatus:
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
+def cancelled(state: State) -> str:
+    """What cancelling does to a job that is in `state`, in words that go on after its name."""
+    if state is State.RUNNING:
+        return "was told to stop: it saves first, and the same command goes on from there"
+    if state is State.WAITING:
+        return "was waiting, and is no more: the same command submits it again"
+    return f"was {state} already: what its engine still had of it is removed"
+
+
 class NoCapacityError(JobError):
     """The engine has no machine of the kind that was asked for: another zone, or later, may have one."""
 
@@ -153,8 +162,10 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Ends the job as a preemption would (it saves first), and removes what it had made for it.
+
+        Returns: what that was for this job, in words that go on after its name; see `cancelled`.
 
         Raises:
             MissingInputError: there is no such job.

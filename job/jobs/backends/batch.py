@@ -11,7 +11,7 @@ from typing import Any
 
 from job.exits import BadRequestError, BucketAwayError, MissingInputError
 from job.jobs.backends import google_checks, google_logs
-from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.batch_manifests import OVER_TIME, UNRESPONSIVE, job
 from job.jobs.backends.google import GoogleApis, NotThereError
 from job.jobs.backends.google_container import meaning
@@ -133,7 +133,7 @@ class BatchBackend(Backend):
             task = entry.labels.get("task_id", "").removeprefix("task/").partition("/")[0].rpartition("-")[2]
             yield f"[{task}] {entry.text}" if many else entry.text
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the story of the job.
 
         Raises:
@@ -149,6 +149,7 @@ class BatchBackend(Backend):
             if time.monotonic() > until:
                 raise BucketAwayError(f"{what}: Batch is still at it after {GONE_SECONDS:.0f} s ({status.message})")
             time.sleep(POLL_SECONDS)
+        return cancelled(_state(found))
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the job, and its tasks."""

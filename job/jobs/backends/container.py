@@ -23,7 +23,7 @@ from job.exits import (
     MissingInputError,
     NoPermissionError,
 )
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.container_command import STOP_SECONDS, bucket_folder, look_command, run_command
 from job.jobs.backends.container_host import Host, check_credentials, check_engine
 from job.jobs.checks import Check
@@ -140,7 +140,7 @@ class ContainerBackend(Backend):
             finally:
                 process.kill()
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Has the job save and end; a container that is over already is removed, with what it printed.
 
         Raises:
@@ -149,8 +149,9 @@ class ContainerBackend(Backend):
         status = _status(self._existing(name))
         if status.state.is_over:
             self._asked("rm", "--force", name)
-            return
-        self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
+        else:
+            self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
+        return cancelled(status.state)
 
     def describe(self, name: str) -> Manifest:
         """What the engine's `inspect` tells.

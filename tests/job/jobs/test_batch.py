@@ -164,7 +164,8 @@ def test_a_task_knows_its_slice(monkeypatch):
 
 def test_cancelling_keeps_the_story(cloud, backend):
     backend.submit(spec())
-    backend.cancel("celeba")
+    cloud.batch.move("celeba", "RUNNING")
+    assert backend.cancel("celeba").startswith("was told to stop: it saves first")
     assert backend.status("celeba").state is State.CANCELLED
     with pytest.raises(BadRequestError, match="cancelled already"):
         backend.cancel("celeba")

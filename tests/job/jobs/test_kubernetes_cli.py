@@ -55,8 +55,28 @@ def test_a_job_is_submitted_followed_and_cancelled(server):
     assert succeeded(ddpm_here("jobs", "logs", "train-celeba", "--on", "gke")) == "epoch 1\n"
     assert "is there and running" in refused(ddpm_here(*TRAIN, "--yes"), Exit.BAD_REQUEST)
     assert "restartPolicy: Never" in succeeded(ddpm_here("jobs", "describe", "train-celeba", "--on", "gke"))
-    succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
+    line = succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
+    assert line == ("train-celeba on gke was told to stop: it saves first, and the same command goes on from there\n")
     assert server.cluster.get("default", "jobs", "train-celeba")["metadata"]["deletionTimestamp"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("waiting", "was waiting, and is no more: the same command submits it again"),
+        ("Complete", "was finished already: what its engine still had of it is removed"),
+        ("Failed", "was failed already: what its engine still had of it is removed"),
+        ("deleted", "is being deleted: its pods may save first"),
+    ],
+)
+def test_who_cancels_is_told_what_that_did(server, how, said):
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    if how == "deleted":
+        server.cluster.goes_after_seconds = 5.0
+        succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
+    elif how != "waiting":
+        server.cluster.end_job("train-celeba", how)
+    assert succeeded(ddpm_here("jobs", "cancel", "train-celeba")) == f"train-celeba on gke {said}\n"
 
 
 @pytest.mark.parametrize("context", ["", "context: test"])

@@ -259,6 +259,18 @@ def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, back
         backend.cancel("sample-celeba")
 
 
+def test_who_cancels_is_told_what_that_did(cloud, backend):
+    backend.submit(spec())
+    assert backend.cancel("celeba").startswith("was waiting, and is no more")
+    for said, expected in (("running", "was told to stop: it saves first"), ("over", "was failed already")):
+        backend.submit(spec())
+        runs(cloud, "celeba", phase=said, exit_code="65")
+        assert backend.cancel("celeba").startswith(expected)
+    backend.submit(spec())
+    cloud.compute.set_status("celeba", "TERMINATED")
+    assert backend.cancel("celeba").startswith("was gone already")
+
+
 def test_who_may_not_write_logs_may_submit_and_cancel(cloud, backend):
     cloud.denied["entries:write"] = Refusal(403, "Permission 'logging.logEntries.create' denied")
     backend.submit(spec())

@@ -96,8 +96,9 @@ class Place(Backend):
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         yield from ()
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         self.engine.cancelled.append(self.name)
+        return "was told to stop"
 
     def describe(self, name: str) -> Manifest:
         return {}
