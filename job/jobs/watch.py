@@ -97,7 +97,7 @@ class Watch:
     _failures: int = field(init=False, default=0)
     _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
     _used_seconds: float = field(init=False, default=0.0)
-    """How long the job was seen running, in all, and how old it was if it ran before somebody watched."""
+    """How long the job had a machine, in all, as far as that was seen, and its age if it had one before."""
 
     def __post_init__(self) -> None:
         self._here = self.home
@@ -169,7 +169,7 @@ class Watch:
 
     def _age_seconds(self, status: JobStatus) -> float:
         """How long a job that is there may have run; nothing for one that still waits for its first machine."""
-        if status.state is not State.RUNNING and status.attempts < 2:
+        if not _has_machine(status) and status.attempts < 2:
             return 0.0
         with suppress(ValueError):
             return max(0.0, (self.clock.utc() - datetime.fromisoformat(status.created)).total_seconds())
@@ -177,18 +177,20 @@ class Watch:
 
     def _follow(self) -> JobStatus:
         """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""
-        since, waiting, before, told = self.clock.now(), 0.0, State.WAITING, None
+        since, waiting, told = self.clock.now(), 0.0, None
+        before = JobStatus(self.spec.name, State.WAITING)
         ran_seconds = 0.0
         no_image_since: float | None = None
         while True:
             status, now = self._ask(), self.clock.now()
             passed, since = now - since, now
-            # A poll that first sees it running counts what passed since the last one: rather too much than too little.
-            if before is State.RUNNING or status.state is State.RUNNING:
+            # A poll that first sees a machine counts what passed since the last one: rather too much than too little.
+            if _has_machine(before) or _has_machine(status):
                 self._used_seconds += passed
+            if State.RUNNING in (before.state, status.state):
                 ran_seconds += passed
             waiting = waiting + passed if status.state is State.WAITING else 0.0
-            before = status.state
+            before = status
             if ran_seconds > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
@@ -281,3 +283,7 @@ class Watch:
         if self.clock.wait(seconds):
             name = self.spec.name
             raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
+
+
+def _has_machine(status: JobStatus) -> bool:
+    return status.state is State.RUNNING or status.has_machine

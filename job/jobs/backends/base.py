@@ -65,6 +65,8 @@ class JobStatus:
     place: str = ""
     """Zone or node it runs on."""
     cause: Cause | None = None
+    has_machine: bool = False
+    """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
 
     @property
     def retried(self) -> str:

@@ -36,6 +36,7 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
         created=job["metadata"].get("creationTimestamp", ""),
         place=(running or {}).get("spec", {}).get("nodeName", ""),
         cause=_cause(state, job, pods),
+        has_machine=state is State.WAITING and any(not has_ended(pod) and "nodeName" in pod["spec"] for pod in pods),
     )
 
 

@@ -142,7 +142,7 @@ def from_machine(name: str, machine: Machine) -> JobStatus:
     if phase == "over":
         return _ended(name, _number(machine.said.get("exit-code"), 1), attempts, "")
     if phase in _PHASES:
-        return JobStatus(name, State.WAITING, _PHASES[phase], attempts=attempts)
+        return JobStatus(name, State.WAITING, _PHASES[phase], attempts=attempts, has_machine=True)
     return JobStatus(name, State.RUNNING, attempts=attempts)
 
 
@@ -189,6 +189,7 @@ def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
         min((part.created for part in parts if part.created), default=""),
         ",".join(sorted({part.place for part in parts if part.place})),
         worst.cause if len(causes) == 1 else None,
+        any(part.has_machine for part in parts),
     )
 
 

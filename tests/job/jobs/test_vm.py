@@ -61,8 +61,10 @@ def test_a_job_through_its_states(cloud, backend):
     assert backend.status("celeba").state is State.GONE
     backend.submit(spec())
     assert backend.status("celeba").state is State.WAITING
+    assert not backend.status("celeba").has_machine
     runs(cloud, "celeba")
     assert backend.status("celeba").message == "the machine is starting"
+    assert backend.status("celeba").has_machine
     runs(cloud, "celeba", phase="image")
     assert (backend.status("celeba").state, backend.status("celeba").message) == (
         State.WAITING,

@@ -303,6 +303,14 @@ def test_time_without_a_machine_costs_nothing():
     assert engine.submitted == [("a", 2.0)]
 
 
+def test_time_on_a_machine_that_gets_ready_counts():
+    ready = JobStatus("train-a", W, "the GPU driver is being installed", has_machine=True)
+    engine = Engine([G, *[ready, (ready, 600.0), TAKEN] * 50])
+    with pytest.raises(StoppedError, match="has used its 2 hours"):
+        watching(engine).run()
+    assert 10 <= len(engine.submitted) <= 12
+
+
 def test_an_engine_that_does_not_answer_leaves_the_job_alone():
     away = BucketAwayError("the API is away")
     engine = Engine([G, R, *[away] * 100, R, F])
