@@ -56,8 +56,13 @@ def list_jobs(asked: Asked) -> None:
     from rich.table import Table
 
     table = Table("job", "target", "state", "attempts", "exit code", "created", "place", "what it says", box=None)
+    shown: set[tuple[str, ...]] = set()
     for target in asked.candidates():
-        for status in asked.ask(target, lambda backend: backend.jobs()) or ():
+        found = asked.ask(target, lambda backend: [(backend.identity(status), status) for status in backend.jobs()])
+        for identity, status in found or ():
+            if identity in shown:
+                continue
+            shown.add(identity)
             table.add_row(
                 status.name,
                 target.name,
@@ -87,11 +92,14 @@ def show_job(name: str, asked: Asked, bucket: str) -> None:
         MissingInputError: neither an engine nor a bucket knows it.
     """
     found = _find(name, asked)
-    lines = []
+    lines: list[str] = []
+    shown: set[tuple[str, ...]] = set()
     for target, status, backend in found:
-        uri = bucket or _bucket_of(target, backend, name)
-        lines += _status_lines(status, target)
-        lines += _story(uri, name)
+        identity, uri = backend.identity(status), bucket or _bucket_of(target, backend, name)
+        lines += [] if identity in shown else _status_lines(status, target)
+        # One job on several targets has its run in the bucket of one of them.
+        lines += [] if (*identity, uri) in shown else _story(uri, name)
+        shown |= {identity, (*identity, uri)}
     if not found:
         # Its machine is gone; its run is where it was.
         uris = [bucket] if bucket else [_bucket_of(target) for target in asked.candidates()]
@@ -117,15 +125,15 @@ def print_logs(name: str, asked: Asked, *, follow: bool) -> None:
 
 
 def cancel_job(name: str, asked: Asked) -> None:
-    """Has a job save and end.
+    """Has a job save and end, and says what that meant for it.
 
     Raises:
         MissingInputError: no target knows it.
     """
     target, backend = _the_one(name, asked)
     with extra_named(target):
-        backend.cancel(name)
-    print(f"{name} on {target.name} was told to stop: it saves first, and the same command goes on from there")
+        done = backend.cancel(name)
+    print(f"{name} on {target.name} {done}")
 
 
 def describe_job(name: str, asked: Asked, output: str) -> None:
@@ -160,7 +168,7 @@ def _the_one(name: str, asked: Asked) -> tuple[Target, Backend]:
     found = _find(name, asked)
     if not found:
         raise _unknown(name, asked)
-    if len(found) > 1:
+    if len({backend.identity(status) for _, status, backend in found}) > 1:
         names = ", ".join(target.name for target, *_ in found)
         raise BadRequestError(f"there is a job {name!r} on several targets ({names}): say which with --on")
     target, _, backend = found[0]

@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from job.config_input import parse_yaml
 from job.exits import BadDataError
+from job.jobs.limits import limit_of
 from job.jobs.spec import JobSpec
-from job.jobs.targets import GoogleTarget, Target
+from job.jobs.targets import GoogleTarget, Target, VmTarget
 
 UNKNOWN = "price unknown"
 
@@ -33,12 +34,12 @@ class Estimate:
     """The most a job can cost, if that is known."""
 
     dollars: float | None
-    """For all machines until `max_hours` are over."""
+    """For all machines, as long as the engine lets them run; None where nobody knows, or nothing bounds it."""
     why: str
-    """Where the figure comes from, or that there is none."""
+    """Where the figure comes from, or why there is none."""
 
     def __str__(self) -> str:
-        return UNKNOWN if self.dollars is None else f"at most ${self.dollars:,.2f} ({self.why})"
+        return self.why if self.dollars is None else f"at most ${self.dollars:,.2f} ({self.why})"
 
 
 def load_prices(text: str | None = None) -> tuple[Price, ...]:
@@ -64,10 +65,8 @@ def load_prices(text: str | None = None) -> tuple[Price, ...]:
 
 def estimate(spec: JobSpec, target: Target, prices: Sequence[Price] | None = None) -> Estimate:
     """The most that `spec` can cost on `target`: a target's own price wins; what is not known is not guessed."""
-    machines = spec.machines
     if target.price_per_hour is not None:
-        why = f"{machines} × ${target.price_per_hour:g} per hour, as the target says, × {spec.max_hours:g} hours"
-        return Estimate(machines * target.price_per_hour * spec.max_hours, why)
+        return _bounded(spec, target, target.price_per_hour, ", as the target says,")
     if not isinstance(target, GoogleTarget):
         return Estimate(None, UNKNOWN)
     table = load_prices() if prices is None else prices
@@ -76,6 +75,18 @@ def estimate(spec: JobSpec, target: Target, prices: Sequence[Price] | None = Non
         return Estimate(None, UNKNOWN)
     # It may end up in any of them.
     row = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
-    per_hour = f"${row.dollars_per_hour:g} per hour" + (" on demand, and spot costs less," if spec.spot else "")
-    why = f"{machines} × {per_hour} × {spec.max_hours:g} hours; {row.source}, {row.date}"
-    return Estimate(machines * row.dollars_per_hour * spec.max_hours, why)
+    on_demand = " on demand, and spot costs less," if spec.spot else ""
+    return _bounded(spec, target, row.dollars_per_hour, on_demand, f"; {row.source}, {row.date}")
+
+
+def _bounded(spec: JobSpec, target: Target, per_hour: float, about: str, source: str = "") -> Estimate:
+    attempts = limit_of(spec, target).attempts
+    words = f"{spec.machines} × ${per_hour:g} per hour{about}"
+    if attempts is None:
+        return Estimate(None, f"{words.rstrip(',')}, for as long as it runs: nothing bounds that{source}")
+    if attempts > 1:
+        words += f" × {attempts} attempts"
+    # A VM's own limit counts from its first minute to its last.
+    margin = "" if isinstance(target, VmTarget) else "; machines that start or go cost some minutes more"
+    hours = f"{spec.max_hours:g} hours"
+    return Estimate(spec.machines * per_hour * attempts * spec.max_hours, f"{words} × {hours}{source}{margin}")

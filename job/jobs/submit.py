@@ -18,6 +18,7 @@ from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, Manifest, NoCapacityError
 from job.jobs.backends.machines import gpus_of
 from job.jobs.building import Wishes, spec_of
+from job.jobs.limits import limit_of
 from job.jobs.prices import estimate
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, KubernetesTarget, Target, chosen_target, load_targets
@@ -73,13 +74,13 @@ def submit(words: Words, on: str, targets: Path | None, wishes: Wishes, manner: 
             print(formatted(manifests, manner.output), end="")
             return
         if target.is_remote:
-            print("\n".join(plan_lines(spec, target)), flush=True)
+            print("\n".join(plan_lines(spec, target, is_watched=manner.watch)), flush=True)
             if not manner.yes:
                 _ask(spec)
         _send(backend, spec, manner)
 
 
-def plan_lines(spec: JobSpec, target: Target) -> list[str]:
+def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
     """What a person should know before anything is sent: what, where, for how long at most, and for how much."""
     machine = target.machine_type if isinstance(target, GoogleTarget) else "node"
     gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
@@ -94,7 +95,7 @@ def plan_lines(spec: JobSpec, target: Target) -> list[str]:
         f"image     {spec.image}",
         f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
-        f"limit     {spec.max_hours:g} hours, then the engine ends it; what is saved stays (--max-hours)",
+        f"limit     {limit_of(spec, target, is_watched=is_watched).text}; what is saved stays (--max-hours)",
         f"cost      {estimate(spec, target)}",
     ]
 

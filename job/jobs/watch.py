@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from typing import Protocol
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, StoppedError, retried
-from job.jobs.backends.base import Backend, JobStatus, NoCapacityError, State
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
+from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
 from job.jobs.spec import JobSpec
 
 POLL_SECONDS = 15.0
@@ -21,9 +23,12 @@ FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one ran for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
 MOST_FAILURES = 4
-"""Failures that count, such as crashes, after which the watch gives up. Preemptions do not count."""
+"""Failures that count after which the watch gives up: crashes, and machines that are gone without a word, which may as
+well have failed for good. Preemptions do not count."""
 ELSEWHERE_SECONDS = 900.0
 """A job that has waited so long for a machine is moved to the target's next zone or region."""
+NO_IMAGE_SECONDS = 300.0
+"""A job whose image cannot be pulled for so long is ended: somebody must mend that, and its machine costs meanwhile."""
 CRASHED = 1
 """The exit code of a job whose engine does not tell it."""
 SHORTEST_HOURS = 1 / 60
@@ -44,6 +49,9 @@ class Clock(Protocol):
     def now(self) -> float:
         """In seconds."""
 
+    def utc(self) -> datetime:
+        """The time of day, which the times of engines are compared with."""
+
     def wait(self, seconds: float) -> bool:
         """Waits, and says whether to stop watching."""
 
@@ -58,6 +66,10 @@ class BootClock:
     def now(self) -> float:
         """See `Clock`."""
         return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
+
+    def utc(self) -> datetime:
+        """See `Clock`."""
+        return datetime.now(UTC)
 
     def wait(self, seconds: float) -> bool:
         """See `Clock`."""
@@ -85,7 +97,7 @@ class Watch:
     _failures: int = field(init=False, default=0)
     _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
     _used_seconds: float = field(init=False, default=0.0)
-    """How long the job was seen running, in all."""
+    """How long the job had a machine, in all, as far as that was seen, and its age if it had one before."""
 
     def __post_init__(self) -> None:
         self._here = self.home
@@ -102,6 +114,7 @@ class Watch:
             self._submit()
         else:
             self.note(f"{self.spec.name} is {status.state.value} already: watching it")
+            self._used_seconds = self._age_seconds(status)
         while True:
             status = self._follow()
             match status.state:
@@ -109,15 +122,23 @@ class Watch:
                     self.note(f"{self.spec.name} is finished")
                     return
                 case State.CANCELLED:
-                    raise StoppedError(
-                        f"{self.spec.name} was cancelled: what it saved stays, and the same command goes on"
-                    )
+                    raise self._ended_by_somebody("was cancelled")
                 case State.GONE if self.is_finished():
                     self.note(f"{self.spec.name} is finished, and its machine is gone")
                     return
+            self._stop_if_deleted(status)
             self._judge(status)
             self._pause()
+            if self._here.keeps_jobs:
+                self._stop_if_deleted(self._ask())
             self._submit()
+
+    def _stop_if_deleted(self, status: JobStatus) -> None:
+        if status.state is State.GONE and self._here.keeps_jobs:
+            raise self._ended_by_somebody("was deleted")
+
+    def _ended_by_somebody(self, how: str) -> StoppedError:
+        return StoppedError(f"{self.spec.name} {how}: what it saved stays, and the same command goes on")
 
     def _judge(self, status: JobStatus) -> None:
         """Returns if the job is to be submitted again.
@@ -128,37 +149,48 @@ class Watch:
         name, said = self.spec.name, f": {status.message}" if status.message else ""
         # A machine may come and go between two looks, and is paid for all the same.
         self._used_seconds += POLL_SECONDS
-        if status.state is State.GONE:
-            self.note(f"{name} is gone{said}; submitting it again")
-        else:
-            code = status.exit_code
-            how = "failed" if code is None else f"ended with {code}"
-            rule = "bounded" if code is None else retried(code)
-            if rule == "never":
-                raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-            self._failures += rule == "bounded"
-            if self._failures > MOST_FAILURES:
-                raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
-            counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
-            self.note(f"{name} {how}{said}; submitting it again{counted}")
+        if status.cause is Cause.OUT_OF_TIME:
+            raise self._out_of_time()
+        code, rule = status.exit_code, status.retried
+        how = "is gone" if status.state is State.GONE else "failed" if code is None else f"ended with {code}"
+        if rule == "never":
+            raise JobEndedError(f"{name} {how}, which would come again{said}", code)
+        self._failures += rule == "bounded"
+        if self._failures > MOST_FAILURES:
+            raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
+        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+        self.note(f"{name} {how}{said}; submitting it again{counted}")
         if self._hours_left() < SHORTEST_HOURS:
-            raise StoppedError(
-                f"{name} has used its {self.spec.max_hours:g} hours: the same command goes on, for as long again"
-            )
+            raise self._out_of_time()
+
+    def _out_of_time(self) -> StoppedError:
+        name, hours = self.spec.name, f"{self.spec.max_hours:g} hours"
+        return StoppedError(f"{name} has used its {hours}: the same command goes on, for as long again")
+
+    def _age_seconds(self, status: JobStatus) -> float:
+        """How long a job that is there may have run; nothing for one that still waits for its first machine."""
+        if not _has_machine(status) and status.attempts < 2:
+            return 0.0
+        with suppress(ValueError):
+            return max(0.0, (self.clock.utc() - datetime.fromisoformat(status.created)).total_seconds())
+        return 0.0
 
     def _follow(self) -> JobStatus:
         """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""
-        since, waiting, before, told = self.clock.now(), 0.0, State.WAITING, None
+        since, waiting, told = self.clock.now(), 0.0, None
+        before = JobStatus(self.spec.name, State.WAITING)
         ran_seconds = 0.0
+        no_image_since: float | None = None
         while True:
             status, now = self._ask(), self.clock.now()
             passed, since = now - since, now
-            # A poll that first sees it running counts what passed since the last one: rather too much than too little.
-            if before is State.RUNNING or status.state is State.RUNNING:
+            # A poll that first sees a machine counts what passed since the last one: rather too much than too little.
+            if _has_machine(before) or _has_machine(status):
                 self._used_seconds += passed
+            if State.RUNNING in (before.state, status.state):
                 ran_seconds += passed
             waiting = waiting + passed if status.state is State.WAITING else 0.0
-            before = status.state
+            before = status
             if ran_seconds > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
@@ -169,10 +201,30 @@ class Watch:
                 self.note(
                     f"{self.spec.name} is {status.state.value}{where}{': ' * bool(status.message)}{status.message}"
                 )
+            if status.cause is not Cause.NO_IMAGE:
+                no_image_since = None
+            elif no_image_since is None:
+                no_image_since = now
+            elif now - no_image_since > NO_IMAGE_SECONDS:
+                self._end_without_image(status)
             if waiting > ELSEWHERE_SECONDS and self.home.elsewhere() is not None:
                 self._move()
                 waiting, since = 0.0, self.clock.now()
             self._sleep(POLL_SECONDS)
+
+    def _end_without_image(self, status: JobStatus) -> None:
+        """Removes a job whose image cannot be pulled; returns if its engine does not answer.
+
+        Raises:
+            JobEndedError: it is removed.
+        """
+        try:
+            with suppress(MissingInputError, BadRequestError):
+                self._here.cancel(self.spec.name)
+        except BucketAwayError as error:
+            self.note(f"{error}; trying again to remove {self.spec.name}")
+            return
+        raise JobEndedError(f"{self.spec.name} cannot begin, and is removed: {status.message}", Exit.MISSING_INPUT)
 
     def _move(self) -> None:
         self.note(f"{self.spec.name} has waited for a machine for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
@@ -190,7 +242,7 @@ class Watch:
         """Submits the job where there is a machine, however long that takes to find."""
         while True:
             try:
-                self._here.submit(replace(self.spec, max_hours=self._hours_left()))
+                self._here.submit(replace(self.spec, max_hours=max(self._hours_left(), SHORTEST_HOURS)))
                 return
             except NoCapacityError as error:
                 following = self._here.elsewhere()
@@ -221,7 +273,7 @@ class Watch:
     def _hours_left(self) -> float:
         # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
         used_hours = int(self._used_seconds) / 3600
-        return max(self.spec.max_hours - used_hours, SHORTEST_HOURS / 2) if used_hours else self.spec.max_hours
+        return max(self.spec.max_hours - used_hours, 0.0) if used_hours else self.spec.max_hours
 
     def _pause(self) -> None:
         self._sleep(self._pause_seconds)
@@ -231,3 +283,7 @@ class Watch:
         if self.clock.wait(seconds):
             name = self.spec.name
             raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
+
+
+def _has_machine(status: JobStatus) -> bool:
+    return status.state is State.RUNNING or status.has_machine

@@ -6,9 +6,9 @@ import abc
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError
+from job.exits import BadRequestError, Exit, JobError, retried
 from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
@@ -35,6 +35,19 @@ class State(StrEnum):
         return self not in (State.WAITING, State.RUNNING)
 
 
+class Cause(StrEnum):
+    """Why a job is as it is, where its engine knows what an exit code does not tell."""
+
+    TAKEN_AWAY = "taken away"
+    """Its machine was."""
+    UNRESPONSIVE = "unresponsive"
+    """It could not be ended, though it was to end."""
+    OUT_OF_TIME = "out of time"
+    """It ran for its `max_hours`."""
+    NO_IMAGE = "no image"
+    """It has a machine, which costs, and its image cannot be pulled."""
+
+
 @dataclass(frozen=True)
 class JobStatus:
     """What an engine says about a job."""
@@ -51,6 +64,28 @@ class JobStatus:
     """ISO 8601, UTC."""
     place: str = ""
     """Zone or node it runs on."""
+    cause: Cause | None = None
+    has_machine: bool = False
+    """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
+
+    @property
+    def retried(self) -> str:
+        """Whether it is tried again: `never`, `bounded` or `always`, as the table of exit codes has it."""
+        match self.cause:
+            case Cause.TAKEN_AWAY:
+                return "always"
+            case Cause.UNRESPONSIVE | Cause.OUT_OF_TIME | Cause.NO_IMAGE:
+                return "never"
+        return "bounded" if self.exit_code is None else retried(self.exit_code)
+
+
+def cancelled(state: State) -> str:
+    """What cancelling does to a job that is in `state`, in words that go on after its name."""
+    if state is State.RUNNING:
+        return "was told to stop: it saves first, and the same command goes on from there"
+    if state is State.WAITING:
+        return "was waiting, and is no more: the same command submits it again"
+    return f"was {state} already: what its engine still had of it is removed"
 
 
 class NoCapacityError(JobError):
@@ -67,6 +102,9 @@ class Backend(abc.ABC):
     `BadRequestError` (64) for what the engine refuses, `BucketAwayError` (69) when the engine's API is away after
     bounded retries, and `NoCapacityError` when it has no machine of that kind now.
     """
+
+    keeps_jobs: ClassVar[bool] = False
+    """Whether a job that was there and is not was deleted by somebody: nothing else makes the engine forget it."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -113,6 +151,10 @@ class Backend(abc.ABC):
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """What tells a job of this engine from all others, whichever of several targets shows it."""
+        return (self.target.backend, self.target.name, status.name)
+
     @abc.abstractmethod
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.
@@ -122,8 +164,10 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Ends the job as a preemption would (it saves first), and removes what it had made for it.
+
+        Returns: what that was for this job, in words that go on after its name; see `cancelled`.
 
         Raises:
             MissingInputError: there is no such job.

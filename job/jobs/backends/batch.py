@@ -11,7 +11,7 @@ from typing import Any
 
 from job.exits import BadRequestError, BucketAwayError, MissingInputError
 from job.jobs.backends import google_checks, google_logs
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.batch_manifests import OVER_TIME, UNRESPONSIVE, job
 from job.jobs.backends.google import GoogleApis, NotThereError
 from job.jobs.backends.google_container import meaning
@@ -44,6 +44,14 @@ _RESERVED = {
     50006: "its machine was made anew",
 }
 """Exit codes of Batch's own (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
+_CAUSES = {
+    50001: Cause.TAKEN_AWAY,
+    50002: Cause.TAKEN_AWAY,
+    50003: Cause.TAKEN_AWAY,
+    UNRESPONSIVE: Cause.UNRESPONSIVE,
+    OVER_TIME: Cause.OUT_OF_TIME,
+    50006: Cause.TAKEN_AWAY,
+}
 _SHORTAGES = {
     "RESOURCE_POOL_EXHAUSTED": "there is no such machine now, and Batch keeps trying",
     "QUOTA_EXCEEDED": "the project's quota does not allow it, and Batch keeps trying",
@@ -54,6 +62,7 @@ _SHORTAGES = {
 class BatchBackend(Backend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
+    keeps_jobs = True
     target: BatchTarget
 
     def __init__(self, target: Target, region: int = 0) -> None:
@@ -103,6 +112,10 @@ class BatchBackend(Backend):
         found.sort(key=lambda one: _created(one), reverse=True)
         return [status_of(one, ()) for one in found]
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: each region has names of its own."""
+        return ("batch", self.target.project, status.place, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """See `Backend.logs`."""
         found = self._known(name)
@@ -120,7 +133,7 @@ class BatchBackend(Backend):
             task = entry.labels.get("task_id", "").removeprefix("task/").partition("/")[0].rpartition("-")[2]
             yield f"[{task}] {entry.text}" if many else entry.text
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the story of the job.
 
         Raises:
@@ -136,6 +149,7 @@ class BatchBackend(Backend):
             if time.monotonic() > until:
                 raise BucketAwayError(f"{what}: Batch is still at it after {GONE_SECONDS:.0f} s ({status.message})")
             time.sleep(POLL_SECONDS)
+        return cancelled(_state(found))
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the job, and its tasks."""
@@ -217,14 +231,8 @@ def status_of(found: Any, tasks: Sequence[Any]) -> JobStatus:
     """A job's status from what Batch says about it, and about its tasks if it was asked."""
     state = _state(found)
     events = [event.description for event in found.status.status_events]
-    failures = [
-        event.task_execution.exit_code
-        for task in tasks
-        for event in task.status.status_events
-        if event.task_execution.exit_code
-    ]
     starts = sum(event.task_state.name == "RUNNING" for task in tasks for event in task.status.status_events)
-    code = failures[-1] if failures and state is State.FAILED else 0 if state is State.FINISHED else None
+    code = _failure(tasks) if state is State.FAILED else 0 if state is State.FINISHED else None
     return JobStatus(
         found.name.rpartition("/")[2],
         state,
@@ -234,7 +242,24 @@ def status_of(found: Any, tasks: Sequence[Any]) -> JobStatus:
         starts,
         _created(found).isoformat(timespec="seconds").replace("+00:00", "Z"),
         _region(found),
+        None if code is None else _CAUSES.get(code),
     )
+
+
+def _failure(tasks: Sequence[Any]) -> int | None:
+    """The code with which the job failed: of the slices that failed, that of one for which there is least hope."""
+    codes = []
+    for task in tasks:
+        ends = [event.task_execution.exit_code for event in task.status.status_events]
+        ends = [code for code in ends if code]
+        if ends and task.status.state.name == "FAILED":
+            codes.append(ends[-1])
+    hopes = ("never", "bounded", "always")
+    return min(codes, key=lambda code: hopes.index(_rule(code)), default=None)
+
+
+def _rule(code: int) -> str:
+    return JobStatus("", State.FAILED, exit_code=code, cause=_CAUSES.get(code)).retried
 
 
 def _message(state: State, word: str, events: Sequence[str], code: int | None) -> str:

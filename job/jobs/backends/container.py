@@ -23,7 +23,7 @@ from job.exits import (
     MissingInputError,
     NoPermissionError,
 )
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.container_command import STOP_SECONDS, bucket_folder, look_command, run_command
 from job.jobs.backends.container_host import Host, check_credentials, check_engine
 from job.jobs.checks import Check
@@ -43,6 +43,7 @@ _OVER = ("exited", "stopped", "dead", "removing")
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found again by their labels."""
 
+    keeps_jobs = True
     target: ContainerTarget
 
     def __init__(self, target: Target, host: Host | None = None) -> None:
@@ -106,6 +107,10 @@ class ContainerBackend(Backend):
         statuses = [_status(found) for found in json.loads(asked.stdout or "[]")]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: this machine may have two engines."""
+        return ("container", self._host.engine, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the container printed; its engine keeps that until the job is submitted anew.
 
@@ -135,7 +140,7 @@ class ContainerBackend(Backend):
             finally:
                 process.kill()
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Has the job save and end; a container that is over already is removed, with what it printed.
 
         Raises:
@@ -144,8 +149,9 @@ class ContainerBackend(Backend):
         status = _status(self._existing(name))
         if status.state.is_over:
             self._asked("rm", "--force", name)
-            return
-        self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
+        else:
+            self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
+        return cancelled(status.state)
 
     def describe(self, name: str) -> Manifest:
         """What the engine's `inspect` tells.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 
 from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.kubernetes_api import (
     JOB,
     JOB_SET,
@@ -32,6 +32,8 @@ _NOISE = ("managedFields",)
 
 class KubernetesBackend(Backend):
     """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
+
+    keeps_jobs = True
 
     def __init__(
         self,
@@ -92,6 +94,10 @@ class KubernetesBackend(Backend):
         ]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: two contexts may be one cluster."""
+        return ("kubernetes", self._api.host, self._target.namespace, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """Lines of all its pods, with the index before each where there are several."""
         job = self._named(name)
@@ -106,11 +112,13 @@ class KubernetesBackend(Backend):
         follower = Follower(self._api, lambda: self._pods(job["metadata"]["name"]), status, self._poll_seconds)
         yield from follower.lines(should_stop)
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Deletes it: its pods get SIGTERM and their grace period, in which they save."""
-        self._named(name)
-        for kind, job in self._all_named(name):
-            self._remove(kind, job)
+        job = self._named(name)
+        status = status_of(job, self._pods(name))
+        for kind, there in self._all_named(name):
+            self._remove(kind, there)
+        return status.message if is_being_deleted(job) else cancelled(status.state)
 
     def describe(self, name: str) -> Manifest:
         """The object, its pods and their events."""

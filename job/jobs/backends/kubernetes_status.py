@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.exits import TABLE, Exit
-from job.jobs.backends.base import JobStatus, Manifest, State
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State
 from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
 
 IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""
 INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+_OUT_OF_TIME = "DeadlineExceeded"
 _BEGINNING = ("ContainerCreating", "PodInitializing")
 
 
@@ -34,6 +35,8 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
         attempts=_attempts(job, pods),
         created=job["metadata"].get("creationTimestamp", ""),
         place=(running or {}).get("spec", {}).get("nodeName", ""),
+        cause=_cause(state, job, pods),
+        has_machine=state is State.WAITING and any(not has_ended(pod) and "nodeName" in pod["spec"] for pod in pods),
     )
 
 
@@ -84,7 +87,7 @@ def _state_and_message(job: Manifest, pods: Sequence[Manifest], events: Sequence
     if any(is_running(pod) for pod in living):
         return State.RUNNING, _how_running(living, pods)
     if living:
-        return State.WAITING, _why_waiting(living[-1])
+        return State.WAITING, _why_waiting(next(filter(_lacks_image, living), living[-1]))
     warnings = [event for event in events if event.get("type") == "Warning"]
     if warnings and not pods:
         return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}"
@@ -124,6 +127,18 @@ def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
     return None if ended is None else int(ended["exitCode"])
 
 
+def _cause(state: State, job: Manifest, pods: Sequence[Manifest]) -> Cause | None:
+    if state is State.FAILED and (_condition(job, "Failed") or {}).get("reason") == _OUT_OF_TIME:
+        return Cause.OUT_OF_TIME
+    if state is State.WAITING and any(_lacks_image(pod) for pod in pods if not has_ended(pod)):
+        return Cause.NO_IMAGE
+    return None
+
+
+def _lacks_image(pod: Manifest) -> bool:
+    return (_container_state(pod).get("waiting") or {}).get("reason") in IMAGE_REASONS
+
+
 def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
     """How the last program ended that did not finish."""
     ends = [end for pod in pods if (end := termination(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
@@ -132,8 +147,8 @@ def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
 
 def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:
     reason, said = condition.get("reason", ""), " ".join(str(condition.get("message", "")).split())
-    if reason == "DeadlineExceeded":
-        return "DeadlineExceeded: it had run for --max-hours; the same command goes on"
+    if reason == _OUT_OF_TIME:
+        return f"{_OUT_OF_TIME}: it had run for --max-hours; the same command goes on"
     ended = _last_ended(pods)
     if ended is None:
         return f"{reason}: {said}"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from job.exits import TABLE, BadRequestError, Exit, MissingInputError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.local_records import (
     LocalRecord,
     begin_record,
@@ -95,6 +95,10 @@ class LocalBackend(Backend):
         """The newest job of each name that was started here."""
         return [_status(record) for record in load_records()]
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: all targets are this machine."""
+        return ("local", status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """What the job printed.
 
@@ -118,7 +122,7 @@ class LocalBackend(Backend):
             if part:
                 yield part
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """Has the job save and end, as Ctrl-C would.
 
         Raises:
@@ -131,7 +135,7 @@ class LocalBackend(Backend):
                 raise BadRequestError(f"{name} runs on {record.host!r}: cancel it there")
             note_in_record(name, cancelled=True)
             if record.process is not None and record.process.send(signal.SIGTERM):
-                return
+                return cancelled(State.RUNNING)
         raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
 
     def describe(self, name: str) -> Manifest:

@@ -12,7 +12,7 @@ from typing import Any, cast
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError
 from job.jobs.backends import google_checks, google_logs, vm_story
-from job.jobs.backends.base import Backend, JobStatus, Manifest
+from job.jobs.backends.base import Backend, JobStatus, Manifest, cancelled
 from job.jobs.backends.google import GoogleApis, NotThereError, refusal
 from job.jobs.backends.vm_manifests import instances
 from job.jobs.backends.vm_story import Machine
@@ -99,6 +99,10 @@ class VmBackend(Backend):
         found = [vm_story.status(name, machines, []) for name, machines in names.items()]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
+    def identity(self, status: JobStatus) -> tuple[str, ...]:
+        """See `Backend.identity`: every target sees all zones of its project."""
+        return ("vm", self.target.project, status.name)
+
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         """See `Backend.logs`."""
         machines = self._machines(name)
@@ -123,7 +127,7 @@ class VmBackend(Backend):
         for entry in found:
             yield vm_story.line(entry, slices)
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         """See `Backend.cancel`: deleting a machine switches it off first, which stops the container."""
         machines = self._machines(name)
         if not machines:
@@ -132,6 +136,7 @@ class VmBackend(Backend):
         with suppress(JobError):
             vm_story.tell_cancelled(self._apis, name, machines)
         self._delete([(machine.zone, machine.instance.name) for machine in machines])
+        return cancelled(vm_story.status(name, machines, []).state)
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the instances of the job."""

@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from job.jobs.backends import google_logs
-from job.jobs.backends.base import JobStatus, State
+from job.jobs.backends.base import Cause, JobStatus, State
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.google_container import meaning
 from job.jobs.backends.google_logs import Entry, quoted
@@ -142,7 +142,7 @@ def from_machine(name: str, machine: Machine) -> JobStatus:
     if phase == "over":
         return _ended(name, _number(machine.said.get("exit-code"), 1), attempts, "")
     if phase in _PHASES:
-        return JobStatus(name, State.WAITING, _PHASES[phase], attempts=attempts)
+        return JobStatus(name, State.WAITING, _PHASES[phase], attempts=attempts, has_machine=True)
     return JobStatus(name, State.RUNNING, attempts=attempts)
 
 
@@ -153,6 +153,10 @@ def from_log(name: str, entries: Sequence[Entry]) -> JobStatus:
     entries = entries[starts[-1] :] if starts else entries
     if not entries:
         return JobStatus(name, State.GONE, "its machine is gone, and left no word")
+    return replace(_last_told(name, entries), created=_utc(entries[0].at))
+
+
+def _last_told(name: str, entries: Sequence[Entry]) -> JobStatus:
     # Whoever cancels says so before the machine has heard of it.
     words = {_event(entry): entry for entry in entries}
     last = entries[-1]
@@ -163,14 +167,16 @@ def from_log(name: str, entries: Sequence[Entry]) -> JobStatus:
         return _ended(name, _number(fields.get("code"), 1), attempts, str(fields.get("message", "")))
     if "cancelled" in words:
         return JobStatus(name, State.CANCELLED, "cancelled", attempts=attempts)
-    message = "its machine was taken away" if "stopped" in words else "its machine is gone"
-    return JobStatus(name, State.GONE, message, attempts=attempts)
+    if "stopped" in words:
+        return JobStatus(name, State.GONE, "its machine was taken away", attempts=attempts, cause=Cause.TAKEN_AWAY)
+    return JobStatus(name, State.GONE, "its machine is gone", attempts=attempts)
 
 
 def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
     """The slices of a job as one."""
     finished = sum(part.state is State.FINISHED for part in parts)
     worst = min(parts, key=lambda part: _ORDER.index(part.state))
+    causes = {part.cause for part in parts if part.state is worst.state}
     message = f"{finished} of {len(parts)} slices finished"
     if worst.message and worst.state is not State.FINISHED:
         message += f"; slice {parts.index(worst)}: {worst.message}"
@@ -182,6 +188,8 @@ def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
         sum(part.attempts for part in parts),
         min((part.created for part in parts if part.created), default=""),
         ",".join(sorted({part.place for part in parts if part.place})),
+        worst.cause if len(causes) == 1 else None,
+        any(part.has_machine for part in parts),
     )
 
 
@@ -208,14 +216,17 @@ def _ended(name: str, code: int, attempts: int, message: str) -> JobStatus:
 
 
 def _with_machine(part: JobStatus, machine: Machine) -> JobStatus:
-    created = machine.created.isoformat(timespec="seconds").replace("+00:00", "Z")
-    part = replace(part, created=created, place=machine.zone)
+    part = replace(part, created=_utc(machine.created), place=machine.zone)
     if machine.is_off:
         off = f"its machine is switched off, and its disk costs money: `ddpm jobs cancel {part.name}` deletes both"
         return replace(part, message=f"{part.message}; {off}")
     if machine.is_leaving and part.state is State.GONE:
         return replace(part, state=State.RUNNING, message="its machine is being taken away")
     return part
+
+
+def _utc(at: datetime) -> str:
+    return at.isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
 def _event(entry: Entry) -> str:

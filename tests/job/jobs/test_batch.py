@@ -7,8 +7,15 @@ import time
 
 import pytest
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, retried
-from job.jobs.backends.base import State
+from job.exits import (
+    BadRequestError,
+    BucketAwayError,
+    Exit,
+    MissingInputError,
+    NoPermissionError,
+    retried,
+)
+from job.jobs.backends.base import Cause, State
 from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.batch_manifests import MAX_RETRIES, job
 from job.requests import SampleRequest
@@ -157,12 +164,29 @@ def test_a_task_knows_its_slice(monkeypatch):
 
 def test_cancelling_keeps_the_story(cloud, backend):
     backend.submit(spec())
-    backend.cancel("celeba")
+    cloud.batch.move("celeba", "RUNNING")
+    assert backend.cancel("celeba").startswith("was told to stop: it saves first")
     assert backend.status("celeba").state is State.CANCELLED
     with pytest.raises(BadRequestError, match="cancelled already"):
         backend.cancel("celeba")
     with pytest.raises(MissingInputError, match="no job 'nobody'"):
         backend.cancel("nobody")
+
+
+def test_slices_that_batch_mended_say_nothing_about_why_the_job_failed(cloud, backend):
+    backend.submit(sampling())
+    for index, codes in enumerate(((50001, 65), (50001,), (137, 0))):
+        for code in codes:
+            cloud.batch.end_task("sample-celeba", code, index)
+    cloud.batch.move("sample-celeba", "FAILED")
+    status = backend.status("sample-celeba")
+    assert (status.exit_code, status.cause) == (65, None)
+    cloud.batch.tasks.clear()
+    for index, codes in enumerate(((50001,), (137, 0))):
+        for code in codes:
+            cloud.batch.end_task("sample-celeba", code, index)
+    status = backend.status("sample-celeba")
+    assert (status.exit_code, status.cause) == (None, Cause.TAKEN_AWAY)
 
 
 def test_logs_are_those_of_this_job_and_followed_across_its_tasks(cloud, backend):

@@ -202,6 +202,15 @@ def test_the_engines_words_are_translated(engine, said, state, code, message):
 
 
 @pytest.mark.parametrize(
+    ("said", "done"), [("running", "was told to stop: it saves"), ("exited", "was finished already")]
+)
+def test_who_cancels_is_told_what_that_did(engine, said, done):
+    state = {"Status": said, "ExitCode": 0, "StartedAt": STARTED}
+    backend = engine(json.dumps([{"Name": "/train-celeba", "Created": STARTED, "State": state}]))
+    assert backend.cancel("train-celeba").startswith(done)
+
+
+@pytest.mark.parametrize(
     ("answer", "code"),
     [
         ("Cannot connect to the Docker daemon at unix:///var/run/docker.sock. Is the docker daemon running?", 69),

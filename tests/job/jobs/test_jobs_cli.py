@@ -57,6 +57,13 @@ def test_jobs_are_listed_with_how_they_ended(failed):
     assert "nowhere is no folder" in row
 
 
+def test_two_targets_of_this_machine_have_one_job(failed, folder):
+    (folder / "targets.yaml").write_text("mine: {backend: local}")
+    assert succeeded(ddpm_here("jobs", "list")).count(failed) == 1
+    assert succeeded(ddpm_here("jobs", "status", failed)).count("state ") == 1
+    assert "nowhere" in succeeded(ddpm_here("jobs", "logs", failed))
+
+
 def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
     done = ddpm_here("jobs", "list")

@@ -55,8 +55,54 @@ def test_a_job_is_submitted_followed_and_cancelled(server):
     assert succeeded(ddpm_here("jobs", "logs", "train-celeba", "--on", "gke")) == "epoch 1\n"
     assert "is there and running" in refused(ddpm_here(*TRAIN, "--yes"), Exit.BAD_REQUEST)
     assert "restartPolicy: Never" in succeeded(ddpm_here("jobs", "describe", "train-celeba", "--on", "gke"))
-    succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
+    line = succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
+    assert line == ("train-celeba on gke was told to stop: it saves first, and the same command goes on from there\n")
     assert server.cluster.get("default", "jobs", "train-celeba")["metadata"]["deletionTimestamp"]
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("waiting", "was waiting, and is no more: the same command submits it again"),
+        ("Complete", "was finished already: what its engine still had of it is removed"),
+        ("Failed", "was failed already: what its engine still had of it is removed"),
+        ("deleted", "is being deleted: its pods may save first"),
+    ],
+)
+def test_who_cancels_is_told_what_that_did(server, how, said):
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    if how == "deleted":
+        server.cluster.goes_after_seconds = 5.0
+        succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
+    elif how != "waiting":
+        server.cluster.end_job("train-celeba", how)
+    assert succeeded(ddpm_here("jobs", "cancel", "train-celeba")) == f"train-celeba on gke {said}\n"
+
+
+@pytest.mark.parametrize("context", ["", "context: test"])
+def test_two_targets_of_one_namespace_have_one_job(server, tmp_path, context):
+    other = TARGETS.strip().replace("gke:", "gke-big:", 1)
+    (tmp_path / "targets.yaml").write_text(f"{TARGETS}{other}\n  gpus: 8\n  {context}\n")
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    pod = server.cluster.start_pod("train-celeba")
+    server.cluster.print(pod, "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 1
+    lines = succeeded(ddpm_here("jobs", "status", "train-celeba", "--bucket", tmp_path)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == ["job         train-celeba, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", "train-celeba")) == "epoch 1\n"
+    assert "restartPolicy: Never" in succeeded(ddpm_here("jobs", "describe", "train-celeba"))
+    succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
+
+
+def test_a_name_in_two_namespaces_is_two_jobs(server, tmp_path):
+    other = TARGETS.strip().replace("gke:", "gke-big:", 1)
+    (tmp_path / "targets.yaml").write_text(f"{TARGETS}{other}\n  namespace: big\n")
+    server.cluster.namespaces.add("big")
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
+    line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
+    assert "on several targets (gke, gke-big): say which with --on" in line
 
 
 @pytest.mark.parametrize("wishes", [(), ("--nodes", "2"), ("--gpus", "8", "--on-demand")], ids=["one", "nodes", "gpus"])

@@ -61,8 +61,34 @@ def test_a_job_that_may_run_in_several_regions_costs_at_most_what_the_dearest_do
         "b: {backend: batch, project: my-project, regions: [us-east1, us-west1], image: i, bucket: gs://bucket}", "f"
     )["b"]
     one, other = ROW + ", region: us-east1}", ROW.replace("0.5", "0.75") + ", region: us-west1}"
-    assert estimate(spec(), batch, prices(one, other)).dollars == 7.5
+    # Batch has each of eleven attempts run for so long.
+    assert estimate(spec(), batch, prices(one, other)).dollars == 7.5 * 11
     assert estimate(spec(), batch, prices(one)).dollars is None
+
+
+def test_each_attempt_of_batch_may_take_all_hours():
+    batch = parse_targets(
+        "b: {backend: batch, project: my-project, regions: [us-east1], image: i, bucket: gs://bucket}", "f"
+    )["b"]
+    found = estimate(spec(spot=False), batch, prices(ROW + ", region: us-east1}"))
+    assert found.dollars == 0.5 * 11 * 10
+    assert str(found) == (
+        "at most $55.00 (1 × $0.5 per hour × 11 attempts × 10 hours; https://example.com/prices, 2026-01-31; "
+        "machines that start or go cost some minutes more)"
+    )
+
+
+@pytest.mark.parametrize("queue", ["", "gpus"])
+def test_what_several_nodes_cost_is_bounded_by_a_queue_alone(queue):
+    text = f"k: {{backend: kubernetes, image: i, bucket: gs://bucket, price_per_hour: 1.5, queue: '{queue}'}}"
+    cluster = parse_targets(text, "f")["k"]
+    assert estimate(spec(), cluster).dollars == 15
+    found = estimate(spec(nodes=2), cluster)
+    if queue:
+        assert found.dollars == 30
+    else:
+        assert found.dollars is None
+        assert str(found) == "2 × $1.5 per hour, as the target says, for as long as it runs: nothing bounds that"
 
 
 def test_nobody_knows_what_a_node_of_a_cluster_costs():

@@ -357,6 +357,46 @@ def test_whoever_packs_is_told_of_gpus_that_are_paid_for(machine_type, said):
     assert f"machines  {said}" in plan_lines(spec, vm)
 
 
+AGAIN = "; what --watch submits again has what is left of them"
+
+
+@pytest.mark.parametrize(
+    ("on", "changes", "limit"),
+    [
+        ("gke", {}, "10 hours for all attempts together, then the engine ends it"),
+        (
+            "gke",
+            {"nodes": 2},
+            "10 hours from each start of the group of nodes, then Kubernetes ends it; preemptions start it again "
+            "without bound",
+        ),
+        ("queued", {"nodes": 2}, "10 hours for all attempts together, then the engine ends it"),
+        ("vm", {}, "10 hours for all attempts together, then the engine ends it"),
+        (
+            "batch",
+            {},
+            "10 hours for each attempt of a task, of which there may be 11, then Batch ends it",
+        ),
+    ],
+)
+def test_a_person_is_told_what_the_hours_mean_there(folder, on, changes, limit):
+    more = """
+queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
+batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
+"""
+    (folder / "targets.yaml").write_text(TARGETS + more)
+    spec, target = built("train", FOR_TRAIN, on, max_hours=10, **changes), chosen_target(load_targets(), on)
+    for is_watched in (False, True):
+        lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, target, is_watched=is_watched))
+        assert lines["limit"] == f"{limit}{AGAIN * is_watched}; what is saved stays (--max-hours)"
+
+
+@pytest.mark.parametrize("on", ["local", "container"])
+def test_on_this_machine_no_engine_ends_a_job(on):
+    lines = plan_lines(built("train", FOR_TRAIN, on, max_hours=10), chosen_target(load_targets(), on))
+    assert any("10 hours if --max-hours says so, and then the job ends itself" in line for line in lines)
+
+
 def test_without_a_terminal_somebody_must_have_said_yes():
     done = ddpm("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
     assert "--yes" in refused(done, Exit.BAD_REQUEST)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 
@@ -9,14 +10,18 @@ import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError, State
+from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.vm import VmBackend
-from tests.job.jobs.google_jobs import VM, ZONES, never, sampling, spec
+from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.jobs.google_jobs import BATCH, REGIONS, VM, ZONES, never, sampling, spec
 from tests.job.jobs.google_services import Refusal
 
 STOCK_OUT = (
     "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
     "The zone 'projects/my-project/zones/us-central1-a' does not have enough resources available.",
 )
+BATCHES = {"first": REGIONS[0], "second": REGIONS[1], "both": ", ".join(REGIONS)}
+"""Targets by name, and their regions."""
 QUOTA = ("QUOTA_EXCEEDED", "Quota 'PREEMPTIBLE_NVIDIA_L4_GPUS' exceeded.  Limit: 0.0 in region us-central1.")
 
 
@@ -56,8 +61,10 @@ def test_a_job_through_its_states(cloud, backend):
     assert backend.status("celeba").state is State.GONE
     backend.submit(spec())
     assert backend.status("celeba").state is State.WAITING
+    assert not backend.status("celeba").has_machine
     runs(cloud, "celeba")
     assert backend.status("celeba").message == "the machine is starting"
+    assert backend.status("celeba").has_machine
     runs(cloud, "celeba", phase="image")
     assert (backend.status("celeba").state, backend.status("celeba").message) == (
         State.WAITING,
@@ -98,6 +105,25 @@ def test_a_machine_that_was_taken_away_is_gone_and_one_that_finished_is_not(clou
     backend.submit(spec())
     vanishes(cloud, "celeba")
     assert backend.status("celeba").state is State.GONE
+
+
+def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = f"vm: {{backend: vm, project: my-project, zones: [{ZONES[0]}], image: i, bucket: gs://bucket}}"
+    (tmp_path / "targets.yaml").write_text(text)
+    backend.submit(spec())
+    tells(cloud, "celeba", "started")
+    cloud.logging.printed("celeba", "epoch 1")
+    tells(cloud, "celeba", "stopped", 75)
+    vanishes(cloud, "celeba")
+    lines = succeeded(ddpm_here("jobs", "logs", "celeba", "--on", "vm")).splitlines()
+    assert lines == ["ddpm-vm: submitted", "ddpm-vm: started", "epoch 1", "ddpm-vm: stopped"]
+    lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", tmp_path)).splitlines()
+    assert lines[0] == "job         celeba, on vm"
+    assert re.fullmatch(r"state       gone, 1 start, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
+    assert lines[2:] == ["it says     its machine was taken away"]
+    # What was never there is not.
+    assert "knows no job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
 
 def test_a_job_that_runs_is_not_started_twice(cloud, backend):
@@ -194,6 +220,22 @@ def test_a_slice_that_was_taken_away_makes_the_job_one_that_goes_on(cloud, backe
     assert (status.state, status.message) == (State.GONE, "2 of 3 slices finished; slice 2: its machine is gone")
 
 
+def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = "{{backend: {}, project: my-project, {}: [{}], image: i, bucket: gs://bucket}}\n"
+    texts = [f"{name}: " + line.format("vm", "zones", zone) for name, zone in zip(("one", "two"), ZONES, strict=True)]
+    texts += [f"{name}: " + line.format("batch", "regions", region) for name, region in BATCHES.items()]
+    (tmp_path / "targets.yaml").write_text("".join(texts))
+    backend.submit(spec())
+    BatchBackend(BATCH).submit(spec("batched"))
+    BatchBackend(BATCH).elsewhere().submit(spec("elsewhere"))
+    listed = succeeded(ddpm_here("jobs", "list"))
+    assert [listed.count(name) for name in ("celeba", "batched", "elsewhere")] == [1, 1, 1]
+    for name in ("celeba", "batched", "elsewhere"):
+        assert "waiting" in succeeded(ddpm_here("jobs", "status", name, "--bucket", tmp_path))
+        succeeded(ddpm_here("jobs", "cancel", name))
+
+
 def test_slices_that_cannot_all_be_had_are_none(cloud, backend):
     cloud.denied["POST .*/instances$"] = Refusal(503, STOCK_OUT[1])
     cloud.denied = {}
@@ -217,6 +259,18 @@ def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, back
     assert backend.status("sample-celeba").state is State.CANCELLED
     with pytest.raises(MissingInputError, match="sample-celeba"):
         backend.cancel("sample-celeba")
+
+
+def test_who_cancels_is_told_what_that_did(cloud, backend):
+    backend.submit(spec())
+    assert backend.cancel("celeba").startswith("was waiting, and is no more")
+    for said, expected in (("running", "was told to stop: it saves first"), ("over", "was failed already")):
+        backend.submit(spec())
+        runs(cloud, "celeba", phase=said, exit_code="65")
+        assert backend.cancel("celeba").startswith(expected)
+    backend.submit(spec())
+    cloud.compute.set_status("celeba", "TERMINATED")
+    assert backend.cancel("celeba").startswith("was gone already")
 
 
 def test_who_may_not_write_logs_may_submit_and_cancel(cloud, backend):

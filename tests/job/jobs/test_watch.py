@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 
 import pytest
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError, retried
 from job.jobs import watch
-from job.jobs.backends.base import Backend, JobStatus, Manifest, NoCapacityError, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapacityError, State
 from job.jobs.spec import JobSpec
 from job.jobs.submit import submit_somewhere
 from job.jobs.targets import parse_targets
@@ -19,7 +20,10 @@ from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, POLL_SECONDS, J
 VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
 
+NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
+"""When the clock begins."""
 W, R, F, C, G = State.WAITING, State.RUNNING, State.FINISHED, State.CANCELLED, State.GONE
+TAKEN = Cause.TAKEN_AWAY
 
 
 @dataclass
@@ -27,7 +31,8 @@ class Engine:
     """What several places share: the answers to `status`, in order, and what was asked of them."""
 
     answers: list
-    """A state, an exit code of a failed job, a pair of state and seconds that pass first, or an error."""
+    """A state, an exit code or a cause of a failed job, a pair of state and seconds that pass first, a status, or an
+    error; a machine that was taken away is gone."""
     full: dict[str, int] = field(default_factory=dict)
     """How often each place has no machine."""
     now: float = 0.0
@@ -44,6 +49,9 @@ class Engine:
 
     def clock(self) -> float:
         return self.now
+
+    def utc(self) -> datetime:
+        return NOON + timedelta(seconds=self.now)
 
 
 class Place(Backend):
@@ -73,6 +81,11 @@ class Place(Backend):
             self.engine.now += seconds
         if isinstance(answer, JobError):
             raise answer
+        if isinstance(answer, JobStatus):
+            return answer
+        if isinstance(answer, Cause):
+            state = State.GONE if answer is TAKEN else State.FAILED
+            return JobStatus(name, state, "because", cause=answer)
         if isinstance(answer, State):
             return JobStatus(name, answer, place=self.name if answer is R else "")
         return JobStatus(name, State.FAILED, "because", answer)
@@ -83,8 +96,9 @@ class Place(Backend):
     def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
         yield from ()
 
-    def cancel(self, name: str) -> None:
+    def cancel(self, name: str) -> str:
         self.engine.cancelled.append(self.name)
+        return "was told to stop"
 
     def describe(self, name: str) -> Manifest:
         return {}
@@ -92,7 +106,7 @@ class Place(Backend):
 
 class EnginesClock:
     def __init__(self, engine: Engine) -> None:
-        self.now, self.wait = engine.clock, engine.wait
+        self.now, self.utc, self.wait = engine.clock, engine.utc, engine.wait
 
 
 def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, is_finished: Callable[[], bool] = lambda: False):
@@ -145,7 +159,7 @@ def test_a_failure_without_a_code_counts():
 
 
 def test_preemptions_in_between_do_not_count_as_failures():
-    engine = Engine([G, *[75, 137, G] * MOST_FAILURES, F])
+    engine = Engine([G, *[75, 137, TAKEN] * MOST_FAILURES, F])
     watching(engine).run()
     assert len(engine.submitted) == 3 * MOST_FAILURES + 1
 
@@ -172,6 +186,39 @@ def test_a_cancelled_job_is_left_alone():
     with pytest.raises(StoppedError, match="was cancelled"):
         watching(engine).run()
     assert len(engine.submitted) == 1
+
+
+def test_machines_that_are_gone_without_a_word_are_failures_however_long_they_ran():
+    for attempt in ([G], [R, R, G], [(R, 0), (R, 3600.0), G]):
+        engine = Engine([G, *attempt * 50])
+        with pytest.raises(JobEndedError, match=r"train-a is gone, the 5th failure: giving up") as ended:
+            watching(engine, spec=replace(SPEC, max_hours=500.0)).run()
+        assert ended.value.exit_code == 1
+        assert len(engine.submitted) == MOST_FAILURES + 1
+    assert engine.told[-2] == "train-a is gone; submitting it again (failure 4 of 4)"
+
+
+class Keeping(Place):
+    """Of an engine that forgets no job by itself."""
+
+    keeps_jobs = True
+
+
+def test_where_an_engine_keeps_its_jobs_one_that_is_gone_was_deleted_and_stays_so():
+    for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
+        engine = Engine(answers)
+        with pytest.raises(StoppedError, match="train-a was deleted: what it saved stays") as stopped:
+            Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+        assert stopped.value.exit_code == Exit.STOPPED
+        assert len(engine.submitted) == submissions
+    # One that is over for longer than its engine tells may have finished.
+    engine = Engine([R, G])
+    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append, lambda: True).run()
+    assert engine.told[-1] == "train-a is finished, and its machine is gone"
+    # Who failed and is there still is tried again.
+    engine = Engine([G, 137, 137, F])
+    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert len(engine.submitted) == 2
 
 
 def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
@@ -220,10 +267,48 @@ def test_max_hours_hold_for_all_attempts_together():
     assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
 
 
+@pytest.mark.parametrize("created", ["2026-01-31T11:00:00Z", "2026-01-31T11:00:00.123456+00:00"])
+def test_the_hours_of_a_job_that_runs_already_began_when_it_did(created):
+    there = JobStatus("train-a", R, created=created)
+    engine = Engine([there, 75, R, F])
+    watching(engine).run()
+    ((_, hours),) = engine.submitted
+    assert 0.98 < hours < 1
+    engine = Engine([replace(there, created="2026-01-31T09:00:00Z"), 75])
+    with pytest.raises(StoppedError, match="has used its 2 hours"):
+        watching(engine).run()
+    assert engine.submitted == []
+    # Between two attempts it has run; who waits for a first machine has not, and a time that cannot be read is none.
+    engine = Engine([replace(there, state=W, attempts=2), 75, R, F])
+    watching(engine).run()
+    assert engine.submitted[0][1] < 1
+    for other in (replace(there, state=W, attempts=1), replace(there, created="")):
+        engine = Engine([other, 75, R, F])
+        watching(engine).run()
+        assert engine.submitted[0][1] > 1.9
+
+
+def test_what_the_engine_ended_for_its_hours_has_used_them():
+    for answers, submissions in (([R, Cause.OUT_OF_TIME], 0), ([G, R, Cause.OUT_OF_TIME], 1)):
+        engine = Engine(answers)
+        with pytest.raises(StoppedError, match="has used its 2 hours: the same command goes on") as stopped:
+            watching(engine).run()
+        assert stopped.value.exit_code == Exit.STOPPED
+        assert len(engine.submitted) == submissions
+
+
 def test_time_without_a_machine_costs_nothing():
     engine = Engine([G, *[(W, 3600.0)] * 10, (R, 0.0), F])
     watching(engine).run()
     assert engine.submitted == [("a", 2.0)]
+
+
+def test_time_on_a_machine_that_gets_ready_counts():
+    ready = JobStatus("train-a", W, "the GPU driver is being installed", has_machine=True)
+    engine = Engine([G, *[ready, (ready, 600.0), TAKEN] * 50])
+    with pytest.raises(StoppedError, match="has used its 2 hours"):
+        watching(engine).run()
+    assert 10 <= len(engine.submitted) <= 12
 
 
 def test_an_engine_that_does_not_answer_leaves_the_job_alone():
