@@ -126,7 +126,11 @@ def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _nev
     """
     bucket = open_patient(request.bucket, should_stop, _note)
     run = records.run_store(bucket, request.run)
-    config = records.as_last_changed(run, records.existing_config(bucket, request.run))
+    config = records.existing_config(bucket, request.run)
+    try:
+        config = records.as_last_changed(run, config)
+    except BadDataError as error:
+        _note(f"{error}; drawing as the run began")
     assert config.data.size is not None
     timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.

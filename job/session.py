@@ -213,6 +213,8 @@ class TrainingSession:
         """
         while True:
             lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
+            if stopping:
+                self.stop.begin()
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)

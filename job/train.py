@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
 from job.exits import LostRunError
@@ -21,8 +23,13 @@ _LAST_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
-def run_training(request: TrainRequest, stop: StopFlag) -> None:
+def run_training(request: TrainRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
     """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
+
+    Args:
+        request: which run.
+        stop: polled all the while.
+        when_met: called when all processes have met: before that, one that is to stop has nothing to save.
 
     Raises:
         StoppedError: a signal came; the state is committed, the same command goes on.
@@ -37,8 +44,10 @@ def run_training(request: TrainRequest, stop: StopFlag) -> None:
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
+    # Until all have met a signal ends this process, which has nothing to save: one of them may never come.
     accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
     ranks = Ranks(accelerator, notice)
+    when_met()
     lease: Lease | None = None
 
     def take() -> int:

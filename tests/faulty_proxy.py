@@ -114,6 +114,11 @@ class FaultyProxy:
         with self._lock:
             self._orders += [(re.compile(pattern), fault)] * times
 
+    def forget(self) -> None:
+        """Has no request meet a fault that was ordered by `inject`."""
+        with self._lock:
+            self._orders.clear()
+
     def refuse(self) -> None:
         """The bucket goes away: nobody listens, and what is under way breaks off."""
         with self._lock:

@@ -5,7 +5,7 @@ import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import Annotated, NoReturn
+from typing import Annotated, NoReturn, TextIO
 
 import typer
 
@@ -61,14 +61,22 @@ def main() -> None:
     try:
         run()
     except SystemExit as end:
+        for stream in (sys.stdout, sys.stderr):
+            _flush(stream)
         if not isinstance(end.code, int | None) or not (end.code or is_rank()):
             raise
-        for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError):
-                stream.flush()
         # The interpreter would wait for threads, of which one may be asking a bucket that keeps silent; and those of a
         # process group that is no more would abort it, so that the code would be SIGABRT.
         os._exit(end.code or 0)
+
+
+def _flush(stream: TextIO) -> None:
+    """What nobody takes any more is dropped: at its end the interpreter would try again, and end with 120."""
+    try:
+        stream.flush()
+    except OSError:
+        with suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def run() -> None:
@@ -125,8 +133,10 @@ def _at(error: OSError) -> str:
 def _fail(message: str, code: int) -> NoReturn:
     rank = os.environ.get("RANK", "0")
     # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
-    if rank == "0" or is_launched():
-        print(f"ddpm: {message}", file=sys.stderr)
-    elif code not in SAID_BY_RANK_0:
-        print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
+    # Whoever read it may be gone; the code is what engines decide by.
+    with suppress(OSError):
+        if rank == "0" or is_launched():
+            print(f"ddpm: {message}", file=sys.stderr)
+        elif code not in SAID_BY_RANK_0:
+            print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
     raise SystemExit(int(code))

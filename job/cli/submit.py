@@ -36,7 +36,9 @@ Spot = Annotated[
 ]
 MaxHours = Annotated[
     float | None,
-    typer.Option("--max-hours", metavar="H", help="The engine ends it after so long. Default: the target's."),
+    typer.Option(
+        "--max-hours", metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."
+    ),
 ]
 Slices = Annotated[
     int, typer.Option("--slices", metavar="N", min=0, help="Make --count images on so many machines side by side.")

@@ -117,8 +117,9 @@ class BatchStream(Iterator[Batch]):
             while True:
                 self._ahead.ready.get_nowait()
         except Empty:
-            if self._thread is not None:
-                self._thread.join()
+            while self._thread is not None and self._thread.is_alive():
+                self._thread.join(_POLL_SECONDS)
+                self._poll()
 
     def __del__(self) -> None:
         """A loop that broke off has no further use for it."""

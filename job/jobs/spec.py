@@ -42,7 +42,8 @@ class JobSpec:
         nodes: machines that train together; 1 for everything else.
         slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
         spot: whether it may run on machines that are taken away.
-        max_hours: the engine ends the job after so long, whatever it does: the guard against a forgotten bill.
+        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limits`
+            for by whom, and what counts.
         env: variables of the container. Nothing secret.
         labels: further labels, such as a team's.
     """

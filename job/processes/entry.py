@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 
 from job.exits import BadConfigError
 from job.plan import Plan, plan_batches, plan_run, plan_sampling
@@ -56,7 +57,7 @@ def train_command(
             return
         from job.train import run_training
 
-        run_training(request, stop.install())
+        run_training(request, stop, stop.install)
         if os.environ.get("RANK", "0") == "0":
             _tell(plan_run(request, stop), request, "is finished")
 
@@ -89,11 +90,11 @@ def sample_command(
         elif request.count is None:
             from job.sampling.sample import run_sampling
 
-            run_sampling(request, stop.install())
+            run_sampling(request, stop, stop.install)
         else:
             from job.sampling.batches import run_batches
 
-            run_batches(request, stop.install())
+            run_batches(request, stop, stop.install)
 
 
 def _listen() -> StopFlag:
@@ -144,6 +145,9 @@ def _tell(plan: Plan, request: TrainRequest, what: str) -> None:
 
     images_seen = _images_seen(plan)
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
-    print(f"Run {request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
-    print(describe_outputs(plan.run))
-    print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")
+    outputs = describe_outputs(plan.run)
+    # All is done: that nobody reads it is no failure.
+    with suppress(OSError):
+        print(f"Run {request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
+        print(outputs)
+        print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")

@@ -27,6 +27,9 @@ PORT = 29500
 MAX_NODES = 1024
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
+_LOOPBACK = "127."
+_ELSEWHERE = "192.0.2.1"
+"""An address of documentation (RFC 5737), to which only the default route leads."""
 _SIOCGIFADDR = 0x8915
 """Asks for an interface's address (netdevice(7))."""
 
@@ -102,15 +105,23 @@ class Group:
 def interface_to(address: str) -> str:
     """The network interface by which this machine reaches a host name or IPv4 address; empty if nobody can tell."""
     with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        # Nothing is sent: this only chooses a route.
-        probe.connect((address, 9))
-        own = socket.inet_aton(probe.getsockname()[0])
+        own = _own_address(address)
+        if own.startswith(_LOOPBACK) and not (address == "localhost" or address.startswith(_LOOPBACK)):
+            # This machine's own name in its /etc/hosts; the other nodes know it otherwise.
+            own = _own_address(_ELSEWHERE)
         for _, name in socket.if_nameindex():
             with suppress(OSError):
                 request = struct.pack("256s", name.encode())
-                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == own:
+                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == socket.inet_aton(own):
                     return name
     return ""
+
+
+def _own_address(address: str) -> str:
+    """This machine's address on the way to `address`. Nothing is sent: this only chooses a route."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 9))
+        return str(probe.getsockname()[0])
 
 
 def nodes() -> int:

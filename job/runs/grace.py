@@ -49,10 +49,10 @@ class Notice:
 
     def __call__(self) -> bool:
         """Whether this process is to stop."""
-        stopping = self._stop()
-        if stopping:
+        if self._stop():
             self.begin()
-        return stopping
+        # Also if another process was asked: what this one waits for would hold all of them up.
+        return self._since < float("inf")
 
     @property
     def reason(self) -> str:

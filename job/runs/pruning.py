@@ -148,6 +148,13 @@ def _pieces_without_record(run: Store) -> list[str]:
     return [f"{folder}/{key}" for folder, keys in batches.items() for key in sorted(uncommitted(keys))]
 
 
+def _is_wanted(run: Store, key: str) -> bool:
+    """Whether a piece has been taken up since it was found: samplers hold no lease, but say that they read."""
+    folder = batch_of(key)
+    keys = {entry.key.removeprefix(f"{folder}/") for entry in run.list(folder)}
+    return bool(being_read(run)[0]) or key.removeprefix(f"{folder}/") not in uncommitted(keys)
+
+
 def _newest_verified(run: Store, refs: list[CheckpointRef], warn: Callable[[str], None]) -> CheckpointRef:
     with Progress("verifying", total=len(refs), unit="checkpoints") as bar:
         for number, ref in enumerate(sorted(refs, reverse=True)):
@@ -168,6 +175,8 @@ def _remove(run: Store, lease: Lease, found: list[Removal], stop: Callable[[], b
                     f"stopped after {number:,} of {len(found):,} removals: the same command does the rest"
                 )
             lease.confirm()
+            if batch_of(removal.key) and _is_wanted(run, removal.key):
+                continue
             if removal.ref is None:
                 run.delete(removal.key)
             else:

@@ -27,7 +27,7 @@ from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
 from job.data.shards import dataset_key
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
-from job.runs.checkpoints import list_checkpoints
+from job.runs.checkpoints import Manifest, list_checkpoints, manifest_key
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -108,10 +108,22 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
 
 
 def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
-    """The run's configuration with what its last attempt changed about it."""
-    attempt = last_attempt(run)
-    if attempt is None:
+    """The run's configuration with what its last attempt changed about it.
+
+    Raises:
+        BadDataError: the record of that attempt is damaged; with the changes of an earlier one, checkpoints that are to
+            stay would go.
+    """
+    fences = attempt_fences(run)
+    if not fences:
         return config
+    try:
+        attempt = load_attempt(run, fences[-1])
+    except BadDataError as error:
+        raise BadDataError(
+            f"{error}; it says what was changed with --set since the run began: restore it, or delete it and say that "
+            "again"
+        ) from None
     return validated({**flatten(config.model_dump(mode="json")), **attempt.changes}, run.uri_of(CONFIG))
 
 
@@ -185,6 +197,18 @@ def attempt_id(run: Store, fence: int) -> str:
     with suppress(ObjectMissingError, BadDataError):
         return load_attempt(run, fence).id
     return ""
+
+
+def check_written_here(run: Store, manifest: Manifest) -> None:
+    """Returns if a checkpoint was written by an attempt of this run, as far as that can be told.
+
+    Raises:
+        BadDataError: it is another run's, moved or copied here.
+    """
+    known = attempt_id(run, manifest.fence)
+    if known and known != manifest.attempt:
+        where = run.uri_of(manifest_key(manifest.ref))
+        raise BadDataError(f"{where} was not written by attempt {manifest.fence} of this run")
 
 
 def last_attempt(run: Store) -> Attempt | None:

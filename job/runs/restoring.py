@@ -21,6 +21,7 @@ from job.runs.checkpoints import (
     opened,
     read_segment,
 )
+from job.runs.records import check_written_here
 from job.store import ObjectMissingError, Store
 
 
@@ -52,6 +53,7 @@ def newest_good(
         def restored(ref: CheckpointRef) -> Restored | None:
             try:
                 found = stack.enter_context(opened(run, ref, groups))
+                check_written_here(run, found.manifest)
             except (BadDataError, ObjectMissingError) as error:
                 set_aside(ref, str(error))
                 return None

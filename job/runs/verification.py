@@ -226,14 +226,18 @@ class _Verification:
             self._problems.append(str(error))
             return
         if config is None:
-            self._missing(CONFIG, "there are other objects of the run")
+            # An attempt that begins takes the lease and measures the bucket first.
+            if any(key != LEASE and not key.startswith(f"{PROBE}/") for key in self._sizes):
+                self._missing(CONFIG, "there are other objects of the run")
             return
         config_file_sha256 = hashlib.sha256(self._run.read(CONFIG).data).hexdigest()
         for fence, attempt in [*self._attempts.items()]:
             if attempt.config_file_sha256 != config_file_sha256:
                 self._problems.append(f"{self._run.uri_of(records.attempt_key(fence))} is another run's")
                 del self._attempts[fence]
-        self._config = records.as_last_changed(self._run, config)
+        # Without what was changed later nobody knows which checkpoints are to be there; the damage has been told.
+        with suppress(BadDataError):
+            self._config = records.as_last_changed(self._run, config)
         # Without its dataset nobody knows where the run's epochs end, but most of it can be checked.
         with suppress(JobError):
             self._dataset_images = load_index(self._bucket, dataset_key_of(config)).images
@@ -277,7 +281,8 @@ class _Verification:
                 self._problems.append(lost)
         except BadDataError as error:
             self._problems.append(str(error))
-        if refs and LATEST not in self._sizes:
+        # Whoever was killed after the very first one had not said so yet.
+        if len(refs) > 1 and LATEST not in self._sizes:
             self._missing(LATEST, "there are checkpoints")
 
     def _check_of(self, key: str) -> Check | None:

@@ -33,8 +33,13 @@ from job.sampling.pieces import GRID, Batch, PieceRecord
 from job.sampling.sample import Painter, load_weights, look_for, sampling_of
 
 
-def run_batches(request: SampleRequest, stop: StopFlag) -> None:
+def run_batches(request: SampleRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
     """Draws this slice of the images of each chosen checkpoint, and prints where they lie.
+
+    Args:
+        request: what to draw.
+        stop: polled all the while.
+        when_met: called when all processes have met.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -46,6 +51,7 @@ def run_batches(request: SampleRequest, stop: StopFlag) -> None:
     notice = Notice(stop, grace_seconds())
     plan = plan_sampling(request, notice)
     ranks = Ranks(compute.build_accelerator("fp32"), notice)
+    when_met()
     # A run that trains meanwhile may show each process another newest checkpoint.
     plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
     precision = request.precision or plan.config.train.precision

@@ -33,6 +33,7 @@ from job.processes.ranks import Ranks
 from job.processes.stopping import Agreement, StopFlag
 from job.progress import Progress
 from job.requests import GIF_SEEDS, SampleRequest, parse_numbers
+from job.runs import records
 from job.runs.checkpoints import CheckpointRef, opened
 from job.runs.provenance import put_picture
 from job.runs.retention import reading
@@ -156,8 +157,13 @@ class Look:
         return figures.png(figures.image_grid(images, columns, scale=scale, column_labels=labels))
 
 
-def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None) -> Look:
-    """The layout for a run; with a cache, nearest training images are shown."""
+def look_for(
+    config: RunConfig, index: DatasetIndex, cache: ImageCache | None, stop: Callable[[], bool] = lambda: False
+) -> Look:
+    """The layout for a run; with a cache, nearest training images are shown, unless `stop` says so meanwhile.
+
+    Its `grid` then raises `StoppedError`.
+    """
     classes = index.classes if config.model.num_classes else ()
     if cache is None:
         return Look(classes)
@@ -165,6 +171,8 @@ def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None) -
     def chunks() -> Iterator[Images]:
         for first in range(0, index.images, 1024):
             beat()
+            if stop():
+                raise StoppedError("stopped while the nearest training images were looked for")
             yield cache.read(np.arange(first, min(first + 1024, index.images)))
 
     return Look(classes, chunks, cache.read)
@@ -196,14 +204,19 @@ def draw_run_grid(
     images = painter.draw(seeds, sampling, config.sample.batch_size, "sampling")
 
     def publish() -> None:
-        look = look_for(config, index, cache if config.sample.nearest else None)
+        look = look_for(config, index, cache if config.sample.nearest else None, painter.stop)
         put(run_grid_key(config, index.images, images_seen), look.grid(images, seeds))
 
     painter.ranks.on_main(publish)
 
 
-def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
+def run_sampling(request: SampleRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
     """Draws from the chosen checkpoints of a run and prints where each picture lies.
+
+    Args:
+        request: what to draw.
+        stop: polled all the while.
+        when_met: called when all processes have met.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -219,11 +232,12 @@ def run_sampling(request: SampleRequest, stop: StopFlag) -> None:
         seeds = parse_numbers(request.seeds, "--seeds")
         gif_seeds = seeds[:GIF_SEEDS]
     ranks = Ranks(compute.build_accelerator("fp32"), stop)
+    when_met()
     painter = Painter(
         config, ranks, request.precision or config.train.precision, stop, Agreement(ranks.world_size, flags=1)
     )
     cache = _training_cache(plan, request, stop) if ranks.is_main else None
-    look = look_for(config, index, cache)
+    look = look_for(config, index, cache, stop)
     chosen = partial(how_drawn, plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
     how = gif_how = chosen(seeds=request.seeds)
     if request.seeds and len(gif_seeds) < len(seeds):
@@ -277,6 +291,7 @@ def load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, rank
         tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
         try:
             with reading(run, ref), opened(run, ref, (group,)) as restored:
+                records.check_written_here(run, restored.manifest)
                 restored.copy_into(tensors)
         except BadDataError as error:
             name = run.uri.rsplit("/", 1)[-1]

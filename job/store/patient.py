@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 from job.exits import BadRequestError, BucketAwayError, StoppedError
+from job.processes.heartbeat import beat
 from job.store import open_store
 from job.store.base import Blob, Entry, Store
 
@@ -140,6 +141,8 @@ class PatientStore(Store):
         threading.Thread(target=attempt, name=f"bucket {self.uri}", daemon=True).start()
         leave_at: float | None = None
         while not wait([done], timeout=POLL_SECONDS).done:
+            # In whichever thread: what waits for a bucket does not hang, and operations on one are bounded.
+            beat()
             if self._should_stop():
                 leave_at = leave_at or time.monotonic() + LAST_SECONDS
                 if time.monotonic() >= leave_at:
@@ -149,6 +152,7 @@ class PatientStore(Store):
     def _pause(self, seconds: float, error: BucketAwayError) -> None:
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
+            beat()
             if self._should_stop():
                 raise StoppedError(f"stopped while the bucket was away ({error})")
             time.sleep(min(POLL_SECONDS, left))

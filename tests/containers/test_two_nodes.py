@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import shutil
 import subprocess
 from collections.abc import Iterator
 from importlib import resources
@@ -16,7 +17,7 @@ from job.store import open_store
 from tests.job.nodes import Nodes
 
 pytestmark = pytest.mark.containers
-ADDRESSES = ("10.77.0.1", "10.77.0.2")
+ADDRESSES = ("192.168.77.1", "192.168.77.2")
 
 
 def ip(*words: str) -> None:
@@ -43,10 +44,27 @@ def namespaces() -> Iterator[tuple[str, str]]:
             subprocess.run(["ip", "netns", "del", name], check=False, timeout=20)
 
 
-def test_two_nodes_meet_and_train(tmp_path: Path, namespaces: tuple[str, str]) -> None:
+@pytest.fixture
+def named(namespaces: tuple[str, str]) -> Iterator[str]:
+    """A name of node 0, which is a loopback address to itself, as Debian writes it into /etc/hosts."""
+    for namespace, address in zip(namespaces, ("127.0.1.1", ADDRESSES[0]), strict=True):
+        folder = Path("/etc/netns") / namespace
+        folder.mkdir(parents=True)
+        (folder / "hosts").write_text(f"127.0.0.1 localhost\n{address} node0\n")
+    ip("-n", namespaces[0], "route", "add", "default", "via", ADDRESSES[1])
+    yield "node0"
+    for namespace in namespaces:
+        shutil.rmtree(Path("/etc/netns") / namespace)
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_two_nodes_meet_and_train(
+    tmp_path: Path, namespaces: tuple[str, str], by_name: bool, request: pytest.FixtureRequest
+) -> None:
+    address = request.getfixturevalue("named") if by_name else ADDRESSES[0]
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
     pack(open_store(str(tmp_path / "bucket")), str(source), "tiles", size=16)
-    nodes = Nodes(tmp_path, ADDRESSES[0], 29500, namespaces)
+    nodes = Nodes(tmp_path, address, 29500, namespaces)
     together = nodes.together("walk", 2)
     assert [node.wait(200) for node in together] == [0, 0], nodes.said(together)
     run = open_store(str(nodes.bucket)).sub("runs/walk")

@@ -26,6 +26,7 @@ from job.store import ConflictError, ObjectExistsError, Store, open_store
 from job.store.patient import open_patient
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import DDPM, ddpm_here, environment, refused, settings, succeeded
+from tests.job.launching import children
 from tests.job.leases import eventually
 
 DEADLINE_SECONDS = 2.0
@@ -258,11 +259,29 @@ def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
     assert "is finished" in train(bucket, 1)
 
 
+@pytest.mark.parametrize("proxied", ["gs"], indirect=True)
+def test_waiting_for_a_checkpoint_is_no_hang(proxied: tuple[FaultyProxy, str]) -> None:
+    proxy, bucket = proxied
+    pack_tiles(patient(bucket))
+    train(bucket, 1)
+    proxy.inject(Fault.UNAVAILABLE, r"^GET [^\n]*safetensors", times=10_000)
+    words = [DDPM, *map(str, train_words(bucket, 2)), "--hang-after", "6"]
+    child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
+    eventually(lambda: proxy.injected[Fault.UNAVAILABLE] > 0, 60)
+    time.sleep(15)
+    assert child.poll() is None
+    proxy.forget()
+    _, stderr = child.communicate(timeout=120)
+    assert child.returncode == Exit.FINISHED, stderr
+
+
 @pytest.mark.parametrize(
-    ("proxied", "processes"), [("gs", 2), pytest.param("s3", 1, marks=pytest.mark.slow)], indirect=["proxied"]
+    ("proxied", "processes", "told"),
+    [("gs", 2, "launcher"), ("gs", 2, "a rank"), pytest.param("s3", 1, "launcher", marks=pytest.mark.slow)],
+    indirect=["proxied"],
 )
 def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
-    proxied: tuple[FaultyProxy, str], processes: int
+    proxied: tuple[FaultyProxy, str], processes: int, told: str
 ) -> None:
     """One process may have the images of the next step and the other not: none begins it, and all save."""
     proxy, bucket = proxied
@@ -280,7 +299,7 @@ def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
     time.sleep(5)
     before = newest(run)
     began = time.monotonic()
-    child.terminate()
+    os.kill(child.pid if told == "launcher" else max(children(child.pid)), signal.SIGTERM)
     _, stderr = child.communicate(timeout=60)
     assert child.returncode == Exit.STOPPED, stderr
     assert time.monotonic() - began < 10

@@ -14,7 +14,7 @@ from job.exits import MissingInputError
 from job.processes import launcher
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.job.command_line import DDPM, environment, settings
+from tests.job.command_line import DDPM, ddpm_here, environment, settings, succeeded
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
 STOPS = """
@@ -336,6 +336,25 @@ def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch):
     monkeypatch.setenv(launcher.GPUS, "8")
     with pytest.raises(MissingInputError, match="was given 8 GPUs, and PyTorch sees 1: is the driver"):
         launcher.check_gpus()
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_the_code_is_the_same_when_nobody_reads_what_is_said(tmp_path, processes):
+    """As behind a `tee` that Ctrl-C ended first, or on a terminal that hung up."""
+    words = ["train", "--dataset", "tiles", "--run", "walk", "--bucket", str(tmp_path), "--epochs", "10000"]
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", tmp_path))
+    command = [DDPM, *words, *settings(checkpoint__every_epochs="1"), "--processes", str(processes)]
+    variables = environment(DDPM_CACHE=str(tmp_path / "cache"))
+    child = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    run = open_store(str(tmp_path)).sub("runs/walk")
+    eventually(lambda: (tmp_path / "runs/walk/checkpoints").exists() and list_checkpoints(run))
+    child.stdout.close()
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 75
+    finished = [DDPM, *words[:-1], "1", *settings(checkpoint__every_epochs="1")]
+    child = subprocess.Popen(finished, env=variables, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    child.stdout.close()
+    assert child.wait(60) == 0
 
 
 def test_the_launcher_does_not_import_torch():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import time
 from importlib import resources
 from pathlib import Path
 
@@ -103,6 +104,20 @@ def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes, told)
     together = nodes.together("walk", epochs)
     assert [node.wait(60) for node in together] == [0, 0], nodes.said(together)
     assert max(list_checkpoints(run)).images_seen > stopped_at
+
+
+def test_a_node_that_waits_for_another_can_be_stopped(nodes):
+    (waiting, other) = nodes.together("walk", 2)
+    other.kill()
+    other.wait()
+    # Long enough to have begun to wait.
+    time.sleep(8)
+    assert waiting.poll() is None, nodes.said([waiting])
+    began = time.monotonic()
+    waiting.send_signal(signal.SIGTERM)
+    assert waiting.wait(30) == 75, nodes.said([waiting])
+    assert time.monotonic() - began < 10
+    assert not (nodes.bucket / "runs/walk/lease.json").exists()
 
 
 def test_a_node_that_dies_ends_the_others(nodes):

@@ -7,6 +7,7 @@ import torch
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.runs.checkpoints import (
+    LATEST,
     CheckpointRef,
     Manifest,
     by_progress,
@@ -227,7 +228,10 @@ def test_choosing_by_epoch_names_what_there_is(run):
     for ref in list_checkpoints(run):
         delete_checkpoint(run, ref)
     assert not list(run.list("checkpoints"))
-    with pytest.raises(MissingInputError, match="no checkpoint"):
+    with pytest.raises(BadDataError, match=r"no checkpoint any more: .*LATEST names it"):
+        choose(run, "r", "latest", 40, 16)
+    run.delete(LATEST)
+    with pytest.raises(MissingInputError, match=r"no checkpoint .* yet"):
         choose(run, "r", "latest", 40, 16)
 
 

@@ -10,7 +10,7 @@ import pytest
 from job.config import RunConfig, validated
 from job.exits import Exit
 from job.processes.process_identity import ProcessIdentity
-from job.runs import records
+from job.runs import pruning, records
 from job.runs.checkpoints import LATEST, CheckpointRef, Latest, Manifest, list_checkpoints
 from job.runs.lease import Lease
 from job.runs.retention import Reader, Retention, being_read, reading
@@ -198,6 +198,31 @@ def test_what_killed_readers_samplers_and_savers_left_goes(bucket, run):
     assert lines.count("left behind by sampling that was stopped") == 2
     assert everything(run).keys() == there | kept.keys()
     assert not unlocked.parent.exists()
+
+
+def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, capsys):
+    succeeded(prune(bucket))
+    batch = "samples/epoch-0001-ddim-4-0-8"
+    for piece in ("piece-00000.tar", "piece-00001.tar", "piece-00002.tar"):
+        run.create(f"{batch}/{piece}", b"1")
+    retention = Retention.of(config())
+    found = pruning.removals(open_store(str(bucket)), run, config(), retention, 1, pytest.fail)
+    assert len(found) == 3
+    lease = Lease.take(run, FENCE, 0.0, lambda: False, pytest.fail)
+    try:
+        # A sampler has committed one of them since, and gone.
+        run.create(f"{batch}/records/piece-00001.json", b"{}")
+        pruning._remove(run, lease, found[:2], lambda: False)
+        # Another one has begun.
+        with reading(run, CheckpointRef(2, 80)):
+            pruning._remove(run, lease, found[2:], lambda: False)
+    finally:
+        lease.close()
+    assert [entry.key.rpartition("/")[2] for entry in run.list(batch)] == [
+        "piece-00001.tar",
+        "piece-00002.tar",
+        "piece-00001.json",
+    ]
 
 
 def test_it_is_refused_while_somebody_trains(bucket, run):

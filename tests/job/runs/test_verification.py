@@ -265,6 +265,53 @@ def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(run, keys):
             run.put(f"{ref.key}/MANIFEST.json", data)
 
 
+def test_without_what_was_changed_last_nothing_is_retired(bucket, tmp_path):
+    """The record of the last attempt says which checkpoints are to stay."""
+    for folder in ("runs/r", "datasets"):
+        shutil.copytree(bucket / folder, tmp_path / folder)
+    run = open_store(str(tmp_path)).sub("runs/r")
+    before = list_checkpoints(run)
+    with damaged(run, "attempts/000002.json", DAMAGES["bit in the middle"]):
+        for words in (("train", "--dataset", "tiles", "--run", "r", "--epochs", 5), ("runs", "prune", "r")):
+            line = refused(ddpm_here(*words, "--bucket", tmp_path), Exit.BAD_DATA)
+            assert f"{run.uri}/attempts/000002.json is rotten" in line
+            assert "--set" in line
+        assert list_checkpoints(run) == before
+        done = ddpm_here("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
+        assert "drawing as the run began" in done.stderr
+        succeeded(done)
+
+
+def test_a_checkpoint_of_another_run_is_named_and_not_used(bucket, tmp_path):
+    for folder in ("runs/other", "datasets"):
+        shutil.copytree(bucket / folder, tmp_path / folder)
+    (ref,) = list_checkpoints(open_store(str(tmp_path)).sub("runs/other"))
+    here = tmp_path / "runs/other" / ref.key
+    shutil.rmtree(here)
+    # Whole in itself, and in a place where its own lay.
+    shutil.copytree(bucket / "runs/r" / ref.key, here)
+    said = f"{here}/MANIFEST.json was not written by attempt 1 of this run"
+    assert said in refused(train(tmp_path, "other", 2, train__seed="5"), Exit.BAD_DATA)
+    words = ("sample", "--run", "other", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
+    assert said in refused(ddpm_here(*words), Exit.BAD_DATA)
+
+
+def test_what_a_run_lacks_when_it_begins_is_no_problem(bucket, tmp_path):
+    run = open_store(str(tmp_path)).sub("runs/r")
+    run.create("probe/0123", b"1")
+    source = open_store(str(bucket)).sub("runs/r")
+    run.create("lease.json", source.read("lease.json").data)
+    assert verify_run(open_store(str(tmp_path)), "r").problems == []
+    shutil.copytree(bucket / "runs/other", tmp_path / "runs/other")
+    other = open_store(str(tmp_path)).sub("runs/other")
+    (only,) = list_checkpoints(other)
+    # Killed between its first manifest and the hint.
+    other.delete(LATEST)
+    assert verify_run(open_store(str(tmp_path)), "other").problems == []
+    other.delete(f"{only.key}/MANIFEST.json")
+    assert [problem for problem in verify_run(open_store(str(tmp_path)), "other").problems if LATEST in problem] == []
+
+
 @pytest.mark.parametrize("damage", ["cut off", "gone"])
 def test_a_finished_run_that_has_lost_its_newest_checkpoint_learns_it_again(bucket, run, contents, damage, tmp_path):
     shutil.copytree(bucket / "runs" / "r", tmp_path / "runs" / "r")

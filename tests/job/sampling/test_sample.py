@@ -15,6 +15,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.data.pack import pack
+from job.data.shards import load_index
 from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.plan import plan_sampling
 from job.processes import compute
@@ -22,7 +23,8 @@ from job.processes.ranks import Ranks
 from job.processes.stopping import Agreement
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
-from job.sampling.sample import Painter, default_sampling, run_sampling
+from job.runs.records import existing_config
+from job.sampling.sample import Painter, default_sampling, look_for, run_sampling
 from job.store import Store, open_store
 from job.train import run_training
 from tests.job.command_line import NETWORK, ddpm, succeeded
@@ -205,3 +207,19 @@ def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
 def test_the_newest_checkpoint_is_the_default(run, sample):
     assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
     assert list(sample(checkpoints="3")) == list(sample())
+
+
+def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
+    # More images than are compared at a time.
+    index = load_index(open_store(str(bucket)), "datasets/tiles-16")
+    shard = index.shards[0].model_copy(update={"images": 5000})
+    index = index.model_copy(update={"shards": (shard,)})
+
+    class Cache:
+        def read(self, indices):
+            return np.zeros((len(indices), 16, 16, 3), np.uint8)
+
+    answers = iter([False, True])
+    look = look_for(existing_config(open_store(str(bucket)), "walk"), index, Cache(), lambda: next(answers))
+    with pytest.raises(StoppedError, match="nearest"):
+        look.grid(np.zeros((4, 16, 16, 3), np.uint8), range(4))
