@@ -11,6 +11,9 @@ from types import FrameType
 from typing import NoReturn
 
 
+_LAST_SECONDS = 5
+
+
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
     _tell(number)
     # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
@@ -19,6 +22,9 @@ def _leave(number: int, frame: FrameType | None) -> NoReturn:
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     _tell(number)
+    # A library that is imported late may still catch it.
+    signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
+    signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
 
 

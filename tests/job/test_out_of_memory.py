@@ -24,6 +24,7 @@ def run_training(*arguments):
 """
 
 
+@pytest.mark.slow
 def test_on_the_machine(tmp_path):
     place = ("--bucket", tmp_path / "bucket")
     variables = {

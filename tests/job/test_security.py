@@ -154,7 +154,7 @@ def test_a_payload_in_the_place_of_any_object_is_never_executed(trained, tmp_pat
         ("lease.json", 0),
         ("LATEST", 0),
         ("status.json", 0),
-        ("attempts/000001.json", 0),
+        ("attempts/000001.json", Exit.BAD_DATA),
         ("metrics/*.jsonl", 0),
         ("checkpoints/*/optimizer-00.safetensors", Exit.BAD_DATA),
     ],

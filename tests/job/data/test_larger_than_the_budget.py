@@ -65,6 +65,7 @@ def written(tmp_path_factory):
     return write
 
 
+@pytest.mark.slow
 def test_ten_times_the_dataset_takes_no_more_memory_or_disk_and_gives_the_same_batches(written, tmp_path):
     small_root, small = written(6)
     large_root, large = written(40)

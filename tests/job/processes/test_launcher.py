@@ -338,7 +338,7 @@ def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch):
         launcher.check_gpus()
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_code_is_the_same_when_nobody_reads_what_is_said(tmp_path, processes):
     """As behind a `tee` that Ctrl-C ended first, or on a terminal that hung up."""
     words = ["train", "--dataset", "tiles", "--run", "walk", "--bucket", str(tmp_path), "--epochs", "10000"]

@@ -92,7 +92,7 @@ def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(nodes):
     assert alone == together
 
 
-@pytest.mark.parametrize("told", [0, 1])
+@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes, told):
     run = open_store(str(nodes.bucket)).sub("runs/walk")
     together = nodes.together("walk", 10_000)
@@ -120,6 +120,7 @@ def test_a_node_that_waits_for_another_can_be_stopped(nodes):
     assert not (nodes.bucket / "runs/walk/lease.json").exists()
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_ends_the_others(nodes):
     run = open_store(str(nodes.bucket)).sub("runs/walk")
     together = nodes.together("walk", 10_000)
