@@ -10,7 +10,6 @@ from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
-
 _LAST_SECONDS = 5
 
 

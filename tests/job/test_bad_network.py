@@ -278,7 +278,11 @@ def test_waiting_for_a_checkpoint_is_no_hang(proxied: tuple[FaultyProxy, str]) -
 
 @pytest.mark.parametrize(
     ("proxied", "processes", "told"),
-    [pytest.param("gs", 2, "launcher", marks=pytest.mark.slow), ("gs", 2, "a rank"), pytest.param("s3", 1, "launcher", marks=pytest.mark.slow)],
+    [
+        pytest.param("gs", 2, "launcher", marks=pytest.mark.slow),
+        ("gs", 2, "a rank"),
+        pytest.param("s3", 1, "launcher", marks=pytest.mark.slow),
+    ],
     indirect=["proxied"],
 )
 def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
