@@ -21,6 +21,9 @@ DDPM      = .venv/bin/ddpm
 INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
 INFRA     = .venv/.installed-infra
+# A comma that is written out would end an argument of `call`.
+comma    := ,
+EDITABLE  = .[gs$(comma)s3$(comma)$(EXTRAS)]
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
 # Without BUCKET= it is the target's, else that of DDPM_BUCKET, else ./bucket, as for `ddpm` itself.
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
@@ -42,7 +45,7 @@ help: ## List the verbs and their variables
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
 setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there
-	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,.[gs,s3,$(EXTRAS)]))
+	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,$(EDITABLE)))
 
 $(INSTALLED): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'

@@ -65,6 +65,7 @@ resource "google_container_node_pool" "jobs" {
   name           = each.key
   cluster        = google_container_cluster.this[0].id
   node_locations = local.zones
+  depends_on     = [google_container_node_pool.system] # GKE taints GPU nodes only beside a pool without GPUs
   autoscaling {
     total_min_node_count = 0
     total_max_node_count = each.value.nodes

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Targets
+from job.cli.options import Targets
 
 
 def doctor(
@@ -12,7 +12,7 @@ def doctor(
         str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")
     ] = "local",
     bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", envvar="DDPM_BUCKET", help="Default: the target's bucket.")
+        str, typer.Option("--bucket", metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
     ] = "",
     no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Look at no bucket.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, at the end.")] = False,
@@ -25,9 +25,9 @@ def doctor(
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """
     from job.jobs.doctor import checks_of, tell
-    from job.jobs.targets import chosen_target, load_targets
+    from job.jobs.targets import chosen_target, default_bucket, load_targets
 
     target = chosen_target(load_targets(targets), on)
-    uri = "" if no_bucket else bucket or target.bucket or DEFAULT_BUCKET
+    uri = "" if no_bucket else bucket or default_bucket(target)
     if code := tell(checks_of(target, uri), as_json):
         raise SystemExit(int(code))

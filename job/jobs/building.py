@@ -101,6 +101,13 @@ def bucket_of(words: Words, target: Target) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
+def hours_named(target: Target, wishes: Wishes) -> float | None:
+    """The hours that somebody asked for, by `--max-hours` or in the target; None if nobody did."""
+    if wishes.max_hours is not None:
+        return wishes.max_hours
+    return target.max_hours if "max_hours" in target.model_fields_set else None
+
+
 def wait_seconds(target: Target) -> float:
     """How long a job waits for its predecessor, which may be saving until its machine is gone.
 
@@ -181,8 +188,7 @@ def _on_this_machine(words: Words, target: Target, wishes: Wishes) -> Words:
     # In a container are the GPUs that were asked for, and no others.
     if target.backend == "local" and wishes.gpus and words.verb != "pack" and "processes" not in words.given:
         words = words.saying(processes=wishes.gpus)
-    limit = target.max_hours if "max_hours" in target.model_fields_set else None
-    limit = limit if wishes.max_hours is None else wishes.max_hours
+    limit = hours_named(target, wishes)
     # There is no engine that would end it; a limit that makes no sense is refused with the rest of the job.
     if limit is not None and 0 < limit < math.inf and "stop_after" not in words.given:
         words = words.saying(stop_after=f"{max(1, round(limit * 3600))}s")

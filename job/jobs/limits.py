@@ -29,7 +29,12 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> Limi
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
         return Limit(attempts, f"{hours} {how}{again}")
-    if isinstance(target, KubernetesTarget) and spec.nodes > 1 and not target.queue:
-        how = "from each start of the group of nodes, then Kubernetes ends it; preemptions start it again without bound"
-        return Limit(None, f"{hours} {how}{again}")
+    if isinstance(target, KubernetesTarget):
+        what = "waiting for nodes included" if spec.machines > 1 else "waiting for a node included"
+        if target.queue:
+            return Limit(1, f"{hours} for all attempts together, {what}, then its queue stops it for good{again}")
+        if spec.nodes > 1:
+            how = f"from each start of the group, {what}, then Kubernetes ends it; preemptions start it without bound"
+            return Limit(None, f"{hours} {how}{again}")
+        return Limit(1, f"{hours} for all attempts together, {what}, then Kubernetes ends it{again}")
     return Limit(1, f"{hours} for all attempts together, then the engine ends it{again}")

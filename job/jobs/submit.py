@@ -17,7 +17,7 @@ from job.exits import BadRequestError, JobError
 from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, Manifest, NoCapacityError
 from job.jobs.backends.machines import gpus_of
-from job.jobs.building import Wishes, spec_of
+from job.jobs.building import Wishes, hours_named, spec_of
 from job.jobs.limits import limit_of
 from job.jobs.prices import estimate
 from job.jobs.spec import JobSpec
@@ -77,7 +77,7 @@ def submit(words: Words, on: str, targets: Path | None, wishes: Wishes, manner: 
             print("\n".join(plan_lines(spec, target, is_watched=manner.watch)), flush=True)
             if not manner.yes:
                 _ask(spec)
-        _send(backend, spec, manner)
+        _send(backend, spec, manner, hours_named(target, wishes) is not None)
 
 
 def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
@@ -118,9 +118,9 @@ def _ask(spec: JobSpec) -> None:
         raise BadRequestError(f"{spec.name} is not submitted")
 
 
-def _send(backend: Backend, spec: JobSpec, manner: Manner) -> None:
+def _send(backend: Backend, spec: JobSpec, manner: Manner, hours_are_named: bool) -> None:
     if manner.watch:
-        _watch(backend, spec)
+        _watch(backend, spec, has_limit=backend.target.is_remote or hours_are_named)
     elif backend.target.is_remote or manner.detach:
         print(submit_somewhere(backend, spec).describe_start(spec.name))
     else:
@@ -147,7 +147,7 @@ def submit_somewhere(backend: Backend, spec: JobSpec) -> Backend:
             here = following
 
 
-def _watch(backend: Backend, spec: JobSpec) -> None:
+def _watch(backend: Backend, spec: JobSpec, *, has_limit: bool) -> None:
     from job.jobs.following import StopSignals
     from job.jobs.watch import BootClock, Watch
 
@@ -158,7 +158,7 @@ def _watch(backend: Backend, spec: JobSpec) -> None:
         # A run that was finished before may have been given more epochs.
         return status is not None and status.state == "finished" and status != before
 
-    Watch(backend, spec, BootClock(StopSignals().wait), note, is_finished).run()
+    Watch(backend, spec, BootClock(StopSignals().wait), note, is_finished, has_limit).run()
 
 
 def _run_status(spec: JobSpec) -> Status | None:

@@ -7,6 +7,7 @@ same command watches it again.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,6 +20,8 @@ from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, S
 from job.jobs.spec import JobSpec
 
 POLL_SECONDS = 15.0
+UNSEEN_SECONDS = 4 * POLL_SECONDS
+"""In less, no job gets a machine, has it for long and is over."""
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one ran for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
@@ -33,6 +36,9 @@ CRASHED = 1
 """The exit code of a job whose engine does not tell it."""
 SHORTEST_HOURS = 1 / 60
 """What is left of `max_hours` when it is not worth submitting a job again."""
+SLACK_HOURS = 0.1
+"""What may be left of `max_hours`, as seen from here, of a job that its engine ended for having had them. More is left
+where the engine counts the time without a machine as well."""
 
 
 class JobEndedError(JobError):
@@ -86,6 +92,7 @@ class Watch:
         clock: time.
         note: told what a person should know, a line each.
         is_finished: asked about a job that its engine does not know any more, such as on a VM that deletes itself.
+        has_limit: whether `max_hours` bound the job; on this machine they do so only where somebody named them.
     """
 
     home: Backend
@@ -93,7 +100,10 @@ class Watch:
     clock: Clock
     note: Callable[[str], None]
     is_finished: Callable[[], bool] = lambda: False
+    has_limit: bool = True
     _here: Backend = field(init=False)
+    _seen_at: float = field(init=False, default=-math.inf)
+    """When the engine knew the job last."""
     _failures: int = field(init=False, default=0)
     _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
     _used_seconds: float = field(init=False, default=0.0)
@@ -129,12 +139,14 @@ class Watch:
             self._stop_if_deleted(status)
             self._judge(status)
             self._pause()
-            if self._here.keeps_jobs:
+            if self._here.keeps_seconds:
                 self._stop_if_deleted(self._ask())
             self._submit()
 
     def _stop_if_deleted(self, status: JobStatus) -> None:
-        if status.state is State.GONE and self._here.keeps_jobs:
+        # Whoever looks after a day's sleep finds that the engine has forgotten a job that ended meanwhile.
+        is_kept = self.clock.now() - self._seen_at < self._here.keeps_seconds
+        if status.state is State.GONE and is_kept:
             raise self._ended_by_somebody("was deleted")
 
     def _ended_by_somebody(self, how: str) -> StoppedError:
@@ -150,7 +162,10 @@ class Watch:
         # A machine may come and go between two looks, and is paid for all the same.
         self._used_seconds += POLL_SECONDS
         if status.cause is Cause.OUT_OF_TIME:
-            raise self._out_of_time()
+            if self._hours_left() < SLACK_HOURS:
+                raise self._out_of_time()
+            self.note(f"{name} had a machine for less than its {self.spec.max_hours:g} hours; submitting it again")
+            return
         code, rule = status.exit_code, status.retried
         how = "is gone" if status.state is State.GONE else "failed" if code is None else f"ended with {code}"
         if rule == "never":
@@ -158,10 +173,10 @@ class Watch:
         self._failures += rule == "bounded"
         if self._failures > MOST_FAILURES:
             raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
-        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
-        self.note(f"{name} {how}{said}; submitting it again{counted}")
         if self._hours_left() < SHORTEST_HOURS:
             raise self._out_of_time()
+        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+        self.note(f"{name} {how}{said}; submitting it again{counted}")
 
     def _out_of_time(self) -> StoppedError:
         name, hours = self.spec.name, f"{self.spec.max_hours:g} hours"
@@ -185,11 +200,15 @@ class Watch:
             status, now = self._ask(), self.clock.now()
             passed, since = now - since, now
             # A poll that first sees a machine counts what passed since the last one: rather too much than too little.
-            if _has_machine(before) or _has_machine(status):
+            # So does one that finds a job over after a time in which nobody looked, such as this machine's sleep.
+            has_ended = status.state.is_over or status.cause is Cause.OUT_OF_TIME
+            was_unseen = has_ended and passed > UNSEEN_SECONDS
+            if was_unseen or _has_machine(before) or _has_machine(status):
                 self._used_seconds += passed
             if State.RUNNING in (before.state, status.state):
                 ran_seconds += passed
-            waiting = waiting + passed if status.state is State.WAITING else 0.0
+            # One that only gets ready has what it would be moved for.
+            waiting = waiting + passed if status.state is State.WAITING and not status.has_machine else 0.0
             before = status
             if ran_seconds > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
@@ -201,6 +220,14 @@ class Watch:
                 self.note(
                     f"{self.spec.name} is {status.state.value}{where}{': ' * bool(status.message)}{status.message}"
                 )
+            if status.state is State.WAITING and status.cause is Cause.OUT_OF_TIME:
+                # Its queue has stopped it for good, and keeps it.
+                self._cancel()
+                return replace(status, state=State.FAILED)
+            if status.state is State.WAITING and self._hours_left() < SHORTEST_HOURS:
+                # It would wait for a machine that it may not use.
+                self._cancel()
+                raise self._out_of_time()
             if status.cause is not Cause.NO_IMAGE:
                 no_image_since = None
             elif no_image_since is None:
@@ -226,23 +253,39 @@ class Watch:
             return
         raise JobEndedError(f"{self.spec.name} cannot begin, and is removed: {status.message}", Exit.MISSING_INPUT)
 
+    def _cancel(self) -> bool:
+        """Ends the job, however long its engine does not answer; False if it had ended by itself."""
+        tried = False
+        while True:
+            try:
+                self._here.cancel(self.spec.name)
+                # That it is gone is nobody else's doing.
+                self._seen_at = -math.inf
+                return True
+            except BucketAwayError as error:
+                self.note(f"{error}; trying again to end {self.spec.name}")
+                tried = True
+                self._sleep(POLL_SECONDS)
+            except (MissingInputError, BadRequestError):
+                # Unless an earlier request arrived whose answer did not.
+                return tried and self._ask().state in (State.CANCELLED, State.GONE)
+
     def _move(self) -> None:
         self.note(f"{self.spec.name} has waited for a machine for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
-        try:
-            self._here.cancel(self.spec.name)
-        except (MissingInputError, BadRequestError):
-            # It ended by itself just now.
+        if not self._cancel():
             return
-        while not self._ask().state.is_over:
+        while not (status := self._ask()).state.is_over:
             self._sleep(POLL_SECONDS)
-        self._here = self._here.elsewhere() or self.home
-        self._submit()
+        if status.state is not State.FINISHED:
+            self._here = self._here.elsewhere() or self.home
+            self._submit()
 
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
         while True:
             try:
-                self._here.submit(replace(self.spec, max_hours=max(self._hours_left(), SHORTEST_HOURS)))
+                self._here.submit(self._rest())
+                self._seen_at = self.clock.now()
                 return
             except NoCapacityError as error:
                 following = self._here.elsewhere()
@@ -263,14 +306,25 @@ class Watch:
         told = False
         while True:
             try:
-                return self._here.status(self.spec.name)
+                status = self._here.status(self.spec.name)
             except BucketAwayError as error:
                 if not told:
                     self.note(f"{error}; the job goes on meanwhile")
                 told = True
                 self._sleep(POLL_SECONDS)
+                continue
+            if status.state is not State.GONE:
+                self._seen_at = self.clock.now()
+            return status
+
+    def _rest(self) -> JobSpec:
+        if not self.has_limit:
+            return self.spec
+        return replace(self.spec, max_hours=max(self._hours_left(), SHORTEST_HOURS))
 
     def _hours_left(self) -> float:
+        if not self.has_limit:
+            return math.inf
         # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
         used_hours = int(self._used_seconds) / 3600
         return max(self.spec.max_hours - used_hours, 0.0) if used_hours else self.spec.max_hours

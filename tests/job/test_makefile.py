@@ -86,6 +86,14 @@ def test_setup_has_nothing_to_do_twice(make):
     assert "Nothing to be done" in succeeded(make("setup"))
 
 
+def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make):
+    commands = succeeded(make("--dry-run", "setup", "EXTRAS=google,kubernetes")).splitlines()
+    assert [shlex.split(command)[-2:] for command in commands if "pip install" in command] == [
+        ["--editable", ".[gs,s3,google,kubernetes]"]
+    ]
+    assert "pip install" not in succeeded(make("--dry-run", "setup"))
+
+
 def test_submit_train_packs_trains_and_says_where_everything_lies(make):
     done = make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}")
     out = succeeded(done)

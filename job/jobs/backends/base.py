@@ -79,6 +79,11 @@ class JobStatus:
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
+def hope(rule: str) -> int:
+    """How much hope there is for a part of a job that failed: the part with the least decides about the whole."""
+    return ("never", "bounded", "always").index(rule)
+
+
 def cancelled(state: State) -> str:
     """What cancelling does to a job that is in `state`, in words that go on after its name."""
     if state is State.RUNNING:
@@ -103,8 +108,8 @@ class Backend(abc.ABC):
     bounded retries, and `NoCapacityError` when it has no machine of that kind now.
     """
 
-    keeps_jobs: ClassVar[bool] = False
-    """Whether a job that was there and is not was deleted by somebody: nothing else makes the engine forget it."""
+    keeps_seconds: ClassVar[float] = 0.0
+    """For how long the engine knows a job that is over; one that it forgets earlier was deleted by somebody."""
 
     def __init__(self, target: Target) -> None:
         self.target = target

@@ -11,7 +11,7 @@ from typing import Any
 
 from job.exits import BadRequestError, BucketAwayError, MissingInputError
 from job.jobs.backends import google_checks, google_logs
-from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled, hope
 from job.jobs.backends.batch_manifests import OVER_TIME, UNRESPONSIVE, job
 from job.jobs.backends.google import GoogleApis, NotThereError
 from job.jobs.backends.google_container import meaning
@@ -62,7 +62,7 @@ _SHORTAGES = {
 class BatchBackend(Backend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
-    keeps_jobs = True
+    keeps_seconds = 60 * 86_400.0
     target: BatchTarget
 
     def __init__(self, target: Target, region: int = 0) -> None:
@@ -254,8 +254,7 @@ def _failure(tasks: Sequence[Any]) -> int | None:
         ends = [code for code in ends if code]
         if ends and task.status.state.name == "FAILED":
             codes.append(ends[-1])
-    hopes = ("never", "bounded", "always")
-    return min(codes, key=lambda code: hopes.index(_rule(code)), default=None)
+    return min(codes, key=lambda code: hope(_rule(code)), default=None)
 
 
 def _rule(code: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import selectors
@@ -43,7 +44,8 @@ _OVER = ("exited", "stopped", "dead", "removing")
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found again by their labels."""
 
-    keeps_jobs = True
+    # Until somebody removes the container.
+    keeps_seconds = math.inf
     target: ContainerTarget
 
     def __init__(self, target: Target, host: Host | None = None) -> None:

@@ -19,21 +19,23 @@ from job.jobs.backends.kubernetes_api import (
 )
 from job.jobs.backends.kubernetes_checks import cluster_checks, require_job_sets, require_queue
 from job.jobs.backends.kubernetes_logs import POLL_SECONDS, Follower, past_lines
-from job.jobs.backends.kubernetes_manifests import MANIFEST_ANNOTATION, manifest
-from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, status_of
+from job.jobs.backends.kubernetes_manifests import MANIFEST_ANNOTATION, SHOWN_SECONDS, manifest
+from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, status_of
 from job.jobs.checks import Check
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
 GONE_MARGIN_SECONDS = 45.0
 """How long a job that is deleted may take to go, beyond the grace period of its pods."""
+JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
+"""On the Jobs that a JobSet makes."""
 _NOISE = ("managedFields",)
 
 
 class KubernetesBackend(Backend):
     """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
 
-    keeps_jobs = True
+    keeps_seconds = SHOWN_SECONDS
 
     def __init__(
         self,
@@ -149,8 +151,13 @@ class KubernetesBackend(Backend):
 
     def _status_of(self, job: Manifest, pods: list[Manifest]) -> JobStatus:
         # A quota or a missing service account keeps the controller from making pods, and only events say so.
-        events = [] if pods or is_over(job) else self._api.events(job["metadata"]["name"])
-        return status_of(job, pods, events)
+        needs_events = not is_over(job) and (not pods or is_suspended(job))
+        events = self._api.events(job["metadata"]["name"]) if needs_events else []
+        own = [event for event in events if event.get("involvedObject", {}).get("uid") == job["metadata"]["uid"]]
+        parts: list[Manifest] = []
+        if job.get("kind") == "JobSet" and is_over(job):
+            parts = self._api.all_with(JOB, f"{JOB_SET_LABEL}={job['metadata']['name']}")
+        return status_of(job, pods, own, parts)
 
     def _alive(self, job: Manifest) -> BadRequestError:
         name = job["metadata"]["name"]

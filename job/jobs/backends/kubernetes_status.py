@@ -17,13 +17,16 @@ _OUT_OF_TIME = "DeadlineExceeded"
 _BEGINNING = ("ContainerCreating", "PodInitializing")
 
 
-def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest] = ()) -> JobStatus:
+def status_of(
+    job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest] = (), parts: Sequence[Manifest] = ()
+) -> JobStatus:
     """How a Job or a JobSet is going.
 
     Args:
         job: the object, as the API gives it.
         pods: its pods, oldest first.
-        events: what was said about it, oldest first; asked only while it has no pods.
+        events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
+        parts: the Jobs of a JobSet; asked only when that is over.
     """
     state, message = _state_and_message(job, pods, events)
     running = next((pod for pod in reversed(pods) if is_running(pod)), None)
@@ -35,7 +38,7 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
         attempts=_attempts(job, pods),
         created=job["metadata"].get("creationTimestamp", ""),
         place=(running or {}).get("spec", {}).get("nodeName", ""),
-        cause=_cause(state, job, pods),
+        cause=_cause(state, job, pods, events, parts),
         has_machine=state is State.WAITING and any(not has_ended(pod) and "nodeName" in pod["spec"] for pod in pods),
     )
 
@@ -43,6 +46,11 @@ def status_of(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest
 def is_over(job: Manifest) -> bool:
     """Whether it has ended for good."""
     return _condition(job, "Complete", "Completed", "Failed") is not None
+
+
+def is_suspended(job: Manifest) -> bool:
+    """Whether it waits for somebody, such as a queue, to let it begin or go on."""
+    return _condition(job, "Suspended") is not None or bool(job["spec"].get("suspend"))
 
 
 def is_being_deleted(job: Manifest) -> bool:
@@ -74,14 +82,17 @@ def index_of(pod: Manifest) -> int:
 def _state_and_message(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest]) -> tuple[State, str]:
     if is_being_deleted(job):
         return State.CANCELLED, "is being deleted: its pods may save first"
-    if (done := _condition(job, "Complete", "Completed")) is not None:
+    if _condition(job, "Complete", "Completed") is not None:
         return State.FINISHED, ""
     if (failed := _condition(job, "Failed")) is not None:
         return State.FAILED, _why_failed(failed, pods)
-    if (suspended := _condition(job, "Suspended")) is not None or job["spec"].get("suspend"):
+    if is_suspended(job):
+        if _queue_ended_it(events):
+            name = job["metadata"]["name"]
+            return State.WAITING, f"its --max-hours are over: after `ddpm jobs cancel {name}` the same command goes on"
         queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
         why = f"waits in the queue {queue!r}" if queue else "is suspended"
-        said = (suspended or done or {}).get("message", "")
+        said = (_condition(job, "Suspended") or {}).get("message", "")
         return State.WAITING, f"{why}: {said}" if said else why
     living = [pod for pod in pods if not has_ended(pod)]
     if any(is_running(pod) for pod in living):
@@ -116,8 +127,11 @@ def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
     status = job.get("status", {})
     if job.get("kind") == "JobSet":
         return int(status.get("restarts") or 0) + bool(pods)
-    counted = sum(int(status.get(field) or 0) for field in ("active", "succeeded", "failed"))
-    return max(counted, len(pods))
+    # Pods that are gone are in the counts; of those that wait for a node there may be one for each slice.
+    ended = sum(int(status.get(field) or 0) for field in ("succeeded", "failed"))
+    placed = [pod for pod in pods if "nodeName" in pod["spec"]]
+    started = max(ended + sum(not has_ended(pod) for pod in placed), len(placed))
+    return started + any("nodeName" not in pod["spec"] for pod in pods)
 
 
 def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
@@ -127,12 +141,27 @@ def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
     return None if ended is None else int(ended["exitCode"])
 
 
-def _cause(state: State, job: Manifest, pods: Sequence[Manifest]) -> Cause | None:
-    if state is State.FAILED and (_condition(job, "Failed") or {}).get("reason") == _OUT_OF_TIME:
+def _cause(
+    state: State, job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest], parts: Sequence[Manifest]
+) -> Cause | None:
+    # A JobSet says only that one of its Jobs failed.
+    reasons = {(_condition(one, "Failed") or {}).get("reason") for one in (job, *parts)}
+    if state is State.FAILED and _OUT_OF_TIME in reasons:
+        return Cause.OUT_OF_TIME
+    if state is State.WAITING and is_suspended(job) and _queue_ended_it(events):
         return Cause.OUT_OF_TIME
     if state is State.WAITING and any(_lacks_image(pod) for pod in pods if not has_ended(pod)):
         return Cause.NO_IMAGE
     return None
+
+
+def _queue_ended_it(events: Sequence[Manifest]) -> bool:
+    """Whether Kueue stopped it for good, for `max-exec-time-seconds`; the Job itself only says that it is suspended.
+
+    See pkg/controller/jobframework/reconciler.go of Kueue, which passes the workload's reason on as an event.
+    """
+    stops = [event.get("message", "") for event in events if event.get("reason") in ("Stopped", "Started")]
+    return bool(stops) and "maximum execution time" in stops[-1]
 
 
 def _lacks_image(pod: Manifest) -> bool:
@@ -148,7 +177,7 @@ def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
 def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:
     reason, said = condition.get("reason", ""), " ".join(str(condition.get("message", "")).split())
     if reason == _OUT_OF_TIME:
-        return f"{_OUT_OF_TIME}: it had run for --max-hours; the same command goes on"
+        return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
     ended = _last_ended(pods)
     if ended is None:
         return f"{reason}: {said}"

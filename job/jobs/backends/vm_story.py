@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from job.jobs.backends import google_logs
-from job.jobs.backends.base import Cause, JobStatus, State
+from job.jobs.backends.base import Cause, JobStatus, State, hope
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.google_container import meaning
 from job.jobs.backends.google_logs import Entry, quoted
@@ -175,8 +175,11 @@ def _last_told(name: str, entries: Sequence[Entry]) -> JobStatus:
 def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
     """The slices of a job as one."""
     finished = sum(part.state is State.FINISHED for part in parts)
-    worst = min(parts, key=lambda part: _ORDER.index(part.state))
-    causes = {part.cause for part in parts if part.state is worst.state}
+    state = min((part.state for part in parts), key=_ORDER.index)
+    alike = [part for part in parts if part.state is state]
+    worst = min(alike, key=lambda part: hope(part.retried))
+    # One slice that waits for an image holds up no other that only waits.
+    is_held_up = state is not State.WAITING or len({part.cause for part in alike}) == 1
     message = f"{finished} of {len(parts)} slices finished"
     if worst.message and worst.state is not State.FINISHED:
         message += f"; slice {parts.index(worst)}: {worst.message}"
@@ -188,7 +191,7 @@ def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
         sum(part.attempts for part in parts),
         min((part.created for part in parts if part.created), default=""),
         ",".join(sorted({part.place for part in parts if part.place})),
-        worst.cause if len(causes) == 1 else None,
+        worst.cause if is_held_up else None,
         any(part.has_machine for part in parts),
     )
 

@@ -1,12 +1,16 @@
-"""Google's APIs, for tests of jobs."""
+"""Google's APIs and those of a cluster, for tests of jobs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+import yaml
 
 from tests.job.jobs.google_server import GoogleServer, google_server
+from tests.job.jobs.kubernetes_server import Server, kubernetes_server
+from tests.job.jobs.submitting import TARGETS
 
 
 @pytest.fixture
@@ -25,3 +29,25 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
         monkeypatch.setattr(google_logs, "POLL_SECONDS", 0.05)
         monkeypatch.setattr(google_logs, "SETTLE_SECONDS", 0.3)
         yield server
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    """A cluster on this machine, and the kubeconfig for it in `tmp_path`."""
+    with kubernetes_server() as running:
+        path = tmp_path / "kubeconfig"
+        path.write_text(yaml.safe_dump(running.kubeconfig()))
+        monkeypatch.setenv("KUBECONFIG", str(path))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        yield running
+
+
+@pytest.fixture
+def targets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with targets, and no variable that says otherwise."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DDPM_TARGETS", raising=False)
+    monkeypatch.delenv("DDPM_BUCKET", raising=False)
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "targets.yaml").write_text(TARGETS)
+    return tmp_path

@@ -215,6 +215,8 @@ class Cluster:
     def unschedulable(self, name: str, message: str) -> None:
         """No node takes a pod."""
         condition = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable", "message": message}
+        with self._changed:
+            self._find("default", "pods", name)["spec"].pop("nodeName", None)
         self.change("pods", name, phase="Pending", conditions=[condition], containerStatuses=[])
 
     def end_pod(self, name: str, code: int, message: str = "", reason: str = "Error") -> None:

@@ -15,7 +15,7 @@ from job.exits import Exit
 from job.jobs import doctor
 from job.jobs.checks import Check
 from job.store import open_store
-from tests.job.command_line import ddpm, refused, settings, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
 
 def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypatch):
@@ -25,6 +25,24 @@ def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypa
     assert [check.name for check in checks][:6] == names
     if "://" in bucket_uri:
         assert not list(open_store(bucket_uri).list("doctor"))
+
+
+@pytest.mark.parametrize(
+    ("words", "bucket"),
+    [
+        ("", "gs://other"),
+        ("--on gke", "gs://mine"),
+        ("--on gke --bucket gs://third", "gs://third"),
+        ("--no-bucket", ""),
+    ],
+)
+def test_it_looks_at_the_bucket_that_a_job_would_use(words, bucket, tmp_path, monkeypatch):
+    looked: list[str] = []
+    monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
+    succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
+    assert looked == [bucket]
 
 
 def test_a_bucket_that_is_not_there(gcs_server):

@@ -13,29 +13,14 @@ from job.jobs.backends import backend_for
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
-from tests.job.jobs.kubernetes_server import kubernetes_server, wait_for
+from tests.job.jobs.kubernetes_server import wait_for
 
 NAME = "train-celeba"
 FAST = (0.01, 0.02, 0.03)
 
 
 @pytest.fixture
-def server():
-    with kubernetes_server() as running:
-        yield running
-
-
-@pytest.fixture(autouse=True)
-def kubeconfig(server, tmp_path, monkeypatch):
-    path = tmp_path / "kubeconfig"
-    path.write_text(yaml.safe_dump(server.kubeconfig()))
-    monkeypatch.setenv("KUBECONFIG", str(path))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    return path
-
-
-@pytest.fixture
-def backend():
+def backend(server):
     return KubernetesBackend(TARGET, FAST, poll_seconds=0.05)
 
 
@@ -80,7 +65,7 @@ def test_a_job_from_its_beginning_to_its_end(server, backend):
     [
         (78, "PodFailurePolicy", "exit code 78 (the configuration is not valid"),
         (139, "BackoffLimitExceeded", "exit code 139 (a signal): last words (BackoffLimitExceeded"),
-        (75, "DeadlineExceeded", "DeadlineExceeded: it had run for --max-hours"),
+        (75, "DeadlineExceeded", "DeadlineExceeded: its --max-hours are over, what it waited for a node included"),
     ],
 )
 def test_why_a_job_failed(server, backend, code, why, said):
@@ -111,7 +96,8 @@ def test_an_image_that_cannot_be_pulled_is_named(server, backend, reason):
 
 def test_why_a_job_waits(server, backend):
     backend.submit(spec())
-    event = {"involvedObject": {"name": NAME}, "type": "Warning", "reason": "FailedCreate", "lastTimestamp": "2026"}
+    about = {"name": NAME, "uid": server.cluster.get("default", "jobs", NAME)["metadata"]["uid"]}
+    event = {"involvedObject": about, "type": "Warning", "reason": "FailedCreate", "lastTimestamp": "2026"}
     server.cluster.add("events", {"metadata": {"name": "e"}, **event, "message": "exceeded quota: gpus"})
     assert backend.status(NAME).message == "FailedCreate: exceeded quota: gpus"
     server.forbidden.add(("list", "events"))
@@ -365,10 +351,24 @@ def test_what_arrived_although_nobody_said_so_is_removed(server):
     wait_for(lambda: not server.cluster.names("jobs"))
 
 
-def test_an_api_that_is_away(server, backend, kubeconfig):
+def test_a_slice_without_a_node_is_no_attempt_beyond_the_first(server, backend):
+    backend.submit(sampling())
+    for index in range(4):
+        server.cluster.unschedulable(
+            server.cluster.start_pod("sample-celeba-1a2b3c4d", index), "0/3 nodes are available"
+        )
+    assert backend.status("sample-celeba-1a2b3c4d").attempts == 1
+    backend.submit(spec())
+    lost = server.cluster.start_pod(NAME)
+    server.cluster.end_pod(lost, 75)
+    server.cluster.unschedulable(server.cluster.start_pod(NAME), "0/3 nodes are available")
+    assert backend.status(NAME).attempts == 2
+
+
+def test_an_api_that_is_away(server, backend, tmp_path):
     config = server.kubeconfig()
     config["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:9"
-    kubeconfig.write_text(yaml.safe_dump(config))
+    (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     for act in (lambda: backend.submit(spec()), lambda: backend.status(NAME), backend.jobs):
         with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer.*tried 4 times"):
             act()

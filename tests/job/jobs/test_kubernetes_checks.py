@@ -11,17 +11,7 @@ import yaml
 from job.exits import Exit
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET
-from tests.job.jobs.kubernetes_server import kubernetes_server
 from tests.job.jobs.registry_server import registry
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    with kubernetes_server() as running:
-        path = tmp_path / "kubeconfig"
-        path.write_text(yaml.safe_dump(running.kubeconfig()))
-        monkeypatch.setenv("KUBECONFIG", str(path))
-        yield running
 
 
 def checked(target=TARGET):

@@ -11,7 +11,6 @@ import yaml
 
 from job.exits import Exit
 from tests.job.command_line import ddpm, ddpm_here, environment, refused, succeeded
-from tests.job.jobs.kubernetes_server import kubernetes_server
 
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
 TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
@@ -25,16 +24,13 @@ gke:
 
 
 @pytest.fixture
-def server(tmp_path, monkeypatch):
+def server(server, tmp_path, monkeypatch):
+    """A cluster, and a working folder with a target for it."""
     monkeypatch.chdir(tmp_path)
     for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
         monkeypatch.delenv(name, raising=False)
     (tmp_path / "targets.yaml").write_text(TARGETS)
-    with kubernetes_server() as running:
-        path = tmp_path / "kubeconfig"
-        path.write_text(yaml.safe_dump(running.kubeconfig()))
-        monkeypatch.setenv("KUBECONFIG", str(path))
-        yield running
+    return server
 
 
 def kubectl(*words, text=""):

@@ -15,13 +15,6 @@ from job.exits import BadConfigError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_credentials import configuration
 from tests.job.jobs.kubernetes_jobs import TARGET
-from tests.job.jobs.kubernetes_server import kubernetes_server
-
-
-@pytest.fixture
-def server():
-    with kubernetes_server() as running:
-        yield running
 
 
 @pytest.fixture
@@ -96,7 +89,7 @@ def test_a_pod_without_an_account_says_so(write, monkeypatch):
         asked()
 
 
-def test_a_pod_uses_its_account(write, monkeypatch, tmp_path, server):
+def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     from kubernetes.config import incluster_config
 
     for name, text in (("TOKEN", "right"), ("CERT", "certificate")):
@@ -104,6 +97,7 @@ def test_a_pod_uses_its_account(write, monkeypatch, tmp_path, server):
         monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.1.2.3")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     made = configuration("")
     assert made.host == "https://10.1.2.3:443"
     assert made.retries is False

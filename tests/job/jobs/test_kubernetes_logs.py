@@ -6,27 +6,17 @@ import threading
 import time
 
 import pytest
-import yaml
 
 from job.exits import MissingInputError
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import TARGET, sampling, spec
-from tests.job.jobs.kubernetes_server import kubernetes_server, wait_for
+from tests.job.jobs.kubernetes_server import wait_for
 
 NAME = "train-celeba"
 
 
 @pytest.fixture
-def server():
-    with kubernetes_server() as running:
-        yield running
-
-
-@pytest.fixture
-def backend(server, tmp_path, monkeypatch):
-    path = tmp_path / "kubeconfig"
-    path.write_text(yaml.safe_dump(server.kubeconfig()))
-    monkeypatch.setenv("KUBECONFIG", str(path))
+def backend(server):
     return KubernetesBackend(TARGET, (0.01, 0.02), poll_seconds=0.05)
 
 

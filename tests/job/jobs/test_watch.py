@@ -2,115 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
-from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError, retried
+from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, NoPermissionError, StoppedError, retried
 from job.jobs import watch
-from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapacityError, State
+from job.jobs.backends.base import JobStatus, NoCapacityError
 from job.jobs.spec import JobSpec
 from job.jobs.submit import submit_somewhere
-from job.jobs.targets import parse_targets
 from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, POLL_SECONDS, JobEndedError, Watch
-
-VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
-SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
-
-NOON = datetime(2026, 1, 31, 12, tzinfo=UTC)
-"""When the clock begins."""
-W, R, F, C, G = State.WAITING, State.RUNNING, State.FINISHED, State.CANCELLED, State.GONE
-TAKEN = Cause.TAKEN_AWAY
-
-
-@dataclass
-class Engine:
-    """What several places share: the answers to `status`, in order, and what was asked of them."""
-
-    answers: list
-    """A state, an exit code or a cause of a failed job, a pair of state and seconds that pass first, a status, or an
-    error; a machine that was taken away is gone."""
-    full: dict[str, int] = field(default_factory=dict)
-    """How often each place has no machine."""
-    now: float = 0.0
-    told: list[str] = field(default_factory=list)
-    submitted: list[tuple[str, float]] = field(default_factory=list)
-    """Where, and for how many hours."""
-    submitted_at: list[float] = field(default_factory=list)
-    cancelled: list[str] = field(default_factory=list)
-
-    # The clock.
-    def wait(self, seconds: float) -> bool:
-        self.now += seconds
-        return self.now > 30 * 86400
-
-    def clock(self) -> float:
-        return self.now
-
-    def utc(self) -> datetime:
-        return NOON + timedelta(seconds=self.now)
-
-
-class Place(Backend):
-    """One of the places of an engine."""
-
-    def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
-        super().__init__(VM)
-        self.engine, self.name, self.rest = engine, places[0], places[1:]
-
-    def elsewhere(self) -> Backend | None:
-        return Place(self.engine, self.rest) if self.rest else None
-
-    def render(self, spec: JobSpec) -> list[Manifest]:
-        return [{}]
-
-    def submit(self, spec: JobSpec) -> None:
-        if self.engine.full.get(self.name, 0) > 0:
-            self.engine.full[self.name] -= 1
-            raise NoCapacityError(f"{self.name} has no machine")
-        self.engine.submitted.append((self.name, spec.max_hours))
-        self.engine.submitted_at.append(self.engine.now)
-
-    def status(self, name: str) -> JobStatus:
-        answer = self.engine.answers.pop(0)
-        if isinstance(answer, tuple):
-            answer, seconds = answer
-            self.engine.now += seconds
-        if isinstance(answer, JobError):
-            raise answer
-        if isinstance(answer, JobStatus):
-            return answer
-        if isinstance(answer, Cause):
-            state = State.GONE if answer is TAKEN else State.FAILED
-            return JobStatus(name, state, "because", cause=answer)
-        if isinstance(answer, State):
-            return JobStatus(name, answer, place=self.name if answer is R else "")
-        return JobStatus(name, State.FAILED, "because", answer)
-
-    def jobs(self) -> list[JobStatus]:
-        return []
-
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
-        yield from ()
-
-    def cancel(self, name: str) -> str:
-        self.engine.cancelled.append(self.name)
-        return "was told to stop"
-
-    def describe(self, name: str) -> Manifest:
-        return {}
-
-
-class EnginesClock:
-    def __init__(self, engine: Engine) -> None:
-        self.now, self.utc, self.wait = engine.clock, engine.utc, engine.wait
-
-
-def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, is_finished: Callable[[], bool] = lambda: False):
-    return Watch(Place(engine, places or ("a",)), spec, EnginesClock(engine), engine.told.append, is_finished)
+from tests.job.jobs.written_engine import (
+    SPEC,
+    TAKEN,
+    C,
+    Engine,
+    EnginesClock,
+    F,
+    G,
+    Keeping,
+    Place,
+    R,
+    W,
+    watching,
+)
 
 
 def test_a_job_that_ends_well_is_submitted_once():
@@ -198,12 +114,6 @@ def test_machines_that_are_gone_without_a_word_are_failures_however_long_they_ra
     assert engine.told[-2] == "train-a is gone; submitting it again (failure 4 of 4)"
 
 
-class Keeping(Place):
-    """Of an engine that forgets no job by itself."""
-
-    keeps_jobs = True
-
-
 def test_where_an_engine_keeps_its_jobs_one_that_is_gone_was_deleted_and_stays_so():
     for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
         engine = Engine(answers)
@@ -250,65 +160,53 @@ def test_a_job_that_waits_for_too_long_is_moved():
     watching(engine, "a", "b").run()
     assert engine.cancelled == ["a"]
     assert [place for place, _ in engine.submitted] == ["a", "b"]
+    # One that gets ready has a machine, and would only begin anew elsewhere.
+    ready = JobStatus("train-a", W, "the image is being pulled", has_machine=True)
+    engine = Engine([G, *[ready] * patience, R, F])
+    watching(engine, "a", "b").run()
+    assert engine.cancelled == []
     # Where there is no other place, patience is all there is.
     engine = Engine([G, *[W] * 500, R, F])
     watching(engine, "a").run()
     assert engine.cancelled == []
 
 
-def test_max_hours_hold_for_all_attempts_together():
-    half_an_hour = [(R, 0.0), (R, 1800.0), 75]
-    engine = Engine([G, *half_an_hour * 6])
-    with pytest.raises(StoppedError, match="has used its 2 hours"):
-        watching(engine).run()
-    hours = [hours for _, hours in engine.submitted]
-    assert hours[0] == 2.0
-    assert 3 <= len(hours) <= 4
-    assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_job_is_moved_though_the_engine_is_away_meanwhile(arrived):
+    patience = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
+    engine = Engine([G, *[W] * patience, *[C] * (1 + arrived), R, F])
+    answers = [BucketAwayError("the API is away")] * 3 + ([BadRequestError("it is over")] if arrived else [])
+
+    class Away(Place):
+        def cancel(self, name: str) -> str:
+            if answers:
+                raise answers.pop(0)
+            return super().cancel(name)
+
+    Watch(Away(engine, ("a", "b")), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert engine.told.count("the API is away; trying again to end train-a") == 3
+    assert engine.cancelled == ([] if arrived else ["a"])
+    assert [place for place, _ in engine.submitted] == ["a", "b"]
 
 
-@pytest.mark.parametrize("created", ["2026-01-31T11:00:00Z", "2026-01-31T11:00:00.123456+00:00"])
-def test_the_hours_of_a_job_that_runs_already_began_when_it_did(created):
-    there = JobStatus("train-a", R, created=created)
-    engine = Engine([there, 75, R, F])
-    watching(engine).run()
-    ((_, hours),) = engine.submitted
-    assert 0.98 < hours < 1
-    engine = Engine([replace(there, created="2026-01-31T09:00:00Z"), 75])
-    with pytest.raises(StoppedError, match="has used its 2 hours"):
-        watching(engine).run()
-    assert engine.submitted == []
-    # Between two attempts it has run; who waits for a first machine has not, and a time that cannot be read is none.
-    engine = Engine([replace(there, state=W, attempts=2), 75, R, F])
-    watching(engine).run()
-    assert engine.submitted[0][1] < 1
-    for other in (replace(there, state=W, attempts=1), replace(there, created="")):
-        engine = Engine([other, 75, R, F])
-        watching(engine).run()
-        assert engine.submitted[0][1] > 1.9
+def test_a_job_that_ends_by_itself_while_it_is_moved_is_not_submitted_elsewhere():
+    patience = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
+
+    class Over(Place):
+        def cancel(self, name: str) -> str:
+            raise BadRequestError("it is over")
+
+    engine = Engine([G, *[W] * patience, F])
+    Watch(Over(engine, ("a", "b")), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert [place for place, _ in engine.submitted] == ["a"]
 
 
-def test_what_the_engine_ended_for_its_hours_has_used_them():
-    for answers, submissions in (([R, Cause.OUT_OF_TIME], 0), ([G, R, Cause.OUT_OF_TIME], 1)):
-        engine = Engine(answers)
-        with pytest.raises(StoppedError, match="has used its 2 hours: the same command goes on") as stopped:
-            watching(engine).run()
-        assert stopped.value.exit_code == Exit.STOPPED
-        assert len(engine.submitted) == submissions
-
-
-def test_time_without_a_machine_costs_nothing():
-    engine = Engine([G, *[(W, 3600.0)] * 10, (R, 0.0), F])
-    watching(engine).run()
-    assert engine.submitted == [("a", 2.0)]
-
-
-def test_time_on_a_machine_that_gets_ready_counts():
-    ready = JobStatus("train-a", W, "the GPU driver is being installed", has_machine=True)
-    engine = Engine([G, *[ready, (ready, 600.0), TAKEN] * 50])
-    with pytest.raises(StoppedError, match="has used its 2 hours"):
-        watching(engine).run()
-    assert 10 <= len(engine.submitted) <= 12
+def test_what_an_engine_has_forgotten_while_nobody_looked_was_not_deleted():
+    spec = replace(SPEC, max_hours=240.0)
+    engine = Engine([G, R, R, (G, 2 * 86_400.0), G, R, F])
+    Watch(Keeping(engine, ("a",)), spec, EnginesClock(engine), engine.told.append).run()
+    assert len(engine.submitted) == 2
+    assert "train-a is gone; submitting it again (failure 1 of 4)" in engine.told
 
 
 def test_an_engine_that_does_not_answer_leaves_the_job_alone():

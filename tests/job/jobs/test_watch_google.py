@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from job.exits import StoppedError
+from job.jobs.backends.base import State
 from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.batch_manifests import MAX_RETRIES
 from job.jobs.backends.vm import VmBackend
@@ -75,14 +76,26 @@ def test_machines_that_are_taken_away_do_not_count(cloud, vm):
         Watch(vm, sampling(slices=2), Story(*[one_says_nothing, nothing] * 40), told.append).run()
 
 
-@pytest.mark.parametrize("code", [50001, 50002, 50003, 50006])
-def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_uncounted(cloud, batch, code):
+@pytest.mark.parametrize("codes", [(71, 65), (65, 71), (75, 65), (137, 65)])
+def test_the_slice_for_which_there_is_least_hope_decides(cloud, vm, codes):
+    name = "sample-celeba"
+    vm.submit(sampling(slices=2))
+    for index, code in enumerate(codes):
+        tells(cloud, name, "over", code, index, 2)
+    cloud.compute.instances.clear()
+    status = vm.status(name)
+    assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, "never")
+    assert f"slice {codes.index(65)}" in status.message
+
+
+def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_uncounted(cloud, batch):
     def finishes():
         cloud.batch.tasks.clear()
         cloud.batch.move("celeba", "SUCCEEDED")
 
-    told, lost = [], fails(cloud, 137, *[code] * (1 + MAX_RETRIES))
-    Watch(batch, spec(), Story(*[lost, nothing] * 8, finishes), told.append).run()
+    told = []
+    lost = [fails(cloud, 137, *[code] * (1 + MAX_RETRIES)) for code in (50001, 50002, 50003, 50006)]
+    Watch(batch, spec(), Story(*[event for one in lost * 2 for event in (one, nothing)], finishes), told.append).run()
     again = [line for line in told if "submitting it again" in line]
     assert len(again) == 8 and not any("failure" in line for line in again)
 
@@ -95,8 +108,13 @@ def test_a_task_that_could_not_be_ended_is_not_submitted_again(cloud, batch):
 
 
 def test_a_task_that_ran_for_its_hours_is_not_submitted_again(cloud, batch):
+    def runs_for_its_hours():
+        story.seconds += 24 * 3600
+        fails(cloud, 50005)()
+
+    story = Story(runs_for_its_hours, nothing)
     with pytest.raises(StoppedError, match="has used its 24 hours"):
-        Watch(batch, spec(), Story(fails(cloud, 50005), nothing), [].append).run()
+        Watch(batch, spec(), story, [].append).run()
 
 
 @pytest.mark.parametrize("code", [50000, 139])

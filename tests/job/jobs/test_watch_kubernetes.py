@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import pytest
-import yaml
 
 from job.exits import Exit, StoppedError
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.watch import JobEndedError, Watch
-from tests.job.jobs.kubernetes_jobs import TARGET, sampling, spec
-from tests.job.jobs.kubernetes_server import kubernetes_server, wait_for
+from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
+from tests.job.jobs.kubernetes_server import wait_for
 from tests.job.jobs.story import Story, nothing
 
 NAME = "train-celeba"
 FAST = (0.01, 0.02, 0.03)
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    with kubernetes_server() as running:
-        path = tmp_path / "kubeconfig"
-        path.write_text(yaml.safe_dump(running.kubeconfig()))
-        monkeypatch.setenv("KUBECONFIG", str(path))
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        yield running
 
 
 @pytest.fixture
@@ -46,14 +35,82 @@ def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, b
 
 def test_a_job_that_kubernetes_ends_at_its_deadline_has_used_its_hours(server, backend):
     def reach_the_deadline():
+        story.seconds += 24 * 3600
         server.cluster.end_pod(server.cluster.start_pod(NAME), 75, "ddpm: stopped by SIGTERM, saved")
         server.cluster.end_job(NAME, "Failed", "DeadlineExceeded", "Job was active longer than specified deadline")
 
     backend.submit(spec())
     server.cluster.start_pod(NAME)
+    story = Story(reach_the_deadline)
     with pytest.raises(StoppedError, match="has used its 24 hours"):
-        Watch(backend, spec(), Story(reach_the_deadline), [].append).run()
+        Watch(backend, spec(), story, [].append).run()
     assert len(server.bodies) == 1
+
+
+@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "jobset"])
+def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted_again(server, backend, job):
+    plural = "jobsets" if job.nodes > 1 else "jobs"
+
+    def wait_for_a_node():
+        server.cluster.unschedulable(server.cluster.start_pod(NAME, 0, plural), "0/3 nodes are available")
+
+    def wait():
+        story.seconds += 45
+
+    def reach_the_deadline():
+        # What the controllers do: a JobSet only says that one of its Jobs failed.
+        for pod in server.cluster.names("pods"):
+            server.cluster.remove_pod(pod)
+        if plural == "jobs":
+            server.cluster.end_job(NAME, "Failed", "DeadlineExceeded", "Job was active longer than specified deadline")
+            return
+        child = {"name": f"{NAME}-node-0", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}
+        ended = {"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}
+        server.cluster.add("jobs", {"metadata": child, "spec": {}, "status": {"conditions": [ended]}})
+        server.cluster.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "first failed job", plural)
+
+    def finish():
+        server.cluster.end_job(NAME, "Complete" if plural == "jobs" else "Completed", plural=plural)
+
+    told = []
+    story = Story(wait_for_a_node, *[wait] * 20, reach_the_deadline, nothing, finish)
+    Watch(backend, job, story, told.append).run()
+    assert "train-celeba had a machine for less than its 24 hours; submitting it again" in told
+    assert len(server.bodies) == 2
+    assert server.bodies[1]["spec"].keys() == server.bodies[0]["spec"].keys()
+
+
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_job_that_its_queue_stops_for_good_has_used_its_hours(server, nodes):
+    backend = KubernetesBackend(QUEUED, FAST, poll_seconds=0.05)
+    plural = "jobsets" if nodes > 1 else "jobs"
+    server.cluster.namespaces.add(QUEUED.namespace)
+    queue = {"metadata": {"name": QUEUED.queue}, "spec": {"clusterQueue": "all"}}
+    server.cluster.add("localqueues", queue, QUEUED.namespace)
+
+    def event(reason, message):
+        uid = server.cluster.get(QUEUED.namespace, plural, NAME)["metadata"]["uid"]
+        about = {"involvedObject": {"name": NAME, "uid": uid}, "type": "Normal", "reason": reason}
+        named = {"metadata": {"name": f"{reason}-{message[-4:]}"}, "lastTimestamp": f"2026-{len(told)}"}
+        server.cluster.add("events", {**about, **named, "message": message}, QUEUED.namespace)
+        told.append(message)
+
+    def stop():
+        story.seconds += 24 * 3600
+        event("Started", "Admitted by clusterQueue all")
+        event("Stopped", "The workload is deactivated due to exceeding the maximum execution time")
+
+    told, notes = [], []
+    story = Story(nothing, stop)
+    with pytest.raises(StoppedError, match="no longer watching"):
+        Watch(backend, spec(nodes=nodes), Story(nothing), notes.append).run()
+    assert server.cluster.names(plural, QUEUED.namespace) == [NAME]
+    story = Story(nothing, stop)
+    stopped = "its --max-hours are over: after `ddpm jobs cancel train-celeba` the same command goes on"
+    with pytest.raises(StoppedError, match="has used its 24 hours"):
+        Watch(backend, spec(nodes=nodes), story, notes.append).run()
+    assert f"train-celeba is waiting: {stopped}" in notes
+    wait_for(lambda: not server.cluster.names(plural, QUEUED.namespace))
 
 
 def test_a_failed_job_that_is_cancelled_before_the_next_attempt_gets_none(server, backend):

@@ -1,0 +1,23 @@
+"""Targets of every kind, and jobs made of command lines for them."""
+
+from __future__ import annotations
+
+from job.cli.words import parsed
+from job.jobs.building import Wishes, spec_of
+from job.jobs.spec import JobSpec
+from job.jobs.targets import chosen_target, load_targets
+
+TARGETS = """
+local: {bucket: gs://of-local}
+gke: {backend: kubernetes, image: registry/ddpm:1, bucket: gs://bucket, gpu_type: nvidia-l4, grace_seconds: 105}
+vm: {backend: vm, project: my-project, zones: [us-east1-b], image: registry/ddpm:1, bucket: gs://bucket, spot: false}
+plain: {backend: kubernetes, cluster: plain, image: i, bucket: gs://bucket, gpu_type: nvidia-l4, gpus: 8}
+own: {backend: kubernetes, node_selector: {gpu: l4}, image: i, bucket: gs://bucket}
+bare: {backend: kubernetes, bucket: gs://bucket}
+s3: {backend: kubernetes, image: i, env: {A: b}}
+"""
+FOR_TRAIN = ["--dataset", "celeba"]
+
+
+def built(verb: str, words: list[str], on: str = "gke", **wishes) -> JobSpec:
+    return spec_of(parsed(verb, words), chosen_target(load_targets(), on), Wishes(**wishes))

@@ -1,0 +1,202 @@
+"""What becomes of a command line: the job that any engine takes, and what no machine could do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import yaml
+
+from job.cli.words import parsed
+from job.config_input import parse_yaml, read_config_file
+from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.jobs.building import wait_seconds
+from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
+from job.jobs.targets import load_targets
+from job.runs.lease import EXPIRE_SECONDS
+from tests.job.jobs.submitting import FOR_TRAIN, built
+
+pytestmark = pytest.mark.usefixtures("targets_folder")
+
+
+def test_training_becomes_a_job():
+    spec = built("train", [*FOR_TRAIN, "--epochs", "3"])
+    assert spec == JobSpec(
+        name="train-celeba",
+        verb="train",
+        argv=("train", "--dataset", "celeba", "--epochs", "3", "--wait", "155", "--bucket", "gs://bucket"),
+        image="registry/ddpm:1",
+        bucket="gs://bucket",
+        run="celeba",
+        gpus=1,
+        gpu_type="nvidia-l4",
+        max_hours=24.0,
+        env={"DDPM_GPUS": "1"},
+    )
+    assert built("train", [*FOR_TRAIN, "--epochs", "3"]) == spec
+
+
+def test_wishes_win_over_the_target():
+    spec = built("train", FOR_TRAIN, "vm", gpus=8, nodes=2, gpu_type="a", spot=True, max_hours=0.5)
+    assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot, spec.max_hours) == (8, 2, "a", True, 0.5)
+    spec = built("train", FOR_TRAIN, "vm")
+    assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot) == (1, 1, "nvidia-l4", False)
+    spec = built("train", FOR_TRAIN, gpus=0)
+    assert (spec.gpus, spec.gpu_type) == (0, "")
+
+
+def test_a_replacement_waits_until_its_predecessor_s_lease_has_certainly_expired():
+    for name, grace in (("gke", 105), ("vm", 30)):
+        target = load_targets()[name]
+        spec = built("train", [*FOR_TRAIN, "--wait", "5"], name)
+        waits = float(spec.argv[spec.argv.index("--wait") + 1])
+        assert waits == wait_seconds(target) > EXPIRE_SECONDS + grace
+    assert "900" in built("train", [*FOR_TRAIN, "--wait", "900"]).argv
+    assert "--wait" not in built("train", FOR_TRAIN, "local").argv
+    assert "--wait" not in built("sample", ["--run", "a"]).argv
+
+
+def test_sampling_and_packing_have_names_of_their_own():
+    spec = built("sample", ["--run", "celeba", "--count", "100"], slices=4)
+    assert (spec.run, spec.slices, spec.machines) == ("celeba", 4, 4)
+    assert "--slice" not in spec.argv
+    assert spec.argv_of_slice(3)[-2:] == ("--slice", "3/4")
+    others = [
+        built("sample", ["--run", "celeba", "--count", "100"], slices=2),
+        built("sample", ["--run", "celeba", "--count", "101"], slices=4),
+        built("sample", ["--run", "celeba", "--count", "100"], "vm", slices=4),
+    ]
+    assert built("sample", ["--count", "100", "--run=celeba"], slices=4).name == spec.name
+    # The same images are the same job, wherever they are made.
+    assert [other.name == spec.name for other in others] == [False, False, True]
+    assert re.fullmatch(r"sample-celeba-[0-9a-f]{8}", spec.name)
+
+    spec = built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "64"])
+    assert re.fullmatch(r"pack-my-photos-v2-[0-9a-f]{8}", spec.name)
+    assert spec.argv[:4] == ("data", "pack", "gs://photos/all.zip", "my_photos.v2")
+    assert (spec.run, spec.gpus, spec.gpu_type) == ("", 0, "")
+    assert built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "32"]).name != spec.name
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "pack"])
+def test_names_of_jobs_fit_whatever_the_run_is_called(verb):
+    words = () if verb == "train" else ("a", "b")
+    long = ["a" * 63, "a" * 62 + "b", "a" * 40 + "-" * 20 + "b", "0" * 63, "1-" * 20 + "1"]
+    names = [job_name(verb, name, words) for name in long]
+    assert len(set(names)) == len(names)
+    assert all(len(name) <= NAME_CHARACTERS and re.fullmatch(r"[a-z][a-z0-9-]*[a-z0-9]", name) for name in names)
+    if verb != "pack":
+        assert [[is_about(name, run) for run in long] for name in names] == [[a == b for b in long] for a in long]
+        assert not is_about(job_name(verb, "run-2", words), "run")
+
+
+def test_a_configuration_file_of_this_machine_travels_as_words(targets_folder):
+    text = """
+    train: {batch_size: 64, learning_rate: 2.0e-05, epochs: 7}
+    model: {channel_mults: [1, 2], attention_sizes: [8]}
+    data: {flip: false}
+    sample: {sampler: ddim}
+    """
+    (targets_folder / "mine.yaml").write_text(text)
+    words = ["--dataset", "celeba", "--config", "mine.yaml", "--set", "train.batch_size=32", "--epochs", "9"]
+    spec = built("train", words)
+    assert "--config" not in spec.argv
+    there = parsed("train", spec.argv[1:]).request().check()
+    here = parsed("train", words).request().check()
+    assert there.changes == here.changes
+    assert there.changes["train.batch_size"] == 32
+    assert spec.argv.index("train.batch_size=32") > spec.argv.index("train.learning_rate=2.0e-05")
+    assert "mine.yaml" in built("train", words, "local").argv
+
+
+@pytest.mark.parametrize(
+    "value", [1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""]
+)
+def test_every_value_survives_the_way_into_a_word(value, tmp_path):
+    from job.jobs.building import _as_yaml
+
+    again = parse_yaml(_as_yaml(value))
+    assert (again, type(again)) == (value, type(value))
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"batch_size": value}}))
+    assert read_config_file(tmp_path / "c.yaml") == {"train.batch_size": value}
+
+
+def test_the_bucket_is_the_option_s_else_the_target_s_else_the_variable_s(monkeypatch):
+    monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
+    assert built("train", FOR_TRAIN).bucket == "gs://bucket"
+    assert built("train", FOR_TRAIN, "s3").bucket == "gs://of-the-environment"
+    assert built("train", [*FOR_TRAIN, "--bucket", "s3://mine/folder"]).bucket == "s3://mine/folder"
+    assert built("train", FOR_TRAIN, "local").bucket == "gs://of-local"
+
+
+def test_folders_of_this_machine_become_absolute(targets_folder):
+    spec = built("pack", ["photos", "mine", "--size", "8", "--bucket", "b"], "container")
+    assert spec.bucket == str(targets_folder / "b")
+    assert spec.argv[2:4] == (str(targets_folder / "photos"), "mine")
+    assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(targets_folder / "b"))
+
+
+def test_a_minute_is_the_shortest_limit():
+    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
+
+
+def test_this_machine_has_no_engine_that_ends_a_job():
+    argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
+    assert argv[argv.index("--processes") + 1] == "2"
+    assert argv[argv.index("--stop-after") + 1] == "5400s"
+    argv = built("train", [*FOR_TRAIN, "--processes", "1", "--stop-after", "1h"], "local", gpus=2, max_hours=1.5).argv
+    assert argv[argv.index("--processes") + 1] == "1"
+    assert argv[argv.index("--stop-after") + 1] == "1h"
+    assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv
+
+
+@pytest.mark.parametrize(
+    ("verb", "words", "on", "wishes", "error", "part"),
+    [
+        ("train", ["--dataset", "a", "--bucket", "./b"], "gke", {}, BadRequestError, "is a folder of this machine"),
+        ("train", ["--dataset", "a", "--bucket", "file:///b"], "gke", {}, BadRequestError, "is a folder of this"),
+        ("train", ["--dataset", "a"], "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
+        ("train", ["--dataset", "a", "--bucket", "gs://X"], "gke", {}, BadRequestError, "names no bucket"),
+        ("train", ["--dataset", "a", "--bucket", "gs://u:p@b"], "gke", {}, BadRequestError, "user or password"),
+        ("train", ["--dataset", "a"], "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
+        ("train", ["--dataset", "a/b"], "gke", {}, BadRequestError, "cannot be a dataset's name"),
+        ("train", ["--dataset", "a", "--run", "A"], "gke", {}, BadRequestError, "cannot be a run's name"),
+        ("train", ["--dataset", "a", "--set", "x=1"], "gke", {}, BadConfigError, "unknown key 'x'"),
+        ("train", ["--dataset", "a", "--config", "no"], "gke", {}, MissingInputError, "--config no"),
+        ("train", ["--dataset", "a", "--preset", "no"], "gke", {}, BadRequestError, "no preset 'no'"),
+        ("train", ["--dataset", "a"], "gke", {"max_hours": 1000}, BadRequestError, "--max-hours 1000"),
+        ("train", ["--dataset", "a"], "vm", {"max_hours": 0.0001}, BadRequestError, "--max-hours 0.0001: use at least"),
+        ("train", ["--dataset", "a"], "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
+        ("train", ["--dataset", "a"], "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
+        ("train", ["--dataset", "a"], "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
+        ("train", ["--dataset", "a"], "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
+        ("train", ["--dataset", "a"], "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
+        ("train", ["--dataset", "a"], "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
+        ("train", ["--dataset", "a"], "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
+        ("train", ["--dataset", "a"], "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
+        ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
+        (
+            "sample",
+            ["--run", "r", "--count", "9", "--slice", "0/2"],
+            "gke",
+            {"slices": 2},
+            BadRequestError,
+            "one of the slices that --slices 2 makes",
+        ),
+        ("sample", ["--run", "r"], "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),
+        ("sample", ["--run", "r", "--sampler", "x"], "gke", {}, BadRequestError, "no sampler 'x'"),
+        ("pack", ["a.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
+        ("pack", ["file:///a", "b", "--size", "8"], "gke", {}, BadRequestError, "is a path of this machine"),
+        ("pack", ["https://a/b.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "nobody here speaks https"),
+        ("pack", ["gs://u:secret@b/a.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "user or password"),
+        ("pack", ["gs://abc/b.zip", "b"], "gke", {}, BadRequestError, "--size is needed"),
+    ],
+)
+def test_what_no_machine_could_do_is_refused_here(verb, words, on, wishes, error, part):
+    with pytest.raises(error, match=re.escape(part)) as refusal:
+        built(verb, words, on, **wishes)
+    assert "secret" not in str(refusal.value)
+
+
+def test_the_embedded_images_need_no_source_elsewhere():
+    assert built("pack", ["landscape-sample", "tiles", "--size", "16"]).argv[2] == "landscape-sample"
