@@ -6,6 +6,7 @@ is imported, which takes half a second, and longer in an image that was never re
 
 import os
 import signal
+import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
@@ -39,9 +40,17 @@ def _handle(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
                 signal.signal(number, handler)
 
 
+def _open_closed_streams() -> None:
+    # What is opened later would get their numbers, and be written to by whoever means a terminal.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.open(os.devnull, os.O_RDWR), mode, closefd=False))  # noqa: SIM115
+
+
 def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
     _handle(_leave)
+    _open_closed_streams()
 
     from job.processes.launched import attach
 

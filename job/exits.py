@@ -39,7 +39,7 @@ TABLE: dict[Exit, Meaning] = {
     Exit.MISSING_INPUT: Meaning("missing input: a bucket, dataset, run or checkpoint that is not there", "never"),
     Exit.BUCKET_AWAY: Meaning("the bucket was away beyond the limit", "bounded"),
     Exit.NOT_A_NUMBER: Meaning("the loss or a gradient was not a number; it would be again", "never"),
-    Exit.HUNG: Meaning("the job hung", "bounded"),
+    Exit.HUNG: Meaning("the job hung, or its machine lost a GPU", "bounded"),
     Exit.DISK_FULL: Meaning("the local disk is full", "never"),
     Exit.STOPPED: Meaning("stopped by preemption, a signal or a deadline, with the state saved", "always"),
     Exit.LOST_RUN: Meaning("another attempt holds the run", "never"),

@@ -33,7 +33,7 @@ from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import BatchStream, stream_batches
-from job.exits import BucketAwayError, JobError, LostRunError, NotANumberError, StoppedError
+from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Ranks
@@ -194,8 +194,9 @@ class TrainingSession:
                     train(
                         self.state, self.network, self.batches, objective, settings_of(config), accelerator, self.hooks
                     )
-            self.agreement.finish()
-            self._save()
+                self.agreement.finish()
+                # Before the stream is closed, which may take its time while a shard does not come.
+                self._save()
             stopped = self.state.images_seen < self.plan.target_images
             if stopped:
                 self.stop.begin()
@@ -238,16 +239,18 @@ class TrainingSession:
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         every = config.checkpoint.every_epochs
-        stopping = stopping or (starved and not self._can_all_begin(1))
         if stopping:
             self.stop.begin()
+        # Before images are waited for, which may never come.
         if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
             self._save()
+        stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
             try:
                 self.draw()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
+                self.stop.begin()
                 stopping = True
         self.bar.update(images, total=None, **self._bar_fields())
         return stopping
@@ -365,7 +368,7 @@ class TrainingSession:
             self.status = None
         try:
             # Whatever went wrong here, a checkpoint on its way is a good one: let it arrive before that is told.
-            wait = not isinstance(error, LostRunError | BucketAwayError)
+            wait = not isinstance(error, LostRunError)
             self._close("stopped" if isinstance(error, StoppedError) else "failed", wait)
         except JobError as second:
             if second is not error:

@@ -44,7 +44,7 @@ def run_training(request: TrainRequest, stop: StopFlag, when_met: Callable[[], o
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
-    # Until all have met a signal ends this process, which has nothing to save: one of them may never come.
+    # One of the others may never come. Under our launcher being stopped ends this process until all have met.
     accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
     ranks = Ranks(accelerator, notice)
     when_met()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,10 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# Under nohup, children would inherit that SIGHUP is ignored; caught, it is theirs again, and still ends nothing here.
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, lambda *_: None)
 
 SMALL_DISK_BYTES = 2 << 20
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from queue import Empty, Queue
@@ -18,6 +19,7 @@ from job.exits import StoppedError
 
 _CHUNK_IMAGES = 8192
 _POLL_SECONDS = 0.5
+_CLOSE_SECONDS = 2.0
 
 
 class Batch(NamedTuple):
@@ -110,14 +112,15 @@ class BatchStream(Iterator[Batch]):
         return self._ahead.holds(count)
 
     def close(self) -> None:
-        """Ends the thread; a batch that it is reading is waited for."""
+        """Ends the thread; a batch that it is reading is waited for, but not one whose shard does not come."""
         self._ahead.closed.set()
         # The thread may be waiting for room, once at most: after that it looks whether it is still wanted.
         try:
             while True:
                 self._ahead.ready.get_nowait()
         except Empty:
-            while self._thread is not None and self._thread.is_alive():
+            over = time.monotonic() + _CLOSE_SECONDS
+            while self._thread is not None and self._thread.is_alive() and time.monotonic() < over:
                 self._thread.join(_POLL_SECONDS)
                 self._poll()
 

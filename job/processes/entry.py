@@ -6,16 +6,16 @@ import os
 import sys
 from contextlib import suppress
 
-from job.exits import BadConfigError
+from job.exits import BadConfigError, BadDataError
 from job.plan import Plan, plan_batches, plan_run, plan_sampling
 from job.processes.group import nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
 from job.processes.stopping import StopFlag, deadline
 from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import is_there, list_checkpoints
+from job.runs.checkpoints import is_there, list_checkpoints, load_manifest
 from job.runs.grace import check_writable
-from job.runs.records import read_status
+from job.runs.records import check_written_here, read_status
 from job.sampling.pieces import Batch
 
 
@@ -99,7 +99,7 @@ def sample_command(
 
 def _listen() -> StopFlag:
     """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    stop = StopFlag()
+    stop = StopFlag(leaves_at_once=is_launched())
     if not is_rank():
         leave_at_signals()
     # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
@@ -118,8 +118,15 @@ def _finished(plan: Plan) -> bool:
     status = read_status(plan.run)
     if status is None or status.state != "finished" or _images_seen(plan) < plan.target_images:
         return False
-    # One that was lost since then is learnt again.
-    return is_there(plan.run, max(list_checkpoints(plan.run)))
+    # One that was lost since then, or is another run's by now, is learnt again.
+    newest = max(list_checkpoints(plan.run))
+    if not is_there(plan.run, newest):
+        return False
+    try:
+        check_written_here(plan.run, load_manifest(plan.run, newest))
+    except BadDataError:
+        return False
+    return True
 
 
 def _images_seen(plan: Plan) -> int:

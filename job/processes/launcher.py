@@ -28,7 +28,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from job.exits import TABLE, Exit, MissingInputError
+from job.exits import TABLE, Exit, JobError, MissingInputError
 from job.processes import heartbeat
 from job.processes.group import Group
 from job.processes.heartbeat import Heartbeats
@@ -36,6 +36,7 @@ from job.processes.launched import LAUNCHED, LOST_PEER
 from job.processes.relay import STDERR, Relay
 
 GPUS = "DDPM_GPUS"
+DRIVER = Path("/proc/driver/nvidia")
 """How many GPUs of each machine the job was given; whoever starts it there says so."""
 HANG_SECONDS = 600.0
 """After so long without a heartbeat a rank counts as hung, unless another limit is given."""
@@ -80,31 +81,45 @@ def leave_at_signals() -> None:
 
 def default_processes() -> int:
     """One per GPU that torch sees, or one."""
-    return max(1, _gpus())
+    return max(1, _cuda()[1])
 
 
 def check_gpus() -> None:
     """Returns if torch sees the GPUs that the job was given: on a CPU it would go on for weeks, at a GPU's price.
 
     Raises:
-        MissingInputError: it sees fewer.
+        MissingInputError: this machine has no driver for them, or this PyTorch no CUDA.
+        JobError: it sees fewer (71), such as on a machine whose GPU failed: another machine may have them all.
     """
     given = os.environ.get(GPUS, "")
-    if given.isdecimal() and (seen := _gpus()) < int(given):
-        raise MissingInputError(
-            f"this job was given {given} GPU{'s' * (given != '1')}, and PyTorch sees {seen}: is the driver new enough "
-            "for the image? `nvidia-smi` and `ddpm doctor` on that machine say more"
+    if not given.isdecimal() or int(given) == 0:
+        return
+    cuda, seen = _cuda()
+    said = f"this job was given {given} GPU{'s' * (given != '1')}, and PyTorch sees {seen}"
+    if not DRIVER.exists():
+        raise MissingInputError(f"{said}: there is no NVIDIA driver on this machine")
+    if not cuda:
+        raise MissingInputError(f"{said}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
+    if seen < int(given):
+        raise JobError(
+            f"{said}: did one fail, or is the driver too old for CUDA {cuda}? `nvidia-smi` and `ddpm doctor` on that "
+            "machine say more",
+            Exit.HUNG,
         )
 
 
 @cache
-def _gpus() -> int:
-    """Those that torch sees; a process of its own asks torch, where there is an NVIDIA driver."""
-    if not Path("/proc/driver/nvidia").exists():
-        return 0
-    count = "import torch; print(torch.cuda.device_count())"
-    asked = subprocess.run([sys.executable, "-P", "-c", count], stdout=subprocess.PIPE, check=False)
-    return int(asked.stdout) if asked.returncode == 0 else 0
+def _cuda() -> tuple[str, int]:
+    """The CUDA that torch was built for, and how many GPUs it sees; ("", 0) where there is no NVIDIA driver.
+
+    A process of its own asks torch, which would take its time and the GPUs' memory here.
+    """
+    if not DRIVER.exists():
+        return "", 0
+    ask = "import torch; print(torch.version.cuda or '', torch.cuda.device_count(), sep=',')"
+    asked = subprocess.run([sys.executable, "-P", "-c", ask], stdout=subprocess.PIPE, text=True, check=False)
+    cuda, _, count = asked.stdout.strip().rpartition("\n")[2].partition(",")
+    return (cuda, int(count)) if asked.returncode == 0 and count.isdecimal() else ("(which, it cannot say)", 0)
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
@@ -117,7 +132,7 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
 
     Args:
         command: the words that start a rank; it calls `job.processes.launched.attach` first thing.
-        processes: how many; with one it has this process's terminal, input and output to itself.
+        processes: how many; with one it has this process's input, output and terminal to itself.
         hang_after_seconds: a rank without a heartbeat for so long ends all with code 71; 0 means never.
 
     Raises:
@@ -205,8 +220,9 @@ class _Job:
                 heartbeat.VARIABLE: self._heartbeats.place(number),
                 **group.environment(number),
             }
-            # Rank 0 draws its progress on a terminal itself; what else a rank prints comes by way of the relay.
-            is_relayed = group.processes > 1 and (number > 0 or not os.isatty(STDERR))
+            # Rank 0 draws its progress on a terminal itself; what else a rank prints comes by way of the relay, which
+            # whoever reads it cannot hold up.
+            is_relayed = number > 0 or not os.isatty(STDERR)
             process = subprocess.Popen(
                 self._command,
                 env=environment,
@@ -217,7 +233,7 @@ class _Job:
             rank = _Rank(group.first_rank + number, number, process)
             self._ranks.append(rank)
             if (pipe := process.stdout or process.stderr) is not None:
-                self._relay.follow(rank.number, os.dup(pipe.fileno()))
+                self._relay.follow(rank.number, os.dup(pipe.fileno()), speaks=number == 0)
                 pipe.close()
         self._relay.start()
 
@@ -357,7 +373,8 @@ class _Job:
             self._relay.say(f"ddpm: {name}: {said[-1] if said else TABLE[Exit(first.code)].text}")
 
     def _tell(self, what: str, rank: _Rank) -> None:
-        lines = self._relay.tail(rank.number)
+        # Those of one process alone stand above.
+        lines = self._relay.tail(rank.number) if self._group.processes > 1 else []
         self._relay.say("\n    ".join([f"ddpm: {what}{'; its last lines:' if lines else ''}", *lines]))
 
 

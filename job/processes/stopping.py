@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from job.exits import BadRequestError
+from job.exits import BadRequestError, Exit
 from job.processes.heartbeat import beat
 from job.processes.launcher import handle_stop_signals, ignore_stop_signals
 
@@ -36,6 +36,7 @@ _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _NO_ETAG = "0"
 """Asks for a value as it is (cloud.google.com/compute/docs/metadata/querying-metadata)."""
 _POLL_SECONDS = 60
+_ALONE_SECONDS = 0.5
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 5.0
 """Between two attempts to reach the metadata server: a notice comes 30 s, or even 15, before the end."""
 
@@ -80,8 +81,13 @@ class StopFlag:
     launcher, and must not cut the save short.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, leaves_at_once: bool = False) -> None:
+        """With `leaves_at_once` being stopped ends the process until signals are taken: it has nothing to save yet.
+
+        That is for a rank that may wait for others to begin, who may never come: nobody polls there, and it is no hang.
+        """
         self.reason = ""
+        self._leaves_at_once = leaves_at_once
         self._stop_at = float("inf")
         self._main_thread = threading.get_ident()
         self._installed = self._takes_signals = False
@@ -94,6 +100,7 @@ class StopFlag:
         """
         if signals and not self._takes_signals:
             self._takes_signals = True
+            self._leaves_at_once = False
             handle_stop_signals(self._handle)
             # On its way out the interpreter restores the default actions: a second signal would change the exit code.
             atexit.register(ignore_stop_signals)
@@ -101,6 +108,8 @@ class StopFlag:
             return self
         self._installed = True
         self._stop_at = float(os.environ.get(STOP_AT, "inf"))
+        if self._leaves_at_once:
+            threading.Thread(target=self._live_alone, name="until-all-have-met", daemon=True).start()
         if host := _metadata_host():
             for resource, value, counts_at_once in _NOTICES:
                 arguments = (host, resource, value, counts_at_once)
@@ -112,6 +121,16 @@ class StopFlag:
 
     def _set(self, reason: str) -> None:
         self.reason = self.reason or reason
+        if self._leaves_at_once:
+            os.write(2, f"ddpm: stopped by {reason} before it began; the same command begins again\n".encode())
+            os._exit(int(Exit.STOPPED))
+
+    def _live_alone(self) -> None:
+        """Beats, and looks at the deadline, for a main thread that waits for others: how long is bounded elsewhere."""
+        while self._leaves_at_once:
+            beat()
+            self()
+            time.sleep(_ALONE_SECONDS)
 
     def _watch(self, host: str, resource: str, value: str, counts_at_once: bool) -> None:
         """Waits for a metadata value, through all errors of the server; a daemon thread, which no exit waits for."""

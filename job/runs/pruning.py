@@ -23,7 +23,7 @@ from job.runs.lease import Lease, load_lease
 from job.runs.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs.verification import checkpoint_problems
 from job.sampling.names import SAMPLES
-from job.sampling.piece_checks import batch_of, uncommitted
+from job.sampling.piece_checks import batch_of, record_of, uncommitted
 from job.store import ObjectMissingError, Store, open_store
 
 ORPHAN_SECONDS = 3600.0
@@ -149,10 +149,11 @@ def _pieces_without_record(run: Store) -> list[str]:
 
 
 def _is_wanted(run: Store, key: str) -> bool:
-    """Whether a piece has been taken up since it was found: samplers hold no lease, but say that they read."""
-    folder = batch_of(key)
-    keys = {entry.key.removeprefix(f"{folder}/") for entry in run.list(folder)}
-    return bool(being_read(run)[0]) or key.removeprefix(f"{folder}/") not in uncommitted(keys)
+    """Whether a piece has been taken up since it was found: samplers hold no lease, but say that they read.
+
+    They say so before they look which pieces have records, and make the record after all that it names is there.
+    """
+    return bool(being_read(run)[0]) or run.exists(f"{batch_of(key)}/{record_of(key)}")
 
 
 def _newest_verified(run: Store, refs: list[CheckpointRef], warn: Callable[[str], None]) -> CheckpointRef:

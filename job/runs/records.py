@@ -162,8 +162,8 @@ class Attempt(Sealed):
     """What this attempt does otherwise than the run's stored configuration says."""
     config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
-    holder: str
-    """As which it held the run's lease."""
+    holder: str = ""
+    """As which it held the run's lease; empty in the records of earlier versions."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
@@ -275,8 +275,8 @@ class Status(Sealed):
     state: str
     """`running`, `finished`, `stopped` or `failed`."""
     fence: int
-    attempt: str
-    """The id of the attempt, without which another run's status would not be noticed."""
+    attempt: str = ""
+    """The id of the attempt, without which another run's status would not be noticed; empty before there was one."""
     images_seen: int
     target_images: int
     epoch: float

@@ -261,7 +261,7 @@ class _Verification:
             if self._attempts:
                 self._missing(LEASE, "there were attempts")
         if self._status and (attempt := self._attempts.get(self._status.fence)):
-            if attempt.id != self._status.attempt:
+            if self._status.attempt and attempt.id != self._status.attempt:
                 self._problems.append(self._foreign(STATUS, attempt))
                 self._status = None
         elif self._status and records.attempt_key(self._status.fence) not in self._sizes:

@@ -88,8 +88,8 @@ class _Slice:
         missing = self.ranks.on_main(self._begin)
         made_images, started = 0, time.monotonic()
         with ExitStack() as stack:
-            if self.ranks.is_main:
-                self._renew = stack.enter_context(reading(self.plan.run, self.ref))
+            # Each for itself: one that commits its last piece may outlive the others.
+            self._renew = stack.enter_context(reading(self.plan.run, self.ref))
             if missing:
                 load_weights(self.plan.run, self.ref, self.batch.drawing.weights, self.painter.network, self.ranks)
                 started = time.monotonic()

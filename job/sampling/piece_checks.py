@@ -134,6 +134,13 @@ def uncommitted(keys: Iterable[str]) -> set[str]:
     return {key for key in keys if (match := _PIECE.fullmatch(key)) and record_key(int(match[1])) not in keys}
 
 
+def record_of(key: str) -> str:
+    """Within the folder of its batch, the record of the piece that an object of a run is of, or is a part of."""
+    match = _PIECE.fullmatch(key.removeprefix(f"{batch_of(key)}/"))
+    assert match is not None, key
+    return record_key(int(match[1]))
+
+
 def batch_of(key: str) -> str:
     """The folder of the batch that an object of a run belongs to; nothing if it belongs to none."""
     parts = key.split("/")

@@ -7,8 +7,9 @@ RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides 
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
-Nothing here is ever written over or deleted. So what lies there stays what its record says, however many processes make
-the same piece, and a piece without a record, left by a process that was killed, is as good as another.
+Nobody who samples writes over or deletes anything here, and `ddpm runs prune` deletes only what has no record. So what
+lies there stays what its record says, however many processes make the same piece, and a piece without a record, left by
+a process that was killed, is as good as another.
 """
 
 from __future__ import annotations

@@ -24,10 +24,10 @@ class Nodes:
         """Starts a run of two processes on one node."""
         return self._start(run, epochs, 0, ["--processes", "2"], {})
 
-    def together(self, run: str, epochs: int) -> list[subprocess.Popen[bytes]]:
-        """Starts a run of two nodes of one process."""
+    def together(self, run: str, epochs: int, *more: str) -> list[subprocess.Popen[bytes]]:
+        """Starts a run of two nodes of one process; `more` are further words of the command."""
         variables = {"NNODES": "2", "MASTER_ADDR": self._address, "MASTER_PORT": str(self._port)}
-        return [self._start(run, epochs, node, [], {**variables, "NODE_RANK": str(node)}) for node in range(2)]
+        return [self._start(run, epochs, node, [*more], {**variables, "NODE_RANK": str(node)}) for node in range(2)]
 
     def said(self, processes: list[subprocess.Popen[bytes]]) -> str:
         """What they wrote, for the message of a failure."""

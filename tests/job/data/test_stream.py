@@ -190,6 +190,29 @@ def test_the_thread_ends_with_the_generator(cache):
     assert threads() == []
 
 
+def test_a_batch_that_does_not_come_is_not_waited_for(cache):
+    is_silent, comes = threading.Event(), threading.Event()
+
+    class Silent(Reader):
+        def read(self, indices, out):
+            if self.batches == 2:
+                is_silent.set()
+                comes.wait(60)
+            return super().read(indices, out)
+
+    batches = stream(Silent(cache), 0, None)
+    next(batches)
+    assert is_silent.wait(10)
+    began = time.monotonic()
+    batches.close()
+    assert time.monotonic() - began < 4
+    comes.set()
+    deadline = time.monotonic() + 10
+    while threads() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threads() == []
+
+
 def test_an_error_comes_in_its_place_and_with_its_type(cache):
     reader = Reader(cache, fails_at_batch=6)
     batches, taken = stream(reader, 0, None), []

@@ -32,6 +32,23 @@ def test_while_modules_are_imported(number, seconds, unreachable):
     assert "Traceback" not in err
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_library_that_catches_the_end_delays_it_by_seconds(number):
+    code = f"""
+import job.__main__ as program, os, time
+program._handle(program._end)
+try:
+    os.kill(os.getpid(), {int(number)})
+except BaseException:
+    pass
+time.sleep(60)
+"""
+    began = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (75, f"ddpm: stopped by {number.name}; the same command begins again\n")
+    assert time.monotonic() - began < 15
+
+
 @pytest.fixture
 def unreachable():
     """Variables of a bucket server that takes connections and never answers."""

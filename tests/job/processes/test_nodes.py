@@ -120,6 +120,16 @@ def test_a_node_that_waits_for_another_can_be_stopped(nodes):
     assert not (nodes.bucket / "runs/walk/lease.json").exists()
 
 
+def test_a_node_that_waits_for_another_keeps_to_its_deadline_and_is_not_taken_for_hung(nodes):
+    began = time.monotonic()
+    (waiting, other) = nodes.together("walk", 2, "--stop-after", "10s", "--hang-after", "4")
+    other.kill()
+    other.wait()
+    assert waiting.wait(40) == 75, nodes.said([waiting])
+    assert 10 <= time.monotonic() - began < 20
+    assert "stopped by its deadline (--stop-after) before it began" in nodes.said([waiting])
+
+
 @pytest.mark.slow
 def test_a_node_that_dies_ends_the_others(nodes):
     run = open_store(str(nodes.bucket)).sub("runs/walk")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from job.runs.checkpoints import LATEST, CheckpointRef, Latest, Manifest, list_c
 from job.runs.lease import Lease
 from job.runs.retention import Reader, Retention, being_read, reading
 from job.runs.saving import CheckpointWriter, Save
-from job.store import Store, open_store
+from job.store import Entry, Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.small_dataset import write_dataset
@@ -223,6 +224,25 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, ca
         "piece-00002.tar",
         "piece-00001.json",
     ]
+
+
+def test_looking_again_costs_the_same_however_many_images_there_are(bucket, run, monkeypatch):
+    succeeded(prune(bucket))
+    batch = "samples/epoch-0001-ddim-4-0-8-png"
+    for image in range(20):
+        run.create(f"{batch}/piece-00001/{image:09d}.png", b"1")
+    listed: list[str] = []
+    real = type(run).list
+
+    def counted(store: Store, prefix: str = "") -> Iterator[Entry]:
+        if prefix.startswith("samples/"):
+            listed.append(prefix)
+        return real(store, prefix)
+
+    monkeypatch.setattr(type(run), "list", counted)
+    assert succeeded(prune(bucket)).count("left behind by sampling that was stopped") == 20
+    assert listed == []
+    assert not list(run.list(batch))
 
 
 def test_it_is_refused_while_somebody_trains(bucket, run):

@@ -8,25 +8,21 @@ import os
 import re
 import signal
 import subprocess
-from collections.abc import Iterator
 from dataclasses import replace
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import webdataset
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from job.data.pack import pack
 from job.exits import BadDataError, BadRequestError
 from job.plan import plan_batches, plan_sampling
 from job.processes import compute
 from job.processes.ranks import Ranks
 from job.processes.stopping import Agreement
-from job.requests import SampleRequest, TrainRequest
+from job.requests import SampleRequest
 from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest, opened
 from job.runs.verification import verify_run
 from job.sampling import batches
@@ -34,50 +30,11 @@ from job.sampling.piece_files import commit_piece, read_images
 from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
 from job.sampling.sample import Painter, sampling_of
 from job.store import Store, open_store
-from job.train import run_training
-from tests.job.command_line import DDPM, NETWORK, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.launching import children, eventually, is_gone
 
 SLOW = ("--steps", 25)
 """So that a process can be caught at work."""
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A bucket with a run `walk` of two epochs, which knows five classes."""
-    folder = tmp_path_factory.mktemp("batches")
-    source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
-    sets = [f"{key}={value}" for key, value in NETWORK.items()] + [
-        "train.learning_rate=0.01",
-        "checkpoint.every_epochs=1",
-    ]
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        # As in the processes that the tests start: how many threads share a sum may decide its last bit.
-        torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        request = TrainRequest("tiles", str(folder), run="walk", epochs=2, sets=tuple(sets))
-        run_training(request.check(), lambda: False)
-        yield folder
-    torch.set_num_threads(threads)
-
-
-def copied(trained: Path, uri: str) -> str:
-    """Copies the run and the index of its dataset to another bucket."""
-    there, here = open_store(str(trained)), open_store(uri)
-    for prefix in ("runs/walk/checkpoints", "datasets"):
-        for entry in there.list(prefix):
-            if not entry.key.endswith(".tar"):
-                here.create(entry.key, there.read(entry.key).data)
-    here.create("runs/walk/config.yaml", there.read("runs/walk/config.yaml").data)
-    return uri
-
-
-@pytest.fixture
-def bucket(trained: Path, tmp_path: Path) -> str:
-    return copied(trained, str(tmp_path / "bucket"))
 
 
 def words(bucket: str, count: int, *more: object) -> tuple[object, ...]:
@@ -174,11 +131,10 @@ def test_png_files_hold_the_image_of_each_seed(bucket):
     assert np.array_equal(read_images(batch, batch.load(1), 3), [np.asarray(Image.open(path)) for path in paths[16:19]])
 
 
-def test_slices_side_by_side_make_what_one_process_makes(trained, bucket, gcs_bucket):
-    copied(trained, gcs_bucket)
+def test_slices_side_by_side_make_what_one_process_makes(bucket, gcs_copy):
     processes = [
         subprocess.Popen(
-            [DDPM, *map(str, words(gcs_bucket, 100, "--slice", f"{index}/3"))],
+            [DDPM, *map(str, words(gcs_copy, 100, "--slice", f"{index}/3"))],
             env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -192,7 +148,7 @@ def test_slices_side_by_side_make_what_one_process_makes(trained, bucket, gcs_bu
         out, err = child.communicate(timeout=200)
         assert child.returncode == 0, out + err
         outputs.append(out)
-    alone, together = batch_of(bucket, 100).store, batch_of(gcs_bucket, 100).store
+    alone, together = batch_of(bucket, 100).store, batch_of(gcs_copy, 100).store
     assert pieces(together) == pieces(alone)
     assert set(contents(together)) == set(contents(alone))
     assert any("100 images in 7 pieces" in out for out in outputs)
@@ -257,9 +213,9 @@ def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
 
 
 @pytest.mark.parametrize("save", ["shards", "png"])
-def test_who_makes_a_piece_again_does_no_harm(trained, gcs_bucket, save):
+def test_who_makes_a_piece_again_does_no_harm(gcs_copy, save):
     """Also with other bytes, as another machine that rounds otherwise makes them."""
-    batch = batch_of(copied(trained, gcs_bucket), 20, save=save)
+    batch = batch_of(gcs_copy, 20, save=save)
     batch.begin()
     images = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), dtype=np.uint8)
     assert commit_piece(batch, 0, images[:16])
@@ -279,8 +235,8 @@ def test_who_makes_a_piece_again_does_no_harm(trained, gcs_bucket, save):
 
 
 @pytest.mark.parametrize("save", ["shards", "png"])
-def test_a_piece_that_rotted_before_it_was_committed_is_not_adopted(trained, gcs_bucket, save):
-    batch = batch_of(copied(trained, gcs_bucket), 20, save=save)
+def test_a_piece_that_rotted_before_it_was_committed_is_not_adopted(gcs_copy, save):
+    batch = batch_of(gcs_copy, 20, save=save)
     batch.begin()
     images = np.random.default_rng(0).integers(0, 255, (16, 16, 16, 3), dtype=np.uint8)
     assert commit_piece(batch, 0, images)

@@ -2,51 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from importlib import resources
-from pathlib import Path
-
 import numpy as np
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 
-from job.data.pack import pack
 from job.exits import BadDataError
-from job.requests import TrainRequest
 from job.runs.grace import Notice
 from job.sampling.piece_files import PieceWriter
-from job.store import open_store
-from job.train import run_training
-from tests.job.command_line import NETWORK, ddpm_here, refused
-from tests.job.sampling.test_batches import batch_of, copied
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A bucket with a run `walk` of two epochs, which knows five classes."""
-    folder = tmp_path_factory.mktemp("batches")
-    source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
-    sets = [f"{key}={value}" for key, value in NETWORK.items()] + [
-        "train.learning_rate=0.01",
-        "checkpoint.every_epochs=1",
-    ]
-    threads = torch.get_num_threads()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        # As in the processes that the tests start: how many threads share a sum may decide its last bit.
-        torch.set_num_threads(1)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        request = TrainRequest("tiles", str(folder), run="walk", epochs=2, sets=tuple(sets))
-        run_training(request.check(), lambda: False)
-        yield folder
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def bucket(trained: Path, tmp_path: Path) -> str:
-    return copied(trained, str(tmp_path / "bucket"))
+from tests.job.command_line import ddpm_here, refused
+from tests.job.sampling.test_batches import batch_of
 
 
 def test_a_writer_that_cannot_go_on_says_so(bucket):

@@ -4,76 +4,21 @@ from __future__ import annotations
 
 import json
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 from google.cloud import storage
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
+from tests.job.store.lost_answers import LostAnswers
+from tests.job.store.proxy import Proxy, every_call, once
 
-Change = Callable[[bytes], bytes | None]
 LARGE_BYTES = 9 << 20
-
-
-class Proxy:
-    """A TCP proxy before the bucket: `request` and `answer` change what passes, or cut the line with None.
-
-    `instead` may answer a request in the bucket's stead.
-    """
-
-    def __init__(self, target: str) -> None:
-        self.request: Change = bytes
-        self.answer: Change = bytes
-        self.instead: Change = lambda data: None
-        self._target = (urlsplit(target).hostname, urlsplit(target).port)
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-    def _accept(self) -> None:
-        with suppress(OSError):
-            while True:
-                client, _ = self._listener.accept()
-                server = socket.create_connection(self._target)
-                threading.Thread(target=self._pass_requests, args=(client, server), daemon=True).start()
-                threading.Thread(target=self._pass_answers, args=(client, server), daemon=True).start()
-
-    def _pass_requests(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError), client, server:
-            while data := client.recv(1 << 16):
-                if (answer := self.instead(data)) is not None:
-                    client.sendall(answer)
-                    # A line that closes with bytes unread would take the answer with it.
-                    while client.recv(1 << 16):
-                        pass
-                    break
-                if (changed := self.request(data)) is None:
-                    break
-                server.sendall(changed)
-            _hang_up(client, server)
-
-    def _pass_answers(self, client: socket.socket, server: socket.socket) -> None:
-        with suppress(OSError):
-            while (data := server.recv(1 << 16)) and (changed := self.answer(data)) is not None:
-                client.sendall(changed)
-            _hang_up(client, server)
-
-
-def _hang_up(*ends: socket.socket) -> None:
-    for end in ends:
-        with suppress(OSError):
-            end.shutdown(socket.SHUT_RDWR)
 
 
 def refusal(status: int, message: str) -> bytes:
@@ -81,20 +26,6 @@ def refusal(status: int, message: str) -> bytes:
     body = json.dumps({"error": {"code": status, "message": message, "errors": []}}).encode()
     head = f"HTTP/1.1 {status} No\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n"
     return head.encode() + b"Connection: close\r\n\r\n" + body
-
-
-def once(change: Change, when: bytes) -> Change:
-    """Applies `change` to the first piece of data in which `when` occurs."""
-    lock, done = threading.Lock(), threading.Event()
-
-    def apply(data: bytes) -> bytes | None:
-        with lock:
-            if done.is_set() or when not in data:
-                return data
-            done.set()
-        return change(data)
-
-    return apply
 
 
 @pytest.fixture
@@ -110,73 +41,8 @@ def store(proxy: Proxy, gcs_bucket: str) -> Store:
     return open_store(gcs_bucket, deadline_seconds=10)
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789" * 1000)
-    return path
-
-
-def every_call(store: Store, file: Path) -> list[Callable[[], object]]:
-    return [
-        lambda: store.read("key"),
-        lambda: store.create("key", b"1"),
-        lambda: store.replace("key", b"1", "12345"),
-        lambda: store.put("key", b"1"),
-        lambda: store.upload(file, "key"),
-        lambda: store.download("key", file.with_name("out")),
-        lambda: store.open("key"),
-        lambda: list(store.list()),
-        lambda: store.folders(),
-        lambda: store.delete("key"),
-        lambda: store.exists("key"),
-    ]
-
-
-def lose_the_answer_to(proxy: Proxy, request: bytes) -> threading.Event:
-    """Lets the next such request through, and cuts the line before its answer."""
-    lost = threading.Event()
-    armed = threading.Event()
-
-    def watch(data: bytes) -> bytes:
-        if not lost.is_set() and request in data:
-            armed.set()
-        return data
-
-    def cut(data: bytes) -> bytes | None:
-        if not armed.is_set() or lost.is_set():
-            return data
-        lost.set()
-        return None
-
-    proxy.request, proxy.answer = watch, cut
-    return lost
-
-
-def test_create_survives_a_lost_answer(proxy: Proxy, store: Store) -> None:
-    lost = lose_the_answer_to(proxy, b"POST /upload")
-    version = store.create("manifest", b"mine")
-    assert lost.is_set()
-    assert store.read("manifest").version == version
-    with pytest.raises(ObjectExistsError):
-        store.create("manifest", b"theirs")
-
-
-def test_replace_survives_a_lost_answer(proxy: Proxy, store: Store) -> None:
-    first = store.create("lease", b"1")
-    lost = lose_the_answer_to(proxy, b"POST /upload")
-    second = store.replace("lease", b"2", first)
-    assert lost.is_set()
-    assert store.read("lease").version == second != first
-    with pytest.raises(ConflictError):
-        store.replace("lease", b"3", first)
-
-
-def test_upload_survives_a_lost_answer(proxy: Proxy, store: Store, file: Path) -> None:
-    lost = lose_the_answer_to(proxy, b"POST /upload")
-    store.upload(file, "part")
-    assert lost.is_set()
-    assert store.read("part").data == file.read_bytes()
+class TestLostAnswers(LostAnswers):
+    request = b"POST /upload"
 
 
 def test_a_download_that_breaks_off_is_begun_anew(proxy: Proxy, store: Store, file: Path) -> None:

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,30 +19,11 @@ import pytest
 
 from job.exits import BucketAwayError, Exit
 from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
-from tests.job.store.test_gcs import Proxy, every_call, lose_the_answer_to, once
+from tests.job.store.lost_answers import LostAnswers
+from tests.job.store.proxy import Proxy, every_call, lose_the_answer_to, once
 
 LARGE_BYTES = 17 << 20
 """Three parts."""
-
-
-@pytest.fixture
-def proxy(s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def store(proxy: Proxy, s3_bucket: str) -> Store:
-    return open_store(s3_bucket, deadline_seconds=10)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789" * 1000)
-    return path
 
 
 @pytest.fixture
@@ -94,30 +75,8 @@ def unfinished_uploads(store: Store) -> int:
     return len(listing.get("Uploads", []))
 
 
-def test_create_survives_a_lost_answer(proxy: Proxy, store: Store) -> None:
-    lost = lose_the_answer_to(proxy, b"PUT /")
-    version = store.create("manifest", b"mine")
-    assert lost.is_set()
-    assert store.read("manifest").version == version
-    with pytest.raises(ObjectExistsError):
-        store.create("manifest", b"theirs")
-
-
-def test_replace_survives_a_lost_answer(proxy: Proxy, store: Store) -> None:
-    first = store.create("lease", b"1")
-    lost = lose_the_answer_to(proxy, b"PUT /")
-    second = store.replace("lease", b"2", first)
-    assert lost.is_set()
-    assert store.read("lease").version == second != first
-    with pytest.raises(ConflictError):
-        store.replace("lease", b"3", first)
-
-
-def test_upload_survives_a_lost_answer(proxy: Proxy, store: Store, file: Path) -> None:
-    lost = lose_the_answer_to(proxy, b"PUT /")
-    store.upload(file, "part")
-    assert lost.is_set()
-    assert store.read("part").data == file.read_bytes()
+class TestLostAnswers(LostAnswers):
+    request = b"PUT /"
 
 
 @pytest.mark.parametrize("request_line", [b"?uploads", b"partNumber=2", b"?uploadId="])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,29 +15,8 @@ import pytest
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.store import Entry, ObjectMissingError, Store, open_store
 from tests.conftest import SECRET
-from tests.job.store.test_gcs import Proxy, every_call
-from tests.job.store.test_s3 import refusal
-
-
-@pytest.fixture
-def proxy(s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
-    proxy = Proxy(s3_server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
-    yield proxy
-    proxy.close()
-
-
-@pytest.fixture
-def store(proxy: Proxy, s3_bucket: str) -> Store:
-    return open_store(s3_bucket, deadline_seconds=10)
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "file"
-    path.write_bytes(b"0123456789" * 1000)
-    return path
-
+from tests.job.store.proxy import Proxy, every_call
+from tests.job.store.s3.test_s3 import refusal
 
 FORBIDDEN = "User: arn:aws:iam::123456789012:user/trainer is not authorized to perform: s3:PutObject on the bucket"
 

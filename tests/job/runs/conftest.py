@@ -1,0 +1,64 @@
+"""Whole runs, to be damaged."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+
+from job.data.pack import pack
+from job.runs.checkpoints import CheckpointRef, list_checkpoints
+from job.runs.retention import READING, Reader
+from job.store import Store, open_store
+from tests.job.command_line import ddpm_here, succeeded
+from tests.job.runs.whole_runs import content_hash, train
+
+
+@pytest.fixture(scope="module")
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
+    folder = tmp_path_factory.mktemp("rot")
+    source = resources.files("job") / "datasets" / "landscape-sample.zip"
+    # Threads that wait for each other's core make a small network a slow one.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pack(open_store(str(folder)), str(source), "tiles", size=8)
+    succeeded(train(folder, "other", 1, train__seed="5"))
+    for epochs in (2, 4):
+        succeeded(train(folder, "r", epochs))
+    shutil.copytree(folder / "runs" / "r", folder / "runs" / "undisturbed")
+    succeeded(train(folder, "undisturbed", 5))
+    words = ("sample", "--run", "r", "--count", 20, "--bucket", folder)
+    succeeded(ddpm_here(*words, DDPM_CACHE=str(folder / "cache")))
+    run = open_store(str(folder)).sub("runs/r")
+    for number, ref in enumerate(list_checkpoints(run)[:2]):
+        reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
+        run.create(f"{READING}/{ref.key.removeprefix('checkpoints/')}-{number:032x}.json", reader.to_json())
+    yield folder
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def store(bucket: Path) -> Store:
+    return open_store(str(bucket))
+
+
+@pytest.fixture(scope="module")
+def run(store: Store) -> Store:
+    return store.sub("runs/r")
+
+
+@pytest.fixture(scope="module")
+def keys(run: Store) -> list[str]:
+    return [entry.key for entry in run.list()]
+
+
+@pytest.fixture(scope="module")
+def contents(run: Store) -> dict[CheckpointRef, str]:
+    """What a resumed run gets of each checkpoint: a hash over weights, averages and moments."""
+    return {ref: content_hash(run, ref) for ref in list_checkpoints(run)}

@@ -1,0 +1,53 @@
+"""Runs of a small network, to be damaged: how they are trained, copied and compared."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+from job.runs.checkpoints import CheckpointRef, load_manifest
+from job.runs.metrics import read_rows
+from job.runs.restoring import newest_good
+from job.store import Store
+from tests.job.command_line import ddpm_here, settings
+
+GROUPS = ("model", "ema", "optimizer")
+
+
+def train(bucket: Path, run: str, epochs: int, **changes: str):
+    words = ("train", "--dataset", "tiles", "--run", run, "--epochs", epochs, "--bucket", bucket)
+    changes = {
+        "checkpoint__keep_last": "9",
+        "checkpoint__every_epochs": "1",
+        "model__channels": "4",
+        "log__every_images": "144",
+        **changes,
+    }
+    return ddpm_here(*words, *settings(**changes), DDPM_CACHE=str(bucket / "cache"))
+
+
+def copy_objects(source: Store, target: Store, *folders: str) -> None:
+    """Copies folders between buckets."""
+    for folder in folders:
+        for entry in source.sub(folder).list():
+            target.sub(folder).put(entry.key, source.sub(folder).read(entry.key).data)
+
+
+def content_hash(run: Store, ref: CheckpointRef) -> str:
+    """Of all that a resumed run gets of a checkpoint."""
+    files = sorted(load_manifest(run, ref).files, key=lambda record: record.name)
+    return hashlib.sha256(b"".join(run.read(f"{ref.key}/{record.name}").data for record in files)).hexdigest()
+
+
+def resumed(run: Store) -> tuple[CheckpointRef, list[str], list[str], int]:
+    """What an attempt would go on from: the checkpoint, the keys that warnings name, and the metrics' rows."""
+    warnings: list[str] = []
+    with newest_good(run, GROUPS, warnings.append) as restored:
+        assert restored is not None
+        manifest = restored.manifest
+        files = sorted(path for paths in restored.files.values() for path in paths)
+        content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
+        rows = len(read_rows(run, manifest.metric_segments))
+    named = [key for warning in warnings for key in re.findall(rf"{re.escape(run.uri)}/(\S+?)[:;)]? ", f"{warning} ")]
+    return manifest.ref, named, [content], rows

@@ -1,0 +1,102 @@
+"""Training whose images do not come: what was learnt until then is saved, and nobody waits for the shard."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from job import train
+from job.data.pack import pack
+from job.exits import BucketAwayError, StoppedError
+from job.requests import TrainRequest
+from job.runs.checkpoints import list_checkpoints
+from job.runs.lease import load_lease
+from job.store import Store, open_store
+from tests.job.command_line import NETWORK
+from tests.job.leases import eventually
+
+EPOCH_IMAGES = 312
+
+
+class Lacking:
+    """The run's cache, whose shards stop coming after an epoch, until somebody lets them come or fail."""
+
+    def __init__(self, cache) -> None:
+        self._cache, self._batches = cache, 0
+        self.index, self.prefetch, self.labels = cache.index, cache.prefetch, cache.labels
+
+    def read(self, indices, out):
+        self._batches += 1
+        if self._batches > EPOCH_IMAGES // 24:
+            lacking.set()
+            going_on.wait(60)
+            raise BucketAwayError("the shard's bucket is away")
+        return self._cache.read(indices, out)
+
+
+lacking, going_on = threading.Event(), threading.Event()
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+    opened = train.open_cache
+    monkeypatch.setattr(train, "open_cache", lambda *words, **options: Lacking(opened(*words, **options)))
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    lacking.clear()
+    going_on.clear()
+    pack(open_store(str(tmp_path)), str(resources.files("job") / "datasets" / "landscape-sample.zip"), "tiles", size=16)
+    yield open_store(str(tmp_path)).sub("runs/walk")
+    going_on.set()
+
+
+def request(run: Store) -> TrainRequest:
+    sets = [f"{key}={value}" for key, value in NETWORK.items()] + ["checkpoint.every_epochs=1", "sample.every_epochs=0"]
+    return TrainRequest("tiles", str(Path(run.uri).parents[1]), run="walk", epochs=3, sets=tuple(sets)).check()
+
+
+def saved(run: Store) -> list[int]:
+    return [ref.images_seen for ref in list_checkpoints(run)]
+
+
+def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(run):
+    seen = []
+
+    def watch():
+        lacking.wait(60)
+        with_checkpoint = time.monotonic() + 10
+        while not saved(run) and time.monotonic() < with_checkpoint:
+            time.sleep(0.05)
+        seen.extend(saved(run))
+        going_on.set()
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with pytest.raises(BucketAwayError, match="the shard's bucket is away"):
+        train.run_training(request(run), lambda: False)
+    watcher.join()
+    assert seen == [EPOCH_IMAGES]
+    assert saved(run) == [EPOCH_IMAGES]
+    assert load_lease(run).released
+
+
+def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(run):
+    began: list[float] = []
+
+    def stop() -> bool:
+        if lacking.is_set() and saved(run) and not began:
+            began.append(time.monotonic())
+        return bool(began)
+
+    with pytest.raises(StoppedError, match="everything is saved"):
+        train.run_training(request(run), stop)
+    # The reader is waited for as well, but not for ever.
+    assert time.monotonic() - began[0] < 6
+    assert saved(run) == [EPOCH_IMAGES]
+    assert not going_on.is_set()
+    going_on.set()
+    eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "batches"])
