@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
@@ -23,13 +24,15 @@ _LAST_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
-def run_training(request: TrainRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
+def run_training(
+    request: TrainRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
 
     Args:
         request: which run.
         stop: polled all the while.
-        when_met: called when all processes have met: before that, one that is to stop has nothing to save.
+        waiting: entered until all processes have met: one that is to stop before that has nothing to save.
 
     Raises:
         StoppedError: a signal came; the state is committed, the same command goes on.
@@ -44,10 +47,9 @@ def run_training(request: TrainRequest, stop: StopFlag, when_met: Callable[[], o
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
-    # One of the others may never come. Under our launcher being stopped ends this process until all have met.
-    accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
-    ranks = Ranks(accelerator, notice)
-    when_met()
+    with waiting():
+        accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
+        ranks = Ranks(accelerator, notice)
     lease: Lease | None = None
 
     def take() -> int:

@@ -57,7 +57,7 @@ def train_command(
             return
         from job.train import run_training
 
-        run_training(request, stop, stop.install)
+        run_training(request, stop, stop.waiting)
         if os.environ.get("RANK", "0") == "0":
             _tell(plan_run(request, stop), request, "is finished")
 
@@ -90,16 +90,16 @@ def sample_command(
         elif request.count is None:
             from job.sampling.sample import run_sampling
 
-            run_sampling(request, stop, stop.install)
+            run_sampling(request, stop, stop.waiting)
         else:
             from job.sampling.batches import run_batches
 
-            run_batches(request, stop, stop.install)
+            run_batches(request, stop, stop.waiting)
 
 
 def _listen() -> StopFlag:
     """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    stop = StopFlag(leaves_at_once=is_launched())
+    stop = StopFlag()
     if not is_rank():
         leave_at_signals()
     # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.

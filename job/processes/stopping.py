@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from job.exits import BadRequestError, Exit
 from job.processes.heartbeat import beat
@@ -81,13 +81,9 @@ class StopFlag:
     launcher, and must not cut the save short.
     """
 
-    def __init__(self, *, leaves_at_once: bool = False) -> None:
-        """With `leaves_at_once` being stopped ends the process until signals are taken: it has nothing to save yet.
-
-        That is for a rank that may wait for others to begin, who may never come: nobody polls there, and it is no hang.
-        """
+    def __init__(self) -> None:
         self.reason = ""
-        self._leaves_at_once = leaves_at_once
+        self._leaves_at_once = False
         self._stop_at = float("inf")
         self._main_thread = threading.get_ident()
         self._installed = self._takes_signals = False
@@ -100,7 +96,6 @@ class StopFlag:
         """
         if signals and not self._takes_signals:
             self._takes_signals = True
-            self._leaves_at_once = False
             handle_stop_signals(self._handle)
             # On its way out the interpreter restores the default actions: a second signal would change the exit code.
             atexit.register(ignore_stop_signals)
@@ -108,8 +103,6 @@ class StopFlag:
             return self
         self._installed = True
         self._stop_at = float(os.environ.get(STOP_AT, "inf"))
-        if self._leaves_at_once:
-            threading.Thread(target=self._live_alone, name="until-all-have-met", daemon=True).start()
         if host := _metadata_host():
             for resource, value, counts_at_once in _NOTICES:
                 arguments = (host, resource, value, counts_at_once)
@@ -122,15 +115,34 @@ class StopFlag:
     def _set(self, reason: str) -> None:
         self.reason = self.reason or reason
         if self._leaves_at_once:
-            os.write(2, f"ddpm: stopped by {reason} before it began; the same command begins again\n".encode())
-            os._exit(int(Exit.STOPPED))
+            self._leave()
 
-    def _live_alone(self) -> None:
-        """Beats, and looks at the deadline, for a main thread that waits for others: how long is bounded elsewhere."""
-        while self._leaves_at_once:
-            beat()
-            self()
-            time.sleep(_ALONE_SECONDS)
+    def _leave(self) -> NoReturn:
+        os.write(2, f"ddpm: stopped by {self.reason} before it began; the same command begins again\n".encode())
+        os._exit(int(Exit.STOPPED))
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """While this process waits for others to begin, who may never come, being stopped ends it: nothing is to save.
+
+        It takes signals afterwards. The wait is no hang, though nothing polls: its length is bounded elsewhere.
+        """
+        have_met = threading.Event()
+
+        def stand_in() -> None:
+            while not have_met.wait(_ALONE_SECONDS):
+                beat()
+                if self():
+                    self._leave()
+
+        self._leaves_at_once = True
+        threading.Thread(target=stand_in, name="until-all-have-met", daemon=True).start()
+        try:
+            yield
+        finally:
+            self._leaves_at_once = False
+            have_met.set()
+        self.install()
 
     def _watch(self, host: str, resource: str, value: str, counts_at_once: bool) -> None:
         """Waits for a metadata value, through all errors of the server; a daemon thread, which no exit waits for."""

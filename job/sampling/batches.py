@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -33,13 +33,15 @@ from job.sampling.pieces import GRID, Batch, PieceRecord
 from job.sampling.sample import Painter, load_weights, look_for, sampling_of
 
 
-def run_batches(request: SampleRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
+def run_batches(
+    request: SampleRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Draws this slice of the images of each chosen checkpoint, and prints where they lie.
 
     Args:
         request: what to draw.
         stop: polled all the while.
-        when_met: called when all processes have met.
+        waiting: entered until all processes have met.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -50,8 +52,8 @@ def run_batches(request: SampleRequest, stop: StopFlag, when_met: Callable[[], o
     """
     notice = Notice(stop, grace_seconds())
     plan = plan_sampling(request, notice)
-    ranks = Ranks(compute.build_accelerator("fp32"), notice)
-    when_met()
+    with waiting():
+        ranks = Ranks(compute.build_accelerator("fp32"), notice)
     # A run that trains meanwhile may show each process another newest checkpoint.
     plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
     precision = request.precision or plan.config.train.precision

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -210,13 +211,15 @@ def draw_run_grid(
     painter.ranks.on_main(publish)
 
 
-def run_sampling(request: SampleRequest, stop: StopFlag, when_met: Callable[[], object] = lambda: None) -> None:
+def run_sampling(
+    request: SampleRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> None:
     """Draws from the chosen checkpoints of a run and prints where each picture lies.
 
     Args:
         request: what to draw.
         stop: polled all the while.
-        when_met: called when all processes have met.
+        waiting: entered until all processes have met.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -231,8 +234,8 @@ def run_sampling(request: SampleRequest, stop: StopFlag, when_met: Callable[[], 
     if request.seeds:
         seeds = parse_numbers(request.seeds, "--seeds")
         gif_seeds = seeds[:GIF_SEEDS]
-    ranks = Ranks(compute.build_accelerator("fp32"), stop)
-    when_met()
+    with waiting():
+        ranks = Ranks(compute.build_accelerator("fp32"), stop)
     painter = Painter(
         config, ranks, request.precision or config.train.precision, stop, Agreement(ranks.world_size, flags=1)
     )
