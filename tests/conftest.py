@@ -19,9 +19,11 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# Under nohup, children would inherit that SIGHUP is ignored; caught, it is theirs again, and still ends nothing here.
-if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
-    signal.signal(signal.SIGHUP, lambda *_: None)
+# Under nohup, or behind a script's `&`, children would inherit that these are ignored. Those that are caught are theirs
+# again, and still end nothing here.
+for number in (signal.SIGHUP, signal.SIGINT):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, lambda *_: None)
 
 SMALL_DISK_BYTES = 2 << 20
 
