@@ -11,7 +11,7 @@ import yaml
 
 from job.config_input import parse_sets, read_config_file
 from job.exits import BadConfigError, BadRequestError
-from job.jobs.spec import JobSpec, job_name
+from job.jobs.spec import JobSpec, ends_itself, job_name
 from job.jobs.targets import KubernetesTarget, Target, default_bucket
 from job.processes.launcher import GPUS
 from job.requests import PackRequest, SampleRequest, TrainRequest
@@ -191,7 +191,7 @@ def _on_this_machine(words: Words, target: Target, wishes: Wishes) -> Words:
     limit = hours_named(target, wishes)
     # There is no engine that would end it; a limit that makes no sense is refused with the rest of the job.
     if limit is not None and 0 < limit < math.inf and "stop_after" not in words.given:
-        words = words.saying(stop_after=f"{max(1, round(limit * 3600))}s")
+        words = words.saying(stop_after=ends_itself(limit)[1])
     return words
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from job.exits import BadRequestError
@@ -91,6 +91,15 @@ class JobSpec:
         """`max_hours` in whole seconds."""
         return round(self.max_hours * 3600)
 
+    def lasting(self, max_hours: float) -> JobSpec:
+        """The same job, by the same name, with another limit; also where it keeps to that itself."""
+        old, new = (list(ends_itself(hours)) for hours in (self.max_hours, max_hours))
+        argv = [*self.argv]
+        for place in range(len(argv) - 1):
+            if argv[place : place + 2] == old:
+                argv[place : place + 2] = new
+        return replace(self, max_hours=max_hours, argv=tuple(argv))
+
     @property
     def machines(self) -> int:
         """How many run at a time, at most."""
@@ -105,6 +114,11 @@ class JobSpec:
         """Labels by which a job is found again, whoever made it."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
         return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
+
+
+def ends_itself(hours: float) -> tuple[str, str]:
+    """The words with which a job ends itself after so long, where there is no engine that would end it."""
+    return "--stop-after", f"{max(1, round(hours * 3600))}s"
 
 
 def sounds_secret(variable: str) -> bool:

@@ -107,7 +107,9 @@ class Watch:
     _failures: int = field(init=False, default=0)
     _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
     _used_seconds: float = field(init=False, default=0.0)
-    """How long the job had a machine, in all, as far as that was seen, and its age if it had one before."""
+    """How long the job had a machine, in all, as far as that was seen."""
+    _assumed_seconds: float = field(init=False, default=0.0)
+    """How long it may have had one before anybody watched: at most."""
 
     def __post_init__(self) -> None:
         self._here = self.home
@@ -124,7 +126,7 @@ class Watch:
             self._submit()
         else:
             self.note(f"{self.spec.name} is {status.state.value} already: watching it")
-            self._used_seconds = self._age_seconds(status)
+            self._assumed_seconds = self._age_seconds(status)
         while True:
             status = self._follow()
             match status.state:
@@ -220,14 +222,13 @@ class Watch:
                 self.note(
                     f"{self.spec.name} is {status.state.value}{where}{': ' * bool(status.message)}{status.message}"
                 )
-            if status.state is State.WAITING and status.cause is Cause.OUT_OF_TIME:
-                # Its queue has stopped it for good, and keeps it.
-                self._cancel()
-                return replace(status, state=State.FAILED)
-            if status.state is State.WAITING and self._hours_left() < SHORTEST_HOURS:
-                # It would wait for a machine that it may not use.
-                self._cancel()
-                raise self._out_of_time()
+            if status.state is State.WAITING:
+                # One that its queue has stopped for good, and keeps.
+                if status.cause is Cause.OUT_OF_TIME and self._cancel():
+                    return replace(status, state=State.FAILED)
+                # One that would wait for a machine that it may not use; what was not seen is no reason to end it.
+                if self._hours_left(assumed_seconds=0.0) < SHORTEST_HOURS and self._cancel():
+                    raise self._out_of_time()
             if status.cause is not Cause.NO_IMAGE:
                 no_image_since = None
             elif no_image_since is None:
@@ -259,16 +260,19 @@ class Watch:
         while True:
             try:
                 self._here.cancel(self.spec.name)
-                # That it is gone is nobody else's doing.
-                self._seen_at = -math.inf
-                return True
+                was_ours = True
             except BucketAwayError as error:
                 self.note(f"{error}; trying again to end {self.spec.name}")
                 tried = True
                 self._sleep(POLL_SECONDS)
+                continue
             except (MissingInputError, BadRequestError):
                 # Unless an earlier request arrived whose answer did not.
-                return tried and self._ask().state in (State.CANCELLED, State.GONE)
+                was_ours = tried and self._ask().state in (State.CANCELLED, State.GONE)
+            if was_ours:
+                # That it is gone is nobody else's doing.
+                self._seen_at = -math.inf
+            return was_ours
 
     def _move(self) -> None:
         self.note(f"{self.spec.name} has waited for a machine for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
@@ -318,15 +322,14 @@ class Watch:
             return status
 
     def _rest(self) -> JobSpec:
-        if not self.has_limit:
-            return self.spec
-        return replace(self.spec, max_hours=max(self._hours_left(), SHORTEST_HOURS))
+        return self.spec.lasting(max(self._hours_left(), SHORTEST_HOURS)) if self.has_limit else self.spec
 
-    def _hours_left(self) -> float:
+    def _hours_left(self, assumed_seconds: float | None = None) -> float:
+        assumed_seconds = self._assumed_seconds if assumed_seconds is None else assumed_seconds
         if not self.has_limit:
             return math.inf
         # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
-        used_hours = int(self._used_seconds) / 3600
+        used_hours = int(self._used_seconds + assumed_seconds) / 3600
         return max(self.spec.max_hours - used_hours, 0.0) if used_hours else self.spec.max_hours
 
     def _pause(self) -> None:

@@ -15,14 +15,10 @@ import torch
 
 from ddpm.unet import UNet
 from job.config import RunConfig
-from job.store.patient import away_limit_seconds
+from job.processes.group import rendezvous_seconds
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-
-COLLECTIVE_TIMEOUT_SECONDS = 600
-"""A rank that is gone must end the others in minutes, not in the hours that backends default to. One that waits for the
-bucket is not gone: its patience comes on top."""
 
 
 def best_precision() -> Literal["fp32", "bf16"]:
@@ -53,7 +49,7 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
         mixed_precision="bf16" if precision == "bf16" else "no",
         kwargs_handlers=[
             DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=COLLECTIVE_TIMEOUT_SECONDS + away_limit_seconds())),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=rendezvous_seconds())),
         ],
     )
 

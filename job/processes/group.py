@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from job.exits import BadRequestError
+from job.store.patient import away_limit_seconds
 
 _NODES = ("PET_NNODES", "NNODES")
 _NODE = ("PET_NODE_RANK", "NODE_RANK", "JOB_COMPLETION_INDEX")
@@ -25,6 +26,9 @@ _PORT = ("PET_MASTER_PORT", "MASTER_PORT")
 PORT = 29500
 """Of the first node, where nothing else is said; PyTorch's own default."""
 MAX_NODES = 1024
+MEETING_SECONDS = 600.0
+"""How long processes wait for each other, at the beginning and in each step: one that is gone must end the others in
+minutes, not in the hours that backends default to. One that waits for the bucket is not: its patience comes on top."""
 
 _INTERFACE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = "127."
@@ -32,6 +36,11 @@ _ELSEWHERE = "192.0.2.1"
 """An address of documentation (RFC 5737), to which only the default route leads."""
 _SIOCGIFADDR = 0x8915
 """Asks for an interface's address (netdevice(7))."""
+
+
+def rendezvous_seconds() -> float:
+    """After so long a process gives up the others for lost."""
+    return MEETING_SECONDS + away_limit_seconds()
 
 
 @dataclass(frozen=True)

@@ -36,8 +36,8 @@ from job.processes.launched import LAUNCHED, LOST_PEER
 from job.processes.relay import STDERR, Relay
 
 GPUS = "DDPM_GPUS"
-DRIVER = Path("/proc/driver/nvidia")
 """How many GPUs of each machine the job was given; whoever starts it there says so."""
+DRIVER = Path("/proc/driver/nvidia")
 HANG_SECONDS = 600.0
 """After so long without a heartbeat a rank counts as hung, unless another limit is given."""
 GRACE_SECONDS = 30.0
@@ -172,7 +172,7 @@ class _Hung:
 class _Job:
     def __init__(self, command: Sequence[str], group: Group, hang_after_seconds: float) -> None:
         self._command, self._group, self._hang_after_seconds = command, group, hang_after_seconds
-        self._heartbeats, self._relay = Heartbeats(group.processes), Relay()
+        self._heartbeats, self._relay = Heartbeats(group.processes), Relay(is_alone=group.world_size == 1)
         self._ranks: list[_Rank] = []
         self._ended: list[_Rank] = []
         self._signals: deque[int] = deque()
@@ -373,8 +373,8 @@ class _Job:
             self._relay.say(f"ddpm: {name}: {said[-1] if said else TABLE[Exit(first.code)].text}")
 
     def _tell(self, what: str, rank: _Rank) -> None:
-        # Those of one process alone stand above.
-        lines = self._relay.tail(rank.number) if self._group.processes > 1 else []
+        # Those of a process that is alone stand above, all of them.
+        lines = self._relay.tail(rank.number) if self._group.world_size > 1 else []
         self._relay.say("\n    ".join([f"ddpm: {what}{'; its last lines:' if lines else ''}", *lines]))
 
 

@@ -43,7 +43,9 @@ class Relay:
     until it is known which of them was the cause, and so is what a distributed backend prints while it goes down.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_alone: bool = False) -> None:
+        """With `is_alone` there is one rank, and nothing that it says is kept back."""
+        self._is_alone = is_alone
         self._streams: dict[int, _Stream] = {}
         self._outgoing, self._queued_bytes = Queue[bytes](), 0
         self._counting = threading.Lock()
@@ -105,7 +107,7 @@ class Relay:
         if not stream.speaks:
             lines = [_OWN_PREFIX.sub(b"", line, count=1) for line in lines]
         stream.tail += lines
-        shown = [line for line in lines if not _BACKEND_NOISE.match(line)]
+        shown = lines if self._is_alone else [line for line in lines if not _BACKEND_NOISE.match(line)]
         if not stream.speaks:
             shown = [b"[rank %d] %b" % (stream.rank, line) for line in shown if not _ERROR.match(line)]
         self._show(shown)

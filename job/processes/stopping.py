@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from job.exits import BadRequestError, Exit
+from job.processes.group import rendezvous_seconds
 from job.processes.heartbeat import beat
 from job.processes.launcher import handle_stop_signals, ignore_stop_signals
 
@@ -125,13 +126,15 @@ class StopFlag:
     def waiting(self) -> Iterator[None]:
         """While this process waits for others to begin, who may never come, being stopped ends it: nothing is to save.
 
-        It takes signals afterwards. The wait is no hang, though nothing polls: its length is bounded elsewhere.
+        It takes signals afterwards. Waiting for others is no hang, though nothing polls, until they would have come.
         """
-        have_met = threading.Event()
+        have_met, began = threading.Event(), time.monotonic()
+        patience_seconds = rendezvous_seconds() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
 
         def stand_in() -> None:
             while not have_met.wait(_ALONE_SECONDS):
-                beat()
+                if time.monotonic() - began < patience_seconds:
+                    beat()
                 if self():
                     self._leave()
 

@@ -151,7 +151,7 @@ def _pieces_without_record(run: Store) -> list[str]:
 def _is_wanted(run: Store, key: str) -> bool:
     """Whether a piece has been taken up since it was found: samplers hold no lease, but say that they read.
 
-    They say so before they look which pieces have records, and make the record after all that it names is there.
+    They look for a piece's record while they say so, and make the record after all that it names is there.
     """
     return bool(being_read(run)[0]) or run.exists(f"{batch_of(key)}/{record_of(key)}")
 

@@ -97,6 +97,8 @@ def _failure(code: int, reason: str, message: str, **details: Any) -> dict[str, 
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    # Head and body are written apart: the second would wait 40 ms for the other side's acknowledgement of the first.
+    disable_nagle_algorithm = True
     known: Server
     is_mute = False
 

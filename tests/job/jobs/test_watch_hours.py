@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 
-from job.exits import Exit, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, StoppedError
 from job.jobs.backends.base import Cause, JobStatus
 from job.jobs.watch import Watch
 from tests.job.jobs.written_engine import (
@@ -88,6 +88,46 @@ def test_a_job_that_waits_for_its_next_machine_when_its_hours_are_used_is_remove
     with pytest.raises(StoppedError, match="has used its 2 hours"):
         Watch(place, SPEC, EnginesClock(engine), engine.told.append).run()
     assert engine.cancelled == ["a"]
+
+
+def test_a_job_that_waits_is_not_removed_for_hours_that_nobody_saw():
+    # Made three days ago, preempted once: it may have run for most of them, or for minutes.
+    waiting = JobStatus("train-a", W, created="2026-01-28T12:00:00Z", attempts=2)
+    engine = Engine([waiting, waiting, R, F])
+    watching(engine).run()
+    assert engine.cancelled == [] and engine.submitted == []
+
+
+def test_a_job_that_ended_by_itself_before_it_was_removed_is_told_as_it_ended():
+    class Over(Place):
+        def cancel(self, name: str) -> str:
+            raise BadRequestError("it is over")
+
+    engine = Engine([G, R, (R, 7200.0), W, F])
+    Watch(Over(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert engine.told[-1] == "train-a is finished"
+
+
+def test_a_removal_whose_answer_was_lost_was_nobody_else_s():
+    answers = [BucketAwayError("the API is away"), MissingInputError("there is no such job")]
+
+    class Lost(Keeping):
+        def cancel(self, name: str) -> str:
+            raise answers.pop(0)
+
+    stopped = JobStatus("train-a", W, "stopped", cause=Cause.OUT_OF_TIME)
+    engine = Engine([G, *[(W, 45.0)] * 160, stopped, G, G, R, F])
+    Watch(Lost(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    assert len(engine.submitted) == 2
+
+
+def test_a_job_that_ends_itself_has_what_is_left_of_its_hours():
+    spec = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "7200s"))
+    assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
+    assert spec.lasting(0.5).max_hours == 0.5
+    # What a person wrote stays.
+    own = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "3600s"))
+    assert own.lasting(0.5).argv == own.argv
 
 
 def test_what_a_queue_stopped_for_good_is_removed_and_submitted_again_if_it_has_hours_left():

@@ -157,6 +157,17 @@ def test_a_suspended_machine_hangs_nobody(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("processes", "code"), [(1, 71), (2, 0)])
+def test_waiting_for_others_is_no_hang_but_nobody_waits_alone(tmp_path, processes, code):
+    rank = """
+    from job.processes.stopping import StopFlag
+    stop = StopFlag().install(signals=False)
+    with stop.waiting():
+        time.sleep(6)
+    """
+    assert ended(start(tmp_path, rank, processes, hang_after_seconds=2))[0] == code
+
+
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(tmp_path):
     bucket, variables = tmp_path / "bucket", environment(DDPM_CACHE=str(tmp_path / "cache"))
     pack = [DDPM, "data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", bucket]

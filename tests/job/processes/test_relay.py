@@ -160,6 +160,23 @@ def test_a_reader_that_takes_nothing_more_holds_up_no_stop(tmp_path):
     os.close(writing)
 
 
+def test_a_process_that_is_alone_is_heard_out(tmp_path):
+    """As when C++ code ends it: several would say the same, a screenful each."""
+    code = """
+    for line in ("terminate called after throwing an instance of 'c10::Error'", "  what():  CUDA error", "frame #0: x"):
+        print(line, file=sys.stderr, flush=True)
+    os.abort()
+    """
+    code, _, err = ended(start(tmp_path, code, 1))
+    assert code == 134
+    assert err.splitlines() == [
+        "terminate called after throwing an instance of 'c10::Error'",
+        "  what():  CUDA error",
+        "frame #0: x",
+        "ddpm: the process failed: killed by SIGABRT",
+    ]
+
+
 def test_what_waits_for_a_reader_is_bounded():
     relay = Relay()
     for _ in range(1000):
