@@ -66,6 +66,10 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         words = _on_this_machine(words, target, wishes)
     argv = words.argv()
     gpus = (0 if words.verb == "pack" else target.gpus) if wishes.gpus is None else wishes.gpus
+    if wishes.gpu_type and not gpus:
+        raise BadRequestError(
+            f"--gpu-type {wishes.gpu_type} decides nothing for a job without GPUs: leave it out, or ask for --gpus"
+        )
     slices = ("--slices", str(wishes.slices)) if wishes.slices else ()
     return JobSpec(
         name=job_name(words.verb, subject, () if words.verb == "train" else (*argv, *slices)),

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from job.exits import TABLE, Exit
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State
+from job.exits import TABLE, Exit, retried
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State, hope
 from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
 
@@ -137,7 +137,7 @@ def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
 def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
     if state is State.FINISHED:
         return int(Exit.FINISHED)
-    ended = _last_ended(pods)
+    ended = _decisive_end(pods) if state is State.FAILED else _last_ended(pods)
     return None if ended is None else int(ended["exitCode"])
 
 
@@ -168,17 +168,26 @@ def _lacks_image(pod: Manifest) -> bool:
     return (_container_state(pod).get("waiting") or {}).get("reason") in IMAGE_REASONS
 
 
-def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
-    """How the last program ended that did not finish."""
+def _failures(pods: Sequence[Manifest]) -> list[dict[str, Any]]:
+    """How the programs ended that did not finish, oldest first."""
     ends = [end for pod in pods if (end := termination(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
-    return max(ends, key=lambda end: end.get("finishedAt") or "", default=None)
+    return sorted(ends, key=lambda end: end.get("finishedAt") or "")
+
+
+def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
+    return next(reversed(_failures(pods)), None)
+
+
+def _decisive_end(pods: Sequence[Manifest]) -> dict[str, Any] | None:
+    """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
+    return min(reversed(_failures(pods)), key=lambda end: hope(retried(int(end["exitCode"]))), default=None)
 
 
 def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:
     reason, said = condition.get("reason", ""), " ".join(str(condition.get("message", "")).split())
     if reason == _OUT_OF_TIME:
         return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
-    ended = _last_ended(pods)
+    ended = _decisive_end(pods)
     if ended is None:
         return f"{reason}: {said}"
     return f"{_told(ended)} ({reason}: {said})" if reason != "PodFailurePolicy" else f"{_told(ended)} ({reason})"

@@ -174,6 +174,15 @@ def test_this_machine_has_no_engine_that_ends_a_job():
         ("train", ["--dataset", "a"], "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
         ("train", ["--dataset", "a"], "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
         ("train", ["--dataset", "a"], "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
+        ("pack", ["gs://abc/b.zip", "b", "--size", "8"], "gke", {"gpu_type": "l4"}, BadRequestError, "without GPUs"),
+        (
+            "train",
+            ["--dataset", "a"],
+            "gke",
+            {"gpus": 0, "gpu_type": "l4"},
+            BadRequestError,
+            "leave it out, or ask for",
+        ),
         ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
         (
             "sample",
