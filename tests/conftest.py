@@ -25,14 +25,7 @@ for number in (signal.SIGHUP, signal.SIGINT):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
 
-LONGEST = {"test_bad_network", "test_every_phase_stops", "test_train", "test_two_writers", "test_elastic", "test_nodes"}
-"""Files of tests that take longest. They come first, so that no test process is left alone with one in the end."""
 SMALL_DISK_BYTES = 2 << 20
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Decides which tests come first."""
-    items.sort(key=lambda item: item.path.stem not in LONGEST)
 
 
 @pytest.fixture(scope="session")

@@ -305,19 +305,26 @@ def test_following_goes_on_across_attempts_until_the_job_is_over(cloud, backend)
     backend.submit(spec())
     runs(cloud, "celeba", phase="running", attempts="1")
 
+    lines, has_seen_all = [], threading.Event()
+
     def story():
         for number in range(5):
             time.sleep(0.1)
             cloud.logging.printed("celeba", f"line {number}")
+        assert has_seen_all.wait(20)
         tells(cloud, "celeba", "over", 0, message="finished")
         vanishes(cloud, "celeba")
         # The last lines of a job arrive when its machine is no more, and not in order.
         time.sleep(0.1)
-        cloud.logging.printed("celeba", "late line", ago_seconds=0.15)
+        cloud.logging.printed("celeba", "late line", ago_seconds=0.3)
 
     thread = threading.Thread(target=story)
     thread.start()
-    lines = [line for line in backend.logs("celeba", True, never) if not line.startswith("ddpm-vm: submitted")]
+    for line in backend.logs("celeba", True, never):
+        if not line.startswith("ddpm-vm: submitted"):
+            lines.append(line)
+        if line == "line 4":
+            has_seen_all.set()
     thread.join()
     assert lines[:5] == [f"line {number}" for number in range(5)]
     assert sorted(lines[5:]) == ["ddpm-vm: finished", "late line"]

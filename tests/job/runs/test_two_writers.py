@@ -20,15 +20,26 @@ from tests.job.hooked import hooked
 from tests.job.launching import children, eventually
 
 FREEZE = """
-import signal
-commit = commit_manifest
+import signal, threading
+from job.runs.lease import Lease
+commit, check_lost, committing = commit_manifest, Lease.check_lost, threading.RLock()
 
 def commit_manifest(run, manifest):
-    if Path(os.environ["FREEZE"]).exists():
-        os.kill(os.getpid(), signal.SIGSTOP)
-    commit(run, manifest)
+    with committing:
+        if Path(os.environ["FREEZE"]).exists():
+            os.kill(os.getpid(), signal.SIGSTOP)
+        commit(run, manifest)
+
+def check_after_commit(lease):
+    with committing:
+        check_lost(lease)
+
+Lease.check_lost = check_after_commit
 """
-"""A process that stops after it made sure that it holds the run, and before the commit: no check can help there."""
+"""A process that stops after it made sure that it holds the run, and before the commit: no check can help there.
+
+When it wakes, its main thread might notice first, and end it without the commit: here it is the slower one.
+"""
 
 
 @pytest.fixture
