@@ -289,7 +289,8 @@ class GcsStore(Store):
         """Whether the object is there with this content; one that cannot be asked about is not."""
         blob = self._blob(key)
         with suppress(*REMOTE):
-            blob.reload(timeout=self._bucket.silence_seconds, retry=None)
+            # Asked after each attempt at an upload: as long as that, it would double the deadline.
+            blob.reload(timeout=self._bucket.silence_seconds / 2, retry=None)
         return (blob.size, blob.crc32c) == (size_bytes, crc32c)
 
     def _own_write(self, key: str, data: bytes) -> str | None:
