@@ -94,7 +94,7 @@ locks: $(TESTED) ## Write the locks of the image anew: ARGS=--upgrade
 	.venv/bin/python docker/locks.py $(call each_quoted,$(ARGS))
 
 test: $(TESTED) ## Install what the tests need and run them
-	.venv/bin/pytest -n 3 --dist loadfile $(ARGS)
+	.venv/bin/pytest -n 4 --dist loadfile $(ARGS)
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
 	@tests/install.sh podman runc mmdebstrap ip

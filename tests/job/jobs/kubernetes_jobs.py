@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
+import kubernetes_validate.utils
 from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from job.jobs.backends.kubernetes_rules import problems
@@ -46,6 +48,10 @@ CASES: dict[str, tuple[JobSpec, KubernetesTarget]] = {
     "sampling-slices": (sampling(), TARGET),
 }
 """What is kept: the case's name is its file's."""
+
+
+# It reads its schemas, of megabytes, for each manifest: hundreds of times here.
+kubernetes_validate.utils.schema_contents = functools.cache(kubernetes_validate.utils.schema_contents)
 
 
 def judged(made: dict[str, Any], versions: tuple[str, ...] = VERSIONS) -> list[str]:
