@@ -47,15 +47,20 @@ help: ## List the verbs and their variables
 setup: $(INSTALLED) ## Install into .venv; EXTRAS=kubernetes,google for jobs there
 	$(if $(EXTRAS),.venv/bin/pip install --quiet --disable-pip-version-check --editable $(call quoted,$(EDITABLE)))
 
+define venv
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
+test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+endef
+
 $(INSTALLED): pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 …")'
-	test -x .venv/bin/pip || $(PYTHON) -m venv .venv
+	$(venv)
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3]'
 	@touch $@
 
-$(TESTED): $(INSTALLED)
+$(TESTED): pyproject.toml
+	$(venv)
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,kubernetes,google,test,lint]'
-	@touch $@
+	@touch $(INSTALLED) $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
 	@$(if $(filter --dry-run,$(ARGS)),:,$(DDPM) submit $(TRAIN) $(PLACE) --dry-run $(call each_quoted,$(filter-out --watch,$(ARGS))) >/dev/null)
