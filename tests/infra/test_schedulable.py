@@ -173,6 +173,15 @@ def test_on_demand_gpus_are_there_for_who_asks_for_such_nodes():
     assert where(rendered(TRAIN), on_demand_max_nodes=1, spot_max_nodes=0) == []
 
 
+def test_gpu_pools_are_made_beside_the_pool_of_the_system():
+    """Only then does GKE taint them, which the pools here are taken to be."""
+    [block] = [block for block in read_folder(FOLDER) if block.labels == ("google_container_node_pool", "jobs")]
+    depends_on = block.attribute("depends_on")
+    assert depends_on is not None
+    names = [str(token) for token in depends_on.expression.scan_values(lambda token: token.type == "NAME")]
+    assert names == ["google_container_node_pool", "system"]
+
+
 def test_in_a_queue_too():
     documents = list(yaml.safe_load_all((ROOT / "infra/kubernetes/kueue.yaml").read_text()))
     flavours = {thing["metadata"]["name"]: thing["spec"] for thing in documents if thing["kind"] == "ResourceFlavor"}
