@@ -112,6 +112,8 @@ def check_gpus() -> None:
 def _cuda() -> tuple[str, int]:
     """The CUDA that torch was built for, and how many GPUs it sees; ("", 0) where there is no NVIDIA driver.
 
+    ("unknown", 0) if torch cannot be asked.
+
     A process of its own asks torch, which would take its time and the GPUs' memory here.
     """
     if not DRIVER.exists():
@@ -119,7 +121,7 @@ def _cuda() -> tuple[str, int]:
     ask = "import torch; print(torch.version.cuda or '', torch.cuda.device_count(), sep=',')"
     asked = subprocess.run([sys.executable, "-P", "-c", ask], stdout=subprocess.PIPE, text=True, check=False)
     cuda, _, count = asked.stdout.strip().rpartition("\n")[2].partition(",")
-    return (cuda, int(count)) if asked.returncode == 0 and count.isdecimal() else ("(which, it cannot say)", 0)
+    return (cuda, int(count)) if asked.returncode == 0 and count.isdecimal() else ("unknown", 0)
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:

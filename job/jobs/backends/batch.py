@@ -62,6 +62,7 @@ _SHORTAGES = {
 class BatchBackend(Backend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
+    # Batch deletes jobs that are over after 60 days.
     keeps_seconds = 60 * 86_400.0
     target: BatchTarget
 

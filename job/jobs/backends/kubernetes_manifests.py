@@ -65,13 +65,6 @@ def codes(retried: str) -> list[int]:
     return sorted(int(code) for code, meaning in TABLE.items() if meaning.retried == retried and code != Exit.FINISHED)
 
 
-def pod_count(made: Manifest) -> int:
-    """How many pods of a manifest are to run at the same time."""
-    if made["kind"] == "JobSet":
-        made = made["spec"]["replicatedJobs"][0]["template"]
-    return int(made["spec"].get("parallelism", 1))
-
-
 def _job(spec: JobSpec, target: KubernetesTarget) -> Manifest:
     count = spec.slices or 1
     limits: dict[str, Any] = {"backoffLimit": RETRIES}
