@@ -27,7 +27,6 @@ from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex, dataset_key
 from job.exits import BadDataError, StoppedError
-from job.plan import SamplePlan, plan_sampling
 from job.processes import compute
 from job.processes.heartbeat import beat
 from job.processes.ranks import Ranks
@@ -39,6 +38,7 @@ from job.runs.checkpoints import CheckpointRef, opened
 from job.runs.provenance import put_picture
 from job.runs.retention import reading
 from job.sampling.names import SAMPLES, file_words, how_drawn, label_of
+from job.sampling.plan import SamplePlan, plan_sampling
 from job.store import Store
 
 GIF_FRAMES = 20

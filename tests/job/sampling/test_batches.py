@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.exits import BadDataError, BadRequestError
-from job.plan import plan_batches, plan_sampling
 from job.processes import compute
 from job.processes.ranks import Ranks
 from job.processes.stopping import Agreement
@@ -28,6 +27,7 @@ from job.runs.verification import verify_run
 from job.sampling import batches
 from job.sampling.piece_files import commit_piece, read_images
 from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
+from job.sampling.plan import plan_batches, plan_sampling
 from job.sampling.sample import Painter, sampling_of
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded

@@ -8,7 +8,7 @@ from contextlib import suppress
 
 from job.exits import BadConfigError, BadDataError
 from job.outcome import outcome_written
-from job.plan import Plan, plan_batches, plan_run, plan_sampling
+from job.plan import Plan, plan_run
 from job.processes.group import Group, nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
@@ -18,6 +18,7 @@ from job.runs.checkpoints import is_there, list_checkpoints, load_manifest
 from job.runs.grace import check_writable
 from job.runs.records import check_written_here, read_status
 from job.sampling.pieces import Batch
+from job.sampling.plan import plan_batches, plan_sampling
 
 
 def train_command(
