@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from job.config import RunConfig, Section, check_shape, flatten, validated
 from job.exits import BadConfigError, BadRequestError, MissingInputError
@@ -25,6 +25,8 @@ class PackConfig(Section):
     fetch: str = Field("", description="where a person gets the images")
 
 
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program, and the preset that others begin with."""
 _MAX_CONFIG_CHARACTERS = 1_000_000
 
 CHOSEN_ELSEWHERE = {
@@ -101,15 +103,9 @@ def pack_config(name: str) -> PackConfig | None:
     return PackConfig.model_validate(section) if section else None
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """All dotted keys, such as `train.batch_size`."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
+    return list(RunConfig().flat())
 
 
 def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:

@@ -36,21 +36,24 @@ from job.data.stream import BatchStream, stream_batches
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
-from job.runs.checkpoints import CheckpointRef, MetricSegment
-from job.runs.commits import Commits
-from job.runs.grace import Notice
+from job.runs.checkpoints import MetricSegment, newest_good
+from job.runs.commits import Commits, HeldRun
+from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
+from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.records import Attempt
-from job.runs.restoring import newest_good
 from job.runs.retention import Retention
 from job.runs.status import CLOSE_SECONDS, StatusReporter
-from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+from job.sampling.painter import Painter, sampling_of
+from job.sampling.sample import draw_run_grid
+from job.stop import NEVER, Stop
 
+ANOTHER_PROCESS = "another process"
+"""Why a process stops that was not asked itself."""
 _STARVED_POLL_SECONDS = 0.02
 
 
@@ -76,63 +79,47 @@ class TrainingSession:
     batches: BatchStream
     """What `train` goes through."""
 
-    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Notice) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER) -> None:
         """Builds the network and its state on this process's device. Collective."""
-        self.plan, self.config, self.ranks = plan, config, ranks
-        self.cache, self.stop = cache, stop
-        self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
-        self.retention = Retention.of(config)
+        self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
+        self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
+        self.retention = Retention.of(self.config)
         device = ranks.accelerator.device
-        model = compute.build_network(config, device)
-        self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
-        if config.train.compile and device.type == "cuda":
+        model = compute.build_network(self.config, device)
+        self.state = create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
+        if self.config.train.compile and device.type == "cuda":
             model.compile()
-        # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
-        self.network = ranks.accelerator.prepare_model(model, device_placement=False)
+        self.network = ranks.accelerator.prepare_model(model)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
         self.commits: Commits | None = None
-        self.set_aside: set[CheckpointRef] = set()
-        """Checkpoints that were found not to verify."""
+        """None on all processes but the main one, as is the status."""
         self.status: StatusReporter | None = None
         self.last_row: metrics.Row = {}
-        self.committed_images = -1
+        self.saved_images = -1
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
-    def restored(self, attempt: Attempt, lease: Lease | None, grace_seconds: float) -> Iterator[None]:
+    def restored(self, attempt: Attempt, lease: Lease | None) -> Iterator[None]:
         """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
 
         Args:
             attempt: this attempt.
             lease: held by the main process; none on the others.
-            grace_seconds: from a preemption notice to the end of the machine.
         """
-        segments = self._restore()
+        aside: set[CheckpointRef] = set()
+        segments = self._restore(aside)
         if lease is not None:
-            run = self.plan.run.inner
-            self.commits = Commits(
-                run,
-                self.config,
-                attempt,
-                lease,
-                self.state.tensors(),
-                dataset_images=self.dataset_images,
-                segments=segments,
-                aside=self.set_aside,
-                outage=self.plan.run.outage,
-                grace_seconds=grace_seconds,
-                notice=self.stop,
-                note=self.bar.note,
-            )
+            held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
+            self.commits = Commits(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
 
             def status(state: str) -> records.Status:
                 # Whoever slept and was replaced must not say on waking how the run was going then.
                 lease.confirm()
                 return self._status(state, attempt)
 
-            self.status = StatusReporter(run, status, self.bar.note)
+            self.status = StatusReporter(self.plan.run, status, self.bar.note)
         try:
             yield
         except BaseException as error:
@@ -140,12 +127,13 @@ class TrainingSession:
             raise
         self._close("finished", wait=True)
 
-    def _restore(self) -> list[MetricSegment]:
+    def _restore(self, aside: set[CheckpointRef]) -> list[MetricSegment]:
+        """Loads the newest checkpoint, once for all processes; returns its metrics. Damaged ones go into `aside`."""
         tensors = self.state.tensors()
 
         def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
             groups = ("model", "ema", "optimizer")
-            with newest_good(self.plan.run, groups, self.bar.note, self.set_aside) as restored:
+            with newest_good(self.plan.run, groups, self.bar.note, aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)
@@ -164,48 +152,46 @@ class TrainingSession:
         if self.ranks.is_main:
             # The others begin at zero: the sums are added up over processes.
             self.state.log.sums.copy_(torch.tensor(loss_sums))
-        self.committed_images = self.logged_images = images_seen
+        self.saved_images = self.logged_images = images_seen
         return segments
 
     def train(self) -> None:
         """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
-        config, index = self.config, self.plan.index
-        accelerator = self.ranks.accelerator
-        order = Order(tuple(s.images for s in index.shards), config.train.seed, config.data.shuffle_block_images)
+        config, state, accelerator = self.config, self.state, self.ranks.accelerator
+        shard_images = tuple(shard.images for shard in self.plan.index.shards)
         self.batches = stream_batches(
-            self.cache,
-            order,
+            self.images,
+            Order(shard_images, config.train.seed, config.data.shuffle_block_images),
             batch_size_images=self.batch_size,
-            first_image=self.state.images_seen,
+            first_image=state.images_seen,
             last_image=self.plan.target_images,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             pin_memory=accelerator.device.type == "cuda",
             with_labels=bool(config.model.num_classes),
-            poll=self.stop,
+            stop=self.stop,
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
         self.logged_at = time.monotonic()
-        with self.bar.started_at(self.state.images_seen):
+        with self.bar.started_at(state.images_seen):
             self._draw_missed()
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
-                    train(
-                        self.state, self.network, self.batches, objective, settings_of(config), accelerator, self.hooks
-                    )
+                    settings, hooks = settings_of(config), self.hooks
+                    train(state, self.network, self.batches, objective, settings, accelerator, hooks)
                 self.agreement.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
-            stopped = self.state.images_seen < self.plan.target_images
+            stopped = state.images_seen < self.plan.target_images
             if stopped:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
         if stopped:
             raise StoppedError(
-                f"stopped by {self.stop.reason or 'another process'} after {self.state.images_seen:,} images; "
-                "everything is saved, and the same command goes on from there"
+                f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
+                "command goes on from there"
             )
 
     def _can_all_begin(self, steps: int) -> bool:
@@ -216,7 +202,7 @@ class TrainingSession:
         while True:
             lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
             if stopping:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
@@ -227,8 +213,8 @@ class TrainingSession:
         return Hooks(after_step=self._after_step)
 
     def _after_step(self, state: TrainState) -> bool:
+        """Does what is due; whether all processes stop."""
         images, config, commits = state.images_seen, self.config, self.commits
-        completed = epochs_completed_by(images, self.dataset_images, self.batch_size)
         stopping, save_now, troubled, starved = self.agreement.exchange(
             self.stop(),
             commits is not None and commits.overdue,
@@ -239,11 +225,12 @@ class TrainingSession:
             self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
-        every = config.checkpoint.every_epochs
         if stopping:
-            self.stop.begin()
+            self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
-        if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
+        every = config.checkpoint.every_epochs
+        epochs = epochs_completed_by(images, self.dataset_images, self.batch_size)
+        if stopping or save_now or any(epoch % every == 0 or self.retention.keeps_epoch(epoch) for epoch in epochs):
             self._save()
         stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
@@ -251,9 +238,9 @@ class TrainingSession:
                 self.draw()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
                 stopping = True
-        self.bar.update(images, total=None, **self._bar_fields())
+        self._show(images)
         return stopping
 
     def _log(self) -> None:
@@ -261,12 +248,11 @@ class TrainingSession:
         state, now = self.state, time.monotonic()
         losses = loss_row(state.log.reduced())
         state.log.sums.zero_()
-        previous = state.images_seen - self.batch_size
         self.last_row = {
             "images_seen": state.images_seen,
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
-            "learning_rate": learning_rate_at(previous, settings_of(self.config)),
+            "learning_rate": learning_rate_at(state.images_seen - self.batch_size, settings_of(self.config)),
             "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
@@ -278,14 +264,12 @@ class TrainingSession:
     def _save(self) -> None:
         """Queues a checkpoint of this moment, unless there is one; collective."""
         images_seen = self.state.images_seen
-        if images_seen == self.committed_images:
+        if images_seen == self.saved_images:
             return
         self._check_finite()
         loss_sums = self.state.log.reduced().tolist()
-        self.committed_images = images_seen
-        self.ranks.on_main(
-            lambda: self.commits.save(images_seen, loss_sums, self.ranks.world_size) if self.commits else None
-        )
+        self.saved_images, world_size = images_seen, self.ranks.world_size
+        self.ranks.on_main(lambda: self.commits.save(images_seen, loss_sums, world_size) if self.commits else None)
 
     def _check_finite(self) -> None:
         try:
@@ -298,17 +282,18 @@ class TrainingSession:
 
     def draw(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""
-        plan, config = self.plan, self.config
+        config, images_seen = self.config, self.state.images_seen
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
         self.state.ema.copy_to(painter.network)
-        draw_run_grid(self._put, painter, plan.index, self.state.images_seen, self.cache)
+        grid = draw_run_grid(painter, self.plan.index, self.images)
+        self._put(run_grid_key(config, self.dataset_images, images_seen), grid)
         return painter
 
     def _is_grid_due(self, images_seen: int) -> bool:
         """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""
         every = self.config.sample.every_epochs
-        completed = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
-        return bool(every) and images_seen < self.plan.target_images and any(e % every == 0 for e in completed)
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
+        return bool(every) and images_seen < self.plan.target_images and any(epoch % every == 0 for epoch in epochs)
 
     def _draw_missed(self) -> None:
         """Draws the restored checkpoint's grid if the attempt that saved it did not get that far; collective."""
@@ -320,57 +305,52 @@ class TrainingSession:
 
     def finish(self) -> None:
         """Makes the last pictures; collective."""
-        painter, run = self.draw(), self.plan.run
+        painter = self.draw()
 
         def publish() -> None:
             assert self.commits is not None
             label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
-            gif = painter.denoising_gif(range(GIF_SEEDS), default_sampling(self.config))
-            self._put(f"{SAMPLES}/denoising-{label}.gif", gif)
-            rows = metrics.read_rows(run, self.commits.segments)
-            self._put("figures/loss.png", figures.loss_figure(rows, self.dataset_images))
+            self._put(denoising_key(label), painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample)))
+            rows = metrics.read_rows(self.plan.run, self.commits.segments)
+            self._put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images))
             self.commits.wait()
 
         self.ranks.on_main(publish)
 
     def _put(self, key: str, picture: bytes) -> None:
-        assert self.commits is not None
-        self.commits.put(key, picture, images_seen=self.state.images_seen)
+        if self.commits is not None:
+            self.commits.put(key, picture, images_seen=self.state.images_seen)
 
-    def _bar_fields(self) -> dict[str, str]:
-        """Text beside the bar; from the last row of the log, since reading the loss would wait for the device."""
-        if not self.ranks.is_main:
-            return {}
-        epoch = self.state.images_seen / self.dataset_images
+    def _show(self, images_seen: int) -> None:
+        """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
+        epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
         fields = {"epoch": f"{epoch:.1f}/{self.config.train.epochs}"}
         if "loss" in self.last_row:
             fields["loss"] = f"{self.last_row['loss']:.4f}"
-        every = self.config.checkpoint.every_epochs
-        fields["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
-        return fields
+        self.bar.update(images_seen, **fields, next_checkpoint=f"epoch {(int(epoch) // every + 1) * every}")
 
     def _status(self, state: str, attempt: Attempt) -> records.Status:
-        images = self.state.images_seen
+        images_seen = self.state.images_seen
         return records.Status(
             state=state,
             fence=attempt.fence,
             attempt=attempt.id,
-            images_seen=images,
+            images_seen=images_seen,
             target_images=self.plan.target_images,
-            epoch=round(images / self.dataset_images, 3),
+            epoch=round(images_seen / self.dataset_images, 3),
             loss=self.last_row.get("loss"),
             images_per_second=self.last_row.get("images_per_second"),
             updated=records.utc_now(),
         )
 
     def _end(self, error: BaseException) -> None:
-        if isinstance(error, LostRunError):
+        """Whatever went wrong here, a checkpoint on its way is a good one: lets it arrive before that is told."""
+        is_lost = isinstance(error, LostRunError)
+        if is_lost:
             # The run's status is the other attempt's now.
             self.status = None
         try:
-            # Whatever went wrong here, a checkpoint on its way is a good one: let it arrive before that is told.
-            wait = not isinstance(error, LostRunError)
-            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait)
+            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait=not is_lost)
         except JobError as second:
             if second is not error:
                 self.bar.note(f"while ending: {second}")

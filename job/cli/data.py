@@ -22,6 +22,14 @@ Filter = Annotated[
     str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
 ]
 Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
+Classes = Annotated[
+    bool | None,
+    typer.Option(
+        "--classes/--no-classes",
+        help="Whether first-level folders, or .cls files in tars, are classes. Default: if there are any.",
+        show_default=False,
+    ),
+]
 Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")]
 MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")]
 MinSide = Annotated[
@@ -44,12 +52,7 @@ def pack(
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
-    classes: Annotated[
-        bool | None,
-        typer.Option(
-            "--classes/--no-classes", help="Whether first-level folders are classes. Default: if there are any."
-        ),
-    ] = None,
+    classes: Classes = None,
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -64,15 +67,11 @@ def pack(
 
         ddpm data pack ~/photos mine --size 64
     """
-    from job.catalog import pack_dataset
-    from job.outcome import outcome_written
-    from job.processes.stopping import deadline
-    from job.requests import PackRequest
+    from job.commands import pack_command
+    from job.data.pack import PackRequest
 
-    with deadline(stop_after), outcome_written(bucket):
-        pack_dataset(
-            PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-        )
+    request = PackRequest(source, name, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    pack_command(request, bucket, stop_after)
 
 
 @app.command()
@@ -90,12 +89,7 @@ def index(
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
-    classes: Annotated[
-        bool | None,
-        typer.Option(
-            "--classes/--no-classes", help="Whether each image has a .cls. Default: whether the first one has."
-        ),
-    ] = None,
+    classes: Classes = None,
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -112,15 +106,11 @@ def index(
 
         ddpm data index ~/laion laion --size 64 --crop center
     """
-    from job.catalog import index_dataset
-    from job.processes.stopping import deadline
-    from job.requests import PackRequest
+    from job.commands import pack_command
+    from job.data.pack import PackRequest
 
-    with deadline(stop_after):
-        index_dataset(
-            tars,
-            PackRequest("", name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side),
-        )
+    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    pack_command(PackRequest("", name, *options, tars=tuple(tars)), bucket, stop_after)
 
 
 @app.command()
@@ -142,13 +132,10 @@ def ensure(
 
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
-    from job.catalog import ensure_dataset
+    from job.commands import ensure_command
+    from job.jobs.targets import bucket_on
 
-    if not bucket:
-        from job.jobs.targets import bucket_on
-
-        bucket = bucket_on(on or "local", targets)
-    ensure_dataset(bucket, name, size, source, on)
+    ensure_command(name, bucket or bucket_on(on or "local", targets), size=size, source=source, on=on)
 
 
 @app.command("list")

@@ -16,11 +16,11 @@ from ddpm.unet import UNet
 from job.config import RunConfig, SampleConfig
 from job.exits import BadDataError, StoppedError
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.runs import records
-from job.runs.checkpoints import CheckpointRef, opened
+from job.runs.checkpoints import opened
+from job.runs.layout import CheckpointRef
 from job.stop import Stop
 from job.store import Store
 
@@ -69,7 +69,7 @@ class Painter:
                 dist.broadcast(parameter.detach(), src=0)
 
     def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> np.ndarray:
-        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, empty on the others. Collective.
+        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
 
         Raises:
             StoppedError: on all processes at the same step, when any of them was asked to stop.

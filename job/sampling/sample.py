@@ -1,4 +1,4 @@
-"""`ddpm sample`, and the grids that training makes: pictures into the run's folder, or with `--count` images themselves.
+"""`ddpm sample`, and the grids that training makes: pictures in the run's folder, or with `--count` images themselves.
 
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
             epoch-0080-ddpm-1000-seeds-0-63.png  other samplers, steps, weights or seeds are in the name
@@ -19,11 +19,9 @@ from ddpm import figures
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex
 from job.exits import StoppedError
-from job.processes import compute
-from job.processes.group import rendezvous_seconds
+from job.plan import Plan
 from job.processes.launched import lost_peer
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
@@ -43,8 +41,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
     """
-    with stop.waiting(rendezvous_seconds()):
-        ranks = Ranks(compute.build_accelerator("fp32"), stop)
+    ranks = meet(stop)
     # A run that trains meanwhile may show each process another newest checkpoint.
     plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
     painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1))
@@ -224,13 +221,16 @@ def grid_png(
     return figures.png(figures.image_grid(images, columns, scale=max(1, 96 // images.shape[1]), column_labels=labels))
 
 
-def open_training_images(plan: SamplePlan, stop: Stop) -> ImageCache:
-    """The images that the run has learnt from."""
+def open_training_images(
+    plan: Plan | SamplePlan, stop: Stop, progress: Callable[[int, int], None] | None = None
+) -> ImageCache:
+    """The images of a run's dataset, through this machine's cache; `progress` learns how many are decoded, of all."""
     return open_cache(
         plan.bucket,
         records.dataset_key_of(plan.config),
         plan.index,
         cache_dir=default_cache_dir(),
         budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
-        should_stop=stop,
+        progress=progress,
+        stop=stop,
     )

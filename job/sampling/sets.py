@@ -141,12 +141,12 @@ class SampleSet:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
         found: list[PieceRecord] = []
-        with Progress("reading records", total=self.drawing.pieces, unit="records") as bar:
-            with ThreadPoolExecutor(TRANSFERS) as pool:
-                for record in pool.map(self.record, range(self.drawing.pieces)):
-                    stop.check("while the records were read")
-                    found.append(record)
-                    bar.update(len(found))
+        bar = Progress("reading records", total=self.drawing.pieces, unit="records")
+        with bar, ThreadPoolExecutor(TRANSFERS) as pool:
+            for record in pool.map(self.record, range(self.drawing.pieces)):
+                stop.check("while the records were read")
+                found.append(record)
+                bar.update(len(found))
         index = BatchIndex(drawing=self.drawing, pieces=tuple(map(piece_entry, found)))
         self._check_files(index)
         grid = grid_of(self.images_of(found[0], images))
@@ -212,11 +212,8 @@ class SampleSet:
             )
 
     def _how_to_repeat(self, number: int) -> str:
-        record, index = self.key(Kind.RECORD, number), self.key(Kind.INDEX)
-        return (
-            f"delete it, {self.run.uri_of(record)} and {self.run.uri_of(index)}, as far as they are there, and the same "
-            "command makes this piece again"
-        )
+        others = " and ".join(self.run.uri_of(key) for key in (self.key(Kind.RECORD, number), self.key(Kind.INDEX)))
+        return f"delete it, {others}, as far as they are there, and the same command makes this piece again"
 
 
 def commit_piece(images: SampleSet, number: int, pixels: np.ndarray) -> int:
