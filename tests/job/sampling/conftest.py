@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from job.stop import NEVER
 
 from job.processes.ranks import Agreement, meet
 from job.requests import SampleRequest
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.plan import plan_sampling
+from job.stop import NEVER
 
 Draw = Callable[..., np.ndarray]
 

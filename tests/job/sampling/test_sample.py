@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
-from job.stop import Stop
 from PIL import Image
 
 from job.data.shards import load_index
@@ -17,6 +16,7 @@ from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.requests import SampleRequest
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
+from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm, succeeded
 
