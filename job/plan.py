@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from job.runs import records
 from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest, lost_manifest
 from job.sampling.names import SAMPLES, how_drawn, label_of
 from job.sampling.pieces import Batch, Drawing, piece_images
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.patient import PatientStore, open_patient
 
@@ -41,30 +41,26 @@ class Plan:
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
 
-def _never() -> bool:
-    return False
-
-
 def _note(text: str) -> None:
     # What becomes of the bucket is the same for all processes.
     if os.environ.get("RANK", "0") == "0":
         note(text)
 
 
-def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
     its last attempt changed stays changed until somebody says otherwise.
-    `should_stop` is polled while the bucket is waited for, now and by the plan's stores later.
+    `stop` is asked while the bucket is waited for, now and by the plan's stores later.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
         BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, should_stop, _note)
+    bucket = open_patient(request.bucket, stop, _note)
     run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
     stored = records.load_config(run)
     changes: dict[str, Any] = {}
@@ -115,16 +111,16 @@ class SamplePlan:
         return request.precision if request.precision != self.config.train.precision else ""
 
 
-def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _never) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing; `should_stop` as for `plan_run`.
+def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
+    """Finds the run and its checkpoints. Writes nothing; `stop` as for `plan_run`.
 
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
         BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, should_stop, _note)
+    bucket = open_patient(request.bucket, stop, _note)
     run = records.run_store(bucket, request.run)
     config = records.existing_config(bucket, request.run)
     try:

@@ -65,8 +65,8 @@ def pack(
         ddpm data pack ~/photos mine --size 64
     """
     from job.catalog import pack_dataset
-    from job.processes.stopping import deadline
     from job.requests import PackRequest
+    from job.stop import deadline
 
     with deadline(stop_after):
         pack_dataset(
@@ -112,8 +112,8 @@ def index(
         ddpm data index ~/laion laion --size 64 --crop center
     """
     from job.catalog import index_dataset
-    from job.processes.stopping import deadline
     from job.requests import PackRequest
+    from job.stop import deadline
 
     with deadline(stop_after):
         index_dataset(

@@ -226,7 +226,7 @@ class Store(abc.ABC):
         if written is None:
             # A write whose answer was lost is refused when it is repeated.
             with suppress(ObjectMissingError):
-                there = self._read(key)
+                there = self.read(key)
                 return there.version if there.data == data else None
         return written
 
