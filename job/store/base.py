@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 
 from job.exits import BadRequestError, JobError, MissingInputError
-from job.stop import Stop
+from job.stop import NEVER, Stop
 from job.store.files import disk_error
 from job.store.retry import Retry
 
@@ -97,8 +97,8 @@ class Store(abc.ABC):
         below.uri, below._prefix = self.uri_of(prefix), f"{self._prefix}{prefix}/"
         return below
 
-    def within(self, seconds: float, stop: Stop | None = None) -> Self:
-        """The same objects and connections, with operations that give up after `seconds`, or at another stop."""
+    def within(self, seconds: float, stop: Stop = NEVER) -> Self:
+        """The same objects and connections, with operations that give up after `seconds`, or at `stop`."""
         other = copy.copy(self)
         other.retry = self.retry.within(seconds, stop)
         return other

@@ -37,10 +37,14 @@ class LocalStore(Store):
         self._root = root
         super().__init__(str(root), retry)
 
+    @property
+    def _folder(self) -> Path:
+        return Path(self._root, self._prefix)
+
     def sweep(self) -> None:
         """Unlinks the temporary files that nobody has locked, and the folders that are empty without them."""
-        with os_errors(self.uri):
-            for folder, _, _ in os.walk(self.uri, topdown=False):
+        with os_errors(self._folder):
+            for folder, _, _ in os.walk(self._folder, topdown=False):
                 sweep_temporaries(Path(folder))
                 with suppress(OSError):
                     if folder != str(self._root):
@@ -132,7 +136,7 @@ class LocalStore(Store):
         return None
 
     def _path(self, key: str) -> Path:
-        path = Path(self.uri, key)
+        path = self._folder / key
         if not self._inside(path):
             raise BadRequestError(f"{path} leads out of {self._root} through a symbolic link: open its target instead")
         return path
@@ -146,7 +150,7 @@ class LocalStore(Store):
     def _existing(self, prefix: str) -> Path:
         if not self._root.is_dir():
             raise MissingInputError(self._no_root())
-        return self._path(prefix.removesuffix("/")) if prefix else Path(self.uri)
+        return self._path(prefix.removesuffix("/")) if prefix else self._folder
 
     def _walk(self, folder: Path, prefix: str) -> Iterator[Entry]:
         for child in _children(folder):

@@ -60,11 +60,15 @@ class Retry:
         self.stop = stop
         self._outage = _Outage(self.limit_seconds, note)
 
-    def within(self, seconds: float, stop: Stop | None = None) -> Self:
-        """Gives up after other `seconds`, or at another stop, and knows what this one knows about an outage."""
+    def within(self, seconds: float, stop: Stop = NEVER) -> Self:
+        """Gives up after `seconds`, or at `stop`, and shares what this one knows about an outage."""
         other = copy.copy(self)
-        other.limit_seconds, other.stop = seconds, stop or self.stop
+        other.limit_seconds, other.stop = seconds, stop
         return other
+
+    def elsewhere(self) -> Retry:
+        """The same patience with another bucket, whose outages are its own."""
+        return Retry(self.limit_seconds, self.stop, self._outage.note)
 
     @property
     def silence_seconds(self) -> float:
@@ -121,7 +125,7 @@ class _Outage:
     """What is known about a bucket being away."""
 
     def __init__(self, limit_seconds: float, note: Callable[[str], None]) -> None:
-        self._limit_seconds, self._note = limit_seconds, note
+        self._limit_seconds, self.note = limit_seconds, note
         self._lock = threading.Lock()
         self._since: float | None = None
         self._answered_at = 0.0
@@ -134,14 +138,14 @@ class _Outage:
             if is_news:
                 self._since = time.monotonic()
         if is_news:
-            self._note(f"{error}; trying again for up to {self._limit_seconds:g} s")
+            self.note(f"{error}; trying again for up to {self._limit_seconds:g} s")
 
     def ended(self) -> None:
         """An attempt succeeded."""
         with self._lock:
             since, self._since, self._answered_at = self._since, None, time.monotonic()
         if since is not None:
-            self._note(f"the bucket is back after {time.monotonic() - since:.0f} s")
+            self.note(f"the bucket is back after {time.monotonic() - since:.0f} s")
 
 
 class _WithinWork(threading.local):
