@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar, cast
 
+import google_crc32c
+
 from job.exits import BadRequestError, JobError, MissingInputError
 from job.stop import NEVER, Stop
 from job.store.files import disk_error
@@ -25,6 +27,7 @@ from job.store.retry import Retry
 R = TypeVar("R")
 
 _REASON_CHARACTERS = 200
+_BLOCK_BYTES = 1 << 20
 _READ_AHEAD_BYTES = 8 << 20
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
@@ -216,6 +219,18 @@ class Store(abc.ABC):
                 raise
 
         return self.retry(attempt)
+
+    def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, int]:
+        """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
+        size_bytes = checksum = 0
+        while block := read(_BLOCK_BYTES):
+            # What fits into a block is read to the end.
+            if size_bytes:
+                self.retry.is_under_way(self.uri_of(key))
+            size_bytes += len(block)
+            checksum = google_crc32c.extend(checksum, block)
+            consume(block)
+        return size_bytes, checksum
 
     @abc.abstractmethod
     def _told(self, error: Exception, uri: str) -> JobError | None:

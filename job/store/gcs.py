@@ -20,7 +20,6 @@ from typing import Any, BinaryIO
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
 import google.auth
-import google_crc32c
 import requests
 import urllib3
 from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed, from_http_response
@@ -40,7 +39,6 @@ _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CONNECTIONS = 64
 _CHUNK_BYTES = 64 << 20
 _CHUNK_MULTIPLE_BYTES = 256 << 10
-_BLOCK_BYTES = 1 << 20
 
 _REMOTE = (
     GoogleAPIError,
@@ -190,12 +188,7 @@ class GcsStore(Store):
         with self._session.get(url, params=parameters, headers=headers, stream=True, timeout=timeout) as answer:
             if not answer.ok:
                 raise from_http_response(answer)
-            size_bytes = checksum = 0
-            while block := answer.raw.read(_BLOCK_BYTES):
-                size_bytes += len(block)
-                checksum = google_crc32c.extend(checksum, block)
-                consume(block)
-                self.retry.is_under_way(uri)
+            size_bytes, checksum = self._consume(key, answer.raw.read, consume)
             if stop is None:
                 whole = f"crc32c={_encoded(checksum)}" in answer.headers["X-Goog-Hash"]
             else:

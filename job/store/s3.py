@@ -45,7 +45,6 @@ from job.store.files import crc32c_of, temporary_beside
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
-_BLOCK_BYTES = 1 << 20
 _CONNECTIONS = 64
 _LISTINGS_AT_ONCE = 16
 
@@ -230,12 +229,8 @@ class S3Store(Store):
         if "ContentLength" not in answer:
             # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
             raise IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
-        checksum = 0
         with answer["Body"] as body:
-            while block := body.read(_BLOCK_BYTES):
-                checksum = google_crc32c.extend(checksum, block)
-                consume(block)
-                self.retry.is_under_way(self.uri_of(key))
+            checksum = self._consume(key, body.read, consume)[1]
         # What others wrote carries no checksum of ours.
         if "Range" not in which and answer["Metadata"].get(_CRC32C, _encoded(checksum)) != _encoded(checksum):
             raise _damaged(self.uri_of(key))

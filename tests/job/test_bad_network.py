@@ -321,7 +321,8 @@ def test_packing_is_stopped_though_the_bucket_is_away(proxied: tuple[FaultyProxy
     began = time.monotonic()
     child.terminate()
     _, stderr = child.communicate(timeout=60)
-    assert time.monotonic() - began < 6
+    # Whatever is under way, its attempt ends when the server has been silent for some seconds.
+    assert time.monotonic() - began < 10
     assert child.returncode == Exit.STOPPED, stderr
     assert stderr.splitlines()[-1].startswith("ddpm: stopped while ")
     assert "Traceback" not in stderr
@@ -355,9 +356,7 @@ def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
         losing(write, lambda: store.replace("key", b"newest", str(version)))
     losing(write, lambda: store.put("put", b"1"))
     losing(write, lambda: store.upload(small, "small"))
-    losing("^PUT|^POST.*[?]uploads", lambda: store.upload(large, "large"))
-    if bucket.startswith("s3://"):
-        losing("^POST.*uploadId", lambda: store.upload(large, "larger"))
+    losing("^PUT", lambda: store.upload(large, "large"))
     else:
         losing("^POST", lambda: store.upload(large, "larger"))
     for key in ("large", "larger"):
