@@ -70,7 +70,7 @@ def train(packed):
 
         def is_enough() -> bool:
             # Whoever waits asks, too, as often as it happens to wait.
-            after_a_step = sys._getframe(3).f_code.co_name == "_after_step"
+            after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
             return stop_after is not None and after_a_step and next(steps) >= stop_after
 
         request = TrainRequest("tiles", str(packed), run=run, preset=preset, epochs=epochs, sets=(*SMALL, *sets))

@@ -76,8 +76,8 @@ def test_nothing_goes_while_somebody_trains_or_samples(bucket, run):
 def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, monkeypatch, removals):
     total = len(keys(run)) - 1
     # The first question is the lease's.
-    monkeypatch.setattr(deletion, "Stop", lambda: stop_after(1 + removals % total))
-    with pytest.raises(StoppedError, match="the same command goes on"):
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
+        patch.setattr(deletion, "Stop", lambda: stop_after(1 + removals % total))
         deletion.delete_run(str(bucket), "walk", certain=True)
     assert len(keys(run)) == 1 + total - removals % total
     for words in (("runs", "show", "walk"), ("train", *WORDS), ("sample", "--run", "walk")):

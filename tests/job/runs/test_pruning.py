@@ -214,10 +214,10 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, ca
     try:
         # A sampler has committed one of them since, and gone.
         run.create(f"{batch}/records/piece-00001.json", b"{}")
-        pruning._remove(run, lease, found[:2], lambda: False)
+        pruning._remove(run, lease, found[:2], NEVER)
         # Another one has begun.
         with reading(run, CheckpointRef(2, 80)):
-            pruning._remove(run, lease, found[2:], lambda: False)
+            pruning._remove(run, lease, found[2:], NEVER)
     finally:
         lease.close()
     assert [entry.key.rpartition("/")[2] for entry in run.list(batch)] == [
