@@ -17,13 +17,16 @@ from contextlib import suppress
 
 from pydantic import Field
 
-from job.exits import BadDataError, BucketAwayError, JobError, LostRunError, StoppedError
+from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
+from job.runs.layout import Kind
 from job.runs.records import utc_now
 from job.sealed import Sealed
+from job.stop import NEVER, Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
+from job.store.retry import DEADLINE_SECONDS
 
-LEASE = "lease.json"
+LEASE = Kind.LEASE.value
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
 LOOK_SECONDS = 0.5
@@ -135,7 +138,7 @@ class Lease:
     """The right to write to a run, kept by a thread until `close`.
 
     While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
-    run is lost. A store with a deadline of less than `EXPIRE_SECONDS` keeps one silent connection from costing the run.
+    run is lost.
     """
 
     def __init__(
@@ -145,7 +148,9 @@ class Lease:
         """Higher than that of everybody who held the run before."""
         self.holder = record.holder
         """Unique to this holder."""
-        self._run, self._record, self._note = run, record, note
+        # Less than `EXPIRE_SECONDS`: one silent connection must not cost the run. And who stops is still its holder.
+        self._run = run.within(DEADLINE_SECONDS, NEVER)
+        self._record, self._note = record, note
         self._uri = run.uri_of(LEASE)
         self._version: str | None = version
         self._confirmed_at = self._began_at = self._ended_at = confirmed_at
@@ -156,25 +161,24 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(
-        cls, run: Store, floor: int, wait_seconds: float, should_stop: Callable[[], bool], note: Callable[[str], None]
-    ) -> Lease:
+    def take(cls, run: Store, floor: int, wait_seconds: float, stop: Stop, note: Callable[[str], None]) -> Lease:
         """Takes the run: at once if it is free or its holder certainly dead, else when the holder falls silent.
 
         Args:
             run: the run's folder.
             floor: the highest fence known from elsewhere, such as attempts and checkpoints.
             wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
-            should_stop: polled all the while.
+            stop: ends the watching.
             note: told what a person should know; from other threads, too.
 
         Raises:
             LostRunError: the holder lives; the message names it.
-            StoppedError: `should_stop` said so.
+            StoppedError: `stop` said so.
             BucketAwayError: the lease cannot be read or written.
         """
         watch, began, told = _Watch(run), time.monotonic(), ""
-        while not should_stop():
+        while True:
+            stop.check(f"before {run.uri} could be taken")
             watch.look()
             if (why := watch.why_free()) is not None:
                 record = LeaseRecord(
@@ -201,8 +205,7 @@ class Lease:
             if told != watch.who():
                 told = watch.who()
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
-            time.sleep(LOOK_SECONDS)
-        raise StoppedError(f"stopped before {run.uri} could be taken")
+            stop.sleep(LOOK_SECONDS)
 
     def confirm(self) -> None:
         """Returns if the run is certainly still ours; call it before every commit and every delete.
