@@ -36,21 +36,22 @@ from job.data.stream import BatchStream, stream_batches
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
-from job.runs.checkpoints import CheckpointRef, MetricSegment
-from job.runs.commits import Commits
-from job.runs.grace import Notice
+from job.runs.checkpoints import MetricSegment, newest_good
+from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.records import Attempt
-from job.runs.restoring import newest_good
+from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
+from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
-from job.runs.status import CLOSE_SECONDS, StatusReporter
-from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+from job.runs.writer import CheckpointWriter, HeldRun
+from job.sampling.sample import Painter, default_sampling, draw_run_grid
+from job.stop import NEVER, Stop
 
+ANOTHER_PROCESS = "another process"
+"""Why a process stops that was not asked itself."""
 _STARVED_POLL_SECONDS = 0.02
 
 
@@ -76,12 +77,12 @@ class TrainingSession:
     batches: BatchStream
     """What `train` goes through."""
 
-    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Notice) -> None:
+    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Stop = NEVER) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks = plan, config, ranks
         self.cache, self.stop = cache, stop
         self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
-        self.retention = Retention.of(config)
+        self.retention = Retention.of(config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(config, device)
         self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
@@ -92,7 +93,7 @@ class TrainingSession:
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
-        self.commits: Commits | None = None
+        self.commits: CheckpointWriter | None = None
         self.set_aside: set[CheckpointRef] = set()
         """Checkpoints that were found not to verify."""
         self.status: StatusReporter | None = None
@@ -101,30 +102,18 @@ class TrainingSession:
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
-    def restored(self, attempt: Attempt, lease: Lease | None, grace_seconds: float) -> Iterator[None]:
+    def restored(self, attempt: Attempt, lease: Lease | None) -> Iterator[None]:
         """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
 
         Args:
             attempt: this attempt.
             lease: held by the main process; none on the others.
-            grace_seconds: from a preemption notice to the end of the machine.
         """
         segments = self._restore()
         if lease is not None:
-            run = self.plan.run.inner
-            self.commits = Commits(
-                run,
-                self.config,
-                attempt,
-                lease,
-                self.state.tensors(),
-                dataset_images=self.dataset_images,
-                segments=segments,
-                aside=self.set_aside,
-                outage=self.plan.run.outage,
-                grace_seconds=grace_seconds,
-                notice=self.stop,
-                note=self.bar.note,
+            held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
+            self.commits = CheckpointWriter(
+                held, self.state.tensors(), segments, self.set_aside, self.stop, self.bar.note
             )
 
             def status(state: str) -> records.Status:
@@ -132,7 +121,7 @@ class TrainingSession:
                 lease.confirm()
                 return self._status(state, attempt)
 
-            self.status = StatusReporter(run, status, self.bar.note)
+            self.status = StatusReporter(self.plan.run, status, self.bar.note)
         try:
             yield
         except BaseException as error:
@@ -182,7 +171,7 @@ class TrainingSession:
             world_size=self.ranks.world_size,
             pin_memory=accelerator.device.type == "cuda",
             with_labels=bool(config.model.num_classes),
-            poll=self.stop,
+            stop=self.stop,
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
@@ -200,11 +189,11 @@ class TrainingSession:
                 self._save()
             stopped = self.state.images_seen < self.plan.target_images
             if stopped:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
         if stopped:
             raise StoppedError(
-                f"stopped by {self.stop.reason or 'another process'} after {self.state.images_seen:,} images; "
+                f"stopped by {self.stop.reason} after {self.state.images_seen:,} images; "
                 "everything is saved, and the same command goes on from there"
             )
 
@@ -216,7 +205,7 @@ class TrainingSession:
         while True:
             lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
             if stopping:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
@@ -241,9 +230,9 @@ class TrainingSession:
             self._log()
         every = config.checkpoint.every_epochs
         if stopping:
-            self.stop.begin()
+            self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
-        if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
+        if stopping or save_now or any(e % every == 0 for e in completed) or self.retention.keeps(images):
             self._save()
         stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
@@ -251,7 +240,7 @@ class TrainingSession:
                 self.draw()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
                 stopping = True
         self.bar.update(images, total=None, **self._bar_fields())
         return stopping
@@ -326,9 +315,9 @@ class TrainingSession:
             assert self.commits is not None
             label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), default_sampling(self.config))
-            self._put(f"{SAMPLES}/denoising-{label}.gif", gif)
+            self._put(denoising_key(label), gif)
             rows = metrics.read_rows(run, self.commits.segments)
-            self._put("figures/loss.png", figures.loss_figure(rows, self.dataset_images))
+            self._put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images))
             self.commits.wait()
 
         self.ranks.on_main(publish)
@@ -382,4 +371,4 @@ class TrainingSession:
         finally:
             if self.status is not None:
                 # The lease is to be given back as well.
-                self.status.close(state, min(CLOSE_SECONDS, self.stop.seconds_left() / 2))
+                self.status.close(state, min(STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))
