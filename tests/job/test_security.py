@@ -23,7 +23,7 @@ import yaml
 from job.data.cache import open_cache
 from job.data.shards import INDEX, ShardWriter, load_index
 from job.exits import Exit
-from job.runs.checkpoints import MANIFEST, Manifest, list_checkpoints
+from job.runs.checkpoints import Manifest, list_checkpoints
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
@@ -173,8 +173,8 @@ def replace_manifest(bucket: Path, **changes: object) -> Manifest:
     """Changes the newest checkpoint's manifest, which vouches for itself again."""
     store = open_store(str(bucket / RUN))
     ref = list_checkpoints(store)[-1]
-    manifest = Manifest.load(store, f"{ref.key}/{MANIFEST}").model_copy(update=changes)
-    (bucket / RUN / ref.key / MANIFEST).write_bytes(manifest.to_json())
+    manifest = Manifest.load(store, f"{ref.key}/MANIFEST.json").model_copy(update=changes)
+    (bucket / RUN / ref.key / "MANIFEST.json").write_bytes(manifest.to_json())
     return manifest
 
 

@@ -21,7 +21,7 @@ from job.exits import BadDataError, BadRequestError
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.requests import SampleRequest
-from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.verification import verify_run
 from job.sampling import batches
 from job.sampling.piece_files import commit_piece, read_images
@@ -295,7 +295,7 @@ def test_images_of_another_drawing_are_not_mixed_in(bucket):
             work()
     # The same epoch again, by a run that was begun anew.
     ref = list_checkpoints(run)[-1]
-    run.put(f"{ref.key}/{MANIFEST}", load_manifest(run, ref).model_copy(update={"attempt": "another"}).to_json())
+    run.put(f"{ref.key}/MANIFEST.json", load_manifest(run, ref).model_copy(update={"attempt": "another"}).to_json())
     for slice_ in ("0/2", "1/2"):
         line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line
