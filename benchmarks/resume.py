@@ -14,9 +14,8 @@ from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_noise, write_noise
 from job.progress import Progress
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import Row, read_rows
-from job.runs.restoring import newest_good
 from job.store import Store, open_store
 from job.train import run_training
 

@@ -14,22 +14,21 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
         broken(module, trace)
 
 
-def _manifest_first(saving: Any, trace: Any) -> None:
-    def upload_all(writer: Any, save: Any, folder: Any) -> None:
+def _manifest_first(module: Any, trace: Any) -> None:
+    def upload_all(writer: Any, save: Any, folder: Any) -> Any:
         records = [writer._write(part, folder) for part in writer._parts]
-        with writer._changed:
+        with writer._change():
             writer._reading_host = False
-            writer._changed.notify_all()
         for key, data in save.objects.items():
             writer._run.create(key, data)
         manifest = save.manifest.model_copy(update={"files": tuple(records)})
-        writer._confirm()
-        saving.commit_manifest(writer._run, manifest)
+        writer._held.lease.confirm()
+        module.commit_manifest(writer._run, manifest)
         for record in records:
             writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
-        writer._after_commit(manifest)
+        return manifest
 
-    saving.CheckpointWriter._upload_all = upload_all
+    module.CheckpointWriter._upload_all = upload_all
 
 
 def _fence_ignored(lease: Any, trace: Any) -> None:
@@ -63,7 +62,7 @@ def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
-    ("manifest-first", "job.runs.saving"): _manifest_first,
+    ("manifest-first", "job.runs.writer"): _manifest_first,
     ("fence-ignored", "job.runs.lease"): _fence_ignored,
     ("position-off-by-one", "job.session"): _position_off_by_one,
     ("order-drawn-anew", "job.session"): _order_drawn_anew,

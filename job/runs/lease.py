@@ -17,14 +17,16 @@ from contextlib import suppress
 
 from pydantic import Field
 
-from job.exits import BadDataError, BucketAwayError, JobError, LostRunError, StoppedError
+from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
+from job.runs.layout import Kind
 from job.runs.records import utc_now
 from job.sealed import Sealed
-from job.stop import Stop
+from job.stop import NEVER, Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
+from job.store.retry import DEADLINE_SECONDS
 
-LEASE = "lease.json"
+LEASE = Kind.LEASE.value
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
 LOOK_SECONDS = 0.5
@@ -32,7 +34,6 @@ LOOK_SECONDS = 0.5
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
-RETRY_SECONDS = 15.0
 _SWAPS = 5
 
 
@@ -137,7 +138,7 @@ class Lease:
     """The right to write to a run, kept by a thread until `close`.
 
     While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
-    run is lost. Operations that give up before `EXPIRE_SECONDS` keep one silent connection from costing the run.
+    run is lost.
     """
 
     def __init__(
@@ -147,7 +148,9 @@ class Lease:
         """Higher than that of everybody who held the run before."""
         self.holder = record.holder
         """Unique to this holder."""
-        self._run, self._record, self._note = run, record, note
+        # Less than `EXPIRE_SECONDS`: one silent connection must not cost the run. And who stops is still its holder.
+        self._run = run.within(DEADLINE_SECONDS, NEVER)
+        self._record, self._note = record, note
         self._uri = run.uri_of(LEASE)
         self._version: str | None = version
         self._confirmed_at = self._began_at = self._ended_at = confirmed_at
@@ -165,7 +168,7 @@ class Lease:
             run: the run's folder.
             floor: the highest fence known from elsewhere, such as attempts and checkpoints.
             wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
-            stop: asked all the while.
+            stop: ends the watching.
             note: told what a person should know; from other threads, too.
 
         Raises:
@@ -174,7 +177,8 @@ class Lease:
             BucketAwayError: the lease cannot be read or written.
         """
         watch, began, told = _Watch(run), time.monotonic(), ""
-        while not stop():
+        while True:
+            stop.check(f"before {run.uri} could be taken")
             watch.look()
             if (why := watch.why_free()) is not None:
                 record = LeaseRecord(
@@ -189,8 +193,7 @@ class Lease:
                 if (version := _write(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    # A renewal that waits for a bucket that is away comes too late.
-                    return cls(run.within(RETRY_SECONDS), record, version, asked, note)
+                    return cls(run, record, version, asked, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
@@ -203,7 +206,6 @@ class Lease:
                 told = watch.who()
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
             stop.sleep(LOOK_SECONDS)
-        raise StoppedError(f"stopped by {stop.reason} before {run.uri} could be taken; the same command goes on")
 
     def confirm(self) -> None:
         """Returns if the run is certainly still ours; call it before every commit and every delete.
