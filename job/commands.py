@@ -7,8 +7,9 @@ import sys
 from contextlib import suppress
 
 from job.exits import BadConfigError, BadDataError
+from job.outcome import outcome_written
 from job.plan import Plan, plan_run
-from job.processes.group import nodes
+from job.processes.group import Group, nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
 from job.processes.stopping import StopFlag, deadline
@@ -37,7 +38,8 @@ def train_command(
         JobError: see the message.
     """
     request = request.check()
-    with deadline(stop_after):
+    node = Group(1) if is_rank() else Group.of(1)
+    with deadline(stop_after), outcome_written(request.bucket, node.node, node.nodes):
         stop = _listen()
         plan = plan_run(request, stop)
         # A rank must not ask a process of its own how many GPUs there are.
@@ -79,7 +81,7 @@ def sample_command(
         JobError: see the message.
     """
     request = request.check()
-    with deadline(stop_after):
+    with deadline(stop_after), outcome_written(request.bucket, *request.slice_of):
         stop = _listen()
         if not is_rank():
             plan = plan_sampling(request, stop)
