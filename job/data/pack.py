@@ -2,13 +2,13 @@
 
 A folder or an archive is copied into shards. Tars that are to stay in place are read once, to hash them and to find
 their images; then the index names them, and what training sees is what copying the same images would have given: crop
-and filter apply at each reading. Either way every image is decoded, and those that cannot be used are left out for good.
+and filter apply at each reading. Either way every image is decoded, and those that cannot be used are left out.
 
 The same command goes on where an attempt was interrupted. It reads a source from its beginning, for only that tells
 whether it is still the same, but decodes and uploads nothing that is in the bucket already. What comes out depends on
-the source and the parameters alone: not on threads, interruptions, or how often it was tried. So all objects are created
-once, never written over, and one that is there and is the same counts as written: attempts at the same dataset do each
-other's work, and whoever finds something else in its place gives way.
+the source and the parameters alone: not on threads, interruptions, or how often it was tried. So all objects are
+created once, never written over, and one that is there and is the same counts as written: attempts at the same dataset
+do each other's work, and whoever finds something else in its place gives way.
 """
 
 from __future__ import annotations
@@ -330,11 +330,19 @@ class _Attempt(abc.ABC):
     packed: list[PackedShard] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
 
-    where: str = field(init=False)
+    where: str = ""
     """What is packed, for messages."""
-    recipe: Recipe = field(init=False)
-    classes: tuple[str, ...] = field(init=False)
-    journal: Journal = field(init=False)
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.recipe = self.request.recipe(channels=3)
+        self.journal = Journal(
+            self.bucket, self.key, {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        )
+
+    @abc.abstractmethod
+    def _survey(self) -> dict[str, Any]:
+        """Looks at what is packed, without decoding it, and returns what else decides about the shards."""
 
     @property
     def doing(self) -> str:
@@ -410,17 +418,15 @@ class _Attempt(abc.ABC):
 class _Copying(_Attempt):
     """Images are decoded, prepared and written into shards as PNG."""
 
-    def __post_init__(self) -> None:
+    def _survey(self) -> dict[str, Any]:
         self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry)
         self.where = self._source.where
-        self._survey = survey(self._polled(self._source.names()), self.where, self.request.classes)
-        for remark in filter(None, (self._source.note, self._survey.note)):
+        self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
+        for remark in filter(None, (self._source.note, self._found.note)):
             _log.warning(remark)
-        self.recipe, self.classes = self.request.recipe(self._source.channels), self._survey.classes
-        parameters = {**asdict(self.recipe), "shard_bytes": self.shard_bytes, "codecs": codec_versions()}
-        parameters |= {"classes": self.classes, "class_depth": self._survey.depth}
-        self.journal = Journal(self.bucket, self.key, parameters)
+        self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
+        return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}
 
     def made(self, folder: Path) -> Iterator[_Made]:
         entries = self._source.entries()
@@ -428,14 +434,14 @@ class _Copying(_Attempt):
             self._check_unchanged(entry, islice(entries, entry.read_images - self._read_images))
             self._reuse(entry)
         writer: ShardWriter | None = None
-        for checked in self._checked(Sample(name, content, self._survey.label(name)) for name, content in entries):
+        for checked in self._checked(Sample(name, content, self._found.label(name)) for name, content in entries):
             self._read(checked.name, checked.sha256)
             if not checked.reason:
                 with os_errors(folder):
                     writer = writer or ShardWriter(folder / shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
-                    writer.add(key, checked.png, self._survey.label(checked.name))
-                if writer.bytes >= self.shard_bytes:
+                    writer.add(key, checked.png, self._found.label(checked.name))
+                if writer.size_bytes >= self.shard_bytes:
                     yield self._closed(writer)
                     writer = None
         if writer is not None:
@@ -461,14 +467,14 @@ class _Copying(_Attempt):
             self._read(name, hashlib.sha256(content).digest())
         # A shard that is not full was the last.
         is_last = entry.shard.bytes < self.shard_bytes
-        if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._survey.images > self._read_images):
+        if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
             raise self.journal.is_otherwise(f"was begun before {self.where} changed")
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""
         self._sha256.update(b"%d:%b%b" % (len(name.encode()), name.encode(), content_sha256))
         self._read_images += 1
-        self.progress(self._read_images, self._survey.images, self._read_images - len(self.rejects))
+        self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
 
     def _closed(self, writer: ShardWriter) -> _Made:
         with os_errors(writer.path):
@@ -483,19 +489,18 @@ class _Copying(_Attempt):
 class _InPlace(_Attempt):
     """Tars are described where they lie, each as a shard."""
 
-    def __post_init__(self) -> None:
+    def _survey(self) -> dict[str, Any]:
         self._tars = find_tars(self.request.tars, self.bucket.retry)
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = first if not others else f"{first} and {others} more"
-        if is_remote(self.bucket.uri) and (here := next((tar.uri for tar in self._tars if tar.uri.startswith("/")), "")):
+        if is_remote(self.bucket.uri) and (
+            here := next((tar.uri for tar in self._tars if tar.uri.startswith("/")), "")
+        ):
             _log.warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
-        self.recipe = self.request.recipe(channels=3)
         self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
-        parameters = {**asdict(self.recipe), "codecs": codec_versions(), "has_classes": self._has_classes}
-        parameters |= {"tars": [[tar.uri, tar.bytes] for tar in self._tars]}
-        self.journal = Journal(self.bucket, self.key, parameters)
+        return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
     def made(self, folder: Path) -> Iterator[_Made]:
         for entry in self.journal.vouched():
@@ -509,7 +514,7 @@ class _InPlace(_Attempt):
             for checked in self._checked(tar.samples(digests)):
                 if not checked.reason:
                     records.append(checked.record)
-                self.progress(done_bytes + digests.bytes, total_bytes, self.images + len(records))
+                self.progress(done_bytes + digests.size_bytes, total_bytes, self.images + len(records))
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
             if records:
@@ -517,7 +522,9 @@ class _InPlace(_Attempt):
                 highest_label = max(label for _, _, label, _ in records)
                 yield _Made(self._finished(shard, highest_label=highest_label), offsets)
         if not self.packed and not self.rejects:
-            raise BadDataError(f"{self.where}: there are no images in it: no name ends in {', '.join(sorted(SUFFIXES))}")
+            raise BadDataError(
+                f"{self.where}: there are no images in it: no name ends in {', '.join(sorted(SUFFIXES))}"
+            )
         if not self.packed:
             raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
         highest_label = max(entry.highest_label for entry in self.packed)

@@ -85,7 +85,7 @@ class ShardSource:
 
     @cached_property
     def records(self) -> np.ndarray:
-        """Offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetched first unless they are here, and verify.
+        """Offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetched first unless they are here.
 
         Raises:
             BadDataError: one in the bucket is not as it was packed.
@@ -196,9 +196,7 @@ class ShardSource:
             f"{self.uri(shard)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
         )
 
-    def begin_read(
-        self, shard: int, rows: Int64s, file: BinaryIO, out: Uint8s, places: Int64s
-    ) -> list[Future[None]]:
+    def begin_read(self, shard: int, rows: Int64s, file: BinaryIO, out: Uint8s, places: Int64s) -> list[Future[None]]:
         """Reads images `rows` (within the shard) from its open file, and begins to decode them.
 
         Args:

@@ -73,12 +73,12 @@ class Digests:
     """Size, SHA-256 and CRC-32C of bytes that go by."""
 
     def __init__(self) -> None:
-        self.bytes = 0
+        self.size_bytes = 0
         self._sha256, self._crc32c = hashlib.sha256(), 0
 
     def update(self, data: bytes) -> None:
         """Takes the next bytes into account."""
-        self.bytes += len(data)
+        self.size_bytes += len(data)
         self._sha256.update(data)
         self._crc32c = google_crc32c.extend(self._crc32c, data)
 
@@ -87,7 +87,7 @@ class Digests:
         offsets = np.array(records, OFFSETS_DTYPE).tobytes()
         shard = Shard(
             name=name,
-            bytes=self.bytes,
+            bytes=self.size_bytes,
             sha256=self._sha256.hexdigest(),
             crc32c=f"{self._crc32c:08x}",
             images=len(records),
@@ -107,13 +107,13 @@ class ShardWriter:
         self._records: list[Record] = []
 
     @property
-    def bytes(self) -> int:
+    def size_bytes(self) -> int:
         """Size up to now."""
-        return self._digests.bytes
+        return self._digests.size_bytes
 
     def add(self, key: str, png: bytes, label: int) -> None:
         """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
+        self._records.append((self.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
         self._add_file(f"{key}.png", png)
         if label >= 0:
             self._add_file(f"{key}.cls", str(label).encode())

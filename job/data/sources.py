@@ -181,6 +181,7 @@ class Folder(Source):
             self.note = f"leaving out {self._bucket}, which is the bucket"
 
     def members(self) -> Iterator[Member]:
+        """The files below, without hidden ones."""
         return self._below(self._root, "")
 
     def _below(self, folder: Path, prefix: str) -> Iterator[Member]:
@@ -213,6 +214,7 @@ class BucketFolder(Source):
         self._store = store
 
     def members(self) -> Iterator[Member]:
+        """The objects below."""
         for entry in self._store.list():
             if is_image(entry.key) and entry.size_bytes > ENTRY_BYTES:
                 raise _refused(
@@ -236,6 +238,7 @@ class Zip(Source):
         self._open = opener
 
     def members(self) -> Iterator[Member]:
+        """The directory's entries."""
         with self._open() as file:
             self.limit_bytes = max(ENTRY_BYTES, EXPANSION * _length_bytes(file))
             with zipfile.ZipFile(file) as archive:
@@ -262,6 +265,7 @@ class Tar(Source):
         self._open, self._digests = opener, digests
 
     def members(self) -> Iterator[Member]:
+        """The headers' entries; the archive must end as a tar does."""
         with self._open() as file:
             self.limit_bytes = max(ENTRY_BYTES, EXPANSION * _length_bytes(file))
             stream = TarStream(file, self.limit_bytes, self._digests)
@@ -292,7 +296,7 @@ class TarStream:
     """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
 
     def __init__(self, file: BinaryIO, limit_bytes: float, digests: Digests | None) -> None:
-        """What is unpacked is read byte by byte, as is everything with `digests`; else, what nobody wants is skipped."""
+        """What is unpacked is read in full, as is everything with `digests`; else, what nobody wants is skipped."""
         self._file = _gunzipped(file)
         self._skips = self._file is file and digests is None
         self._limit_bytes, self._digests = limit_bytes, digests
@@ -408,7 +412,7 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         if not path.is_file():
             raise MissingInputError(f"there is nothing at {source!r}: give a folder or an archive of images")
         path = path.resolve()
-        return _idx(path.parent, _files(path.parent), path.name) or _archive(path, partial(path.open, "rb"))
+        return _idx(path.parent, _files(path.parent), path.name) or _archive(path, _opener(path))
 
 
 def _in_bucket(uri: str, retry: Retry | None) -> Source:
@@ -429,7 +433,11 @@ def _archive(where: object, opener: Opener) -> Source:
 
 
 def _files(folder: Path) -> dict[str, Opener]:
-    return {path.name: partial(path.open, "rb") for path in folder.iterdir()}
+    return {path.name: _opener(path) for path in folder.iterdir()}
+
+
+def _opener(path: Path) -> Opener:
+    return lambda: path.open("rb")
 
 
 def _objects(folder: Store) -> dict[str, Opener]:
