@@ -12,7 +12,8 @@ from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, datase
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, note
 from job.requests import validated_output
-from job.store import Retry, Store, away_limit_seconds, open_store
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
 SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
@@ -104,7 +105,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
     from ddpm import figures
     from job.data.cache import default_cache_dir
-    from job.data.chosen_images import ChosenImages
+    from job.data.shard_source import ChosenImages
     from job.sampling.pictures import write_picture
 
     images = ChosenImages(bucket, key, index, default_cache_dir())

@@ -24,10 +24,11 @@ from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, 
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
-from job.runs.commits import check_writable
+from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
-from job.store import Retry, away_limit_seconds, open_store
+from job.store import Retry, open_store
+from job.store.retry import away_limit_seconds
 
 if TYPE_CHECKING:
     from job.data.pack import PackRequest

@@ -41,13 +41,12 @@ from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
 from job.runs.checkpoints import MetricSegment, newest_good
-from job.runs.commits import Commits, HeldRun
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
-from job.runs.records import Attempt
+from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
-from job.runs.status import CLOSE_SECONDS, StatusReporter
+from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.sample import draw_run_grid
 from job.stop import NEVER, Stop
@@ -83,7 +82,7 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.retention = Retention.of(self.config)
+        self.retention = Retention.of(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
         self.state = create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
@@ -93,7 +92,7 @@ class TrainingSession:
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
-        self.commits: Commits | None = None
+        self.writer: CheckpointWriter | None = None
         """None on all processes but the main one, as is the status."""
         self.status: StatusReporter | None = None
         self.last_row: metrics.Row = {}
@@ -112,7 +111,7 @@ class TrainingSession:
         segments = self._restore(aside)
         if lease is not None:
             held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
-            self.commits = Commits(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
+            self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
 
             def status(state: str) -> records.Status:
                 # Whoever slept and was replaced must not say on waking how the run was going then.
@@ -187,7 +186,7 @@ class TrainingSession:
             stopped = state.images_seen < self.plan.target_images
             if stopped:
                 self.stop.request(ANOTHER_PROCESS)
-            self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
+            self.ranks.on_main(lambda: self.writer.wait() if self.writer else None)
         if stopped:
             raise StoppedError(
                 f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
@@ -214,23 +213,22 @@ class TrainingSession:
 
     def _after_step(self, state: TrainState) -> bool:
         """Does what is due; whether all processes stop."""
-        images, config, commits = state.images_seen, self.config, self.commits
+        images, config, writer = state.images_seen, self.config, self.writer
         stopping, save_now, troubled, starved = self.agreement.exchange(
             self.stop(),
-            commits is not None and commits.overdue,
-            commits is not None and commits.troubled,
+            writer is not None and writer.overdue,
+            writer is not None and writer.troubled,
             not self.batches.holds(2),
         )
         if troubled:
-            self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
+            self.ranks.on_main(lambda: writer.raise_trouble() if writer else None)
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
-        every = config.checkpoint.every_epochs
-        epochs = epochs_completed_by(images, self.dataset_images, self.batch_size)
-        if stopping or save_now or any(epoch % every == 0 or self.retention.keeps_epoch(epoch) for epoch in epochs):
+        is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
+        if stopping or save_now or is_due or self.retention.keeps(images):
             self._save()
         stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
@@ -257,8 +255,8 @@ class TrainingSession:
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
         }
-        if self.commits is not None:
-            self.commits.rows.append(self.last_row)
+        if self.writer is not None:
+            self.writer.rows.append(self.last_row)
         self.logged_at, self.logged_images = now, state.images_seen
 
     def _save(self) -> None:
@@ -269,7 +267,7 @@ class TrainingSession:
         self._check_finite()
         loss_sums = self.state.log.reduced().tolist()
         self.saved_images, world_size = images_seen, self.ranks.world_size
-        self.ranks.on_main(lambda: self.commits.save(images_seen, loss_sums, world_size) if self.commits else None)
+        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums, world_size) if self.writer else None)
 
     def _check_finite(self) -> None:
         try:
@@ -292,8 +290,12 @@ class TrainingSession:
     def _is_grid_due(self, images_seen: int) -> bool:
         """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""
         every = self.config.sample.every_epochs
+        return bool(every) and images_seen < self.plan.target_images and self._completes_epoch(images_seen, every)
+
+    def _completes_epoch(self, images_seen: int, every: int) -> bool:
+        """Whether this is the end of an epoch, of each `every`-th one."""
         epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
-        return bool(every) and images_seen < self.plan.target_images and any(epoch % every == 0 for epoch in epochs)
+        return any(epoch % every == 0 for epoch in epochs)
 
     def _draw_missed(self) -> None:
         """Draws the restored checkpoint's grid if the attempt that saved it did not get that far; collective."""
@@ -308,26 +310,26 @@ class TrainingSession:
         painter = self.draw()
 
         def publish() -> None:
-            assert self.commits is not None
+            assert self.writer is not None
             label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
             self._put(denoising_key(label), painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample)))
-            rows = metrics.read_rows(self.plan.run, self.commits.segments)
+            rows = metrics.read_rows(self.plan.run, self.writer.segments)
             self._put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images))
-            self.commits.wait()
+            self.writer.wait()
 
         self.ranks.on_main(publish)
 
     def _put(self, key: str, picture: bytes) -> None:
-        if self.commits is not None:
-            self.commits.put(key, picture, images_seen=self.state.images_seen)
+        if self.writer is not None:
+            self.writer.put(key, picture, images_seen=self.state.images_seen)
 
     def _show(self, images_seen: int) -> None:
         """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
         epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
-        fields = {"epoch": f"{epoch:.1f}/{self.config.train.epochs}"}
         if "loss" in self.last_row:
-            fields["loss"] = f"{self.last_row['loss']:.4f}"
-        self.bar.update(images_seen, **fields, next_checkpoint=f"epoch {(int(epoch) // every + 1) * every}")
+            self.bar.update(images_seen, loss=f"{self.last_row['loss']:.4f}")
+        next_checkpoint = f"epoch {(int(epoch) // every + 1) * every}"
+        self.bar.update(images_seen, epoch=f"{epoch:.1f}/{self.config.train.epochs}", next_checkpoint=next_checkpoint)
 
     def _status(self, state: str, attempt: Attempt) -> records.Status:
         images_seen = self.state.images_seen
@@ -357,9 +359,9 @@ class TrainingSession:
 
     def _close(self, state: str, wait: bool) -> None:
         try:
-            if self.commits is not None:
-                self.commits.close(wait)
+            if self.writer is not None:
+                self.writer.close(wait)
         finally:
             if self.status is not None:
                 # The lease is to be given back as well.
-                self.status.close(state, min(CLOSE_SECONDS, self.stop.seconds_left() / 2))
+                self.status.close(state, min(STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))

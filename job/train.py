@@ -48,7 +48,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     try:
         fence = ranks.on_main(take)
         plan = plan_run(plan.request, stop).computing_in(precision)
-        attempt = ranks.on_main(lambda: _begin(plan, fence, ranks, lease))
+        attempt = ranks.on_main(lambda: _begin(plan, fence, ranks, lease.holder if lease else ""))
         total = plan.index.images
         with Progress("reading images", total=total, disable=not ranks.is_main) as bar:
             images = open_training_images(plan, stop, lambda done, _: bar.update(done))
@@ -63,13 +63,12 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     return plan
 
 
-def _begin(plan: Plan, fence: int, ranks: Ranks, lease: Lease | None) -> Attempt:
+def _begin(plan: Plan, fence: int, ranks: Ranks, holder: str) -> Attempt:
     """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
     if plan.is_new and records.create_config(plan.run, plan.config) != plan.config:
         raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
-    holder = lease.holder if lease else ""
     attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device, holder)
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)

@@ -18,7 +18,8 @@ from job.runs.pictures import how_drawn, label_of
 from job.runs.pieces import Drawing
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import Retry, Store, away_limit_seconds, open_store
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ def grid_png(
 
 
 def open_training_images(
-    plan: Plan | SamplePlan, stop: Stop, progress: Callable[[int, int], None] | None = None
+    plan: Plan | SamplePlan, stop: Stop, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> ImageCache:
     """The images of a run's dataset, through this machine's cache; `progress` learns how many are decoded, of all."""
     return open_cache(

@@ -41,7 +41,13 @@ def walked(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a run `walk` of three epochs, of which the first and the last are kept; not to be changed."""
     folder = shutil.copytree(tiles, tmp_path_factory.mktemp("walked") / "bucket")
     sets = [f"{key}={value}" for key, value in NETWORK.items()]
-    sets += ["checkpoint.keep_last=1", "checkpoint.keep_epochs=1", "train.learning_rate=0.01", "train.warmup_images=0"]
+    sets += [
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_epochs=1",
+        "train.learning_rate=0.01",
+        "train.warmup_images=0",
+        "sample.nearest=false",
+    ]
     AcceleratorState._reset_state(reset_partial_state=True)
     run_training(plan_run(TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets)).check()))
     return folder

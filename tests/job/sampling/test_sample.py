@@ -16,27 +16,13 @@ from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.requests import SampleRequest
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
-from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm, succeeded
+from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 BF16_LEVELS = 1.0
 """Mean difference, in levels of 255, that bf16 may make; measured on a CPU: 0.0 between batch sizes, 0.2 from fp32."""
-
-
-class StopAt(Stop):
-    """Asks to stop when it is asked itself for this time."""
-
-    def __init__(self, asked: int) -> None:
-        super().__init__(30)
-        self._left = asked
-
-    def __call__(self) -> bool:
-        self._left -= 1
-        if self._left <= 0:
-            self.request("test")
-        return super().__call__()
 
 
 @pytest.fixture
@@ -154,7 +140,7 @@ def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
     before = [entry.key for entry in run.list("samples")]
     request = SampleRequest("walk", str(bucket), seeds="40-44", nearest=False)
     with pytest.raises(StoppedError, match="the same command begins again"):
-        run_sampling(plan_sampling(request.check()), StopAt(2))
+        run_sampling(plan_sampling(request.check()), stop_after(1))
     assert [entry.key for entry in run.list("samples")] == before
 
 
@@ -169,4 +155,4 @@ def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
             return np.zeros((len(indices), 16, 16, 3), np.uint8)
 
     with pytest.raises(StoppedError, match="nearest"):
-        grid_png(np.zeros((4, 16, 16, 3), np.uint8), range(4), training=Cache(), stop=StopAt(2))
+        grid_png(np.zeros((4, 16, 16, 3), np.uint8), range(4), training=Cache(), stop=stop_after(1))

@@ -13,16 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
-from job.runs.layout import Kind
-from job.stop import NEVER
 from PIL import Image
 
-from job.exits import BadDataError
+from job.exits import BadRequestError
 from job.requests import SampleRequest
-from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.layout import Kind
 from job.runs.verification import verify_run
 from job.sampling.plan import plan_sampling, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet, commit_piece
+from job.stop import NEVER
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.launching import children, eventually, is_gone
@@ -205,7 +205,7 @@ def test_a_writer_that_cannot_go_on_says_so(bucket):
     (Path(images.uri) / "records").write_text("no folder")
     writer = PieceWriter(images, NEVER)
     writer.submit(0, PIXELS[:16])
-    with pytest.raises(BadDataError, match="records"):
+    with pytest.raises(BadRequestError, match="records"):
         writer.submit(1, PIXELS[:16])
 
 
@@ -248,7 +248,8 @@ def test_images_of_another_checkpoint_are_not_mixed_in(bucket):
     succeeded(ddpm_here(*words(bucket, 33, "--slice", "0/2")))
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
-    run.put(f"{ref.key}/{MANIFEST}", load_manifest(run, ref).model_copy(update={"attempt": "another"}).to_json())
+    manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
+    run.put(Kind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
         line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line
