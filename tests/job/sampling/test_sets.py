@@ -141,8 +141,8 @@ def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
 
 
 def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
-    images = set_of(bucket, 160, steps=25)
-    child = subprocess.Popen([DDPM, *map(str, words(bucket, 160, *SLOW))], env=environment(), stderr=subprocess.DEVNULL)
+    images = set_of(bucket, 96, steps=25)
+    child = subprocess.Popen([DDPM, *map(str, words(bucket, 96, *SLOW))], env=environment(), stderr=subprocess.DEVNULL)
     eventually(lambda: len(images.committed()) >= 2)
     ranks = children(child.pid)
     os.kill(child.pid, signal.SIGKILL)
@@ -151,20 +151,20 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     # What a process leaves behind that dies between a piece and its record.
     images.run.delete(images.key(Kind.RECORD, 1))
     before, there = contents(images.folder), 16 * len(images.committed())
-    assert 0 < there < 160
+    assert 0 < there < 96
     assert images.index() is None
-    outputs = [succeeded(ddpm_here(*words(bucket, 160, *SLOW, "--slice", f"{index}/2"))) for index in range(2)]
+    outputs = [succeeded(ddpm_here(*words(bucket, 96, *SLOW, "--slice", f"{index}/2"))) for index in range(2)]
     assert "slice 0/2 is done" in outputs[0]
-    assert "160 images in 10 pieces" in outputs[1]
-    assert sum(int(re.search(r"(\d+) made", out)[1]) for out in outputs) == 160 - there, outputs
+    assert "96 images in 6 pieces" in outputs[1]
+    assert sum(int(re.search(r"(\d+) made", out)[1]) for out in outputs) == 96 - there, outputs
     after = contents(images.folder)
     assert {key: after[key] for key in before} == before
-    assert len(images.committed()) == 10
+    assert len(images.committed()) == 6
 
 
 def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
-    images = set_of(bucket, 160, steps=25)
-    typed = [DDPM, *map(str, words(bucket, 160, *SLOW, "--processes", 2))]
+    images = set_of(bucket, 96, steps=25)
+    typed = [DDPM, *map(str, words(bucket, 96, *SLOW, "--processes", 2))]
     child = subprocess.Popen(typed, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     eventually(lambda: len(images.committed()) >= 2)
     # One process alone: its end must end the other, which has pieces of its own to draw.
@@ -174,10 +174,10 @@ def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
     assert child.returncode == 75, out + err
     assert "the same command goes on from there" in err
     before, there = contents(images.folder), 16 * len(images.committed())
-    assert 0 < there < 160
+    assert 0 < there < 96
     out = succeeded(ddpm(*typed[1:]))
-    assert "160 images in 10 pieces" in out
-    assert f"{160 - there} made at" in out
+    assert "96 images in 6 pieces" in out
+    assert f"{96 - there} made at" in out
     assert f", {there} there before" in out
     after = contents(images.folder)
     assert {key: after[key] for key in before} == before
