@@ -39,6 +39,11 @@ class Plan:
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
     @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the network learns."""
+        return self.index.classes if self.config.model.num_classes else ()
+
+    @property
     def images_seen(self) -> int:
         """By the newest checkpoint, now."""
         checkpoints = list_checkpoints(self.run)

@@ -7,7 +7,7 @@ in, when a checkpoint goes out, who is told how it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 import torch
@@ -48,7 +48,7 @@ from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
-from job.sampling.sample import draw_run_grid
+from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
 
 ANOTHER_PROCESS = "another process"
@@ -186,7 +186,7 @@ class TrainingSession:
             stopped = state.images_seen < self.plan.target_images
             if stopped:
                 self.stop.request(ANOTHER_PROCESS)
-            self.ranks.on_main(lambda: self.writer.wait() if self.writer else None)
+            self._on_writer(lambda writer: writer.wait())
         if stopped:
             raise StoppedError(
                 f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
@@ -221,7 +221,7 @@ class TrainingSession:
             not self.batches.holds(2),
         )
         if troubled:
-            self.ranks.on_main(lambda: writer.raise_trouble() if writer else None)
+            self._on_writer(lambda writer: writer.raise_trouble())
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         if stopping:
@@ -266,8 +266,8 @@ class TrainingSession:
             return
         self._check_finite()
         loss_sums = self.state.log.reduced().tolist()
-        self.saved_images, world_size = images_seen, self.ranks.world_size
-        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums, world_size) if self.writer else None)
+        self.saved_images = images_seen
+        self._on_writer(lambda writer: writer.save(images_seen, loss_sums, self.ranks.world_size))
 
     def _check_finite(self) -> None:
         try:
@@ -283,8 +283,15 @@ class TrainingSession:
         config, images_seen = self.config, self.state.images_seen
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
         self.state.ema.copy_to(painter.network)
-        grid = draw_run_grid(painter, self.plan.index, self.images)
-        self._put(run_grid_key(config, self.dataset_images, images_seen), grid)
+        seeds, sample = range(config.sample.images), config.sample
+        drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
+
+        def publish(writer: CheckpointWriter) -> None:
+            training = self.images if sample.nearest else None
+            grid = grid_png(drawn, seeds, self.plan.classes, training, self.stop)
+            writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
+
+        self._on_writer(publish)
         return painter
 
     def _is_grid_due(self, images_seen: int) -> bool:
@@ -307,21 +314,21 @@ class TrainingSession:
 
     def finish(self) -> None:
         """Makes the last pictures; collective."""
-        painter = self.draw()
+        painter, images_seen = self.draw(), self.state.images_seen
 
-        def publish() -> None:
-            assert self.writer is not None
-            label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
-            self._put(denoising_key(label), painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample)))
-            rows = metrics.read_rows(self.plan.run, self.writer.segments)
-            self._put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images))
-            self.writer.wait()
+        def publish(writer: CheckpointWriter) -> None:
+            label = label_of(images_seen, self.dataset_images, self.batch_size)
+            gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
+            writer.put(denoising_key(label), gif, images_seen=images_seen)
+            rows = metrics.read_rows(self.plan.run, writer.segments)
+            writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
+            writer.wait()
 
-        self.ranks.on_main(publish)
+        self._on_writer(publish)
 
-    def _put(self, key: str, picture: bytes) -> None:
-        if self.writer is not None:
-            self.writer.put(key, picture, images_seen=self.state.images_seen)
+    def _on_writer(self, work: Callable[[CheckpointWriter], None]) -> None:
+        """Has the main process do `work`, while the others wait for it. Collective."""
+        self.ranks.on_main(lambda: work(self.writer) if self.writer else None)
 
     def _show(self, images_seen: int) -> None:
         """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""

@@ -17,7 +17,6 @@ import numpy as np
 
 from ddpm import figures
 from job.data.cache import ImageCache, default_cache_dir, open_cache
-from job.data.shards import DatasetIndex
 from job.exits import StoppedError
 from job.plan import Plan
 from job.processes.launched import lost_peer
@@ -171,19 +170,6 @@ def _draw_pieces(
             "are saved, and the same command goes on from there"
         ) from None
     return made
-
-
-def draw_run_grid(painter: Painter, index: DatasetIndex, training: ImageCache) -> bytes:
-    """Draws a run's standard grid: a PNG on the main process, nothing on the others. Collective."""
-    config = painter.config
-    seeds, sample = range(config.sample.images), config.sample
-    images = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
-    classes = index.classes if config.model.num_classes else ()
-
-    def grid() -> bytes:
-        return grid_png(images, seeds, classes, training if sample.nearest else None, painter.stop)
-
-    return painter.ranks.on_main(grid)
 
 
 def grid_png(
