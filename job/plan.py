@@ -19,16 +19,16 @@ from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_ma
 from job.sampling.names import SAMPLES, how_drawn, label_of
 from job.sampling.pieces import Batch, Drawing, piece_images
 from job.stop import NEVER, Stop
-from job.store import Store
-from job.store.patient import PatientStore, open_patient
+from job.store import Store, open_store
+from job.store.retry import Retry, away_limit_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run before this attempt touches it. Its stores wait for a bucket that is away."""
 
-    bucket: PatientStore
-    run: PatientStore
+    bucket: Store
+    run: Store
     index: DatasetIndex
     dataset_key: str
     config: RunConfig
@@ -60,7 +60,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         BucketAwayError: the bucket stayed away beyond the limit.
         StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, stop, _note)
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, _note))
     run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
     stored = records.load_config(run)
     changes: dict[str, Any] = {}
@@ -120,7 +120,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BucketAwayError: the bucket stayed away beyond the limit.
         StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, stop, _note)
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, _note))
     run = records.run_store(bucket, request.run)
     config = records.existing_config(bucket, request.run)
     try:
