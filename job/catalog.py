@@ -185,7 +185,6 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     from ddpm import figures
     from job.data.cache import default_cache_dir
     from job.data.chosen_images import ChosenImages
-    from job.runs.provenance import put_picture
     from job.sampling.pictures import write_picture
 
     images = ChosenImages(bucket, key, index, default_cache_dir())
@@ -198,7 +197,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
         figures.contact_sheet(images.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
     )
     if output is None:
-        put_picture(bucket, f"{key}/{CONTACT_SHEET}", sheet)
+        bucket.put(f"{key}/{CONTACT_SHEET}", sheet)
     else:
         write_picture(output, sheet)
     print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")

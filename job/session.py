@@ -89,7 +89,8 @@ class TrainingSession:
         self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
         if config.train.compile and device.type == "cuda":
             model.compile()
-        self.network = ranks.accelerator.prepare_model(model)
+        # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
+        self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)

@@ -1,3 +1,1 @@
 """The command line: one thin module per noun, no logic. Modules import what they run only when they run it."""
-
-import os

@@ -65,10 +65,11 @@ def pack(
         ddpm data pack ~/photos mine --size 64
     """
     from job.catalog import pack_dataset
+    from job.outcome import outcome_written
     from job.requests import PackRequest
     from job.stop import deadline
 
-    with deadline(stop_after):
+    with deadline(stop_after), outcome_written(bucket):
         pack_dataset(
             PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
         )

@@ -16,7 +16,6 @@ import numpy as np
 
 from ddpm import figures
 from job.exits import BadDataError, StoppedError
-from job.plan import SamplePlan, plan_batches, plan_sampling
 from job.processes.launched import lost_peer
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
@@ -27,6 +26,7 @@ from job.runs.retention import reading
 from job.sampling.names import SAMPLES
 from job.sampling.piece_files import Images, PieceWriter, read_images
 from job.sampling.pieces import GRID, Batch, PieceRecord
+from job.sampling.plan import SamplePlan, plan_batches, plan_sampling
 from job.sampling.sample import Painter, load_weights, look_for, sampling_of
 from job.stop import NEVER, Stop
 

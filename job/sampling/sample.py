@@ -26,7 +26,6 @@ from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex, dataset_key
 from job.exits import BadDataError, StoppedError
-from job.plan import SamplePlan, plan_sampling
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
@@ -36,6 +35,7 @@ from job.runs.checkpoints import CheckpointRef, opened
 from job.runs.provenance import put_picture
 from job.runs.retention import reading
 from job.sampling.names import SAMPLES, file_words, how_drawn, label_of
+from job.sampling.plan import SamplePlan, plan_sampling
 from job.stop import NEVER, Stop, beat
 from job.store import Store
 

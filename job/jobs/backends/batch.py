@@ -11,7 +11,7 @@ from typing import Any
 
 from job.exits import BadRequestError, BucketAwayError, MissingInputError
 from job.jobs.backends import google_checks, google_logs
-from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled, hope
+from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, State, cancelled, severity
 from job.jobs.backends.batch_manifests import OVER_TIME, UNRESPONSIVE, job
 from job.jobs.backends.google import GoogleApis, NotThereError
 from job.jobs.backends.google_container import meaning
@@ -248,14 +248,14 @@ def status_of(found: Any, tasks: Sequence[Any]) -> JobStatus:
 
 
 def _failure(tasks: Sequence[Any]) -> int | None:
-    """The code with which the job failed: of the slices that failed, that of one for which there is least hope."""
+    """The code with which the job failed: of the slices that failed, that of the one that failed worst."""
     codes = []
     for task in tasks:
         ends = [event.task_execution.exit_code for event in task.status.status_events]
         ends = [code for code in ends if code]
         if ends and task.status.state.name == "FAILED":
             codes.append(ends[-1])
-    return min(codes, key=lambda code: hope(_rule(code)), default=None)
+    return max(codes, key=lambda code: severity(_rule(code)), default=None)
 
 
 def _rule(code: int) -> str:

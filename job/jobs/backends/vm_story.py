@@ -9,7 +9,7 @@ from functools import partial
 from typing import Any
 
 from job.jobs.backends import google_logs
-from job.jobs.backends.base import Cause, JobStatus, State, hope
+from job.jobs.backends.base import Cause, JobStatus, State, severity
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.google_container import meaning
 from job.jobs.backends.google_logs import Entry, quoted
@@ -177,7 +177,7 @@ def combined(name: str, parts: Sequence[JobStatus]) -> JobStatus:
     finished = sum(part.state is State.FINISHED for part in parts)
     state = min((part.state for part in parts), key=_ORDER.index)
     alike = [part for part in parts if part.state is state]
-    worst = min(alike, key=lambda part: hope(part.retried))
+    worst = max(alike, key=lambda part: severity(part.retried))
     # One slice that waits for an image holds up no other that only waits.
     is_held_up = state is not State.WAITING or len({part.cause for part in alike}) == 1
     message = f"{finished} of {len(parts)} slices finished"

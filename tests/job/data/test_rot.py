@@ -53,9 +53,9 @@ def dataset(store: Store) -> Store:
 
 @pytest.fixture(scope="module")
 def keys(dataset: Store) -> list[str]:
-    keys = [entry.key for entry in dataset.list()]
+    # Nobody needs a contact sheet, which `data show` makes anew.
+    keys = [entry.key for entry in dataset.list() if entry.key != "contact-sheet.png"]
     assert [re.sub(r"\d", "", key) for key in keys] == [
-        "contact-sheet.png",
         "index.json",
         "rejects.jsonl",
         *["shard-.offsets", "shard-.tar"] * 3,
@@ -114,8 +114,8 @@ def test_a_whole_dataset_has_no_problems(bucket, store):
 def test_whatever_is_damaged_is_named_and_nothing_else(store, dataset, keys, name):
     wrong = {}
     for key in keys:
-        # A dataset without an index is none, and nobody needs a contact sheet.
-        if name == "gone" and key in ("index.json", "contact-sheet.png"):
+        # A dataset without an index is none.
+        if name == "gone" and key == "index.json":
             continue
         with damaged(dataset, key, DAMAGES[name]):
             if (found := blamed(store)) != [key]:

@@ -255,7 +255,7 @@ def test_where_no_machine_would_have_the_gpus_the_job_ends_for_good(monkeypatch,
 
 
 def test_the_launcher_does_not_import_torch():
-    program = "import sys, job.cli.app, job.processes.entry; assert not {'torch', 'accelerate'} & sys.modules.keys()"
+    program = "import sys, job.cli.app, job.commands; assert not {'torch', 'accelerate'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

@@ -18,7 +18,6 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.exits import BadDataError, BadRequestError
-from job.plan import plan_batches, plan_sampling
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.requests import SampleRequest
@@ -27,6 +26,7 @@ from job.runs.verification import verify_run
 from job.sampling import batches
 from job.sampling.piece_files import commit_piece, read_images
 from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
+from job.sampling.plan import plan_batches, plan_sampling
 from job.sampling.sample import Painter, sampling_of
 from job.stop import NEVER
 from job.store import Store, open_store

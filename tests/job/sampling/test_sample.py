@@ -17,12 +17,12 @@ from PIL import Image
 from job.data.pack import pack
 from job.data.shards import load_index
 from job.exits import BadConfigError, MissingInputError, StoppedError
-from job.plan import plan_sampling
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.records import existing_config
+from job.sampling.plan import plan_sampling
 from job.sampling.sample import Painter, default_sampling, look_for, run_sampling
 from job.stop import NEVER
 from job.store import Store, open_store

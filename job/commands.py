@@ -7,8 +7,9 @@ import sys
 from contextlib import suppress
 
 from job.exits import BadConfigError, BadDataError
-from job.plan import Plan, plan_batches, plan_run, plan_sampling
-from job.processes.group import nodes
+from job.outcome import outcome_written
+from job.plan import Plan, plan_run
+from job.processes.group import Group, nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
 from job.processes.preemption import watch_for_preemption
@@ -17,6 +18,7 @@ from job.runs.checkpoints import is_there, list_checkpoints, load_manifest
 from job.runs.grace import check_writable
 from job.runs.records import check_written_here, read_status
 from job.sampling.pieces import Batch
+from job.sampling.plan import plan_batches, plan_sampling
 from job.stop import Stop, deadline
 
 
@@ -37,7 +39,8 @@ def train_command(
         JobError: see the message.
     """
     request = request.check()
-    with deadline(stop_after):
+    node = Group(1) if is_rank() else Group.of(1)
+    with deadline(stop_after), outcome_written(request.bucket, node.node, node.nodes):
         stop = _listen()
         plan = plan_run(request, stop)
         # A rank must not ask a process of its own how many GPUs there are.
@@ -79,7 +82,7 @@ def sample_command(
         JobError: see the message.
     """
     request = request.check()
-    with deadline(stop_after):
+    with deadline(stop_after), outcome_written(request.bucket, *request.slice_of):
         stop = _listen()
         if not is_rank():
             plan = plan_sampling(request, stop)
