@@ -28,7 +28,7 @@ from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings,
 from tests.job.launching import eventually
 from tests.job.some_images import folder_of, jpeg, zip_of
 
-HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "gcsfs", "google", "fsspec"}
+HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
 
 
 def commands(group, path: str = "") -> list[str]:
