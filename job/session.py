@@ -13,22 +13,12 @@ from contextlib import closing, contextmanager
 import torch
 import torch.distributed as dist
 
-from ddpm import figures
+from ddpm import figures, training
 from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
-from ddpm.training import (
-    Hooks,
-    NonFiniteError,
-    Settings,
-    TrainState,
-    check_finite,
-    create_state,
-    learning_rate_at,
-    loss_row,
-    train,
-)
+from ddpm.training import Hooks, NonFiniteError, Settings, TrainState
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
@@ -85,7 +75,7 @@ class TrainingSession:
         self.retention = Retention.of(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
-        self.state = create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
+        self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
         if self.config.train.compile and device.type == "cuda":
             model.compile()
         self.network = ranks.accelerator.prepare_model(model)
@@ -179,7 +169,7 @@ class TrainingSession:
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
                     settings, hooks = settings_of(config), self.hooks
-                    train(state, self.network, self.batches, objective, settings, accelerator, hooks)
+                    training.train(state, self.network, self.batches, objective, settings, accelerator, hooks)
                 self.agreement.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
@@ -244,13 +234,13 @@ class TrainingSession:
     def _log(self) -> None:
         self._check_finite()
         state, now = self.state, time.monotonic()
-        losses = loss_row(state.log.reduced())
+        losses = training.loss_row(state.log.reduced())
         state.log.sums.zero_()
         self.last_row = {
             "images_seen": state.images_seen,
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
-            "learning_rate": learning_rate_at(state.images_seen - self.batch_size, settings_of(self.config)),
+            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, settings_of(self.config)),
             "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
@@ -271,7 +261,7 @@ class TrainingSession:
 
     def _check_finite(self) -> None:
         try:
-            check_finite(self.state)
+            training.check_finite(self.state)
         except NonFiniteError as error:
             raise NotANumberError(
                 f"{error}; what {self.plan.run.uri} holds is from before. It would happen again at the same image: "
@@ -287,8 +277,8 @@ class TrainingSession:
         drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
 
         def publish(writer: CheckpointWriter) -> None:
-            training = self.images if sample.nearest else None
-            grid = grid_png(drawn, seeds, self.plan.classes, training, self.stop)
+            learnt = self.images if sample.nearest else None
+            grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
             writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
 
         self._on_writer(publish)

@@ -105,16 +105,13 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
         return []
     first_seed, save = request.first_seed or 0, request.save or "shards"
     sets = []
+    sampling = plan.sample.model_dump(include={"sampler", "steps", "spacing", "eta", "variance"})
     for ref in plan.checkpoints:
         drawing = Drawing(
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             weights=plan.weights,
-            sampler=plan.sample.sampler,
-            steps=plan.sample.steps,
-            spacing=plan.sample.spacing,
-            eta=plan.sample.eta,
-            variance=plan.sample.variance,
+            **sampling,
             precision=plan.precision,
             size=plan.index.size,
             channels=plan.index.channels,

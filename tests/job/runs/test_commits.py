@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from job.runs.commits import Commits
 
 from job.config_input import draft
 from job.exits import BucketAwayError, LostRunError
 from job.runs import commits as commits_module
 from job.runs import grace
 from job.runs.checkpoints import CheckpointRef, list_checkpoints, load_manifest
-from job.runs.commits import Commits
 from job.runs.lease import Lease
 from job.runs.metrics import read_rows
 from job.runs.records import create_config, record_attempt

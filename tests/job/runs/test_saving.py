@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from job.runs.saving import CheckpointWriter, Save
 
 from job.exits import BucketAwayError, LostRunError
 from job.runs.checkpoints import CheckpointRef, Manifest, list_checkpoints, opened
-from job.runs.saving import CheckpointWriter, Save
 from job.store import Retry, Store, open_store, retry
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.leases import eventually
