@@ -94,9 +94,9 @@ def sample_command(
             run_sampling(plan, stop)
             return
         sets = plan_sets(plan)
-        if sets and all(images.index() for images in sets):
-            for images in sets:
-                print(images.describe("complete already"))
+        if sets and all(sample_set.index() for sample_set in sets):
+            for sample_set in sets:
+                print(sample_set.describe("complete already"))
         else:
             check_writable(plan.run)
             _launch(processes or default_processes(), hang_after_seconds)

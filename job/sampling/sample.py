@@ -46,8 +46,8 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1))
     if plan.request.count is None:
         _draw_pictures(plan, painter)
-    for images in plan_sets(plan):
-        _draw_slice(plan, painter, images)
+    for sample_set in plan_sets(plan):
+        _draw_slice(plan, painter, sample_set)
 
 
 def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
@@ -87,22 +87,22 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
         publish(max(plan.checkpoints), name, figures.png(figures.comparison(grids)))
 
 
-def _draw_slice(plan: SamplePlan, painter: Painter, images: SampleSet) -> None:
+def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
-    ranks, stop, drawing = painter.ranks, painter.stop, images.drawing
+    ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
     index, slices = plan.request.slice_of
     numbers = drawing.slice(index, slices)
-    committed = ranks.on_main(images.begin)
+    committed = ranks.on_main(sample_set.begin)
     missing = [number for number in numbers if number not in committed]
     to_make = sum(len(drawing.seeds(number)) for number in missing)
     there_before = sum(len(drawing.seeds(number)) for number in numbers) - to_make
     made, began = 0, time.monotonic()
     # Each process for itself: one that commits its last piece may outlive the others.
-    with reading(plan.run, images.ref) as renew:
+    with reading(plan.run, sample_set.ref) as renew:
         if missing:
-            painter.load(plan.run, images.ref, plan.weights)
+            painter.load(plan.run, sample_set.ref, plan.weights)
             began = time.monotonic()
-            bar = Progress(images.name, total=there_before + to_make, disable=not ranks.is_main)
+            bar = Progress(sample_set.name, total=there_before + to_make, disable=not ranks.is_main)
             with bar.started_at(there_before):
 
                 def advance(done: int) -> None:
@@ -110,33 +110,33 @@ def _draw_slice(plan: SamplePlan, painter: Painter, images: SampleSet) -> None:
                     # What the others have drawn by now is about as much.
                     bar.update(there_before + min(to_make, done * ranks.world_size))
 
-                made = _draw_pieces(plan, painter, images, missing, advance)
+                made = _draw_pieces(plan, painter, sample_set, missing, advance)
         seconds = time.monotonic() - began
 
         def finish() -> None:
             rate = f" at {made / seconds:.2f} images/s" if made else ""
             note = f"{made:,} made{rate}, {there_before:,} there before"
-            if to_come := drawing.pieces - len(images.committed()):
-                of_slice = f"slice {index}/{slices} is done: {note}"
-                print(f"{images.uri}  ({of_slice}; {to_come:,} of {drawing.pieces:,} pieces are to come from others)")
+            if to_come := drawing.pieces - len(sample_set.committed()):
+                pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
+                print(f"{sample_set.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
                 return
-            if images.index() is None:
+            if sample_set.index() is None:
                 seeds = drawing.seeds(0)[: plan.sample.images]
-                images.publish(lambda shown: grid_png(shown, seeds, plan.classes), len(seeds), stop)
-            print(images.describe(note if missing else "complete already"))
+                sample_set.publish(lambda shown: grid_png(shown, seeds, plan.classes), len(seeds), stop)
+            print(sample_set.describe(note if missing else "complete already"))
 
         ranks.on_main(finish)
 
 
 def _draw_pieces(
-    plan: SamplePlan, painter: Painter, images: SampleSet, missing: list[int], advance: Callable[[int], None]
+    plan: SamplePlan, painter: Painter, sample_set: SampleSet, missing: list[int], advance: Callable[[int], None]
 ) -> int:
     """Draws this process's share of the missing pieces; how many images all processes have committed then.
 
     Args:
         plan: how they are drawn.
         painter: with the weights.
-        images: where they belong.
+        sample_set: where they belong.
         missing: the numbers of the pieces.
         advance: told how many images this process has drawn by now.
 
@@ -144,12 +144,12 @@ def _draw_pieces(
         StoppedError: what was drawn is saved, in whole pieces.
     """
     ranks, stop, batch_size, done = painter.ranks, painter.stop, plan.sample.batch_size, 0
-    writer = PieceWriter(images, stop)
+    writer = PieceWriter(sample_set, stop)
     try:
         try:
             for number in missing[ranks.rank :: ranks.world_size]:
-                seeds, parts = images.drawing.seeds(number), list[np.ndarray]()
-                if images.is_committed(number):
+                seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
+                if sample_set.is_committed(number):
                     advance(done := done + len(seeds))
                     continue
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
@@ -166,8 +166,8 @@ def _draw_pieces(
             raise
         of_rank = f" of process {ranks.rank}" if ranks.world_size > 1 else ""
         raise StoppedError(
-            f"stopped by {stop.reason} after {writer.made_images:,} images{of_rank} of {images.name}; all whole pieces "
-            "are saved, and the same command goes on from there"
+            f"stopped by {stop.reason} after {writer.made_images:,} images{of_rank} of {sample_set.name}; all whole "
+            "pieces are saved, and the same command goes on from there"
         ) from None
     return made
 

@@ -216,15 +216,15 @@ class SampleSet:
         return f"delete it, {others}, as far as they are there, and the same command makes this piece again"
 
 
-def commit_piece(images: SampleSet, number: int, pixels: np.ndarray) -> int:
+def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
     """Uploads uint8 [n, H, W, C] as a piece and creates its record; how many images this process has made by that.
 
     What a process that was killed left of the piece is taken as it is: it shows the same images.
     """
     from ddpm import figures
 
-    drawing, seeds = images.drawing, images.drawing.seeds(number)
-    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in pixels]
+    drawing, seeds = sample_set.drawing, sample_set.drawing.seeds(number)
+    pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in images]
     if drawing.save == "shards":
         files = {f"{piece_name(number)}.tar": _shard(drawing, seeds, pngs)}
     else:
@@ -234,9 +234,9 @@ def commit_piece(images: SampleSet, number: int, pixels: np.ndarray) -> int:
     def store(name: str) -> PieceFile:
         data = files[name]
         try:
-            images.folder.create(name, data)
+            sample_set.folder.create(name, data)
         except ObjectExistsError:
-            data = images.folder.read(name).data
+            data = sample_set.folder.read(name).data
         return PieceFile(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
@@ -252,7 +252,7 @@ def commit_piece(images: SampleSet, number: int, pixels: np.ndarray) -> int:
         code_version=code_version(),
     )
     try:
-        images.run.create(images.key(Kind.RECORD, number), record.to_json())
+        sample_set.run.create(sample_set.key(Kind.RECORD, number), record.to_json())
     except ObjectExistsError:
         return 0
     return len(seeds)
@@ -261,17 +261,17 @@ def commit_piece(images: SampleSet, number: int, pixels: np.ndarray) -> int:
 class PieceWriter:
     """Commits a piece in a thread of its own, while the next one is drawn."""
 
-    def __init__(self, images: SampleSet, stop: Stop) -> None:
-        """Pieces belong to `images`; a stop lets what is on its way arrive, for as long as there is time."""
+    def __init__(self, sample_set: SampleSet, stop: Stop) -> None:
+        """Pieces belong to `sample_set`; a stop lets what is on its way arrive, for as long as there is time."""
         self.made_images = 0
-        self._images, self._stop = images, stop
+        self._set, self._stop = sample_set, stop
         self._pool = ThreadPoolExecutor(1, "piece-writer")
         self._pending: Future[int] | None = None
 
-    def submit(self, number: int, pixels: np.ndarray) -> None:
+    def submit(self, number: int, images: np.ndarray) -> None:
         """Sends a piece, uint8 [n, H, W, C], on its way once the one before has arrived; for the rest see `wait`."""
         self.wait()
-        self._pending = self._pool.submit(commit_piece, self._images, number, pixels)
+        self._pending = self._pool.submit(commit_piece, self._set, number, images)
 
     def wait(self) -> None:
         """Returns when everything has arrived.
