@@ -132,6 +132,8 @@ def _differing(run: Store, names: Mapping[str, _Name], advance: Callable[[int], 
             return ""
         if owner := owners.get(sha256):
             return f"{uri} holds what belongs to {owner}"
+        if not name.sha256s:
+            return f"{uri} is rotten, or was put there by something else: nothing in {name.by} has its SHA-256"
         if name.size_bytes not in (None, size_bytes):
             return f"{uri} has {size_bytes:,} bytes instead of {name.size_bytes:,}"
         return f"{uri} is rotten: its SHA-256 is not the one in {name.by}" if size_bytes else f"{uri} is empty"
@@ -289,7 +291,7 @@ class _Verification:
         for place in self._places.values():
             drawn.setdefault(place.of, []).append(place.sha256)
         for key in self._keys(*PICTURES):
-            names[key] = _Name(f"any record in {Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
+            names[key] = _Name(f"{Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
         return names
 
     def _look_for_strangers(self, unnamed: Iterable[str]) -> None:

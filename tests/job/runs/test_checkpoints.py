@@ -4,6 +4,8 @@ import time
 
 import pytest
 import torch
+from job.runs.restoring import newest_good
+from job.runs.saving import CheckpointWriter, HostCopy, Save, plan_parts
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.runs.checkpoints import (
@@ -17,9 +19,7 @@ from job.runs.checkpoints import (
     opened,
 )
 from job.runs.metrics import read_rows, segment_objects
-from job.runs.restoring import newest_good
 from job.runs.retention import Retention, delete_checkpoint
-from job.runs.saving import CheckpointWriter, HostCopy, Save, plan_parts
 from job.store import open_store
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from job.runs.saving import CheckpointWriter, Save
 
 from job.config import RunConfig, validated
 from job.exits import Exit
@@ -15,7 +16,6 @@ from job.runs import pruning, records
 from job.runs.checkpoints import LATEST, CheckpointRef, Latest, Manifest, list_checkpoints
 from job.runs.lease import Lease
 from job.runs.retention import Reader, Retention, being_read, reading
-from job.runs.saving import CheckpointWriter, Save
 from job.stop import NEVER
 from job.store import Entry, Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
