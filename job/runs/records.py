@@ -260,18 +260,12 @@ class Status(Sealed):
     loss: float | None
     images_per_second: float | None
     updated: str
-    message: str = ""
 
     @field_validator("updated")
     @classmethod
     def _is_a_time(cls, updated: str) -> str:
         time.strptime(updated, UTC)
         return updated
-
-
-def write_status(run: Store, status: Status) -> None:
-    """Replaces `status.json`."""
-    run.put(STATUS, status.to_json())
 
 
 def read_status(run: Store) -> Status | None:
@@ -329,7 +323,7 @@ class StatusReporter:
 
     def _write(self, state: str) -> None:
         try:
-            write_status(self._run, self._current(state))
+            self._run.put(STATUS, self._current(state).to_json())
             self._failing = False
         except JobError as error:
             # Once per outage is enough.

@@ -68,7 +68,7 @@ def say(run: Store, seconds_ago: float) -> None:
         images_per_second=None,
         updated=time.strftime(records.UTC, time.gmtime(time.time() - seconds_ago)),
     )
-    records.write_status(run, status)
+    run.put(records.STATUS, status.to_json())
 
 
 def prune(bucket: Path, *words: object):
