@@ -34,6 +34,7 @@ LOOK_SECONDS = 0.5
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
+RETRY_SECONDS = 15.0
 _SWAPS = 5
 
 
@@ -110,7 +111,10 @@ class _Watch:
         asked = time.monotonic()
         record, version = _read(self._run)
         if version == self.version:
-            self.silent_seconds = asked - self._seen_at
+            if time.monotonic() - asked > EXPIRE_SECONDS / 2:
+                # While the bucket was away the holder could not renew: it gets its time anew.
+                self._seen_at = time.monotonic()
+            self.silent_seconds = max(0.0, asked - self._seen_at)
             return
         holder = record.holder if record else ""
         # That another has won the race says nothing yet about whether the winner still lives.
@@ -193,7 +197,8 @@ class Lease:
                 if (version := _write(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    return cls(run, record, version, asked, note)
+                    # A renewal that waits for a bucket that is away comes too late.
+                    return cls(run.within(RETRY_SECONDS), record, version, asked, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
