@@ -108,9 +108,9 @@ def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
     from safetensors.torch import save_file
 
     paths = []
-    for part in plan_parts(state):
-        paths.append(folder / part.name)
-        save_file({name: state[part.group][name].contiguous() for name in part.tensors}, paths[-1])
+    for name, tensors in plan_parts(state).items():
+        paths.append(folder / name)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, paths[-1])
     store = open_store(f"gs://{BUCKET}/ours")
     bare = storage.Client(project=BUCKET, credentials=AnonymousCredentials()).bucket(BUCKET)
     with ThreadPoolExecutor(UPLOADS) as pool:

@@ -15,18 +15,16 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
 
 
 def _manifest_first(module: Any, trace: Any) -> None:
-    def upload_all(writer: Any, save: Any, folder: Any) -> Any:
-        records = [writer._write(part, folder) for part in writer._parts]
+    def upload_all(writer: Any, manifest: Any, objects: Any, folder: Any) -> None:
+        records = [module._write(folder / name, tensors) for name, tensors in writer._parts.items()]
         with writer._change():
             writer._reading_host = False
-        for key, data in save.objects.items():
+        for key, data in objects.items():
             writer._run.create(key, data)
-        manifest = save.manifest.model_copy(update={"files": tuple(records)})
         writer._held.lease.confirm()
-        module.commit_manifest(writer._run, manifest)
+        module.commit_manifest(writer._run, manifest.model_copy(update={"files": tuple(records)}))
         for record in records:
             writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
-        return manifest
 
     module.CheckpointWriter._upload_all = upload_all
 

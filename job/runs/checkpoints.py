@@ -133,12 +133,7 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
 def commit_manifest(run: Store, manifest: Manifest) -> None:
     """The commit: creates the manifest once, after all its objects are there."""
     run.create(manifest_key(manifest.ref), manifest.to_json())
-    put_latest(run, manifest.ref)
-
-
-def put_latest(run: Store, ref: CheckpointRef) -> None:
-    """Says which checkpoint was committed last."""
-    run.put(LATEST, Latest(checkpoint=ref.key).to_json())
+    run.put(LATEST, Latest(checkpoint=manifest.ref.key).to_json())
 
 
 def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:

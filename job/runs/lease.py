@@ -110,7 +110,10 @@ class _Watch:
         asked = time.monotonic()
         record, version = _read(self._run)
         if version == self.version:
-            self.silent_seconds = asked - self._seen_at
+            if time.monotonic() - asked > EXPIRE_SECONDS / 2:
+                # While the bucket was away the holder could not renew: it gets its time anew.
+                self._seen_at = time.monotonic()
+            self.silent_seconds = max(0.0, asked - self._seen_at)
             return
         holder = record.holder if record else ""
         # That another has won the race says nothing yet about whether the winner still lives.

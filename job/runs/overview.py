@@ -105,7 +105,7 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
     from job.runs.verification import verify_run
 
     bucket = open_store(bucket_uri)
-    with Progress(f"verifying {name}", unit="bytes") as bar:
+    with Progress(f"verifying {name}", unit="objects") as bar:
         findings = verify_run(bucket, name, lambda done, total: bar.update(done, total=total))
     for problem in findings.problems:
         print(problem)

@@ -25,6 +25,7 @@ from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.runs.layout import CHECKPOINTS, RUNS, Kind, located
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store.retry import DEADLINE_SECONDS
 
 CONFIG, STATUS = Kind.CONFIG.value, Kind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
@@ -260,18 +261,12 @@ class Status(Sealed):
     loss: float | None
     images_per_second: float | None
     updated: str
-    message: str = ""
 
     @field_validator("updated")
     @classmethod
     def _is_a_time(cls, updated: str) -> str:
         time.strptime(updated, UTC)
         return updated
-
-
-def write_status(run: Store, status: Status) -> None:
-    """Replaces `status.json`."""
-    run.put(STATUS, status.to_json())
 
 
 def read_status(run: Store) -> Status | None:
@@ -307,7 +302,8 @@ class StatusReporter:
     """Writes what `current()` returns, now and then and at the end. A bucket that is away is no reason to stop."""
 
     def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
-        self._run, self._current, self._warn = run, current, warn
+        # The last state is written when a stop has been asked for.
+        self._run, self._current, self._warn = run.within(DEADLINE_SECONDS), current, warn
         self._state, self._ended = "running", threading.Event()
         self._failing = False
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
@@ -329,7 +325,7 @@ class StatusReporter:
 
     def _write(self, state: str) -> None:
         try:
-            write_status(self._run, self._current(state))
+            self._run.put(STATUS, self._current(state).to_json())
             self._failing = False
         except JobError as error:
             # Once per outage is enough.

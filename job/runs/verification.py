@@ -8,7 +8,6 @@ attempts left behind, which harms nobody, and what is no part of a run.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,22 +17,13 @@ from typing import NamedTuple, TypeVar
 from job.config import RunConfig
 from job.data.shards import load_index
 from job.exits import BadDataError, JobError, MissingInputError
+from job.runs import records
 from job.runs.checkpoints import LATEST, READERS, Latest, Manifest, load_manifest, lost_manifest, manifest_key
 from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, CheckpointRef, Kind, Located, located
 from job.runs.lease import LEASE, LeaseRecord
 from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
 from job.runs.pieces import BatchIndex, Opening, PieceRecord, piece_entry
-from job.runs.records import (
-    CONFIG,
-    STATUS,
-    Attempt,
-    Status,
-    as_last_changed,
-    attempt_key,
-    dataset_key_of,
-    load_config,
-    run_store,
-)
+from job.runs.records import CONFIG, STATUS, Attempt, Status, attempt_key
 from job.runs.retention import Reader, Retention, leftovers
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -76,7 +66,7 @@ def verify_run(bucket: Store, name: str, progress: Callable[[int, int], None] = 
     Args:
         bucket: where it lies.
         name: of the run.
-        progress: called with the bytes checked so far and in all; from several threads.
+        progress: called with the objects checked so far and in all.
 
     Raises:
         MissingInputError: there is no such run.
@@ -90,7 +80,7 @@ def checkpoint_problems(run: Store, ref: CheckpointRef) -> list[str]:
         names = _named_by(load_manifest(run, ref))
     except (BadDataError, ObjectMissingError) as error:
         return [str(error)]
-    return _differing(run, names, lambda size_bytes: None)
+    return _differing(run, names)
 
 
 class _Name(NamedTuple):
@@ -111,8 +101,10 @@ def _named_by(manifest: Manifest) -> dict[str, _Name]:
     return names
 
 
-def _differing(run: Store, names: Mapping[str, _Name], advance: Callable[[int], None]) -> list[str]:
-    """A line for each object that is not what another says; `advance` learns how many bytes were read, from threads."""
+def _differing(
+    run: Store, names: Mapping[str, _Name], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """A line for each object that is not what another says; for `progress` see `verify_run`."""
     owners = {sha256: key for key, name in names.items() for sha256 in name.sha256s}
 
     def problem(key: str) -> str:
@@ -122,7 +114,6 @@ def _differing(run: Store, names: Mapping[str, _Name], advance: Callable[[int], 
                 while block := file.read(BLOCK_BYTES):
                     digest.update(block)
                     size_bytes += len(block)
-                    advance(len(block))
         except ObjectMissingError:
             # What was retired since it was listed is not missed.
             return f"{uri} is missing, though {name.by} names it" if run.exists(name.by) else ""
@@ -132,29 +123,30 @@ def _differing(run: Store, names: Mapping[str, _Name], advance: Callable[[int], 
             return ""
         if owner := owners.get(sha256):
             return f"{uri} holds what belongs to {owner}"
+        if not name.sha256s:
+            return f"{uri} is rotten, or was put there by something else: nothing in {name.by} has its SHA-256"
         if name.size_bytes not in (None, size_bytes):
             return f"{uri} has {size_bytes:,} bytes instead of {name.size_bytes:,}"
         return f"{uri} is rotten: its SHA-256 is not the one in {name.by}" if size_bytes else f"{uri} is empty"
 
-    return _in_parallel(HASHERS, problem, names)
-
-
-def _in_parallel(threads: int, problem: Callable[[str], str], keys: Iterable[str]) -> list[str]:
-    with ThreadPoolExecutor(threads) as pool:
-        return [found for found in pool.map(problem, keys) if found]
+    problems = []
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for done, found in enumerate(pool.map(problem, names), 1):
+            problems.append(found)
+            progress(done, len(names))
+    return [*filter(None, problems)]
 
 
 class _Verification:
     """One look at a run. What is listed once may be retired, written over or joined by more while it is checked."""
 
     def __init__(self, bucket: Store, name: str, progress: Callable[[int, int], None]) -> None:
-        self._bucket, self._progress, self._run = bucket, progress, run_store(bucket, name)
+        self._bucket, self._progress, self._run = bucket, progress, records.run_store(bucket, name)
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
         # A lease alone is what is left of a run that was deleted.
         if not self._sizes.keys() - {LEASE}:
             raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
         self._places = {key: place for key in self._sizes if (place := located(key))}
-        self._total_bytes, self._done_bytes, self._lock = sum(self._sizes.values()), 0, threading.Lock()
         self._records: dict[str, Sealed] = {}
         """Those that are sound, in their place and this run's."""
         self._problems: list[str] = []
@@ -162,7 +154,8 @@ class _Verification:
 
     def findings(self) -> Findings:
         """Checks everything; in the order in which one thing is needed to judge the next."""
-        self._problems += _in_parallel(READERS, self._load, self._keys(*RECORDS))
+        with ThreadPoolExecutor(READERS) as pool:
+            self._problems += filter(None, pool.map(self._load, self._keys(*RECORDS)))
         config = self._look_at_config()
         self._look_at_attempts()
         self._look_at_batches()
@@ -174,11 +167,11 @@ class _Verification:
         self._look_for_lost(config, refs, left)
         names = self._names(manifests)
         self._look_for_strangers(self._sizes.keys() - names.keys() - left.keys())
-        self._problems += _differing(self._run, names, self._advance)
+        self._problems += _differing(self._run, names, self._progress)
         return Findings(
             sorted([*self._problems, *self._missed.values()]),
             len(self._sizes),
-            self._total_bytes,
+            sum(self._sizes.values()),
             {key: self._sizes[key] for key in sorted(left)},
         )
 
@@ -187,12 +180,6 @@ class _Verification:
 
     def _all(self, kind: type[R]) -> dict[str, R]:
         return {key: record for key, record in self._records.items() if isinstance(record, kind)}
-
-    def _advance(self, size_bytes: int) -> None:
-        with self._lock:
-            self._done_bytes += size_bytes
-            done = self._done_bytes
-        self._progress(min(done, self._total_bytes), self._total_bytes)
 
     def _bad(self, key: str, what: str) -> None:
         self._problems.append(f"{self._run.uri_of(key)} {what}")
@@ -218,7 +205,7 @@ class _Verification:
     def _look_at_config(self) -> RunConfig | None:
         """The configuration with what was changed later, if that is known."""
         try:
-            config = load_config(self._run)
+            config = records.load_config(self._run)
         except BadDataError as error:
             self._problems.append(str(error))
             return None
@@ -234,7 +221,7 @@ class _Verification:
                 del self._records[key]
         # Without what was changed later nobody knows which checkpoints are to be there; the damage has been told.
         with suppress(BadDataError):
-            return as_last_changed(self._run, config)
+            return records.as_last_changed(self._run, config)
         return None
 
     def _look_at_attempts(self) -> None:
@@ -257,24 +244,24 @@ class _Verification:
 
     def _look_at_batches(self) -> None:
         """Records of pieces against what is drawn, and the index against the records."""
-        records: dict[str, dict[int, PieceRecord]] = {}
+        pieces: dict[str, dict[int, PieceRecord]] = {}
         for key, record in self._all(PieceRecord).items():
-            records.setdefault(self._places[key].batch, {})[record.number] = record
+            pieces.setdefault(self._places[key].batch, {})[record.number] = record
         for batch in {place.batch for place in self._places.values() if place.batch}:
             drawing_key, index_key = Kind.DRAWING.key(batch=batch), Kind.INDEX.key(batch=batch)
             self._missing(drawing_key, "there are images of it")
             opening, index = self._records.get(drawing_key), self._records.get(index_key)
-            for number, record in records.get(batch, {}).items():
+            for number, record in pieces.get(batch, {}).items():
                 if isinstance(opening, Opening) and record.drawing != opening.drawing:
                     self._bad(
                         Kind.RECORD.key(batch=batch, piece=number), f"is about another drawing than {drawing_key}"
                     )
             if isinstance(index, BatchIndex):
-                entries = {number: piece_entry(record) for number, record in records.get(batch, {}).items()}
+                entries = {number: piece_entry(record) for number, record in pieces.get(batch, {}).items()}
                 if any(entry != index.pieces[number] for number, entry in entries.items()):
                     self._bad(index_key, "does not say what the records of its pieces say")
-                pieces = [Kind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
-                for key in (Kind.GRID.key(batch=batch), *pieces):
+                recorded = [Kind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
+                for key in (Kind.GRID.key(batch=batch), *recorded):
                     self._missing(key, f"{index_key} says that everything is there")
 
     def _names(self, manifests: Iterable[Manifest]) -> dict[str, _Name]:
@@ -289,7 +276,7 @@ class _Verification:
         for place in self._places.values():
             drawn.setdefault(place.of, []).append(place.sha256)
         for key in self._keys(*PICTURES):
-            names[key] = _Name(f"any record in {Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
+            names[key] = _Name(f"{Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
         return names
 
     def _look_for_strangers(self, unnamed: Iterable[str]) -> None:
@@ -328,7 +315,7 @@ class _Verification:
         # Without its dataset nobody knows where the run's epochs end.
         dataset_images = MAX_IMAGES_SEEN + 1
         with suppress(JobError):
-            dataset_images = load_index(self._bucket, dataset_key_of(config)).images
+            dataset_images = load_index(self._bucket, records.dataset_key_of(config)).images
         retention = Retention.of(config, dataset_images)
         committed = {segment.name for manifest in self._all(Manifest).values() for segment in manifest.metric_segments}
         for ref in {self._places[key].checkpoint for key in left if self._places[key].kind is Kind.TENSORS}:

@@ -17,9 +17,9 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
@@ -37,8 +37,8 @@ from job.store import Store
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
 
-if TYPE_CHECKING:
-    from torch import Tensor
+Tensors = dict[str, dict[str, Tensor]]
+"""By group and name."""
 
 PART_BYTES = 128 * 1024 * 1024
 """Parts of this size keep all connections busy, and a retry cheap."""
@@ -50,45 +50,32 @@ SAVES_PER_CADENCE = 10
 SHORTEST_CADENCE_MINUTES = 1.0
 
 
-@dataclass(frozen=True)
-class Part:
-    """One file: which tensors of which group it holds."""
-
-    name: str
-    group: str
-    tensors: tuple[str, ...]
-
-
-def plan_parts(tensors: dict[str, dict[str, Tensor]], part_bytes: int = PART_BYTES) -> list[Part]:
-    """Cuts each group into files of about `part_bytes`; a larger tensor has a file of its own."""
-    parts: list[Part] = []
+def plan_parts(tensors: Tensors, part_bytes: int = PART_BYTES) -> Tensors:
+    """Cuts each group into files of about `part_bytes`: by file name, what it holds. A large tensor has its own."""
+    parts: Tensors = {}
     for group, named in tensors.items():
-        names: list[str] = []
-        size = number = 0
+        number = size_bytes = 0
         for name, tensor in named.items():
-            if names and size + tensor.nbytes > part_bytes:
-                parts.append(Part(f"{group}-{number:02d}.safetensors", group, tuple(names)))
-                names, size, number = [], 0, number + 1
-            names.append(name)
-            size += tensor.nbytes
-        parts.append(Part(f"{group}-{number:02d}.safetensors", group, tuple(names)))
+            if size_bytes and size_bytes + tensor.nbytes > part_bytes:
+                number, size_bytes = number + 1, 0
+            parts.setdefault(f"{group}-{number:02d}.safetensors", {})[name] = tensor
+            size_bytes += tensor.nbytes
     return parts
 
 
 class HostCopy:
     """Host buffers for a set of live tensors: contiguous, allocated and touched once, pinned for CUDA."""
 
-    def __init__(self, live: dict[str, dict[str, Tensor]]) -> None:
+    def __init__(self, live: Tensors) -> None:
         self.live = live
-        self.host: dict[str, dict[str, Tensor]] = {}
+        self.host: Tensors = {}
+        self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
         for group, named in live.items():
-            cuda = any(tensor.is_cuda for tensor in named.values())
-            flat = torch.empty(sum(t.numel() for t in named.values()), dtype=torch.float32, pin_memory=cuda)
+            sizes = [tensor.numel() for tensor in named.values()]
+            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
-            views = flat.split([tensor.numel() for tensor in named.values()])
-            self.host[group] = {
-                name: view.view(tensor.shape) for (name, tensor), view in zip(named.items(), views, strict=True)
-            }
+            views = zip(named.items(), flat.split(sizes), strict=True)
+            self.host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
 
     @property
     def bytes(self) -> int:
@@ -97,69 +84,10 @@ class HostCopy:
 
     def copy(self) -> None:
         """Copies the live values; when it returns, training may go on."""
-        cuda = False
         for group, named in self.live.items():
             torch._foreach_copy_(list(self.host[group].values()), list(named.values()), non_blocking=True)
-            cuda |= any(tensor.is_cuda for tensor in named.values())
-        if cuda:
+        if self._cuda:
             torch.cuda.synchronize()
-
-
-@dataclass(frozen=True)
-class Save:
-    """One checkpoint on its way: the manifest without its files, and small objects that go up before it."""
-
-    manifest: Manifest
-    objects: dict[str, bytes]
-    irreplaceable: bool = False
-    """Whether a newer checkpoint must not stand in for it: an epoch that is kept for good."""
-    urgent: bool = False
-    """Whether it goes before pictures that were queued earlier: there may be no time for both."""
-
-
-class Cadence:
-    """Says when the next save is due; measures meanwhile whether one fits into the grace of a preemption."""
-
-    def __init__(
-        self, run: Store, every_minutes: float, checkpoint_bytes: int, stop: Stop, note: Callable[[str], None]
-    ) -> None:
-        """Begins to measure, in a thread of its own.
-
-        Args:
-            run: where checkpoints go.
-            every_minutes: as configured.
-            checkpoint_bytes: size of one checkpoint.
-            stop: knows how long it is from a preemption notice to the end of the machine.
-            note: told if a save does not fit in between.
-        """
-        self.every_minutes = every_minutes
-        self._saved_at = time.monotonic()
-        arguments = (run, checkpoint_bytes, stop.grace_seconds, note)
-        threading.Thread(target=self._measure, args=arguments, name="measure-save", daemon=True).start()
-
-    @property
-    def is_due(self) -> bool:
-        """Whether the last save is too long ago."""
-        return (time.monotonic() - self._saved_at) / 60 >= self.every_minutes
-
-    def saved(self) -> None:
-        """The time runs anew."""
-        self._saved_at = time.monotonic()
-
-    def _measure(self, run: Store, checkpoint_bytes: int, grace_seconds: float, note: Callable[[str], None]) -> None:
-        try:
-            seconds = measure_save_seconds(run, checkpoint_bytes)
-        except JobError as error:
-            note(f"could not measure how long a save takes: {error}")
-            return
-        configured = self.every_minutes
-        self.every_minutes = cadence_minutes(configured, seconds, grace_seconds)
-        if not fits(seconds, grace_seconds):
-            note(
-                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
-                f"preemption notice and the end: saving every {self.every_minutes:.1f} instead of {configured:g} "
-                "minutes"
-            )
 
 
 def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
@@ -225,7 +153,7 @@ class CheckpointWriter:
     def __init__(
         self,
         held: HeldRun,
-        live: dict[str, dict[str, Tensor]],
+        live: Tensors,
         segments: Iterable[MetricSegment],
         aside: set[CheckpointRef],
         stop: Stop,
@@ -249,19 +177,21 @@ class CheckpointWriter:
         self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
-        self._cadence = Cadence(self._run, held.config.checkpoint.every_minutes, self._copy.bytes, stop, note)
+        self._every_minutes, self._saved_at = held.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
-        self._queued: Save | None = None
+        self._queued: tuple[Manifest, dict[str, bytes]] | None = None
         self._pictures: dict[str, tuple[bytes, CheckpointRef]] = {}
         self._reading_host = self._committing = self._is_swept = False
         self._error: BaseException | None = None
+        threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     @property
     def overdue(self) -> bool:
         """Whether the last checkpoint is older than the cadence allows."""
-        return self._cadence.is_due and not self._busy
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return minutes >= self._every_minutes and not self._busy
 
     @property
     def troubled(self) -> bool:
@@ -288,16 +218,16 @@ class CheckpointWriter:
         Raises:
             BucketAwayError: a stop was asked for, and leaves no time for that.
         """
-        self._cadence.saved()
+        self._saved_at = time.monotonic()
         manifest, objects = self._manifest(images_seen, loss_sums, world_size)
         with self._change():
-            while self._reading_host or (self._queued is not None and self._queued.irreplaceable):
+            while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
                 self._wait_a_little()
             self.raise_trouble()
-            if self._queued is not None:
-                objects = self._queued.objects | objects
+            if self._queued:
+                objects = self._queued[1] | objects
             self._copy.copy()
-            self._queued = Save(manifest, objects, self.retention.keeps(images_seen), urgent=self._stop())
+            self._queued = manifest, objects
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
@@ -388,8 +318,9 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # In order, for the next attempt draws only the picture of the very checkpoint that it begins with.
-                if self._pictures and not (self._queued and self._queued.urgent):
+                # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
+                # whoever is to stop may have no time for both.
+                if self._pictures and not (self._queued and self._stop.reason):
                     self._put_picture()
                 else:
                     self._retire(self._commit())
@@ -397,6 +328,22 @@ class CheckpointWriter:
             with self._change():
                 self._error = error
                 self._committing = self._reading_host = False
+
+    def _measure(self) -> None:
+        """Has saves made more often if one does not fit into the grace of a preemption."""
+        try:
+            seconds = measure_save_seconds(self._run, self._copy.bytes)
+        except JobError as error:
+            self._note(f"could not measure how long a save takes: {error}")
+            return
+        grace_seconds, configured = self._stop.grace_seconds, self._every_minutes
+        self._every_minutes = cadence_minutes(configured, seconds, grace_seconds)
+        if not fits(seconds, grace_seconds):
+            self._note(
+                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
+                f"preemption notice and the end: saving every {self._every_minutes:.1f} instead of {configured:g} "
+                "minutes"
+            )
 
     def _has_work(self) -> bool:
         with self._changed:
@@ -414,55 +361,35 @@ class CheckpointWriter:
 
     def _commit(self) -> CheckpointRef:
         with self._change():
-            save, self._queued = self._queued, None
+            assert self._queued is not None
+            (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        assert save is not None
         with scratch_folder("save") as folder:
-            manifest = self._upload_all(save, folder)
+            self._upload_all(manifest, objects, folder)
         with self._change():
             self._committing = False
         return manifest.ref
 
-    def _upload_all(self, save: Save, folder: Path) -> Manifest:
+    def _upload_all(self, manifest: Manifest, objects: dict[str, bytes], folder: Path) -> None:
         with ThreadPoolExecutor(UPLOADS) as pool:
             records, uploads = [], []
-            for part in self._parts:
-                records.append(record := self._write(part, folder))
-                key = f"{save.manifest.ref.key}/{record.name}"
-                uploads.append(pool.submit(self._upload, folder / record.name, key))
+            for name, tensors in self._parts.items():
+                records.append(_write(folder / name, tensors))
+                uploads.append(pool.submit(self._upload, folder / name, f"{manifest.ref.key}/{name}"))
             with self._change():
                 self._reading_host = False
             for upload in uploads:
                 upload.result()
-        for key, data in save.objects.items():
+        for key, data in objects.items():
             self._run.create(key, data)
-        manifest = save.manifest.model_copy(update={"files": tuple(records)})
+        whole = manifest.model_copy(update={"files": tuple(records)})
 
         def commit() -> None:
             # Both again after an outage: the run may have been taken over meanwhile.
             self._held.lease.confirm()
-            commit_manifest(self._run, manifest)
+            commit_manifest(self._run, whole)
 
         self._run.retry(commit)
-        return manifest
-
-    def _write(self, part: Part, folder: Path) -> FileRecord:
-        from safetensors import SafetensorError
-        from safetensors.torch import save_file
-
-        path = folder / part.name
-        tensors = {name: self._copy.host[part.group][name] for name in part.tensors}
-        with os_errors(path):
-            try:
-                save_file(tensors, path)
-            except SafetensorError as error:
-                # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
-                if (match := re.search(r"os error (\d+)", str(error))) is None:
-                    raise
-                raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileRecord(name=part.name, group=part.group, bytes=path.stat().st_size, sha256=sha256)
 
     def _upload(self, path: Path, key: str) -> None:
         self._run.upload(path, key)
@@ -486,3 +413,21 @@ class CheckpointWriter:
             raise
         except JobError as error:
             self._note(f"old checkpoints of {run.uri} stay for now: {error}")
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with os_errors(path):
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
+            if (match := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    group = path.name.partition("-")[0]
+    return FileRecord(name=path.name, group=group, bytes=path.stat().st_size, sha256=sha256)
