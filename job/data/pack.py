@@ -18,8 +18,9 @@ import hashlib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -50,7 +51,7 @@ from job.data.shards import (
     shard_name,
     validated_dataset_name,
 )
-from job.data.sources import SUFFIXES, Sample, open_source, printable, survey
+from job.data.sources import Sample, no_images, open_source, printable, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
@@ -170,8 +171,13 @@ def pack(
     attempt = way(bucket, key, request, stop, progress, threads or os.cpu_count() or 1, shard_bytes)
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
-        for _ in in_order(uploader, attempt.journal.add, attempt.made(folder), _SHARDS_IN_UPLOAD, stop, attempt.doing):
-            pass
+        uploads: deque[Future[None]] = deque()
+        for made in attempt.made(folder):
+            uploads.append(uploader.submit(attempt.journal.add, made))
+            if len(uploads) == _SHARDS_IN_UPLOAD:
+                uploads.popleft().result()
+        while uploads:
+            uploads.popleft().result()
     attempt.journal.commit(attempt.index(), attempt.rejects)
     return load_index(bucket, key)
 
@@ -522,9 +528,7 @@ class _InPlace(_Attempt):
                 highest_label = max(label for _, _, label, _ in records)
                 yield _Made(self._finished(shard, highest_label=highest_label), offsets)
         if not self.packed and not self.rejects:
-            raise BadDataError(
-                f"{self.where}: there are no images in it: no name ends in {', '.join(sorted(SUFFIXES))}"
-            )
+            raise no_images(self.where)
         if not self.packed:
             raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
         highest_label = max(entry.highest_label for entry in self.packed)

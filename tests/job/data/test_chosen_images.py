@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
 from job.data.chosen_images import ChosenImages
+
 from job.data.shards import INDEX, DatasetIndex
 from job.exits import BadDataError
 from job.store import open_store

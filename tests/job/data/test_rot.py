@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from job.data.shard_cache import ShardCache
 from PIL import Image
 
 from job.data.cache import DecodedCache
 from job.data.images import decode
 from job.data.pack import pack
-from job.data.shard_cache import ShardCache
 from job.data.shard_source import ShardSource
 from job.data.shards import load_index
 from job.data.verify import verify_dataset

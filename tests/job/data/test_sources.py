@@ -6,8 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-
 from job.data.members import in_order
+
 from job.data.sources import BucketFolder, open_source, survey
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import open_store

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from job.data.shard_cache import ShardCache
 
 from job.data.cache import DecodedCache, ImageCache, open_cache
 from job.data.order import Order
-from job.data.shard_cache import ShardCache
 from job.data.stream import Batch, stream_batches
 from job.exits import BadConfigError, BadDataError
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
