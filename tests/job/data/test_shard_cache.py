@@ -7,9 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from job.data.shard_cache import ShardCache
 
-from job.data.cache import open_cache
+from job.data.cache import ShardCache, open_cache
 from job.data.order import Order
 from job.exits import BadConfigError, BadDataError, BucketAwayError, MissingInputError
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset

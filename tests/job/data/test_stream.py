@@ -7,11 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from job.data.shard_cache import ShardCache
 
-from job.data.cache import DecodedCache, ImageCache, open_cache
+from job.data.cache import DecodedCache, ImageCache, ShardCache, open_cache
 from job.data.order import Order
-from job.data.stream import Batch, stream_batches
+from job.data.stream import LoadedBatch, stream_batches
 from job.exits import BadConfigError, BadDataError
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
@@ -54,7 +53,7 @@ def stream(cache: ImageCache, first: int, last: int | None, rank: int = 0, world
     )
 
 
-def hashes(batches: list[Batch]) -> dict[int, str]:
+def hashes(batches: list[LoadedBatch]) -> dict[int, str]:
     """Hash of what each image number of the run showed."""
     seen = {}
     for batch in batches:
