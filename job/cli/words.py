@@ -12,8 +12,8 @@ import typer
 from job.cli import data, sample, train
 
 if TYPE_CHECKING:
-    from job.jobs.spec import Verb
     from job.data.pack import PackRequest
+    from job.jobs.spec import Verb
     from job.requests import SampleRequest, TrainRequest
 
 _VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {

@@ -425,7 +425,7 @@ class _Copying(_Attempt):
     """Images are decoded, prepared and written into shards as PNG."""
 
     def _survey(self) -> dict[str, Any]:
-        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry)
+        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
         self.where = self._source.where
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
@@ -496,7 +496,7 @@ class _InPlace(_Attempt):
     """Tars are described where they lie, each as a shard."""
 
     def _survey(self) -> dict[str, Any]:
-        self._tars = find_tars(self.request.tars, self.bucket.retry)
+        self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = first if not others else f"{first} and {others} more"
         if is_remote(self.bucket.uri) and (

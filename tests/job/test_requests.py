@@ -1,7 +1,7 @@
 import pytest
 
-from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.data.pack import PackRequest
+from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.requests import SampleRequest, TrainRequest, parse_numbers
 
 
