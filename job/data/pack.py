@@ -18,8 +18,9 @@ import hashlib
 import json
 import logging
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -50,7 +51,7 @@ from job.data.shards import (
     shard_name,
     validated_dataset_name,
 )
-from job.data.sources import SUFFIXES, Sample, open_source, printable, survey
+from job.data.sources import Sample, no_images, open_source, printable, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
@@ -170,8 +171,13 @@ def pack(
     attempt = way(bucket, key, request, stop, progress, threads or os.cpu_count() or 1, shard_bytes)
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
-        for _ in in_order(uploader, attempt.journal.add, attempt.made(folder), _SHARDS_IN_UPLOAD, stop, attempt.doing):
-            pass
+        uploads: deque[Future[None]] = deque()
+        for made in attempt.made(folder):
+            uploads.append(uploader.submit(attempt.journal.add, made))
+            if len(uploads) == _SHARDS_IN_UPLOAD:
+                uploads.popleft().result()
+        while uploads:
+            uploads.popleft().result()
     attempt.journal.commit(attempt.index(), attempt.rejects)
     return load_index(bucket, key)
 
@@ -419,7 +425,7 @@ class _Copying(_Attempt):
     """Images are decoded, prepared and written into shards as PNG."""
 
     def _survey(self) -> dict[str, Any]:
-        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry)
+        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
         self.where = self._source.where
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
@@ -490,7 +496,7 @@ class _InPlace(_Attempt):
     """Tars are described where they lie, each as a shard."""
 
     def _survey(self) -> dict[str, Any]:
-        self._tars = find_tars(self.request.tars, self.bucket.retry)
+        self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = first if not others else f"{first} and {others} more"
         if is_remote(self.bucket.uri) and (
@@ -522,9 +528,7 @@ class _InPlace(_Attempt):
                 highest_label = max(label for _, _, label, _ in records)
                 yield _Made(self._finished(shard, highest_label=highest_label), offsets)
         if not self.packed and not self.rejects:
-            raise BadDataError(
-                f"{self.where}: there are no images in it: no name ends in {', '.join(sorted(SUFFIXES))}"
-            )
+            raise no_images(self.where)
         if not self.packed:
             raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
         highest_label = max(entry.highest_label for entry in self.packed)

@@ -69,7 +69,7 @@ class ShardSource:
         self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
         folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
-        self._foreign = {folder: open_store(folder, bucket.retry) for folder in folders}
+        self._foreign = {folder: open_store(folder, bucket.retry.elsewhere()) for folder in folders}
         self.decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"

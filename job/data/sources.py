@@ -494,7 +494,7 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
         images += 1
         folders.add(path_parts(name)[:-1])
     if not images:
-        raise BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
+        raise no_images(where)
     found, depth = _class_folders(folders)
     if classes and not found:
         raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
@@ -502,6 +502,11 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
     if classes is None and not found and len([folder for folder in folders if folder]) > 1:
         note = f"{where}: some images lie beside the folders of others, so the folders are not taken for classes"
     return Survey(images, () if classes is False else found, depth, note)
+
+
+def no_images(where: str) -> BadDataError:
+    """The error that a source is empty."""
+    return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
 
 
 def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, Kind
 from job.runs.retention import Reader

@@ -6,28 +6,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 
-from job.data.cache import DecodedCache, open_cache
-from job.data.indexing import index_tars
+from job.data.cache import DecodedCache, ShardCache, open_cache
+from job.data.foreign_tars import find_tars
 from job.data.order import Order
-from job.data.pack import pack
-from job.data.shard_cache import ShardCache
+from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
 from job.data.stream import stream_batches
 from job.data.verify import verify_dataset
-from job.exits import BadDataError, BadRequestError, Exit, MissingInputError, StoppedError
+from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
-from tests.job.stops import stop_after
 
 KEY = "datasets/laion-16"
+BOMB = encoded(picture(0).resize((1, 1)).resize((10_000, 10_000)).convert("1"), "PNG")
 
 Samples = list[dict[str, object]]
 
@@ -54,8 +55,18 @@ def write_tars(folder: Path, samples: Samples, per_tar: int = 10) -> Path:
     return folder
 
 
-def indexed(bucket: Store, *words: object, **options: object):
-    return index_tars(bucket, list(map(str, words)), "laion", **{"size": 16, **options})  # type: ignore[arg-type]
+def indexed(bucket: Store, *words: object, stop_at: int = 0, threads: int | None = None, progress=None, **options):
+    """Makes the tars the dataset `laion`, or is stopped once it holds so many images."""
+    stop = Stop()
+
+    def told(done: int, total: int, images: int) -> None:
+        if progress is not None:
+            progress(done, total, images)
+        if images == stop_at > 0:
+            stop.request("a test")
+
+    request = PackRequest("", "laion", **{"size": 16, **options}, tars=tuple(map(str, words)))
+    return pack(bucket, request, stop=stop, progress=told, threads=threads)
 
 
 def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
@@ -106,7 +117,7 @@ def test_the_images_are_those_that_packing_would_have_given(tmp_path, bucket, ki
     tars = write_tars(tmp_path / "tars", samples)
     files = folder_of(tmp_path / "images", [(f"{s['__key__']}.{kind}", s[kind]) for s in samples])  # type: ignore[misc]
     index = indexed(bucket, tars, **options)
-    packed = pack(bucket, str(files), "packed", size=16, **options)
+    packed = pack(bucket, PackRequest(str(files), "packed", 16, **options))
     assert (index.images, len(index.shards), index.channels) == (24, 3, packed.channels)
     want = pixels(bucket, "datasets/packed-16", tmp_path / "cache")
     np.testing.assert_array_equal(pixels(bucket, KEY, tmp_path / "cache"), want)
@@ -120,7 +131,11 @@ def test_nothing_is_copied_and_nothing_of_theirs_is_touched(tmp_path, bucket, ta
     names = set(snapshot(tmp_path / "bucket" / KEY))
     assert names == {"index.json", *(f"shard-0000{n}.offsets" for n in range(4))}
     assert [shard.uri for shard in index.shards] == [f"{tars}/0000{n}.tar" for n in range(4)]
-    pixels(bucket, KEY, tmp_path / "cache")
+    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path, budget_bytes=index.decoded_bytes - 1)
+    assert isinstance(cache, ShardCache)
+    cache.close()
+    with pytest.raises(BadRequestError, match="is there already: 34 images"):
+        indexed(bucket, tars)
     succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
     assert not (tmp_path / "bucket" / KEY).exists()
     assert snapshot(tars) == before
@@ -140,8 +155,7 @@ def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_
         )
     }
     assert len(ids) == 1
-    other = indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id
-    assert other not in ids
+    assert indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id not in ids
 
 
 def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
@@ -184,12 +198,19 @@ def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_p
     assert " 34 " in succeeded(ddpm_here("data", "list", "--bucket", ours))
     assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
     assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
+    # One of the tars changes later.
+    content = bytearray((compact_tars / "00001.tar").read_bytes())
+    content[700] ^= 1
+    open_store(theirs).put("00001.tar", bytes(content))
+    words = ["--dataset", "laion", "--run", "later", "--bucket", ours, *settings()]
+    line = refused(ddpm_here("train", *words, DDPM_CACHE=str(tmp_path / "other")), Exit.BAD_DATA)
+    assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
 
 
 def test_batches_do_not_depend_on_the_cache(tmp_path, compact_tars, gcs_bucket):
     uploaded(compact_tars, f"{gcs_bucket}/laion")
     bucket = open_store(f"{gcs_bucket}/ours")
-    index = index_tars(bucket, [f"{gcs_bucket}/laion"], "laion", size=40)
+    index = indexed(bucket, f"{gcs_bucket}/laion", size=40)
     order = Order(tuple(shard.images for shard in index.shards), seed=3, block_images=8)
     shown, kinds = [], []
     for budget_bytes in (index.decoded_bytes, 125_000):
@@ -217,8 +238,8 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     assert without.classes == ()
     # The dataset that packing writes is read as well, its classes with it.
     images = folder_of(tmp_path / "images", [(f"{'ab'[n % 2]}/{n}.jpg", jpeg(n)) for n in range(10)])
-    pack(bucket, str(images), "packed", size=16)
-    again = index_tars(bucket, [f"{bucket.uri}/datasets/packed-16"], "again", size=16)
+    pack(bucket, PackRequest(str(images), "packed", 16))
+    again = pack(bucket, PackRequest("", "again", 16, tars=(f"{bucket.uri}/datasets/packed-16",)))
     assert (again.images, again.classes) == (10, ("0", "1"))
     np.testing.assert_array_equal(
         pixels(bucket, "datasets/again-16", tmp_path / "cache"),
@@ -232,110 +253,179 @@ def test_one_sample_is_one_image(tmp_path, bucket):
     tar = tar_of(tmp_path / "a.tar", [(name, jpeg(number)) for number, name in enumerate(names)])
     indexed(bucket, tar)
     got = pixels(bucket, KEY, tmp_path / "cache")
-    pack(bucket, str(folder_of(tmp_path / "i", [("1.jpg", jpeg(1)), ("3.jpg", jpeg(3))])), "packed", size=16)
+    images = folder_of(tmp_path / "i", [("1.jpg", jpeg(1)), ("3.jpg", jpeg(3))])
+    pack(bucket, PackRequest(str(images), "packed", 16))
     np.testing.assert_array_equal(got, pixels(bucket, "datasets/packed-16", tmp_path / "cache"))
-
-
-@pytest.mark.parametrize("stop_at", [3, 17, 30])
-def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars, stop_at):
-    straight = open_store(str(tmp_path / "straight"))
-    indexed(straight, tars)
-    bucket, read = open_store(str(tmp_path / "bucket")), []
-    with pytest.raises(StoppedError):
-        indexed(bucket, tars, stop=stop_after(stop_at))
-    assert not bucket.exists(f"{KEY}/index.json")
-    indexed(bucket, tars, progress=lambda done, total, images: read.append((done, images)))
-    assert read[0][1] == stop_at // 10 * 10 + 1
-    assert snapshot(tmp_path / "bucket") == snapshot(tmp_path / "straight")
 
 
 KILLED = """
 import os, signal, sys
-from job.data.indexing import index_tars
+from job.data.pack import PackRequest, pack
 from job.store import open_store
 def die(done, total, images):
-    if images == int(sys.argv[3]):
+    if images == 25:
         os.kill(os.getpid(), signal.SIGKILL)
-index_tars(open_store(sys.argv[1]), [sys.argv[2]], "laion", size=16, progress=die)
+pack(open_store(sys.argv[1]), PackRequest("", "laion", 16, tars=(sys.argv[2],)), progress=die)
 """
 
 
-def test_a_killed_indexing_goes_on(tmp_path, tars):
-    bucket = tmp_path / "bucket"
-    command = [sys.executable, "-c", KILLED, str(bucket), str(tars)]
-    for images in ("15", "25"):
-        assert subprocess.run([*command, images], env=environment(), check=False).returncode == -signal.SIGKILL
-    indexed(open_store(str(bucket)), tars)
+def test_a_stopped_or_killed_indexing_goes_on_with_the_next_tar(tmp_path, tars):
     straight = tmp_path / "straight"
     indexed(open_store(str(straight)), tars)
-    assert snapshot(bucket) == snapshot(straight)
+    for stop_at in (3, 17, 30):
+        bucket, read = open_store(str(tmp_path / f"stopped-{stop_at}")), []
+        with pytest.raises(StoppedError):
+            indexed(bucket, tars, stop_at=stop_at)
+        assert not bucket.exists(f"{KEY}/index.json")
+        indexed(bucket, tars, progress=lambda done, total, images, read=read: read.append(images))
+        assert read[0] == stop_at // 10 * 10 + 1
+        assert snapshot(Path(bucket.uri)) == snapshot(straight)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(killed), str(tars)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
+    # What was begun with other tars or parameters stands in nobody's way who deletes it.
+    with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {killed}`"):
+        indexed(open_store(str(killed)), tars, crop="squash")
+    indexed(open_store(str(killed)), tars)
+    assert snapshot(killed) == snapshot(straight)
 
 
-def test_other_tars_or_parameters_begin_anew(tmp_path, tars, bucket):
-    with pytest.raises(StoppedError):
-        indexed(bucket, tars, stop=stop_after(25))
-    index = indexed(bucket, tars / "00002.tar", crop="squash")
-    assert (index.images, index.crop, len(index.shards)) == (10, "squash", 1)
-    assert verify_dataset(bucket, KEY) == []
-
-
-def flipped(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[1000] ^= 1
-    path.write_bytes(data)
-
-
-def shortened(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-1024])
-
-
-@pytest.mark.parametrize("change", [flipped, shortened, Path.unlink])
-@pytest.mark.parametrize("mode", ["decoded", "shards"])
-def test_a_tar_that_changes_later_is_named(tmp_path, tars, bucket, change, mode):
+@pytest.mark.parametrize("change", ["flipped", "shortened", "gone", "pipe"])
+def test_a_tar_that_changes_later_is_named(tmp_path, tars, bucket, change):
     theirs = shutil.copytree(tars, tmp_path / "theirs")
     index = indexed(bucket, theirs)
-    change(theirs / "00002.tar")
+    tar = theirs / "00002.tar"
+    content = tar.read_bytes()
+    if change == "flipped":
+        tar.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif change == "shortened":
+        tar.write_bytes(content[:-1024])
+    else:
+        tar.unlink()
+    if change == "pipe":
+        # An index is written by anybody: one that names a pipe must not hang a reader.
+        os.mkfifo(tar)
     (problem,) = verify_dataset(bucket, KEY)
-    assert problem.startswith(f"{theirs}/00002.tar ")
-    budget_bytes = 1 << 30 if mode == "decoded" else index.decoded_bytes - 1
-    error = MissingInputError if change is Path.unlink else BadDataError
-    with pytest.raises(error, match=rf"{theirs}/00002\.tar") as raised:
-        pixels(bucket, KEY, tmp_path / "cache", budget_bytes)
-    assert raised.value.exit_code == (Exit.MISSING_INPUT if change is Path.unlink else Exit.BAD_DATA)
-    if change is not Path.unlink:
-        assert "than were indexed" in str(raised.value)
-
-
-def test_a_tar_in_a_bucket_that_changes_later_ends_training_with_65(tmp_path, tars, gcs_bucket):
-    theirs, cache = f"{gcs_bucket}/theirs", {"DDPM_CACHE": str(tmp_path / "cache")}
-    uploaded(tars, theirs)
-    succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 16, "--bucket", gcs_bucket))
-    content = bytearray((tars / "00001.tar").read_bytes())
-    content[700] ^= 1
-    open_store(theirs).put("00001.tar", bytes(content))
-    words = ["--dataset", "laion", "--bucket", gcs_bucket, *settings()]
-    line = refused(ddpm_here("train", *words, **cache), Exit.BAD_DATA)
-    assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
-
-
-def test_a_dataset_that_is_there_is_not_written_over(bucket, tars):
-    indexed(bucket, tars)
-    with pytest.raises(BadRequestError, match="is there already: 34 images"):
-        indexed(bucket, tars)
-
-
-def test_an_index_that_names_a_pipe_does_not_hang(tmp_path, tars, bucket):
-    theirs = shutil.copytree(tars, tmp_path / "theirs")
-    index = indexed(bucket, theirs)
-    (theirs / "00000.tar").unlink()
-    os.mkfifo(theirs / "00000.tar")
+    assert problem.startswith(f"{tar} ")
     for budget_bytes in (1 << 30, index.decoded_bytes - 1):
-        with pytest.raises(MissingInputError, match=r"00000\.tar"):
+        is_there = change in ("flipped", "shortened")
+        with pytest.raises(JobError, match=rf"{theirs}/00002\.tar") as raised:
             pixels(bucket, KEY, tmp_path / "cache", budget_bytes)
+        assert raised.value.exit_code == (Exit.BAD_DATA if is_there else Exit.MISSING_INPUT)
+        assert is_there == ("than were indexed" in str(raised.value))
 
 
-def test_too_little_room_for_the_images_reads_shards(tmp_path, tars, bucket):
-    index = indexed(bucket, tars)
-    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path, budget_bytes=index.decoded_bytes - 1)
-    assert isinstance(cache, ShardCache)
-    cache.close()
+def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
+    samples = samples_of(30)
+    for number, content in ((3, b"no image"), (11, jpeg(11)[:-300]), (12, encoded(picture(1, 4, 4))), (29, BOMB)):
+        samples[number]["jpg"] = content
+    # A tar without one good image is no shard.
+    bad = write_tars(tmp_path / "bad", [{**sample, "jpg": b"no image"} for sample in samples_of(5)]) / "00000.tar"
+    tars = write_tars(tmp_path / "tars", samples)
+    words = [tars / "00000.tar", bad, tars / "00001.tar", tars / "00002.tar"]
+    index = indexed(bucket, *words)
+    assert (index.images, index.rejected_images, len(index.shards)) == (26, 9, 3)
+    lines = [json.loads(line) for line in bucket.read(f"{KEY}/rejects.jsonl").data.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "00000.tar/000000003.jpg",
+        *(f"00000.tar/00000000{n}.jpg" for n in range(5)),
+        "00001.tar/000000011.jpg",
+        "00001.tar/000000012.jpg",
+        "00002.tar/000000029.jpg",
+    ]
+    assert [line["reason"].split()[0] for line in lines[-3:]] == ["cannot", "has", "has"]
+    assert "10000×10000 pixels, more than the limit" in lines[-1]["reason"]
+    assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
+    assert verify_dataset(bucket, KEY) == []
+    small = open_store(str(tmp_path / "small"))
+    with pytest.raises(BadDataError, match=r"more than --max-bad=8 .*'00000.tar/000000003.jpg' .*and 6 more: see to"):
+        indexed(small, *words, max_bad=8)
+    with pytest.raises(BadDataError, match="none of their images can be used"):
+        indexed(open_store(str(tmp_path / "none")), bad)
+
+
+def linked(path: Path) -> Path:
+    tar_of(path, [("1.jpg", jpeg(1))])
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+def test_tars_of_strangers_are_refused_as_in_packing(tmp_path, tars):
+    whole = (tars / "00000.tar").read_bytes()
+    for number, (content, part) in enumerate(
+        [
+            *(
+                ([("1.jpg", jpeg(1)), (name, jpeg(2))], f"leads out of it, '{name}'")
+                for name in ("../up.jpg", "/x.jpg")
+            ),
+            ([("1.jpg", jpeg(1)), ("2.jpg", jpeg(2)), ("./1.jpg", jpeg(3))], "has the entry '1.jpg' more than once"),
+            (
+                [(f"clip.{n:04d}.jpg", jpeg(n, 20, 20)) for n in range(20)],
+                "'clip.0016.jpg' is one of more than 16 images of sample 'clip'",
+            ),
+            ([("a.txt", b"x"), ("a.json", b"{}")], "holds no images: none of its names ends in .bmp"),
+            *((whole[:cut], ".tar") for cut in (511, 700, 20_000)),
+            (linked, "'2.jpg', which is a link or a device"),
+        ]
+    ):
+        path, bucket = tmp_path / f"{number}.tar", open_store(str(tmp_path / f"bucket-{number}"))
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content(path) if callable(content) else tar_of(path, content)
+        with pytest.raises(BadDataError) as error:
+            indexed(bucket, path)
+        assert str(path) in str(error.value) and part in str(error.value), (part, error.value)
+        assert not bucket.exists(f"{KEY}/index.json")
+
+
+def test_words_that_mean_no_tars(tmp_path):
+    bucket = open_store(str(tmp_path / "bucket"))
+    (tmp_path / "empty").mkdir()
+    folder_of(tmp_path / "texts", [("read.me", b"hello")])
+    tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1))])
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    (tmp_path / "a.zip.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    for word, code, part in [
+        ("nowhere.tar", 66, "nothing at"),
+        ("nowhere", 66, "nothing at"),
+        ("empty", 66, "nothing at"),
+        ("{x}.tar", 66, "nothing at"),
+        ("texts", 65, "holds no .tar"),
+        ("a.tar.gz", 64, "is compressed"),
+        ("a.zip.tar", 64, "is compressed"),
+        ("{1..", 64, "{00000..00099}"),
+        ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),
+        ("{0..999999}.tar", 64, "more than 100,000"),
+        ("{0..999999999999}.tar", 64, "more than 100,000"),
+        ("{1..99999}{1..99999}.tar", 64, "more than 100,000"),
+        ("{a,b}" * 60, 64, "more than 100,000"),
+        ("{a,a}.tar", 64, "named twice"),
+        ("ftp://host/a.tar", 64, "nobody here speaks"),
+    ]:
+        with pytest.raises(JobError) as error:
+            indexed(bucket, word if "://" in word else f"{tmp_path}/{word}")
+        assert (error.value.exit_code, part in str(error.value)) == (code, True), (word[:20], error.value)
+        assert not Path(bucket.uri).exists()
+
+
+def test_a_pattern_costs_a_bucket_one_listing(gcs_bucket, monkeypatch):
+    for number in range(4):
+        open_store(gcs_bucket).create(f"a/{number:05d}.tar", bytes(number + 1))
+    lists, kind = [], type(open_store(gcs_bucket))
+    listed = kind.list
+    monkeypatch.setattr(kind, "list", lambda self, *words: (lists.append(self.uri), listed(self, *words))[1])
+    tars = find_tars([f"{gcs_bucket}/a/{{00001..00003}}.tar", f"{gcs_bucket}/a/00000.tar"])
+    assert [(tar.uri, tar.bytes) for tar in tars] == [(f"{gcs_bucket}/a/0000{n}.tar", n + 1) for n in (1, 2, 3, 0)]
+    assert lists == [f"{gcs_bucket}/a"]
+    assert [tar.uri for tar in find_tars([gcs_bucket])] == [f"{gcs_bucket}/a/0000{n}.tar" for n in range(4)]
+
+
+def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    monkeypatch.chdir(tmp_path)
+    for word in ("a.tar", ".", "./a.tar", f"file://{tmp_path}", f"{tmp_path}/", "./{a..a}.tar"):
+        assert [tar.uri for tar in find_tars([word])] == [f"{tmp_path}/a.tar"]
