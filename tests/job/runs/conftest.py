@@ -28,7 +28,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Threads that wait for each other's core make a small network a slow one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pack(open_store(str(folder)), str(source), "tiles", size=8)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
     for epochs in (2, 4):
         succeeded(train(folder, "r", epochs))
