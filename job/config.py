@@ -54,6 +54,11 @@ class DataConfig(Section):
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
 
+    @property
+    def cache_bytes(self) -> int:
+        """The same in bytes."""
+        return int(self.cache_gigabytes * 1e9)
+
 
 class ModelConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""

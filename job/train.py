@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from job.data.cache import default_cache_dir, open_cache
 from job.exits import LostRunError
 from job.plan import Plan, plan_run
 from job.processes import compute
@@ -10,7 +11,6 @@ from job.progress import Progress, note
 from job.runs import records
 from job.runs.lease import Lease
 from job.runs.records import Attempt
-from job.sampling.sample import open_training_images
 from job.session import TrainingSession
 from job.stop import NEVER, Stop
 
@@ -49,9 +49,16 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         fence = ranks.on_main(take)
         plan = plan_run(plan.request, stop).computing_in(precision)
         attempt = ranks.on_main(lambda: _begin(plan, fence, ranks, lease.holder if lease else ""))
-        total = plan.index.images
-        with Progress("reading images", total=total, disable=not ranks.is_main) as bar:
-            images = open_training_images(plan, stop, lambda done, _: bar.update(done))
+        with Progress("reading images", total=plan.index.images, disable=not ranks.is_main) as bar:
+            images = open_cache(
+                plan.bucket,
+                records.dataset_key_of(plan.config),
+                plan.index,
+                cache_dir=default_cache_dir(),
+                budget_bytes=plan.config.data.cache_bytes,
+                progress=lambda done, total: bar.update(done),
+                stop=stop,
+            )
         session = TrainingSession(plan, ranks, images, stop)
         with session.restored(attempt, lease):
             session.train()

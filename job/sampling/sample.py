@@ -18,7 +18,6 @@ import numpy as np
 from ddpm import figures
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.exits import StoppedError
-from job.plan import Plan
 from job.processes.launched import lost_peer
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
@@ -58,7 +57,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     how, usual = plan.how(request.seeds), plan.config.sample
     gif_how = "" if how == how_drawn(usual.sampler, usual.steps) else plan.how(request.seeds and gif_words)
     layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
-    training = open_training_images(plan, painter.stop) if sample.nearest and request.grid and is_main else None
+    training = _training_images(plan, painter.stop) if sample.nearest and request.grid and is_main else None
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
@@ -85,6 +84,17 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     if len(grids) > 1:
         name = f"comparison-{file_words(request.checkpoints, '-')}-{how}.png"
         publish(max(plan.checkpoints), name, figures.png(figures.comparison(grids)))
+
+
+def _training_images(plan: SamplePlan, stop: Stop) -> ImageCache:
+    return open_cache(
+        plan.bucket,
+        records.dataset_key_of(plan.config),
+        plan.index,
+        cache_dir=default_cache_dir(),
+        budget_bytes=plan.config.data.cache_bytes,
+        stop=stop,
+    )
 
 
 def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
@@ -205,18 +215,3 @@ def grid_png(
     named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     labels = [classes[seed % count] for seed in seeds[:columns]] if named else None
     return figures.png(figures.image_grid(images, columns, scale=max(1, 96 // images.shape[1]), column_labels=labels))
-
-
-def open_training_images(
-    plan: Plan | SamplePlan, stop: Stop, progress: Callable[[int, int], None] = lambda done, total: None
-) -> ImageCache:
-    """The images of a run's dataset, through this machine's cache; `progress` learns how many are decoded, of all."""
-    return open_cache(
-        plan.bucket,
-        records.dataset_key_of(plan.config),
-        plan.index,
-        cache_dir=default_cache_dir(),
-        budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
-        progress=progress,
-        stop=stop,
-    )

@@ -45,8 +45,8 @@ lacking, going_on = threading.Event(), threading.Event()
 
 @pytest.fixture
 def plan(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
-    opened = train.open_training_images
-    monkeypatch.setattr(train, "open_training_images", lambda *words: Lacking(opened(*words)))
+    opened = train.open_cache
+    monkeypatch.setattr(train, "open_cache", lambda *words, **options: Lacking(opened(*words, **options)))
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     lacking.clear()
     going_on.clear()
