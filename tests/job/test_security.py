@@ -270,7 +270,11 @@ def test_payloads_among_images_to_pack_and_in_the_journal_of_a_packing_that_was_
             folder_of(bucket / DATASET, [(f"packing/{name}.json", payload(marker))])
         folder_of(bucket / DATASET, [("shard-00000.tar", payload(marker)), ("shard-00000.offsets", b"")])
         images = folder_of(place / "images", good + bad)
-        out = succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket))
+        words = ("data", "pack", images, "small", "--size", 8, "--bucket", bucket)
+        # What the message says is to be done helps.
+        assert f"`ddpm data delete small --size 8 --bucket {bucket}`" in refused(ddpm_here(*words), Exit.BAD_REQUEST)
+        succeeded(ddpm_here("data", "delete", "small", "--size", 8, "--bucket", bucket, "--yes"))
+        out = succeeded(ddpm_here(*words))
         assert "images   3 colour" in out
         assert "rejects  1," in out
         succeeded(ddpm_here("data", "verify", "small", "--bucket", bucket))
