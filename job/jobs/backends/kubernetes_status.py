@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.exits import TABLE, Exit, retried
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, hope
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State, severity
 from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
 
@@ -180,7 +180,7 @@ def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
 
 def _decisive_end(pods: Sequence[Manifest]) -> dict[str, Any] | None:
     """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
-    return min(reversed(_failures(pods)), key=lambda end: hope(retried(int(end["exitCode"]))), default=None)
+    return max(reversed(_failures(pods)), key=lambda end: severity(retried(int(end["exitCode"]))), default=None)
 
 
 def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:

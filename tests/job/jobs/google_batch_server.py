@@ -8,7 +8,7 @@ from typing import Any
 
 from google.cloud import batch_v1
 
-from tests.job.jobs.google_services import Refusal, as_json, parsed, require
+from tests.job.jobs.google_services import Refusal, answered, as_json, parsed, require
 
 _LOCATION = r"projects/([^/]+)/locations/([^/]+)"
 _OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
@@ -61,13 +61,14 @@ class BatchService:
         if name is None:
             if method == "POST":
                 return self._create(parent, location, query, body)
-            return {"jobs": [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]}
+            found = [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]
+            return answered({"jobs": found}, batch_v1.ListJobsResponse)
         full = f"{parent}/{name}"
         if full not in self.jobs:
             raise Refusal(404, f"Resource '{full}' was not found")
         job = self.jobs[full]
         if group:
-            return {"tasks": self.tasks.get(full, [])}
+            return answered({"tasks": self.tasks.get(full, [])}, batch_v1.ListTasksResponse)
         if cancel:
             if job["status"]["state"] in _OVER:
                 raise Refusal(400, f"Job {name} is in a terminal state and cannot be cancelled")
@@ -76,7 +77,7 @@ class BatchService:
         if method == "DELETE":
             del self.jobs[full]
             return {"name": f"{parent}/operations/delete-{name}", "done": True}
-        return job
+        return answered(job, batch_v1.Job)
 
     def _create(self, parent: str, location: str, query: dict[str, str], body: Any) -> dict[str, Any]:
         if query.get("requestId") in self._by_request:
