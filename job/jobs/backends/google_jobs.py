@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -73,12 +74,12 @@ class GoogleBackend(Backend):
         """See `Backend.logs`: each entry once, in the order in which they arrive."""
         filter_, since, has_slices = self.log_of(name)
         seen: set[str] = set()
-        newest, over_at = since, None
+        newest, over_at = since, math.inf
         while True:
-            if follow and over_at is None and self.status(name).state.is_over:
+            if follow and over_at == math.inf and self.status(name).state.is_over:
                 over_at = time.monotonic()
             # Decided before the entries are asked for: what was written before the end is among them.
-            is_last = not follow or (over_at is not None and time.monotonic() - over_at >= LOG_SETTLE_SECONDS)
+            is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS
             for entry in log_entries(self._apis, filter_, max(since, newest - LOG_OVERLAP)):
                 if entry["insertId"] not in seen:
                     seen.add(entry["insertId"])
@@ -97,41 +98,41 @@ class GoogleBackend(Backend):
         self._apis.is_hurried = True
         try:
             jobs = self.jobs()
+            machine = machine_for(target.machine_type, target.gpu_type, target.gpus, target.spot)
         except JobError as error:
             yield Check.of_error(self.engine, error)
             return
         yield Check(self.engine, True, f"project {target.project} answers; {len(jobs)} jobs")
-        try:
-            machine = machine_for(target.machine_type, target.gpu_type, target.gpus, target.spot)
-        except JobError as error:
-            yield Check.of_error("machine type", error)
-            return
-        if machine.gpus:
-            metric = quota_metric(machine.gpu_type, target.spot)
-            yield self._quota("GPU quota", metric, machine.gpus, target.all_regions)
+        quotas = {
+            "GPU quota": (
+                quota_metric(machine.gpu_type, target.spot),
+                [f"regions/{name}" for name in target.all_regions],
+            ),
             # A project has a quota over all regions besides that of each: 0 in a new one.
-            yield self._quota("GPU quota, everywhere", "GPUS_ALL_REGIONS", machine.gpus)
+            "GPU quota, everywhere": ("GPUS_ALL_REGIONS", [""]),
+        }
+        for name, (metric, places) in quotas.items() if machine.gpus else ():
+            try:
+                yield self._quota(name, metric, places, machine.gpus)
+            except JobError as error:
+                yield Check.of_error(name, error)
         yield self._account()
         yield image_check(target.image)
 
-    def _quota(self, name: str, metric: str, gpus: int, regions: Sequence[str] = ()) -> Check:
-        """Whether one of the regions, or the project where none is named, has so many GPUs left."""
-        project, said, fits = f"projects/{self.target.project}", [], False
-        for region in regions or ("",):
-            place = f"regions/{region}" if region else ""
-            try:
-                found = self._apis.ask(place or project, f"GET compute/{project}/{place}".rstrip("/"))
-            except JobError as error:
-                return Check.of_error(name, error)
+    def _quota(self, name: str, metric: str, places: Sequence[str], gpus: int) -> Check:
+        """Whether one of the places, regions or all of them, has so many GPUs left."""
+        project, said, fits = self.target.project, [], False
+        for place in places:
+            found = self._apis.ask(place or f"project {project}", f"GET compute/projects/{project}/{place}".rstrip("/"))
             quota = next((quota for quota in found.get("quotas", ()) if quota.get("metric") == metric), None)
             if quota is None:
                 # Some GPUs have a quota that this API does not tell.
-                return Check(name, True, f"{metric} {region}: not known before a job asks")
+                return Check(name, True, f"{metric}: not known before a job asks")
             free = quota["limit"] - quota.get("usage", 0)
             fits = fits or free >= gpus
-            said.append(f"{region} {free:g} of {quota['limit']:g} free".strip())
+            said.append(f"{place.partition('/')[2]} {free:g} of {quota['limit']:g} free".strip())
         message = f"{metric}: {', '.join(said)}; a job takes {gpus}"
-        return Check(name, fits, message, f"ask for more at {quota_page(self.target.project)}", Exit.BAD_REQUEST)
+        return Check(name, fits, message, f"ask for more at {quota_page(project)}", Exit.BAD_REQUEST)
 
     def _account(self) -> Check:
         name, email = "service account", self.target.service_account

@@ -24,7 +24,7 @@ from job.jobs.backends import google, google_jobs
 from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, severity
 from job.jobs.backends.google import Answer, NotThereError, quoted
 from job.jobs.backends.machines import Machine, machine_for
-from job.jobs.spec import LABEL_PREFIX, JobSpec
+from job.jobs.spec import JobSpec
 from job.jobs.targets import VmTarget
 
 VM_POLL_SECONDS = 1.0
@@ -140,8 +140,8 @@ class VmBackend(google_jobs.GoogleBackend):
         """Those of one job, or of all, in any zone of the project."""
         project = self.target.project
         what, request = f"the machines of project {project}", f"GET compute/projects/{project}/aggregated/instances"
-        wanted = f"labels.{JOB_LABEL}={name}" if name else f"labels.app={LABEL_PREFIX}"
-        pages = self._apis.pages(what, request, filter=wanted)
+        wanted = f"={name}" if name else ":*"
+        pages = self._apis.pages(what, request, filter=f"labels.{JOB_LABEL}{wanted}")
         return [one for page in pages for zone in page["items"].values() for one in zone.get("instances", ())]
 
     def _known(self, name: str) -> list[Answer]:
@@ -172,8 +172,7 @@ class VmBackend(google_jobs.GoogleBackend):
             with suppress(NotThereError):
                 request = f"DELETE {self._path(zone)}/instances/{name}"
                 operations.append(self._apis.ask(f"machine {name} in {zone}", request))
-        with suppress(NotThereError):
-            self._wait(operations)
+        self._wait(operations)
 
     def _wait(self, operations: Iterable[Answer]) -> None:
         """Waits for operations on machines.
@@ -212,22 +211,29 @@ def _zone(resource: Answer) -> str:
 def last_words(name: str, entries: Iterable[Answer]) -> dict[int, JobStatus]:
     """How each slice of a job ended, or the job where it has none, as the log has it, the oldest word first.
 
-    What was said before the job was submitted last is past. A slice without a word of its own is `State.GONE`.
+    What was said before the last submission, or the start of the slice's machine, is past. A slice of which there is no
+    word since then is `State.GONE`.
     """
     parts: dict[int, JobStatus] = {}
     for entry in entries:
         labels, said = entry["labels"], entry["jsonPayload"]
         event, number = said.get("event"), int(labels.get(SLICE_LABEL, "0"))
-        if not parts or event == "submitted":
-            at = google.utc_text(datetime.fromisoformat(entry["timestamp"]))
-            gone = JobStatus(name, State.GONE, "its machine is gone", created=at)
+        at = google.utc_text(datetime.fromisoformat(entry["timestamp"]))
+        gone = JobStatus(name, State.GONE, "its machine is gone", created=at)
+        if event == "submitted" or not parts:
             parts = dict.fromkeys(range(max(int(labels[SLICES_LABEL]), 1)), gone)
-        if event == "cancelled":
-            gone = replace(gone, state=State.CANCELLED, message="cancelled")
-            parts = {number: gone if part.state is State.GONE else part for number, part in parts.items()}
-        elif event in ("ended", "taken"):
-            parts[number] = _ended(parts.get(number, gone), int(said["code"]), event == "taken")
+        match event:
+            case "started":
+                parts[number] = gone
+            case "cancelled":
+                parts = {number: _cancelled(part) for number, part in parts.items()}
+            case "ended" | "taken":
+                parts[number] = _ended(parts.get(number, gone), int(said["code"]), event == "taken")
     return parts
+
+
+def _cancelled(part: JobStatus) -> JobStatus:
+    return replace(part, state=State.CANCELLED, message="cancelled") if part.state is State.GONE else part
 
 
 def _ended(part: JobStatus, code: int, was_taken: bool) -> JobStatus:

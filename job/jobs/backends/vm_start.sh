@@ -35,21 +35,20 @@ authorized() {
     curl --config - --silent --show-error --fail --retry 2 --max-time 10 --output /dev/null "$@"
 }
 
-# Leaves a MESSAGE on the console and in Cloud Logging, where it outlives the machine; with a CODE it is the last word.
+# Leaves a MESSAGE on the console and in Cloud Logging, where it outlives the machine, with further FIELDS of JSON.
 say() {
-  local payload="\"message\": \"ddpm-vm: $1\""
-  [[ -z ${2-} ]] || payload+=", \"event\": \"${event:-ended}\", \"code\": $2"
+  local payload="\"message\": \"ddpm-vm: $1\"${2:+, $2}"
   printf 'ddpm-vm: %s\n' "$1"
   authorized --header 'Content-Type: application/json' https://logging.googleapis.com/v2/entries:write --data "{
     \"logName\": \"projects/$project/logs/ddpm-jobs\", \"resource\": {\"type\": \"global\"},
     \"entries\": [{\"labels\": $labels, \"jsonPayload\": {$payload}}]}"
 }
 
-# Says how the job ended, and deletes the machine, or switches it off where it may not delete itself.
+# Says with which CODE the job ended, and deletes the machine, or switches it off where it may not delete itself.
 end() {
   local machine
   trap '' TERM
-  say "$2" "$1"
+  say "$2" "\"event\": \"${event:-ended}\", \"code\": $1"
   # One that is being taken away needs no help.
   [[ -z ${event-} ]] || exit 0
   machine=$(known instance/zone)/instances/$(known instance/name)
@@ -101,7 +100,7 @@ chown 10001:10001 "$STATE_DIRECTORY"
 
 trap 'event=taken; end 75 "the machine was taken away before the job began"' TERM
 log=(--log-driver=gcplogs '--log-opt=labels=ddpm-job,ddpm-slice')
-if ! say "started"; then
+if ! say "started" '"event": "started"'; then
   echo "ddpm-vm: this machine's account lacks roles/logging.logWriter: what the job prints stays on this machine"
   log=(--log-driver=local)
 fi

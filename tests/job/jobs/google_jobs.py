@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 from typing import Any
-
-from google.cloud import batch_v1, compute_v1
 
 from job.jobs.backends.batch import batch_job
 from job.jobs.backends.vm import vm_instances
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, VmTarget
-from tests.job.jobs.google_batch_server import check_job
-from tests.job.jobs.google_compute_server import check_instance
 from tests.job.jobs.google_server import PROJECT
-from tests.job.jobs.google_services import Refusal, as_json, parsed
 
 GOLDEN = Path(__file__).with_name("golden")
 BUCKET = "gs://bucket"
@@ -58,20 +52,6 @@ def rendered(backend: str, case: str) -> list[dict[str, Any]]:
     if backend == "vm":
         return vm_instances(one, VM.model_copy(update=changes), ZONES[0])
     return [batch_job(one, BATCH.model_copy(update=changes), REGIONS[0])]
-
-
-def judged(backend: str, made: dict[str, Any]) -> list[str]:
-    """What the proto and the services' rules say against a request; empty if it is right."""
-    kind = compute_v1.Instance if backend == "vm" else batch_v1.Job
-    try:
-        message = parsed(copy.deepcopy(made), kind)
-        if backend == "vm":
-            check_instance(as_json(message), ZONES[0])
-        else:
-            check_job(as_json(message), REGIONS[0])
-        return []
-    except Refusal as refusal:
-        return [str(refusal)]
 
 
 def metadata_of(instance: dict[str, Any]) -> dict[str, str]:

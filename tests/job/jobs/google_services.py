@@ -40,8 +40,3 @@ def answered(answer: Any, message_type: Any) -> Any:
 
 def as_json(message: Any) -> dict[str, Any]:
     return json_format.MessageToDict(message)
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise Refusal(400, message, "invalid")

@@ -82,6 +82,9 @@ def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend):
     assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, None)
     taken(cloud, "celeba")
     assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, Cause.TAKEN_AWAY)
+    # Where who submits may not write logs.
+    ends(cloud, "celeba", 0, event="started")
+    assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, None)
 
 
 def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, monkeypatch):
