@@ -92,7 +92,9 @@ class BatchBackend(google_jobs.GoogleBackend):
         """See `Backend.jobs`."""
         asked = [self._apis.pages(f"the jobs in {region}", f"GET {self._path(region)}") for region in self._places]
         found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
-        found = sorted((job for job in found if job["labels"].get("app") == LABEL_PREFIX), key=_created, reverse=True)
+        found = sorted(
+            (job for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX), key=_created, reverse=True
+        )
         return [batch_status(one, ()) for one in found]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:

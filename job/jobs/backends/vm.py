@@ -142,7 +142,7 @@ class VmBackend(google_jobs.GoogleBackend):
         what, request = f"the machines of project {project}", f"GET compute/projects/{project}/aggregated/instances"
         wanted = f"={name}" if name else ":*"
         pages = self._apis.pages(what, request, filter=f"labels.{JOB_LABEL}{wanted}")
-        return [one for page in pages for zone in page["items"].values() for one in zone.get("instances", ())]
+        return [one for page in pages for zone in page.get("items", {}).values() for one in zone.get("instances", ())]
 
     def _known(self, name: str) -> list[Answer]:
         machines = self._machines(name)

@@ -80,11 +80,10 @@ class Metadata:
             "instance/name": "celeba",
             "instance/zone": "projects/my-project/zones/us-central1-a",
         }
-        self.is_silent = False
 
     def answer(self, path: str, headers: Any) -> Any:
         key = path.removeprefix("/computeMetadata/v1/")
-        if headers.get("Metadata-Flavor") != "Google" or self.is_silent:
+        if headers.get("Metadata-Flavor") != "Google":
             raise Refusal(403, "Metadata-Flavor is missing")
         if key == "instance/service-accounts/default/token":
             return json.dumps({"access_token": TOKEN, "expires_in": 3599, "token_type": "Bearer"})

@@ -160,7 +160,7 @@ def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud,
         assert failed == {"GPU quota, everywhere": refused, "service account": missing, "image": missing}
     (_, quota, *_) = kind(target.model_copy(update={"gpus": 8, "machine_type": "g2-standard-96"})).checks()
     assert not quota.passed and "iam-admin/quotas" in quota.remedy
-    (_, machine) = kind(target.model_copy(update={"gpus": 2})).checks()
+    (machine,) = kind(target.model_copy(update={"gpus": 2})).checks()
     assert not machine.passed and "g2-standard-24" in machine.remedy
     cloud.denied["(aggregated|jobs)"] = Refusal(403, "Permission 'x.y.list' denied")
     (api,) = kind(target).checks()
