@@ -86,16 +86,14 @@ class BatchBackend(google_jobs.GoogleBackend):
         found = self._newest(name)
         if found is None:
             return JobStatus(name, State.GONE, "Batch does not know it")
-        return batch_status(found, () if _state(found) is State.WAITING else self._tasks(found))
+        return batch_status(found, self._tasks(found))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
         asked = [self._apis.pages(f"the jobs in {region}", f"GET {self._path(region)}") for region in self._places]
         found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
-        found = sorted(
-            (job for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX), key=_created, reverse=True
-        )
-        return [batch_status(one, ()) for one in found]
+        own = [job for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
+        return [batch_status(job, ()) for job in sorted(own, key=_created, reverse=True)]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: each region has names of its own."""
@@ -150,6 +148,9 @@ class BatchBackend(google_jobs.GoogleBackend):
         return found
 
     def _tasks(self, found: Answer) -> list[Answer]:
+        if _state(found) is State.WAITING:
+            # One that has only just been made has none, not even an empty list.
+            return []
         pages = self._apis.pages(f"the tasks of {found['name']}", f"GET batch/{found['name']}/taskGroups/group0/tasks")
         return [task for page in pages for task in page.get("tasks", ())]
 
