@@ -17,7 +17,7 @@ from typing import Any
 from job.exits import BadRequestError, BucketAwayError, MissingInputError, retried
 from job.jobs.backends import google, google_jobs
 from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, severity
-from job.jobs.backends.google import Answer, NotThereError, quoted
+from job.jobs.backends.google import Answer, GoogleNotFoundError, quoted
 from job.jobs.backends.machines import Machine, machine_for
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget
@@ -28,7 +28,7 @@ BATCH_DELETION_SECONDS = 600.0
 """How long removing a job may take: its machines save and are deleted first."""
 MAX_RETRIES = 10
 """The most that Batch takes; it counts preemptions like everything else, and so `--watch` goes on where it stops."""
-_STATES = {
+_BATCH_STATES = {
     "QUEUED": State.WAITING,
     "SCHEDULED": State.WAITING,
     "RUNNING": State.RUNNING,
@@ -74,7 +74,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         """See `Backend.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
         (manifest,) = self.render(spec)
         while before := self._newest(spec.name):
-            if not _state(before).is_over and not _is_ending(before):
+            if not _job_state(before).is_over and not _is_ending(before):
                 raise google_jobs.busy(batch_status(before, ()))
             self._delete(before)
         # A repetition whose first answer was lost must not find its own job in its way.
@@ -118,11 +118,11 @@ class BatchBackend(google_jobs.GoogleBackend):
             BadRequestError: it is over already.
         """
         found = self._known(name)
-        if _state(found).is_over:
-            raise BadRequestError(f"job {name!r} is {_state(found)} already")
+        if _job_state(found).is_over:
+            raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
         if not _is_ending(found):
             self._apis.ask(f"job {name}", f"POST batch/{found['name']}:cancel", {})
-        return cancelled(_state(found))
+        return cancelled(_job_state(found))
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the job, and its tasks."""
@@ -136,9 +136,9 @@ class BatchBackend(google_jobs.GoogleBackend):
         """The job of this name in any region of the target: one that is not over, else the newest."""
         found = []
         for region in self._places:
-            with suppress(NotThereError):
+            with suppress(GoogleNotFoundError):
                 found.append(self._apis.ask(f"job {name} in {region}", f"GET {self._path(region)}/{name}"))
-        return max(found, key=lambda one: (not _state(one).is_over, _created(one)), default=None)
+        return max(found, key=lambda one: (not _job_state(one).is_over, _created(one)), default=None)
 
     def _known(self, name: str) -> Answer:
         found = self._newest(name)
@@ -148,7 +148,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         return found
 
     def _tasks(self, found: Answer) -> list[Answer]:
-        if _state(found) is State.WAITING:
+        if _job_state(found) is State.WAITING:
             # One that has only just been made has none, not even an empty list.
             return []
         pages = self._apis.pages(f"the tasks of {found['name']}", f"GET batch/{found['name']}/taskGroups/group0/tasks")
@@ -157,7 +157,7 @@ class BatchBackend(google_jobs.GoogleBackend):
     def _delete(self, found: Answer) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
         what, until = f"job {found['name']}", time.monotonic() + BATCH_DELETION_SECONDS
-        with suppress(NotThereError):
+        with suppress(GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
                 self._apis.ask(what, f"DELETE batch/{found['name']}")
             while time.monotonic() < until:
@@ -168,13 +168,13 @@ class BatchBackend(google_jobs.GoogleBackend):
 
 def batch_status(found: Answer, tasks: Sequence[Answer]) -> JobStatus:
     """A job's status from what Batch says about it, and about its tasks if it was asked."""
-    state = _state(found)
-    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _events(task))
+    state = _job_state(found)
+    starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
     code = _failure(tasks) if state is State.FAILED else 0 if state is State.FINISHED else None
     return JobStatus(
         found["name"].rpartition("/")[2],
         state,
-        _message(found, state, code),
+        _batch_message(found, state, code),
         # A code of Batch's own is none of the program.
         code if code is None or code < 256 else None,
         starts,
@@ -188,7 +188,7 @@ def _failure(tasks: Sequence[Answer]) -> int | None:
     """The code with which the job failed: of the slices that failed, that of the one that failed worst."""
     codes = []
     for task in tasks:
-        ends = [event.get("taskExecution", {}).get("exitCode", 0) for event in _events(task)]
+        ends = [event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task)]
         ends = [code for code in ends if code]
         if ends and task["status"].get("state") == "FAILED":
             codes.append(ends[-1])
@@ -200,12 +200,12 @@ def _failure(tasks: Sequence[Answer]) -> int | None:
     return max(codes, key=how_bad, default=None)
 
 
-def _message(found: Answer, state: State, code: int | None) -> str:
+def _batch_message(found: Answer, state: State, code: int | None) -> str:
     if _is_ending(found):
         return "it is being ended"
     if state is State.FAILED and code is not None:
         return f"ended with code {code}: {_RESERVED[code][0] if code in _RESERVED else google_jobs.code_meaning(code)}"
-    events = [str(event.get("description", "")) for event in _events(found)]
+    events = [str(event.get("description", "")) for event in _status_events(found)]
     for event in reversed(events) if state in (State.WAITING, State.FAILED) else ():
         for word, said in _SHORTAGES.items():
             if word in event:
@@ -213,15 +213,15 @@ def _message(found: Answer, state: State, code: int | None) -> str:
     return events[-1] if state is State.FAILED and events else ""
 
 
-def _state(found: Answer) -> State:
-    return _STATES.get(found["status"].get("state", ""), State.WAITING)
+def _job_state(found: Answer) -> State:
+    return _BATCH_STATES.get(found["status"].get("state", ""), State.WAITING)
 
 
 def _is_ending(found: Answer) -> bool:
     return str(found["status"].get("state", "")).endswith("_IN_PROGRESS")
 
 
-def _events(found: Answer) -> list[Answer]:
+def _status_events(found: Answer) -> list[Answer]:
     """Of a job or a task, the oldest first."""
     events: list[Answer] = found["status"].get("statusEvents", [])
     return events

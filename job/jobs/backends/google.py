@@ -34,13 +34,15 @@ CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 _PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
 _STOCK_OUT = re.compile(r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability", re.I)
 _QUOTA = re.compile(r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded", re.I)
-_PERMISSION = re.compile(r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I)
-_REASON_CHARACTERS = 400
+_GOOGLE_PERMISSION = re.compile(
+    r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I
+)
+_LONGEST_REASON = 400
 
 LOG_PAGE_ENTRIES = 1000
 
 
-class NotThereError(MissingInputError):
+class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
 
 
@@ -66,7 +68,7 @@ class GoogleApis:
             query: parameters in the URL.
 
         Raises:
-            NotThereError: 404.
+            GoogleNotFoundError: 404.
             JobError: see `refusal`.
         """
         for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
@@ -106,7 +108,7 @@ class GoogleApis:
             raise refusal(None, _innermost(error), what, self.project) from error
         except GoogleAuthError as error:
             raise NoPermissionError(f"{what}: no usable Google credentials ({_innermost(error)}): {LOGIN}") from error
-        raise refusal(answer.status_code, _reason(answer), what, self.project)
+        raise refusal(answer.status_code, _refusal_text(answer), what, self.project)
 
 
 @cache
@@ -123,12 +125,12 @@ def _authorized_session() -> Any:
 def refusal(status: int | None, reason: str, what: str, project: str) -> JobError:
     """What an API or an operation of it says, as an error that a person can act on; without a status for no answer.
 
-    `NotThereError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine that is out of stock,
+    `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
     `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
     """
     reason = " ".join(reason.split())
-    if len(reason) > _REASON_CHARACTERS:
-        reason = f"{reason[:_REASON_CHARACTERS]}…"
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
     if _STOCK_OUT.search(reason):
         return NoCapacityError(
             f"{what}: there is no such machine now ({reason}): try another zone or region, later, or --on-demand"
@@ -139,11 +141,11 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
             f"{quota_page(project)}; spot machines have their own quota"
         )
     if status == 404:
-        return NotThereError(f"{what} is not there ({reason})")
+        return GoogleNotFoundError(f"{what} is not there ({reason})")
     if status == 401:
         return NoPermissionError(f"{what}: Google does not know who asks ({reason}): {LOGIN}")
     if status == 403 and "rateLimitExceeded" not in reason:
-        found = _PERMISSION.search(reason)
+        found = _GOOGLE_PERMISSION.search(reason)
         permission = f" {found[1] or found[2]}" if found else ""
         return NoPermissionError(
             f"{what}: no permission{permission} ({reason}): have an owner of project {project} grant the account in "
@@ -161,7 +163,7 @@ def quota_page(project: str) -> str:
     return f"https://console.cloud.google.com/iam-admin/quotas?project={project}"
 
 
-def _reason(answer: Any) -> str:
+def _refusal_text(answer: Any) -> str:
     """What a refusal says (cloud.google.com/apis/design/errors, and Compute Engine's words with it)."""
     try:
         error = answer.json()["error"]

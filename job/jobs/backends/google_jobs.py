@@ -32,7 +32,7 @@ LOG_SETTLE_SECONDS = 15.0
 LOG_OVERLAP = timedelta(seconds=30)
 """Entries of several machines do not arrive in the order of their times."""
 _IMAGE = re.compile(r"[a-z0-9][A-Za-z0-9._:/@-]{1,400}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+_CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 _GPU = re.compile(r"nvidia-(?:tesla-)?([a-z0-9-]+?)")
 
 
@@ -166,7 +166,7 @@ def check_google_job(spec: JobSpec, target: GoogleTarget, max_slices: int) -> No
             "us-central1-docker.pkg.dev/PROJECT/ddpm/ddpm:latest"
         )
     for what, word in (*(("an argument", word) for word in spec.argv), *spec.env.items()):
-        if _CONTROL.search(word):
+        if _CONTROL_CHARACTER.search(word):
             raise BadRequestError(f"{what} ({word!r}) has a control character, such as a line break")
 
 

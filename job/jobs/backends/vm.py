@@ -22,7 +22,7 @@ from pathlib import Path
 from job.exits import BucketAwayError, JobError, MissingInputError, retried
 from job.jobs.backends import google, google_jobs
 from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, severity
-from job.jobs.backends.google import Answer, NotThereError, quoted
+from job.jobs.backends.google import Answer, GoogleNotFoundError, quoted
 from job.jobs.backends.machines import Machine, machine_for
 from job.jobs.spec import JobSpec
 from job.jobs.targets import VmTarget
@@ -169,7 +169,7 @@ class VmBackend(google_jobs.GoogleBackend):
         """Deletes machines, by zone and name, and waits until they are gone. Those that are gone already count."""
         operations = []
         for zone, name in names:
-            with suppress(NotThereError):
+            with suppress(GoogleNotFoundError):
                 request = f"DELETE {self._path(zone)}/instances/{name}"
                 operations.append(self._apis.ask(f"machine {name} in {zone}", request))
         self._wait(operations)
@@ -296,8 +296,10 @@ def _instance(spec: JobSpec, target: VmTarget, zone: str, machine: Machine, numb
     script = Path(__file__).with_name("vm_start.sh").read_text(encoding="utf-8")
     metadata = {
         "startup-script": script,
-        "ddpm-words": _lines(_docker_words(spec, machine.gpus, number)),
-        "ddpm-environment": _lines(f"{key}={value}" for key, value in google_jobs.container_variables(spec).items()),
+        "ddpm-words": _one_a_line(_docker_words(spec, machine.gpus, number)),
+        "ddpm-environment": _one_a_line(
+            f"{key}={value}" for key, value in google_jobs.container_variables(spec).items()
+        ),
         "ddpm-image": spec.image,
         "ddpm-gpus": str(machine.gpus),
         "ddpm-labels": json.dumps(labels),
@@ -364,5 +366,5 @@ def _docker_words(spec: JobSpec, gpus: int, number: int) -> list[str]:
     return [*options, spec.image, *spec.argv_of_slice(number)]
 
 
-def _lines(words: Iterable[str]) -> str:
+def _one_a_line(words: Iterable[str]) -> str:
     return "".join(f"{word}\n" for word in words)
