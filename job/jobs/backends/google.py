@@ -27,6 +27,7 @@ API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or says that it is too busy."""
 API_TIMEOUT_SECONDS = 30.0
 HURRIED_TIMEOUT_SECONDS = 4.0
+LOG_PAGE_ENTRIES = 1000
 ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
@@ -38,8 +39,6 @@ _GOOGLE_PERMISSION = re.compile(
     r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I
 )
 _LONGEST_REASON = 400
-
-LOG_PAGE_ENTRIES = 1000
 
 
 class GoogleNotFoundError(MissingInputError):
