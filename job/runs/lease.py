@@ -22,9 +22,8 @@ from job.processes.process_identity import ProcessIdentity
 from job.runs.layout import Kind
 from job.runs.records import utc_now
 from job.sealed import Sealed
-from job.stop import NEVER, Stop
+from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
-from job.store.retry import DEADLINE_SECONDS
 
 LEASE = Kind.LEASE.value
 RENEW_SECONDS = 5.0
@@ -34,6 +33,7 @@ LOOK_SECONDS = 0.5
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
+RETRY_SECONDS = 15.0
 _SWAPS = 5
 
 
@@ -151,9 +151,7 @@ class Lease:
         """Higher than that of everybody who held the run before."""
         self.holder = record.holder
         """Unique to this holder."""
-        # Less than `EXPIRE_SECONDS`: one silent connection must not cost the run. And who stops is still its holder.
-        self._run = run.within(DEADLINE_SECONDS, NEVER)
-        self._record, self._note = record, note
+        self._run, self._record, self._note = run, record, note
         self._uri = run.uri_of(LEASE)
         self._version: str | None = version
         self._confirmed_at = self._began_at = self._ended_at = confirmed_at
@@ -196,7 +194,8 @@ class Lease:
                 if (version := _write(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    return cls(run, record, version, asked, note)
+                    # Less than it takes to expire: a renewal that waits for a bucket that is away comes too late.
+                    return cls(run.within(RETRY_SECONDS), record, version, asked, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
