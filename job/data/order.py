@@ -14,8 +14,6 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from job.exits import BadRequestError
-
 ORDER_VERSION = "feistel-1"
 """Stored with a run: another algorithm would show a resumed run some images twice and others never."""
 
@@ -41,14 +39,6 @@ class Order:
     shard_images: tuple[int, ...]
     seed: int
     block_images: int = 0
-
-    def __post_init__(self) -> None:
-        if not self.shard_images or min(self.shard_images) < 1:
-            raise BadRequestError(f"a data order needs shards that hold images, got {self.shard_images[:8]}")
-        if self.block_images < 0:
-            raise BadRequestError(f"data.shuffle_block_images is {self.block_images}: use 0 for the whole dataset")
-        if not 0 <= self.seed < 2**64:
-            raise BadRequestError(f"train.seed is {self.seed}: use 0 to 2**64 - 1")
 
     @cached_property
     def images(self) -> int:
