@@ -490,9 +490,8 @@ class _InPlace(_Attempt):
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
         self.codecs = codec_versions()
-        if is_remote(self.bucket.uri) and (
-            here := next((tar.uri for tar in self._tars if tar.uri.startswith("/")), "")
-        ):
+        here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
+        if here and is_remote(self.bucket.uri):
             _log.warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
