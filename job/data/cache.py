@@ -188,7 +188,7 @@ class DecodedCache(ImageCache):
         try:
             for shard, path in self._source.fetch(missing):
                 block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
-                self._source.read_into(block, indices, lambda _, path=path: _opened(path))  # type: ignore[misc]
+                self._source.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
                 with os_errors(self._filled_path):
                     os.pwrite(filled, (_IS_FILLED | _crc32c(block)).to_bytes(8, "little"), 8 * shard)
                 if not self._source.is_local:
@@ -257,10 +257,10 @@ class ShardCache(ImageCache):
             if shard not in self._checked:
                 self._source.check(shard, path, self._source.table(shard))
                 self._checked.add(shard)
-            return _opened(path)
+            return _shard_file(path)
         while True:
             with suppress(MissingInputError):
-                file = _opened(self._path(shard))
+                file = _shard_file(self._path(shard))
                 os.utime(file.fileno())
                 return file
             self._fetch([shard])
@@ -349,7 +349,7 @@ class ShardCache(ImageCache):
         super().close()
 
 
-def _opened(path: Path) -> BinaryIO:
+def _shard_file(path: Path) -> BinaryIO:
     with os_errors(path):
         return path.open("rb", buffering=0)
 

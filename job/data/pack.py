@@ -269,7 +269,7 @@ class Journal:
             raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
         with self._creating():
             if rejects:
-                self._dataset.create(REJECTS, _lines(rejects))
+                self._dataset.create(REJECTS, _reject_lines(rejects))
             self._dataset.create(INDEX, index.to_json())
         for entry in self._dataset.list(PACKING):
             self._dataset.delete(entry.key)
@@ -299,7 +299,7 @@ def _entry_key(shard: str) -> str:
     return f"{PACKING}/{shard.removesuffix('.tar')}.json"
 
 
-def _lines(rejects: Iterable[Reject]) -> bytes:
+def _reject_lines(rejects: Iterable[Reject]) -> bytes:
     return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
 
 
@@ -377,7 +377,7 @@ class _Attempt(abc.ABC):
             source_sha256=self.source_sha256,
             codecs=self.codecs,
             rejected_images=len(rejects),
-            rejects_sha256=hashlib.sha256(_lines(rejects)).hexdigest() if rejects else "",
+            rejects_sha256=hashlib.sha256(_reject_lines(rejects)).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
 

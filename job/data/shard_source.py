@@ -68,8 +68,8 @@ class ShardSource:
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
-        folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
-        self._foreign = {folder: open_store(folder, bucket.retry.elsewhere()) for folder in folders}
+        retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        self._foreign = {folder: open_store(folder, retry) for folder in folders}
         self.decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"
@@ -95,7 +95,9 @@ class ShardSource:
             if path.exists() and path.stat().st_size == int(self.starts[-1]) * OFFSETS_DTYPE.itemsize:
                 records = np.memmap(path, OFFSETS_DTYPE, mode="r")
                 tables = (records[first:last] for first, last in pairwise(self.starts))
-                if all(_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)):
+                if all(
+                    _table_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)
+                ):
                     return np.asarray(records)
             with temporary_beside(path) as (temporary, file):
                 for table in self._ahead(self.read_table, range(len(shards))):
@@ -117,7 +119,7 @@ class ShardSource:
         packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
         uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
-        if _sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
+        if _table_sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
             raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
         table = np.frombuffer(data, OFFSETS_DTYPE)
         offsets, labels = table["offset"], table["label"]
@@ -332,5 +334,5 @@ def _decode_foreign(recipe: Recipe, encoded: bytes) -> Uint8s:
         raise BadDataError(f"it {error}") from None
 
 
-def _sha256(data: bytes | np.ndarray) -> str:
+def _table_sha256(data: bytes | np.ndarray) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
