@@ -10,7 +10,7 @@ import abc
 import mmap
 import os
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from itertools import islice
 from pathlib import Path
@@ -30,7 +30,6 @@ from job.store import Store
 from job.store.files import crc32c_of, os_errors
 
 _IS_FILLED = 1 << 32
-_READ_AT_A_TIME = 4096
 
 
 def default_cache_dir() -> Path:
@@ -188,11 +187,8 @@ class DecodedCache(ImageCache):
             filled = os.open(self._filled_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             for shard, path in self._source.fetch(missing):
-                block = self._block(images, shard)
-                with os_errors(path), path.open("rb") as file:
-                    for start in range(0, len(block), _READ_AT_A_TIME):
-                        rows = np.arange(start, min(start + _READ_AT_A_TIME, len(block)))
-                        self._source.finish(self._source.begin_read(shard, rows, file, block, rows))
+                block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
+                self._source.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
                 with os_errors(self._filled_path):
                     os.pwrite(filled, (_IS_FILLED | _crc32c(block)).to_bytes(8, "little"), 8 * shard)
                 if not self._source.is_local:
@@ -236,66 +232,43 @@ class ShardCache(ImageCache):
             self._folder.mkdir(exist_ok=True)
         # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
-        self._verified: set[int] = set()
+        self._checked: set[int] = set()
         self._block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        shards = np.searchsorted(self._source.starts, indices, side="right") - 1
         try:
-            self._read_from(shards, indices, out)
+            self._source.read_into(out, indices, self._open)
         except BadDataError:
-            # A shard that has rotted on this disk since it was verified is the bucket's no longer: fetch it anew.
-            if not [shard for shard in np.unique(shards).tolist() if self._drop_if_rotten(shard)]:
+            # A shard that has rotted on this disk since it was fetched is the bucket's no longer: fetch it anew.
+            shards = np.unique(np.searchsorted(self._source.starts, indices, side="right") - 1).tolist()
+            rotten = [shard for shard in shards if not self._is_intact(shard)]
+            if not rotten:
                 raise
-            self._read_from(shards, indices, out)
-
-    def _read_from(self, shards: Int64s, indices: Int64s, out: Uint8s) -> None:
-        decoding: list[Future[None]] = []
-        try:
-            for shard in np.unique(shards).tolist():
-                (places,) = np.nonzero(shards == shard)
-                with self._open(shard) as file:
-                    rows = indices[places] - self._source.starts[shard]
-                    decoding += self._source.begin_read(shard, rows, file, out, places)
-        finally:
-            self._source.finish(decoding)
+            for shard in rotten:
+                self._path(shard).unlink(missing_ok=True)
+            self._source.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:
-        """A shard's file, fetched if it is not here; checked by each process before it first reads from it."""
-        source, is_verified = self._source, shard in self._verified
-        self._verified.add(shard)
-        if source.is_local:
-            path = source.local_path(shard)
-            if not is_verified:
-                source.check(shard, path, source.table(shard))
-            with os_errors(path):
-                return path.open("rb", buffering=0)
-        path = self._path(shard)
-        if not is_verified:
-            self._drop_if_rotten(shard)
-        with os_errors(path):
-            while True:
-                with suppress(FileNotFoundError):
-                    file = path.open("rb", buffering=0)
-                    os.utime(file.fileno())
-                    return file
-                self._fetch([shard])
-
-    def _drop_if_rotten(self, shard: int) -> bool:
-        if self._source.is_local or self._is_intact(shard):
-            return False
-        with self._source.lock():
-            # Another process may have put a good one in its place.
-            if not self._is_intact(shard):
-                self._path(shard).unlink()
-        return True
+        """A shard's file, fetched if it is not here; each image that is read from it is compared with its checksum."""
+        if self._source.is_local:
+            path = self._source.local_path(shard)
+            if shard not in self._checked:
+                self._source.check(shard, path, self._source.table(shard))
+                self._checked.add(shard)
+            return _shard_file(path)
+        while True:
+            with suppress(MissingInputError):
+                file = _shard_file(self._path(shard))
+                os.utime(file.fileno())
+                return file
+            self._fetch([shard])
 
     def _is_intact(self, shard: int) -> bool:
         """Whether a file still holds the shard that was once verified, at the speed of CRC-32C."""
         # One that is not there is not rotten; it may be evicted at any time.
-        with suppress(MissingInputError), os_errors(self._path(shard)), self._path(shard).open("rb") as file:
+        with suppress(FileNotFoundError), self._path(shard).open("rb") as file:
             return f"{crc32c_of(file):08x}" == self.index.shards[shard].crc32c
         return True
 
@@ -310,7 +283,6 @@ class ShardCache(ImageCache):
                 self._make_room(missing)
                 for shard, path in self._source.fetch(missing):
                     path.replace(self._path(shard))
-                    self._verified.add(shard)
 
     def _make_room(self, missing: list[int]) -> None:
         """Evicts shards, those that are not due and were not read for longest first, until `missing` fit the budget."""
@@ -375,6 +347,11 @@ class ShardCache(ImageCache):
         self._due = ()
         self._prefetcher.shutdown(cancel_futures=True)
         super().close()
+
+
+def _shard_file(path: Path) -> BinaryIO:
+    with os_errors(path):
+        return path.open("rb", buffering=0)
 
 
 def _crc32c(pixels: Uint8s) -> int:

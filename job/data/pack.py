@@ -21,6 +21,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -34,9 +35,7 @@ from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, prepare, prepared_pixels
 from job.data.shards import (
-    CONTACT_SHEET,
     INDEX,
-    OFFSETS_DTYPE,
     PACKING,
     REJECTS,
     SHARD_BYTES,
@@ -231,21 +230,17 @@ class Journal:
         self._deleting = deleting(bucket, key)
         self._parameters = json.dumps(parameters, indent=1, sort_keys=True).encode()
         self.parameters_sha256 = hashlib.sha256(self._parameters).hexdigest()
-        self._create(_PARAMETERS, self._parameters)
+        with self._creating():
+            self._dataset.create(_PARAMETERS, self._parameters)
 
     def vouched(self) -> Iterator[PackedShard]:
-        """The shards that are there whole, from the first one on."""
-        sizes = {entry.key: entry.size_bytes for entry in self._dataset.list()}
+        """The shards that are there, from the first one on."""
         for number in count():
             try:
                 entry = PackedShard.load(self._dataset, _entry_key(shard_name(number)))
             except (ObjectMissingError, BadDataError):
                 return
-            shard = entry.shard
-            is_there = sizes.get(shard.offsets_name) == shard.images * OFFSETS_DTYPE.itemsize and (
-                shard.uri or sizes.get(shard.name) == shard.bytes
-            )
-            if entry.parameters_sha256 != self.parameters_sha256 or not is_there:
+            if entry.parameters_sha256 != self.parameters_sha256:
                 return
             yield entry
 
@@ -256,17 +251,15 @@ class Journal:
             BadRequestError: something else lies in its place.
         """
         shard = made.entry.shard
-        if made.tar is not None:
-            try:
+        with self._creating():
+            if made.tar is not None:
                 self._dataset.upload(made.tar, shard.name)
-            except ObjectExistsError:
-                raise self.is_otherwise() from None
-            made.tar.unlink()
-        self._create(shard.offsets_name, made.offsets)
-        self._create(_entry_key(shard.name), made.entry.to_json())
+                made.tar.unlink()
+            self._dataset.create(shard.offsets_name, made.offsets)
+            self._dataset.create(_entry_key(shard.name), made.entry.to_json())
 
     def commit(self, index: DatasetIndex, rejects: Sequence[Reject]) -> None:
-        """Creates the index, which makes the dataset exist, and clears away what does not belong to it.
+        """Creates the index, which makes the dataset exist, and clears the journal away.
 
         Raises:
             BadRequestError: something else lies in its place, or somebody has deleted what was packed.
@@ -274,14 +267,12 @@ class Journal:
         # An equal attempt that was faster has cleared the journal away, and its index is the same.
         if not self._is_in_charge() and not self._dataset.exists(INDEX):
             raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
-        if rejects:
-            self._create(REJECTS, _lines(rejects))
-        self._create(INDEX, index.to_json())
-        belonging = {INDEX, REJECTS, CONTACT_SHEET}
-        belonging.update(name for shard in index.shards for name in (shard.name, shard.offsets_name))
-        for entry in self._dataset.list():
-            if entry.key not in belonging:
-                self._dataset.delete(entry.key)
+        with self._creating():
+            if rejects:
+                self._dataset.create(REJECTS, _reject_lines(rejects))
+            self._dataset.create(INDEX, index.to_json())
+        for entry in self._dataset.list(PACKING):
+            self._dataset.delete(entry.key)
 
     def is_otherwise(self, why: str = "") -> BadRequestError:
         """The error that something else lies here."""
@@ -290,9 +281,10 @@ class Journal:
             f"{self._dataset.uri} {why}: choose another name, or {self._deleting} and type this command again"
         )
 
-    def _create(self, key: str, data: bytes) -> None:
+    @contextmanager
+    def _creating(self) -> Iterator[None]:
         try:
-            self._dataset.create(key, data)
+            yield
         except ObjectExistsError:
             raise self.is_otherwise() from None
 
@@ -307,7 +299,7 @@ def _entry_key(shard: str) -> str:
     return f"{PACKING}/{shard.removesuffix('.tar')}.json"
 
 
-def _lines(rejects: Iterable[Reject]) -> bytes:
+def _reject_lines(rejects: Iterable[Reject]) -> bytes:
     return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
 
 
@@ -338,6 +330,9 @@ class _Attempt(abc.ABC):
 
     where: str = ""
     """What is packed, for messages."""
+    source: str = ""
+    source_sha256: str = ""
+    codecs: str = ""
     classes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -367,11 +362,8 @@ class _Attempt(abc.ABC):
     @abc.abstractmethod
     def _check(self, sample: Sample) -> _Checked: ...
 
-    @abc.abstractmethod
     def index(self) -> DatasetIndex:
         """What is to be committed."""
-
-    def _index(self, source: str, source_sha256: str, codecs: str = "") -> DatasetIndex:
         rejects = self.rejects
         return DatasetIndex(
             name=self.request.name,
@@ -381,11 +373,11 @@ class _Attempt(abc.ABC):
             crop=self.recipe.crop,
             resize_filter=self.recipe.resize_filter,
             licence=self.request.licence,
-            source=source,
-            source_sha256=source_sha256,
-            codecs=codecs,
+            source=self.source,
+            source_sha256=self.source_sha256,
+            codecs=self.codecs,
             rejected_images=len(rejects),
-            rejects_sha256=hashlib.sha256(_lines(rejects)).hexdigest() if rejects else "",
+            rejects_sha256=hashlib.sha256(_reject_lines(rejects)).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
 
@@ -426,7 +418,7 @@ class _Copying(_Attempt):
 
     def _survey(self) -> dict[str, Any]:
         self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
-        self.where = self._source.where
+        self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
             _log.warning(remark)
@@ -452,6 +444,7 @@ class _Copying(_Attempt):
                     writer = None
         if writer is not None:
             yield self._closed(writer)
+        self.source_sha256 = self._sha256.hexdigest()
         if not self.packed:
             raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
 
@@ -488,9 +481,6 @@ class _Copying(_Attempt):
         entry = self._finished(shard, read_images=self._read_images, source_sha256=self._sha256.hexdigest())
         return _Made(entry, offsets, writer.path)
 
-    def index(self) -> DatasetIndex:
-        return self._index(self._source.name, self._sha256.hexdigest())
-
 
 class _InPlace(_Attempt):
     """Tars are described where they lie, each as a shard."""
@@ -498,10 +488,10 @@ class _InPlace(_Attempt):
     def _survey(self) -> dict[str, Any]:
         self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
-        self.where = first if not others else f"{first} and {others} more"
-        if is_remote(self.bucket.uri) and (
-            here := next((tar.uri for tar in self._tars if tar.uri.startswith("/")), "")
-        ):
+        self.where = self.source = f"{first} and {others} more" if others else first
+        self.codecs = codec_versions()
+        here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
+        if here and is_remote(self.bucket.uri):
             _log.warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
@@ -539,6 +529,7 @@ class _InPlace(_Attempt):
                 "from 0 without large gaps; mend it, or index with --no-classes"
             )
         self.classes = tuple(map(str, range(highest_label + 1)))
+        self.source_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
 
     def _first_has_a_class(self) -> bool:
         samples = (sample for tar in self._tars for sample in tar.samples())
@@ -554,7 +545,3 @@ class _InPlace(_Attempt):
             return _Checked(sample.name, str(error))
         record = (sample.offset, len(sample.content), label, google_crc32c.value(sample.content))
         return _Checked(sample.name, record=record)
-
-    def index(self) -> DatasetIndex:
-        tars_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
-        return self._index(self.where, tars_sha256, codec_versions())

@@ -9,8 +9,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
@@ -34,8 +34,8 @@ Fetched = TypeVar("Fetched")
 
 DOWNLOADS = 4
 CHOOSERS = 8
-"""Shards from which chosen images are read at a time."""
-_DECODED_AT_A_TIME = 32
+"""Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
+_READ_AT_A_TIME = 32
 _log = logging.getLogger(__name__)
 
 
@@ -68,8 +68,8 @@ class ShardSource:
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
-        folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
-        self._foreign = {folder: open_store(folder, bucket.retry.elsewhere()) for folder in folders}
+        retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        self._foreign = {folder: open_store(folder, retry) for folder in folders}
         self.decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"
@@ -95,7 +95,9 @@ class ShardSource:
             if path.exists() and path.stat().st_size == int(self.starts[-1]) * OFFSETS_DTYPE.itemsize:
                 records = np.memmap(path, OFFSETS_DTYPE, mode="r")
                 tables = (records[first:last] for first, last in pairwise(self.starts))
-                if all(_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)):
+                if all(
+                    _table_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)
+                ):
                     return np.asarray(records)
             with temporary_beside(path) as (temporary, file):
                 for table in self._ahead(self.read_table, range(len(shards))):
@@ -117,7 +119,7 @@ class ShardSource:
         packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
         uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
-        if _sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
+        if _table_sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
             raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
         table = np.frombuffer(data, OFFSETS_DTYPE)
         offsets, labels = table["offset"], table["label"]
@@ -196,59 +198,47 @@ class ShardSource:
             f"{self.uri(shard)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
         )
 
-    def begin_read(self, shard: int, rows: Int64s, file: BinaryIO, out: Uint8s, places: Int64s) -> list[Future[None]]:
-        """Reads images `rows` (within the shard) from its open file, and begins to decode them.
+    def read_into(
+        self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
+    ) -> None:
+        """Reads images `indices` and decodes them, a few at a time in each thread.
 
         Args:
-            shard: its number.
-            rows: int64 [b].
-            file: the shard, in whatever place.
-            out: uint8 [., H, W, C]; the images go to `out[places]`.
-            places: int64 [b].
-
-        Returns:
-            Work to pass to `finish`, which raises `BadDataError` for an image that is damaged or of another size.
+            out: uint8 [b, H, W, C].
+            indices: int64 [b].
+            open_shard: opens the file of a shard; called in the threads.
 
         Raises:
-            BadDataError: one is not the image that was packed.
-        """
-        contents = []
-        for row, (offset, size_bytes, _, checksum) in zip(rows, self.table(shard)[rows].tolist(), strict=True):
-            file.seek(offset)
-            contents.append(file.read(size_bytes))
-            if google_crc32c.value(contents[-1]) != checksum:
-                image = self._image(shard, row)
-                raise BadDataError(f"{image} is not as it was {self._made}: restore it, or {self._anew}")
-
-        def decode_some(part: slice) -> None:
-            for row, content, place in zip(rows[part], contents[part], places[part], strict=True):
-                try:
-                    out[place] = self.decode_image(content)
-                except BadDataError as error:
-                    raise BadDataError(f"{self._image(shard, row)}: {error}: {self._anew}") from None
-
-        starts = range(0, len(rows), _DECODED_AT_A_TIME)
-        return [self._decoders.submit(decode_some, slice(start, start + _DECODED_AT_A_TIME)) for start in starts]
-
-    def finish(self, futures: Iterable[Future[None]]) -> None:
-        """Waits for decoding; at the first failure cancels what has not begun, waits for what has, and raises that.
-
-        Raises:
+            BadDataError: an image is not the one that was packed, or damaged, or of another size.
             StoppedError: this process is to stop.
         """
-        pending = set(futures)
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+
+        def read_some(part: tuple[int, Int64s]) -> None:
+            shard, places = part
+            with open_shard(shard) as file:
+                for place, row in zip(places.tolist(), (indices[places] - self.starts[shard]).tolist(), strict=True):
+                    out[place] = self._read_image(shard, row, file)
+
+        def parts() -> Iterator[tuple[int, Int64s]]:
+            for shard in np.unique(shards).tolist():
+                places = np.flatnonzero(shards == shard)
+                for start in range(0, len(places), _READ_AT_A_TIME):
+                    yield shard, places[start : start + _READ_AT_A_TIME]
+
+        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.stop, self.doing):
+            pass
+
+    def _read_image(self, shard: int, row: int, file: BinaryIO) -> Uint8s:
+        offset, size_bytes, _, checksum = self.table(shard)[row].tolist()
+        file.seek(offset)
+        encoded, image = file.read(size_bytes), f"{self.uri(shard)}, image {row} (at byte {offset})"
+        if google_crc32c.value(encoded) != checksum:
+            raise BadDataError(f"{image} is not as it was {self._made}: restore it, or {self._anew}")
         try:
-            while pending:
-                done, pending = wait(pending, timeout=STOP_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                if pending:
-                    self.stop.check(self.doing)
-        finally:
-            # Nothing may write into an array that somebody uses again.
-            for future in pending:
-                future.cancel()
-            wait(pending)
+            return self.decode_image(encoded)
+        except BadDataError as error:
+            raise BadDataError(f"{image}: {error}: {self._anew}") from None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -259,14 +249,15 @@ class ShardSource:
         """
         path = self.folder / "lock"
         with os_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            while not _locked(descriptor):
+            file = path.open("ab")
+        with file:
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 self.stop.check(self.doing)
                 time.sleep(STOP_POLL_SECONDS)
             yield
-        finally:
-            os.close(descriptor)
 
     def close(self) -> None:
         """Ends the decoding threads."""
@@ -280,9 +271,6 @@ class ShardSource:
             # A download cannot be cut short; a process that must stop does not wait for it.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _image(self, shard: int, row: int) -> str:
-        return f"{self.uri(shard)}, image {row} (at byte {self.table(shard)[row]['offset']})"
-
 
 class ChosenImages:
     """The labels of a dataset, and a few of its images for a person to look at, without fetching whole shards."""
@@ -293,7 +281,7 @@ class ChosenImages:
         Raises:
             BadDataError: a table is not as it was packed.
         """
-        self._source = ShardSource(bucket, key, index, cache_dir / index.dataset_id)
+        self._source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=CHOOSERS)
         self.labels: npt.NDArray[np.int32] = np.asarray(self._source.records["label"])
         """Of all images, int32 [N]; -1 where there are no classes."""
 
@@ -303,19 +291,13 @@ class ChosenImages:
         Raises:
             BadDataError: one is not as it was packed; the message names it.
         """
-        source = self._source
-        out = np.empty((len(indices), *source.image_shape), np.uint8)
-        shards = np.searchsorted(source.starts, indices, "right") - 1
-
-        def read_from(shard: int) -> None:
-            places = np.flatnonzero(shards == shard)
-            store, name = source.place(shard)
-            with store.open(name) as file:
-                source.finish(source.begin_read(shard, indices[places] - source.starts[shard], file, out, places))
-
-        with ThreadPoolExecutor(CHOOSERS, "read") as pool:
-            list(pool.map(read_from, np.unique(shards).tolist()))
+        out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+        self._source.read_into(out, indices, self._open)
         return out
+
+    def _open(self, shard: int) -> BinaryIO:
+        store, key = self._source.place(shard)
+        return store.open(key)
 
 
 def image_decoder(index: DatasetIndex, where: str) -> Callable[[bytes], Uint8s]:
@@ -352,13 +334,5 @@ def _decode_foreign(recipe: Recipe, encoded: bytes) -> Uint8s:
         raise BadDataError(f"it {error}") from None
 
 
-def _sha256(data: bytes | np.ndarray) -> str:
+def _table_sha256(data: bytes | np.ndarray) -> str:
     return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

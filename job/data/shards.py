@@ -43,7 +43,7 @@ OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"),
 Record = tuple[int, int, int, int]
 """A row of such a table."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 TAR_URI = r"(/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]"
 """A regular expression of what an index may say of where a tar lies."""
@@ -220,7 +220,7 @@ def validated_dataset_name(name: str) -> str:
     Raises:
         BadRequestError: it cannot.
     """
-    if not _NAME.fullmatch(name):
+    if not _DATASET_NAME.fullmatch(name):
         raise BadRequestError(
             f"{name!r} cannot be a dataset's name: use 1 to 63 lower-case letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"

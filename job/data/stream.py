@@ -76,7 +76,7 @@ def stream_batches(
         first = first_image
         for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
             cache.prefetch(order, first)
-            yield _load(cache, first, indices, numbers, pin_memory, with_labels)
+            yield _loaded_batch(cache, first, indices, numbers, pin_memory, with_labels)
             first += batch_size_images
 
     return BatchStream(read(), max(2, prefetch_batches), stop)
@@ -160,7 +160,7 @@ def _slots(
         first += count * batch_size
 
 
-def _load(
+def _loaded_batch(
     cache: ImageCache, first_image: int, indices: Int64s, numbers: Int64s, pin_memory: bool, with_labels: bool
 ) -> LoadedBatch:
     size, channels = cache.index.size, cache.index.channels

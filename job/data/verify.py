@@ -43,7 +43,12 @@ def verify_dataset(
     """
     index = load_index(bucket, key)
     dataset = bucket.sub(key)
-    problems = _rejects(dataset, index) + _others(dataset, index)
+    problems = _others(dataset, index)
+    if index.rejected_images:
+        uri = dataset.uri_of(REJECTS)
+        with _noting(problems, uri):
+            if hashlib.sha256(dataset.read(REJECTS).data).hexdigest() != index.rejects_sha256:
+                problems.append(f"{uri} is not what was packed: restore it, or pack the dataset anew")
     checked_images = 0
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
@@ -97,18 +102,6 @@ def _images(
         return ""
 
     return in_order(workers, check, range(len(table)), _IMAGES_AHEAD)
-
-
-def _rejects(dataset: Store, index: DatasetIndex) -> list[str]:
-    if not index.rejected_images:
-        return []
-    try:
-        sha256 = hashlib.sha256(dataset.read(REJECTS).data).hexdigest()
-    except ObjectMissingError:
-        return [f"{dataset.uri_of(REJECTS)} is missing"]
-    if sha256 != index.rejects_sha256:
-        return [f"{dataset.uri_of(REJECTS)} has sha256 {sha256} instead of {index.rejects_sha256}"]
-    return []
 
 
 def _others(dataset: Store, index: DatasetIndex) -> list[str]:
