@@ -110,7 +110,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
     images = ChosenImages(bucket, key, index, default_cache_dir())
     labels = images.labels
-    print(describe(index, bucket))
+    print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     chosen = _spread(labels, len(index.classes))
@@ -166,7 +166,7 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
     print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
-def describe(index: DatasetIndex, bucket: Store) -> str:
+def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """A dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards)} shards"
     kind = "grey" if index.channels == 1 else "colour"

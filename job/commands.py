@@ -51,7 +51,7 @@ def train_command(
     """
     request = request.check()
     here = Group(1) if is_rank() else Group.of(1)
-    with _command(request.bucket, stop_after, here.node, here.nodes) as stop:
+    with _command_on(request.bucket, stop_after, here.node, here.nodes) as stop:
         _listen(stop)
         plan = plan_run(request, stop)
         # A rank must not ask a process of its own how many GPUs there are.
@@ -85,7 +85,7 @@ def sample_command(
         SystemExit: the ranks ended with another code than 0.
     """
     request = request.check()
-    with _command(request.bucket, stop_after, *request.slice_of) as stop:
+    with _command_on(request.bucket, stop_after, *request.slice_of) as stop:
         _listen(stop)
         plan = plan_sampling(request, stop)
         if is_rank():
@@ -104,7 +104,7 @@ def sample_command(
 
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
-    from job.catalog import describe
+    from job.catalog import describe_dataset
     from job.data.pack import pack
 
     request = request.check()
@@ -113,7 +113,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
             note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
         request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
-    with _command(bucket_uri, stop_after) as stop, Progress(f"{title} {request.name}", unit=unit) as bar:
+    with _command_on(bucket_uri, stop_after) as stop, Progress(f"{title} {request.name}", unit=unit) as bar:
         stop.install()
 
         def progress(done: int, total: int, images: int) -> None:
@@ -121,7 +121,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
 
         bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
         index = pack(bucket, request, stop=stop, progress=progress)
-    print(describe(index, bucket))
+    print(describe_dataset(index, bucket))
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
@@ -139,7 +139,7 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
 
 
 @contextmanager
-def _command(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
+def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
     """What all commands share: a deadline, and a bucket that learns how it ends."""
     with deadline(stop_after), outcome_written(bucket_uri, machine, machines):
         stop = Stop()

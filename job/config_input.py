@@ -108,7 +108,7 @@ def known_keys() -> list[str]:
     return list(RunConfig().flat())
 
 
-def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:
+def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
     keys = known_keys()
     for key in flat:
         if key not in keys:
@@ -136,7 +136,7 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
             flat[key.strip()] = parse_yaml(text)
         except yaml.YAMLError:
             raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
-    return _checked(flat, "--set")
+    return _only_known(flat, "--set")
 
 
 def read_config_file(path: Path | None) -> dict[str, Any]:
@@ -159,12 +159,12 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
         raise BadConfigError(
             f"--config {path} is longer than {_MAX_CONFIG_CHARACTERS:,} characters: is it the right file?"
         )
-    return _checked(flatten(_load_yaml(text, str(path))), str(path))
+    return _only_known(flatten(_load_yaml(text, str(path))), str(path))
 
 
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
     base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
-    config = validated({**_checked(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
+    config = validated({**_only_known(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
     check_shape(config)
     return config

@@ -14,7 +14,7 @@ from job.runs.records import Attempt
 from job.session import TrainingSession
 from job.stop import NEVER, Stop
 
-_LAST_SECONDS = 0.5
+_EXIT_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
@@ -65,7 +65,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
             session.finish()
     finally:
         if lease is not None:
-            lease.close(stop.seconds_left() - _LAST_SECONDS)
+            lease.close(stop.seconds_left() - _EXIT_SECONDS)
     ranks.accelerator.end_training()
     return plan
 

@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
+DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
 Crop = Annotated[
     str,
     typer.Option("--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
@@ -47,7 +47,7 @@ def pack(
             help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample.",
         ),
     ],
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
@@ -84,7 +84,7 @@ def index(
             show_default=False,
         ),
     ],
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
@@ -115,7 +115,7 @@ def index(
 
 @app.command()
 def ensure(
-    name: Name,
+    name: DatasetName,
     source: Annotated[
         str, typer.Option("--source", metavar="SOURCE", help="What to pack if the dataset is not there.")
     ] = "",
@@ -151,7 +151,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 @app.command()
 def show(
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     output: Annotated[
         Path | None,
@@ -171,7 +171,7 @@ def show(
 
 
 @app.command()
-def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
+def verify(name: DatasetName, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
     """Check every hash and image of a dataset; names each bad object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
@@ -183,7 +183,7 @@ def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> No
 
 @app.command()
 def delete(
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
     bucket: Bucket = DEFAULT_BUCKET,

@@ -47,7 +47,7 @@ LARGEST_PIECE_IMAGES = 256
 """What a process that is killed has drawn in vain is at most two of these: one on its way, one half drawn."""
 MOST_PIECES = 100_000
 TRANSFERS = 16
-POLL_SECONDS = 0.05
+ARRIVAL_POLL_SECONDS = 0.05
 
 
 def piece_images(count: int) -> int:
@@ -286,7 +286,7 @@ class PieceWriter:
         while not pending.done():
             if self._stop() and self._stop.seconds_left_to_save() <= 0:
                 raise StoppedError("stopped before the last piece was in the bucket")
-            wait([pending], POLL_SECONDS)
+            wait([pending], ARRIVAL_POLL_SECONDS)
         self.made_images += pending.result()
 
 
