@@ -10,10 +10,10 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
+from job.jobs.backends.kubernetes_credentials import configuration
 
 from job.exits import BadConfigError, Exit, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.backends.kubernetes_credentials import configuration
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
