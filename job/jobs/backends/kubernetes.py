@@ -168,7 +168,7 @@ class KubernetesBackend(Backend):
         job, pods = found[0][1], self._pods(name)
         events, parts = [], []
         if is_over(job):
-            parts = self._api.all_with(JOB, f"{JOB_SET_LABEL}={name}") if found[0][0] == JOB_SET else []
+            parts = self._api.all_with(JOB, f"{JOB_SET_LABEL}={name}")
         elif not pods or is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
@@ -198,10 +198,10 @@ def _require_queue(api: ClusterApi, target: KubernetesTarget) -> str:
     if not target.queue:
         return "none is set"
     if not any(api.get(kind, target.queue) for kind in LOCAL_QUEUES):
+        where, look = f"in namespace {target.namespace!r}", f"`kubectl -n {target.namespace} get localqueues`"
         raise MissingInputError(
-            f"there is no LocalQueue {target.queue!r} in namespace {target.namespace!r}; `kubectl -n "
-            f"{target.namespace} get localqueues` shows those there are, once Kueue is installed: "
-            f"{_INSTALL.format('kueue')}"
+            f"there is no LocalQueue {target.queue!r} {where}: {look} shows those there are, once Kueue is installed "
+            f"({_INSTALL.format('kueue')})"
         )
     return f"{target.queue} is there"
 

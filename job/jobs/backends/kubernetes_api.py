@@ -164,16 +164,18 @@ class ClusterApi:
         import urllib3
         from kubernetes import client
 
-        method = getattr(getattr(client, api)(self._client), call)
         options = {"_request_timeout": self._timeout} | options
         for delay in (*self._delays, None):
             try:
-                return method(*words, **options)
+                return getattr(getattr(client, api)(self._client), call)(*words, **options)
             except client.ApiException as error:
                 # Status 0 is how some versions of the client tell that TLS failed.
                 if error.status and error.status not in _BUSY_STATUSES:
                     raise self._refusal(error) from None
                 said = f"answers {error.status or 'nothing'}: {_said_by(error)}"
+            except ValueError:
+                # The error's own words may hold a token.
+                raise BadConfigError("the kubeconfig has an address, a proxy or a token that is not valid") from None
             except urllib3.exceptions.HTTPError as error:
                 said = f"does not answer: {error}"
             if delay is not None:

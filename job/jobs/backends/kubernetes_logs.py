@@ -94,9 +94,9 @@ class Follower:
 
     def _read(self, uid: str, pod: Manifest) -> None:
         last = ""
-        while not self._stopped.is_set() and uid in self._pods:
+        while not self._stopped.is_set() and (now := self._pods.get(uid)) is not None:
             # Once more after the end: the last lines may have come after a connection broke off.
-            is_last = has_ended(self._pods[uid])
+            is_last = has_ended(now)
             try:
                 # A connection that is made anew begins with what is known already.
                 lines = dropwhile(partial(_is_known, last), self._api.log(pod["metadata"]["name"], follow=True))

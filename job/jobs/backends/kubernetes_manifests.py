@@ -42,6 +42,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"
 CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 """Of a node whose size is not known; a job without GPUs asks for as much as one with a single one."""
+MOUNTS = {"dshm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}  # noqa: S108 -- the container's own
 TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
 """For /tmp, and for what the program prints, which counts as the container's disk, too."""
 LONGEST_POD_NAME = 63
@@ -227,11 +228,7 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "securityContext": rights,
         # The last lines of the program are in the status then, also when its output is gone.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [
-            {"name": "dshm", "mountPath": "/dev/shm"},  # noqa: S108 -- the container's own
-            {"name": "scratch", "mountPath": "/scratch"},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
-        ],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in MOUNTS.items()],
     }
 
 

@@ -75,7 +75,7 @@ def test_a_queue_must_be_there_before_the_job(server):
     backend.submit(spec())
     backend.cancel(NAME)
     del server.served["kueue.x-k8s.io/v1beta1"]
-    with pytest.raises(MissingInputError, match=r"once Kueue is installed: kubectl apply"):
+    with pytest.raises(MissingInputError, match=r"once Kueue is installed .kubectl apply"):
         backend.submit(spec())
 
 

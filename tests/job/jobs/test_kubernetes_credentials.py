@@ -76,6 +76,9 @@ def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_pa
         write(text)
         with pytest.raises(BadConfigError, match=r"^the kubeconfig .* cannot be used: [^\n]+$"):
             asked()
+    write(server.kubeconfig(token="two\nlines"))
+    with pytest.raises(BadConfigError, match=r"a token that is not valid$"):
+        asked()
     write(server.kubeconfig(token="wrong"))
     with pytest.raises(NoPermissionError, match="sign in again"):
         asked()

@@ -133,15 +133,9 @@ def test_what_no_schema_sees(case):
     assert {name: limits[name] for name in requests} == requests, "other pods could take the node from under it"
     assert set(limits) == {"cpu", "memory", "ephemeral-storage", "nvidia.com/gpu"}
     assert all("sizeLimit" in volume["emptyDir"] for volume in pod["volumes"]), "it could fill the node"
-    mounts = {mount["name"]: mount["mountPath"] for mount in container["volumeMounts"]}
-    assert mounts == {"dshm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}
-    assert [volume["name"] for volume in pod["volumes"]] == [*mounts]
-    for name in ("HOME", "TMPDIR", "XDG_CACHE_HOME", "DDPM_CACHE", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"):
-        assert variables_of(made)[name].startswith(("/tmp", "/scratch")), name
-    assert job["activeDeadlineSeconds"] > 0 and made["spec"]["ttlSecondsAfterFinished"] > 0
-    labels = {name: made["metadata"]["labels"][name] for name in ("app", "ddpm-job", "ddpm-verb")}
-    assert labels.items() <= job["template"]["metadata"]["labels"].items(), "by which pods are found"
-    assert container["securityContext"]["readOnlyRootFilesystem"] and pod["securityContext"]["runAsNonRoot"]
+    assert [volume["name"] for volume in pod["volumes"]] == [mount["name"] for mount in container["volumeMounts"]]
+    for label in ("app", "ddpm-job"):
+        assert made["metadata"]["labels"][label] == job["template"]["metadata"]["labels"][label]
     assert "command" not in container, "the entry point of the image is the program, and no shell"
     # Kubernetes fills in only what stands before.
     names = [entry["name"] for entry in container["env"]]
@@ -179,14 +173,13 @@ SPOT, GPU_TYPE = "cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator"
 
 
 def test_where_a_job_runs():
-    pod = pod_of(manifest(spec(), TARGET))
-    assert pod["nodeSelector"] == {GPU_TYPE: "nvidia-l4", SPOT: "true"} and "affinity" not in pod
-    assert {toleration["key"] for toleration in pod["tolerations"]} == {SPOT, "nvidia.com/gpu"}
-    on_demand = pod_of(manifest(spec(spot=False), TARGET))
-    assert SPOT not in str(on_demand["nodeSelector"]) + str(on_demand["tolerations"])
-    assert {"key": SPOT, "operator": "NotIn", "values": ["true"]} in on_demand["affinity"]["nodeAffinity"][
-        "requiredDuringSchedulingIgnoredDuringExecution"
-    ]["nodeSelectorTerms"][0]["matchExpressions"]
+    spot, on_demand = (pod_of(manifest(spec(spot=spot), TARGET)) for spot in (True, False))
+    assert spot["nodeSelector"] == {GPU_TYPE: "nvidia-l4", SPOT: "true"} and "affinity" not in spot
+    assert on_demand["nodeSelector"] == {GPU_TYPE: "nvidia-l4"} and SPOT in str(on_demand["affinity"])
+    assert [{toleration["key"] for toleration in pod["tolerations"]} for pod in (spot, on_demand)] == [
+        {SPOT, "nvidia.com/gpu"},
+        {"nvidia.com/gpu"},
+    ]
     other = pod_of(manifest(spec(gpu_type="nvidia-tesla-t4"), TARGET))
     assert other["nodeSelector"][GPU_TYPE] == "nvidia-tesla-t4"
     # Of infra/terraform's own nodes without GPUs, which pods of the system are kept away from.
