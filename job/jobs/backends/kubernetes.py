@@ -20,7 +20,7 @@ from job.jobs.backends.kubernetes_api import (
 )
 from job.jobs.backends.kubernetes_logs import Follower, past_lines
 from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, MANIFEST_ANNOTATION, SHOWN_SECONDS, manifest
-from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, status_of
+from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, observed_status
 from job.jobs.backends.registry import image_check
 from job.jobs.checks import Check
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -92,7 +92,7 @@ class KubernetesBackend(Backend):
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = self._api.all_with(JOB, selector) + self._api.all_with(JOB_SET, selector)
-        found = [status_of(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
+        found = [observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
@@ -173,7 +173,7 @@ class KubernetesBackend(Backend):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
-        return status_of(job, pods, events, parts), pods
+        return observed_status(job, pods, events, parts), pods
 
     def _is_alive(self, job: Manifest) -> BadRequestError:
         name = job["metadata"]["name"]

@@ -22,7 +22,7 @@ from job.jobs.targets import KubernetesTarget
 
 API_RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
 CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
-HURRIED_SECONDS = 3.0
+HURRIED_TIMEOUT_SECONDS = 3.0
 """Of a call for which somebody waits."""
 SILENCE_SECONDS = 120.0
 """Of a job's output: a connection that is silent for so long may be a dead one."""
@@ -61,7 +61,9 @@ class ClusterApi:
         """A `hurried` one tries each call once, and not for long."""
         self.namespace, self._context = target.namespace, target.context
         self._delays = () if hurried else API_RETRY_DELAYS_SECONDS
-        self._timeout = (HURRIED_SECONDS, HURRIED_SECONDS) if hurried else (CONNECT_SECONDS, READ_SECONDS)
+        self._timeout = (
+            (HURRIED_TIMEOUT_SECONDS, HURRIED_TIMEOUT_SECONDS) if hurried else (CONNECT_SECONDS, READ_SECONDS)
+        )
 
     @property
     def host(self) -> str:

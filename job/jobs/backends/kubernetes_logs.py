@@ -18,7 +18,7 @@ PODS_POLL_SECONDS = 2.0
 """How often a job that is followed is asked for new pods."""
 LAST_LINES_SECONDS = 20.0
 """How long the output of a job that is over may take to come."""
-Look = Callable[[], tuple[JobStatus, list[Manifest]]]
+Observe = Callable[[], tuple[JobStatus, list[Manifest]]]
 
 
 def past_lines(api: ClusterApi, pods: list[Manifest], numbered: bool) -> Iterator[str]:
@@ -32,7 +32,7 @@ def past_lines(api: ClusterApi, pods: list[Manifest], numbered: bool) -> Iterato
         try:
             for line in api.log(pod["metadata"]["name"], follow=False):
                 found = True
-                yield _text(line, pod, numbered)
+                yield _shown_line(line, pod, numbered)
         except (NoSuchObjectError, BadRequestError, BucketAwayError):
             # One has not begun, or its output is gone with its node; that of the others is not.
             continue
@@ -45,7 +45,7 @@ def past_lines(api: ClusterApi, pods: list[Manifest], numbered: bool) -> Iterato
 class Follower:
     """Follows the pods of one job, each by a thread of its own, so that a silent pod hides no other."""
 
-    def __init__(self, api: ClusterApi, look: Look, numbered: bool) -> None:
+    def __init__(self, api: ClusterApi, look: Observe, numbered: bool) -> None:
         """`look` says how the job is going, and which pods it has."""
         self._api, self._look, self._numbered = api, look, numbered
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
@@ -99,10 +99,10 @@ class Follower:
             is_last = has_ended(now)
             try:
                 # A connection that is made anew begins with what is known already.
-                lines = dropwhile(partial(_is_known, last), self._api.log(pod["metadata"]["name"], follow=True))
+                lines = dropwhile(partial(_was_read, last), self._api.log(pod["metadata"]["name"], follow=True))
                 for line in lines:
                     last = line
-                    self._lines.put(_text(line, pod, self._numbered))
+                    self._lines.put(_shown_line(line, pod, self._numbered))
                     if self._stopped.is_set():
                         return
             except NoSuchObjectError:
@@ -114,13 +114,13 @@ class Follower:
             self._stopped.wait(PODS_POLL_SECONDS)
 
 
-def _is_known(last: str, line: str) -> bool:
+def _was_read(last: str, line: str) -> bool:
     """Whether a line was printed no later than the last one that was read; each begins with its time."""
     # A time may have lost the zeros at its end.
     moments = [text.partition(" ")[0].rstrip("Z") for text in (line, last)]
     return moments[0] <= moments[1]
 
 
-def _text(line: str, pod: Manifest, numbered: bool) -> str:
+def _shown_line(line: str, pod: Manifest, numbered: bool) -> str:
     text = line.partition(" ")[2]
     return f"[{index_of(pod)}] {text}" if numbered else text

@@ -14,7 +14,7 @@ NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "Err
 _OUT_OF_TIME = "DeadlineExceeded"
 
 
-def status_of(
+def observed_status(
     job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest] = (), parts: Sequence[Manifest] = ()
 ) -> JobStatus:
     """How a Job or a JobSet is going.
@@ -25,7 +25,7 @@ def status_of(
         events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
         parts: the Jobs of a JobSet; asked only when that is over.
     """
-    state, message, cause = _state(job, pods, events, parts)
+    state, message, cause = _state_and_cause(job, pods, events, parts)
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
     running = [pod for pod in placed if is_running(pod)]
     ended = _decisive_end(pods) if state is State.FAILED else next(reversed(_failures(pods)), None)
@@ -72,7 +72,7 @@ def index_of(pod: Manifest) -> int:
     return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
 
 
-def _state(
+def _state_and_cause(
     job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest], parts: Sequence[Manifest]
 ) -> tuple[State, str, Cause | None]:
     """State, message and cause."""
@@ -101,7 +101,7 @@ def _state(
         return State.WAITING, _why_waiting((without_image or living[-1:])[0]), cause
     if pods:
         ended = _end_of(pods[-1])
-        how = _described(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
+        how = _ending_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
         return State.WAITING, f"the next attempt follows; the last one: {how}", None
     warnings = [event for event in events if event.get("type") == "Warning"]
     if warnings:
@@ -171,10 +171,10 @@ def _why_failed(condition: Manifest, pods: Sequence[Manifest]) -> str:
         return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
     why = reason if reason == "PodFailurePolicy" else f"{reason}: {said}"
     ended = _decisive_end(pods)
-    return f"{_described(ended)} ({why})" if ended else f"{reason}: {said}"
+    return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"
 
 
-def _described(ended: Manifest) -> str:
+def _ending_in_words(ended: Manifest) -> str:
     """`exit code 78 (the configuration is not valid …): its last line`."""
     code = int(ended["exitCode"])
     meaning = TABLE[Exit(code)].text if code in TABLE else "a signal" if code > 128 else "a crash"
@@ -191,7 +191,7 @@ def _how_running(living: Sequence[Manifest], pods: Sequence[Manifest]) -> str:
         # What one pod of several waits for holds all of them up.
         parts = [f"{len(living) - len(waiting)} of {len(living)} pods run", _why_waiting(waiting[0])]
     if failures := _failures(pods):
-        parts.append(f"an attempt before: {_described(failures[-1])}")
+        parts.append(f"an attempt before: {_ending_in_words(failures[-1])}")
     return "; ".join(parts)
 
 

@@ -15,8 +15,6 @@ from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_api import configuration
 from tests.job.jobs.kubernetes_jobs import TARGET
 
-GKE = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "gke-gcloud-auth-plugin"}
-
 
 @pytest.fixture
 def write(tmp_path, monkeypatch):
@@ -94,26 +92,38 @@ def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     for name in ("TOKEN", "CERT"):
         (tmp_path / name).write_text(name)
         monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
-    assert configuration("").host == "https://10.1.2.3:443"
+    made = configuration("")
+    assert (made.host, made.retries) == ("https://10.1.2.3:443", False)
     with pytest.raises(MissingInputError):
         configuration("named")
 
 
-def test_a_program_of_a_kubeconfig_is_not_run(server, write, tmp_path):
-    program, ran = tmp_path / "program", tmp_path / "ran"
-    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
-    program.chmod(0o755)
-    write(server.kubeconfig(exec={**GKE, "command": str(program), "interactiveMode": "Never"}))
-    with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/program', which is not run here"):
+@pytest.fixture
+def program(tmp_path):
+    """Makes a program for a kubeconfig, which must not be run."""
+
+    def program(name):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+        path.chmod(0o755)
+        version = "client.authentication.k8s.io/v1beta1"
+        return {"apiVersion": version, "command": str(path), "interactiveMode": "Never"}
+
+    yield program
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
+    write(server.kubeconfig(exec=program("other")))
+    with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/other', which is not run here"):
         asked()
     write(server.kubeconfig(**{"auth-provider": {"name": "oidc", "config": {}}}))
     with pytest.raises(BadConfigError, match=r"signs in with 'oidc'"):
         asked()
-    assert not ran.exists()
 
 
-def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, monkeypatch, tmp_path):
-    write(server.kubeconfig(exec=GKE))
+def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, program, monkeypatch, tmp_path):
+    write(server.kubeconfig(exec=program("gke-gcloud-auth-plugin")))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
     no_token = r"Google gives no token .*gcloud auth application-default login"

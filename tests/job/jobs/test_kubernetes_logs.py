@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 
 from job.exits import MissingInputError
+from job.jobs.backends import kubernetes_logs
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import wait_for
@@ -119,14 +121,16 @@ def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend)
         assert past(backend, job.name) == ["[0] second", "[1] first"]
 
 
-def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
-    server.goes_after_seconds = 0.5
+def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend, monkeypatch):
+    monkeypatch.setattr(kubernetes_logs, "LAST_LINES_SECONDS", 0.1)
+    server.goes_after_seconds = 1.0
     backend.submit(spec())
     pod = server.start_pod(NAME)
     server.print(pod, "one")
     followed = Followed(backend)
     followed.wait_for("one")
     backend.cancel(NAME)
+    time.sleep(0.5)
     server.print(pod, "saved")
     assert followed.ended() == ["one", "saved"]
 

@@ -6,7 +6,7 @@ import pytest
 
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes_manifests import manifest
-from job.jobs.backends.kubernetes_status import status_of
+from job.jobs.backends.kubernetes_status import observed_status
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 
 
@@ -55,7 +55,7 @@ GONE, EVICTED = ({**pod(), "status": {"phase": "Failed", **said}} for said in ({
     ],
 )
 def test_why_a_job_waits(pods, events, message, has_machine):
-    status = status_of(job(), pods, events)
+    status = observed_status(job(), pods, events)
     assert (status.state, status.message, status.cause) == (State.WAITING, message, None)
     assert status.has_machine is has_machine
 
@@ -73,7 +73,7 @@ def test_why_a_job_waits(pods, events, message, has_machine):
     ],
 )
 def test_why_a_job_failed(reason, ends, code, message):
-    status = status_of(job(("Failed", reason, "said")), ends)
+    status = observed_status(job(("Failed", reason, "said")), ends)
     assert (status.state, status.exit_code) == (State.FAILED, code)
     assert status.cause is (Cause.OUT_OF_TIME if reason == "DeadlineExceeded" else None)
     assert status.message.startswith(message)
@@ -81,40 +81,40 @@ def test_why_a_job_failed(reason, ends, code, message):
 
 def test_a_job_set_fails_for_what_one_of_its_jobs_failed_for():
     job_set = job(("Failed", "FailJobSetFailurePolicyAction"), made=manifest(spec(nodes=2), TARGET), restarts=2)
-    assert status_of(job_set, []).cause is None
+    assert observed_status(job_set, []).cause is None
     part = {"status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]}}
-    status = status_of(job_set, [ended(75)], parts=[part])
+    status = observed_status(job_set, [ended(75)], parts=[part])
     assert (status.cause, status.retried, status.attempts) == (Cause.OUT_OF_TIME, "never", 3)
 
 
 @pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff", "InvalidImageName"])
 def test_an_image_that_cannot_be_pulled_is_named(reason):
     without = pod(waiting={"reason": reason, "message": "manifest unknown"})
-    status = status_of(job(), [without, NO_NODE])
+    status = observed_status(job(), [without, NO_NODE])
     assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.NO_IMAGE, True)
     assert status.message.startswith(f"{reason}: manifest unknown; is the image r/ddpm:1 there")
-    status = status_of(job(), [RUNNING, without])
+    status = observed_status(job(), [RUNNING, without])
     assert (status.state, status.cause) == (State.RUNNING, None), "a part of it runs"
     assert status.message.startswith(f"1 of 2 pods run; {reason}")
 
 
 def test_a_queue_holds_a_job_and_may_stop_it_for_good():
     queued = manifest(spec(), QUEUED)
-    assert status_of(job(made=queued), []).message == "waits in the queue 'gpus'"
+    assert observed_status(job(made=queued), []).message == "waits in the queue 'gpus'"
     suspended = ("Suspended", "", "Job suspended")
-    assert status_of(job(suspended, made=queued), []).message == "waits in the queue 'gpus': Job suspended"
-    assert status_of(job(suspended), []).message == "is suspended: Job suspended"
+    assert observed_status(job(suspended, made=queued), []).message == "waits in the queue 'gpus': Job suspended"
+    assert observed_status(job(suspended), []).message == "is suspended: Job suspended"
     stop = event("Stopped", "The workload is deactivated due to exceeding the maximum execution time", "Normal")
-    status = status_of(job(suspended, made=queued), [ended(75)], [event("Started", "", "Normal"), stop])
+    status = observed_status(job(suspended, made=queued), [ended(75)], [event("Started", "", "Normal"), stop])
     assert (status.state, status.cause) == (State.WAITING, Cause.OUT_OF_TIME)
     assert status.message.startswith("its --max-hours are over: after `ddpm jobs cancel train-celeba`")
     again = [stop, event("Started", "Admitted", "Normal")]
-    assert status_of(job(suspended, made=queued), [ended(75)], again).cause is None
+    assert observed_status(job(suspended, made=queued), [ended(75)], again).cause is None
 
 
 def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
-    assert status_of(job(), [NO_NODE] * 4).attempts == 1
-    assert status_of(job(failed=1), [ended(1), NO_NODE]).attempts == 2
+    assert observed_status(job(), [NO_NODE] * 4).attempts == 1
+    assert observed_status(job(failed=1), [ended(1), NO_NODE]).attempts == 2
     # Pods that are gone are in the counts.
-    assert status_of(job(failed=3), [RUNNING]).attempts == 4
-    assert status_of(job(("Complete",), succeeded=1), [ended(75), ended(0)]).attempts == 2
+    assert observed_status(job(failed=3), [RUNNING]).attempts == 4
+    assert observed_status(job(("Complete",), succeeded=1), [ended(75), ended(0)]).attempts == 2
