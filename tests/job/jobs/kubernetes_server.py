@@ -346,7 +346,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.say(200, {"items": cluster.list(plural, namespace, **selectors)})
 
     def _stream(self, lines: Iterator[str | None]) -> None:
-        """Answers in chunks, each as soon as it is there."""
+        """Answers in chunks, each as soon as it is there; none ends where a line or a letter does."""
         self.send_response(200)
         self.send_header("Transfer-Encoding", "chunked")
         self.end_headers()
@@ -355,7 +355,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 return
             data = f"{line}\n".encode()
-            self.wfile.write(f"{len(data):x}\r\n".encode() + data + b"\r\n")
+            for part in (data[:-2], data[-2:]):
+                self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
         self.wfile.write(b"0\r\n\r\n")
 
 

@@ -193,7 +193,7 @@ def test_no_permission_names_what_is_needed(server, backend):
     assert not server.names("jobs")
 
 
-def test_an_api_that_is_busy_is_asked_again(server, backend):
+def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, backend, tmp_path):
     for code in (429, 500, 503):
         server.answer_next(code, times=2)
         server.answer_next(code, times=2, method="POST")
@@ -205,14 +205,12 @@ def test_an_api_that_is_busy_is_asked_again(server, backend):
         backend.status(NAME)
     assert caught.value.exit_code == Exit.BUCKET_AWAY
     assert time.monotonic() - began < 5
-
-
-def test_an_api_that_is_away(server, backend, tmp_path):
+    server.faults.clear()
     config = server.kubeconfig()
     config["clusters"][0]["cluster"]["server"] = "http://127.0.0.1:9"
     (tmp_path / "kubeconfig").write_text(yaml.safe_dump(config))
     with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer.*tried 4 times"):
-        backend.submit(spec())
+        KubernetesBackend(TARGET).submit(spec())
 
 
 def test_an_answer_that_gets_lost_makes_no_second_job_and_hides_no_other(server, backend):

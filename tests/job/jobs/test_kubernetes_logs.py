@@ -149,13 +149,3 @@ def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
     server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
     with pytest.raises(MissingInputError, match="'train-celeba' prints nothing: ImagePullBackOff: manifest unknown"):
         list(backend.logs(NAME, follow=True, should_stop=lambda: False))
-
-
-def test_many_lines_come_in_order(server, backend):
-    backend.submit(spec())
-    pod = server.start_pod(NAME)
-    lines = [f"line {number} {'x' * 200}" for number in range(10_000)]
-    server.print(pod, *lines)
-    server.end_pod(pod, 0)
-    server.end_job(NAME, "Complete")
-    assert list(backend.logs(NAME, True, lambda: False)) == lines
