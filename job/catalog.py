@@ -12,20 +12,17 @@ import numpy as np
 from job.config_input import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.processes.stopping import StopFlag
+from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
+from job.stop import NEVER, Stop
 from job.store import Store, open_store
-from job.store.patient import PatientStore, open_patient
+from job.store.retry import Retry, away_limit_seconds
 
 EMBEDDED = "landscape-sample"
 SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
 MEGABYTE = 10**6
-
-
-def _never() -> bool:
-    return False
 
 
 def pack_dataset(request: PackRequest) -> None:
@@ -35,10 +32,10 @@ def pack_dataset(request: PackRequest) -> None:
 
     request = request.check()
     assert request.size is not None
-    stop = StopFlag()
+    stop = Stop()
 
-    def opened(uri: str) -> PatientStore:
-        return open_patient(uri, stop, note)
+    def opened(uri: str) -> Store:
+        return open_store(uri, Retry(away_limit_seconds(), stop, note))
 
     bucket = opened(request.bucket)
     source = request.source
@@ -47,6 +44,7 @@ def pack_dataset(request: PackRequest) -> None:
         if Path(EMBEDDED).exists():
             note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
     stop.install()
+    watch_for_preemption(stop)
     with Progress(f"packing {request.name}", unit="images") as bar:
         index = pack(
             bucket,
@@ -61,7 +59,7 @@ def pack_dataset(request: PackRequest) -> None:
             max_bad=request.max_bad,
             min_side=request.min_side,
             progress=lambda done, total: bar.update(done, total=total),
-            should_stop=stop,
+            stop=stop,
             opened=opened,
         )
     print(describe(index, bucket))
@@ -74,13 +72,14 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
 
     request = request.check()
     assert request.size is not None
-    stop = StopFlag()
+    stop = Stop()
 
-    def opened(uri: str) -> PatientStore:
-        return open_patient(uri, stop, note)
+    def opened(uri: str) -> Store:
+        return open_store(uri, Retry(away_limit_seconds(), stop, note))
 
     bucket = opened(request.bucket)
     stop.install()
+    watch_for_preemption(stop)
     with Progress(f"indexing {request.name}", unit="MB") as bar:
         index = index_tars(
             bucket,
@@ -97,7 +96,7 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
             progress=lambda done, total, images: bar.update(
                 done // MEGABYTE, total=total // MEGABYTE, images=f"{images:,}"
             ),
-            should_stop=stop,
+            stop=stop,
             opened=opened,
         )
     print(describe(index, bucket))
@@ -186,7 +185,6 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     from ddpm import figures
     from job.data.cache import default_cache_dir
     from job.data.chosen_images import ChosenImages
-    from job.runs.provenance import put_picture
     from job.sampling.pictures import write_picture
 
     images = ChosenImages(bucket, key, index, default_cache_dir())
@@ -199,7 +197,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
         figures.contact_sheet(images.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
     )
     if output is None:
-        put_picture(bucket, f"{key}/{CONTACT_SHEET}", sheet)
+        bucket.put(f"{key}/{CONTACT_SHEET}", sheet)
     else:
         write_picture(output, sheet)
     print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")
@@ -214,7 +212,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     from job.data.verify import verify_dataset
     from job.progress import Progress
 
-    bucket = open_patient(bucket_uri, _never, note)
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), NEVER, note))
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))

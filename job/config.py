@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
-from job.data.shards import DatasetIndex
 from job.exits import BadConfigError
 
 
@@ -199,33 +198,6 @@ def validated(flat: dict[str, Any], where: str) -> RunConfig:
             for problem in error.errors()
         )
         raise BadConfigError(f"{where}: {problems}") from None
-
-
-def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
-    """Fills in what follows the dataset: size, channels, classes.
-
-    Raises:
-        BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
-    """
-    classes = len(index.classes)
-    for key, chosen, there in (
-        ("data.size", config.data.size, index.size),
-        ("data.channels", config.data.channels, index.channels),
-        ("model.num_classes", config.model.num_classes or None, classes),
-        ("data.dataset_id", config.data.dataset_id or None, index.dataset_id),
-    ):
-        if chosen is not None and chosen != there:
-            raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
-    follows = {
-        "data.dataset": index.name,
-        "data.dataset_id": index.dataset_id,
-        "data.size": index.size,
-        "data.channels": index.channels,
-        "model.num_classes": classes if config.model.num_classes is None else config.model.num_classes,
-    }
-    config = validated({**flatten(config.model_dump(mode="json")), **follows}, "configuration")
-    check_shape(config)
-    return config
 
 
 def check_shape(config: RunConfig) -> None:

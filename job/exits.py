@@ -1,7 +1,12 @@
 """The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
 
+import errno
+import sys
 from dataclasses import dataclass
 from enum import IntEnum
+
+CRASHED = 1
+"""The code of a program that ended by an error which nobody foresaw, or by the lack of memory."""
 
 
 class Exit(IntEnum):
@@ -126,3 +131,43 @@ class BadConfigError(JobError):
     """A configuration that is not valid, or that differs from the run's where it matters."""
 
     exit_code = Exit.BAD_CONFIG
+
+
+def ending_of(error: BaseException) -> tuple[int, str]:
+    """The exit code of a program that ends with `error`, and what to say; nothing for a crash, and for `SystemExit`."""
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
+        case JobError():
+            return int(error.exit_code), str(error)
+        case OSError() if "No usable temporary directory" in str(error):
+            said = "no folder for temporary files can be written: free some space, or set TMPDIR"
+            return int(Exit.DISK_FULL), said
+        case OSError(errno=errno.ENOSPC | errno.EDQUOT):
+            said = f"no space left on the disk{_at(error)}: free some, or set TMPDIR to a larger one"
+            return int(Exit.DISK_FULL), said
+        case PermissionError():
+            said = f"permission denied{_at(error)}: give this user access, or choose another place"
+            return int(Exit.NO_PERMISSION), said
+        case RuntimeError() | MemoryError():
+            return CRASHED, _out_of_memory(error)
+    return CRASHED, ""
+
+
+def _at(error: OSError) -> str:
+    return f" at {error.filename}" if error.filename else ""
+
+
+def _out_of_memory(error: RuntimeError | MemoryError) -> str:
+    """What to say if memory ran out, here or on the GPU; empty for any other error."""
+    torch, text = sys.modules.get("torch"), " ".join(str(error).split())
+    is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
+    said_so = "can't allocate memory" in text or "could not create a primitive" in text
+    if not (is_gpu or isinstance(error, MemoryError) or said_so):
+        return ""
+    said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
+    return (
+        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{said}: train with a smaller train.micro_batch_size, "
+        "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
+    )

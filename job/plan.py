@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import RunConfig, changed_for_attempt, check_steps, flatten, follow_dataset, validated
+from job.config import RunConfig, changed_for_attempt, check_shape, flatten, validated
 from job.config_input import draft
-from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadConfigError, BadDataError, BadRequestError
-from job.progress import note
-from job.requests import SampleRequest, TrainRequest
+from job.data.shards import DatasetIndex, find_dataset, load_index
+from job.exits import BadConfigError, BadRequestError
+from job.progress import note_once
+from job.requests import TrainRequest
 from job.runs import records
-from job.runs.checkpoints import MAX_IMAGES_SEEN, CheckpointRef, choose, load_manifest, lost_manifest
-from job.sampling.names import SAMPLES, how_drawn, label_of
-from job.sampling.pieces import Batch, Drawing, piece_images
-from job.store import Store
-from job.store.patient import PatientStore, open_patient
+from job.runs.checkpoints import MAX_IMAGES_SEEN
+from job.stop import NEVER, Stop
+from job.store import Store, open_store
+from job.store.retry import Retry, away_limit_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run before this attempt touches it. Its stores wait for a bucket that is away."""
 
-    bucket: PatientStore
-    run: PatientStore
+    bucket: Store
+    run: Store
     index: DatasetIndex
     dataset_key: str
     config: RunConfig
@@ -41,30 +37,20 @@ class Plan:
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
 
-def _never() -> bool:
-    return False
-
-
-def _note(text: str) -> None:
-    # What becomes of the bucket is the same for all processes.
-    if os.environ.get("RANK", "0") == "0":
-        note(text)
-
-
-def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
     its last attempt changed stays changed until somebody says otherwise.
-    `should_stop` is polled while the bucket is waited for, now and by the plan's stores later.
+    `stop` is asked while the bucket is waited for, now and by the plan's stores later.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
         BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, should_stop, _note)
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
     run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
     stored = records.load_config(run)
     changes: dict[str, Any] = {}
@@ -98,87 +84,28 @@ def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) ->
     return plan
 
 
-@dataclass(frozen=True)
-class SamplePlan:
-    """A run, and what of it is to be drawn."""
-
-    bucket: Store
-    run: Store
-    index: DatasetIndex
-    config: RunConfig
-    checkpoints: tuple[CheckpointRef, ...]
-    sampler: str
-    steps: int
-
-    def other_precision(self, request: SampleRequest) -> str:
-        """The precision that was asked for, if it is not the run's own."""
-        return request.precision if request.precision != self.config.train.precision else ""
-
-
-def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = _never) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing; `should_stop` as for `plan_run`.
+def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
+    """Fills in what follows the dataset: size, channels, classes.
 
     Raises:
-        MissingInputError: no such run, dataset or checkpoint; the message names those there are.
-        BadConfigError: more steps than the run's diffusion has.
-        BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
     """
-    bucket = open_patient(request.bucket, should_stop, _note)
-    run = records.run_store(bucket, request.run)
-    config = records.existing_config(bucket, request.run)
-    try:
-        config = records.as_last_changed(run, config)
-    except BadDataError as error:
-        _note(f"{error}; drawing as the run began")
-    assert config.data.size is not None
-    timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
-    # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else timesteps)
-    check_steps(config, steps, "--steps ")
-    index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
-    checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
-    if request.checkpoints == "latest":
-        with suppress(BadDataError):
-            if lost := lost_manifest(run, checkpoints):
-                _note(f"{lost}: drawing from the checkpoint before")
-    return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)
-
-
-def plan_batches(plan: SamplePlan, request: SampleRequest) -> list[Batch]:
-    """What `--count` asks for: a batch of images of each checkpoint. Writes nothing.
-
-    Raises:
-        BadDataError: a checkpoint's manifest is damaged.
-        BadRequestError: images of another checkpoint, or drawn otherwise, lie where these would.
-    """
-    config, index, count = plan.config, plan.index, request.count
-    assert count is not None
-    first_seed, save = request.first_seed or 0, request.save or "shards"
-    how = how_drawn(plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
-    batches = []
-    for ref in plan.checkpoints:
-        drawing = Drawing(
-            checkpoint=ref.key,
-            checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            weights="model" if request.raw else "ema",
-            sampler=plan.sampler,
-            steps=plan.steps,
-            spacing=config.sample.spacing,
-            eta=config.sample.eta,
-            variance=config.sample.variance,
-            precision=request.precision or config.train.precision,
-            size=index.size,
-            channels=index.channels,
-            classes=index.classes if config.model.num_classes else (),
-            first_seed=first_seed,
-            count=count,
-            piece_images=piece_images(count),
-            save=save,  # type: ignore[arg-type]
-        )
-        label = label_of(ref.images_seen, index.images, config.train.batch_size)
-        name = f"{label}-{how}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
-        batch = Batch(plan.run.sub(f"{SAMPLES}/{name}"), drawing)
-        batch.check()
-        batches.append(batch)
-    return batches
+    classes = len(index.classes)
+    for key, chosen, there in (
+        ("data.size", config.data.size, index.size),
+        ("data.channels", config.data.channels, index.channels),
+        ("model.num_classes", config.model.num_classes or None, classes),
+        ("data.dataset_id", config.data.dataset_id or None, index.dataset_id),
+    ):
+        if chosen is not None and chosen != there:
+            raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
+    follows = {
+        "data.dataset": index.name,
+        "data.dataset_id": index.dataset_id,
+        "data.size": index.size,
+        "data.channels": index.channels,
+        "model.num_classes": classes if config.model.num_classes is None else config.model.num_classes,
+    }
+    config = validated({**flatten(config.model_dump(mode="json")), **follows}, "configuration")
+    check_shape(config)
+    return config

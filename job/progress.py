@@ -29,6 +29,12 @@ def note(text: str) -> None:
     _SCREEN.print(text)
 
 
+def note_once(text: str) -> None:
+    """As `note`, for what all processes of a group would say alike: the first one does."""
+    if os.environ.get("RANK", "0") == "0":
+        note(text)
+
+
 class Progress:
     """How far something is, on stderr.
 

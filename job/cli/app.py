@@ -1,6 +1,5 @@
 """The application: puts the nouns together and turns errors into one line and an exit code."""
 
-import errno
 import os
 import sys
 from contextlib import suppress
@@ -10,7 +9,7 @@ from typing import Annotated, NoReturn, TextIO
 import typer
 
 from job.cli import data, doctor, figure, jobs, runs, sample, submit, train
-from job.exits import Exit, JobError
+from job.exits import Exit, ending_of
 from job.processes.launched import LOST_PEER, is_launched, is_rank, lost_peer
 
 app = typer.Typer(
@@ -91,43 +90,13 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     try:
         app()
-    except JobError as error:
-        _fail(str(error), error.exit_code)
-    except OSError as error:
-        if "No usable temporary directory" in str(error):
-            _fail("no folder for temporary files can be written: free some space, or set TMPDIR", Exit.DISK_FULL)
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            _fail(f"no space left on the disk{_at(error)}: free some, or set TMPDIR to a larger one", Exit.DISK_FULL)
-        if isinstance(error, PermissionError):
-            _fail(f"permission denied{_at(error)}: give this user access, or choose another place", Exit.NO_PERMISSION)
-        raise
-    except RuntimeError as error:
+    except Exception as error:
         if said := lost_peer(error):
             _fail(f"another process of this run went away ({said})", LOST_PEER)
-        if said := _out_of_memory(error):
-            _fail(said, 1)
-        raise
-    except MemoryError as error:
-        _fail(_out_of_memory(error), 1)
-
-
-def _out_of_memory(error: Exception) -> str:
-    """What to say if memory ran out, here or on the GPU; empty for any other error."""
-    torch, text = sys.modules.get("torch"), " ".join(str(error).split())
-    is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
-    said_so = "can't allocate memory" in text or "could not create a primitive" in text
-    if not (is_gpu or isinstance(error, MemoryError) or said_so):
-        return ""
-    said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
-    return (
-        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{said}: train with a smaller train.micro_batch_size, "
-        "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
-    )
-
-
-def _at(error: OSError) -> str:
-    return f" at {error.filename}" if error.filename else ""
+        code, said = ending_of(error)
+        if not said:
+            raise
+        _fail(said, code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

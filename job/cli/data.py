@@ -65,10 +65,11 @@ def pack(
         ddpm data pack ~/photos mine --size 64
     """
     from job.catalog import pack_dataset
-    from job.processes.stopping import deadline
+    from job.outcome import outcome_written
     from job.requests import PackRequest
+    from job.stop import deadline
 
-    with deadline(stop_after):
+    with deadline(stop_after), outcome_written(bucket):
         pack_dataset(
             PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
         )
@@ -112,8 +113,8 @@ def index(
         ddpm data index ~/laion laion --size 64 --crop center
     """
     from job.catalog import index_dataset
-    from job.processes.stopping import deadline
     from job.requests import PackRequest
+    from job.stop import deadline
 
     with deadline(stop_after):
         index_dataset(

@@ -73,7 +73,7 @@ def denoising(
 
     Example: ddpm figure denoising --run landscape-sample
     """
-    from job.processes.entry import sample_command
+    from job.commands import sample_command
     from job.requests import SampleRequest
 
     sample_command(SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False), processes=1)

@@ -73,7 +73,7 @@ def sample(
 
         ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
     """
-    from job.processes.entry import sample_command
+    from job.commands import sample_command
     from job.requests import SampleRequest
 
     request = SampleRequest(

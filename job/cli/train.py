@@ -49,7 +49,7 @@ def train(
 
         ddpm train --dataset mine --epochs 200 --set train.batch_size=64
     """
-    from job.processes.entry import train_command
+    from job.commands import train_command
     from job.requests import TrainRequest
 
     request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait)

@@ -20,7 +20,6 @@ from job.data.places import Places
 from job.data.shard_source import image_decoder
 from job.data.shards import CONTACT_SHEET, INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, first_damaged, load_index
 from job.exits import BadDataError
-from job.runs.provenance import picture_problems
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
@@ -203,12 +202,10 @@ def _rejects(dataset: Store, index: DatasetIndex) -> list[str]:
 def _others(bucket: Store, key: str, index: DatasetIndex) -> list[str]:
     """What is wrong with the objects that the index does not name."""
     dataset, problems = bucket.sub(key), []
-    named = {INDEX, *([REJECTS] if index.rejected_images else [])}
+    named = {INDEX, CONTACT_SHEET, *([REJECTS] if index.rejected_images else [])}
     named |= {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
     for entry in dataset.list():
-        if entry.key == CONTACT_SHEET:
-            problems += picture_problems(bucket, f"{key}/{CONTACT_SHEET}")
         # What clearing-up leaves of the journal when it is killed belongs to nothing any more, and harms nobody.
-        elif entry.key not in named and not entry.key.startswith(f"{PACKING}/"):
+        if entry.key not in named and not entry.key.startswith(f"{PACKING}/"):
             problems.append(f"{dataset.uri_of(entry.key)} is no part of the dataset: move it elsewhere, or delete it")
     return problems

@@ -13,10 +13,11 @@ from job.config_input import parse_sets, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import JobSpec, ends_itself, job_name
 from job.jobs.targets import KubernetesTarget, Target, default_bucket
+from job.outcome import JOB
 from job.processes.launcher import GPUS
 from job.requests import PackRequest, SampleRequest, TrainRequest
-from job.runs.grace import GRACE_SECONDS
 from job.runs.lease import EXPIRE_SECONDS
+from job.stop import SPOT_GRACE_SECONDS
 from job.store import check_uri, is_remote
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
             f"--gpu-type {wishes.gpu_type} decides nothing for a job without GPUs: leave it out, or ask for --gpus"
         )
     slices = ("--slices", str(wishes.slices)) if wishes.slices else ()
+    name = job_name(words.verb, subject, () if words.verb == "train" else (*argv, *slices))
+    # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
+    needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
     return JobSpec(
-        name=job_name(words.verb, subject, () if words.verb == "train" else (*argv, *slices)),
+        name=name,
         verb=words.verb,
         argv=argv,
         image=_image(target),
@@ -84,8 +88,7 @@ def spec_of(words: Words, target: Target, wishes: Wishes) -> JobSpec:
         slices=wishes.slices,
         spot=target.spot if wishes.spot is None else wishes.spot,
         max_hours=target.max_hours if wishes.max_hours is None else wishes.max_hours,
-        # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
-        env={GPUS: str(gpus), **target.env} if gpus and target.is_remote else target.env,
+        env={JOB: name, **needed_gpus, **target.env},
     )
 
 
@@ -117,7 +120,7 @@ def wait_seconds(target: Target) -> float:
 
     Without it a machine that comes back early would find the run held, and end for good with 76.
     """
-    grace = float(getattr(target, "grace_seconds", GRACE_SECONDS))
+    grace = float(getattr(target, "grace_seconds", SPOT_GRACE_SECONDS))
     return math.ceil(EXPIRE_SECONDS + grace + WAIT_MARGIN_SECONDS)
 
 

@@ -30,3 +30,12 @@ class Check:
         """A check that failed with `error`, whose message says what to do after its last colon."""
         message, separator, remedy = str(error).rpartition(": ")
         return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
+
+
+def unchecked_image(image: str) -> Check:
+    """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
+    if not image:
+        return Check("image", False, "the target names none", "set its `image:`")
+    if image.startswith("localhost/"):
+        return Check("image", False, f"{image} is on this machine alone", "`make push-image`, and set `image:`")
+    return Check("image", True, f"{image}: not checked here; a job whose image is not there says so")

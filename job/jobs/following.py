@@ -7,7 +7,7 @@ import threading
 from types import FrameType
 
 from job.jobs.backends.base import Backend
-from job.processes.launcher import STOP_SIGNALS, handle_stop_signals
+from job.stop import STOP_SIGNALS, handle_stop_signals
 
 
 class StopSignals:

@@ -3,10 +3,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from job.config import changed_for_attempt, content_hash, flatten, follow_dataset, validated
+from job.config import changed_for_attempt, content_hash, flatten, validated
 from job.config_input import draft, known_keys, pack_config, parse_sets, presets, read_config_file
 from job.data.shards import DatasetIndex, Shard
 from job.exits import BadConfigError, BadRequestError, Exit, MissingInputError
+from job.plan import follow_dataset
 
 
 def index(size=32, channels=3, classes=("a", "b"), images=10):

@@ -1,15 +1,5 @@
-import re
-from pathlib import Path
-
 from job import exits
 from job.exits import TABLE, Exit, JobError
-
-README = Path(__file__).parents[2] / "README.md"
-
-
-def test_the_table_that_users_read_is_the_one_in_the_code():
-    rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", README.read_text(), re.MULTILINE)
-    assert rows == [(str(int(code)), meaning.text, meaning.retried) for code, meaning in TABLE.items()]
 
 
 def test_every_code_has_a_meaning_and_only_known_retry_words():

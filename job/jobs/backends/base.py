@@ -79,9 +79,9 @@ class JobStatus:
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
-def hope(rule: str) -> int:
-    """How much hope there is for a part of a job that failed: the part with the least decides about the whole."""
-    return ("never", "bounded", "always").index(rule)
+def severity(rule: str) -> int:
+    """How bad a failure is that is retried by `rule`: of several parts of a job the worst decides about the whole."""
+    return ("always", "bounded", "never").index(rule)
 
 
 def cancelled(state: State) -> str:

@@ -8,7 +8,7 @@ from job.exits import BadRequestError
 from job.jobs.backends.container_host import Credentials, Host
 from job.jobs.spec import JobSpec
 from job.jobs.targets import ContainerTarget
-from job.runs.grace import VARIABLE as GRACE_VARIABLE
+from job.stop import GRACE_VARIABLE
 from job.store import is_remote, open_store
 
 STOP_SECONDS = 120

@@ -21,8 +21,7 @@ from job.jobs.backends.kubernetes_api import (
 from job.jobs.backends.kubernetes_logs import Follower, past_lines
 from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, MANIFEST_ANNOTATION, SHOWN_SECONDS, manifest
 from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, observed_status
-from job.jobs.backends.registry import image_check
-from job.jobs.checks import Check
+from job.jobs.checks import Check, unchecked_image
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
@@ -99,7 +98,7 @@ class KubernetesBackend(Backend):
         """See `Backend.identity`: two contexts may be one cluster."""
         return ("kubernetes", self._api.host, self._target.namespace, status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Lines of all its pods, with the index before each where there are several."""
         spec = self._named(name)[0][1]["spec"]
         for part in spec.get("replicatedJobs", []):
@@ -143,7 +142,7 @@ class KubernetesBackend(Backend):
                 # Who may submit jobs need not be allowed to see all of these.
                 is_hidden = isinstance(error, NoPermissionError)
                 yield Check(name, True, f"not looked at: {error}") if is_hidden else Check.of_error(name, error)
-        yield image_check(self._target.image)
+        yield unchecked_image(self._target.image)
 
     def _all_named(self, name: str) -> list[tuple[Kind, Manifest]]:
         found = [(kind, self._api.get(kind, name)) for kind in (JOB, JOB_SET)]

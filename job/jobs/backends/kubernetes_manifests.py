@@ -18,7 +18,7 @@ from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget, size_bytes
-from job.runs.grace import VARIABLE as GRACE_VARIABLE
+from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"
 IMAGE_USER = 10001

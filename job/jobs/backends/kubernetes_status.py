@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.exits import TABLE, Exit, retried
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, hope
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State, severity
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -162,7 +162,7 @@ def _failures(pods: Sequence[Manifest]) -> list[Manifest]:
 
 def _decisive_end(pods: Sequence[Manifest]) -> Manifest | None:
     """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
-    return min(reversed(_failures(pods)), key=lambda end: hope(retried(int(end["exitCode"]))), default=None)
+    return max(reversed(_failures(pods)), key=lambda end: severity(retried(int(end["exitCode"]))), default=None)
 
 
 def _why_failed(condition: Manifest, pods: Sequence[Manifest]) -> str:

@@ -22,9 +22,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.data.cache import default_cache_dir
 from job.jobs.spec import JobSpec
-from job.processes.launcher import STOP_SIGNALS
 from job.processes.process_identity import ProcessIdentity
 from job.runs.records import utc_now
+from job.stop import STOP_SIGNALS
 from job.store.files import folder_lock, os_errors, sync_file, temporary_beside
 
 JOBS, LOGS = "jobs", "logs"

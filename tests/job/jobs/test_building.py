@@ -31,7 +31,7 @@ def test_training_becomes_a_job():
         gpus=1,
         gpu_type="nvidia-l4",
         max_hours=24.0,
-        env={"DDPM_GPUS": "1"},
+        env={"DDPM_JOB": "train-celeba", "DDPM_GPUS": "1"},
     )
     assert built("train", [*FOR_TRAIN, "--epochs", "3"]) == spec
 

@@ -43,7 +43,7 @@ class Followed:
 
 
 def past(backend, name=NAME):
-    return list(backend.logs(name, False, lambda: False))
+    return list(backend.logs(name, follow=False))
 
 
 def test_what_was_printed_until_now(server, backend):
@@ -148,4 +148,4 @@ def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
     backend.submit(spec())
     server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
     with pytest.raises(MissingInputError, match="'train-celeba' prints nothing: ImagePullBackOff: manifest unknown"):
-        list(backend.logs(NAME, follow=True, should_stop=lambda: False))
+        list(backend.logs(NAME, follow=True))

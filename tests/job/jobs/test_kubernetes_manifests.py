@@ -17,8 +17,8 @@ from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.kubernetes_manifests import RETRIES, manifest
 from job.jobs.building import wait_seconds
 from job.processes.group import Group
-from job.runs.grace import VARIABLE as GRACE
 from job.runs.lease import EXPIRE_SECONDS
+from job.stop import GRACE_VARIABLE as GRACE
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, schema_problems, spec
 
 GOLDEN = Path(__file__).with_name("golden") / "kubernetes"

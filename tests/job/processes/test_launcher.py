@@ -17,8 +17,8 @@ from tests.job.command_line import DDPM, environment, settings
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
 STOPS = """
-from job.processes.stopping import StopFlag
-stop = StopFlag().install()
+from job.stop import Stop
+stop = Stop().install()
 ready()
 while not stop():
     time.sleep(0.01)
@@ -255,7 +255,7 @@ def test_where_no_machine_would_have_the_gpus_the_job_ends_for_good(monkeypatch,
 
 
 def test_the_launcher_does_not_import_torch():
-    program = "import sys, job.cli.app, job.processes.entry; assert not {'torch', 'accelerate'} & sys.modules.keys()"
+    program = "import sys, job.cli.app, job.commands; assert not {'torch', 'accelerate'} & sys.modules.keys()"
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 

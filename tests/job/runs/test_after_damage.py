@@ -10,12 +10,13 @@ import shutil
 import pytest
 
 from job.exits import BadDataError, Exit
-from job.plan import plan_run, plan_sampling
+from job.plan import plan_run
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import LATEST, list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.runs.restoring import newest_good
 from job.runs.verification import verify_run
+from job.sampling.plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped

@@ -14,14 +14,13 @@ from job.runs import commits as commits_module
 from job.runs import grace
 from job.runs.checkpoints import CheckpointRef, list_checkpoints, load_manifest
 from job.runs.commits import Commits
-from job.runs.grace import Notice
 from job.runs.lease import Lease
 from job.runs.metrics import read_rows
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import READING, reading
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.local import LocalStore
-from job.store.patient import Outage
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually, taken
 from tests.job.runs.test_checkpoints import write
@@ -37,6 +36,9 @@ class Watched(LocalStore):
         super().__init__(root)
         self.events: list[str] = []
         self.away = False
+
+    def within(self, seconds: float, stop: Stop = NEVER) -> Watched:
+        return self
 
     def create(self, key: str, data: bytes) -> str:
         self.events.append(f"create {key}")
@@ -88,9 +90,7 @@ def begun(
             dataset_images=DATASET_IMAGES,
             segments=[],
             aside=set(),
-            outage=Outage(60, notes.append),
-            grace_seconds=grace_seconds,
-            notice=Notice(lambda: False, grace_seconds),
+            stop=Stop(grace_seconds),
             note=notes.append,
         )
         open_ones.append((commits, lease))

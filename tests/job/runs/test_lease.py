@@ -16,9 +16,11 @@ from job.exits import BucketAwayError, Exit, LostRunError, StoppedError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
 from job.runs.lease import LEASE, Lease
+from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
 from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken
+from tests.job.stops import StopWhen
 
 
 @pytest.fixture
@@ -48,6 +50,9 @@ class BadDay(LocalStore):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.writes: list[float] = []
+
+    def within(self, seconds: float, stop: Stop = NEVER) -> BadDay:
+        return self
 
     def read(self, key: str) -> Any:
         self._suffer()
@@ -119,7 +124,7 @@ def test_waiting_can_be_stopped(run: Store, quick: None):
     by_somebody_elsewhere(run)
     began = time.monotonic()
     with pytest.raises(StoppedError) as caught:
-        Lease.take(run, 0, 60, lambda: time.monotonic() - began > 0.3, print)
+        Lease.take(run, 0, 60, StopWhen(lambda: time.monotonic() - began > 0.3), print)
     assert caught.value.exit_code == Exit.STOPPED
     assert time.monotonic() - began < 10
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -14,17 +13,18 @@ import torch
 from job.exits import BucketAwayError, LostRunError
 from job.runs.checkpoints import CheckpointRef, Manifest, list_checkpoints, opened
 from job.runs.saving import CheckpointWriter, Save
-from job.store import Store, open_store, patient
-from job.store.patient import Outage
+from job.store import Retry, Store, open_store, retry
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.leases import eventually
 from tests.job.runs.test_checkpoints import manifest
+from tests.job.stops import StopWhen
 
 
 @pytest.fixture
 def proxy(gcs_server: str, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(patient, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
     with FaultyProxy(gcs_server) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         yield proxy
@@ -32,7 +32,7 @@ def proxy(gcs_server: str, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run(proxy: FaultyProxy, gcs_bucket: str) -> Store:
-    return open_store(gcs_bucket, deadline_seconds=1).sub("runs/r")
+    return open_store(gcs_bucket, Retry(60)).sub("runs/r")
 
 
 Writers = Callable[..., CheckpointWriter]
@@ -50,14 +50,14 @@ def started(run: Store, tensor: torch.Tensor) -> Iterator[Writers]:
     writers: list[CheckpointWriter] = []
 
     def started(limit_seconds: float = 60, **options) -> CheckpointWriter:
-        outage = Outage(limit_seconds, lambda _: None)
-        writers.append(CheckpointWriter(run, {"model": {"w": tensor}}, outage=outage, **options))
+        patient_run = run.within(limit_seconds)
+        writers.append(CheckpointWriter(patient_run, {"model": {"w": tensor}}, **options))
         return writers[-1]
 
     yield started
     for writer in writers:
         if not writer.failed:
-            writer.close(lambda: 0)
+            writer.close(at_most_seconds=0)
 
 
 def save_of(images_seen: int, **options) -> Save:
@@ -108,14 +108,14 @@ def test_nothing_stands_in_for_what_is_kept_for_good(
     proxy: FaultyProxy, run: Store, tensor: torch.Tensor, started: Writers
 ) -> None:
     writer = started()
-    polls = count()
+    stop = StopWhen(grace_seconds=1.0)
     with proxy.away():
         train_and_save(writer, tensor, 10)
         wait_until_it_commits(writer)
         train_and_save(writer, tensor, 20, irreplaceable=True)
-        time_is_up = time.monotonic() + 0.5
-        assert not writer.save(save_of(30), lambda: next(polls), lambda: time_is_up - time.monotonic())
-        assert next(polls) > 2, "waiting must not be taken for hanging"
+        stop.request("a test")
+        assert not writer.save(save_of(30), stop)
+        assert stop.asked > 2, "waiting must not be taken for hanging"
     train_and_save(writer, tensor, 40)
     assert writer.wait()
     assert committed(run) == {10: 10, 20: 20, 40: 40}
@@ -125,16 +125,16 @@ def test_closing_does_not_wait_for_a_bucket_that_keeps_silent(
     proxy: FaultyProxy, gcs_bucket: str, tensor: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    patient_run = open_store(gcs_bucket, deadline_seconds=30).sub("runs/r")
-    writer = CheckpointWriter(patient_run, {"model": {"w": tensor}}, outage=Outage(60, lambda _: None))
+    patient_run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
+    writer = CheckpointWriter(patient_run, {"model": {"w": tensor}})
     proxy.hang()
     assert writer.save(save_of(10))
     wait_until_it_commits(writer)
     assert list(tmp_path.iterdir())
-    began, polls = time.monotonic(), count()
-    writer.close(lambda: began + 1 - time.monotonic(), lambda: next(polls))
+    began, stop = time.monotonic(), StopWhen()
+    writer.close(stop, 1.0)
     assert time.monotonic() - began < 5
-    assert next(polls) > 2
+    assert stop.asked > 2
     assert list(tmp_path.iterdir()) == [], "the files of a checkpoint are left behind"
     # Its thread ends soon, though the request that is under way does not.
     writer._thread.join(20)
@@ -210,7 +210,7 @@ def test_pictures_wait_for_the_bucket_and_hold_up_nothing(
     with proxy.away():
         writer.put("samples/b.png", b"b")
         train_and_save(writer, tensor, 10)
-        assert not writer.wait(lambda: 0)
+        assert not writer.wait(at_most_seconds=0)
         assert writer.busy
     assert writer.wait()
     assert (run.read("samples/a.png").data, run.read("samples/b.png").data) == (b"new", b"b")

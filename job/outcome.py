@@ -1,0 +1,87 @@
+"""How a job goes and ended, as it says itself in its bucket: there it can be read when its machine is long gone.
+
+    BUCKET/jobs/NAME/2-of-4.json    of machine 2 of the four that make this job; most have one, `0-of-1`
+
+Who submits a job gives it its name in a variable. Commands that somebody types have none, and write nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Literal
+
+from job.exits import Exit, JobError, ending_of
+from job.sealed import Sealed
+from job.store import Retry, open_store
+
+JOB = "DDPM_JOB"
+"""The job's name."""
+JOBS = "jobs"
+"""Folder of the bucket."""
+WRITE_SECONDS = 5.0
+"""How long a bucket that is away may hold up a job that is to end."""
+LONGEST_MESSAGE = 500
+"""In characters."""
+
+
+class Outcome(Sealed):
+    """What one machine of a job says about it, or all of them together."""
+
+    state: Literal["running", "stopped", "finished", "failed"]
+    """`stopped` is exit code 75: the same command goes on from there."""
+    exit_code: int | None
+    """None while it runs."""
+    updated: str
+    """When it said so: ISO 8601, UTC."""
+    message: str = ""
+    """Why it ended so, in a line."""
+    machine: int = 0
+    machines: int = 1
+
+
+@contextmanager
+def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Iterator[None]:
+    """Says in the bucket that the job runs, and in the end how it ended. A bucket that is away is no reason to stop.
+
+    Args:
+        bucket_uri: the job's bucket.
+        machine: the number of this one among those that do the same job: a node, or a slice of sampling.
+        machines: how many there are.
+    """
+    # Taken away, for processes that this one starts are no jobs.
+    name = os.environ.pop(JOB, "")
+    if not name:
+        yield
+        return
+
+    def write(state: Literal["running", "stopped", "finished", "failed"], code: int | None, message: str = "") -> None:
+        updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        outcome = Outcome(
+            state=state,
+            exit_code=code,
+            updated=updated,
+            message=message[:LONGEST_MESSAGE],
+            machine=machine,
+            machines=machines,
+        )
+        # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.
+        with suppress(JobError):
+            store = open_store(bucket_uri, Retry(WRITE_SECONDS))
+            # Raises for a folder that is not there: what is misspelt must not be made.
+            store.folders(JOBS)
+            store.put(f"{JOBS}/{name}/{machine}-of-{machines}.json", outcome.to_json())
+
+    write("running", None)
+    try:
+        yield
+    except BaseException as error:
+        code, message = ending_of(error)
+        if code == Exit.FINISHED:
+            write("finished", code)
+        else:
+            write("stopped" if code == Exit.STOPPED else "failed", code, message)
+        raise
+    write("finished", int(Exit.FINISHED))

@@ -1,0 +1,48 @@
+"""README and docs keep their word: what they name is there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks.crash_campaign.points import POINTS
+from job.exits import TABLE, Exit
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")] + sorted(ROOT.glob("docs/*.md"))
+FAULTS = (ROOT / "docs/what-happens-when.md").read_text()
+CRASHED = {"1", "137"}
+
+
+def test_each_fault_names_a_test_that_there_is_and_codes_of_the_table():
+    lines = [line for line in FAULTS.splitlines() if line.startswith("| ")][1:]
+    rows = [[cell.strip() for cell in line[1:-1].split("|")] for line in lines]
+    assert len(rows) > 18
+    for row in rows:
+        _, _, codes, _, test = row
+        codes = {code.strip() for code in codes.split(",")} - {"", "its own"}
+        assert codes <= {str(int(code)) for code in Exit} | CRASHED, row
+        path, _, name = test.strip("`").partition("::")
+        assert re.search(rf"^def {name}\(", (ROOT / "tests/job" / path).read_text(), re.MULTILINE), row
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    links = re.findall(r"\]\(([^)#]+)\)", page.read_text())
+    assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_readme_leads_to_every_page():
+    text = (ROOT / "README.md").read_text()
+    assert [page.name for page in ROOT.glob("docs/*.md") if f"](docs/{page.name})" not in text] == []
+
+
+def test_the_number_of_points_of_the_campaign():
+    assert f"`ARGS=--list` shows the {len(POINTS)})" in FAULTS
+
+
+def test_the_exit_codes_that_people_read_are_those_of_the_program():
+    rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
+    assert rows == [(str(int(code)), meaning.text, meaning.retried) for code, meaning in TABLE.items()]
