@@ -10,8 +10,8 @@ from typing import cast
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
 from job.jobs.backends.kubernetes_api import (
-    JOB,
-    JOB_SET,
+    JOB_KIND,
+    JOB_SET_KIND,
     LOCAL_QUEUES,
     ClusterApi,
     Kind,
@@ -55,8 +55,8 @@ class KubernetesBackend(Backend):
     def submit(self, spec: JobSpec) -> None:
         """Sends it; a job of that name that is over makes room."""
         (made,) = self.render(spec)
-        kind = JOB_SET if made["kind"] == "JobSet" else JOB
-        if kind == JOB_SET and not self._api.knows(JOB_SET):
+        kind = JOB_SET_KIND if made["kind"] == "JobSet" else JOB_KIND
+        if kind == JOB_SET_KIND and not self._api.knows(JOB_SET_KIND):
             install = _INSTALL.format("jobset")
             raise MissingInputError(f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs: {install}")
         with suppress(NoPermissionError):
@@ -90,7 +90,7 @@ class KubernetesBackend(Backend):
         pods: dict[str, list[Manifest]] = {}
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
-        jobs = self._api.all_with(JOB, selector) + self._api.all_with(JOB_SET, selector)
+        jobs = self._api.all_with(JOB_KIND, selector) + self._api.all_with(JOB_SET_KIND, selector)
         found = [observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
@@ -145,7 +145,7 @@ class KubernetesBackend(Backend):
         yield unchecked_image(self._target.image)
 
     def _all_named(self, name: str) -> list[tuple[Kind, Manifest]]:
-        found = [(kind, self._api.get(kind, name)) for kind in (JOB, JOB_SET)]
+        found = [(kind, self._api.get(kind, name)) for kind in (JOB_KIND, JOB_SET_KIND)]
         return [(kind, job) for kind, job in found if job is not None]
 
     def _named(self, name: str) -> list[tuple[Kind, Manifest]]:
@@ -167,7 +167,7 @@ class KubernetesBackend(Backend):
         job, pods = found[0][1], self._pods(name)
         events, parts = [], []
         if is_over(job):
-            parts = self._api.all_with(JOB, f"{JOB_SET_LABEL}={name}")
+            parts = self._api.all_with(JOB_KIND, f"{JOB_SET_LABEL}={name}")
         elif not pods or is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
@@ -226,7 +226,7 @@ def _check_account(api: ClusterApi, target: KubernetesTarget) -> str:
 
 
 def _check_job_sets(api: ClusterApi, target: KubernetesTarget) -> str:
-    if not api.knows(JOB_SET):
+    if not api.knows(JOB_SET_KIND):
         return f"not installed; only --nodes needs them ({_INSTALL.format('jobset')})"
     allowed = api.may("create", "jobset.x-k8s.io", "jobsets")
     return "installed" if allowed else "installed; these credentials may not create them, which only --nodes needs"

@@ -21,10 +21,10 @@ from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.targets import KubernetesTarget
 
 API_RETRY_DELAYS_SECONDS = (0.5, 1.0, 2.0, 4.0, 8.0)
-CONNECT_SECONDS, READ_SECONDS = 5.0, 30.0
-HURRIED_TIMEOUT_SECONDS = 3.0
+API_CONNECT_SECONDS, API_READ_SECONDS = 5.0, 30.0
+DOCTOR_TIMEOUT_SECONDS = 3.0
 """Of a call for which somebody waits."""
-SILENCE_SECONDS = 120.0
+LOG_SILENCE_SECONDS = 120.0
 """Of a job's output: a connection that is silent for so long may be a dead one."""
 GOOGLE_PLUGIN = "gke-gcloud-auth-plugin"
 _BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
@@ -37,8 +37,8 @@ _KUBECONFIG_HINT = (
 
 Kind = tuple[str, str, str]
 """Group, version and plural of a resource of the API."""
-JOB: Kind = ("batch", "v1", "jobs")
-JOB_SET: Kind = ("jobset.x-k8s.io", "v1alpha2", "jobsets")
+JOB_KIND: Kind = ("batch", "v1", "jobs")
+JOB_SET_KIND: Kind = ("jobset.x-k8s.io", "v1alpha2", "jobsets")
 LOCAL_QUEUES: tuple[Kind, ...] = tuple(("kueue.x-k8s.io", beta, "localqueues") for beta in ("v1beta2", "v1beta1"))
 
 
@@ -62,7 +62,7 @@ class ClusterApi:
         self.namespace, self._context = target.namespace, target.context
         self._delays = () if hurried else API_RETRY_DELAYS_SECONDS
         self._timeout = (
-            (HURRIED_TIMEOUT_SECONDS, HURRIED_TIMEOUT_SECONDS) if hurried else (CONNECT_SECONDS, READ_SECONDS)
+            (DOCTOR_TIMEOUT_SECONDS, DOCTOR_TIMEOUT_SECONDS) if hurried else (API_CONNECT_SECONDS, API_READ_SECONDS)
         )
 
     @property
@@ -131,14 +131,14 @@ class ClusterApi:
         """The lines of a pod's output, each behind its time stamp; with `follow` until it ends.
 
         Raises:
-            BucketAwayError: the connection ended in between, or nothing came for `SILENCE_SECONDS`.
+            BucketAwayError: the connection ended in between, or nothing came for `LOG_SILENCE_SECONDS`.
             NoSuchObjectError: the pod is gone.
             BadRequestError: the container has not started.
         """
         import urllib3
 
         options = {"container": CONTAINER, "follow": follow, "timestamps": True, "_preload_content": False}
-        timeout = (CONNECT_SECONDS, SILENCE_SECONDS)
+        timeout = (API_CONNECT_SECONDS, LOG_SILENCE_SECONDS)
         call = "read_namespaced_pod_log"
         response = self._ask("CoreV1Api", call, pod, self.namespace, **options, _request_timeout=timeout)
         try:

@@ -277,7 +277,7 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
     (check,) = doctor().values()
     assert (check.name, check.passed, check.exit_code) == ("cluster", False, Exit.BUCKET_AWAY)
     assert len(server.faults) == 1, "somebody waits: it is asked once"
-    monkeypatch.setattr(kubernetes_api, "HURRIED_TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(kubernetes_api, "DOCTOR_TIMEOUT_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         config = server.kubeconfig()
         config["clusters"][0]["cluster"]["server"] = f"http://127.0.0.1:{silent.getsockname()[1]}"
