@@ -246,8 +246,9 @@ class ShardCache(ImageCache):
             rotten = [shard for shard in shards if not self._is_intact(shard)]
             if not rotten:
                 raise
-            for shard in rotten:
-                self._path(shard).unlink(missing_ok=True)
+            with self._source.lock():
+                for shard in rotten:
+                    self._path(shard).unlink(missing_ok=True)
             self._source.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:

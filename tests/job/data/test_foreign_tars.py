@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 import webdataset
 
-from job.data.cache import DecodedCache, ShardCache, open_cache
+from job.data.cache import ShardCache, open_cache
 from job.data.foreign_tars import find_tars
-from job.data.order import Order
 from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
-from job.data.stream import stream_batches
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
 from job.runs.checkpoints import list_checkpoints, load_manifest
@@ -205,24 +203,6 @@ def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_p
     words = ["--dataset", "laion", "--run", "later", "--bucket", ours, *settings()]
     line = refused(ddpm_here("train", *words, DDPM_CACHE=str(tmp_path / "other")), Exit.BAD_DATA)
     assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
-
-
-def test_batches_do_not_depend_on_the_cache(tmp_path, compact_tars, gcs_bucket):
-    uploaded(compact_tars, f"{gcs_bucket}/laion")
-    bucket = open_store(f"{gcs_bucket}/ours")
-    index = indexed(bucket, f"{gcs_bucket}/laion", size=40)
-    order = Order(tuple(shard.images for shard in index.shards), seed=3, block_images=8)
-    shown, kinds = [], []
-    for budget_bytes in (index.decoded_bytes, 125_000):
-        cache_dir = tmp_path / str(budget_bytes)
-        cache = open_cache(bucket, "datasets/laion-40", index, cache_dir=cache_dir, budget_bytes=budget_bytes)
-        batches = stream_batches(cache, order, batch_size_images=7, first_image=0, last_image=70)
-        shown.append([batch.images.numpy().tobytes() for batch in batches])
-        kinds.append(type(cache))
-        cache.close()
-    assert kinds == [DecodedCache, ShardCache]
-    assert len(shown[0]) == 10
-    assert shown[0] == shown[1]
 
 
 def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
