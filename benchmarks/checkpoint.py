@@ -25,7 +25,7 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import Lease
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import delete_checkpoint
-from job.runs.writer import UPLOADS, CheckpointWriter, HeldRun, plan_parts
+from job.runs.writer import PARALLEL_UPLOADS, CheckpointWriter, HeldRun, plan_parts
 from job.stop import NEVER
 from job.store import Store, open_store
 from tests.servers import fake_gcs_server
@@ -66,7 +66,7 @@ def measure(quick: bool) -> list[Figure]:
             "checkpoint: upload speed / google-cloud-storage's own, ×",
             uploads.speedups,
             at_least=0.8,
-            beside=f"{UPLOADS} parts at a time, emulated gs://: {megabytes / median(uploads.ours):.0f} MB/s, "
+            beside=f"{PARALLEL_UPLOADS} parts at a time, emulated gs://: {megabytes / median(uploads.ours):.0f} MB/s, "
             f"raw client {megabytes / median(uploads.peer):.0f} MB/s",
             raw=uploads.raw(),
         ),
@@ -113,7 +113,7 @@ def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, paths[-1])
     store = open_store(f"gs://{BUCKET}/ours")
     bare = storage.Client(project=BUCKET, credentials=AnonymousCredentials()).bucket(BUCKET)
-    with ThreadPoolExecutor(UPLOADS) as pool:
+    with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
         def ours() -> None:
             list(pool.map(lambda path: store.upload(path, path.name), paths))

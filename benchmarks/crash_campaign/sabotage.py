@@ -15,7 +15,7 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
 
 def _manifest_first(module: Any, trace: Any) -> None:
     def upload_all(writer: Any, manifest: Any, objects: Any, folder: Any) -> None:
-        records = [module._write(folder / name, tensors) for name, tensors in writer._parts.items()]
+        records = [module._write_part(folder / name, tensors) for name, tensors in writer._parts.items()]
         with writer._change():
             writer._reading_host = False
         for key, data in objects.items():

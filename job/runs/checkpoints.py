@@ -25,14 +25,13 @@ from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, located
 from job.runs.records import attempt_id
-from job.sealed import Sealed
+from job.sealed import SHA256_PATTERN, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
 LATEST = Kind.LATEST.value
-READERS = 16
+PARALLEL_READS = 16
 """Small objects that are read at a time."""
-_SHA256 = r"^[0-9a-f]{64}$"
 
 
 class FileRecord(BaseModel):
@@ -43,7 +42,7 @@ class FileRecord(BaseModel):
     name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
     group: str = Field(pattern=r"^[a-z]+$")
     bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class MetricSegment(BaseModel):
@@ -52,8 +51,8 @@ class MetricSegment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^\d{6}-\d{12}$")
-    sha256: str = Field(pattern=_SHA256)
-    events_sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256_PATTERN)
+    events_sha256: str = Field(pattern=SHA256_PATTERN)
 
     @property
     def key(self) -> str:
@@ -278,7 +277,7 @@ def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], 
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(READERS) as pool:
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
         problems = dict(zip(manifest.metric_segments, pool.map(problem, manifest.metric_segments), strict=True))
     if any(problems.values()):
         lost = "; ".join(filter(None, problems.values()))

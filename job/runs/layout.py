@@ -89,7 +89,7 @@ class Located:
 
 PICTURES = (Kind.PICTURE, Kind.FIGURE, Kind.GRID)
 """What has a record of where it comes from."""
-_FIELDS: dict[str, tuple[str, Callable[[str], object] | None]] = {
+_KEY_FIELDS: dict[str, tuple[str, Callable[[str], object] | None]] = {
     "checkpoint": (r"\d{6}-\d{12}", CheckpointRef.parse),
     "fence": (r"\d{6}", int),
     "group": ("[a-z]+", None),
@@ -110,14 +110,14 @@ def located(key: str) -> Located | None:
     """The kind of the object at `key`, below a run, and what else its key says; none if it is no part of a run."""
     for kind, pattern in _PATTERNS.get(key.partition("/")[0], ()):
         if match := pattern.fullmatch(key):
-            fields = {name: read(text) for name, text in match.groupdict().items() if (read := _FIELDS[name][1])}
+            fields = {name: read(text) for name, text in match.groupdict().items() if (read := _KEY_FIELDS[name][1])}
             return Located(kind, **fields)  # type: ignore[arg-type]
     return None
 
 
 def _pattern(kind: Kind) -> re.Pattern[str]:
     literals = re.split(r"\{(\w+)[^}]*\}", kind.value)
-    parts = (f"(?P<{part}>{_FIELDS[part][0]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
+    parts = (f"(?P<{part}>{_KEY_FIELDS[part][0]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
     return re.compile("".join(parts))
 
 

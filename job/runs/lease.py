@@ -28,7 +28,7 @@ from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Stor
 LEASE = Kind.LEASE.value
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
-LOOK_SECONDS = 0.5
+WATCH_SECONDS = 0.5
 """How often one who watches reads the lease, and asks whether to stop."""
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
@@ -64,7 +64,7 @@ def load_lease(run: Store) -> LeaseRecord:
     return LeaseRecord.load(run, LEASE)
 
 
-def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
+def _read_lease(run: Store) -> tuple[LeaseRecord | None, str | None]:
     """The record and its version; no version if there is no object, no record if nobody can read it."""
     try:
         blob = run.read(LEASE)
@@ -75,7 +75,7 @@ def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
     return None, blob.version
 
 
-def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
+def _write_lease(run: Store, record: LeaseRecord, version: str | None) -> str | None:
     """The new version; none if somebody else wrote since `version` was read."""
     try:
         if version is None:
@@ -85,7 +85,7 @@ def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
         return None
 
 
-def _boot_seconds() -> float:
+def _lease_clock() -> float:
     """A clock that never jumps and counts the time a machine sleeps: what was ours before a sleep may not be after."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -108,7 +108,7 @@ class _Watch:
         # Unlike the holder's clock this one stands still while a machine sleeps: a laptop that wakes must give the
         # holder, which wakes with it, the time to renew.
         asked = time.monotonic()
-        record, version = _read(self._run)
+        record, version = _read_lease(self._run)
         if version == self.version:
             if time.monotonic() - asked > EXPIRE_SECONDS / 2:
                 # While the bucket was away the holder could not renew: it gets its time anew.
@@ -190,8 +190,8 @@ class Lease:
                     since=utc_now(),
                     process=ProcessIdentity.of_this_process(),
                 )
-                asked = _boot_seconds()
-                if (version := _write(run, record, watch.version)) is not None:
+                asked = _lease_clock()
+                if (version := _write_lease(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
                     # Less than it takes to expire: a renewal that waits for a bucket that is away comes too late.
@@ -207,7 +207,7 @@ class Lease:
             if told != watch.who():
                 told = watch.who()
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
-            stop.sleep(LOOK_SECONDS)
+            stop.sleep(WATCH_SECONDS)
 
     def confirm(self) -> None:
         """Returns if the run is certainly still ours; call it before every commit and every delete.
@@ -259,15 +259,15 @@ class Lease:
         self._give_back()
 
     def _pause_seconds(self) -> float:
-        due = self._began_at + RENEW_SECONDS - _boot_seconds()
+        due = self._began_at + RENEW_SECONDS - _lease_clock()
         return due if due > 0 else WRITE_GAP_SECONDS
 
     def _renew(self) -> None:
         with self._lock:
             self.check_lost()
-            if _boot_seconds() - self._confirmed_at < RENEW_SECONDS:
+            if _lease_clock() - self._confirmed_at < RENEW_SECONDS:
                 return
-            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _boot_seconds()))
+            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _lease_clock()))
             self._swap(released=False)
 
     def _give_back(self) -> None:
@@ -281,22 +281,22 @@ class Lease:
 
     def _swap(self, released: bool) -> None:
         """Writes the next record over our last one, and over nothing else."""
-        self._began_at = _boot_seconds()
+        self._began_at = _lease_clock()
         try:
             for _ in range(_SWAPS):
                 update = {"renewal": self._record.renewal + 1, "released": released}
                 self._record = self._record.model_copy(update=update)
-                if (version := _write(self._run, self._record, self._version)) is not None:
+                if (version := _write_lease(self._run, self._record, self._version)) is not None:
                     self._version, self._confirmed_at = version, self._began_at
                     return
                 self._look_again()
         finally:
-            self._ended_at = _boot_seconds()
+            self._ended_at = _lease_clock()
         raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")
 
     def _look_again(self) -> None:
         """After a swap that failed: another's record means loss; an own write that came late, or damage, does not."""
-        record, self._version = _read(self._run)
+        record, self._version = _read_lease(self._run)
         if record is not None and record.holder != self._record.holder:
             self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
             raise LostRunError(self._lost)

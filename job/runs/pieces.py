@@ -14,9 +14,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from job.sealed import Sealed
-
-_SHA256 = r"^[0-9a-f]{64}$"
+from job.sealed import SHA256_PATTERN, Sealed
 
 
 class Drawing(BaseModel):
@@ -25,7 +23,7 @@ class Drawing(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
-    checkpoint_sha256: str = Field(pattern=_SHA256)
+    checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
     weights: Literal["ema", "model"]
     sampler: str
     steps: int = Field(ge=1)
@@ -78,7 +76,7 @@ class PieceFile(BaseModel):
 
     name: str = Field(pattern=r"^piece-\d{5}(\.tar|/\d{9,18}\.png)$")
     bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class PieceRecord(Sealed):
@@ -105,7 +103,7 @@ class PieceEntry(BaseModel):
     first_seed: int
     images: int
     bytes: int
-    sha256: str = Field(pattern=_SHA256)
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class BatchIndex(Sealed):

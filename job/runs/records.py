@@ -30,7 +30,7 @@ from job.store.retry import DEADLINE_SECONDS
 CONFIG, STATUS = Kind.CONFIG.value, Kind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 UTC = "%Y-%m-%dT%H:%M:%SZ"
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def validated_run_name(name: str) -> str:
@@ -39,7 +39,7 @@ def validated_run_name(name: str) -> str:
     Raises:
         BadRequestError: it cannot.
     """
-    if not _NAME.fullmatch(name):
+    if not _RUN_NAME.fullmatch(name):
         raise BadRequestError(
             f"{name!r} cannot be a run's name: use 1 to 63 lower-case letters, digits and '-', "
             "beginning and ending with a letter or digit"

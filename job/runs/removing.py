@@ -6,7 +6,7 @@ A checkpoint that somebody reads stays, and so does the newest one that verifies
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -22,9 +22,6 @@ from job.runs.retention import Retention, being_read, delete_checkpoint, leftove
 from job.runs.verification import checkpoint_problems
 from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
-
-ORPHAN_SECONDS = 3600.0
-"""What the last attempt left behind is an orphan once the attempt is over for this long."""
 
 T = TypeVar("T")
 
@@ -64,15 +61,13 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
     config = records.as_last_changed(run, records.existing_config(bucket, name))
     if keep_last is not None:
         config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": keep_last})})
-    # Before the lease is taken: then it says nothing about the last attempt any more.
-    over_below = fences_over(run)
     if dry_run:
-        found = removals(bucket, run, config, over_below)
+        found = removals(bucket, run, config, _fence_at_work(run))
         for removal in found:
             print(removal)
     else:
         with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
-            found = removals(bucket, run, config, over_below)
+            found = removals(bucket, run, config, lease.fence)
             for removal in _while_held("pruning", found, lease, stop):
                 if _remove(run, removal):
                     print(removal)
@@ -81,27 +76,16 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
     print(f"{run.uri}: {total_bytes:,} bytes {what}" if found else f"{run.uri}: there is nothing to prune")
 
 
-def fences_over(run: Store) -> int:
-    """The fence from which on attempts may still leave objects behind; all before it are over.
-
-    Attempts that were replaced are over. The last one is when it gave its lease back an hour ago, by its last word.
-    """
-    highest, last_word = records.highest_fence(run), ""
-    status, attempt = records.read_status(run), records.last_attempt(run)
-    if status is not None and status.fence == highest:
-        last_word = status.updated
-    elif attempt is not None and attempt.fence == highest:
-        last_word = attempt.started
-    try:
+def _fence_at_work(run: Store) -> int:
+    """The fence from which on attempts may still be at work: the highest, unless it gave its lease back."""
+    released = False
+    with suppress(BadDataError, ObjectMissingError):
         released = load_lease(run).released
-    except (BadDataError, ObjectMissingError):
-        released = False
-    is_over = released and last_word and records.seconds_since(last_word) >= ORPHAN_SECONDS
-    return highest + 1 if is_over else highest
+    return records.highest_fence(run) + (1 if released else 0)
 
 
-def removals(bucket: Store, run: Store, config: RunConfig, over_below: int) -> list[Removal]:
-    """What is to go, in the order in which it goes; deletes nothing. Attempts with a fence below `over_below` are over.
+def removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
+    """What is to go, in the order in which it goes; deletes nothing. Attempts with a lower fence than `fence` are over.
 
     Raises:
         MissingInputError: the run's rules speak of epochs of a dataset that is not there.
@@ -122,7 +106,7 @@ def removals(bucket: Store, run: Store, config: RunConfig, over_below: int) -> l
         for ref in old
     ]
     places = {key: place for key in sizes if (place := located(key))}
-    for key, who in leftovers(places, over_below, metrics_named(run), over).items():
+    for key, who in leftovers(places, fence, metrics_named(run), over).items():
         # A sampler says that it reads a checkpoint before it makes its first piece.
         if not (read and places[key].batch):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))

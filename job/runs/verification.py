@@ -18,7 +18,7 @@ from job.config import RunConfig
 from job.data.shards import load_index
 from job.exits import BadDataError, JobError, MissingInputError
 from job.runs import records
-from job.runs.checkpoints import LATEST, READERS, Latest, Manifest, load_manifest, lost_manifest, manifest_key
+from job.runs.checkpoints import LATEST, PARALLEL_READS, Latest, Manifest, load_manifest, lost_manifest, manifest_key
 from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, CheckpointRef, Kind, Located, located
 from job.runs.lease import LEASE, LeaseRecord
 from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
@@ -31,7 +31,7 @@ from job.store import ObjectMissingError, Store
 BLOCK_BYTES = 4 << 20
 HASHERS = 4
 
-RECORDS: dict[Kind, type[Sealed]] = {
+RECORD_TYPES: dict[Kind, type[Sealed]] = {
     Kind.ATTEMPT: Attempt,
     Kind.LEASE: LeaseRecord,
     Kind.STATUS: Status,
@@ -45,7 +45,7 @@ RECORDS: dict[Kind, type[Sealed]] = {
 }
 """What carries its own hash. Of all else, but for the configuration, one of these has it."""
 
-R = TypeVar("R", bound=Sealed)
+SealedRecord = TypeVar("SealedRecord", bound=Sealed)
 
 
 @dataclass
@@ -83,7 +83,7 @@ def checkpoint_problems(run: Store, ref: CheckpointRef) -> list[str]:
     return _differing(run, names)
 
 
-class _Name(NamedTuple):
+class _Named(NamedTuple):
     """What one object says about another."""
 
     by: str
@@ -92,17 +92,17 @@ class _Name(NamedTuple):
     size_bytes: int | None = None
 
 
-def _named_by(manifest: Manifest) -> dict[str, _Name]:
+def _named_by(manifest: Manifest) -> dict[str, _Named]:
     by = manifest_key(manifest.ref)
-    names = {f"{manifest.ref.key}/{file.name}": _Name(by, [file.sha256], file.bytes) for file in manifest.files}
+    names = {f"{manifest.ref.key}/{file.name}": _Named(by, [file.sha256], file.bytes) for file in manifest.files}
     for segment in manifest.metric_segments:
-        names[segment.key] = _Name(by, [segment.sha256])
-        names[segment.events_key] = _Name(by, [segment.events_sha256])
+        names[segment.key] = _Named(by, [segment.sha256])
+        names[segment.events_key] = _Named(by, [segment.events_sha256])
     return names
 
 
 def _differing(
-    run: Store, names: Mapping[str, _Name], progress: Callable[[int, int], None] = lambda done, total: None
+    run: Store, names: Mapping[str, _Named], progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[str]:
     """A line for each object that is not what another says; for `progress` see `verify_run`."""
     owners = {sha256: key for key, name in names.items() for sha256 in name.sha256s}
@@ -154,8 +154,8 @@ class _Verification:
 
     def findings(self) -> Findings:
         """Checks everything; in the order in which one thing is needed to judge the next."""
-        with ThreadPoolExecutor(READERS) as pool:
-            self._problems += filter(None, pool.map(self._load, self._keys(*RECORDS)))
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            self._problems += filter(None, pool.map(self._load, self._keys(*RECORD_TYPES)))
         config = self._look_at_config()
         self._look_at_attempts()
         self._look_at_batches()
@@ -178,7 +178,7 @@ class _Verification:
     def _keys(self, *kinds: Kind) -> list[str]:
         return [key for key, place in self._places.items() if place.kind in kinds]
 
-    def _all(self, kind: type[R]) -> dict[str, R]:
+    def _all(self, kind: type[SealedRecord]) -> dict[str, SealedRecord]:
         return {key: record for key, record in self._records.items() if isinstance(record, kind)}
 
     def _bad(self, key: str, what: str) -> None:
@@ -192,7 +192,7 @@ class _Verification:
         """Loads a record; what is wrong with it, or nothing."""
         place = self._places[key]
         try:
-            record = RECORDS[place.kind].load(self._run, key)
+            record = RECORD_TYPES[place.kind].load(self._run, key)
         except ObjectMissingError:
             return ""
         except BadDataError as error:
@@ -264,19 +264,19 @@ class _Verification:
                 for key in (Kind.GRID.key(batch=batch), *recorded):
                     self._missing(key, f"{index_key} says that everything is there")
 
-    def _names(self, manifests: Iterable[Manifest]) -> dict[str, _Name]:
+    def _names(self, manifests: Iterable[Manifest]) -> dict[str, _Named]:
         """What manifests, records of pieces and records of where pictures come from say about other objects."""
-        names: dict[str, _Name] = {}
+        names: dict[str, _Named] = {}
         for manifest in manifests:
             names |= _named_by(manifest)
         for by, record in self._all(PieceRecord).items():
             folder = f"{SAMPLES}/{self._places[by].batch}"
-            names |= {f"{folder}/{file.name}": _Name(by, [file.sha256], file.bytes) for file in record.files}
+            names |= {f"{folder}/{file.name}": _Named(by, [file.sha256], file.bytes) for file in record.files}
         drawn: dict[str, list[str]] = {}
         for place in self._places.values():
             drawn.setdefault(place.of, []).append(place.sha256)
         for key in self._keys(*PICTURES):
-            names[key] = _Name(f"{Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
+            names[key] = _Named(f"{Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
         return names
 
     def _look_for_strangers(self, unnamed: Iterable[str]) -> None:

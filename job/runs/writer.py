@@ -42,8 +42,8 @@ Tensors = dict[str, dict[str, Tensor]]
 
 PART_BYTES = 128 * 1024 * 1024
 """Parts of this size keep all connections busy, and a retry cheap."""
-UPLOADS = 4
-POLL_SECONDS = 0.1
+PARALLEL_UPLOADS = 4
+WAIT_SECONDS = 0.1
 PROBE_BYTES = 16 << 20
 SAVES_PER_CADENCE = 10
 """Where a preemption costs the work since the last save, saving may take up to a tenth of the time."""
@@ -257,11 +257,11 @@ class CheckpointWriter:
 
         with self._change():
             while (self._busy or self._pictures) and self._error is None and is_time_left():
-                self._changed.wait(POLL_SECONDS)
+                self._changed.wait(WAIT_SECONDS)
             self._closing.request("the end of its process")
         # A thread that waits for a bucket that keeps silent dies with the process.
         while self._thread.is_alive() and is_time_left():
-            self._thread.join(POLL_SECONDS)
+            self._thread.join(WAIT_SECONDS)
         if self._error is not None:
             raise self._error
 
@@ -288,7 +288,7 @@ class CheckpointWriter:
                 f"stopped before the last pictures were in {self._run.uri}; every checkpoint is, and the same command "
                 "goes on from there"
             )
-        self._changed.wait(POLL_SECONDS)
+        self._changed.wait(WAIT_SECONDS)
 
     def _manifest(
         self, images_seen: int, loss_sums: list[list[float]], world_size: int
@@ -371,10 +371,10 @@ class CheckpointWriter:
         return manifest.ref
 
     def _upload_all(self, manifest: Manifest, objects: dict[str, bytes], folder: Path) -> None:
-        with ThreadPoolExecutor(UPLOADS) as pool:
+        with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
             records, uploads = [], []
             for name, tensors in self._parts.items():
-                records.append(_write(folder / name, tensors))
+                records.append(_write_part(folder / name, tensors))
                 uploads.append(pool.submit(self._upload, folder / name, f"{manifest.ref.key}/{name}"))
             with self._change():
                 self._reading_host = False
@@ -415,7 +415,7 @@ class CheckpointWriter:
             self._note(f"old checkpoints of {run.uri} stay for now: {error}")
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
