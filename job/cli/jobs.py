@@ -24,9 +24,9 @@ def list_(on: On = "", targets: Targets = None) -> None:
 
     Example: ddpm jobs list --on gke
     """
-    from job.jobs.overview import Asked, list_jobs
+    from job.jobs.overview import Search, list_jobs
 
-    list_jobs(Asked(on, targets))
+    list_jobs(Search(on, targets))
 
 
 @app.command()
@@ -44,9 +44,9 @@ def status(
 
     Example: ddpm jobs status train-celeba --on gke
     """
-    from job.jobs.overview import Asked, show_job
+    from job.jobs.overview import Search, show_job
 
-    show_job(job, Asked(on, targets), bucket)
+    show_job(job, Search(on, targets), bucket)
 
 
 @app.command()
@@ -60,9 +60,9 @@ def logs(
 
     Example: ddpm jobs logs train-celeba --on gke -f
     """
-    from job.jobs.overview import Asked, print_logs
+    from job.jobs.overview import Search, print_logs
 
-    print_logs(job, Asked(on, targets), follow=follow)
+    print_logs(job, Search(on, targets), follow=follow)
 
 
 @app.command()
@@ -71,9 +71,9 @@ def cancel(job: Name, on: On = "", targets: Targets = None) -> None:
 
     Example: ddpm jobs cancel train-celeba --on gke
     """
-    from job.jobs.overview import Asked, cancel_job
+    from job.jobs.overview import Search, cancel_job
 
-    cancel_job(job, Asked(on, targets))
+    cancel_job(job, Search(on, targets))
 
 
 @app.command()
@@ -82,6 +82,6 @@ def describe(job: Name, on: On = "", targets: Targets = None, output: Output = "
 
     Example: ddpm jobs describe train-celeba --on gke -o json
     """
-    from job.jobs.overview import Asked, describe_job
+    from job.jobs.overview import Search, describe_job
 
-    describe_job(job, Asked(on, targets), output)
+    describe_job(job, Search(on, targets), output)

@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Literal
 
 from job.exits import BadRequestError
@@ -64,11 +65,7 @@ class JobSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses what no backend could run.
-
-        Raises:
-            BadRequestError: naming the field.
-        """
+        """Refuses what no backend could run, naming the field."""
         validated_job_name(self.name)
         if self.argv[:1] != (self.verb,) and self.argv[:2] != ("data", self.verb):
             raise BadRequestError(f"the job {self.name!r} does {self.verb}, and its words are {' '.join(self.argv)!r}")
@@ -93,11 +90,9 @@ class JobSpec:
 
     def lasting(self, max_hours: float) -> JobSpec:
         """The same job, by the same name, with another limit; also where it keeps to that itself."""
-        old, new = (list(ends_itself(hours)) for hours in (self.max_hours, max_hours))
-        argv = [*self.argv]
-        for place in range(len(argv) - 1):
-            if argv[place : place + 2] == old:
-                argv[place : place + 2] = new
+        old, new = stop_after(self.max_hours), stop_after(max_hours)
+        words = pairwise(("", *self.argv))
+        argv = (new if (option, word) == ("--stop-after", old) else word for option, word in words)
         return replace(self, max_hours=max_hours, argv=tuple(argv))
 
     @property
@@ -116,9 +111,9 @@ class JobSpec:
         return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
 
 
-def ends_itself(hours: float) -> tuple[str, str]:
-    """The words with which a job ends itself after so long, where there is no engine that would end it."""
-    return "--stop-after", f"{max(1, round(hours * 3600))}s"
+def stop_after(hours: float) -> str:
+    """The value of `--stop-after` with which a job ends itself, where there is no engine that would end it."""
+    return f"{max(1, round(hours * 3600))}s"
 
 
 def sounds_secret(variable: str) -> bool:
@@ -127,11 +122,7 @@ def sounds_secret(variable: str) -> bool:
 
 
 def validated_job_name(name: str) -> str:
-    """Returns `name` if every backend can call a job so.
-
-    Raises:
-        BadRequestError: it cannot.
-    """
+    """Returns `name` if every backend can call a job so."""
     if not (_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
         raise BadRequestError(
             f"{name!r} cannot be a job's name: use at most {NAME_CHARACTERS} lower-case letters, digits and '-', "
@@ -159,5 +150,4 @@ def is_about(name: str, run: str) -> bool:
     """Whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
-    with_hash = job_name("sample", run, ("words",))
-    return name[: -_HASH_CHARACTERS - 1] == with_hash[: -_HASH_CHARACTERS - 1]
+    return name[:-_HASH_CHARACTERS] == job_name("sample", run, ("words",))[:-_HASH_CHARACTERS]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NoReturn
 from job.exits import BadRequestError, Exit, JobError, retried
 from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target
+from job.jobs.targets import Target, default_bucket
 
 Manifest = dict[str, Any]
 """What is sent to an engine, as JSON types."""
@@ -156,13 +156,19 @@ class Backend(abc.ABC):
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
 
+    def bucket_of(self, name: str) -> str:
+        """Where a job's bucket lies: as the job was told, where the engine remembers, else as the target says."""
+        return default_bucket(self.target)
+
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """What tells a job of this engine from all others, whichever of several targets shows it."""
         return (self.target.backend, self.target.name, status.name)
 
     @abc.abstractmethod
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.
+
+        Who asks ends that earlier by an exception.
 
         Raises:
             MissingInputError: there is no such job, or its output is gone.

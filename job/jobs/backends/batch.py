@@ -117,7 +117,7 @@ class BatchBackend(Backend):
         """See `Backend.identity`: each region has names of its own."""
         return ("batch", self.target.project, status.place, status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """See `Backend.logs`."""
         found = self._known(name)
         log = quoted(f"projects/{self.target.project}/logs/batch_task_logs")

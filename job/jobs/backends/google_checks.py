@@ -9,8 +9,7 @@ from typing import Any
 from job.exits import Exit, JobError, NoPermissionError
 from job.jobs.backends.google import GoogleApis
 from job.jobs.backends.machines import machine_for
-from job.jobs.backends.registry import image_check
-from job.jobs.checks import Check
+from job.jobs.checks import Check, unchecked_image
 from job.jobs.targets import GoogleTarget
 
 _GPU = re.compile(r"nvidia-(?:tesla-)?([a-z0-9-]+?)")
@@ -46,7 +45,7 @@ def checks(
         yield _quota(apis, machine.gpu_type, machine.gpus, target.spot, regions)
         yield _quota_everywhere(apis, machine.gpus)
     yield _account(apis, target)
-    yield image_check(target.image)
+    yield unchecked_image(target.image)
 
 
 def _account(apis: GoogleApis, target: GoogleTarget) -> Check:

@@ -100,7 +100,7 @@ class KubernetesBackend(Backend):
         """See `Backend.identity`: two contexts may be one cluster."""
         return ("kubernetes", self._api.host, self._target.namespace, status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """Lines of all its pods, with the index before each where there are several."""
         job = self._named(name)
         if not follow:

@@ -7,8 +7,7 @@ from collections.abc import Callable, Iterator
 from job.exits import Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes_api import JOB, JOB_SET, LOCAL_QUEUES, Api
 from job.jobs.backends.kubernetes_rules import GPU, quantity
-from job.jobs.backends.registry import image_check
-from job.jobs.checks import Check
+from job.jobs.checks import Check, unchecked_image
 from job.jobs.targets import KubernetesTarget
 
 JOB_SET_HINT = (
@@ -76,7 +75,7 @@ def cluster_checks(api: Api, target: KubernetesTarget) -> Iterator[Check]:
         ("GPU quota", _quota),
     ):
         yield _looked(name, look, api, target)
-    yield image_check(target.image)
+    yield unchecked_image(target.image)
 
 
 def _looked(name: str, look: Callable[[Api, KubernetesTarget], str], api: Api, target: KubernetesTarget) -> Check:

@@ -103,7 +103,7 @@ class VmBackend(Backend):
         """See `Backend.identity`: every target sees all zones of its project."""
         return ("vm", self.target.project, status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
         """See `Backend.logs`."""
         machines = self._machines(name)
         told = vm_story.events(self._apis, name)
