@@ -1,6 +1,6 @@
 """For how long a job may run, and what that may cost at most.
 
-Engines bound hours each in their own way. Prices come from the target, else from a small dated table, else nobody knows.
+Engines bound hours each in their own way. Prices come from the target, or from a small dated table.
 """
 
 from __future__ import annotations

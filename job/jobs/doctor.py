@@ -162,10 +162,7 @@ def _gpus() -> list[str]:
     if shutil.which("nvidia-smi") is None:
         return []
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        asked = subprocess.run(query, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS)
-    except subprocess.TimeoutExpired:
-        raise JobError("nvidia-smi does not answer: restart the machine", Exit.HUNG) from None
+    asked = _answer(query, "restart the machine")
     lines = [line.strip() for line in asked.stdout.splitlines() if line.strip()]
     if asked.returncode or not lines:
         said = " ".join((asked.stdout + asked.stderr).split())[:200]
@@ -207,29 +204,22 @@ def _all_reduce(gpus: int) -> str:
     remedy = "set NCCL_DEBUG=INFO and look again" if gpus else "see to the loopback interface and its firewall"
     with scratch_folder("doctor") as folder:
         command = [sys.executable, "-P", "-m", "job.jobs.all_reduce", f"{folder}/meeting", str(world_size)]
-        ranks = [
-            subprocess.Popen(
-                [*command, str(rank)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            said = [rank.communicate(timeout=ANSWER_SECONDS)[0] for rank in ranks]
-        except subprocess.TimeoutExpired:
-            raise JobError(f"no answer within {ANSWER_SECONDS:g} s: {remedy}", Exit.HUNG) from None
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    last = (said[0].strip().splitlines() or ["nothing was said"])[-1]
-    if any(rank.returncode for rank in ranks):
+        done = _answer(command, remedy, OMP_NUM_THREADS="1")
+    last = ([*done.stderr.splitlines(), *done.stdout.splitlines()] or ["nothing was said"])[-1]
+    if done.returncode:
         raise JobError(f"{last}: {remedy}", Exit.HUNG)
     if gpus and not last.startswith("nccl"):
         wheel = "install PyTorch for CUDA, as this one computes on the CPU"
         raise JobError(f"PyTorch sees none of {gpus} GPUs ({last}): {wheel}", Exit.MISSING_INPUT)
     return f"{world_size} process{'es' * (world_size > 1)} by {last}"
+
+
+def _answer(command: list[str], remedy: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        said = f"{Path(command[0]).name} does not answer within {ANSWER_SECONDS:g} s"
+        raise JobError(f"{said}: {remedy}", Exit.HUNG) from None

@@ -56,7 +56,7 @@ class Search:
     def find(self, name: str) -> list[tuple[Backend, JobStatus]]:
         """The engines that know a job of that name, or of which a machine that is gone has left a record."""
         validated_job_name(name)
-        found = {}
+        found: dict[tuple[str, ...], tuple[Backend, JobStatus]] = {}
         for backend, status in self.ask(lambda backend: backend.status(name)):
             if status.state is not State.GONE or status.created:
                 # Several targets may be one engine.

@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 from job.exits import BadRequestError
+from job.store import is_remote, open_store
 
 Verb = Literal["train", "sample", "pack"]
 
@@ -94,6 +96,11 @@ class JobSpec:
         words = pairwise(("", *self.argv))
         argv = (new if (option, word) == ("--stop-after", old) else word for option, word in words)
         return replace(self, max_hours=max_hours, argv=tuple(argv))
+
+    @property
+    def bucket_folder(self) -> Path | None:
+        """The bucket, if it is a folder of this machine."""
+        return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property
     def machines(self) -> int:

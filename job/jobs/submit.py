@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from job.exits import BadRequestError
+from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, Manifest, NoCapacityError
 from job.jobs.backends.machines import gpus_of
@@ -68,6 +68,8 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
             print("\n".join(plan_lines(spec, target, is_watched=options.watch)), flush=True)
             if not options.yes:
                 _ask(spec)
+        elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
+            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if options.watch:
             from job.jobs.watch import Clock, Watch
 

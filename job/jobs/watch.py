@@ -13,9 +13,8 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from functools import partial
 from types import FrameType
 from typing import TypeVar
 
@@ -99,20 +98,16 @@ class Watch:
     note: Callable[[str], None]
     read_outcome: Callable[[], Outcome | None] = lambda: None
     has_limit: bool = True
-    _here: Backend = field(init=False)
-    _seen_at: float = field(init=False, default=-math.inf)
-    """When the engine knew the job last."""
-    _outcome_before: Outcome | None = field(init=False, default=None)
-    """What the bucket said when the job was submitted: not about this one."""
-    _failures: int = field(init=False, default=0)
-    _pause_seconds: float = field(init=False, default=FIRST_PAUSE_SECONDS)
-    _used_seconds: float = field(init=False, default=0.0)
-    """How long the job had a machine, in all, as far as that was seen."""
-    _assumed_seconds: float = field(init=False, default=0.0)
-    """How long it may have had one before anybody watched: at most."""
 
     def __post_init__(self) -> None:
         self._here = self.home
+        self._known_at = -math.inf
+        """When the engine knew the job last."""
+        self._outcome_before: Outcome | None = None
+        """What the bucket said when the job was submitted: not about this one."""
+        self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
+        self._seen_seconds = self._unseen_seconds = 0.0
+        """How long the job had a machine, in all, as was seen; and may have had one before anybody watched, at most."""
 
     def run(self) -> None:
         """Submits the job unless it is there, and returns when it is finished.
@@ -122,20 +117,23 @@ class Watch:
             JobEndedError: what the job ended with is not tried again, or was too often.
             JobError: what the engine says to a request; see `Backend`.
         """
-        if (status := self._ask()).state.is_over:
+        name, status = self.spec.name, self._ask()
+        if status.state.is_over:
             self._submit()
         else:
-            self.note(f"{self.spec.name} is {status.state.value} already: watching it")
-            self._assumed_seconds = self._age_seconds(status)
+            self.note(f"{name} is {status.state.value} already: watching it")
+            # Who still waits for a first machine has not run.
+            if _has_machine(status) or status.attempts > 1:
+                self._unseen_seconds = self._age_seconds(status)
         while True:
             status = self._follow()
             if (outcome := self.read_outcome()) != self._outcome_before:
                 status = informed(status, outcome)
             if status.state is State.FINISHED:
-                self.note(f"{self.spec.name} is finished")
+                self.note(f"{name} is finished")
                 return
             if status.state is State.CANCELLED:
-                raise self._ended_by_somebody("was cancelled")
+                raise StoppedError(f"{name} was cancelled: what it saved stays, and the same command goes on")
             self._stop_if_deleted(status)
             self._judge(status)
             self._pause()
@@ -143,14 +141,16 @@ class Watch:
                 self._stop_if_deleted(self._ask())
             self._submit()
 
+    def _age_seconds(self, status: JobStatus) -> float:
+        with suppress(ValueError):
+            return max(0.0, (self.clock.utc() - datetime.fromisoformat(status.created)).total_seconds())
+        return 0.0
+
     def _stop_if_deleted(self, status: JobStatus) -> None:
         # Whoever looks after a day's sleep finds that the engine has forgotten a job that ended meanwhile.
-        is_kept = self.clock.now() - self._seen_at < self._here.keeps_seconds
+        is_kept = self.clock.now() - self._known_at < self._here.keeps_seconds
         if status.state is State.GONE and is_kept:
-            raise self._ended_by_somebody("was deleted")
-
-    def _ended_by_somebody(self, how: str) -> StoppedError:
-        return StoppedError(f"{self.spec.name} {how}: what it saved stays, and the same command goes on")
+            raise StoppedError(f"{self.spec.name} was deleted: what it saved stays, and the same command goes on")
 
     def _judge(self, status: JobStatus) -> None:
         """Returns if the job is to be submitted again.
@@ -159,78 +159,66 @@ class Watch:
             JobEndedError: it is not.
             StoppedError: its hours are used up.
         """
-        name, said = self.spec.name, f": {status.message}" if status.message else ""
-        if status.cause is Cause.OUT_OF_TIME:
-            if self._hours_left() < SLACK_HOURS:
-                raise self._out_of_time()
-            self.note(f"{name} had a machine for less than its {self.spec.max_hours:g} hours; submitting it again")
-            return
-        code, rule = status.exit_code, status.retried
+        name, code, rule = self.spec.name, status.exit_code, status.retried
         how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else "failed"
+        said, counted = f": {status.message}" if status.message else "", ""
+        if status.cause is Cause.OUT_OF_TIME:
+            # It may have had them without a machine, for which it only waited.
+            rule, how, said = "always", f"had a machine for less than its {self.spec.max_hours:g} hours", ""
+            self._stop_if_out_of_time(SLACK_HOURS)
         if rule == "never":
             raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-        self._failures += rule == "bounded"
+        if rule == "bounded":
+            self._failures += 1
+            counted = f" (failure {self._failures} of {MOST_FAILURES})"
         if self._failures > MOST_FAILURES:
             raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
-        if self._hours_left() < SHORTEST_HOURS:
-            raise self._out_of_time()
-        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+        self._stop_if_out_of_time()
         self.note(f"{name} {how}{said}; submitting it again{counted}")
 
-    def _out_of_time(self) -> StoppedError:
-        name, hours = self.spec.name, f"{self.spec.max_hours:g} hours"
-        return StoppedError(f"{name} has used its {hours}: the same command goes on, for as long again")
-
-    def _age_seconds(self, status: JobStatus) -> float:
-        """How long a job that is there may have run; nothing for one that still waits for its first machine."""
-        if not _has_machine(status) and status.attempts < 2:
-            return 0.0
-        with suppress(ValueError):
-            return max(0.0, (self.clock.utc() - datetime.fromisoformat(status.created)).total_seconds())
-        return 0.0
+    def _stop_if_out_of_time(self, hours: float = SHORTEST_HOURS) -> None:
+        if self._hours_left() < hours:
+            used = f"{self.spec.name} has used its {self.spec.max_hours:g} hours"
+            raise StoppedError(f"{used}: the same command goes on, for as long again")
 
     def _follow(self) -> JobStatus:
         """Looks at the job until it is over, moves it on if it waits for too long, and counts how long it runs."""
-        since, before = self.clock.now(), JobStatus(self.spec.name, State.WAITING)
+        looked_at, before = self.clock.now(), JobStatus(self.spec.name, State.GONE)
         ran = waited = without_image = 0.0
-        """In seconds, of which all but the first begin anew when that changes."""
         while True:
-            status, now = self._ask(), self.clock.now()
-            passed, since = now - since, now
+            status = self._ask()
+            passed, looked_at = self.clock.now() - looked_at, self.clock.now()
+            is_over, is_waiting = status.state.is_over, status.state is State.WAITING
+            is_out_of_time = status.cause is Cause.OUT_OF_TIME
             # Rather too much than too little: a machine may come, or come and go, between two looks.
-            has_ended = status.state.is_over or status.cause is Cause.OUT_OF_TIME
-            if has_ended or _has_machine(before) or _has_machine(status):
-                self._used_seconds += max(passed, POLL_SECONDS)
+            if is_over or is_out_of_time or _has_machine(before) or _has_machine(status):
+                self._seen_seconds += max(passed, POLL_SECONDS)
             ran += passed if State.RUNNING in (before.state, status.state) else 0.0
             if ran > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
-            if status.state.is_over:
+            if is_over:
                 return status
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
-                self._tell(status)
+                place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
+                self.note(f"{self.spec.name} is {status.state.value}{place}{said}")
             # One that only gets ready has what it would be moved for.
-            waited = waited + passed if status.state is State.WAITING and not status.has_machine else 0.0
-            was_without_image = before.cause is Cause.NO_IMAGE and status.cause is Cause.NO_IMAGE
-            without_image = without_image + passed if was_without_image else 0.0
+            waited = waited + passed if is_waiting and not status.has_machine else 0.0
+            without_image = without_image + passed if before.cause is status.cause is Cause.NO_IMAGE else 0.0
             before = status
             if without_image > NO_IMAGE_SECONDS and self._cancel():
                 why = f"{self.spec.name} cannot begin, and is removed: {status.message}"
                 raise JobEndedError(why, Exit.MISSING_INPUT)
-            if status.state is State.WAITING:
-                # One that its queue has stopped for good, and keeps.
-                if status.cause is Cause.OUT_OF_TIME and self._cancel():
-                    return replace(status, state=State.FAILED)
-                # One that would wait for a machine that it may not use; what was not seen is no reason to end it.
-                if self._hours_left(assumed_seconds=0.0) < SHORTEST_HOURS and self._cancel():
-                    raise self._out_of_time()
+            # One that its queue has stopped for good, and keeps.
+            if is_waiting and is_out_of_time and self._cancel():
+                return replace(status, state=State.FAILED)
+            # One that would wait for a machine that it may not use; what was not seen is no reason to end it.
+            if is_waiting and self._hours_left(self._seen_seconds) < SHORTEST_HOURS and self._cancel():
+                self._unseen_seconds = 0.0
+                self._stop_if_out_of_time()
             if waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None:
                 self._move()
-                waited, since = 0.0, self.clock.now()
+                waited, looked_at = 0.0, self.clock.now()
             self._sleep(POLL_SECONDS)
-
-    def _tell(self, status: JobStatus) -> None:
-        place, message = (f" in {status.place}" * bool(status.place)), f": {status.message}" * bool(status.message)
-        self.note(f"{self.spec.name} is {status.state.value}{place}{message}")
 
     def _cancel(self) -> bool:
         """Ends the job; False if it had ended by itself."""
@@ -242,7 +230,7 @@ class Watch:
             if self._ask().state not in (State.CANCELLED, State.GONE):
                 return False
         # That it is gone is nobody else's doing.
-        self._seen_at = -math.inf
+        self._known_at = -math.inf
         return True
 
     def _move(self) -> None:
@@ -258,13 +246,11 @@ class Watch:
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
         self._outcome_before = self.read_outcome()
-        spec = self.spec
-        if self.has_limit:
-            spec = spec.lasting(max(self._hours_left(), SHORTEST_HOURS))
+        spec = self.spec.lasting(max(self._hours_left(), SHORTEST_HOURS)) if self.has_limit else self.spec
         while True:
             try:
-                self._retry(partial(self._here.submit, spec), "trying again")
-                self._seen_at = self.clock.now()
+                self._retry(lambda: self._here.submit(spec), "trying again")
+                self._known_at = self.clock.now()
                 return
             except NoCapacityError as error:
                 following = self._here.elsewhere()
@@ -281,7 +267,7 @@ class Watch:
     def _ask(self) -> JobStatus:
         status = self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
         if status.state is not State.GONE:
-            self._seen_at = self.clock.now()
+            self._known_at = self.clock.now()
         return status
 
     def _retry(self, request: Callable[[], T], meanwhile: str) -> T:
@@ -296,13 +282,10 @@ class Watch:
                 told = True
                 self._sleep(POLL_SECONDS)
 
-    def _hours_left(self, assumed_seconds: float | None = None) -> float:
-        if not self.has_limit:
-            return math.inf
-        assumed_seconds = self._assumed_seconds if assumed_seconds is None else assumed_seconds
+    def _hours_left(self, used_seconds: float | None = None) -> float:
+        used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds
         # Rounded up, so that a job which is submitted for the first time is what the dry run shows.
-        used_hours = int(self._used_seconds + assumed_seconds) / 3600
-        return max(self.spec.max_hours - used_hours, 0.0) if used_hours else self.spec.max_hours
+        return max(self.spec.max_hours - int(used_seconds) / 3600, 0.0) if self.has_limit else math.inf
 
     def _pause(self) -> None:
         self._sleep(self._pause_seconds)

@@ -6,7 +6,6 @@ import json
 import math
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import Any, NoReturn
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
-from job.jobs.backends.container_command import BUCKET_LABEL, STOP_SECONDS, Host, bucket_folder, confined, run_command
+from job.jobs.backends.container_command import BUCKET_LABEL, STOP_SECONDS, Host, confined, run_command
 from job.jobs.checks import Check, looked_at
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
@@ -64,7 +63,7 @@ class ContainerBackend(Backend):
             self._asked("run", "--detach", *command[2:])
         except JobError:
             # Made but not started, for example since a device is not there.
-            self._run(["rm", "--force", spec.name])
+            self._ask("rm", "--force", spec.name)
             raise
 
     def status(self, name: str) -> JobStatus:
@@ -77,7 +76,7 @@ class ContainerBackend(Backend):
         own = ["--filter", f"label=app={LABEL_PREFIX}", "--filter", "label=ddpm-job"]
         ids = self._asked("ps", "--all", "--quiet", "--no-trunc", *own).split()
         # One may be removed meanwhile; the others are told all the same.
-        answer = self._run(["container", "inspect", *ids]).stdout if ids else ""
+        answer = self._ask("container", "inspect", *ids).stdout if ids else ""
         statuses = [_status(found) for found in json.loads(answer or "[]")]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
@@ -149,7 +148,7 @@ class ContainerBackend(Backend):
         look = JobSpec(
             "look", "train", ("train",), self.target.image, self.target.bucket or "gs://no-bucket", gpus=gpus
         )
-        asked = self._run(["run", "--rm", *confined(look, self.target, self._host), look.image, *words])
+        asked = self._ask("run", "--rm", *confined(look, self.target, self._host), look.image, *words)
         try:
             found = json.loads(asked.stdout)
         except json.JSONDecodeError:
@@ -161,94 +160,79 @@ class ContainerBackend(Backend):
 
     def _prepared(self, spec: JobSpec) -> list[str]:
         """The command, when all is there that it needs."""
-        command = run_command(spec, self.target, self._host)
-        self._check_engine()
-        self._check_credentials(spec.bucket)
-        if spec.gpus and not self._host.gpus:
-            note("this machine has no NVIDIA GPU: the container computes on the CPU")
-        folder = bucket_folder(spec)
-        if folder is not None and not folder.is_dir():
-            if spec.verb != "pack":
-                raise MissingInputError(f"bucket {folder} is not there: check the path, or pack a dataset first")
-            folder.mkdir(parents=True, exist_ok=True)
-        if (found := self._inspect(spec.name)) is not None:
-            if not _status(found).state.is_over:
-                raise BadRequestError(
-                    f"{spec.name} runs in a container already: `ddpm jobs status {spec.name}` tells how it is going, "
-                    f"`ddpm jobs cancel {spec.name}` stops it"
-                )
-            self._asked("rm", "--force", spec.name)
-        if not self._has_image(spec.image):
-            self._bring(spec.image)
-        return command
-
-    def _check_credentials(self, uri: str) -> None:
-        # Every list of containers would show them.
-        is_secret = uri.lower().startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ
-        if is_secret and not self._host.credentials["s3"].mounts:
+        command, found = run_command(spec, self.target, self._host), self._inspect(spec.name)
+        if spec.bucket.startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ and not self._host.files["s3"]:
             raise NoPermissionError(
                 "the credentials for s3:// are in AWS_SECRET_ACCESS_KEY, which is not handed to a container since "
                 "every list of containers would show it: write them into ~/.aws/credentials (`aws configure`)"
             )
+        if spec.gpus and not self._host.gpus:
+            note("this machine has no NVIDIA GPU: the container computes on the CPU")
+        if found is not None and not _status(found).state.is_over:
+            raise BadRequestError(
+                f"{spec.name} runs in a container already: `ddpm jobs status {spec.name}` tells how it is going, "
+                f"`ddpm jobs cancel {spec.name}` stops it"
+            )
+        if found is not None:
+            self._asked("rm", "--force", spec.name)
+        if not self._has_image(spec.image):
+            self._bring(spec.image)
+        if (folder := spec.bucket_folder) is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return command
 
     def _bring(self, image: str) -> None:
-        """Builds the image, or pulls it; what that says goes to stderr, for stdout is for what was asked for."""
+        """Builds the image, or pulls it."""
         engine, checkout = self._host.engine, Path(__file__).parents[3]
-        words = [engine, "pull", image]
         if not image.startswith(OWN_IMAGE):
             note(f"pulling {image}")
-            failed = f"image {image} could not be pulled: check its name, and log in with `{engine} login`"
-        else:
-            if not ((checkout / "docker/Dockerfile").is_file() and (checkout / "Makefile").is_file()):
-                raise MissingInputError(
-                    f"image {image} is not on this machine: build it in a checkout with `make image`, or name one of a "
-                    "registry as the target's `image:`"
-                )
-            torch = os.environ.get("TORCH") or ("cuda" if self._host.gpus else "cpu")
-            note(f"building {image} from {checkout} with PyTorch for {torch}")
-            words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
-            words += [f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"]
-            failed = f"image {image} could not be built, as said above: mend that, or build it yourself"
-        try:
-            done = subprocess.run(words, stdin=subprocess.DEVNULL, stdout=sys.stderr, check=False)
-        except FileNotFoundError:
-            raise MissingInputError(f"{words[0]} is not installed: install it") from None
-        if done.returncode:
-            raise MissingInputError(failed)
+            if self._run([engine, "pull", image], None).returncode:
+                how = f"check its name, and log in with `{engine} login`"
+                raise MissingInputError(f"image {image} could not be pulled: {how}")
+            return
+        if not ((checkout / "docker/Dockerfile").is_file() and (checkout / "Makefile").is_file()):
+            raise MissingInputError(
+                f"image {image} is not on this machine: build it in a checkout with `make image`, or name one of a "
+                "registry as the target's `image:`"
+            )
+        torch = os.environ.get("TORCH") or ("cuda" if self._host.gpus else "cpu")
+        note(f"building {image} from {checkout} with PyTorch for {torch}")
+        words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
+        if self._run([*words, f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"], None).returncode:
+            raise MissingInputError(f"image {image} could not be built, as said above: mend that, or build it yourself")
 
     def _has_image(self, image: str) -> bool:
-        return self._run(["image", "inspect", "--format", "{{.Id}}", image]).returncode == 0
+        return self._ask("image", "inspect", "--format", "{{.Id}}", image).returncode == 0
 
     def _inspect(self, name: str) -> dict[str, Any] | None:
-        asked = self._run(["container", "inspect", name])
-        if asked.returncode == 0:
-            found: dict[str, Any] = json.loads(asked.stdout)[0]
-            return found
-        if re.search(r"no such (container|object)", asked.stderr, re.IGNORECASE):
-            return None
-        raise self._error(asked)
-
-    def _check_engine(self) -> None:
-        engine = self.target.engine
-        if not shutil.which(self._host.engine):
-            missing = f"{engine} is not installed" if engine else "neither podman nor docker is installed"
-            how = "`apt-get install podman`, `dnf install podman` or `brew install podman` brings one"
-            raise MissingInputError(f"{missing}: {how}")
+        answer = self._ask("container", "inspect", name)
+        if answer.returncode and not re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
+            raise self._error(answer)
+        return None if answer.returncode else json.loads(answer.stdout)[0]
 
     def _asked(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
-        asked = self._run(list(words), seconds)
-        if asked.returncode:
-            raise self._error(asked)
-        return asked.stdout
+        answer = self._ask(*words, seconds=seconds)
+        if answer.returncode:
+            raise self._error(answer)
+        return answer.stdout
 
-    def _run(self, words: list[str], seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
-        self._check_engine()
-        command = [self._host.engine, *words]
-        streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "capture_output": True}
+    def _ask(self, *words: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+        return self._run([self._host.engine, *words], seconds)
+
+    def _run(self, words: list[str], seconds: float | None) -> subprocess.CompletedProcess[str]:
+        """Runs a program to its end: quietly, for so many seconds; or, with None, with what it says on stderr."""
+        # stdout is for what was asked for.
+        streams: dict[str, Any] = {"stdout": sys.stderr} if seconds is None else {"capture_output": True}
+        streams |= {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
         try:
-            return subprocess.run(command, text=True, errors="replace", check=False, timeout=seconds, **streams)
+            return subprocess.run(words, check=False, timeout=seconds, **streams)
+        except FileNotFoundError:
+            is_any = words[0] == self._host.engine and not self.target.engine
+            missing = "neither podman nor docker is installed" if is_any else f"{words[0]} is not installed"
+            how = "`apt-get install podman`, `dnf install podman` or `brew install podman` brings an engine"
+            raise MissingInputError(f"{missing}: {how}") from None
         except subprocess.TimeoutExpired:
-            said = f"`{' '.join(command[:2])}` did not answer within {seconds:g} s"
+            said = f"`{' '.join(words[:2])}` did not answer within {seconds:g} s"
             raise BucketAwayError(f"{said}: see to the engine") from None
 
     def _error(self, asked: subprocess.CompletedProcess[str]) -> JobError:

@@ -13,7 +13,6 @@ from job.exits import BadRequestError
 from job.jobs.spec import JobSpec
 from job.jobs.targets import ContainerTarget
 from job.runs.grace import VARIABLE as GRACE_VARIABLE
-from job.store import is_remote, open_store
 
 Engine = Literal["podman", "docker"]
 
@@ -40,33 +39,6 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Credentials:
-    """Files with secrets, mounted read-only; and variables without any, which say where these files are.
-
-    Attributes:
-        mounts: path on this machine by path in the container.
-        variables: for the container.
-    """
-
-    mounts: Mapping[str, Path] = field(default_factory=dict)
-    variables: Mapping[str, str] = field(default_factory=dict)
-
-    @classmethod
-    def found(cls, scheme: str) -> Credentials:
-        """Those of this user for gs:// or s3:// buckets."""
-        mounts: dict[str, Path] = {}
-        variables = {name: os.environ[name] for name in _SETTINGS[scheme] if os.environ.get(name)}
-        for name, usual in _FILES[scheme].items():
-            # As gcloud and google.auth look for them.
-            usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
-            path = os.path.expanduser(os.environ.get(name) or usual)  # noqa: PTH111 -- a user may have no home
-            if os.path.isfile(path):  # noqa: PTH113 -- nor rights to look
-                variables[name] = f"{CREDENTIALS}/{name.lower()}"
-                mounts[variables[name]] = Path(path).absolute()
-        return cls(mounts, variables)
-
-
-@dataclass(frozen=True)
 class Host:
     """This machine, as a container sees it.
 
@@ -75,14 +47,16 @@ class Host:
         uid: user of whoever submits.
         gid: their group.
         gpus: NVIDIA GPUs.
-        credentials: by the scheme of the bucket's URI.
+        files: with credentials, which are mounted: for each kind of bucket, by the variable that says where one lies.
+        settings: variables with nothing secret in them, for each kind of bucket.
     """
 
     engine: Engine
     uid: int
     gid: int
     gpus: int = 0
-    credentials: Mapping[str, Credentials] = field(default_factory=dict)
+    files: Mapping[str, Mapping[str, Path]] = field(default_factory=dict)
+    settings: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @classmethod
     def look(cls, engine: Literal["", "podman", "docker"] = "") -> Host:
@@ -93,8 +67,24 @@ class Host:
             uid=os.geteuid(),
             gid=os.getegid(),
             gpus=len([path for path in Path("/dev").glob("nvidia[0-9]*") if path.name[6:].isdecimal()]),
-            credentials={scheme: Credentials.found(scheme) for scheme in _FILES},
+            files={scheme: _existing(files) for scheme, files in _FILES.items()},
+            settings={
+                scheme: {name: os.environ[name] for name in names if os.environ.get(name)}
+                for scheme, names in _SETTINGS.items()
+            },
         )
+
+
+def _existing(usual: Mapping[str, str]) -> dict[str, Path]:
+    """The files that are there, of those that the variables name, or else lie where they usually do."""
+    found = {}
+    for variable, place in usual.items():
+        # As google.auth looks for it.
+        place = place.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
+        path = os.path.expanduser(os.environ.get(variable) or place)  # noqa: PTH111 -- a user may have no home
+        if os.path.isfile(path):  # noqa: PTH113 -- nor rights to look
+            found[variable] = Path(path).absolute()
+    return found
 
 
 def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
@@ -114,19 +104,17 @@ def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]
     return [*words, *confined(spec, target, host), spec.image, *spec.argv]
 
 
-def bucket_folder(spec: JobSpec) -> Path | None:
-    """The bucket, if it is a folder of this machine."""
-    return None if is_remote(spec.bucket) else Path(open_store(spec.bucket).uri)
-
-
 def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
     """Options: what the container may write, use and see.
 
     Nothing is writable in it but /tmp, /scratch and a bucket that is a folder of this machine. It runs as the user who
     submits if it needs files of theirs, and as the image's own otherwise.
     """
-    credentials = host.credentials.get(spec.bucket.partition("://")[0].lower(), Credentials())
-    mounts = _mounts(spec, credentials)
+    scheme = spec.bucket.partition("://")[0].lower()
+    files = {
+        variable: (path, f"{CREDENTIALS}/{variable.lower()}") for variable, path in host.files.get(scheme, {}).items()
+    }
+    mounts = [*_folders(spec), *(_mount(path, inside) + ",readonly" for path, inside in files.values())]
     uid, gid = (host.uid, host.gid) if mounts else (USER, USER)
     words = [
         *("--pull", "never"),
@@ -151,18 +139,18 @@ def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
     words += ["--memory", target.memory] if target.memory else []
     words += ["--network", target.network] if target.network else []
     own = {GRACE_VARIABLE: str(STOP_SECONDS), "DDPM_CACHE": "/scratch/ddpm", "TMPDIR": "/scratch"}
-    for name, value in sorted({**own, **credentials.variables, **target.env, **spec.env}.items()):
+    own |= {**host.settings.get(scheme, {}), **{variable: inside for variable, (_, inside) in files.items()}}
+    for name, value in sorted({**own, **target.env, **spec.env}.items()):
         words += ["--env", f"{name}={value}"]
     for mount in mounts:
         words += ["--mount", mount]
     return words
 
 
-def _mounts(spec: JobSpec, credentials: Credentials) -> list[str]:
-    """What of this machine is mounted, as values of `--mount`."""
+def _folders(spec: JobSpec) -> list[str]:
+    """What of this machine is mounted where it is, as values of `--mount`."""
     mounts = []
-    folder = bucket_folder(spec)
-    if folder is not None:
+    if (folder := spec.bucket_folder) is not None:
         if str(folder) in _TAKEN or any(folder.is_relative_to(taken) for taken in _TAKEN_BELOW):
             raise BadRequestError(f"--bucket {folder}: the container has a folder of that name: choose another place")
         mounts.append(_mount(folder, str(folder)))
@@ -170,7 +158,7 @@ def _mounts(spec: JobSpec, credentials: Credentials) -> list[str]:
         # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
         source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
         mounts += [_mount(Path(source), source) + ",readonly"] if source.startswith("/") else []
-    return mounts + [_mount(path, inside) + ",readonly" for inside, path in credentials.mounts.items()]
+    return mounts
 
 
 def _mount(path: Path, inside: str) -> str:

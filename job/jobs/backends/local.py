@@ -1,27 +1,26 @@
 """Processes of this machine: in the foreground this process becomes the job, in the background another one does it.
 
     CACHE/jobs/HOST/NAME.json    the newest job of that name: a process, by its id and when it began
-    CACHE/logs/NAME-….log        what it printed
+                    NAME.log     what it printed
 
 How it ended it says itself, in its bucket.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import re
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from job.data.cache import default_cache_dir
 from job.exits import BadRequestError, Exit, MissingInputError
@@ -33,23 +32,20 @@ from job.store.files import folder_lock, os_errors
 
 LOOK_SECONDS = 0.2
 SAME_START_SECONDS = 2.0
-"""By so much may the start of one process be told differently, since the clock was set right meanwhile."""
-_TAIL_BYTES = 4096
+"""By so much the start of one process may be told differently, since the clock was set right meanwhile."""
 
 
-class LocalRecord(BaseModel):
+@dataclass(frozen=True)
+class LocalRecord:
     """A job in the background."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: str
-    argv: tuple[str, ...]
+    argv: list[str]
     bucket: str
     created: str
-    log: str
     pid: int
     process_began: float
-    """In seconds since 1970: a number that another process has by now began at another time."""
+    """In seconds since 1970: a process that has this number by now began at another time."""
 
     def process(self) -> psutil.Process | None:
         """The very process, unless it has ended."""
@@ -61,38 +57,24 @@ class LocalRecord(BaseModel):
 
     def status(self) -> JobStatus:
         """How the job is going, or ended."""
-        running = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created)
+        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created)
         if self.process() is not None:
-            return running
+            return status
+        why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
         outcome = read_outcome(self)
-        if outcome is not None and outcome.updated < self.created:
-            # An earlier job's of this name.
-            outcome = None
-        said = self._last_line()
-        status = informed(replace(running, state=State.GONE), outcome)
-        if status.exit_code is None:
-            return replace(status, message=f"it ended without a word to its bucket; its last line is {said!r}")
+        # What is older than the job is an earlier one's of this name.
+        is_own = outcome is not None and outcome.updated >= self.created
+        status = informed(replace(status, state=State.GONE, message=why), outcome if is_own else None)
         # Nobody but a person, or the job's own deadline, stops a process of this machine.
-        how = {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(status.exit_code)
-        return replace(status, state=how or State.FAILED, message=status.message or ("" if how else said))
-
-    def _last_line(self) -> str:
-        with suppress(OSError), Path(self.log).open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL_BYTES))
-            lines = file.read().decode(errors="replace").strip().splitlines()
-            return lines[-1].removeprefix("ddpm: ") if lines else ""
-        return ""
+        states = {None: State.GONE, int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}
+        return replace(status, state=states.get(status.exit_code, State.FAILED))
 
 
 class LocalBackend(Backend):
     """Jobs that are processes of this machine; those in the background are remembered in the cache folder."""
 
     def render(self, spec: JobSpec) -> list[Manifest]:
-        """The one command, and its variables.
-
-        Raises:
-            BadRequestError: several machines are asked for.
-        """
+        """The one command, and its variables."""
         if spec.nodes > 1 or spec.slices:
             option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
             raise BadRequestError(
@@ -109,42 +91,27 @@ class LocalBackend(Backend):
     def submit(self, spec: JobSpec) -> None:
         """Starts the job in the background, in a session of its own, with a log file for what it prints."""
         self.render(spec)
-        created = utc_now()
-        log = default_cache_dir() / "logs" / f"{spec.name}-{re.sub('[^0-9]', '', created)}-{os.getpid()}.log"
-        with os_errors(log.parent.parent):
-            _folder().mkdir(parents=True, exist_ok=True)
-            log.parent.mkdir(parents=True, exist_ok=True)
-            with folder_lock(_folder()):
-                before = _record(spec.name)
-                if before is not None and before.process() is not None:
+        folder = _folder()
+        with os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with folder_lock(folder):
+                if (before := _record(spec.name)) and before.process():
                     raise BadRequestError(
                         f"{spec.name} runs on this machine already: `ddpm jobs status {spec.name}` tells how it is "
                         f"going, `ddpm jobs cancel {spec.name}` stops it"
                     )
-                with log.open("wb") as file:
-                    child = subprocess.Popen(
-                        _command(spec),
-                        env={**os.environ, **spec.env},
-                        stdin=subprocess.DEVNULL,
-                        stdout=file,
-                        stderr=subprocess.STDOUT,
-                        start_new_session=True,
-                    )
-                record = LocalRecord(
-                    name=spec.name,
-                    argv=spec.argv,
-                    bucket=spec.bucket,
-                    created=created,
-                    log=str(log),
-                    pid=child.pid,
-                    process_began=psutil.Process(child.pid).create_time(),
-                )
-                (_folder() / f"{spec.name}.json").write_text(record.model_dump_json(indent=1), encoding="utf-8")
+                created, environment = utc_now(), {**os.environ, **spec.env}
+                with _log(spec.name).open("wb") as log:
+                    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                    child = subprocess.Popen(_command(spec), env=environment, start_new_session=True, **streams)
+                began = psutil.Process(child.pid).create_time()
+                record = LocalRecord(spec.name, list(spec.argv), spec.bucket, created, child.pid, began)
+                (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
     def describe_start(self, name: str) -> str:
         """Which process does it, and where its words go."""
-        record = self._existing(name)
-        return f"process {record.pid} does it in the background and writes {record.log}; `kill {record.pid}` stops it"
+        pid = self._existing(name).pid
+        return f"process {pid} does it in the background and writes {_log(name)}; `kill {pid}` stops it"
 
     def status(self, name: str) -> JobStatus:
         """How a job in the background is going."""
@@ -167,16 +134,15 @@ class LocalBackend(Backend):
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed."""
-        record = self._existing(name)
-        with os_errors(record.log), Path(record.log).open(encoding="utf-8", errors="replace", newline="\n") as file:
-            part = ""
+        record, part = self._existing(name), ""
+        with os_errors(_log(name)), _log(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
                 # Asked before reading, so that nothing is missed that was printed in between.
                 is_over = not follow or record.process() is None
                 while line := file.readline():
                     part += line
                     if part.endswith("\n"):
-                        yield part.removesuffix("\n")
+                        yield part[:-1]
                         part = ""
                 if is_over:
                     break
@@ -185,11 +151,7 @@ class LocalBackend(Backend):
                 yield part
 
     def cancel(self, name: str) -> str:
-        """Has the job save and end, as Ctrl-C would.
-
-        Raises:
-            BadRequestError: it is over.
-        """
+        """Has the job save and end, as Ctrl-C would."""
         process = self._existing(name).process()
         if process is None:
             raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
@@ -199,8 +161,8 @@ class LocalBackend(Backend):
         return cancelled(State.RUNNING)
 
     def describe(self, name: str) -> Manifest:
-        """The job's record."""
-        return self._existing(name).model_dump(mode="json")
+        """The job's record, and where its output is."""
+        return {**asdict(self._existing(name)), "log": str(_log(name))}
 
     def _existing(self, name: str) -> LocalRecord:
         record = _record(name)
@@ -219,8 +181,12 @@ def _folder() -> Path:
     return default_cache_dir() / "jobs" / socket.gethostname()
 
 
+def _log(name: str) -> Path:
+    return _folder() / f"{name}.log"
+
+
 def _record(name: str) -> LocalRecord | None:
-    """The newest job of that name, if there was one that can be read."""
-    with suppress(OSError, ValidationError):
-        return LocalRecord.model_validate_json((_folder() / f"{name}.json").read_bytes())
+    """The newest job of that name, if there was one, and its record is whole."""
+    with suppress(OSError, ValueError, TypeError):
+        return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
     return None

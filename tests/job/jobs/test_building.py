@@ -7,7 +7,7 @@ import re
 import pytest
 import yaml
 
-from job.cli.words import parsed
+from job.cli.submit import parsed
 from job.config_input import parse_yaml, read_config_file
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.building import wait_seconds
@@ -201,9 +201,9 @@ def test_this_machine_has_no_engine_that_ends_a_job():
         ("pack", ["gs://abc/b.zip", "b"], "gke", {}, BadRequestError, "--size is needed"),
     ],
 )
-def test_what_no_machine_could_do_is_refused_here(verb, words, on, wishes, error, part):
+def test_what_no_machine_could_do_is_refused_here(verb, words, on, resources, error, part):
     with pytest.raises(error, match=re.escape(part)) as refusal:
-        built(verb, words, on, **wishes)
+        built(verb, words, on, **resources)
     assert "secret" not in str(refusal.value)
 
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from job.cli.words import parsed
-from job.jobs.building import Wishes, spec_of
+from job.cli.submit import parsed
+from job.jobs.building import Resources, spec_of
 from job.jobs.submit import plan_lines
 from job.jobs.targets import chosen_target, load_targets, parse_targets
 from tests.job.jobs.submitting import FOR_TRAIN, TARGETS, built
@@ -21,7 +21,7 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
         "price_per_hour: 0.75}",
         "f",
     )["vm"]
-    spec = spec_of(parsed("train", ["--dataset", "a", "--run", "it"]), vm, Wishes(max_hours=10))
+    spec = spec_of(parsed("train", ["--dataset", "a", "--run", "it"]), vm, Resources(max_hours=10))
     lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, vm))
     assert lines["job"] == "train-it, on vm (vm, project my-project, us-east1-b, then us-east1-c)"
     assert lines["command"] == "ddpm train --dataset a --run it --wait 80 --bucket gs://bucket"
@@ -52,7 +52,7 @@ def test_a_person_is_told_nothing_of_nodes_that_the_target_does_not_select(on, g
 )
 def test_whoever_packs_is_told_of_gpus_that_are_paid_for(machine_type, said):
     vm = load_targets()["vm"].model_copy(update={"machine_type": machine_type})
-    spec = spec_of(parsed("pack", ["landscape-sample", "tiles", "--size", "8"]), vm, Wishes())
+    spec = spec_of(parsed("pack", ["landscape-sample", "tiles", "--size", "8"]), vm, Resources())
     assert f"machines  {said}" in plan_lines(spec, vm)
 
 

@@ -11,6 +11,7 @@ from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapaci
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
 from job.jobs.watch import Watch
+from job.outcome import Outcome
 
 VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
@@ -88,7 +89,7 @@ class Place(Backend):
     def jobs(self) -> list[JobStatus]:
         return []
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
         yield from ()
 
     def cancel(self, name: str) -> str:
@@ -104,8 +105,8 @@ class EnginesClock:
         self.now, self.utc, self.wait = engine.clock, engine.utc, engine.wait
 
 
-def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, is_finished: Callable[[], bool] = lambda: False):
-    return Watch(Place(engine, places or ("a",)), spec, EnginesClock(engine), engine.told.append, is_finished)
+def watching(engine: Engine, *places: str, spec: JobSpec = SPEC, outcome: Callable[[], Outcome | None] = lambda: None):
+    return Watch(Place(engine, places or ("a",)), spec, EnginesClock(engine), engine.told.append, outcome)
 
 
 class Keeping(Place):
