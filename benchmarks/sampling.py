@@ -9,9 +9,9 @@ from benchmarks.measuring import Figure, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
 from ddpm.generation import Sampling
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement, StopFlag
+from job.processes.ranks import Agreement, Ranks
 from job.sampling.sample import Painter
+from job.stop import NEVER
 
 AT_LEAST = 1.7
 
@@ -24,8 +24,8 @@ def measure(quick: bool) -> list[Figure]:
     precision = compute.best_precision()
     config = run_config(TINY if quick else HALF_WIDTH)
     forget_accelerator()
-    stop, ranks = StopFlag(), Ranks(compute.build_accelerator("fp32"), StopFlag())
-    painter = Painter(config, ranks, precision, stop, Agreement(1, flags=1))
+    ranks = Ranks(compute.build_accelerator("fp32"))
+    painter = Painter(config, ranks, precision, NEVER, Agreement(1, flags=1))
     pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
     sampling = Sampling("ddim", steps, "leading", 0.0, "fixed_large")

@@ -38,7 +38,6 @@ from job.data.stream import Batch, stream_batches
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks
-from job.processes.stopping import StopFlag
 from job.requests import TrainRequest
 from job.session import TrainingSession, settings_of
 
@@ -110,7 +109,7 @@ class OurLoop:
         forget_accelerator()
         accelerator = compute.build_accelerator(precision)
         cache = open_cache(plan.bucket, plan.dataset_key, plan.index, cache_dir=folder / "cache", budget_bytes=1 << 40)
-        self.session = TrainingSession(plan, plan.config, Ranks(accelerator, StopFlag()), cache, StopFlag())
+        self.session = TrainingSession(plan, plan.config, Ranks(accelerator), cache)
         self.wait_seconds: list[float] = []
         config = plan.config
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)

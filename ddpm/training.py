@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from ddpm import randomness
 from ddpm.ema import EMA, ema_decay
@@ -85,13 +86,50 @@ def loss_row(sums: Tensor) -> dict[str, float]:
     return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
 
 
+class Adam:
+    """Kingma, Ba 2015 (algorithm 1), by PyTorch's fused kernel; gradients that are none are left alone.
+
+    `torch.optim.Adam` would do the same, but importing the compiler that it asks about takes more than a second.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float], eps: float):
+        self._parameters = dict(named_parameters)
+        self._betas, self._eps = betas, eps
+        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        self.steps = {name: torch.zeros((), device=p.device) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Updates the parameters from their gradients, and then lets go of these."""
+        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        adam(
+            [self._parameters[name] for name in names],
+            [grad for name in names if (grad := self._parameters[name].grad) is not None],
+            [self.exp_avg[name] for name in names],
+            [self.exp_avg_sq[name] for name in names],
+            [],
+            [self.steps[name] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=self._betas[0],
+            beta2=self._betas[1],
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=self._eps,
+            maximize=False,
+        )
+        for parameter in self._parameters.values():
+            parameter.grad = None
+
+
 @dataclass
 class TrainState:
     """Everything that changes while training, on the device."""
 
     model: nn.Module
     ema: EMA
-    optimizer: torch.optim.Adam
+    optimizer: Adam
     log: LossLog
     images_seen: int = 0
     first_nonfinite: Tensor = field(default_factory=lambda: torch.tensor(-1))
@@ -101,9 +139,9 @@ class TrainState:
         """The live tensors that a checkpoint holds, by group."""
         named = dict(self.model.named_parameters())
         moments = {
-            f"{moment}.{name}": self.optimizer.state[parameter][moment]
+            f"{moment}.{name}": tensor
             for moment in ("exp_avg", "exp_avg_sq")
-            for name, parameter in named.items()
+            for name, tensor in getattr(self.optimizer, moment).items()
         }
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
@@ -114,8 +152,8 @@ class TrainState:
     def resume_at(self, images_seen: int, batch_size_images: int) -> None:
         """Sets the progress after the tensors were restored; Adam's step count follows from it."""
         self.images_seen = images_seen
-        for parameter_state in self.optimizer.state.values():
-            parameter_state["step"].fill_(images_seen // batch_size_images)
+        for step in self.optimizer.steps.values():
+            step.fill_(images_seen // batch_size_images)
 
 
 class NonFiniteError(ArithmeticError):
@@ -137,18 +175,8 @@ class Hooks:
 def create_state(
     model: nn.Module, device: torch.device, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
 ) -> TrainState:
-    """A fresh state on `device`, with Adam's moments allocated so that they can be restored or copied at once.
-
-    `betas` and `eps` are those of Kingma, Ba 2015 (algorithm 1).
-    """
-    parameters = list(model.parameters())
-    optimizer = torch.optim.Adam(parameters, betas=betas, eps=eps, fused=device.type in ("cuda", "cpu"))
-    for parameter in parameters:
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
+    """A fresh state on `device`, where the model is; `betas` and `eps` are Adam's."""
+    optimizer = Adam(model.named_parameters(), betas, eps)
     return TrainState(model, EMA(model), optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
 
@@ -196,7 +224,6 @@ def train(
     parameters = list(state.model.parameters())
     network.train()
     for batch in batches:
-        state.optimizer.param_groups[0]["lr"] = learning_rate_at(state.images_seen, settings)
         numbers = torch.from_numpy(batch.image_numbers).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
@@ -214,8 +241,7 @@ def train(
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        state.optimizer.step(learning_rate_at(state.images_seen, settings))
         state.images_seen += settings.batch_size_images
         decay = ema_decay(state.images_seen, settings.batch_size_images, settings.ema_decay, settings.ema_warmup)
         state.ema.update(state.model, decay)

@@ -12,9 +12,10 @@ import numpy as np
 from job.config_input import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.processes.stopping import StopFlag
+from job.processes.preemption import watch_for_preemption
 from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
+from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.patient import PatientStore, open_patient
 
@@ -24,10 +25,6 @@ SHEET_PER_CLASS = 10
 MEGABYTE = 10**6
 
 
-def _never() -> bool:
-    return False
-
-
 def pack_dataset(request: PackRequest) -> None:
     """Packs the source, and says what came of it."""
     from job.data.pack import pack
@@ -35,7 +32,7 @@ def pack_dataset(request: PackRequest) -> None:
 
     request = request.check()
     assert request.size is not None
-    stop = StopFlag()
+    stop = Stop()
 
     def opened(uri: str) -> PatientStore:
         return open_patient(uri, stop, note)
@@ -47,6 +44,7 @@ def pack_dataset(request: PackRequest) -> None:
         if Path(EMBEDDED).exists():
             note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
     stop.install()
+    watch_for_preemption(stop)
     with Progress(f"packing {request.name}", unit="images") as bar:
         index = pack(
             bucket,
@@ -61,7 +59,7 @@ def pack_dataset(request: PackRequest) -> None:
             max_bad=request.max_bad,
             min_side=request.min_side,
             progress=lambda done, total: bar.update(done, total=total),
-            should_stop=stop,
+            stop=stop,
             opened=opened,
         )
     print(describe(index, bucket))
@@ -74,13 +72,14 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
 
     request = request.check()
     assert request.size is not None
-    stop = StopFlag()
+    stop = Stop()
 
     def opened(uri: str) -> PatientStore:
         return open_patient(uri, stop, note)
 
     bucket = opened(request.bucket)
     stop.install()
+    watch_for_preemption(stop)
     with Progress(f"indexing {request.name}", unit="MB") as bar:
         index = index_tars(
             bucket,
@@ -97,7 +96,7 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
             progress=lambda done, total, images: bar.update(
                 done // MEGABYTE, total=total // MEGABYTE, images=f"{images:,}"
             ),
-            should_stop=stop,
+            stop=stop,
             opened=opened,
         )
     print(describe(index, bucket))
@@ -213,7 +212,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     from job.data.verify import verify_dataset
     from job.progress import Progress
 
-    bucket = open_patient(bucket_uri, _never, note)
+    bucket = open_patient(bucket_uri, NEVER, note)
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))

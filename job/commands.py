@@ -12,13 +12,14 @@ from job.plan import Plan, plan_run
 from job.processes.group import Group, nodes
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
-from job.processes.stopping import StopFlag, deadline
+from job.processes.preemption import watch_for_preemption
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import is_there, list_checkpoints, load_manifest
 from job.runs.grace import check_writable
 from job.runs.records import check_written_here, read_status
 from job.sampling.pieces import Batch
 from job.sampling.plan import plan_batches, plan_sampling
+from job.stop import Stop, deadline
 
 
 def train_command(
@@ -60,7 +61,7 @@ def train_command(
             return
         from job.train import run_training
 
-        run_training(request, stop, stop.waiting)
+        run_training(request, stop)
         if os.environ.get("RANK", "0") == "0":
             _tell(plan_run(request, stop), request, "is finished")
 
@@ -93,20 +94,22 @@ def sample_command(
         elif request.count is None:
             from job.sampling.sample import run_sampling
 
-            run_sampling(request, stop, stop.waiting)
+            run_sampling(request, stop)
         else:
             from job.sampling.batches import run_batches
 
-            run_batches(request, stop, stop.waiting)
+            run_batches(request, stop)
 
 
-def _listen() -> StopFlag:
+def _listen() -> Stop:
     """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    stop = StopFlag()
+    stop = Stop()
     if not is_rank():
         leave_at_signals()
     # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
-    return stop.install(signals=is_rank() and not is_launched())
+    stop.install(signals=is_rank() and not is_launched())
+    watch_for_preemption(stop)
+    return stop
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +14,7 @@ from job.progress import note_once
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import MAX_IMAGES_SEEN
+from job.stop import NEVER, Stop
 from job.store.patient import PatientStore, open_patient
 
 
@@ -36,24 +36,20 @@ class Plan:
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
 
-def _never() -> bool:
-    return False
-
-
-def plan_run(request: TrainRequest, should_stop: Callable[[], bool] = _never) -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
     its last attempt changed stays changed until somebody says otherwise.
-    `should_stop` is polled while the bucket is waited for, now and by the plan's stores later.
+    `stop` is asked while the bucket is waited for, now and by the plan's stores later.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
         BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, should_stop, note_once)
+    bucket = open_patient(request.bucket, stop, note_once)
     run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
     stored = records.load_config(run)
     changes: dict[str, Any] = {}

@@ -36,21 +36,22 @@ from job.data.stream import BatchStream, stream_batches
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
 from job.runs.checkpoints import CheckpointRef, MetricSegment
 from job.runs.commits import Commits
-from job.runs.grace import Notice
 from job.runs.lease import Lease
 from job.runs.records import Attempt
 from job.runs.restoring import newest_good
 from job.runs.retention import Retention
 from job.runs.status import CLOSE_SECONDS, StatusReporter
 from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
+from job.stop import NEVER, Stop
 
+ANOTHER_PROCESS = "another process"
+"""Why a process stops that was not asked itself."""
 _STARVED_POLL_SECONDS = 0.02
 
 
@@ -76,7 +77,7 @@ class TrainingSession:
     batches: BatchStream
     """What `train` goes through."""
 
-    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Notice) -> None:
+    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Stop = NEVER) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks = plan, config, ranks
         self.cache, self.stop = cache, stop
@@ -87,7 +88,8 @@ class TrainingSession:
         self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
         if config.train.compile and device.type == "cuda":
             model.compile()
-        self.network = ranks.accelerator.prepare_model(model)
+        # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
+        self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
@@ -100,13 +102,12 @@ class TrainingSession:
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
-    def restored(self, attempt: Attempt, lease: Lease | None, grace_seconds: float) -> Iterator[None]:
+    def restored(self, attempt: Attempt, lease: Lease | None) -> Iterator[None]:
         """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
 
         Args:
             attempt: this attempt.
             lease: held by the main process; none on the others.
-            grace_seconds: from a preemption notice to the end of the machine.
         """
         segments = self._restore()
         if lease is not None:
@@ -121,8 +122,7 @@ class TrainingSession:
                 segments=segments,
                 aside=self.set_aside,
                 outage=self.plan.run.outage,
-                grace_seconds=grace_seconds,
-                notice=self.stop,
+                stop=self.stop,
                 note=self.bar.note,
             )
 
@@ -181,7 +181,7 @@ class TrainingSession:
             world_size=self.ranks.world_size,
             pin_memory=accelerator.device.type == "cuda",
             with_labels=bool(config.model.num_classes),
-            poll=self.stop,
+            stop=self.stop,
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
@@ -199,11 +199,11 @@ class TrainingSession:
                 self._save()
             stopped = self.state.images_seen < self.plan.target_images
             if stopped:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
         if stopped:
             raise StoppedError(
-                f"stopped by {self.stop.reason or 'another process'} after {self.state.images_seen:,} images; "
+                f"stopped by {self.stop.reason} after {self.state.images_seen:,} images; "
                 "everything is saved, and the same command goes on from there"
             )
 
@@ -215,7 +215,7 @@ class TrainingSession:
         while True:
             lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
             if stopping:
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
@@ -240,7 +240,7 @@ class TrainingSession:
             self._log()
         every = config.checkpoint.every_epochs
         if stopping:
-            self.stop.begin()
+            self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
         if stopping or save_now or any(e % every == 0 or self.retention.keeps_epoch(e) for e in completed):
             self._save()
@@ -250,7 +250,7 @@ class TrainingSession:
                 self.draw()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
-                self.stop.begin()
+                self.stop.request(ANOTHER_PROCESS)
                 stopping = True
         self.bar.update(images, total=None, **self._bar_fields())
         return stopping

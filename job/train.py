@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
 from job.exits import LostRunError
 from job.plan import Plan, plan_run
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import StopFlag
+from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.requests import TrainRequest
 from job.runs import records
-from job.runs.grace import Notice, grace_seconds
 from job.runs.lease import Lease
 from job.runs.records import Attempt
 from job.session import TrainingSession
+from job.stop import NEVER, Stop
 
 _LAST_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
-def run_training(
-    request: TrainRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> None:
+def run_training(request: TrainRequest, stop: Stop = NEVER) -> None:
     """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
 
     Args:
         request: which run.
-        stop: polled all the while.
-        waiting: entered until all processes have met: one that is to stop before that has nothing to save.
+        stop: asked all the while. One that is to stop before all processes have met has nothing to save.
 
     Raises:
         StoppedError: a signal came; the state is committed, the same command goes on.
@@ -41,28 +34,24 @@ def run_training(
         BucketAwayError: the bucket stayed away beyond the limit.
         JobError: see the message.
     """
-    grace = grace_seconds()
-    notice = Notice(stop, grace)
-    plan = plan_run(request, notice)
+    plan = plan_run(request, stop)
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
-    with waiting():
-        accelerator = compute.build_accelerator(precision, plan.config.train.deterministic)
-        ranks = Ranks(accelerator, notice)
+    ranks = meet(stop, precision, plan.config.train.deterministic)
     lease: Lease | None = None
 
     def take() -> int:
         nonlocal lease
         floor = records.highest_fence(plan.run)
         # The lease itself keeps to its own times, so its store must not wait.
-        lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, notice, note)
+        lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, stop, note)
         return lease.fence
 
     try:
         fence, planned = ranks.on_main(take), plan
         # Whoever held the run until now may have begun it, or changed it.
-        plan = plan_run(request, notice)
+        plan = plan_run(request, stop)
         if planned.is_new and not plan.is_new and plan.config.train.precision != precision:
             raise LostRunError(
                 f"{plan.run.uri} was begun by another attempt meanwhile, with train.precision="
@@ -77,16 +66,16 @@ def run_training(
                 cache_dir=default_cache_dir(),
                 budget_bytes=int(config.data.cache_gigabytes * 1e9),
                 progress=lambda done, total: bar.update(done),
-                should_stop=notice,
+                stop=stop,
             )
-        session = TrainingSession(plan, config, ranks, cache, notice)
-        with session.restored(attempt, lease, grace):
+        session = TrainingSession(plan, config, ranks, cache, stop)
+        with session.restored(attempt, lease):
             session.train()
             session.finish()
     finally:
         if lease is not None:
-            lease.close(notice.seconds_left() - _LAST_SECONDS)
-    accelerator.end_training()
+            lease.close(stop.seconds_left() - _LAST_SECONDS)
+    ranks.accelerator.end_training()
 
 
 def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks, holder: str) -> tuple[RunConfig, Attempt]:

@@ -66,8 +66,8 @@ def pack(
     """
     from job.catalog import pack_dataset
     from job.outcome import outcome_written
-    from job.processes.stopping import deadline
     from job.requests import PackRequest
+    from job.stop import deadline
 
     with deadline(stop_after), outcome_written(bucket):
         pack_dataset(
@@ -113,8 +113,8 @@ def index(
         ddpm data index ~/laion laion --size 64 --crop center
     """
     from job.catalog import index_dataset
-    from job.processes.stopping import deadline
     from job.requests import PackRequest
+    from job.stop import deadline
 
     with deadline(stop_after):
         index_dataset(

@@ -22,7 +22,7 @@ from job.data.shard_cache import ShardCache
 from job.data.shard_source import Int64s, ShardSource, Uint8s, crc32c
 from job.data.shards import DatasetIndex
 from job.exits import BadRequestError, DiskFullError
-from job.processes.heartbeat import beat
+from job.stop import NEVER, Stop, beat
 from job.store import Store
 from job.store.files import os_errors
 
@@ -73,7 +73,7 @@ def open_cache(
     budget_bytes: int,
     threads: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: Stop = NEVER,
 ) -> ImageCache:
     """Opens a node's cache of the dataset at `key`; processes of one node that open it share its files and the work.
 
@@ -87,14 +87,14 @@ def open_cache(
         budget_bytes: how much of that disk images may take.
         threads: images decoded at a time; all cores if not given.
         progress: called with images decoded so far, and all.
-        should_stop: polled many times a second.
+        stop: asked many times a second.
 
     Raises:
-        StoppedError: `should_stop` said so; what has been decoded is kept.
+        StoppedError: `stop` said so; what has been decoded is kept.
         DiskFullError: the images fit the budget but not the disk.
         BadDataError: the bucket's shards are not what was packed.
     """
-    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=threads, should_stop=should_stop)
+    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=threads, stop=stop)
     if index.decoded_bytes <= budget_bytes:
         return DecodedCache(source, progress)
     return ShardCache(source, budget_bytes)
@@ -166,7 +166,7 @@ class DecodedCache:
 
         def check(shard: int) -> None:
             beat()
-            if not self._source.should_stop():
+            if not self._source.stop():
                 intact[shard] = int(filled[shard]) == _IS_FILLED | crc32c(self._block(self._images, shard))
 
         with ThreadPoolExecutor(self._source.threads) as pool:

@@ -26,7 +26,7 @@ class ChosenImages:
             BadDataError: a table is not as it was packed.
         """
         folder = cache_dir / index.dataset_id
-        self._source = ShardSource(bucket, key, index, folder, threads=None, should_stop=lambda: False)
+        self._source = ShardSource(bucket, key, index, folder, threads=None)
 
     @property
     def labels(self) -> npt.NDArray[np.int32]:

@@ -5,11 +5,16 @@ How images are cropped and resized changes an FID more than most methods do: bot
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
 import re
 import warnings
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError, features
@@ -27,6 +32,8 @@ PIXEL_LIMIT = 89_478_485
 
 # Ghostscript and other interpreters that Pillow can call are no place for strangers' files.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_GREY, _RGB = 1, 3
+"""torchvision's `ImageReadMode`s."""
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or none of PNG, JPEG, WebP and GIF"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
@@ -185,18 +192,29 @@ def decode(encoded: bytes | bytearray | memoryview, channels: int) -> np.ndarray
         BadDataError: the bytes are no image, or one with more pixels than `PIXEL_LIMIT`.
     """
     import torch
-    from torchvision.io import ImageReadMode, decode_image
 
     data = bytearray(encoded)
     width, height = declared_size(data)
     if width * height > PIXEL_LIMIT:
         raise BadDataError(f"an image has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT}")
-    mode = ImageReadMode.GRAY if channels == 1 else ImageReadMode.RGB
+    decode_image = _decoder()
     try:
-        image: torch.Tensor = decode_image(torch.frombuffer(data, dtype=torch.uint8), mode)
+        image: torch.Tensor = decode_image(torch.frombuffer(data, dtype=torch.uint8), _GREY if channels == 1 else _RGB)
     except (RuntimeError, ValueError):
         raise BadDataError(_NO_PACKED_IMAGE) from None
     return image.permute(1, 2, 0).numpy()
+
+
+@functools.cache
+def _decoder() -> Callable[..., Any]:
+    """The `decode_image` of torchvision, of which importing the package would take a second more."""
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    assert spec is not None and spec.submodule_search_locations is not None
+    (library,) = Path(spec.submodule_search_locations[0]).glob("image*.so")
+    torch.ops.load_library(library)
+    return torch.ops.image.decode_image
 
 
 def declared_size(encoded: bytes | bytearray) -> tuple[int, int]:

@@ -25,7 +25,8 @@ from job.data.places import split_uri
 from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Shard, dataset_key, load_index, shard_name
 from job.data.tar_samples import Sample, SampledTar
 from job.data.tar_uris import TarUri, find_tars
-from job.exits import BadDataError, BadRequestError, StoppedError
+from job.exits import BadDataError, BadRequestError
+from job.stop import NEVER, Stop
 from job.store import Store, is_remote, open_store
 
 _log = logging.getLogger(__name__)
@@ -47,7 +48,7 @@ def index_tars(
     max_bad: int = 100,
     min_side: int | None = None,
     progress: Callable[[int, int, int], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: Stop = NEVER,
     threads: int | None = None,
     opened: Callable[[str], Store] = open_store,
 ) -> DatasetIndex:
@@ -66,7 +67,7 @@ def index_tars(
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
         progress: called with the bytes read so far and in all, and the images found.
-        should_stop: polled at each image.
+        stop: asked at each image.
         threads: that decode; None is one per CPU.
         opened: opens the store of a tar's folder.
 
@@ -78,7 +79,7 @@ def index_tars(
         MissingInputError: there are no such tars.
         BadDataError: one is unsafe or damaged, there are no images, more than `max_bad` of them cannot be used, or
             a class has a number that is larger than there are images.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
     recipe = Recipe(size, crop, resize_filter, channels, size // 2 if min_side is None else min_side)
     key = dataset_key(name, size)
@@ -100,7 +101,7 @@ def index_tars(
     report = progress or (lambda done, total, images: None)
     indexing = _Indexing(tars, recipe, journal, has_classes, max_bad, _IMAGES_PER_THREAD * threads, report)
     with ThreadPoolExecutor(threads) as workers:
-        indexing.run(workers, _Stop(should_stop, dataset.uri))
+        indexing.run(workers, stop)
 
     index = DatasetIndex(
         name=name,
@@ -119,16 +120,6 @@ def index_tars(
     )
     journal.commit(index, indexing.indexed, indexing.rejects)
     return load_index(bucket, key)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stop:
-    should_stop: Callable[[], bool]
-    where: str
-
-    def poll(self) -> None:
-        if self.should_stop():
-            raise StoppedError(f"stopped indexing {self.where}: the same command goes on from here")
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,7 +152,7 @@ class _Indexing:
         self.rejects: list[Reject] = []
         self.highest_label = -1
 
-    def run(self, workers: ThreadPoolExecutor, stop: _Stop) -> None:
+    def run(self, workers: ThreadPoolExecutor, stop: Stop) -> None:
         """Fills `indexed` and `rejects`; all tables are in the bucket when it returns."""
         # Nothing is known of how many images there are: no journal entry is the last.
         for entry in self._journal.packed(source_images=-1):
@@ -190,11 +181,11 @@ class _Indexing:
         """Over the tars in their order."""
         return hashlib.sha256("".join(entry.shard.sha256 for entry in self.indexed).encode()).hexdigest()
 
-    def _index(self, tar: TarUri, workers: ThreadPoolExecutor, stop: _Stop, done_bytes: int) -> None:
+    def _index(self, tar: TarUri, workers: ThreadPoolExecutor, stop: Stop, done_bytes: int) -> None:
         source = SampledTar(tar)
         records: list[tuple[int, int, int, int]] = []
         for checked in in_order(workers, self._check, source.samples(), window=self._window):
-            stop.poll()
+            stop.check(f"while indexing {_described(self._tars)}")
             if checked.reason:
                 self._reject(Reject(name=f"{split_uri(tar.uri)[1]}/{checked.name}", reason=checked.reason))
             else:

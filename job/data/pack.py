@@ -22,7 +22,8 @@ from job.data.journal import Journal, PackedShard, Reject, rejects_lines
 from job.data.members import Source, in_order
 from job.data.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
 from job.data.sources import Survey, open_source, survey
-from job.exits import BadDataError, BadRequestError, StoppedError
+from job.exits import BadDataError, BadRequestError
+from job.stop import NEVER, Stop
 from job.store import Store, open_store
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
@@ -48,7 +49,7 @@ def pack(
     min_side: int | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int | None], None] | None = None,
-    should_stop: Callable[[], bool] = lambda: False,
+    stop: Stop = NEVER,
     threads: int | None = None,
     opened: Callable[[str], Store] = open_store,
 ) -> DatasetIndex:
@@ -68,7 +69,7 @@ def pack(
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
         shard_bytes: a shard is closed when it has reached this size.
         progress: called with the number of images read so far and in all.
-        should_stop: polled at each image.
+        stop: asked at each image.
         threads: that decode and encode; None is one per CPU.
         opened: opens the source's bucket, if it lies in one.
 
@@ -79,7 +80,7 @@ def pack(
         BadRequestError: a parameter that means nothing, or the dataset is there already.
         MissingInputError: there is no source.
         BadDataError: it is unsafe, damaged or empty, or more than `max_bad` of its images cannot be used.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
         DiskFullError: there is no space for shards on their way to the bucket.
     """
     recipe = Recipe(
@@ -99,8 +100,13 @@ def pack(
         _log.warning(images.note)
     if channels is None:
         recipe = replace(recipe, channels=images.channels)
-    stop = _Stop(should_stop, dataset.uri)
-    surveyed = survey(stop.polled(images.names()), images.where, classes)
+
+    def checked(names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            stop.check(f"while packing {images.where}")
+            yield name
+
+    surveyed = survey(checked(images.names()), images.where, classes)
     if surveyed.note:
         _log.warning(surveyed.note)
 
@@ -141,21 +147,6 @@ class _SourceChangedError(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class _Stop:
-    should_stop: Callable[[], bool]
-    where: str
-
-    def poll(self) -> None:
-        if self.should_stop():
-            raise StoppedError(f"stopped packing {self.where}: the same command goes on from here")
-
-    def polled(self, names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            self.poll()
-            yield name
-
-
-@dataclass(frozen=True, slots=True)
 class _Prepared:
     """One image of the source: its hash, and its PNG or why it has none; neither in a shard that is reused."""
 
@@ -187,7 +178,7 @@ class _Pass:
         self.rejects: list[Reject] = []
         self.source_sha256 = hashlib.sha256()
 
-    def run(self, threads: int, stop: _Stop, progress: Callable[[int, int | None], None] | None) -> None:
+    def run(self, threads: int, stop: Stop, progress: Callable[[int, int | None], None] | None) -> None:
         """Fills `packed`, `rejects` and `source_sha256`; all shards are in the bucket when it returns.
 
         Raises:
@@ -200,7 +191,7 @@ class _Pass:
         ):
             entries = enumerate(self._source.entries())
             for image in in_order(workers, self._prepare, entries, window=_IMAGES_PER_THREAD * threads):
-                stop.poll()
+                stop.check(f"while packing {self._source.where}")
                 self._read_images += 1
                 _add(self.source_sha256, image)
                 if len(self.packed) < len(self._reusable):

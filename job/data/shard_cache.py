@@ -16,7 +16,7 @@ import numpy.typing as npt
 from job.data.order import Order
 from job.data.shard_source import DOWNLOADS, Int64s, ShardSource, Uint8s
 from job.exits import BadConfigError, BadDataError, MissingInputError
-from job.processes.heartbeat import beat
+from job.stop import NEVER
 from job.store.files import os_errors
 
 
@@ -37,7 +37,7 @@ class ShardCache:
         with os_errors(self._folder):
             self._folder.mkdir(exist_ok=True)
         # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
-        source.should_stop = _go_on
+        source.stop = NEVER
         self._verified: set[int] = set()
         self._block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
@@ -201,9 +201,3 @@ class ShardCache:
                 f"{block_bytes:,} bytes, and data.cache_gigabytes allows {self._budget_bytes:,}: "
                 f"set data.cache_gigabytes={np.ceil(block_bytes / 1e8) / 10:g}{begin}"
             )
-
-
-def _go_on() -> bool:
-    # A step that waits long for a shard from a bucket that is slow or away does not hang.
-    beat()
-    return False

@@ -24,7 +24,8 @@ import numpy.typing as npt
 from job.data.images import Recipe, RejectedImageError, codec_versions, declared_size, decode, prepared_pixels
 from job.data.places import Places
 from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, first_damaged
-from job.exits import BadDataError, BadRequestError, StoppedError
+from job.exits import BadDataError, BadRequestError
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import crc32c_of, os_errors, temporary_beside
 
@@ -49,7 +50,7 @@ class ShardSource:
         records: offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N].
         starts: index of each shard's first image, and N, int64 [shards + 1].
         threads: how many images are decoded at a time.
-        should_stop: whether this process is to stop.
+        stop: whether this process is to.
     """
 
     def __init__(
@@ -60,9 +61,9 @@ class ShardSource:
         folder: Path,
         *,
         threads: int | None,
-        should_stop: Callable[[], bool],
+        stop: Stop = NEVER,
     ) -> None:
-        self.index, self.folder, self.should_stop = index, folder, should_stop
+        self.index, self.folder, self.stop = index, folder, stop
         self.threads = threads or os.cpu_count() or 1
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self._bucket, self._key = bucket, key
@@ -93,11 +94,7 @@ class ShardSource:
 
     def check_stop(self) -> None:
         """Raises `StoppedError` once this process is to stop."""
-        if self.should_stop():
-            raise StoppedError(
-                f"stopped while reading the images of {self._bucket.uri}/{self._key}; "
-                "what has been read is kept, and the same command goes on from there"
-            )
+        self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}, of which all that were read stay")
 
     @contextmanager
     def lock(self) -> Iterator[None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.exits import StoppedError
+from job.stop import NEVER, Stop
 
 _CHUNK_IMAGES = 8192
 _POLL_SECONDS = 0.5
@@ -50,7 +51,7 @@ def stream_batches(
     prefetch_batches: int = 4,
     pin_memory: bool = False,
     with_labels: bool = True,
-    poll: Callable[[], object] = lambda: None,
+    stop: Stop = NEVER,
 ) -> BatchStream:
     """Yields rank's images first + rank, first + rank + world_size, … of each global batch, read ahead in one thread.
 
@@ -70,7 +71,7 @@ def stream_batches(
         prefetch_batches: batches that are ready before they are asked for, at least 2.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
         with_labels: whether the network has classes; without, a dataset's classes are left out.
-        poll: called now and then while a batch is waited for, such as one whose shard lies in a bucket that is away.
+        stop: asked now and then while a batch is waited for, so that waiting for a bucket is not taken for hanging.
     """
 
     def read() -> Iterator[Batch]:
@@ -80,16 +81,16 @@ def stream_batches(
             yield _batch(cache, first, indices, numbers, pin_memory, with_labels)
             first += batch_size_images
 
-    return BatchStream(read(), max(2, prefetch_batches), poll)
+    return BatchStream(read(), max(2, prefetch_batches), stop)
 
 
 class BatchStream(Iterator[Batch]):
     """Batches that a thread reads ahead. It begins at the first question, and ends with the stream."""
 
-    def __init__(self, batches: Iterator[Batch], prefetch_batches: int, poll: Callable[[], object]) -> None:
+    def __init__(self, batches: Iterator[Batch], prefetch_batches: int, stop: Stop) -> None:
         """See `stream_batches`."""
         self._ahead = _Ahead(batches, Queue(prefetch_batches))
-        self._poll = poll
+        self._stop = stop
         self._thread: threading.Thread | None = None
 
     def __next__(self) -> Batch:
@@ -122,7 +123,7 @@ class BatchStream(Iterator[Batch]):
             over = time.monotonic() + _CLOSE_SECONDS
             while self._thread is not None and self._thread.is_alive() and time.monotonic() < over:
                 self._thread.join(_POLL_SECONDS)
-                self._poll()
+                self._stop()
 
     def __del__(self) -> None:
         """A loop that broke off has no further use for it."""
@@ -138,7 +139,7 @@ class BatchStream(Iterator[Batch]):
             try:
                 return self._ahead.ready.get(timeout=_POLL_SECONDS)
             except Empty:
-                self._poll()
+                self._stop()
         return None
 
 

@@ -17,8 +17,8 @@ from job.jobs.targets import KubernetesTarget, Target, default_bucket
 from job.outcome import JOB
 from job.processes.launcher import GPUS
 from job.requests import PackRequest, SampleRequest, TrainRequest
-from job.runs.grace import GRACE_SECONDS
 from job.runs.lease import EXPIRE_SECONDS
+from job.stop import SPOT_GRACE_SECONDS
 from job.store import check_uri, is_remote
 
 EMBEDDED = "landscape-sample"
@@ -117,7 +117,7 @@ def wait_seconds(target: Target) -> float:
 
     Without it a machine that comes back early would find the run held, and end for good with 76.
     """
-    grace = float(getattr(target, "grace_seconds", GRACE_SECONDS))
+    grace = float(getattr(target, "grace_seconds", SPOT_GRACE_SECONDS))
     return math.ceil(EXPIRE_SECONDS + grace + WAIT_MARGIN_SECONDS)
 
 

@@ -16,11 +16,11 @@ from job.jobs.outcome import JobPlace, informed, read_outcome
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.submit import check_format, formatted
 from job.jobs.targets import Target, chosen_target, default_bucket, load_targets
-from job.processes.launcher import handle_stop_signals
 from job.progress import note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
 from job.runs.overview import print_table, state_of
+from job.stop import handle_stop_signals
 from job.store import Store, open_store
 
 Answer = TypeVar("Answer")

@@ -8,14 +8,11 @@ same command watches it again.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from types import FrameType
 from typing import TypeVar
 
 from job.exits import CRASHED, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
@@ -23,7 +20,7 @@ from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, S
 from job.jobs.outcome import informed
 from job.jobs.spec import JobSpec
 from job.outcome import Outcome
-from job.processes.launcher import STOP_SIGNALS, handle_stop_signals
+from job.stop import Stop
 
 T = TypeVar("T")
 
@@ -57,14 +54,8 @@ class Clock:
     """Time that counts the sleep of a laptop: a job goes on, and costs, while its watcher sleeps."""
 
     def __init__(self) -> None:
-        """From now on signals end `wait` (main thread only); a second one ends the process at once."""
-        self._asked_to_stop = threading.Event()
-        handle_stop_signals(self._handle)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._asked_to_stop.set()
-        for other in STOP_SIGNALS:
-            signal.signal(other, signal.SIG_DFL)
+        """From now on signals end `wait` (main thread only)."""
+        self._stop = Stop().install()
 
     def now(self) -> float:
         """In seconds."""
@@ -76,7 +67,7 @@ class Clock:
 
     def wait(self, seconds: float) -> bool:
         """Waits, and says whether to stop watching."""
-        return self._asked_to_stop.wait(seconds)
+        return self._stop.sleep(seconds)
 
 
 @dataclass

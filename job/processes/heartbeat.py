@@ -6,35 +6,7 @@ import mmap
 import os
 import time
 
-VARIABLE = "DDPM_HEARTBEATS"
-"""`DESCRIPTOR:RANK` of the shared memory and this process's place in it."""
 _LONGEST_LOOK_SECONDS = 5.0
-
-_times: memoryview[float] | None = None
-_place = 0
-
-
-def beat() -> None:
-    """Says that this process gets on with its work; does nothing without a launcher.
-
-    It takes less than a microsecond and never waits, so call it from any thread and as often as you like: in each round
-    of a loop that does the work, and while waiting for something that may rightly take long. Not from a thread whose
-    only task is to beat: that would go on in a process whose work hangs. A poll of the stop flag in the main thread
-    beats by itself.
-    """
-    if _times is not None:
-        _times[_place] = time.monotonic()
-
-
-def connect() -> None:
-    """Lets `beat` reach the launcher that started this process, if one did."""
-    global _times, _place
-    if place := os.environ.get(VARIABLE):
-        descriptor, rank = map(int, place.split(":"))
-        _times, _place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
-        os.close(descriptor)
-        del os.environ[VARIABLE]
-        beat()
 
 
 class Heartbeats:
@@ -52,7 +24,7 @@ class Heartbeats:
         self._silent_seconds = [0.0] * processes
 
     def place(self, rank: int) -> str:
-        """What `VARIABLE` is to be for a rank, which inherits `descriptor`."""
+        """What `HEARTBEATS` is to be for a rank, which inherits `descriptor`."""
         return f"{self.descriptor}:{rank}"
 
     def look(self) -> list[float]:

@@ -13,7 +13,7 @@ import re
 import signal
 import sys
 
-from job.processes import heartbeat
+from job.stop import connect_heartbeat
 
 LAUNCHED = "DDPM_LAUNCHED"
 """Process id of the launcher, in the environment of the ranks it started."""
@@ -49,10 +49,10 @@ def attach() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(os.environ[LAUNCHED]):
         raise SystemExit("ddpm: the launcher of this process is gone")
-    # Until the stop flag takes over, Ctrl-C is to end this process like SIGTERM does, without a traceback.
+    # Until `Stop` takes over, Ctrl-C is to end this process like SIGTERM does, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.register(signal.SIGUSR1, all_threads=True)
-    heartbeat.connect()
+    connect_heartbeat()
 
 
 def lost_peer(error: BaseException) -> str:

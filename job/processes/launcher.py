@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -29,11 +29,11 @@ from types import FrameType
 from typing import NoReturn
 
 from job.exits import TABLE, Exit, JobError, MissingInputError
-from job.processes import heartbeat
 from job.processes.group import Group
 from job.processes.heartbeat import Heartbeats
 from job.processes.launched import LAUNCHED, LOST_PEER
 from job.processes.relay import STDERR, Relay
+from job.stop import HEARTBEATS, handle_stop_signals, ignore_stop_signals
 
 GPUS = "DDPM_GPUS"
 """How many GPUs of each machine the job was given; whoever starts it there says so."""
@@ -47,25 +47,10 @@ CAUSE_SECONDS = 3.0
 DUMP_SECONDS = 1.0
 ABANDON_SECONDS = 10.0
 """A killed process that waits for a dead disk or driver does not end; this one does, which ends the container."""
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _PR_SET_CHILD_SUBREAPER = 36
 _STOPPED = "stopped"
 _STATES = {"R": "running", "S": "sleeping", "D": "waiting for a disk or a driver", "T": _STOPPED}
-
-
-def handle_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Has `handler` called at the signals that ask this process to stop (main thread only)."""
-    for number in STOP_SIGNALS:
-        # nohup has SIGHUP ignored, and means it.
-        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, handler)
-
-
-def ignore_stop_signals() -> None:
-    """For a process whose exit code is decided, so that no signal replaces it (main thread only)."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 def leave_at_signals() -> None:
@@ -219,7 +204,7 @@ class _Job:
             environment = {
                 **os.environ,
                 LAUNCHED: str(os.getpid()),
-                heartbeat.VARIABLE: self._heartbeats.place(number),
+                HEARTBEATS: self._heartbeats.place(number),
                 **group.environment(number),
             }
             # Rank 0 draws its progress on a terminal itself; what else a rank prints comes by way of the relay, which

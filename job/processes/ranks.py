@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import time
 from collections.abc import Callable
@@ -11,8 +12,13 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from job.processes import compute
+from job.processes.group import rendezvous_seconds
+from job.stop import NEVER, Stop
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
+    from torch.distributed import Work
 
 R = TypeVar("R")
 
@@ -24,12 +30,12 @@ POLL_SECONDS = 0.002
 class Ranks:
     """All processes of a run, seen from one of them."""
 
-    def __init__(self, accelerator: Accelerator, poll: Callable[[], object]) -> None:
-        """Collective. `poll` is called while this process waits for others: waiting must not be taken for hanging."""
+    def __init__(self, accelerator: Accelerator, stop: Stop = NEVER) -> None:
+        """Collective. `stop` is asked while this process waits for others: waiting must not be taken for hanging."""
         self.accelerator = accelerator
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        self._poll = poll
+        self._stop = stop
         # NCCL would need device tensors, and would give up after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
@@ -71,9 +77,53 @@ class Ranks:
 
     def _wait(self, work: Any) -> None:
         while not work.is_completed():
-            self._poll()
+            self._stop()
             time.sleep(POLL_SECONDS)
         work.wait()
+
+
+def meet(stop: Stop, precision: str = "fp32", deterministic: bool = False) -> Ranks:
+    """The processes of this run, once they have met; one that is to stop before that ends at once. Collective."""
+    patience_seconds = rendezvous_seconds() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
+    with stop.waiting(patience_seconds):
+        return Ranks(compute.build_accelerator(precision, deterministic), stop)
+
+
+class Agreement:
+    """Flags that hold once any process raised them, agreed without waiting.
+
+    Each step starts an exchange and reads the one before, so the answer is one step late and the same everywhere.
+    """
+
+    def __init__(self, world_size: int, flags: int) -> None:
+        self._world_size = world_size
+        self._flags = flags
+        self._pending: tuple[Work, torch.Tensor] | None = None
+        if world_size > 1:
+            # NCCL would need a device tensor, and reading it would wait for the device.
+            self._group = dist.new_group(backend="gloo")
+
+    def exchange(self, *flags: bool) -> tuple[bool, ...]:
+        """Offers this step's flags and returns those that any process offered in the step before.
+
+        With one process the answer is immediate.
+        """
+        if self._world_size == 1:
+            return flags
+        agreed = self.finish()
+        offered = torch.tensor(flags, dtype=torch.int32)
+        work = dist.all_reduce(offered, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        self._pending = (work, offered)
+        return agreed
+
+    def finish(self) -> tuple[bool, ...]:
+        """Waits for the exchange under way, if there is one, and returns its flags."""
+        if self._pending is None:
+            return (False,) * self._flags
+        work, offered = self._pending
+        work.wait()
+        self._pending = None
+        return tuple(bool(flag) for flag in offered.tolist())
 
 
 def _pickled(outcome: tuple[Any, BaseException | None]) -> bytes:

@@ -13,12 +13,13 @@ from job.config import RunConfig, content_hash
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics, records
 from job.runs.checkpoints import FOLDER, CheckpointRef, Manifest, MetricSegment, list_checkpoints
-from job.runs.grace import VARIABLE, Notice, cadence_minutes, fits, measure_save_seconds
+from job.runs.grace import cadence_minutes, fits, measure_save_seconds
 from job.runs.lease import Lease
 from job.runs.provenance import stamped
 from job.runs.records import Attempt
 from job.runs.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs.saving import CheckpointWriter, Save
+from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 from job.store.patient import Outage
 
@@ -41,8 +42,7 @@ class Commits:
         segments: list[MetricSegment],
         aside: set[CheckpointRef],
         outage: Outage,
-        grace_seconds: float,
-        notice: Notice,
+        stop: Stop,
         note: Callable[[str], None],
     ) -> None:
         """Starts the writer, and measures meanwhile whether a save fits into the grace of a preemption.
@@ -57,13 +57,12 @@ class Commits:
             segments: of the checkpoint that was restored; later ones are added.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
             outage: how long the bucket may be away.
-            grace_seconds: from a preemption notice to the end of the machine.
-            notice: polled while the main thread waits, and asked how long it may.
+            stop: asked while the main thread waits, and how long it may.
             note: told what a person should know.
         """
         self._run, self._config, self._attempt, self._lease = run, config, attempt, lease
-        self._dataset_images, self._grace_seconds, self._aside = dataset_images, grace_seconds, aside
-        self._notice, self._note = notice, note
+        self._dataset_images, self._aside = dataset_images, aside
+        self._stop, self._note = stop, note
         self.segments, self.rows = segments, list[metrics.Row]()
         self.retention = Retention.of(config)
         self._every_minutes = config.checkpoint.every_minutes
@@ -119,8 +118,8 @@ class Commits:
             metric_segments=tuple(self.segments),
         )
         kept = any(self.retention.keeps_epoch(epoch) for epoch in completed)
-        save = Save(manifest, objects, irreplaceable=kept, urgent=self._notice())
-        if not self._writer.save(save, self._notice, self._notice.seconds_left_to_save):
+        save = Save(manifest, objects, irreplaceable=kept, urgent=self._stop())
+        if not self._writer.save(save, self._stop):
             raise self._no_time()
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
@@ -136,7 +135,7 @@ class Commits:
             StoppedError: there was not enough time for the last pictures.
             JobError: saving failed for good.
         """
-        if not self._writer.wait(self._notice.seconds_left_to_save, self._notice):
+        if not self._writer.wait(self._stop):
             if self._writer.busy:
                 raise self._no_time()
             raise StoppedError(
@@ -146,17 +145,13 @@ class Commits:
 
     def close(self, wait: bool) -> None:
         """Ends the writer; with `wait`, after what is queued is committed, for as long as a preemption allows."""
-        over = time.monotonic() + (self._grace_seconds if wait else 0.0)
-
-        def seconds_left() -> float:
-            return min(over - time.monotonic(), self._notice.seconds_left_to_save())
-
-        self._writer.close(seconds_left, self._notice)
+        self._writer.close(self._stop, self._stop.grace_seconds if wait else 0.0)
 
     def _no_time(self) -> BucketAwayError:
         return BucketAwayError(
-            f"{self._run.uri} did not take the last checkpoint in the {self._grace_seconds:g} s ({VARIABLE}) between "
-            "the notice and the end: what was learnt since the one before will be learnt again by the same command"
+            f"{self._run.uri} did not take the last checkpoint in the {self._stop.grace_seconds:g} s "
+            f"({GRACE_VARIABLE}) between the notice and the end: what was learnt since the one before will be learnt "
+            "again by the same command"
         )
 
     def _after_commit(self, manifest: Manifest) -> None:
@@ -190,7 +185,7 @@ class Commits:
         except JobError as error:
             self._note(f"could not measure how long a save takes: {error}")
             return
-        grace, every = self._grace_seconds, self._config.checkpoint.every_minutes
+        grace, every = self._stop.grace_seconds, self._config.checkpoint.every_minutes
         self._every_minutes = cadence_minutes(every, seconds, grace)
         if not fits(seconds, grace):
             self._note(

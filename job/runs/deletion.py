@@ -6,15 +6,13 @@ one. `lease.json` stays: a woken attempt of the old run would otherwise have a f
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from job.exits import BadRequestError, LostRunError, MissingInputError, StoppedError
-from job.processes.stopping import StopFlag
+from job.exits import BadRequestError, LostRunError, MissingInputError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import FOLDER
 from job.runs.lease import LEASE, Lease
 from job.runs.retention import being_read
+from job.stop import Stop
 from job.store import Store, open_store
 
 
@@ -27,7 +25,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
         LostRunError: somebody trains it, or samples from it.
         StoppedError: a signal came; what is left goes with the same command.
     """
-    bucket, stop = open_store(bucket_uri), StopFlag().install()
+    bucket, stop = open_store(bucket_uri), Stop().install()
     run = records.run_store(bucket, name)
     entries = [entry for entry in run.list() if entry.key != LEASE]
     if not entries:
@@ -50,12 +48,11 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
     print(f"deleted {run.uri}: {deleted:,} objects, {size_bytes:,} bytes")
 
 
-def _delete(run: Store, lease: Lease, stop: Callable[[], bool]) -> int:
+def _delete(run: Store, lease: Lease, stop: Stop) -> int:
     keys = sorted((entry.key for entry in run.list() if entry.key != LEASE), key=_turn)
     with Progress("deleting", total=len(keys), unit="objects") as bar:
         for number, key in enumerate(keys):
-            if stop():
-                raise StoppedError(f"stopped after {number:,} of {len(keys):,} objects: the same command does the rest")
+            stop.check(f"after {number:,} of {len(keys):,} objects")
             lease.confirm()
             run.delete(key)
             bar.update(number + 1)

@@ -21,6 +21,7 @@ from job.exits import BadDataError, BucketAwayError, JobError, LostRunError, Sto
 from job.processes.process_identity import ProcessIdentity
 from job.runs.records import utc_now
 from job.sealed import Sealed
+from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
 LEASE = "lease.json"
@@ -156,25 +157,23 @@ class Lease:
         self._thread.start()
 
     @classmethod
-    def take(
-        cls, run: Store, floor: int, wait_seconds: float, should_stop: Callable[[], bool], note: Callable[[str], None]
-    ) -> Lease:
+    def take(cls, run: Store, floor: int, wait_seconds: float, stop: Stop, note: Callable[[str], None]) -> Lease:
         """Takes the run: at once if it is free or its holder certainly dead, else when the holder falls silent.
 
         Args:
             run: the run's folder.
             floor: the highest fence known from elsewhere, such as attempts and checkpoints.
             wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
-            should_stop: polled all the while.
+            stop: asked all the while.
             note: told what a person should know; from other threads, too.
 
         Raises:
             LostRunError: the holder lives; the message names it.
-            StoppedError: `should_stop` said so.
+            StoppedError: `stop` said so.
             BucketAwayError: the lease cannot be read or written.
         """
         watch, began, told = _Watch(run), time.monotonic(), ""
-        while not should_stop():
+        while not stop():
             watch.look()
             if (why := watch.why_free()) is not None:
                 record = LeaseRecord(
@@ -201,8 +200,8 @@ class Lease:
             if told != watch.who():
                 told = watch.who()
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
-            time.sleep(LOOK_SECONDS)
-        raise StoppedError(f"stopped before {run.uri} could be taken")
+            stop.sleep(LOOK_SECONDS)
+        raise StoppedError(f"stopped by {stop.reason} before {run.uri} could be taken; the same command goes on")
 
     def confirm(self) -> None:
         """Returns if the run is certainly still ours; call it before every commit and every delete.

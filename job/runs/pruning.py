@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 
 from job.config import RunConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, StoppedError
-from job.processes.stopping import StopFlag
+from job.exits import BadDataError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import LATEST, CheckpointRef, Latest, list_checkpoints, put_latest
@@ -24,6 +23,7 @@ from job.runs.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs.verification import checkpoint_problems
 from job.sampling.names import SAMPLES
 from job.sampling.piece_checks import batch_of, record_of, uncommitted
+from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
 ORPHAN_SECONDS = 3600.0
@@ -58,7 +58,7 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
         LostRunError: somebody trains it.
         StoppedError: a signal came; what is left goes with the same command.
     """
-    bucket, stop = open_store(bucket_uri), StopFlag().install()
+    bucket, stop = open_store(bucket_uri), Stop().install()
     run = records.run_store(bucket, name)
     config = records.as_last_changed(run, records.existing_config(bucket, name))
     retention = Retention.of(config)
@@ -167,14 +167,11 @@ def _newest_verified(run: Store, refs: list[CheckpointRef], warn: Callable[[str]
     raise BadDataError(f"no checkpoint of {run.uri} verifies: nothing is deleted before somebody has looked at them")
 
 
-def _remove(run: Store, lease: Lease, found: list[Removal], stop: Callable[[], bool]) -> None:
+def _remove(run: Store, lease: Lease, found: list[Removal], stop: Stop) -> None:
     done_bytes = 0
     with Progress("pruning", total=len(found), unit="objects") as bar:
         for number, removal in enumerate(found):
-            if stop():
-                raise StoppedError(
-                    f"stopped after {number:,} of {len(found):,} removals: the same command does the rest"
-                )
+            stop.check(f"after {number:,} of {len(found):,} removals")
             lease.confirm()
             if batch_of(removal.key) and _is_wanted(run, removal.key):
                 continue

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from job.runs.checkpoints import FileRecord, Manifest, commit_manifest
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import os_errors
 from job.store.patient import Outage, PatientStore
@@ -95,10 +97,6 @@ class Save:
     """Whether it goes before pictures that were queued earlier: there may be no time for both."""
 
 
-def _for_ever() -> float:
-    return float("inf")
-
-
 class CheckpointWriter:
     """Commits checkpoints in a thread of its own, in order. Training waits for a copy into host buffers, no longer.
 
@@ -126,8 +124,8 @@ class CheckpointWriter:
             after_commit: retires older checkpoints; nobody waits for it but `close`.
             outage: how long to try again while the bucket is away; without one, an error is final.
         """
-        self._closing = threading.Event()
-        self._run = PatientStore(run, outage or Outage(0, lambda _: None), self._closing.is_set)
+        self._closing = Stop()
+        self._run = PatientStore(run, outage or Outage(0, lambda _: None), self._closing)
         self._confirm, self._after_commit = confirm, after_commit
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
@@ -158,24 +156,17 @@ class CheckpointWriter:
             self._pictures[key] = data
             self._changed.notify_all()
 
-    def save(
-        self,
-        save: Save,
-        poll: Callable[[], object] = lambda: None,
-        seconds_left: Callable[[], float] = _for_ever,
-    ) -> bool:
+    def save(self, save: Save, stop: Stop = NEVER) -> bool:
         """Takes a copy of the live tensors and queues it; whether it could.
 
         Blocks for the copy; for a local write that is under way; and, with the bucket away, for a queued checkpoint
-        that is irreplaceable. `poll` is called while it does, so that waiting is not taken for hanging, and
-        `seconds_left` says how long it may.
+        that is irreplaceable. `stop` says how long it may; asking it keeps waiting from being taken for hanging.
         """
         with self._changed:
             while self._reading_host or (self._queued is not None and self._queued.irreplaceable):
                 self.raise_error()
-                if seconds_left() <= 0:
+                if _is_over(stop, float("inf")):
                     return False
-                poll()
                 self._changed.wait(timeout=POLL_SECONDS)
             self.raise_error()
             if self._queued is not None:
@@ -185,28 +176,28 @@ class CheckpointWriter:
             self._changed.notify_all()
             return True
 
-    def wait(self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None) -> bool:
+    def wait(self, stop: Stop = NEVER, at_most_seconds: float = float("inf")) -> bool:
         """Waits until everything queued is in the bucket, or no time is left; whether it is.
 
-        Raises the thread's error if there was one. Both arguments are asked all the while.
+        Raises the thread's error if there was one.
         """
+        over = time.monotonic() + at_most_seconds
         with self._changed:
-            while (self.busy or self._pictures) and self._error is None and seconds_left() > 0:
-                poll()
+            while (self.busy or self._pictures) and self._error is None and not _is_over(stop, over):
                 self._changed.wait(timeout=POLL_SECONDS)
             self.raise_error()
             return not (self.busy or self._pictures)
 
-    def close(self, seconds_left: Callable[[], float] = _for_ever, poll: Callable[[], object] = lambda: None) -> None:
+    def close(self, stop: Stop = NEVER, at_most_seconds: float = float("inf")) -> None:
         """Ends the thread, with what is queued committed if there is time for that, and what is under way ended."""
+        over = time.monotonic() + at_most_seconds
         try:
-            self.wait(seconds_left, poll)
+            self.wait(stop, at_most_seconds)
         finally:
             with self._changed:
-                self._closing.set()
+                self._closing.request("the end of the run")
                 self._changed.notify_all()
-            while self._thread.is_alive() and seconds_left() > 0:
-                poll()
+            while self._thread.is_alive() and not _is_over(stop, over):
                 self._thread.join(POLL_SECONDS)
             if self._thread.is_alive() and (folder := self._folder) is not None:
                 # The thread waits for a bucket that keeps silent, and will die with the process.
@@ -240,9 +231,9 @@ class CheckpointWriter:
 
     def _has_work(self) -> bool:
         with self._changed:
-            while not (self._queued or self._pictures or self._closing.is_set()):
+            while not (self._queued or self._pictures or self._closing()):
                 self._changed.wait()
-            return not self._closing.is_set()
+            return not self._closing()
 
     def _next(self) -> Save | None:
         with self._changed:
@@ -319,3 +310,7 @@ class CheckpointWriter:
     def _upload(self, path: Path, key: str) -> None:
         self._run.upload(path, key)
         path.unlink()
+
+
+def _is_over(stop: Stop, over: float) -> bool:
+    return time.monotonic() >= over or (stop() and stop.seconds_left_to_save() <= 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -16,14 +16,11 @@ import numpy as np
 
 from ddpm import figures
 from job.exits import BadDataError, StoppedError
-from job.processes import compute
 from job.processes.launched import lost_peer
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement, StopFlag
+from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import SampleRequest
 from job.runs.checkpoints import CheckpointRef
-from job.runs.grace import Notice, grace_seconds
 from job.runs.provenance import put_picture
 from job.runs.retention import reading
 from job.sampling.names import SAMPLES
@@ -31,17 +28,15 @@ from job.sampling.piece_files import Images, PieceWriter, read_images
 from job.sampling.pieces import GRID, Batch, PieceRecord
 from job.sampling.plan import SamplePlan, plan_batches, plan_sampling
 from job.sampling.sample import Painter, load_weights, look_for, sampling_of
+from job.stop import NEVER, Stop
 
 
-def run_batches(
-    request: SampleRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> None:
+def run_batches(request: SampleRequest, stop: Stop = NEVER) -> None:
     """Draws this slice of the images of each chosen checkpoint, and prints where they lie.
 
     Args:
         request: what to draw.
-        stop: polled all the while.
-        waiting: entered until all processes have met.
+        stop: asked all the while.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -50,16 +45,14 @@ def run_batches(
         BucketAwayError: the bucket stayed away beyond the limit.
         StoppedError: a signal came; whole pieces are saved, and the same command goes on.
     """
-    notice = Notice(stop, grace_seconds())
-    plan = plan_sampling(request, notice)
-    with waiting():
-        ranks = Ranks(compute.build_accelerator("fp32"), notice)
+    plan = plan_sampling(request, stop)
+    ranks = meet(stop)
     # A run that trains meanwhile may show each process another newest checkpoint.
     plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
     precision = request.precision or plan.config.train.precision
-    painter = Painter(plan.config, ranks, precision, notice, Agreement(ranks.world_size, flags=1))
+    painter = Painter(plan.config, ranks, precision, stop, Agreement(ranks.world_size, flags=1))
     for ref, batch in zip(plan.checkpoints, plan_batches(plan, request), strict=True):
-        _Slice(request, plan, painter, notice, ref, batch).make()
+        _Slice(request, plan, painter, stop, ref, batch).make()
 
 
 class _Slice:
@@ -70,11 +63,11 @@ class _Slice:
         request: SampleRequest,
         plan: SamplePlan,
         painter: Painter,
-        notice: Notice,
+        stop: Stop,
         ref: CheckpointRef,
         batch: Batch,
     ) -> None:
-        self.request, self.plan, self.painter, self.notice = request, plan, painter, notice
+        self.request, self.plan, self.painter, self.stop = request, plan, painter, stop
         self.ref, self.batch = ref, batch
         self.ranks, self.sampling = painter.ranks, sampling_of(plan)
         self.batch_size = request.batch_size or plan.config.sample.batch_size
@@ -115,7 +108,7 @@ class _Slice:
         rank, world_size, batch = self.ranks.rank, self.ranks.world_size, self.batch
         total, left = self._images(self.numbers), self._images(missing)
         title = f"{self.name} {self.slice_name}".strip()
-        writer, done = PieceWriter(batch, self.notice), 0
+        writer, done = PieceWriter(batch, self.stop), 0
 
         def advance(images: int) -> None:
             nonlocal done
@@ -134,11 +127,11 @@ class _Slice:
             (made_images,) = self.ranks.sum(writer.made_images)
         except (StoppedError, RuntimeError) as error:
             # A process that is stopped does not wait for the others, whose pieces may take long: its end ends them.
-            if isinstance(error, RuntimeError) and not (self.notice() and lost_peer(error)):
+            if isinstance(error, RuntimeError) and not (self.stop() and lost_peer(error)):
                 raise
             of_rank = f" of process {rank}" if world_size > 1 else ""
             raise StoppedError(
-                f"stopped by {self.notice.reason or 'another process'} after {writer.made_images:,} images{of_rank} of "
+                f"stopped by {self.stop.reason} after {writer.made_images:,} images{of_rank} of "
                 f"{self.name}; all whole pieces are saved, and the same command goes on from there"
             ) from None
         return made_images
@@ -159,8 +152,7 @@ class _Slice:
         return np.concatenate(parts)
 
     def _check_stopped(self, *_: Any) -> None:
-        if self.notice():
-            raise StoppedError("stopped while sampling; the same command goes on")
+        self.stop.check("while sampling")
 
     def _records(self, numbers: Sequence[int]) -> list[PieceRecord]:
         with Progress("reading records", total=len(numbers), unit="records") as bar:

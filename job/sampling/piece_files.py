@@ -22,8 +22,8 @@ from job.data.images import declared_size, decode
 from job.data.shards import ShardWriter, shard_name
 from job.exits import BadDataError, StoppedError
 from job.runs import records
-from job.runs.grace import Notice
 from job.sampling.pieces import Batch, PieceFile, PieceRecord, piece_name, record_key
+from job.stop import NEVER, Stop
 from job.store import ObjectExistsError
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
@@ -91,10 +91,10 @@ class PieceWriter:
     A stop lets what is on its way arrive, for as long as there is time.
     """
 
-    def __init__(self, batch: Batch, notice: Notice) -> None:
-        """Starts the thread. `batch` is where the pieces belong; `notice` is polled while the main thread waits."""
+    def __init__(self, batch: Batch, stop: Stop = NEVER) -> None:
+        """Starts the thread. `batch` is where the pieces belong; `stop` is asked while the main thread waits."""
         self.made_images = 0
-        self._batch, self._notice = batch, notice
+        self._batch, self._stop = batch, stop
         self._queue: Queue[tuple[int, Images]] = Queue(maxsize=1)
         self._closing = threading.Event()
         self._error: BaseException | None = None
@@ -134,7 +134,7 @@ class PieceWriter:
                 return
 
     def _is_late(self) -> bool:
-        return self._notice() and self._notice.seconds_left_to_save() <= 0
+        return self._stop() and self._stop.seconds_left_to_save() <= 0
 
     def _raise_error(self) -> None:
         if self._error is not None:

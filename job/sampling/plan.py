@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,6 +14,7 @@ from job.runs import records
 from job.runs.checkpoints import CheckpointRef, choose, load_manifest, lost_manifest
 from job.sampling.names import SAMPLES, how_drawn, label_of
 from job.sampling.pieces import Batch, Drawing, piece_images
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.patient import open_patient
 
@@ -36,16 +36,16 @@ class SamplePlan:
         return request.precision if request.precision != self.config.train.precision else ""
 
 
-def plan_sampling(request: SampleRequest, should_stop: Callable[[], bool] = lambda: False) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing; `should_stop` as for `plan_run`.
+def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
+    """Finds the run and its checkpoints. Writes nothing; `stop` as for `plan_run`.
 
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
         BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `should_stop` said so.
+        StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, should_stop, note_once)
+    bucket = open_patient(request.bucket, stop, note_once)
     run = records.run_store(bucket, request.run)
     config = records.existing_config(bucket, request.run)
     try:

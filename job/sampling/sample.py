@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -28,9 +27,7 @@ from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.shards import DatasetIndex, dataset_key
 from job.exits import BadDataError, StoppedError
 from job.processes import compute
-from job.processes.heartbeat import beat
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement, StopFlag
+from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, SampleRequest, parse_numbers
 from job.runs import records
@@ -39,6 +36,7 @@ from job.runs.provenance import put_picture
 from job.runs.retention import reading
 from job.sampling.names import SAMPLES, file_words, how_drawn, label_of
 from job.sampling.plan import SamplePlan, plan_sampling
+from job.stop import NEVER, Stop, beat
 from job.store import Store
 
 GIF_FRAMES = 20
@@ -49,9 +47,7 @@ Images = np.ndarray
 class Painter:
     """A network in eval mode and all that is needed to draw from it on the processes there are."""
 
-    def __init__(
-        self, config: RunConfig, ranks: Ranks, precision: str, stop: Callable[[], bool], agreement: Agreement
-    ) -> None:
+    def __init__(self, config: RunConfig, ranks: Ranks, precision: str, stop: Stop, agreement: Agreement) -> None:
         """`agreement` has one flag: being stopped, which all processes must be at the same step."""
         self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
         self.device = ranks.accelerator.device
@@ -158,9 +154,7 @@ class Look:
         return figures.png(figures.image_grid(images, columns, scale=scale, column_labels=labels))
 
 
-def look_for(
-    config: RunConfig, index: DatasetIndex, cache: ImageCache | None, stop: Callable[[], bool] = lambda: False
-) -> Look:
+def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None, stop: Stop = NEVER) -> Look:
     """The layout for a run; with a cache, nearest training images are shown, unless `stop` says so meanwhile.
 
     Its `grid` then raises `StoppedError`.
@@ -172,8 +166,7 @@ def look_for(
     def chunks() -> Iterator[Images]:
         for first in range(0, index.images, 1024):
             beat()
-            if stop():
-                raise StoppedError("stopped while the nearest training images were looked for")
+            stop.check("while the nearest training images were looked for")
             yield cache.read(np.arange(first, min(first + 1024, index.images)))
 
     return Look(classes, chunks, cache.read)
@@ -211,15 +204,12 @@ def draw_run_grid(
     painter.ranks.on_main(publish)
 
 
-def run_sampling(
-    request: SampleRequest, stop: StopFlag, waiting: Callable[[], AbstractContextManager[None]] = nullcontext
-) -> None:
+def run_sampling(request: SampleRequest, stop: Stop = NEVER) -> None:
     """Draws from the chosen checkpoints of a run and prints where each picture lies.
 
     Args:
         request: what to draw.
-        stop: polled all the while.
-        waiting: entered until all processes have met.
+        stop: asked all the while.
 
     Raises:
         MissingInputError: no such run or checkpoint; the message names those there are.
@@ -234,8 +224,7 @@ def run_sampling(
     if request.seeds:
         seeds = parse_numbers(request.seeds, "--seeds")
         gif_seeds = seeds[:GIF_SEEDS]
-    with waiting():
-        ranks = Ranks(compute.build_accelerator("fp32"), stop)
+    ranks = meet(stop)
     painter = Painter(
         config, ranks, request.precision or config.train.precision, stop, Agreement(ranks.world_size, flags=1)
     )
@@ -268,7 +257,7 @@ def run_sampling(
         _publish(run, max(plan.checkpoints), f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
 
 
-def _training_cache(plan: SamplePlan, request: SampleRequest, stop: StopFlag) -> ImageCache | None:
+def _training_cache(plan: SamplePlan, request: SampleRequest, stop: Stop) -> ImageCache | None:
     config, index = plan.config, plan.index
     wanted = config.sample.nearest if request.nearest is None else request.nearest
     if not (wanted and request.grid):
@@ -279,7 +268,7 @@ def _training_cache(plan: SamplePlan, request: SampleRequest, stop: StopFlag) ->
         index,
         cache_dir=default_cache_dir(),
         budget_bytes=int(config.data.cache_gigabytes * 1e9),
-        should_stop=stop,
+        stop=stop,
     )
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, ParamSpec, TypeVar, cast
 
 from job.exits import BadRequestError, BucketAwayError, StoppedError
-from job.processes.heartbeat import beat
+from job.stop import Stop, beat
 from job.store import open_store
 from job.store.base import Blob, Entry, Store
 
@@ -49,19 +49,19 @@ def away_limit_seconds() -> float:
     raise BadRequestError(f"{LIMIT_VARIABLE}={text!r}: give the seconds that a bucket may be away, such as 900")
 
 
-def open_patient(uri: str, should_stop: Callable[[], bool], note: Callable[[str], None]) -> PatientStore:
+def open_patient(uri: str, stop: Stop, note: Callable[[str], None]) -> PatientStore:
     """Opens a store, see `open_store`, that waits for its bucket as long as the environment says.
 
     Args:
         uri: where the objects lie.
-        should_stop: polled while an operation takes its time.
+        stop: asked while an operation takes its time.
         note: told when the bucket goes away and when it is back; from any thread.
 
     Raises:
         BadRequestError: `uri` or the limit means nothing.
         NoPermissionError: no credentials for the bucket were found.
     """
-    return PatientStore(open_store(uri), Outage(away_limit_seconds(), note), should_stop)
+    return PatientStore(open_store(uri), Outage(away_limit_seconds(), note), stop)
 
 
 class Outage:
@@ -96,15 +96,15 @@ class PatientStore(Store):
     """`inner`, tried again while its bucket is away.
 
     Every method raises what `inner`'s does; `BucketAwayError` (69) only after the limit; and `StoppedError` (75) when
-    `should_stop` says so while the bucket is away or silent.
+    `stop` says so while the bucket is away or silent.
     """
 
-    def __init__(self, inner: Store, outage: Outage, should_stop: Callable[[], bool]) -> None:
-        """`outage` has the limit and knows whom to tell; `should_stop` is polled by whoever waits for the bucket."""
+    def __init__(self, inner: Store, outage: Outage, stop: Stop) -> None:
+        """`outage` has the limit and knows whom to tell; `stop` is asked by whoever waits for the bucket."""
         super().__init__(inner.uri)
         # Patience upon patience would double the limit.
         self.inner: Store = inner.inner if isinstance(inner, PatientStore) else inner
-        self.outage, self._should_stop = outage, should_stop
+        self.outage, self._stop = outage, stop
 
     def insist(self, work: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """Does `work`, which must bear repetition, until the bucket is there for all of it."""
@@ -143,7 +143,7 @@ class PatientStore(Store):
         while not wait([done], timeout=POLL_SECONDS).done:
             # In whichever thread: what waits for a bucket does not hang, and operations on one are bounded.
             beat()
-            if self._should_stop():
+            if self._stop():
                 leave_at = leave_at or time.monotonic() + LAST_SECONDS
                 if time.monotonic() >= leave_at:
                     raise StoppedError(f"stopped while {self.uri} did not answer; the same command goes on")
@@ -153,7 +153,7 @@ class PatientStore(Store):
         until = time.monotonic() + seconds
         while (left := until - time.monotonic()) > 0:
             beat()
-            if self._should_stop():
+            if self._stop():
                 raise StoppedError(f"stopped while the bucket was away ({error})")
             time.sleep(min(POLL_SECONDS, left))
 
@@ -163,7 +163,7 @@ class PatientStore(Store):
 
     def around(self, store: Store) -> PatientStore:
         """Another store, with the same patience."""
-        return PatientStore(store, self.outage, self._should_stop)
+        return PatientStore(store, self.outage, self._stop)
 
     def read(self, key: str) -> Blob:
         """As `Store.read`."""

@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from job.cli.app import run
 from job.processes.launched import LAUNCHED
-from job.processes.launcher import STOP_SIGNALS
+from job.stop import STOP_SIGNALS
 
 DDPM = str(Path(sys.executable).with_name("ddpm"))
 

@@ -15,7 +15,7 @@ from job.processes.launched import attach
 attach()
 import os, signal, subprocess, sys, threading, time
 from pathlib import Path
-from job.processes.heartbeat import beat
+from job.stop import beat
 rank = int(os.environ.get("RANK", 0))
 def ready():
     Path(f"{rank}.pid").write_text(str(os.getpid()))

@@ -10,6 +10,7 @@ from typing import Any
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
 from job.runs.lease import LEASE, Lease
+from job.stop import NEVER
 from job.store import Store
 
 QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "LOOK_SECONDS": 0.05}
@@ -18,7 +19,7 @@ Notes = list[str]
 
 
 def taken(run: Store, floor: int = 0, wait_seconds: float = 0, notes: Notes | None = None) -> Lease:
-    return Lease.take(run, floor, wait_seconds, lambda: False, (notes if notes is not None else []).append)
+    return Lease.take(run, floor, wait_seconds, NEVER, (notes if notes is not None else []).append)
 
 
 def record_in(run: Store) -> dict[str, Any]:

@@ -8,8 +8,10 @@ import pytest
 
 from job.data.pack import pack
 from job.data.shards import DatasetIndex
+from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
+from tests.job.stops import stop_after
 
 KEY = "datasets/small-16"
 SHARD_BYTES = 40_000
@@ -38,10 +40,9 @@ def written(shard: Path) -> tuple[int, int]:
     return shard.stat().st_ino, shard.stat().st_mtime_ns
 
 
-def stop_after(images: int):
-    """Says stop at the poll for this image; the first look at the names polls as well."""
-    polls = iter([False] * (len(FILES) + images))
-    return lambda: next(polls, True)
+def stop_at(image: int) -> Stop:
+    """Stops at this image; the first look at the names asks as well."""
+    return stop_after(len(FILES) + image)
 
 
 @pytest.fixture(name="source", scope="module")

@@ -22,6 +22,7 @@ from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.session import TrainingSession
+from job.stop import NEVER
 from job.store import ConflictError, ObjectExistsError, Store, open_store
 from job.store.patient import open_patient
 from tests.faulty_proxy import Fault, FaultyProxy
@@ -73,7 +74,7 @@ def use_seaweedfs(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> 
 
 def patient(bucket: str) -> Store:
     """The bucket for the test's own eyes: a machine that is busy elsewhere takes longer than the short deadline."""
-    return open_patient(bucket, lambda: False, lambda _: None)
+    return open_patient(bucket, NEVER, lambda _: None)
 
 
 def pack_tiles(bucket: Store, shard_bytes: int = SHARD_BYTES) -> str:

@@ -19,6 +19,7 @@ from job.runs.lease import load_lease
 from job.store import Store, open_store
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually
+from tests.job.stops import StopWhen
 
 EPOCH_IMAGES = 312
 
@@ -77,7 +78,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(run):
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(BucketAwayError, match="the shard's bucket is away"):
-        train.run_training(request(run), lambda: False)
+        train.run_training(request(run))
     watcher.join()
     assert seen == [EPOCH_IMAGES]
     assert saved(run) == [EPOCH_IMAGES]
@@ -93,7 +94,7 @@ def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(run):
         return bool(began)
 
     with pytest.raises(StoppedError, match="everything is saved"):
-        train.run_training(request(run), stop)
+        train.run_training(request(run), StopWhen(stop))
     # The reader is waited for as well, but not for ever.
     assert time.monotonic() - began[0] < 6
     assert saved(run) == [EPOCH_IMAGES]

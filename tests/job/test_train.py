@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from importlib import resources
+from itertools import count
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from job.runs.records import read_status
 from job.session import settings_of
 from job.store import open_store
 from job.train import run_training
+from tests.job.stops import StopWhen
 
 SMALL = (
     "model.channels=8",
@@ -64,18 +66,15 @@ def train(packed):
 
     def train(run, *sets, epochs=1, stop_after=None, preset="landscape-sample"):
         AcceleratorState._reset_state(reset_partial_state=True)
-        polls = iter(range(10**9))
+        steps = count()
 
-        class Stop:
-            reason = "test"
-
-            def __call__(self):
-                # Whoever waits polls, too, as often as it happens to wait.
-                after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
-                return stop_after is not None and after_a_step and next(polls) >= stop_after
+        def is_enough() -> bool:
+            # Whoever waits asks, too, as often as it happens to wait.
+            after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
+            return stop_after is not None and after_a_step and next(steps) >= stop_after
 
         request = TrainRequest("tiles", str(packed), run=run, preset=preset, epochs=epochs, sets=(*SMALL, *sets))
-        run_training(request.check(), Stop())
+        run_training(request.check(), StopWhen(is_enough))
 
     return train
 
@@ -268,7 +267,7 @@ def test_what_an_attempt_changed_stays_changed(train, packed):
     train("sticky", epochs=1)
     with pytest.raises(StoppedError):
         train("sticky", "log.every_images=48", epochs=3, stop_after=5)
-    run_training(TrainRequest("tiles", str(packed), run="sticky").check(), lambda: False)
+    run_training(TrainRequest("tiles", str(packed), run="sticky").check())
     ref, _, rows = final_state(run_of(packed, "sticky"))
     assert ref.images_seen == 912
     assert [row["images_seen"] for row in rows if row["images_seen"] > 312] == list(range(336, 913, 48))
@@ -285,7 +284,7 @@ def test_a_small_dataset_has_a_row_of_metrics_every_epoch(train, packed):
 def test_a_run_is_about_one_dataset(train, packed):
     train("taken", epochs=1)
     with pytest.raises(BadRequestError, match="is about dataset 'tiles'"):
-        run_training(TrainRequest("other", str(packed), run="taken").check(), lambda: False)
+        run_training(TrainRequest("other", str(packed), run="taken").check())
 
 
 def command(packed, *words):

@@ -12,7 +12,7 @@ from typing import Literal
 from job.exits import BadRequestError
 from job.jobs.spec import JobSpec
 from job.jobs.targets import ContainerTarget
-from job.runs.grace import VARIABLE as GRACE_VARIABLE
+from job.stop import GRACE_VARIABLE
 
 Engine = Literal["podman", "docker"]
 

@@ -19,7 +19,7 @@ from job.jobs.backends.machines import GKE_GPU_TYPES
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget
-from job.runs.grace import VARIABLE as GRACE_VARIABLE
+from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"
 USER = 10001

@@ -14,6 +14,7 @@ from job.data.shard_source import ShardSource
 from job.data.shards import SHARD_BYTES
 from job.exits import BadDataError, BucketAwayError, DiskFullError, Exit, MissingInputError, StoppedError
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
+from tests.job.stops import StopWhen
 
 SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar", "shard-00003.tar", "shard-00004.tar"]
 
@@ -283,13 +284,13 @@ def test_an_image_of_another_size_is_named(tmp_path):
 
 def test_a_stop_is_obeyed_while_decoding_and_keeps_what_is_done(dataset, far, tmp_path):
     done: list[int] = []
-    with pytest.raises(StoppedError, match=r"the same command goes on from there"):
+    with pytest.raises(StoppedError, match=r"the same command goes on"):
         opened(
             far,
             dataset,
             tmp_path / "cache",
             progress=lambda images, total: done.append(images),
-            should_stop=lambda: bool(done) and done[-1] >= 8,
+            stop=StopWhen(lambda: bool(done) and done[-1] >= 8),
         )
     assert done[-1] == 8
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda images, total: done.append(images)), dataset)
@@ -298,13 +299,13 @@ def test_a_stop_is_obeyed_while_decoding_and_keeps_what_is_done(dataset, far, tm
 
 def test_a_stop_is_obeyed_while_another_process_works(dataset, tmp_path):
     folder = tmp_path / "cache" / dataset.index.dataset_id
-    holder = ShardSource(dataset.bucket, KEY, dataset.index, folder, threads=1, should_stop=lambda: False)
+    holder = ShardSource(dataset.bucket, KEY, dataset.index, folder, threads=1)
     asked = threading.Event()
     with holder.lock():
         threading.Timer(0.2, asked.set).start()
         begun = time.monotonic()
         with pytest.raises(StoppedError):
-            opened(dataset.bucket, dataset, tmp_path / "cache", should_stop=asked.is_set)
+            opened(dataset.bucket, dataset, tmp_path / "cache", stop=StopWhen(asked.is_set))
         assert time.monotonic() - begun < 5
     assert_equal(opened(dataset.bucket, dataset, tmp_path / "cache"), dataset)
 

@@ -25,6 +25,7 @@ from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
+from tests.job.stops import stop_after
 
 KEY = "datasets/laion-16"
 
@@ -239,9 +240,9 @@ def test_one_sample_is_one_image(tmp_path, bucket):
 def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars, stop_at):
     straight = open_store(str(tmp_path / "straight"))
     indexed(straight, tars)
-    polls, bucket, read = iter([False] * stop_at), open_store(str(tmp_path / "bucket")), []
+    bucket, read = open_store(str(tmp_path / "bucket")), []
     with pytest.raises(StoppedError):
-        indexed(bucket, tars, should_stop=lambda: next(polls, True))
+        indexed(bucket, tars, stop=stop_after(stop_at))
     assert not bucket.exists(f"{KEY}/index.json")
     indexed(bucket, tars, progress=lambda done, total, images: read.append((done, images)))
     assert read[0][1] == stop_at // 10 * 10 + 1
@@ -271,9 +272,8 @@ def test_a_killed_indexing_goes_on(tmp_path, tars):
 
 
 def test_other_tars_or_parameters_begin_anew(tmp_path, tars, bucket):
-    polls = iter([False] * 25)
     with pytest.raises(StoppedError):
-        indexed(bucket, tars, should_stop=lambda: next(polls, True))
+        indexed(bucket, tars, stop=stop_after(25))
     index = indexed(bucket, tars / "00002.tar", crop="squash")
     assert (index.images, index.crop, len(index.shards)) == (10, "squash", 1)
     assert verify_dataset(bucket, KEY) == []

@@ -22,11 +22,12 @@ from tests.job.packing import (  # noqa: F401
     objects,
     packed,
     source_fixture,
-    stop_after,
+    stop_at,
     undisturbed_fixture,
     written,
 )
 from tests.job.some_images import jpeg, zip_of
+from tests.job.stops import stop_after
 
 
 @pytest.mark.parametrize("bucket_kind", ["local", "gs"])
@@ -34,8 +35,8 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(
     request, tmp_path, source, undisturbed, bucket_kind, monkeypatch
 ):
     bucket = request.getfixturevalue("gcs_bucket") if bucket_kind == "gs" else str(tmp_path)
-    with pytest.raises(StoppedError, match="the same command goes on from here") as error:
-        packed(bucket, source, should_stop=stop_after(40))
+    with pytest.raises(StoppedError, match="the same command goes on") as error:
+        packed(bucket, source, stop=stop_at(40))
     assert error.value.exit_code == 75
     there = objects(bucket)
     assert "index.json" not in there
@@ -52,7 +53,7 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(
 
 def test_stopping_while_the_names_are_read(tmp_path, source):
     with pytest.raises(StoppedError):
-        packed(tmp_path / "bucket", source, should_stop=lambda: True)
+        packed(tmp_path / "bucket", source, stop=stop_after(0))
     assert not (tmp_path / "bucket").exists()
 
 
@@ -88,7 +89,7 @@ def test_a_source_that_changed_in_between_is_noticed(tmp_path, change, killed):
     source = zip_of(tmp_path / "pets.zip", FILES)
     if killed == "midway":
         with pytest.raises(StoppedError):
-            packed(tmp_path, source, should_stop=stop_after(40))
+            packed(tmp_path, source, stop=stop_at(40))
     else:
         all_but_committed(tmp_path, source)
         assert "packing/shard-00003.json" in objects(tmp_path)
@@ -111,7 +112,7 @@ def _interrupted(*_):
 )
 def test_other_parameters_take_nothing_over(tmp_path, source, options):
     with pytest.raises(StoppedError):
-        packed(tmp_path, source, should_stop=stop_after(50))
+        packed(tmp_path, source, stop=stop_at(50))
     packed(tmp_path, source, **options)
     packed(tmp_path / "fresh", source, **options)
     assert objects(tmp_path) == objects(tmp_path / "fresh")
@@ -120,7 +121,7 @@ def test_other_parameters_take_nothing_over(tmp_path, source, options):
 @pytest.mark.parametrize("lost", ["shard-00000.tar", "shard-00001.offsets", "packing/shard-00000.json"])
 def test_what_was_lost_in_between_is_packed_anew(tmp_path, source, undisturbed, lost):
     with pytest.raises(StoppedError):
-        packed(tmp_path, source, should_stop=stop_after(50))
+        packed(tmp_path, source, stop=stop_at(50))
     open_store(str(tmp_path)).sub(KEY).delete(lost)
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
@@ -129,7 +130,7 @@ def test_what_was_lost_in_between_is_packed_anew(tmp_path, source, undisturbed, 
 @pytest.mark.parametrize("rotten", ["packing/shard-00001.json", "shard-00002.tar", "shard-00002.offsets"])
 def test_leftovers_that_are_rotten_are_replaced(tmp_path, source, undisturbed, rotten):
     with pytest.raises(StoppedError):
-        packed(tmp_path, source, should_stop=stop_after(40))
+        packed(tmp_path, source, stop=stop_at(40))
     (tmp_path / KEY / rotten).write_bytes(b"rotten")
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
@@ -137,7 +138,7 @@ def test_leftovers_that_are_rotten_are_replaced(tmp_path, source, undisturbed, r
 
 def test_a_journal_that_still_looks_like_one_is_not_believed(tmp_path, source, undisturbed):
     with pytest.raises(StoppedError):
-        packed(tmp_path, source, should_stop=stop_after(50))
+        packed(tmp_path, source, stop=stop_at(50))
     for field in ("images", "sha256", "crc32c", "offsets_sha256"):
         path = tmp_path / KEY / "packing/shard-00001.json"
         text = path.read_text()
@@ -145,7 +146,7 @@ def test_a_journal_that_still_looks_like_one_is_not_believed(tmp_path, source, u
         digit = next(i for i in range(start, len(text)) if text[i].isdigit())
         path.write_text(text[:digit] + str((int(text[digit]) + 1) % 10) + text[digit + 1 :])
         with pytest.raises(StoppedError):
-            packed(tmp_path, source, should_stop=stop_after(50))
+            packed(tmp_path, source, stop=stop_at(50))
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
 
@@ -320,7 +321,7 @@ def before(monkeypatch, method: str, part: str, action, times: int = 1) -> None:
 def test_shards_that_are_replaced_right_before_the_commit_stop_it(tmp_path, source, monkeypatch):
     def rival():
         with pytest.raises(StoppedError):
-            packed(tmp_path, source, crop="squash", should_stop=stop_after(50))
+            packed(tmp_path, source, crop="squash", stop=stop_at(50))
 
     before(monkeypatch, "create", "index.json", rival)
     with pytest.raises(BadRequestError, match="is being packed by another process"):
@@ -363,7 +364,7 @@ def test_who_has_lost_the_dataset_stops_at_the_next_shard(tmp_path, source, monk
 
     def rival():
         with pytest.raises(StoppedError):
-            packed(tmp_path, source, crop="squash", should_stop=stop_after(1), **small)
+            packed(tmp_path, source, crop="squash", stop=stop_at(1), **small)
 
     before(monkeypatch, "create", "shard-00000.offsets", rival)
     with pytest.raises(BadRequestError, match="is being packed by another process"):

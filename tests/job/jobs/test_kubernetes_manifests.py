@@ -15,8 +15,8 @@ import yaml
 from job.exits import BadRequestError, Exit
 from job.jobs.backends.kubernetes_manifests import USER, manifest
 from job.jobs.building import wait_seconds
-from job.runs.grace import VARIABLE as GRACE
 from job.runs.lease import EXPIRE_SECONDS
+from job.stop import GRACE_VARIABLE as GRACE
 from tests.job.jobs.kubernetes_jobs import CASES, GOLDEN, QUEUED, TARGET, judged, sampling, spec
 
 REWRITE = "DDPM_REWRITE_GOLDEN"

@@ -229,7 +229,7 @@ def test_sample(place, trained, telling, processes, ask):
     before = there()
     words = ("--run", trained, "--bucket", place / "bucket", "--seeds", "0-499", "--steps", 1000, "--sampler", "ddpm")
     job = start(f"sample, {processes} processes", "sample", *words, "--processes", processes, **telling)
-    assert "stopped while sampling" in sampling(job, telling).stopped_by(ask)
+    assert "while sampling" in sampling(job, telling).stopped_by(ask)
     assert there() == before
 
 
@@ -242,7 +242,7 @@ def test_waiting_for_a_lease(place, train):
     waiting = train("waiting for a lease, SIGTERM", "held", "--wait", "600")
     said = next(line for line in waiting.process.stderr if "is held by" in line)
     assert f"process {os.getpid()} on" in said
-    assert f"stopped before {run.uri} could be taken" in waiting.stopped_by(by(signal.SIGTERM))
+    assert f"stopped by SIGTERM before {run.uri} could be taken" in waiting.stopped_by(by(signal.SIGTERM))
     holder.confirm()
     holder.close()
 
@@ -277,7 +277,7 @@ def test_packing_goes_on_from_its_journal(tmp_path, words):
         eventually(first.exists)
         said = job.stopped_by(by_group(signal.SIGINT))
         kept = written(first)
-    assert "the same command goes on from here" in said
+    assert "the same command goes on" in said
     assert not (bucket / KEY / "index.json").exists()
     quick = hooked(tmp_path / "quick", job__data__pack='pack.__kwdefaults__["shard_bytes"] = 40_000')
     succeeded(ddpm(*pack, PYTHONPATH=quick))
@@ -295,7 +295,7 @@ def test_the_first_download(tmp_path, gcs_server, gcs_bucket, place):
         job = start("first download, SIGTERM", "train", *options, **cache, STORAGE_EMULATOR_HOST=url)
         eventually(lambda: [*tmp_path.glob("cache/*/incoming/*")] or job.process.poll() is not None, 120)
         said = job.stopped_by(by(signal.SIGTERM))
-    assert re.search(r"stopped while (reading the images|the bucket was away)", said)
+    assert re.search(r"stopped( by SIGTERM)? while (reading the images|the bucket was away)", said)
     run = open_store(gcs_bucket).sub("runs/landscape-sample")
     assert list_checkpoints(run) == []
     assert b'"released":true' in run.read("lease.json").data.replace(b" ", b"")

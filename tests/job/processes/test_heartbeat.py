@@ -12,9 +12,10 @@ import time
 
 import pytest
 
+from job import stop as stop_module
 from job.processes import heartbeat
 from job.processes.heartbeat import Heartbeats
-from job.processes.stopping import StopFlag
+from job.stop import HEARTBEATS, Stop, beat, connect_heartbeat
 from tests.job.command_line import DDPM, environment, settings
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
@@ -23,29 +24,29 @@ from tests.job.launching import children, ended, eventually, is_gone, ready_pids
 def connected(monkeypatch):
     """The launcher's side of two ranks, of which this process is the second."""
     heartbeats = Heartbeats(2)
-    monkeypatch.setattr(heartbeat, "_times", None)
-    monkeypatch.setattr(heartbeat, "_place", 0)
+    monkeypatch.setattr(stop_module, "_beats", None)
+    monkeypatch.setattr(stop_module, "_place", 0)
     # The descriptor is a rank's own once it was inherited.
-    monkeypatch.setenv(heartbeat.VARIABLE, f"{os.dup(heartbeats.descriptor)}:1")
-    heartbeat.connect()
+    monkeypatch.setenv(HEARTBEATS, f"{os.dup(heartbeats.descriptor)}:1")
+    connect_heartbeat()
     yield heartbeats
     os.close(heartbeats.descriptor)
 
 
 def test_without_a_launcher_a_beat_is_nothing(monkeypatch):
-    monkeypatch.setattr(heartbeat, "_times", None)
-    monkeypatch.delenv(heartbeat.VARIABLE, raising=False)
-    heartbeat.connect()
-    heartbeat.beat()
-    assert heartbeat._times is None
+    monkeypatch.setattr(stop_module, "_beats", None)
+    monkeypatch.delenv(HEARTBEATS, raising=False)
+    connect_heartbeat()
+    beat()
+    assert stop_module._beats is None
 
 
 def test_silence_is_counted_per_rank_from_the_start_and_ends_with_a_beat(connected):
-    assert heartbeat.VARIABLE not in os.environ, "a child of the rank would take the rank's place"
+    assert HEARTBEATS not in os.environ, "a child of the rank would take the rank's place"
     began = connected.last_beat(0)
     connected.look()
     time.sleep(0.2)
-    heartbeat.beat()
+    beat()
     silent, beating = connected.look()
     assert silent >= 0.2
     assert beating == 0
@@ -63,13 +64,13 @@ def test_time_in_which_the_launcher_itself_did_not_run_does_not_count(connected,
 
 def test_the_memory_takes_no_disk_and_what_a_rank_writes_there_is_a_time(connected):
     assert os.fstat(connected.descriptor).st_size == 16
-    heartbeat.beat()
+    beat()
     with mmap.mmap(connected.descriptor, 0) as memory:
         assert memoryview(memory).cast("d")[1] == connected.last_beat(1)
 
 
 def test_a_poll_of_the_stop_flag_is_a_beat_in_the_main_thread_alone(connected):
-    stop = StopFlag()
+    stop = Stop()
     before = connected.last_beat(1)
     thread = threading.Thread(target=stop)
     thread.start()
@@ -160,9 +161,10 @@ def test_a_suspended_machine_hangs_nobody(tmp_path):
 @pytest.mark.parametrize(("processes", "code"), [(1, 71), (2, 0)])
 def test_waiting_for_others_is_no_hang_but_nobody_waits_alone(tmp_path, processes, code):
     rank = """
-    from job.processes.stopping import StopFlag
-    stop = StopFlag().install(signals=False)
-    with stop.waiting():
+    from job.processes.group import rendezvous_seconds
+    from job.stop import Stop
+    stop = Stop().install(signals=False)
+    with stop.waiting(rendezvous_seconds() if "RANK" in os.environ else 0.0):
         time.sleep(6)
     """
     assert ended(start(tmp_path, rank, processes, hang_after_seconds=2))[0] == code

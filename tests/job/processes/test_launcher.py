@@ -17,8 +17,8 @@ from tests.job.command_line import DDPM, environment, settings
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
 STOPS = """
-from job.processes.stopping import StopFlag
-stop = StopFlag().install()
+from job.stop import Stop
+stop = Stop().install()
 ready()
 while not stop():
     time.sleep(0.01)

@@ -16,12 +16,16 @@ from job.exits import BucketAwayError
 from job.processes.ranks import Ranks
 import json
 
-polls = [0]
-def poll():
-    polls[0] += 1
-    beat()
+from job.stop import Stop
 
-ranks = Ranks(compute.build_accelerator("fp32"), poll)
+class CountingStop(Stop):
+    asked = 0
+    def __call__(self):
+        self.asked += 1
+        return super().__call__()
+
+stop = CountingStop()
+ranks = Ranks(compute.build_accelerator("fp32"), stop)
 told = {"places": [ranks.rank, ranks.world_size, ranks.is_main]}
 def away():
     raise BucketAwayError("the bucket is away")
@@ -39,9 +43,9 @@ for name, work in (("away", away), ("unspeakable", unspeakable)):
         ranks.on_main(work)
     except Exception as error:
         told[name] = [type(error).__name__, str(error), getattr(error, "exit_code", 0)]
-polls[0] = 0
+stop.asked = 0
 told["slow"] = ranks.on_main(slow)
-told["polls"] = polls[0]
+told["asked"] = stop.asked
 told["not only the last"] = ranks.on_main(lambda: ranks.rank)
 told["nothing"] = ranks.on_main(lambda: None)
 Path(f"{rank}.json").write_text(json.dumps(told))
@@ -77,6 +81,6 @@ def test_an_error_that_cannot_be_sent_leaves_nobody_waiting(told: list[dict]) ->
     assert "cannot tell what came of it" in other["unspeakable"][1]
 
 
-def test_waiting_for_the_main_process_is_polled(told: list[dict]) -> None:
+def test_waiting_for_the_main_process_asks_whether_to_stop(told: list[dict]) -> None:
     # At every fiftieth of a second; a busy machine gets round to fewer.
-    assert told[1]["polls"] > 20
+    assert told[1]["asked"] > 20

@@ -14,9 +14,10 @@ import time
 import pytest
 
 from job.exits import BadRequestError
-from job.processes import stopping
-from job.processes.launcher import STOP_SIGNALS
-from job.processes.stopping import STOP_AT, StopFlag, deadline, duration_seconds
+from job.processes import preemption
+from job.processes.preemption import watch_for_preemption
+from job.processes.ranks import Agreement
+from job.stop import STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from tests.job.command_line import environment
 from tests.job.launching import eventually
 from tests.job.metadata_server import MAINTENANCE, PREEMPTED, metadata_server, send
@@ -30,8 +31,8 @@ def flag(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     # The name of the machine that the tests run on must not decide.
     monkeypatch.delenv("GCE_METADATA_HOST", raising=False)
-    monkeypatch.setattr(stopping, "_PRODUCT", stopping.Path(os.devnull))
-    yield lambda: StopFlag().install()
+    monkeypatch.setattr(preemption, "_PRODUCT", preemption.Path(os.devnull))
+    yield lambda: Stop().install()
     for number, handler in handlers.items():
         signal.signal(number, handler)
 
@@ -39,8 +40,8 @@ def flag(monkeypatch):
 @pytest.fixture
 def server(monkeypatch):
     """The metadata server of this machine; its threads pause for as short as a test can bear."""
-    monkeypatch.setattr(stopping, "_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(stopping, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(preemption, "_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(preemption, "_LONGEST_PAUSE_SECONDS", 0.05)
     with metadata_server() as server:
         yield server
 
@@ -49,9 +50,11 @@ def server(monkeypatch):
 def watching(flag, server, monkeypatch):
     """A flag that watches the server."""
 
-    def install() -> StopFlag:
+    def install() -> Stop:
         monkeypatch.setenv("GCE_METADATA_HOST", server.host)
-        return flag()
+        stop = flag()
+        watch_for_preemption(stop)
+        return stop
 
     return install
 
@@ -117,8 +120,8 @@ def test_the_first_signal_is_the_reason_and_a_second_one_is_not_now(flag, name):
 def test_sighup_stops_except_under_nohup(tmp_path, before, reason):
     program = """
     import os, signal, time
-    from job.processes.stopping import StopFlag
-    stop = StopFlag().install()
+    from job.stop import Stop
+    stop = Stop().install()
     os.kill(os.getpid(), signal.SIGHUP)
     os.kill(os.getpid(), signal.SIGTERM)
     while not stop():
@@ -133,12 +136,12 @@ def test_sighup_stops_except_under_nohup(tmp_path, before, reason):
 def test_a_signal_on_the_way_out_does_not_change_the_exit_code(tmp_path):
     program = """
     import os, signal, sys
-    from job.processes.stopping import StopFlag
+    from job.stop import Stop
     class Last:
         def __del__(self):
             for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
                 os.kill(os.getpid(), number)
-    StopFlag().install()
+    Stop().install()
     sys.last = Last()
     sys.exit(75)
     """
@@ -253,6 +256,7 @@ def test_a_server_that_is_not_there_harms_nobody(flag, monkeypatch, host):
     monkeypatch.setattr(threading, "excepthook", errors.append)
     monkeypatch.setenv("GCE_METADATA_HOST", host)
     stop = flag()
+    watch_for_preemption(stop)
     time.sleep(0.1)
     assert not stop()
     assert errors == []
@@ -262,12 +266,12 @@ def test_a_server_that_is_not_there_harms_nobody(flag, monkeypatch, host):
 
 
 def test_elsewhere_than_on_compute_engine_nobody_is_asked(flag, tmp_path, monkeypatch):
-    monkeypatch.setattr(stopping, "_PRODUCT", tmp_path / "product_name")
-    assert stopping._metadata_host() == ""
+    monkeypatch.setattr(preemption, "_PRODUCT", tmp_path / "product_name")
+    assert preemption._metadata_host() == ""
     (tmp_path / "product_name").write_text("Standard PC (Q35 + ICH9, 2009)\n")
-    assert stopping._metadata_host() == ""
+    assert preemption._metadata_host() == ""
     (tmp_path / "product_name").write_text("Google Compute Engine\n")
-    assert stopping._metadata_host() == "metadata.google.internal"
+    assert preemption._metadata_host() == "metadata.google.internal"
 
 
 def test_two_processes_agree_one_step_late_and_at_the_same_step(tmp_path):
@@ -276,7 +280,7 @@ def test_two_processes_agree_one_step_late_and_at_the_same_step(tmp_path):
     import json, sys, time
     from pathlib import Path
     import torch.distributed as dist
-    from job.processes.stopping import Agreement
+    from job.processes.ranks import Agreement
     rank = int(sys.argv[1])
     dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}/meeting", rank=rank, world_size=2)
     agreement = Agreement(2, flags=2)
@@ -312,6 +316,6 @@ def test_two_processes_agree_one_step_late_and_at_the_same_step(tmp_path):
 
 
 def test_one_process_agrees_with_itself_at_once():
-    agreement = stopping.Agreement(1, flags=2)
+    agreement = Agreement(1, flags=2)
     assert agreement.exchange(True, False) == (True, False)
     assert agreement.finish() == (False, False)

@@ -14,11 +14,11 @@ from job.runs import commits as commits_module
 from job.runs import grace
 from job.runs.checkpoints import CheckpointRef, list_checkpoints, load_manifest
 from job.runs.commits import Commits
-from job.runs.grace import Notice
 from job.runs.lease import Lease
 from job.runs.metrics import read_rows
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import READING, reading
+from job.stop import Stop
 from job.store import Store
 from job.store.local import LocalStore
 from job.store.patient import Outage
@@ -89,8 +89,7 @@ def begun(
             segments=[],
             aside=set(),
             outage=Outage(60, notes.append),
-            grace_seconds=grace_seconds,
-            notice=Notice(lambda: False, grace_seconds),
+            stop=Stop(grace_seconds),
             note=notes.append,
         )
         open_ones.append((commits, lease))

@@ -13,8 +13,10 @@ from job.runs import deletion
 from job.runs.checkpoints import CheckpointRef, list_checkpoints
 from job.runs.lease import LEASE, Lease, load_lease
 from job.runs.retention import reading
+from job.stop import NEVER
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.stops import stop_after
 
 WORDS = ("--dataset", "landscape-sample", "--run", "walk", "--epochs", 1, *settings())
 
@@ -59,7 +61,7 @@ def test_only_who_is_certain_deletes_and_the_same_name_begins_anew_with_a_higher
 
 def test_nothing_goes_while_somebody_trains_or_samples(bucket, run):
     before = [key for key in keys(run) if key != LEASE]
-    lease = Lease.take(run, 1, 0.0, lambda: False, pytest.fail)
+    lease = Lease.take(run, 1, 0.0, NEVER, pytest.fail)
     try:
         assert "which is alive" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
     finally:
@@ -74,9 +76,8 @@ def test_nothing_goes_while_somebody_trains_or_samples(bucket, run):
 def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, monkeypatch, removals):
     total = len(keys(run)) - 1
     # The first question is the lease's.
-    polls = iter([False] * (1 + removals % total) + [True])
-    monkeypatch.setattr(deletion.StopFlag, "__call__", lambda flag: next(polls, False))
-    with pytest.raises(StoppedError, match="the same command does the rest"):
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
+        patch.setattr(deletion, "Stop", lambda: stop_after(1 + removals % total))
         deletion.delete_run(str(bucket), "walk", certain=True)
     assert len(keys(run)) == 1 + total - removals % total
     for words in (("runs", "show", "walk"), ("train", *WORDS), ("sample", "--run", "walk")):

@@ -11,7 +11,8 @@ import pytest
 from job.exits import BadRequestError
 from job.runs import grace
 from job.runs.checkpoints import list_checkpoints
-from job.runs.grace import MARGIN_SECONDS, VARIABLE, Notice, cadence_minutes, fits, grace_seconds, measure_save_seconds
+from job.runs.grace import cadence_minutes, fits, measure_save_seconds
+from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop, default_grace_seconds
 from job.store import open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm, refused, settings, succeeded
@@ -33,17 +34,17 @@ class SlowStore(LocalStore):
 
 
 def test_a_spot_machine_has_30_seconds_unless_the_variable_says_otherwise(monkeypatch):
-    monkeypatch.delenv(VARIABLE, raising=False)
-    assert grace_seconds() == 30
-    monkeypatch.setenv(VARIABLE, "15")
-    assert grace_seconds() == 15
+    monkeypatch.delenv(GRACE_VARIABLE, raising=False)
+    assert default_grace_seconds() == 30
+    monkeypatch.setenv(GRACE_VARIABLE, "15")
+    assert default_grace_seconds() == 15
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "inf", "nan", "soon", "15s"])
 def test_what_the_variable_cannot_say(monkeypatch, text):
-    monkeypatch.setenv(VARIABLE, text)
-    with pytest.raises(BadRequestError, match=f"{VARIABLE}={text!r}: give the seconds"):
-        grace_seconds()
+    monkeypatch.setenv(GRACE_VARIABLE, text)
+    with pytest.raises(BadRequestError, match=f"{GRACE_VARIABLE}={text!r}: give the seconds"):
+        default_grace_seconds()
 
 
 @pytest.mark.parametrize("checkpoint_bytes", [100_000, 1_000_000])
@@ -71,22 +72,21 @@ def test_what_fits_changes_nothing_and_what_does_not_is_saved_more_often():
     assert cadence_minutes(0.5, save_seconds=1, grace=2) == 0.5
 
 
-def test_the_time_runs_from_the_notice():
-    asked = []
-    notice = Notice(lambda: bool(asked), 15)
-    assert not notice()
-    assert notice.seconds_left() == notice.seconds_left_to_save() == float("inf")
-    asked.append(True)
-    assert notice()
-    assert 10 < notice.seconds_left() <= 15
-    left = notice.seconds_left()
+def test_the_time_runs_from_the_first_request():
+    stop = Stop(15)
+    assert not stop()
+    assert stop.seconds_left() == stop.seconds_left_to_save() == float("inf")
+    stop.request("first")
+    assert stop()
+    assert 10 < stop.seconds_left() <= 15
+    left = stop.seconds_left()
     time.sleep(0.05)
-    notice()
-    notice.begin()
-    assert notice.seconds_left() <= left - 0.05
-    assert notice.seconds_left_to_save() <= left - MARGIN_SECONDS
-    brief = Notice(lambda: True, 1)
-    brief()
+    stop.request("second")
+    assert stop.reason == "first"
+    assert stop.seconds_left() <= left - 0.05
+    assert stop.seconds_left_to_save() <= left - MARGIN_SECONDS
+    brief = Stop(1)
+    brief.request("first")
     assert 0 < brief.seconds_left_to_save() <= 0.5
 
 
@@ -102,7 +102,7 @@ def test_a_person_is_warned_and_saving_follows(tmp_path):
     found = {}
     for name, seconds in (("enough", 30), ("short", 2)):
         words = ("--dataset", "tiles", "--run", name, "--bucket", bucket, "--epochs", 5, *settings(), *rarely)
-        variables = {"DDPM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": hooks, VARIABLE: str(seconds)}
+        variables = {"DDPM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": hooks, GRACE_VARIABLE: str(seconds)}
         done = ddpm("train", *words, **variables)
         succeeded(done)
         warnings = re.findall(r"a save takes about .*", done.stderr)
@@ -115,5 +115,5 @@ def test_a_person_is_warned_and_saving_follows(tmp_path):
         warning,
     )
     assert checkpoints > 2
-    line = refused(ddpm("train", *words, "--epochs", 9, **variables | {VARIABLE: "soon"}), 64)
-    assert f"{VARIABLE}='soon': give the seconds between a preemption notice and the end, such as 30" in line
+    line = refused(ddpm("train", *words, "--epochs", 9, **variables | {GRACE_VARIABLE: "soon"}), 64)
+    assert f"{GRACE_VARIABLE}='soon': give the seconds between a preemption notice and the end, such as 30" in line

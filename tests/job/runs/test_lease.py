@@ -19,6 +19,7 @@ from job.runs.lease import LEASE, Lease
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
 from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken
+from tests.job.stops import StopWhen
 
 
 @pytest.fixture
@@ -119,7 +120,7 @@ def test_waiting_can_be_stopped(run: Store, quick: None):
     by_somebody_elsewhere(run)
     began = time.monotonic()
     with pytest.raises(StoppedError) as caught:
-        Lease.take(run, 0, 60, lambda: time.monotonic() - began > 0.3, print)
+        Lease.take(run, 0, 60, StopWhen(lambda: time.monotonic() - began > 0.3), print)
     assert caught.value.exit_code == Exit.STOPPED
     assert time.monotonic() - began < 10
 

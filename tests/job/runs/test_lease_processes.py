@@ -27,6 +27,7 @@ CHILD = """
 import json, sys, time
 from job.runs import lease
 from job.exits import JobError
+from job.stop import NEVER
 from job.store import open_store
 
 def say(**words):
@@ -39,7 +40,7 @@ run = open_store(uri)
 say(ready=True)
 sys.stdin.readline()
 try:
-    mine = lease.Lease.take(run, floor, wait_seconds, lambda: False, lambda note: print(note, file=sys.stderr))
+    mine = lease.Lease.take(run, floor, wait_seconds, NEVER, lambda note: print(note, file=sys.stderr))
     say(fence=mine.fence, at=time.monotonic())
     for line in sys.stdin:
         match line.split():

@@ -16,6 +16,7 @@ from job.runs.checkpoints import LATEST, CheckpointRef, Latest, Manifest, list_c
 from job.runs.lease import Lease
 from job.runs.retention import Reader, Retention, being_read, reading
 from job.runs.saving import CheckpointWriter, Save
+from job.stop import NEVER
 from job.store import Entry, Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged
@@ -39,7 +40,7 @@ def run(bucket: Path) -> Store:
     run = open_store(str(bucket)).sub("runs/r")
     records.create_config(run, config(**{"checkpoint.keep_last": 2}))
     for fence in range(1, FENCE + 1):
-        lease = Lease.take(run, 0, 0.0, lambda: False, pytest.fail)
+        lease = Lease.take(run, 0, 0.0, NEVER, pytest.fail)
         assert lease.fence == fence
         attempt = records.record_attempt(run, fence, {}, 1, "cpu")
         write(run, attempt, *(range(16, 48, 16) if fence == 1 else range(48, 96, 16)))
@@ -209,14 +210,14 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, ca
     retention = Retention.of(config())
     found = pruning.removals(open_store(str(bucket)), run, config(), retention, 1, pytest.fail)
     assert len(found) == 3
-    lease = Lease.take(run, FENCE, 0.0, lambda: False, pytest.fail)
+    lease = Lease.take(run, FENCE, 0.0, NEVER, pytest.fail)
     try:
         # A sampler has committed one of them since, and gone.
         run.create(f"{batch}/records/piece-00001.json", b"{}")
-        pruning._remove(run, lease, found[:2], lambda: False)
+        pruning._remove(run, lease, found[:2], NEVER)
         # Another one has begun.
         with reading(run, CheckpointRef(2, 80)):
-            pruning._remove(run, lease, found[2:], lambda: False)
+            pruning._remove(run, lease, found[2:], NEVER)
     finally:
         lease.close()
     assert [entry.key.rpartition("/")[2] for entry in run.list(batch)] == [
@@ -246,7 +247,7 @@ def test_looking_again_costs_the_same_however_many_images_there_are(bucket, run,
 
 
 def test_it_is_refused_while_somebody_trains(bucket, run):
-    lease = Lease.take(run, FENCE, 0.0, lambda: False, pytest.fail)
+    lease = Lease.take(run, FENCE, 0.0, NEVER, pytest.fail)
     try:
         before = left(run)
         assert f"process {ProcessIdentity.of_this_process().pid} on" in refused(prune(bucket), Exit.LOST_RUN)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import count
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,7 @@ from job.store.patient import Outage
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.leases import eventually
 from tests.job.runs.test_checkpoints import manifest
+from tests.job.stops import StopWhen
 
 
 @pytest.fixture
@@ -57,7 +57,7 @@ def started(run: Store, tensor: torch.Tensor) -> Iterator[Writers]:
     yield started
     for writer in writers:
         if not writer.failed:
-            writer.close(lambda: 0)
+            writer.close(at_most_seconds=0)
 
 
 def save_of(images_seen: int, **options) -> Save:
@@ -108,14 +108,14 @@ def test_nothing_stands_in_for_what_is_kept_for_good(
     proxy: FaultyProxy, run: Store, tensor: torch.Tensor, started: Writers
 ) -> None:
     writer = started()
-    polls = count()
+    stop = StopWhen(grace_seconds=1.0)
     with proxy.away():
         train_and_save(writer, tensor, 10)
         wait_until_it_commits(writer)
         train_and_save(writer, tensor, 20, irreplaceable=True)
-        time_is_up = time.monotonic() + 0.5
-        assert not writer.save(save_of(30), lambda: next(polls), lambda: time_is_up - time.monotonic())
-        assert next(polls) > 2, "waiting must not be taken for hanging"
+        stop.request("a test")
+        assert not writer.save(save_of(30), stop)
+        assert stop.asked > 2, "waiting must not be taken for hanging"
     train_and_save(writer, tensor, 40)
     assert writer.wait()
     assert committed(run) == {10: 10, 20: 20, 40: 40}
@@ -131,10 +131,10 @@ def test_closing_does_not_wait_for_a_bucket_that_keeps_silent(
     assert writer.save(save_of(10))
     wait_until_it_commits(writer)
     assert list(tmp_path.iterdir())
-    began, polls = time.monotonic(), count()
-    writer.close(lambda: began + 1 - time.monotonic(), lambda: next(polls))
+    began, stop = time.monotonic(), StopWhen()
+    writer.close(stop, 1.0)
     assert time.monotonic() - began < 5
-    assert next(polls) > 2
+    assert stop.asked > 2
     assert list(tmp_path.iterdir()) == [], "the files of a checkpoint are left behind"
     # Its thread ends soon, though the request that is under way does not.
     writer._thread.join(20)
@@ -210,7 +210,7 @@ def test_pictures_wait_for_the_bucket_and_hold_up_nothing(
     with proxy.away():
         writer.put("samples/b.png", b"b")
         train_and_save(writer, tensor, 10)
-        assert not writer.wait(lambda: 0)
+        assert not writer.wait(at_most_seconds=0)
         assert writer.busy
     assert writer.wait()
     assert (run.read("samples/a.png").data, run.read("samples/b.png").data) == (b"new", b"b")

@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         torch.set_num_threads(1)
         AcceleratorState._reset_state(reset_partial_state=True)
         request = TrainRequest("tiles", str(folder), run="walk", epochs=2, sets=tuple(sets))
-        run_training(request.check(), lambda: False)
+        run_training(request.check())
         yield folder
     torch.set_num_threads(threads)
 

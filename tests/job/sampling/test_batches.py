@@ -19,8 +19,7 @@ from PIL import Image
 
 from job.exits import BadDataError, BadRequestError
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.requests import SampleRequest
 from job.runs.checkpoints import MANIFEST, list_checkpoints, load_manifest, opened
 from job.runs.verification import verify_run
@@ -29,6 +28,7 @@ from job.sampling.piece_files import commit_piece, read_images
 from job.sampling.pieces import DRAWING, GRID, INDEX, Batch, record_key
 from job.sampling.plan import plan_batches, plan_sampling
 from job.sampling.sample import Painter, sampling_of
+from job.stop import NEVER
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.launching import children, eventually, is_gone
@@ -51,8 +51,8 @@ def drawn(bucket: str, seeds: range, batch_size: int, **options) -> np.ndarray:
     """What `Painter.draw` makes of these seeds: uint8 [n, 16, 16, 3]."""
     AcceleratorState._reset_state(reset_partial_state=True)
     plan = plan_sampling(SampleRequest("walk", bucket, **options))
-    ranks = Ranks(compute.build_accelerator("fp32"), lambda: None)
-    painter = Painter(plan.config, ranks, "fp32", lambda: False, Agreement(1, flags=1))
+    ranks = Ranks(compute.build_accelerator("fp32"))
+    painter = Painter(plan.config, ranks, "fp32", NEVER, Agreement(1, flags=1))
     with opened(plan.run, plan.checkpoints[0], ("ema",)) as restored:
         restored.copy_into({"ema": dict(painter.network.named_parameters())})
     return painter.draw(seeds, sampling_of(plan), batch_size, "test")

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from job.exits import BadDataError
-from job.runs.grace import Notice
 from job.sampling.piece_files import PieceWriter
 from tests.job.command_line import ddpm_here, refused
 from tests.job.sampling.test_batches import batch_of
@@ -17,10 +16,10 @@ def test_a_writer_that_cannot_go_on_says_so(bucket):
     batch.begin()
     batch.store.create("piece-00000.tar", b"something else")
     images = np.zeros((16, 16, 16, 3), np.uint8)
-    with pytest.raises(BadDataError, match="delete it"), PieceWriter(batch, Notice(lambda: False, 30)) as writer:
+    with pytest.raises(BadDataError, match="delete it"), PieceWriter(batch) as writer:
         for number in range(3):
             writer.submit(number, images)
-    with pytest.raises(BadDataError, match="delete it"), PieceWriter(batch, Notice(lambda: False, 30)) as writer:
+    with pytest.raises(BadDataError, match="delete it"), PieceWriter(batch) as writer:
         writer.submit(0, images)
     assert batch.committed() == set()
 

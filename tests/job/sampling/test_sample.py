@@ -18,16 +18,17 @@ from job.data.pack import pack
 from job.data.shards import load_index
 from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.processes import compute
-from job.processes.ranks import Ranks
-from job.processes.stopping import Agreement
+from job.processes.ranks import Agreement, Ranks
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.records import existing_config
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import Painter, default_sampling, look_for, run_sampling
+from job.stop import NEVER
 from job.store import Store, open_store
 from job.train import run_training
 from tests.job.command_line import NETWORK, ddpm, succeeded
+from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 BF16_LEVELS = 1.0
@@ -49,7 +50,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         patch.setenv("DDPM_CACHE", str(folder / "cache"))
         AcceleratorState._reset_state(reset_partial_state=True)
         request = TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets))
-        run_training(request.check(), lambda: False)
+        run_training(request.check())
         yield folder
 
 
@@ -65,7 +66,7 @@ def sample(bucket: Path, run: Store, capsys: pytest.CaptureFixture[str]) -> Call
     def sample(**options) -> dict[str, Image.Image]:
         AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
-        run_sampling(SampleRequest("walk", str(bucket), **options).check(), lambda: False)
+        run_sampling(SampleRequest("walk", str(bucket), **options).check())
         named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         keys = [uri.removeprefix(f"{run.uri}/samples/") for uri in named]
         return {key: Image.open(io.BytesIO(run.read(f"samples/{key}").data)) for key in keys}
@@ -80,8 +81,8 @@ def draw(bucket: Path, run: Store) -> Callable[..., np.ndarray]:
     def draw(seeds, batch_size, precision="fp32", **sampling) -> np.ndarray:
         AcceleratorState._reset_state(reset_partial_state=True)
         plan = plan_sampling(SampleRequest("walk", str(bucket)))
-        ranks = Ranks(compute.build_accelerator("fp32"), lambda: None)
-        painter = Painter(plan.config, ranks, precision, lambda: False, Agreement(1, flags=1))
+        ranks = Ranks(compute.build_accelerator("fp32"), NEVER)
+        painter = Painter(plan.config, ranks, precision, NEVER, Agreement(1, flags=1))
         with opened(run, plan.checkpoints[0], ("ema",)) as restored:
             restored.copy_into({"ema": dict(painter.network.named_parameters())})
         how = replace(default_sampling(plan.config), **sampling)
@@ -197,10 +198,9 @@ def test_other_options_do_not_overwrite_a_picture(sample):
 def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
     AcceleratorState._reset_state(reset_partial_state=True)
     before = [entry.key for entry in run.list("samples")]
-    polls = iter([False, True])
     request = SampleRequest("walk", str(bucket), seeds="40-44", nearest=False)
     with pytest.raises(StoppedError, match="the same command begins again"):
-        run_sampling(request.check(), lambda: next(polls))
+        run_sampling(request.check(), stop_after(1))
     assert [entry.key for entry in run.list("samples")] == before
 
 
@@ -219,7 +219,6 @@ def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
         def read(self, indices):
             return np.zeros((len(indices), 16, 16, 3), np.uint8)
 
-    answers = iter([False, True])
-    look = look_for(existing_config(open_store(str(bucket)), "walk"), index, Cache(), lambda: next(answers))
+    look = look_for(existing_config(open_store(str(bucket)), "walk"), index, Cache(), stop_after(1))
     with pytest.raises(StoppedError, match="nearest"):
         look.grid(np.zeros((4, 16, 16, 3), np.uint8), range(4))

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from job.exits import BadRequestError, BucketAwayError, StoppedError
+from job.stop import NEVER, Stop
 from job.store import Entry, ObjectExistsError, ObjectMissingError, open_store, patient
 from job.store.patient import LIMIT_VARIABLE, Outage, PatientStore, away_limit_seconds, open_patient
 from tests.faulty_proxy import FaultyProxy
@@ -38,11 +39,9 @@ def notes() -> Notes:
 def opened(proxy: FaultyProxy, gcs_bucket: str, notes: Notes) -> Callable[..., PatientStore]:
     """Opens the bucket; an operation without patience gives up after `deadline_seconds`."""
 
-    def opened(
-        limit_seconds: float = 60, should_stop: Callable[[], bool] = lambda: False, deadline_seconds: float = 1
-    ) -> PatientStore:
+    def opened(limit_seconds: float = 60, stop: Stop = NEVER, deadline_seconds: float = 1) -> PatientStore:
         store = open_store(gcs_bucket, deadline_seconds=deadline_seconds)
-        return PatientStore(store, Outage(limit_seconds, notes.append), should_stop)
+        return PatientStore(store, Outage(limit_seconds, notes.append), stop)
 
     return opened
 
@@ -118,10 +117,10 @@ def test_what_is_no_outage_is_told_at_once(opened: Callable[..., PatientStore], 
 
 
 def test_a_stop_ends_the_waiting_and_nothing_else(opened: Callable[..., PatientStore], proxy: FaultyProxy) -> None:
-    stopping = threading.Event()
-    store = opened(should_stop=stopping.is_set, deadline_seconds=30)
+    stop = Stop()
+    store = opened(stop=stop, deadline_seconds=30)
     store.create("key", b"1")
-    stopping.set()
+    stop.request("a test")
     # A bucket that answers is served to the end.
     assert store.read("key").data == b"1"
     for go_away in (proxy.hang, proxy.refuse):
@@ -132,7 +131,7 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Callable[..., PatientS
         assert time.monotonic() - began < 15
         proxy.come_back()
     with proxy.away(), pytest.raises(StoppedError, match=r"stopped while the bucket was away \(.*Connection refused"):
-        opened(should_stop=stopping.is_set).read("key")
+        opened(stop=stop).read("key")
 
 
 def test_a_stream_goes_on_where_it_was(
@@ -158,7 +157,7 @@ def test_a_stream_goes_on_where_it_was(
 
 def test_patience_upon_patience_is_not_more_patient(opened: Callable[..., PatientStore]) -> None:
     store = opened()
-    twice = PatientStore(store.sub("run"), Outage(1, pytest.fail), lambda: False)
+    twice = PatientStore(store.sub("run"), Outage(1, pytest.fail), NEVER)
     assert not isinstance(twice.inner, PatientStore)
     assert (twice.uri, twice.outage.limit_seconds) == (f"{store.uri}/run", 1)
     assert store.sub("run").outage is store.outage
@@ -168,8 +167,8 @@ def test_the_limit_is_what_the_environment_says(gcs_bucket: str, monkeypatch: py
     monkeypatch.delenv(LIMIT_VARIABLE, raising=False)
     assert away_limit_seconds() == 900
     monkeypatch.setenv(LIMIT_VARIABLE, "12.5")
-    assert open_patient(gcs_bucket, lambda: False, print).outage.limit_seconds == 12.5
+    assert open_patient(gcs_bucket, NEVER, print).outage.limit_seconds == 12.5
     for text in ("-1", "inf", "nan", "soon"):
         monkeypatch.setenv(LIMIT_VARIABLE, text)
         with pytest.raises(BadRequestError, match=f"{LIMIT_VARIABLE}={text!r}: give the seconds"):
-            open_patient(gcs_bucket, lambda: False, print)
+            open_patient(gcs_bucket, NEVER, print)
