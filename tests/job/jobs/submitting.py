@@ -15,6 +15,8 @@ plain: {backend: kubernetes, cluster: plain, image: i, bucket: gs://bucket, gpu_
 own: {backend: kubernetes, node_selector: {gpu: l4}, image: i, bucket: gs://bucket}
 bare: {backend: kubernetes, bucket: gs://bucket}
 s3: {backend: kubernetes, image: i, env: {A: b}}
+queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
+batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
 FOR_TRAIN = ["--dataset", "celeba"]
 
