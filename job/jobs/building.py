@@ -160,9 +160,8 @@ def _as_yaml(value: Any) -> str:
 
 def _check_slices(request: SampleRequest, slices: int) -> None:
     if slices and request.slice:
-        raise BadRequestError(
-            f"--slice {request.slice} is one of the slices that --slices {slices} makes: leave it out"
-        )
+        said = f"--slice {request.slice} is one of the slices that --slices {slices} makes"
+        raise BadRequestError(f"{said}: leave it out")
     if slices:
         replace(request, slice=f"0/{slices}").check()
 

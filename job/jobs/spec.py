@@ -22,7 +22,6 @@ MIN_SECONDS = 60
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
 _NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
 _SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
 _NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
 """Names that sound like secrets, and say where something is."""
@@ -45,7 +44,7 @@ class JobSpec:
         nodes: machines that train together; 1 for everything else.
         slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
         spot: whether it may run on machines that are taken away.
-        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limits`
+        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `costs`
             for by whom, and what counts.
         env: variables of the container. Nothing secret.
         labels: further labels, such as a team's.
@@ -69,21 +68,12 @@ class JobSpec:
     def __post_init__(self) -> None:
         """Refuses what no backend could run, naming the field."""
         validated_job_name(self.name)
-        if self.argv[:1] != (self.verb,) and self.argv[:2] != ("data", self.verb):
-            raise BadRequestError(f"the job {self.name!r} does {self.verb}, and its words are {' '.join(self.argv)!r}")
-        if self.nodes < 1 or self.gpus < 0 or self.slices < 0:
-            raise BadRequestError(
-                f"nodes={self.nodes}, gpus={self.gpus}, slices={self.slices}: use at least one node, nothing negative"
-            )
         if self.nodes > 1 and self.verb != "train":
             raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
         if self.slices and self.verb != "sample":
             raise BadRequestError(f"--slices {self.slices} is for sampling")
         if not MIN_SECONDS / 3600 <= self.max_hours <= 24 * 30:
             raise BadRequestError(f"--max-hours {self.max_hours:g}: use at least a minute (0.017) and at most 720")
-        for name in self.env:
-            if not _VARIABLE.fullmatch(name):
-                raise BadRequestError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
 
     @property
     def max_seconds(self) -> int:

@@ -93,6 +93,27 @@ def cancelled(state: State) -> str:
     return f"was {state} already: what its engine still had of it is removed"
 
 
+def state_of_code(code: int) -> State:
+    """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
+    return {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(code, State.FAILED)
+
+
+def runs_already(name: str, where: str) -> BadRequestError:
+    """The error about a job that is to be submitted, and is there."""
+    about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
+    return BadRequestError(f"{name} runs {where} already: {about}")
+
+
+def check_one_machine(spec: JobSpec, target: Target) -> None:
+    """Refuses a job that needs several machines, on a target that is this one."""
+    if spec.nodes > 1 or spec.slices:
+        option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
+        raise BadRequestError(
+            f"{option} needs several machines, and target {target.name!r} is this one: leave it out, or use another "
+            "target"
+        )
+
+
 class NoCapacityError(JobError):
     """The engine has no machine of the kind that was asked for: another zone, or later, may have one."""
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
+from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled, runs_already, state_of_code
 from job.jobs.backends.container_command import BUCKET_LABEL, STOP_SECONDS, Host, confined, run_command
 from job.jobs.checks import Check, looked_at
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -169,10 +169,7 @@ class ContainerBackend(Backend):
         if spec.gpus and not self._host.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if found is not None and not _status(found).state.is_over:
-            raise BadRequestError(
-                f"{spec.name} runs in a container already: `ddpm jobs status {spec.name}` tells how it is going, "
-                f"`ddpm jobs cancel {spec.name}` stops it"
-            )
+            raise runs_already(spec.name, "in a container")
         if found is not None:
             self._asked("rm", "--force", spec.name)
         if not self._has_image(spec.image):
@@ -261,8 +258,7 @@ def _status(found: dict[str, Any]) -> JobStatus:
     message = TABLE[Exit(code)].text if code in TABLE else state.get("Error") or f"exit code {code}"
     if state.get("OOMKilled"):
         message = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
-    # Nobody but a person, or the job's own deadline, stops a container of this machine.
-    how = {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(code, State.FAILED)
+    how = state_of_code(code)
     return replace(status, state=how, message="" if how is State.FINISHED else message, exit_code=code)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from job.exits import BadRequestError
+from job.jobs.backends.base import check_one_machine
 from job.jobs.spec import JobSpec
 from job.jobs.targets import ContainerTarget
 from job.stop import GRACE_VARIABLE
@@ -93,9 +94,7 @@ def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]
     Raises:
         BadRequestError: a container on this machine cannot be such a job; the message names the option.
     """
-    if spec.nodes > 1 or spec.slices:
-        option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
-        raise BadRequestError(f"{option} needs several machines, and target {target.name!r} is this one: leave it out")
+    check_one_machine(spec, target)
     if 0 < host.gpus < spec.gpus:
         raise BadRequestError(f"--gpus {spec.gpus}: this machine has {host.gpus}: ask for at most so many")
     words = [host.engine, "run", "--name", spec.name]

@@ -23,8 +23,17 @@ from typing import Any, NoReturn
 import psutil
 
 from job.data.cache import default_cache_dir
-from job.exits import BadRequestError, Exit, MissingInputError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
+from job.exits import BadRequestError, MissingInputError
+from job.jobs.backends.base import (
+    Backend,
+    JobStatus,
+    Manifest,
+    State,
+    cancelled,
+    check_one_machine,
+    runs_already,
+    state_of_code,
+)
 from job.jobs.outcome import informed, read_outcome
 from job.jobs.spec import JobSpec
 from job.runs.records import utc_now
@@ -65,9 +74,7 @@ class LocalRecord:
         # What is older than the job is an earlier one's of this name.
         is_own = outcome is not None and outcome.updated >= self.created
         status = informed(replace(status, state=State.GONE, message=why), outcome if is_own else None)
-        # Nobody but a person, or the job's own deadline, stops a process of this machine.
-        states = {None: State.GONE, int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}
-        return replace(status, state=states.get(status.exit_code, State.FAILED))
+        return status if status.exit_code is None else replace(status, state=state_of_code(status.exit_code))
 
 
 class LocalBackend(Backend):
@@ -75,12 +82,7 @@ class LocalBackend(Backend):
 
     def render(self, spec: JobSpec) -> list[Manifest]:
         """The one command, and its variables."""
-        if spec.nodes > 1 or spec.slices:
-            option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
-            raise BadRequestError(
-                f"{option} needs several machines, and target {self.target.name!r} is this one: use --processes N, or "
-                "another target"
-            )
+        check_one_machine(spec, self.target)
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
@@ -96,10 +98,7 @@ class LocalBackend(Backend):
             folder.mkdir(parents=True, exist_ok=True)
             with folder_lock(folder):
                 if (before := _record(spec.name)) and before.process():
-                    raise BadRequestError(
-                        f"{spec.name} runs on this machine already: `ddpm jobs status {spec.name}` tells how it is "
-                        f"going, `ddpm jobs cancel {spec.name}` stops it"
-                    )
+                    raise runs_already(spec.name, "on this machine")
                 created, environment = utc_now(), {**os.environ, **spec.env}
                 with _log(spec.name).open("wb") as log:
                     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
