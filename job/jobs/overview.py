@@ -150,7 +150,8 @@ def cancel_job(name: str, search: Search) -> None:
     Raises:
         MissingInputError: no target knows it.
     """
-    print(f"{name} {search.the_one(name).cancel(name)}")
+    backend = search.the_one(name)
+    print(f"{name} on {backend.target.name} {backend.cancel(name)}")
 
 
 def describe_job(name: str, search: Search, output: str) -> None:

@@ -215,7 +215,7 @@ class Watch:
         """Ends the job; False if it had ended by itself."""
         name = self.spec.name
         try:
-            self._retry(lambda: self._here.cancel(name), f"trying again to end {name}")
+            self._retry(lambda: self._here.cancel(name), f"trying again to remove {name}")
         except (MissingInputError, BadRequestError):
             # Ended by an earlier request, whose answer was lost, or by itself.
             if self._ask().state not in (State.CANCELLED, State.GONE):

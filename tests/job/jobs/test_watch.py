@@ -135,7 +135,7 @@ def test_a_job_that_waits_for_too_long_is_moved():
         over = [C, C] if len(cancelling) == 4 else [C]
         engine = Engine([G, *[W] * PATIENCE, *over, R, F], cancelling=[*cancelling]).watch("a", "b")
         assert [place for place, _ in engine.submitted] == ["a", "b"], cancelling
-        assert engine.told.count("the API is away; trying again to end train-a") == bool(cancelling)
+        assert engine.told.count("the API is away; trying again to remove train-a") == bool(cancelling)
     # One that gets ready has a machine; and where there is no other place, patience is all there is.
     ready = JobStatus("train-a", W, "the image is being pulled", has_machine=True)
     assert Engine([G, *[ready] * PATIENCE, R, F]).watch("a", "b").cancelled == []
