@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from importlib import resources
 
 from job.config_input import parse_yaml
-from job.jobs.backends.batch_manifests import MAX_RETRIES
+from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget
 

@@ -87,7 +87,7 @@ def test_this_machine(tmp_path, monkeypatch):
 def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path):
     targets = tmp_path / "targets.yaml"
     targets.write_text("far: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket}")
-    code = "import sys; sys.modules['google.cloud.compute_v1'] = None; from job.__main__ import main; main()"
+    code = "import sys; sys.modules['google.auth.exceptions'] = None; from job.__main__ import main; main()"
     for words in (("doctor", "--no-bucket"), ("jobs", "list")):
         done = ddpm(*words, "--on", "far", "--targets", targets, program=(sys.executable, "-c", code))
         assert done.returncode == Exit.MISSING_INPUT, done.stderr
