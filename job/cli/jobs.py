@@ -12,14 +12,14 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
-On = Annotated[
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
+OnOneTarget = Annotated[
     str, typer.Option("--on", metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
 ]
 
 
 @app.command("list")
-def list_(on: On = "", targets: Targets = None) -> None:
+def list_(on: OnOneTarget = "", targets: Targets = None) -> None:
     """List the jobs on a target, or on all of them.
 
     Example: ddpm jobs list --on gke
@@ -31,8 +31,8 @@ def list_(on: On = "", targets: Targets = None) -> None:
 
 @app.command()
 def status(
-    job: Name,
-    on: On = "",
+    job: JobName,
+    on: OnOneTarget = "",
     targets: Targets = None,
     bucket: Annotated[
         str, typer.Option("--bucket", metavar="URI", help="Where its run lies. Default: the target's bucket.")
@@ -51,9 +51,9 @@ def status(
 
 @app.command()
 def logs(
-    job: Name,
+    job: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")] = False,
-    on: On = "",
+    on: OnOneTarget = "",
     targets: Targets = None,
 ) -> None:
     """Print what a job printed.
@@ -66,7 +66,7 @@ def logs(
 
 
 @app.command()
-def cancel(job: Name, on: On = "", targets: Targets = None) -> None:
+def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
     """Stop a job: it saves first, and the same submit goes on from there.
 
     Example: ddpm jobs cancel train-celeba --on gke
@@ -77,7 +77,7 @@ def cancel(job: Name, on: On = "", targets: Targets = None) -> None:
 
 
 @app.command()
-def describe(job: Name, on: On = "", targets: Targets = None, output: Output = "") -> None:
+def describe(job: JobName, on: OnOneTarget = "", targets: Targets = None, output: Output = "") -> None:
     """Print what the engine itself holds about a job.
 
     Example: ddpm jobs describe train-celeba --on gke -o json

@@ -51,7 +51,9 @@ _HELP: dict[Verb, str] = {
     """,
 }
 
-On = Annotated[str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")]
+OnTarget = Annotated[
+    str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")
+]
 Gpus = Annotated[
     int | None, typer.Option("--gpus", metavar="N", min=0, help="GPUs of each machine. Default: the target's.")
 ]
@@ -73,18 +75,18 @@ Slices = Annotated[
     int, typer.Option("--slices", metavar="N", min=0, help="Sample --count images on so many machines side by side.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")]
-Watch = Annotated[
+StayAndWatch = Annotated[
     bool, typer.Option("--watch", help="Stay, and submit it again where the engine gives up or has no machine.")
 ]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 Detach = Annotated[bool, typer.Option("--detach", help="Return at once; the job goes on in the background.")]
 
 
-def _add(verb: Verb) -> None:
+def _add_verb(verb: Verb) -> None:
     @app.command(verb, help=_HELP[verb], context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
     def submit_verb(
         context: typer.Context,
-        on: On = "local",
+        on: OnTarget = "local",
         gpus: Gpus = None,
         nodes: Nodes = 1,
         gpu_type: GpuType = "",
@@ -94,7 +96,7 @@ def _add(verb: Verb) -> None:
         targets: Targets = None,
         dry_run: DryRun = False,
         output: Output = "",
-        watch: Watch = False,
+        watch: StayAndWatch = False,
         yes: Yes = False,
         detach: Detach = False,
     ) -> None:
@@ -107,7 +109,7 @@ def _add(verb: Verb) -> None:
 
 
 for _verb in _VERBS:
-    _add(_verb)
+    _add_verb(_verb)
 
 
 def parsed(verb: Verb, words: Sequence[str]) -> ParsedCommand:

@@ -21,7 +21,7 @@ MIN_SECONDS = 60
 """The shortest limit of a job: engines refuse less, or take it for none."""
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
-_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
+_JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
 _NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
 """Names that sound like secrets, and say where something is."""
@@ -120,7 +120,7 @@ def sounds_secret(variable: str) -> bool:
 
 def validated_job_name(name: str) -> str:
     """Returns `name` if every backend can call a job so."""
-    if not (_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
+    if not (_JOB_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
         raise BadRequestError(
             f"{name!r} cannot be a job's name: use at most {NAME_CHARACTERS} lower-case letters, digits and '-', "
             "beginning with a letter"

@@ -24,7 +24,7 @@ from job.stop import Stop
 
 T = TypeVar("T")
 
-POLL_SECONDS = 15.0
+WATCH_POLL_SECONDS = 15.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one ran for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
@@ -183,7 +183,7 @@ class Watch:
             is_out_of_time = status.cause is Cause.OUT_OF_TIME
             # Rather too much than too little: a machine may come, or come and go, between two looks.
             if is_over or is_out_of_time or _has_machine(before) or _has_machine(status):
-                self._seen_seconds += max(passed, POLL_SECONDS)
+                self._seen_seconds += max(passed, WATCH_POLL_SECONDS)
             ran += passed if State.RUNNING in (before.state, status.state) else 0.0
             if ran > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
@@ -209,7 +209,7 @@ class Watch:
             if waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None:
                 self._move()
                 waited, looked_at = 0.0, self.clock.now()
-            self._sleep(POLL_SECONDS)
+            self._sleep(WATCH_POLL_SECONDS)
 
     def _cancel(self) -> bool:
         """Ends the job; False if it had ended by itself."""
@@ -229,7 +229,7 @@ class Watch:
         if not self._cancel():
             return
         while not (status := self._ask()).state.is_over:
-            self._sleep(POLL_SECONDS)
+            self._sleep(WATCH_POLL_SECONDS)
         if status.state is not State.FINISHED:
             self._here = self._here.elsewhere() or self.home
             self._submit()
@@ -271,7 +271,7 @@ class Watch:
                 if not told:
                     self.note(f"{error}; {meanwhile}")
                 told = True
-                self._sleep(POLL_SECONDS)
+                self._sleep(WATCH_POLL_SECONDS)
 
     def _hours_left(self, used_seconds: float | None = None) -> float:
         used_seconds = self._seen_seconds + self._unseen_seconds if used_seconds is None else used_seconds

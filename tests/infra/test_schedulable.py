@@ -150,7 +150,7 @@ def test_allocatable_is_what_google_s_documentation_shows_for_a_node_of_four_pro
 
 
 @pytest.mark.parametrize(
-    ("words", "wishes", "place"),
+    ("words", "resources", "place"),
     [
         (TRAIN, {}, "gpu-spot"),
         (TRAIN, {"nodes": 2}, "gpu-spot"),

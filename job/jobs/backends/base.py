@@ -15,6 +15,8 @@ from job.jobs.targets import Target, default_bucket
 
 Manifest = dict[str, Any]
 """What is sent to an engine, as JSON types."""
+FOLLOW_POLL_SECONDS = 0.2
+"""Between two looks at a job of this machine whose output somebody follows."""
 
 
 class State(StrEnum):

@@ -17,7 +17,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled, runs_already, state_of_code
+from job.jobs.backends.base import (
+    FOLLOW_POLL_SECONDS,
+    Backend,
+    JobStatus,
+    Manifest,
+    State,
+    cancelled,
+    runs_already,
+    state_of_code,
+)
 from job.jobs.backends.container_command import BUCKET_LABEL, STOP_SECONDS, Host, confined, run_command
 from job.jobs.checks import Check, looked_at
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -27,7 +36,6 @@ from job.progress import note
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
 ANSWER_SECONDS = 60.0
-LOOK_SECONDS = 0.2
 _WAITING = ("created", "initialized", "configured")
 _OVER = ("exited", "stopped", "dead", "removing")
 
@@ -69,7 +77,11 @@ class ContainerBackend(Backend):
     def status(self, name: str) -> JobStatus:
         """How a container is going, or how it ended."""
         found = self._inspect(name)
-        return JobStatus(name, State.GONE, "there is no container of this name") if found is None else _status(found)
+        return (
+            JobStatus(name, State.GONE, "there is no container of this name")
+            if found is None
+            else _container_status(found)
+        )
 
     def jobs(self) -> list[JobStatus]:
         """All containers that this program started, newest first."""
@@ -77,7 +89,7 @@ class ContainerBackend(Backend):
         ids = self._asked("ps", "--all", "--quiet", "--no-trunc", *own).split()
         # One may be removed meanwhile; the others are told all the same.
         answer = self._ask("container", "inspect", *ids).stdout if ids else ""
-        statuses = [_status(found) for found in json.loads(answer or "[]")]
+        statuses = [_container_status(found) for found in json.loads(answer or "[]")]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
     def bucket_of(self, name: str) -> str:
@@ -93,7 +105,7 @@ class ContainerBackend(Backend):
         told, words = 0, [self._host.engine, "logs", *(["--follow"] if follow else []), name]
         while True:
             # Asked before reading, so that nothing is missed that was printed in between.
-            is_over = not follow or _status(self.describe(name)).state.is_over
+            is_over = not follow or _container_status(self.describe(name)).state.is_over
             with subprocess.Popen(
                 words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
             ) as process:
@@ -108,11 +120,11 @@ class ContainerBackend(Backend):
             if is_over:
                 return
             # podman does not follow a container that is about to stop.
-            time.sleep(LOOK_SECONDS)
+            time.sleep(FOLLOW_POLL_SECONDS)
 
     def cancel(self, name: str) -> str:
         """Has the job save and end; a container that is over already is removed, with what it printed."""
-        status = _status(self.describe(name))
+        status = _container_status(self.describe(name))
         if status.state.is_over:
             self._asked("rm", "--force", name)
         else:
@@ -168,7 +180,7 @@ class ContainerBackend(Backend):
             )
         if spec.gpus and not self._host.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
-        if found is not None and not _status(found).state.is_over:
+        if found is not None and not _container_status(found).state.is_over:
             raise runs_already(spec.name, "in a container")
         if found is not None:
             self._asked("rm", "--force", spec.name)
@@ -241,7 +253,7 @@ class ContainerBackend(Backend):
         return BadRequestError(f"{engine}: {said}")
 
 
-def _status(found: dict[str, Any]) -> JobStatus:
+def _container_status(found: dict[str, Any]) -> JobStatus:
     """From an inspection, which podman and docker agree on as far as it is used here."""
     state, name, created = found["State"], found["Name"].removeprefix("/"), str(found.get("Created", ""))
     said, code = str(state["Status"]).lower(), int(state["ExitCode"])

@@ -25,6 +25,7 @@ import psutil
 from job.data.cache import default_cache_dir
 from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends.base import (
+    FOLLOW_POLL_SECONDS,
     Backend,
     JobStatus,
     Manifest,
@@ -39,7 +40,6 @@ from job.jobs.spec import JobSpec
 from job.runs.records import utc_now
 from job.store.files import folder_lock, os_errors
 
-LOOK_SECONDS = 0.2
 SAME_START_SECONDS = 2.0
 """By so much the start of one process may be told differently, since the clock was set right meanwhile."""
 
@@ -100,7 +100,7 @@ class LocalBackend(Backend):
                 if (before := _record(spec.name)) and before.process():
                     raise runs_already(spec.name, "on this machine")
                 created, environment = utc_now(), {**os.environ, **spec.env}
-                with _log(spec.name).open("wb") as log:
+                with _log_path(spec.name).open("wb") as log:
                     streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
                     child = subprocess.Popen(_command(spec), env=environment, start_new_session=True, **streams)
                 began = psutil.Process(child.pid).create_time()
@@ -110,7 +110,7 @@ class LocalBackend(Backend):
     def describe_start(self, name: str) -> str:
         """Which process does it, and where its words go."""
         pid = self._existing(name).pid
-        return f"process {pid} does it in the background and writes {_log(name)}; `kill {pid}` stops it"
+        return f"process {pid} does it in the background and writes {_log_path(name)}; `kill {pid}` stops it"
 
     def status(self, name: str) -> JobStatus:
         """How a job in the background is going."""
@@ -134,7 +134,7 @@ class LocalBackend(Backend):
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed."""
         record, part = self._existing(name), ""
-        with os_errors(_log(name)), _log(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
+        with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
                 # Asked before reading, so that nothing is missed that was printed in between.
                 is_over = not follow or record.process() is None
@@ -145,7 +145,7 @@ class LocalBackend(Backend):
                         part = ""
                 if is_over:
                     break
-                time.sleep(LOOK_SECONDS)
+                time.sleep(FOLLOW_POLL_SECONDS)
             if part:
                 yield part
 
@@ -161,7 +161,7 @@ class LocalBackend(Backend):
 
     def describe(self, name: str) -> Manifest:
         """The job's record, and where its output is."""
-        return {**asdict(self._existing(name)), "log": str(_log(name))}
+        return {**asdict(self._existing(name)), "log": str(_log_path(name))}
 
     def _existing(self, name: str) -> LocalRecord:
         record = _record(name)
@@ -180,7 +180,7 @@ def _folder() -> Path:
     return default_cache_dir() / "jobs" / socket.gethostname()
 
 
-def _log(name: str) -> Path:
+def _log_path(name: str) -> Path:
     return _folder() / f"{name}.log"
 
 

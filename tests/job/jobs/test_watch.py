@@ -11,12 +11,12 @@ from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermis
 from job.jobs import watch
 from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
 from job.jobs.submit import submit_somewhere
-from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, POLL_SECONDS, JobEndedError
+from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from tests.job.jobs.written_engine import SPEC, TAKEN, C, Engine, F, G, Place, R, W
 
 DAY = 86_400.0
-PATIENCE = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
+PATIENCE = int(watch.ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
 """Looks at a job that waits, after which it is moved."""
 WAITED = [(W, 45.0)] * 160
 """Two hours without a machine."""
@@ -94,7 +94,7 @@ def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
     pauses = [later - earlier for earlier, later in pairwise(engine.submitted_at)]
     assert pauses[:6] == [10, 20, 40, 80, 160, 320]
     assert pauses[6:12] == [LONGEST_PAUSE_SECONDS] * 6
-    assert pauses[12] == 700 + 2 * POLL_SECONDS + 10
+    assert pauses[12] == 700 + 2 * WATCH_POLL_SECONDS + 10
 
 
 def test_what_somebody_cancelled_or_deleted_is_left_alone():
@@ -151,7 +151,7 @@ def test_a_job_whose_image_cannot_be_pulled_is_removed():
     with pytest.raises(JobEndedError, match="train-a cannot begin, and is removed: ImagePullBackOff") as ended:
         engine.watch()
     assert (ended.value.exit_code, engine.cancelled) == (66, ["a"])
-    assert watch.NO_IMAGE_SECONDS <= engine.seconds <= watch.NO_IMAGE_SECONDS + 3 * POLL_SECONDS
+    assert watch.NO_IMAGE_SECONDS <= engine.seconds <= watch.NO_IMAGE_SECONDS + 3 * WATCH_POLL_SECONDS
     # Somebody pushed it just in time.
     assert Engine([G, *[without] * 15, W, *[without] * 15, R, F]).watch().cancelled == []
 
