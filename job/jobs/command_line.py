@@ -81,9 +81,7 @@ class ParsedCommand:
                 options += filter(None, [parameter.option if value else parameter.option_off])
             else:
                 for text in map(_text, value if isinstance(value, list | tuple) else (value,)):
-                    # In one word where the value would be taken for an option.
-                    one_word = text.startswith("-")
-                    options += [f"{parameter.option}={text}"] if one_word else [parameter.option, text]
+                    options += [parameter.option, text]
         if any(word.startswith("-") for word in arguments):
             return (*self.command, *options, "--", *arguments)
         return (*self.command, *arguments, *options)
