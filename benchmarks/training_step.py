@@ -34,7 +34,7 @@ from ddpm.training import train
 from job.config import RunConfig
 from job.data.cache import open_cache
 from job.data.order import Order
-from job.data.stream import Batch, stream_batches
+from job.data.stream import LoadedBatch, stream_batches
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks
@@ -124,7 +124,7 @@ class OurLoop:
         self.session.batches = self._stream
         self._batches = self._timed_batches()
 
-    def _timed_batches(self) -> Iterator[Batch]:
+    def _timed_batches(self) -> Iterator[LoadedBatch]:
         while True:
             start = time.perf_counter()
             batch = next(self._stream)

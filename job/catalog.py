@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
 from job.config_input import pack_config
+from job.data.pack import PackRequest, pack
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.processes.preemption import watch_for_preemption
 from job.progress import note
-from job.requests import DEFAULT_PRESET, PackRequest, validated_output
+from job.requests import DEFAULT_PRESET, validated_output
 from job.stop import NEVER, Stop
-from job.store import Store, open_store
-from job.store.retry import Retry, away_limit_seconds
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
 EMBEDDED = "landscape-sample"
 SHEET_IMAGES = 60
@@ -25,79 +26,26 @@ SHEET_PER_CLASS = 10
 MEGABYTE = 10**6
 
 
-def pack_dataset(request: PackRequest) -> None:
-    """Packs the source, and says what came of it."""
-    from job.data.pack import pack
+def pack_dataset(bucket_uri: str, request: PackRequest) -> None:
+    """Packs a source, or makes tars a dataset where they lie, and says what came of it."""
     from job.progress import Progress
 
     request = request.check()
-    assert request.size is not None
-    stop = Stop()
-
-    def opened(uri: str) -> Store:
-        return open_store(uri, Retry(away_limit_seconds(), stop, note))
-
-    bucket = opened(request.bucket)
-    source = request.source
-    if source == EMBEDDED:
-        source = str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip")
+    if request.source == EMBEDDED:
+        request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         if Path(EMBEDDED).exists():
             note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
+    stop = Stop()
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
     stop.install()
     watch_for_preemption(stop)
-    with Progress(f"packing {request.name}", unit="images") as bar:
+    unit, scale = ("MB", MEGABYTE) if request.tars else ("images", 1)
+    with Progress(f"packing {request.name}", unit=unit) as bar:
         index = pack(
             bucket,
-            source,
-            request.name,
-            size=request.size,
-            crop=request.crop,
-            resize_filter=request.resize_filter,
-            channels=request.channels,
-            classes=request.classes,
-            licence=request.licence,
-            max_bad=request.max_bad,
-            min_side=request.min_side,
-            progress=lambda done, total: bar.update(done, total=total),
+            request,
             stop=stop,
-            opened=opened,
-        )
-    print(describe(index, bucket))
-
-
-def index_dataset(words: Sequence[str], request: PackRequest) -> None:
-    """Makes tars that are there a dataset, in place, and says what came of it. `request` has no source."""
-    from job.data.indexing import index_tars
-    from job.progress import Progress
-
-    request = request.check()
-    assert request.size is not None
-    stop = Stop()
-
-    def opened(uri: str) -> Store:
-        return open_store(uri, Retry(away_limit_seconds(), stop, note))
-
-    bucket = opened(request.bucket)
-    stop.install()
-    watch_for_preemption(stop)
-    with Progress(f"indexing {request.name}", unit="MB") as bar:
-        index = index_tars(
-            bucket,
-            words,
-            request.name,
-            size=request.size,
-            crop=request.crop,
-            resize_filter=request.resize_filter,
-            channels=request.channels or 3,
-            classes=request.classes,
-            licence=request.licence,
-            max_bad=request.max_bad,
-            min_side=request.min_side,
-            progress=lambda done, total, images: bar.update(
-                done // MEGABYTE, total=total // MEGABYTE, images=f"{images:,}"
-            ),
-            stop=stop,
-            opened=opened,
+            progress=lambda done, total, images: bar.update(done // scale, total=total // scale, images=f"{images:,}"),
         )
     print(describe(index, bucket))
 
@@ -112,7 +60,7 @@ def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str, on
     # The network that a dataset without a preset of its own is trained with is made for this size.
     default = preset or pack_config(DEFAULT_PRESET)
     assert default is not None
-    request = PackRequest(source or name, name, bucket_uri, size or default.size).check()
+    request = PackRequest(source or name, name, size or default.size).check()
     bucket = open_store(bucket_uri)
     try:
         find_dataset(bucket, name, size)
@@ -133,7 +81,7 @@ def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str, on
                 f"or, to pack alone,\n"
                 f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {quoted}"
             ) from None
-    pack_dataset(request)
+    pack_dataset(bucket_uri, request)
 
 
 def list_datasets(bucket_uri: str) -> None:
@@ -184,7 +132,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
     from ddpm import figures
     from job.data.cache import default_cache_dir
-    from job.data.chosen_images import ChosenImages
+    from job.data.shard_source import ChosenImages
     from job.sampling.pictures import write_picture
 
     images = ChosenImages(bucket, key, index, default_cache_dir())

@@ -65,14 +65,13 @@ def pack(
         ddpm data pack ~/photos mine --size 64
     """
     from job.catalog import pack_dataset
+    from job.data.pack import PackRequest
     from job.outcome import outcome_written
-    from job.requests import PackRequest
     from job.stop import deadline
 
     with deadline(stop_after), outcome_written(bucket):
-        pack_dataset(
-            PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-        )
+        options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+        pack_dataset(bucket, PackRequest(source, name, *options))
 
 
 @app.command()
@@ -112,15 +111,13 @@ def index(
 
         ddpm data index ~/laion laion --size 64 --crop center
     """
-    from job.catalog import index_dataset
-    from job.requests import PackRequest
+    from job.catalog import pack_dataset
+    from job.data.pack import PackRequest
     from job.stop import deadline
 
     with deadline(stop_after):
-        index_dataset(
-            tars,
-            PackRequest("", name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side),
-        )
+        options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+        pack_dataset(bucket, PackRequest("", name, *options, tars=tuple(tars)))
 
 
 @app.command()

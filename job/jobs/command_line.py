@@ -7,8 +7,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from job.data.pack import PackRequest
 from job.jobs.spec import Verb
-from job.requests import PackRequest, SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest
 
 _REQUESTS: dict[Verb, type[TrainRequest | SampleRequest | PackRequest]] = {
     "train": TrainRequest,

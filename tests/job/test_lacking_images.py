@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job import train
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.exits import BucketAwayError, StoppedError
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
@@ -50,7 +50,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     lacking.clear()
     going_on.clear()
-    pack(open_store(str(tmp_path)), str(resources.files("job") / "datasets" / "landscape-sample.zip"), "tiles", size=16)
+    pack(
+        open_store(str(tmp_path)),
+        PackRequest(str(resources.files("job") / "datasets" / "landscape-sample.zip"), "tiles", size=16),
+    )
     yield open_store(str(tmp_path)).sub("runs/walk")
     going_on.set()
 

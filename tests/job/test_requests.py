@@ -1,7 +1,8 @@
 import pytest
 
+from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-from job.requests import PackRequest, SampleRequest, TrainRequest, parse_numbers
+from job.requests import SampleRequest, TrainRequest, parse_numbers
 
 
 def test_numbers_and_ranges():
@@ -36,11 +37,11 @@ def test_a_training_request_is_checked_without_a_bucket():
         (SampleRequest("a", "x", seeds="x"), BadRequestError),
         (SampleRequest("a", "x", precision="fp16"), BadRequestError),
         (SampleRequest("a", "x", seeds="0-12", gif=True, grid=False), BadRequestError),
-        (PackRequest("x", "a/b", "x", size=3), BadRequestError),
-        (PackRequest("x", "Ä", "x", size=3), BadRequestError),
-        (PackRequest("x", "a", "x"), BadRequestError),
-        (PackRequest("x", "a", "x", size=8, channels=4), BadRequestError),
-        (PackRequest("x", "a", "x", size=8, licence="\x1b[31mCC0"), BadRequestError),
+        (PackRequest("x", "a/b", size=3), BadRequestError),
+        (PackRequest("x", "Ä", size=3), BadRequestError),
+        (PackRequest("x", "a"), BadRequestError),
+        (PackRequest("x", "a", size=8, channels=4), BadRequestError),
+        (PackRequest("x", "a", size=8, licence="\x1b[31mCC0"), BadRequestError),
     ],
 )
 def test_bad_requests(request_, error):
@@ -54,6 +55,6 @@ def test_a_missing_config_file(tmp_path):
 
 
 def test_packing_follows_the_preset_of_the_name():
-    request = PackRequest("x.zip", "celeba", "b").check()
+    request = PackRequest("x.zip", "celeba").check()
     assert (request.size, request.crop, request.resize_filter) == (64, "25,57,128,128", "bilinear")
-    assert PackRequest("x.zip", "celeba", "b", size=32, crop="squash").check().crop == "squash"
+    assert PackRequest("x.zip", "celeba", size=32, crop="squash").check().crop == "squash"

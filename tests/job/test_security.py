@@ -293,8 +293,11 @@ def test_the_journal_of_a_packing_that_was_interrupted(tmp_path, marker, payload
     for name in ("parameters", "shard-00000", "shard-00001"):
         folder_of(tmp_path / "b" / DATASET, [(f"packing/{name}.json", payload(marker))])
     folder_of(tmp_path / "b" / DATASET, [("shard-00000.tar", payload(marker)), ("shard-00000.offsets", b"")])
-    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", tmp_path / "b"))
-    succeeded(ddpm_here("data", "verify", "small", "--bucket", tmp_path / "b"))
+    about_it = ("small", "--size", 8, "--bucket", tmp_path / "b")
+    assert "`ddpm data delete small" in refused(ddpm_here("data", "pack", images, *about_it), Exit.BAD_REQUEST)
+    succeeded(ddpm_here("data", "delete", *about_it, "--yes"))
+    succeeded(ddpm_here("data", "pack", images, *about_it))
+    succeeded(ddpm_here("data", "verify", *about_it))
 
 
 @pytest.mark.parametrize("payload", PAYLOADS)

@@ -19,7 +19,7 @@ from ddpm import randomness
 from ddpm.training import prepare_images
 from job.data.cache import open_cache
 from job.data.order import Order
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
 from job.data.stream import stream_batches
 from job.exits import BadConfigError, BadRequestError, Exit, NotANumberError, StoppedError
@@ -54,7 +54,7 @@ def packed(tmp_path_factory):
     """A bucket with the embedded images at 16 pixels, and a cache folder of its own."""
     folder = tmp_path_factory.mktemp("train")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=16))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_CACHE", str(folder / "cache"))
         yield folder

@@ -9,11 +9,12 @@ import yaml
 
 from job.cli.submit import parsed
 from job.config_input import parse_yaml, read_config_file
+from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.targets import load_targets
-from job.requests import PackRequest, SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, built
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import CheckpointRef, list_checkpoints
 from job.runs.retention import READING, Reader
 from job.store import Store, open_store
@@ -27,7 +27,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Threads that wait for each other's core make a small network a slow one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pack(open_store(str(folder)), str(source), "tiles", size=8)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
     for epochs in (2, 4):
         succeeded(train(folder, "r", epochs))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.exits import Exit, StoppedError
 from job.runs import deletion
 from job.runs.checkpoints import CheckpointRef, list_checkpoints
@@ -24,7 +24,10 @@ WORDS = ("--dataset", "landscape-sample", "--run", "walk", "--epochs", 1, *setti
 @pytest.fixture
 def bucket(tmp_path: Path) -> Path:
     store = open_store(str(tmp_path / "bucket"))
-    pack(store, str(resources.files("job") / "datasets" / "landscape-sample.zip"), "landscape-sample", size=16)
+    pack(
+        store,
+        PackRequest(str(resources.files("job") / "datasets" / "landscape-sample.zip"), "landscape-sample", size=16),
+    )
     succeeded(ddpm_here("train", *WORDS, "--bucket", store.uri))
     return tmp_path / "bucket"
 

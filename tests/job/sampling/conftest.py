@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.requests import TrainRequest
 from job.store import open_store
 from job.train import run_training
@@ -22,7 +22,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A bucket with a run `walk` of two epochs, which knows five classes."""
     folder = tmp_path_factory.mktemp("batches")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=16))
     sets = [f"{key}={value}" for key, value in NETWORK.items()] + [
         "train.learning_rate=0.01",
         "checkpoint.every_epochs=1",

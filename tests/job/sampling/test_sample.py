@@ -14,7 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
 from job.exits import BadConfigError, MissingInputError, StoppedError
 from job.processes import compute
@@ -42,7 +42,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("sample")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=16))
     sets = [f"{key}={value}" for key, value in NETWORK.items()]
     sets += ["checkpoint.keep_last=1", "checkpoint.keep_epochs=1", "sample.nearest=false"]
     sets += ["train.learning_rate=0.01", "train.warmup_images=0"]
