@@ -8,17 +8,17 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from google.cloud import batch_v1, compute_v1
 from google.cloud.logging_v2 import types as logging_v2
 from google.protobuf import json_format
+
+from tests.job.jobs.answering import JsonHandler, serving
 
 Json = dict[str, Any]
 TOKEN = "token-of-the-machine"
@@ -311,40 +311,19 @@ class GoogleServer:
         raise Refusal(404, f"{method} {path} is not there")
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    # Head and body are written apart: the second would wait 40 ms for the other side's acknowledgement of the first.
-    disable_nagle_algorithm = True
-    google: GoogleServer
-
-    def _serve(self) -> None:
-        raw = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        try:
-            answer = self.google.answer(self.command, self.path, json.loads(raw) if raw else None, self.headers)
-            status = 200
-        except Refusal as refusal:
-            answer, status = refusal.body, refusal.status
-        payload = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
-        self.send_response(status)
-        self.send_header("Content-Length", str(len(payload)))
-        self.end_headers()
-        self.wfile.write(payload)
-
-    do_GET = do_POST = do_DELETE = _serve
-
-    def log_message(self, format: str, *args: Any) -> None:
-        pass
-
-
 @contextmanager
 def google_server() -> Iterator[GoogleServer]:
     """A server of the test's own, on a port of its own."""
     google = GoogleServer()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"google": google}))
-    google.url = f"http://127.0.0.1:{server.server_address[1]}"
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-    try:
+
+    class Handler(JsonHandler):
+        def do_GET(self) -> None:
+            try:
+                self.say(200, google.answer(self.command, self.path, self.heard(), self.headers))
+            except Refusal as refusal:
+                self.say(refusal.status, refusal.body)
+
+        do_POST = do_DELETE = do_GET
+
+    with serving(Handler) as google.url:
         yield google
-    finally:
-        server.shutdown()
-        server.server_close()

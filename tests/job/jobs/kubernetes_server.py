@@ -7,7 +7,6 @@ Jobs and JobSets are judged by schemas that are not ours when they are made. Wha
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 import time
@@ -15,10 +14,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import schema_problems
 
 Object = dict[str, Any]
@@ -49,8 +48,8 @@ class Refusal(Exception):
 class Cluster:
     """What the API holds and was asked; every change wakes those that follow an output."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self) -> None:
+        self.url = ""
         self.served = dict(SERVED)
         """Resources by group and version; what is taken out is not installed."""
         self.namespaces = {"default", "training"}
@@ -259,14 +258,11 @@ class Cluster:
             self._changed.notify_all()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    # Head and body are written apart: the second would wait 40 ms for the other side's acknowledgement of the first.
-    disable_nagle_algorithm = True
+class _Handler(JsonHandler):
     cluster: Cluster
 
     def do_GET(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.body = self.heard()
         self.cluster.requests.append((self.command, self.path))
         faults = self.cluster.faults
         with suppress(BrokenPipeError, ConnectionResetError):
@@ -279,18 +275,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.say(refusal.code, {"kind": "Status", "code": refusal.code, "message": str(refusal)})
 
     do_POST = do_DELETE = do_GET
-
-    def log_message(self, *words: object) -> None:
-        pass
-
-    def say(self, code: int, answer: Object) -> None:
-        """Sends a whole answer."""
-        data = json.dumps(answer).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def serve(self) -> None:
         """Answers as the API server would."""
@@ -331,11 +315,11 @@ class _Handler(BaseHTTPRequestHandler):
         if (verb, resource) in cluster.forbidden:
             raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
         if verb == "create":
-            body = json.loads(self.body)
+            body = self.body
             cluster.bodies += [body] if plural in KINDS else []
             self.say(201, cluster.create(namespace, plural, body))
         elif verb == "delete":
-            self.say(200, cluster.delete(namespace, plural, name, json.loads(self.body)))
+            self.say(200, cluster.delete(namespace, plural, name, self.body))
         elif log:
             assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
             self._stream(cluster.log(namespace, name, query["follow"].lower() == "true"))
@@ -372,20 +356,11 @@ def kubernetes_server() -> Iterator[Cluster]:
     """A cluster's API, for as long as the block lasts."""
 
     class Handler(_Handler):
-        pass
+        cluster = Cluster()
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    Handler.cluster = Cluster(f"http://127.0.0.1:{http.server_address[1]}")
-    thread = threading.Thread(target=lambda: http.serve_forever(poll_interval=0.02), daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as Handler.cluster.url:
         yield Handler.cluster
-    finally:
-        Handler.cluster.shut_down()
-        http.shutdown()
-        http.server_close()
-        thread.join()
+    Handler.cluster.shut_down()
 
 
 def wait_for(what: Callable[[], object], seconds: float = 20.0) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
@@ -13,6 +11,7 @@ import yaml
 from job.exits import BadConfigError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_api import configuration
+from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
@@ -131,27 +130,17 @@ def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, pro
         asked()
     answers = [(200, {"access_token": "right", "expires_in": 3600}), (400, {"error": "invalid_grant"})]
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            code, answer = answers.pop(0)
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            self.say(*answers.pop(0))
 
-        def log_message(self, *words):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as google:
-        threading.Thread(target=google.serve_forever, daemon=True).start()
+    with serving(Handler) as google:
         user = {"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}
         (tmp_path / "user.json").write_text(json.dumps(user))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "user.json"))
-        monkeypatch.setattr(
-            "google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", f"http://127.0.0.1:{google.server_port}"
-        )
+        monkeypatch.setattr("google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", google)
         assert asked() == []
         with pytest.raises(NoPermissionError, match=no_token):
             asked()
-        google.shutdown()
     assert not answers
