@@ -187,10 +187,10 @@ class Cluster:
             del self._find("pods", name, "default")["spec"]["nodeName"]
         self.change("pods", name, conditions=[condition], containerStatuses=[])
 
-    def remove_pod(self, name: str) -> None:
-        """A pod goes, with its node."""
+    def remove(self, plural: str, name: str, namespace: str = "default") -> None:
+        """An object goes, as a pod with its node."""
         with self._changed:
-            del self._objects["default", "pods", name]
+            del self._objects[namespace, plural, name]
             self._changed.notify_all()
 
     def print(self, pod: str, *lines: str) -> None:
