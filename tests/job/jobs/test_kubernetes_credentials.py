@@ -91,28 +91,17 @@ def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     for name in ("TOKEN", "CERT"):
         (tmp_path / name).write_text(name)
         monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
-    made = configuration("")
-    assert (made.host, made.retries) == ("https://10.1.2.3:443", False)
+    assert configuration("").host == "https://10.1.2.3:443"
     with pytest.raises(MissingInputError):
         configuration("named")
 
 
-@pytest.fixture
-def program(tmp_path):
-    """Makes a program for a kubeconfig, which must not be run."""
-
-    def program(name):
-        path = tmp_path / name
-        path.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-        path.chmod(0o755)
-        version = "client.authentication.k8s.io/v1beta1"
-        return {"apiVersion": version, "command": str(path), "interactiveMode": "Never"}
-
-    yield program
-    assert not (tmp_path / "ran").exists()
+def program(name):
+    """What a kubeconfig says of a program that must not be run, and is not there."""
+    return {"apiVersion": "client.authentication.k8s.io/v1", "command": f"/nowhere/{name}", "interactiveMode": "Never"}
 
 
-def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
+def test_a_program_of_a_kubeconfig_is_not_run(server, write):
     write(server.kubeconfig(exec=program("other")))
     with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/other', which is not run here"):
         asked()
@@ -121,7 +110,7 @@ def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
         asked()
 
 
-def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, program, monkeypatch, tmp_path):
+def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, monkeypatch, tmp_path):
     write(server.kubeconfig(exec=program("gke-gcloud-auth-plugin")))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))

@@ -35,8 +35,6 @@ def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted
         story.seconds += 45
 
     def reach_the_deadline():
-        for pod in server.names("pods"):
-            server.remove("pods", pod)
         # A JobSet only says that one of its Jobs failed.
         server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
         server.end_job("part", "Failed", "DeadlineExceeded")
@@ -46,13 +44,7 @@ def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted
         server.end_job(NAME, "Completed", plural="jobsets")
 
     told = []
-    story = Story(
-        lambda: server.unschedulable(server.start_pod(NAME, 0, "jobsets")),
-        *[wait] * 20,
-        reach_the_deadline,
-        nothing,
-        finish,
-    )
+    story = Story(*[wait] * 20, reach_the_deadline, nothing, finish)
     Watch(backend, spec(nodes=2), story, told.append).run()
     assert "train-celeba had a machine for less than its 24 hours; submitting it again" in told
     assert len(server.bodies) == 2
