@@ -14,7 +14,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from itertools import islice
 from pathlib import Path
 
 from job.exits import JobError, MissingInputError, retried
@@ -84,10 +83,10 @@ class VmBackend(google_jobs.GoogleBackend):
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`: those that have a machine."""
-        names: dict[str, list[Answer]] = {}
+        machines: dict[str, list[Answer]] = {}
         for machine in self.find():
-            names.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
-        found = [vm_status(name, machines, {}) for name, machines in names.items()]
+            machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
+        found = [vm_status(name, own, {}) for name, own in machines.items()]
         return sorted(found, key=lambda status: status.created, reverse=True)
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
@@ -100,9 +99,9 @@ class VmBackend(google_jobs.GoogleBackend):
         found = vm_status(name, machines, told)
         if not found.created:
             raise MissingInputError(f"no job {name!r} in project {self.target.project}, or its output is too old")
-        docker = f'logName="{self._log("gcplogs-docker-driver")}" AND jsonPayload.container.metadata.{_labelled(name)}'
-        has_slices = len(told) > 1 or any(map(_slices, machines))
-        return f"({docker}) OR ({self._words_of(name)})", datetime.fromisoformat(found.created), has_slices
+        docker = self._filter("gcplogs-docker-driver", "jsonPayload.container.metadata", name)
+        filter_ = f"({docker}) OR ({self._filter(VM_LOG, 'labels', name)})"
+        return filter_, datetime.fromisoformat(found.created), len(told) > 1 or any(map(_slices, machines))
 
     def slice_of(self, entry: Answer) -> str:
         """See `GoogleBackend.slice_of`."""
@@ -133,14 +132,12 @@ class VmBackend(google_jobs.GoogleBackend):
     def _log(self, name: str) -> str:
         return f"projects/{self.target.project}/logs/{name}"
 
-    def _words_of(self, name: str) -> str:
-        return f'logName="{self._log(VM_LOG)}" AND labels.{_labelled(name)}'
+    def _filter(self, log: str, labels: str, name: str) -> str:
+        return f'logName="{self._log(log)}" AND {labels}."{JOB_LABEL}"="{name}"'
 
     def _last_words(self, name: str) -> dict[int, JobStatus]:
-        entries = self._apis.log_entries(self._words_of(name), datetime.now(UTC) - LOG_LOOK_BACK, "desc")
-        # One page holds all that the machines of one job say.
-        newest = [*islice(entries, google.LOG_PAGE_ENTRIES)]
-        return last_words(name, newest[::-1])
+        since = datetime.now(UTC) - LOG_LOOK_BACK
+        return last_words(name, self._apis.log_entries(self._filter(VM_LOG, "labels", name), since))
 
     def _tell(self, name: str, slices: int, event: str) -> None:
         """Leaves word about a job; who may not write logs may do all else."""
@@ -182,13 +179,11 @@ class VmBackend(google_jobs.GoogleBackend):
     def _instance(self, spec: JobSpec, machine: Machine, number: int) -> Manifest:
         target, zone = self.target, self.place
         labels = {JOB_LABEL: spec.name, SLICE_LABEL: str(number), SLICES_LABEL: str(spec.slices)}
-        script = Path(__file__).with_name("vm_start.sh").read_text(encoding="utf-8")
+        variables = google_jobs.container_variables(spec)
         metadata = {
-            "startup-script": script,
+            "startup-script": Path(__file__).with_name("vm_start.sh").read_text(encoding="utf-8"),
             "ddpm-words": _one_a_line(_docker_words(spec, machine.gpus, number)),
-            "ddpm-environment": _one_a_line(
-                f"{key}={value}" for key, value in google_jobs.container_variables(spec).items()
-            ),
+            "ddpm-environment": _one_a_line(f"{key}={value}" for key, value in variables.items()),
             "ddpm-image": spec.image,
             "ddpm-gpus": str(machine.gpus),
             "ddpm-labels": json.dumps(labels),
@@ -231,10 +226,6 @@ class VmBackend(google_jobs.GoogleBackend):
             kind = f"zones/{zone}/acceleratorTypes/{machine.gpu_type}"
             instance["guestAccelerators"] = [{"acceleratorType": kind, "acceleratorCount": machine.gpus}]
         return instance
-
-
-def _labelled(name: str) -> str:
-    return f'"{JOB_LABEL}"="{name}"'
 
 
 def _slices(machine: Answer) -> int:

@@ -225,8 +225,8 @@ class Logging:
         asked = json_format.MessageToDict(parsed(body, logging_v2.ListLogEntriesRequest))
         assert asked["resourceNames"] == [f"projects/{PROJECT}"]
         found = [entry for entry in self.entries if _matches(entry, asked["filter"])]
+        assert asked["orderBy"] == "timestamp asc"
         found.sort(key=lambda entry: datetime.fromisoformat(entry["timestamp"]))
-        found = found[::-1] if asked["orderBy"] == "timestamp desc" else found
         start, end = (int(asked.get("pageToken", 0)) + size for size in (0, asked["pageSize"]))
         more = {"nextPageToken": str(end)} if end < len(found) else {}
         return answered({"entries": found[start:end], **more}, logging_v2.ListLogEntriesResponse)

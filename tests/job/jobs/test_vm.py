@@ -220,8 +220,10 @@ def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkey
         assert has_seen_all.wait(20)
         cloud.logging.ended("celeba", 0)
         cloud.compute.vanish()
-        # The last lines of a job arrive when its machine is no more, and not in order.
-        time.sleep(0.1)
+        # The last lines of a job arrive when it is known that its machine is no more, and not in order.
+        asked = len(cloud.requests)
+        while len(cloud.requests) == asked:
+            time.sleep(0.01)
         cloud.logging.printed("celeba", "late line", ago_seconds=0.3)
 
     thread, lines = threading.Thread(target=story), []
