@@ -65,7 +65,7 @@ _SHORTAGES = {
     r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": _Refusal(
         NoCapacityError, "there is no such machine now", "try another zone or region, later, or --on-demand"
     ),
-    r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded": _Refusal(
+    r"QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": _Refusal(
         BadRequestError, "the project's quota does not allow it", f"ask for more at {QUOTA_PAGE}; spot has its own"
     ),
 }

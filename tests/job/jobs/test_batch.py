@@ -9,9 +9,9 @@ from job.jobs.backends.base import Cause, State
 from job.requests import SampleRequest
 from tests.job.jobs.google_jobs import REGIONS, backend_of, sampling, spec
 
-NO_STOCK = (
-    "VM in Managed Instance Group meets error: Batch Error: code - CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED, "
-    "description - error count is 4, latest message example: Instance 'x' creation failed"
+SHORTAGE = (
+    "VM in Managed Instance Group meets error: Batch Error: code - {}, description - error count is 4, latest message "
+    "example: Instance 'x' creation failed"
 )
 
 
@@ -62,9 +62,13 @@ def test_a_failure_says_why(cloud, backend):
 
 def test_no_stock_is_said_and_the_next_region_may_have_some(cloud, backend):
     backend.submit(spec())
-    cloud.batch.move("celeba", "SCHEDULED", NO_STOCK)
-    status = backend.status("celeba")
-    assert (status.state, status.message) == (State.WAITING, "there is no such machine now, and Batch keeps trying")
+    for code, said in (
+        ("CODE_GCE_QUOTA_EXCEEDED", "the project's quota does not allow it"),
+        ("CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED", "there is no such machine now"),
+    ):
+        cloud.batch.move("celeba", "SCHEDULED", SHORTAGE.format(code))
+        status = backend.status("celeba")
+        assert (status.state, status.message) == (State.WAITING, f"{said}, and Batch keeps trying")
     backend.cancel("celeba")
     backend.elsewhere().submit(spec())
     assert backend.status("celeba").place == REGIONS[1]
