@@ -7,37 +7,30 @@ is imported, which takes half a second, and longer in an image that was never re
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_SECONDS = 5
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    _tell(number)
-    # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
-    os._exit(75)
-
-
 def _end(number: int, frame: FrameType | None) -> NoReturn:
-    _tell(number)
-    # A library that is imported late may still catch it.
+    """Ends this process, with a progress bar to close and a temporary folder to remove; its work has not begun yet."""
+    for other in _STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
+    os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
+    # The exception is lost in a module that is imported with `except`, and in a callback of the interpreter's.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
 
 
-def _tell(number: int) -> None:
-    os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
-
-
-def _handle(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
+def _handle_signals() -> None:
     # A rank ends at a signal that comes before its work: its launcher knows what that means.
     if "DDPM_LAUNCHED" not in os.environ:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        for number in _STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, handler)
+                signal.signal(number, _end)
 
 
 def _open_closed_streams() -> None:
@@ -49,7 +42,7 @@ def _open_closed_streams() -> None:
 
 def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
-    _handle(_leave)
+    _handle_signals()
     _open_closed_streams()
 
     from job.processes.launched import attach
@@ -58,8 +51,6 @@ def main() -> None:
 
     from job.cli import app
 
-    # From here on there may be a progress bar to end, or a temporary folder to remove.
-    _handle(_end)
     app.main()
 
 

@@ -9,9 +9,10 @@ from contextlib import suppress
 from job.exits import BadConfigError, BadDataError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
-from job.processes.group import Group, nodes
-from job.processes.launched import is_launched, is_rank
-from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
+from job.processes.gpus import check_gpus, default_processes
+from job.processes.group import Group
+from job.processes.launched import is_rank
+from job.processes.launcher import HANG_SECONDS, launch
 from job.processes.preemption import watch_for_preemption
 from job.requests import SampleRequest, TrainRequest
 from job.runs.checkpoints import is_there, list_checkpoints, load_manifest
@@ -45,7 +46,7 @@ def train_command(
         plan = plan_run(request, stop)
         # A rank must not ask a process of its own how many GPUs there are.
         here = 1 if is_rank() else processes or default_processes()
-        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else here * nodes()
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else here * node.nodes
         batch_size = plan.config.train.batch_size
         if world_size > batch_size:
             raise BadConfigError(
@@ -102,12 +103,8 @@ def sample_command(
 
 
 def _listen() -> Stop:
-    """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    stop = Stop()
-    if not is_rank():
-        leave_at_signals()
-    # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
-    stop.install(signals=is_rank() and not is_launched())
+    """To be called before anything that takes time. Until its work begins, signals end this process."""
+    stop = Stop().install(signals=False)
     watch_for_preemption(stop)
     return stop
 

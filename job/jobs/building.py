@@ -14,7 +14,7 @@ from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import JobSpec, ends_itself, job_name
 from job.jobs.targets import KubernetesTarget, Target, default_bucket
 from job.outcome import JOB
-from job.processes.launcher import GPUS
+from job.processes.gpus import GPUS
 from job.requests import PackRequest, SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS
