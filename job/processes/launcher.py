@@ -65,8 +65,8 @@ class _End(Enum):
     STOPPED = auto()
     NEVER_BEGAN = auto()
     """A signal that was to stop the job came before the rank could take it."""
-    LOST_PEER = auto()
-    KILLED_BY_US = auto()
+    CONSEQUENCE = auto()
+    """It lost another one, or was killed by this process for one's sake."""
     FAILED = auto()
 
 
@@ -191,12 +191,14 @@ class _Launch:
             return _End.STOPPED
         if -rank.code in self._stop_signals:
             return _End.NEVER_BEGAN
-        # NCCL's watchdog aborts a process whose peers are gone.
-        was_aborted = rank.code == -signal.SIGABRT and any("ProcessGroupNCCL" in line for line in _tail(rank))
-        if rank.code == LOST_PEER or was_aborted:
-            return _End.LOST_PEER
-        sent = {-signal.SIGTERM: self._told_to_end, -signal.SIGKILL: self._killed}
-        return _End.KILLED_BY_US if sent.get(rank.code) else _End.FAILED
+        is_consequence = {
+            LOST_PEER: True,
+            # NCCL's watchdog aborts a process whose peers are gone.
+            -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in _tail(rank)),
+            -signal.SIGTERM: self._told_to_end,
+            -signal.SIGKILL: self._killed,
+        }
+        return _End.CONSEQUENCE if is_consequence.get(rank.code) else _End.FAILED
 
     def _end_the_others(self) -> None:
         """Once a rank has ended otherwise than finished: has the others save and end, and kills who does not."""
@@ -265,9 +267,8 @@ class _Launch:
             return int(Exit.STOPPED), ""
         if ends == {_End.FINISHED}:
             return int(Exit.FINISHED), ""
-        # Somebody waited in vain for a rank that had to be killed, or nobody knows why they parted.
-        code = int(Exit.HUNG) if _End.KILLED_BY_US in ends else 1
-        return code, self._failure(next(rank for rank in self._ended if rank.end is not _End.FINISHED))
+        # Nobody knows why they parted, such as those of a node whose peer node died.
+        return 1, self._failure(next(rank for rank in self._ended if rank.end is _End.CONSEQUENCE))
 
     def _failure(self, rank: _Rank) -> str:
         what = self._name(rank) + (" failed first" if self._group.world_size > 1 else " failed")
@@ -280,7 +281,7 @@ class _Launch:
         if rank.code < 0:
             hint = ", as the kernel does when memory runs out" if rank.code == -signal.SIGKILL else ""
             what += f": killed by {signal.Signals(-rank.code).name}{hint}"
-        elif rank.end is _End.LOST_PEER:
+        elif rank.end is _End.CONSEQUENCE:
             what += ": it lost the others"
         elif self._group.processes == 1:
             # Its traceback is the last that was printed here.

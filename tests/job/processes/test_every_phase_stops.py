@@ -22,7 +22,6 @@ from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, environment, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import children, eventually
-from tests.job.leases import taken
 from tests.job.metadata_server import PREEMPTED, metadata_server
 from tests.job.packing import FILES, KEY, objects, packed, written
 from tests.job.slow_link import slow_link
@@ -116,21 +115,6 @@ def test_training_by_a_preemption_notice(place):
     assert "the machine's notice instance/preempted=TRUE" in said
 
 
-@pytest.mark.slow
-def test_training_by_a_deadline(place):
-    began = time.monotonic()
-    process = place.begun("deadline", "--stop-after", "15s")
-    saved(place.run("deadline"), said := stopped(process, began + 15))
-    assert "its deadline (--stop-after)" in said
-
-
-@pytest.mark.slow
-def test_starting(place):
-    process = place.started("starting", "--processes", 2)
-    time.sleep(2)
-    stopped_by(by_group(signal.SIGTERM), process)
-
-
 # --- sampling
 
 
@@ -150,14 +134,12 @@ def sampling(process: Process, telling: dict[str, str]) -> Process:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_sampling_in_training(place, telling, processes):
-    name = f"paints-{processes}"
+def test_sampling_in_training(place, telling):
     grid = {"diffusion.timesteps": 1000, "sample.every_epochs": 1, "sample.steps": 1000, "sample.images": 500}
     words = [word for key, value in grid.items() for word in ("--set", f"{key}={value}")]
-    process = sampling(place.started(name, *words, "--processes", processes, **telling), telling)
-    saved(place.run(name), stopped_by(by(signal.SIGTERM), process))
-    assert max(list_checkpoints(place.run(name))).images_seen == 312
+    process = sampling(place.started("paints", *words, "--processes", 2, **telling), telling)
+    saved(place.run("paints"), stopped_by(by(signal.SIGTERM), process))
+    assert max(list_checkpoints(place.run("paints"))).images_seen == 312
 
 
 @pytest.mark.slow
@@ -187,21 +169,6 @@ def start(*words: object, **variables: str) -> Process:
         text=True,
         start_new_session=True,
     )
-
-
-# --- waiting for a lease
-
-
-@pytest.mark.slow
-def test_waiting_for_a_lease(place):
-    run = place.run("held")
-    holder = taken(run)
-    waiting = place.started("held", "--wait", 600)
-    said = next(line for line in waiting.stderr if "is held by" in line)
-    assert f"process {os.getpid()} on" in said
-    assert f"stopped by SIGTERM before {run.uri} could be taken" in stopped_by(by(signal.SIGTERM), waiting)
-    holder.confirm()
-    holder.close()
 
 
 # --- data

@@ -121,12 +121,12 @@ def test_waiting_for_others_is_no_hang_but_nobody_waits_alone(tmp_path):
 
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(place):
     # Starting takes seconds in which nobody beats.
-    child = place.begun("hangs", "--processes", 2, "--hang-after", 12)
+    child = place.begun("hangs", "--processes", 2, "--hang-after", 20)
     ranks = sorted(children(child.pid))
     os.kill(ranks[1], signal.SIGSTOP)
     code, _, err = ended(child, 60)
     assert code == 71
-    assert re.search(r"ddpm: rank 1 of 2 hung: no sign of life for 1\d s \(stopped\); --hang-after", err)
+    assert re.search(r"ddpm: rank 1 of 2 hung: no sign of life for 2\d s \(stopped\); --hang-after", err)
     assert re.search(r"ddpm: stacks of rank 0 of 2:\n(.*\n)+.* in train\n(.*\n)+ddpm: stacks of rank 1 of 2:\n", err)
     assert re.search(r"\[rank 1\] .* in train\n", err)
     assert all(map(is_gone, ranks))

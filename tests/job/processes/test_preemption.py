@@ -82,15 +82,6 @@ def cut_short(request):
     request.close_connection = True
 
 
-def bad_chunk(request):
-    request.protocol_version = "HTTP/1.1"
-    request.send_response(200)
-    request.send_header("Transfer-Encoding", "chunked")
-    request.end_headers()
-    request.wfile.write(b"xyz\r\nTRUE\r\n")
-    request.close_connection = True
-
-
 def no_http(request):
     request.wfile.write(b"\x00\xff nonsense\r\n\r\n")
     request.close_connection = True
@@ -98,15 +89,9 @@ def no_http(request):
 
 ODD_ANSWERS = {
     "unavailable": lambda request: request.send_error(503),
-    "elsewhere": lambda request: send(request, "TRUE", {"Location": "/elsewhere"}, 302),
-    "second hand": lambda request: send(request, "TRUE", {"ETag": "1"}, 203),
     "hotel": lambda request: send(request, "<html>log in to the hotel's network</html>", {"ETag": "1"}),
-    "odd etag": lambda request: send(request, "true", {"ETag": "ü weird \t&=?#"}),
-    "nothing": lambda request: send(request, "", {}),
-    "no answer": lambda request: setattr(request, "close_connection", True),
     "no HTTP": no_http,
     "cut short": cut_short,
-    "bad chunk": bad_chunk,
 }
 
 

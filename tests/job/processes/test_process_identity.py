@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -97,17 +96,6 @@ def test_a_signal_reaches_this_very_process_or_nobody(start: Start):
     assert identity.send(signal.SIGKILL)
     assert child.wait(10) == -signal.SIGKILL
     assert not identity.send(signal.SIGKILL)
-
-
-def test_a_name_with_spaces_and_parentheses_deceives_nobody(start: Start, tmp_path: Path):
-    name = ") Z 1 (b"
-    program = tmp_path / name
-    shutil.copy(Path(sys.executable).resolve(), program)
-    before = ticks_now()
-    child, identity = start("env", f"PYTHONHOME={sys.base_prefix}", python=str(program))
-    assert f"({name})" in Path(f"/proc/{child.pid}/stat").read_text()
-    assert before - 1 <= identity.start_ticks <= ticks_now() + 1
-    assert not identity.certainly_dead()
 
 
 def test_a_process_of_another_namespace_counts_as_alive_even_when_it_is_gone(start: Start):

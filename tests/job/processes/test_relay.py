@@ -9,7 +9,7 @@ import pytest
 
 from job.runs.checkpoints import list_checkpoints
 from tests.job.command_line import environment
-from tests.job.launching import ended, eventually, ready_pids, start
+from tests.job.launching import eventually, ready_pids, start
 
 
 def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
@@ -29,7 +29,6 @@ def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
 def test_output_comes_live_and_says_whose_it_is(tmp_path):
     code = r"""
     print(f"out of {rank}", flush=True)
-    time.sleep(rank * 0.3)
     sys.stderr.write(f"live from {rank}\nlast without an end")
     sys.stderr.flush()
     if rank:
@@ -42,30 +41,20 @@ def test_output_comes_live_and_says_whose_it_is(tmp_path):
     """
     child = start(tmp_path, code)
     ready_pids(tmp_path)
-    first = [child.stderr.readline() for _ in range(3)]
-    assert first.count("live from 0\n") == 1
-    assert [line for line in first if "1" in line] == ["[rank 1] out of 1\n", "[rank 1] live from 1\n"]
+    live = [child.stderr.readline() for _ in range(5)]
+    live.remove("live from 0\n")
+    assert live == [
+        "[rank 1] out of 1\n",
+        "[rank 1] live from 1\n",
+        "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise\n",
+        "[rank 1] once is enough\n",
+    ]
     assert child.poll() is None
     (tmp_path / "go").touch()
     # `communicate` would not see what `readline` has taken from the pipe already.
-    assert sorted(child.stderr.read().splitlines()) == [
-        "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise",
-        "[rank 1] once is enough",
-        "last without an end",
-    ]
+    assert child.stderr.read() == "last without an end\n"
     assert child.stdout.read() == "out of 0\n"
     assert child.wait(30) == 0
-
-
-def test_what_rank_0_said_is_not_said_again(tmp_path):
-    code = """
-    # A handler would not last to the very end of the process, and the signal of the launcher would.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    print(f"ddpm: the same of {rank}", file=sys.stderr, flush=True)
-    ready(); all_ready()
-    sys.exit(66)
-    """
-    assert ended(start(tmp_path, code)) == (66, "", "ddpm: the same of 0\n")
 
 
 def test_rank_0_keeps_the_terminal_for_its_bar(tmp_path):
