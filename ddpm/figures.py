@@ -86,11 +86,11 @@ def image_grid(
         x, y = left + padding + index % columns * step_x, top + padding + index // columns * step_y
         canvas.paste(Image.fromarray(tile), (x, y))
         if labels:
-            _write(canvas, (x + width / 2, y + height + line / 2), labels[index], size, "mm", width)
+            _put_text(canvas, (x + width / 2, y + height + line / 2), labels[index], size, "mm", width)
         if row_labels and index % columns == 0:
-            _write(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
+            _put_text(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
         if column_labels and index < columns:
-            _write(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
+            _put_text(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
     return canvas
 
 
@@ -109,7 +109,7 @@ def nearest_pairs(
         Indices into the training images, int64 [B], the lowest among equals; distances in grey levels, float64 [B].
     """
     # In float64 every sum of products of bytes is exact; in float32 a copy can come out farther than a look-alike.
-    flat = _checked(samples).reshape(len(samples), -1).astype(np.float64)
+    flat = _checked_images(samples).reshape(len(samples), -1).astype(np.float64)
     norms = np.einsum("ij,ij->i", flat, flat)
     best, indices = np.full(len(flat), np.inf), np.zeros(len(flat), dtype=np.int64)
     at_once, seen = max(1, 2**24 // (8 * flat.shape[1])), 0
@@ -139,7 +139,7 @@ def pairs_grid(samples: Images, nearest: Images, columns: int = 4) -> Image.Imag
     link, gap, size = max(8, width // 8), max(14, width // 4), _text_size(width)
     step_x, step_y, header = 2 * width + link + gap, height + gap // 2, 2 * size
     canvas = Image.new("RGB", (columns * step_x - gap, header + ceil(count / columns) * step_y - gap // 2), _WHITE)
-    _write(canvas, (0, size / 2), "sample | nearest training image", size, "lm")
+    _put_text(canvas, (0, size / 2), "sample | nearest training image", size, "lm")
     for index in range(count):
         x, y = index % columns * step_x, header + index // columns * step_y
         canvas.paste(_FAINT, (x + width, y + height // 2 - 1, x + width + link, y + height // 2 + 1))
@@ -155,7 +155,7 @@ def comparison(grids: Sequence[tuple[str, Images]]) -> Image.Image:
     """
     if not grids:
         raise ValueError("there is nothing to compare")
-    first = _checked(grids[0][1])
+    first = _checked_images(grids[0][1])
     columns = ceil(sqrt(len(first)))
     across = len(grids) if len(grids) <= 4 else ceil(sqrt(len(grids)))
     scale = min(_scale(first), max(1, 2000 // (across * columns * first.shape[2])))
@@ -305,19 +305,19 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
     return _plot_png(figure)
 
 
-def _checked(images: Images) -> Images:
+def _checked_images(images: Images) -> Images:
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         raise ValueError(f"expected uint8 [B, H, W, 1 or 3] with B ≥ 1, got {images.dtype} {list(images.shape)}")
     return images
 
 
 def _tiles(images: Images, scale: int) -> Images:
-    rgb = np.broadcast_to(_checked(images), (*images.shape[:3], 3))
+    rgb = np.broadcast_to(_checked_images(images), (*images.shape[:3], 3))
     return np.ascontiguousarray(rgb.repeat(scale, axis=1).repeat(scale, axis=2))
 
 
 def _scale(images: Images, tile_pixels: int = 96) -> int:
-    return max(1, round(tile_pixels / _checked(images).shape[2]))
+    return max(1, round(tile_pixels / _checked_images(images).shape[2]))
 
 
 @cache
@@ -332,7 +332,9 @@ def _text_size(tile_width: int) -> int:
     return min(max(tile_width // 7, 12), 18)
 
 
-def _write(canvas: Image.Image, xy: tuple[float, float], text: str, size: int, anchor: str, limit: float = inf) -> None:
+def _put_text(
+    canvas: Image.Image, xy: tuple[float, float], text: str, size: int, anchor: str, limit: float = inf
+) -> None:
     while size > 9 and _font(size).getlength(text) > limit:
         size -= 1
     while len(text) > 1 and _font(size).getlength(text) > limit:
@@ -348,7 +350,7 @@ def _titled(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Ima
     canvas = Image.new("RGB", (across * (width + gap) - gap, rows * (header + height + gap) - gap), _WHITE)
     for index, (title, block) in enumerate(blocks):
         x, y = index % across * (width + gap), index // across * (header + height + gap)
-        _write(canvas, (x + 2, y + size * 0.8), title, size, "lm", width)
+        _put_text(canvas, (x + 2, y + size * 0.8), title, size, "lm", width)
         canvas.paste(block, (x, y + header))
     return _framed(canvas)
 

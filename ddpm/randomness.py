@@ -16,7 +16,7 @@ Word = Tensor | int
 """A 32-bit word, in an int64 tensor or a Python int. Words that are tensors broadcast against each other."""
 
 _WORD_MASK = 0xFFFFFFFF
-_ROUNDS = 10
+_PHILOX_ROUNDS = 10
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_INCREMENTS = (0x9E3779B9, 0xBB67AE85)
 
@@ -112,7 +112,7 @@ def philox(counter: tuple[Word, Word, Word, Word], key: tuple[Word, Word]) -> tu
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(_ROUNDS):
+    for _ in range(_PHILOX_ROUNDS):
         # A product may wrap past 2⁶³: its upper word is still right after shift and mask. c1 and c3 keep whole
         # products, whose upper words the next mask removes: that saves two passes over memory.
         product0, product1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]

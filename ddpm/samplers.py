@@ -195,7 +195,7 @@ def ancestral_step(
         raise ValueError(f"unknown variance {variance!r}: choose fixed_small or fixed_large")
     mean = (math.sqrt(alpha_bar_prev) * beta / (1 - alpha_bar)) * x_start
     mean += (math.sqrt(alpha) * (1 - alpha_bar_prev) / (1 - alpha_bar)) * x_t
-    return _add(mean, sigma, noise)
+    return _add_noise(mean, sigma, noise)
 
 
 def ddim_step(
@@ -230,10 +230,10 @@ def ddim_step(
     epsilon = (x_t - math.sqrt(alpha_bar) * x_start) / math.sqrt(1 - alpha_bar)
     # Rounding may leave -1e-17 under the root where almost no signal is left at t.
     mean = math.sqrt(alpha_bar_prev) * x_start + math.sqrt(max(1 - alpha_bar_prev - sigma**2, 0.0)) * epsilon
-    return _add(mean, sigma, noise)
+    return _add_noise(mean, sigma, noise)
 
 
-def _add(mean: Tensor, sigma: float, noise: Tensor | None) -> Tensor:
+def _add_noise(mean: Tensor, sigma: float, noise: Tensor | None) -> Tensor:
     if sigma == 0:
         return mean
     if noise is None:

@@ -17,7 +17,7 @@ from job.progress import note
 from job.requests import DEFAULT_PRESET, PackRequest, validated_output
 from job.stop import NEVER, Stop
 from job.store import Store, open_store
-from job.store.patient import PatientStore, open_patient
+from job.store.retry import Retry, away_limit_seconds
 
 EMBEDDED = "landscape-sample"
 SHEET_IMAGES = 60
@@ -34,8 +34,8 @@ def pack_dataset(request: PackRequest) -> None:
     assert request.size is not None
     stop = Stop()
 
-    def opened(uri: str) -> PatientStore:
-        return open_patient(uri, stop, note)
+    def opened(uri: str) -> Store:
+        return open_store(uri, Retry(away_limit_seconds(), stop, note))
 
     bucket = opened(request.bucket)
     source = request.source
@@ -74,8 +74,8 @@ def index_dataset(words: Sequence[str], request: PackRequest) -> None:
     assert request.size is not None
     stop = Stop()
 
-    def opened(uri: str) -> PatientStore:
-        return open_patient(uri, stop, note)
+    def opened(uri: str) -> Store:
+        return open_store(uri, Retry(away_limit_seconds(), stop, note))
 
     bucket = opened(request.bucket)
     stop.install()
@@ -212,7 +212,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     from job.data.verify import verify_dataset
     from job.progress import Progress
 
-    bucket = open_patient(bucket_uri, NEVER, note)
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), NEVER, note))
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))

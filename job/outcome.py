@@ -15,7 +15,7 @@ from typing import Literal
 
 from job.exits import Exit, JobError, ending_of
 from job.sealed import Sealed
-from job.store import open_store
+from job.store import Retry, open_store
 
 JOB = "DDPM_JOB"
 """The job's name."""
@@ -69,7 +69,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         )
         # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.
         with suppress(JobError):
-            store = open_store(bucket_uri, deadline_seconds=WRITE_SECONDS)
+            store = open_store(bucket_uri, Retry(WRITE_SECONDS))
             # Raises for a folder that is not there: what is misspelt must not be made.
             store.folders(JOBS)
             store.put(f"{JOBS}/{name}/{machine}-of-{machines}.json", outcome.to_json())

@@ -15,15 +15,16 @@ from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
-from job.store.patient import PatientStore, open_patient
+from job.store import Store, open_store
+from job.store.retry import Retry, away_limit_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run before this attempt touches it. Its stores wait for a bucket that is away."""
 
-    bucket: PatientStore
-    run: PatientStore
+    bucket: Store
+    run: Store
     index: DatasetIndex
     dataset_key: str
     config: RunConfig
@@ -49,7 +50,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         BucketAwayError: the bucket stayed away beyond the limit.
         StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, stop, note_once)
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
     run = bucket.sub(f"{records.RUNS}/{records.validated_run_name(request.run)}")
     stored = records.load_config(run)
     changes: dict[str, Any] = {}

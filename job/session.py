@@ -49,6 +49,7 @@ from job.runs.retention import Retention
 from job.runs.status import CLOSE_SECONDS, StatusReporter
 from job.sampling.sample import SAMPLES, Painter, default_sampling, draw_run_grid, label_of, run_grid_key
 from job.stop import NEVER, Stop
+from job.store.retry import DEADLINE_SECONDS
 
 ANOTHER_PROCESS = "another process"
 """Why a process stops that was not asked itself."""
@@ -111,7 +112,7 @@ class TrainingSession:
         """
         segments = self._restore()
         if lease is not None:
-            run = self.plan.run.inner
+            run = self.plan.run
             self.commits = Commits(
                 run,
                 self.config,
@@ -121,7 +122,6 @@ class TrainingSession:
                 dataset_images=self.dataset_images,
                 segments=segments,
                 aside=self.set_aside,
-                outage=self.plan.run.outage,
                 stop=self.stop,
                 note=self.bar.note,
             )
@@ -131,7 +131,7 @@ class TrainingSession:
                 lease.confirm()
                 return self._status(state, attempt)
 
-            self.status = StatusReporter(run, status, self.bar.note)
+            self.status = StatusReporter(run.within(DEADLINE_SECONDS), status, self.bar.note)
         try:
             yield
         except BaseException as error:

@@ -44,8 +44,7 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> None:
     def take() -> int:
         nonlocal lease
         floor = records.highest_fence(plan.run)
-        # The lease itself keeps to its own times, so its store must not wait.
-        lease = plan.run.insist(Lease.take, plan.run.inner, floor, request.wait_seconds, stop, note)
+        lease = Lease.take(plan.run, floor, request.wait_seconds, stop, note)
         return lease.fence
 
     try:

@@ -13,9 +13,6 @@ import pytest
 
 from tests.servers import SECRET, fake_gcs_server, moto, seaweedfs
 
-# It must stand before gcsfs is first imported, in this process and in every child.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-
 # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

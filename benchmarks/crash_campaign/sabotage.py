@@ -24,7 +24,7 @@ def _manifest_first(saving: Any, trace: Any) -> None:
             writer._run.create(key, data)
         manifest = save.manifest.model_copy(update={"files": tuple(records)})
         writer._confirm()
-        saving.commit_manifest(writer._run.inner, manifest)
+        saving.commit_manifest(writer._run, manifest)
         for record in records:
             writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
         writer._after_commit(manifest)

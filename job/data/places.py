@@ -7,7 +7,6 @@ from pathlib import Path
 from job.data.shards import DatasetIndex
 from job.exits import MissingInputError
 from job.store import Store, open_store
-from job.store.patient import PatientStore
 
 
 class Places:
@@ -24,7 +23,7 @@ class Places:
         """
         self._bucket, self._key, self._index = bucket, key, index
         folders = {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
-        self._foreign = {folder: _as_patient_as(bucket, open_store(folder)) for folder in folders}
+        self._foreign = {folder: open_store(folder, bucket.retry.elsewhere()) for folder in folders}
 
     @property
     def is_local(self) -> bool:
@@ -63,7 +62,3 @@ def split_uri(uri: str) -> tuple[str, str]:
     """The folder and the name of an object."""
     folder, _, name = uri.rpartition("/")
     return folder or "/", name
-
-
-def _as_patient_as(bucket: Store, store: Store) -> Store:
-    return bucket.around(store) if isinstance(bucket, PatientStore) else store

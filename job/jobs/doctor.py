@@ -19,7 +19,7 @@ from job.exits import Exit, JobError
 from job.jobs.backends import backend_for, extra_named
 from job.jobs.checks import Check
 from job.jobs.targets import Target
-from job.store import ObjectExistsError, Store, is_remote, open_store
+from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
 from job.store.scratch import scratch_folder
 
 FOLDER = "doctor"
@@ -51,7 +51,7 @@ def checks_of(target: Target, bucket: str) -> Iterator[Check]:
 def bucket_checks(uri: str) -> Iterator[Check]:
     """Credentials, and all that a job does to a bucket, with a tiny object that is deleted again."""
     try:
-        store = open_store(uri, deadline_seconds=DEADLINE_SECONDS)
+        store = open_store(uri, Retry(DEADLINE_SECONDS))
     except JobError as error:
         yield Check.of_error("credentials", error)
         return

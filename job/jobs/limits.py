@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from job.jobs.backends.batch_manifests import MAX_RETRIES
+from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, KubernetesTarget, Target
 

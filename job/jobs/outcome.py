@@ -8,7 +8,7 @@ from typing import NamedTuple, Protocol
 from job.exits import BadDataError, JobError, retried
 from job.jobs.backends.base import severity
 from job.outcome import JOBS, Outcome
-from job.store import ObjectMissingError, open_store
+from job.store import ObjectMissingError, Retry, open_store
 
 READ_SECONDS = 10.0
 """How long a bucket may be away before its word is done without."""
@@ -42,7 +42,7 @@ def read_outcome(job: Placed) -> Outcome | None:
     """
     found: list[Outcome] = []
     with suppress(JobError):
-        bucket = open_store(job.bucket, deadline_seconds=READ_SECONDS)
+        bucket = open_store(job.bucket, Retry(READ_SECONDS))
         for entry in bucket.list(f"{JOBS}/{job.name}"):
             # What is rotten, or is just being deleted, says nothing.
             with suppress(BadDataError, ObjectMissingError):

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from job.exits import BadRequestError
-from job.store.patient import away_limit_seconds
+from job.store.retry import away_limit_seconds
 
 _NODES = ("PET_NNODES", "NNODES")
 _NODE = ("PET_NODE_RANK", "NODE_RANK", "JOB_COMPLETION_INDEX")

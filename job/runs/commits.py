@@ -21,7 +21,7 @@ from job.runs.retention import Retention, being_read, delete_checkpoint, orphans
 from job.runs.saving import CheckpointWriter, Save
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
-from job.store.patient import Outage
+from job.store.retry import DEADLINE_SECONDS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,14 +41,13 @@ class Commits:
         dataset_images: int,
         segments: list[MetricSegment],
         aside: set[CheckpointRef],
-        outage: Outage,
         stop: Stop,
         note: Callable[[str], None],
     ) -> None:
         """Starts the writer, and measures meanwhile whether a save fits into the grace of a preemption.
 
         Args:
-            run: the run's folder, without patience of its own.
+            run: the run's folder; checkpoints wait for a bucket that is away as it does.
             config: the run's.
             attempt: on whose behalf.
             lease: what makes this the run's one writer.
@@ -56,11 +55,10 @@ class Commits:
             dataset_images: images of an epoch.
             segments: of the checkpoint that was restored; later ones are added.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
-            outage: how long the bucket may be away.
             stop: asked while the main thread waits, and how long it may.
             note: told what a person should know.
         """
-        self._run, self._config, self._attempt, self._lease = run, config, attempt, lease
+        self._run, self._config, self._attempt, self._lease = run.within(DEADLINE_SECONDS), config, attempt, lease
         self._dataset_images, self._aside = dataset_images, aside
         self._stop, self._note = stop, note
         self.segments, self.rows = segments, list[metrics.Row]()
@@ -68,9 +66,7 @@ class Commits:
         self._every_minutes = config.checkpoint.every_minutes
         self._saved_at = time.monotonic()
         self._swept = False
-        self._writer = CheckpointWriter(
-            run, tensors, confirm=lease.confirm, after_commit=self._after_commit, outage=outage
-        )
+        self._writer = CheckpointWriter(run, tensors, confirm=lease.confirm, after_commit=self._after_commit)
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
 
     @property

@@ -32,6 +32,7 @@ LOOK_SECONDS = 0.5
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
+RETRY_SECONDS = 15.0
 _SWAPS = 5
 
 
@@ -136,7 +137,7 @@ class Lease:
     """The right to write to a run, kept by a thread until `close`.
 
     While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
-    run is lost. A store with a deadline of less than `EXPIRE_SECONDS` keeps one silent connection from costing the run.
+    run is lost. Operations that give up before `EXPIRE_SECONDS` keep one silent connection from costing the run.
     """
 
     def __init__(
@@ -188,7 +189,8 @@ class Lease:
                 if (version := _write(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    return cls(run, record, version, asked, note)
+                    # A renewal that waits for a bucket that is away comes too late.
+                    return cls(run.within(RETRY_SECONDS), record, version, asked, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.

@@ -12,8 +12,8 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +23,6 @@ from job.runs.checkpoints import FileRecord, Manifest, commit_manifest
 from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.files import os_errors
-from job.store.patient import Outage, PatientStore
 from job.store.scratch import scratch_folder
 
 if TYPE_CHECKING:
@@ -113,19 +112,17 @@ class CheckpointWriter:
         *,
         confirm: Callable[[], None] = lambda: None,
         after_commit: Callable[[Manifest], None] = lambda _: None,
-        outage: Outage | None = None,
     ) -> None:
         """Allocates the host buffers and starts the thread.
 
         Args:
-            run: the run's folder.
+            run: the run's folder; its patience with a bucket that is away is the writer's.
             live: the tensors to save, by group.
             confirm: called before every commit; raises if another attempt holds the run.
             after_commit: retires older checkpoints; nobody waits for it but `close`.
-            outage: how long to try again while the bucket is away; without one, an error is final.
         """
         self._closing = Stop()
-        self._run = PatientStore(run, outage or Outage(0, lambda _: None), self._closing)
+        self._run = run.within(run.retry.limit_seconds, self._closing)
         self._confirm, self._after_commit = confirm, after_commit
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
@@ -266,17 +263,18 @@ class CheckpointWriter:
                 self._folder = None
 
     def _upload_all(self, save: Save, folder: Path) -> Manifest:
-        with ThreadPoolExecutor(UPLOADS) as pool:
+        # Threads that no exit waits for: one may be waiting for a bucket that keeps silent.
+        with ThreadPool(UPLOADS) as pool:
             records, uploads = [], []
             for part in self._parts:
                 records.append(record := self._write(part, folder))
                 key = f"{save.manifest.ref.key}/{record.name}"
-                uploads.append(pool.submit(self._upload, folder / record.name, key))
+                uploads.append(pool.apply_async(self._upload, (folder / record.name, key)))
             with self._changed:
                 self._reading_host = False
                 self._changed.notify_all()
             for upload in uploads:
-                upload.result()
+                upload.get()
         for key, data in save.objects.items():
             self._run.create(key, data)
         manifest = save.manifest.model_copy(update={"files": tuple(records)})
@@ -284,9 +282,9 @@ class CheckpointWriter:
         def commit() -> None:
             # Both again after an outage: the run may have been taken over meanwhile.
             self._confirm()
-            commit_manifest(self._run.inner, manifest)
+            commit_manifest(self._run, manifest)
 
-        self._run.insist(commit)
+        self._run.retry(commit)
         return manifest
 
     def _write(self, part: Part, folder: Path) -> FileRecord:

@@ -15,8 +15,8 @@ from job.runs.checkpoints import CheckpointRef, choose, load_manifest, lost_mani
 from job.sampling.names import SAMPLES, how_drawn, label_of
 from job.sampling.pieces import Batch, Drawing, piece_images
 from job.stop import NEVER, Stop
-from job.store import Store
-from job.store.patient import open_patient
+from job.store import Store, open_store
+from job.store.retry import Retry, away_limit_seconds
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BucketAwayError: the bucket stayed away beyond the limit.
         StoppedError: `stop` said so.
     """
-    bucket = open_patient(request.bucket, stop, note_once)
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
     run = records.run_store(bucket, request.run)
     config = records.existing_config(bucket, request.run)
     try:

@@ -9,6 +9,7 @@ from urllib.parse import unquote
 
 from job.exits import BadRequestError
 from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
+from job.store.retry import Retry
 
 __all__ = [
     "Blob",
@@ -16,41 +17,38 @@ __all__ = [
     "Entry",
     "ObjectExistsError",
     "ObjectMissingError",
+    "Retry",
     "Store",
     "check_uri",
     "is_remote",
     "open_store",
 ]
 
-DEADLINE_SECONDS = 15.0
-"""How long a bucket may be away before an operation gives up: less than a lease lasts. `patient` waits longer."""
-
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
-def open_store(uri: str, *, deadline_seconds: float | None = None) -> Store:
+def open_store(uri: str, retry: Retry | None = None) -> Store:
     """Opens `gs://` or `s3://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
 
     Backends are imported only when asked for, so that a local run needs no cloud library.
 
     Args:
         uri: where the objects lie; a path may be relative to the working folder or begin with `~`.
-        deadline_seconds: how long one operation on a bucket is retried while the bucket is away; `DEADLINE_SECONDS` if
-            not given.
+        retry: the patience of all operations; they give up after `retry.DEADLINE_SECONDS` if not given.
 
     Raises:
         BadRequestError: a scheme nobody here speaks, a name no bucket can have, or a backend whose extra is missing.
         NoPermissionError: no credentials for the bucket were found.
     """
-    deadline_seconds = DEADLINE_SECONDS if deadline_seconds is None else deadline_seconds
+    retry = retry or Retry()
     scheme, separator, rest = uri.partition("://")
     match scheme.lower() if separator else "file":
         case "file":
-            return _open_local(unquote(rest.removeprefix("localhost")) if separator else uri, uri)
+            return _open_local(unquote(rest.removeprefix("localhost")) if separator else uri, uri, retry)
         case "gs":
-            return _open_gcs(rest, deadline_seconds)
+            return _open_gcs(rest, retry)
         case "s3":
-            return _open_s3(rest, deadline_seconds)
+            return _open_s3(rest, retry)
         case _:
             raise _unknown_scheme(scheme, uri)
 
@@ -76,7 +74,7 @@ def check_uri(uri: str) -> None:
         raise _unknown_scheme(scheme, uri)
 
 
-def _open_local(path: str, uri: str) -> Store:
+def _open_local(path: str, uri: str, retry: Retry) -> Store:
     from job.store.local import LocalStore
 
     if not path or "\0" in path or (path != uri and not path.startswith("/")):
@@ -85,26 +83,26 @@ def _open_local(path: str, uri: str) -> Store:
         path = str(Path(path).expanduser()) if path == uri else path
     except RuntimeError:
         raise BadRequestError(f"{uri!r}: this user has no home folder here: write the path out") from None
-    return LocalStore(Path(os.path.normpath(Path(path).absolute())))
+    return LocalStore(Path(os.path.normpath(Path(path).absolute())), retry)
 
 
-def _open_gcs(rest: str, deadline_seconds: float) -> Store:
+def _open_gcs(rest: str, retry: Retry) -> Store:
     name, prefix = _bucket_and_prefix("gs", rest)
     try:
-        from job.store.gcs import Bucket, GcsStore
+        from job.store.gcs import GcsStore
     except ModuleNotFoundError as error:
         raise _extra_missing("gs", error) from None
-    store = GcsStore(Bucket(name, deadline_seconds))
+    store = GcsStore(name, retry)
     return store.sub(prefix) if prefix else store
 
 
-def _open_s3(rest: str, deadline_seconds: float) -> Store:
+def _open_s3(rest: str, retry: Retry) -> Store:
     name, prefix = _bucket_and_prefix("s3", rest)
     try:
-        from job.store.s3 import Bucket, S3Store
+        from job.store.s3 import S3Store
     except ModuleNotFoundError as error:
         raise _extra_missing("s3", error) from None
-    store = S3Store(Bucket(name, deadline_seconds))
+    store = S3Store(name, retry)
     return store.sub(prefix) if prefix else store
 
 

@@ -7,13 +7,28 @@ lock. Every operation here is one that all backends can do atomically on a singl
 from __future__ import annotations
 
 import abc
+import copy
+import io
+import mimetypes
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, Self, TypeVar, cast
+
+import google_crc32c
 
 from job.exits import BadRequestError, JobError, MissingInputError
+from job.stop import NEVER, Stop
+from job.store.files import disk_error
+from job.store.retry import Retry
+
+R = TypeVar("R")
+
+_REASON_CHARACTERS = 200
+_BLOCK_BYTES = 1 << 20
+_READ_AHEAD_BYTES = 8 << 20
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -56,30 +71,45 @@ class Store(abc.ABC):
     Instances hold connections and must not cross a fork: pass `uri` to the child and call `open_store` there.
 
     Every method raises `ObjectMissingError` (66) for a missing object, `MissingInputError` (66) for a missing bucket,
-    `NoPermissionError` (77), `DiskFullError` (74), and `BucketAwayError` (69) after bounded retries; each message
-    names the object's URI and what to do. A local folder is made with its first object: until then it holds no objects,
-    and listing it is an error, for it may be a misspelt one.
+    `NoPermissionError` (77), `DiskFullError` (74), `BucketAwayError` (69) when `retry` gives up, and `StoppedError`
+    (75) when its stop ends the waiting; each message names the object's URI and what to do. A local folder is made with
+    its first object: until then it holds no objects, and listing it is an error, for it may be a misspelt one.
+
+    A backend implements what begins with an underscore: one attempt each, with keys that are validated. Its clients'
+    errors are told in one place, `_told`; what may pass is a `BucketAwayError`.
     """
 
     uri: str
     """`gs://bucket/prefix` or an absolute local path; no trailing slash. `open_store(uri)` gives an equal store."""
+    retry: Retry
+    """Tries again while the bucket is away; `store.retry(work)` does several operations again as one."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(self, uri: str, retry: Retry | None = None) -> None:
+        """The whole bucket; without `retry` operations give up soon."""
         self.uri = uri.rstrip("/") or "/"
+        self.retry = retry or Retry()
+        self._prefix = ""
 
     def uri_of(self, key: str) -> str:
         """The URI a person or another tool can use for `key`."""
         return f"{self.uri.rstrip('/')}/{validated_key(key)}"
 
-    @abc.abstractmethod
-    def sub(self, prefix: str) -> Store:
-        """The store of everything below `prefix`, sharing this one's connections."""
+    def sub(self, prefix: str) -> Self:
+        """The store of everything below `prefix`, sharing this one's connections and patience."""
+        below = copy.copy(self)
+        below.uri, below._prefix = self.uri_of(prefix), f"{self._prefix}{prefix}/"
+        return below
 
-    @abc.abstractmethod
+    def within(self, seconds: float, stop: Stop = NEVER) -> Self:
+        """The same objects and connections, with operations that give up after `seconds`, or at `stop`."""
+        other = copy.copy(self)
+        other.retry = self.retry.within(seconds, stop)
+        return other
+
     def read(self, key: str) -> Blob:
         """The whole object and its version. For small objects: it is held in memory."""
+        return self._attempt(self._read, validated_key(key))
 
-    @abc.abstractmethod
     def create(self, key: str, data: bytes) -> str:
         """Writes an object that must not exist yet, atomically, and returns its version.
 
@@ -89,8 +119,11 @@ class Store(abc.ABC):
         Raises:
             ObjectExistsError: an object with other content has this key.
         """
+        version = self._attempt(self._written, validated_new_key(key), data, None)
+        if version is None:
+            raise ObjectExistsError(f"{self.uri_of(key)} exists already: somebody else was first")
+        return version
 
-    @abc.abstractmethod
     def replace(self, key: str, data: bytes, version: str) -> str:
         """Writes over exactly `version` of an object (compare-and-swap) and returns the new version.
 
@@ -99,12 +132,15 @@ class Store(abc.ABC):
         Raises:
             ConflictError: the object is gone or has another version.
         """
+        new_version = self._attempt(self._written, validated_new_key(key), data, version)
+        if new_version is None:
+            raise ConflictError(f"{self.uri_of(key)} has changed or is gone: somebody else wrote it")
+        return new_version
 
-    @abc.abstractmethod
     def put(self, key: str, data: bytes) -> None:
         """Writes an object whatever was there before, atomically. Only for hints, status and reports."""
+        self._attempt(self._put, validated_new_key(key), data)
 
-    @abc.abstractmethod
     def upload(self, path: Path, key: str) -> None:
         """Copies a finished local file to a fresh key, verified by crc32c end to end.
 
@@ -114,45 +150,188 @@ class Store(abc.ABC):
         Raises:
             ObjectExistsError: an object with other content has this key.
         """
+        if not self._attempt(self._upload, validated_new_key(key), path):
+            raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: somebody else was first")
 
-    @abc.abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Copies an object to a local file (temporary name, then rename), making its folder if need be.
 
         `path` is whole or absent, whatever happens to this process. It is not forced to the disk: after a power failure
         it may be damaged, and can be fetched again.
         """
+        self._attempt(self._download, validated_key(key), path)
 
-    @abc.abstractmethod
     def open(self, key: str) -> BinaryIO:
-        """A seekable stream over an object, for archives that are too large to hold or copy."""
+        """A seekable stream over an object, for archives that are too large to hold or copy.
 
-    @abc.abstractmethod
+        Each read is tried again at its position; all are of the version that was there at the beginning.
+        """
+        return self._attempt(self._open, validated_key(key))
+
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All objects below the folder `prefix`, recursively, in key order; never from a cache.
 
         A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error. Hidden
         names (`.DS_Store`), folder markers and names with control characters are left out: they are no keys.
         """
+        entries = self._attempt(self._list, folder_key(prefix))
+        return iter(sorted((entry for entry in entries if is_key(entry.key)), key=lambda entry: entry.key))
 
-    @abc.abstractmethod
     def folders(self, prefix: str = "") -> Sequence[str]:
         """Names of the immediate sub-folders of `prefix`, sorted; never from a cache."""
+        return sorted(name for name in self._attempt(self._folders, folder_key(prefix)) if is_key(name))
 
-    @abc.abstractmethod
     def delete(self, key: str) -> None:
         """Removes an object; one that is already gone is no error."""
+        with suppress(ObjectMissingError):
+            self._attempt(self._delete, validated_key(key))
 
-    @abc.abstractmethod
     def exists(self, key: str) -> bool:
         """Whether an object has this key right now; does not read it."""
+        try:
+            self._attempt(self._look, validated_key(key))
+        except ObjectMissingError:
+            return False
+        return True
 
     def sweep(self) -> None:
         """Removes what killed writers left half-written and nobody can see.
 
-        A bucket does so by itself, where a rule of its lifecycle ends multipart uploads.
+        A bucket keeps nothing of the kind.
         """
         return
+
+    def _attempt(self, work: Callable[..., R], key: str, *args: Any) -> R:
+        """Does `work(key, *args)` with this store's patience, and tells what goes wrong as a `JobError`."""
+        uri = f"{self.uri.rstrip('/')}/{key}".rstrip("/")
+
+        def attempt() -> R:
+            try:
+                return work(key, *args)
+            except JobError:
+                raise
+            except Exception as error:
+                if told := self._told(error, uri):
+                    raise told from error
+                if isinstance(error, OSError):
+                    path = next((arg for arg in args if isinstance(arg, Path)), None)
+                    raise disk_error(error, path or uri) from error
+                raise
+
+        return self.retry(attempt)
+
+    def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, int]:
+        """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
+        size_bytes = checksum = 0
+        while block := read(_BLOCK_BYTES):
+            # What fits into a block is read to the end.
+            if size_bytes:
+                self.retry.is_under_way(self.uri_of(key))
+            size_bytes += len(block)
+            checksum = google_crc32c.extend(checksum, block)
+            consume(block)
+        return size_bytes, checksum
+
+    @abc.abstractmethod
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""
+
+    def _written(self, key: str, data: bytes, version: str | None) -> str | None:
+        written = self._write(key, data, version)
+        if written is None:
+            # A write whose answer was lost is refused when it is repeated.
+            with suppress(ObjectMissingError):
+                there = self.read(key)
+                return there.version if there.data == data else None
+        return written
+
+    @abc.abstractmethod
+    def _read(self, key: str) -> Blob: ...
+
+    @abc.abstractmethod
+    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
+        """Writes over `version`, or where nothing is if that is None, and returns the new one; None if it was not."""
+
+    @abc.abstractmethod
+    def _put(self, key: str, data: bytes) -> None: ...
+
+    @abc.abstractmethod
+    def _upload(self, key: str, path: Path) -> bool:
+        """Whether the file's content is there now; False if something else is."""
+
+    @abc.abstractmethod
+    def _download(self, key: str, path: Path) -> None: ...
+
+    @abc.abstractmethod
+    def _open(self, key: str) -> BinaryIO:
+        """The stream: a file, or one of `stream_of`."""
+
+    @abc.abstractmethod
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        """The objects whose keys begin so, with their whole keys, in any order."""
+
+    @abc.abstractmethod
+    def _folders(self, prefix: str) -> Sequence[str]: ...
+
+    @abc.abstractmethod
+    def _delete(self, key: str) -> None: ...
+
+    @abc.abstractmethod
+    def _look(self, key: str) -> None:
+        """Returns if there is an object."""
+
+
+def stream_of(fetch: Callable[[int, int], bytes], size_bytes: int) -> BinaryIO:
+    """A seekable stream over a function that fetches the bytes from `start` to `stop`; it reads ahead."""
+    return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, size_bytes), _READ_AHEAD_BYTES))
+
+
+class _Ranges(io.RawIOBase):
+    def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
+        self._fetch, self._size_bytes = fetch, size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"negative seek position {origin + offset}")
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        # What it inherits would send a request for every 8 KiB.
+        return self._next(self._size_bytes)
+
+    def _next(self, size_bytes: int) -> bytes:
+        stop = min(self._position + size_bytes, self._size_bytes)
+        data = self._fetch(self._position, stop) if stop > self._position else b""
+        self._position += len(data)
+        return data
+
+
+def content_type(key: str) -> str:
+    """What a browser needs to show a report or a picture that somebody clicks on in the bucket."""
+    return mimetypes.guess_type(key)[0] or "application/octet-stream"
+
+
+def one_line(text: str) -> str:
+    """An error's words, short enough for a line of a log."""
+    text = " ".join(text.split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
 
 
 def is_key(name: str) -> bool:

@@ -20,7 +20,7 @@ import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, DiskFullError, JobError, MissingInputError, NoPermissionError
 
-LOCK_SECONDS = 15.0
+LOCK_SECONDS = 5.0
 LOCK_POLL_SECONDS = 0.002
 _ATTEMPTS = 100
 _COPY_BYTES = 1 << 20
@@ -46,10 +46,11 @@ def os_errors(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise _translated(error, where) from error
+        raise disk_error(error, where) from error
 
 
-def _translated(error: OSError, where: object) -> JobError:
+def disk_error(error: OSError, where: object) -> JobError:
+    """See `os_errors`."""
     reason = error.strerror or str(error)
     match error.errno:
         case errno.ENOENT:

@@ -1,351 +1,266 @@
-"""A Google Cloud Storage bucket.
+"""A Google Cloud Storage bucket, and what goes wrong between us and it, told as the errors a person can act on.
 
-google-cloud-storage does all that needs a condition, a deadline or a listing, and uploads; gcsfs reads what is large.
-Each is the faster of the two at what it does here.
+google-cloud-storage does all but the reading of content: a stream of our own hears of a stop between two blocks,
+computes the checksum on the way, and is twice as fast.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-import logging
-import mimetypes
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, suppress
+import re
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
-# Without this gcsfs asks every bucket for its layout over gRPC: a minute lost at an emulator, and a hang after a fork.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 # Without this every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 
-import aiohttp
 import google.auth
-from gcsfs.core import GCSFileSystem
-from google.api_core.exceptions import NotFound, PreconditionFailed
+import requests
+import urllib3
+from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed, from_http_response
 from google.auth.credentials import AnonymousCredentials
-from google.auth.exceptions import DefaultCredentialsError
+from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
+from google.auth.transport.requests import AuthorizedSession
 from google.cloud import storage
-from google.cloud.storage.retry import DEFAULT_RETRY
+from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
-from job.store.base import (
-    Blob,
-    ConflictError,
-    Entry,
-    ObjectExistsError,
-    ObjectMissingError,
-    Store,
-    folder_key,
-    is_key,
-    validated_key,
-    validated_new_key,
-)
-from job.store.files import crc32c_of, os_errors, temporary_beside
-from job.store.gcs_errors import REMOTE, GcsErrors, damaged, is_lost, is_passing, no_credentials
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.store.base import Blob, Entry, ObjectMissingError, Store, content_type, one_line, stream_of
+from job.store.files import crc32c_of, temporary_beside
+from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
 _CONNECTIONS = 64
-_CHUNK_BYTES = 128 << 20
+_CHUNK_BYTES = 64 << 20
 _CHUNK_MULTIPLE_BYTES = 256 << 10
-_RANGE_BYTES = 8 << 20
-_SLOWEST_BYTES_PER_SECOND = 256 << 10
 
-# It prints a traceback for every error that is translated here.
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-
-
-class Bucket:
-    """The connections to one bucket, which all stores in it share."""
-
-    def __init__(self, name: str, deadline_seconds: float) -> None:
-        """Finds credentials, but sends nothing yet; with `STORAGE_EMULATOR_HOST` set it needs none.
-
-        Raises:
-            NoPermissionError: there are no credentials.
-        """
-        try:
-            emulated = "STORAGE_EMULATOR_HOST" in os.environ
-            credentials = AnonymousCredentials() if emulated else google.auth.default(scopes=[_SCOPE])[0]
-        except DefaultCredentialsError as error:
-            raise no_credentials(f"gs://{name}", str(error)) from error
-        self.name = name
-        self.client = storage.Client(project=None, credentials=credentials)
-        for scheme in ("http://", "https://"):
-            # More threads than connections would make urllib3 throw connections away, and complain of it.
-            self.client._http.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
-        self.handle = self.client.bucket(name)
-        # Half the deadline, so that a server that accepts and then keeps silent gets a second chance.
-        self.silence_seconds = deadline_seconds / 2
-        self.files = GCSFileSystem(
-            token=credentials,
-            use_listings_cache=False,
-            skip_instance_cache=True,
-            requests_timeout=aiohttp.ClientTimeout(
-                total=None, sock_connect=self.silence_seconds, sock_read=self.silence_seconds
-            ),
-        )
-        self.deadline_seconds = deadline_seconds
-        self.patience = self.patience_for(0)
-        self.errors = GcsErrors(name, deadline_seconds, self.exists)
-        self._seen = False
-
-    def exists(self) -> bool:
-        """Whether the bucket is there. Asks by listing: the role that trains may not read a bucket's own metadata."""
-        if not self._seen:
-            try:
-                any(self.client.list_blobs(self.name, max_results=1, fields="items(name)", **self.patience))
-            except NotFound:
-                return False
-            self._seen = True
-        return True
-
-    def patience_for(self, size_bytes: int) -> dict[str, Any]:
-        """How google-cloud-storage is to try again, as arguments of a call that sends `size_bytes`."""
-        retry = DEFAULT_RETRY.with_delay(initial=0.25, maximum=8.0, multiplier=2.0)
-        return {"timeout": self.silence_seconds, "retry": retry.with_timeout(self.transfer_seconds(size_bytes))}
-
-    def transfer_seconds(self, size_bytes: int) -> float:
-        """How long `size_bytes` may take with all attempts."""
-        return self.deadline_seconds + size_bytes / _SLOWEST_BYTES_PER_SECOND
+_REMOTE = (
+    GoogleAPIError,
+    GoogleAuthError,
+    DataCorruption,
+    requests.RequestException,
+    urllib3.exceptions.HTTPError,
+    ConnectionError,
+    TimeoutError,
+)
+_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
+_REQUEST = re.compile(r"^\d{3} [A-Z]+ \S+: ")
 
 
 class GcsStore(Store):
     """Objects of a bucket whose names begin with a prefix. Versions are generations."""
 
-    def __init__(self, bucket: Bucket, prefix: str = "") -> None:
-        """The store of everything below the folder `prefix`."""
-        super().__init__(f"gs://{bucket.name}/{prefix}")
-        self._bucket = bucket
-        self._prefix = folder_key(prefix)
+    def __init__(self, bucket: str, retry: Retry) -> None:
+        """Finds credentials, but sends nothing yet; with `STORAGE_EMULATOR_HOST` set it needs none.
 
-    def sub(self, prefix: str) -> GcsStore:
-        """A folder in the same bucket."""
-        return GcsStore(self._bucket, f"{self._prefix}{validated_key(prefix)}")
+        Raises:
+            NoPermissionError: there are no credentials.
+        """
+        super().__init__(f"gs://{bucket}", retry)
+        self._bucket_uri = self.uri
+        try:
+            emulated = "STORAGE_EMULATOR_HOST" in os.environ
+            credentials = AnonymousCredentials() if emulated else google.auth.default(scopes=[_SCOPE])[0]
+        except DefaultCredentialsError as error:
+            raise self._no_credentials(str(error)) from error
+        self._session = AuthorizedSession(credentials)
+        for scheme in ("http://", "https://"):
+            # More threads than connections would make urllib3 throw connections away, and complain of it.
+            self._session.mount(scheme, HTTPAdapter(pool_maxsize=_CONNECTIONS))
+        self._client = storage.Client(project=None, credentials=credentials, _http=self._session)
+        self._bucket = self._client.bucket(bucket)
+        self._is_there = threading.Event()
+        """Set once the bucket was seen to be there."""
 
-    def read(self, key: str) -> Blob:
-        """One request; the generation comes with the bytes."""
-        with self._errors(key):
-            blob = self._blob(key)
-            data = blob.download_as_bytes(checksum="crc32c", **self._bucket.patience)
-            return Blob(data, str(blob.generation))
+    def _read(self, key: str) -> Blob:
+        content = io.BytesIO()
+        headers = self._fetch(key, content.write)
+        return Blob(content.getvalue(), headers["X-Goog-Generation"])
 
-    def create(self, key: str, data: bytes) -> str:
-        """A write on the condition that there is no generation yet."""
-        with self._errors(key):
-            try:
-                return self._write(key, data, if_generation_match=0)
-            except PreconditionFailed:
-                if version := self._own_write(key, data):
-                    return version
-                raise ObjectExistsError(f"{self.uri_of(key)} exists already: somebody else was first") from None
+    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
+        try:
+            return self._send(key, data, if_generation_match=int(version or 0))
+        except PreconditionFailed:
+            return None
 
-    def replace(self, key: str, data: bytes, version: str) -> str:
-        """A write on the condition that the generation is `version`."""
-        with self._errors(key):
-            try:
-                return self._write(key, data, if_generation_match=int(version))
-            except PreconditionFailed:
-                if own_version := self._own_write(key, data):
-                    return own_version
-                raise ConflictError(f"{self.uri_of(key)} has changed or is gone: somebody else wrote it") from None
+    def _put(self, key: str, data: bytes) -> None:
+        self._send(key, data)
 
-    def put(self, key: str, data: bytes) -> None:
-        """A write on no condition."""
-        with self._errors(key):
-            self._write(key, data)
-
-    def upload(self, path: Path, key: str) -> None:
-        """One resumable upload, in a single chunk up to 128 MiB; the bucket compares the crc32c declared with it."""
-        blob = self._blob(validated_new_key(key))
-        with os_errors(path):
-            file, size_bytes = path.open("rb"), path.stat().st_size
-        with file, os_errors(path), self._errors(key):
+    def _upload(self, key: str, path: Path) -> bool:
+        # The bucket compares the crc32c that is declared.
+        blob = self._blob(key)
+        with path.open("rb") as file:
             blob.crc32c = crc32c = _encoded(crc32c_of(file))
+            size_bytes = file.tell()
             blob.chunk_size = min(_CHUNK_BYTES, (size_bytes // _CHUNK_MULTIPLE_BYTES + 1) * _CHUNK_MULTIPLE_BYTES)
             file.seek(0)
-            arrived = False
-
-            def is_to_be_repeated(error: Exception) -> bool:
-                # An upload whose answer was lost cannot be repeated everywhere; that it arrived can be seen.
-                nonlocal arrived
-                arrived = is_lost(error) and self._holds(key, size_bytes, crc32c)
-                return is_passing(error) and not arrived
-
-            patience = self._bucket.patience_for(min(size_bytes, _CHUNK_BYTES))
-            patience["retry"] = patience["retry"].with_predicate(is_to_be_repeated)
             try:
                 blob.upload_from_file(
                     file,
                     size=size_bytes,
-                    content_type=_content_type(key),
+                    content_type=content_type(key),
                     if_generation_match=0,
                     checksum="crc32c",
-                    **patience,
+                    **self._once,
                 )
             except PreconditionFailed:
-                blob.reload(**self._bucket.patience)
-                if (blob.size, blob.crc32c) != (size_bytes, crc32c):
-                    raise ObjectExistsError(
-                        f"{self.uri_of(key)} exists already with other content: somebody else was first"
-                    ) from None
-            except Exception:
-                if not arrived:
-                    raise
-                return
-            if blob.crc32c != crc32c:
-                blob.delete(if_generation_match=blob.generation, **self._bucket.patience)
-                raise damaged(self.uri_of(key))
+                blob.reload(**self._once)
+                return (blob.size, blob.crc32c) == (size_bytes, crc32c)
+        if blob.crc32c != crc32c:
+            blob.delete(if_generation_match=blob.generation, **self._once)
+            raise _damaged(self.uri_of(key))
+        return True
 
-    def download(self, key: str, path: Path) -> None:
-        """Fetches with gcsfs, and compares with the crc32c that the bucket keeps."""
-        with os_errors(path), self._errors(key):
-            blob = self._blob(key)
-            blob.reload(**self._bucket.patience)
-            with temporary_beside(path) as (temporary, file):
-                self._bucket.files.get_file(
-                    f"{self._bucket.name}/{blob.name}",
-                    str(temporary),
-                    # With headers of its own it streams; else it fetches ranges into memory, at half the speed.
-                    headers={},
-                    timeout=self._bucket.transfer_seconds(blob.size),
-                )
-                if _encoded(crc32c_of(file)) != blob.crc32c:
-                    raise damaged(self.uri_of(key))
-                temporary.replace(path)
+    def _download(self, key: str, path: Path) -> None:
+        with temporary_beside(path) as (temporary, file):
+            self._fetch(key, file.write)
+            file.flush()
+            temporary.replace(path)
 
-    def open(self, key: str) -> BinaryIO:
-        """Reads ranges of one generation: gcsfs's own files take hundreds of MB, and raise errors of their own."""
-        with self._errors(key):
-            blob = self._blob(key)
-            blob.reload(**self._bucket.patience)
+    def _open(self, key: str) -> BinaryIO:
+        blob = self._blob(key)
+        blob.reload(**self._once)
+        return stream_of(partial(self._attempt, self._range, key, blob.generation), blob.size)
 
-        def fetch(start: int, stop: int) -> bytes:
-            with self._errors(key):
-                return self._bucket.files.cat_file(
-                    f"{self._bucket.name}/{blob.name}",
-                    start=start,
-                    end=stop,
-                    generation=blob.generation,
-                    timeout=self._bucket.transfer_seconds(stop - start),
-                )
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        blobs = self._client.list_blobs(
+            self._bucket.name, prefix=self._prefix + prefix, fields="items(name,size),nextPageToken", **self._once
+        )
+        return [Entry(blob.name.removeprefix(self._prefix), blob.size) for blob in blobs]
 
-        return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, blob.size), _RANGE_BYTES))
+    def _folders(self, prefix: str) -> Sequence[str]:
+        start = self._prefix + prefix
+        pages = self._client.list_blobs(
+            self._bucket.name, prefix=start, delimiter="/", fields="prefixes,nextPageToken", **self._once
+        )
+        # The prefixes are gathered while the items, of which none are asked for, go by.
+        list(pages)
+        return [folder.removeprefix(start).removesuffix("/") for folder in pages.prefixes]
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Pages of a thousand, fetched as they are needed."""
-        start = f"{self._prefix}{folder_key(prefix)}"
-        with self._bucket.errors.about(self.uri):
-            for blob in self._bucket.client.list_blobs(
-                self._bucket.name, prefix=start, fields="items(name,size),nextPageToken", **self._bucket.patience
-            ):
-                key = blob.name.removeprefix(self._prefix)
-                if is_key(key):
-                    yield Entry(key, blob.size)
+    def _delete(self, key: str) -> None:
+        self._blob(key).delete(**self._once)
 
-    def folders(self, prefix: str = "") -> Sequence[str]:
-        """What Google calls prefixes."""
-        start = f"{self._prefix}{folder_key(prefix)}"
-        with self._bucket.errors.about(self.uri):
-            pages = self._bucket.client.list_blobs(
-                self._bucket.name, prefix=start, delimiter="/", fields="prefixes,nextPageToken", **self._bucket.patience
-            )
-            # The prefixes are gathered while the items, of which none are asked for, go by.
-            list(pages)
-        names = (folder.removeprefix(start).removesuffix("/") for folder in pages.prefixes)
-        return sorted(name for name in names if is_key(name))
+    def _look(self, key: str) -> None:
+        self._blob(key).reload(**self._once)
 
-    def delete(self, key: str) -> None:
-        """Deletes whatever generation there is."""
-        with suppress(ObjectMissingError), self._errors(key):
-            self._blob(key).delete(**self._bucket.patience)
-
-    def exists(self, key: str) -> bool:
-        """Asks for nothing but the name."""
-        with self._errors(key):
-            if self._blob(key).exists(**self._bucket.patience):
-                return True
-        missing = self._bucket.errors.missing(self.uri_of(key))
-        if isinstance(missing, ObjectMissingError):
-            return False
-        raise missing
-
-    def _errors(self, key: str) -> AbstractContextManager[None]:
-        return self._bucket.errors.about(self.uri_of(key))
+    @property
+    def _once(self) -> dict[str, Any]:
+        """How a request is sent, as arguments of google-cloud-storage: its own retries know nothing of ours."""
+        return {"timeout": self.retry.silence_seconds, "retry": None}
 
     def _blob(self, key: str) -> storage.Blob:
-        return self._bucket.handle.blob(f"{self._prefix}{validated_key(key)}")
+        return self._bucket.blob(self._prefix + key)
 
-    def _write(self, key: str, data: bytes, **condition: int) -> str:
-        blob = self._blob(validated_new_key(key))
-        blob.upload_from_string(
-            data, content_type=_content_type(key), checksum="crc32c", **condition, **self._bucket.patience
-        )
+    def _send(self, key: str, data: bytes, **condition: int) -> str:
+        blob = self._blob(key)
+        blob.upload_from_string(data, content_type=content_type(key), checksum="crc32c", **condition, **self._once)
         return str(blob.generation)
 
-    def _holds(self, key: str, size_bytes: int, crc32c: str) -> bool:
-        """Whether the object is there with this content; one that cannot be asked about is not."""
-        blob = self._blob(key)
-        with suppress(*REMOTE):
-            # Asked after each attempt at an upload: as long as that, it would double the deadline.
-            blob.reload(timeout=self._bucket.silence_seconds / 2, retry=None)
-        return (blob.size, blob.crc32c) == (size_bytes, crc32c)
+    def _range(self, key: str, generation: int, start: int, stop: int) -> bytes:
+        content = io.BytesIO()
+        self._fetch(key, content.write, generation=generation, start=start, stop=stop)
+        return content.getvalue()
 
-    def _own_write(self, key: str, data: bytes) -> str | None:
-        """The object's version if it holds `data`: a write whose answer was lost is refused when it is repeated."""
-        with suppress(ObjectMissingError):
-            there = self.read(key)
-            return there.version if there.data == data else None
-        return None
+    def _fetch(
+        self,
+        key: str,
+        consume: Callable[[bytes], object],
+        *,
+        generation: int | None = None,
+        start: int = 0,
+        stop: int | None = None,
+    ) -> Mapping[str, str]:
+        """Streams the content, or the bytes from `start` to `stop`, and returns the headers of the answer.
+
+        Raises:
+            BucketAwayError: less arrived, or, of the whole content, something else than the bucket's crc32c says.
+        """
+        url, uri = f"{self._client.api_endpoint}/download/storage/v1{self._blob(key).path}", self.uri_of(key)
+        parameters = {"alt": "media"} | ({"generation": str(generation)} if generation else {})
+        headers = {"Range": f"bytes={start}-{stop - 1}"} if stop is not None else {}
+        timeout = self.retry.silence_seconds
+        with self._session.get(url, params=parameters, headers=headers, stream=True, timeout=timeout) as answer:
+            if not answer.ok:
+                raise from_http_response(answer)
+            size_bytes, checksum = self._consume(key, answer.raw.read, consume)
+            if stop is None:
+                whole = f"crc32c={_encoded(checksum)}" in answer.headers["X-Goog-Hash"]
+            else:
+                whole = size_bytes == stop - start
+            if not whole:
+                raise _damaged(uri)
+            return answer.headers
+
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        if not isinstance(error, _REMOTE):
+            return None
+        status, reason = _status(error), _reason(error)
+        if status == 404:
+            return self._missing(uri)
+        if status in (401, 403):
+            permission = _PERMISSION.search(str(error))
+            return NoPermissionError(
+                f"{uri}: no permission{f' {permission[0]}' if permission else ''} ({reason}): grant the account in use "
+                f"roles/storage.objectUser on {self._bucket_uri}"
+            )
+        if isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError)):
+            return self._no_credentials(reason)
+        if isinstance(error, DataCorruption):
+            return _damaged(uri)
+        if status is not None and 400 <= status < 500 and status not in (408, 429):
+            return BadRequestError(f"{uri}: Google Cloud Storage refused with {status}: {reason}")
+        return BucketAwayError(f"{uri}: the bucket is away ({reason}): check the network")
+
+    def _missing(self, uri: str) -> MissingInputError:
+        """What a 404 about `uri` means: Google answers so for a missing bucket, too."""
+        if not self._is_there.is_set():
+            try:
+                # By listing: the role that trains may not read a bucket's own metadata.
+                any(self._client.list_blobs(self._bucket.name, max_results=1, fields="items(name)", **self._once))
+                self._is_there.set()
+            except NotFound:
+                return MissingInputError(
+                    f"no bucket {self._bucket_uri}: check the name, or make it with "
+                    f"`gcloud storage buckets create {self._bucket_uri}`"
+                )
+            except _REMOTE:
+                # Who may not list cannot tell; the object is missing all the same.
+                pass
+        return ObjectMissingError(f"no object at {uri}")
+
+    def _no_credentials(self, reason: str) -> NoPermissionError:
+        return NoPermissionError(
+            f"{self._bucket_uri}: no usable Google credentials ({reason}): run `gcloud auth application-default "
+            "login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
+        )
 
 
-class _Ranges(io.RawIOBase):
-    """A seekable file over a function that fetches the bytes from `start` to `stop`."""
+def _damaged(uri: str) -> BucketAwayError:
+    return BucketAwayError(f"{uri}: the bytes were damaged on the way (crc32c differs): check the network")
 
-    def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._fetch = fetch
-        self._size_bytes = size_bytes
-        self._position = 0
 
-    def readable(self) -> bool:
-        return True
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an answer; None if there was none."""
+    response = getattr(error, "response", None)
+    code = getattr(error, "code", None) or getattr(response, "status_code", None)
+    return int(code) if code else None
 
-    def seekable(self) -> bool:
-        return True
 
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        if origin + offset < 0:
-            raise ValueError(f"negative seek position {origin + offset}")
-        self._position = origin + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        # What it inherits would send a request for every 8 KiB.
-        return self._next(self._size_bytes)
-
-    def _next(self, size_bytes: int) -> bytes:
-        stop = min(self._position + size_bytes, self._size_bytes)
-        data = self._fetch(self._position, stop) if stop > self._position else b""
-        self._position += len(data)
-        return data
+def _reason(error: BaseException) -> str:
+    """One short line: the server's own words, or the innermost cause (`Connection refused`, not a nest of classes)."""
+    if _status(error) is not None:
+        return one_line(_REQUEST.sub("", str(error)))
+    while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    return "timed out" if isinstance(error, TimeoutError) else one_line(str(error) or type(error).__name__)
 
 
 def _encoded(crc32c: int) -> str:
     """The checksum as Google writes it."""
     return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
-
-
-def _content_type(key: str) -> str:
-    """What a browser needs to show a report or a picture that somebody clicks on in the bucket."""
-    return mimetypes.guess_type(key)[0] or "application/octet-stream"

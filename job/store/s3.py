@@ -1,305 +1,345 @@
 """An S3 bucket, of Amazon's or of any server that knows conditional writes (If-None-Match and If-Match).
 
-Every object carries the crc32c of its whole content in its metadata: S3's own checksum of an object that went up in
-parts is one of the parts, and servers differ in what they keep. S3's own guards each request on the way up.
+Every object goes up in one request, which S3 takes up to 5 GB: it is guarded by a crc32c and, in its signature, by the
+SHA-256 of the content. Every object carries the crc32c in its metadata as well: servers differ in what they keep.
+
+What goes wrong is told as the errors a person can act on. The words of a server that refuses credentials are never
+repeated: they may hold the key that it refused.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
 import io
-import mimetypes
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
+from urllib.parse import urlsplit
 
+import botocore.session
 import google_crc32c
-from botocore.exceptions import ClientError
-from fsspec.spec import AbstractBufferedFile
-
-from job.exits import BucketAwayError
-from job.store.base import (
-    Blob,
-    ConflictError,
-    Entry,
-    ObjectExistsError,
-    ObjectMissingError,
-    Store,
-    folder_key,
-    is_key,
-    validated_key,
-    validated_new_key,
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    IncompleteReadError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
 )
-from job.store.files import crc32c_of, os_errors, temporary_beside
-from job.store.s3_client import Bucket
-from job.store.s3_errors import code_of, damaged, is_passing, status_of
+from botocore.exceptions import ConnectionError as BotoConnectionError
+from botocore.parsers import ResponseParserError
 
-__all__ = ["Bucket", "S3Store"]
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.store.base import Blob, Entry, ObjectMissingError, Store, content_type, is_key, one_line, stream_of
+from job.store.files import crc32c_of, temporary_beside
+from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
-_PART_BYTES = 8 << 20
-_MOST_PARTS = 10_000
-_PARTS_AT_ONCE = 4
-_UPLOAD_ATTEMPTS = 3
-_RANGE_BYTES = 8 << 20
+_CONNECTIONS = 64
 _LISTINGS_AT_ONCE = 16
+
+_CONNECTION = (
+    BotoConnectionError,
+    HTTPClientError,
+    IncompleteReadError,
+    ResponseParserError,
+    ConnectionError,
+    TimeoutError,
+)
+_CREDENTIALS = (
+    CredentialRetrievalError,
+    NoAuthTokenError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSOError,
+    TokenRetrievalError,
+)
+_CREDENTIAL_CODES = {
+    "AuthorizationHeaderMalformed",
+    "ExpiredToken",
+    "InvalidAccessKeyId",
+    "InvalidToken",
+    "SignatureDoesNotMatch",
+    "TokenRefreshRequired",
+}
+_DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
+_PASSING_CODES = {"ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown"}
+_PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
+_PERMISSION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
 class S3Store(Store):
     """Objects of a bucket whose names begin with a prefix. Versions are ETags."""
 
-    def __init__(self, bucket: Bucket, prefix: str = "") -> None:
-        """The store of everything below the folder `prefix`."""
-        super().__init__(f"{bucket.uri}/{prefix}")
-        self._bucket = bucket
-        self._prefix = folder_key(prefix)
+    def __init__(self, bucket: str, retry: Retry) -> None:
+        """Finds credentials and endpoint as the AWS command line does, but sends nothing to the bucket yet.
 
-    def sub(self, prefix: str) -> S3Store:
-        """A folder in the same bucket."""
-        return S3Store(self._bucket, f"{self._prefix}{validated_key(prefix)}")
-
-    def read(self, key: str) -> Blob:
-        """One request; the ETag comes with the bytes."""
-        name, content = self._name(key), io.BytesIO()
-        with self._errors(key):
-            answer = self._bucket.get(name, content.write)
-            self._verify(key, answer, content)
-        return Blob(content.getvalue(), answer["ETag"])
-
-    def create(self, key: str, data: bytes) -> str:
-        """A write on the condition that there is no object yet."""
-        with self._errors(key):
-            try:
-                return self._write(key, data, IfNoneMatch="*")
-            except ClientError as error:
-                if status_of(error) != 412:
-                    raise
-                if version := self._own_write(key, data):
-                    return version
-                raise ObjectExistsError(f"{self.uri_of(key)} exists already: somebody else was first") from None
-
-    def replace(self, key: str, data: bytes, version: str) -> str:
-        """A write on the condition that the ETag is `version`."""
-        with self._errors(key):
-            try:
-                return self._write(key, data, IfMatch=version)
-            except ClientError as error:
-                if status_of(error) != 412 and code_of(error) != "NoSuchKey":
-                    raise
-                if own_version := self._own_write(key, data):
-                    return own_version
-                raise ConflictError(f"{self.uri_of(key)} has changed or is gone: somebody else wrote it") from None
-
-    def put(self, key: str, data: bytes) -> None:
-        """A write on no condition."""
-        with self._errors(key):
-            self._write(key, data)
-
-    def upload(self, path: Path, key: str) -> None:
-        """One request up to 8 MiB, else parts, four at a time; the bucket compares the crc32c declared with each."""
-        self._name(validated_new_key(key))
-        with os_errors(path):
-            file = path.open("rb")
-        with file, os_errors(path), self._errors(key):
-            crc32c, size_bytes = _encoded(crc32c_of(file)), file.tell()
-            for _ in range(_UPLOAD_ATTEMPTS):
-                try:
-                    if size_bytes <= _PART_BYTES:
-                        self._write(key, os.pread(file.fileno(), size_bytes, 0), IfNoneMatch="*")
-                    else:
-                        self._write_parts(key, file, size_bytes, crc32c)
-                    return
-                except ClientError as error:
-                    if status_of(error) not in (409, 412) and code_of(error) != "NoSuchUpload":
-                        raise
-                # Without an object the refusal came from another writer who failed: S3 wants the parts once more.
-                with suppress(ObjectMissingError):
-                    there = self._head(key)
-                    if (there["ContentLength"], there["Metadata"].get(_CRC32C)) == (size_bytes, crc32c):
-                        return
-                    raise ObjectExistsError(
-                        f"{self.uri_of(key)} exists already with other content: somebody else was first"
-                    )
-            raise BucketAwayError(f"{self.uri_of(key)}: others kept writing and deleting it: try again")
-
-    def download(self, key: str, path: Path) -> None:
-        """One stream of one version, compared with the crc32c that was uploaded with it."""
-        there = self._head(key)
-        with os_errors(path), self._errors(key), temporary_beside(path) as (temporary, file):
-            self._bucket.get(self._name(key), file.write, stop=there["ContentLength"], version=there["ETag"])
-            file.flush()
-            self._verify(key, there, file)
-            temporary.replace(path)
-
-    def open(self, key: str) -> BinaryIO:
-        """Reads ranges of one version."""
-        there = self._head(key)
-
-        def fetch(start: int, stop: int) -> bytes:
-            content = io.BytesIO()
-            with self._errors(key):
-                self._bucket.get(self._name(key), content.write, start=start, stop=stop, version=there["ETag"])
-            return content.getvalue()
-
-        return cast(BinaryIO, _Ranges(fetch, there["ContentLength"]))
-
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """Pages of a thousand, put in order: directory buckets and some servers list in an order of their own."""
-        start = f"{self._prefix}{folder_key(prefix)}"
-        with self._bucket.errors.about(self.uri):
-            entries = [
-                Entry(content["Key"].removeprefix(self._prefix), content["Size"])
-                for page in self._pages(start)
-                for content in page.get("Contents", [])
-            ]
-        return iter(sorted((entry for entry in entries if is_key(entry.key)), key=lambda entry: entry.key))
-
-    def folders(self, prefix: str = "") -> Sequence[str]:
-        """What S3 calls common prefixes, each looked into: some servers go on listing a folder that was emptied."""
-        start = f"{self._prefix}{folder_key(prefix)}"
-
-        def has_objects(name: str) -> bool:
-            return bool(self._bucket.call("list_objects_v2", Prefix=f"{start}{name}/", MaxKeys=1).get("Contents"))
-
-        with self._bucket.errors.about(self.uri), ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
-            found = [
-                folder["Prefix"].removeprefix(start).removesuffix("/")
-                for page in self._pages(start, Delimiter="/")
-                for folder in page.get("CommonPrefixes", [])
-            ]
-            names = sorted(name for name in found if is_key(name))
-            return [name for name, there in zip(names, pool.map(has_objects, names), strict=True) if there]
-
-    def delete(self, key: str) -> None:
-        """Deletes whatever version there is."""
-        with suppress(ObjectMissingError), self._errors(key):
-            self._bucket.call("delete_object", Key=self._name(key))
-
-    def exists(self, key: str) -> bool:
-        """Asks for the headers alone."""
-        try:
-            self._head(key)
-        except ObjectMissingError:
-            return False
-        return True
-
-    def _errors(self, key: str) -> AbstractContextManager[None]:
-        return self._bucket.errors.about(self.uri_of(key))
-
-    def _name(self, key: str) -> str:
-        return f"{self._prefix}{validated_key(key)}"
-
-    def _head(self, key: str) -> dict[str, Any]:
-        name = self._name(key)
-        with self._errors(key):
-            try:
-                return self._bucket.call("head_object", Key=name, ChecksumMode="ENABLED")
-            except ClientError as error:
-                if not is_passing(error) and status_of(error) not in (404, 412):
-                    # A HEAD request is answered with a bare number; this one tells wrong keys from missing rights.
-                    self._bucket.call("get_object", Key=name, Range="bytes=0-0")
-                raise
-
-    def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
-        page = self._bucket.call("list_objects_v2", Prefix=start, **arguments)
-        yield page
-        while page["IsTruncated"]:
-            token = page["NextContinuationToken"]
-            page = self._bucket.call("list_objects_v2", Prefix=start, ContinuationToken=token, **arguments)
-            yield page
-
-    def _write(self, key: str, data: bytes, **condition: str) -> str:
-        name, crc32c = self._name(validated_new_key(key)), _encoded(google_crc32c.value(data))
-        answer = self._bucket.call(
-            "put_object", Key=name, Body=data, ChecksumCRC32C=crc32c, **_described(key, crc32c), **condition
+        Raises:
+            NoPermissionError: there are no credentials.
+            BadRequestError: the endpoint or another setting makes no sense.
+        """
+        super().__init__(f"s3://{bucket}", retry)
+        self._bucket, self._bucket_uri = bucket, self.uri
+        config = Config(
+            connect_timeout=retry.silence_seconds,
+            read_timeout=retry.silence_seconds,
+            max_pool_connections=_CONNECTIONS,
+            retries={"total_max_attempts": 1},
+            # We send and compare crc32c ourselves; older servers choke on the trailers that botocore would add.
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
         )
-        if not _arrived(answer, data):
-            self._bucket.call("delete_object", Key=name, IfMatch=answer["ETag"])
-            raise damaged(self.uri_of(key))
-        return answer["ETag"]
-
-    def _write_parts(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> None:
-        """Sends a file in parts, of which nothing is visible until the last request puts them together."""
-        part_bytes = max(_PART_BYTES, -(-size_bytes // _MOST_PARTS))
-        upload = {"Key": self._name(key)}
-        upload["UploadId"] = self._bucket.call(
-            "create_multipart_upload", **upload, ChecksumAlgorithm="CRC32C", **_described(key, crc32c)
-        )["UploadId"]
-
-        def send(number: int) -> dict[str, Any]:
-            data = os.pread(file.fileno(), part_bytes, (number - 1) * part_bytes)
-            checksum = {"ChecksumCRC32C": _encoded(google_crc32c.value(data))}
-            answer = self._bucket.call("upload_part", **upload, PartNumber=number, Body=data, **checksum)
-            if not _arrived(answer, data):
-                raise damaged(self.uri_of(key))
-            return {"PartNumber": number, "ETag": answer["ETag"], **checksum}
-
+        session = botocore.session.Session()
         try:
-            with ThreadPoolExecutor(_PARTS_AT_ONCE) as pool:
-                parts = list(pool.map(send, range(1, -(-size_bytes // part_bytes) + 1)))
-            self._bucket.call("complete_multipart_upload", **upload, MultipartUpload={"Parts": parts}, IfNoneMatch="*")
-        except Exception as error:
-            if not is_passing(error):
-                # Parts that are left behind cost money; a bucket that is away cannot be told so.
-                with suppress(Exception):
-                    self._bucket.once("abort_multipart_upload", **upload)
+            if session.get_credentials() is None:
+                raise self._no_credentials("none were found")
+            self._client = session.create_client("s3", config=config)
+            is_usable = urlsplit(self._client.meta.endpoint_url).username is None
+        except (BotoCoreError, ValueError) as error:
+            if told := self._told(error, self.uri):
+                raise told from error
+            is_usable = False
+        if not is_usable:
+            raise BadRequestError(
+                f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password, such as "
+                "http://localhost:9000"
+            )
+
+    def _read(self, key: str) -> Blob:
+        content = io.BytesIO()
+        etag = self._fetch(key, content.write)
+        return Blob(content.getvalue(), etag)
+
+    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
+        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+        try:
+            return self._send(key, data, google_crc32c.value(data), **condition)
+        except ClientError as error:
+            if _status(error) == 412 or (version is not None and _code(error) == "NoSuchKey"):
+                return None
             raise
 
-    def _own_write(self, key: str, data: bytes) -> str | None:
-        """The object's version if it holds `data`: a write whose answer was lost is refused when it is repeated."""
-        with suppress(ObjectMissingError):
-            there = self.read(key)
-            return there.version if there.data == data else None
-        return None
+    def _put(self, key: str, data: bytes) -> None:
+        self._send(key, data, google_crc32c.value(data))
 
-    def _verify(self, key: str, answer: dict[str, Any], content: BinaryIO) -> None:
-        """Compares what came down with what was declared when it went up, or else with what the server knows of it."""
-        content.seek(0)
-        if crc32c := answer["Metadata"].get(_CRC32C) or _crc32c_kept(answer):
-            whole = _encoded(crc32c_of(content)) == crc32c
-        elif md5 := _md5_kept(answer):
-            digest = hashlib.file_digest(cast(Any, content), lambda: hashlib.md5(usedforsecurity=False))
-            whole = digest.hexdigest() == md5
-        else:
-            whole = True
-        if not whole:
-            raise damaged(self.uri_of(key))
+    def _upload(self, key: str, path: Path) -> bool:
+        with path.open("rb") as file:
+            checksum, size_bytes = crc32c_of(file), file.tell()
+            file.seek(0)
+            watched = _Watched(file, partial(self.retry.is_under_way, self.uri_of(key)))
+            try:
+                self._send(key, watched, checksum, IfNoneMatch="*")
+            except ClientError as error:
+                if _status(error) != 412:
+                    raise
+                there = self._head(key)
+                return (there["ContentLength"], there["Metadata"].get(_CRC32C)) == (size_bytes, _encoded(checksum))
+        return True
+
+    def _download(self, key: str, path: Path) -> None:
+        with temporary_beside(path) as (temporary, file):
+            self._fetch(key, file.write)
+            file.flush()
+            temporary.replace(path)
+
+    def _open(self, key: str) -> BinaryIO:
+        there = self._head(key)
+        return stream_of(partial(self._attempt, self._range, key, there["ETag"]), there["ContentLength"])
+
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        return [
+            Entry(content["Key"].removeprefix(self._prefix), content["Size"])
+            for page in self._pages(self._prefix + prefix)
+            for content in page.get("Contents", [])
+        ]
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        start = self._prefix + prefix
+        found = [
+            folder["Prefix"].removeprefix(start).removesuffix("/")
+            for page in self._pages(start, Delimiter="/")
+            for folder in page.get("CommonPrefixes", [])
+        ]
+
+        def has_objects(name: str) -> bool:
+            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=f"{start}{name}/", MaxKeys=1)
+            return bool(page.get("Contents"))
+
+        # Some servers go on listing a folder that was emptied.
+        names = [name for name in found if is_key(name)]
+        with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
+            return [name for name, there in zip(names, pool.map(has_objects, names), strict=True) if there]
+
+    def _delete(self, key: str) -> None:
+        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+
+    def _look(self, key: str) -> None:
+        self._head(key)
+
+    def _head(self, key: str) -> dict[str, Any]:
+        name = self._prefix + key
+        try:
+            return self._client.head_object(Bucket=self._bucket, Key=name)
+        except ClientError as error:
+            if not _is_passing(error) and _status(error) not in (404, 412):
+                # A HEAD request is answered with a bare number; this one tells wrong keys from missing rights.
+                self._client.get_object(Bucket=self._bucket, Key=name, Range="bytes=0-0")
+            raise
+
+    def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
+        paginator = self._client.get_paginator("list_objects_v2")
+        return iter(paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments))
+
+    def _send(self, key: str, body: bytes | _Watched, checksum: int, **condition: str) -> str:
+        crc32c = _encoded(checksum)
+        answer = self._client.put_object(
+            Bucket=self._bucket,
+            Key=self._prefix + key,
+            Body=body,
+            ContentType=content_type(key),
+            ChecksumCRC32C=crc32c,
+            Metadata={_CRC32C: crc32c},
+            **condition,
+        )
+        return str(answer["ETag"])
+
+    def _range(self, key: str, etag: str, start: int, stop: int) -> bytes:
+        content = io.BytesIO()
+        self._fetch(key, content.write, IfMatch=etag, Range=f"bytes={start}-{stop - 1}")
+        return content.getvalue()
+
+    def _fetch(self, key: str, consume: Callable[[bytes], object], **which: str) -> str:
+        """Streams the content, or a range of it, and returns the ETag.
+
+        Raises:
+            BucketAwayError: less arrived, or, of the whole content, something else than was declared when it went up.
+        """
+        answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **which)
+        if "ContentLength" not in answer:
+            # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
+            raise IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
+        with answer["Body"] as body:
+            checksum = self._consume(key, body.read, consume)[1]
+        # What others wrote carries no checksum of ours.
+        if "Range" not in which and answer["Metadata"].get(_CRC32C, _encoded(checksum)) != _encoded(checksum):
+            raise _damaged(self.uri_of(key))
+        return str(answer["ETag"])
+
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        if not isinstance(error, (BotoCoreError, ClientError, *_CONNECTION)):
+            return None
+        status, code = _status(error), _code(error)
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if status == 404:
+            return self._missing(uri)
+        if code == "RequestTimeTooSkewed":
+            return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
+        if code in _CREDENTIAL_CODES:
+            region = error.response["Error"].get("Region") if isinstance(error, ClientError) else None
+            return self._no_credentials(f"{code}; its region is {region}" if region else code)
+        if isinstance(error, _CREDENTIALS):
+            return self._no_credentials(type(error).__name__)
+        if status in (401, 403):
+            permission = _PERMISSION.search(str(error))
+            return NoPermissionError(
+                f"{uri}: no permission{f' {permission[0]}' if permission else ''} ({code}): grant the account in use "
+                f"s3:ListBucket on {self._bucket_uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject on what is "
+                "in it"
+            )
+        if code in _DAMAGED_CODES:
+            return _damaged(uri)
+        if status == 412:
+            return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+        if _is_passing(error):
+            return BucketAwayError(f"{uri}: the bucket is away ({_reason(error)}): check the network")
+        if status is None:
+            return BadRequestError(f"{uri}: cannot be asked for ({_reason(error)}): check the AWS settings")
+        return BadRequestError(f"{uri}: the bucket refused with {status}: {_reason(error)}")
+
+    def _missing(self, uri: str) -> MissingInputError:
+        """What a 404 about `uri` means: a HEAD request answers so for a missing bucket, too."""
+        try:
+            self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
+        except ClientError as error:
+            # Who may not list cannot tell; the object is missing all the same.
+            if _status(error) == 404:
+                return self._no_bucket()
+        except (BotoCoreError, *_CONNECTION):
+            pass
+        return ObjectMissingError(f"no object at {uri}")
+
+    def _no_bucket(self) -> MissingInputError:
+        return MissingInputError(
+            f"no bucket {self._bucket_uri}: check the name and AWS_ENDPOINT_URL, or make it with "
+            f"`aws s3 mb {self._bucket_uri}`"
+        )
+
+    def _no_credentials(self, reason: str) -> NoPermissionError:
+        return NoPermissionError(
+            f"{self._bucket_uri}: no usable AWS credentials ({reason}): run `aws configure` or `aws sso login`, set "
+            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine or pod a role"
+        )
 
 
-class _Ranges(AbstractBufferedFile):
-    """A seekable file over a function that fetches the bytes from `start` to `stop`; it reads ahead."""
+class _Watched:
+    """A file that calls `report` at each read."""
 
-    def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._fetch_range = fetch
-        super().__init__(None, "", "rb", block_size=_RANGE_BYTES, cache_type="readahead", size=size_bytes)
+    def __init__(self, file: BinaryIO, report: Callable[[], None]) -> None:
+        self._file, self._report = file, report
+        self.seek, self.tell = file.seek, file.tell
 
-
-def _described(key: str, crc32c: str) -> dict[str, Any]:
-    """What is kept with an object: its type for a browser that shows a report or a picture, and its checksum."""
-    return {"ContentType": mimetypes.guess_type(key)[0] or "application/octet-stream", "Metadata": {_CRC32C: crc32c}}
-
-
-def _arrived(answer: dict[str, Any], data: bytes) -> bool:
-    """Whether what a server stored is what was sent; one that repeats the checksum has compared it itself."""
-    md5 = None if "ChecksumCRC32C" in answer else _md5_kept(answer)
-    return md5 is None or hashlib.md5(data, usedforsecurity=False).hexdigest() == md5
+    def read(self, size_bytes: int = -1) -> bytes:
+        self._report()
+        return self._file.read(size_bytes)
 
 
-def _crc32c_kept(answer: dict[str, Any]) -> str | None:
-    """The server's crc32c of the whole object, if it is not one of the checksums of parts."""
-    of_parts = "-" in answer["ETag"] and answer.get("ChecksumType") != "FULL_OBJECT"
-    return None if of_parts else answer.get("ChecksumCRC32C")
+def _damaged(uri: str) -> BucketAwayError:
+    return BucketAwayError(f"{uri}: the bytes were damaged on the way (checksum differs): check the network")
 
 
-def _md5_kept(answer: dict[str, Any]) -> str | None:
-    """The MD5 of an object's content, which its ETag is, unless it came in parts or is encrypted with a key."""
-    etag = answer["ETag"].strip('"')
-    encrypted = answer.get("ServerSideEncryption", "AES256") != "AES256" or "SSECustomerAlgorithm" in answer
-    return None if "-" in etag or encrypted else etag
+def _is_passing(error: Exception) -> bool:
+    """Whether the same request may succeed a little later."""
+    if isinstance(error, ClientError):
+        return _status(error) in _PASSING_STATUSES or _code(error) in _PASSING_CODES
+    return isinstance(error, (*_CONNECTION, CredentialRetrievalError))
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status of an answer; None if there was none."""
+    return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else None
+
+
+def _code(error: BaseException) -> str:
+    """The word by which S3 knows an error, such as `NoSuchKey`; the answer to a HEAD request has the bare status."""
+    return error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+
+
+def _reason(error: BaseException) -> str:
+    """One short line: the server's own words, or the innermost cause (`Connection refused`, not a nest of classes)."""
+    if isinstance(error, ClientError):
+        return one_line(error.response["Error"].get("Message", "") or _code(error))
+    # An outer layer would print the whole URL, and a password in it.
+    while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
+    if isinstance(error, TimeoutError):
+        return "timed out"
+    # The answer itself is in the message of a parser.
+    is_answer = isinstance(error, ResponseParserError | SyntaxError)
+    return "an answer that is not S3's" if is_answer else one_line(str(error) or type(error).__name__)
 
 
 def _encoded(crc32c: int) -> str:

@@ -88,14 +88,14 @@ def test_targets_without_a_cluster():
 
 
 def test_jobs_can_be_rendered_for_each_target():
-    from job.jobs.backends.vm_manifests import instances
+    from job.jobs.backends.vm import vm_instances
     from job.jobs.spec import JobSpec
 
     made = targets()
     vm = made["vm"]
     assert isinstance(vm, VmTarget)
     spec = JobSpec("train-celeba", "train", ("train",), vm.image, vm.bucket, "celeba", gpu_type="nvidia-l4")
-    [machine] = instances(spec, vm, "us-central1-a")
+    [machine] = vm_instances(spec, vm, "us-central1-a")
     [interface] = machine["networkInterfaces"]
     assert interface["network"] == VALUES["network"] and "accessConfigs" not in interface
     assert machine["serviceAccounts"][0]["email"] == ACCOUNT

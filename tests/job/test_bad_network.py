@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 
-import job.store
 from ddpm.training import TrainState
 from job.data.pack import pack
 from job.exits import Exit
@@ -22,16 +21,12 @@ from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.session import TrainingSession
-from job.stop import NEVER
-from job.store import ConflictError, ObjectExistsError, Store, open_store
-from job.store.patient import open_patient
+from job.store import ConflictError, ObjectExistsError, Retry, Store, open_store, retry
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import DDPM, ddpm_here, environment, refused, settings, succeeded
 from tests.job.launching import children
 from tests.job.leases import eventually
 
-DEADLINE_SECONDS = 2.0
-"""Instead of a quarter of a minute, so that a silent connection costs a second."""
 SHARD_BYTES = 60_000
 EPOCHS = 4
 MANY_EPOCHS = 100_000
@@ -52,13 +47,14 @@ SETTINGS = settings(
 def proxied(
     request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> Iterator[tuple[FaultyProxy, str]]:
-    """A bucket behind a proxy, which clients are sent to; operations give up soon."""
+    """A bucket behind a proxy, which clients are sent to."""
     if request.param == "gs":
         server, bucket = request.getfixturevalue("gcs_server"), request.getfixturevalue("gcs_bucket")
     else:
         request.getfixturevalue("aws_credentials")
         server, bucket = use_seaweedfs(request, monkeypatch)
-    monkeypatch.setattr(job.store, "DEADLINE_SECONDS", DEADLINE_SECONDS)
+    # A silent connection costs a second.
+    monkeypatch.setattr(retry, "SILENCE_SECONDS", 1.0)
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     with FaultyProxy(server) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST" if request.param == "gs" else "AWS_ENDPOINT_URL", proxy.url)
@@ -74,7 +70,7 @@ def use_seaweedfs(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> 
 
 def patient(bucket: str) -> Store:
     """The bucket for the test's own eyes: a machine that is busy elsewhere takes longer than the short deadline."""
-    return open_patient(bucket, NEVER, lambda _: None)
+    return open_store(bucket, Retry(retry.AWAY_SECONDS))
 
 
 def pack_tiles(bucket: Store, shard_bytes: int = SHARD_BYTES) -> str:
@@ -325,7 +321,8 @@ def test_packing_is_stopped_though_the_bucket_is_away(proxied: tuple[FaultyProxy
     began = time.monotonic()
     child.terminate()
     _, stderr = child.communicate(timeout=60)
-    assert time.monotonic() - began < 6
+    # Whatever is under way, its attempt ends when the server has been silent for some seconds.
+    assert time.monotonic() - began < 10
     assert child.returncode == Exit.STOPPED, stderr
     assert stderr.splitlines()[-1].startswith("ddpm: stopped while ")
     assert "Traceback" not in stderr
@@ -359,11 +356,8 @@ def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
         losing(write, lambda: store.replace("key", b"newest", str(version)))
     losing(write, lambda: store.put("put", b"1"))
     losing(write, lambda: store.upload(small, "small"))
-    losing("^PUT|^POST.*[?]uploads", lambda: store.upload(large, "large"))
-    if bucket.startswith("s3://"):
-        losing("^POST.*uploadId", lambda: store.upload(large, "larger"))
-    else:
-        losing("^POST", lambda: store.upload(large, "larger"))
+    losing("^PUT", lambda: store.upload(large, "large"))
+    losing("^POST" if bucket.startswith("gs://") else "^PUT", lambda: store.upload(large, "larger"))
     for key in ("large", "larger"):
         store.download(key, tmp_path / "out")
         assert (tmp_path / "out").read_bytes() == large.read_bytes()

@@ -58,7 +58,7 @@ COMMANDS = (
     "jobs cancel",
     "jobs describe",
 )
-HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "gcsfs", "google", "fsspec"}
+HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
 
 
 def test_help_explains_every_command_and_imports_nothing_heavy():

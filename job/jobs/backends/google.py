@@ -1,8 +1,8 @@
-"""The APIs of Google Cloud that jobs need: their clients, and their errors as ones that a person can act on.
+"""The APIs of Google Cloud that jobs need, asked in JSON, and their errors as ones that a person can act on.
 
 Endpoints are those of the services, or what gcloud's own variables say, such as a private endpoint:
-`CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE`, `…_BATCH`, `…_LOGGING`. One in plain http is a server on a developer's
-machine: no credentials go there.
+`CLOUDSDK_API_ENDPOINT_OVERRIDES_COMPUTE`, `…_BATCH`, `…_LOGGING`, `…_IAM`. One in plain http is a server on a
+developer's machine: no credentials go there.
 """
 
 from __future__ import annotations
@@ -10,201 +10,126 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Iterable
-from contextlib import contextmanager
-from functools import cached_property
-from typing import Any, TypeVar
-from urllib.parse import quote, urlsplit
+import warnings
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from functools import cache
+from typing import Any
+from urllib.parse import urlsplit
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import NoCapacityError
 
-T = TypeVar("T")
+Answer = dict[str, Any]
+"""JSON, in the words of the API's reference page."""
 
-PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
+API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or says that it is too busy."""
-TIMEOUT_SECONDS = 30.0
-HURRIED_SECONDS = 4.0
+API_TIMEOUT_SECONDS = 30.0
+HURRIED_TIMEOUT_SECONDS = 4.0
+LOG_PAGE_ENTRIES = 1000
 ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
+LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
+CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
+"""Of tokens, here and on machines: what an account may do is decided by its roles alone."""
+_PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
 _STOCK_OUT = re.compile(r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability", re.I)
 _QUOTA = re.compile(r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded", re.I)
-_PERMISSION = re.compile(r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I)
-_REQUEST = re.compile(r"^(?:\d{3} )?(?:(?:GET|POST|PUT|DELETE) \S+: )?")
-_REASON_CHARACTERS = 400
-LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
+_GOOGLE_PERMISSION = re.compile(
+    r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I
+)
+_LONGEST_REASON = 400
 
 
-class NotThereError(MissingInputError):
+class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
 
 
 class GoogleApis:
-    """Clients for one project, each made when it is first needed.
+    """What is asked about one project.
 
-    Every attribute raises `NoPermissionError` if there are no credentials.
+    Attributes:
+        project: its id.
+        is_hurried: whether each request is tried once, and not for long: somebody waits for the answers.
     """
 
     def __init__(self, project: str) -> None:
         self.project = project
-        self._is_hurried = False
+        self.is_hurried = False
 
-    def hurry(self) -> None:
-        """Has each request tried once, and not for long: somebody waits for the answers."""
-        self._is_hurried = True
-
-    @cached_property
-    def instances(self) -> Any:
-        """Of Compute Engine."""
-        from google.cloud import compute_v1
-
-        return self._client("COMPUTE", compute_v1.InstancesClient)
-
-    @cached_property
-    def zone_operations(self) -> Any:
-        """Of Compute Engine: the client of instances would ask the public endpoint, wherever it was told to go."""
-        from google.cloud import compute_v1
-
-        return self._client("COMPUTE", compute_v1.ZoneOperationsClient)
-
-    @cached_property
-    def regions(self) -> Any:
-        """Of Compute Engine, with their quotas."""
-        from google.cloud import compute_v1
-
-        return self._client("COMPUTE", compute_v1.RegionsClient)
-
-    @cached_property
-    def projects(self) -> Any:
-        """Of Compute Engine, with the quotas that hold over all regions."""
-        from google.cloud import compute_v1
-
-        return self._client("COMPUTE", compute_v1.ProjectsClient)
-
-    @cached_property
-    def batch(self) -> Any:
-        """Of Batch."""
-        from google.cloud import batch_v1
-
-        return self._client("BATCH", batch_v1.BatchServiceClient)
-
-    @cached_property
-    def logging(self) -> Any:
-        """Of Cloud Logging."""
-        from google.cloud import logging
-
-        options, credentials = self._access("LOGGING")
-        return logging.Client(project=self.project, credentials=credentials, client_options=options, _use_grpc=False)
-
-    def ask(self, what: str, call: Callable[..., T], *arguments: Any, **named: Any) -> T:
-        """Calls a method of a client, again if the API is away or too busy.
+    def ask(self, what: str, request: str, body: Answer | None = None, **query: str) -> Answer:
+        """What an API answers; it is asked again while it is away or too busy.
 
         Args:
             what: the thing that it is about, for messages.
-            call: a method that takes `retry` and `timeout`, and bears repetition.
-            arguments: of it.
-            named: of it.
+            request: method, API and path, such as `GET compute/projects/p`; it has to bear repetition.
+            body: of the request.
+            query: parameters in the URL.
 
         Raises:
-            NotThereError: 404.
-            JobError: as `translated`.
+            GoogleNotFoundError: 404.
+            JobError: see `refusal`.
         """
-        return self.insist(what, lambda: call(*arguments, retry=None, timeout=self._timeout_seconds, **named))
-
-    def ask_for_all(self, what: str, call: Callable[..., Iterable[T]], request: dict[str, Any]) -> list[T]:
-        """As `ask`, for a method whose answer comes in pages: all of it, of one moment as far as the API goes."""
-        return self.insist(what, lambda: [*call(request=request, retry=None, timeout=self._timeout_seconds)])
-
-    def service_account(self, email: str) -> None:
-        """Returns if there is such a service account.
-
-        Raises:
-            NotThereError: there is none.
-            JobError: as `translated`.
-        """
-        from google.auth.transport.requests import AuthorizedSession
-
-        options, credentials = self._access("IAM")
-        base, what = options.get("api_endpoint", "https://iam.googleapis.com"), f"service account {email}"
-
-        def look() -> None:
-            url = f"{base}/v1/projects/-/serviceAccounts/{quote(email)}"
-            answer = AuthorizedSession(credentials).get(url, timeout=self._timeout_seconds)
-            if answer.status_code != 200:
-                raise refusal(answer.status_code, " ".join(answer.text.split())[:200], what, self.project)
-
-        self.insist(what, look)
-
-    @property
-    def _timeout_seconds(self) -> float:
-        return HURRIED_SECONDS if self._is_hurried else TIMEOUT_SECONDS
-
-    def insist(self, what: str, work: Callable[[], T]) -> T:
-        """As `ask`, for anything that asks these APIs."""
-        for pause in (None,) if self._is_hurried else (*PAUSES_SECONDS, None):
+        for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
             try:
-                with self._translating(what):
-                    return work()
+                return self._ask_once(what, request, body, query)
             except BucketAwayError:
-                if pause is None:
-                    raise
-                time.sleep(pause)
-        raise AssertionError("the last attempt raises or returns")
+                time.sleep(pause_seconds)
+        return self._ask_once(what, request, body, query)
 
-    @contextmanager
-    def _translating(self, what: str) -> Any:
+    def pages(self, what: str, request: str, body: Answer | None = None, **query: str) -> Iterator[Answer]:
+        """As `ask`, for a method whose answer comes in pages."""
+        token: Answer = {}
+        while True:
+            page = self.ask(what, request, body and {**body, **token}, **query, **({} if body else token))
+            yield page
+            if not page.get("nextPageToken"):
+                return
+            token = {"pageToken": page["nextPageToken"]}
+
+    def _ask_once(self, what: str, request: str, body: Answer | None, query: dict[str, str]) -> Answer:
         import requests
-        from google.api_core.exceptions import GoogleAPIError
-        from google.auth.exceptions import GoogleAuthError
+        from google.auth.exceptions import GoogleAuthError, TransportError
 
+        method, _, target = request.partition(" ")
+        api, _, path = target.partition("/")
+        endpoint = urlsplit(os.environ.get(ENDPOINT_VARIABLE + api.upper()) or f"https://{api}.googleapis.com")
+        # gcloud's values end with a path, such as /compute/v1/, or do not.
+        url = f"{endpoint.scheme}://{endpoint.netloc}/{_PATHS[api]}/{path}"
+        timeout_seconds = HURRIED_TIMEOUT_SECONDS if self.is_hurried else API_TIMEOUT_SECONDS
         try:
-            yield
-        except (GoogleAPIError, GoogleAuthError, requests.RequestException, ConnectionError, TimeoutError) as error:
-            raise translated(error, what, self.project) from error
-
-    def _client(self, api: str, kind: Callable[..., Any]) -> Any:
-        options, credentials = self._access(api)
-        return kind(credentials=credentials, client_options=options, transport="rest")
-
-    def _access(self, api: str) -> tuple[dict[str, str], Any]:
-        endpoint = os.environ.get(ENDPOINT_VARIABLE + api, "")
-        url = urlsplit(endpoint)
-        # gcloud's values end with a path, such as /compute/v1/, which the clients add by themselves.
-        options = {"api_endpoint": f"{url.scheme}://{url.netloc}"} if endpoint else {}
-        if url.scheme == "http":
-            from google.auth.credentials import AnonymousCredentials
-
-            return options, AnonymousCredentials()
-        return options, self._credentials
-
-    @cached_property
-    def _credentials(self) -> Any:
-        import warnings
-
-        import google.auth
-
-        with warnings.catch_warnings(), self._translating(f"project {self.project}"):
-            # It is about quotas of users without a project; ours is named in each request.
-            warnings.simplefilter("ignore")
-            return google.auth.default(scopes=["https://www.googleapis.com/auth/cloud-platform"])[0]
+            session = requests.Session() if endpoint.scheme == "http" else _authorized_session()
+            answer = session.request(method, url, params=query, json=body, timeout=timeout_seconds)
+            if answer.ok:
+                found: Answer = answer.json()
+                return found
+        except (requests.RequestException, TransportError) as error:
+            raise refusal(None, _innermost(error), what, self.project) from error
+        except GoogleAuthError as error:
+            raise NoPermissionError(f"{what}: no usable Google credentials ({_innermost(error)}): {LOGIN}") from error
+        raise refusal(answer.status_code, _refusal_text(answer), what, self.project)
 
 
-def translated(error: BaseException, what: str, project: str) -> JobError:
-    """The error of a client as one that a person can act on.
+@cache
+def _authorized_session() -> Any:
+    import google.auth
+    from google.auth.transport.requests import AuthorizedSession
 
-    `NotThereError` for 404, `NoPermissionError` for 401, 403 and credentials that are not there or no longer valid,
-    `NoCapacityError` for a machine that is out of stock, `BadRequestError` for a quota and every other refusal, and
-    `BucketAwayError` for no answer, 408, 429 and 5xx.
-    """
-    from google.auth.exceptions import GoogleAuthError, TransportError
-
-    status, reason = getattr(error, "code", None), _reason(error)
-    if isinstance(error, GoogleAuthError) and not isinstance(error, TransportError):
-        return NoPermissionError(f"{what}: no usable Google credentials ({reason}): {LOGIN}")
-    return refusal(int(status) if status else None, reason, what, project)
+    with warnings.catch_warnings():
+        # It is about quotas of users without a project; ours is named in each request.
+        warnings.simplefilter("ignore")
+        return AuthorizedSession(google.auth.default(scopes=[CLOUD_SCOPE])[0])
 
 
 def refusal(status: int | None, reason: str, what: str, project: str) -> JobError:
-    """As `translated`, for what an API or an operation of it says; a `status` of None is no answer at all."""
+    """What an API or an operation of it says, as an error that a person can act on; without a status for no answer.
+
+    `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
+    `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
+    """
+    reason = " ".join(reason.split())
+    if len(reason) > _LONGEST_REASON:
+        reason = f"{reason[:_LONGEST_REASON]}…"
     if _STOCK_OUT.search(reason):
         return NoCapacityError(
             f"{what}: there is no such machine now ({reason}): try another zone or region, later, or --on-demand"
@@ -212,14 +137,14 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
     if _QUOTA.search(reason) and "rate" not in reason.lower():
         return BadRequestError(
             f"{what}: the quota of project {project} does not allow it ({reason}): ask for more at "
-            f"https://console.cloud.google.com/iam-admin/quotas?project={project}; spot machines have their own quota"
+            f"{quota_page(project)}; spot machines have their own quota"
         )
     if status == 404:
-        return NotThereError(f"{what} is not there ({reason})")
+        return GoogleNotFoundError(f"{what} is not there ({reason})")
     if status == 401:
         return NoPermissionError(f"{what}: Google does not know who asks ({reason}): {LOGIN}")
     if status == 403 and "rateLimitExceeded" not in reason:
-        found = _PERMISSION.search(reason)
+        found = _GOOGLE_PERMISSION.search(reason)
         permission = f" {found[1] or found[2]}" if found else ""
         return NoPermissionError(
             f"{what}: no permission{permission} ({reason}): have an owner of project {project} grant the account in "
@@ -232,14 +157,46 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
     )
 
 
-def _reason(error: BaseException) -> str:
-    """One line: what the server said, or the innermost cause."""
-    text = _REQUEST.sub("", str(getattr(error, "message", "") or error))
-    reasons = {str(item.get("reason")) for item in getattr(error, "errors", ()) or () if isinstance(item, dict)}
-    if getattr(error, "code", None) is None:
-        while inner := error.__cause__ or error.__context__:
-            error = inner
-        text = str(error) or type(error).__name__
-    text = " ".join([text, *sorted(reason for reason in reasons - {"None"} if reason not in text)]).strip()
-    text = " ".join(text.split())
-    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
+def quota_page(project: str) -> str:
+    """Where somebody asks for a larger quota."""
+    return f"https://console.cloud.google.com/iam-admin/quotas?project={project}"
+
+
+def _refusal_text(answer: Any) -> str:
+    """What a refusal says (cloud.google.com/apis/design/errors, and Compute Engine's words with it)."""
+    try:
+        error = answer.json()["error"]
+        words = [str(error["message"]), *(str(item.get("reason", "")) for item in error.get("errors", ()))]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return str(answer.text or answer.reason)
+    return " ".join(dict.fromkeys(filter(None, words)))
+
+
+def _innermost(error: BaseException) -> str:
+    while inner := error.__cause__ or error.__context__:
+        error = inner
+    return str(error) or type(error).__name__
+
+
+def quoted(value: str) -> str:
+    """A value as filters have it (cloud.google.com/logging/docs/view/logging-query-language)."""
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'
+
+
+def log_entries(apis: GoogleApis, filter_: str, since: datetime, order: str = "asc") -> Iterator[Answer]:
+    """The entries of logs that match `filter_` from `since` on, in the order of their times, or `desc`."""
+    asked = {
+        "resourceNames": [f"projects/{apis.project}"],
+        # Without a time the API gives the last day alone.
+        "filter": f"({filter_}) AND timestamp>={quoted(since.astimezone(UTC).isoformat().replace('+00:00', 'Z'))}",
+        "orderBy": f"timestamp {order}",
+        "pageSize": LOG_PAGE_ENTRIES,
+    }
+    for page in apis.pages(f"the log of project {apis.project}", "POST logging/entries:list", asked):
+        yield from page.get("entries", ())
+
+
+def utc_text(at: datetime) -> str:
+    """ISO 8601, to the second."""
+    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

@@ -27,7 +27,6 @@ _BUNDLED: dict[str, tuple[str, int]] = {
     "a3-ultragpu-8g": ("nvidia-h200-141gb", 8),
     "a4-highgpu-8g": ("nvidia-b200", 8),
 }
-_BUNDLING = ("g2-", "g4-", "a2-", "a3-", "a4-", "a4x-")
 _EXTRA: dict[str, tuple[int, ...]] = {
     "nvidia-tesla-t4": (1, 2, 4),
     "nvidia-tesla-p4": (1, 2, 4),
@@ -116,42 +115,29 @@ def machine_for(machine_type: str, gpu_type: str, gpus: int, spot: bool = True) 
         raise BadRequestError(f"machine_type {machine_type!r}: use a name such as g2-standard-8 or n1-standard-8")
     if gpus == 0:
         return Machine(machine_type)
-    if machine_type in _BUNDLED:
-        bundled, count = _BUNDLED[machine_type]
-        if gpu_type in ("", bundled) and gpus == count:
-            return Machine(machine_type, bundled, gpus)
-        raise BadRequestError(
-            f"{machine_type} has {count} {bundled}, and the job asks for {gpus} {gpu_type or bundled}: "
-            + _way_out(machine_type, gpu_type or bundled, gpus)
-        )
-    if machine_type.startswith("n1-"):
-        if gpus in _EXTRA.get(gpu_type, ()):
-            return Machine(machine_type, gpu_type, gpus, extra=True)
-        takes = ", ".join(f"{name} ({', '.join(map(str, counts))})" for name, counts in _EXTRA.items())
-        raise BadRequestError(
-            f"{machine_type} takes {takes}, and the job asks for {gpus} {gpu_type or 'of no named type'}: "
-            + _way_out(machine_type, gpu_type, gpus)
-        )
-    known = f"; known are {', '.join(_family(machine_type))}" if machine_type.startswith(_BUNDLING) else ""
+    bundled, count = _BUNDLED.get(machine_type, ("", 0))
+    if gpus == count and gpu_type in ("", bundled):
+        return Machine(machine_type, bundled, gpus)
+    if machine_type.startswith("n1-") and gpus in _EXTRA.get(gpu_type, ()):
+        return Machine(machine_type, gpu_type, gpus, extra=True)
+    has = f"has {count} {bundled}" if count else "has no GPUs of its own"
+    asked = gpu_type or bundled
     raise BadRequestError(
-        f"{machine_type} is not a machine type with GPUs{known}: " + _way_out(machine_type, gpu_type, gpus)
+        f"{machine_type} {has}, and the job asks for {gpus} {asked or 'of no named type'}: "
+        + _way_out(machine_type, asked, gpus)
     )
-
-
-def _family(machine_type: str) -> list[str]:
-    return [name for name in _BUNDLED if name.split("-")[0] == machine_type.split("-")[0]] or [*_BUNDLED]
 
 
 def _way_out(machine_type: str, gpu_type: str, gpus: int) -> str:
     """What to write instead: the smallest machine with these GPUs, one of the same family first."""
     fitting = [name for name, pair in _BUNDLED.items() if pair == (gpu_type, gpus)]
     fitting.sort(key=lambda name: name.split("-")[0] != machine_type.split("-")[0])
+    extra = _EXTRA.get(gpu_type, ())
+    if gpus in extra:
+        fitting.append(f"n1-standard-{8 * max(1, gpus // 2)}")
     if fitting:
         return f"set machine_type: {fitting[0]} in the target"
-    if gpus in _EXTRA.get(gpu_type, ()):
-        return f"set machine_type: n1-standard-{8 * max(1, gpus // 2)} in the target"
-    counts = sorted({*(count for name, count in _BUNDLED.values() if name == gpu_type), *_EXTRA.get(gpu_type, ())})
-    if counts:
+    if counts := sorted({*(count for name, count in _BUNDLED.values() if name == gpu_type), *extra}):
         return f"there are machines with {', '.join(map(str, counts))} {gpu_type}: choose --gpus so"
     types = sorted({name for name, _ in _BUNDLED.values()} | {*_EXTRA})
     return f"use --gpu-type {'|'.join(types)}"

@@ -16,18 +16,18 @@ from tests.job.jobs.submitting import TARGETS
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
     """Google's APIs on this machine, which all clients of this process and its children find; nobody is patient."""
-    from job.jobs.backends import batch, google, google_logs, vm
+    from job.jobs.backends import batch, google, google_jobs, vm
 
     with google_server() as server:
         for api in ("COMPUTE", "BATCH", "LOGGING", "IAM"):
             # gcloud's own values end with a path.
             path = "compute/v1/" if api == "COMPUTE" else ""
             monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"{server.url}/{path}")
-        monkeypatch.setattr(google, "PAUSES_SECONDS", (0.01, 0.01, 0.01))
-        monkeypatch.setattr(vm, "POLL_SECONDS", 0.01)
-        monkeypatch.setattr(batch, "POLL_SECONDS", 0.01)
-        monkeypatch.setattr(google_logs, "POLL_SECONDS", 0.05)
-        monkeypatch.setattr(google_logs, "SETTLE_SECONDS", 0.3)
+        monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01, 0.01, 0.01))
+        monkeypatch.setattr(vm, "VM_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(batch, "BATCH_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(google_jobs, "LOG_POLL_SECONDS", 0.05)
+        monkeypatch.setattr(google_jobs, "LOG_SETTLE_SECONDS", 0.3)
         yield server
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from google.cloud import batch_v1
 
-from tests.job.jobs.google_services import Refusal, as_json, parsed, require
+from tests.job.jobs.google_services import Refusal, answered, as_json, parsed
 
-_LOCATION = r"projects/([^/]+)/locations/([^/]+)"
+_LOCATION = r"projects/([^/]+)/locations/[^/]+"
 _OVER = ("SUCCEEDED", "FAILED", "CANCELLED")
 
 
@@ -55,19 +55,20 @@ class BatchService:
         match = re.fullmatch(rf"/v1/({_LOCATION}/jobs)(?:/([^/:]+))?(?:/taskGroups/([^/]+)/tasks)?(:cancel)?", path)
         if not match:
             return None
-        parent, project, location, name, group, cancel = match.groups()
+        parent, project, name, group, cancel = match.groups()
         if project != self.project:
             raise Refusal(403, f"Permission 'batch.jobs.get' denied on resource 'projects/{project}'")
         if name is None:
             if method == "POST":
-                return self._create(parent, location, query, body)
-            return {"jobs": [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]}
+                return self._create(parent, query, body)
+            found = [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]
+            return answered({"jobs": found}, batch_v1.ListJobsResponse)
         full = f"{parent}/{name}"
         if full not in self.jobs:
             raise Refusal(404, f"Resource '{full}' was not found")
         job = self.jobs[full]
         if group:
-            return {"tasks": self.tasks.get(full, [])}
+            return answered({"tasks": self.tasks.get(full, [])}, batch_v1.ListTasksResponse)
         if cancel:
             if job["status"]["state"] in _OVER:
                 raise Refusal(400, f"Job {name} is in a terminal state and cannot be cancelled")
@@ -76,15 +77,13 @@ class BatchService:
         if method == "DELETE":
             del self.jobs[full]
             return {"name": f"{parent}/operations/delete-{name}", "done": True}
-        return job
+        return answered(job, batch_v1.Job)
 
-    def _create(self, parent: str, location: str, query: dict[str, str], body: Any) -> dict[str, Any]:
+    def _create(self, parent: str, query: dict[str, str], body: Any) -> dict[str, Any]:
         if query.get("requestId") in self._by_request:
             return self._by_request[query["requestId"]]
         job = as_json(parsed(body, batch_v1.Job))
         name = query.get("jobId", "")
-        require(bool(re.fullmatch(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?", name)), f"job_id {name!r} is not valid")
-        check_job(job, location)
         full = f"{parent}/{name}"
         if full in self.jobs:
             raise Refusal(409, f"Resource '{full}' already exists")
@@ -98,39 +97,3 @@ class BatchService:
         if "requestId" in query:
             self._by_request[query["requestId"]] = job
         return job
-
-
-def check_job(job: dict[str, Any], location: str) -> None:
-    """The rules that the reference pages give, and the proto does not."""
-    groups = job.get("taskGroups", [])
-    require(len(groups) == 1, "Only one task group is supported")
-    group = groups[0]
-    task = group.get("taskSpec", {})
-    require(1 <= int(group.get("taskCount", 1)) <= 10000, "taskCount must be 1 to 10000")
-    require(int(group.get("taskCountPerNode", 1)) >= 1, "taskCountPerNode must be positive")
-    require(0 <= task.get("maxRetryCount", 0) <= 10, "maxRetryCount must be 0 to 10")
-    require(0 < float(task.get("maxRunDuration", "1s").removesuffix("s")) <= 14 * 86400, "maxRunDuration is too long")
-    policies = task.get("lifecyclePolicies", [])
-    require(len(policies) <= 1, "Only one lifecycle policy is supported")
-    for policy in policies:
-        require(policy.get("action") in ("RETRY_TASK", "FAIL_TASK"), "A policy needs an action")
-        codes = policy.get("actionCondition", {}).get("exitCodes", [])
-        require(bool(codes) and 0 not in codes, "A policy needs exit codes, which are not 0")
-    runnables = task.get("runnables", [])
-    require(bool(runnables), "A task needs runnables")
-    for runnable in runnables:
-        container = runnable.get("container", {})
-        require(bool(container.get("imageUri")), "A container needs an image")
-        # Everything but these is ignored then, among it the options that the container cannot do without.
-        require(not container.get("enableImageStreaming"), "Image streaming drops options")
-    policy = job.get("allocationPolicy", {})
-    places = policy.get("location", {}).get("allowedLocations", [])
-    inside = (place == f"regions/{location}" or place.startswith(f"zones/{location}-") for place in places)
-    require(bool(places) and all(inside), f"allowed locations {places} are not in {location}")
-    instances = policy.get("instances", [])
-    require(len(instances) == 1, "Only instances[0] is supported")
-    own = instances[0].get("policy", {})
-    require(bool(own.get("machineType")), "A machine type is needed")
-    require(own.get("provisioningModel") in ("SPOT", "STANDARD"), "Invalid provisioning model")
-    for key, value in job.get("labels", {}).items():
-        require(bool(re.fullmatch(r"[a-z][a-z0-9_-]{0,62}", key) and re.fullmatch(r"[a-z0-9_-]{0,63}", value)), "Label")

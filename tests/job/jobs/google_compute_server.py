@@ -1,4 +1,4 @@
-"""Compute Engine: instances, operations, guest attributes (cloud.google.com/compute/docs/reference/rest/v1)."""
+"""Compute Engine: instances and operations (cloud.google.com/compute/docs/reference/rest/v1)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,7 @@ from typing import Any
 
 from google.cloud import compute_v1
 
-from tests.job.jobs.google_services import Refusal, as_json, parsed, require
-
-_NAME = re.compile(r"[a-z]([-a-z0-9]{0,61}[a-z0-9])?")
-_LABEL_KEY, _LABEL_VALUE = re.compile(r"[a-z][a-z0-9_-]{0,62}"), re.compile(r"[a-z0-9_-]{0,63}")
-_BUNDLED = ("g2-", "g4-", "a2-", "a3-", "a4-")
+from tests.job.jobs.google_services import Refusal, answered, as_json, parsed
 
 
 class ComputeService:
@@ -23,8 +19,6 @@ class ComputeService:
     def __init__(self, project: str) -> None:
         self.project = project
         self.instances: dict[tuple[str, str], dict[str, Any]] = {}
-        self.guest_attributes: dict[str, dict[str, str]] = {}
-        """By name of the instance."""
         self.failing_zones: dict[str, tuple[str, str]] = {}
         """Code and message of the error with which making a machine there ends."""
         self.quotas = {"PREEMPTIBLE_NVIDIA_L4_GPUS": 4.0, "NVIDIA_L4_GPUS": 0.0}
@@ -41,9 +35,10 @@ class ComputeService:
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Any:
         if region := re.fullmatch(r"/compute/v1/projects/[^/]+/regions/([^/]+)", path):
             quotas = [{"metric": metric, "limit": limit, "usage": 1.0} for metric, limit in self.quotas.items()]
-            return {"name": region[1], "quotas": quotas}
+            return answered({"name": region[1], "quotas": quotas}, compute_v1.Region)
         if re.fullmatch(r"/compute/v1/projects/[^/]+", path):
-            return {"quotas": [{"metric": "GPUS_ALL_REGIONS", "limit": self.gpus_everywhere, "usage": 1.0}]}
+            quotas = [{"metric": "GPUS_ALL_REGIONS", "limit": self.gpus_everywhere, "usage": 1.0}]
+            return answered({"quotas": quotas}, compute_v1.Project)
         match = re.fullmatch(
             r"/compute/v1/projects/([^/]+)/(?:zones/([^/]+)|aggregated)/(instances|operations)(.*)", path
         )
@@ -53,27 +48,25 @@ class ComputeService:
         if project != self.project:
             raise Refusal(404, f"The resource 'projects/{project}' was not found", "notFound")
         if zone is None:
-            return self._aggregated(query)
-        name, _, verb = rest.removeprefix("/").partition("/")
+            return answered(self._aggregated(query), compute_v1.InstanceAggregatedList)
+        name = rest.removeprefix("/")
         if kind == "operations":
-            return self._operation(name)
+            return answered(self._operation(name), compute_v1.Operation)
         if method == "POST" and not name:
-            return self._insert(zone, body, query)
+            return answered(self._insert(zone, body, query), compute_v1.Operation)
         if (zone, name) not in self.instances:
             raise Refusal(
                 404, f"The resource 'projects/{project}/zones/{zone}/instances/{name}' was not found", "notFound"
             )
-        if verb == "getGuestAttributes":
-            return self._guest_attributes(name, query)
-        if method == "DELETE":
-            return self._delete(zone, name)
-        return self.instances[zone, name] if method == "GET" else None
+        return answered(self._delete(zone, name), compute_v1.Operation) if method == "DELETE" else None
+
+    def _link(self, zone: str) -> str:
+        return f"https://www.googleapis.com/compute/v1/projects/{self.project}/zones/{zone}"
 
     def _insert(self, zone: str, body: Any, query: dict[str, str]) -> dict[str, Any]:
         if query.get("requestId") in self._by_request:
             return self._by_request[query["requestId"]]
         instance = as_json(parsed(body, compute_v1.Instance))
-        check_instance(instance, zone)
         name = instance["name"]
         if (zone, name) in self.instances:
             where = f"projects/{self.project}/zones/{zone}/instances/{name}"
@@ -81,7 +74,7 @@ class ComputeService:
         instance |= {
             "status": "PROVISIONING",
             "creationTimestamp": datetime.now(UTC).isoformat(timespec="milliseconds"),
-            "zone": f"https://www.googleapis.com/compute/v1/projects/{self.project}/zones/{zone}",
+            "zone": self._link(zone),
         }
         problem = self.failing_zones.get(zone)
 
@@ -91,18 +84,21 @@ class ComputeService:
 
         if problem is None:
             self.instances[zone, name] = instance
-        operation = self._begin("insert", zone, done, problem)
+        operation = self._begin("insert", zone, name, done, problem)
         if "requestId" in query:
             self._by_request[query["requestId"]] = operation
         return operation
 
     def _delete(self, zone: str, name: str) -> dict[str, Any]:
         self.instances[zone, name]["status"] = "STOPPING"
-        return self._begin("delete", zone, lambda: self.instances.pop((zone, name), None) and None, None)
+        return self._begin("delete", zone, name, lambda: self.instances.pop((zone, name), None) and None, None)
 
-    def _begin(self, kind: str, zone: str, done: Callable[[], None], problem: tuple[str, str] | None) -> dict[str, Any]:
-        name = f"operation-{next(self._numbers)}"
-        operation = {"name": name, "operationType": kind, "status": "RUNNING", "zone": zone}
+    def _begin(
+        self, kind: str, zone: str, machine: str, done: Callable[[], None], problem: tuple[str, str] | None
+    ) -> dict[str, Any]:
+        name, place = f"operation-{next(self._numbers)}", self._link(zone)
+        operation = {"name": name, "operationType": kind, "status": "RUNNING", "zone": place}
+        operation["targetLink"] = f"{place}/instances/{machine}"
         finished = {**operation, "status": "DONE"}
         if problem is not None:
             finished["error"] = {"errors": [{"code": problem[0], "message": problem[1]}]}
@@ -118,59 +114,12 @@ class ComputeService:
         return finished
 
     def _aggregated(self, query: dict[str, str]) -> dict[str, Any]:
-        wanted = re.fullmatch(r"labels\.([a-z_-]+)=([a-z0-9_-]+)", query.get("filter", "labels.app=ddpm"))
+        wanted = re.fullmatch(r"labels\.([a-z_-]+)(?:=([a-z0-9_-]+)|:\*)", query.get("filter", "labels.app:*"))
         if wanted is None:
             raise Refusal(400, f"Invalid value for field 'filter': '{query['filter']}'", "invalid")
         zones: dict[str, dict[str, Any]] = {"zones/asia-east1-a": {"warning": {"code": "NO_RESULTS_ON_PAGE"}}}
         for (zone, _), instance in self.instances.items():
-            if instance.get("labels", {}).get(wanted[1]) == wanted[2]:
+            value = instance.get("labels", {}).get(wanted[1])
+            if value is not None and wanted[2] in (None, value):
                 zones.setdefault(f"zones/{zone}", {"instances": []})["instances"].append(instance)
         return {"items": zones}
-
-    def _guest_attributes(self, name: str, query: dict[str, str]) -> dict[str, Any]:
-        path = query.get("queryPath", "")
-        said = self.guest_attributes.get(name, {})
-        items = [
-            {"namespace": key.partition("/")[0], "key": key.partition("/")[2], "value": value}
-            for key, value in said.items()
-            if key.startswith(path)
-        ]
-        if not items:
-            raise Refusal(
-                404, f"The resource 'guestAttributes/{path}' of type 'Guest Attribute' was not found.", "notFound"
-            )
-        return {"queryPath": path, "queryValue": {"items": items}}
-
-
-def check_instance(instance: dict[str, Any], zone: str) -> None:
-    """The rules that the reference pages give, and the proto does not."""
-    require(bool(_NAME.fullmatch(instance.get("name", ""))), "Invalid value for field 'resource.name'")
-    machine = instance.get("machineType", "")
-    require(machine.startswith(f"zones/{zone}/machineTypes/"), f"Invalid value for field 'machineType': '{machine}'")
-    for key, value in instance.get("labels", {}).items():
-        require(bool(_LABEL_KEY.fullmatch(key) and _LABEL_VALUE.fullmatch(value)), f"Invalid label {key}={value}")
-    scheduling = instance.get("scheduling", {})
-    model, action = scheduling.get("provisioningModel"), scheduling.get("instanceTerminationAction")
-    require(model in ("SPOT", "STANDARD"), "Invalid provisioning model")
-    require(action in ("DELETE", "STOP"), "Instance termination action is needed")
-    require(scheduling.get("onHostMaintenance") == "TERMINATE", "Machines with GPUs, and spot machines, cannot migrate")
-    require(scheduling.get("automaticRestart") is False, "Spot machines cannot restart")
-    seconds = int(scheduling.get("maxRunDuration", {}).get("seconds", 0))
-    require(30 <= seconds <= 120 * 86400, "maxRunDuration must be 30 seconds to 120 days")
-    boots = [disk for disk in instance.get("disks", []) if disk.get("boot")]
-    require(len(boots) == 1 and "sourceImage" in boots[0].get("initializeParams", {}), "One boot disk is needed")
-    require(boots[0].get("autoDelete") is True, "A disk that stays costs money")
-    require("zones/" + zone in boots[0]["initializeParams"].get("diskType", ""), "Disk type of another zone")
-    interfaces = instance.get("networkInterfaces", [])
-    require(len(interfaces) == 1 and bool({"network", "subnetwork"} & set(interfaces[0])), "A network is needed")
-    accelerators = instance.get("guestAccelerators", [])
-    family = machine.rpartition("/")[2]
-    require(not (accelerators and family.startswith(_BUNDLED)), f"{family} brings its own GPUs")
-    for one in accelerators:
-        require(f"zones/{zone}/acceleratorTypes/" in one.get("acceleratorType", ""), "Accelerator of another zone")
-        require(one.get("acceleratorCount", 0) >= 1, "How many accelerators?")
-    accounts = instance.get("serviceAccounts", [])
-    require(len(accounts) == 1 and bool(accounts[0].get("email")), "One service account is needed")
-    require(all(scope.startswith("https://") for scope in accounts[0].get("scopes", [])), "Scopes are URLs")
-    keys = [item["key"] for item in instance.get("metadata", {}).get("items", [])]
-    require(len(keys) == len(set(keys)), "A metadata key twice")

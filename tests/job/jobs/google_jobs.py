@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from google.cloud import batch_v1, compute_v1
-
-from job.jobs.backends.batch_manifests import job
-from job.jobs.backends.vm_manifests import instances
+from job.jobs.backends.batch import batch_job
+from job.jobs.backends.vm import vm_instances
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, VmTarget
-from tests.job.jobs.google_batch_server import check_job
-from tests.job.jobs.google_compute_server import check_instance
 from tests.job.jobs.google_server import PROJECT
-from tests.job.jobs.google_services import Refusal, as_json, parsed
 
 GOLDEN = Path(__file__).with_name("golden")
 BUCKET = "gs://bucket"
@@ -58,48 +50,13 @@ def rendered(backend: str, case: str) -> list[dict[str, Any]]:
     """What is sent for a case of `JOBS`."""
     one, changes = JOBS[case]
     if backend == "vm":
-        return instances(one, VM.model_copy(update=changes), ZONES[0])
-    return [job(one, BATCH.model_copy(update=changes), REGIONS[0])]
+        return vm_instances(one, VM.model_copy(update=changes), ZONES[0])
+    return [batch_job(one, BATCH.model_copy(update=changes), REGIONS[0])]
 
 
-def judged(backend: str, made: dict[str, Any]) -> list[str]:
-    """What the proto and the services' rules say against a request; empty if it is right."""
-    kind = compute_v1.Instance if backend == "vm" else batch_v1.Job
-    try:
-        message = parsed(copy.deepcopy(made), kind)
-        if backend == "vm":
-            check_instance(as_json(message), ZONES[0])
-        else:
-            check_job(as_json(message), REGIONS[0])
-        return []
-    except Refusal as refusal:
-        return [str(refusal)]
-
-
-def user_data(instance: dict[str, Any]) -> dict[str, Any]:
-    """The cloud-init configuration of a VM, as YAML's data."""
-    (text,) = [item["value"] for item in instance["metadata"]["items"] if item["key"] == "user-data"]
-    assert text.startswith("#cloud-config\n")
-    return yaml.safe_load(text)
-
-
-def files_of(instance: dict[str, Any]) -> dict[str, str]:
-    """The files that cloud-init writes, by path."""
-    return {file["path"]: file["content"] for file in user_data(instance)["write_files"]}
-
-
-def readable(made: list[dict[str, Any]]) -> str:
-    """Requests as YAML, with scripts as blocks; JSON's own data types."""
-
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    def text(dumper: yaml.SafeDumper, value: str) -> yaml.ScalarNode:
-        return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
-
-    Dumper.add_representer(str, text)
-    return yaml.dump_all(json.loads(json.dumps(made)), Dumper=Dumper, sort_keys=False, width=120)
+def metadata_of(instance: dict[str, Any]) -> dict[str, str]:
+    """What a VM knows of its job, by key."""
+    return {item["key"]: item["value"] for item in instance["metadata"]["items"]}
 
 
 def never() -> bool:

@@ -7,13 +7,16 @@ import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from google.cloud.logging_v2.types import ListLogEntriesRequest, LogEntry, WriteLogEntriesRequest
-
-from tests.job.jobs.google_services import Refusal, as_json, parsed
-
-_TOKEN = re.compile(
-    r'\s*(?:(AND|OR)\b|([()])|([A-Za-z_][\w.-]*(?:\."[^"]*")?(?:\.[\w-]+)*)\s*(>=|<=|=|>|<)\s*"((?:[^"\\]|\\.)*)")'
+from google.cloud.logging_v2.types import (
+    ListLogEntriesRequest,
+    ListLogEntriesResponse,
+    LogEntry,
+    WriteLogEntriesRequest,
 )
+
+from tests.job.jobs.google_services import Refusal, answered, as_json, parsed
+
+_COMPARISON = re.compile(r'([A-Za-z_][\w.-]*(?:\."[^"]*")?(?:\.[\w-]+)*)\s*(>=|<=|=|>|<)\s*"((?:[^"\\]|\\.)*)"')
 
 
 class LoggingService:
@@ -76,49 +79,24 @@ class LoggingService:
         found.sort(key=lambda entry: _time(entry["timestamp"]), reverse=asked.get("orderBy") == "timestamp desc")
         size, start = asked.get("pageSize", 50), int(asked.get("pageToken") or 0)
         page = found[start : start + size]
-        return {"entries": page, **({"nextPageToken": str(start + size)} if start + size < len(found) else {})}
+        more = {"nextPageToken": str(start + size)} if start + size < len(found) else {}
+        return answered({"entries": page, **more}, ListLogEntriesResponse)
 
 
 def _filter(text: str) -> Any:
-    """A function that says whether an entry matches; AND binds closer than OR."""
-    tokens, position = [], 0
-    while text[position:].strip():
-        match = _TOKEN.match(text, position)
-        if not match:
-            raise Refusal(400, f"Unparseable filter: syntax error at {text[position : position + 40]!r}")
-        tokens.append(match.groups())
-        position = match.end()
+    """A function that says whether an entry matches; AND binds closer than OR, as in Python."""
+    if re.sub(r"AND|OR|[\s()]", "", _COMPARISON.sub("", text)):
+        raise Refusal(400, f"Unparseable filter: syntax error in {text!r}")
 
-    def either() -> Any:
-        parts = [both()]
-        while tokens and tokens[0][0] == "OR":
-            tokens.pop(0)
-            parts.append(both())
-        return lambda entry: any(part(entry) for part in parts)
+    def matches(entry: dict[str, Any]) -> bool:
+        def judged(match: re.Match[str]) -> str:
+            field, operator, value = match.groups()
+            return str(_compare(_field(entry, field), operator, re.sub(r"\\(.)", r"\1", value), field))
 
-    def both() -> Any:
-        parts = [one()]
-        while tokens and tokens[0][0] == "AND":
-            tokens.pop(0)
-            parts.append(one())
-        return lambda entry: all(part(entry) for part in parts)
+        expression = _COMPARISON.sub(judged, text).replace("AND", "and").replace("OR", "or")
+        return bool(eval(expression or "True"))
 
-    def one() -> Any:
-        if not tokens:
-            raise Refusal(400, "Unparseable filter: it ends too soon")
-        _, bracket, field, operator, value = tokens.pop(0)
-        if bracket == "(":
-            inner = either()
-            if not tokens or tokens.pop(0)[1] != ")":
-                raise Refusal(400, "Unparseable filter: a bracket is missing")
-            return inner
-        wanted = re.sub(r"\\(.)", r"\1", value)
-        return lambda entry: _compare(_field(entry, field), operator, wanted, field)
-
-    found = either() if tokens else lambda entry: True
-    if tokens:
-        raise Refusal(400, "Unparseable filter: something is left over")
-    return found
+    return matches
 
 
 def _field(entry: dict[str, Any], path: str) -> Any:
@@ -129,13 +107,10 @@ def _field(entry: dict[str, Any], path: str) -> Any:
 
 
 def _compare(found: Any, operator: str, wanted: str, field: str) -> bool:
-    if found is None:
-        return False
-    if operator == "=":
-        return str(found) == wanted
-    assert field == "timestamp", f"{field} has no order"
-    a, b = _time(found), _time(wanted)
-    return {">=": a >= b, "<=": a <= b, ">": a > b, "<": a < b}[operator]
+    if operator == ">=" and field == "timestamp":
+        return _time(found) >= _time(wanted)
+    assert operator == "=", f"{field} {operator}: not known here"
+    return str(found) == wanted
 
 
 def _time(text: str) -> datetime:

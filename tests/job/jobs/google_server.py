@@ -51,7 +51,7 @@ class GoogleServer:
         url = urlsplit(target)
         path, query = unquote(url.path), {key: values[0] for key, values in parse_qs(url.query).items()}
         if path.startswith("/computeMetadata/"):
-            return self.metadata.answer(method, path, body, headers)
+            return self.metadata.answer(path, headers)
         self.requests.append((method, path))
         if self.refusals and (refusal := self.refusals.pop(0)):
             raise refusal
@@ -72,25 +72,19 @@ class GoogleServer:
 
 
 class Metadata:
-    """What a VM asks about itself, and where it leaves its guest attributes."""
+    """What a VM asks about itself."""
 
     def __init__(self) -> None:
         self.values = {
             "project/project-id": PROJECT,
             "instance/name": "celeba",
-            "instance/zone": "projects/123456/zones/us-central1-a",
-            "instance/preempted": "FALSE",
+            "instance/zone": "projects/my-project/zones/us-central1-a",
         }
-        self.guest_attributes: dict[str, str] = {}
-        self.is_silent = False
 
-    def answer(self, method: str, path: str, body: Any, headers: Any) -> Any:
+    def answer(self, path: str, headers: Any) -> Any:
         key = path.removeprefix("/computeMetadata/v1/")
-        if headers.get("Metadata-Flavor") != "Google" or self.is_silent:
+        if headers.get("Metadata-Flavor") != "Google":
             raise Refusal(403, "Metadata-Flavor is missing")
-        if method == "PUT" and key.startswith("instance/guest-attributes/"):
-            self.guest_attributes[key.removeprefix("instance/guest-attributes/")] = body
-            return ""
         if key == "instance/service-accounts/default/token":
             return json.dumps({"access_token": TOKEN, "expires_in": 3599, "token_type": "Bearer"})
         if key not in self.values:
@@ -121,7 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(payload)
 
-    do_GET = do_POST = do_PUT = do_DELETE = _serve
+    do_GET = do_POST = do_DELETE = _serve
 
     def log_message(self, format: str, *args: Any) -> None:
         pass

@@ -32,10 +32,11 @@ def parsed(body: Any, message_type: Any) -> Any:
     return message
 
 
+def answered(answer: Any, message_type: Any) -> Any:
+    """An answer that a service could give: whoever asks reads no field that the proto does not have."""
+    json_format.ParseDict(answer, message_type.pb(message_type()))
+    return answer
+
+
 def as_json(message: Any) -> dict[str, Any]:
     return json_format.MessageToDict(message)
-
-
-def require(holds: bool, message: str) -> None:
-    if not holds:
-        raise Refusal(400, message, "invalid")

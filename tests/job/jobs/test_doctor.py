@@ -101,7 +101,7 @@ def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path
     targets.write_text("far: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket}")
     code = (
         "import sys\n"
-        "sys.modules['google.cloud.compute_v1'] = None\n"
+        "sys.modules['google.auth.exceptions'] = None\n"
         f"sys.argv = ['ddpm', *{verb!r}, '--on', 'far', '--targets', {str(targets)!r}]\n"
         "sys.argv += ['--no-bucket'] if 'doctor' in sys.argv else []\n"
         "from job.__main__ import main\n"

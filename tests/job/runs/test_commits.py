@@ -18,10 +18,9 @@ from job.runs.lease import Lease
 from job.runs.metrics import read_rows
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import READING, reading
-from job.stop import Stop
+from job.stop import NEVER, Stop
 from job.store import Store
 from job.store.local import LocalStore
-from job.store.patient import Outage
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually, taken
 from tests.job.runs.test_checkpoints import write
@@ -37,6 +36,9 @@ class Watched(LocalStore):
         super().__init__(root)
         self.events: list[str] = []
         self.away = False
+
+    def within(self, seconds: float, stop: Stop = NEVER) -> Watched:
+        return self
 
     def create(self, key: str, data: bytes) -> str:
         self.events.append(f"create {key}")
@@ -88,7 +90,6 @@ def begun(
             dataset_images=DATASET_IMAGES,
             segments=[],
             aside=set(),
-            outage=Outage(60, notes.append),
             stop=Stop(grace_seconds),
             note=notes.append,
         )

@@ -16,6 +16,7 @@ from job.exits import BucketAwayError, Exit, LostRunError, StoppedError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
 from job.runs.lease import LEASE, Lease
+from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
 from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken
@@ -49,6 +50,9 @@ class BadDay(LocalStore):
     def __init__(self, root: Path) -> None:
         super().__init__(root)
         self.writes: list[float] = []
+
+    def within(self, seconds: float, stop: Stop = NEVER) -> BadDay:
+        return self
 
     def read(self, key: str) -> Any:
         self._suffer()

@@ -13,8 +13,7 @@ import torch
 from job.exits import BucketAwayError, LostRunError
 from job.runs.checkpoints import CheckpointRef, Manifest, list_checkpoints, opened
 from job.runs.saving import CheckpointWriter, Save
-from job.store import Store, open_store, patient
-from job.store.patient import Outage
+from job.store import Retry, Store, open_store, retry
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.leases import eventually
 from tests.job.runs.test_checkpoints import manifest
@@ -23,8 +22,9 @@ from tests.job.stops import StopWhen
 
 @pytest.fixture
 def proxy(gcs_server: str, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
-    monkeypatch.setattr(patient, "FIRST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(patient, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(retry, "LONGEST_PAUSE_SECONDS", 0.2)
+    monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
     with FaultyProxy(gcs_server) as proxy:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         yield proxy
@@ -32,7 +32,7 @@ def proxy(gcs_server: str, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def run(proxy: FaultyProxy, gcs_bucket: str) -> Store:
-    return open_store(gcs_bucket, deadline_seconds=1).sub("runs/r")
+    return open_store(gcs_bucket, Retry(60)).sub("runs/r")
 
 
 Writers = Callable[..., CheckpointWriter]
@@ -50,8 +50,8 @@ def started(run: Store, tensor: torch.Tensor) -> Iterator[Writers]:
     writers: list[CheckpointWriter] = []
 
     def started(limit_seconds: float = 60, **options) -> CheckpointWriter:
-        outage = Outage(limit_seconds, lambda _: None)
-        writers.append(CheckpointWriter(run, {"model": {"w": tensor}}, outage=outage, **options))
+        patient_run = run.within(limit_seconds)
+        writers.append(CheckpointWriter(patient_run, {"model": {"w": tensor}}, **options))
         return writers[-1]
 
     yield started
@@ -125,8 +125,8 @@ def test_closing_does_not_wait_for_a_bucket_that_keeps_silent(
     proxy: FaultyProxy, gcs_bucket: str, tensor: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    patient_run = open_store(gcs_bucket, deadline_seconds=30).sub("runs/r")
-    writer = CheckpointWriter(patient_run, {"model": {"w": tensor}}, outage=Outage(60, lambda _: None))
+    patient_run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
+    writer = CheckpointWriter(patient_run, {"model": {"w": tensor}})
     proxy.hang()
     assert writer.save(save_of(10))
     wait_until_it_commits(writer)

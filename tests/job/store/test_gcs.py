@@ -14,7 +14,7 @@ import pytest
 from google.cloud import storage
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from tests.job.store.lost_answers import LostAnswers
 from tests.job.store.proxy import Proxy, every_call, once
 
@@ -38,7 +38,7 @@ def proxy(gcs_server: str, gcs_bucket: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture
 def store(proxy: Proxy, gcs_bucket: str) -> Store:
-    return open_store(gcs_bucket, deadline_seconds=10)
+    return open_store(gcs_bucket, Retry(10))
 
 
 class TestLostAnswers(LostAnswers):
@@ -110,7 +110,7 @@ def test_server_that_is_away_is_told_within_the_deadline(
         if listening:
             server.listen(200)
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.getsockname()[1]}")
-        store = open_store("gs://bucket/runs", deadline_seconds=2)
+        store = open_store("gs://bucket/runs", Retry(2))
         seconds = list(pool.map(lambda call: seconds_until_away(call, words), every_call(store, file)))
     assert max(seconds) < 4
     assert [path.name for path in file.parent.iterdir()] == ["file"]
@@ -118,7 +118,7 @@ def test_server_that_is_away_is_told_within_the_deadline(
 
 
 def test_server_that_goes_away_before_the_content(proxy: Proxy, gcs_bucket: str, file: Path) -> None:
-    store = open_store(gcs_bucket, deadline_seconds=2)
+    store = open_store(gcs_bucket, Retry(2))
     store.upload(file, "part")
     stream = store.open("part")
     proxy.request = lambda data: None if b"alt=media" in data else data
@@ -157,7 +157,7 @@ def test_refusals_are_told_in_a_line(
         return str(caught.value)
 
     with ThreadPoolExecutor(16) as pool:
-        for line in pool.map(refused, every_call(open_store(gcs_bucket, deadline_seconds=0.5), file)):
+        for line in pool.map(refused, every_call(open_store(gcs_bucket, Retry(0.5)), file)):
             assert gcs_bucket in line
             assert "\n" not in line
             assert len(line) < 450

@@ -324,7 +324,7 @@ def test_uris_that_nobody_speaks(uri: str, words: str, monkeypatch: pytest.Monke
 def test_local_store_needs_no_cloud_library(tmp_path: Path) -> None:
     script = f"""
 import sys
-sys.modules["gcsfs"] = sys.modules["google.cloud.storage"] = None
+sys.modules["google.cloud.storage"] = None
 from job.exits import BadRequestError
 from job.store import open_store
 open_store({str(tmp_path)!r}).create("key", b"1")

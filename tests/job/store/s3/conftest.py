@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from job.store import Store, open_store
+from job.store import Retry, Store, open_store
 from tests.job.store.proxy import Proxy
 
 
@@ -20,4 +20,4 @@ def proxy(s3_server: str, s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def store(proxy: Proxy, s3_bucket: str) -> Store:
-    return open_store(s3_bucket, deadline_seconds=10)
+    return open_store(s3_bucket, Retry(10))

@@ -18,7 +18,7 @@ import boto3
 import pytest
 
 from job.exits import BucketAwayError, Exit
-from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from tests.job.store.lost_answers import LostAnswers
 from tests.job.store.proxy import Proxy, every_call, lose_the_answer_to, once
 
@@ -257,7 +257,7 @@ def test_server_that_is_away_is_told_within_the_deadline(
         if listening:
             server.listen(200)
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.getsockname()[1]}")
-        store = open_store("s3://bucket/runs", deadline_seconds=2)
+        store = open_store("s3://bucket/runs", Retry(2))
         calls = every_call(store, large_file)
         seconds = list(pool.map(lambda call: seconds_until_away(call, words), calls))
     assert max(seconds) < 4
@@ -267,7 +267,7 @@ def test_server_that_is_away_is_told_within_the_deadline(
 
 @pytest.mark.parametrize("s3_server", ["moto"], indirect=True)
 def test_server_that_goes_away_before_the_content(proxy: Proxy, s3_bucket: str, file: Path) -> None:
-    store = open_store(s3_bucket, deadline_seconds=1)
+    store = open_store(s3_bucket, Retry(1))
     store.upload(file, "part")
     stream = store.open("part")
     proxy.request = lambda data: None if data.startswith(b"GET") else data

@@ -13,7 +13,7 @@ import boto3
 import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.store import Entry, ObjectMissingError, Store, open_store
+from job.store import Entry, ObjectMissingError, Retry, Store, open_store
 from tests.conftest import SECRET
 from tests.job.store.proxy import Proxy, every_call
 from tests.job.store.s3.test_s3 import refusal
@@ -53,7 +53,7 @@ def test_refusals_are_told_in_a_line(
         return str(caught.value)
 
     with ThreadPoolExecutor(16) as pool:
-        store = open_store(s3_bucket, deadline_seconds=0.5 if error is BucketAwayError else 10)
+        store = open_store(s3_bucket, Retry(0.5 if error is BucketAwayError else 10))
         for line in pool.map(refused, every_call(store, file)):
             assert s3_bucket in line
             assert "\n" not in line
@@ -164,7 +164,7 @@ def test_wrong_settings_are_told_without_the_passwords_in_them(
 ) -> None:
     monkeypatch.setenv(variable, value)
     with pytest.raises(error, match=words) as caught:
-        open_store("s3://bucket", deadline_seconds=0.5).read("key")
+        open_store("s3://bucket", Retry(0.5)).read("key")
     assert "s3://bucket" in str(caught.value)
     assert "top-secret" not in str(caught.value)
 
@@ -172,7 +172,7 @@ def test_wrong_settings_are_told_without_the_passwords_in_them(
 def test_the_endpoint_for_s3_alone_comes_first(s3_bucket: str, monkeypatch: pytest.MonkeyPatch, s3_server: str) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     monkeypatch.setenv("AWS_ENDPOINT_URL_S3", s3_server)
-    open_store(s3_bucket, deadline_seconds=1).create("key", b"1")
+    open_store(s3_bucket, Retry(1)).create("key", b"1")
 
 
 def test_what_is_no_key_is_left_out_of_listings(s3_bucket: str) -> None:
@@ -220,7 +220,7 @@ def test_uris_that_name_no_bucket(uri: str, words: str, aws_credentials: None) -
 def test_without_the_library_the_extra_is_named() -> None:
     script = """
 import sys
-sys.modules["s3fs"] = None
+sys.modules["botocore"] = None
 from job.exits import BadRequestError
 from job.store import open_store
 try:

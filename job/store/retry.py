@@ -1,0 +1,163 @@
+"""The patience of a store: how long an operation is tried again while the bucket is away, and who is told."""
+
+from __future__ import annotations
+
+import copy
+import os
+import random
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Self, TypeVar
+
+from job.exits import BadRequestError, BucketAwayError, StoppedError
+from job.stop import NEVER, Stop, beat
+
+R = TypeVar("R")
+
+DEADLINE_SECONDS = 15.0
+"""How long a bucket may be away before an operation gives up, if nothing else is said: less than a lease lasts."""
+AWAY_VARIABLE = "DDPM_AWAY_SECONDS"
+AWAY_SECONDS = 900.0
+SILENCE_SECONDS = 7.5
+"""After so long without a sign of the server an attempt fails: half the deadline, so that there is a second one."""
+FIRST_PAUSE_SECONDS = 0.25
+LONGEST_PAUSE_SECONDS = 15.0
+
+
+def away_limit_seconds() -> float:
+    """How long a bucket may be away from work that has hours behind it: `DDPM_AWAY_SECONDS`, or a quarter of an hour.
+
+    Raises:
+        BadRequestError: the variable holds no such number.
+    """
+    text = os.environ.get(AWAY_VARIABLE, "")
+    with suppress(ValueError):
+        if not text or 0 <= float(text) < float("inf"):
+            return float(text or AWAY_SECONDS)
+    raise BadRequestError(f"{AWAY_VARIABLE}={text!r}: give the seconds that a bucket may be away, such as 900")
+
+
+class Retry:
+    """Does work again while the bucket is away. All stores of a bucket share one: an outage is told once.
+
+    An attempt ends by itself, soon after the server falls silent; between two of them a stop is heard. Inside work
+    that is tried again as a whole, the operations of a store fail at the first error.
+    """
+
+    def __init__(
+        self, limit_seconds: float | None = None, stop: Stop = NEVER, note: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Knows of no outage yet.
+
+        Args:
+            limit_seconds: how long the bucket may be away; `DEADLINE_SECONDS` if not given.
+            stop: ends the waiting for a bucket that is away.
+            note: told when the bucket goes away and when it is back; from any thread.
+        """
+        self.limit_seconds = DEADLINE_SECONDS if limit_seconds is None else limit_seconds
+        self.stop = stop
+        self._outage = _Outage(self.limit_seconds, note)
+
+    def within(self, seconds: float, stop: Stop = NEVER) -> Self:
+        """Gives up after `seconds`, or at `stop`, and shares what this one knows about an outage."""
+        other = copy.copy(self)
+        other.limit_seconds, other.stop = seconds, stop
+        return other
+
+    def elsewhere(self) -> Retry:
+        """The same patience with another bucket, whose outages are its own."""
+        return Retry(self.limit_seconds, self.stop, self._outage.note)
+
+    @property
+    def silence_seconds(self) -> float:
+        """How long an attempt waits for a sign of the server."""
+        return min(SILENCE_SECONDS, self.limit_seconds / 2) or SILENCE_SECONDS
+
+    def is_under_way(self, uri: str) -> None:
+        """For an attempt to say at each block: a transfer that gets on does not hang, and a stop ends it.
+
+        Raises:
+            StoppedError: this process is to stop.
+        """
+        beat()
+        self.stop.check(f"while {uri} was on its way")
+
+    def __call__(self, work: Callable[..., R], *args: object) -> R:
+        """Does `work`, which must bear repetition, until the bucket is there for all of it.
+
+        Raises:
+            BucketAwayError: it was away for longer than the limit.
+            StoppedError: `stop` said so while it was away.
+        """
+        if _within_work.depth:
+            return work(*args)
+        away_since, pause_seconds = float("inf"), FIRST_PAUSE_SECONDS
+        while True:
+            asked_at = time.monotonic()
+            try:
+                with _within_work:
+                    result = work(*args)
+            except BucketAwayError as error:
+                now = time.monotonic()
+                # The silence counts that an attempt waited for, but not what it did before.
+                away_since = min(away_since, max(asked_at, now - self.silence_seconds))
+                left_seconds = away_since + self.limit_seconds - now
+                if self.stop():
+                    raise StoppedError(f"stopped while the bucket was away ({error})") from error
+                if left_seconds <= 0:
+                    raise BucketAwayError(
+                        f"{error} (tried for {now - away_since:.0f} s in all); the same command goes on from here"
+                    ) from error
+                self._outage.began(error, asked_at)
+                # Many processes may have lost the same bucket.
+                jittered_seconds = pause_seconds * random.uniform(0.5, 1)  # noqa: S311
+                if self.stop.sleep(min(jittered_seconds, left_seconds)):
+                    raise StoppedError(f"stopped while the bucket was away ({error})") from error
+                pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
+            else:
+                self._outage.ended()
+                return result
+
+
+class _Outage:
+    """What is known about a bucket being away."""
+
+    def __init__(self, limit_seconds: float, note: Callable[[str], None]) -> None:
+        self._limit_seconds, self.note = limit_seconds, note
+        self._lock = threading.Lock()
+        self._since: float | None = None
+        self._answered_at = 0.0
+
+    def began(self, error: BucketAwayError, asked_at: float) -> None:
+        """An attempt failed that was begun at this reading of the monotonic clock."""
+        with self._lock:
+            # Others may have had an answer meanwhile.
+            is_news = self._since is None and asked_at > self._answered_at
+            if is_news:
+                self._since = time.monotonic()
+        if is_news:
+            self.note(f"{error}; trying again for up to {self._limit_seconds:g} s")
+
+    def ended(self) -> None:
+        """An attempt succeeded."""
+        with self._lock:
+            since, self._since, self._answered_at = self._since, None, time.monotonic()
+        if since is not None:
+            self.note(f"the bucket is back after {time.monotonic() - since:.0f} s")
+
+
+class _WithinWork(threading.local):
+    """Whether this thread is inside work that is tried again as a whole."""
+
+    depth = 0
+
+    def __enter__(self) -> None:
+        self.depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.depth -= 1
+
+
+_within_work = _WithinWork()
