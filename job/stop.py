@@ -73,7 +73,7 @@ class Stop:
         # In other threads a loop may go on for ever while the work hangs.
         if threading.current_thread() is threading.main_thread():
             beat()
-        if not self.reason and self._deadline < float("inf") and _boot_seconds() >= self._deadline:
+        if not self.reason and self._deadline < float("inf") and _boot_clock() >= self._deadline:
             self.request("its deadline (--stop-after)")
         return bool(self.reason)
 
@@ -198,19 +198,19 @@ def deadline(stop_after: str) -> Iterator[None]:
     if not seconds or STOP_AT in os.environ:
         yield
         return
-    os.environ[STOP_AT] = str(_boot_seconds() + seconds)
+    os.environ[STOP_AT] = str(_boot_clock() + seconds)
     try:
         yield
     finally:
         del os.environ[STOP_AT]
 
 
-def _boot_seconds() -> float:
+def _boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 _beats: memoryview[float] | None = None
-_place = 0
+_beats_place = 0
 
 
 def beat() -> None:
@@ -221,14 +221,14 @@ def beat() -> None:
     only task is to beat: that would go on in a process whose work hangs.
     """
     if _beats is not None:
-        _beats[_place] = time.monotonic()
+        _beats[_beats_place] = time.monotonic()
 
 
 def connect_heartbeat() -> None:
     """Lets `beat` reach the launcher that started this process, if one did."""
-    global _beats, _place
+    global _beats, _beats_place
     if place := os.environ.pop(HEARTBEATS, ""):
         descriptor, rank = map(int, place.split(":"))
-        _beats, _place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
+        _beats, _beats_place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
         os.close(descriptor)
         beat()

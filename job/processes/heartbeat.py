@@ -24,7 +24,7 @@ class Heartbeats:
         return f"{self.descriptor}:{rank}"
 
     def silent_seconds(self) -> list[float]:
-        """For how long each rank has been silent; to be called every second or so.
+        """For how long each rank has been silent, to the microsecond; to be called every second or so.
 
         It counts anew when the launcher did not run itself: a suspended laptop, a migrated VM or Ctrl-Z stops all
         processes alike, and none of them hangs for that.
@@ -34,7 +34,3 @@ class Heartbeats:
             self._counts_from = now
         self._looked = now
         return [now - max(beaten, self._counts_from) for beaten in self._times]
-
-    def last_beat(self, rank: int) -> float:
-        """When a rank last beat, on `time.monotonic`'s clock: tells who fell silent first, to the microsecond."""
-        return self._times[rank]

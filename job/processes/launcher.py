@@ -225,12 +225,9 @@ class _Launch:
         import psutil
 
         states = {rank.local: psutil.Process(rank.process.pid).status() for rank in living}
-        # The others soon wait for the first one, and are silent as well. One that is stopped may have had the last
-        # word, so that the others wait for it.
-        first = min(
-            living,
-            key=lambda rank: (states[rank.local] != psutil.STATUS_STOPPED, self._heartbeats.last_beat(rank.local)),
-        )
+        # The first one to fall silent: the others soon wait for it. One that is stopped may have had the last word.
+        stopped = [rank for rank in living if states[rank.local] == psutil.STATUS_STOPPED]
+        first = max(stopped or living, key=lambda rank: silent_seconds[rank.local])
         self._hang = (
             f"{self._name(first)} hung: no sign of life for {silent_seconds[first.local]:.0f} s "
             f"({states[first.local]}); --hang-after sets the limit. The stacks of all processes are above"

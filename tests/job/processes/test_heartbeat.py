@@ -22,7 +22,7 @@ def connected(monkeypatch):
     """The launcher's side of two ranks, of which this process is the second."""
     heartbeats = Heartbeats(2)
     monkeypatch.setattr(stop_module, "_beats", None)
-    monkeypatch.setattr(stop_module, "_place", 0)
+    monkeypatch.setattr(stop_module, "_beats_place", 0)
     # The descriptor is a rank's own once it was inherited.
     monkeypatch.setenv(HEARTBEATS, f"{os.dup(heartbeats.descriptor)}:1")
     connect_heartbeat()
@@ -36,7 +36,6 @@ def test_silence_is_counted_per_rank_from_the_start_and_ends_with_a_beat(connect
     beat()
     silent, beating = connected.silent_seconds()
     assert silent >= 0.2 > beating
-    assert connected.last_beat(0) < connected.last_beat(1) <= time.monotonic()
     # Time in which the launcher itself did not run does not count.
     now = time.monotonic()
     monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now + 8 * 3600)
@@ -45,13 +44,14 @@ def test_silence_is_counted_per_rank_from_the_start_and_ends_with_a_beat(connect
 
 def test_asking_whether_to_stop_is_a_beat_in_the_main_thread_alone(connected):
     stop = Stop()
-    before = connected.last_beat(1)
+    time.sleep(0.1)
     thread = threading.Thread(target=stop)
     thread.start()
     thread.join()
-    assert connected.last_beat(1) == before
+    silent = connected.silent_seconds()[1]
+    assert silent >= 0.1
     stop()
-    assert connected.last_beat(1) > before
+    assert connected.silent_seconds()[1] < silent
 
 
 def test_a_hung_job_ends_with_71_and_the_stacks_of_all_ranks(tmp_path):
