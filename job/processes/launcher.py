@@ -33,6 +33,8 @@ HANG_SECONDS = 600.0
 """After so long without a heartbeat a rank counts as hung, unless another limit is given."""
 GRACE_SECONDS = 30.0
 """How long other ranks may take to end after one of them failed."""
+CAUSE_SECONDS = 3.0
+"""How long a rank that lost a peer may be earlier to end than the peer, whose own end must show first."""
 DUMP_SECONDS = 1.0
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -207,7 +209,7 @@ class _Launch:
             return
         if ends != {_End.STOPPED}:
             self._failed_at = min(self._failed_at, now)
-        if not self._told_to_end:
+        if not self._told_to_end and (ends != {_End.CONSEQUENCE} or now > self._failed_at + CAUSE_SECONDS):
             self._told_to_end = True
             self._send(signal.SIGTERM)
         # Without all of its ranks the group never met, so that there is nothing to save, and nothing to wait for.
