@@ -19,12 +19,14 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
-from job.code_version import code_version
+from job.config import RunConfig
 from job.processes import compute
-from job.runs.checkpoints import Manifest, list_checkpoints
-from job.runs.records import utc_now
+from job.runs.checkpoints import list_checkpoints
+from job.runs.lease import Lease
+from job.runs.records import create_config, record_attempt
 from job.runs.retention import delete_checkpoint
-from job.runs.saving import UPLOADS, CheckpointWriter, Save, plan_parts
+from job.runs.writer import PARALLEL_UPLOADS, CheckpointWriter, HeldRun, plan_parts
+from job.stop import NEVER
 from job.store import Store, open_store
 from tests.servers import fake_gcs_server
 
@@ -35,11 +37,12 @@ BUCKET = "benchmarks"
 def measure(quick: bool) -> list[Figure]:
     """Saves Ho et al.'s CIFAR-10 network, 572 MB with averages and moments, to a folder and to an object server."""
     sets, cpu = TINY if quick else (), torch.device("cpu")
-    state = create_state(compute.build_network(run_config(sets), cpu), cpu).tensors()
+    config = run_config(sets)
+    state = create_state(compute.build_network(config, cpu), cpu).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
     with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)):
-        blocked, committed = saves(open_store(f"{name}/run"), state, 1 if quick else 7)
-        _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), state, 1 if quick else 2)
+        blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 7)
+        _, far_committed = saves(open_store(f"gs://{BUCKET}/run"), config, state, 1 if quick else 2)
         uploads = uploads_in_turn(state, Path(name), 1 if quick else 4)
         resumed = resumptions(f"gs://{BUCKET}", Path(name), sets, state, 1 if quick else 3)
     return [
@@ -63,7 +66,7 @@ def measure(quick: bool) -> list[Figure]:
             "checkpoint: upload speed / google-cloud-storage's own, ×",
             uploads.speedups,
             at_least=0.8,
-            beside=f"{UPLOADS} parts at a time, emulated gs://: {megabytes / median(uploads.ours):.0f} MB/s, "
+            beside=f"{PARALLEL_UPLOADS} parts at a time, emulated gs://: {megabytes / median(uploads.ours):.0f} MB/s, "
             f"raw client {megabytes / median(uploads.peer):.0f} MB/s",
             raw=uploads.raw(),
         ),
@@ -71,16 +74,19 @@ def measure(quick: bool) -> list[Figure]:
     ]
 
 
-def saves(run: Store, state: State, turns: int) -> tuple[Turns, list[float]]:
+def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turns, list[float]]:
     """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
-    writer = CheckpointWriter(run, state)
+    lease = Lease.take(run, 0, 0.0, NEVER, print)
+    create_config(run, config)
+    held = HeldRun(run, config, 10**6, record_attempt(run, lease.fence, {}, 1, "cpu", lease.holder), lease)
+    writer = CheckpointWriter(held, state, [], set(), NEVER, print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []
 
     def save() -> None:
         started[0] = time.perf_counter()
-        writer.save(Save(_manifest(next(images_seen)), {}))
+        writer.save(next(images_seen), [], world_size=1)
 
     def finish() -> None:
         writer.wait()
@@ -90,23 +96,9 @@ def saves(run: Store, state: State, turns: int) -> tuple[Turns, list[float]]:
 
     title = f"saving to {run.uri.partition('://')[0] if '://' in run.uri else 'a folder'}"
     measured = take_turns(title, save, lambda: torch._foreach_copy_(buffers, live), turns, after_turn=finish)
-    writer.close()
+    writer.close(wait=True)
+    lease.close()
     return measured, committed[1:]
-
-
-def _manifest(images_seen: int) -> Manifest:
-    return Manifest(
-        fence=1,
-        attempt="benchmark",
-        images_seen=images_seen,
-        epoch=None,
-        created=utc_now(),
-        code_version=code_version(),
-        config_sha256="0" * 64,
-        world_size=1,
-        loss_sums=[],
-        files=(),
-    )
 
 
 def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
@@ -116,12 +108,12 @@ def uploads_in_turn(state: State, folder: Path, turns: int) -> Turns:
     from safetensors.torch import save_file
 
     paths = []
-    for part in plan_parts(state):
-        paths.append(folder / part.name)
-        save_file({name: state[part.group][name].contiguous() for name in part.tensors}, paths[-1])
+    for name, tensors in plan_parts(state).items():
+        paths.append(folder / name)
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, paths[-1])
     store = open_store(f"gs://{BUCKET}/ours")
     bare = storage.Client(project=BUCKET, credentials=AnonymousCredentials()).bucket(BUCKET)
-    with ThreadPoolExecutor(UPLOADS) as pool:
+    with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
         def ours() -> None:
             list(pool.map(lambda path: store.upload(path, path.name), paths))

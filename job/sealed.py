@@ -11,6 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from job.exits import BadDataError
 from job.store.base import Store
 
+SHA256_PATTERN = r"^[0-9a-f]{64}$"
+
 
 class Sealed(BaseModel):
     """A record with its own hash, `sha256`: that of the canonical JSON (sorted keys) of every other field."""

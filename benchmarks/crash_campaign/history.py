@@ -14,9 +14,9 @@ from typing import Any
 from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
+from job.runs.checkpoints import newest_good
+from job.runs.layout import SAMPLES, Kind, located
 from job.runs.metrics import Row, read_rows
-from job.runs.restoring import newest_good
-from job.sampling.names import SAMPLES
 from job.store import Store
 
 GROUPS = ("model", "ema", "optimizer")
@@ -81,11 +81,12 @@ def saved_images(run: Store) -> dict[str, str]:
 
 
 def _is_picture(key: str) -> bool:
-    return key.count("/") == 1 and key.endswith((".png", ".gif"))
+    place = located(key)
+    return place is not None and place.kind is Kind.PICTURE
 
 
 def _pixels_sha256(data: bytes) -> str:
-    """Over all frames of a picture; what its file says about where it comes from names an attempt."""
+    """Over all frames of a picture."""
     with Image.open(io.BytesIO(data)) as image:
         frames = (frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image))
         return hashlib.sha256(b"".join(frames)).hexdigest()

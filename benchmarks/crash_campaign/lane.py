@@ -16,8 +16,7 @@ from benchmarks.crash_campaign.processes import HungError, Invocation, LeavingEr
 from benchmarks.crash_campaign.records import EXPECTED_CODES, BrokenError, Moment, Run, Tally, Undisturbed
 from benchmarks.crash_campaign.work import DATASET_KEY, Work
 from job.exits import Exit, JobError
-from job.runs.checkpoints import FOLDER
-from job.runs.records import RUNS
+from job.runs.layout import RUNS
 from job.store import Store, open_store
 
 SHORTER = 0.8
@@ -337,7 +336,7 @@ class Lane:
         self.tally.repeated_images += history.repeated_images
         aside = run.set_aside
         self.tally.bad_checkpoints += len(aside)
-        planted = {ref.key.removeprefix(f"{FOLDER}/") for ref in run.rotten}
+        planted = {str(ref) for ref in run.rotten}
         if unexpected := sorted(aside - planted):
             self._fail(f"{run.name}: checkpoint {unexpected[0]} was set aside, and nobody had damaged it")
         if unseen := sorted(planted - aside):

@@ -9,6 +9,7 @@ LEASE = r"/lease\.json$"
 TENSORS = r"/checkpoints/[^/]+/[a-z]+-\d+\.safetensors$"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
 PIECE = r"/piece-\d+\.tar$"
+PICTURES = r"(?<!/provenance)/samples/"
 SHARD = r"/shard-\d+\.tar$"
 
 
@@ -111,7 +112,14 @@ def _later() -> list[Point]:
         Point("renewal", "the lease is renewed, the holder does not know", "train", "replace", LEASE, data=renewal),
         Point("checkpoint-rot", "a bit of the newest checkpoint flips in the bucket", "train", "rot"),
         Point("sampling", "in the middle of in-training sampling", "train", "sampling-step", nth=3),
-        Point("picture-before", "the picture is drawn, not stored", "train", "put", "/samples/epoch-", "before"),
+        Point(
+            "picture-before",
+            "it is written where the picture comes from, but no picture",
+            "train",
+            "put",
+            f"{PICTURES}epoch-",
+            "before",
+        ),
         Point("cache-rot", "a byte of the cached images flips on the local disk", "train", "rot"),
         Point("shard-rot", "an image in the bucket's shard is replaced by another", "train", "rot", fresh=True),
         Point(
@@ -141,7 +149,7 @@ def _of_two() -> list[Point]:
 
 def _end() -> list[Point]:
     return [
-        Point("last-picture", "the last picture is drawn, not stored", "end", "put", "/samples/denoising-", "before"),
+        Point("last-picture", "the last picture is drawn, not stored", "end", "put", f"{PICTURES}denoising-", "before"),
         Point("finished-before", "all is there, the status does not say so", "end", "put", "/status.json$", "before",
               data='"state": "finished"'),
         Point("lease-return", "finished, the lease not given back", "end", "replace", LEASE, "before",
@@ -152,14 +160,14 @@ def _end() -> list[Point]:
 def _sample() -> list[Point]:
     return [
         Point("sample-step", "in the middle of `ddpm sample`", "sample", "sampling-step", nth=3),
-        Point("sample-before", "its picture is drawn, not stored", "sample", "put", "/samples/", "before"),
+        Point("sample-before", "its picture is drawn, not stored", "sample", "put", PICTURES, "before"),
     ]
 
 
 def _batch() -> list[Point]:
     return [
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
-        Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "upload", PIECE, nth=2),
+        Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
         Point("batch-record-2", "the second of its records is written", "batch", "create", "/records/piece-", nth=2),
         Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, "before"),
     ]

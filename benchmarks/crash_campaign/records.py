@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from benchmarks.crash_campaign.history import GROUPS, Ending, History
 from benchmarks.crash_campaign.processes import Invocation
 from job.exits import Exit, JobError
-from job.runs.checkpoints import FOLDER, CheckpointRef, list_checkpoints, opened
+from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.layout import CHECKPOINTS, CheckpointRef
 from job.store import Store
 
 KILLED, TERMINATED = -signal.SIGKILL, -signal.SIGTERM
@@ -24,7 +25,7 @@ EXPECTED_CODES = {
     ("term", "rank"): {Exit.STOPPED, 128 + signal.SIGTERM},
 }
 """How the command ends when somebody gets a signal; it may also have finished just before."""
-_SET_ASIDE = re.compile(rf"set aside checkpoint \S+/{FOLDER}/(\S+):")
+_SET_ASIDE = re.compile(rf"set aside checkpoint \S+/{CHECKPOINTS}/(\S+):")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import numpy as np
 
 from benchmarks.crash_campaign.work import DATASET_KEY
 from job.data.shards import OFFSETS_DTYPE, load_index
-from job.runs.checkpoints import CheckpointRef, load_manifest
+from job.runs.checkpoints import load_manifest
+from job.runs.layout import CheckpointRef
 from job.store import Store
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -14,22 +13,19 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
         broken(module, trace)
 
 
-def _manifest_first(saving: Any, trace: Any) -> None:
-    def upload_all(writer: Any, save: Any, folder: Any) -> None:
-        records = [writer._write(part, folder) for part in writer._parts]
-        with writer._changed:
+def _manifest_first(module: Any, trace: Any) -> None:
+    def upload_all(writer: Any, manifest: Any, objects: Any, folder: Any) -> None:
+        records = [module._write_part(folder / name, tensors) for name, tensors in writer._parts.items()]
+        with writer._change():
             writer._reading_host = False
-            writer._changed.notify_all()
-        for key, data in save.objects.items():
+        for key, data in objects.items():
             writer._run.create(key, data)
-        manifest = save.manifest.model_copy(update={"files": tuple(records)})
-        writer._confirm()
-        saving.commit_manifest(writer._run, manifest)
+        writer._held.lease.confirm()
+        module.commit_manifest(writer._run, manifest.model_copy(update={"files": tuple(records)}))
         for record in records:
             writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
-        writer._after_commit(manifest)
 
-    saving.CheckpointWriter._upload_all = upload_all
+    module.CheckpointWriter._upload_all = upload_all
 
 
 def _fence_ignored(lease: Any, trace: Any) -> None:
@@ -53,17 +49,18 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
 
 
 def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
-    def encoded(this: Any, shard: int, descriptor: int, row: int) -> bytes:
-        record = this.records[this.starts[shard] + row]
-        return os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+    def read_image(this: Any, shard: int, row: int, file: Any) -> Any:
+        offset, size_bytes, _, _ = this.table(shard)[row].tolist()
+        file.seek(offset)
+        return this.decode_image(file.read(size_bytes))
 
     # The checksum of each image would find out as well.
-    shard_source.ShardSource.check = lambda this, shard, path: None
-    shard_source.ShardSource.encoded = encoded
+    shard_source.ShardSource.check = lambda this, shard, path, table: None
+    shard_source.ShardSource._read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
-    ("manifest-first", "job.runs.saving"): _manifest_first,
+    ("manifest-first", "job.runs.writer"): _manifest_first,
     ("fence-ignored", "job.runs.lease"): _fence_ignored,
     ("position-off-by-one", "job.session"): _position_off_by_one,
     ("order-drawn-anew", "job.session"): _order_drawn_anew,

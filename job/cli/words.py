@@ -12,8 +12,9 @@ import typer
 from job.cli import data, sample, train
 
 if TYPE_CHECKING:
+    from job.data.pack import PackRequest
     from job.jobs.spec import Verb
-    from job.requests import PackRequest, SampleRequest, TrainRequest
+    from job.requests import SampleRequest, TrainRequest
 
 _VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {
     "train": (("train",), train.train),
@@ -45,7 +46,8 @@ class Words:
 
     def request(self) -> TrainRequest | SampleRequest | PackRequest:
         """What is asked for, not checked yet."""
-        from job.requests import PackRequest, SampleRequest, TrainRequest
+        from job.data.pack import PackRequest
+        from job.requests import SampleRequest, TrainRequest
 
         kinds: dict[Verb, type[TrainRequest | SampleRequest | PackRequest]] = {
             "train": TrainRequest,

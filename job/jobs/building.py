@@ -10,12 +10,13 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from job.config_input import parse_sets, read_config_file
+from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.spec import JobSpec, ends_itself, job_name
 from job.jobs.targets import KubernetesTarget, Target, default_bucket
 from job.outcome import JOB
 from job.processes.gpus import GPUS
-from job.requests import PackRequest, SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS
 from job.store import check_uri, is_remote

@@ -16,6 +16,7 @@ from job.jobs.targets import Target, chosen_target, default_bucket, load_targets
 from job.progress import note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
+from job.runs.layout import RUNS
 from job.runs.overview import print_table, state_of
 from job.store import Store, open_store
 
@@ -213,7 +214,7 @@ def _story(bucket_uri: str, name: str) -> list[str]:
     """What the folder of the job's run tells; nothing if there is none, or if nobody here may read it."""
     try:
         bucket = open_store(bucket_uri)
-        runs = [run for run in bucket.folders(records.RUNS) if _can_be_about(name, run)]
+        runs = [run for run in bucket.folders(RUNS) if _can_be_about(name, run)]
         return [line for run in runs for line in _run_lines(records.run_store(bucket, run), run)]
     except MissingInputError:
         return []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import difflib
 import json
+import math
 import os
 import re
 from pathlib import Path
@@ -34,6 +35,22 @@ _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
 _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
 _Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
+_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
+_LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])")
+
+
+def size_bytes(text: str) -> int:
+    """A size as Kubernetes writes it, such as `50Gi` or `1.5T`, in bytes.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise ValueError(f"{text!r} is no size: use one like 50Gi")
+    unit = match[2]
+    return math.ceil(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
 
 
 class Target(BaseModel):
@@ -97,6 +114,18 @@ class ContainerTarget(Target):
     """`host` for a bucket server on this machine's loopback; empty is the engine's default."""
 
 
+class Toleration(BaseModel):
+    """As Kubernetes has it (kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    key: str = ""
+    operator: Literal["Equal", "Exists"] = "Equal"
+    value: str = ""
+    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
+    tolerationSeconds: int | None = None  # noqa: N815 -- Kubernetes' own name
+
+
 class KubernetesTarget(Target):
     """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
 
@@ -104,19 +133,19 @@ class KubernetesTarget(Target):
     context: str = ""
     namespace: _Name = "default"
     service_account: _Name = "default"
-    queue: str = ""
+    queue: _LabelValue = ""
     """Kueue's local queue; empty for none."""
     cluster: Literal["gke", "plain"] = "gke"
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[str, str] | None = None
+    node_selector: dict[_LabelKey, _LabelValue] | None = None
     """Instead of what `cluster` and the GPU type give."""
-    tolerations: list[dict[str, str | int]] | None = None
+    tolerations: list[Toleration] | None = None
     """Instead of what `cluster` and `spot` give."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
     machine_type: str = ""
     """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
-    cpus: str = ""
+    cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
     """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
     memory: str = ""
     """Empty: its share, or 16Gi for each GPU."""
@@ -124,6 +153,12 @@ class KubernetesTarget(Target):
     """Local disk for the cache of images."""
     shared_memory: str = ""
     """Part of `memory`; empty: 2Gi for each GPU."""
+
+    @field_validator("memory", "scratch", "shared_memory")
+    @classmethod
+    def _is_size(cls, text: str) -> str:
+        size_bytes(text)
+        return text
 
     @property
     def selects_as_gke(self) -> bool:

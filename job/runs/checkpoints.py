@@ -12,11 +12,10 @@ manifest was lost.
 from __future__ import annotations
 
 import hashlib
-import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,36 +23,15 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.sealed import Sealed
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, located
+from job.runs.records import attempt_id
+from job.sealed import SHA256_PATTERN, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
-FOLDER = "checkpoints"
-MANIFEST = "MANIFEST.json"
-LATEST = "LATEST"
-READERS = 16
+LATEST = Kind.LATEST.value
+PARALLEL_READS = 16
 """Small objects that are read at a time."""
-MAX_IMAGES_SEEN = 10**12 - 1
-"""What the twelve digits in a checkpoint's name can count."""
-
-
-@dataclass(frozen=True, order=True, slots=True)
-class CheckpointRef:
-    """A committed checkpoint's place in the order: attempts first, then progress."""
-
-    fence: int
-    images_seen: int
-
-    @property
-    def key(self) -> str:
-        """Its folder below the run."""
-        return f"{FOLDER}/{self.fence:06d}-{self.images_seen:012d}"
-
-    @classmethod
-    def parse(cls, folder: str) -> CheckpointRef | None:
-        """The inverse of `key`, for the folder's own name; none if it is something else."""
-        match = re.fullmatch(r"(\d{6})-(\d{12})", folder)
-        return cls(int(match[1]), int(match[2])) if match else None
 
 
 class FileRecord(BaseModel):
@@ -64,7 +42,7 @@ class FileRecord(BaseModel):
     name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
     group: str = Field(pattern=r"^[a-z]+$")
     bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256_PATTERN)
 
 
 class MetricSegment(BaseModel):
@@ -73,18 +51,18 @@ class MetricSegment(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^\d{6}-\d{12}$")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    events_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    sha256: str = Field(pattern=SHA256_PATTERN)
+    events_sha256: str = Field(pattern=SHA256_PATTERN)
 
     @property
     def key(self) -> str:
         """The rows, as JSON lines."""
-        return f"metrics/{self.name}.jsonl"
+        return Kind.METRICS.key(checkpoint=self.name)
 
     @property
     def events_key(self) -> str:
         """The same rows, as TensorBoard events."""
-        return f"tensorboard/events.out.tfevents.{self.name}"
+        return Kind.EVENTS.key(checkpoint=self.name)
 
 
 class Manifest(Sealed):
@@ -117,19 +95,13 @@ class Latest(Sealed):
     @property
     def ref(self) -> CheckpointRef:
         """What it names."""
-        ref = CheckpointRef.parse(self.checkpoint.removeprefix(f"{FOLDER}/"))
-        assert ref is not None
-        return ref
+        return CheckpointRef.parse(self.checkpoint.removeprefix(f"{CHECKPOINTS}/"))
 
 
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """All committed checkpoints, oldest first."""
-    refs = []
-    for entry in run.list(FOLDER):
-        folder, _, name = entry.key.removeprefix(f"{FOLDER}/").partition("/")
-        if name == MANIFEST and (ref := CheckpointRef.parse(folder)):
-            refs.append(ref)
-    return sorted(refs)
+    found = (located(entry.key) for entry in run.list(CHECKPOINTS))
+    return sorted(place.checkpoint for place in found if place and place.kind is Kind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
@@ -139,32 +111,28 @@ def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
 
 def manifest_key(ref: CheckpointRef) -> str:
     """Where a checkpoint's manifest lies."""
-    return f"{ref.key}/{MANIFEST}"
+    return Kind.MANIFEST.key(checkpoint=ref)
 
 
 def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
-    """Reads a manifest and checks it against its own hash and place.
+    """Reads a manifest and checks it against its own hash, its place, and the attempt that should have written it.
 
     Raises:
-        BadDataError: it is rotten, or not the one of this place.
+        BadDataError: it is rotten, or not the one of this place, or another run's, moved or copied here.
         ObjectMissingError: it is gone.
     """
-    key = manifest_key(ref)
-    manifest = Manifest.load(run, key)
+    manifest, uri = Manifest.load(run, manifest_key(ref)), run.uri_of(manifest_key(ref))
     if manifest.ref != ref:
-        raise BadDataError(f"{run.uri_of(key)} belongs to {manifest.ref.key}")
+        raise BadDataError(f"{uri} belongs to {manifest.ref.key}")
+    if attempt_id(run, ref.fence) not in ("", manifest.attempt):
+        raise BadDataError(f"{uri} was not written by attempt {ref.fence} of this run")
     return manifest
 
 
 def commit_manifest(run: Store, manifest: Manifest) -> None:
     """The commit: creates the manifest once, after all its objects are there."""
     run.create(manifest_key(manifest.ref), manifest.to_json())
-    put_latest(run, manifest.ref)
-
-
-def put_latest(run: Store, ref: CheckpointRef) -> None:
-    """Says which checkpoint was committed last."""
-    run.put(LATEST, Latest(checkpoint=ref.key).to_json())
+    run.put(LATEST, Latest(checkpoint=manifest.ref.key).to_json())
 
 
 def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
@@ -184,7 +152,7 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
 
 
 def is_there(run: Store, ref: CheckpointRef) -> bool:
-    """Whether a checkpoint's manifest is whole and its files have the sizes that it says; reads no more than that."""
+    """Whether a checkpoint's manifest is sound and its files have the sizes that it says; reads no more than that."""
     try:
         manifest = load_manifest(run, ref)
     except (BadDataError, ObjectMissingError):
@@ -193,16 +161,8 @@ def is_there(run: Store, ref: CheckpointRef) -> bool:
     return all(sizes.get(record.name) == record.bytes for record in manifest.files)
 
 
-def fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
-    """Downloads the files of `groups` into `folder`, each checked by size and SHA-256.
-
-    Returns:
-        The local paths by group.
-
-    Raises:
-        BadDataError: an object is missing, or is not what was committed; the message names it.
-    """
-    records = [record for record in manifest.files if record.group in groups]
+def _fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
+    """Downloads the files of `groups` into `folder`, each checked by size and SHA-256; the local paths by group."""
 
     def fetch_one(record: FileRecord) -> Path:
         key, path = f"{manifest.ref.key}/{record.name}", folder / record.name
@@ -217,12 +177,12 @@ def fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path)
                 raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
         return path
 
+    records = [record for record in manifest.files if record.group in groups]
     with ThreadPoolExecutor(4) as pool:
         paths = list(pool.map(fetch_one, records))
-    found: dict[str, list[Path]] = {group: [] for group in groups}
-    for record, path in zip(records, paths, strict=True):
-        found[record.group].append(path)
-    return found
+    return {
+        group: [path for record, path in zip(records, paths, strict=True) if record.group == group] for group in groups
+    }
 
 
 @dataclass(frozen=True)
@@ -243,19 +203,17 @@ class Restored:
         for group, paths in self.files.items():
             missing = set(tensors[group])
             for path in paths:
+                where = f"{self.manifest.ref.key}/{path.name}"
                 try:
                     with safe_open(path, framework="pt") as file:
                         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
                             target, value = tensors[group].get(name), file.get_tensor(name)
                             if target is None or target.shape != value.shape:
-                                raise BadDataError(
-                                    f"{self.manifest.ref.key}/{path.name}: tensor {name!r} does not fit this "
-                                    "configuration"
-                                )
+                                raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
                             target.copy_(value)
                             missing.discard(name)
                 except SafetensorError as error:
-                    raise BadDataError(f"{self.manifest.ref.key}/{path.name} holds no tensors ({error})") from None
+                    raise BadDataError(f"{where} holds no tensors ({error})") from None
             if missing:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
 
@@ -265,11 +223,67 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...]) -> Iterator[
     """The verified files of one checkpoint, on the local disk until the context ends.
 
     Raises:
-        BadDataError: it is damaged; the message names the object.
+        BadDataError: it is damaged, or another run's; the message names the object.
     """
     with scratch_folder("restore") as folder:
         manifest = load_manifest(run, ref)
-        yield Restored(manifest, fetch(run, manifest, groups, folder))
+        yield Restored(manifest, _fetch(run, manifest, groups, folder))
+
+
+@contextmanager
+def newest_good(
+    run: Store, groups: tuple[str, ...], warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
+) -> Iterator[Restored | None]:
+    """The newest checkpoint that verifies, or none if there are none; what an attempt goes on from.
+
+    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost rows and no work: the
+    checkpoint is used without them, and its manifest then does not name them any more.
+
+    Raises:
+        BadDataError: there are checkpoints, but none of them verifies.
+    """
+    refs, problems = list_checkpoints(run), list[str]()
+    try:
+        if lost := lost_manifest(run, refs):
+            problems.append(lost)
+            warn(f"set aside a checkpoint: {lost}")
+    except BadDataError as error:
+        warn(f"{error}; the manifests tell which checkpoint is the newest")
+    with ExitStack() as stack:
+        for ref in reversed(refs):
+            try:
+                found = stack.enter_context(opened(run, ref, groups))
+            except (BadDataError, ObjectMissingError) as error:
+                problems.append(str(error))
+                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
+                if aside is not None:
+                    aside.add(ref)
+            else:
+                yield replace(found, manifest=_without_damaged_rows(run, found.manifest, warn))
+                return
+    if problems:
+        raise BadDataError(
+            f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}. Restore one of them, or start another "
+            "run with --run NAME"
+        )
+    yield None
+
+
+def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], None]) -> Manifest:
+    def problem(segment: MetricSegment) -> str:
+        try:
+            read_segment(run, segment)
+        except BadDataError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(PARALLEL_READS) as pool:
+        problems = dict(zip(manifest.metric_segments, pool.map(problem, manifest.metric_segments), strict=True))
+    if any(problems.values()):
+        lost = "; ".join(filter(None, problems.values()))
+        warn(f"using checkpoint {run.uri}/{manifest.ref.key} without metrics that are lost: {lost}")
+    whole = tuple(segment for segment, problem in problems.items() if not problem)
+    return manifest.model_copy(update={"metric_segments": whole})
 
 
 def read_segment(run: Store, segment: MetricSegment) -> bytes:
@@ -301,16 +315,16 @@ def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_si
         if lost := lost_manifest(run, []):
             raise BadDataError(f"run {run_name!r} has no checkpoint any more: {lost}")
         raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
+    if wanted == "latest":
+        return [max(refs.values())]
     ordered = [refs[images] for images in sorted(refs)]
+    if wanted == "all":
+        return ordered
     epochs = {
         epoch: ref
         for ref in ordered
         for epoch in epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
     }
-    if wanted == "latest":
-        return [max(refs.values())]
-    if wanted == "all":
-        return ordered
     chosen = []
     for word in wanted.split(","):
         if not word.strip().isdecimal():

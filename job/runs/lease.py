@@ -17,17 +17,18 @@ from contextlib import suppress
 
 from pydantic import Field
 
-from job.exits import BadDataError, BucketAwayError, JobError, LostRunError, StoppedError
+from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
+from job.runs.layout import Kind
 from job.runs.records import utc_now
 from job.sealed import Sealed
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
-LEASE = "lease.json"
+LEASE = Kind.LEASE.value
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
-LOOK_SECONDS = 0.5
+WATCH_SECONDS = 0.5
 """How often one who watches reads the lease, and asks whether to stop."""
 WRITE_GAP_SECONDS = 1.0
 """Google Cloud Storage takes about one write a second to one object."""
@@ -63,7 +64,7 @@ def load_lease(run: Store) -> LeaseRecord:
     return LeaseRecord.load(run, LEASE)
 
 
-def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
+def _read_lease(run: Store) -> tuple[LeaseRecord | None, str | None]:
     """The record and its version; no version if there is no object, no record if nobody can read it."""
     try:
         blob = run.read(LEASE)
@@ -74,7 +75,7 @@ def _read(run: Store) -> tuple[LeaseRecord | None, str | None]:
     return None, blob.version
 
 
-def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
+def _write_lease(run: Store, record: LeaseRecord, version: str | None) -> str | None:
     """The new version; none if somebody else wrote since `version` was read."""
     try:
         if version is None:
@@ -84,7 +85,7 @@ def _write(run: Store, record: LeaseRecord, version: str | None) -> str | None:
         return None
 
 
-def _boot_seconds() -> float:
+def _lease_clock() -> float:
     """A clock that never jumps and counts the time a machine sleeps: what was ours before a sleep may not be after."""
     return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
@@ -107,9 +108,12 @@ class _Watch:
         # Unlike the holder's clock this one stands still while a machine sleeps: a laptop that wakes must give the
         # holder, which wakes with it, the time to renew.
         asked = time.monotonic()
-        record, version = _read(self._run)
+        record, version = _read_lease(self._run)
         if version == self.version:
-            self.silent_seconds = asked - self._seen_at
+            if time.monotonic() - asked > EXPIRE_SECONDS / 2:
+                # While the bucket was away the holder could not renew: it gets its time anew.
+                self._seen_at = time.monotonic()
+            self.silent_seconds = max(0.0, asked - self._seen_at)
             return
         holder = record.holder if record else ""
         # That another has won the race says nothing yet about whether the winner still lives.
@@ -137,7 +141,7 @@ class Lease:
     """The right to write to a run, kept by a thread until `close`.
 
     While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
-    run is lost. Operations that give up before `EXPIRE_SECONDS` keep one silent connection from costing the run.
+    run is lost.
     """
 
     def __init__(
@@ -165,7 +169,7 @@ class Lease:
             run: the run's folder.
             floor: the highest fence known from elsewhere, such as attempts and checkpoints.
             wait_seconds: how long to wait for a holder that lives; 0 gives up with its first renewal.
-            stop: asked all the while.
+            stop: ends the watching.
             note: told what a person should know; from other threads, too.
 
         Raises:
@@ -174,7 +178,8 @@ class Lease:
             BucketAwayError: the lease cannot be read or written.
         """
         watch, began, told = _Watch(run), time.monotonic(), ""
-        while not stop():
+        while True:
+            stop.check(f"before {run.uri} could be taken")
             watch.look()
             if (why := watch.why_free()) is not None:
                 record = LeaseRecord(
@@ -185,11 +190,11 @@ class Lease:
                     since=utc_now(),
                     process=ProcessIdentity.of_this_process(),
                 )
-                asked = _boot_seconds()
-                if (version := _write(run, record, watch.version)) is not None:
+                asked = _lease_clock()
+                if (version := _write_lease(run, record, watch.version)) is not None:
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    # A renewal that waits for a bucket that is away comes too late.
+                    # Less than it takes to expire: a renewal that waits for a bucket that is away comes too late.
                     return cls(run.within(RETRY_SECONDS), record, version, asked, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
@@ -202,8 +207,7 @@ class Lease:
             if told != watch.who():
                 told = watch.who()
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
-            stop.sleep(LOOK_SECONDS)
-        raise StoppedError(f"stopped by {stop.reason} before {run.uri} could be taken; the same command goes on")
+            stop.sleep(WATCH_SECONDS)
 
     def confirm(self) -> None:
         """Returns if the run is certainly still ours; call it before every commit and every delete.
@@ -255,15 +259,15 @@ class Lease:
         self._give_back()
 
     def _pause_seconds(self) -> float:
-        due = self._began_at + RENEW_SECONDS - _boot_seconds()
+        due = self._began_at + RENEW_SECONDS - _lease_clock()
         return due if due > 0 else WRITE_GAP_SECONDS
 
     def _renew(self) -> None:
         with self._lock:
             self.check_lost()
-            if _boot_seconds() - self._confirmed_at < RENEW_SECONDS:
+            if _lease_clock() - self._confirmed_at < RENEW_SECONDS:
                 return
-            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _boot_seconds()))
+            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _lease_clock()))
             self._swap(released=False)
 
     def _give_back(self) -> None:
@@ -277,22 +281,22 @@ class Lease:
 
     def _swap(self, released: bool) -> None:
         """Writes the next record over our last one, and over nothing else."""
-        self._began_at = _boot_seconds()
+        self._began_at = _lease_clock()
         try:
             for _ in range(_SWAPS):
                 update = {"renewal": self._record.renewal + 1, "released": released}
                 self._record = self._record.model_copy(update=update)
-                if (version := _write(self._run, self._record, self._version)) is not None:
+                if (version := _write_lease(self._run, self._record, self._version)) is not None:
                     self._version, self._confirmed_at = version, self._began_at
                     return
                 self._look_again()
         finally:
-            self._ended_at = _boot_seconds()
+            self._ended_at = _lease_clock()
         raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")
 
     def _look_again(self) -> None:
         """After a swap that failed: another's record means loss; an own write that came late, or damage, does not."""
-        record, self._version = _read(self._run)
+        record, self._version = _read_lease(self._run)
         if record is not None and record.holder != self._record.holder:
             self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
             raise LostRunError(self._lost)

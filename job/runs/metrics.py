@@ -13,7 +13,8 @@ from collections.abc import Iterable
 from typing import Any
 
 from job.exits import BadDataError
-from job.runs.checkpoints import CheckpointRef, MetricSegment, read_segment
+from job.runs.checkpoints import MetricSegment, read_segment
+from job.runs.layout import CheckpointRef
 from job.store import Store
 from job.store.scratch import scratch_folder
 
@@ -22,7 +23,7 @@ Row = dict[str, Any]
 
 def segment_objects(rows: list[Row], ref: CheckpointRef) -> tuple[MetricSegment, dict[str, bytes]]:
     """The rows as a segment for a manifest, and the objects to upload: JSON lines, and TensorBoard events."""
-    name = f"{ref.fence:06d}-{ref.images_seen:012d}"
+    name = str(ref)
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
     events = _events(rows)
     segment = MetricSegment(

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from job.config import RunConfig
-from job.data.shards import dataset_key, load_index
+from job.data.shards import load_index
 from job.exits import BadDataError, BadRequestError, JobError
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints
+from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, RUNS, SAMPLES, Kind, located
 from job.runs.lease import LEASE
-from job.runs.records import RUNS, Status, read_status, run_store
-from job.sampling.pieces import GRID
+from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -39,20 +39,16 @@ def list_runs(bucket_uri: str) -> None:
             # All that is left of a run that was deleted.
             continue
         refs, status = list_checkpoints(run), read_status(run)
-        newest = f"{max(refs).images_seen:,}" if refs else "-"
-        if status is None:
-            table.add_row(name, "not started", "-", "-", "-", "-", newest)
-            continue
-        progress = f"{status.images_seen:,}/{status.target_images:,}"
-        table.add_row(
-            name,
-            state_of(status),
-            f"{status.epoch:.1f}",
-            progress,
-            "-" if status.loss is None else f"{status.loss:.4f}",
-            "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
-            newest,
-        )
+        cells = ["not started", *"----"]
+        if status is not None:
+            cells = [
+                state_of(status),
+                f"{status.epoch:.1f}",
+                f"{status.images_seen:,}/{status.target_images:,}",
+                "-" if status.loss is None else f"{status.loss:.4f}",
+                "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
+            ]
+        table.add_row(name, *cells, f"{max(refs).images_seen:,}" if refs else "-")
     if table.row_count:
         print_table(table)
     else:
@@ -72,24 +68,30 @@ def print_table(table: Table) -> None:
 
 def show_run(bucket_uri: str, name: str) -> None:
     """Prints everything a person asks about one run."""
+    from ddpm.epochs import epochs_completed_by
+
     bucket = open_store(bucket_uri)
     run = run_store(bucket, name)
     config = records.existing_config(bucket, name)
-    status, refs = read_status(run), by_progress(list_checkpoints(run))
-    lines = [f"run         {name}  ({run.uri})", f"dataset     {config.data.dataset}-{config.data.size}"]
-    if status is not None:
-        lines.append(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
-        lines.append(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
+    print(f"run         {name}  ({run.uri})\ndataset     {config.data.dataset}-{config.data.size}")
+    if (status := read_status(run)) is not None:
+        print(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
+        print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
         if status.loss is not None:
-            lines.append(f"loss        {status.loss:.4f}")
+            print(f"loss        {status.loss:.4f}")
         if status.images_per_second is not None:
-            lines.append(f"speed       {status.images_per_second:.1f} images/s")
-    if refs:
-        newest = max(refs.values())
-        lines.append(f"newest      {newest.key}, {newest.images_seen:,} images seen")
-        lines.append(f"checkpoints {len(refs)}: {_labels(bucket, config, sorted(refs))}")
-    lines.append(describe_outputs(run))
-    print("\n".join(lines))
+            print(f"speed       {status.images_per_second:.1f} images/s")
+    if refs := by_progress(list_checkpoints(run)):
+        newest = refs[max(refs)]
+        # Without its dataset nobody knows where the run's epochs end.
+        dataset_images = MAX_IMAGES_SEEN + 1
+        with suppress(JobError):
+            dataset_images = load_index(bucket, records.dataset_key_of(config)).images
+        ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in sorted(refs)}
+        labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
+        print(f"newest      {newest.key}, {newest.images_seen:,} images seen")
+        print(f"checkpoints {len(refs)}: {', '.join(labels)}")
+    print(describe_outputs(run))
 
 
 def verify_named_run(bucket_uri: str, name: str) -> None:
@@ -103,7 +105,7 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
     from job.runs.verification import verify_run
 
     bucket = open_store(bucket_uri)
-    with Progress(f"verifying {name}", unit="bytes") as bar:
+    with Progress(f"verifying {name}", unit="objects") as bar:
         findings = verify_run(bucket, name, lambda done, total: bar.update(done, total=total))
     for problem in findings.problems:
         print(problem)
@@ -122,28 +124,16 @@ def state_of(status: Status) -> str:
     """The state as a person should read it: a run that fell silent while running was cut off."""
     if status.state != "running":
         return status.state
-    return "running" if records.age_seconds(status) < STALE_SECONDS else "cut off (the same command goes on)"
+    is_fresh = records.seconds_since(status.updated) < STALE_SECONDS
+    return "running" if is_fresh else "cut off (the same command goes on)"
 
 
 def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
-    keys = [entry.key for folder in ("samples", "figures") for entry in run.list(folder)]
-    # The images of a batch are not shown one by one.
-    pictures = [key for key in keys if key.endswith((".png", ".gif")) and (key.count("/") == 1 or key.endswith(GRID))]
     lines = [f"checkpoints {run.uri}/checkpoints"]
-    return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key in pictures)])
-
-
-def _labels(bucket: Store, config: RunConfig, images_seen: list[int]) -> str:
-    from ddpm.epochs import epochs_completed_by
-
-    try:
-        assert config.data.size is not None
-        dataset_images = load_index(bucket, dataset_key(config.data.dataset, config.data.size)).images
-    except JobError:
-        return ", ".join(f"{images:,} images" for images in images_seen)
-    labels = []
-    for images in images_seen:
-        epochs = epochs_completed_by(images, dataset_images, config.train.batch_size)
-        labels.append(f"epoch {epochs[-1]}" if epochs else f"{images:,} images")
-    return ", ".join(labels)
+    for folder in (SAMPLES, Kind.FIGURE.folder):
+        for entry in run.list(folder):
+            # The images of a batch are not shown one by one.
+            if (place := located(entry.key)) and place.kind in PICTURES:
+                lines.append(f"picture     {run.uri_of(entry.key)}")
+    return "\n".join(lines)

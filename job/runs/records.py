@@ -1,11 +1,4 @@
-"""A run's folder in the bucket: its configuration, its attempts, its state.
-
-BUCKET/runs/NAME/config.yaml             resolved when the run began; never rewritten
-                 lease.json              who may write to it now
-                 attempts/000003.json    one per attempt, created once: its number is the attempt's fence
-                 status.json             how it is going; a convenience for people
-                 checkpoints/ metrics/ tensorboard/ samples/ figures/
-"""
+"""What a run's folder says about the run as a whole: its configuration, its attempts, its state."""
 
 from __future__ import annotations
 
@@ -13,9 +6,11 @@ import hashlib
 import os
 import re
 import socket
+import threading
 import time
 import uuid
 from calendar import timegm
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -27,17 +22,15 @@ from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
 from job.data.shards import dataset_key
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
-from job.runs.checkpoints import Manifest, list_checkpoints, manifest_key
+from job.runs.layout import CHECKPOINTS, RUNS, Kind, located
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store.retry import DEADLINE_SECONDS
 
-RUNS = "runs"
-CONFIG = "config.yaml"
-STATUS = "status.json"
-ATTEMPTS = "attempts"
-
+CONFIG, STATUS = Kind.CONFIG.value, Kind.STATUS.value
+STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 UTC = "%Y-%m-%dT%H:%M:%SZ"
-_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def validated_run_name(name: str) -> str:
@@ -46,7 +39,7 @@ def validated_run_name(name: str) -> str:
     Raises:
         BadRequestError: it cannot.
     """
-    if not _NAME.fullmatch(name):
+    if not _RUN_NAME.fullmatch(name):
         raise BadRequestError(
             f"{name!r} cannot be a run's name: use 1 to 63 lower-case letters, digits and '-', "
             "beginning and ending with a letter or digit"
@@ -65,32 +58,31 @@ def load_config(run: Store) -> RunConfig | None:
     Raises:
         BadDataError: it is missing, rotten, another run's, or not readable by this version.
     """
-    attempt = last_attempt(run)
+    attempt, uri = last_attempt(run), run.uri_of(CONFIG)
     try:
         data = run.read(CONFIG).data
     except ObjectMissingError:
         if attempt is None:
             return None
         raise BadDataError(
-            f"{run.uri_of(CONFIG)} is missing, though the run was begun: restore it, or delete the rest of the run "
+            f"{uri} is missing, though the run was begun: restore it, or delete the rest of the run "
             f"(ddpm runs delete {run.uri.rsplit('/', 1)[-1]} --yes)"
         ) from None
     first_line, _, text = data.partition(b"\n")
     if first_line != _seal(text):
         raise BadDataError(
-            f"{run.uri_of(CONFIG)} is not as it was written: its SHA-256 differs. Restore it, or start another run; "
-            "what may change is changed with --set"
+            f"{uri} is not as it was written: its SHA-256 differs. Restore it, or start another run; what may change "
+            "is changed with --set"
         )
     if attempt is not None and attempt.config_file_sha256 != hashlib.sha256(data).hexdigest():
         raise BadDataError(
-            f"{run.uri_of(CONFIG)} is not the one that {run.uri_of(attempt_key(attempt.fence))} says: one of them is "
-            "another run's. Restore it, or start another run"
+            f"{uri} is not the one that {run.uri_of(attempt_key(attempt.fence))} says: one of them is another run's. "
+            "Restore it, or start another run"
         )
     try:
-        document = parse_yaml(text)
-        return validated(flatten(document), run.uri_of(CONFIG))
+        return validated(flatten(parse_yaml(text)), uri)
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise BadDataError(f"{run.uri_of(CONFIG)} is not a configuration: restore it or start another run") from None
+        raise BadDataError(f"{uri} is not a configuration: restore it or start another run") from None
     except JobError as error:
         raise BadDataError(f"{error}: another version of the program wrote it, or it is damaged") from None
 
@@ -115,16 +107,14 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
             stay would go.
     """
     fences = attempt_fences(run)
-    if not fences:
-        return config
     try:
-        attempt = load_attempt(run, fences[-1])
+        changes = load_attempt(run, fences[-1]).changes if fences else {}
     except BadDataError as error:
         raise BadDataError(
             f"{error}; it says what was changed with --set since the run began: restore it, or delete it and say that "
             "again"
         ) from None
-    return validated({**flatten(config.model_dump(mode="json")), **attempt.changes}, run.uri_of(CONFIG))
+    return validated({**flatten(config.model_dump(mode="json")), **changes}, run.uri_of(CONFIG))
 
 
 def dataset_key_of(config: RunConfig) -> str:
@@ -162,21 +152,20 @@ class Attempt(Sealed):
     """What this attempt does otherwise than the run's stored configuration says."""
     config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
-    holder: str = ""
-    """As which it held the run's lease; empty in the records of earlier versions."""
+    holder: str
+    """As which it held the run's lease."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
 
 def attempt_key(fence: int) -> str:
     """Where an attempt's record lies."""
-    return f"{ATTEMPTS}/{fence:06d}.json"
+    return Kind.ATTEMPT.key(fence=fence)
 
 
 def attempt_fences(run: Store) -> list[int]:
     """The fences of the attempts that are recorded, in order; they have gaps where others held the run."""
-    names = (entry.key.removeprefix(f"{ATTEMPTS}/") for entry in run.list(ATTEMPTS))
-    return sorted(int(match[1]) for name in names if (match := re.fullmatch(r"(\d{6})\.json", name)))
+    return sorted(found.fence for entry in run.list(Kind.ATTEMPT.folder) if (found := located(entry.key)))
 
 
 def load_attempt(run: Store, fence: int) -> Attempt:
@@ -199,18 +188,6 @@ def attempt_id(run: Store, fence: int) -> str:
     return ""
 
 
-def check_written_here(run: Store, manifest: Manifest) -> None:
-    """Returns if a checkpoint was written by an attempt of this run, as far as that can be told.
-
-    Raises:
-        BadDataError: it is another run's, moved or copied here.
-    """
-    known = attempt_id(run, manifest.fence)
-    if known and known != manifest.attempt:
-        where = run.uri_of(manifest_key(manifest.ref))
-        raise BadDataError(f"{where} was not written by attempt {manifest.fence} of this run")
-
-
 def last_attempt(run: Store) -> Attempt | None:
     """The newest record of an attempt that can be read, if there is one."""
     # A bucket that is a folder which is not there yet has no attempts either.
@@ -223,11 +200,12 @@ def last_attempt(run: Store) -> Attempt | None:
 
 def highest_fence(run: Store) -> int:
     """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
-    return max([*attempt_fences(run), *(ref.fence for ref in list_checkpoints(run))], default=0)
+    entries = [*run.list(Kind.ATTEMPT.folder), *run.list(CHECKPOINTS)]
+    return max((max(at.fence, at.checkpoint.fence) for entry in entries if (at := located(entry.key))), default=0)
 
 
 def record_attempt(
-    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str = ""
+    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str
 ) -> Attempt:
     """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
     attempt = Attempt(
@@ -275,26 +253,20 @@ class Status(Sealed):
     state: str
     """`running`, `finished`, `stopped` or `failed`."""
     fence: int
-    attempt: str = ""
-    """The id of the attempt, without which another run's status would not be noticed; empty before there was one."""
+    attempt: str
+    """The id of the attempt, without which another run's status would not be noticed."""
     images_seen: int
     target_images: int
     epoch: float
     loss: float | None
     images_per_second: float | None
     updated: str
-    message: str = ""
 
     @field_validator("updated")
     @classmethod
     def _is_a_time(cls, updated: str) -> str:
         time.strptime(updated, UTC)
         return updated
-
-
-def write_status(run: Store, status: Status) -> None:
-    """Replaces `status.json`."""
-    run.put(STATUS, status.to_json())
 
 
 def read_status(run: Store) -> Status | None:
@@ -309,6 +281,54 @@ def utc_now() -> str:
     return time.strftime(UTC, time.gmtime())
 
 
-def age_seconds(status: Status) -> float:
-    """How long ago the run said so."""
-    return time.time() - timegm(time.strptime(status.updated, UTC))
+def seconds_since(moment: str) -> float:
+    """How long ago a moment was, as `utc_now` says it."""
+    return time.time() - timegm(time.strptime(moment, UTC))
+
+
+def check_writable(run: Store) -> None:
+    """Writes and deletes a few bytes: what a lease and every save need is known before anything that takes time.
+
+    Raises:
+        NoPermissionError: the credentials do not allow one of the two; the message names the object.
+        JobError: the bucket is not there, or is away.
+    """
+    key = Kind.PROBE.key(unique=uuid.uuid4().hex)
+    run.create(key, uuid.uuid4().bytes)
+    run.delete(key)
+
+
+class StatusReporter:
+    """Writes what `current()` returns, now and then and at the end. A bucket that is away is no reason to stop."""
+
+    def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
+        # The last state is written when a stop has been asked for.
+        self._run, self._current, self._warn = run.within(DEADLINE_SECONDS), current, warn
+        self._state, self._ended = "running", threading.Event()
+        self._failing = False
+        self._thread = threading.Thread(target=self._work, name="status", daemon=True)
+        self._thread.start()
+
+    def _work(self) -> None:
+        while not self._ended.is_set():
+            self._write("running")
+            self._ended.wait(STATUS_SECONDS)
+        self._write(self._state)
+
+    def close(self, state: str, timeout_seconds: float = STATUS_CLOSE_SECONDS) -> None:
+        """Has the last state written, `finished`, `stopped` or `failed`, if the bucket takes it in time."""
+        self._state = state
+        self._ended.set()
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            self._warn(f"the run's status does not say that it {state}: the bucket did not answer in time")
+
+    def _write(self, state: str) -> None:
+        try:
+            self._run.put(STATUS, self._current(state).to_json())
+            self._failing = False
+        except JobError as error:
+            # Once per outage is enough.
+            if not self._failing:
+                self._warn(f"could not write the run's status: {error}")
+            self._failing = True

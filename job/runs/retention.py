@@ -1,14 +1,10 @@
-"""What stays in a run's folder and what goes: old checkpoints, and what dead attempts left half-done.
-
-RUN/reading/{fence:06d}-{images_seen:012d}-….json     somebody reads this checkpoint; it stays until then
-"""
+"""What stays in a run's folder and what goes: old checkpoints, and what dead attempts left half-done."""
 
 from __future__ import annotations
 
-import re
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -17,11 +13,12 @@ from pydantic import Field
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.exits import BadDataError
-from job.runs.checkpoints import FOLDER, CheckpointRef, list_checkpoints, load_manifest, manifest_key
+from job.runs.checkpoints import list_checkpoints, load_manifest, manifest_key
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, Located, located
+from job.runs.lease import Lease
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
-READING = "reading"
 READING_SECONDS = 3600.0
 """A reader that was killed holds its checkpoint no longer than this."""
 
@@ -33,50 +30,37 @@ class Retention:
     keep_last: int
     keep_every_epochs: int
     keep_epochs: tuple[int, ...]
+    dataset_images: int
+    batch_size_images: int
 
     @classmethod
-    def of(cls, config: RunConfig) -> Retention:
-        """What a run's configuration says."""
+    def of(cls, config: RunConfig, dataset_images: int = 1) -> Retention:
+        """What a run's configuration says. Which epochs a checkpoint ends follows from `dataset_images`."""
         keep = config.checkpoint
-        return cls(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs)
+        return cls(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs, dataset_images, config.train.batch_size)
 
     @property
     def keeps_epochs(self) -> bool:
         """Whether there are epochs whose checkpoints stay."""
         return bool(self.keep_every_epochs or self.keep_epochs)
 
-    def keeps_epoch(self, epoch: int) -> bool:
-        """Whether the checkpoint at the end of `epoch` is never retired, and therefore always made."""
-        every = self.keep_every_epochs
-        return epoch in self.keep_epochs or bool(every and epoch % every == 0)
+    def keeps(self, images_seen: int) -> bool:
+        """Whether this is the end of an epoch whose checkpoint is never retired, and therefore always made.
 
-    def retire(
-        self,
-        refs: list[CheckpointRef],
-        dataset_images: int,
-        batch_size_images: int,
-        verified: CheckpointRef | None = None,
-    ) -> list[CheckpointRef]:
-        """The checkpoints that may go, oldest first; never the newest.
-
-        An epoch's checkpoint is the first one at or after its last image, which is a function of the two sizes.
-
-        Args:
-            refs: those there are.
-            dataset_images: images of an epoch.
-            batch_size_images: how progress is counted.
-            verified: one that is known to be good, for the caller has made it, the newest of its fence: one of a
-                higher fence, which may be rotten for all the caller knows, neither goes nor pushes others out.
+        An epoch ends with the first batch at or after its last image.
         """
-        if verified is not None:
-            refs = [ref for ref in refs if ref.fence <= verified.fence]
-        newest = sorted(refs)[-self.keep_last :]
+        every, chosen = self.keep_every_epochs, self.keep_epochs
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size_images)
+        return any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
 
-        def kept_for_epoch(ref: CheckpointRef) -> bool:
-            epochs = epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
-            return any(self.keeps_epoch(epoch) for epoch in epochs)
+    def retire(self, refs: Iterable[CheckpointRef], verified: CheckpointRef | None = None) -> list[CheckpointRef]:
+        """Those of the checkpoints `refs` that may go, oldest first; never the newest.
 
-        return [ref for ref in sorted(refs) if ref not in newest and not kept_for_epoch(ref)]
+        `verified` is one that is known to be good, for the caller has made it, the newest of its fence: one of a higher
+        fence, which may be rotten for all the caller knows, neither goes nor pushes others out.
+        """
+        ordered = sorted(ref for ref in refs if verified is None or ref.fence <= verified.fence)
+        return [ref for ref in ordered[: -self.keep_last] if not self.keeps(ref.images_seen)]
 
 
 class Reader(Sealed):
@@ -98,47 +82,36 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
 
     Yields a function to be called now and then by whoever takes longer than `seconds`.
     """
-    key = f"{READING}/{ref.key.removeprefix(f'{FOLDER}/')}-{uuid.uuid4().hex}.json"
-
-    def reader() -> bytes:
-        return Reader(checkpoint=ref.key, until=time.time() + seconds).to_json()
-
-    run.create(key, reader())
-    said_at = time.monotonic()
+    key, said_at = Kind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
 
     def renew() -> None:
         nonlocal said_at
         if time.monotonic() - said_at > seconds / 4:
-            run.put(key, reader())
+            run.put(key, Reader(checkpoint=ref.key, until=time.time() + seconds).to_json())
             said_at = time.monotonic()
 
+    renew()
     try:
         yield renew
     finally:
         run.delete(key)
 
 
-def read_of(key: str) -> CheckpointRef | None:
-    """The checkpoint that a reader's object is about; none if its name is not one of a reader."""
-    match = re.fullmatch(rf"{READING}/(\d{{6}}-\d{{12}})-[0-9a-f]{{32}}\.json", key)
-    return CheckpointRef.parse(match[1]) if match else None
-
-
-def being_read(run: Store) -> tuple[set[CheckpointRef], list[str]]:
+def being_read(run: Store) -> tuple[set[CheckpointRef], set[str]]:
     """The checkpoints that somebody reads, and the keys of readers whose word is rotten, or too old to be believed."""
-    refs, over = set[CheckpointRef](), list[str]()
-    for entry in run.list(READING):
-        ref = read_of(entry.key)
+    refs, over = set[CheckpointRef](), set[str]()
+    for entry in run.list(Kind.READER.folder):
+        place = located(entry.key)
         try:
-            is_over = ref is None or Reader.load(run, entry.key).is_over
+            is_over = place is None or Reader.load(run, entry.key).is_over
         except ObjectMissingError:
             continue
         except BadDataError:
             is_over = True
-        if ref is None or is_over:
-            over.append(entry.key)
+        if place is None or is_over:
+            over.add(entry.key)
         else:
-            refs.add(ref)
+            refs.add(place.checkpoint)
     return refs, over
 
 
@@ -148,34 +121,59 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
     The files of one that somebody began to read meanwhile are left behind, for a later sweep.
     """
     run.delete(manifest_key(ref))
-    if ref in being_read(run)[0]:
-        return
-    for entry in run.list(ref.key):
-        run.delete(entry.key)
+    if ref not in being_read(run)[0]:
+        for entry in run.list(ref.key):
+            run.delete(entry.key)
 
 
-def orphans(run: Store, fence: int) -> list[str]:
-    """Keys that attempts with a lower fence than `fence` left behind and that no checkpoint names.
+def leftovers(
+    places: Mapping[str, Located], fence: int, named_metrics: Collection[str] | None, over: Collection[str]
+) -> dict[str, str]:
+    """Keys of what killed processes left behind, and who left it; it harms nobody.
 
-    Those attempts are over, for they cannot commit any more: files without a manifest, metrics that were logged
-    again by the attempt that computed them again. Nothing is taken for an orphan that a damaged manifest may name.
+    Args:
+        places: the objects in question, and all manifests and records of pieces among them.
+        fence: attempts from this one on may still be at work.
+        named_metrics: keys that manifests name; none if one is damaged, which may name any.
+        over: keys of readers that were killed.
     """
-    refs = list_checkpoints(run)
-    keys = [
-        entry.key
-        for entry in run.list(FOLDER)
-        if (ref := CheckpointRef.parse(entry.key.split("/")[1])) and ref.fence < fence and ref not in refs
-    ]
-    named: set[str] = set()
+    committed = {place.checkpoint for place in places.values() if place.kind is Kind.MANIFEST}
+    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is Kind.RECORD}
+    left = {}
+    for key, place in places.items():
+        is_old = place.checkpoint.fence < fence
+        match place.kind:
+            case Kind.TENSORS if is_old and place.checkpoint not in committed:
+                left[key] = "an attempt that is over"
+            case Kind.METRICS | Kind.EVENTS if is_old and named_metrics is not None and key not in named_metrics:
+                left[key] = "an attempt that is over"
+            case Kind.PIECE | Kind.IMAGE if (place.batch, place.piece) not in recorded:
+                left[key] = "sampling that was stopped"
+            case Kind.READER if key in over:
+                left[key] = "a reader that was killed"
+            case Kind.PROBE:
+                left[key] = "a measurement"
+    return left
+
+
+def metrics_named(run: Store) -> set[str] | None:
+    """Keys of the metrics that a run's manifests name; none if one of them is damaged, which may name any."""
     try:
-        for ref in refs:
-            named |= {segment.name for segment in load_manifest(run, ref).metric_segments}
+        segments = [segment for ref in list_checkpoints(run) for segment in load_manifest(run, ref).metric_segments]
     except (BadDataError, ObjectMissingError):
-        return keys
-    for folder in ("metrics", "tensorboard"):
-        for entry in run.list(folder):
-            name = entry.key.removeprefix(f"{folder}/").removesuffix(".jsonl").rsplit(".", 1)[-1]
-            ref = CheckpointRef.parse(name)
-            if ref and ref.fence < fence and name not in named:
-                keys.append(entry.key)
-    return keys
+        return None
+    return {key for segment in segments for key in (segment.key, segment.events_key)}
+
+
+def sweep(run: Store, lease: Lease) -> None:
+    """Deletes what attempts before the holder of `lease` left behind.
+
+    They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
+    attempt that computed them again.
+    """
+    folders = (CHECKPOINTS, Kind.METRICS.folder, Kind.EVENTS.folder, Kind.READER.folder)
+    places = {entry.key: at for folder in folders for entry in run.list(folder) if (at := located(entry.key))}
+    for key in leftovers(places, lease.fence, metrics_named(run), being_read(run)[1]):
+        lease.confirm()
+        run.delete(key)
+    run.sub(CHECKPOINTS).sweep()

@@ -1,49 +1,51 @@
 """Verifying a run: every object of its folder against the hash that it carries itself, or that another has of it.
 
-A checkpoint's manifest, an attempt's record, the status and the lease carry their own; files and metrics are named by
-manifests; pictures have it in their provenance. What is there without being named by anything is told as well: what
-killed attempts left behind, which harms nobody, and what is no part of a run.
+`layout` says what each object is. Records carry their own hash; tensors and metrics have it in manifests, pieces of
+images in their records, pictures in the record of where they come from. What nothing names is told as well: what killed
+attempts left behind, which harms nobody, and what is no part of a run.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
+from typing import NamedTuple, TypeVar
 
 from job.config import RunConfig
 from job.data.shards import load_index
 from job.exits import BadDataError, JobError, MissingInputError
 from job.runs import records
-from job.runs.checkpoints import (
-    FOLDER,
-    LATEST,
-    MANIFEST,
-    READERS,
-    CheckpointRef,
-    Manifest,
-    load_manifest,
-    lost_manifest,
-    manifest_key,
-)
-from job.runs.grace import PROBE
-from job.runs.lease import LEASE, load_lease
-from job.runs.provenance import picture_problems
-from job.runs.records import ATTEMPTS, CONFIG, STATUS, Attempt, Status, dataset_key_of
-from job.runs.retention import READING, Reader, Retention, read_of
-from job.sampling.names import SAMPLES, how_drawn, label_of
-from job.sampling.piece_checks import BatchChecks, batch_of
+from job.runs.checkpoints import LATEST, PARALLEL_READS, Latest, Manifest, load_manifest, lost_manifest, manifest_key
+from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, CheckpointRef, Kind, Located, located
+from job.runs.lease import LEASE, LeaseRecord
+from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
+from job.runs.pieces import BatchIndex, Opening, PieceRecord, piece_entry
+from job.runs.records import CONFIG, STATUS, Attempt, Status, attempt_key
+from job.runs.retention import Reader, Retention, leftovers
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 BLOCK_BYTES = 4 << 20
 HASHERS = 4
 
-Check = Callable[[], list[str]]
+RECORD_TYPES: dict[Kind, type[Sealed]] = {
+    Kind.ATTEMPT: Attempt,
+    Kind.LEASE: LeaseRecord,
+    Kind.STATUS: Status,
+    Kind.LATEST: Latest,
+    Kind.MANIFEST: Manifest,
+    Kind.READER: Reader,
+    Kind.PROVENANCE: Provenance,
+    Kind.DRAWING: Opening,
+    Kind.RECORD: PieceRecord,
+    Kind.INDEX: BatchIndex,
+}
+"""What carries its own hash. Of all else, but for the configuration, one of these has it."""
+
+SealedRecord = TypeVar("SealedRecord", bound=Sealed)
 
 
 @dataclass
@@ -64,7 +66,7 @@ def verify_run(bucket: Store, name: str, progress: Callable[[int, int], None] = 
     Args:
         bucket: where it lies.
         name: of the run.
-        progress: called with the bytes checked so far and in all; from several threads.
+        progress: called with the objects checked so far and in all.
 
     Raises:
         MissingInputError: there is no such run.
@@ -75,304 +77,268 @@ def verify_run(bucket: Store, name: str, progress: Callable[[int, int], None] = 
 def checkpoint_problems(run: Store, ref: CheckpointRef) -> list[str]:
     """What is wrong with one checkpoint: a line for each bad object; none if it can be restored."""
     try:
-        manifest = load_manifest(run, ref)
+        names = _named_by(load_manifest(run, ref))
     except (BadDataError, ObjectMissingError) as error:
         return [str(error)]
-    return _done(_Objects(run, lambda size_bytes: None).of_manifest(manifest))
+    return _differing(run, names)
 
 
-def _done(checks: Iterable[Check]) -> list[str]:
-    with ThreadPoolExecutor(HASHERS) as pool:
-        return [problem for found in pool.map(lambda check: check(), checks) for problem in found]
+class _Named(NamedTuple):
+    """What one object says about another."""
+
+    by: str
+    sha256s: Collection[str]
+    """One for all but pictures, which may be drawn anew."""
+    size_bytes: int | None = None
 
 
-class _Objects:
-    """Objects that manifests name, compared with their hashes there."""
+def _named_by(manifest: Manifest) -> dict[str, _Named]:
+    by = manifest_key(manifest.ref)
+    names = {f"{manifest.ref.key}/{file.name}": _Named(by, [file.sha256], file.bytes) for file in manifest.files}
+    for segment in manifest.metric_segments:
+        names[segment.key] = _Named(by, [segment.sha256])
+        names[segment.events_key] = _Named(by, [segment.events_sha256])
+    return names
 
-    def __init__(self, run: Store, advance: Callable[[int], None]) -> None:
-        self._run, self._advance = run, advance
-        self._owners: dict[str, str] = {}
-        self.named: set[str] = set()
 
-    def of_manifest(self, manifest: Manifest) -> Iterator[Check]:
-        """The checks of what it names, but for what was named before."""
-        by = manifest_key(manifest.ref)
-        for record in manifest.files:
-            yield from self._check(f"{manifest.ref.key}/{record.name}", record.sha256, record.bytes, by)
-        for segment in manifest.metric_segments:
-            yield from self._check(segment.key, segment.sha256, None, by)
-            yield from self._check(segment.events_key, segment.events_sha256, None, by)
+def _differing(
+    run: Store, names: Mapping[str, _Named], progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[str]:
+    """A line for each object that is not what another says; for `progress` see `verify_run`."""
+    owners = {sha256: key for key, name in names.items() for sha256 in name.sha256s}
 
-    def _check(self, key: str, sha256: str, size_bytes: int | None, by: str) -> Iterator[Check]:
-        if key not in self.named:
-            self.named.add(key)
-            self._owners.setdefault(sha256, key)
-            yield partial(self.problems, key, sha256, size_bytes, by)
-
-    def problems(self, key: str, sha256: str, size_bytes: int | None, by: str) -> list[str]:
-        """What is wrong with the object at `key`, which the object `by` names: nothing, or one line."""
-        uri, digest, found_bytes = self._run.uri_of(key), hashlib.sha256(), 0
+    def problem(key: str) -> str:
+        name, uri, digest, size_bytes = names[key], run.uri_of(key), hashlib.sha256(), 0
         try:
-            with self._run.open(key) as file:
+            with run.open(key) as file:
                 while block := file.read(BLOCK_BYTES):
                     digest.update(block)
-                    found_bytes += len(block)
-                    self._advance(len(block))
+                    size_bytes += len(block)
         except ObjectMissingError:
             # What was retired since it was listed is not missed.
-            return [f"{uri} is missing, though {by} names it"] if self._run.exists(by) else []
-        if digest.hexdigest() == sha256:
-            return []
-        if owner := self._owners.get(digest.hexdigest()):
-            return [f"{uri} holds what belongs to {owner}"]
-        if size_bytes is not None and found_bytes != size_bytes:
-            return [f"{uri} has {found_bytes:,} bytes instead of {size_bytes:,}"]
-        return [f"{uri} is rotten: its SHA-256 is not the one in {by}" if found_bytes else f"{uri} is empty"]
+            return f"{uri} is missing, though {name.by} names it" if run.exists(name.by) else ""
+        sha256 = digest.hexdigest()
+        # A picture may have been drawn anew since the run was listed.
+        if sha256 in name.sha256s or run.exists(Kind.PROVENANCE.key(of=key, sha256=sha256)):
+            return ""
+        if owner := owners.get(sha256):
+            return f"{uri} holds what belongs to {owner}"
+        if not name.sha256s:
+            return f"{uri} is rotten, or was put there by something else: nothing in {name.by} has its SHA-256"
+        if name.size_bytes not in (None, size_bytes):
+            return f"{uri} has {size_bytes:,} bytes instead of {name.size_bytes:,}"
+        return f"{uri} is rotten: its SHA-256 is not the one in {name.by}" if size_bytes else f"{uri} is empty"
+
+    problems = []
+    with ThreadPoolExecutor(HASHERS) as pool:
+        for done, found in enumerate(pool.map(problem, names), 1):
+            problems.append(found)
+            progress(done, len(names))
+    return [*filter(None, problems)]
 
 
 class _Verification:
     """One look at a run. What is listed once may be retired, written over or joined by more while it is checked."""
 
     def __init__(self, bucket: Store, name: str, progress: Callable[[int, int], None]) -> None:
-        self._bucket, self._name, self._progress = bucket, name, progress
-        self._run = records.run_store(bucket, name)
+        self._bucket, self._progress, self._run = bucket, progress, records.run_store(bucket, name)
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
         # A lease alone is what is left of a run that was deleted.
         if not self._sizes.keys() - {LEASE}:
             raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
-        self._total_bytes, self._done_bytes, self._lock = sum(self._sizes.values()), 0, threading.Lock()
-        self._objects = _Objects(self._run, self._advance)
-        self._leftovers: set[str] = set()
+        self._places = {key: place for key in self._sizes if (place := located(key))}
+        self._records: dict[str, Sealed] = {}
+        """Those that are sound, in their place and this run's."""
         self._problems: list[str] = []
         self._missed: dict[str, str] = {}
-        self._manifests: dict[CheckpointRef, Manifest] = {}
-        self._attempts: dict[int, Attempt] = {}
-        self._config: RunConfig | None = None
-        self._dataset_images: int | None = None
-        self._status: Status | None = None
 
     def findings(self) -> Findings:
         """Checks everything; in the order in which one thing is needed to judge the next."""
-        self._load_attempts()
-        self._load_config()
-        self._load_manifests()
-        self._load_status()
-        self._look_at_latest()
-        checks = [check for manifest in self._manifests.values() for check in self._objects.of_manifest(manifest)]
-        unnamed = [key for key in self._sizes if key not in self._objects.named]
-        pieces = BatchChecks(self._run, set(self._sizes), self._objects.problems, self._attempt_ids)
-        checks += pieces.checks()
-        checks += [check for key in unnamed if (check := self._check_of(key))]
-        self._problems += _done(checks)
-        self._look_for_lost_manifests()
-        self._look_for_lost_pictures()
-        leftovers = self._leftovers | pieces.leftovers
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            self._problems += filter(None, pool.map(self._load, self._keys(*RECORD_TYPES)))
+        config = self._look_at_config()
+        self._look_at_attempts()
+        self._look_at_batches()
+        manifests, readers = self._all(Manifest).values(), self._all(Reader)
+        refs = [self._places[key].checkpoint for key in self._keys(Kind.MANIFEST)]
+        named_metrics = self._names(manifests).keys() if len(manifests) == len(refs) else None
+        over = [key for key, reader in readers.items() if reader.is_over]
+        left = leftovers(self._places, 10**6, named_metrics, over)
+        self._look_for_lost(config, refs, left)
+        names = self._names(manifests)
+        self._look_for_strangers(self._sizes.keys() - names.keys() - left.keys())
+        self._problems += _differing(self._run, names, self._progress)
         return Findings(
-            sorted([*self._problems, *self._missed.values(), *pieces.problems]),
+            sorted([*self._problems, *self._missed.values()]),
             len(self._sizes),
-            self._total_bytes,
-            {key: self._sizes[key] for key in sorted(leftovers)},
+            sum(self._sizes.values()),
+            {key: self._sizes[key] for key in sorted(left)},
         )
 
-    def _advance(self, size_bytes: int) -> None:
-        with self._lock:
-            self._done_bytes += size_bytes
-            done = self._done_bytes
-        self._progress(min(done, self._total_bytes), self._total_bytes)
+    def _keys(self, *kinds: Kind) -> list[str]:
+        return [key for key, place in self._places.items() if place.kind in kinds]
+
+    def _all(self, kind: type[SealedRecord]) -> dict[str, SealedRecord]:
+        return {key: record for key, record in self._records.items() if isinstance(record, kind)}
+
+    def _bad(self, key: str, what: str) -> None:
+        self._problems.append(f"{self._run.uri_of(key)} {what}")
 
     def _missing(self, key: str, why: str) -> None:
-        self._missed.setdefault(key, f"{self._run.uri_of(key)} is missing, though {why}")
+        if key not in self._sizes:
+            self._missed.setdefault(key, f"{self._run.uri_of(key)} is missing, though {why}")
 
-    def _load_attempts(self) -> None:
-        for fence in records.attempt_fences(self._run):
-            try:
-                self._attempts[fence] = records.load_attempt(self._run, fence)
-            except BadDataError as error:
-                self._problems.append(str(error))
-        for fence, attempt in self._attempts.items():
-            if attempt.previous is not None and records.attempt_key(attempt.previous) not in self._sizes:
-                self._missing(records.attempt_key(attempt.previous), f"attempt {fence} came after it")
+    def _load(self, key: str) -> str:
+        """Loads a record; what is wrong with it, or nothing."""
+        place = self._places[key]
+        try:
+            record = RECORD_TYPES[place.kind].load(self._run, key)
+        except ObjectMissingError:
+            return ""
+        except BadDataError as error:
+            return str(error)
+        if not _is_in_place(record, place):
+            return f"{self._run.uri_of(key)} is not in its place: it was written for another"
+        self._records[key] = record
+        return ""
 
-    def _load_manifests(self) -> None:
-        refs = [ref for key in self._sizes if (ref := _manifest_of(key))]
-
-        def load(ref: CheckpointRef) -> Manifest | str | None:
-            try:
-                return load_manifest(self._run, ref)
-            except BadDataError as error:
-                return str(error)
-            except ObjectMissingError:
-                return None
-
-        with ThreadPoolExecutor(READERS) as pool:
-            for ref, loaded in zip(refs, pool.map(load, refs), strict=True):
-                if isinstance(loaded, Manifest):
-                    self._manifests[ref] = loaded
-                elif loaded is not None:
-                    self._problems.append(loaded)
-        for ref, manifest in [*self._manifests.items()]:
-            if (attempt := self._attempts.get(ref.fence)) and attempt.id != manifest.attempt:
-                self._problems.append(
-                    f"{self._run.uri_of(manifest_key(ref))} was not written by attempt {ref.fence} of this run"
-                )
-                del self._manifests[ref]
-            elif records.attempt_key(ref.fence) not in self._sizes:
-                self._missing(records.attempt_key(ref.fence), f"{ref.key} is of this attempt")
-
-    def _load_config(self) -> None:
+    def _look_at_config(self) -> RunConfig | None:
+        """The configuration with what was changed later, if that is known."""
         try:
             config = records.load_config(self._run)
         except BadDataError as error:
             self._problems.append(str(error))
-            return
+            return None
         if config is None:
             # An attempt that begins takes the lease and measures the bucket first.
-            if any(key != LEASE and not key.startswith(f"{PROBE}/") for key in self._sizes):
+            if len(self._keys(Kind.LEASE, Kind.PROBE)) < len(self._sizes):
                 self._missing(CONFIG, "there are other objects of the run")
-            return
-        config_file_sha256 = hashlib.sha256(self._run.read(CONFIG).data).hexdigest()
-        for fence, attempt in [*self._attempts.items()]:
-            if attempt.config_file_sha256 != config_file_sha256:
-                self._problems.append(f"{self._run.uri_of(records.attempt_key(fence))} is another run's")
-                del self._attempts[fence]
+            return None
+        sha256 = hashlib.sha256(self._run.read(CONFIG).data).hexdigest()
+        for key, attempt in self._all(Attempt).items():
+            if attempt.config_file_sha256 != sha256:
+                self._bad(key, "is another run's: it is about another configuration")
+                del self._records[key]
         # Without what was changed later nobody knows which checkpoints are to be there; the damage has been told.
         with suppress(BadDataError):
-            self._config = records.as_last_changed(self._run, config)
-        # Without its dataset nobody knows where the run's epochs end, but most of it can be checked.
-        with suppress(JobError):
-            self._dataset_images = load_index(self._bucket, dataset_key_of(config)).images
+            return records.as_last_changed(self._run, config)
+        return None
 
-    def _load_status(self) -> None:
-        try:
-            self._status = Status.load(self._run, STATUS)
-        except BadDataError as error:
-            self._problems.append(str(error))
-        except ObjectMissingError:
-            if self._manifests:
-                self._missing(STATUS, "there are checkpoints")
-        try:
-            lease = load_lease(self._run)
-            attempt = self._attempts.get(lease.fence)
-            if attempt and attempt.holder and attempt.holder != lease.holder:
-                self._problems.append(self._foreign(LEASE, attempt))
-        except BadDataError as error:
-            self._problems.append(str(error))
-        except ObjectMissingError:
-            if self._attempts:
-                self._missing(LEASE, "there were attempts")
-        if self._status and (attempt := self._attempts.get(self._status.fence)):
-            if self._status.attempt and attempt.id != self._status.attempt:
-                self._problems.append(self._foreign(STATUS, attempt))
-                self._status = None
-        elif self._status and records.attempt_key(self._status.fence) not in self._sizes:
-            self._missing(records.attempt_key(self._status.fence), f"{STATUS} is of this attempt")
+    def _look_at_attempts(self) -> None:
+        """Attempts against each other, and what says by which it was written against that attempt."""
+        attempts = {attempt.fence: attempt for attempt in self._all(Attempt).values()}
+        for key, record in list(self._records.items()):
+            match record:
+                case Attempt(previous=int(previous)):
+                    self._missing(attempt_key(previous), f"attempt {record.fence} came after it")
+                case Manifest() | Status() | Provenance():
+                    self._missing(attempt_key(record.fence), f"{key} is of this attempt")
+                    known = attempts.get(record.fence)
+                    if known and record.attempt not in ("", known.id):
+                        self._bad(key, f"is another run's: attempt {known.fence} of this one did not write it")
+                        del self._records[key]
+                case LeaseRecord():
+                    known = attempts.get(record.fence)
+                    if known and record.holder != known.holder:
+                        self._bad(key, f"is another run's: attempt {known.fence} of this one did not hold it")
 
-    @property
-    def _attempt_ids(self) -> dict[int, str]:
-        return {fence: attempt.id for fence, attempt in self._attempts.items()}
+    def _look_at_batches(self) -> None:
+        """Records of pieces against what is drawn, and the index against the records."""
+        pieces: dict[str, dict[int, PieceRecord]] = {}
+        for key, record in self._all(PieceRecord).items():
+            pieces.setdefault(self._places[key].batch, {})[record.number] = record
+        for batch in {place.batch for place in self._places.values() if place.batch}:
+            drawing_key, index_key = Kind.DRAWING.key(batch=batch), Kind.INDEX.key(batch=batch)
+            self._missing(drawing_key, "there are images of it")
+            opening, index = self._records.get(drawing_key), self._records.get(index_key)
+            for number, record in pieces.get(batch, {}).items():
+                if isinstance(opening, Opening) and record.drawing != opening.drawing:
+                    self._bad(
+                        Kind.RECORD.key(batch=batch, piece=number), f"is about another drawing than {drawing_key}"
+                    )
+            if isinstance(index, BatchIndex):
+                entries = {number: piece_entry(record) for number, record in pieces.get(batch, {}).items()}
+                if any(entry != index.pieces[number] for number, entry in entries.items()):
+                    self._bad(index_key, "does not say what the records of its pieces say")
+                recorded = [Kind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
+                for key in (Kind.GRID.key(batch=batch), *recorded):
+                    self._missing(key, f"{index_key} says that everything is there")
 
-    def _foreign(self, key: str, attempt: Attempt) -> str:
-        return f"{self._run.uri_of(key)} is another run's: attempt {attempt.fence} of this one did not write it"
+    def _names(self, manifests: Iterable[Manifest]) -> dict[str, _Named]:
+        """What manifests, records of pieces and records of where pictures come from say about other objects."""
+        names: dict[str, _Named] = {}
+        for manifest in manifests:
+            names |= _named_by(manifest)
+        for by, record in self._all(PieceRecord).items():
+            folder = f"{SAMPLES}/{self._places[by].batch}"
+            names |= {f"{folder}/{file.name}": _Named(by, [file.sha256], file.bytes) for file in record.files}
+        drawn: dict[str, list[str]] = {}
+        for place in self._places.values():
+            drawn.setdefault(place.of, []).append(place.sha256)
+        for key in self._keys(*PICTURES):
+            names[key] = _Named(f"{Kind.PROVENANCE.folder}/{key}", drawn.get(key, []))
+        return names
 
-    def _look_at_latest(self) -> None:
-        refs = [ref for key in self._sizes if (ref := _manifest_of(key))]
-        try:
-            if lost := lost_manifest(self._run, refs):
-                self._problems.append(lost)
-        except BadDataError as error:
-            self._problems.append(str(error))
-        # Whoever was killed after the very first one had not said so yet.
-        if len(refs) > 1 and LATEST not in self._sizes:
-            self._missing(LATEST, "there are checkpoints")
+    def _look_for_strangers(self, unnamed: Iterable[str]) -> None:
+        """What is no part of a run, or lies beside objects of something whole that does not name it."""
+        whole: set[object] = {manifest.ref for manifest in self._all(Manifest).values()}
+        whole |= {(self._places[key].batch, record.number) for key, record in self._all(PieceRecord).items()}
+        for key in unnamed:
+            place = self._places.get(key)
+            if (
+                place is None
+                or (place.kind is Kind.TENSORS and place.checkpoint in whole)
+                or (place.kind in (Kind.PIECE, Kind.IMAGE) and (place.batch, place.piece) in whole)
+            ):
+                self._bad(key, "is no part of the run: move it elsewhere, or delete it")
 
-    def _check_of(self, key: str) -> Check | None:
-        """What is to be done about an object that no manifest names; what was loaded before has been checked."""
-        folder, _, name = key.partition("/")
-        uri = self._run.uri_of(key)
-        foreign = f"{uri} is no part of the run: move it elsewhere, or delete it"
-        is_picture = key.endswith((".png", ".gif")) and "/" not in name
-        if key in (CONFIG, STATUS, LATEST, LEASE) or (folder == ATTEMPTS and re.fullmatch(r"\d{6}\.json", name)):
-            return None
-        if folder in (SAMPLES, "figures") and is_picture:
-            return partial(self._look_at_picture, key)
-        if batch_of(key):
-            return None
-        if folder == READING and (ref := read_of(key)):
-            return partial(self._look_at_reader, key, ref)
-        if folder == PROBE:
-            self._leftovers.add(key)
-            return None
-        if _manifest_of(key):
-            return None
-        if folder == FOLDER and (ref := CheckpointRef.parse(name.partition("/")[0])):
-            if ref in self._manifests:
-                return lambda: [foreign]
-            # Who knows what a damaged manifest names? Files without any are what killed attempts leave.
-            if manifest_key(ref) not in self._sizes:
-                self._leftovers.add(key)
-            return None
-        if (folder == "metrics" and re.fullmatch(r"\d{6}-\d{12}\.jsonl", name)) or (
-            folder == "tensorboard" and re.fullmatch(r"events\.out\.tfevents\.\d{6}-\d{12}", name)
-        ):
-            if all(ref in self._manifests for key in self._sizes if (ref := _manifest_of(key))):
-                self._leftovers.add(key)
-            return None
-        return lambda: [foreign]
-
-    def _look_at_picture(self, key: str) -> list[str]:
-        self._advance(self._sizes[key])
-        return picture_problems(self._run, key, self._attempt_ids)
-
-    def _look_at_reader(self, key: str, ref: CheckpointRef) -> list[str]:
-        try:
-            reader = Reader.load(self._run, key)
-        except BadDataError as error:
-            return [str(error)]
-        except ObjectMissingError:
-            return []
-        if reader.is_over:
-            self._leftovers.add(key)
-        return [] if reader.checkpoint == ref.key else [f"{self._run.uri_of(key)} belongs to {reader.checkpoint}"]
-
-    def _look_for_lost_manifests(self) -> None:
-        """Tells manifests that were lost from those that were retired, or never written, by killed attempts.
+    def _look_for_lost(self, config: RunConfig | None, refs: list[CheckpointRef], left: Iterable[str]) -> None:
+        """What a run like this one must have.
 
         An attempt commits in order, so a checkpoint before another of the same attempt was there, and so was one whose
         metrics another names. If the run's rules would not have retired it, somebody else deleted its manifest.
+        A finished run has its last pictures; others may be deleted by whoever likes.
         """
-        if self._config is None:
+        if self._keys(Kind.ATTEMPT):
+            self._missing(LEASE, "there were attempts")
+        if refs:
+            self._missing(STATUS, "there are checkpoints")
+        # Whoever was killed after the very first one had not said so yet.
+        if len(refs) > 1:
+            self._missing(LATEST, "there are checkpoints")
+        # One that is rotten has been told.
+        with suppress(BadDataError):
+            if lost := lost_manifest(self._run, refs):
+                self._problems.append(lost)
+        if config is None:
             return
-        refs = {ref for key in self._sizes if (ref := _manifest_of(key))}
-        unfinished = {ref for key in self._leftovers if (ref := _checkpoint_of(key))}
-        segments = {segment.name for manifest in self._manifests.values() for segment in manifest.metric_segments}
-        retention, dataset_images = Retention.of(self._config), self._dataset_images
-        if dataset_images is None:
-            retention, dataset_images = Retention(retention.keep_last, 0, ()), 1
-        for ref in unfinished:
-            was_committed = ref.key.removeprefix(f"{FOLDER}/") in segments
-            was_committed |= any(other.fence == ref.fence and other.images_seen > ref.images_seen for other in refs)
-            old = retention.retire([*refs, ref], dataset_images, self._config.train.batch_size)
-            if was_committed and ref not in old and not self._run.exists(manifest_key(ref)):
+        # Without its dataset nobody knows where the run's epochs end.
+        dataset_images = MAX_IMAGES_SEEN + 1
+        with suppress(JobError):
+            dataset_images = load_index(self._bucket, records.dataset_key_of(config)).images
+        retention = Retention.of(config, dataset_images)
+        committed = {segment.name for manifest in self._all(Manifest).values() for segment in manifest.metric_segments}
+        for ref in {self._places[key].checkpoint for key in left if self._places[key].kind is Kind.TENSORS}:
+            came_later = [other for other in refs if other.fence == ref.fence and other > ref]
+            if (came_later or str(ref) in committed) and ref not in retention.retire([*refs, ref]):
                 self._missing(manifest_key(ref), "its files are there, and the run's rules keep it")
-
-    def _look_for_lost_pictures(self) -> None:
-        """A finished run has its last pictures; others may be deleted by whoever likes."""
-        config, status, dataset_images = self._config, self._status, self._dataset_images
-        if config is None or status is None or status.state != "finished" or dataset_images is None:
-            return
-        label = label_of(status.images_seen, dataset_images, config.train.batch_size)
-        how = how_drawn(config.sample.sampler, config.sample.steps)
-        for key in (f"{SAMPLES}/{label}-{how}.png", f"{SAMPLES}/denoising-{label}.gif", "figures/loss.png"):
-            if key not in self._sizes:
+        status = self._records.get(STATUS)
+        if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
+            label = label_of(status.images_seen, dataset_images, config.train.batch_size)
+            for key in (run_grid_key(config, dataset_images, status.images_seen), denoising_key(label), LOSS_FIGURE):
                 self._missing(key, "the run is finished")
 
 
-def _checkpoint_of(key: str) -> CheckpointRef | None:
-    folder, _, name = key.partition("/")
-    return CheckpointRef.parse(name.partition("/")[0]) if folder == FOLDER else None
-
-
-def _manifest_of(key: str) -> CheckpointRef | None:
-    """The checkpoint whose manifest lies at `key`; none for other objects."""
-    ref = _checkpoint_of(key)
-    return ref if ref and key == f"{ref.key}/{MANIFEST}" else None
+def _is_in_place(record: Sealed, place: Located) -> bool:
+    match record:
+        case Attempt():
+            return record.fence == place.fence
+        case Manifest():
+            return record.ref == place.checkpoint
+        case Reader():
+            return record.checkpoint == place.checkpoint.key
+        case Provenance():
+            return (record.key, record.picture_sha256) == (place.of, place.sha256)
+        case PieceRecord():
+            return record.number == place.piece
+    return True

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import yaml
+from kubernetes.utils import parse_quantity
 
 from job.cli.words import parsed
 from job.jobs.backends.kubernetes_manifests import manifest
-from job.jobs.backends.kubernetes_rules import GPU, quantity
 from job.jobs.backends.machines import Machine, gpus_of
 from job.jobs.building import Wishes, spec_of
 from job.jobs.targets import KubernetesTarget, Target
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.infra
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra/terraform"
-SPOT, ACCELERATOR = "cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator"
+SPOT, ACCELERATOR, GPU = "cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator", "nvidia.com/gpu"
 GIB = 2**30
 MACHINE_TYPES = [f"g2-standard-{cpus}" for cpus in (4, 8, 12, 16, 24, 32, 48, 96)]
 MACHINE_TYPES += [
@@ -118,7 +118,7 @@ def takes(pool: Pool, pod: Pod) -> bool:
     [container] = pod["containers"]
     asked = container["resources"]["limits"]
     return all(
-        float(quantity(amount) or 0) <= pool.room.get(name, 0) - SYSTEM.get(name, 0) for name, amount in asked.items()
+        float(parse_quantity(amount)) <= pool.room.get(name, 0) - SYSTEM.get(name, 0) for name, amount in asked.items()
     )
 
 

@@ -20,9 +20,7 @@ def _flipped(place: float) -> Callable[[bytes], bytes]:
 
 DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
     "first bit": _flipped(0),
-    "bit near the beginning": _flipped(0.03),
     "bit in the middle": _flipped(0.5),
-    "bit near the end": _flipped(0.97),
     "last byte": _flipped(1),
     "half of it": lambda data: data[: len(data) // 2],
     "all but a byte": lambda data: data[:-1],

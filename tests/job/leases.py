@@ -13,7 +13,7 @@ from job.runs.lease import LEASE, Lease
 from job.stop import NEVER
 from job.store import Store
 
-QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "LOOK_SECONDS": 0.05}
+QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
 """The expiry stays as it is, so that a machine that is busy elsewhere makes no holder look dead."""
 Notes = list[str]
 

@@ -9,35 +9,43 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import Manifest
-from job.jobs.backends.kubernetes_resources import TMP, requests, shared_memory
-from job.jobs.backends.kubernetes_rules import GPU, QUEUE_LABEL, problems
-from job.jobs.backends.machines import GKE_GPU_TYPES
+from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
-from job.jobs.targets import KubernetesTarget
+from job.jobs.targets import KubernetesTarget, size_bytes
 from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"
-USER = 10001
+IMAGE_USER = 10001
 """User and group of the image, which own what is mounted."""
 RETRIES = 4
 """How many failures that may pass, such as crashes, are followed by another attempt."""
 SHOWN_SECONDS = 86_400
 """How long a job that is over stays, for its status and its output."""
-REPLICATED_JOB = "node"
+NODE_JOB = "node"
+"""Of a JobSet, the one job in it that has a pod for each node."""
 MASTER_PORT = 29500
 CAPACITY = "ddpm-capacity"
 """Label of the nodes that `infra/terraform` makes, and the taint of those without GPUs that stay."""
 MANIFEST_ANNOTATION = "ddpm-manifest"
 """Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
-BUCKET_ANNOTATION = "ddpm-bucket"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_SECONDS_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
-INDEX = "JOB_COMPLETION_INDEX"
-_INDEX_ANNOTATION = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
+GPU_RESOURCE = "nvidia.com/gpu"
+GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"
+CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
+"""Of a node whose size is not known; a job without GPUs asks for as much as one with a single one."""
+MOUNTS = {"dshm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}  # noqa: S108 -- the container's own
+TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
+"""For /tmp, and for what the program prints, which counts as the container's disk, too."""
+LONGEST_POD_NAME = 63
 
 
 def manifest(spec: JobSpec, target: KubernetesTarget) -> Manifest:
@@ -46,138 +54,103 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> Manifest:
     Raises:
         BadRequestError: Kubernetes cannot run it; the message names the option or the target's field.
     """
-    if not spec.image:
-        raise BadRequestError(f"the target {target.name!r} has no image: set its image, such as REGISTRY/ddpm@sha256:…")
-    if spec.slices and not any(word.split("=")[0] == "--count" for word in spec.argv):
-        raise BadRequestError("--slices is about many images: say how many with --count, such as --count 50000")
-    if any(word.split("=")[0] == "--slice" for word in spec.argv) and spec.slices:
-        raise BadRequestError("--slices gives each machine its --slice: leave --slice out")
-    made = _job_set(spec, target) if spec.nodes > 1 else _job(spec, target)
-    if found := problems(made):
-        raise BadRequestError(f"the job {spec.name!r} for the target {target.name!r}: {'; '.join(found)}")
+    is_set = spec.nodes > 1
+    pod_name = f"{spec.name}{f'-{NODE_JOB}-0' * is_set}-{spec.machines - 1}-abcde"
+    if len(pod_name) > LONGEST_POD_NAME:
+        raise BadRequestError(
+            f"the pods of {spec.name!r} would have names of {len(pod_name)} characters, and {LONGEST_POD_NAME} is the "
+            "most: choose a shorter --run"
+        )
+    labels, waits = spec.all_labels, {}
+    if target.queue:
+        # A Job's own deadline begins anew when a queue stops and starts it; the queue's limit does not.
+        labels |= {QUEUE_LABEL: target.queue, QUEUE_SECONDS_LABEL: str(spec.max_seconds)}
+        waits = {"suspend": True}
+    own = _job_set_spec(spec, target) if is_set else _job_spec(spec, target)
+    made: Manifest = {
+        "apiVersion": "jobset.x-k8s.io/v1alpha2" if is_set else "batch/v1",
+        "kind": "JobSet" if is_set else "Job",
+        "metadata": {"name": spec.name, "namespace": target.namespace, "labels": labels},
+        "spec": {**own, "ttlSecondsAfterFinished": SHOWN_SECONDS, **waits},
+    }
     written = json.dumps(made, sort_keys=True).encode()
-    made["metadata"]["annotations"][MANIFEST_ANNOTATION] = hashlib.sha256(written).hexdigest()[:16]
+    made["metadata"]["annotations"] = {MANIFEST_ANNOTATION: hashlib.sha256(written).hexdigest()[:16]}
     return made
 
 
-def codes(retried: str) -> list[int]:
-    """Exit codes that are retried `never`, `bounded` or `always`, in order; not 0, which is no failure."""
-    return sorted(int(code) for code, meaning in TABLE.items() if meaning.retried == retried and code != Exit.FINISHED)
-
-
-def _job(spec: JobSpec, target: KubernetesTarget) -> Manifest:
-    count = spec.slices or 1
-    limits: dict[str, Any] = {"backoffLimit": RETRIES}
+def _job_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
+    limits = {"backoffLimit": RETRIES}
     if spec.slices:
         # More than half of the slices failing for good is no accident: the rest need not cost money.
-        limits = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": count // 2}
-    return {
-        "apiVersion": "batch/v1",
-        "kind": "Job",
-        "metadata": _metadata(spec, target),
-        "spec": {
-            **_job_spec(spec, target, count),
-            **limits,
-            "ttlSecondsAfterFinished": SHOWN_SECONDS,
-            **({"suspend": True} if target.queue else {}),
-            "podFailurePolicy": {
-                "rules": [
-                    {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                    _on_codes("Ignore", codes("always")),
-                    _on_codes("FailJob", codes("never")),
-                ]
-            },
-        },
-    }
+        limits = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": spec.slices // 2}
+    return {**_pods(spec, target, on_stop="Ignore"), **limits}
 
 
-def _job_set(spec: JobSpec, target: KubernetesTarget) -> Manifest:
+def _job_set_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     """A group that is restarted as a whole: when one rank is gone, the others can only wait for it."""
-    child = {
-        **_job_spec(spec, target, spec.nodes),
-        "backoffLimit": 0,
-        "podFailurePolicy": {
-            "rules": [
-                {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                _on_codes("FailJob", codes("always")),
-                _on_codes("FailJob", codes("never")),
-            ]
-        },
-    }
+    # Any pod that ends makes its Job fail, and the Job's message says by which rule.
+    node_job = {**_pods(spec, target, on_stop="FailJob"), "backoffLimit": 0}
     return {
-        "apiVersion": "jobset.x-k8s.io/v1alpha2",
-        "kind": "JobSet",
-        "metadata": _metadata(spec, target),
-        "spec": {
-            "network": {"enableDNSHostnames": True, "subdomain": spec.name, "publishNotReadyAddresses": True},
-            "coordinator": {"replicatedJob": REPLICATED_JOB, "jobIndex": 0, "podIndex": 0},
-            "ttlSecondsAfterFinished": SHOWN_SECONDS,
-            **({"suspend": True} if target.queue else {}),
-            "failurePolicy": {
-                "maxRestarts": RETRIES,
-                # The old pods are gone before new ones come, and with them their lease and their GPUs.
-                "restartStrategy": "BlockingRecreate",
-                "rules": _restart_rules(),
-            },
-            "replicatedJobs": [{"name": REPLICATED_JOB, "replicas": 1, "template": {"spec": child}}],
+        "network": {"enableDNSHostnames": True, "subdomain": spec.name, "publishNotReadyAddresses": True},
+        "coordinator": {"replicatedJob": NODE_JOB, "jobIndex": 0, "podIndex": 0},
+        "failurePolicy": {
+            "maxRestarts": RETRIES,
+            # The old pods are gone before new ones come, and with them their lease and their GPUs.
+            "restartStrategy": "BlockingRecreate",
+            "rules": _restart_rules(),
         },
+        "replicatedJobs": [{"name": NODE_JOB, "replicas": 1, "template": {"spec": node_job}}],
     }
 
 
 def _restart_rules() -> list[dict[str, Any]]:
-    """A Job says in its message which rule made it fail; what no rule here matches is restarted, and counted."""
-    stopped, fatal = ("|".join(map(str, codes(retried))) for retried in ("always", "never"))
+    """What becomes of a JobSet whose Job failed; what no rule here matches is restarted, and counted."""
+    stopped, fatal = (
+        f".* failed with exit code ({'|'.join(map(str, _codes(retried)))}) .*" for retried in ("always", "never")
+    )
+    taken_away = ".* has condition DisruptionTarget .*"
+    uncounted = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
+    final = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return [
-        {
-            "name": "stopped",
-            "action": "RestartJobSetAndIgnoreMaxRestarts",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-            "onJobFailureMessagePatterns": [
-                ".* has condition DisruptionTarget .*",
-                f".* failed with exit code ({stopped}) .*",
-            ],
-        },
-        {
-            "name": "fatal",
-            "action": "FailJobSet",
-            "onJobFailureReasons": ["PodFailurePolicy"],
-            "onJobFailureMessagePatterns": [f".* failed with exit code ({fatal}) .*"],
-        },
-        {"name": "deadline", "action": "FailJobSet", "onJobFailureReasons": ["DeadlineExceeded"]},
+        {"name": "stopped", **uncounted, "onJobFailureMessagePatterns": [taken_away, stopped]},
+        {"name": "fatal", **final, "onJobFailureMessagePatterns": [fatal]},
+        {"name": "deadline", **final, "onJobFailureReasons": ["DeadlineExceeded"]},
     ]
 
 
-def _metadata(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    labels = spec.all_labels
-    if target.queue:
-        # A Job's own deadline begins anew when a queue stops and starts it; the queue's limit does not.
-        labels |= {QUEUE_LABEL: target.queue, QUEUE_SECONDS_LABEL: str(spec.max_seconds)}
-    return {
-        "name": spec.name,
-        "namespace": target.namespace,
-        "labels": labels,
-        "annotations": {BUCKET_ANNOTATION: spec.bucket},
-    }
-
-
-def _job_spec(spec: JobSpec, target: KubernetesTarget, pods: int) -> dict[str, Any]:
+def _pods(spec: JobSpec, target: KubernetesTarget, on_stop: str) -> dict[str, Any]:
+    """The part of a Job that says which pods it has; `on_stop` is what happens when one is taken away or stops."""
     return {
         "completionMode": "Indexed",
-        "completions": pods,
-        "parallelism": pods,
+        "completions": spec.machines,
+        "parallelism": spec.machines,
         "activeDeadlineSeconds": spec.max_seconds,
         # Two pods of one index would fight for the lease.
         "podReplacementPolicy": "Failed",
+        "podFailurePolicy": {
+            "rules": [
+                {"action": on_stop, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
+                _on_codes(on_stop, "always"),
+                _on_codes("FailJob", "never"),
+            ]
+        },
         "template": {"metadata": {"labels": spec.all_labels}, "spec": _pod(spec, target)},
     }
 
 
-def _on_codes(action: str, values: list[int]) -> dict[str, Any]:
-    return {"action": action, "onExitCodes": {"containerName": CONTAINER, "operator": "In", "values": values}}
+def _on_codes(action: str, retried: str) -> dict[str, Any]:
+    codes = {"containerName": CONTAINER, "operator": "In", "values": _codes(retried)}
+    return {"action": action, "onExitCodes": codes}
+
+
+def _codes(retried: str) -> list[int]:
+    """Exit codes that are retried `never`, `bounded` or `always`, in order; not 0, which is no failure."""
+    return sorted(int(code) for code, meaning in TABLE.items() if meaning.retried == retried and code != Exit.FINISHED)
 
 
 def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    selector, tolerations = _place(spec, target)
+    shared_size = target.shared_memory or f"{SHARED_GIBIBYTES_PER_GPU * max(spec.gpus, 1)}Gi"
+    user = {"runAsUser": IMAGE_USER, "runAsGroup": IMAGE_USER, "fsGroup": IMAGE_USER}
     return {
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": target.grace_seconds,
@@ -185,52 +158,49 @@ def _pod(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         # The program has no business with the cluster's own API.
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        **({"nodeSelector": selector} if selector else {}),
-        **_away_from_spot(spec, target),
-        **({"tolerations": tolerations} if tolerations else {}),
-        "securityContext": {
-            "runAsNonRoot": True,
-            "runAsUser": USER,
-            "runAsGroup": USER,
-            "fsGroup": USER,
-            "seccompProfile": {"type": "RuntimeDefault"},
-        },
+        **_placement(spec, target),
+        "securityContext": {"runAsNonRoot": True, **user, "seccompProfile": {"type": "RuntimeDefault"}},
         "containers": [_container(spec, target)],
         "volumes": [
             # torch hands tensors from process to process there; the engine's own 64 MB are soon full.
-            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_memory(spec, target)}},
+            {"name": "dshm", "emptyDir": {"medium": "Memory", "sizeLimit": shared_size}},
             {"name": "scratch", "emptyDir": {"sizeLimit": target.scratch}},
             # torch.compile puts libraries there and runs them: a plain emptyDir is not mounted noexec.
-            {"name": "tmp", "emptyDir": {"sizeLimit": TMP}},
+            {"name": "tmp", "emptyDir": {"sizeLimit": TMP_SIZE}},
         ],
     }
 
 
-def _place(spec: JobSpec, target: KubernetesTarget) -> tuple[dict[str, str], list[dict[str, Any]]]:
-    """Node selector and tolerations: the target's own, else as GKE labels and taints its nodes, else none."""
+def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
+    """On which nodes the pods may be: what the target says, else as GKE labels and taints its nodes, else any."""
     selector: dict[str, str] = {}
     tolerations: list[dict[str, Any]] = []
+    affinity: dict[str, Any] = {}
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:
-            selector["cloud.google.com/gke-accelerator"] = _known(gpu_type, target)
+            selector[GPU_TYPE_LABEL] = _known_to_gke(gpu_type, target)
         if spec.spot:
-            selector["cloud.google.com/gke-spot"] = "true"
-            tolerations.append(
-                {"key": "cloud.google.com/gke-spot", "operator": "Equal", "value": "true", "effect": "NoSchedule"}
-            )
+            selector[SPOT_LABEL] = "true"
+            tolerations.append({"key": SPOT_LABEL, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
         if spec.gpus:
-            tolerations.append({"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"})
+            tolerations.append({"key": GPU_RESOURCE, "operator": "Exists", "effect": "NoSchedule"})
         elif not spec.spot:
             tolerations.append({"key": CAPACITY, "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"})
+    if target.selects_as_gke and not spec.spot:
+        # Kueue would take nodes that may go first, and not every pool taints them.
+        no_spot = {"key": SPOT_LABEL, "operator": "NotIn", "values": ["true"]}
+        required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}
+        affinity = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}
     if target.node_selector is not None:
         selector = dict(target.node_selector)
     if target.tolerations is not None:
-        tolerations = [dict(toleration) for toleration in target.tolerations]
-    return selector, tolerations
+        tolerations = [toleration.model_dump(exclude_unset=True) for toleration in target.tolerations]
+    parts = {"nodeSelector": selector, "affinity": affinity, "tolerations": tolerations}
+    return {field: value for field, value in parts.items() if value}
 
 
-def _known(gpu_type: str, target: KubernetesTarget) -> str:
+def _known_to_gke(gpu_type: str, target: KubernetesTarget) -> str:
     """Returns a GPU type that GKE labels nodes with: for another one a job would wait for ever."""
     if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
         close = difflib.get_close_matches(gpu_type, GKE_GPU_TYPES, n=1)
@@ -242,50 +212,65 @@ def _known(gpu_type: str, target: KubernetesTarget) -> str:
     return gpu_type
 
 
-def _away_from_spot(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    """On demand is not on nodes that may go, which Kueue would take first and which not every pool taints."""
-    if spec.spot or not target.selects_as_gke:
-        return {}
-    no_spot = {"key": "cloud.google.com/gke-spot", "operator": "NotIn", "values": ["true"]}
-    required = {"nodeSelectorTerms": [{"matchExpressions": [no_spot]}]}
-    return {"affinity": {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": required}}}
-
-
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    asked = requests(spec, target)
-    limits = asked | ({GPU: str(spec.gpus)} if spec.gpus else {})
+    requests = _requests(spec, target)
+    limits = requests | ({GPU_RESOURCE: str(spec.gpus)} if spec.gpus else {})
+    rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,
         "image": spec.image,
         # A node that ran an earlier image of the same tag would go on with that one.
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
-        "args": _words(spec, target),
-        "env": _environment(spec, target),
-        "resources": {"requests": asked, "limits": limits},
-        "securityContext": {
-            "allowPrivilegeEscalation": False,
-            "readOnlyRootFilesystem": True,
-            "capabilities": {"drop": ["ALL"]},
-        },
+        "args": _args(spec, target),
+        "env": _env(spec, target),
+        "resources": {"requests": requests, "limits": limits},
+        "securityContext": rights,
         # The last lines of the program are in the status then, also when its output is gone.
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [
-            {"name": "dshm", "mountPath": "/dev/shm"},  # noqa: S108 -- the container's own
-            {"name": "scratch", "mountPath": "/scratch"},
-            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
-        ],
+        "volumeMounts": [{"name": name, "mountPath": path} for name, path in MOUNTS.items()],
     }
 
 
-def _words(spec: JobSpec, target: KubernetesTarget) -> list[str]:
-    words = [_literally(word) for word in spec.argv]
+def _requests(spec: JobSpec, target: KubernetesTarget) -> dict[str, str]:
+    """Processors, memory and disk: what the target says, else what belongs to so many GPUs of a node."""
+    cpus, memory = target.cpus, target.memory
+    if not (cpus and memory):
+        share = _share_of_node(spec, target)
+        cpus, memory = cpus or share[0], memory or share[1]
+    disk_bytes = sum(map(size_bytes, (target.scratch, TMP_SIZE, OUTPUT_SIZE)))
+    return {"cpu": cpus, "memory": memory, "ephemeral-storage": f"{math.ceil(disk_bytes / 2**30)}Gi"}
+
+
+def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
+    """Processors and memory of one container."""
+    if not (spec.gpus and target.machine_type and spec.gpu_type in ("", target.gpu_type)):
+        count = max(spec.gpus, 1)
+        return str(CPUS_PER_GPU * count), f"{GIBIBYTES_PER_GPU * count}Gi"
+    bundled, shape = gpus_of(target.machine_type), Machine(target.machine_type).shape
+    gpus = bundled[0] if bundled else max(target.gpus, 1)
+    about = f"nodes of target {target.name!r} are {target.machine_type}"
+    if spec.gpus > gpus:
+        raise BadRequestError(
+            f"--gpus {spec.gpus}: {about}, with {gpus}: ask for at most so many, or for more --nodes, or set the "
+            "target's machine_type"
+        )
+    if shape is None or shape[0] < 2:
+        raise BadRequestError(f"{about}, whose room for jobs is not known here: set cpus and memory of the target")
+    # GKE and its own pods need the rest (kubernetes-engine/docs/concepts/plan-node-sizes).
+    millis, gibibytes = 1000 * (shape[0] - max(1, shape[0] // 32)), shape[1] * 3 // 4 // 1024
+    millis = millis * spec.gpus // gpus
+    return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
+
+
+def _args(spec: JobSpec, target: KubernetesTarget) -> list[str]:
+    args = [_literally(word) for word in spec.argv]
     if spec.slices:
-        words += ["--slice", f"$({INDEX})/{spec.slices}"]
+        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
     # A replacement must outlive its predecessor's lease, or the job would end for good with 76.
     if spec.verb == "train" and not any(word.split("=")[0] == "--wait" for word in spec.argv):
-        words += ["--wait", f"{wait_seconds(target):g}"]
-    return words
+        args += ["--wait", f"{wait_seconds(target):g}"]
+    return args
 
 
 def _literally(text: str) -> str:
@@ -293,8 +278,7 @@ def _literally(text: str) -> str:
     return text.replace("$", "$$")
 
 
-def _environment(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
-    given = {**target.env, **spec.env}
+def _env(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
     own = {
         "HOME": "/tmp",  # noqa: S108
         "TMPDIR": "/scratch",
@@ -306,11 +290,11 @@ def _environment(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]
         "PYTHONUNBUFFERED": "1",
         "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
     }
-    values = {name: _literally(value) for name, value in (own | given).items()}
+    values = {name: _literally(value) for name, value in (own | target.env | dict(spec.env)).items()}
     values[GRACE_VARIABLE] = str(target.grace_seconds)
     fields = {"POD_NAME": "metadata.name"}
-    if spec.slices or spec.nodes > 1:
-        fields[INDEX] = _INDEX_ANNOTATION
+    if spec.machines > 1 or spec.slices:
+        fields[INDEX_VARIABLE] = f"metadata.annotations['{INDEX_ANNOTATION}']"
     if spec.nodes > 1:
         values |= _rendezvous(spec)
     # A value may name only what stands before it.
@@ -320,12 +304,11 @@ def _environment(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]
 
 
 def _rendezvous(spec: JobSpec) -> dict[str, str]:
-    """Where the nodes meet: under the names of our launcher, and with PET_ before them under torchrun's."""
-    values = {
+    """Where the nodes meet; see `job.processes.group`."""
+    return {
         "NNODES": str(spec.nodes),
-        "NODE_RANK": f"$({INDEX})",
+        "NODE_RANK": f"$({INDEX_VARIABLE})",
         # JobSet: JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
-        "MASTER_ADDR": f"{spec.name}-{REPLICATED_JOB}-0-0.{spec.name}",
+        "MASTER_ADDR": f"{spec.name}-{NODE_JOB}-0-0.{spec.name}",
         "MASTER_PORT": str(MASTER_PORT),
     }
-    return values | {f"PET_{name}": value for name, value in values.items()}

@@ -7,17 +7,14 @@ from typing import Any
 
 from job.exits import TABLE, Exit, retried
 from job.jobs.backends.base import Cause, JobStatus, Manifest, State, severity
-from job.jobs.backends.kubernetes_manifests import CONTAINER
-from job.jobs.backends.kubernetes_rules import QUEUE_LABEL
+from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 
-IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
+NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""
-INDEX_ANNOTATION = "batch.kubernetes.io/job-completion-index"
 _OUT_OF_TIME = "DeadlineExceeded"
-_BEGINNING = ("ContainerCreating", "PodInitializing")
 
 
-def status_of(
+def observed_status(
     job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest] = (), parts: Sequence[Manifest] = ()
 ) -> JobStatus:
     """How a Job or a JobSet is going.
@@ -28,18 +25,20 @@ def status_of(
         events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
         parts: the Jobs of a JobSet; asked only when that is over.
     """
-    state, message = _state_and_message(job, pods, events)
-    running = next((pod for pod in reversed(pods) if is_running(pod)), None)
+    state, message, cause = _state_and_cause(job, pods, events, parts)
+    placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
+    running = [pod for pod in placed if is_running(pod)]
+    ended = _decisive_end(pods) if state is State.FAILED else next(reversed(_failures(pods)), None)
     return JobStatus(
         name=job["metadata"]["name"],
         state=state,
         message=message,
-        exit_code=_exit_code(state, pods),
+        exit_code=int(Exit.FINISHED) if state is State.FINISHED else int(ended["exitCode"]) if ended else None,
         attempts=_attempts(job, pods),
         created=job["metadata"].get("creationTimestamp", ""),
-        place=(running or {}).get("spec", {}).get("nodeName", ""),
-        cause=_cause(state, job, pods, events, parts),
-        has_machine=state is State.WAITING and any(not has_ended(pod) and "nodeName" in pod["spec"] for pod in pods),
+        place=_node_of(running[-1]) if running else "",
+        cause=cause,
+        has_machine=state is State.WAITING and bool(placed),
     )
 
 
@@ -63,15 +62,9 @@ def is_running(pod: Manifest) -> bool:
     return "running" in _container_state(pod)
 
 
-def termination(pod: Manifest) -> dict[str, Any] | None:
-    """How the program ended (`exitCode`, `reason`, `message`, `finishedAt`); None while it has not."""
-    ended: dict[str, Any] | None = _container_state(pod).get("terminated")
-    return ended
-
-
 def has_ended(pod: Manifest) -> bool:
     """Whether nothing more comes from it."""
-    return termination(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
+    return _end_of(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
 def index_of(pod: Manifest) -> int:
@@ -79,48 +72,66 @@ def index_of(pod: Manifest) -> int:
     return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
 
 
-def _state_and_message(job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest]) -> tuple[State, str]:
+def _state_and_cause(
+    job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest], parts: Sequence[Manifest]
+) -> tuple[State, str, Cause | None]:
+    """State, message and cause."""
     if is_being_deleted(job):
-        return State.CANCELLED, "is being deleted: its pods may save first"
+        return State.CANCELLED, "is being deleted: its pods may save first", None
     if _condition(job, "Complete", "Completed") is not None:
-        return State.FINISHED, ""
+        return State.FINISHED, "", None
     if (failed := _condition(job, "Failed")) is not None:
-        return State.FAILED, _why_failed(failed, pods)
+        # A JobSet says only that one of its Jobs failed.
+        reasons = {(_condition(one, "Failed") or {}).get("reason") for one in (job, *parts)}
+        return State.FAILED, _why_failed(failed, pods), Cause.OUT_OF_TIME if _OUT_OF_TIME in reasons else None
     if is_suspended(job):
         if _queue_ended_it(events):
-            name = job["metadata"]["name"]
-            return State.WAITING, f"its --max-hours are over: after `ddpm jobs cancel {name}` the same command goes on"
+            after = f"after `ddpm jobs cancel {job['metadata']['name']}` the same command goes on"
+            return State.WAITING, f"its --max-hours are over: {after}", Cause.OUT_OF_TIME
         queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-        why = f"waits in the queue {queue!r}" if queue else "is suspended"
         said = (_condition(job, "Suspended") or {}).get("message", "")
-        return State.WAITING, f"{why}: {said}" if said else why
+        why = f"waits in the queue {queue!r}" if queue else "is suspended"
+        return State.WAITING, f"{why}: {said}" if said else why, None
     living = [pod for pod in pods if not has_ended(pod)]
     if any(is_running(pod) for pod in living):
-        return State.RUNNING, _how_running(living, pods)
+        return State.RUNNING, _how_running(living, pods), None
     if living:
-        return State.WAITING, _why_waiting(next(filter(_lacks_image, living), living[-1]))
-    warnings = [event for event in events if event.get("type") == "Warning"]
-    if warnings and not pods:
-        return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}"
+        without_image = [pod for pod in living if _waiting_reason(pod) in NO_IMAGE_REASONS]
+        cause = Cause.NO_IMAGE if without_image else None
+        return State.WAITING, _why_waiting((without_image or living[-1:])[0]), cause
     if pods:
-        return State.WAITING, f"the next attempt follows; the last one: {_how_ended(pods[-1])}"
-    return State.WAITING, "has no pod yet"
+        ended = _end_of(pods[-1])
+        how = _ending_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
+        return State.WAITING, f"the next attempt follows; the last one: {how}", None
+    warnings = [event for event in events if event.get("type") == "Warning"]
+    if warnings:
+        return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}", None
+    return State.WAITING, "has no pod yet", None
 
 
-def _condition(job: Manifest, *types: str) -> dict[str, Any] | None:
-    for condition in job.get("status", {}).get("conditions") or []:
-        if condition.get("type") in types and condition.get("status") == "True":
-            found: dict[str, Any] = condition
-            return found
-    return None
+def _condition(thing: Manifest, *types: str, status: str = "True") -> Any:
+    """The condition of one of these types that has this status; None if there is none."""
+    conditions = thing.get("status", {}).get("conditions") or []
+    return next((c for c in conditions if c.get("type") in types and c.get("status") == status), None)
 
 
-def _container_state(pod: Manifest) -> dict[str, Any]:
-    for container in pod.get("status", {}).get("containerStatuses") or []:
-        if container.get("name") == CONTAINER:
-            state: dict[str, Any] = container.get("state") or {}
-            return state
-    return {}
+def _container_state(pod: Manifest) -> Any:
+    """What Kubernetes says about the program in a pod, under `waiting`, `running` or `terminated`."""
+    containers = pod.get("status", {}).get("containerStatuses") or []
+    return next((c.get("state") for c in containers if c.get("name") == CONTAINER), None) or {}
+
+
+def _waiting_reason(pod: Manifest) -> str:
+    return str((_container_state(pod).get("waiting") or {}).get("reason", ""))
+
+
+def _end_of(pod: Manifest) -> Any:
+    """How the program ended (`exitCode`, `reason`, `message`, `finishedAt`); None while it has not."""
+    return _container_state(pod).get("terminated")
+
+
+def _node_of(pod: Manifest) -> str:
+    return str(pod["spec"].get("nodeName", ""))
 
 
 def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
@@ -129,30 +140,9 @@ def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
         return int(status.get("restarts") or 0) + bool(pods)
     # Pods that are gone are in the counts; of those that wait for a node there may be one for each slice.
     ended = sum(int(status.get(field) or 0) for field in ("succeeded", "failed"))
-    placed = [pod for pod in pods if "nodeName" in pod["spec"]]
+    placed = [pod for pod in pods if _node_of(pod)]
     started = max(ended + sum(not has_ended(pod) for pod in placed), len(placed))
-    return started + any("nodeName" not in pod["spec"] for pod in pods)
-
-
-def _exit_code(state: State, pods: Sequence[Manifest]) -> int | None:
-    if state is State.FINISHED:
-        return int(Exit.FINISHED)
-    ended = _decisive_end(pods) if state is State.FAILED else _last_ended(pods)
-    return None if ended is None else int(ended["exitCode"])
-
-
-def _cause(
-    state: State, job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest], parts: Sequence[Manifest]
-) -> Cause | None:
-    # A JobSet says only that one of its Jobs failed.
-    reasons = {(_condition(one, "Failed") or {}).get("reason") for one in (job, *parts)}
-    if state is State.FAILED and _OUT_OF_TIME in reasons:
-        return Cause.OUT_OF_TIME
-    if state is State.WAITING and is_suspended(job) and _queue_ended_it(events):
-        return Cause.OUT_OF_TIME
-    if state is State.WAITING and any(_lacks_image(pod) for pod in pods if not has_ended(pod)):
-        return Cause.NO_IMAGE
-    return None
+    return started + (len(placed) < len(pods))
 
 
 def _queue_ended_it(events: Sequence[Manifest]) -> bool:
@@ -164,43 +154,27 @@ def _queue_ended_it(events: Sequence[Manifest]) -> bool:
     return bool(stops) and "maximum execution time" in stops[-1]
 
 
-def _lacks_image(pod: Manifest) -> bool:
-    return (_container_state(pod).get("waiting") or {}).get("reason") in IMAGE_REASONS
-
-
-def _failures(pods: Sequence[Manifest]) -> list[dict[str, Any]]:
+def _failures(pods: Sequence[Manifest]) -> list[Manifest]:
     """How the programs ended that did not finish, oldest first."""
-    ends = [end for pod in pods if (end := termination(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
+    ends = [end for pod in pods if (end := _end_of(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
     return sorted(ends, key=lambda end: end.get("finishedAt") or "")
 
 
-def _last_ended(pods: Sequence[Manifest]) -> dict[str, Any] | None:
-    return next(reversed(_failures(pods)), None)
-
-
-def _decisive_end(pods: Sequence[Manifest]) -> dict[str, Any] | None:
+def _decisive_end(pods: Sequence[Manifest]) -> Manifest | None:
     """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
     return max(reversed(_failures(pods)), key=lambda end: severity(retried(int(end["exitCode"]))), default=None)
 
 
-def _why_failed(condition: dict[str, Any], pods: Sequence[Manifest]) -> str:
-    reason, said = condition.get("reason", ""), " ".join(str(condition.get("message", "")).split())
+def _why_failed(condition: Manifest, pods: Sequence[Manifest]) -> str:
+    reason, said = condition.get("reason", ""), _in_a_line(condition.get("message"))
     if reason == _OUT_OF_TIME:
         return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
+    why = reason if reason == "PodFailurePolicy" else f"{reason}: {said}"
     ended = _decisive_end(pods)
-    if ended is None:
-        return f"{reason}: {said}"
-    return f"{_told(ended)} ({reason}: {said})" if reason != "PodFailurePolicy" else f"{_told(ended)} ({reason})"
+    return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"
 
 
-def _how_ended(pod: Manifest) -> str:
-    ended = termination(pod)
-    if ended is None:
-        return str(pod.get("status", {}).get("reason") or "its node is gone")
-    return _told(ended)
-
-
-def _told(ended: dict[str, Any]) -> str:
+def _ending_in_words(ended: Manifest) -> str:
     """`exit code 78 (the configuration is not valid …): its last line`."""
     code = int(ended["exitCode"])
     meaning = TABLE[Exit(code)].text if code in TABLE else "a signal" if code > 128 else "a crash"
@@ -211,27 +185,30 @@ def _told(ended: dict[str, Any]) -> str:
 
 
 def _how_running(living: Sequence[Manifest], pods: Sequence[Manifest]) -> str:
-    ready = sum(is_running(pod) for pod in living)
-    parts = [f"{ready} of {len(living)} pods run"] if ready < len(living) else []
-    # What one pod of several waits for holds all of them up.
-    parts += [_why_waiting(pod) for pod in living if not is_running(pod)][:1]
-    before = [pod for pod in pods if has_ended(pod) and (end := termination(pod)) is not None and end["exitCode"]]
-    if before:
-        parts.append(f"an attempt before: {_how_ended(before[-1])}")
+    waiting = [pod for pod in living if not is_running(pod)]
+    parts = []
+    if waiting:
+        # What one pod of several waits for holds all of them up.
+        parts = [f"{len(living) - len(waiting)} of {len(living)} pods run", _why_waiting(waiting[0])]
+    if failures := _failures(pods):
+        parts.append(f"an attempt before: {_ending_in_words(failures[-1])}")
     return "; ".join(parts)
 
 
 def _why_waiting(pod: Manifest) -> str:
-    waiting = _container_state(pod).get("waiting") or {}
-    reason, said = waiting.get("reason", ""), " ".join(str(waiting.get("message") or "").split())
-    if reason in IMAGE_REASONS:
-        image = next((c["image"] for c in pod["spec"]["containers"] if c.get("name") == CONTAINER), "")
+    reason = _waiting_reason(pod)
+    said = _in_a_line((_container_state(pod).get("waiting") or {}).get("message"))
+    if reason in NO_IMAGE_REASONS:
+        image = pod["spec"]["containers"][0]["image"]
         return f"{reason}: {said or image}; is the image {image} there, and may the cluster's nodes pull it?"
-    if reason in _BEGINNING:
-        return f"{reason} on {pod['spec'].get('nodeName', 'a node')}: its image is fetched"
+    if reason in ("ContainerCreating", "PodInitializing"):
+        return f"{reason} on {_node_of(pod) or 'a node'}: its image is fetched"
     if reason:
-        return f"{reason}: {said}" if said else str(reason)
-    for condition in pod.get("status", {}).get("conditions") or []:
-        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            return f"FailedScheduling: {' '.join(str(condition.get('message', '')).split())}"
+        return f"{reason}: {said}" if said else reason
+    if (unscheduled := _condition(pod, "PodScheduled", status="False")) is not None:
+        return f"FailedScheduling: {_in_a_line(unscheduled.get('message'))}"
     return "waits for a node"
+
+
+def _in_a_line(text: object) -> str:
+    return " ".join(str(text or "").split())

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from tests.job.jobs.google_server import GoogleServer, google_server
-from tests.job.jobs.kubernetes_server import Server, kubernetes_server
+from tests.job.jobs.kubernetes_server import Cluster, kubernetes_server
 from tests.job.jobs.submitting import TARGETS
 
 
@@ -32,8 +32,13 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    """A cluster on this machine, and the kubeconfig for it in `tmp_path`."""
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
+    """A cluster on this machine, and the kubeconfig for it in `tmp_path`; nobody is patient."""
+    from job.jobs.backends import kubernetes, kubernetes_api, kubernetes_logs
+
+    monkeypatch.setattr(kubernetes, "GONE_POLL_SECONDS", 0.02)
+    monkeypatch.setattr(kubernetes_api, "API_RETRY_DELAYS_SECONDS", (0.01, 0.02, 0.03))
+    monkeypatch.setattr(kubernetes_logs, "PODS_POLL_SECONDS", 0.05)
     with kubernetes_server() as running:
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(running.kubeconfig()))

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
 
-from job.exits import BadConfigError, Exit, MissingInputError, NoPermissionError
+from job.exits import BadConfigError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.backends.kubernetes_credentials import configuration
+from job.jobs.backends.kubernetes_api import configuration
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
@@ -23,8 +22,8 @@ def write(tmp_path, monkeypatch):
     path = tmp_path / "kubeconfig"
     monkeypatch.setenv("KUBECONFIG", str(path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    for name in ("KUBERNETES_SERVICE_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
 
     def write(content):
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
@@ -33,165 +32,126 @@ def write(tmp_path, monkeypatch):
     return write
 
 
-def asked(target=TARGET):
-    return KubernetesBackend(target, ()).jobs()
+def asked(context=""):
+    return KubernetesBackend(TARGET.model_copy(update={"context": context})).jobs()
 
 
-def test_a_token_and_a_token_file(server, write, tmp_path):
-    write(server.kubeconfig("right"))
-    assert asked() == []
+def test_kubeconfigs_that_are_right(server, write, monkeypatch, tmp_path):
     (tmp_path / "token").write_text("right")
     write(server.kubeconfig(tokenFile=str(tmp_path / "token")))
     assert asked() == []
-
-
-def test_the_context_of_a_target_is_used(server, write):
-    config = server.kubeconfig("wrong")
+    # The context of the target, and what somebody else signs in with is nobody's business.
+    config = server.kubeconfig(exec={"command": "other"})
     config["users"].append({"name": "right", "user": {"token": "right"}})
     config["contexts"].append({"name": "right", "context": {"cluster": "test", "user": "right"}})
+    path = write(config)
+    assert asked("right") == []
+    # Several files are one.
+    users = tmp_path / "users"
+    users.write_text(yaml.safe_dump({"users": config.pop("users")}))
     write(config)
-    with pytest.raises(NoPermissionError):
-        asked()
-    assert asked(TARGET.model_copy(update={"context": "right"})) == []
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(map(str, (tmp_path / "missing", path, users))))
+    assert asked("right") == []
+    # A proxy needs nobody to sign in.
+    server.tokens.append("")
+    config["contexts"].append({"name": "proxy", "context": {"cluster": "test"}})
+    write(config)
+    assert asked("proxy") == []
 
 
-def test_a_context_that_is_not_there(server, write):
+def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_path):
     path = write(server.kubeconfig())
-    with pytest.raises(MissingInputError) as caught:
-        asked(TARGET.model_copy(update={"context": "prod"}))
-    assert str(caught.value) == (
-        f"{path} has no context 'prod' (there are: test): set `context:` of the target to one of them"
-    )
+    path.unlink()
+    with pytest.raises(MissingInputError, match=r"there is no kubeconfig at .*get-credentials"):
+        asked()
+    write(server.kubeconfig())
+    with pytest.raises(BadConfigError, match=rf"{path} cannot be used: .* name prod in .*contexts.* `context:` of the"):
+        asked("prod")
     write({**server.kubeconfig(), "current-context": ""})
-    with pytest.raises(MissingInputError, match=r"has no current context"):
+    with pytest.raises(BadConfigError, match="kubeconfig"):
         asked()
-
-
-def test_several_files_are_one(server, write, monkeypatch, tmp_path):
-    config = server.kubeconfig()
-    path = write({key: value for key, value in config.items() if key != "users"})
-    other = tmp_path / "users"
-    other.write_text(yaml.safe_dump({"users": config["users"]}))
-    monkeypatch.setenv("KUBECONFIG", f"{tmp_path}/missing{os.pathsep}{path}{os.pathsep}{other}")
-    assert asked() == []
-
-
-def test_no_kubeconfig_says_what_writes_one(write):
-    with pytest.raises(MissingInputError, match=r"there is no kubeconfig at .*get-credentials") as caught:
+    for text in ("", "a: [", "- a", "just words", "contexts: 5", "{}", "\x00"):
+        write(text)
+        with pytest.raises(BadConfigError, match=r"^the kubeconfig .* cannot be used: [^\n]+$"):
+            asked()
+    write(server.kubeconfig(token="two\nlines"))
+    with pytest.raises(BadConfigError, match=r"a token that is not valid$"):
         asked()
-    assert caught.value.exit_code == Exit.MISSING_INPUT
-
-
-def test_a_pod_without_an_account_says_so(write, monkeypatch):
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "127.0.0.1")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "1")
-    with pytest.raises(MissingInputError, match=r"this pod has no account"):
+    write(server.kubeconfig(token="wrong"))
+    with pytest.raises(NoPermissionError, match="sign in again"):
         asked()
 
 
 def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     from kubernetes.config import incluster_config
 
-    for name, text in (("TOKEN", "right"), ("CERT", "certificate")):
-        (tmp_path / name).write_text(text)
-        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.1.2.3")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    with pytest.raises(BadConfigError, match="Service token file does not exist"):
+        configuration("")
+    for name in ("TOKEN", "CERT"):
+        (tmp_path / name).write_text(name)
+        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
     made = configuration("")
-    assert made.host == "https://10.1.2.3:443"
-    assert made.retries is False
+    assert (made.host, made.retries) == ("https://10.1.2.3:443", False)
+    with pytest.raises(MissingInputError):
+        configuration("named")
 
 
-@pytest.mark.parametrize("text", ["", "a: [", "- a", "just words", "contexts: 5", "{}", "\x00"])
-def test_what_is_no_kubeconfig(write, text):
-    write(text)
-    with pytest.raises((BadConfigError, MissingInputError)) as caught:
-        asked()
-    assert "kubeconfig" in str(caught.value) and "\n" not in str(caught.value)
+@pytest.fixture
+def program(tmp_path):
+    """Makes a program for a kubeconfig, which must not be run."""
+
+    def program(name):
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+        path.chmod(0o755)
+        version = "client.authentication.k8s.io/v1beta1"
+        return {"apiVersion": version, "command": str(path), "interactiveMode": "Never"}
+
+    yield program
+    assert not (tmp_path / "ran").exists()
 
 
-def test_a_program_of_a_kubeconfig_is_not_run(server, write, tmp_path):
-    program, ran = tmp_path / "program", tmp_path / "ran"
-    program.write_text(f"#!/bin/sh\ntouch {ran}\n")
-    program.chmod(program.stat().st_mode | stat.S_IXUSR)
-    plugin = {"apiVersion": "client.authentication.k8s.io/v1", "command": str(program), "interactiveMode": "Never"}
-    write(server.kubeconfig(exec=plugin))
-    with pytest.raises(BadConfigError, match=r"'somebody' signs in with '.*/program', which is not run here"):
+def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
+    write(server.kubeconfig(exec=program("other")))
+    with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/other', which is not run here"):
         asked()
     write(server.kubeconfig(**{"auth-provider": {"name": "oidc", "config": {}}}))
     with pytest.raises(BadConfigError, match=r"signs in with 'oidc'"):
         asked()
-    assert not ran.exists()
-    # Whoever else may sign in with it is nobody's business.
-    config = server.kubeconfig()
-    config["users"].append({"name": "other", "user": {"exec": plugin}})
-    write(config)
-    assert asked() == []
 
 
-GKE = {"apiVersion": "client.authentication.k8s.io/v1beta1", "command": "gke-gcloud-auth-plugin"}
-
-
-def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, monkeypatch, tmp_path):
-    with token_server() as (url, grants):
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(service_account(tmp_path, url)))
-        write(server.kubeconfig(exec=GKE))
-        assert asked() == []
-        assert len(grants) == 1
-        grants.append("denied")
-        with pytest.raises(NoPermissionError, match=r"Google gives no token .*application-default login"):
-            asked()
-
-
-def test_gke_without_googles_credentials_says_what_makes_them(server, write, monkeypatch):
+def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, program, monkeypatch, tmp_path):
+    write(server.kubeconfig(exec=program("gke-gcloud-auth-plugin")))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", os.environ["HOME"])
-    write(server.kubeconfig(exec=GKE))
-    with pytest.raises(MissingInputError, match=r"no Google credentials .*gcloud auth application-default login"):
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
+    no_token = r"Google gives no token .*gcloud auth application-default login"
+    with pytest.raises(NoPermissionError, match=no_token):
         asked()
+    answers = [(200, {"access_token": "right", "expires_in": 3600}), (400, {"error": "invalid_grant"})]
 
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            code, answer = answers.pop(0)
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
 
-class token_server:
-    """Google's token endpoint on this machine: the token is the one that the cluster knows."""
+        def log_message(self, *words):
+            pass
 
-    def __enter__(self):
-        grants = []
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self):
-                self.rfile.read(int(self.headers["Content-Length"]))
-                is_denied = "denied" in grants
-                grants.append("asked")
-                answer = {"error": "invalid_grant"} if is_denied else {"access_token": "right", "expires_in": 3600}
-                data = json.dumps(answer).encode()
-                self.send_response(400 if is_denied else 200)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *words):
-                pass
-
-        self._http = HTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self._http.serve_forever, daemon=True).start()
-        return f"http://127.0.0.1:{self._http.server_address[1]}/token", grants
-
-    def __exit__(self, *error):
-        self._http.shutdown()
-        self._http.server_close()
-
-
-def service_account(folder, token_uri):
-    """A key file such as `gcloud iam service-accounts keys create` writes."""
-    from cryptography.hazmat.primitives import serialization
-    from cryptography.hazmat.primitives.asymmetric import rsa
-
-    key = rsa.generate_private_key(public_exponent=65537, key_size=2048).private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    path = folder / "account.json"
-    account = {"type": "service_account", "client_email": "a@b.iam.gserviceaccount.com", "token_uri": token_uri}
-    path.write_text(json.dumps({**account, "private_key": key.decode(), "private_key_id": "1", "project_id": "p"}))
-    return path
+    with HTTPServer(("127.0.0.1", 0), Handler) as google:
+        threading.Thread(target=google.serve_forever, daemon=True).start()
+        user = {"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}
+        (tmp_path / "user.json").write_text(json.dumps(user))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "user.json"))
+        monkeypatch.setattr(
+            "google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", f"http://127.0.0.1:{google.server_port}"
+        )
+        assert asked() == []
+        with pytest.raises(NoPermissionError, match=no_token):
+            asked()
+        google.shutdown()
+    assert not answers

@@ -2,96 +2,119 @@
 
 from __future__ import annotations
 
-import time
-
 import pytest
 
-from job.exits import MissingInputError
-from job.jobs.backends.base import State
-from job.jobs.backends.kubernetes import KubernetesBackend
-from tests.job.jobs.kubernetes_jobs import TARGET, sampling, spec
-
-NAME = "train-celeba"
-FAST = (0.01, 0.02, 0.03)
+from job.jobs.backends.base import Cause, State
+from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.backends.kubernetes_status import observed_status
+from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 
 
-@pytest.fixture
-def backend(server):
-    return KubernetesBackend(TARGET, FAST, poll_seconds=0.05)
+def job(*conditions, made=None, **status):
+    """A Job as the API gives it, with conditions that are true, as `(type, reason, message)`."""
+    names = ("type", "reason", "message")
+    told = [{"status": "True", **dict(zip(names, words, strict=False))} for words in conditions]
+    return {**(made or manifest(spec(), TARGET)), "status": {"conditions": told, **status}}
+
+
+def pod(index=0, node="node-0", unscheduled="", **state):
+    """A pod whose container is `waiting`, `running` or `terminated`, or has not come that far."""
+    status = {"containerStatuses": [{"name": "ddpm", "state": state}]} if state else {}
+    if unscheduled:
+        status["conditions"] = [{"type": "PodScheduled", "status": "False", "message": unscheduled}]
+    place = {} if unscheduled else {"nodeName": node}
+    return {"metadata": {}, "spec": {"containers": [{"image": "r/ddpm:1"}], **place}, "status": status}
+
+
+def ended(code, message="", reason="Error", at="1"):
+    return pod(terminated={"exitCode": code, "reason": reason, "message": message, "finishedAt": at})
+
+
+def event(reason, message, kind="Warning"):
+    return {"type": kind, "reason": reason, "message": message}
+
+
+RUNNING = pod(running={})
+NO_NODE = pod(unscheduled="0/3 nodes are available:\n3 Insufficient nvidia.com/gpu.")
+NO_ACCOUNT = pod(waiting={"reason": "CreateContainerConfigError", "message": "no\naccount"})
+GONE, EVICTED = ({**pod(), "status": {"phase": "Failed", **said}} for said in ({}, {"reason": "Evicted"}))
 
 
 @pytest.mark.parametrize(
-    ("code", "why", "said"),
+    ("pods", "events", "message", "has_machine"),
     [
-        (78, "PodFailurePolicy", "exit code 78 (the configuration is not valid"),
-        (139, "BackoffLimitExceeded", "exit code 139 (a signal): last words (BackoffLimitExceeded"),
-        (75, "DeadlineExceeded", "DeadlineExceeded: its --max-hours are over, what it waited for a node included"),
+        ([], [], "has no pod yet", False),
+        ([], [event("FailedCreate", "exceeded quota: gpus")], "FailedCreate: exceeded quota: gpus", False),
+        ([NO_NODE], [], "FailedScheduling: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", False),
+        ([pod()], [], "waits for a node", True),
+        ([pod(waiting={"reason": "ContainerCreating"})], [], "ContainerCreating on node-0: its image is fetched", True),
+        ([NO_ACCOUNT], [], "CreateContainerConfigError: no account", True),
+        ([EVICTED], [], "the next attempt follows; the last one: Evicted", False),
+        ([GONE], [], "the next attempt follows; the last one: its node is gone", False),
+        ([ended(1, "oh\n")], [], "the next attempt follows; the last one: exit code 1 (a crash): oh", False),
     ],
 )
-def test_why_a_job_failed(server, backend, code, why, said):
-    backend.submit(spec())
-    server.cluster.end_pod(server.cluster.start_pod(NAME), code, "line before\nlast words\n")
-    server.cluster.end_job(NAME, "Failed", why, "in Kubernetes' words")
-    status = backend.status(NAME)
+def test_why_a_job_waits(pods, events, message, has_machine):
+    status = observed_status(job(), pods, events)
+    assert (status.state, status.message, status.cause) == (State.WAITING, message, None)
+    assert status.has_machine is has_machine
+
+
+@pytest.mark.parametrize(
+    ("reason", "ends", "code", "message"),
+    [
+        ("PodFailurePolicy", [ended(78, "before\nlast\n")], 78, "exit code 78 (the configuration is not valid"),
+        ("BackoffLimitExceeded", [ended(139, "x")], 139, "exit code 139 (a signal): x (BackoffLimitExceeded: said)"),
+        ("BackoffLimitExceeded", [ended(137, reason="OOMKilled")], 137, "exit code 137 (OOMKilled: `memory:` of the"),
+        ("BackoffLimitExceeded", [], None, "BackoffLimitExceeded: said"),
+        ("DeadlineExceeded", [ended(75)], 75, "DeadlineExceeded: its --max-hours are over, what it waited for a node"),
+        # Of a group the others are stopped after one ended for good, and end later.
+        ("PodFailurePolicy", [ended(65, "rotten"), ended(75, at="2")], 65, "exit code 65 (bad data: unreadable"),
+    ],
+)
+def test_why_a_job_failed(reason, ends, code, message):
+    status = observed_status(job(("Failed", reason, "said")), ends)
     assert (status.state, status.exit_code) == (State.FAILED, code)
-    assert status.message.startswith(said)
+    assert status.cause is (Cause.OUT_OF_TIME if reason == "DeadlineExceeded" else None)
+    assert status.message.startswith(message)
 
 
-def test_of_a_group_the_one_that_ended_for_good_decides(server, backend):
-    backend.submit(spec(nodes=2))
-    pods = [server.cluster.start_pod(NAME, index, "jobsets") for index in range(2)]
-    server.cluster.end_pod(pods[1], 65, "the shard is rotten")
-    time.sleep(1.1)
-    server.cluster.end_pod(pods[0], 75, "stopped, saved")
-    server.cluster.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "first failed job", "jobsets")
-    status = backend.status(NAME)
-    assert (status.exit_code, status.retried) == (65, "never")
-    assert status.message.startswith(
-        "exit code 65 (bad data: unreadable, truncated, rotten or unsafe): the shard is rotten"
-    )
-
-
-def test_memory_that_is_too_little_is_named(server, backend):
-    backend.submit(spec())
-    server.cluster.end_pod(server.cluster.start_pod(NAME), 137, reason="OOMKilled")
-    assert "OOMKilled: `memory:` of the target is too little" in backend.status(NAME).message
+def test_a_job_set_fails_for_what_one_of_its_jobs_failed_for():
+    job_set = job(("Failed", "FailJobSetFailurePolicyAction"), made=manifest(spec(nodes=2), TARGET), restarts=2)
+    assert observed_status(job_set, []).cause is None
+    part = {"status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]}}
+    status = observed_status(job_set, [ended(75)], parts=[part])
+    assert (status.cause, status.retried, status.attempts) == (Cause.OUT_OF_TIME, "never", 3)
 
 
 @pytest.mark.parametrize("reason", ["ErrImagePull", "ImagePullBackOff", "InvalidImageName"])
-def test_an_image_that_cannot_be_pulled_is_named(server, backend, reason):
-    backend.submit(spec())
-    server.cluster.start_pod(NAME, waiting={"reason": reason, "message": "manifest unknown"})
-    status = backend.status(NAME)
-    assert status.state is State.WAITING
-    assert status.message.startswith(f"{reason}: manifest unknown; is the image {TARGET.image} there")
-    with pytest.raises(MissingInputError, match=reason):
-        list(backend.logs(NAME, follow=True, should_stop=lambda: False))
+def test_an_image_that_cannot_be_pulled_is_named(reason):
+    without = pod(waiting={"reason": reason, "message": "manifest unknown"})
+    status = observed_status(job(), [without, NO_NODE])
+    assert (status.state, status.cause, status.has_machine) == (State.WAITING, Cause.NO_IMAGE, True)
+    assert status.message.startswith(f"{reason}: manifest unknown; is the image r/ddpm:1 there")
+    status = observed_status(job(), [RUNNING, without])
+    assert (status.state, status.cause) == (State.RUNNING, None), "a part of it runs"
+    assert status.message.startswith(f"1 of 2 pods run; {reason}")
 
 
-def test_why_a_job_waits(server, backend):
-    backend.submit(spec())
-    about = {"name": NAME, "uid": server.cluster.get("default", "jobs", NAME)["metadata"]["uid"]}
-    event = {"involvedObject": about, "type": "Warning", "reason": "FailedCreate", "lastTimestamp": "2026"}
-    server.cluster.add("events", {"metadata": {"name": "e"}, **event, "message": "exceeded quota: gpus"})
-    assert backend.status(NAME).message == "FailedCreate: exceeded quota: gpus"
-    server.forbidden.add(("list", "events"))
-    assert backend.status(NAME).message == "has no pod yet"
-    pod = server.cluster.start_pod(NAME)
-    server.cluster.unschedulable(pod, "0/3 nodes are available: 3 Insufficient nvidia.com/gpu.")
-    assert backend.status(NAME).message == "FailedScheduling: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
-    server.cluster.set_pod(pod, waiting={"reason": "CreateContainerConfigError", "message": "no service account"})
-    assert backend.status(NAME).message == "CreateContainerConfigError: no service account"
+def test_a_queue_holds_a_job_and_may_stop_it_for_good():
+    queued = manifest(spec(), QUEUED)
+    assert observed_status(job(made=queued), []).message == "waits in the queue 'gpus'"
+    suspended = ("Suspended", "", "Job suspended")
+    assert observed_status(job(suspended, made=queued), []).message == "waits in the queue 'gpus': Job suspended"
+    assert observed_status(job(suspended), []).message == "is suspended: Job suspended"
+    stop = event("Stopped", "The workload is deactivated due to exceeding the maximum execution time", "Normal")
+    status = observed_status(job(suspended, made=queued), [ended(75)], [event("Started", "", "Normal"), stop])
+    assert (status.state, status.cause) == (State.WAITING, Cause.OUT_OF_TIME)
+    assert status.message.startswith("its --max-hours are over: after `ddpm jobs cancel train-celeba`")
+    again = [stop, event("Started", "Admitted", "Normal")]
+    assert observed_status(job(suspended, made=queued), [ended(75)], again).cause is None
 
 
-def test_a_slice_without_a_node_is_no_attempt_beyond_the_first(server, backend):
-    backend.submit(sampling())
-    for index in range(4):
-        server.cluster.unschedulable(
-            server.cluster.start_pod("sample-celeba-1a2b3c4d", index), "0/3 nodes are available"
-        )
-    assert backend.status("sample-celeba-1a2b3c4d").attempts == 1
-    backend.submit(spec())
-    lost = server.cluster.start_pod(NAME)
-    server.cluster.end_pod(lost, 75)
-    server.cluster.unschedulable(server.cluster.start_pod(NAME), "0/3 nodes are available")
-    assert backend.status(NAME).attempts == 2
+def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
+    assert observed_status(job(), [NO_NODE] * 4).attempts == 1
+    assert observed_status(job(failed=1), [ended(1), NO_NODE]).attempts == 2
+    # Pods that are gone are in the counts.
+    assert observed_status(job(failed=3), [RUNNING]).attempts == 4
+    assert observed_status(job(("Complete",), succeeded=1), [ended(75), ended(0)]).attempts == 2

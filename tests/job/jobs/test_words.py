@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from job.cli.words import parsed
-from job.requests import PackRequest, SampleRequest, TrainRequest
+from job.data.pack import PackRequest
+from job.requests import SampleRequest, TrainRequest
 
 
 @pytest.mark.parametrize(

@@ -122,7 +122,7 @@ def test_training_by_a_preemption_notice(place):
 def telling(tmp_path) -> dict[str, str]:
     """Variables that make a process tell when it samples, by a file in `SAMPLING`."""
     return {
-        "PYTHONPATH": hooked(tmp_path / "hooks", job__sampling__sample=TELL),
+        "PYTHONPATH": hooked(tmp_path / "hooks", job__sampling__painter=TELL),
         "SAMPLING": str(tmp_path / "sampling"),
     }
 

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.data.pack import pack
-from job.runs.checkpoints import CheckpointRef, list_checkpoints
-from job.runs.retention import READING, Reader
+from job.data.pack import PackRequest, pack
+from job.runs.checkpoints import list_checkpoints
+from job.runs.layout import CheckpointRef, Kind
+from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.runs.whole_runs import content_hash, train
@@ -27,7 +28,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # Threads that wait for each other's core make a small network a slow one.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    pack(open_store(str(folder)), str(source), "tiles", size=8)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
     for epochs in (2, 4):
         succeeded(train(folder, "r", epochs))
@@ -38,7 +39,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
-        run.create(f"{READING}/{ref.key.removeprefix('checkpoints/')}-{number:032x}.json", reader.to_json())
+        run.create(Kind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
     yield folder
     torch.set_num_threads(threads)
 

@@ -61,9 +61,10 @@ def is_stopped(pid: int) -> bool:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
 
 
+@pytest.mark.slow
 def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place):
     run, freeze = open_store(str(place / "bucket")).sub("runs/tiles"), place / "freeze"
-    hooks = hooked(place / "hooks", job__runs__saving=FREEZE)
+    hooks = hooked(place / "hooks", job__runs__writer=FREEZE)
     sleeper = subprocess.Popen(
         [DDPM, *words(place, 10_000), "--set", "checkpoint.every_minutes=0.01"],
         env=environment(**variables(place, PYTHONPATH=hooks, FREEZE=str(freeze))),

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-import shutil
-
-import pytest
 
 from job.exits import Exit
 from job.runs.checkpoints import LATEST, list_checkpoints
+from job.runs.layout import Kind, located
+from job.runs.pictures import put_picture
 from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -33,30 +33,22 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
     assert done[-1][0] > 0.9 * done[-1][1] > 0
     out = succeeded(ddpm_here("runs", "verify", "r", "--bucket", bucket))
     assert f"{bucket}/runs/r: {len(keys)} objects, {findings.size_bytes:,} bytes: all as they were written" in out
-    kinds = {re.sub(r"\d+", "0", key).replace("safetensors", "") for key in keys}
-    assert {key.split("/")[0] for key in kinds} == {
-        "LATEST",
-        "attempts",
-        "checkpoints",
-        "config.yaml",
-        "figures",
-        "lease.json",
-        "metrics",
-        "reading",
-        "samples",
-        "status.json",
-        "tensorboard",
-    }
+    # The table has a row for each of them, and this run has each kind but what only --save png and a kill leave.
+    assert {located(key).kind for key in keys} == {*Kind} - {Kind.IMAGE, Kind.PROBE}
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys, name):
+def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys):
     wrong = {}
-    for key in keys:
-        with damaged(run, key, DAMAGES[name]):
+    for name, damage in DAMAGES.items():
+        for key in keys:
             expected = [] if name == "gone" and NEVER_MISSED.fullmatch(key) else [key]
-            if (found := blamed(store)) != expected:
-                wrong[key] = found
+            if name == "gone" and (place := located(key)).kind is Kind.PROVENANCE:
+                # Nobody misses the record of what was drawn over, or can tell a picture without one from a stranger's.
+                drawn_over = hashlib.sha256(run.read(place.of).data).hexdigest() != place.sha256
+                expected = [] if drawn_over else [place.of]
+            with damaged(run, key, damage):
+                if (found := blamed(store)) != expected:
+                    wrong[name, key] = found
     assert wrong == {}
 
 
@@ -80,6 +72,12 @@ def test_what_belongs_to_another_run_is_named(store, run, keys):
                 wrong[key] = found
     assert {"config.yaml", "attempts/000001.json", "figures/loss.png", "lease.json", "status.json"} < same
     assert wrong == {}
+    # Its picture together with the record of where that comes from.
+    (theirs,) = [entry.key for entry in other.list("provenance/figures")]
+    run.create(theirs, other.read(theirs).data)
+    with damaged(run, "figures/loss.png", lambda _: other.read("figures/loss.png").data):
+        assert blamed(store) == [theirs]
+    run.delete(theirs)
 
 
 def test_what_is_no_part_of_a_run_is_named(store, run):
@@ -91,18 +89,33 @@ def test_what_is_no_part_of_a_run_is_named(store, run):
         "attempts/one.json",
         "reading/somebody.json",
     ]
-    for key in strangers:
+    for key in [*strangers, "samples/photo.png"]:
         run.create(key, b"x")
-    run.create("samples/photo.png", b"\x89PNG\r\n\x1a\n")
     found = verify_run(store, "r").problems
     for key in [*strangers, "samples/photo.png"]:
         run.delete(key)
-    assert sorted(line for line in found if "no part of the run" in line) == sorted(
-        f"{run.uri_of(key)} is no part of the run: move it elsewhere, or delete it" for key in strangers
-    )
-    assert [line for line in found if "no part of the run" not in line] == [
-        f"{run.uri}/samples/photo.png holds no provenance: it is rotten, or was put there by something else"
-    ]
+    expected = [f"{run.uri_of(key)} is no part of the run: move it elsewhere, or delete it" for key in strangers]
+    unknown = f"{run.uri}/samples/photo.png is rotten, or was put there by something else: nothing in "
+    assert found == sorted([*expected, f"{unknown}provenance/samples/photo.png has its SHA-256"])
+
+
+def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
+    """Whoever is killed while a picture is written leaves the record of the new bytes beside the old ones."""
+    key, ref = "samples/denoising-epoch-0002.gif", list_checkpoints(run)[0]
+    before, written = run.read(key).data, []
+
+    class Killed(type(run)):
+        def put(self, key, data):
+            assert blamed(store) == []
+            super().put(key, data)
+            written.append(key)
+
+    put_picture(Killed(run.uri), key, b"GIF89a", ref)
+    put_picture(Killed(run.uri), key, before, ref)
+    assert blamed(store) == []
+    record, picture = written[:2]
+    assert (located(record).of, picture) == (key, key)
+    run.delete(record)
 
 
 def test_what_killed_attempts_leave_is_no_problem(store, run):
@@ -134,20 +147,20 @@ def test_the_command_ends_with_65_and_names_all(bucket, run):
     assert "there is no run 'nobody'" in refused(ddpm_here("runs", "verify", "nobody", "--bucket", bucket), 66)
 
 
-def test_what_a_run_lacks_when_it_begins_is_no_problem(bucket, tmp_path):
-    run = open_store(str(tmp_path)).sub("runs/r")
-    run.create("probe/0123", b"1")
-    source = open_store(str(bucket)).sub("runs/r")
-    run.create("lease.json", source.read("lease.json").data)
-    assert verify_run(open_store(str(tmp_path)), "r").problems == []
-    shutil.copytree(bucket / "runs/other", tmp_path / "runs/other")
-    other = open_store(str(tmp_path)).sub("runs/other")
+def test_what_a_run_lacks_when_it_begins_is_no_problem(store, tmp_path):
+    here = open_store(str(tmp_path))
+    begun = here.sub("runs/r")
+    begun.create("probe/0123", b"1")
+    begun.create("lease.json", store.read("runs/r/lease.json").data)
+    assert verify_run(here, "r").problems == []
+    copy_objects(store, here, "runs/other")
+    other = here.sub("runs/other")
     (only,) = list_checkpoints(other)
     # Killed between its first manifest and the hint.
     other.delete(LATEST)
-    assert verify_run(open_store(str(tmp_path)), "other").problems == []
+    assert verify_run(here, "other").problems == []
     other.delete(f"{only.key}/MANIFEST.json")
-    assert [problem for problem in verify_run(open_store(str(tmp_path)), "other").problems if LATEST in problem] == []
+    assert [problem for problem in verify_run(here, "other").problems if LATEST in problem] == []
 
 
 def test_on_a_bucket(gcs_bucket, store, run, contents):

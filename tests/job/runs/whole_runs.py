@@ -6,9 +6,9 @@ import hashlib
 import re
 from pathlib import Path
 
-from job.runs.checkpoints import CheckpointRef, load_manifest
+from job.runs.checkpoints import load_manifest, newest_good
+from job.runs.layout import CheckpointRef
 from job.runs.metrics import read_rows
-from job.runs.restoring import newest_good
 from job.store import Store
 from tests.job.command_line import ddpm_here, settings
 

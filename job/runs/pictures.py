@@ -1,0 +1,90 @@
+"""Pictures in a run's folder: what they are called, and where each comes from.
+
+A picture's name says what it shows, so that what differs does not overwrite each other. Its provenance lies in a sealed
+record of its own, named by the picture's key and SHA-256 and written before the picture. So a picture always has the
+record of its own bytes beside those of pictures that it replaced, whoever was killed or drew it a second time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+from ddpm.epochs import epochs_completed_by
+from job.code_version import code_version
+from job.config import RunConfig
+from job.runs.layout import CheckpointRef, Kind
+from job.runs.records import attempt_id
+from job.sealed import Sealed
+from job.store import Store
+
+LOSS_FIGURE = Kind.FIGURE.key(name="loss", picture="png")
+
+
+class Provenance(Sealed):
+    """Where one picture comes from."""
+
+    key: str
+    """Below its run."""
+    picture_sha256: str
+    fence: int
+    """Of the attempt whose weights it shows."""
+    attempt: str
+    """The id of that attempt, which tells runs apart; empty if nobody could tell."""
+    images_seen: int
+    """By these weights."""
+    code_version: str
+
+
+def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> None:
+    """Puts a picture and where it comes from at `key`, whatever was there before.
+
+    Args:
+        run: the run's folder.
+        key: below it.
+        picture: the file.
+        ref: the attempt whose weights it shows, and how many images these have seen.
+    """
+    sha256 = hashlib.sha256(picture).hexdigest()
+    record = Provenance(
+        key=key,
+        picture_sha256=sha256,
+        fence=ref.fence,
+        attempt=attempt_id(run, ref.fence),
+        images_seen=ref.images_seen,
+        code_version=code_version(),
+    )
+    run.put(Kind.PROVENANCE.key(of=key, sha256=sha256), record.to_json())
+    run.put(key, picture)
+
+
+def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> str:
+    """`epoch-0080`, or `images-000012345` for a checkpoint inside an epoch."""
+    epochs = epochs_completed_by(images_seen, dataset_images, batch_size_images)
+    return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
+
+
+def how_drawn(sampler: str, steps: int, *, raw: bool = False, precision: str = "", seeds: str = "") -> str:
+    """All that decides the images of a checkpoint, as part of a name: `ddim-100-raw-seeds-0-63`.
+
+    `precision` is named where it is not the run's own.
+    """
+    how = f"{sampler}-{steps}{'-raw' if raw else ''}{f'-{precision}' if precision else ''}"
+    return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
+
+
+def file_words(numbers: str, comma: str) -> str:
+    """A list of numbers as part of a name, with another `comma`; its hash where it is long."""
+    words = "".join(numbers.split()).replace(",", comma)
+    # File systems end names at 255 bytes.
+    return words if len(words) <= 80 else hashlib.sha256(words.encode()).hexdigest()[:16]
+
+
+def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> str:
+    """Where a run's standard grid of a moment lies."""
+    label = label_of(images_seen, dataset_images, config.train.batch_size)
+    return Kind.PICTURE.key(name=f"{label}-{how_drawn(config.sample.sampler, config.sample.steps)}", picture="png")
+
+
+def denoising_key(label: str, how: str = "") -> str:
+    """Where the way from noise to image lies, as a GIF; `how` it was drawn is named where that is not the run's way."""
+    return Kind.PICTURE.key(name=f"denoising-{label}{f'-{how}' if how else ''}", picture="gif")

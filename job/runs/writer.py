@@ -1,0 +1,433 @@
+"""Saving without stopping: training waits for a copy into host buffers, a thread does the rest.
+
+copy to host → (training goes on) → safetensors files on the local disk → objects under a fresh prefix → manifest →
+old checkpoints are retired. How often is as configured, or more often where a preemption leaves no time for a last one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ddpm.epochs import epochs_completed_by
+from job.code_version import code_version
+from job.config import RunConfig, content_hash
+from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
+from job.runs import metrics
+from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints
+from job.runs.layout import CheckpointRef, Kind
+from job.runs.lease import Lease
+from job.runs.pictures import put_picture
+from job.runs.records import Attempt, utc_now
+from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
+from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
+from job.store import Store
+from job.store.files import os_errors
+from job.store.scratch import scratch_folder
+
+Tensors = dict[str, dict[str, Tensor]]
+"""By group and name."""
+
+PART_BYTES = 128 * 1024 * 1024
+"""Parts of this size keep all connections busy, and a retry cheap."""
+PARALLEL_UPLOADS = 4
+WAIT_SECONDS = 0.1
+PROBE_BYTES = 16 << 20
+SAVES_PER_CADENCE = 10
+"""Where a preemption costs the work since the last save, saving may take up to a tenth of the time."""
+SHORTEST_CADENCE_MINUTES = 1.0
+
+
+def plan_parts(tensors: Tensors, part_bytes: int = PART_BYTES) -> Tensors:
+    """Cuts each group into files of about `part_bytes`: by file name, what it holds. A large tensor has its own."""
+    parts: Tensors = {}
+    for group, named in tensors.items():
+        number = size_bytes = 0
+        for name, tensor in named.items():
+            if size_bytes and size_bytes + tensor.nbytes > part_bytes:
+                number, size_bytes = number + 1, 0
+            parts.setdefault(f"{group}-{number:02d}.safetensors", {})[name] = tensor
+            size_bytes += tensor.nbytes
+    return parts
+
+
+class HostCopy:
+    """Host buffers for a set of live tensors: contiguous, allocated and touched once, pinned for CUDA."""
+
+    def __init__(self, live: Tensors) -> None:
+        self.live = live
+        self.host: Tensors = {}
+        self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
+        for group, named in live.items():
+            sizes = [tensor.numel() for tensor in named.values()]
+            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
+            flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
+            views = zip(named.items(), flat.split(sizes), strict=True)
+            self.host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
+
+    @property
+    def bytes(self) -> int:
+        """Size of one checkpoint, headers aside."""
+        return sum(tensor.nbytes for named in self.host.values() for tensor in named.values())
+
+    def copy(self) -> None:
+        """Copies the live values; when it returns, training may go on."""
+        for group, named in self.live.items():
+            torch._foreach_copy_(list(self.host[group].values()), list(named.values()), non_blocking=True)
+        if self._cuda:
+            torch.cuda.synchronize()
+
+
+def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
+    """Estimates how long a checkpoint of this size takes to commit, from an object of the same kind that is deleted.
+
+    Raises:
+        JobError: the bucket or the local disk refuse, as they would refuse a checkpoint.
+    """
+    size_bytes = min(PROBE_BYTES, checkpoint_bytes)
+    key = Kind.PROBE.key(unique=uuid.uuid4().hex)
+    with scratch_folder("probe") as folder:
+        path = folder / "probe"
+        started = time.monotonic()
+        with os_errors(path):
+            path.write_bytes(os.urandom(size_bytes))
+        run.upload(path, key)
+        seconds = time.monotonic() - started
+    run.delete(key)
+    # The deletion is one round trip more, as is a manifest.
+    round_trip = time.monotonic() - started - seconds
+    return max(seconds - round_trip, 0.0) * checkpoint_bytes / size_bytes + 3 * round_trip
+
+
+def fits(save_seconds: float, grace_seconds: float) -> bool:
+    """Whether a save begun at the notice ends in time."""
+    return save_seconds + MARGIN_SECONDS <= grace_seconds
+
+
+def cadence_minutes(every_minutes: float, save_seconds: float, grace_seconds: float) -> float:
+    """How often to save, in minutes, if a save takes so long."""
+    if fits(save_seconds, grace_seconds):
+        return every_minutes
+    return min(every_minutes, max(SHORTEST_CADENCE_MINUTES, save_seconds * SAVES_PER_CADENCE / 60))
+
+
+@dataclass(frozen=True)
+class HeldRun:
+    """A run, and what makes an attempt its one writer."""
+
+    store: Store
+    """The run's folder."""
+    config: RunConfig
+    dataset_images: int
+    """Images of an epoch."""
+    attempt: Attempt
+    lease: Lease
+
+
+class CheckpointWriter:
+    """Commits checkpoints in a thread of its own, in order. Training waits for a copy into host buffers, no longer.
+
+    While the bucket is away the thread tries again, and training goes on: of the checkpoints that fall due meanwhile
+    the newest is kept, with the small objects of those it stands in for, and every picture. An error that ends the
+    thread, such as a bucket that stays away beyond the limit, is raised by the next call: a run that cannot be saved
+    must not go on. Whoever waits asks `stop` how long there is time for it.
+
+    Attributes:
+        rows: of the metrics since the last checkpoint; whoever trains appends to them.
+        segments: of the metrics that are saved, or on their way.
+        retention: which checkpoints stay.
+    """
+
+    def __init__(
+        self,
+        held: HeldRun,
+        live: Tensors,
+        segments: Iterable[MetricSegment],
+        aside: set[CheckpointRef],
+        stop: Stop,
+        note: Callable[[str], None],
+    ) -> None:
+        """Allocates the host buffers and starts the thread.
+
+        Args:
+            held: the run.
+            live: the tensors to save, by group.
+            segments: of the checkpoint that was restored.
+            aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
+            stop: asked while the main thread waits.
+            note: told what a person should know.
+        """
+        self.rows, self.segments = list[metrics.Row](), list(segments)
+        self.retention = Retention.of(held.config, held.dataset_images)
+        self._held, self._aside, self._stop, self._note = held, aside, stop, note
+        # What is on its way when a stop is asked for is to arrive.
+        self._closing = Stop(stop.grace_seconds)
+        self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
+        self._copy = HostCopy(live)
+        self._parts = plan_parts(self._copy.host)
+        self._every_minutes, self._saved_at = held.config.checkpoint.every_minutes, time.monotonic()
+        self._changed = threading.Condition()
+        self._queued: tuple[Manifest, dict[str, bytes]] | None = None
+        self._pictures: dict[str, tuple[bytes, CheckpointRef]] = {}
+        self._reading_host = self._committing = self._is_swept = False
+        self._error: BaseException | None = None
+        threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
+        self._thread.start()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the last checkpoint is older than the cadence allows."""
+        minutes = (time.monotonic() - self._saved_at) / 60
+        return minutes >= self._every_minutes and not self._busy
+
+    @property
+    def troubled(self) -> bool:
+        """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
+        return self._held.lease.lost or self._error is not None
+
+    def raise_trouble(self) -> None:
+        """Raises why this attempt cannot go on, if it cannot.
+
+        Raises:
+            LostRunError: another attempt took the run.
+            JobError: saving failed for good.
+        """
+        self._held.lease.check_lost()
+        if self._error is not None:
+            raise self._error
+
+    def save(self, images_seen: int, loss_sums: list[list[float]], world_size: int) -> None:
+        """Queues a checkpoint of this moment, with the metric rows since the one before.
+
+        Blocks for a copy of the live tensors; for a local write that is under way; and, with the bucket away, for a
+        queued checkpoint of an epoch that is kept for good.
+
+        Raises:
+            BucketAwayError: a stop was asked for, and leaves no time for that.
+        """
+        self._saved_at = time.monotonic()
+        manifest, objects = self._manifest(images_seen, loss_sums, world_size)
+        with self._change():
+            while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
+                self._wait_a_little()
+            self.raise_trouble()
+            if self._queued:
+                objects = self._queued[1] | objects
+            self._copy.copy()
+            self._queued = manifest, objects
+
+    def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
+        """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
+        with self._change():
+            self.raise_trouble()
+            self._pictures[key] = picture, CheckpointRef(self._held.attempt.fence, images_seen)
+
+    def wait(self) -> None:
+        """Returns when everything that was queued is in the bucket.
+
+        Raises:
+            BucketAwayError: a stop was asked for, and there was not enough time for the last checkpoint.
+            StoppedError: there was not enough time for the last pictures.
+        """
+        with self._changed:
+            while self._busy or self._pictures:
+                self._wait_a_little()
+            self.raise_trouble()
+
+    def close(self, wait: bool) -> None:
+        """Ends the thread; with `wait`, after what is queued is committed, for as long as a preemption would allow."""
+        over = time.monotonic() + (self._stop.grace_seconds if wait else 0.0)
+
+        def is_time_left() -> bool:
+            self._stop()
+            return time.monotonic() < over and self._stop.seconds_left_to_save() > 0
+
+        with self._change():
+            while (self._busy or self._pictures) and self._error is None and is_time_left():
+                self._changed.wait(WAIT_SECONDS)
+            self._closing.request("the end of its process")
+        # A thread that waits for a bucket that keeps silent dies with the process.
+        while self._thread.is_alive() and is_time_left():
+            self._thread.join(WAIT_SECONDS)
+        if self._error is not None:
+            raise self._error
+
+    @property
+    def _busy(self) -> bool:
+        return self._committing or self._queued is not None
+
+    @contextmanager
+    def _change(self) -> Iterator[None]:
+        with self._changed:
+            yield
+            self._changed.notify_all()
+
+    def _wait_a_little(self) -> None:
+        self.raise_trouble()
+        if self._stop() and self._stop.seconds_left_to_save() <= 0:
+            if self._busy:
+                raise BucketAwayError(
+                    f"{self._run.uri} did not take the last checkpoint in the {self._stop.grace_seconds:g} s "
+                    f"({GRACE_VARIABLE}) between the notice and the end: what was learnt since the one before will be "
+                    "learnt again by the same command"
+                )
+            raise StoppedError(
+                f"stopped before the last pictures were in {self._run.uri}; every checkpoint is, and the same command "
+                "goes on from there"
+            )
+        self._changed.wait(WAIT_SECONDS)
+
+    def _manifest(
+        self, images_seen: int, loss_sums: list[list[float]], world_size: int
+    ) -> tuple[Manifest, dict[str, bytes]]:
+        """The manifest but for its files, and the small objects that it names."""
+        config, attempt, objects = self._held.config, self._held.attempt, dict[str, bytes]()
+        if self.rows:
+            segment, objects = metrics.segment_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
+            self.segments.append(segment)
+            self.rows = []
+        completed = epochs_completed_by(images_seen, self._held.dataset_images, config.train.batch_size)
+        manifest = Manifest(
+            fence=attempt.fence,
+            attempt=attempt.id,
+            images_seen=images_seen,
+            epoch=completed[-1] if completed else None,
+            created=utc_now(),
+            code_version=code_version(),
+            config_sha256=content_hash(config),
+            world_size=world_size,
+            loss_sums=loss_sums,
+            files=(),
+            metric_segments=tuple(self.segments),
+        )
+        return manifest, objects
+
+    def _work(self) -> None:
+        try:
+            while self._has_work():
+                # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
+                # whoever is to stop may have no time for both.
+                if self._pictures and not (self._queued and self._stop.reason):
+                    self._put_picture()
+                else:
+                    self._retire(self._commit())
+        except BaseException as error:
+            with self._change():
+                self._error = error
+                self._committing = self._reading_host = False
+
+    def _measure(self) -> None:
+        """Has saves made more often if one does not fit into the grace of a preemption."""
+        try:
+            seconds = measure_save_seconds(self._run, self._copy.bytes)
+        except JobError as error:
+            self._note(f"could not measure how long a save takes: {error}")
+            return
+        grace_seconds, configured = self._stop.grace_seconds, self._every_minutes
+        self._every_minutes = cadence_minutes(configured, seconds, grace_seconds)
+        if not fits(seconds, grace_seconds):
+            self._note(
+                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
+                f"preemption notice and the end: saving every {self._every_minutes:.1f} instead of {configured:g} "
+                "minutes"
+            )
+
+    def _has_work(self) -> bool:
+        with self._changed:
+            while not (self._queued or self._pictures or self._closing.reason):
+                self._changed.wait()
+            return not self._closing.reason
+
+    def _put_picture(self) -> None:
+        key, (picture, ref) = next(iter(self._pictures.items()))
+        put_picture(self._run, key, picture, ref)
+        with self._change():
+            # Another of the same name may have come meanwhile.
+            if self._pictures[key][0] is picture:
+                del self._pictures[key]
+
+    def _commit(self) -> CheckpointRef:
+        with self._change():
+            assert self._queued is not None
+            (manifest, objects), self._queued = self._queued, None
+            self._committing = self._reading_host = True
+        with scratch_folder("save") as folder:
+            self._upload_all(manifest, objects, folder)
+        with self._change():
+            self._committing = False
+        return manifest.ref
+
+    def _upload_all(self, manifest: Manifest, objects: dict[str, bytes], folder: Path) -> None:
+        with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
+            records, uploads = [], []
+            for name, tensors in self._parts.items():
+                records.append(_write_part(folder / name, tensors))
+                uploads.append(pool.submit(self._upload, folder / name, f"{manifest.ref.key}/{name}"))
+            with self._change():
+                self._reading_host = False
+            for upload in uploads:
+                upload.result()
+        for key, data in objects.items():
+            self._run.create(key, data)
+        whole = manifest.model_copy(update={"files": tuple(records)})
+
+        def commit() -> None:
+            # Both again after an outage: the run may have been taken over meanwhile.
+            self._held.lease.confirm()
+            commit_manifest(self._run, whole)
+
+        self._run.retry(commit)
+
+    def _upload(self, path: Path, key: str) -> None:
+        self._run.upload(path, key)
+        path.unlink()
+
+    def _retire(self, newest: CheckpointRef) -> None:
+        """Deletes what may go by now. An error costs space, not work: the next commit tries again."""
+        run, lease = self._run, self._held.lease
+        try:
+            refs = [ref for ref in list_checkpoints(run) if ref not in self._aside]
+            old = self.retention.retire(refs, newest)
+            read = being_read(run)[0] if old else set()
+            for ref in old:
+                if ref not in read:
+                    lease.confirm()
+                    delete_checkpoint(run, ref)
+            if not self._is_swept:
+                sweep(run, lease)
+                self._is_swept = True
+        except LostRunError:
+            raise
+        except JobError as error:
+            self._note(f"old checkpoints of {run.uri} stay for now: {error}")
+
+
+def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with os_errors(path):
+        try:
+            save_file(tensors, path)
+        except SafetensorError as error:
+            # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
+            if (match := re.search(r"os error (\d+)", str(error))) is None:
+                raise
+            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    group = path.name.partition("-")[0]
+    return FileRecord(name=path.name, group=group, bytes=path.stat().st_size, sha256=sha256)

@@ -1,0 +1,82 @@
+"""Runs that are held, without a lease in a bucket: for tests of what a holder writes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from job.config import RunConfig, validated
+from job.exits import LostRunError
+from job.runs.records import Attempt
+from job.runs.writer import CheckpointWriter, HeldRun
+from job.stop import NEVER, Stop
+from job.store import Store
+
+Tensors = dict[str, dict[str, torch.Tensor]]
+DATASET_IMAGES = 48
+"""Two steps of 24 images to an epoch."""
+
+
+class SureLease:
+    """A lease that is confirmed without asking anybody, until `taken_over`."""
+
+    def __init__(self, fence: int) -> None:
+        self.fence, self.lost, self.confirmations = fence, False, 0
+
+    def confirm(self) -> None:
+        self.confirmations += 1
+        self.check_lost()
+
+    def check_lost(self) -> None:
+        if self.lost:
+            raise LostRunError("another attempt holds the run")
+
+
+def small_config(**changes: object) -> RunConfig:
+    """Settings by key, with a double underscore for the dot."""
+    settings = {"data__dataset": "random", "data__size": 8, "train__batch_size": 24, "checkpoint__keep_last": 99}
+    return validated({name.replace("__", "."): value for name, value in (settings | changes).items()}, "here")
+
+
+def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
+    """A run that attempt `fence` holds."""
+    attempt = Attempt(
+        fence=fence,
+        id=f"{fence:032x}",
+        started="2026-01-01T00:00:00Z",
+        host="here",
+        pid=1,
+        code_version="0",
+        world_size=1,
+        device="cpu",
+        changes={},
+        config_file_sha256="0" * 64,
+        holder="",
+        previous=None,
+    )
+    return HeldRun(run, small_config(**changes), DATASET_IMAGES, attempt, SureLease(fence))  # type: ignore[arg-type]
+
+
+def writer_of(held_run: HeldRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
+    note = pytest.fail if notes is None else notes.append
+    return CheckpointWriter(held_run, tensors, [], set(), stop, note)
+
+
+def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, **changes: object) -> Tensors:
+    """Commits checkpoints at (fence, images seen), and returns what is in them."""
+    tensors = tensors or live_tensors()
+    for fence, images_seen in places:
+        writer = writer_of(held(run, fence, **changes), tensors)
+        writer.save(images_seen, [[1.5, 0.1], [3.0, 4.0]], 1)
+        writer.close(wait=True)
+    return tensors
+
+
+def live_tensors(seed: int = 0) -> Tensors:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(8, 4, 3, 3, generator=generator).to(memory_format=torch.channels_last)
+    return {
+        "model": {"conv.weight": weight, "conv.bias": torch.randn(8, generator=generator)},
+        "ema": {"conv.weight": weight.clone(), "conv.bias": torch.zeros(8)},
+        "optimizer": {"exp_avg.conv.weight": torch.randn(8, 4, 3, 3, generator=generator)},
+    }

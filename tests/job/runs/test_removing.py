@@ -1,0 +1,261 @@
+"""What `ddpm runs prune` and `delete` take away, and what neither ever does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from job.exits import Exit, StoppedError
+from job.processes.process_identity import ProcessIdentity
+from job.runs import lease as lease_module
+from job.runs import records, removing
+from job.runs.checkpoints import list_checkpoints
+from job.runs.layout import CheckpointRef
+from job.runs.lease import LEASE, load_lease
+from job.runs.retention import Reader, being_read, reading
+from job.store import Entry, Store, open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.damages import DAMAGES, damaged
+from tests.job.leases import QUICK, taken
+from tests.job.runs.held import HeldRun, small_config, writer_of
+from tests.job.small_dataset import write_dataset
+from tests.job.stops import StopWhen
+
+FENCE = 2
+BATCH = "samples/epoch-0001-ddim-4-0-8"
+
+
+@pytest.fixture
+def bucket(tmp_path: Path) -> Path:
+    return tmp_path / "bucket"
+
+
+@pytest.fixture
+def run(bucket: Path) -> Store:
+    """A run of two attempts, the last of which ended in order: five checkpoints, two of them of the first attempt."""
+    import torch
+
+    run = open_store(str(bucket)).sub("runs/r")
+    config = records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
+    for fence in range(1, FENCE + 1):
+        lease = taken(run)
+        attempt = records.record_attempt(run, fence, {}, 1, "cpu", lease.holder)
+        # This one retires nothing.
+        config = small_config(train__batch_size=16)
+        writer = writer_of(HeldRun(run, config, 48, attempt, lease), {"model": {"w": torch.ones(4)}}, notes=[])
+        for images_seen in range(16, 48, 16) if fence == 1 else range(48, 96, 16):
+            writer.save(images_seen, [], 1)
+            writer.wait()
+        writer.close(wait=True)
+        lease.close()
+    return run
+
+
+def prune(bucket: Path, *words: object):
+    return ddpm_here("runs", "prune", "r", "--bucket", bucket, *words)
+
+
+def delete(bucket: Path, *words: object):
+    return ddpm_here("runs", "delete", "r", "--bucket", bucket, *words)
+
+
+def left(run: Store) -> list[int]:
+    return [ref.images_seen for ref in list_checkpoints(run)]
+
+
+def everything(run: Store) -> dict[str, bytes]:
+    """But for the lease, which pruning takes and gives back."""
+    return {entry.key: run.read(entry.key).data for entry in run.list() if entry.key != LEASE}
+
+
+def test_a_dry_run_says_what_would_go_and_why_and_touches_nothing(bucket, run):
+    before, lease = everything(run), run.read(LEASE)
+    lines = [line.split("  ") for line in succeeded(prune(bucket, "--dry-run")).splitlines()]
+    keys = [f"checkpoints/{place}" for place in ("000001-000000000016", "000001-000000000032", "000002-000000000048")]
+    sizes = [sum(len(data) for key, data in before.items() if key.startswith(folder)) for folder in keys]
+    expected = [[key, f"{size:,} bytes", "not among the last 2"] for key, size in zip(keys, sizes, strict=True)]
+    assert lines == [*expected, [f"{run.uri}: {sum(sizes):,} bytes would go"]]
+    assert (everything(run), run.read(LEASE)) == (before, lease)
+
+
+def test_what_the_rules_do_not_keep_goes(bucket, run):
+    assert "bytes deleted" in succeeded(prune(bucket))
+    assert left(run) == [64, 80]
+    folders = {entry.key.split("/")[1] for entry in run.list("checkpoints")}
+    assert folders == {"000002-000000000064", "000002-000000000080"}
+    assert "there is nothing to prune" in succeeded(prune(bucket))
+    succeeded(prune(bucket, "--keep-last", 1))
+    assert left(run) == [80]
+    assert records.highest_fence(run) == FENCE
+
+
+def test_epochs_that_the_run_keeps_stay(bucket, run, tmp_path):
+    changes = {"checkpoint.keep_epochs": [2], "checkpoint.keep_last": 1}
+    assert records.record_attempt(run, 3, changes, 1, "cpu", "").previous == FENCE
+    assert "no dataset at" in refused(prune(bucket), Exit.MISSING_INPUT)
+    write_dataset(str(bucket), tmp_path, (5, 3, 7, 1, 6))
+    # 22 images an epoch, 16 a batch: the second ends with image 48.
+    succeeded(prune(bucket))
+    assert left(run) == [48, 80]
+
+
+@pytest.mark.parametrize("rotten", [1, 4])
+def test_the_newest_one_that_verifies_stays_whatever_the_rules_say(bucket, run, rotten):
+    refs = list_checkpoints(run)[::-1]
+    for ref in refs[:rotten]:
+        key = f"{ref.key}/model-00.safetensors"
+        run.put(key, DAMAGES["bit in the middle"](run.read(key).data))
+    done = prune(bucket, "--keep-last", 1)
+    succeeded(done)
+    assert left(run) == sorted([80, refs[rotten].images_seen])
+    assert done.stderr.count("does not verify, so that an older one stays") == rotten
+
+
+def test_nothing_goes_when_nothing_verifies(bucket, run):
+    for ref in list_checkpoints(run):
+        run.put(f"{ref.key}/MANIFEST.json", b"{}")
+    before = everything(run)
+    assert "nothing is deleted" in refused(prune(bucket), Exit.BAD_DATA)
+    assert everything(run) == before
+
+
+def test_what_is_being_read_stays(bucket, run):
+    with reading(run, CheckpointRef(1, 32)):
+        succeeded(prune(bucket))
+        assert left(run) == [32, 64, 80]
+    # One that was killed, and one that nobody can read, hold nothing for ever.
+    run.create(f"reading/000001-000000000032-{'0' * 32}.json", Reader(checkpoint="x", until=1.0).to_json())
+    run.create("reading/000001-000000000032-stranger.json", b"{}")
+    assert being_read(run) == (set(), {entry.key for entry in run.list("reading")})
+    succeeded(prune(bucket))
+    assert left(run) == [64, 80]
+
+
+def test_what_killed_readers_samplers_and_savers_left_goes(bucket, run, monkeypatch):
+    succeeded(prune(bucket))
+    there = everything(run).keys()
+    gone = {
+        f"reading/000002-000000000064-{'0' * 32}.json": Reader(checkpoint="x", until=1.0).to_json(),
+        f"{BATCH}/piece-00000.tar": b"1",
+        **{f"{BATCH}/piece-00001/{image:09d}.png": b"1" for image in range(20)},
+    }
+    kept = {f"{BATCH}/piece-00002.tar": b"1", f"{BATCH}/records/piece-00002.json": b"{}"}
+    for key, data in (gone | kept).items():
+        run.create(key, data)
+    unlocked = Path(run.uri) / "checkpoints/000001-000000000099/.tmp-0123456789abcdef"
+    unlocked.parent.mkdir()
+    unlocked.write_bytes(b"half a checkpoint")
+    # Whoever reads may be making these very pieces.
+    with reading(run, CheckpointRef(2, 80)):
+        lines = succeeded(prune(bucket, "--dry-run"))
+        assert "left behind by a reader that was killed" in lines
+        assert "piece" not in lines
+    assert unlocked.exists()
+    listed: list[str] = []
+    real = type(run).list
+
+    def counted(store: Store, prefix: str = "") -> Iterator[Entry]:
+        listed.append(prefix)
+        return real(store, prefix)
+
+    monkeypatch.setattr(type(run), "list", counted)
+    assert succeeded(prune(bucket)).count("left behind by sampling that was stopped") == 21
+    # Looking again costs the same however many images there are.
+    assert not [prefix for prefix in listed if prefix.startswith("samples/")]
+    assert everything(run).keys() == there | kept.keys()
+    assert not unlocked.parent.exists()
+
+
+def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, monkeypatch):
+    succeeded(prune(bucket))
+    for number in range(4):
+        run.create(f"{BATCH}/piece-{number:05d}.tar", b"1")
+    remove = removing._remove
+
+    def remove_while_sampled(run: Store, removal: removing.Removal) -> bool:
+        if removal.key.endswith("piece-00001.tar"):
+            # A sampler has committed it since it was found, and gone.
+            run.create(f"{BATCH}/records/piece-00001.json", b"{}")
+        if removal.key.endswith("piece-00002.tar"):
+            # Another one has begun.
+            with reading(run, CheckpointRef(2, 80)):
+                return remove(run, removal)
+        return remove(run, removal)
+
+    monkeypatch.setattr(removing, "_remove", remove_while_sampled)
+    succeeded(prune(bucket))
+    names = [entry.key.rpartition("/")[2] for entry in run.list(BATCH)]
+    assert names == ["piece-00001.tar", "piece-00002.tar", "piece-00001.json"]
+
+
+def test_what_attempts_left_goes_once_they_are_over(bucket, run):
+    def orphans_of(fence: int) -> set[str]:
+        place = f"{fence:06d}-000000000099"
+        return {f"checkpoints/{place}/model-00.safetensors", f"metrics/{place}.jsonl"}
+
+    def named(*words: object) -> set[str]:
+        return {line.split()[0] for line in succeeded(prune(bucket, *words)).splitlines() if "left behind" in line}
+
+    for key in orphans_of(1) | orphans_of(FENCE) | {"probe/0123"}:
+        run.create(key, b"half")
+    with damaged(run, LEASE, lambda data: data.replace(b"true", b"false")):
+        # Who knows whether its holder lives?
+        assert named("--dry-run") == orphans_of(1) | {"probe/0123"}
+    assert named("--dry-run") == named() == orphans_of(1) | orphans_of(FENCE) | {"probe/0123"}
+
+
+def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, monkeypatch):
+    for name, seconds in QUICK.items():
+        monkeypatch.setattr(lease_module, name, seconds)
+    before = everything(run)
+    lease = taken(run, FENCE)
+    try:
+        assert f"process {ProcessIdentity.of_this_process().pid} on" in refused(prune(bucket), Exit.LOST_RUN)
+        assert "which is alive" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
+        succeeded(prune(bucket, "--dry-run"))
+    finally:
+        lease.close()
+    with reading(run, CheckpointRef(1, 16)):
+        assert "somebody samples from" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
+    assert everything(run) == before
+    assert load_lease(run).released
+
+
+def test_only_who_is_certain_deletes_and_the_same_name_begins_anew_with_a_higher_fence(bucket, run, tmp_path):
+    before = everything(run)
+    assert f"{len(before):,} objects" in refused(delete(bucket), Exit.BAD_REQUEST)
+    assert everything(run) == before
+    assert f"deleted {run.uri}: {len(before):,} objects" in succeeded(delete(bucket, "--yes"))
+    assert [entry.key for entry in run.list()] == [LEASE]
+    assert "r  " not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))
+    for verb in ("show", "verify", "delete"):
+        line = refused(ddpm_here("runs", verb, "r", "--bucket", bucket), Exit.MISSING_INPUT)
+        assert "there is no run 'r'" in line
+    write_dataset(str(bucket), tmp_path)
+    words = ("--dataset", "random", "--run", "r", "--bucket", bucket, "--epochs", 1)
+    succeeded(ddpm_here("train", *words, *settings(), DDPM_CACHE=str(tmp_path)))
+    assert {ref.fence for ref in list_checkpoints(run)} == {FENCE + 2}
+    succeeded(ddpm_here("runs", "verify", "r", "--bucket", bucket))
+
+
+@pytest.mark.parametrize("removals", [1, 5, -1])
+def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, tmp_path, monkeypatch, removals):
+    write_dataset(str(bucket), tmp_path)
+    total = len(everything(run))
+    went = removals % total
+    stop = StopWhen(lambda: len(everything(run)) == total - went)
+    monkeypatch.setattr(stop, "install", lambda: stop)
+    with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
+        patch.setattr(removing, "Stop", lambda: stop)
+        removing.delete_run(str(bucket), "r", certain=True)
+    assert len(everything(run)) == total - went
+    train = ("train", "--dataset", "random", "--run", "r")
+    for words in (("runs", "show", "r"), train, ("sample", "--run", "r")):
+        said = refused(ddpm_here(*words, "--bucket", bucket), Exit.BAD_DATA)
+        assert "config.yaml is missing" in said
+        assert "ddpm runs delete r --yes" in said
+    succeeded(ddpm_here("runs", "list", "--bucket", bucket))
+    succeeded(delete(bucket, "--yes"))
+    assert [entry.key for entry in run.list()] == [LEASE]
