@@ -12,14 +12,17 @@ from typing import NoReturn
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_SECONDS = 5
+_is_ending = False
 
 
 def _end(number: int, frame: FrameType | None) -> NoReturn:
     """Ends this process, with a progress bar to close and a temporary folder to remove; its work has not begun yet."""
+    global _is_ending
+    _is_ending = True
     for other in _STOP_SIGNALS:
         signal.signal(other, signal.SIG_IGN)
     os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
-    # The exception is lost in a module that is imported with `except`, and in a callback of the interpreter's.
+    # The exception may be lost in a module that is imported with `except`, or in a callback of the interpreter's.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
@@ -44,14 +47,19 @@ def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
     _handle_signals()
     _open_closed_streams()
+    try:
+        from job.processes.launched import attach
 
-    from job.processes.launched import attach
+        attach()
 
-    attach()
+        from job.cli import app
 
-    from job.cli import app
-
-    app.main()
+        app.main()
+    except BaseException:
+        # A library that was being imported may have made another exception of it.
+        if _is_ending:
+            os._exit(75)
+        raise
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, environment, settings
@@ -27,7 +27,7 @@ class Place:
     def __init__(self, folder: Path) -> None:
         self.bucket, self._cache = folder / "bucket", folder / "cache"
         source = resources.files("job") / "datasets" / "landscape-sample.zip"
-        pack(open_store(str(self.bucket)), str(source), "tiles", size=16)
+        pack(open_store(str(self.bucket)), PackRequest(str(source), "tiles", size=16))
 
     def run(self, name: str) -> Store:
         """The folder of a run."""

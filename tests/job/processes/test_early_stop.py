@@ -41,6 +41,21 @@ def test_while_modules_are_imported(unreachable):
         assert (child.returncode, err) == (75, f"ddpm: stopped by {number.name}; the same command begins again\n")
 
 
+def test_a_library_that_makes_another_error_of_the_end_does_not_change_the_code():
+    code = """
+import job.__main__ as program, job.cli.app as app, os, signal
+def imported():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        raise RuntimeError("a module could not be made") from error
+app.main = imported
+program.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
+
+
 def test_a_library_that_catches_the_end_delays_it_by_seconds():
     code = """
 import job.__main__ as program, os, signal, time
