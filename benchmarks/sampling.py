@@ -10,7 +10,7 @@ from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelera
 from ddpm.generation import Sampling
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
-from job.sampling.sample import Painter
+from job.sampling.painter import Painter
 from job.stop import NEVER
 
 AT_LEAST = 1.7

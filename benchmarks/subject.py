@@ -11,7 +11,7 @@ from PIL import Image
 from ddpm.unet import UNet
 from job.config import RunConfig
 from job.config_input import draft, parse_sets
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
 from job.store import open_store
 
@@ -41,7 +41,8 @@ def write_noise(folder: Path, images: int, size: int) -> None:
 
 def pack_noise(bucket_uri: str, folder: Path, size: int, shard_bytes: int = 16 << 20) -> DatasetIndex:
     """Packs what `write_noise` wrote into `bucket_uri`, as the dataset `noise`."""
-    return pack(open_store(bucket_uri), str(folder), DATASET, size=size, classes=False, shard_bytes=shard_bytes)
+    request = PackRequest(str(folder), DATASET, size=size, classes=False)
+    return pack(open_store(bucket_uri), request, shard_bytes=shard_bytes)
 
 
 def diffusers_twin(network: UNet, config: RunConfig) -> Any:

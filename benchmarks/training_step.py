@@ -34,11 +34,12 @@ from ddpm.training import train
 from job.config import RunConfig
 from job.data.cache import open_cache
 from job.data.order import Order
-from job.data.stream import Batch, stream_batches
+from job.data.stream import LoadedBatch, stream_batches
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks
 from job.requests import TrainRequest
+from job.runs.records import dataset_key_of
 from job.session import TrainingSession, settings_of
 
 AT_LEAST = 1.8
@@ -108,8 +109,9 @@ class OurLoop:
         plan = plan_run(TrainRequest(DATASET, bucket, preset=PRESET, epochs=1000, sets=sets).check())
         forget_accelerator()
         accelerator = compute.build_accelerator(precision)
-        cache = open_cache(plan.bucket, plan.dataset_key, plan.index, cache_dir=folder / "cache", budget_bytes=1 << 40)
-        self.session = TrainingSession(plan, plan.config, Ranks(accelerator), cache)
+        key, cache_dir = dataset_key_of(plan.config), folder / "cache"
+        cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
+        self.session = TrainingSession(plan, Ranks(accelerator), cache)
         self.wait_seconds: list[float] = []
         config = plan.config
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
@@ -124,7 +126,7 @@ class OurLoop:
         self.session.batches = self._stream
         self._batches = self._timed_batches()
 
-    def _timed_batches(self) -> Iterator[Batch]:
+    def _timed_batches(self) -> Iterator[LoadedBatch]:
         while True:
             start = time.perf_counter()
             batch = next(self._stream)

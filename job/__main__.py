@@ -7,7 +7,6 @@ is imported, which takes half a second, and longer in an image that was never re
 import os
 import signal
 import sys
-from collections.abc import Callable
 from types import FrameType
 from typing import NoReturn
 
@@ -15,42 +14,31 @@ _LAST_SECONDS = 5
 
 
 def _leave(number: int, frame: FrameType | None) -> NoReturn:
-    _tell(number)
-    # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
-    os._exit(75)
-
-
-def _end(number: int, frame: FrameType | None) -> NoReturn:
-    _tell(number)
-    # A library that is imported late may still catch it.
+    os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
+    if not _has_begun:
+        # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
+        os._exit(75)
+    # There may be a progress bar to end, or a temporary folder to remove. A library that is imported late may catch it.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
 
 
-def _tell(number: int) -> None:
-    os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
-
-
-def _handle(handler: Callable[[int, FrameType | None], NoReturn]) -> None:
-    # A rank ends at a signal that comes before its work: its launcher knows what that means.
-    if "DDPM_LAUNCHED" not in os.environ:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, handler)
-
-
-def _open_closed_streams() -> None:
-    # What is opened later would get their numbers, and be written to by whoever means a terminal.
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+_has_begun = False
 
 
 def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
-    _handle(_leave)
-    _open_closed_streams()
+    global _has_begun
+    # A rank ends at a signal that comes before its work: its launcher knows what that means.
+    if "DDPM_LAUNCHED" not in os.environ:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _leave)
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        # What is opened later would get the number of a closed one, and be written to by whoever means a terminal.
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
     from job.processes.launched import attach
 
@@ -58,8 +46,7 @@ def main() -> None:
 
     from job.cli import app
 
-    # From here on there may be a progress bar to end, or a temporary folder to remove.
-    _handle(_end)
+    _has_begun = True
     app.main()
 
 

@@ -1,139 +1,60 @@
-"""The datasets in a bucket, for people: pack one, list them, look at one, verify it."""
+"""The datasets in a bucket, for people: what there is to pack, a list of them, a look at one, whether it is whole."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import numpy as np
 
-from job.config_input import pack_config
+from job.config_input import EMBEDDED, pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.processes.preemption import watch_for_preemption
-from job.progress import note
-from job.requests import DEFAULT_PRESET, PackRequest, validated_output
-from job.stop import NEVER, Stop
-from job.store import Store, open_store
-from job.store.retry import Retry, away_limit_seconds
+from job.progress import Progress, note
+from job.requests import validated_output
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
-EMBEDDED = "landscape-sample"
 SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
-MEGABYTE = 10**6
 
 
-def pack_dataset(request: PackRequest) -> None:
-    """Packs the source, and says what came of it."""
-    from job.data.pack import pack
-    from job.progress import Progress
-
-    request = request.check()
-    assert request.size is not None
-    stop = Stop()
-
-    def opened(uri: str) -> Store:
-        return open_store(uri, Retry(away_limit_seconds(), stop, note))
-
-    bucket = opened(request.bucket)
-    source = request.source
-    if source == EMBEDDED:
-        source = str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip")
-        if Path(EMBEDDED).exists():
-            note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
-    stop.install()
-    watch_for_preemption(stop)
-    with Progress(f"packing {request.name}", unit="images") as bar:
-        index = pack(
-            bucket,
-            source,
-            request.name,
-            size=request.size,
-            crop=request.crop,
-            resize_filter=request.resize_filter,
-            channels=request.channels,
-            classes=request.classes,
-            licence=request.licence,
-            max_bad=request.max_bad,
-            min_side=request.min_side,
-            progress=lambda done, total: bar.update(done, total=total),
-            stop=stop,
-            opened=opened,
-        )
-    print(describe(index, bucket))
-
-
-def index_dataset(words: Sequence[str], request: PackRequest) -> None:
-    """Makes tars that are there a dataset, in place, and says what came of it. `request` has no source."""
-    from job.data.indexing import index_tars
-    from job.progress import Progress
-
-    request = request.check()
-    assert request.size is not None
-    stop = Stop()
-
-    def opened(uri: str) -> Store:
-        return open_store(uri, Retry(away_limit_seconds(), stop, note))
-
-    bucket = opened(request.bucket)
-    stop.install()
-    watch_for_preemption(stop)
-    with Progress(f"indexing {request.name}", unit="MB") as bar:
-        index = index_tars(
-            bucket,
-            words,
-            request.name,
-            size=request.size,
-            crop=request.crop,
-            resize_filter=request.resize_filter,
-            channels=request.channels or 3,
-            classes=request.classes,
-            licence=request.licence,
-            max_bad=request.max_bad,
-            min_side=request.min_side,
-            progress=lambda done, total, images: bar.update(
-                done // MEGABYTE, total=total // MEGABYTE, images=f"{images:,}"
-            ),
-            stop=stop,
-            opened=opened,
-        )
-    print(describe(index, bucket))
-
-
-def ensure_dataset(bucket_uri: str, name: str, size: int | None, source: str, on: str = "") -> None:
-    """Packs a dataset unless the bucket has it; `on` is the target that wants it, for the message.
+def is_to_be_packed(bucket_uri: str, name: str, size: int | None, source: str, on: str = "") -> bool:
+    """Whether training on a dataset needs it to be packed first; `on` is the target that wants it, for the message.
 
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
     """
-    preset = pack_config(name)
-    # The network that a dataset without a preset of its own is trained with is made for this size.
-    default = preset or pack_config(DEFAULT_PRESET)
-    assert default is not None
-    request = PackRequest(source or name, name, bucket_uri, size or default.size).check()
     bucket = open_store(bucket_uri)
     try:
         find_dataset(bucket, name, size)
-        return
     except BadRequestError:
         # There are several sizes, of which training takes the one it is told.
-        return
+        return False
     except MissingInputError:
-        if not source and name != EMBEDDED:
-            # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
-            bucket.exists(DATASETS)
-            quoted = shlex.quote(bucket_uri)
-            there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
-            what = (preset.fetch if preset else "") or "a folder or archive of images"
-            raise MissingInputError(
-                f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
-                f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={request.size} BUCKET={quoted}{there}\n"
-                f"or, to pack alone,\n"
-                f"  ddpm data pack path/to/it {name} --size {request.size} --bucket {quoted}"
-            ) from None
-    pack_dataset(request)
+        if source or name == EMBEDDED:
+            return True
+        # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
+        bucket.exists(DATASETS)
+        preset, quoted = pack_config(name), shlex.quote(bucket_uri)
+        there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
+        what = (preset.fetch if preset else "") or "a folder or archive of images"
+        size = size or packed_size(name)
+        raise MissingInputError(
+            f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
+            f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
+            f"or, to pack alone,\n"
+            f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}"
+        ) from None
+    return False
+
+
+def packed_size(name: str) -> int:
+    """The size in pixels at which a dataset is packed if nobody says another."""
+    # The network that a dataset without a preset of its own is trained with is made for this size.
+    preset = pack_config(name) or pack_config(EMBEDDED)
+    assert preset is not None
+    return preset.size
 
 
 def list_datasets(bucket_uri: str) -> None:
@@ -184,12 +105,12 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
 
     from ddpm import figures
     from job.data.cache import default_cache_dir
-    from job.data.chosen_images import ChosenImages
+    from job.data.shard_source import ChosenImages
     from job.sampling.pictures import write_picture
 
     images = ChosenImages(bucket, key, index, default_cache_dir())
     labels = images.labels
-    print(describe(index, bucket))
+    print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
     chosen = _spread(labels, len(index.classes))
@@ -210,9 +131,8 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
         BadDataError: naming each bad object.
     """
     from job.data.verify import verify_dataset
-    from job.progress import Progress
 
-    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), NEVER, note))
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), note=note))
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
@@ -246,7 +166,7 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
     print(f"deleted {dataset.uri}: {count:,} objects, {size_bytes:,} bytes")
 
 
-def describe(index: DatasetIndex, bucket: Store) -> str:
+def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """A dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards)} shards"
     kind = "grey" if index.channels == 1 else "colour"

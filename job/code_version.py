@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from functools import cache
-from importlib.resources import files
-from importlib.resources.abc import Traversable
+from pathlib import Path
 
 from job import __version__
 
@@ -15,19 +14,9 @@ PACKAGES = ("ddpm", "job")
 @cache
 def code_version() -> str:
     """`0.1.0+3f2a9c1b`: the hash is over the names and bytes of all modules and presets of `PACKAGES`."""
-    sha256 = hashlib.sha256()
-    for package in PACKAGES:
-        for name, source in sorted(_sources(files(package), package)):
-            sha256.update(f"{name}\0{len(source)}\0".encode() + source)
+    root, sha256 = Path(__file__).parents[1], hashlib.sha256()
+    paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml"))
+    for path in sorted(paths):
+        source = path.read_bytes()
+        sha256.update(f"{path.relative_to(root)}\0{len(source)}\0".encode() + source)
     return f"{__version__}+{sha256.hexdigest()[:8]}"
-
-
-def _sources(folder: Traversable, name: str) -> list[tuple[str, bytes]]:
-    found: list[tuple[str, bytes]] = []
-    for entry in folder.iterdir():
-        path = f"{name}/{entry.name}"
-        if entry.is_dir():
-            found += _sources(entry, path)
-        elif entry.name.endswith((".py", ".yaml")):
-            found.append((path, entry.read_bytes()))
-    return found

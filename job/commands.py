@@ -1,24 +1,37 @@
-"""From a checked request to the work: the launcher sees whether it can be done, and the ranks that it starts do it."""
+"""The commands that may be jobs: request → plan → launch → work.
+
+The launcher sees whether the work can be done. The processes that it starts run the same command, and do it.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING
 
+from job.config_input import EMBEDDED
 from job.exits import BadConfigError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
-from job.processes.group import Group, nodes
+from job.processes.group import Group
 from job.processes.launched import is_launched, is_rank
 from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
 from job.processes.preemption import watch_for_preemption
+from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import is_there, list_checkpoints
-from job.runs.records import check_writable, read_status
-from job.sampling.pieces import Batch
-from job.sampling.plan import plan_batches, plan_sampling
+from job.runs.records import check_writable
+from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
+from job.store import Retry, open_store
+from job.store.retry import away_limit_seconds
+
+if TYPE_CHECKING:
+    from job.data.pack import PackRequest
 
 
 def train_command(
@@ -35,124 +48,128 @@ def train_command(
     Raises:
         BadConfigError: there are more processes than images in a batch.
         SystemExit: the ranks ended with another code than 0.
-        JobError: see the message.
     """
     request = request.check()
-    node = Group(1) if is_rank() else Group.of(1)
-    with deadline(stop_after), outcome_written(request.bucket, node.node, node.nodes):
-        stop = _listen()
+    here = Group(1) if is_rank() else Group.of(1)
+    with _command_on(request.bucket, stop_after, here.node, here.nodes) as stop:
+        _listen(stop)
         plan = plan_run(request, stop)
         # A rank must not ask a process of its own how many GPUs there are.
-        here = 1 if is_rank() else processes or default_processes()
-        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else here * nodes()
-        batch_size = plan.config.train.batch_size
-        if world_size > batch_size:
+        processes = 1 if is_rank() else processes or default_processes()
+        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes * here.nodes
+        if world_size > plan.config.train.batch_size:
             raise BadConfigError(
-                f"{world_size} processes cannot share train.batch_size={batch_size} images: "
+                f"{world_size} processes cannot share train.batch_size={plan.config.train.batch_size} images: "
                 "use fewer with --processes N"
             )
-        if (world_size == 1 or not is_rank()) and _finished(plan):
-            _tell(plan, request, "is finished already")
-            return
-        if not is_rank():
+        # One of several might see the run otherwise than the others do.
+        if (world_size == 1 or not is_rank()) and plan.is_finished():
+            _tell(plan, "is finished already")
+        elif not is_rank():
             check_writable(plan.run)
-            _launch(here, hang_after_seconds)
-            return
-        from job.train import run_training
+            _launch(processes, hang_after_seconds)
+        else:
+            from job.train import run_training
 
-        run_training(request, stop)
-        if os.environ.get("RANK", "0") == "0":
-            _tell(plan_run(request, stop), request, "is finished")
+            plan = run_training(plan, stop)
+            if os.environ.get("RANK", "0") == "0":
+                _tell(plan, "is finished")
 
 
 def sample_command(
     request: SampleRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
 ) -> None:
-    """Samples, and says where the pictures lie. What is missing shows before there are several processes to say so.
-
-    Args:
-        request: what to draw.
-        processes: see `train_command`.
-        hang_after_seconds: see `launch`.
-        stop_after: a duration, see `deadline`.
+    """Samples, and says where the pictures lie; arguments are those of `train_command`.
 
     Raises:
         SystemExit: the ranks ended with another code than 0.
-        JobError: see the message.
     """
     request = request.check()
-    with deadline(stop_after), outcome_written(request.bucket, *request.slice_of):
-        stop = _listen()
-        if not is_rank():
-            plan = plan_sampling(request, stop)
-            if request.count is None:
-                _launch(processes or default_processes(), hang_after_seconds)
-            elif not _tell_complete(plan_batches(plan, request)):
-                check_writable(plan.run)
-                _launch(processes or default_processes(), hang_after_seconds)
-        elif request.count is None:
+    with _command_on(request.bucket, stop_after, *request.slice_of) as stop:
+        _listen(stop)
+        plan = plan_sampling(request, stop)
+        if is_rank():
             from job.sampling.sample import run_sampling
 
-            run_sampling(request, stop)
+            run_sampling(plan, stop)
+            return
+        sets = plan_sets(plan)
+        if sets and all(sample_set.index() for sample_set in sets):
+            for sample_set in sets:
+                print(sample_set.describe("complete already"))
         else:
-            from job.sampling.batches import run_batches
+            check_writable(plan.run)
+            _launch(processes or default_processes(), hang_after_seconds)
 
-            run_batches(request, stop)
+
+def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
+    """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
+    from job.catalog import describe_dataset
+    from job.data.pack import pack
+
+    request = request.check()
+    if request.source == EMBEDDED:
+        if Path(EMBEDDED).exists():
+            note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
+        request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
+    title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
+    with _command_on(bucket_uri, stop_after) as stop, Progress(f"{title} {request.name}", unit=unit) as bar:
+        stop.install()
+
+        def progress(done: int, total: int, images: int) -> None:
+            bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
+
+        bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+        index = pack(bucket, request, stop=stop, progress=progress)
+    print(describe_dataset(index, bucket))
 
 
-def _listen() -> Stop:
+def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
+    """Packs a dataset unless the bucket has it; `on` is the target that wants it.
+
+    Raises:
+        MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
+    """
+    from job.catalog import is_to_be_packed, packed_size
+    from job.data.pack import PackRequest
+
+    request = PackRequest(source or name, name, size or packed_size(name)).check()
+    if is_to_be_packed(bucket_uri, name, size, source, on):
+        pack_command(request, bucket_uri)
+
+
+@contextmanager
+def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
+    """What all commands share: a deadline, and a bucket that learns how it ends."""
+    with deadline(stop_after), outcome_written(bucket_uri, machine, machines):
+        stop = Stop()
+        watch_for_preemption(stop)
+        yield stop
+
+
+def _listen(stop: Stop) -> None:
     """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    stop = Stop()
     if not is_rank():
         leave_at_signals()
     # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
     stop.install(signals=is_rank() and not is_launched())
-    watch_for_preemption(stop)
-    return stop
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
     check_gpus()
     # -P: a job.py in the working folder must not stand in for the program.
-    code = launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds)
-    if code:
+    if code := launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds):
         raise SystemExit(code)
 
 
-def _finished(plan: Plan) -> bool:
-    status = read_status(plan.run)
-    if status is None or status.state != "finished" or _images_seen(plan) < plan.target_images:
-        return False
-    # One that was lost since then, or is another run's by now, is learnt again.
-    return is_there(plan.run, max(list_checkpoints(plan.run)))
-
-
-def _images_seen(plan: Plan) -> int:
-    checkpoints = list_checkpoints(plan.run)
-    return max(checkpoints).images_seen if checkpoints else 0
-
-
-def _tell_complete(batches: list[Batch]) -> bool:
-    """Whether all images of all batches are there already; if so, it says where."""
-    indices = [batch.index() for batch in batches]
-    if not all(indices):
-        return False
-    for batch, index in zip(batches, indices, strict=True):
-        assert index is not None
-        batch.check_whole(index)
-    for batch in batches:
-        print(batch.describe("complete already"))
-    return True
-
-
-def _tell(plan: Plan, request: TrainRequest, what: str) -> None:
+def _tell(plan: Plan, what: str) -> None:
     from job.runs.overview import describe_outputs
 
-    images_seen = _images_seen(plan)
+    images_seen = plan.images_seen
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
     outputs = describe_outputs(plan.run)
     # All is done: that nobody reads it is no failure.
     with suppress(OSError):
-        print(f"Run {request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
+        print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")
         print(outputs)
         print(f"To go on: the same command with more epochs (EPOCHS={epochs * 2}, or --epochs {epochs * 2}).")

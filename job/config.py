@@ -23,7 +23,7 @@ def _split(value: Any) -> Any:
     return [value] if isinstance(value, int) else value
 
 
-Ints = Annotated[tuple[int, ...], BeforeValidator(_split)]
+Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_split)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_split)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -54,12 +54,17 @@ class DataConfig(Section):
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
 
+    @property
+    def cache_bytes(self) -> int:
+        """The same in bytes."""
+        return int(self.cache_gigabytes * 1e9)
+
 
 class ModelConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""
 
     channels: int = Field(128, ge=4, le=4096)
-    channel_mults: Ints = Field((1, 2, 2, 2), min_length=1, max_length=12)
+    channel_mults: Mults = Field((1, 2, 2, 2), min_length=1, max_length=12)
     attention_sizes: Counts = (16,)
     layers_per_level: int = Field(2, ge=1, le=64)
     norm_groups: int = Field(32, ge=1)
@@ -147,8 +152,14 @@ class RunConfig(Section):
         """The text of `config.yaml`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
+    def flat(self) -> dict[str, Any]:
+        """All values by their dotted keys, such as `train.batch_size`."""
+        return flatten(self.model_dump(mode="json"))
 
-MOST_MULT = 64
+    def updated(self, changes: dict[str, Any]) -> RunConfig:
+        """The same with other values of some dotted keys; raises as `validated`."""
+        return validated(self.flat() | changes, "configuration")
+
 
 FREE = (
     "train.epochs",
@@ -220,8 +231,6 @@ def check_shape(config: RunConfig) -> None:
         )
     if model.channels % 2:
         raise BadConfigError(f"model.channels={model.channels} must be even, for sines and cosines of the timestep")
-    if any(not 1 <= mult <= MOST_MULT for mult in model.channel_mults):
-        raise BadConfigError(f"model.channel_mults must be between 1 and {MOST_MULT}, not {list(model.channel_mults)}")
     check_steps(config, config.sample.steps, "sample.steps=")
 
 
@@ -245,7 +254,7 @@ def check_steps(config: RunConfig, steps: int, option: str) -> None:
 
 def content_hash(config: RunConfig) -> str:
     """SHA-256 of everything that decides what is learnt; equal for all attempts of a run."""
-    flat = {k: v for k, v in flatten(config.model_dump(mode="json")).items() if not _is_free(k)}
+    flat = {key: value for key, value in config.flat().items() if not _is_free(key)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
@@ -259,8 +268,8 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     Raises:
         BadConfigError: a difference in a key that decides what is learnt, with both values and the way out.
     """
-    before, after = flatten(stored.model_dump(mode="json")), flatten(wanted.model_dump(mode="json"))
-    changes = {key: value for key, value in after.items() if before[key] != value and key != "preset"}
+    before = stored.flat()
+    changes = {key: value for key, value in wanted.flat().items() if before[key] != value and key != "preset"}
     fixed = [
         f"{key}: the run has {before[key]}, asked for {value}" for key, value in changes.items() if not _is_free(key)
     ]

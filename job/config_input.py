@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from job.config import RunConfig, Section, check_shape, flatten, validated
 from job.exits import BadConfigError, BadRequestError, MissingInputError
@@ -25,6 +25,8 @@ class PackConfig(Section):
     fetch: str = Field("", description="where a person gets the images")
 
 
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program, and the preset that others begin with."""
 _MAX_CONFIG_CHARACTERS = 1_000_000
 
 CHOSEN_ELSEWHERE = {
@@ -101,18 +103,12 @@ def pack_config(name: str) -> PackConfig | None:
     return PackConfig.model_validate(section) if section else None
 
 
-def known_keys(model: type[BaseModel] = RunConfig, prefix: str = "") -> list[str]:
+def known_keys() -> list[str]:
     """All dotted keys, such as `train.batch_size`."""
-    keys: list[str] = []
-    for name, field in model.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += known_keys(field.annotation, f"{prefix}{name}.")
-        else:
-            keys.append(prefix + name)
-    return keys
+    return list(RunConfig().flat())
 
 
-def _checked(flat: dict[str, Any], where: str) -> dict[str, Any]:
+def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
     keys = known_keys()
     for key in flat:
         if key not in keys:
@@ -140,7 +136,7 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
             flat[key.strip()] = parse_yaml(text)
         except yaml.YAMLError:
             raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
-    return _checked(flat, "--set")
+    return _only_known(flat, "--set")
 
 
 def read_config_file(path: Path | None) -> dict[str, Any]:
@@ -163,12 +159,12 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
         raise BadConfigError(
             f"--config {path} is longer than {_MAX_CONFIG_CHARACTERS:,} characters: is it the right file?"
         )
-    return _checked(flatten(_load_yaml(text, str(path))), str(path))
+    return _only_known(flatten(_load_yaml(text, str(path))), str(path))
 
 
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
     base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
-    config = validated({**_checked(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
+    config = validated({**_only_known(base, f"preset {preset}"), "preset": preset, **changes}, "configuration")
     check_shape(config)
     return config

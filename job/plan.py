@@ -2,33 +2,35 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import RunConfig, changed_for_attempt, check_shape, flatten, validated
+from job.config import RunConfig, changed_for_attempt, check_shape
 from job.config_input import draft
 from job.data.shards import DatasetIndex, find_dataset, load_index
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadRequestError, LostRunError
 from job.progress import note_once
 from job.requests import TrainRequest
 from job.runs import records
-from job.runs.layout import MAX_IMAGES_SEEN, RUNS
+from job.runs.checkpoints import is_there, list_checkpoints
+from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
-from job.store import Store, open_store
-from job.store.retry import Retry, away_limit_seconds
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run before this attempt touches it. Its stores wait for a bucket that is away."""
 
+    request: TrainRequest
     bucket: Store
     run: Store
     index: DatasetIndex
-    dataset_key: str
     config: RunConfig
     changes: dict[str, Any]
+    """What this attempt does otherwise than the run's stored configuration says."""
     is_new: bool
 
     @property
@@ -36,24 +38,55 @@ class Plan:
         """`images_seen` at which the run is finished."""
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the network learns."""
+        return self.index.classes if self.config.model.num_classes else ()
+
+    @property
+    def images_seen(self) -> int:
+        """By the newest checkpoint, now."""
+        checkpoints = list_checkpoints(self.run)
+        return max(checkpoints).images_seen if checkpoints else 0
+
+    def computing_in(self, precision: str) -> Plan:
+        """The same for processes that compute in `precision`, which a new run then does for good.
+
+        Raises:
+            LostRunError: the run has come into being meanwhile, and computes in another.
+        """
+        if self.is_new:
+            return replace(self, config=self.config.updated({"train.precision": precision}))
+        if self.config.train.precision != precision:
+            raise LostRunError(
+                f"{self.run.uri} was begun by another attempt meanwhile, with train.precision="
+                f"{self.config.train.precision}: the same command goes on"
+            )
+        return self
+
+    def is_finished(self) -> bool:
+        """Whether nothing is left to be learnt."""
+        status = records.read_status(self.run)
+        if status is None or status.state != "finished" or self.images_seen < self.target_images:
+            return False
+        # One that was lost since then, or is another run's by now, is learnt again.
+        return is_there(self.run, max(list_checkpoints(self.run)))
+
 
 def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
     its last attempt changed stays changed until somebody says otherwise.
-    `stop` is asked while the bucket is waited for, now and by the plan's stores later.
+    `stop` is heard while the bucket is away, now and by the plan's stores later.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
-        BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `stop` said so.
     """
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
-    run = bucket.sub(f"{RUNS}/{records.validated_run_name(request.run)}")
+    run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
-    changes: dict[str, Any] = {}
     if stored is None:
         config = draft(request.preset_name, request.changes)
     elif stored.data.dataset != request.dataset:
@@ -64,18 +97,15 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     elif request.preset and request.preset != stored.preset:
         config = draft(request.preset, request.changes)
     else:
-        last = records.as_last_changed(run, stored)
-        config = validated({**flatten(last.model_dump(mode="json")), **request.changes}, "configuration")
-    key = find_dataset(bucket, request.dataset, config.data.size)
-    index = load_index(bucket, key)
+        config = records.as_last_changed(run, stored).updated(request.changes)
+    index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     config = follow_dataset(config, index)
+    changes: dict[str, Any] = {}
     if stored is not None:
         if config.train.precision == "auto":
-            config = config.model_copy(
-                update={"train": config.train.model_copy(update={"precision": stored.train.precision})}
-            )
+            config = config.updated({"train.precision": stored.train.precision})
         changes = changed_for_attempt(stored, config, request.run)
-    plan = Plan(bucket, run, index, key, config, changes, is_new=stored is None)
+    plan = Plan(request, bucket, run, index, config, changes, is_new=stored is None)
     if plan.target_images > MAX_IMAGES_SEEN:
         raise BadConfigError(
             f"train.epochs={config.train.epochs:,} of {index.images:,} images are more than the "
@@ -91,21 +121,19 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
         BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
     """
     classes = len(index.classes)
-    for key, chosen, there in (
-        ("data.size", config.data.size, index.size),
-        ("data.channels", config.data.channels, index.channels),
-        ("model.num_classes", config.model.num_classes or None, classes),
-        ("data.dataset_id", config.data.dataset_id or None, index.dataset_id),
-    ):
+    follows = {
+        "data.dataset_id": (config.data.dataset_id or None, index.dataset_id),
+        "data.size": (config.data.size, index.size),
+        "data.channels": (config.data.channels, index.channels),
+        "model.num_classes": (config.model.num_classes or None, classes),
+    }
+    for key, (chosen, there) in follows.items():
         if chosen is not None and chosen != there:
             raise BadConfigError(f"{key} is {chosen}, but the dataset {index.name}-{index.size} has {there}")
-    follows = {
-        "data.dataset": index.name,
-        "data.dataset_id": index.dataset_id,
-        "data.size": index.size,
-        "data.channels": index.channels,
-        "model.num_classes": classes if config.model.num_classes is None else config.model.num_classes,
-    }
-    config = validated({**flatten(config.model_dump(mode="json")), **follows}, "configuration")
+    changes = {key: there for key, (_, there) in follows.items()} | {"data.dataset": index.name}
+    if config.model.num_classes == 0:
+        # A network that is to learn no classes.
+        del changes["model.num_classes"]
+    config = config.updated(changes)
     check_shape(config)
     return config

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any, get_args
 
 from job.config import SampleConfig
-from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
+from job.config_input import EMBEDDED, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
 from job.runs import records
 
-DEFAULT_PRESET = "landscape-sample"
 GIF_SEEDS = 12
 """Images of a GIF, at most."""
 MAX_NUMBERS = 10_000
@@ -59,7 +58,7 @@ class TrainRequest:
     @property
     def preset_name(self) -> str:
         """The preset asked for, else the dataset's own, else the small one."""
-        return self.preset or (self.dataset if self.dataset in presets() else DEFAULT_PRESET)
+        return self.preset or (self.dataset if self.dataset in presets() else EMBEDDED)
 
 
 @dataclass(frozen=True)
@@ -155,51 +154,6 @@ def _without_repetition(checkpoints: str) -> str:
     """`"30, 080,30"` as `"30,80"`: pictures are named after it."""
     words = (word.strip() for word in checkpoints.split(","))
     return ",".join(dict.fromkeys(str(int(word)) if word.isdecimal() else word for word in words))
-
-
-@dataclass(frozen=True)
-class PackRequest:
-    """Options of `ddpm data pack`; empty ones follow the preset of the dataset's name, if there is one."""
-
-    source: str
-    name: str
-    bucket: str
-    size: int | None = None
-    crop: str = ""
-    resize_filter: str = ""
-    channels: int | None = None
-    classes: bool | None = None
-    licence: str = ""
-    max_bad: int = 100
-    min_side: int | None = None
-
-    def check(self) -> PackRequest:
-        """Returns the request with the preset's size, crop, filter and licence filled in.
-
-        Raises:
-            BadRequestError: a value that means nothing, or no size and no preset to take it from.
-        """
-        from job.data.images import Recipe
-        from job.data.members import printable
-
-        validated_dataset_name(self.name)
-        preset = pack_config(self.name)
-        size = self.size or (preset.size if preset else None)
-        if size is None:
-            raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
-        if printable(self.licence) != self.licence:
-            raise BadRequestError(f"--licence {self.licence!r}: a note is one line of plain text")
-        if self.channels not in (None, 1, 3):
-            raise BadRequestError(f"--channels {self.channels}: use 3 for colour or 1 for grey")
-        checked = replace(
-            self,
-            size=size,
-            crop=self.crop or (preset.crop if preset else "center"),
-            resize_filter=self.resize_filter or (preset.resize_filter if preset else "lanczos"),
-            licence=self.licence or (preset.licence if preset else ""),
-        )
-        Recipe(size, checked.crop, checked.resize_filter, self.channels or 3, self.min_side or 0)
-        return checked
 
 
 def validated_output(path: Path) -> Path:

@@ -7,28 +7,18 @@ in, when a checkpoint goes out, who is told how it goes.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 
 import torch
 import torch.distributed as dist
 
-from ddpm import figures
+from ddpm import figures, training
 from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
-from ddpm.training import (
-    Hooks,
-    NonFiniteError,
-    Settings,
-    TrainState,
-    check_finite,
-    create_state,
-    learning_rate_at,
-    loss_row,
-    train,
-)
+from ddpm.training import Hooks, NonFiniteError, Settings, TrainState
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
@@ -47,7 +37,8 @@ from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
-from job.sampling.sample import Painter, default_sampling, draw_run_grid
+from job.sampling.painter import Painter, sampling_of
+from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
 
 ANOTHER_PROCESS = "another process"
@@ -77,28 +68,25 @@ class TrainingSession:
     batches: BatchStream
     """What `train` goes through."""
 
-    def __init__(self, plan: Plan, config: RunConfig, ranks: Ranks, cache: ImageCache, stop: Stop = NEVER) -> None:
+    def __init__(self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER) -> None:
         """Builds the network and its state on this process's device. Collective."""
-        self.plan, self.config, self.ranks = plan, config, ranks
-        self.cache, self.stop = cache, stop
-        self.batch_size, self.dataset_images = config.train.batch_size, plan.index.images
-        self.retention = Retention.of(config, self.dataset_images)
+        self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
+        self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
+        self.retention = Retention.of(self.config, self.dataset_images)
         device = ranks.accelerator.device
-        model = compute.build_network(config, device)
-        self.state = create_state(model, device, config.train.adam_betas, config.train.adam_eps)
-        if config.train.compile and device.type == "cuda":
+        model = compute.build_network(self.config, device)
+        self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
+        if self.config.train.compile and device.type == "cuda":
             model.compile()
-        # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
-        self.network = ranks.accelerator.prepare_model(model, device_placement=False)
+        self.network = ranks.accelerator.prepare_model(model)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
-        self.commits: CheckpointWriter | None = None
-        self.set_aside: set[CheckpointRef] = set()
-        """Checkpoints that were found not to verify."""
+        self.writer: CheckpointWriter | None = None
+        """None on all processes but the main one, as is the status."""
         self.status: StatusReporter | None = None
         self.last_row: metrics.Row = {}
-        self.committed_images = -1
+        self.saved_images = -1
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
@@ -109,12 +97,11 @@ class TrainingSession:
             attempt: this attempt.
             lease: held by the main process; none on the others.
         """
-        segments = self._restore()
+        aside: set[CheckpointRef] = set()
+        segments = self._restore(aside)
         if lease is not None:
             held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
-            self.commits = CheckpointWriter(
-                held, self.state.tensors(), segments, self.set_aside, self.stop, self.bar.note
-            )
+            self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
 
             def status(state: str) -> records.Status:
                 # Whoever slept and was replaced must not say on waking how the run was going then.
@@ -129,12 +116,13 @@ class TrainingSession:
             raise
         self._close("finished", wait=True)
 
-    def _restore(self) -> list[MetricSegment]:
+    def _restore(self, aside: set[CheckpointRef]) -> list[MetricSegment]:
+        """Loads the newest checkpoint, once for all processes; returns its metrics. Damaged ones go into `aside`."""
         tensors = self.state.tensors()
 
         def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
             groups = ("model", "ema", "optimizer")
-            with newest_good(self.plan.run, groups, self.bar.note, self.set_aside) as restored:
+            with newest_good(self.plan.run, groups, self.bar.note, aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)
@@ -153,19 +141,18 @@ class TrainingSession:
         if self.ranks.is_main:
             # The others begin at zero: the sums are added up over processes.
             self.state.log.sums.copy_(torch.tensor(loss_sums))
-        self.committed_images = self.logged_images = images_seen
+        self.saved_images = self.logged_images = images_seen
         return segments
 
     def train(self) -> None:
         """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
-        config, index = self.config, self.plan.index
-        accelerator = self.ranks.accelerator
-        order = Order(tuple(s.images for s in index.shards), config.train.seed, config.data.shuffle_block_images)
+        config, state, accelerator = self.config, self.state, self.ranks.accelerator
+        shard_images = tuple(shard.images for shard in self.plan.index.shards)
         self.batches = stream_batches(
-            self.cache,
-            order,
+            self.images,
+            Order(shard_images, config.train.seed, config.data.shuffle_block_images),
             batch_size_images=self.batch_size,
-            first_image=self.state.images_seen,
+            first_image=state.images_seen,
             last_image=self.plan.target_images,
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
@@ -176,25 +163,24 @@ class TrainingSession:
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
         self.logged_at = time.monotonic()
-        with self.bar.started_at(self.state.images_seen):
+        with self.bar.started_at(state.images_seen):
             self._draw_missed()
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
-                    train(
-                        self.state, self.network, self.batches, objective, settings_of(config), accelerator, self.hooks
-                    )
+                    settings, hooks = settings_of(config), self.hooks
+                    training.train(state, self.network, self.batches, objective, settings, accelerator, hooks)
                 self.agreement.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
-            stopped = self.state.images_seen < self.plan.target_images
+            stopped = state.images_seen < self.plan.target_images
             if stopped:
                 self.stop.request(ANOTHER_PROCESS)
-            self.ranks.on_main(lambda: self.commits.wait() if self.commits else None)
+            self._on_writer(lambda writer: writer.wait())
         if stopped:
             raise StoppedError(
-                f"stopped by {self.stop.reason} after {self.state.images_seen:,} images; "
-                "everything is saved, and the same command goes on from there"
+                f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
+                "command goes on from there"
             )
 
     def _can_all_begin(self, steps: int) -> bool:
@@ -216,23 +202,23 @@ class TrainingSession:
         return Hooks(after_step=self._after_step)
 
     def _after_step(self, state: TrainState) -> bool:
-        images, config, commits = state.images_seen, self.config, self.commits
-        completed = epochs_completed_by(images, self.dataset_images, self.batch_size)
+        """Does what is due; whether all processes stop."""
+        images, config, writer = state.images_seen, self.config, self.writer
         stopping, save_now, troubled, starved = self.agreement.exchange(
             self.stop(),
-            commits is not None and commits.overdue,
-            commits is not None and commits.troubled,
+            writer is not None and writer.overdue,
+            writer is not None and writer.troubled,
             not self.batches.holds(2),
         )
         if troubled:
-            self.ranks.on_main(lambda: commits.raise_trouble() if commits else None)
+            self._on_writer(lambda writer: writer.raise_trouble())
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
-        every = config.checkpoint.every_epochs
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
-        if stopping or save_now or any(e % every == 0 for e in completed) or self.retention.keeps(images):
+        is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
+        if stopping or save_now or is_due or self.retention.keeps(images):
             self._save()
         stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
@@ -242,43 +228,40 @@ class TrainingSession:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
                 self.stop.request(ANOTHER_PROCESS)
                 stopping = True
-        self.bar.update(images, total=None, **self._bar_fields())
+        self._show(images)
         return stopping
 
     def _log(self) -> None:
         self._check_finite()
         state, now = self.state, time.monotonic()
-        losses = loss_row(state.log.reduced())
+        losses = training.loss_row(state.log.reduced())
         state.log.sums.zero_()
-        previous = state.images_seen - self.batch_size
         self.last_row = {
             "images_seen": state.images_seen,
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
-            "learning_rate": learning_rate_at(previous, settings_of(self.config)),
+            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, settings_of(self.config)),
             "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
         }
-        if self.commits is not None:
-            self.commits.rows.append(self.last_row)
+        if self.writer is not None:
+            self.writer.rows.append(self.last_row)
         self.logged_at, self.logged_images = now, state.images_seen
 
     def _save(self) -> None:
         """Queues a checkpoint of this moment, unless there is one; collective."""
         images_seen = self.state.images_seen
-        if images_seen == self.committed_images:
+        if images_seen == self.saved_images:
             return
         self._check_finite()
         loss_sums = self.state.log.reduced().tolist()
-        self.committed_images = images_seen
-        self.ranks.on_main(
-            lambda: self.commits.save(images_seen, loss_sums, self.ranks.world_size) if self.commits else None
-        )
+        self.saved_images = images_seen
+        self._on_writer(lambda writer: writer.save(images_seen, loss_sums, self.ranks.world_size))
 
     def _check_finite(self) -> None:
         try:
-            check_finite(self.state)
+            training.check_finite(self.state)
         except NonFiniteError as error:
             raise NotANumberError(
                 f"{error}; what {self.plan.run.uri} holds is from before. It would happen again at the same image: "
@@ -287,17 +270,29 @@ class TrainingSession:
 
     def draw(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""
-        plan, config = self.plan, self.config
+        config, images_seen = self.config, self.state.images_seen
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
         self.state.ema.copy_to(painter.network)
-        draw_run_grid(self._put, painter, plan.index, self.state.images_seen, self.cache)
+        seeds, sample = range(config.sample.images), config.sample
+        drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
+
+        def publish(writer: CheckpointWriter) -> None:
+            learnt = self.images if sample.nearest else None
+            grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
+            writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
+
+        self._on_writer(publish)
         return painter
 
     def _is_grid_due(self, images_seen: int) -> bool:
         """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""
         every = self.config.sample.every_epochs
-        completed = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
-        return bool(every) and images_seen < self.plan.target_images and any(e % every == 0 for e in completed)
+        return bool(every) and images_seen < self.plan.target_images and self._completes_epoch(images_seen, every)
+
+    def _completes_epoch(self, images_seen: int, every: int) -> bool:
+        """Whether this is the end of an epoch, of each `every`-th one."""
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
+        return any(epoch % every == 0 for epoch in epochs)
 
     def _draw_missed(self) -> None:
         """Draws the restored checkpoint's grid if the attempt that saved it did not get that far; collective."""
@@ -309,65 +304,60 @@ class TrainingSession:
 
     def finish(self) -> None:
         """Makes the last pictures; collective."""
-        painter, run = self.draw(), self.plan.run
+        painter, images_seen = self.draw(), self.state.images_seen
 
-        def publish() -> None:
-            assert self.commits is not None
-            label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
-            gif = painter.denoising_gif(range(GIF_SEEDS), default_sampling(self.config))
-            self._put(denoising_key(label), gif)
-            rows = metrics.read_rows(run, self.commits.segments)
-            self._put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images))
-            self.commits.wait()
+        def publish(writer: CheckpointWriter) -> None:
+            label = label_of(images_seen, self.dataset_images, self.batch_size)
+            gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
+            writer.put(denoising_key(label), gif, images_seen=images_seen)
+            rows = metrics.read_rows(self.plan.run, writer.segments)
+            writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
+            writer.wait()
 
-        self.ranks.on_main(publish)
+        self._on_writer(publish)
 
-    def _put(self, key: str, picture: bytes) -> None:
-        assert self.commits is not None
-        self.commits.put(key, picture, images_seen=self.state.images_seen)
+    def _on_writer(self, work: Callable[[CheckpointWriter], None]) -> None:
+        """Has the main process do `work`, while the others wait for it. Collective."""
+        self.ranks.on_main(lambda: work(self.writer) if self.writer else None)
 
-    def _bar_fields(self) -> dict[str, str]:
-        """Text beside the bar; from the last row of the log, since reading the loss would wait for the device."""
-        if not self.ranks.is_main:
-            return {}
-        epoch = self.state.images_seen / self.dataset_images
-        fields = {"epoch": f"{epoch:.1f}/{self.config.train.epochs}"}
+    def _show(self, images_seen: int) -> None:
+        """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
+        epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
         if "loss" in self.last_row:
-            fields["loss"] = f"{self.last_row['loss']:.4f}"
-        every = self.config.checkpoint.every_epochs
-        fields["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
-        return fields
+            self.bar.update(images_seen, loss=f"{self.last_row['loss']:.4f}")
+        next_checkpoint = f"epoch {(int(epoch) // every + 1) * every}"
+        self.bar.update(images_seen, epoch=f"{epoch:.1f}/{self.config.train.epochs}", next_checkpoint=next_checkpoint)
 
     def _status(self, state: str, attempt: Attempt) -> records.Status:
-        images = self.state.images_seen
+        images_seen = self.state.images_seen
         return records.Status(
             state=state,
             fence=attempt.fence,
             attempt=attempt.id,
-            images_seen=images,
+            images_seen=images_seen,
             target_images=self.plan.target_images,
-            epoch=round(images / self.dataset_images, 3),
+            epoch=round(images_seen / self.dataset_images, 3),
             loss=self.last_row.get("loss"),
             images_per_second=self.last_row.get("images_per_second"),
             updated=records.utc_now(),
         )
 
     def _end(self, error: BaseException) -> None:
-        if isinstance(error, LostRunError):
+        """Whatever went wrong here, a checkpoint on its way is a good one: lets it arrive before that is told."""
+        is_lost = isinstance(error, LostRunError)
+        if is_lost:
             # The run's status is the other attempt's now.
             self.status = None
         try:
-            # Whatever went wrong here, a checkpoint on its way is a good one: let it arrive before that is told.
-            wait = not isinstance(error, LostRunError)
-            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait)
+            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait=not is_lost)
         except JobError as second:
             if second is not error:
                 self.bar.note(f"while ending: {second}")
 
     def _close(self, state: str, wait: bool) -> None:
         try:
-            if self.commits is not None:
-                self.commits.close(wait)
+            if self.writer is not None:
+                self.writer.close(wait)
         finally:
             if self.status is not None:
                 # The lease is to be given back as well.

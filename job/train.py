@@ -2,39 +2,38 @@
 
 from __future__ import annotations
 
-from job.config import RunConfig
 from job.data.cache import default_cache_dir, open_cache
 from job.exits import LostRunError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
-from job.requests import TrainRequest
 from job.runs import records
 from job.runs.lease import Lease
 from job.runs.records import Attempt
 from job.session import TrainingSession
 from job.stop import NEVER, Stop
 
-_LAST_SECONDS = 0.5
+_EXIT_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
-def run_training(request: TrainRequest, stop: Stop = NEVER) -> None:
+def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
 
     Args:
-        request: which run.
-        stop: asked all the while. One that is to stop before all processes have met has nothing to save.
+        plan: which run.
+        stop: asked all the while.
+
+    Returns:
+        The plan that was carried out: whoever held the run until the lease was taken may have begun or changed it.
 
     Raises:
-        StoppedError: a signal came; the state is committed, the same command goes on.
+        StoppedError: the state is committed, the same command goes on.
         NotANumberError: a gradient was not finite; the last checkpoint is from before that.
         LostRunError: another attempt holds the run, or took it.
         BucketAwayError: the bucket stayed away beyond the limit.
-        JobError: see the message.
     """
-    plan = plan_run(request, stop)
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
@@ -43,50 +42,41 @@ def run_training(request: TrainRequest, stop: Stop = NEVER) -> None:
 
     def take() -> int:
         nonlocal lease
-        floor = records.highest_fence(plan.run)
-        lease = Lease.take(plan.run, floor, request.wait_seconds, stop, note)
+        lease = Lease.take(plan.run, records.highest_fence(plan.run), plan.request.wait_seconds, stop, note)
         return lease.fence
 
     try:
-        fence, planned = ranks.on_main(take), plan
-        # Whoever held the run until now may have begun it, or changed it.
-        plan = plan_run(request, stop)
-        if planned.is_new and not plan.is_new and plan.config.train.precision != precision:
-            raise LostRunError(
-                f"{plan.run.uri} was begun by another attempt meanwhile, with train.precision="
-                f"{plan.config.train.precision}: the same command goes on"
-            )
-        config, attempt = ranks.on_main(lambda: _begin(plan, fence, precision, ranks, lease.holder if lease else ""))
-        with Progress("reading images", unit="images", total=plan.index.images, disable=not ranks.is_main) as bar:
-            cache = open_cache(
+        fence = ranks.on_main(take)
+        plan = plan_run(plan.request, stop).computing_in(precision)
+        attempt = ranks.on_main(lambda: _begin(plan, fence, ranks, lease.holder if lease else ""))
+        with Progress("reading images", total=plan.index.images, disable=not ranks.is_main) as bar:
+            images = open_cache(
                 plan.bucket,
-                plan.dataset_key,
+                records.dataset_key_of(plan.config),
                 plan.index,
                 cache_dir=default_cache_dir(),
-                budget_bytes=int(config.data.cache_gigabytes * 1e9),
+                budget_bytes=plan.config.data.cache_bytes,
                 progress=lambda done, total: bar.update(done),
                 stop=stop,
             )
-        session = TrainingSession(plan, config, ranks, cache, stop)
+        session = TrainingSession(plan, ranks, images, stop)
         with session.restored(attempt, lease):
             session.train()
             session.finish()
     finally:
         if lease is not None:
-            lease.close(stop.seconds_left() - _LAST_SECONDS)
+            lease.close(stop.seconds_left() - _EXIT_SECONDS)
     ranks.accelerator.end_training()
+    return plan
 
 
-def _begin(plan: Plan, fence: int, precision: str, ranks: Ranks, holder: str) -> tuple[RunConfig, Attempt]:
-    config = plan.config
-    if plan.is_new:
-        resolved = config.model_copy(update={"train": config.train.model_copy(update={"precision": precision})})
-        config = records.create_config(plan.run, resolved)
-        if config != resolved:
-            raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
+def _begin(plan: Plan, fence: int, ranks: Ranks, holder: str) -> Attempt:
+    """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
+    if plan.is_new and records.create_config(plan.run, plan.config) != plan.config:
+        raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
     attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device, holder)
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
-    return config, attempt
+    return attempt

@@ -171,10 +171,9 @@ class Watched:
                 )
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
-            case "job.sampling.sample":
+            case "job.sampling.painter":
                 self._watch_sampling(module.Painter, "_check_agreed")
-            case "job.sampling.batches":
-                self._watch_sampling(module._Slice, "_check_stopped")
+                self._watch_sampling(module.Painter, "_check_stopped")
             case "job.runs.checkpoints":
                 self._watch_restoring(module)
             case "job.session":

@@ -167,7 +167,7 @@ def _sample() -> list[Point]:
 def _batch() -> list[Point]:
     return [
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
-        Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "upload", PIECE, nth=2),
+        Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
         Point("batch-record-2", "the second of its records is written", "batch", "create", "/records/piece-", nth=2),
         Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, "before"),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -50,13 +49,14 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
 
 
 def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
-    def encoded(this: Any, shard: int, descriptor: int, row: int) -> bytes:
-        record = this.records[this.starts[shard] + row]
-        return os.pread(descriptor, int(record["bytes"]), int(record["offset"]))
+    def read_image(this: Any, shard: int, row: int, file: Any) -> Any:
+        offset, size_bytes, _, _ = this.table(shard)[row].tolist()
+        file.seek(offset)
+        return this.decode_image(file.read(size_bytes))
 
     # The checksum of each image would find out as well.
-    shard_source.ShardSource.check = lambda this, shard, path: None
-    shard_source.ShardSource.encoded = encoded
+    shard_source.ShardSource.check = lambda this, shard, path, table: None
+    shard_source.ShardSource._read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {

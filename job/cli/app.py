@@ -33,7 +33,7 @@ SAID_BY_RANK_0 = (Exit.STOPPED, Exit.NOT_A_NUMBER)
 """How all ranks end together, for the same reason."""
 
 
-def _version(show: bool) -> None:
+def _print_version(show: bool) -> None:
     if show:
         from job import __version__
 
@@ -44,7 +44,7 @@ def _version(show: bool) -> None:
 @app.callback()
 def _root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
     """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.

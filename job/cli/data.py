@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
+DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
 Crop = Annotated[
     str,
     typer.Option("--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
@@ -22,6 +22,14 @@ Filter = Annotated[
     str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
 ]
 Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
+Classes = Annotated[
+    bool | None,
+    typer.Option(
+        "--classes/--no-classes",
+        help="Whether first-level folders, or .cls files in tars, are classes. Default: if there are any.",
+        show_default=False,
+    ),
+]
 Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")]
 MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")]
 MinSide = Annotated[
@@ -39,17 +47,12 @@ def pack(
             help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample.",
         ),
     ],
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
-    classes: Annotated[
-        bool | None,
-        typer.Option(
-            "--classes/--no-classes", help="Whether first-level folders are classes. Default: if there are any."
-        ),
-    ] = None,
+    classes: Classes = None,
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -64,15 +67,11 @@ def pack(
 
         ddpm data pack ~/photos mine --size 64
     """
-    from job.catalog import pack_dataset
-    from job.outcome import outcome_written
-    from job.requests import PackRequest
-    from job.stop import deadline
+    from job.commands import pack_command
+    from job.data.pack import PackRequest
 
-    with deadline(stop_after), outcome_written(bucket):
-        pack_dataset(
-            PackRequest(source, name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
-        )
+    request = PackRequest(source, name, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    pack_command(request, bucket, stop_after)
 
 
 @app.command()
@@ -85,17 +84,12 @@ def index(
             show_default=False,
         ),
     ],
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     crop: Crop = "",
     resize_filter: Filter = "",
     channels: Channels = None,
-    classes: Annotated[
-        bool | None,
-        typer.Option(
-            "--classes/--no-classes", help="Whether each image has a .cls. Default: whether the first one has."
-        ),
-    ] = None,
+    classes: Classes = None,
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
@@ -112,20 +106,16 @@ def index(
 
         ddpm data index ~/laion laion --size 64 --crop center
     """
-    from job.catalog import index_dataset
-    from job.requests import PackRequest
-    from job.stop import deadline
+    from job.commands import pack_command
+    from job.data.pack import PackRequest
 
-    with deadline(stop_after):
-        index_dataset(
-            tars,
-            PackRequest("", name, bucket, size, crop, resize_filter, channels, classes, licence, max_bad, min_side),
-        )
+    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    pack_command(PackRequest("", name, *options, tars=tuple(tars)), bucket, stop_after)
 
 
 @app.command()
 def ensure(
-    name: Name,
+    name: DatasetName,
     source: Annotated[
         str, typer.Option("--source", metavar="SOURCE", help="What to pack if the dataset is not there.")
     ] = "",
@@ -142,13 +132,10 @@ def ensure(
 
     Example: ddpm data ensure celeba --source img_align_celeba.zip
     """
-    from job.catalog import ensure_dataset
+    from job.commands import ensure_command
+    from job.jobs.targets import bucket_on
 
-    if not bucket:
-        from job.jobs.targets import bucket_on
-
-        bucket = bucket_on(on or "local", targets)
-    ensure_dataset(bucket, name, size, source, on)
+    ensure_command(name, bucket or bucket_on(on or "local", targets), size=size, source=source, on=on)
 
 
 @app.command("list")
@@ -164,7 +151,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 @app.command()
 def show(
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     output: Annotated[
         Path | None,
@@ -184,7 +171,7 @@ def show(
 
 
 @app.command()
-def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
+def verify(name: DatasetName, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
     """Check every hash and image of a dataset; names each bad object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
@@ -196,7 +183,7 @@ def verify(name: Name, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> No
 
 @app.command()
 def delete(
-    name: Name,
+    name: DatasetName,
     size: Size = None,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
     bucket: Bucket = DEFAULT_BUCKET,

@@ -11,7 +11,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Run = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
 @app.command("list")
@@ -26,7 +26,7 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 
 @app.command()
-def show(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
+def show(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
     """Show a run: state, progress, checkpoints, attempts, where its pictures lie.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
@@ -37,7 +37,7 @@ def show(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 
 @app.command()
-def verify(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
+def verify(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
     """Check every object of a run; name each that is rotten, cut off, missing, swapped or foreign.
 
     Reads all of the run once, also while it trains. Ends with 65 if anything is wrong.
@@ -51,7 +51,7 @@ def verify(run: Run, bucket: Bucket = DEFAULT_BUCKET) -> None:
 
 @app.command()
 def prune(
-    run: Run,
+    run: RunName,
     keep_last: Annotated[
         int | None,
         typer.Option(
@@ -77,7 +77,7 @@ def prune(
 
 @app.command()
 def delete(
-    run: Run,
+    run: RunName,
     yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
     bucket: Bucket = DEFAULT_BUCKET,
 ) -> None:

@@ -76,21 +76,6 @@ def sample(
     from job.commands import sample_command
     from job.requests import SampleRequest
 
-    request = SampleRequest(
-        run,
-        bucket,
-        checkpoints,
-        seeds,
-        sampler,
-        steps,
-        gif,
-        raw,
-        nearest,
-        precision,
-        batch_size,
-        count,
-        save,
-        slice_,
-        first_seed,
-    )
+    pictures = (seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
+    request = SampleRequest(run, bucket, checkpoints, *pictures, count, save, slice_, first_seed)
     sample_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)

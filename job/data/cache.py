@@ -6,45 +6,30 @@ files, which all processes of the node share.
 
 from __future__ import annotations
 
+import abc
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO
 
+import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
-from job.data.order import Order
-from job.data.shard_cache import ShardCache
-from job.data.shard_source import Int64s, ShardSource, Uint8s, crc32c
+from job.data.ahead import in_order
+from job.data.order import Int64s, Order
+from job.data.shard_source import DOWNLOADS, ShardSource, Uint8s
 from job.data.shards import DatasetIndex
-from job.exits import BadRequestError, DiskFullError
+from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
 from job.stop import NEVER, Stop, beat
 from job.store import Store
-from job.store.files import os_errors
+from job.store.files import crc32c_of, os_errors
 
 _IS_FILLED = 1 << 32
-
-
-class ImageCache(Protocol):
-    """Images of a dataset by index, on a local disk. `close` ends its threads."""
-
-    index: DatasetIndex
-
-    def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Images `indices`, uint8 [b, H, W, C], in `out` if that is given."""
-
-    def labels(self, indices: Int64s) -> npt.NDArray[np.int32]:
-        """Classes of the images, int32 [b]; -1 without classes."""
-
-    def prefetch(self, order: Order, image_number: int) -> None:
-        """Says that a run is about to read from `image_number` on; cheap to call for each batch."""
-
-    def close(self) -> None:
-        """Ends its threads; what is on disk stays."""
 
 
 def default_cache_dir() -> Path:
@@ -72,7 +57,7 @@ def open_cache(
     cache_dir: Path,
     budget_bytes: int,
     threads: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] = lambda done, total: None,
     stop: Stop = NEVER,
 ) -> ImageCache:
     """Opens a node's cache of the dataset at `key`; processes of one node that open it share its files and the work.
@@ -94,59 +79,76 @@ def open_cache(
         DiskFullError: the images fit the budget but not the disk.
         BadDataError: the bucket's shards are not what was packed.
     """
-    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=threads, stop=stop)
+    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads, stop)
     if index.decoded_bytes <= budget_bytes:
         return DecodedCache(source, progress)
     return ShardCache(source, budget_bytes)
 
 
-class DecodedCache:
+class ImageCache(abc.ABC):
+    """Images of a dataset by index, on a local disk."""
+
+    def __init__(self, source: ShardSource) -> None:
+        """Fetches the offset tables, unless they are there."""
+        self.index, self._source = source.index, source
+        self._labels = source.records["label"]
+
+    def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
+        """Images `indices`, uint8 [b, H, W, C]; fastest in an `out` that is used again.
+
+        Raises:
+            IndexError: there is no such image.
+            BadDataError: the bucket's shard is not what was packed, or one of its images is damaged.
+        """
+        if len(indices) and not 0 <= indices.min() <= indices.max() < self.index.images:
+            raise IndexError(f"the dataset has images 0 to {self.index.images - 1}")
+        if out is None:
+            out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+        self._read(indices, out)
+        return out
+
+    @abc.abstractmethod
+    def _read(self, indices: Int64s, out: Uint8s) -> None: ...
+
+    def labels(self, indices: Int64s) -> npt.NDArray[np.int32]:
+        """Classes of the images, int32 [b]; -1 without classes."""
+        return self._labels[indices]
+
+    def prefetch(self, order: Order, image_number: int) -> None:
+        """Says that a run is about to read from `image_number` on; cheap to call for each batch."""
+        return
+
+    def close(self) -> None:
+        """Ends its threads; what is on disk stays."""
+        self._source.close()
+
+
+class DecodedCache(ImageCache):
     """All images as one memory-mapped array [N, H, W, C] in `images`, filled shard by shard.
 
     `filled` holds a little-endian uint64 per shard, 2^32 + CRC-32C of its images once they are there. Whatever a killed
     process or a power failure leaves in the two files, the checksums find it out and it is mended.
     """
 
-    def __init__(self, source: ShardSource, progress: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks what is there and decodes what is missing; one process does, others wait. Raises as `open_cache`."""
-        self.index = source.index
-        self._source = source
+        super().__init__(source)
         self._images_path, self._filled_path = source.folder / "images", source.folder / "filled"
+        self._shape = (self.index.images, *source.image_shape)
         try:
             if self._missing():
                 with source.lock():
                     if missing := self._missing():
-                        self._fill(missing, progress or (lambda done, total: None))
+                        self._fill(missing, progress)
                         self._map()
         finally:
             source.close()
         # From here on images are read in random order, of which reading ahead would make a multiple.
         self._file.madvise(mmap.MADV_RANDOM)
 
-    def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Images `indices`, uint8 [b, H, W, C]; fastest with an `out` that is used again.
-
-        Raises:
-            IndexError: there is no such image.
-        """
-        if len(indices) and not 0 <= indices.min() <= indices.max() < len(self._images):
-            raise IndexError(f"the dataset has images 0 to {len(self._images) - 1}")
+    def _read(self, indices: Int64s, out: Uint8s) -> None:
         # "raise" would make numpy fill a buffer of its own first.
-        return np.take(self._images, indices, axis=0, out=out, mode="clip")
-
-    def labels(self, indices: Int64s) -> npt.NDArray[np.int32]:
-        """Classes of the images, int32 [b]; -1 without classes."""
-        return self._source.records["label"][indices]
-
-    def prefetch(self, order: Order, image_number: int) -> None:
-        """Everything is here."""
-
-    def close(self) -> None:
-        """There are none by now."""
-
-    @property
-    def _shape(self) -> tuple[int, int, int, int]:
-        return (self.index.images, *self._source.image_shape)
+        np.take(self._images, indices, axis=0, out=out, mode="clip")
 
     def _map(self) -> None:
         with os_errors(self._images_path), self._images_path.open("rb") as file:
@@ -156,29 +158,22 @@ class DecodedCache:
     def _missing(self) -> list[int]:
         """Maps the file and returns the shards whose images are not in it, or not intact."""
         shards = range(len(self.index.shards))
-        if not self._has_whole_file():
+        # A map that is longer than its file is SIGBUS.
+        if not self._images_path.exists() or self._images_path.stat().st_size != self.index.decoded_bytes:
             return list(shards)
         self._map()
         with os_errors(self._filled_path):
             filled = np.fromfile(self._filled_path, "<u8") if self._filled_path.exists() else np.empty(0, "<u8")
         filled = np.pad(filled, (0, max(0, len(shards) - len(filled))))
-        intact: dict[int, bool] = {}
 
-        def check(shard: int) -> None:
+        def is_intact(shard: int) -> bool:
             beat()
-            if not self._source.stop():
-                intact[shard] = int(filled[shard]) == _IS_FILLED | crc32c(self._block(self._images, shard))
+            return bool(filled[shard]) and int(filled[shard]) == _IS_FILLED | _crc32c(self._block(self._images, shard))
 
-        with ThreadPoolExecutor(self._source.threads) as pool:
-            for _ in pool.map(check, np.flatnonzero(filled).tolist()):
-                pass
-        self._source.check_stop()
-        return [shard for shard in shards if not intact.get(shard)]
-
-    def _has_whole_file(self) -> bool:
-        # A map that is longer than its file is SIGBUS.
-        path = self._images_path
-        return path.exists() and path.stat().st_size == self.index.decoded_bytes
+        threads, stop, doing = self._source.threads, self._source.stop, self._source.doing
+        with ThreadPoolExecutor(threads) as pool:
+            intact = in_order(pool, is_intact, shards, 2 * threads, stop, doing)
+            return [shard for shard, is_there in zip(shards, intact, strict=True) if not is_there]
 
     def _block(self, images: Uint8s, shard: int) -> Uint8s:
         return images[self._source.starts[shard] : self._source.starts[shard + 1]]
@@ -192,15 +187,13 @@ class DecodedCache:
             filled = os.open(self._filled_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             for shard, path in self._source.fetch(missing):
-                rows, block = np.arange(self.index.shards[shard].images), self._block(images, shard)
-                with os_errors(path), path.open("rb") as file:
-                    read = partial(self._source.encoded, shard, file.fileno())
-                    self._source.finish(self._source.decode(shard, rows, read, block, rows))
+                block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
+                self._source.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
                 with os_errors(self._filled_path):
-                    os.pwrite(filled, (_IS_FILLED | crc32c(block)).to_bytes(8, "little"), 8 * shard)
+                    os.pwrite(filled, (_IS_FILLED | _crc32c(block)).to_bytes(8, "little"), 8 * shard)
                 if not self._source.is_local:
                     path.unlink()
-                done += len(rows)
+                done += len(block)
                 progress(done, self.index.images)
         finally:
             os.close(filled)
@@ -220,3 +213,148 @@ class DecodedCache:
         except DiskFullError:
             path.unlink(missing_ok=True)
             raise
+
+
+class ShardCache(ImageCache):
+    """Verified shards in the folder `shards`, the least recently used evicted first; images are decoded at each read.
+
+    The processes of a node share the files and the budget, and change what is there under one lock. None keeps a shard
+    open from one read to the next, so that an evicted one gives its place on disk back, while a reader that has just
+    opened it reads on. From a bucket that is a folder, shards are read where they lie, and nothing is kept.
+    """
+
+    def __init__(self, source: ShardSource, budget_bytes: int) -> None:
+        """Keeps at most `budget_bytes` of shards, or one if that is less."""
+        super().__init__(source)
+        self._budget_bytes = budget_bytes
+        self._folder = source.folder / "shards"
+        with os_errors(self._folder):
+            self._folder.mkdir(exist_ok=True)
+        # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
+        source.stop = NEVER
+        self._checked: set[int] = set()
+        self._block: tuple[int, int] | None = None
+        self._due: tuple[int, ...] = ()
+        self._prefetcher = ThreadPoolExecutor(1, "prefetch")
+
+    def _read(self, indices: Int64s, out: Uint8s) -> None:
+        try:
+            self._source.read_into(out, indices, self._open)
+        except BadDataError:
+            # A shard that has rotted on this disk since it was fetched is the bucket's no longer: fetch it anew.
+            shards = np.unique(np.searchsorted(self._source.starts, indices, side="right") - 1).tolist()
+            rotten = [shard for shard in shards if not self._is_intact(shard)]
+            if not rotten:
+                raise
+            with self._source.lock():
+                for shard in rotten:
+                    self._path(shard).unlink(missing_ok=True)
+            self._source.read_into(out, indices, self._open)
+
+    def _open(self, shard: int) -> BinaryIO:
+        """A shard's file, fetched if it is not here; each image that is read from it is compared with its checksum."""
+        if self._source.is_local:
+            path = self._source.local_path(shard)
+            if shard not in self._checked:
+                self._source.check(shard, path, self._source.table(shard))
+                self._checked.add(shard)
+            return _shard_file(path)
+        while True:
+            with suppress(MissingInputError):
+                file = _shard_file(self._path(shard))
+                os.utime(file.fileno())
+                return file
+            self._fetch([shard])
+
+    def _is_intact(self, shard: int) -> bool:
+        """Whether a file still holds the shard that was once verified, at the speed of CRC-32C."""
+        # One that is not there is not rotten; it may be evicted at any time.
+        with suppress(FileNotFoundError), self._path(shard).open("rb") as file:
+            return f"{crc32c_of(file):08x}" == self.index.shards[shard].crc32c
+        return True
+
+    def _path(self, shard: int) -> Path:
+        return self._folder / self.index.shards[shard].name
+
+    def _fetch(self, shards: list[int]) -> None:
+        with self._source.lock(), os_errors(self._folder):
+            # Another process may have fetched them while this one waited.
+            missing = [shard for shard in shards if not self._path(shard).exists()]
+            if missing:
+                self._make_room(missing)
+                for shard, path in self._source.fetch(missing):
+                    path.replace(self._path(shard))
+
+    def _make_room(self, missing: list[int]) -> None:
+        """Evicts shards, those that are not due and were not read for longest first, until `missing` fit the budget."""
+        due = {self._path(shard) for shard in self._due}
+        files = [
+            (path in due, (stat := path.stat()).st_mtime_ns, stat.st_size, path) for path in self._folder.iterdir()
+        ]
+        excess_bytes = sum(size for _, _, size, _ in files) - self._budget_bytes
+        excess_bytes += sum(self.index.shards[shard].bytes for shard in missing)
+        for _, _, size, path in sorted(files):
+            if excess_bytes <= 0:
+                break
+            path.unlink()
+            excess_bytes -= size
+
+    def prefetch(self, order: Order, image_number: int) -> None:
+        """Fetches in the background, soonest needed first, as many of the coming shards as the budget holds.
+
+        Raises:
+            BadConfigError: the shards of one block are more than the budget holds, so that nearly every image would
+                cost the transfer of a shard.
+        """
+        block = order.block_of(image_number)
+        if block == self._block or self._source.is_local:
+            return
+        if self._block is None:
+            self._check_fits(order)
+        self._block, self._due = block, tuple(self._within_budget(order.upcoming_shards(image_number)))
+        self._prefetcher.submit(self._prefetch, self._due)
+
+    def _prefetch(self, due: tuple[int, ...]) -> None:
+        # An error ends up unread in the future: whoever needs the shard meets it again, and reports it.
+        missing = (shard for shard in due if not self._path(shard).exists())
+        while (group := list(islice(missing, DOWNLOADS))) and self._due is due:
+            self._fetch(group)
+
+    def _within_budget(self, upcoming: Iterator[int]) -> Iterator[int]:
+        """The first shards, each once, that fit the budget; the rest of an epoch and the next one name all."""
+        room_bytes = self._budget_bytes
+        for shard in dict.fromkeys(islice(upcoming, 2 * len(self.index.shards))):
+            room_bytes -= self.index.shards[shard].bytes
+            if room_bytes < 0:
+                return
+            yield shard
+
+    def _check_fits(self, order: Order) -> None:
+        sizes = [shard.bytes for shard in self.index.shards]
+        total_bytes, block_images = sum(sizes), order.block_images or self.index.images
+        # A block begins and ends within a shard.
+        block_bytes = min(total_bytes, total_bytes * block_images // self.index.images + 2 * max(sizes))
+        if block_bytes > self._budget_bytes:
+            fitting_images = (self._budget_bytes - 2 * max(sizes)) * self.index.images // total_bytes
+            begin = f", or begin a run with data.shuffle_block_images={fitting_images}" if fitting_images > 0 else ""
+            raise BadConfigError(
+                f"dataset {self.index.name} is shuffled in blocks of {block_images:,} images, whose shards take "
+                f"{block_bytes:,} bytes, and data.cache_gigabytes allows {self._budget_bytes:,}: "
+                f"set data.cache_gigabytes={np.ceil(block_bytes / 1e8) / 10:g}{begin}"
+            )
+
+    def close(self) -> None:
+        """Ends its threads; a download that is under way is waited for."""
+        self._due = ()
+        self._prefetcher.shutdown(cancel_futures=True)
+        super().close()
+
+
+def _shard_file(path: Path) -> BinaryIO:
+    with os_errors(path):
+        return path.open("rb", buffering=0)
+
+
+def _crc32c(pixels: Uint8s) -> int:
+    """At several GB/s, and without the GIL."""
+    return int(google_crc32c.value(pixels.reshape(-1)))

@@ -1,248 +1,399 @@
 """Packing: images in, a dataset in the bucket out, whoever is killed on the way.
 
-The same command goes on where an attempt was interrupted: it reads the source from its beginning, for only that tells
+A folder or an archive is copied into shards. Tars that are to stay in place are read once, to hash them and to find
+their images; then the index names them, and what training sees is what copying the same images would have given: crop
+and filter apply at each reading. Either way every image is decoded, and those that cannot be used are left out.
+
+The same command goes on where an attempt was interrupted. It reads a source from its beginning, for only that tells
 whether it is still the same, but decodes and uploads nothing that is in the bucket already. What comes out depends on
-the source and the parameters alone: not on threads, interruptions, or how often it was tried.
+the source and the parameters alone: not on threads, interruptions, or how often it was tried. So all objects are
+created once, never written over, and one that is there and is the same counts as written: attempts at the same dataset
+do each other's work, and whoever finds something else in its place gives way.
 """
 
 from __future__ import annotations
 
+import abc
 import hashlib
+import json
 import logging
 import os
-import shlex
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count, islice
 from pathlib import Path
+from typing import Any
 
-from job.data.images import Recipe, RejectedImageError, codec_versions, prepare
-from job.data.journal import Journal, PackedShard, Reject, rejects_lines
-from job.data.members import Source, in_order
-from job.data.shards import INDEX, SHARD_BYTES, DatasetIndex, ShardWriter, dataset_key, load_index, shard_name
-from job.data.sources import Survey, open_source, survey
+import google_crc32c
+from pydantic import BaseModel, ConfigDict
+
+from job.config_input import pack_config
+from job.data.ahead import in_order
+from job.data.foreign_tars import find_tars
+from job.data.images import Recipe, RejectedImageError, codec_versions, prepare, prepared_pixels
+from job.data.shards import (
+    INDEX,
+    PACKING,
+    REJECTS,
+    SHARD_BYTES,
+    DatasetIndex,
+    Digests,
+    Record,
+    Shard,
+    ShardWriter,
+    dataset_key,
+    deleting,
+    load_index,
+    shard_name,
+    validated_dataset_name,
+)
+from job.data.sources import Sample, no_images, open_source, printable, survey
 from job.exits import BadDataError, BadRequestError
+from job.sealed import Sealed
 from job.stop import NEVER, Stop
-from job.store import Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, is_remote
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
 _SHARDS_IN_UPLOAD = 2
+_PARAMETERS = f"{PACKING}/parameters.json"
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class PackRequest:
+    """What is to become a dataset, and how; empty options follow the preset of the dataset's name, if there is one.
+
+    Attributes:
+        source: a local path or a URI, see `open_source`.
+        name: of the dataset.
+        size: height and width of the images in pixels.
+        crop: see `Recipe`.
+        resize_filter: see `Recipe`.
+        channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
+        classes: True if there must be classes, False for none; None: if each image lies in one of several folders, or,
+            of tars, if the first image has a `.cls`.
+        licence: a note to keep with the dataset.
+        max_bad: how many images may be rejected.
+        min_side: reject images with a shorter side under this many pixels; None is half of `size`.
+        tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
+    """
+
+    source: str
+    name: str
+    size: int | None = None
+    crop: str = ""
+    resize_filter: str = ""
+    channels: int | None = None
+    classes: bool | None = None
+    licence: str = ""
+    max_bad: int = 100
+    min_side: int | None = None
+    tars: tuple[str, ...] = ()
+
+    def check(self) -> PackRequest:
+        """Returns the request with size, crop, filter and licence filled in.
+
+        Raises:
+            BadRequestError: a value that means nothing, or no size and no preset to take it from.
+        """
+        validated_dataset_name(self.name)
+        preset = pack_config(self.name)
+        size = preset.size if self.size is None and preset else self.size
+        if size is None:
+            raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
+        if printable(self.licence) != self.licence:
+            raise BadRequestError(f"--licence {self.licence!r}: a note is one line of plain text")
+        checked = replace(
+            self,
+            size=size,
+            crop=self.crop or (preset.crop if preset else "center"),
+            resize_filter=self.resize_filter or (preset.resize_filter if preset else "lanczos"),
+            licence=self.licence or (preset.licence if preset else ""),
+        )
+        checked.recipe(channels=3)
+        return checked
+
+    def recipe(self, channels: int) -> Recipe:
+        """What is done to each image of a source with so many channels; of a request that is checked."""
+        assert self.size is not None
+        min_side = self.size // 2 if self.min_side is None else self.min_side
+        return Recipe(self.size, self.crop, self.resize_filter, self.channels or channels, min_side)
 
 
 def pack(
     bucket: Store,
-    source: str,
-    name: str,
+    request: PackRequest,
     *,
-    size: int,
-    crop: str = "center",
-    resize_filter: str = "lanczos",
-    channels: int | None = None,
-    classes: bool | None = None,
-    licence: str = "",
-    max_bad: int = 100,
-    min_side: int | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int | None], None] | None = None,
     stop: Stop = NEVER,
+    progress: Callable[[int, int, int], None] = lambda done, total, images: None,
     threads: int | None = None,
-    opened: Callable[[str], Store] = open_store,
+    shard_bytes: int = SHARD_BYTES,
 ) -> DatasetIndex:
-    """Packs `source` into `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
+    """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
 
     Args:
-        bucket: where the dataset goes.
-        source: a local path or a URI, see `open_source`.
-        name: of the dataset.
-        size: height and width of the packed images in pixels.
-        crop: see `Recipe`.
-        resize_filter: see `Recipe`.
-        channels: 3 or 1; None takes what the source has: 1 for MNIST's files, else 3.
-        classes: see `survey`.
-        licence: a note to keep with the dataset.
-        max_bad: how many images may be rejected.
-        min_side: reject images with a shorter side under this many pixels; None is half of `size`.
-        shard_bytes: a shard is closed when it has reached this size.
-        progress: called with the number of images read so far and in all.
+        bucket: where the dataset goes; a source in another bucket is opened with the same patience.
+        request: what is packed.
         stop: asked at each image.
+        progress: called with how much was read and is to be read (images, or bytes of `tars`), and the images so far.
         threads: that decode and encode; None is one per CPU.
-        opened: opens the source's bucket, if it lies in one.
+        shard_bytes: a shard is closed when it has reached this size.
 
     Returns:
         The index as it lies in the bucket.
 
     Raises:
-        BadRequestError: a parameter that means nothing, or the dataset is there already.
+        BadRequestError: a parameter that means nothing, or something else lies there already.
         MissingInputError: there is no source.
-        BadDataError: it is unsafe, damaged or empty, or more than `max_bad` of its images cannot be used.
+        BadDataError: it is unsafe, damaged or empty, or more than `max_bad` of its images cannot be used, or classes
+            have numbers that are larger than there are images.
         StoppedError: `stop` said so.
         DiskFullError: there is no space for shards on their way to the bucket.
     """
-    recipe = Recipe(
-        size, crop, resize_filter, 3 if channels is None else channels, size // 2 if min_side is None else min_side
-    )
-    key = dataset_key(name, size)
+    request = request.check()
+    assert request.size is not None
+    key = dataset_key(request.name, request.size)
     dataset = bucket.sub(key)
     if dataset.exists(INDEX):
         there = load_index(bucket, key)
         raise BadRequestError(
             f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: ddpm data delete {name} --size {size} "
-            f"--bucket {shlex.quote(bucket.uri)}"
+            f"Choose another name, or delete it first: {deleting(bucket, key)}"
         )
-    images = open_source(source, opened, bucket.uri)
-    if images.note:
-        _log.warning(images.note)
-    if channels is None:
-        recipe = replace(recipe, channels=images.channels)
-
-    def checked(names: Iterable[str]) -> Iterator[str]:
-        for name in names:
-            stop.check(f"while packing {images.where}")
-            yield name
-
-    surveyed = survey(checked(images.names()), images.where, classes)
-    if surveyed.note:
-        _log.warning(surveyed.note)
-
-    parameters = {**asdict(recipe), "shard_bytes": shard_bytes, "codecs": codec_versions()}
-    parameters |= {"classes": surveyed.classes, "class_depth": surveyed.depth}
-    journal = Journal(dataset, parameters)
-    reusable = journal.packed(surveyed.images)
-    while True:
-        attempt = _Pass(images, surveyed, recipe, journal, reusable, shard_bytes, max_bad)
-        try:
-            attempt.run(threads or os.cpu_count() or 1, stop, progress)
-            break
-        except _SourceChangedError:
-            same = len(attempt.packed)
-            _log.warning(f"{images.where} has changed: shard {same} and those behind it are packed anew")
-            reusable = reusable[:same]
-
-    index = DatasetIndex(
-        name=name,
-        size=size,
-        channels=recipe.channels,
-        classes=surveyed.classes,
-        crop=crop,
-        resize_filter=resize_filter,
-        licence=licence,
-        source=images.name,
-        source_sha256=attempt.source_sha256.hexdigest(),
-        rejected_images=len(attempt.rejects),
-        rejects_sha256=hashlib.sha256(rejects_lines(attempt.rejects)).hexdigest() if attempt.rejects else "",
-        shards=tuple(entry.shard for entry in attempt.packed),
-    )
-    journal.commit(index, attempt.packed, attempt.rejects)
-    return DatasetIndex.from_json(index.to_json(), dataset.uri_of(INDEX))
+    way: type[_Attempt] = _InPlace if request.tars else _Copying
+    attempt = way(bucket, key, request, stop, progress, threads or os.cpu_count() or 1, shard_bytes)
+    with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
+        # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
+        uploads: deque[Future[None]] = deque()
+        for made in attempt.made(folder):
+            uploads.append(uploader.submit(attempt.journal.add, made))
+            if len(uploads) == _SHARDS_IN_UPLOAD:
+                uploads.popleft().result()
+        while uploads:
+            uploads.popleft().result()
+    attempt.journal.commit(attempt.index(), attempt.rejects)
+    return load_index(bucket, key)
 
 
-class _SourceChangedError(Exception):
-    """The source no longer has what went into a shard that was to be reused."""
+class Reject(BaseModel):
+    """A line of `rejects.jsonl`: an image that was left out, and why."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name!r} {self.reason}"
+
+
+class PackedShard(Sealed):
+    """The journal's object for a shard: it is in the bucket whole, and this is what went into it."""
+
+    parameters_sha256: str
+    shard: Shard
+    rejects: tuple[Reject, ...]
+    """Those met since the shard before."""
+    read_images: int = 0
+    """Of a source that is copied: images read up to the end of this shard, rejected ones included."""
+    source_sha256: str = ""
+    """Over the names and contents of these."""
+    highest_label: int = -1
+    """Of tars that stay in place: the largest number of a class in this one."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """One image of the source: its hash, and its PNG or why it has none; neither in a shard that is reused."""
+class _Made:
+    """A finished shard: its entry, its table, and its file, if it is not to stay where it is."""
 
-    name: str
-    sha256: bytes
-    png: bytes = b""
-    reason: str = ""
+    entry: PackedShard
+    offsets: bytes
+    tar: Path | None = None
 
 
-class _Pass:
-    """One reading of the source, from its beginning to its end."""
+class Journal:
+    """The objects of one dataset on its way: shards, an entry that vouches for each, and the index that commits."""
 
-    def __init__(
-        self,
-        source: Source,
-        surveyed: Survey,
-        recipe: Recipe,
-        journal: Journal,
-        reusable: list[PackedShard],
-        shard_bytes: int,
-        max_bad: int,
-    ) -> None:
-        self._source, self._survey, self._recipe = source, surveyed, recipe
-        self._journal, self._reusable = journal, reusable
-        self._shard_bytes, self._max_bad = shard_bytes, max_bad
-        self._writer: ShardWriter | None = None
-        self._read_images = 0
-        self.packed: list[PackedShard] = []
-        self.rejects: list[Reject] = []
-        self.source_sha256 = hashlib.sha256()
-
-    def run(self, threads: int, stop: Stop, progress: Callable[[int, int | None], None] | None) -> None:
-        """Fills `packed`, `rejects` and `source_sha256`; all shards are in the bucket when it returns.
+    def __init__(self, bucket: Store, key: str, parameters: dict[str, Any]) -> None:
+        """Says what is packed here. This first write shows whether the bucket is there and can be written to.
 
         Raises:
-            _SourceChangedError: `packed` holds the reusable shards that are still right.
+            BadRequestError: something else is packed here, or was begun.
         """
-        with (
-            scratch_folder("pack") as folder,
-            ThreadPoolExecutor(threads) as workers,
-            _Uploads(self._journal) as uploads,
-        ):
-            entries = enumerate(self._source.entries())
-            for image in in_order(workers, self._prepare, entries, window=_IMAGES_PER_THREAD * threads):
-                stop.check(f"while packing {self._source.where}")
-                self._read_images += 1
-                _add(self.source_sha256, image)
-                if len(self.packed) < len(self._reusable):
-                    self._reuse()
-                else:
-                    with os_errors(folder):
-                        self._take(image, folder)
-                    if self._writer and self._writer.bytes >= self._shard_bytes:
-                        self._close(uploads, is_last=False)
-                if progress is not None:
-                    progress(self._read_images, self._survey.images)
-            if len(self.packed) < len(self._reusable):
-                raise _SourceChangedError
-            if self._writer:
-                self._close(uploads, is_last=True)
-            uploads.finish()
-        if not self.packed:
-            raise BadDataError(f"{self._source.where}: none of its images can be used: {self._first_rejects()}")
+        self._dataset = bucket.sub(key)
+        self._deleting = deleting(bucket, key)
+        self._parameters = json.dumps(parameters, indent=1, sort_keys=True).encode()
+        self.parameters_sha256 = hashlib.sha256(self._parameters).hexdigest()
+        with self._creating():
+            self._dataset.create(_PARAMETERS, self._parameters)
 
-    def _prepare(self, entry: tuple[int, tuple[str, bytes]]) -> _Prepared:
-        number, (name, content) = entry
-        sha256 = hashlib.sha256(content).digest()
-        if self._reusable and number < self._reusable[-1].read_images:
-            return _Prepared(name, sha256)
+    def vouched(self) -> Iterator[PackedShard]:
+        """The shards that are there, from the first one on."""
+        for number in count():
+            try:
+                entry = PackedShard.load(self._dataset, _entry_key(shard_name(number)))
+            except (ObjectMissingError, BadDataError):
+                return
+            if entry.parameters_sha256 != self.parameters_sha256:
+                return
+            yield entry
+
+    def add(self, made: _Made) -> None:
+        """Uploads a finished shard, vouches for it, and deletes the local file.
+
+        Raises:
+            BadRequestError: something else lies in its place.
+        """
+        shard = made.entry.shard
+        with self._creating():
+            if made.tar is not None:
+                self._dataset.upload(made.tar, shard.name)
+                made.tar.unlink()
+            self._dataset.create(shard.offsets_name, made.offsets)
+            self._dataset.create(_entry_key(shard.name), made.entry.to_json())
+
+    def commit(self, index: DatasetIndex, rejects: Sequence[Reject]) -> None:
+        """Creates the index, which makes the dataset exist, and clears the journal away.
+
+        Raises:
+            BadRequestError: something else lies in its place, or somebody has deleted what was packed.
+        """
+        # An equal attempt that was faster has cleared the journal away, and its index is the same.
+        if not self._is_in_charge() and not self._dataset.exists(INDEX):
+            raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
+        with self._creating():
+            if rejects:
+                self._dataset.create(REJECTS, _reject_lines(rejects))
+            self._dataset.create(INDEX, index.to_json())
+        for entry in self._dataset.list(PACKING):
+            self._dataset.delete(entry.key)
+
+    def is_otherwise(self, why: str = "") -> BadRequestError:
+        """The error that something else lies here."""
+        why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
+        return BadRequestError(
+            f"{self._dataset.uri} {why}: choose another name, or {self._deleting} and type this command again"
+        )
+
+    @contextmanager
+    def _creating(self) -> Iterator[None]:
         try:
-            return _Prepared(name, sha256, png=prepare(content, self._recipe))
-        except RejectedImageError as error:
-            return _Prepared(name, sha256, reason=str(error))
+            yield
+        except ObjectExistsError:
+            raise self.is_otherwise() from None
 
-    def _reuse(self) -> None:
-        entry = self._reusable[len(self.packed)]
-        if self._read_images == entry.read_images:
-            if self.source_sha256.hexdigest() != entry.source_sha256:
-                raise _SourceChangedError
-            self.packed.append(entry)
-            self._reject(*entry.rejects)
+    def _is_in_charge(self) -> bool:
+        try:
+            return self._dataset.read(_PARAMETERS).data == self._parameters
+        except ObjectMissingError:
+            return False
 
-    def _take(self, image: _Prepared, folder: Path) -> None:
-        if image.reason:
-            self._reject(Reject(name=image.name, reason=image.reason))
-            return
-        if self._writer is None:
-            self._writer = ShardWriter(folder / shard_name(len(self.packed)))
-        key = f"{self._read_images - 1 - len(self.rejects):09d}"
-        self._writer.add(key, image.png, self._survey.label(image.name))
+
+def _entry_key(shard: str) -> str:
+    return f"{PACKING}/{shard.removesuffix('.tar')}.json"
+
+
+def _reject_lines(rejects: Iterable[Reject]) -> bytes:
+    return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """A sample that was decoded: what the dataset needs of it, or why it is left out."""
+
+    name: str
+    reason: str = ""
+    record: Record = (-1, -1, -1, -1)
+    png: bytes = b""
+    sha256: bytes = b""
+
+
+@dataclass
+class _Attempt(abc.ABC):
+    """One reading of what is packed, from its beginning to its end; the two ways to do it are below."""
+
+    bucket: Store
+    key: str
+    request: PackRequest
+    stop: Stop
+    progress: Callable[[int, int, int], None]
+    threads: int
+    shard_bytes: int
+    packed: list[PackedShard] = field(default_factory=list)
+    rejects: list[Reject] = field(default_factory=list)
+
+    where: str = ""
+    """What is packed, for messages."""
+    source: str = ""
+    source_sha256: str = ""
+    codecs: str = ""
+    classes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        self.recipe = self.request.recipe(channels=3)
+        self.journal = Journal(
+            self.bucket, self.key, {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        )
+
+    @abc.abstractmethod
+    def _survey(self) -> dict[str, Any]:
+        """Looks at what is packed, without decoding it, and returns what else decides about the shards."""
+
+    @property
+    def doing(self) -> str:
+        """What a stop ends."""
+        return f"while packing {self.bucket.uri}/{self.key}"
+
+    @property
+    def images(self) -> int:
+        """In finished shards."""
+        return sum(entry.shard.images for entry in self.packed)
+
+    @abc.abstractmethod
+    def made(self, folder: Path) -> Iterator[_Made]:
+        """Makes the shards that are not vouched for, in `folder`; once they are exhausted, `index` knows all."""
+
+    @abc.abstractmethod
+    def _check(self, sample: Sample) -> _Checked: ...
+
+    def index(self) -> DatasetIndex:
+        """What is to be committed."""
+        rejects = self.rejects
+        return DatasetIndex(
+            name=self.request.name,
+            size=self.recipe.size,
+            channels=self.recipe.channels,
+            classes=self.classes,
+            crop=self.recipe.crop,
+            resize_filter=self.recipe.resize_filter,
+            licence=self.request.licence,
+            source=self.source,
+            source_sha256=self.source_sha256,
+            codecs=self.codecs,
+            rejected_images=len(rejects),
+            rejects_sha256=hashlib.sha256(_reject_lines(rejects)).hexdigest() if rejects else "",
+            shards=tuple(entry.shard for entry in self.packed),
+        )
+
+    def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
+        window = _IMAGES_PER_THREAD * self.threads
+        with ThreadPoolExecutor(self.threads) as workers:
+            for checked in in_order(workers, self._check, samples, window, self.stop, self.doing):
+                if checked.reason:
+                    self._reject(Reject(name=checked.name, reason=checked.reason))
+                yield checked
 
     def _reject(self, *rejects: Reject) -> None:
         self.rejects += rejects
-        if len(self.rejects) > self._max_bad:
+        if len(self.rejects) > self.request.max_bad:
             raise BadDataError(
-                f"{self._source.where}: more than --max-bad={self._max_bad} images cannot be used: "
+                f"{self.where}: more than --max-bad={self.request.max_bad} images cannot be used: "
                 f"{self._first_rejects()}: see to them, or allow more"
             )
 
@@ -250,42 +401,147 @@ class _Pass:
         more = len(self.rejects) - _NAMED_REJECTS
         return "; ".join(map(str, self.rejects[:_NAMED_REJECTS])) + (f"; and {more} more" if more > 0 else "")
 
-    def _close(self, uploads: _Uploads, is_last: bool) -> None:
-        assert self._writer is not None
-        with os_errors(self._writer.path):
-            shard, offsets = self._writer.finish()
-        entry = PackedShard(
-            parameters_sha256=self._journal.parameters_sha256,
-            shard=shard,
-            read_images=self._read_images,
-            source_sha256=self.source_sha256.hexdigest(),
-            rejects=tuple(self.rejects[sum(len(before.rejects) for before in self.packed) :]),
-            is_last=is_last,
-        )
+    def _reuse(self, entry: PackedShard) -> None:
         self.packed.append(entry)
-        uploads.add(entry, self._writer.path, offsets)
-        self._writer = None
+        self._reject(*entry.rejects)
+
+    def _finished(self, shard: Shard, **read: Any) -> PackedShard:
+        told = sum(len(before.rejects) for before in self.packed)
+        rejects, parameters_sha256 = tuple(self.rejects[told:]), self.journal.parameters_sha256
+        entry = PackedShard(parameters_sha256=parameters_sha256, shard=shard, rejects=rejects, **read)
+        self.packed.append(entry)
+        return entry
 
 
-class _Uploads(ThreadPoolExecutor):
-    """Uploads shards one after the other while the next are packed, and holds packing up when it cannot follow."""
+class _Copying(_Attempt):
+    """Images are decoded, prepared and written into shards as PNG."""
 
-    def __init__(self, journal: Journal) -> None:
-        super().__init__(max_workers=1)
-        self._journal = journal
-        self._pending: deque[Future[None]] = deque()
+    def _survey(self) -> dict[str, Any]:
+        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
+        self.where, self.source = self._source.where, self._source.name
+        self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
+        for remark in filter(None, (self._source.note, self._found.note)):
+            _log.warning(remark)
+        self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
+        self._read_images, self._sha256 = 0, hashlib.sha256()
+        return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}
 
-    def add(self, entry: PackedShard, tar: Path, offsets: bytes) -> None:
-        while self._pending and (len(self._pending) == _SHARDS_IN_UPLOAD or self._pending[0].done()):
-            self._pending.popleft().result()
-        self._pending.append(self.submit(self._journal.add, entry, tar, offsets))
+    def made(self, folder: Path) -> Iterator[_Made]:
+        entries = self._source.entries()
+        for entry in self.journal.vouched():
+            self._check_unchanged(entry, islice(entries, entry.read_images - self._read_images))
+            self._reuse(entry)
+        writer: ShardWriter | None = None
+        for checked in self._checked(Sample(name, content, self._found.label(name)) for name, content in entries):
+            self._read(checked.name, checked.sha256)
+            if not checked.reason:
+                with os_errors(folder):
+                    writer = writer or ShardWriter(folder / shard_name(len(self.packed)))
+                    key = f"{self._read_images - 1 - len(self.rejects):09d}"
+                    writer.add(key, checked.png, self._found.label(checked.name))
+                if writer.size_bytes >= self.shard_bytes:
+                    yield self._closed(writer)
+                    writer = None
+        if writer is not None:
+            yield self._closed(writer)
+        self.source_sha256 = self._sha256.hexdigest()
+        if not self.packed:
+            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
 
-    def finish(self) -> None:
-        while self._pending:
-            self._pending.popleft().result()
+    def _polled(self, names: Iterable[str]) -> Iterator[str]:
+        for name in names:
+            self.stop.check(self.doing)
+            yield name
+
+    def _check(self, sample: Sample) -> _Checked:
+        sha256 = hashlib.sha256(sample.content).digest()
+        try:
+            return _Checked(sample.name, png=prepare(sample.content, self.recipe), sha256=sha256)
+        except RejectedImageError as error:
+            return _Checked(sample.name, str(error), sha256=sha256)
+
+    def _check_unchanged(self, entry: PackedShard, entries: Iterable[tuple[str, bytes]]) -> None:
+        for name, content in entries:
+            self.stop.check(self.doing)
+            self._read(name, hashlib.sha256(content).digest())
+        # A shard that is not full was the last.
+        is_last = entry.shard.bytes < self.shard_bytes
+        if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
+            raise self.journal.is_otherwise(f"was begun before {self.where} changed")
+
+    def _read(self, name: str, content_sha256: bytes) -> None:
+        """The length keeps names and contents apart, whatever they are."""
+        self._sha256.update(b"%d:%b%b" % (len(name.encode()), name.encode(), content_sha256))
+        self._read_images += 1
+        self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
+
+    def _closed(self, writer: ShardWriter) -> _Made:
+        with os_errors(writer.path):
+            shard, offsets = writer.finish()
+        entry = self._finished(shard, read_images=self._read_images, source_sha256=self._sha256.hexdigest())
+        return _Made(entry, offsets, writer.path)
 
 
-def _add(source_sha256: hashlib._Hash, image: _Prepared) -> None:
-    """The length keeps names and contents apart, whatever they are."""
-    name = image.name.encode()
-    source_sha256.update(b"%d:%b%b" % (len(name), name, image.sha256))
+class _InPlace(_Attempt):
+    """Tars are described where they lie, each as a shard."""
+
+    def _survey(self) -> dict[str, Any]:
+        self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
+        first, others = self._tars[0].uri, len(self._tars) - 1
+        self.where = self.source = f"{first} and {others} more" if others else first
+        self.codecs = codec_versions()
+        here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
+        if here and is_remote(self.bucket.uri):
+            _log.warning(
+                f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
+            )
+        self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
+        return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
+
+    def made(self, folder: Path) -> Iterator[_Made]:
+        for entry in self.journal.vouched():
+            self._reuse(entry)
+        places = {tar.uri: number for number, tar in enumerate(self._tars)}
+        done_tars = places[self.packed[-1].shard.uri] + 1 if self.packed else 0
+        total_bytes, done_bytes = (sum(tar.bytes for tar in self._tars[:end]) for end in (None, done_tars))
+        for tar in self._tars[done_tars:]:
+            digests = Digests()
+            records: list[Record] = []
+            for checked in self._checked(tar.samples(digests)):
+                if not checked.reason:
+                    records.append(checked.record)
+                self.progress(done_bytes + digests.size_bytes, total_bytes, self.images + len(records))
+            done_bytes += tar.bytes
+            # A tar without one good image is no shard; what was rejected in it is told with the next one.
+            if records:
+                shard, offsets = digests.shard(shard_name(len(self.packed)), records, tar.uri)
+                highest_label = max(label for _, _, label, _ in records)
+                yield _Made(self._finished(shard, highest_label=highest_label), offsets)
+        if not self.packed and not self.rejects:
+            raise no_images(self.where)
+        if not self.packed:
+            raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
+        highest_label = max(entry.highest_label for entry in self.packed)
+        # One mistyped number would give the network a hundred thousand classes.
+        if highest_label >= self.images:
+            raise BadDataError(
+                f"{self.where}: a .cls says class {highest_label:,}, of {self.images:,} images: classes are numbered "
+                "from 0 without large gaps; mend it, or index with --no-classes"
+            )
+        self.classes = tuple(map(str, range(highest_label + 1)))
+        self.source_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
+
+    def _first_has_a_class(self) -> bool:
+        samples = (sample for tar in self._tars for sample in tar.samples())
+        return next((sample.label >= 0 for sample in samples), False)
+
+    def _check(self, sample: Sample) -> _Checked:
+        label = sample.label if self._has_classes else -1
+        if self._has_classes and label < 0:
+            return _Checked(sample.name, "has no class: a .cls with a number beside it")
+        try:
+            prepared_pixels(sample.content, self.recipe)
+        except RejectedImageError as error:
+            return _Checked(sample.name, str(error))
+        record = (sample.offset, len(sample.content), label, google_crc32c.value(sample.content))
+        return _Checked(sample.name, record=record)

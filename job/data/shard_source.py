@@ -1,4 +1,4 @@
-"""What both caches begin with: a dataset's shards, verified and on a local disk, and its images, decoded by threads."""
+"""A dataset as a reader sees it: its shards, verified and on a local disk, and its images, decoded by threads."""
 
 from __future__ import annotations
 
@@ -8,111 +8,152 @@ import logging
 import os
 import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
-from functools import partial
-from itertools import islice, pairwise
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, suppress
+from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TypeVar
+from typing import BinaryIO, TypeVar
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 
+from job.data.ahead import STOP_POLL_SECONDS, in_order
 from job.data.images import Recipe, RejectedImageError, codec_versions, declared_size, decode, prepared_pixels
-from job.data.places import Places
-from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, first_damaged
+from job.data.order import Int64s
+from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, first_damaged, split_uri
 from job.exits import BadDataError, BadRequestError
 from job.stop import NEVER, Stop
-from job.store import Store
-from job.store.files import crc32c_of, os_errors, temporary_beside
+from job.store import ObjectMissingError, Store, open_store
+from job.store.files import os_errors, temporary_beside
 
-Int64s = npt.NDArray[np.int64]
 Uint8s = npt.NDArray[np.uint8]
-T = TypeVar("T")
+Fetched = TypeVar("Fetched")
 
 DOWNLOADS = 4
-_RECORD_BYTES = OFFSETS_DTYPE.itemsize
-_DECODE_IMAGES = 32
-_POLL_SECONDS = 0.05
+CHOOSERS = 8
+"""Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
+_READ_AT_A_TIME = 32
 _log = logging.getLogger(__name__)
 
 
 class ShardSource:
     """The shards of one dataset, as a node sees them; thread-safe.
 
+    They lie beside the index or, of tars that were indexed in place, where these were.
+
     Attributes:
         index: what the dataset is.
-        places: where its shards lie.
         folder: this dataset's part of the node's cache, shared by all processes of the node.
-        records: offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N].
         starts: index of each shard's first image, and N, int64 [shards + 1].
+        image_shape: height, width and channels.
         threads: how many images are decoded at a time.
-        stop: whether this process is to.
+        stop: whether this process is to stop.
+        doing: what a stop ends.
     """
 
     def __init__(
-        self,
-        bucket: Store,
-        key: str,
-        index: DatasetIndex,
-        folder: Path,
-        *,
-        threads: int | None,
-        stop: Stop = NEVER,
+        self, bucket: Store, key: str, index: DatasetIndex, folder: Path, threads: int | None = None, stop: Stop = NEVER
     ) -> None:
+        """Opens the stores of the shards of the dataset at `key`, and touches none of them.
+
+        Raises:
+            BadRequestError: a URI that no store speaks.
+            NoPermissionError: no credentials for its bucket were found.
+        """
         self.index, self.folder, self.stop = index, folder, stop
         self.threads = threads or os.cpu_count() or 1
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
+        self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
-        self.places = Places(bucket, key, index)
-        self._decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
+        retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
+        self._foreign = {folder: open_store(folder, retry) for folder in folders}
+        self.decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
+        self._made = "indexed" if index.is_foreign else "packed"
+        self._anew = "index the dataset anew" if index.is_foreign else "pack the dataset anew"
+        self.doing = f"while reading the images of {bucket.uri}/{key}; what has been read is kept"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        self.records = self._open_records()
-
-    @property
-    def _made(self) -> str:
-        return "indexed" if self.index.is_foreign else "packed"
-
-    @property
-    def _anew(self) -> str:
-        return "index the dataset anew" if self.index.is_foreign else "pack the dataset anew"
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.index.size, self.index.size, self.index.channels
 
     @property
     def is_local(self) -> bool:
-        """Whether the bucket is a folder, whose shards are read where they lie."""
-        return self.places.is_local
+        """Whether all shards are files of this machine, which are read where they lie."""
+        return all(store.uri.startswith("/") for store in self._foreign.values() or [self._bucket])
 
-    def check_stop(self) -> None:
-        """Raises `StoppedError` once this process is to stop."""
-        self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}, of which all that were read stay")
-
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Holds the folder against all other threads and processes of the node; a holder's death frees it.
+    @cached_property
+    def records(self) -> np.ndarray:
+        """Offset tables of all shards, memory-mapped, OFFSETS_DTYPE [N]; fetched first unless they are here.
 
         Raises:
-            StoppedError: this process is to stop while another holds it.
+            BadDataError: one in the bucket is not as it was packed.
         """
-        path = self.folder / "lock"
+        path, shards = self.folder / "offsets", self.index.shards
         with os_errors(path):
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            while not _locked(descriptor):
-                self.check_stop()
-                time.sleep(_POLL_SECONDS)
-            yield
-        finally:
-            os.close(descriptor)
+            if path.exists() and path.stat().st_size == int(self.starts[-1]) * OFFSETS_DTYPE.itemsize:
+                records = np.memmap(path, OFFSETS_DTYPE, mode="r")
+                tables = (records[first:last] for first, last in pairwise(self.starts))
+                if all(
+                    _table_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)
+                ):
+                    return np.asarray(records)
+            with temporary_beside(path) as (temporary, file):
+                for table in self._ahead(self.read_table, range(len(shards))):
+                    file.write(table.tobytes())
+                file.flush()
+                temporary.replace(path)
+            return np.asarray(np.memmap(path, OFFSETS_DTYPE, mode="r"))
+
+    def table(self, shard: int) -> np.ndarray:
+        """The part of `records` that is a shard's."""
+        return self.records[self.starts[shard] : self.starts[shard + 1]]
+
+    def read_table(self, shard: int) -> np.ndarray:
+        """The offset table of a shard as it lies in the bucket, OFFSETS_DTYPE [images].
+
+        Raises:
+            BadDataError: it is not as it was packed.
+        """
+        packed = self.index.shards[shard]
+        key = f"{self._key}/{packed.offsets_name}"
+        uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
+        if _table_sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
+            raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
+        table = np.frombuffer(data, OFFSETS_DTYPE)
+        offsets, labels = table["offset"], table["label"]
+        lowest, highest = (0, len(self.index.classes) - 1) if self.index.classes else (-1, -1)
+        is_inside = offsets.max() < packed.bytes and (offsets + table["bytes"]).max() <= packed.bytes
+        if not is_inside or labels.min() < lowest or labels.max() > highest:
+            raise BadDataError(f"{uri} points beyond its shard or its classes: {self._anew}")
+        return table
+
+    def place(self, shard: int) -> tuple[Store, str]:
+        """The store that holds a shard's tar, and its key there."""
+        packed = self.index.shards[shard]
+        if not packed.uri:
+            return self._bucket, f"{self._key}/{packed.name}"
+        folder, name = split_uri(packed.uri)
+        return self._foreign[folder], name
+
+    def uri(self, shard: int) -> str:
+        """Where a shard's tar lies."""
+        store, key = self.place(shard)
+        return store.uri_of(key)
+
+    def local_path(self, shard: int) -> Path:
+        """The file of a shard that is local.
+
+        Raises:
+            ObjectMissingError: it is not there.
+        """
+        store, key = self.place(shard)
+        # An index is written by anybody: a pipe that it names would be waited for in vain.
+        if not store.exists(key):
+            raise ObjectMissingError(f"no object at {store.uri_of(key)}: restore it, or {self._anew}")
+        with store.open(key) as file:
+            return Path(file.name)
 
     def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
         """Yields each shard with a verified file of its bytes, fetching a few ahead. To be called under the lock.
@@ -127,166 +168,136 @@ class ShardSource:
         shutil.rmtree(incoming, ignore_errors=True)
         with os_errors(incoming):
             incoming.mkdir(exist_ok=True)
-        return self._ahead(lambda shard: self._fetched(shard, incoming), shards)
+        return self._ahead(lambda shard: (shard, self.fetched(shard, incoming, self.table(shard))), shards)
 
-    def check(self, shard: int, path: Path) -> None:
+    def fetched(self, shard: int, incoming: Path, table: np.ndarray | None) -> Path:
+        """As `fetch`, of one shard; `table` helps to name what is damaged."""
+        if self.is_local:
+            path = self.local_path(shard)
+        else:
+            path = incoming / self.index.shards[shard].name
+            store, key = self.place(shard)
+            store.download(key, path)
+        self.check(shard, path, table)
+        return path
+
+    def check(self, shard: int, path: Path, table: np.ndarray | None) -> None:
         """Compares a file with the shard's size and SHA-256 in the index.
 
         Raises:
-            BadDataError: it is not the shard that was packed.
+            BadDataError: it is not the shard that was packed; the first damaged image of its `table` is named.
         """
         packed = self.index.shards[shard]
         with os_errors(path), path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes == packed.bytes and hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
                 return
-        wrong = "other bytes" if size_bytes == packed.bytes else f"{size_bytes:,} bytes instead of {packed.bytes:,}"
-        with path.open("rb") as file:
-            damage = first_damaged(file, self.records[self.starts[shard] : self.starts[shard + 1]])
+            wrong = "other bytes" if size_bytes == packed.bytes else f"{size_bytes:,} bytes instead of {packed.bytes:,}"
+            damage = "" if table is None else f"; {first_damaged(file, table)}"
         raise BadDataError(
-            f"{self.places.uri(shard)} holds {wrong} than were {self._made}; {damage}: restore it, or {self._anew}"
+            f"{self.uri(shard)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
         )
 
-    def is_intact(self, shard: int, path: Path) -> bool:
-        """Whether a file still holds the shard that was once verified, at the speed of CRC-32C."""
-        with os_errors(path), path.open("rb") as file:
-            return f"{crc32c_of(file):08x}" == self.index.shards[shard].crc32c
-
-    def encoded(self, shard: int, descriptor: int, row: int) -> bytes:
-        """Image `row` (within the shard) as it lies in the shard's open file.
-
-        Raises:
-            BadDataError: it is not the image that was packed.
-        """
-        record = self.records[self.starts[shard] + row]
-        return self.checked(shard, row, os.pread(descriptor, int(record["bytes"]), int(record["offset"])))
-
-    def checked(self, shard: int, row: int, content: bytes) -> bytes:
-        """Returns what was read of image `row` (within the shard) if it is the image that was packed.
-
-        Raises:
-            BadDataError: it is not.
-        """
-        record = self.records[self.starts[shard] + row]
-        if google_crc32c.value(content) != record["crc32c"]:
-            raise BadDataError(f"{self._image(shard, row)} is not as it was {self._made}: restore it, or {self._anew}")
-        return content
-
-    def decode(
-        self, shard: int, rows: Int64s, read: Callable[[int], bytes], out: Uint8s, places: Int64s
-    ) -> list[Future[None]]:
-        """Begins to decode images `rows` (within the shard) into `out[places]`, uint8 [., H, W, C].
+    def read_into(
+        self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
+    ) -> None:
+        """Reads images `indices` and decodes them, a few at a time in each thread.
 
         Args:
-            shard: its number.
-            rows: int64 [b].
-            read: gives the encoded bytes of `rows[i]` for i, in any thread.
-            out: where the images go.
-            places: int64 [b].
-
-        Returns:
-            Work to pass to `finish`, which raises `BadDataError` for an image that is damaged or of another size.
-        """
-
-        def decode_some(part: range) -> None:
-            for i in part:
-                content = read(i)
-                try:
-                    out[places[i]] = self._decode_image(content)
-                except BadDataError as error:
-                    raise BadDataError(f"{self._image(shard, rows[i])}: {error}: {self._anew}") from None
-
-        parts = [range(len(rows))[i : i + _DECODE_IMAGES] for i in range(0, len(rows), _DECODE_IMAGES)]
-        return [self._decoders.submit(decode_some, part) for part in parts]
-
-    def finish(self, futures: list[Future[None]]) -> None:
-        """Waits for decoding; at the first failure cancels what has not begun, waits for what has, and raises that.
+            out: uint8 [b, H, W, C].
+            indices: int64 [b].
+            open_shard: opens the file of a shard; called in the threads.
 
         Raises:
+            BadDataError: an image is not the one that was packed, or damaged, or of another size.
             StoppedError: this process is to stop.
         """
-        pending = set(futures)
+        shards = np.searchsorted(self.starts, indices, side="right") - 1
+
+        def read_some(part: tuple[int, Int64s]) -> None:
+            shard, places = part
+            with open_shard(shard) as file:
+                for place, row in zip(places.tolist(), (indices[places] - self.starts[shard]).tolist(), strict=True):
+                    out[place] = self._read_image(shard, row, file)
+
+        def parts() -> Iterator[tuple[int, Int64s]]:
+            for shard in np.unique(shards).tolist():
+                places = np.flatnonzero(shards == shard)
+                for start in range(0, len(places), _READ_AT_A_TIME):
+                    yield shard, places[start : start + _READ_AT_A_TIME]
+
+        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.stop, self.doing):
+            pass
+
+    def _read_image(self, shard: int, row: int, file: BinaryIO) -> Uint8s:
+        offset, size_bytes, _, checksum = self.table(shard)[row].tolist()
+        file.seek(offset)
+        encoded, image = file.read(size_bytes), f"{self.uri(shard)}, image {row} (at byte {offset})"
+        if google_crc32c.value(encoded) != checksum:
+            raise BadDataError(f"{image} is not as it was {self._made}: restore it, or {self._anew}")
         try:
-            while pending:
-                done, pending = wait(pending, timeout=_POLL_SECONDS, return_when=FIRST_EXCEPTION)
-                for future in done:
-                    future.result()
-                if pending:
-                    self.check_stop()
-        finally:
-            # Nothing may write into an array that somebody uses again, or read from a descriptor that is closed.
-            for future in pending:
-                future.cancel()
-            wait(pending)
+            return self.decode_image(encoded)
+        except BadDataError as error:
+            raise BadDataError(f"{image}: {error}: {self._anew}") from None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Holds the folder against all other threads and processes of the node; a holder's death frees it.
+
+        Raises:
+            StoppedError: this process is to stop while another holds it.
+        """
+        path = self.folder / "lock"
+        with os_errors(path):
+            file = path.open("ab")
+        with file:
+            while True:
+                with suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                self.stop.check(self.doing)
+                time.sleep(STOP_POLL_SECONDS)
+            yield
 
     def close(self) -> None:
         """Ends the decoding threads."""
         self._decoders.shutdown(cancel_futures=True)
 
-    def _ahead(self, work: Callable[[int], T], shards: Iterable[int]) -> Iterator[tuple[int, T]]:
-        """Yields each shard with the result of `work`, which runs in threads a few shards ahead."""
-        upcoming, pool = iter(shards), ThreadPoolExecutor(DOWNLOADS, "fetch")
-        begun: deque[tuple[int, Future[T]]] = deque()
+    def _ahead(self, work: Callable[[int], Fetched], shards: Iterable[int]) -> Iterator[Fetched]:
+        pool = ThreadPoolExecutor(DOWNLOADS, "fetch")
         try:
-            while True:
-                begun.extend([(shard, pool.submit(work, shard)) for shard in islice(upcoming, DOWNLOADS - len(begun))])
-                if not begun:
-                    return
-                shard, future = begun.popleft()
-                self.check_stop()
-                while not wait([future], timeout=_POLL_SECONDS).done:
-                    self.check_stop()
-                yield shard, future.result()
+            yield from in_order(pool, work, shards, DOWNLOADS, self.stop, self.doing)
         finally:
             # A download cannot be cut short; a process that must stop does not wait for it.
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def _image(self, shard: int, row: int) -> str:
-        return f"{self.places.uri(shard)}, image {row} (at byte {self.records[self.starts[shard] + row]['offset']})"
 
-    def _fetched(self, number: int, incoming: Path) -> Path:
-        shard = self.index.shards[number]
-        if self.is_local:
-            path = self.places.path(number)
-        else:
-            path = incoming / shard.name
-            store, key = self.places.of(number)
-            store.download(key, path)
-        self.check(number, path)
-        return path
+class ChosenImages:
+    """The labels of a dataset, and a few of its images for a person to look at, without fetching whole shards."""
 
-    def _open_records(self) -> np.ndarray:
-        """Maps the offset tables of all shards, fetched first unless they are here and verify."""
-        path, size_bytes = self.folder / "offsets", int(self.starts[-1]) * _RECORD_BYTES
-        with os_errors(path):
-            if path.exists() and path.stat().st_size == size_bytes:
-                records = np.memmap(path, OFFSETS_DTYPE, mode="r")
-                tables = (records[first:last] for first, last in pairwise(self.starts))
-                if all(
-                    hashlib.sha256(table.tobytes()).hexdigest() == shard.offsets_sha256
-                    for shard, table in zip(self.index.shards, tables, strict=True)
-                ):
-                    return np.asarray(records)
-            with temporary_beside(path) as (temporary, file):
-                for _, table in self._ahead(self._table, range(len(self.index.shards))):
-                    file.write(table)
-                file.flush()
-                temporary.replace(path)
-            return np.asarray(np.memmap(path, OFFSETS_DTYPE, mode="r"))
+    def __init__(self, bucket: Store, key: str, index: DatasetIndex, cache_dir: Path) -> None:
+        """Fetches the offset tables of the dataset at `key` into its part of `cache_dir`, unless they are there.
 
-    def _table(self, number: int) -> bytes:
-        shard = self.index.shards[number]
-        key = f"{self._key}/{shard.offsets_name}"
-        data = self._bucket.read(key).data
-        if hashlib.sha256(data).hexdigest() != shard.offsets_sha256 or len(data) != shard.images * _RECORD_BYTES:
-            raise BadDataError(f"{self._bucket.uri_of(key)} is not the table that was {self._made}: {self._anew}")
-        records = np.frombuffer(data, OFFSETS_DTYPE)
-        offsets, labels = records["offset"], records["label"]
-        lowest, highest = (0, len(self.index.classes) - 1) if self.index.classes else (-1, -1)
-        is_inside = offsets.max() < shard.bytes and (offsets + records["bytes"]).max() <= shard.bytes
-        if not is_inside or labels.min() < lowest or labels.max() > highest:
-            raise BadDataError(f"{self._bucket.uri_of(key)} points beyond its shard or its classes: {self._anew}")
-        return data
+        Raises:
+            BadDataError: a table is not as it was packed.
+        """
+        self._source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=CHOOSERS)
+        self.labels: npt.NDArray[np.int32] = np.asarray(self._source.records["label"])
+        """Of all images, int32 [N]; -1 where there are no classes."""
+
+    def read(self, indices: Int64s) -> Uint8s:
+        """Images `indices`, int64 [n], as uint8 [n, H, W, C].
+
+        Raises:
+            BadDataError: one is not as it was packed; the message names it.
+        """
+        out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+        self._source.read_into(out, indices, self._open)
+        return out
+
+    def _open(self, shard: int) -> BinaryIO:
+        store, key = self._source.place(shard)
+        return store.open(key)
 
 
 def image_decoder(index: DatasetIndex, where: str) -> Callable[[bytes], Uint8s]:
@@ -323,14 +334,5 @@ def _decode_foreign(recipe: Recipe, encoded: bytes) -> Uint8s:
         raise BadDataError(f"it {error}") from None
 
 
-def crc32c(pixels: Uint8s) -> int:
-    """CRC-32C of a contiguous array, at several GB/s and without the GIL."""
-    return int(google_crc32c.value(pixels.reshape(-1)))
-
-
-def _locked(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+def _table_sha256(data: bytes | np.ndarray) -> str:
+    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()

@@ -17,6 +17,8 @@ import json
 import re
 import shlex
 import tarfile
+from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -31,12 +33,17 @@ from job.store import ObjectMissingError, Store
 
 DATASETS = "datasets"
 INDEX = "index.json"
+REJECTS = "rejects.jsonl"
 CONTACT_SHEET = "contact-sheet.png"
+PACKING = "packing"
+"""Folder of what vouches for shards until the index does."""
 SHARD_BYTES = 64 * 1024 * 1024
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
 """Where an image's encoded bytes lie in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
+Record = tuple[int, int, int, int]
+"""A row of such a table."""
 
-_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+_DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 TAR_URI = r"(/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]"
 """A regular expression of what an index may say of where a tar lies."""
@@ -62,21 +69,51 @@ class Shard(BaseModel):
         return self.name.removesuffix(".tar") + ".offsets"
 
 
+class Digests:
+    """Size, SHA-256 and CRC-32C of bytes that go by."""
+
+    def __init__(self) -> None:
+        self.size_bytes = 0
+        self._sha256, self._crc32c = hashlib.sha256(), 0
+
+    def update(self, data: bytes) -> None:
+        """Takes the next bytes into account."""
+        self.size_bytes += len(data)
+        self._sha256.update(data)
+        self._crc32c = google_crc32c.extend(self._crc32c, data)
+
+    def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
+        """What the index says of the tar whose bytes these were, and the table of its images."""
+        offsets = np.array(records, OFFSETS_DTYPE).tobytes()
+        shard = Shard(
+            name=name,
+            bytes=self.size_bytes,
+            sha256=self._sha256.hexdigest(),
+            crc32c=f"{self._crc32c:08x}",
+            images=len(records),
+            offsets_sha256=hashlib.sha256(offsets).hexdigest(),
+            uri=uri,
+        )
+        return shard, offsets
+
+
 class ShardWriter:
     """Writes a shard to a local file. Its bytes depend on what is added alone: headers hold no times and no users."""
 
     def __init__(self, path: Path) -> None:
         """`path` is the file to write; its name is the shard's."""
         self.path = path
-        self.bytes = 0
-        self._file = path.open("wb")
-        self._sha256 = hashlib.sha256()
-        self._crc32c = 0
-        self._records: list[tuple[int, int, int, int]] = []
+        self._file, self._digests = path.open("wb"), Digests()
+        self._records: list[Record] = []
+
+    @property
+    def size_bytes(self) -> int:
+        """Size up to now."""
+        return self._digests.size_bytes
 
     def add(self, key: str, png: bytes, label: int) -> None:
         """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
+        self._records.append((self.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
         self._add_file(f"{key}.png", png)
         if label >= 0:
             self._add_file(f"{key}.cls", str(label).encode())
@@ -85,16 +122,7 @@ class ShardWriter:
         """Ends the file and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        offsets = np.array(self._records, dtype=OFFSETS_DTYPE).tobytes()
-        shard = Shard(
-            name=self.path.name,
-            bytes=self.bytes,
-            sha256=self._sha256.hexdigest(),
-            crc32c=f"{self._crc32c:08x}",
-            images=len(self._records),
-            offsets_sha256=hashlib.sha256(offsets).hexdigest(),
-        )
-        return shard, offsets
+        return self._digests.shard(self.path.name, self._records)
 
     def _add_file(self, name: str, content: bytes) -> None:
         header = tarfile.TarInfo(name)
@@ -104,9 +132,7 @@ class ShardWriter:
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._sha256.update(data)
-        self._crc32c = google_crc32c.extend(self._crc32c, data)
-        self.bytes += len(data)
+        self._digests.update(data)
 
 
 def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
@@ -120,16 +146,12 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
         file.seek(offset)
         if google_crc32c.value(file.read(size_bytes)) != checksum:
             file.seek(offset - tarfile.BLOCKSIZE)
-            return f"the first damaged image is {row}{_member_name(file.read(tarfile.BLOCKSIZE))}, at byte {offset}"
+            header, name = file.read(tarfile.BLOCKSIZE), ""
+            # It may be damaged as well.
+            with suppress(tarfile.HeaderError):
+                name = f" ({tarfile.TarInfo.frombuf(header, 'ascii', 'backslashreplace').name!r})"
+            return f"the first damaged image is {row}{name}, at byte {offset}"
     return "all its images are whole, but not what lies between them"
-
-
-def _member_name(header: bytes) -> str:
-    """In brackets; nothing if the header is damaged as well."""
-    try:
-        return f" ({tarfile.TarInfo.frombuf(header, 'ascii', 'backslashreplace').name!r})"
-    except tarfile.HeaderError:
-        return ""
 
 
 class DatasetIndex(Sealed):
@@ -198,7 +220,7 @@ def validated_dataset_name(name: str) -> str:
     Raises:
         BadRequestError: it cannot.
     """
-    if not _NAME.fullmatch(name):
+    if not _DATASET_NAME.fullmatch(name):
         raise BadRequestError(
             f"{name!r} cannot be a dataset's name: use 1 to 63 lower-case letters, digits, '.', '_' and '-', "
             "beginning with a letter or digit"
@@ -221,15 +243,24 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
             f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
         ) from None
     except BadDataError as error:
-        raise BadDataError(f"{error}: restore it, or {_begin_anew(bucket, key)}") from None
+        raise BadDataError(f"{error}: restore it, or {deleting(bucket, key)} and pack it again") from None
     if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
-        raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}: restore it, or {_begin_anew(bucket, key)}")
+        raise BadDataError(
+            f"{bucket.uri_of(where)} belongs to {place}: restore it, or {deleting(bucket, key)} and pack it again"
+        )
     return index
 
 
-def _begin_anew(bucket: Store, key: str) -> str:
+def deleting(bucket: Store, key: str) -> str:
+    """The command that deletes a dataset, for messages."""
     name, _, size = key.removeprefix(f"{DATASETS}/").rpartition("-")
-    return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}` and pack it again"
+    return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}`"
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """The folder and the name of an object."""
+    folder, _, name = uri.rpartition("/")
+    return folder or "/", name
 
 
 def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:

@@ -5,25 +5,23 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from queue import Empty, Queue
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from job.data.cache import ImageCache
-from job.data.order import Order
+from job.data.order import Int64s, Order
 from job.exits import StoppedError
 from job.stop import NEVER, Stop
 
 _CHUNK_IMAGES = 8192
-_POLL_SECONDS = 0.5
-_CLOSE_SECONDS = 2.0
+_LOOK_SECONDS = 0.5
+_LAST_BATCH_SECONDS = 2.0
 
 
-class Batch(NamedTuple):
+class LoadedBatch(NamedTuple):
     """This process's part of one global batch.
 
     Attributes:
@@ -34,7 +32,7 @@ class Batch(NamedTuple):
     """
 
     first_image: int
-    image_numbers: npt.NDArray[np.int64]
+    image_numbers: Int64s
     images: torch.Tensor
     labels: torch.Tensor | None
 
@@ -71,38 +69,44 @@ def stream_batches(
         prefetch_batches: batches that are ready before they are asked for, at least 2.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
         with_labels: whether the network has classes; without, a dataset's classes are left out.
-        stop: asked now and then while a batch is waited for, so that waiting for a bucket is not taken for hanging.
+        stop: beats while a batch is waited for, such as one whose shard lies in a bucket that is away.
     """
 
-    def read() -> Iterator[Batch]:
+    def read() -> Iterator[LoadedBatch]:
         first = first_image
         for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
             cache.prefetch(order, first)
-            yield _batch(cache, first, indices, numbers, pin_memory, with_labels)
+            yield _loaded_batch(cache, first, indices, numbers, pin_memory, with_labels)
             first += batch_size_images
 
     return BatchStream(read(), max(2, prefetch_batches), stop)
 
 
-class BatchStream(Iterator[Batch]):
-    """Batches that a thread reads ahead. It begins at the first question, and ends with the stream."""
+class BatchStream(Iterator[LoadedBatch]):
+    """Batches that a thread reads ahead, from the first question until they end or `close` is called."""
 
-    def __init__(self, batches: Iterator[Batch], prefetch_batches: int, stop: Stop) -> None:
+    def __init__(self, batches: Iterator[LoadedBatch], prefetch_batches: int, stop: Stop) -> None:
         """See `stream_batches`."""
-        self._ahead = _Ahead(batches, Queue(prefetch_batches))
-        self._stop = stop
+        self._batches, self._stop = batches, stop
+        self._ready: Queue[LoadedBatch | BaseException | None] = Queue(prefetch_batches)
+        self._closed = threading.Event()
+        self._has_ended = self._was_stopped = False
         self._thread: threading.Thread | None = None
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> LoadedBatch:
         """The next batch, which is waited for."""
         self._start()
-        item = self._take()
-        if isinstance(item, Batch):
+        item = None
+        while not self._closed.is_set():
+            try:
+                item = self._ready.get(timeout=_LOOK_SECONDS)
+                break
+            except Empty:
+                self._stop()
+        if isinstance(item, LoadedBatch):
             return item
         self.close()
-        if item is None:
-            raise StopIteration
-        raise item
+        raise StopIteration if item is None else item
 
     def holds(self, count: int) -> bool:
         """Whether the next `count` batches are here, or all that there will be; waits for none.
@@ -110,70 +114,42 @@ class BatchStream(Iterator[Batch]):
         One that a stop kept from coming is not here.
         """
         self._start()
-        return self._ahead.holds(count)
+        # The error of a stop, which lies behind the last batch, may be in there as well.
+        return self._has_ended or self._ready.qsize() - self._was_stopped >= count
 
     def close(self) -> None:
         """Ends the thread; a batch that it is reading is waited for, but not one whose shard does not come."""
-        self._ahead.closed.set()
-        # The thread may be waiting for room, once at most: after that it looks whether it is still wanted.
-        try:
-            while True:
-                self._ahead.ready.get_nowait()
-        except Empty:
-            over = time.monotonic() + _CLOSE_SECONDS
-            while self._thread is not None and self._thread.is_alive() and time.monotonic() < over:
-                self._thread.join(_POLL_SECONDS)
-                self._stop()
-
-    def __del__(self) -> None:
-        """A loop that broke off has no further use for it."""
-        self.close()
+        self._closed.set()
+        over = time.monotonic() + _LAST_BATCH_SECONDS
+        while self._thread is not None and self._thread.is_alive() and time.monotonic() < over:
+            # It may be waiting for room.
+            while not self._ready.empty():
+                self._ready.get_nowait()
+            self._thread.join(_LOOK_SECONDS / 10)
+            self._stop()
 
     def _start(self) -> None:
         if self._thread is None:
-            self._thread = threading.Thread(target=self._ahead.read, name="batches", daemon=True)
+            self._thread = threading.Thread(target=self._read, name="batches", daemon=True)
             self._thread.start()
 
-    def _take(self) -> Batch | BaseException | None:
-        while not self._ahead.closed.is_set():
-            try:
-                return self._ahead.ready.get(timeout=_POLL_SECONDS)
-            except Empty:
-                self._stop()
-        return None
-
-
-@dataclass
-class _Ahead:
-    """What the thread works on. It does not know the stream, so that one nobody refers to is closed."""
-
-    batches: Iterator[Batch]
-    ready: Queue[Batch | BaseException | None]
-    closed: threading.Event = field(default_factory=threading.Event)
-    has_ended: bool = False
-    was_stopped: bool = False
-
-    def read(self) -> None:
+    def _read(self) -> None:
         try:
-            for batch in self.batches:
-                self.ready.put(batch)
-                if self.closed.is_set():
+            for batch in self._batches:
+                self._ready.put(batch)
+                if self._closed.is_set():
                     return
-            self.has_ended = True
-            self.ready.put(None)
+            self._has_ended = True
+            self._ready.put(None)
         except BaseException as error:
-            self.was_stopped = isinstance(error, StoppedError)
-            self.has_ended = not self.was_stopped
-            self.ready.put(error)
-
-    def holds(self, count: int) -> bool:
-        # The error of a stop, which lies behind the last batch, may be in there as well.
-        return self.has_ended or self.ready.qsize() - self.was_stopped >= count
+            self._was_stopped = isinstance(error, StoppedError)
+            self._has_ended = not self._was_stopped
+            self._ready.put(error)
 
 
 def _slots(
     order: Order, batch_size: int, first: int, last: int | None, rank: int, world_size: int
-) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]]:
+) -> Iterator[tuple[Int64s, Int64s]]:
     """Dataset indices and image numbers of this rank, a batch at a time; ordered by thousands, which is far cheaper."""
     slots = np.arange(rank, batch_size, world_size)
     chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
@@ -184,14 +160,9 @@ def _slots(
         first += count * batch_size
 
 
-def _batch(
-    cache: ImageCache,
-    first_image: int,
-    indices: npt.NDArray[np.int64],
-    numbers: npt.NDArray[np.int64],
-    pin_memory: bool,
-    with_labels: bool,
-) -> Batch:
+def _loaded_batch(
+    cache: ImageCache, first_image: int, indices: Int64s, numbers: Int64s, pin_memory: bool, with_labels: bool
+) -> LoadedBatch:
     size, channels = cache.index.size, cache.index.channels
     images = torch.empty((len(indices), size, size, channels), dtype=torch.uint8, pin_memory=pin_memory)
     cache.read(indices, out=images.numpy())
@@ -199,4 +170,4 @@ def _batch(
     if with_labels and cache.index.classes:
         labels = torch.from_numpy(cache.labels(indices).astype(np.int64))
         labels = labels.pin_memory() if pin_memory else labels
-    return Batch(first_image, numbers, images.permute(0, 3, 1, 2), labels)
+    return LoadedBatch(first_image, numbers, images.permute(0, 3, 1, 2), labels)

@@ -12,7 +12,7 @@ from ddpm import figures, randomness
 from ddpm.schedule import make_schedule
 from job.config import DiffusionConfig
 from job.data.cache import default_cache_dir
-from job.data.chosen_images import ChosenImages
+from job.data.shard_source import ChosenImages
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import parse_numbers, validated_output

@@ -4,48 +4,68 @@ from __future__ import annotations
 
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Literal
 
-from job.config import RunConfig, check_steps
-from job.data.shards import DatasetIndex, dataset_key, load_index
+from job.config import RunConfig, SampleConfig, check_steps
+from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError
 from job.progress import note_once
 from job.requests import SampleRequest
 from job.runs import records
 from job.runs.checkpoints import choose, load_manifest, lost_manifest
-from job.runs.layout import SAMPLES, CheckpointRef
+from job.runs.layout import CheckpointRef
 from job.runs.pictures import how_drawn, label_of
 from job.runs.pieces import Drawing
-from job.sampling.pieces import Batch, piece_images
+from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import Store, open_store
-from job.store.retry import Retry, away_limit_seconds
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
 
 
 @dataclass(frozen=True)
 class SamplePlan:
     """A run, and what of it is to be drawn."""
 
+    request: SampleRequest
     bucket: Store
     run: Store
     index: DatasetIndex
     config: RunConfig
+    sample: SampleConfig
+    """The run's own section, but for what the request chose."""
     checkpoints: tuple[CheckpointRef, ...]
-    sampler: str
-    steps: int
 
-    def other_precision(self, request: SampleRequest) -> str:
-        """The precision that was asked for, if it is not the run's own."""
-        return request.precision if request.precision != self.config.train.precision else ""
+    @property
+    def precision(self) -> str:
+        """What the network computes in."""
+        return self.request.precision or self.config.train.precision
+
+    @property
+    def weights(self) -> Literal["ema", "model"]:
+        """The group of tensors to draw from."""
+        return "model" if self.request.raw else "ema"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the network knows."""
+        return self.index.classes if self.config.model.num_classes else ()
+
+    def label(self, ref: CheckpointRef) -> str:
+        """What a checkpoint is called in a picture's name."""
+        return label_of(ref.images_seen, self.index.images, self.config.train.batch_size)
+
+    def how(self, seeds: str = "") -> str:
+        """All that decides the images of a checkpoint, in a picture's name."""
+        precision = "" if self.precision == self.config.train.precision else self.precision
+        return how_drawn(self.sample.sampler, self.sample.steps, raw=self.request.raw, precision=precision, seeds=seeds)
 
 
 def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
-    """Finds the run and its checkpoints. Writes nothing; `stop` as for `plan_run`.
+    """Finds the run and its checkpoints. Writes nothing; `stop` is heard while the bucket is away, now and later.
 
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
-        BucketAwayError: the bucket stayed away beyond the limit.
-        StoppedError: `stop` said so.
     """
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
     run = records.run_store(bucket, request.run)
@@ -54,54 +74,54 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note_once(f"{error}; drawing as the run began")
-    assert config.data.size is not None
-    timesteps, sampler = config.diffusion.timesteps, request.sampler or config.sample.sampler
+    usual, sampler = config.sample, request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else timesteps)
+    steps = request.steps or (usual.steps if sampler == usual.sampler else config.diffusion.timesteps)
     check_steps(config, steps, "--steps ")
-    index = load_index(bucket, dataset_key(config.data.dataset, config.data.size))
+    chosen = {
+        "sampler": sampler,
+        "steps": steps,
+        "batch_size": request.batch_size or usual.batch_size,
+        "nearest": usual.nearest if request.nearest is None else request.nearest,
+    }
+    index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest":
         with suppress(BadDataError):
             if lost := lost_manifest(run, checkpoints):
                 note_once(f"{lost}: drawing from the checkpoint before")
-    return SamplePlan(bucket, run, index, config, tuple(checkpoints), sampler, steps)
+    return SamplePlan(request, bucket, run, index, config, usual.model_copy(update=chosen), tuple(checkpoints))
 
 
-def plan_batches(plan: SamplePlan, request: SampleRequest) -> list[Batch]:
-    """What `--count` asks for: a batch of images of each checkpoint. Writes nothing.
+def plan_sets(plan: SamplePlan) -> list[SampleSet]:
+    """What `--count` asks for: a set of images of each checkpoint; nothing without it. Writes nothing.
 
     Raises:
         BadDataError: a checkpoint's manifest is damaged.
         BadRequestError: images of another checkpoint, or drawn otherwise, lie where these would.
     """
-    config, index, count = plan.config, plan.index, request.count
-    assert count is not None
+    request, count = plan.request, plan.request.count
+    if count is None:
+        return []
     first_seed, save = request.first_seed or 0, request.save or "shards"
-    how = how_drawn(plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
-    batches = []
+    sets = []
+    sampling = plan.sample.model_dump(include={"sampler", "steps", "spacing", "eta", "variance"})
     for ref in plan.checkpoints:
         drawing = Drawing(
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            weights="model" if request.raw else "ema",
-            sampler=plan.sampler,
-            steps=plan.steps,
-            spacing=config.sample.spacing,
-            eta=config.sample.eta,
-            variance=config.sample.variance,
-            precision=request.precision or config.train.precision,
-            size=index.size,
-            channels=index.channels,
-            classes=index.classes if config.model.num_classes else (),
+            weights=plan.weights,
+            **sampling,
+            precision=plan.precision,
+            size=plan.index.size,
+            channels=plan.index.channels,
+            classes=plan.classes,
             first_seed=first_seed,
             count=count,
             piece_images=piece_images(count),
             save=save,  # type: ignore[arg-type]
         )
-        label = label_of(ref.images_seen, index.images, config.train.batch_size)
-        name = f"{label}-{how}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
-        batch = Batch(plan.run.sub(f"{SAMPLES}/{name}"), drawing)
-        batch.check()
-        batches.append(batch)
-    return batches
+        name = f"{plan.label(ref)}-{plan.how()}-{first_seed}-{count}{'-png' if save == 'png' else ''}"
+        sets.append(SampleSet(plan.run, name, ref, drawing))
+        sets[-1].check()
+    return sets

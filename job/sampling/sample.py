@@ -1,296 +1,217 @@
-"""`ddpm sample`, and the pictures that training makes: grids, comparisons and GIFs into the run's folder.
+"""`ddpm sample`, and the grids that training makes: pictures in the run's folder, or with `--count` images themselves.
 
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
             epoch-0080-ddpm-1000-seeds-0-63.png  other samplers, steps, weights or seeds are in the name
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080.gif             20 frames from noise to image
+            epoch-0080-ddim-100-0-50000/         see `sets`
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
-import torch
-import torch.distributed as dist
 
 from ddpm import figures
-from ddpm.generation import Sampling, generate
-from ddpm.schedule import make_schedule
-from ddpm.unet import UNet
-from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
-from job.data.shards import DatasetIndex, dataset_key
-from job.exits import BadDataError, StoppedError
-from job.processes import compute
-from job.processes.ranks import Agreement, Ranks, meet
+from job.exits import StoppedError
+from job.processes.launched import lost_peer
+from job.processes.ranks import Agreement, meet
 from job.progress import Progress
-from job.requests import GIF_SEEDS, SampleRequest, parse_numbers
-from job.runs.checkpoints import opened
+from job.requests import GIF_SEEDS, parse_numbers
+from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef
-from job.runs.pictures import file_words, how_drawn, label_of, put_picture, run_grid_key
+from job.runs.pictures import file_words, how_drawn, put_picture
 from job.runs.retention import reading
-from job.sampling.plan import SamplePlan, plan_sampling
-from job.stop import NEVER, Stop, beat
-from job.store import Store
-
-GIF_FRAMES = 20
-
-Images = np.ndarray
+from job.sampling.painter import Painter, sampling_of
+from job.sampling.plan import SamplePlan, plan_sets
+from job.sampling.sets import PieceWriter, SampleSet
+from job.stop import NEVER, Stop
 
 
-class Painter:
-    """A network in eval mode and all that is needed to draw from it on the processes there are."""
-
-    def __init__(self, config: RunConfig, ranks: Ranks, precision: str, stop: Stop, agreement: Agreement) -> None:
-        """`agreement` has one flag: being stopped, which all processes must be at the same step."""
-        self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
-        self.device = ranks.accelerator.device
-        self.network: UNet = compute.build_network(config, self.device).eval().requires_grad_(False)
-        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(self.device)
-        self.autocast = compute.autocast_for(precision, self.device)
-
-    def generate(
-        self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
-    ) -> torch.Tensor:
-        """One batch on this process: float32 [B, C, H, W] in [-1, 1]; seed k is of class k mod classes, if any.
-
-        `callback` gets every step's timestep, x_t and predicted x_0.
-        """
-        config, classes = self.config, self.config.model.num_classes
-        assert config.data.size is not None and config.data.channels is not None
-        numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-
-        return generate(
-            self.network,
-            self.schedule,
-            config.diffusion.prediction,
-            sampling,
-            numbers,
-            (config.data.channels, config.data.size, config.data.size),
-            numbers % classes if classes else None,
-            self.autocast,
-            callback,
-        )
-
-    def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> Images:
-        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, empty on the others.
-
-        Raises:
-            StoppedError: on all processes at the same step, when any of them was asked to stop.
-        """
-        rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine = list(seeds[rank::world_size])
-        steps = len(sampling.timesteps(self.schedule.num_timesteps))
-        made: list[Images] = []
-        with Progress(title, total=len(seeds), unit="images", disable=rank != 0) as bar:
-            # Every process counts the batches of the first one, which has the most.
-            for start in range(0, len(seeds[::world_size]), batch_size_images):
-                if batch := mine[start : start + batch_size_images]:
-                    made.append(figures.to_uint8(self.generate(batch, sampling, self._check_agreed)))
-                else:
-                    for _ in range(steps):
-                        self._check_agreed()
-                bar.update(min(len(seeds), (start + len(batch)) * world_size))
-            self._agreement.finish()
-        part = np.concatenate(made) if made else np.empty((0, 0, 0, 0), np.uint8)
-        if world_size == 1:
-            return part
-        parts: list[Any] | None = [None] * world_size if rank == 0 else None
-        dist.gather_object(part, parts)
-        if parts is None:
-            return np.empty((0, 0, 0, 0), np.uint8)
-        images = np.empty((len(seeds), *parts[0].shape[1:]), np.uint8)
-        for other, piece in enumerate(parts):
-            if len(piece):
-                images[other::world_size] = piece
-        return images
-
-    def _check_agreed(self, *_: Any) -> None:
-        (stopping,) = self._agreement.exchange(self.stop())
-        if stopping:
-            self._agreement.finish()
-            raise StoppedError("stopped while sampling; the same command begins again")
-
-    def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
-        """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
-        shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
-        frames: list[Images] = []
-
-        def keep(t: int, x_t: torch.Tensor, x_start: torch.Tensor) -> None:
-            if self.stop():
-                raise StoppedError("stopped while sampling; the same command begins again")
-            if t in shown[:-1]:
-                frames.append(figures.to_uint8(x_t))
-
-        frames.append(figures.to_uint8(self.generate(seeds, sampling, keep)))
-        return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
-
-
-@dataclass(frozen=True)
-class Look:
-    """How a grid is laid out: captions for classes, pairs for nearest training images."""
-
-    classes: tuple[str, ...]
-    training: Callable[[], Any] | None = None
-    """Yields all training images in chunks, uint8 [N, H, W, C], to find the nearest ones in."""
-    lookup: Callable[[np.ndarray], Images] | None = None
-
-    def grid(self, images: Images, seeds: Sequence[int]) -> bytes:
-        """A PNG of the images."""
-        if self.training is not None and self.lookup is not None:
-            indices, _ = figures.nearest_pairs(images, self.training)
-            return figures.png(figures.pairs_grid(images, self.lookup(indices), columns=5))
-        count = len(self.classes)
-        columns = 10 if count == 5 or count == 10 else 8 if len(images) > 4 else len(images)
-        named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
-        labels = [self.classes[seed % count] for seed in seeds[:columns]] if named else None
-        scale = max(1, 96 // images.shape[1])
-        return figures.png(figures.image_grid(images, columns, scale=scale, column_labels=labels))
-
-
-def look_for(config: RunConfig, index: DatasetIndex, cache: ImageCache | None, stop: Stop = NEVER) -> Look:
-    """The layout for a run; with a cache, nearest training images are shown, unless `stop` says so meanwhile.
-
-    Its `grid` then raises `StoppedError`.
-    """
-    classes = index.classes if config.model.num_classes else ()
-    if cache is None:
-        return Look(classes)
-
-    def chunks() -> Iterator[Images]:
-        for first in range(0, index.images, 1024):
-            beat()
-            stop.check("while the nearest training images were looked for")
-            yield cache.read(np.arange(first, min(first + 1024, index.images)))
-
-    return Look(classes, chunks, cache.read)
-
-
-def default_sampling(config: RunConfig) -> Sampling:
-    """The sampler of a run's configuration."""
-    sample = config.sample
-    return Sampling(sample.sampler, sample.steps, sample.spacing, sample.eta, sample.variance)
-
-
-def sampling_of(plan: SamplePlan) -> Sampling:
-    """The sampler of a run's configuration, but for what the request chose."""
-    return replace(default_sampling(plan.config), sampler=plan.sampler, steps=plan.steps)  # type: ignore[arg-type]
-
-
-def draw_run_grid(
-    put: Callable[[str, bytes], None], painter: Painter, index: DatasetIndex, images_seen: int, cache: ImageCache | None
-) -> None:
-    """Draws the run's standard grid and has it `put` into its folder; collective."""
-    config = painter.config
-    seeds, sampling = range(config.sample.images), default_sampling(config)
-    images = painter.draw(seeds, sampling, config.sample.batch_size, "sampling")
-
-    def publish() -> None:
-        look = look_for(config, index, cache if config.sample.nearest else None, painter.stop)
-        put(run_grid_key(config, index.images, images_seen), look.grid(images, seeds))
-
-    painter.ranks.on_main(publish)
-
-
-def run_sampling(request: SampleRequest, stop: Stop = NEVER) -> None:
-    """Draws from the chosen checkpoints of a run and prints where each picture lies.
-
-    Args:
-        request: what to draw.
-        stop: asked all the while.
+def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
+    """Draws what was planned from each chosen checkpoint, and prints where it lies. Collective.
 
     Raises:
-        MissingInputError: no such run or checkpoint; the message names those there are.
-        BadDataError: a checkpoint is damaged; the message names the object.
-        BucketAwayError: the bucket stayed away beyond the limit.
+        BadDataError: a checkpoint or a record is damaged; the message names the object.
+        StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
     """
-    plan = plan_sampling(request, stop)
-    run, config, index = plan.run, plan.config, plan.index
-    sampling, usual = sampling_of(plan), default_sampling(config)
-    seeds: Sequence[int] = range(config.sample.images)
-    gif_seeds: Sequence[int] = range(GIF_SEEDS)
-    if request.seeds:
-        seeds = parse_numbers(request.seeds, "--seeds")
-        gif_seeds = seeds[:GIF_SEEDS]
     ranks = meet(stop)
-    painter = Painter(
-        config, ranks, request.precision or config.train.precision, stop, Agreement(ranks.world_size, flags=1)
-    )
-    cache = _training_cache(plan, request, stop) if ranks.is_main else None
-    look = look_for(config, index, cache, stop)
-    chosen = partial(how_drawn, plan.sampler, plan.steps, raw=request.raw, precision=plan.other_precision(request))
-    how = gif_how = chosen(seeds=request.seeds)
-    if request.seeds and len(gif_seeds) < len(seeds):
-        gif_how = chosen(seeds=",".join(map(str, gif_seeds)))
-    is_standard = how == how_drawn(usual.sampler, usual.steps)
-    is_layout_chosen = request.nearest is not None and request.nearest != config.sample.nearest
-    layout = ("-nearest" if request.nearest else "-alone") if is_layout_chosen else ""
-    grids: list[tuple[str, Images]] = []
+    # A run that trains meanwhile may show each process another newest checkpoint.
+    plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
+    painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1))
+    if plan.request.count is None:
+        _draw_pictures(plan, painter)
+    for sample_set in plan_sets(plan):
+        _draw_slice(plan, painter, sample_set)
+
+
+def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
+    request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
+    seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else range(sample.images)
+    gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
+    gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
+    how, usual = plan.how(request.seeds), plan.config.sample
+    gif_how = "" if how == how_drawn(usual.sampler, usual.steps) else plan.how(request.seeds and gif_words)
+    layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
+    training = _training_images(plan, painter.stop) if sample.nearest and request.grid and is_main else None
+    grids: list[tuple[str, np.ndarray]] = []
+
+    def publish(ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
+        key = f"{SAMPLES}/{name}"
+        put_picture(plan.run, key, picture, ref)
+        print(f"{plan.run.uri_of(key)}{note}")
+
     for ref in plan.checkpoints:
-        load_weights(run, ref, "model" if request.raw else "ema", painter.network, ranks)
-        label = label_of(ref.images_seen, index.images, config.train.batch_size)
+        label = plan.label(ref)
+        with reading(plan.run, ref):
+            painter.load(plan.run, ref, plan.weights)
         if request.grid:
-            started = time.monotonic()
-            images = painter.draw(seeds, sampling, request.batch_size or config.sample.batch_size, label)
-            if ranks.is_main:
-                rate = len(seeds) / (time.monotonic() - started)
+            began = time.monotonic()
+            images = painter.draw(seeds, sampling_of(sample), sample.batch_size, label)
+            if is_main:
+                rate = len(seeds) / (time.monotonic() - began)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
-                _publish(run, ref, f"{label}-{how}{layout}.png", look.grid(images, seeds), f"{rate:.2f} images/s")
-        if request.gif and ranks.is_main:
-            name = f"denoising-{label}.gif" if is_standard else f"denoising-{label}-{gif_how}.gif"
-            _publish(run, ref, name, painter.denoising_gif(gif_seeds, sampling))
+                grid = grid_png(images, seeds, plan.classes, training, painter.stop)
+                publish(ref, f"{label}-{how}{layout}.png", grid, f"  ({rate:.2f} images/s)")
+        if request.gif and is_main:
+            gif = painter.denoising_gif(gif_seeds, sampling_of(sample))
+            publish(ref, f"denoising-{label}{gif_how and f'-{gif_how}'}.gif", gif)
     if len(grids) > 1:
-        words = file_words(request.checkpoints, "-")
-        _publish(run, max(plan.checkpoints), f"comparison-{words}-{how}.png", figures.png(figures.comparison(grids)))
+        name = f"comparison-{file_words(request.checkpoints, '-')}-{how}.png"
+        publish(max(plan.checkpoints), name, figures.png(figures.comparison(grids)))
 
 
-def _training_cache(plan: SamplePlan, request: SampleRequest, stop: Stop) -> ImageCache | None:
-    config, index = plan.config, plan.index
-    wanted = config.sample.nearest if request.nearest is None else request.nearest
-    if not (wanted and request.grid):
-        return None
+def _training_images(plan: SamplePlan, stop: Stop) -> ImageCache:
     return open_cache(
         plan.bucket,
-        dataset_key(config.data.dataset, index.size),
-        index,
+        records.dataset_key_of(plan.config),
+        plan.index,
         cache_dir=default_cache_dir(),
-        budget_bytes=int(config.data.cache_gigabytes * 1e9),
+        budget_bytes=plan.config.data.cache_bytes,
         stop=stop,
     )
 
 
-def load_weights(run: Store, ref: CheckpointRef, group: str, network: UNet, ranks: Ranks) -> None:
-    """Reads the weights of a checkpoint, once for all processes, and keeps it from being retired meanwhile. Collective.
+def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
+    """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
+    ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
+    index, slices = plan.request.slice_of
+    numbers = drawing.slice(index, slices)
+    committed = ranks.on_main(sample_set.begin)
+    missing = [number for number in numbers if number not in committed]
+    to_make = sum(len(drawing.seeds(number)) for number in missing)
+    there_before = sum(len(drawing.seeds(number)) for number in numbers) - to_make
+    made, began = 0, time.monotonic()
+    # Each process for itself: one that commits its last piece may outlive the others.
+    with reading(plan.run, sample_set.ref) as renew:
+        if missing:
+            painter.load(plan.run, sample_set.ref, plan.weights)
+            began = time.monotonic()
+            bar = Progress(sample_set.name, total=there_before + to_make, disable=not ranks.is_main)
+            with bar.started_at(there_before):
+
+                def advance(done: int) -> None:
+                    renew()
+                    # What the others have drawn by now is about as much.
+                    bar.update(there_before + min(to_make, done * ranks.world_size))
+
+                made = _draw_pieces(plan, painter, sample_set, missing, advance)
+        seconds = time.monotonic() - began
+
+        def finish() -> None:
+            rate = f" at {made / seconds:.2f} images/s" if made else ""
+            note = f"{made:,} made{rate}, {there_before:,} there before"
+            if to_come := drawing.pieces - len(sample_set.committed()):
+                pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
+                print(f"{sample_set.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
+                return
+            if sample_set.index() is None:
+                seeds = drawing.seeds(0)[: plan.sample.images]
+                sample_set.publish(lambda shown: grid_png(shown, seeds, plan.classes), len(seeds), stop)
+            print(sample_set.describe(note if missing else "complete already"))
+
+        ranks.on_main(finish)
+
+
+def _draw_pieces(
+    plan: SamplePlan, painter: Painter, sample_set: SampleSet, missing: list[int], advance: Callable[[int], None]
+) -> int:
+    """Draws this process's share of the missing pieces; how many images all processes have committed then.
+
+    Args:
+        plan: how they are drawn.
+        painter: with the weights.
+        sample_set: where they belong.
+        missing: the numbers of the pieces.
+        advance: told how many images this process has drawn by now.
 
     Raises:
-        BadDataError: it is damaged; the message names the object.
+        StoppedError: what was drawn is saved, in whole pieces.
     """
-
-    def load() -> None:
-        tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
+    ranks, stop, batch_size, done = painter.ranks, painter.stop, plan.sample.batch_size, 0
+    writer = PieceWriter(sample_set, stop)
+    try:
         try:
-            with reading(run, ref), opened(run, ref, (group,)) as restored:
-                restored.copy_into(tensors)
-        except BadDataError as error:
-            name = run.uri.rsplit("/", 1)[-1]
-            raise BadDataError(
-                f"{error}; `ddpm runs show {name}` lists the other checkpoints, for --checkpoints, and "
-                f"`ddpm runs verify {name}` says which are whole"
-            ) from None
+            for number in missing[ranks.rank :: ranks.world_size]:
+                seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
+                if sample_set.is_committed(number):
+                    advance(done := done + len(seeds))
+                    continue
+                # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
+                for start in range(0, len(seeds), batch_size):
+                    parts.append(painter.draw_alone(seeds[start : start + batch_size], sampling_of(plan.sample)))
+                    advance(done := done + len(parts[-1]))
+                writer.submit(number, np.concatenate(parts))
+        finally:
+            writer.wait()
+        (made,) = ranks.sum(writer.made_images)
+    except (StoppedError, RuntimeError) as error:
+        # A process that is stopped does not wait for the others, whose pieces may take long: its end ends them.
+        if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
+            raise
+        of_rank = f" of process {ranks.rank}" if ranks.world_size > 1 else ""
+        raise StoppedError(
+            f"stopped by {stop.reason} after {writer.made_images:,} images{of_rank} of {sample_set.name}; all whole "
+            "pieces are saved, and the same command goes on from there"
+        ) from None
+    return made
 
-    ranks.on_main(load)
-    if dist.is_initialized():
-        for parameter in network.parameters():
-            dist.broadcast(parameter.detach(), src=0)
 
+def grid_png(
+    images: np.ndarray,
+    seeds: Sequence[int],
+    classes: Sequence[str] = (),
+    training: ImageCache | None = None,
+    stop: Stop = NEVER,
+) -> bytes:
+    """A grid of images below the names of their classes, or each beside the training image that is nearest to it.
 
-def _publish(run: Store, ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
-    key = f"{SAMPLES}/{name}"
-    put_picture(run, key, picture, ref)
-    print(f"{run.uri_of(key)}{f'  ({note})' if note else ''}")
+    Args:
+        images: uint8 [n, H, W, C].
+        seeds: theirs.
+        classes: if the network knows any.
+        training: images to find the nearest ones in, if these are to be shown.
+        stop: heard while they are looked for.
+
+    Raises:
+        StoppedError: `stop` said so.
+    """
+    if training is not None:
+
+        def chunks() -> Iterator[np.ndarray]:
+            for first in range(0, training.index.images, 1024):
+                stop.check("while the nearest training images were looked for")
+                yield training.read(np.arange(first, min(first + 1024, training.index.images)))
+
+        indices, _ = figures.nearest_pairs(images, chunks)
+        return figures.png(figures.pairs_grid(images, training.read(indices), columns=5))
+    count = len(classes)
+    columns = 10 if count == 5 or count == 10 else 8 if len(images) > 4 else len(images)
+    named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
+    labels = [classes[seed % count] for seed in seeds[:columns]] if named else None
+    return figures.png(figures.image_grid(images, columns, scale=max(1, 96 // images.shape[1]), column_labels=labels))

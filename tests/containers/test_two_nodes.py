@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store
 from tests.job.nodes import Nodes
@@ -63,7 +63,7 @@ def test_two_nodes_meet_and_train(
 ) -> None:
     address = request.getfixturevalue("named") if by_name else ADDRESSES[0]
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(tmp_path / "bucket")), str(source), "tiles", size=16)
+    pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "tiles", size=16))
     nodes = Nodes(tmp_path, address, 29500, namespaces)
     together = nodes.together("walk", 2)
     assert [node.wait(200) for node in together] == [0, 0], nodes.said(together)

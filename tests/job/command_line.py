@@ -64,6 +64,18 @@ def ddpm(
     )
 
 
+def started(*words: object, cwd: Path | None = None, **variables: str) -> subprocess.Popen[str]:
+    """Begins `ddpm WORDS` in a process of its own; both of its streams come as one."""
+    return subprocess.Popen(
+        [DDPM, *map(str, words)],
+        cwd=cwd,
+        env=environment(**variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes."""
     out, err, code = io.StringIO(), io.StringIO(), 0

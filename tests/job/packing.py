@@ -6,21 +6,32 @@ from pathlib import Path
 
 import pytest
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
-from tests.job.stops import stop_after
 
 KEY = "datasets/small-16"
 SHARD_BYTES = 40_000
 FILES = [(f"{kind}/{n:03d}.jpg", jpeg(100 * i + n)) for i, kind in enumerate(("cats", "dogs")) for n in range(30)]
 
 
-def packed(bucket: str | Path, source: str | Path, **options) -> DatasetIndex:
-    """Packs the source as this module's dataset."""
-    return pack(open_store(str(bucket)), str(source), "small", **{"size": 16, "shard_bytes": SHARD_BYTES, **options})
+def packed(
+    bucket: str | Path, source: str | Path, *, shard_bytes: int = SHARD_BYTES, stop_at: int = 0, threads=None, **options
+) -> DatasetIndex:
+    """Packs the source as this module's dataset, or is stopped once so many images, or bytes of tars, are read."""
+    stop = Stop()
+    told = options.pop("progress", lambda *_: None)
+
+    def progress(done: int, total: int, images: int) -> None:
+        told(done, total, images)
+        if stop_at and images >= stop_at:
+            stop.request("a test")
+
+    request = PackRequest(str(source), "small", **{"size": 16, **options})
+    store = open_store(str(bucket))
+    return pack(store, request, shard_bytes=shard_bytes, threads=threads, stop=stop, progress=progress)
 
 
 def objects(bucket: str | Path) -> dict[str, bytes]:
@@ -38,11 +49,6 @@ def committed(bucket: Path) -> dict[str, bytes]:
 def written(shard: Path) -> tuple[int, int]:
     """Changes whenever the object is written anew, be it with the same bytes."""
     return shard.stat().st_ino, shard.stat().st_mtime_ns
-
-
-def stop_at(image: int) -> Stop:
-    """Stops at this image; the first look at the names asks as well."""
-    return stop_after(len(FILES) + image)
 
 
 @pytest.fixture(name="source", scope="module")

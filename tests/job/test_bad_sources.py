@@ -7,7 +7,6 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 
 from job.data.verify import verify_dataset
@@ -58,27 +57,25 @@ BAD_SOURCES = {
 }
 
 
-@pytest.mark.parametrize("kind", BAD_SOURCES)
-def test_a_source_that_cannot_be_packed(tmp_path, kind):
-    make, parts = BAD_SOURCES[kind]
-    source, bucket = make(tmp_path / "source"), tmp_path / "bucket"
-    words = ("data", "pack", source, "mine", "--size", 16, "--bucket", bucket)
-    line = refused(ddpm_here(*words), Exit.BAD_DATA)
-    assert str(source) in line
-    assert all(part in line for part in parts), line
-    assert not list(bucket.rglob("index.json"))
-    assert sorted(path.name for path in tmp_path.iterdir() if path != bucket) == ["source"]
-    if bucket.exists():
-        assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
-        assert "no dataset 'mine'" in refused(ddpm_here("train", "--dataset", "mine", "--bucket", bucket), 66)
-    # The same command goes on once the source is a good one.
-    source.unlink()
-    zip_of(source, GOOD)
-    assert "12 colour, 16×16 pixels" in succeeded(ddpm_here(*words))
-    assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
-
-
-def test_an_empty_folder(tmp_path):
+def test_a_source_that_cannot_be_packed(tmp_path):
+    for kind, (make, parts) in BAD_SOURCES.items():
+        folder = tmp_path / kind
+        folder.mkdir()
+        source, bucket = make(folder / "source"), folder / "bucket"
+        words = ("data", "pack", source, "mine", "--size", 16, "--bucket", bucket)
+        line = refused(ddpm_here(*words), Exit.BAD_DATA)
+        assert str(source) in line, kind
+        assert all(part in line for part in parts), line
+        assert not list(bucket.rglob("index.json")), kind
+        assert sorted(path.name for path in folder.iterdir() if path != bucket) == ["source"], kind
+        if bucket.exists():
+            assert "unfinished: pack it again" in succeeded(ddpm_here("data", "list", "--bucket", bucket))
+            assert "no dataset 'mine'" in refused(ddpm_here("train", "--dataset", "mine", "--bucket", bucket), 66)
+        # The same command goes on once the source is a good one.
+        source.unlink()
+        zip_of(source, GOOD)
+        assert "12 colour, 16×16 pixels" in succeeded(ddpm_here(*words)), kind
+        assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == [], kind
     (tmp_path / "photos").mkdir()
     line = refused(ddpm_here("data", "pack", tmp_path / "photos", "mine", "--size", 16, "--bucket", tmp_path / "b"), 65)
     assert f"{tmp_path}/photos holds no images" in line

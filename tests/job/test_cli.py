@@ -7,109 +7,69 @@ import json
 import os
 import re
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 import yaml
 from PIL import Image
 
 import job
+from job.cli.app import app
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, started, succeeded
+from tests.job.launching import eventually
 from tests.job.some_images import folder_of, jpeg, zip_of
 
-COMMANDS = (
-    "",
-    "data",
-    "data pack",
-    "data ensure",
-    "data list",
-    "data show",
-    "data index",
-    "data verify",
-    "data delete",
-    "train",
-    "sample",
-    "figure",
-    "figure schedule",
-    "figure noising",
-    "figure denoising",
-    "runs",
-    "runs list",
-    "runs show",
-    "runs verify",
-    "runs prune",
-    "submit",
-    "submit train",
-    "submit sample",
-    "submit pack",
-    "jobs",
-    "jobs list",
-    "jobs status",
-    "jobs logs",
-    "jobs cancel",
-    "jobs describe",
-)
 HEAVY = {"torch", "numpy", "PIL", "matplotlib", "yaml", "rich", "accelerate", "google", "botocore"}
 
 
+def commands(group, path: str = "") -> list[str]:
+    """The words of every command and group."""
+    found = [path]
+    for name, command in getattr(group, "commands", {}).items():
+        found += commands(command, f"{path} {name}".strip())
+    return found
+
+
 def test_help_explains_every_command_and_imports_nothing_heavy():
-    children = {
-        command: subprocess.Popen(
-            [sys.executable, "-X", "importtime", DDPM, *command.split(), "--help"],
-            env=environment(COLUMNS="80"),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for command in COMMANDS
-    }
-    for command, child in children.items():
-        out, timings = child.communicate(timeout=60)
-        assert child.returncode == 0, command
-        assert out.startswith(f"Usage: ddpm {command}".rstrip()), command
-        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in timings.splitlines()}
+    names = commands(typer.main.get_command(app))
+    assert len(names) > 30
+    for name in names:
+        out = succeeded(ddpm_here(*name.split(), "--help", COLUMNS="80"))
+        assert out.startswith("Usage: "), name
+        assert max(map(len, out.splitlines())) <= 80, name
+        assert f" ddpm {name}".rstrip() in out.partition("Example")[2], name
+    for name in ("", "submit train", "jobs logs"):
+        words = [sys.executable, "-X", "importtime", DDPM, *name.split(), "--help"]
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=True, timeout=60)
+        assert done.stdout.startswith(f"Usage: ddpm {name}".rstrip())
+        imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
         assert "typer" in imported
-        assert not imported & HEAVY, command
-        assert max(map(len, out.splitlines())) <= 80, command
-        assert f" ddpm {command}".rstrip() in out.partition("Example")[2], command
+        assert not imported & HEAVY, name
 
 
-def test_version():
+def test_version_and_completion():
     assert succeeded(ddpm("--version")) == f"ddpm {job.__version__}\n"
     assert succeeded(ddpm("--version", program=(sys.executable, "-m", "job"))) == f"ddpm {job.__version__}\n"
-
-
-@pytest.mark.parametrize(("typed", "offered"), [("ddpm ", {"train", "sample", "data"}), ("ddpm data ", {"pack"})])
-def test_the_shell_completes_commands(typed, offered):
-    words = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(typed.count(" "))}
-    assert offered <= set(succeeded(ddpm(**words)).split())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where local buckets lie, and the cache, which is this module's own."""
-    folder = tmp_path_factory.mktemp("cli")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        yield folder
+    words = {"_DDPM_COMPLETE": "complete_bash", "COMP_WORDS": "ddpm data ", "COMP_CWORD": "2"}
+    assert {"pack", "list"} <= set(succeeded(ddpm(**words)).split())
 
 
 @pytest.fixture(scope="module", params=["local", "gs"])
-def bucket(request: pytest.FixtureRequest, folder: Path) -> str:
+def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A bucket with the embedded images at 16 pixels and a run `walk` of two epochs, all made on the command line.
 
     On the object server the run is made in two attempts; in the folder by a submitted job.
     """
-    uri = str(folder / "bucket")
+    uri = str(tmp_path_factory.mktemp("cli") / "bucket")
     if request.param == "gs":
         request.getfixturevalue("gcs_server")
         from google.cloud import storage
@@ -131,11 +91,9 @@ def bucket(request: pytest.FixtureRequest, folder: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def local(folder: Path) -> str:
+def local(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A local bucket with the embedded images at 16 pixels."""
-    uri = str(folder / "other-bucket")
-    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
-    return uri
+    return str(shutil.copytree(tiles, tmp_path_factory.mktemp("local") / "bucket"))
 
 
 def about(uri: str, run: str) -> list[str]:
@@ -151,7 +109,7 @@ def picture_at(run: Store, key: str) -> Image.Image:
 
 
 def test_datasets_are_listed_and_shown(bucket):
-    header, row = succeeded(ddpm("data", "list", "--bucket", bucket)).splitlines()
+    header, row = succeeded(ddpm_here("data", "list", "--bucket", bucket)).splitlines()
     assert header.split()[:4] == ["dataset", "size", "images", "classes"]
     assert row.split()[:4] == ["tiles", "16", "299", "5"]
     out = succeeded(ddpm_here("data", "show", "tiles", "--bucket", bucket))
@@ -164,15 +122,8 @@ def test_datasets_are_listed_and_shown(bucket):
     assert len(sheet.getcolors(1 << 24)) > 1000
 
 
-def test_a_licence_is_text_and_no_markup(tmp_path):
-    licence = "CC0 [/bold] [link=x]:smile:"
-    place = ("--bucket", tmp_path / "bucket")
-    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
-    assert succeeded(ddpm_here("data", "list", *place)).rstrip().endswith(licence)
-
-
 def test_a_finished_run_says_so_and_where_everything_lies(bucket):
-    out = succeeded(ddpm("train", *about(bucket, "walk"), "--epochs", 2))
+    out = succeeded(ddpm_here("train", *about(bucket, "walk"), "--epochs", 2))
     assert out.startswith("Run 'walk' is finished already: 2 epochs, 600 images seen.\n")
     assert out.endswith("To go on: the same command with more epochs (EPOCHS=4, or --epochs 4).\n")
     run = run_of(bucket, "walk")
@@ -186,7 +137,7 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
     attempts = [json.loads(run.read(entry.key).data) for entry in run.list("attempts")]
     assert [attempt["changes"] for attempt in attempts] == [{}, {"train.epochs": 2}][: len(attempts)]
     # To ask for fewer epochs than there are is no mistake.
-    out = succeeded(ddpm("train", *about(bucket, "walk"), "--epochs", 1))
+    out = succeeded(ddpm_here("train", *about(bucket, "walk"), "--epochs", 1))
     assert out.startswith("Run 'walk' is finished already: 2 epochs, 600 images seen.\n")
     assert "EPOCHS=4" in out
 
@@ -202,7 +153,7 @@ def test_several_checkpoints_are_compared(bucket):
         "samples/denoising-epoch-0002-ddim-4-seeds-0-3.gif",
         "samples/comparison-1-2-ddim-4-seeds-0-3.png",
     ]
-    printed = [line.split()[0] for line in succeeded(ddpm(*words)).splitlines()]
+    printed = [line.split()[0] for line in succeeded(ddpm_here(*words)).splitlines()]
     assert printed == [run.uri_of(key) for key in keys]
     one, two, both = (picture_at(run, key) for key in (keys[0], keys[2], keys[4]))
     assert np.abs(np.asarray(one, np.int16) - np.asarray(two, np.int16)).max() > 0
@@ -211,21 +162,17 @@ def test_several_checkpoints_are_compared(bucket):
 
 
 def test_runs_are_listed_and_shown(bucket):
-    _, row = succeeded(ddpm("runs", "list", "--bucket", bucket)).splitlines()
+    _, row = succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()
     assert row.split()[:4] == ["walk", "finished", "2.0", "600/600"]
     loss, rate, newest = map(float, row.split()[4:])
     assert 0 < loss < 2
     assert rate > 1
     assert newest == 600
-    out = succeeded(ddpm("runs", "show", "walk", "--bucket", bucket))
+    out = succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
     assert "state       finished" in out
     assert "images seen 600 of 600" in out
     assert re.search(r"newest +checkpoints/00000[12]-000000000600,", out)
     assert "checkpoints 2: epoch 1, epoch 2" in out
-
-
-def test_a_dataset_is_verified(local):
-    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", local))
 
 
 def test_images_are_noised(local, tmp_path):
@@ -291,23 +238,16 @@ def test_other_launchers_train_the_same_run(local):
         assert (manifest.images_seen, manifest.world_size) == (312, processes)
 
 
-def eventually(condition: Callable[[], object], seconds: float = 100) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_a_submitted_job_is_stopped_with_its_command(local, tmp_path):
     """Also in a folder that has a `job` of its own."""
     (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")
     words = ["submit", "train", *about(local, "sent"), "--on", "local", "--epochs", "1000"]
-    child = subprocess.Popen([DDPM, *words], cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
+    child = started(*words, cwd=tmp_path)
     eventually(lambda: list_checkpoints(run_of(local, "sent")))
     child.send_signal(signal.SIGTERM)
-    _, err = child.communicate(timeout=60)
+    said, _ = child.communicate(timeout=60)
     assert child.returncode == 75
-    assert "everything is saved, and the same command goes on from there" in err
+    assert "everything is saved, and the same command goes on from there" in said
 
 
 def test_a_detached_job_writes_its_log_where_it_says(local, tmp_path):
@@ -325,19 +265,22 @@ def test_a_dataset_is_packed_only_if_it_is_not_there(tmp_path):
     words = ("data", "ensure", "mine", "--bucket", tmp_path / "bucket", "--source", photos)
     # Without a preset or a size it is made for the network of the preset it will be trained with.
     assert "6 colour, 32×32 pixels" in succeeded(ddpm(*words))
-    assert succeeded(ddpm(*words)) == ""
-    assert "6 colour, 16×16 pixels" in succeeded(ddpm(*words, "--size", 16))
-    assert succeeded(ddpm(*words)) == ""
+    assert succeeded(ddpm_here(*words)) == ""
+    assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
+    assert succeeded(ddpm_here(*words)) == ""
 
 
-def test_listings_leave_out_what_other_people_put_there(local):
-    folder = Path(local)
+def test_listings_show_text_and_leave_out_what_other_people_put_there(local):
+    licence = "CC0 [/bold] [link=x]:smile:"
+    place = ("--bucket", local)
+    succeeded(ddpm_here("data", "pack", "landscape-sample", "noted", "--size", 8, "--licence", licence, *place))
     for name in ("runs/My_Notes/todo.txt", "datasets/notes/todo.txt", "runs/readme.txt"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text("mine")
-    assert "My_Notes" not in succeeded(ddpm("runs", "list", "--bucket", local))
-    out = succeeded(ddpm("data", "list", "--bucket", local, COLUMNS="40"))
+        (Path(local) / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path(local) / name).write_text("mine")
+    assert "My_Notes" not in succeeded(ddpm_here("runs", "list", *place))
+    out = succeeded(ddpm("data", "list", DDPM_BUCKET=local, COLUMNS="40"))
     assert ["tiles", "16", "299"] in [line.split()[:3] for line in out.splitlines()]
+    assert licence in succeeded(ddpm_here("data", "list", *place, COLUMNS="200"))
 
 
 def test_a_reader_that_goes_away_is_no_traceback(local):
@@ -356,8 +299,3 @@ def test_a_terminal_that_cannot_show_a_character_shows_its_escape(tmp_path):
     out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
     assert "3 colour, 16\\xd716 pixels" in out
     assert "made     from caf%e9.zip" in out
-
-
-def test_the_bucket_of_the_environment(local):
-    assert "tiles" in succeeded(ddpm("data", "list", DDPM_BUCKET=local))
-    assert os.environ.get("DDPM_BUCKET", "") != local

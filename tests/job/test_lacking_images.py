@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections.abc import Iterator
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
 from job import train
-from job.data.pack import pack
 from job.exits import BucketAwayError, StoppedError
+from job.plan import Plan, plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import load_lease
-from job.store import Store, open_store
+from job.store import Store
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually
 from tests.job.stops import StopWhen
@@ -44,60 +44,55 @@ lacking, going_on = threading.Event(), threading.Event()
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+def plan(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
     opened = train.open_cache
     monkeypatch.setattr(train, "open_cache", lambda *words, **options: Lacking(opened(*words, **options)))
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
     lacking.clear()
     going_on.clear()
-    pack(open_store(str(tmp_path)), str(resources.files("job") / "datasets" / "landscape-sample.zip"), "tiles", size=16)
-    yield open_store(str(tmp_path)).sub("runs/walk")
-    going_on.set()
-
-
-def request(run: Store) -> TrainRequest:
     sets = [f"{key}={value}" for key, value in NETWORK.items()] + ["checkpoint.every_epochs=1", "sample.every_epochs=0"]
-    return TrainRequest("tiles", str(Path(run.uri).parents[1]), run="walk", epochs=3, sets=tuple(sets)).check()
+    yield plan_run(TrainRequest("tiles", str(bucket), run="walk", epochs=3, sets=tuple(sets)).check())
+    going_on.set()
 
 
 def saved(run: Store) -> list[int]:
     return [ref.images_seen for ref in list_checkpoints(run)]
 
 
-def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(run):
+def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(plan):
     seen = []
 
     def watch():
         lacking.wait(60)
         with_checkpoint = time.monotonic() + 10
-        while not saved(run) and time.monotonic() < with_checkpoint:
+        while not saved(plan.run) and time.monotonic() < with_checkpoint:
             time.sleep(0.05)
-        seen.extend(saved(run))
+        seen.extend(saved(plan.run))
         going_on.set()
 
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(BucketAwayError, match="the shard's bucket is away"):
-        train.run_training(request(run))
+        train.run_training(plan)
     watcher.join()
     assert seen == [EPOCH_IMAGES]
-    assert saved(run) == [EPOCH_IMAGES]
-    assert load_lease(run).released
+    assert saved(plan.run) == [EPOCH_IMAGES]
+    assert load_lease(plan.run).released
 
 
-def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(run):
+def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(plan):
     began: list[float] = []
 
     def stop() -> bool:
-        if lacking.is_set() and saved(run) and not began:
+        if lacking.is_set() and saved(plan.run) and not began:
             began.append(time.monotonic())
         return bool(began)
 
     with pytest.raises(StoppedError, match="everything is saved"):
-        train.run_training(request(run), StopWhen(stop))
+        train.run_training(plan, StopWhen(stop))
     # The reader is waited for as well, but not for ever.
     assert time.monotonic() - began[0] < 6
-    assert saved(run) == [EPOCH_IMAGES]
+    assert saved(plan.run) == [EPOCH_IMAGES]
     assert not going_on.is_set()
     going_on.set()
     eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "batches"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ train_with_all_memory = run_training
 def run_training(*arguments):
     in_use_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (in_use_bytes + 1000 * 2**20,) * 2)
-    train_with_all_memory(*arguments)
+    return train_with_all_memory(*arguments)
 """
 
 
@@ -40,24 +41,17 @@ def test_on_the_machine(tmp_path):
     succeeded(ddpm(*words, "--set", "train.micro_batch_size=2", **variables))
 
 
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"),
-            "memory ran out on the GPU (Tried to allocate 2.00 GiB)",
-        ),
-        (MemoryError(), "memory ran out on the machine:"),
-        (RuntimeError("could not create a primitive"), "memory ran out on the machine (could not create a primitive)"),
-    ],
-)
-def test_as_it_is_said(error, said, monkeypatch, capsys):
-    def fail():
-        raise error
-
-    monkeypatch.setattr(app, "app", fail)
+def test_as_it_is_said(monkeypatch, capsys):
+    gpu = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
+    errors = {
+        "memory ran out on the GPU (Tried to allocate 2.00 GiB)": torch.OutOfMemoryError(gpu),
+        "memory ran out on the machine:": MemoryError(),
+        "memory ran out on the machine (could not create a primitive)": RuntimeError("could not create a primitive"),
+    }
     monkeypatch.setattr(sys, "argv", ["ddpm"])
-    with pytest.raises(SystemExit) as end:
-        app.run()
-    assert end.value.code == 1
-    assert said in capsys.readouterr().err
+    for said, error in errors.items():
+        monkeypatch.setattr(app, "app", Mock(side_effect=error))
+        with pytest.raises(SystemExit) as end:
+            app.run()
+        assert end.value.code == 1
+        assert said in capsys.readouterr().err

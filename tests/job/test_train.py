@@ -2,13 +2,11 @@
 
 import hashlib
 import json
-import os
+import shutil
 import signal
-import subprocess
 import sys
-import time
-from importlib import resources
 from itertools import count
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,12 +15,13 @@ from accelerate.state import AcceleratorState
 
 from ddpm import randomness
 from ddpm.training import prepare_images
+from job.config_input import draft
 from job.data.cache import open_cache
 from job.data.order import Order
-from job.data.pack import pack
 from job.data.shards import load_index
 from job.data.stream import stream_batches
-from job.exits import BadConfigError, BadRequestError, Exit, NotANumberError, StoppedError
+from job.exits import BadConfigError, Exit, NotANumberError, StoppedError
+from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.metrics import read_rows
@@ -30,41 +29,25 @@ from job.runs.records import read_status
 from job.session import settings_of
 from job.store import open_store
 from job.train import run_training
+from tests.job.command_line import NETWORK, ddpm, settings, started, succeeded
+from tests.job.launching import eventually
 from tests.job.stops import StopWhen
 
-SMALL = (
-    "model.channels=8",
-    "model.channel_mults=1,2",
-    "model.norm_groups=4",
-    "model.attention_sizes=8",
-    "train.precision=fp32",
-    "train.batch_size=24",
-    "train.warmup_images=480",
-    "sample.images=4",
-    "sample.steps=4",
-    "checkpoint.every_minutes=60",
-    "checkpoint.keep_last=99",
-    "log.every_images=72",
-)
+SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
 GROUPS = ("model", "ema", "optimizer")
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A bucket with the embedded images at 16 pixels, and a cache folder of its own."""
-    folder = tmp_path_factory.mktemp("train")
-    source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        yield folder
+def packed(tiles, tmp_path_factory) -> Path:
+    """A bucket with the embedded images at 16 pixels."""
+    return shutil.copytree(tiles, tmp_path_factory.mktemp("train") / "bucket")
 
 
 @pytest.fixture
 def train(packed):
     """Trains in this process; `stop_after` steps ask it to stop."""
 
-    def train(run, *sets, epochs=1, stop_after=None, preset="landscape-sample"):
+    def train(run, *, epochs=None, stop_after=None, **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         steps = count()
 
@@ -73,8 +56,10 @@ def train(packed):
             after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
             return stop_after is not None and after_a_step and next(steps) >= stop_after
 
-        request = TrainRequest("tiles", str(packed), run=run, preset=preset, epochs=epochs, sets=(*SMALL, *sets))
-        run_training(request.check(), StopWhen(is_enough))
+        keys = {name.replace("__", "."): value for name, value in changes.items()}
+        sets = tuple(f"{key}={value}" for key, value in (SMALL | keys if epochs else keys).items())
+        request = TrainRequest("tiles", str(packed), run=run, epochs=epochs, sets=sets)
+        run_training(plan_run(request.check()), StopWhen(is_enough))
 
     return train
 
@@ -101,13 +86,13 @@ def final_state(run):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, dropout):
-    name, extra = f"dropout-{int(dropout * 10)}", f"model.dropout={dropout}"
-    train(f"{name}-a", extra, epochs=2)
+    name = f"dropout-{int(dropout * 10)}"
+    train(f"{name}-a", epochs=2, model__dropout=dropout)
     for stop_after in (5, 9):
         with pytest.raises(StoppedError) as caught:
-            train(f"{name}-b", extra, epochs=2, stop_after=stop_after)
+            train(f"{name}-b", epochs=2, stop_after=stop_after, model__dropout=dropout)
         assert caught.value.exit_code == Exit.STOPPED == 75
-    train(f"{name}-b", extra, epochs=2)
+    train(f"{name}-b", epochs=2, model__dropout=dropout)
     (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, f"{name}-{x}")) for x in "ab")
     assert ref_a.images_seen == ref_b.images_seen == 600
     assert (ref_a.fence, ref_b.fence) == (1, 3)
@@ -118,7 +103,7 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, dropout
     assert all(np.isfinite(row["loss"]) for row in rows_a)
 
 
-def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(train, packed):
+def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_stay(train, packed):
     train("long", epochs=2)
     train("grown", epochs=1)
     train("grown", epochs=2)
@@ -126,44 +111,40 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once(train, packed):
     assert ref.images_seen == 600
     assert all(torch.equal(long[name], grown[name]) for name in long)
     assert rows_long == rows_grown
-    attempt = json.loads(run_of(packed, "grown").read("attempts/000002.json").data)
-    assert attempt["changes"] == {"train.epochs": 2}
+    with pytest.raises(StoppedError):
+        train("grown", epochs=3, stop_after=5, log__every_images=48)
+    # What an attempt changed stays changed, without being said again.
+    train("grown")
+    ref, _, rows = final_state(run_of(packed, "grown"))
+    assert ref.images_seen == 912
+    assert [row["images_seen"] for row in rows if row["images_seen"] > 600] == list(range(624, 913, 48))
+    changes = [json.loads(run_of(packed, "grown").read(f"attempts/00000{n}.json").data)["changes"] for n in (2, 4)]
+    assert changes == [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
 
 
-def test_a_finished_run_leaves_everything_a_person_wants(train, packed):
-    train("whole", "checkpoint.keep_last=1", "checkpoint.keep_epochs=1", epochs=2)
-    run = run_of(packed, "whole")
-    assert [load_manifest(run, ref).epoch for ref in list_checkpoints(run)] == [1, 2]
-    keys = {entry.key for entry in run.list()}
-    assert {
-        "config.yaml",
-        "status.json",
-        "LATEST",
-        "attempts/000001.json",
-        "samples/epoch-0002-ddim-4.png",
-        "samples/denoising-epoch-0002.gif",
-        "figures/loss.png",
-    } <= keys
+def test_a_finished_run_leaves_everything_a_person_wants(walked):
+    run = run_of(walked, "walk")
+    assert [load_manifest(run, ref).epoch for ref in list_checkpoints(run)] == [1, 3]
+    pictures = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003.gif", "figures/loss.png"}
+    records = {"config.yaml", "status.json", "LATEST", "attempts/000001.json"}
+    assert pictures | records <= {entry.key for entry in run.list()}
     status = read_status(run)
-    assert (status.state, status.images_seen, status.target_images) == ("finished", 600, 600)
+    assert (status.state, status.images_seen, status.target_images) == ("finished", 912, 912)
 
 
 def test_the_picture_of_an_epoch_at_whose_end_a_run_was_stopped_is_drawn_by_the_next_attempt(train, packed):
-    run, every_epoch = (
-        open_store(str(packed)).sub("runs/pictured"),
-        ("sample.every_epochs=1", "checkpoint.every_epochs=1"),
-    )
+    run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
     with pytest.raises(StoppedError):
-        train("pictured", *every_epoch, epochs=2, stop_after=12)
+        train("pictured", epochs=2, stop_after=12, **every_epoch)
     assert [ref.images_seen for ref in list_checkpoints(run)] == [312]
     assert not run.exists("samples/epoch-0001-ddim-4.png")
-    train("pictured", *every_epoch, epochs=2)
+    train("pictured", epochs=2, **every_epoch)
     assert run.exists("samples/epoch-0001-ddim-4.png")
 
 
 def test_micro_batches_change_nothing_but_rounding(train, packed):
     train("one", epochs=1)
-    train("five", "train.micro_batch_size=5", epochs=1)
+    train("five", epochs=1, train__micro_batch_size=5)
     (_, one, rows_one), (_, five, rows_five) = (final_state(run_of(packed, name)) for name in ("one", "five"))
     for name in one:
         if name.startswith("model."):
@@ -174,17 +155,12 @@ def test_micro_batches_change_nothing_but_rounding(train, packed):
 def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed):
     bucket = open_store(str(packed))
     index = load_index(bucket, "datasets/tiles-16")
-    settings = settings_of(Configuration)
+    flipped = settings_of(draft("landscape-sample", {"data.size": 16, "data.flip": True, "train.seed": 7}))
 
     def hashes(world_size, budget_bytes, micro):
-        cache = open_cache(
-            bucket,
-            "datasets/tiles-16",
-            index,
-            cache_dir=packed / f"cache-{budget_bytes}",
-            budget_bytes=budget_bytes,
-        )
-        order = Order(tuple(s.images for s in index.shards), 7, 0)
+        cache_dir = packed / f"cache-{budget_bytes}"
+        cache = open_cache(bucket, "datasets/tiles-16", index, cache_dir=cache_dir, budget_bytes=budget_bytes)
+        order = Order(tuple(shard.images for shard in index.shards), 7, 0)
         batches = {}
         for rank in range(world_size):
             stream = stream_batches(
@@ -194,7 +170,7 @@ def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed)
                 for start in range(0, len(batch.image_numbers), micro):
                     part = slice(start, start + micro)
                     numbers = torch.from_numpy(batch.image_numbers[part])
-                    x = prepare_images(batch.images[part], numbers, settings)
+                    x = prepare_images(batch.images[part], numbers, flipped)
                     noise = randomness.training_noise(7, numbers, (3, 16, 16), "cpu")
                     timesteps = randomness.training_timesteps(7, numbers, 1000)
                     for i, n in enumerate(numbers.tolist()):
@@ -211,136 +187,51 @@ def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed)
     assert hashes(3, 150_000, 2) == expected
 
 
-class Configuration:
-    """The few settings that `settings_of` reads, with flips on."""
-
-    class train:
-        batch_size, micro_batch_size, learning_rate, warmup_images, clip_norm, seed = 10, None, 1e-3, 0, 1.0, 7
-
-    class ema:
-        decay, warmup = 0.99, True
-
-    class data:
-        flip = True
-
-    class model:
-        dropout = 0.0
-
-
 def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkpoint(train, packed):
-    explosive = ("train.learning_rate=1e30", "train.warmup_images=0", "checkpoint.every_minutes=1e-9")
+    explosive = {"train__learning_rate": 1e30, "train__warmup_images": 0, "checkpoint__every_minutes": 1e-9}
     run = run_of(packed, "explodes")
     for _ in range(2):
         with pytest.raises(NotANumberError, match="not a finite number") as caught:
-            train("explodes", *explosive)
+            train("explodes", epochs=1, **explosive)
         assert caught.value.exit_code == 70
         assert [ref.images_seen for ref in list_checkpoints(run)] == [24]
         assert read_status(run).state == "failed"
-    good = list_checkpoints(run)
-    with opened(run, good[0], ("model",)) as restored:
-        assert restored.manifest.images_seen == 24
 
 
-def test_a_run_refuses_another_configuration(train, packed):
-    train("fixed", epochs=1)
+def test_a_run_refuses_another_configuration(walked):
+    request = TrainRequest("tiles", str(walked), run="walk", epochs=4, sets=("train.seed=1",))
     with pytest.raises(BadConfigError, match=r"train\.seed: the run has 0, asked for 1"):
-        train("fixed", "train.seed=1", epochs=2)
+        plan_run(request.check())
 
 
-def test_a_network_without_classes_learns_from_a_dataset_with_classes(train, packed):
-    train("unconditional", "model.num_classes=0")
-    ref, tensors, rows = final_state(run_of(packed, "unconditional"))
-    assert ref.images_seen == 312
-    assert not any("class" in name for name in tensors)
-    assert all(np.isfinite(row["loss"]) for row in rows)
-
-
-def test_the_moments_of_adam_follow_the_configuration(train, packed):
-    train("usual")
-    train("forgetful", "train.adam_betas=0.5,0.9", "train.adam_eps=1e-4")
-    (_, usual, _), (_, forgetful, _) = (final_state(run_of(packed, name)) for name in ("usual", "forgetful"))
+def test_settings_reach_the_training(train, packed):
+    """No classes are learnt from a dataset that has some; a row a epoch, however rare; other moments of Adam."""
+    settings = {"model__num_classes": 0, "log__every_images": 1_000_000}
+    train("usual", epochs=2, **settings)
+    train("forgetful", epochs=2, train__adam_betas="0.5,0.9", train__adam_eps=1e-4, **settings)
+    (_, usual, rows), (ref, forgetful, _) = (final_state(run_of(packed, name)) for name in ("usual", "forgetful"))
+    assert ref.images_seen == 600
+    assert not any("class" in name for name in usual)
+    assert [row["images_seen"] for row in rows] == [312, 600]
     name = "optimizer.exp_avg_sq.conv_in.weight"
     assert not torch.equal(usual[name], forgetful[name])
 
 
-def test_what_an_attempt_changed_stays_changed(train, packed):
-    train("sticky", epochs=1)
-    with pytest.raises(StoppedError):
-        train("sticky", "log.every_images=48", epochs=3, stop_after=5)
-    run_training(TrainRequest("tiles", str(packed), run="sticky").check())
-    ref, _, rows = final_state(run_of(packed, "sticky"))
-    assert ref.images_seen == 912
-    assert [row["images_seen"] for row in rows if row["images_seen"] > 312] == list(range(336, 913, 48))
-    attempt = json.loads(run_of(packed, "sticky").read("attempts/000003.json").data)
-    assert attempt["changes"] == {"train.epochs": 3, "log.every_images": 48}
+def test_a_signal_saves_and_the_same_command_goes_on(packed):
+    run = run_of(packed, "signal")
 
+    def words(epochs):
+        options = ("--run", "signal", "--epochs", epochs, "--processes", 2, *settings(checkpoint__every_epochs="1"))
+        return ("train", "--dataset", "tiles", "--bucket", packed, *options)
 
-def test_a_small_dataset_has_a_row_of_metrics_every_epoch(train, packed):
-    train("rare", "log.every_images=1000000", epochs=2)
-    _, _, rows = final_state(run_of(packed, "rare"))
-    assert [row["images_seen"] for row in rows] == [312, 600]
-
-
-def test_a_run_is_about_one_dataset(train, packed):
-    train("taken", epochs=1)
-    with pytest.raises(BadRequestError, match="is about dataset 'tiles'"):
-        run_training(TrainRequest("other", str(packed), run="taken").check())
-
-
-def command(packed, *words):
-    environment = {**os.environ, "DDPM_CACHE": str(packed / "cache"), "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "job", *words, "--bucket", str(packed)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def train_words(run, *sets, epochs=1):
-    options = [word for value in (*SMALL, *sets) for word in ("--set", value)]
-    return ["train", "--dataset", "tiles", "--run", run, "--epochs", str(epochs), *options]
-
-
-def test_two_processes_learn_what_one_does(train, packed):
-    train("alone", epochs=1)
-    child = command(packed, *train_words("pair"), "--processes", "2")
-    output, _ = child.communicate(timeout=200)
-    assert child.returncode == 0, output
-    (_, one, rows_one), (ref, two, rows_two) = (final_state(run_of(packed, name)) for name in ("alone", "pair"))
-    assert ref.images_seen == 312
-    assert [row["loss"] for row in rows_two] == pytest.approx([row["loss"] for row in rows_one], rel=1e-5)
-    for name in one:
-        if name.startswith("model."):
-            torch.testing.assert_close(two[name], one[name], rtol=1e-3, atol=1e-5)
-    assert load_manifest(run_of(packed, "pair"), ref).world_size == 2
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_signal_saves_and_the_same_command_goes_on(packed, processes):
-    run, words = run_of(packed, f"signal-{processes}"), train_words(f"signal-{processes}", epochs=40)
-    child = command(packed, *words, "--processes", str(processes))
-    deadline = time.monotonic() + 120
-    while not list_checkpoints(run):
-        assert time.monotonic() < deadline
-        assert child.poll() is None, child.communicate()[0]
-        time.sleep(0.1)
+    child = started(*words(40))
+    eventually(lambda: list_checkpoints(run) or child.poll() is not None)
     child.send_signal(signal.SIGTERM)
-    signalled = time.monotonic()
     output, _ = child.communicate(timeout=60)
     assert child.returncode == 75, output
-    assert time.monotonic() - signalled < 10
     assert "Traceback" not in output
     assert read_status(run).state == "stopped"
     stopped_at = max(list_checkpoints(run)).images_seen
     epochs = stopped_at // 299 + 1
-    child = command(packed, *train_words(f"signal-{processes}", epochs=epochs), "--processes", str(processes))
-    output, _ = child.communicate(timeout=120)
-    assert child.returncode == 0, output
+    assert "is finished: " in succeeded(ddpm(*words(epochs)))
     assert max(list_checkpoints(run)).images_seen > stopped_at
-    child = command(packed, *train_words(f"signal-{processes}", epochs=epochs))
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 0
-    assert "is finished already" in output
-    assert f"EPOCHS={2 * epochs}" in output

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from job.data.cache import DecodedCache, default_cache_dir, open_cache
-from job.data.shard_source import ShardSource
-from job.data.shards import SHARD_BYTES
+from job.data.shard_source import ChosenImages, ShardSource
+from job.data.shards import OFFSETS_DTYPE, SHARD_BYTES
 from job.exits import BadDataError, BucketAwayError, DiskFullError, Exit, MissingInputError, StoppedError
+from job.stop import Stop
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
-from tests.job.stops import StopWhen
 
 SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar", "shard-00003.tar", "shard-00004.tar"]
 
@@ -70,19 +70,15 @@ def test_the_second_opening_fetches_and_decodes_nothing(dataset, far, tmp_path):
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
     assert sorted(far.downloads) == SHARDS
     assert progress == [(0, 22), (5, 22), (8, 22), (15, 22), (16, 22), (22, 22)]
+    # The file is allocated, and no shard stays.
+    folder = tmp_path / "cache" / dataset.index.dataset_id
+    status = (folder / "images").stat()
+    assert status.st_blocks * 512 >= status.st_size == dataset.index.decoded_bytes
+    assert not list(folder.rglob("*.tar"))
     (tmp_path / "bucket").rename(tmp_path / "gone")
     progress.clear()
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
     assert (len(far.downloads), progress) == (5, [])
-
-
-def test_the_file_is_allocated_and_no_shard_stays(dataset, far, tmp_path):
-    opened(far, dataset, tmp_path / "cache")
-    folder = tmp_path / "cache" / dataset.index.dataset_id
-    status = (folder / "images").stat()
-    assert status.st_size == dataset.index.decoded_bytes
-    assert status.st_blocks * 512 >= status.st_size
-    assert not list(folder.rglob("*.tar"))
 
 
 def test_a_folder_is_read_where_it_lies(dataset, far, tmp_path):
@@ -92,43 +88,6 @@ def test_a_folder_is_read_where_it_lies(dataset, far, tmp_path):
     assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
 
 
-def damage_nothing_but_the_record(folder: Path) -> None:
-    (folder / "filled").unlink()
-
-
-def cut_the_record(folder: Path) -> None:
-    os.truncate(folder / "filled", 13)
-
-
-def scribble_on_the_record(folder: Path) -> None:
-    (folder / "filled").write_bytes(os.urandom(40))
-
-
-def cut_the_images(folder: Path) -> None:
-    os.truncate(folder / "images", 100)
-
-
-def lengthen_the_images(folder: Path) -> None:
-    os.truncate(folder / "images", 1_000_000)
-
-
-def punch_a_hole_into_the_images(folder: Path) -> None:
-    with (folder / "images").open("r+b") as file:
-        file.write(bytes(1000))
-
-
-def flip_a_bit_of_an_image(folder: Path) -> None:
-    flip_a_bit(folder / "images", 8 * 8 * 3 * 8)
-
-
-def flip_a_bit_of_the_offsets(folder: Path) -> None:
-    flip_a_bit(folder / "offsets", 3)
-
-
-def cut_the_offsets(folder: Path) -> None:
-    os.truncate(folder / "offsets", 100)
-
-
 def leave_downloads(folder: Path) -> None:
     (folder / "filled").unlink()
     (folder / "incoming").mkdir(exist_ok=True)
@@ -136,29 +95,30 @@ def leave_downloads(folder: Path) -> None:
     (folder / "incoming" / ".tmp-0123").write_bytes(b"less than half of it")
 
 
-@pytest.mark.parametrize(
-    ("damage", "fetched_again"),
-    [
-        (damage_nothing_but_the_record, SHARDS),
-        (cut_the_record, SHARDS[1:]),
-        (scribble_on_the_record, SHARDS),
-        (cut_the_images, SHARDS),
-        (lengthen_the_images, SHARDS),
-        (punch_a_hole_into_the_images, SHARDS[:2]),
-        (flip_a_bit_of_an_image, SHARDS[2:3]),
-        (flip_a_bit_of_the_offsets, []),
-        (cut_the_offsets, []),
-        (leave_downloads, SHARDS),
-    ],
-)
-def test_whatever_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path, damage, fetched_again):
-    opened(far, dataset, tmp_path / "cache")
-    damage(tmp_path / "cache" / dataset.index.dataset_id)
-    far.downloads.clear()
-    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
-    assert sorted(far.downloads) == fetched_again
-    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
-    assert sorted(far.downloads) == fetched_again
+def test_whatever_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
+    folder = tmp_path / "cache" / dataset.index.dataset_id
+    for name, damage, fetched_again in [
+        ("no record", lambda: (folder / "filled").unlink(), SHARDS),
+        ("a short record", lambda: os.truncate(folder / "filled", 13), SHARDS[1:]),
+        ("a record of noise", lambda: (folder / "filled").write_bytes(os.urandom(40)), SHARDS),
+        ("short images", lambda: os.truncate(folder / "images", 100), SHARDS),
+        ("long images", lambda: os.truncate(folder / "images", 1_000_000), SHARDS),
+        (
+            "a hole",
+            lambda: (folder / "images").write_bytes(bytes(1000) + (folder / "images").read_bytes()[1000:]),
+            SHARDS[:2],
+        ),
+        ("a bit of an image", lambda: flip_a_bit(folder / "images", 8 * 8 * 3 * 8), SHARDS[2:3]),
+        ("a bit of the offsets", lambda: flip_a_bit(folder / "offsets", 3), []),
+        ("short offsets", lambda: os.truncate(folder / "offsets", 100), []),
+        ("downloads that were left", lambda: leave_downloads(folder), SHARDS),
+    ]:
+        opened(far, dataset, tmp_path / "cache")
+        damage()
+        far.downloads.clear()
+        for _ in range(2):
+            assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
+            assert sorted(far.downloads) == fetched_again, name
 
 
 OPEN_AND_SAVE = """
@@ -253,12 +213,9 @@ def test_a_rotten_shard_in_the_bucket_is_named(dataset, far, tmp_path):
     assert sorted(far.downloads) == SHARDS[2:]
 
 
-def test_missing_and_rotten_objects_are_named(dataset, tmp_path):
+def test_what_is_missing_or_was_packed_wrong_is_named(dataset, tmp_path):
     offsets = tmp_path / "bucket" / KEY / "shard-00001.offsets"
     good = offsets.read_bytes()
-    flip_a_bit(offsets, 1)
-    with pytest.raises(BadDataError, match=r"shard-00001\.offsets is not the table that was packed"):
-        opened(dataset.bucket, dataset, tmp_path / "cache")
     offsets.unlink()
     with pytest.raises(MissingInputError, match=r"shard-00001\.offsets"):
         opened(dataset.bucket, dataset, tmp_path / "cache")
@@ -266,48 +223,39 @@ def test_missing_and_rotten_objects_are_named(dataset, tmp_path):
     (tmp_path / "bucket" / KEY / SHARDS[1]).unlink()
     with pytest.raises(MissingInputError, match=r"shard-00001\.tar"):
         opened(dataset.bucket, dataset, tmp_path / "cache")
-
-
-def test_an_image_that_cannot_be_decoded_is_named(tmp_path):
     encoded = iter([b"no image", *[b"never read"] * 21])
-    dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, encode=lambda pixels: next(encoded))
+    broken = write_dataset(str(tmp_path / "broken"), tmp_path, encode=lambda pixels: next(encoded))
     with pytest.raises(BadDataError, match=r"shard-00000\.tar, image 0 \(at byte 512\): .*pack the dataset anew"):
-        opened(dataset.bucket, dataset, tmp_path / "cache")
-
-
-def test_an_image_of_another_size_is_named(tmp_path):
-    dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, size=8)
-    index = dataset.index.model_copy(update={"size": 16})
+        opened(broken.bucket, broken, tmp_path / "cache")
+    small = write_dataset(str(tmp_path / "small"), tmp_path, size=8)
+    index = small.index.model_copy(update={"size": 16})
     with pytest.raises(BadDataError, match=r"image \d.* is 8×8 pixels in a dataset of 16×16"):
-        open_cache(dataset.bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=10**9)
+        open_cache(small.bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=10**9)
 
 
-def test_a_stop_is_obeyed_while_decoding_and_keeps_what_is_done(dataset, far, tmp_path):
+def test_a_stop_is_obeyed_and_keeps_what_is_done(dataset, far, tmp_path):
     done: list[int] = []
-    with pytest.raises(StoppedError, match=r"the same command goes on"):
-        opened(
-            far,
-            dataset,
-            tmp_path / "cache",
-            progress=lambda images, total: done.append(images),
-            stop=StopWhen(lambda: bool(done) and done[-1] >= 8),
-        )
+    stop = Stop()
+
+    def progress(images: int, total: int) -> None:
+        done.append(images)
+        if images >= 8:
+            stop.request("a test")
+
+    with pytest.raises(StoppedError, match=r"what has been read is kept; the same command goes on"):
+        opened(far, dataset, tmp_path / "cache", progress=progress, stop=stop)
     assert done[-1] == 8
-    assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda images, total: done.append(images)), dataset)
-    assert done[3:] == [8, 15, 16, 22]
-
-
-def test_a_stop_is_obeyed_while_another_process_works(dataset, tmp_path):
-    folder = tmp_path / "cache" / dataset.index.dataset_id
-    holder = ShardSource(dataset.bucket, KEY, dataset.index, folder, threads=1)
-    asked = threading.Event()
+    # While another process works, too.
+    holder = ShardSource(dataset.bucket, KEY, dataset.index, tmp_path / "cache" / dataset.index.dataset_id)
+    asked = Stop()
     with holder.lock():
-        threading.Timer(0.2, asked.set).start()
+        threading.Timer(0.2, asked.request, ["a test"]).start()
         begun = time.monotonic()
         with pytest.raises(StoppedError):
-            opened(dataset.bucket, dataset, tmp_path / "cache", stop=StopWhen(asked.is_set))
+            opened(dataset.bucket, dataset, tmp_path / "cache", stop=asked)
         assert time.monotonic() - begun < 5
-    assert_equal(opened(dataset.bucket, dataset, tmp_path / "cache"), dataset)
+    assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda images, total: done.append(images)), dataset)
+    assert done[3:] == [8, 15, 16, 22]
 
 
 def test_an_error_of_the_bucket_passes_through(dataset, tmp_path):
@@ -316,6 +264,26 @@ def test_an_error_of_the_bucket_passes_through(dataset, tmp_path):
 
     with pytest.raises(BucketAwayError, match="is away"):
         opened(FarStore(tmp_path / "bucket", refuse), dataset, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("scheme", ["local", "gs"])
+def test_a_few_images_are_read_without_fetching_a_shard(scheme, tmp_path, request):
+    written = write_dataset(
+        str(tmp_path / "bucket") if scheme == "local" else request.getfixturevalue("gcs_bucket"), tmp_path
+    )
+    bucket = FarStore(tmp_path / "bucket") if scheme == "local" else written.bucket
+    images = ChosenImages(bucket, KEY, written.index, tmp_path / "cache")
+    np.testing.assert_array_equal(images.labels, written.labels)
+    for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
+        np.testing.assert_array_equal(images.read(np.array(indices)), written.pixels[indices])
+    assert not [*tmp_path.glob("cache/**/*.tar")]
+    if scheme == "local":
+        assert bucket.downloads == []
+        shard, table = (tmp_path / "bucket" / KEY / f"shard-00002.{suffix}" for suffix in ("tar", "offsets"))
+        shard.chmod(0o644)
+        flip_a_bit(shard, int(np.fromfile(table, OFFSETS_DTYPE)[2]["offset"]) + 20)
+        with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* is not as it was packed"):
+            images.read(np.array([0, 10]))
 
 
 def test_the_cache_has_a_default_place(monkeypatch, tmp_path):

@@ -12,11 +12,6 @@ from tests.job.some_images import encoded, jpeg, picture
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 
 
-def named(value: object) -> str | None:
-    """Contents of files make poor names of tests."""
-    return "file" if isinstance(value, bytes) else None
-
-
 def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=1):
     return Recipe(size, crop, resize_filter, channels, min_side)
 
@@ -29,105 +24,85 @@ def flat(mode: str, color, size=8) -> Image.Image:
     return Image.new(mode, (size, size), color)
 
 
-@pytest.mark.parametrize(
-    ("crop", "box"),
-    [
+def test_crops_first_and_then_resizes_as_pillow_does():
+    image = picture(1, 178, 218)
+    for crop, box in [
         ("center", (0, 20, 178, 198)),
         ("center:140", (19, 39, 159, 179)),
         ("squash", (0, 0, 178, 218)),
         # Song et al. 2020 (DDIM): 128×128 around row 121, column 89.
         ("25,57,128,128", (89 - 64, 121 - 64, 89 + 64, 121 + 64)),
         ("0,0,178,10", (0, 0, 178, 10)),
-    ],
-)
-@pytest.mark.parametrize("resize_filter", ["lanczos", "bicubic", "bilinear", "box"])
-def test_crops_first_and_then_resizes_as_pillow_does(crop, box, resize_filter):
-    image = picture(1, 178, 218)
-    expected = image.crop(box).resize((64, 64), getattr(Image.Resampling, resize_filter.upper()))
-    got = pixels(encoded(image), size=64, crop=crop, resize_filter=resize_filter)
-    np.testing.assert_array_equal(got, np.asarray(expected))
+    ]:
+        for resize_filter in ("lanczos", "bicubic", "bilinear", "box"):
+            expected = image.crop(box).resize((64, 64), getattr(Image.Resampling, resize_filter.upper()))
+            got = pixels(encoded(image), size=64, crop=crop, resize_filter=resize_filter)
+            np.testing.assert_array_equal(got, np.asarray(expected), err_msg=f"{crop} {resize_filter}")
+    small = picture(2, 16, 16)
+    np.testing.assert_array_equal(pixels(encoded(small), size=16), np.asarray(small))
+    # An odd rest goes to the right and the bottom.
+    assert (recipe().box(11, 8), recipe().box(8, 13)) == ((1, 0, 9, 8), (0, 2, 8, 10))
 
 
-def test_an_image_of_the_right_size_is_stored_as_it_is():
-    image = picture(2, 16, 16)
-    np.testing.assert_array_equal(pixels(encoded(image), size=16), np.asarray(image))
-
-
-def test_an_odd_rest_goes_to_the_right_and_the_bottom():
-    assert recipe().box(11, 8) == (1, 0, 9, 8)
-    assert recipe().box(8, 13) == (0, 2, 8, 10)
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied_before_the_crop(orientation):
-    upright = picture(3, 8, 12)
+def test_exif_orientation_is_applied_before_the_crop_and_broken_exif_does_no_harm():
+    upright, turns = picture(3, 8, 12), Image.Transpose
     # How each of the eight orientations is stored (EXIF 2.3, 4.6.4 A): the inverse of what shows it upright.
-    stored = {
+    for orientation, stored in {
         1: upright,
-        2: upright.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+        2: upright.transpose(turns.FLIP_LEFT_RIGHT),
         3: upright.rotate(180),
-        4: upright.transpose(Image.Transpose.FLIP_TOP_BOTTOM),
-        5: upright.transpose(Image.Transpose.TRANSPOSE),
-        6: upright.transpose(Image.Transpose.ROTATE_90),
-        7: upright.transpose(Image.Transpose.TRANSVERSE),
-        8: upright.transpose(Image.Transpose.ROTATE_270),
-    }[orientation]
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    got = pixels(encoded(stored, "PNG", exif=exif), size=8, crop="0,4,8,8")
-    np.testing.assert_array_equal(got, np.asarray(upright)[4:])
+        4: upright.transpose(turns.FLIP_TOP_BOTTOM),
+        5: upright.transpose(turns.TRANSPOSE),
+        6: upright.transpose(turns.ROTATE_90),
+        7: upright.transpose(turns.TRANSVERSE),
+        8: upright.transpose(turns.ROTATE_270),
+    }.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        got = pixels(encoded(stored, "PNG", exif=exif), size=8, crop="0,4,8,8")
+        np.testing.assert_array_equal(got, np.asarray(upright)[4:], err_msg=f"orientation {orientation}")
+    for broken in (b"garbage", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"):
+        got = pixels(encoded(flat("RGB", (200, 40, 90)), "JPEG", quality=95, exif=b"Exif\0\0" + broken))
+        assert np.abs(got.astype(int) - [200, 40, 90]).max() <= 3
 
 
-@pytest.mark.parametrize(
-    "exif", [b"garbage", b"II*\0\xff\xff\xff\xff", b"II*\0\x08\0\0\0\x05\0\x12\x01\x03\0"], ids=named
-)
-def test_broken_exif_does_not_cost_the_image(exif):
-    got = pixels(encoded(flat("RGB", (200, 40, 90)), "JPEG", quality=95, exif=b"Exif\0\0" + exif))
-    assert np.abs(got.astype(int) - [200, 40, 90]).max() <= 3
-
-
-@pytest.mark.parametrize(
-    ("file", "colour"),
-    [
-        (encoded(flat("RGB", (200, 40, 90))), (200, 40, 90)),
-        (encoded(flat("L", 77)), (77, 77, 77)),
-        (encoded(flat("1", 1)), (255, 255, 255)),
-        (encoded(flat("RGBA", (200, 40, 90, 255))), (200, 40, 90)),
-        (encoded(flat("RGBA", (200, 40, 90, 0))), (255, 255, 255)),
-        (encoded(flat("RGBA", (200, 40, 90, 51))), (244, 212, 222)),
-        (encoded(flat("LA", (100, 51))), (224, 224, 224)),
-        (encoded(flat("RGB", (200, 40, 90)).quantize(4)), (200, 40, 90)),
-        (encoded(flat("RGB", (200, 40, 90)).quantize(4), "GIF"), (200, 40, 90)),
-        (encoded(flat("RGB", (200, 40, 90)).quantize(4), "PNG", transparency=0), (255, 255, 255)),
-        (encoded(flat("L", 77), "PNG", transparency=77), (255, 255, 255)),
-        (encoded(flat("RGB", (7, 8, 9)), "PNG", transparency=(7, 8, 9)), (255, 255, 255)),
-        (encoded(flat("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
-        (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
-        (encoded(flat("RGB", (200, 40, 90)), "BMP"), (200, 40, 90)),
-        (encoded(flat("RGB", (200, 40, 90)), "PPM"), (200, 40, 90)),
-        (encoded(flat("RGB", (200, 40, 90)), "WEBP", lossless=True), (200, 40, 90)),
-    ],
-    ids=named,
-)
-def test_every_mode_becomes_rgb(file, colour):
-    got = pixels(file)
-    assert got.shape == (8, 8, 3)
-    assert np.abs(got.astype(int) - colour).max() <= 1
-
-
-def test_every_mode_becomes_grey():
+def test_every_mode_becomes_rgb_or_grey():
+    for number, (file, colour) in enumerate(
+        [
+            (encoded(flat("RGB", (200, 40, 90))), (200, 40, 90)),
+            (encoded(flat("L", 77)), (77, 77, 77)),
+            (encoded(flat("1", 1)), (255, 255, 255)),
+            (encoded(flat("RGBA", (200, 40, 90, 255))), (200, 40, 90)),
+            (encoded(flat("RGBA", (200, 40, 90, 0))), (255, 255, 255)),
+            (encoded(flat("RGBA", (200, 40, 90, 51))), (244, 212, 222)),
+            (encoded(flat("LA", (100, 51))), (224, 224, 224)),
+            (encoded(flat("RGB", (200, 40, 90)).quantize(4)), (200, 40, 90)),
+            (encoded(flat("RGB", (200, 40, 90)).quantize(4), "GIF"), (200, 40, 90)),
+            (encoded(flat("RGB", (200, 40, 90)).quantize(4), "PNG", transparency=0), (255, 255, 255)),
+            (encoded(flat("L", 77), "PNG", transparency=77), (255, 255, 255)),
+            (encoded(flat("RGB", (7, 8, 9)), "PNG", transparency=(7, 8, 9)), (255, 255, 255)),
+            (encoded(flat("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
+            (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
+            (encoded(flat("RGB", (200, 40, 90)), "BMP"), (200, 40, 90)),
+            (encoded(flat("RGB", (200, 40, 90)), "PPM"), (200, 40, 90)),
+            (encoded(flat("RGB", (200, 40, 90)), "WEBP", lossless=True), (200, 40, 90)),
+        ]
+    ):
+        got = pixels(file)
+        assert got.shape == (8, 8, 3)
+        assert np.abs(got.astype(int) - colour).max() <= 1, number
     assert (pixels(encoded(flat("RGB", (200, 40, 90))), channels=1) == 94).all()  # .299 R + .587 G + .114 B = 93.5
     assert (pixels(encoded(flat("RGBA", (200, 40, 90, 0))), channels=1) == 255).all()
-    assert (pixels(encoded(flat("L", 77)), channels=1) == 77).all()
     assert pixels(encoded(flat("L", 77)), channels=1).shape == (8, 8, 1)
+    assert (pixels(encoded(flat("L", 77)), channels=1) == 77).all()
 
 
-@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
-def test_sixteen_bits_are_scaled_and_not_cut_off(kind):
+def test_sixteen_bits_are_scaled_and_not_cut_off():
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
     expected = np.round(levels / 257).astype(np.uint8)
-    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(levels), kind), channels=1)[..., 0], expected)
-    np.testing.assert_array_equal(pixels(encoded(Image.fromarray(levels), kind))[..., 2], expected)
+    for kind in ("PNG", "TIFF", "PPM"):
+        np.testing.assert_array_equal(pixels(encoded(Image.fromarray(levels), kind), channels=1)[..., 0], expected)
+        np.testing.assert_array_equal(pixels(encoded(Image.fromarray(levels), kind))[..., 2], expected)
 
 
 def test_the_png_holds_pixels_alone():
@@ -141,38 +116,28 @@ def test_the_png_holds_pixels_alone():
     assert kinds == [b"IHDR", b"IDAT", b"IEND"]
 
 
-@pytest.mark.parametrize(
-    ("file", "reason"),
-    [
-        (b"", "is damaged from its beginning, or no image"),
-        (b"not an image", "is damaged from its beginning, or no image"),
-        (jpeg(1)[:-200], "cannot be decoded.*truncated"),
-        (encoded(picture(1))[:-500], "cannot be decoded.*(truncated|ended)"),
-        (encoded(Image.new("1", (10_000, 10_000))), "10000×10000 pixels, more than the limit of 89478485"),
-        (encoded(Image.new("1", (20_000, 20_000))), "cannot be decoded: Image size .* exceeds limit"),
-        (encoded(picture(1, 1, 1)), "1×1 pixels, under 4 on its shorter side"),
-        (encoded(picture(1, 60, 3)), "60×3 pixels, under 4 on its shorter side"),
-        (encoded(Image.new("F", (8, 8)), "TIFF"), "floating-point"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no image of a kind that is read"),
-    ],
-    ids=named,
-)
-def test_bad_images_are_rejected_with_the_reason(file, reason):
-    with pytest.raises(RejectedImageError, match=reason):
-        prepare(file, recipe(min_side=4))
-
-
-def test_colours_that_pillow_cannot_make_grey_reject_the_image():
-    file = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
-    assert prepare(file, recipe(min_side=4))
-    with pytest.raises(RejectedImageError, match="has colours that cannot be converted: conversion from LAB"):
-        prepare(file, recipe(min_side=4, channels=1))
-
-
-@pytest.mark.parametrize("crop", ["center:41", "1,0,40,8", "0,41,8,8", "0,0,8,49"])
-def test_a_crop_outside_of_the_image_rejects_it(crop):
-    with pytest.raises(RejectedImageError, match=f"crop {crop} is outside of its 40×48 pixels"):
-        prepare(encoded(picture(1, 40, 48)), recipe(crop=crop))
+def test_bad_images_are_rejected_with_the_reason():
+    lab = encoded(Image.new("LAB", (8, 8), (128, 200, 128)), "TIFF")
+    assert prepare(lab, recipe(min_side=4))
+    for file, options, reason in [
+        (b"", {}, "is damaged from its beginning, or no image"),
+        (b"not an image", {}, "is damaged from its beginning, or no image"),
+        (jpeg(1)[:-200], {}, "cannot be decoded.*truncated"),
+        (encoded(picture(1))[:-500], {}, "cannot be decoded.*(truncated|ended)"),
+        (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89478485"),
+        (encoded(Image.new("1", (20_000, 20_000))), {}, "cannot be decoded: Image size .* exceeds limit"),
+        (encoded(picture(1, 1, 1)), {}, "1×1 pixels, under 4 on its shorter side"),
+        (encoded(picture(1, 60, 3)), {}, "60×3 pixels, under 4 on its shorter side"),
+        (encoded(Image.new("F", (8, 8)), "TIFF"), {}, "floating-point"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", {}, "no image of a kind that is read"),
+        (lab, {"channels": 1}, "has colours that cannot be converted: conversion from LAB"),
+        *(
+            (encoded(picture(1, 40, 48)), {"crop": crop}, f"crop {crop} is outside of its 40×48 pixels")
+            for crop in ("center:41", "1,0,40,8", "0,41,8,8", "0,0,8,49")
+        ),
+    ]:
+        with pytest.raises(RejectedImageError, match=reason):
+            prepare(file, recipe(min_side=4, **options))
 
 
 def test_damaged_files_are_rejected_and_nothing_else():
@@ -194,9 +159,8 @@ def test_damaged_files_are_rejected_and_nothing_else():
     assert min(outcomes.values()) > 20
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
+def test_a_recipe_that_means_nothing_is_refused():
+    for change, message in [
         ({"size": 0}, "--size 0"),
         ({"crop": "middle"}, "--crop 'middle'"),
         ({"crop": "center:0"}, "--crop 'center:0'"),
@@ -204,22 +168,17 @@ def test_damaged_files_are_rejected_and_nothing_else():
         ({"crop": "-1,2,3,4"}, "--crop '-1,2,3,4'"),
         ({"resize_filter": "nearest"}, "'nearest': use lanczos, bicubic, bilinear, box"),
         ({"channels": 4}, "4 channels"),
-    ],
-)
-def test_a_recipe_that_means_nothing_is_refused(change, message):
-    with pytest.raises(BadRequestError, match=message):
-        recipe(**change)
+    ]:
+        with pytest.raises(BadRequestError, match=message):
+            recipe(**change)
 
 
-def test_decodes_to_contiguous_arrays():
+def test_decodes_to_contiguous_arrays_or_says_that_it_is_no_image():
     image = picture(5, 16, 16)
     got = decode(memoryview(encoded(image)), 3)
     assert got.dtype == np.uint8
     assert got.flags.c_contiguous
     np.testing.assert_array_equal(got, np.asarray(image))
-
-
-@pytest.mark.parametrize("file", [b"", b"no image", encoded(picture(5))[:90]], ids=named)
-def test_what_is_no_image_cannot_be_decoded(file):
-    with pytest.raises(BadDataError, match="an image is damaged"):
-        decode(file, 3)
+    for file in (b"", b"no image", encoded(picture(5))[:90]):
+        with pytest.raises(BadDataError, match="an image is damaged"):
+            decode(file, 3)

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 
 from job.data.order import ORDER_VERSION, Order
-from job.exits import BadRequestError
 
 SHARDS = (100, 37, 1, 250, 12)
 IMAGES = sum(SHARDS)
@@ -138,18 +137,3 @@ def test_upcoming_shards_are_those_that_will_be_read_soonest_first(block_images)
         assert upcoming[len(read) :] == list(
             islice(order.upcoming_shards((epoch + 1) * IMAGES), len(upcoming) - len(read))
         )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (((), 0), "shards"),
-        (((3, 0), 0), "shards"),
-        (((3,), 0, -1), "data.shuffle_block_images is -1"),
-        (((3,), -1), "train.seed is -1"),
-        (((3,), 2**64), "train.seed"),
-    ],
-)
-def test_what_is_no_order_is_refused(arguments, words):
-    with pytest.raises(BadRequestError, match=words):
-        Order(*arguments)

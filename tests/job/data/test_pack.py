@@ -1,5 +1,11 @@
 import io
 import json
+import random
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import google_crc32c
 import numpy as np
@@ -7,11 +13,24 @@ import pytest
 from PIL import Image
 
 import job.data.pack
+from job.data.pack import PackRequest
 from job.data.shards import OFFSETS_DTYPE, load_index
 from job.data.verify import verify_dataset
-from job.exits import BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError
+from job.exits import BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError, StoppedError
+from job.stop import Stop
 from job.store import open_store
-from tests.job.packing import FILES, KEY, SHARD_BYTES, objects, packed, source_fixture, undisturbed_fixture  # noqa: F401
+from job.store.local import LocalStore
+from tests.job.packing import (  # noqa: F401
+    FILES,
+    KEY,
+    SHARD_BYTES,
+    committed,
+    objects,
+    packed,
+    source_fixture,
+    undisturbed_fixture,
+    written,
+)
 from tests.job.some_images import (
     digits_fixture,  # noqa: F401
     encoded,
@@ -36,17 +55,10 @@ def test_webdataset_reads_the_same_pixels_and_classes(tmp_path, source):
         image = Image.open(io.BytesIO(content)).crop((0, 4, 40, 44)).resize((16, 16), Image.Resampling.LANCZOS)
         np.testing.assert_array_equal(sample["png"], np.asarray(image))
         assert index.classes[sample["cls"]] == name.split("/")[0]
-
-
-def test_without_classes_there_are_only_images(tmp_path, source):
-    import webdataset
-
-    index = packed(tmp_path, source, classes=False)
-    assert index.classes == ()
-    urls = [str(tmp_path / KEY / shard.name) for shard in index.shards]
-    assert {key for sample in webdataset.WebDataset(urls, shardshuffle=False) for key in sample if key[0] != "_"} == {
-        "png"
-    }
+    without = packed(tmp_path / "without", source, classes=False)
+    urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
+    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
+    assert without.classes == () and not any("cls" in sample for sample in samples)
 
 
 def test_the_offsets_point_to_the_images_and_the_index_says_how_they_were_made(tmp_path, source):
@@ -69,24 +81,19 @@ def test_the_offsets_point_to_the_images_and_the_index_says_how_they_were_made(t
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []
 
 
-@pytest.mark.parametrize("threads", [1, 4])
-def test_the_bytes_do_not_depend_on_threads(tmp_path, source, undisturbed, threads):
-    packed(tmp_path, source, threads=threads)
+def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed):
+    packed(tmp_path, source, threads=1)
     assert objects(tmp_path) == undisturbed
     assert not any("packing" in key for key in undisturbed)
-
-
-def test_a_folder_a_zip_and_a_tar_of_the_same_images_are_the_same_dataset(tmp_path, source):
     sources = [source, folder_of(tmp_path / "pets", FILES), tar_of(tmp_path / "pets.tgz", FILES)]
-    indices = [packed(tmp_path / f"bucket-{n}", path) for n, path in enumerate(sources)]
-    assert len({index.dataset_id for index in indices}) == 1
-    assert len({index.source_sha256 for index in indices}) == 1
+    indices = [packed(tmp_path / f"bucket-{n}", path, threads=4) for n, path in enumerate(sources)]
+    assert len({(index.dataset_id, index.source_sha256) for index in indices}) == 1
     other = packed(tmp_path / "other", zip_of(tmp_path / "b.zip", [*FILES[:-1], ("dogs/999.jpg", FILES[-1][1])]))
     assert other.dataset_id == indices[0].dataset_id
     assert other.source_sha256 != indices[0].source_sha256
 
 
-def test_from_bucket_to_bucket(tmp_path, source, undisturbed, gcs_bucket):
+def test_from_bucket_to_bucket(source, undisturbed, gcs_bucket):
     open_store(gcs_bucket).upload(source, "in/pets.zip")
     packed(gcs_bucket, f"{gcs_bucket}/in/pets.zip")
     assert objects(gcs_bucket) == undisturbed
@@ -102,7 +109,7 @@ def test_mnist_is_packed_grey(tmp_path, digits):
     assert packed(tmp_path / "colour", tmp_path / "mnist", size=28, channels=3).channels == 3
 
 
-def test_rejected_images_are_counted_and_named(tmp_path):
+def test_rejected_images_are_counted_named_and_bounded(tmp_path):
     good = encoded(picture(1))
     files = [("1.png", good), ("2.png", b"no image"), ("3.png", good[:-400]), ("4.png", encoded(picture(1, 7, 50)))]
     files += [("5.png", good), ("6.jpg", b"")]
@@ -111,29 +118,22 @@ def test_rejected_images_are_counted_and_named(tmp_path):
     lines = [json.loads(line) for line in objects(tmp_path)["rejects.jsonl"].splitlines()]
     assert [line["name"] for line in lines] == ["2.png", "3.png", "4.png", "6.jpg"]
     assert lines[2]["reason"] == "has 7×50 pixels, under 8 on its shorter side"
-
-
-def test_too_many_rejects_end_the_packing_at_once(tmp_path):
-    files = [(f"{n:04d}.png", b"no image") for n in range(2000)]
-    read = []
+    read: list[tuple[int, int, int]] = []
+    bad = zip_of(tmp_path / "bad.zip", [(f"{n:04d}.png", b"no image") for n in range(2000)])
     with pytest.raises(
         BadDataError, match=r"more than --max-bad=5 images cannot be used: '0000.png' is .*; and 3 more"
     ):
-        packed(tmp_path, zip_of(tmp_path / "a.zip", files), max_bad=5, progress=lambda *done: read.append(done))
-    assert read == [(n, 2000) for n in range(1, 6)]
-    with pytest.raises(MissingInputError):
-        load_index(open_store(str(tmp_path)), KEY)
-
-
-def test_nothing_left_is_an_error(tmp_path):
+        packed(tmp_path / "bad", bad, max_bad=5, progress=lambda *done: read.append(done))
+    assert read == [(n, 2000, 0) for n in range(1, 6)]
     with pytest.raises(BadDataError, match=r"none of its images can be used: '1.png'"):
-        packed(tmp_path, zip_of(tmp_path / "a.zip", [("1.png", b"no image")]))
-    assert "index.json" not in objects(tmp_path)
+        packed(tmp_path / "bad", zip_of(tmp_path / "none.zip", [("1.png", b"no image")]))
+    with pytest.raises(MissingInputError):
+        load_index(open_store(str(tmp_path / "bad")), KEY)
 
 
-@pytest.mark.parametrize(
-    ("options", "code"),
-    [
+def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, monkeypatch):
+    source = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
+    for options, code in [
         ({"crop": "middle"}, 64),
         ({"size": 0}, 64),
         ({"resize_filter": "none"}, 64),
@@ -141,14 +141,13 @@ def test_nothing_left_is_an_error(tmp_path):
         ({"classes": True}, 64),
         ({"source": "nowhere.zip"}, 66),
         ({"source": __file__}, 65),
-    ],
-)
-def test_bad_requests_touch_nothing(tmp_path, options, code):
-    source = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
-    with pytest.raises(JobError) as error:
-        packed(tmp_path / "bucket", **{"source": source, **options})
-    assert error.value.exit_code == code
-    assert not (tmp_path / "bucket").exists()
+    ]:
+        with pytest.raises(JobError) as error:
+            packed(tmp_path / "bucket", **{"source": source, **options})
+        assert (error.value.exit_code, (tmp_path / "bucket").exists()) == (code, False), options
+    monkeypatch.setattr(job.data.pack, "prepare", lambda *_: pytest.fail("packed"))
+    with pytest.raises(MissingInputError, match="no bucket"):
+        packed(f"{gcs_bucket}-not", source)
 
 
 def test_a_dataset_that_is_there_is_not_packed_again(tmp_path, source, undisturbed):
@@ -158,14 +157,14 @@ def test_a_dataset_that_is_there_is_not_packed_again(tmp_path, source, undisturb
     assert objects(tmp_path) == undisturbed
 
 
-def test_a_bucket_that_is_missing_shows_before_anything_is_packed(source, gcs_bucket, monkeypatch):
-    monkeypatch.setattr(job.data.pack, "prepare", lambda *_: pytest.fail("packed"))
-    with pytest.raises(MissingInputError, match="no bucket"):
-        packed(f"{gcs_bucket}-not", source)
-
-
-def test_a_full_disk_for_temporary_files(tmp_path, small_disk, monkeypatch):
+def test_full_disks(tmp_path, small_disk, monkeypatch):
     source = zip_of(tmp_path / "a.zip", [(f"{n}.png", encoded(picture(n, 256, 256))) for n in range(20)])
+    with pytest.raises(DiskFullError):
+        packed(small_disk / "bucket", source, size=256, shard_bytes=300_000)
+    with pytest.raises(MissingInputError):
+        load_index(open_store(str(small_disk / "bucket")), "datasets/small-256")
+    for path in sorted(small_disk.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     with pytest.raises(DiskFullError, match="free some space") as error:
         packed(tmp_path / "bucket", source, size=256, shard_bytes=64 << 20)
@@ -174,9 +173,224 @@ def test_a_full_disk_for_temporary_files(tmp_path, small_disk, monkeypatch):
     assert not (tmp_path / "bucket" / "datasets" / "small-256" / "index.json").exists()
 
 
-def test_a_full_disk_for_the_bucket(tmp_path, small_disk):
-    source = zip_of(tmp_path / "a.zip", [(f"{n}.png", encoded(picture(n, 256, 256))) for n in range(20)])
-    with pytest.raises(DiskFullError):
-        packed(small_disk / "bucket", source, size=256, shard_bytes=300_000)
-    with pytest.raises(MissingInputError):
-        load_index(open_store(str(small_disk / "bucket")), "datasets/small-256")
+@pytest.mark.parametrize("bucket_kind", ["local", "gs"])
+def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(
+    request, tmp_path, source, undisturbed, bucket_kind, monkeypatch
+):
+    bucket = request.getfixturevalue("gcs_bucket") if bucket_kind == "gs" else str(tmp_path)
+    with pytest.raises(StoppedError, match="the same command goes on") as error:
+        packed(bucket, source, stop_at=40)
+    assert error.value.exit_code == 75
+    there = objects(bucket)
+    assert "index.json" not in there
+    done = [
+        json.loads(there[f"packing/shard-{n:05d}.json"]) for n in range(sum("packing/shard" in key for key in there))
+    ]
+    assert 1 <= len(done) <= 2
+
+    calls = []
+    prepare = job.data.pack.prepare
+    monkeypatch.setattr(job.data.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
+    packed(bucket, source)
+    assert objects(bucket) == undisturbed
+    assert len(calls) == 60 - done[-1]["read_images"]
+
+
+def test_stopping_while_the_names_are_read(tmp_path, source):
+    stop = Stop()
+    stop.request("a test")
+    with pytest.raises(StoppedError):
+        job.data.pack.pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "small", size=16), stop=stop)
+    assert not (tmp_path / "bucket").exists()
+
+
+def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
+    files = [
+        file for n, file in enumerate(FILES) for file in ([file, (f"cats/x{n}.jpg", b"bad")] if n % 5 == 0 else [file])
+    ]
+    source = zip_of(tmp_path / "a.zip", files)
+    with pytest.raises(BadDataError, match="--max-bad=9"):
+        packed(tmp_path, source, max_bad=9)
+    assert sum(key.startswith("packing/shard") for key in objects(tmp_path)) >= 1
+    packed(tmp_path, source, max_bad=12)
+    packed(tmp_path / "fresh", source, max_bad=12)
+    assert objects(tmp_path) == objects(tmp_path / "fresh")
+    assert objects(tmp_path)["rejects.jsonl"].count(b"\n") == 12
+
+
+def _interrupted(*_):
+    raise KeyboardInterrupt
+
+
+def all_but_committed(bucket: Path, source: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job.data.pack.Journal, "commit", _interrupted)
+        packed(bucket, source)
+
+
+def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, source):
+    changes = {
+        "an image": [*FILES[:35], (FILES[35][0], jpeg(999)), *FILES[36:]],
+        "a name": [*FILES[:35], ("cats/new.jpg", FILES[35][1]), *FILES[36:]],
+        "more images": [*FILES, ("dogs/zzz.jpg", jpeg(999))],
+        "fewer images": FILES[:-5],
+        "hardly any images": [*FILES[:4], *FILES[-4:]],
+        "the first image": [("cats/000.jpg", jpeg(999)), *FILES[1:]],
+        "the classes": [*FILES[:-1], ("birds/1.jpg", FILES[-1][1])],
+    }
+    bucket = tmp_path / "bucket"
+    all_but_committed(bucket, source)
+    before = objects(bucket)
+    attempts = [(name, zip_of(tmp_path / f"{name}.zip", files), {}) for name, files in changes.items()]
+    options = [{"crop": "squash"}, {"shard_bytes": 9000}, {"classes": False}, {"resize_filter": "box"}]
+    attempts += [(str(option), source, option) for option in options]
+    for name, path, option in attempts:
+        with pytest.raises(BadRequestError) as error:
+            packed(bucket, path, **option)
+        assert f"`ddpm data delete small --size 16 --bucket {bucket}` and type this command again" in str(
+            error.value
+        ), name
+        assert objects(bucket) == before, name
+    packed(bucket, source)
+    assert committed(bucket).keys() == before.keys() - {key for key in before if "packing" in key} | {"index.json"}
+
+
+def test_what_was_lost_or_rotted_in_between(tmp_path, source, undisturbed):
+    name = "packing/shard-00001.json"
+    all_but_committed(tmp_path / "lost", source)
+    (tmp_path / "lost" / KEY / name).unlink()
+    packed(tmp_path / "lost", source)
+    assert objects(tmp_path / "lost") == undisturbed
+    # What is damaged is never written over: somebody else may be writing it.
+    all_but_committed(tmp_path / "rotten", source)
+    (tmp_path / "rotten" / KEY / name).write_bytes(b"rotten")
+    with pytest.raises(BadRequestError, match="ddpm data delete"):
+        packed(tmp_path / "rotten", source)
+
+
+KILLED_BEFORE_EACH_WRITE = """
+import itertools, os, signal, sys
+from job.data.pack import PackRequest, pack
+from job.store import open_store
+from job.store.local import LocalStore
+
+source, folder = sys.argv[1:]
+writes = itertools.count(1)
+
+def dying(method, last):
+    def write(self, *arguments):
+        if next(writes) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return method(self, *arguments)
+    return write
+
+for last in itertools.count(1):
+    bucket = f"{folder}/bucket-{last}"
+    child = os.fork()
+    if child == 0:
+        for name in ("create", "upload", "put", "delete"):
+            setattr(LocalStore, name, dying(getattr(LocalStore, name), last))
+        pack(open_store(bucket), PackRequest(source, "small", size=16), shard_bytes=40_000)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if os.WIFEXITED(status):
+        assert os.WEXITSTATUS(status) == 0
+        break
+    assert os.WTERMSIG(status) == signal.SIGKILL
+"""
+
+
+def test_killed_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, undisturbed):
+    subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_EACH_WRITE, str(source), str(tmp_path)], check=True, timeout=120
+    )
+    # The parameters; three objects for each of four shards; the index; five of the journal's to delete.
+    last = 1 + 12 + 1 + 5 + 1
+    assert (tmp_path / f"bucket-{last}").exists() and not (tmp_path / f"bucket-{last + 1}").exists()
+    for number in range(1, last + 1):
+        bucket = tmp_path / f"bucket-{number}"
+        assert (bucket / KEY / "index.json").exists() == (number > 14)
+        if number > 14:
+            assert committed(bucket) == undisturbed
+            continue
+        vouched = [path.stem for path in (bucket / KEY / "packing").glob("shard-*.json")]
+        reused = {path: written(path) for path in (bucket / KEY).glob("*.tar") if path.stem in vouched}
+        assert len(reused) == max(0, (number - 2) // 3)
+        packed(bucket, source)
+        assert objects(bucket) == undisturbed
+        assert {path: written(path) for path in reused} == reused
+
+
+def race(*attempts) -> list[BaseException | None]:
+    """Runs the attempts at once and returns how each ended."""
+    barrier = threading.Barrier(len(attempts))
+    outcomes: list[BaseException | None] = [None] * len(attempts)
+
+    def run(number: int) -> None:
+        barrier.wait()
+        try:
+            attempts[number]()
+        except JobError as error:
+            outcomes[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(attempts))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+@pytest.mark.parametrize("crops", [("center", "center"), ("center", "squash")])
+def test_two_packers_at_once(tmp_path, source, undisturbed, crops):
+    """Equal ones do each other's work. Of others one gives way, at once."""
+    for seed in range(3):
+        rng, bucket = random.Random(seed), tmp_path / str(seed)
+
+        def attempt(crop: str, rng=rng, bucket=bucket) -> None:
+            packed(bucket, source, crop=crop, threads=1, progress=lambda *_: time.sleep(rng.uniform(0, 0.004)))
+
+        outcomes = [str(error or "") for error in race(*(lambda crop=crop: attempt(crop) for crop in crops))]
+        if crops[0] == crops[1]:
+            assert all(not error or "is there already" in error for error in outcomes), outcomes
+            assert committed(bucket) == undisturbed
+        else:
+            assert sorted(map(bool, outcomes)) == [False, True]
+            assert verify_dataset(open_store(str(bucket)), KEY) == []
+
+
+def before(monkeypatch, method: str, part: str, action) -> None:
+    """Has `action` happen once: before a local store's method is called for a key with `part` for the first time."""
+    original, calls = getattr(LocalStore, method), []
+
+    def hooked(self, *arguments):
+        if any(part in str(argument) for argument in arguments[-2:]):
+            calls.append(arguments)
+            if len(calls) == 1:
+                action()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LocalStore, method, hooked)
+
+
+def test_what_somebody_deletes_and_packs_otherwise_meanwhile_is_not_committed(tmp_path, source, monkeypatch):
+    def rival() -> None:
+        for entry in list((store := open_store(str(tmp_path)).sub(KEY)).list()):
+            store.delete(entry.key)
+        with pytest.raises(StoppedError):
+            packed(tmp_path, source, crop="squash", stop_at=50)
+
+    commit = job.data.pack.Journal.commit
+    monkeypatch.setattr(job.data.pack.Journal, "commit", lambda *arguments: (rival(), commit(*arguments)))
+    with pytest.raises(BadRequestError, match="was deleted, or is packed otherwise"):
+        packed(tmp_path, source)
+    monkeypatch.undo()
+    assert "index.json" not in objects(tmp_path)
+    packed(tmp_path, source, crop="squash")
+    assert verify_dataset(open_store(str(tmp_path)), KEY) == []
+
+
+def test_an_equal_packer_that_commits_in_between_is_no_rival(tmp_path, source, undisturbed, monkeypatch):
+    before(monkeypatch, "create", "packing/shard-00001.json", lambda: packed(tmp_path, source))
+    packed(tmp_path, source)
+    assert objects(tmp_path) == undisturbed

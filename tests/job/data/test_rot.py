@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.cache import DecodedCache
+from job.data.cache import DecodedCache, ImageCache, ShardCache
 from job.data.images import decode
-from job.data.pack import pack
-from job.data.shard_cache import ShardCache
+from job.data.pack import PackRequest, pack
 from job.data.shard_source import ShardSource
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
@@ -25,6 +24,7 @@ from tests.job.small_dataset import FarStore, write_dataset
 from tests.job.some_images import encoded, jpeg, zip_of
 
 KEY = "datasets/pets-16"
+OTHER = "datasets/other-16"
 READ = ("index.json", "shard-")
 """What the objects that a reader needs begin with."""
 
@@ -36,7 +36,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("pets", "other")):
         files = [(f"{kind}/{n:02d}.jpg", jpeg(100 * number + n)) for kind in ("cat", "dog") for n in range(10)]
         source = zip_of(folder / f"{name}.zip", [*files, ("cat/bad.jpg", b""), ("dog/bad.jpg", b"")])
-        pack(open_store(str(folder)), str(source), name, size=16, shard_bytes=16_000)
+        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_bytes=16_000)
         succeeded(ddpm_here("data", "show", name, "--bucket", folder, DDPM_CACHE=str(folder / "show")))
     return folder
 
@@ -55,11 +55,8 @@ def dataset(store: Store) -> Store:
 def keys(dataset: Store) -> list[str]:
     # Nobody needs a contact sheet, which `data show` makes anew.
     keys = [entry.key for entry in dataset.list() if entry.key != "contact-sheet.png"]
-    assert [re.sub(r"\d", "", key) for key in keys] == [
-        "index.json",
-        "rejects.jsonl",
-        *["shard-.offsets", "shard-.tar"] * 3,
-    ]
+    kinds = [re.sub(r"\d", "", key) for key in keys]
+    assert kinds == ["index.json", "rejects.jsonl", *["shard-.offsets", "shard-.tar"] * 3]
     return keys
 
 
@@ -68,30 +65,27 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
     return read(store, bucket / "whole")
 
 
-def opened_cache(store: Store, folder: Path, kind: str = "decoded") -> DecodedCache | ShardCache:
-    index = load_index(store, KEY)
-    source = ShardSource(store, KEY, index, folder, threads=1)
-    return DecodedCache(source, None) if kind == "decoded" else ShardCache(source, 1 << 30)
+def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
+    source = ShardSource(store, KEY, load_index(store, KEY), folder, threads=1)
+    return DecodedCache(source) if kind == "decoded" else ShardCache(source, 1 << 30)
 
 
 def read(store: Store, folder: Path, kind: str = "decoded") -> np.ndarray:
     """All images."""
     opened = opened_cache(store, folder, kind)
-    index = opened.index
     try:
-        return opened.read(np.arange(index.images))
+        return opened.read(np.arange(opened.index.images))
     finally:
         opened.close()
 
 
 def blamed(store: Store) -> list[str]:
     """The keys that verifying names, which stand at the beginning of each line."""
-    uri = f"{store.uri_of(KEY)}/"
     try:
         problems = verify_dataset(store, KEY)
     except BadDataError as error:
         problems = [str(error)]
-    return [line.split()[0].removeprefix(uri) for line in problems]
+    return [line.split()[0].removeprefix(f"{store.uri_of(KEY)}/") for line in problems]
 
 
 def refusal(store: Store, cache: Path, kind: str, pixels: np.ndarray) -> str:
@@ -105,89 +99,68 @@ def refusal(store: Store, cache: Path, kind: str, pixels: np.ndarray) -> str:
     return ""
 
 
-def test_a_whole_dataset_has_no_problems(bucket, store):
-    assert verify_dataset(store, KEY) == []
+def test_verifying_names_whatever_is_damaged_and_nothing_else(bucket, store, dataset, keys):
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "pets", "--bucket", bucket))
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_whatever_is_damaged_is_named_and_nothing_else(store, dataset, keys, name):
-    wrong = {}
-    for key in keys:
-        # A dataset without an index is none.
-        if name == "gone" and key == "index.json":
-            continue
-        with damaged(dataset, key, DAMAGES[name]):
-            if (found := blamed(store)) != [key]:
-                wrong[key] = found
-    assert wrong == {}
-
-
-def test_whatever_is_swapped_is_named(store, dataset, keys):
-    wrong = {}
+    wrong: dict[object, list[str]] = {}
+    for name, damage in DAMAGES.items():
+        for key in keys:
+            # A dataset without an index is none.
+            if (name, key) == ("gone", "index.json"):
+                continue
+            with damaged(dataset, key, damage):
+                if (found := blamed(store)) != [key]:
+                    wrong[name, key] = found
     for one, other in pairs(keys):
         with swapped(dataset, one, other):
             if sorted(found := blamed(store)) != [one, other]:
                 wrong[one, other] = found
-    assert wrong == {}
-
-
-def test_what_belongs_to_another_dataset_is_named(store, dataset, keys):
-    wrong, other = {}, store.sub("datasets/other-16")
     # Both rejected images of the same names.
     for key in {*keys} - {"rejects.jsonl"}:
-        theirs = other.read(key).data
+        theirs = store.read(f"{OTHER}/{key}").data
         with damaged(dataset, key, lambda data, theirs=theirs: theirs):
             if (found := blamed(store)) != [key]:
-                wrong[key] = found
+                wrong["another dataset's", key] = found
+    for key, is_named in (("shard-00099.tar", True), ("packing/left-by-a-killed-packer.json", False)):
+        dataset.create(key, b"x")
+        if (found := blamed(store)) != [key] * is_named:
+            wrong["no part of it", key] = found
+        dataset.delete(key)
     assert wrong == {}
 
 
-def test_what_is_no_part_of_a_dataset_is_named(store, dataset):
-    for key in ("shard-00099.tar", "packing/left-by-a-killed-packer.json"):
-        dataset.create(key, b"x")
-    found = blamed(store)
-    for key in ("shard-00099.tar", "packing/left-by-a-killed-packer.json"):
-        dataset.delete(key)
-    assert found == ["shard-00099.tar"]
-
-
-@pytest.mark.parametrize("name", [*DAMAGES, "another dataset's"])
 @pytest.mark.parametrize("kind", ["decoded", "shards"])
-def test_a_reader_names_what_is_damaged_in_the_bucket(store, dataset, keys, pixels, bucket, tmp_path, name, kind):
+def test_a_reader_names_what_is_damaged_in_the_bucket(store, dataset, keys, pixels, bucket, tmp_path, kind):
     far, wrong = FarStore(bucket), {}
-    for key in keys:
-        theirs = store.read(f"datasets/other-16/{key}").data
-        damage = DAMAGES.get(name, lambda _, theirs=theirs: theirs)
-        if damage is not None and damage(dataset.read(key).data) == dataset.read(key).data:
-            continue
-        with damaged(dataset, key, damage):
-            for where in (store, far):
-                said = refusal(where, tmp_path / "cache", kind, pixels)
-                name_of_it = (
-                    f"no dataset at {where.uri}/{KEY}"
-                    if (key, damage) == ("index.json", None)
-                    else where.uri_of(f"{KEY}/{key}")
-                    if damage or where is store
-                    else key
-                )
-                if bool(said) != key.startswith(READ) or (said and name_of_it not in said):
-                    wrong[key] = said
+    for name in (*DAMAGES, "another dataset's"):
+        for key in keys:
+            theirs = store.read(f"{OTHER}/{key}").data
+            damage = DAMAGES.get(name, lambda _, theirs=theirs: theirs)
+            if damage is not None and damage(dataset.read(key).data) == dataset.read(key).data:
+                continue
+            with damaged(dataset, key, damage):
+                for where in (store, far):
+                    said = refusal(where, tmp_path / "cache", kind, pixels)
+                    name_of_it = where.uri_of(f"{KEY}/{key}") if damage or where is store else key
+                    if (key, damage) == ("index.json", None):
+                        name_of_it = f"no dataset at {where.uri}/{KEY}"
+                    if bool(said) != key.startswith(READ) or (said and name_of_it not in said):
+                        wrong[name, key] = said
     assert wrong == {}
 
 
 def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
     index = load_index(store, KEY)
     row, shard = 3, index.shards[1]
-    record = opened_cache(store, tmp_path / "records")._source.records[index.shards[0].images + row]
-    name = f"'{index.shards[0].images + row:09d}.png'"
+    image = index.shards[0].images + row
+    offset, size_bytes, _, _ = ShardSource(store, KEY, index, tmp_path / "records").records[image].tolist()
 
     def flip(data: bytes) -> bytes:
-        at = int(record["offset"]) + int(record["bytes"]) // 2
+        at = offset + size_bytes // 2
         return data[:at] + bytes([data[at] ^ 4]) + data[at + 1 :]
 
-    named = f"the first damaged image is {row} ({name}), at byte {record['offset']}"
+    named = f"the first damaged image is {row} ('{image:09d}.png'), at byte {offset}"
     words = ("train", "--dataset", "pets", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="8"))
+    verify = ("data", "verify", "pets", "--bucket", bucket)
     with damaged(dataset, shard.name, flip):
         for cache_gigabytes in ("1", "0.000001"):
             done = ddpm_here(
@@ -195,30 +168,29 @@ def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
             )
             line = refused(done, Exit.BAD_DATA)
             assert f"{dataset.uri_of(shard.name)} holds other bytes than were packed; {named}" in line
-        assert named in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+        assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
     with damaged(dataset, shard.name, lambda data: data[:100] + b"?" + data[101:]):
-        line = refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+        line = refused(ddpm_here(*verify), Exit.BAD_DATA)
         assert "all its images are whole, but not what lies between them" in line
-    with damaged(dataset, shard.name, lambda data: data[: int(record["offset"]) + 1]):
-        assert named in refused(ddpm_here("data", "verify", "pets", "--bucket", bucket), Exit.BAD_DATA)
+    with damaged(dataset, shard.name, lambda data: data[: offset + 1]):
+        assert named in refused(ddpm_here(*verify), Exit.BAD_DATA)
 
 
-@pytest.mark.parametrize("kind", ["decoded", "shards"])
-@pytest.mark.parametrize("name", [*DAMAGES])
-def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, name, kind):
+@pytest.mark.parametrize(
+    ("kind", "kept"), [("decoded", {"images", "filled", "offsets"}), ("shards", {"shard-.tar", "offsets"})]
+)
+def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, kind, kept):
     far, cache = FarStore(bucket), tmp_path / "cache"
     np.testing.assert_array_equal(read(far, cache, kind), pixels)
     files = sorted(path for path in cache.rglob("*") if path.is_file() and path.stat().st_size)
-    assert {re.sub(r"\d", "", path.name) for path in files} == (
-        {"images", "filled", "offsets"} if kind == "decoded" else {"shard-.tar", "offsets"}
-    )
-    damage = DAMAGES[name]
-    for path in files:
-        if damage is None:
-            path.unlink()
-        else:
-            path.write_bytes(damage(path.read_bytes()))
-        np.testing.assert_array_equal(read(far, cache, kind), pixels)
+    assert {re.sub(r"\d", "", path.name) for path in files} == kept
+    for name, damage in DAMAGES.items():
+        for path in files:
+            if damage is None:
+                path.unlink()
+            else:
+                path.write_bytes(damage(path.read_bytes()))
+            np.testing.assert_array_equal(read(far, cache, kind), pixels, err_msg=f"{name} of {path.name}")
 
 
 def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_path):
@@ -231,13 +203,11 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_pa
     cache = ShardCache(source, 1 << 30)
     whole = cache.read(np.arange(8))
     for image in range(8):
-        record, path = source.records[image], cache._path(image // 4)
-        content = bytearray(path.read_bytes())
-        place = int(record["offset"]) + int(record["bytes"]) * 3 // 4
-        content[place] ^= 1
+        path = tmp_path / "cache" / "shards" / f"shard-{image // 4:05d}.tar"
+        content, (offset, size_bytes, _, _) = bytearray(path.read_bytes()), source.records[image].tolist()
+        content[offset + size_bytes * 3 // 4] ^= 1
         # Nothing in a JPEG tells that a bit of it flipped.
-        damaged_jpeg = bytes(content[int(record["offset"]) :][: int(record["bytes"])])
-        assert (decode(damaged_jpeg, 3) != whole[image]).any()
+        assert (decode(bytes(content[offset : offset + size_bytes]), 3) != whole[image]).any()
         path.write_bytes(content)
         far.downloads.clear()
         np.testing.assert_array_equal(cache.read(np.arange(8)), whole)

@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import open_cache
+from job.data.cache import ShardCache, open_cache
 from job.data.order import Order
-from job.data.shard_cache import ShardCache
 from job.exits import BadConfigError, BadDataError, BucketAwayError, MissingInputError
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
@@ -123,16 +122,6 @@ def test_the_budget_is_kept_however_images_are_read(dataset, tmp_path, shards):
     assert len(seen) > 15
     assert max(seen) + smallest <= budget(dataset, shards)
     assert len(shards_in(folder)) == shards
-
-
-def test_an_open_shard_may_be_evicted(dataset, far, tmp_path):
-    cache = opened(far, dataset, tmp_path / "cache", 1)
-    other = opened(far, dataset, tmp_path / "cache", 1)
-    with cache._open(0) as file:
-        assert_equal(other, dataset, np.array([20]))
-        assert shards_in(tmp_path / "cache") == [5]
-        encoded = [cache._source.encoded(0, file.fileno(), row) for row in range(4)]
-    assert all(image.startswith(b"\x89PNG") for image in encoded)
 
 
 def test_what_is_there_is_not_fetched_again(dataset, far, tmp_path):

@@ -199,7 +199,7 @@ def trained(place) -> str:
 def telling(tmp_path) -> dict[str, str]:
     """Variables that make a process tell when it samples, by a file in `SAMPLING`."""
     return {
-        "PYTHONPATH": hooked(tmp_path / "hooks", job__sampling__sample=TELL),
+        "PYTHONPATH": hooked(tmp_path / "hooks", job__sampling__painter=TELL),
         "SAMPLING": str(tmp_path / "sampling"),
     }
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.exits import BadRequestError
 from job.processes.group import PORT, Group, interface_to
 from job.runs.checkpoints import list_checkpoints, load_manifest
@@ -76,7 +76,7 @@ def nodes(tmp_path: Path) -> Nodes:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(tmp_path / "bucket")), str(source), "tiles", size=16)
+    pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "tiles", size=16))
     return Nodes(tmp_path, "127.0.0.1", port)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.data.pack import pack
+from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, Kind
 from job.runs.retention import Reader
@@ -34,7 +34,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
     folder = tmp_path_factory.mktemp("rot")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=8)
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
     for epochs in (2, 4):
         succeeded(train(folder, "r", epochs))

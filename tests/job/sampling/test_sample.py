@@ -3,55 +3,26 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from importlib import resources
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 
-from job.data.pack import pack
 from job.data.shards import load_index
 from job.exits import BadConfigError, MissingInputError, StoppedError
-from job.processes import compute
-from job.processes.ranks import Agreement, Ranks
-from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import list_checkpoints, opened
-from job.runs.records import existing_config
+from job.requests import SampleRequest
 from job.sampling.plan import plan_sampling
-from job.sampling.sample import Painter, default_sampling, look_for, run_sampling
-from job.stop import NEVER
+from job.sampling.sample import grid_png, run_sampling
 from job.store import Store, open_store
-from job.train import run_training
-from tests.job.command_line import NETWORK, ddpm, succeeded
+from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 BF16_LEVELS = 1.0
 """Mean difference, in levels of 255, that bf16 may make; measured on a CPU: 0.0 between batch sizes, 0.2 from fp32."""
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A bucket with a run `walk` of three epochs, of which the first and the last have checkpoints."""
-    # Threads that wait for each other's core make a small network a slow one.
-    torch.set_num_threads(1)
-    folder = tmp_path_factory.mktemp("sample")
-    source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), str(source), "tiles", size=16)
-    sets = [f"{key}={value}" for key, value in NETWORK.items()]
-    sets += ["checkpoint.keep_last=1", "checkpoint.keep_epochs=1", "sample.nearest=false"]
-    sets += ["train.learning_rate=0.01", "train.warmup_images=0"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DDPM_CACHE", str(folder / "cache"))
-        AcceleratorState._reset_state(reset_partial_state=True)
-        request = TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets))
-        run_training(request.check())
-        yield folder
 
 
 @pytest.fixture
@@ -66,29 +37,12 @@ def sample(bucket: Path, run: Store, capsys: pytest.CaptureFixture[str]) -> Call
     def sample(**options) -> dict[str, Image.Image]:
         AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
-        run_sampling(SampleRequest("walk", str(bucket), **options).check())
+        run_sampling(plan_sampling(SampleRequest("walk", str(bucket), **options).check()))
         named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         keys = [uri.removeprefix(f"{run.uri}/samples/") for uri in named]
         return {key: Image.open(io.BytesIO(run.read(f"samples/{key}").data)) for key in keys}
 
     return sample
-
-
-@pytest.fixture
-def draw(bucket: Path, run: Store) -> Callable[..., np.ndarray]:
-    """Draws seeds with the newest averaged weights, int16 [n, 16, 16, 3]."""
-
-    def draw(seeds, batch_size, precision="fp32", **sampling) -> np.ndarray:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        plan = plan_sampling(SampleRequest("walk", str(bucket)))
-        ranks = Ranks(compute.build_accelerator("fp32"), NEVER)
-        painter = Painter(plan.config, ranks, precision, NEVER, Agreement(1, flags=1))
-        with opened(run, plan.checkpoints[0], ("ema",)) as restored:
-            restored.copy_into({"ema": dict(painter.network.named_parameters())})
-        how = replace(default_sampling(plan.config), **sampling)
-        return painter.draw(seeds, how, batch_size, "test").astype(np.int16)
-
-    return draw
 
 
 @pytest.mark.parametrize(
@@ -123,19 +77,28 @@ def test_processes_share_the_seeds_out_and_draw_the_same(bucket, sample):
     assert np.abs(together - np.asarray(alone, np.int16)).max() <= 1
 
 
-def test_raw_weights_are_others(sample):
-    assert [*sample(), *sample(raw=True)] == ["epoch-0003-ddim-4.png", "epoch-0003-ddim-4-raw.png"]
+def test_a_picture_s_name_says_what_it_shows(sample):
+    """What differs does not overwrite each other; what is the run's own way anyway changes no name."""
+    names = {
+        "epoch-0003-ddim-4.png": {},
+        "epoch-0003-ddim-4-raw.png": {"raw": True},
+        "epoch-0003-ddim-5.png": {"steps": 5},
+        "epoch-0003-ddim-4-seeds-0_3.png": {"seeds": "0, 3"},
+        "epoch-0003-ddim-4-seeds-0-3.png": {"seeds": "0-3"},
+        "epoch-0003-ddpm-4.png": {"sampler": "ddpm", "steps": 4},
+        # The run's steps are meant for its own sampler.
+        "epoch-0003-ddpm-50-seeds-0.png": {"sampler": "ddpm", "seeds": "0"},
+        "epoch-0003-ddim-4-bf16.png": {"precision": "bf16"},
+        "epoch-0003-ddim-4-nearest.png": {"nearest": True},
+        "denoising-epoch-0003.gif": {"gif": True, "grid": False},
+        "denoising-epoch-0003-ddim-4-seeds-0-3.gif": {"gif": True, "grid": False, "seeds": "0-3"},
+    }
+    assert {name: list(sample(**options)) for name, options in names.items()} == {name: [name] for name in names}
+    usual = {"precision": "fp32", "nearest": False, "sampler": "ddim", "steps": 4, "checkpoints": "3"}
+    assert list(sample(**usual)) == ["epoch-0003-ddim-4.png"]
+    assert max(map(len, sample(seeds=",".join(map(str, range(1000, 1100)))))) < 60
     averaged, raw = (np.asarray(next(iter(sample(raw=raw).values())), np.int16) for raw in (False, True))
-    assert averaged.shape == raw.shape
     assert np.abs(averaged - raw).mean() > 2
-
-
-def test_the_steps_of_another_sampler_are_all_there_are(sample):
-    assert list(sample(sampler="ddpm", seeds="0")) == ["epoch-0003-ddpm-50-seeds-0.png"]
-    assert list(sample(sampler="ddpm", seeds="0", steps=7)) == ["epoch-0003-ddpm-7-seeds-0.png"]
-    assert list(sample(sampler="ddim", seeds="0")) == ["epoch-0003-ddim-4-seeds-0.png"]
-    with pytest.raises(BadConfigError, match=r"--steps 51 exceeds diffusion.timesteps=50"):
-        sample(steps=51)
 
 
 def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
@@ -150,17 +113,17 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
     assert np.abs(left - right).mean() > 10
 
 
-def test_a_checkpoint_that_was_not_kept_is_named_with_those_there_are(sample):
+def test_what_the_run_does_not_have_is_named(sample):
     for checkpoints, missing in (("2", 2), ("1,9", 9)):
         with pytest.raises(MissingInputError, match=rf"no checkpoint of epoch {missing}: .* \(there are: 1, 3\)"):
             sample(checkpoints=checkpoints)
+    with pytest.raises(BadConfigError, match=r"--steps 51 exceeds diffusion.timesteps=50"):
+        sample(steps=51)
 
 
-@pytest.mark.parametrize("steps", [4, 20, 50])
+@pytest.mark.parametrize("steps", [4, 50])
 def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, draw, steps):
-    how = "" if steps == 4 else f"-ddim-{steps}"
-    ((name, gif),) = sample(gif=True, grid=False, steps=steps).items()
-    assert name == f"denoising-epoch-0003{how}.gif"
+    ((_, gif),) = sample(gif=True, grid=False, steps=steps).items()
     assert (gif.n_frames, gif.info["loop"]) == (20, 0)
     frames = []
     for number in range(20):
@@ -172,53 +135,24 @@ def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, dr
     assert np.abs(frames[-1][2:98, 2:98] - first).mean() < 8 < 40 < np.abs(frames[0][2:98, 2:98] - first).mean()
 
 
-def test_other_options_do_not_overwrite_a_picture(sample):
-    names = [
-        name
-        for options in (
-            {},
-            {"raw": True},
-            {"steps": 5},
-            {"seeds": "0,3"},
-            {"seeds": "0-3"},
-            {"sampler": "ddpm", "steps": 4},
-            {"precision": "bf16"},
-            {"nearest": True},
-        )
-        for name in sample(**options)
-    ]
-    names += [*sample(gif=True, grid=False), *sample(gif=True, grid=False, seeds="0-3")]
-    assert len(set(names)) == len(names) == 10
-    # What is asked for and is the run's own way anyway changes no name.
-    assert list(sample(precision="fp32", nearest=False, sampler="ddim", steps=4)) == list(sample())
-    long = ",".join(map(str, range(1000, 1100)))
-    assert max(map(len, sample(seeds=long))) < 60
-
-
 def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
     AcceleratorState._reset_state(reset_partial_state=True)
     before = [entry.key for entry in run.list("samples")]
     request = SampleRequest("walk", str(bucket), seeds="40-44", nearest=False)
     with pytest.raises(StoppedError, match="the same command begins again"):
-        run_sampling(request.check(), stop_after(1))
+        run_sampling(plan_sampling(request.check()), stop_after(1))
     assert [entry.key for entry in run.list("samples")] == before
 
 
-def test_the_newest_checkpoint_is_the_default(run, sample):
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
-    assert list(sample(checkpoints="3")) == list(sample())
-
-
 def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
-    # More images than are compared at a time.
-    index = load_index(open_store(str(bucket)), "datasets/tiles-16")
-    shard = index.shards[0].model_copy(update={"images": 5000})
-    index = index.model_copy(update={"shards": (shard,)})
-
     class Cache:
+        """Has more images than are compared at a time."""
+
+        index = load_index(open_store(str(bucket)), "datasets/tiles-16")
+        index = index.model_copy(update={"shards": (index.shards[0].model_copy(update={"images": 5000}),)})
+
         def read(self, indices):
             return np.zeros((len(indices), 16, 16, 3), np.uint8)
 
-    look = look_for(existing_config(open_store(str(bucket)), "walk"), index, Cache(), stop_after(1))
     with pytest.raises(StoppedError, match="nearest"):
-        look.grid(np.zeros((4, 16, 16, 3), np.uint8), range(4))
+        grid_png(np.zeros((4, 16, 16, 3), np.uint8), range(4), training=Cache(), stop=stop_after(1))

@@ -1,0 +1,58 @@
+"""Work that threads do a little ahead of whoever takes its results."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import TypeVar
+
+from job.stop import NEVER, Stop
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+STOP_POLL_SECONDS = 0.05
+"""How soon a thread that waits for others hears of a stop."""
+
+
+def in_order(
+    pool: ThreadPoolExecutor,
+    function: Callable[[Item], Result],
+    items: Iterable[Item],
+    window: int,
+    stop: Stop = NEVER,
+    doing: str = "",
+) -> Iterator[Result]:
+    """`pool.map` that takes items only `window` ahead of what it yields, so that memory does not grow with them.
+
+    Args:
+        pool: does the work.
+        function: is the work.
+        items: taken one by one.
+        window: how many results are on their way at a time.
+        stop: asked for each result, and while it is waited for.
+        doing: what is stopped, for `Stop.check`.
+
+    Raises:
+        StoppedError: this process is to stop.
+    """
+    waiting: deque[Future[Result]] = deque()
+
+    def first() -> Result:
+        future = waiting.popleft()
+        stop.check(doing)
+        while not wait([future], timeout=STOP_POLL_SECONDS).done:
+            stop.check(doing)
+        return future.result()
+
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield first()
+        while waiting:
+            yield first()
+    finally:
+        for future in waiting:
+            future.cancel()

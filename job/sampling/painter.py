@@ -1,0 +1,156 @@
+"""Drawing: a network in eval mode, and images from it, on all processes together or on one alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from ddpm import figures
+from ddpm.generation import Sampling, generate
+from ddpm.schedule import make_schedule
+from ddpm.unet import UNet
+from job.config import RunConfig, SampleConfig
+from job.exits import BadDataError, StoppedError
+from job.processes import compute
+from job.processes.ranks import Agreement, Ranks
+from job.progress import Progress
+from job.runs.checkpoints import opened
+from job.runs.layout import CheckpointRef
+from job.stop import Stop
+from job.store import Store
+
+GIF_FRAMES = 20
+
+
+def sampling_of(sample: SampleConfig) -> Sampling:
+    """The sampler of a configuration's section."""
+    return Sampling(sample.sampler, sample.steps, sample.spacing, sample.eta, sample.variance)
+
+
+class Painter:
+    """A network in eval mode and all that is needed to draw from it on the processes there are."""
+
+    def __init__(self, config: RunConfig, ranks: Ranks, precision: str, stop: Stop, agreement: Agreement) -> None:
+        """`agreement` has one flag: being stopped, which all processes must be at the same step."""
+        self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
+        self.device = ranks.accelerator.device
+        self.network: UNet = compute.build_network(config, self.device).eval().requires_grad_(False)
+        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(self.device)
+        self.autocast = compute.autocast_for(precision, self.device)
+
+    def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
+        """Reads the weights of a checkpoint, `ema` or `model`, once for all processes. Collective.
+
+        Raises:
+            BadDataError: it is damaged; the message names the object, and how to find another.
+        """
+
+        def load() -> None:
+            tensors = {group: {name: value.detach() for name, value in self.network.named_parameters()}}
+            try:
+                with opened(run, ref, (group,)) as restored:
+                    restored.copy_into(tensors)
+            except BadDataError as error:
+                name = run.uri.rsplit("/", 1)[-1]
+                raise BadDataError(
+                    f"{error}; `ddpm runs show {name}` lists the other checkpoints, for --checkpoints, and "
+                    f"`ddpm runs verify {name}` says which are whole"
+                ) from None
+
+        self.ranks.on_main(load)
+        if dist.is_initialized():
+            for parameter in self.network.parameters():
+                dist.broadcast(parameter.detach(), src=0)
+
+    def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> np.ndarray:
+        """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
+
+        Raises:
+            StoppedError: on all processes at the same step, when any of them was asked to stop.
+        """
+        rank, world_size = self.ranks.rank, self.ranks.world_size
+        mine = list(seeds[rank::world_size])
+        steps = len(sampling.timesteps(self.schedule.num_timesteps))
+        made = [np.empty((0, *self._image_shape), np.uint8)]
+        with Progress(title, total=len(seeds), unit="images", disable=rank != 0) as bar:
+            # Every process counts the batches of the first one, which has the most.
+            for start in range(0, len(seeds[::world_size]), batch_size_images):
+                if some := mine[start : start + batch_size_images]:
+                    made.append(self._generate(some, sampling, self._check_agreed))
+                else:
+                    for _ in range(steps):
+                        self._check_agreed()
+                bar.update(min(len(seeds), (start + len(some)) * world_size))
+            self._agreement.finish()
+        part = np.concatenate(made)
+        if world_size == 1:
+            return part
+        parts: list[Any] | None = [None] * world_size if rank == 0 else None
+        dist.gather_object(part, parts)
+        images = np.empty((len(seeds) if rank == 0 else 0, *self._image_shape), np.uint8)
+        for other, drawn in enumerate(parts or []):
+            images[other::world_size] = drawn
+        return images
+
+    def draw_alone(self, seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
+        """A batch on this process, whatever the others do: uint8 [n, H, W, C].
+
+        Raises:
+            StoppedError: this process was asked to stop.
+        """
+        return self._generate(seeds, sampling, self._check_stopped)
+
+    def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
+        """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
+        shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
+        frames: list[np.ndarray] = []
+
+        def keep(t: int, x_t: torch.Tensor, x_start: torch.Tensor) -> None:
+            self._check_stopped()
+            if t in shown[:-1]:
+                frames.append(figures.to_uint8(x_t))
+
+        frames.append(self._generate(seeds, sampling, keep))
+        return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
+
+    @property
+    def _image_shape(self) -> tuple[int, int, int]:
+        data = self.config.data
+        assert data.size is not None and data.channels is not None
+        return data.size, data.size, data.channels
+
+    def _generate(
+        self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None]
+    ) -> np.ndarray:
+        """One batch: uint8 [n, H, W, C]; seed k is of class k mod classes, if any.
+
+        `callback` gets every step's timestep, x_t and predicted x_0.
+        """
+        height, width, channels = self._image_shape
+        classes = self.config.model.num_classes
+        numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        images = generate(
+            self.network,
+            self.schedule,
+            self.config.diffusion.prediction,
+            sampling,
+            numbers,
+            (channels, height, width),
+            numbers % classes if classes else None,
+            self.autocast,
+            callback,
+        )
+        return figures.to_uint8(images)
+
+    def _check_stopped(self, *_: Any) -> None:
+        self.stop.check("while sampling")
+
+    def _check_agreed(self, *_: Any) -> None:
+        (stopping,) = self._agreement.exchange(self.stop())
+        if stopping:
+            self._agreement.finish()
+            raise StoppedError("stopped while sampling; the same command begins again")

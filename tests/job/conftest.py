@@ -1,0 +1,59 @@
+"""What many tests begin with: images at 16 pixels, and a run that has learnt a little from them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+
+from job.data.pack import PackRequest, pack
+from job.plan import plan_run
+from job.requests import TrainRequest
+from job.store import open_store
+from job.train import run_training
+from tests.job.command_line import NETWORK
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of this test process and its children."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local bucket with the embedded images as dataset `tiles`, 299 at 16 pixels; not to be changed."""
+    folder = tmp_path_factory.mktemp("tiles")
+    source = resources.files("job") / "datasets" / "landscape-sample.zip"
+    pack(open_store(str(folder)), PackRequest(str(source), "tiles", 16))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def walked(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a run `walk` of three epochs, of which the first and the last are kept; not to be changed."""
+    folder = shutil.copytree(tiles, tmp_path_factory.mktemp("walked") / "bucket")
+    sets = [f"{key}={value}" for key, value in NETWORK.items()]
+    sets += [
+        "checkpoint.keep_last=1",
+        "checkpoint.keep_epochs=1",
+        "train.learning_rate=0.01",
+        "train.warmup_images=0",
+        "sample.nearest=false",
+    ]
+    AcceleratorState._reset_state(reset_partial_state=True)
+    run_training(plan_run(TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets)).check()))
+    return folder
+
+
+@pytest.fixture
+def bucket(walked: Path, tmp_path: Path) -> Path:
+    """A copy of `walked`, for one test."""
+    return shutil.copytree(walked, tmp_path / "bucket")

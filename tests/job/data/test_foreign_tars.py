@@ -1,0 +1,411 @@
+"""Tars of other people, written by the real `webdataset`, become a dataset where they lie."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+
+from job.data.cache import ShardCache, open_cache
+from job.data.foreign_tars import find_tars
+from job.data.pack import PackRequest, pack
+from job.data.shards import load_index
+from job.data.verify import verify_dataset
+from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.stop import Stop
+from job.store import Store, open_store
+from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
+from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
+
+KEY = "datasets/laion-16"
+BOMB = encoded(picture(0).resize((1, 1)).resize((10_000, 10_000)).convert("1"), "PNG")
+
+Samples = list[dict[str, object]]
+
+
+def samples_of(count: int = 34, kind: str = "jpg", **more: object) -> Samples:
+    """As img2dataset lays them out: an image, its caption and a record, under a number; no two of one size."""
+    return [
+        {
+            "__key__": f"{n:09d}",
+            kind: jpeg(n, 30 + n, 64 - n) if kind == "jpg" else encoded(picture(n, 30 + n, 64 - n), kind),
+            "txt": f"picture {n}",
+            "json": json.dumps({"number": n}).encode(),
+            **{name: value(n) if callable(value) else value for name, value in more.items()},
+        }
+        for n in range(count)
+    ]
+
+
+def write_tars(folder: Path, samples: Samples, per_tar: int = 10) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    with webdataset.ShardWriter(str(folder / "%05d.tar"), maxcount=per_tar, encoder=False, verbose=0) as writer:
+        for sample in samples:
+            writer.write({k: v.encode() if isinstance(v, str) and k[0] != "_" else v for k, v in sample.items()})
+    return folder
+
+
+def indexed(bucket: Store, *words: object, stop_at: int = 0, threads: int | None = None, progress=None, **options):
+    """Makes the tars the dataset `laion`, or is stopped once it holds so many images."""
+    stop = Stop()
+
+    def told(done: int, total: int, images: int) -> None:
+        if progress is not None:
+            progress(done, total, images)
+        if images == stop_at > 0:
+            stop.request("a test")
+
+    request = PackRequest("", "laion", **{"size": 16, **options}, tars=tuple(map(str, words)))
+    return pack(bucket, request, stop=stop, progress=told, threads=threads)
+
+
+def pixels(bucket: Store, key: str, cache_dir: Path, budget_bytes: int = 1 << 30) -> np.ndarray:
+    cache = open_cache(bucket, key, load_index(bucket, key), cache_dir=cache_dir, budget_bytes=budget_bytes)
+    try:
+        return cache.read(np.arange(cache.index.images))
+    finally:
+        cache.close()
+
+
+def uploaded(folder: Path, uri: str) -> None:
+    store = open_store(uri)
+    for path in sorted(folder.iterdir()):
+        store.upload(path, path.name)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory) -> Path:
+    return write_tars(tmp_path_factory.mktemp("theirs") / "laion", samples_of())
+
+
+@pytest.fixture(scope="module")
+def compact_tars(tmp_path_factory) -> Path:
+    """Tars that take less than their images do when these are decoded at 40 pixels."""
+    samples = [{"__key__": f"{n:09d}", "jpg": jpeg(n, 44, 40)} for n in range(34)]
+    return write_tars(tmp_path_factory.mktemp("theirs") / "compact", samples)
+
+
+@pytest.fixture
+def bucket(tmp_path) -> Store:
+    return open_store(str(tmp_path / "bucket"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("jpg", {}),
+        ("png", {"crop": "squash", "resize_filter": "box"}),
+        ("webp", {"channels": 1, "crop": "center:24"}),
+    ],
+)
+def test_the_images_are_those_that_packing_would_have_given(tmp_path, bucket, kind, options):
+    samples = samples_of(24, kind)
+    tars = write_tars(tmp_path / "tars", samples)
+    files = folder_of(tmp_path / "images", [(f"{s['__key__']}.{kind}", s[kind]) for s in samples])  # type: ignore[misc]
+    index = indexed(bucket, tars, **options)
+    packed = pack(bucket, PackRequest(str(files), "packed", 16, **options))
+    assert (index.images, len(index.shards), index.channels) == (24, 3, packed.channels)
+    want = pixels(bucket, "datasets/packed-16", tmp_path / "cache")
+    np.testing.assert_array_equal(pixels(bucket, KEY, tmp_path / "cache"), want)
+    np.testing.assert_array_equal(pixels(bucket, KEY, tmp_path / "other", budget_bytes=1), want)
+    assert verify_dataset(bucket, KEY) == []
+
+
+def test_nothing_is_copied_and_nothing_of_theirs_is_touched(tmp_path, bucket, tars):
+    before = snapshot(tars)
+    index = indexed(bucket, tars)
+    names = set(snapshot(tmp_path / "bucket" / KEY))
+    assert names == {"index.json", *(f"shard-0000{n}.offsets" for n in range(4))}
+    assert [shard.uri for shard in index.shards] == [f"{tars}/0000{n}.tar" for n in range(4)]
+    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path, budget_bytes=index.decoded_bytes - 1)
+    assert isinstance(cache, ShardCache)
+    cache.close()
+    with pytest.raises(BadRequestError, match="is there already: 34 images"):
+        indexed(bucket, tars)
+    succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
+    assert not (tmp_path / "bucket" / KEY).exists()
+    assert snapshot(tars) == before
+
+
+def test_the_same_tars_give_the_same_dataset_wherever_they_lie_and_however_they_are_named(tmp_path, tars):
+    moved = shutil.copytree(tars, tmp_path / "a folder" / "moved")
+    ids = {
+        indexed(open_store(str(tmp_path / str(number))), *words, threads=1 + number % 3).dataset_id
+        for number, words in enumerate(
+            [
+                [tars],
+                [f"{tars}/{{00000..00003}}.tar"],
+                [f"file://{tars}/{{00000,00001}}.tar", *(f"{tars}/0000{n}.tar" for n in (2, 3))],
+                [moved.parent],
+            ]
+        )
+    }
+    assert len(ids) == 1
+    assert indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id not in ids
+
+
+def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
+    theirs = f"{bucket_uri}/theirs/laion"
+    uploaded(tars, theirs)
+    here = indexed(bucket, tars)
+    there = open_store(f"{bucket_uri}/ours")
+    for words in ([f"{bucket_uri}/theirs"], [f"{theirs}/{{00000..00003}}.tar"]):
+        index = indexed(there, *words)
+        assert index.dataset_id == here.dataset_id
+        assert [shard.uri for shard in index.shards] == [f"{theirs}/0000{n}.tar" for n in range(4)]
+        want = pixels(bucket, KEY, tmp_path / "cache")
+        np.testing.assert_array_equal(pixels(there, KEY, tmp_path / f"cache-{len(words[0])}"), want)
+        assert verify_dataset(there, KEY) == []
+        for entry in list(there.list()):
+            there.delete(entry.key)
+
+
+def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_path, compact_tars, gcs_bucket):
+    """With room for all images, and with room for three shards, which is what a block needs: the same weights."""
+    theirs, ours = f"{gcs_bucket}/theirs", f"{gcs_bucket}/ours"
+    uploaded(compact_tars, theirs)
+    cache = {"DDPM_CACHE": str(tmp_path / "cache")}
+    out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 40, "--bucket", ours, **cache))
+    assert "34 colour, 40×40 pixels, in 4 shards" in out
+    assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
+    weights = set()
+    for run, cache_gigabytes in (("decoded", "32"), ("shards", "0.000125")):
+        words = ["--dataset", "laion", "--run", run, "--bucket", ours, "--epochs", 2]
+        changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
+        words += settings(train__batch_size="17", data__cache_gigabytes=cache_gigabytes, **changes)
+        out = succeeded(ddpm_here("train", *words, **cache))
+        assert f"Run '{run}' is finished: 2 epochs, 68 images seen." in out
+        store = open_store(f"{ours}/runs/{run}")
+        manifest = load_manifest(store, list_checkpoints(store)[-1])
+        assert manifest.images_seen == 68
+        weights.add(tuple(file.sha256 for file in manifest.files))
+    assert len(weights) == 1
+    assert len(list((tmp_path / "cache").rglob("shards/*.tar"))) in (2, 3)
+    assert " 34 " in succeeded(ddpm_here("data", "list", "--bucket", ours))
+    assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
+    assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
+    # One of the tars changes later.
+    content = bytearray((compact_tars / "00001.tar").read_bytes())
+    content[700] ^= 1
+    open_store(theirs).put("00001.tar", bytes(content))
+    words = ["--dataset", "laion", "--run", "later", "--bucket", ours, *settings()]
+    line = refused(ddpm_here("train", *words, DDPM_CACHE=str(tmp_path / "other")), Exit.BAD_DATA)
+    assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
+
+
+def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
+    tars = write_tars(tmp_path / "tars", samples_of(12, cls=lambda n: str(n % 3)))
+    index = indexed(bucket, tars)
+    assert index.classes == ("0", "1", "2")
+    cache = open_cache(bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=1 << 30)
+    assert cache.labels(np.arange(12)).tolist() == [n % 3 for n in range(12)]
+    mistyped = write_tars(tmp_path / "mistyped", samples_of(12, cls=lambda n: str(n + 7 * (n == 5))))
+    with pytest.raises(BadDataError, match="says class 12, of 12 images"):
+        indexed(open_store(str(tmp_path / "mistyped-bucket")), mistyped)
+    without = indexed(open_store(str(tmp_path / "without")), tars, classes=False)
+    assert without.classes == ()
+    # The dataset that packing writes is read as well, its classes with it.
+    images = folder_of(tmp_path / "images", [(f"{'ab'[n % 2]}/{n}.jpg", jpeg(n)) for n in range(10)])
+    pack(bucket, PackRequest(str(images), "packed", 16))
+    again = pack(bucket, PackRequest("", "again", 16, tars=(f"{bucket.uri}/datasets/packed-16",)))
+    assert (again.images, again.classes) == (10, ("0", "1"))
+    np.testing.assert_array_equal(
+        pixels(bucket, "datasets/again-16", tmp_path / "cache"),
+        pixels(bucket, "datasets/packed-16", tmp_path / "cache"),
+    )
+
+
+def test_one_sample_is_one_image(tmp_path, bucket):
+    """Masks, thumbnails and captions beside it, folders, litter and dots in names."""
+    names = ["a/one.mask.png", "a/one.jpg", "a/one.txt", "b/two.large.JPG", "._two.jpg", "c/.hidden/x.jpg", "read.me"]
+    tar = tar_of(tmp_path / "a.tar", [(name, jpeg(number)) for number, name in enumerate(names)])
+    indexed(bucket, tar)
+    got = pixels(bucket, KEY, tmp_path / "cache")
+    images = folder_of(tmp_path / "i", [("1.jpg", jpeg(1)), ("3.jpg", jpeg(3))])
+    pack(bucket, PackRequest(str(images), "packed", 16))
+    np.testing.assert_array_equal(got, pixels(bucket, "datasets/packed-16", tmp_path / "cache"))
+
+
+KILLED = """
+import os, signal, sys
+from job.data.pack import PackRequest, pack
+from job.store import open_store
+def die(done, total, images):
+    if images == 25:
+        os.kill(os.getpid(), signal.SIGKILL)
+pack(open_store(sys.argv[1]), PackRequest("", "laion", 16, tars=(sys.argv[2],)), progress=die)
+"""
+
+
+def test_a_stopped_or_killed_indexing_goes_on_with_the_next_tar(tmp_path, tars):
+    straight = tmp_path / "straight"
+    indexed(open_store(str(straight)), tars)
+    for stop_at in (3, 17, 30):
+        bucket, read = open_store(str(tmp_path / f"stopped-{stop_at}")), []
+        with pytest.raises(StoppedError):
+            indexed(bucket, tars, stop_at=stop_at)
+        assert not bucket.exists(f"{KEY}/index.json")
+        indexed(bucket, tars, progress=lambda done, total, images, read=read: read.append(images))
+        assert read[0] == stop_at // 10 * 10 + 1
+        assert snapshot(Path(bucket.uri)) == snapshot(straight)
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-c", KILLED, str(killed), str(tars)]
+    assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
+    # What was begun with other tars or parameters stands in nobody's way who deletes it.
+    with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {killed}`"):
+        indexed(open_store(str(killed)), tars, crop="squash")
+    indexed(open_store(str(killed)), tars)
+    assert snapshot(killed) == snapshot(straight)
+
+
+@pytest.mark.parametrize("change", ["flipped", "shortened", "gone", "pipe"])
+def test_a_tar_that_changes_later_is_named(tmp_path, tars, bucket, change):
+    theirs = shutil.copytree(tars, tmp_path / "theirs")
+    index = indexed(bucket, theirs)
+    tar = theirs / "00002.tar"
+    content = tar.read_bytes()
+    if change == "flipped":
+        tar.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
+    elif change == "shortened":
+        tar.write_bytes(content[:-1024])
+    else:
+        tar.unlink()
+    if change == "pipe":
+        # An index is written by anybody: one that names a pipe must not hang a reader.
+        os.mkfifo(tar)
+    (problem,) = verify_dataset(bucket, KEY)
+    assert problem.startswith(f"{tar} ")
+    for budget_bytes in (1 << 30, index.decoded_bytes - 1):
+        is_there = change in ("flipped", "shortened")
+        with pytest.raises(JobError, match=rf"{theirs}/00002\.tar") as raised:
+            pixels(bucket, KEY, tmp_path / "cache", budget_bytes)
+        assert raised.value.exit_code == (Exit.BAD_DATA if is_there else Exit.MISSING_INPUT)
+        assert is_there == ("than were indexed" in str(raised.value))
+
+
+def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
+    samples = samples_of(30)
+    for number, content in ((3, b"no image"), (11, jpeg(11)[:-300]), (12, encoded(picture(1, 4, 4))), (29, BOMB)):
+        samples[number]["jpg"] = content
+    # A tar without one good image is no shard.
+    bad = write_tars(tmp_path / "bad", [{**sample, "jpg": b"no image"} for sample in samples_of(5)]) / "00000.tar"
+    tars = write_tars(tmp_path / "tars", samples)
+    words = [tars / "00000.tar", bad, tars / "00001.tar", tars / "00002.tar"]
+    index = indexed(bucket, *words)
+    assert (index.images, index.rejected_images, len(index.shards)) == (26, 9, 3)
+    lines = [json.loads(line) for line in bucket.read(f"{KEY}/rejects.jsonl").data.splitlines()]
+    assert [line["name"] for line in lines] == [
+        "00000.tar/000000003.jpg",
+        *(f"00000.tar/00000000{n}.jpg" for n in range(5)),
+        "00001.tar/000000011.jpg",
+        "00001.tar/000000012.jpg",
+        "00002.tar/000000029.jpg",
+    ]
+    assert [line["reason"].split()[0] for line in lines[-3:]] == ["cannot", "has", "has"]
+    assert "10000×10000 pixels, more than the limit" in lines[-1]["reason"]
+    assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
+    assert verify_dataset(bucket, KEY) == []
+    small = open_store(str(tmp_path / "small"))
+    with pytest.raises(BadDataError, match=r"more than --max-bad=8 .*'00000.tar/000000003.jpg' .*and 6 more: see to"):
+        indexed(small, *words, max_bad=8)
+    with pytest.raises(BadDataError, match="none of their images can be used"):
+        indexed(open_store(str(tmp_path / "none")), bad)
+
+
+def linked(path: Path) -> Path:
+    tar_of(path, [("1.jpg", jpeg(1))])
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("2.jpg")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    return path
+
+
+def test_tars_of_strangers_are_refused_as_in_packing(tmp_path, tars):
+    whole = (tars / "00000.tar").read_bytes()
+    for number, (content, part) in enumerate(
+        [
+            *(
+                ([("1.jpg", jpeg(1)), (name, jpeg(2))], f"leads out of it, '{name}'")
+                for name in ("../up.jpg", "/x.jpg")
+            ),
+            ([("1.jpg", jpeg(1)), ("2.jpg", jpeg(2)), ("./1.jpg", jpeg(3))], "has the entry '1.jpg' more than once"),
+            (
+                [(f"clip.{n:04d}.jpg", jpeg(n, 20, 20)) for n in range(20)],
+                "'clip.0016.jpg' is one of more than 16 images of sample 'clip'",
+            ),
+            ([("a.txt", b"x"), ("a.json", b"{}")], "holds no images: none of its names ends in .bmp"),
+            *((whole[:cut], ".tar") for cut in (511, 700, 20_000)),
+            (linked, "'2.jpg', which is a link or a device"),
+        ]
+    ):
+        path, bucket = tmp_path / f"{number}.tar", open_store(str(tmp_path / f"bucket-{number}"))
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            content(path) if callable(content) else tar_of(path, content)
+        with pytest.raises(BadDataError) as error:
+            indexed(bucket, path)
+        assert str(path) in str(error.value) and part in str(error.value), (part, error.value)
+        assert not bucket.exists(f"{KEY}/index.json")
+
+
+def test_words_that_mean_no_tars(tmp_path):
+    bucket = open_store(str(tmp_path / "bucket"))
+    (tmp_path / "empty").mkdir()
+    folder_of(tmp_path / "texts", [("read.me", b"hello")])
+    tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1))])
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    (tmp_path / "a.zip.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    for word, code, part in [
+        ("nowhere.tar", 66, "nothing at"),
+        ("nowhere", 66, "nothing at"),
+        ("empty", 66, "nothing at"),
+        ("{x}.tar", 66, "nothing at"),
+        ("texts", 65, "holds no .tar"),
+        ("a.tar.gz", 64, "is compressed"),
+        ("a.zip.tar", 64, "is compressed"),
+        ("{1..", 64, "{00000..00099}"),
+        ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),
+        ("{0..999999}.tar", 64, "more than 100,000"),
+        ("{0..999999999999}.tar", 64, "more than 100,000"),
+        ("{1..99999}{1..99999}.tar", 64, "more than 100,000"),
+        ("{a,b}" * 60, 64, "more than 100,000"),
+        ("{a,a}.tar", 64, "named twice"),
+        ("ftp://host/a.tar", 64, "nobody here speaks"),
+    ]:
+        with pytest.raises(JobError) as error:
+            indexed(bucket, word if "://" in word else f"{tmp_path}/{word}")
+        assert (error.value.exit_code, part in str(error.value)) == (code, True), (word[:20], error.value)
+        assert not Path(bucket.uri).exists()
+
+
+def test_a_pattern_costs_a_bucket_one_listing(gcs_bucket, monkeypatch):
+    for number in range(4):
+        open_store(gcs_bucket).create(f"a/{number:05d}.tar", bytes(number + 1))
+    lists, kind = [], type(open_store(gcs_bucket))
+    listed = kind.list
+    monkeypatch.setattr(kind, "list", lambda self, *words: (lists.append(self.uri), listed(self, *words))[1])
+    tars = find_tars([f"{gcs_bucket}/a/{{00001..00003}}.tar", f"{gcs_bucket}/a/00000.tar"])
+    assert [(tar.uri, tar.bytes) for tar in tars] == [(f"{gcs_bucket}/a/0000{n}.tar", n + 1) for n in (1, 2, 3, 0)]
+    assert lists == [f"{gcs_bucket}/a"]
+    assert [tar.uri for tar in find_tars([gcs_bucket])] == [f"{gcs_bucket}/a/0000{n}.tar" for n in range(4)]
+
+
+def test_relative_paths_are_made_absolute(tmp_path, monkeypatch):
+    tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
+    monkeypatch.chdir(tmp_path)
+    for word in ("a.tar", ".", "./a.tar", f"file://{tmp_path}", f"{tmp_path}/", "./{a..a}.tar"):
+        assert [tar.uri for tar in find_tars([word])] == [f"{tmp_path}/a.tar"]

@@ -1,0 +1,266 @@
+"""Many images in pieces: which images they are, and that nobody who is stopped, killed or started twice does harm."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import signal
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from job.exits import BadRequestError
+from job.requests import SampleRequest
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.layout import Kind
+from job.runs.verification import verify_run
+from job.sampling.plan import plan_sampling, plan_sets
+from job.sampling.sets import PieceWriter, SampleSet, commit_piece
+from job.stop import NEVER
+from job.store import Store, open_store
+from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.launching import children, eventually, is_gone
+
+SLOW = ("--steps", 25)
+"""So that a process can be caught at work."""
+PIXELS = np.random.default_rng(0).integers(0, 255, (20, 16, 16, 3), dtype=np.uint8)
+
+
+def words(bucket: object, count: int, *more: object) -> tuple[object, ...]:
+    return ("sample", "--run", "walk", "--bucket", bucket, "--count", count, *more)
+
+
+def set_of(bucket: object, count: int, **options) -> SampleSet:
+    (images,) = plan_sets(plan_sampling(SampleRequest("walk", str(bucket), count=count, **options).check()))
+    return images
+
+
+def contents(store: Store, but: str = "nothing") -> dict[str, bytes]:
+    return {entry.key: store.read(entry.key).data for entry in store.list() if not entry.key.startswith(but)}
+
+
+@pytest.fixture
+def far(bucket: Path, gcs_bucket: str) -> str:
+    """A copy of the bucket on a server."""
+    here, there = open_store(str(bucket)), open_store(gcs_bucket)
+    for entry in here.list():
+        if not entry.key.endswith(".tar"):
+            there.create(entry.key, here.read(entry.key).data)
+    return gcs_bucket
+
+
+def test_pieces_hold_every_seed_once_and_slices_are_even(walked):
+    for count in (1, 16, 17, 1000, 5000, 50_000, 10**6, 10**8, 10**9):
+        drawing = set_of(walked, count, first_seed=7).drawing
+        first, last = drawing.seeds(0), drawing.seeds(drawing.pieces - 1)
+        assert (first[0], last[-1]) == (7, 7 + count - 1)
+        assert drawing.seeds(1)[:1] in (range(first[-1] + 1, first[-1] + 2), range(0))
+        assert drawing.pieces <= 100_000
+        assert len(first) <= max(256, count / 100_000)
+        slices = [drawing.slice(index, 7) for index in range(7)]
+        assert sorted(number for part in slices for number in part) == list(range(drawing.pieces))
+        assert max(map(len, slices)) - min(map(len, slices)) <= 1
+
+
+def test_shards_hold_the_image_of_each_seed(bucket, draw):
+    out = succeeded(ddpm_here(*words(bucket, 40, "--first-seed", 995)))
+    images = set_of(bucket, 40, first_seed=995)
+    index = images.index()
+    assert images.uri.endswith("/runs/walk/samples/epoch-0003-ddim-4-995-40")
+    assert out.startswith(f"{images.uri}/index.json  (40 images in 3 pieces; 40 made at ")
+    assert index is not None
+    assert [(entry.name, entry.first_seed, entry.images) for entry in index.pieces] == [
+        ("piece-00000.tar", 995, 16),
+        ("piece-00001.tar", 1011, 16),
+        ("piece-00002.tar", 1027, 8),
+    ]
+    shards = [Path(images.uri) / entry.name for entry in index.pieces]
+    assert [hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards] == [e.sha256 for e in index.pieces]
+    samples = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False).decode("rgb8"))
+    assert [sample["__key__"] for sample in samples] == [f"{seed:09d}" for seed in range(995, 1035)]
+    assert [sample["cls"] for sample in samples] == [seed % 5 for seed in range(995, 1035)]
+    drawn = draw(range(995, 1035), 16)
+    assert np.array_equal(np.stack([sample["png"] for sample in samples]), drawn)
+    # The grid of this run has four images below the names of their classes, and two pixels around each.
+    grid = np.asarray(Image.open(io.BytesIO(images.folder.read("grid.png").data)))
+    assert np.array_equal(grid[-98:-2, 2:98], drawn[0].repeat(6, axis=0).repeat(6, axis=1))
+
+    # Whoever else saw the last piece come writes the same index.
+    before = {path: path.stat().st_mtime_ns for path in Path(images.uri).rglob("*")}
+    for done in (ddpm(*words(bucket, 40, "--first-seed", 995)), ddpm_here(*words(bucket, 40, "--first-seed", 995))):
+        assert succeeded(done) == f"{images.uri}/index.json  (40 images in 3 pieces; complete already)\n"
+    assert {path: path.stat().st_mtime_ns for path in Path(images.uri).rglob("*")} == before
+
+
+def test_png_files_hold_the_image_of_each_seed(bucket):
+    succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--raw")))
+    images = set_of(bucket, 20, save="png", raw=True)
+    assert images.uri.endswith("/epoch-0003-ddim-4-raw-0-20-png")
+    folder, index = Path(images.uri), images.index()
+    paths = sorted(folder.glob("piece-*/*.png"))
+    assert [str(path.relative_to(folder)) for path in paths] == [
+        f"piece-{seed // 16:05d}/{seed:09d}.png" for seed in range(20)
+    ]
+    assert len({path.read_bytes() for path in paths}) == 20
+    assert index is not None
+    for entry in index.pieces:
+        sums = subprocess.run(["sh", "-c", "sha256sum *.png"], cwd=folder / entry.name, capture_output=True, check=True)
+        assert hashlib.sha256(sums.stdout).hexdigest() == entry.sha256
+    assert np.array_equal(images.images_of(images.record(1), 3), [np.asarray(Image.open(p)) for p in paths[16:19]])
+
+
+def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
+    processes = [
+        subprocess.Popen(
+            [DDPM, *map(str, words(far, 100, "--slice", f"{index}/3"))],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(3)
+    ]
+    succeeded(ddpm_here(*words(bucket, 100)))
+    outputs = []
+    for child in processes:
+        out, err = child.communicate(timeout=200)
+        assert child.returncode == 0, out + err
+        outputs.append(out)
+    alone, together = (set_of(uri, 100).folder for uri in (bucket, far))
+    # Times and makers are in the records.
+    assert contents(together, but="records/") == contents(alone, but="records/")
+    assert set(contents(together)) == set(contents(alone))
+    assert any("100 images in 7 pieces" in out for out in outputs)
+    assert [f"{made} made at" in out for out, made in zip(outputs, (36, 32, 32), strict=True)] == [True] * 3
+
+
+def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
+    images = set_of(bucket, 96, steps=25)
+    child = subprocess.Popen([DDPM, *map(str, words(bucket, 96, *SLOW))], env=environment(), stderr=subprocess.DEVNULL)
+    eventually(lambda: len(images.committed()) >= 2)
+    ranks = children(child.pid)
+    os.kill(child.pid, signal.SIGKILL)
+    child.wait()
+    eventually(lambda: all(map(is_gone, ranks)))
+    # What a process leaves behind that dies between a piece and its record.
+    images.run.delete(images.key(Kind.RECORD, 1))
+    before, there = contents(images.folder), 16 * len(images.committed())
+    assert 0 < there < 96
+    assert images.index() is None
+    outputs = [succeeded(ddpm_here(*words(bucket, 96, *SLOW, "--slice", f"{index}/2"))) for index in range(2)]
+    assert "slice 0/2 is done" in outputs[0]
+    assert "96 images in 6 pieces" in outputs[1]
+    assert sum(int(re.search(r"(\d+) made", out)[1]) for out in outputs) == 96 - there, outputs
+    after = contents(images.folder)
+    assert {key: after[key] for key in before} == before
+    assert len(images.committed()) == 6
+
+
+def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
+    images = set_of(bucket, 96, steps=25)
+    typed = [DDPM, *map(str, words(bucket, 96, *SLOW, "--processes", 2))]
+    child = subprocess.Popen(typed, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    eventually(lambda: len(images.committed()) >= 2)
+    # One process alone: its end must end the other, which has pieces of its own to draw.
+    (second,) = [pid for pid in children(child.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
+    os.kill(second, signal.SIGTERM)
+    out, err = child.communicate(timeout=100)
+    assert child.returncode == 75, out + err
+    assert "the same command goes on from there" in err
+    before, there = contents(images.folder), 16 * len(images.committed())
+    assert 0 < there < 96
+    out = succeeded(ddpm(*typed[1:]))
+    assert "96 images in 6 pieces" in out
+    assert f"{96 - there} made at" in out
+    assert f", {there} there before" in out
+    after = contents(images.folder)
+    assert {key: after[key] for key in before} == before
+
+
+@pytest.mark.parametrize("save", ["shards", "png"])
+def test_who_makes_a_piece_again_does_no_harm(far, save):
+    """Also with other bytes, as another machine that rounds otherwise makes them."""
+    images = set_of(far, 20, save=save)
+    images.begin()
+    assert commit_piece(images, 0, PIXELS[:16]) == 16
+    first = contents(images.folder)
+    for again in (PIXELS[:16], PIXELS[:16] + 1):
+        assert commit_piece(images, 0, again) == 0
+        assert contents(images.folder) == first
+    # The piece of a process that died before it could commit it is taken over as it is.
+    images.run.delete(images.key(Kind.RECORD, 0))
+    assert commit_piece(images, 0, PIXELS[:16] + 1) == 16
+    assert np.array_equal(images.images_of(images.record(0), 16), PIXELS[:16])
+
+
+def test_a_writer_that_cannot_go_on_says_so(bucket):
+    images = set_of(bucket, 40)
+    images.begin()
+    (Path(images.uri) / "records").write_text("no folder")
+    writer = PieceWriter(images, NEVER)
+    writer.submit(0, PIXELS[:16])
+    with pytest.raises(BadRequestError, match="records"):
+        writer.submit(1, PIXELS[:16])
+
+
+def test_rot_and_loss_are_named_and_what_is_said_to_be_done_helps(bucket):
+    def rot(path: Path) -> None:
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+
+    for number, (key, harm, slices) in enumerate(
+        (
+            ("records/piece-00000.json", rot, 2),
+            ("piece-00000.tar", rot, 2),
+            ("piece-00000.tar", Path.unlink, 2),
+            ("piece-00001.tar", Path.unlink, 1),
+            ("piece-00001/000000017.png", Path.unlink, 1),
+            ("index.json", rot, 1),
+        )
+    ):
+        more = ("--first-seed", 100 * number, "--save", "png" if key.endswith("png") else "shards")
+        images = set_of(bucket, 40, first_seed=100 * number, save=more[-1])
+        if key.endswith("png"):
+            key = f"piece-00001/{100 * number + 17:09d}.png"
+        succeeded(ddpm_here(*words(bucket, 40, *more, "--slice", f"0/{slices}")))
+        whole = contents(images.folder, but="records/")
+        harm(Path(images.uri) / key)
+        problems = [line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.uri}/" in line]
+        assert any(f"{images.uri}/{key} " in line for line in problems), problems
+        line = refused(ddpm_here(*words(bucket, 40, *more)), 65)
+        assert f"{images.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
+        named = re.findall(rf"{re.escape(images.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
+        for name in named:
+            for path in (Path(images.uri) / name).parent.glob(f"{Path(name).name}*"):
+                subprocess.run(["rm", "-r", path], check=True)
+        assert "40 images in 3 pieces" in succeeded(ddpm_here(*words(bucket, 40, *more)))
+        assert whole.items() <= contents(images.folder, but="records/").items()
+
+
+def test_images_of_another_checkpoint_are_not_mixed_in(bucket):
+    succeeded(ddpm_here(*words(bucket, 33, "--slice", "0/2")))
+    run = open_store(str(bucket)).sub("runs/walk")
+    ref = max(list_checkpoints(run))
+    manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
+    run.put(Kind.MANIFEST.key(checkpoint=ref), manifest.to_json())
+    for slice_ in ("0/2", "1/2"):
+        line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
+        assert "another drawing (checkpoint_sha256 " in line
+        assert "--first-seed" in line
+
+
+def test_each_checkpoint_has_a_folder_of_its_own(bucket):
+    out = succeeded(ddpm_here(*words(bucket, 18, "--checkpoints", "all", "--sampler", "ddpm", "--steps", 3)))
+    names = [Path(line.split()[0]).parent.name for line in out.splitlines()]
+    assert names == ["epoch-0001-ddpm-3-0-18", "epoch-0003-ddpm-3-0-18"]
+    folders = (open_store(str(bucket)).sub(f"runs/walk/samples/{name}") for name in names)
+    first, second = (contents(folder, but="records/") for folder in folders)
+    assert set(first) == set(second)
+    assert not set(first.values()) & set(second.values())
