@@ -12,27 +12,27 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Name = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
-On = Annotated[
+JobName = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
+OnOneTarget = Annotated[
     str, typer.Option("--on", metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
 ]
 
 
 @app.command("list")
-def list_(on: On = "", targets: Targets = None) -> None:
+def list_(on: OnOneTarget = "", targets: Targets = None) -> None:
     """List the jobs on a target, or on all of them.
 
     Example: ddpm jobs list --on gke
     """
-    from job.jobs.overview import Asked, list_jobs
+    from job.jobs.overview import Search, list_jobs
 
-    list_jobs(Asked(on, targets))
+    list_jobs(Search(on, targets))
 
 
 @app.command()
 def status(
-    job: Name,
-    on: On = "",
+    job: JobName,
+    on: OnOneTarget = "",
     targets: Targets = None,
     bucket: Annotated[
         str, typer.Option("--bucket", metavar="URI", help="Where its run lies. Default: the target's bucket.")
@@ -44,44 +44,44 @@ def status(
 
     Example: ddpm jobs status train-celeba --on gke
     """
-    from job.jobs.overview import Asked, show_job
+    from job.jobs.overview import Search, show_job
 
-    show_job(job, Asked(on, targets), bucket)
+    show_job(job, Search(on, targets), bucket)
 
 
 @app.command()
 def logs(
-    job: Name,
+    job: JobName,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job is over, or Ctrl-C.")] = False,
-    on: On = "",
+    on: OnOneTarget = "",
     targets: Targets = None,
 ) -> None:
     """Print what a job printed.
 
     Example: ddpm jobs logs train-celeba --on gke -f
     """
-    from job.jobs.overview import Asked, print_logs
+    from job.jobs.overview import Search, print_logs
 
-    print_logs(job, Asked(on, targets), follow=follow)
+    print_logs(job, Search(on, targets), follow=follow)
 
 
 @app.command()
-def cancel(job: Name, on: On = "", targets: Targets = None) -> None:
+def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
     """Stop a job: it saves first, and the same submit goes on from there.
 
     Example: ddpm jobs cancel train-celeba --on gke
     """
-    from job.jobs.overview import Asked, cancel_job
+    from job.jobs.overview import Search, cancel_job
 
-    cancel_job(job, Asked(on, targets))
+    cancel_job(job, Search(on, targets))
 
 
 @app.command()
-def describe(job: Name, on: On = "", targets: Targets = None, output: Output = "") -> None:
+def describe(job: JobName, on: OnOneTarget = "", targets: Targets = None, output: Output = "") -> None:
     """Print what the engine itself holds about a job.
 
     Example: ddpm jobs describe train-celeba --on gke -o json
     """
-    from job.jobs.overview import Asked, describe_job
+    from job.jobs.overview import Search, describe_job
 
-    describe_job(job, Asked(on, targets), output)
+    describe_job(job, Search(on, targets), output)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from job.exits import Exit, JobError
@@ -30,6 +31,14 @@ class Check:
         """A check that failed with `error`, whose message says what to do after its last colon."""
         message, separator, remedy = str(error).rpartition(": ")
         return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
+
+
+def looked_at(name: str, look: Callable[[], str]) -> Check:
+    """A check that passes, with what `look` says, unless that raises a `JobError`."""
+    try:
+        return Check(name, True, look())
+    except JobError as error:
+        return Check.of_error(name, error)
 
 
 def unchecked_image(image: str) -> Check:

@@ -9,17 +9,21 @@ import subprocess
 import sys
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for, extra_named
-from job.jobs.checks import Check
+from job.jobs.checks import Check, looked_at
 from job.jobs.targets import Target
 from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
+from job.store.files import os_errors
 from job.store.scratch import scratch_folder
 
 FOLDER = "doctor"
@@ -32,7 +36,12 @@ CLOCK_SECONDS = 60.0
 SHARED_MEMORY_BYTES = 1 << 30
 """What NCCL and torch take of /dev/shm with several GPUs; container engines give 64 MB unless told otherwise."""
 FREE_DISK_BYTES = 2 << 30
-ALL_REDUCE_SECONDS = 60.0
+ANSWER_SECONDS = 60.0
+"""For nvidia-smi, and for the sum over processes."""
+_SERVERS = {
+    "gs": ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com"),
+    "s3": ("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"),
+}
 
 
 def checks_of(target: Target, bucket: str) -> Iterator[Check]:
@@ -57,16 +66,23 @@ def bucket_checks(uri: str) -> Iterator[Check]:
         return
     yield Check("credentials", True, "found" if is_remote(uri) else "a folder of this machine needs none")
     yield from _trials(store)
-    yield from _clock(uri)
+    if is_remote(uri):
+        yield from _clock(uri)
 
 
 def machine_checks() -> Iterator[Check]:
     """Shared memory, disk, GPUs, and a sum over two processes, on this machine."""
-    gpus, check = _gpus()
-    yield check
-    yield _shared_memory(gpus)
-    yield _disk()
-    yield _all_reduce(gpus)
+    gpus: list[str] = []
+    try:
+        gpus = _gpus()
+        kinds = "; ".join(f"{count} × {kind}" for kind, count in Counter(gpus).items())
+        none = "none that nvidia-smi would show: jobs here compute on the CPU"
+        yield Check("GPUs", True, f"{kinds} (name, driver, memory)" if gpus else none)
+    except JobError as error:
+        yield Check.of_error("GPUs", error)
+    yield looked_at("shared memory", lambda: _shared_memory(len(gpus)))
+    yield looked_at("disk", _disk)
+    yield looked_at("all-reduce", lambda: _all_reduce(len(gpus)))
 
 
 def tell(checks: Iterable[Check], as_json: bool) -> Exit:
@@ -86,159 +102,128 @@ def tell(checks: Iterable[Check], as_json: bool) -> Exit:
 
 def _trials(store: Store) -> Iterator[Check]:
     key, content = f"{FOLDER}/{uuid.uuid4().hex}", uuid.uuid4().bytes
-    began = time.monotonic()
-    try:
+
+    def write() -> str:
+        began = time.monotonic()
         store.create(key, content)
-    except JobError as error:
-        yield Check.of_error("bucket write", error)
-        if error.exit_code is not Exit.BUCKET_AWAY:
-            yield from _listing(store, None)
-        return
-    yield Check("bucket write", True, f"{store.uri}, {(time.monotonic() - began) * 1000:.0f} ms")
-    try:
-        read = store.read(key).data
-        yield Check("bucket read", read == content, "as written" if read == content else "not what was written")
-    except JobError as error:
-        yield Check.of_error("bucket read", error)
-    yield _create_once(store, key)
-    yield from _listing(store, key)
-    try:
+        return f"{store.uri}, {(time.monotonic() - began) * 1000:.0f} ms"
+
+    def read() -> str:
+        if store.read(key).data != content:
+            raise JobError("not what was written: use a bucket that keeps what it is given")
+        return "as written"
+
+    def create_once() -> str:
+        try:
+            store.create(key, uuid.uuid4().bytes)
+        except ObjectExistsError:
+            return "a second writer is refused"
+        raise JobError("a second writer overwrites the first: use a bucket that honours preconditions")
+
+    def find() -> str:
+        if all(entry.key != key for entry in store.list(FOLDER)):
+            raise JobError("what was written is not in it: use a bucket whose listings are up to date")
+        return "what was written is in it"
+
+    def read_listing() -> str:
+        list(store.list(FOLDER))
+        return "it answers"
+
+    def delete() -> str:
         store.delete(key)
-        yield Check("bucket delete", True, "the object is gone")
-    except JobError as error:
-        yield Check.of_error("bucket delete", error)
+        return "the object is gone"
 
-
-def _create_once(store: Store, key: str) -> Check:
-    name = "bucket create-once"
-    try:
-        store.create(key, uuid.uuid4().bytes)
-    except ObjectExistsError:
-        return Check(name, True, "a second writer is refused")
-    except JobError as error:
-        return Check.of_error(name, error)
-    return Check(
-        name, False, "a second writer overwrites the first", "use a bucket that honours preconditions", Exit.BAD_REQUEST
-    )
-
-
-def _listing(store: Store, key: str | None) -> Iterator[Check]:
-    try:
-        found = [entry.key for entry in store.list(FOLDER)]
-    except JobError as error:
-        yield Check.of_error("bucket list", error)
-        return
-    seen = key is None or key in found
-    message = "it answers" if key is None else "what was written is in it" if seen else "what was written is not in it"
-    yield Check("bucket list", seen, message, "use a bucket whose listings are up to date", Exit.BAD_REQUEST)
+    written = looked_at("bucket write", write)
+    yield written
+    if written.passed:
+        trials = {"read": read, "create-once": create_once, "list": find, "delete": delete}
+        yield from (looked_at(f"bucket {what}", trial) for what, trial in trials.items())
+    elif written.exit_code is not Exit.BUCKET_AWAY:
+        yield looked_at("bucket list", read_listing)
 
 
 def _clock(uri: str) -> Iterator[Check]:
     """The bucket server's clock, by the Date that it puts on every answer; nothing if it tells none."""
-    if not is_remote(uri):
-        return
-    from urllib.error import HTTPError
-    from urllib.request import Request, urlopen
-
-    defaults = {"gs": ("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")}
-    variable, server = defaults.get(uri.partition("://")[0].lower(), ("AWS_ENDPOINT_URL", "https://s3.amazonaws.com"))
-    server = os.environ.get(variable) or server
-    if not server.startswith(("http://", "https://")):
-        server = f"http://{server}"
+    variable, usual = _SERVERS[uri.partition("://")[0].lower()]
+    server = os.environ.get(variable) or usual
+    parts = urlsplit(server if "://" in server else f"http://{server}")
+    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
     try:
-        with urlopen(Request(server, method="HEAD"), timeout=CLOCK_ANSWER_SECONDS) as answer:  # noqa: S310
-            said = answer.headers.get("Date", "")
-    except HTTPError as error:
-        # It has a clock, whatever it thinks of the question.
-        said = error.headers.get("Date", "")
-    except (OSError, ValueError):
-        return
-    try:
-        seconds = (datetime.now(UTC) - parsedate_to_datetime(said)).total_seconds()
-    except (TypeError, ValueError):
+        connection = kind(parts.hostname or "", parts.port, timeout=CLOCK_ANSWER_SECONDS)
+        connection.request("HEAD", "/")
+        said = parsedate_to_datetime(connection.getresponse().headers.get("Date", ""))
+        connection.close()
+        seconds = (datetime.now(UTC) - said).total_seconds()
+    except (OSError, HTTPException, ValueError, TypeError):
         return
     passed = abs(seconds) <= CLOCK_SECONDS
-    message = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the bucket's" if not passed else "right"
-    remedy = "set it by NTP, such as `timedatectl set-ntp true`"
-    yield Check("clock", passed, message, remedy, Exit.NO_PERMISSION)
+    message = "right" if passed else f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the bucket's"
+    yield Check("clock", passed, message, "set it by NTP, such as `timedatectl set-ntp true`", Exit.NO_PERMISSION)
 
 
-def _gpus() -> tuple[int, Check]:
+def _gpus() -> list[str]:
+    """Name, driver and memory of each."""
     if shutil.which("nvidia-smi") is None:
-        return 0, Check("GPUs", True, "none that nvidia-smi would show: jobs here compute on the CPU")
+        return []
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    try:
-        asked = subprocess.run(query, capture_output=True, text=True, check=False, timeout=ALL_REDUCE_SECONDS)
-    except subprocess.TimeoutExpired:
-        return 0, Check("GPUs", False, "nvidia-smi does not answer", "restart the machine", Exit.HUNG)
+    asked = _answer(query, "restart the machine")
     lines = [line.strip() for line in asked.stdout.splitlines() if line.strip()]
     if asked.returncode or not lines:
         said = " ".join((asked.stdout + asked.stderr).split())[:200]
-        return 0, Check("GPUs", False, f"nvidia-smi: {said}", "install or restart NVIDIA's driver")
-    kinds = {line: lines.count(line) for line in lines}
-    described = "; ".join(f"{count} × {kind}" for kind, count in kinds.items())
-    return len(lines), Check("GPUs", True, f"{described} (name, driver, memory)")
+        raise JobError(f"nvidia-smi says {said!r}: install or restart NVIDIA's driver", Exit.MISSING_INPUT)
+    return lines
 
 
-def _shared_memory(gpus: int) -> Check:
+def _shared_memory(gpus: int) -> str:
     folder = Path("/dev/shm")  # noqa: S108
-    if not folder.is_dir():
-        return Check("shared memory", gpus < 2, "there is no /dev/shm", "mount a tmpfs there")
-    size_bytes = shutil.disk_usage(folder).total
-    passed = gpus < 2 or size_bytes >= SHARED_MEMORY_BYTES
-    remedy = f"give the container {SHARED_MEMORY_BYTES / 2**30:g} GiB: --shm-size 1g, or an emptyDir in memory"
-    return Check("shared memory", passed, f"{size_bytes / 2**20:,.0f} MiB in /dev/shm", remedy, Exit.DISK_FULL)
+    size_bytes = shutil.disk_usage(folder).total if folder.is_dir() else 0
+    said = f"{size_bytes / 2**20:,.0f} MiB in /dev/shm"
+    if gpus > 1 and size_bytes < SHARED_MEMORY_BYTES:
+        wanted = f"{SHARED_MEMORY_BYTES / 2**30:g} GiB"
+        raise JobError(f"{said}: give the container {wanted} (--shm-size, or an emptyDir in memory)", Exit.DISK_FULL)
+    return said
 
 
-def _disk() -> Check:
+def _disk() -> str:
     from job.config import DataConfig
     from job.data.cache import default_cache_dir
 
     budget = float(DataConfig.model_fields["cache_gigabytes"].default)
-    try:
-        folder = existing = default_cache_dir()
+    folder = existing = default_cache_dir()
+    with os_errors(folder):
         while not existing.exists():
             existing = existing.parent
-        free_bytes = shutil.disk_usage(existing).free
-    except JobError as error:
-        return Check.of_error("disk", error)
-    except OSError as error:
-        return Check("disk", False, f"{error.filename}: {error.strerror}", "set DDPM_CACHE", Exit.NO_PERMISSION)
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         what = "cannot be written" if existing.is_dir() else "is no folder"
-        return Check("disk", False, f"{existing} {what}", "set DDPM_CACHE to a folder that can", Exit.NO_PERMISSION)
-    message = f"{free_bytes / 1e9:.1f} GB free for images in {folder}; they take at most {budget:g} GB"
-    remedy = "free some, or set DDPM_CACHE to another disk"
-    return Check("disk", free_bytes >= FREE_DISK_BYTES, message, remedy, Exit.DISK_FULL)
+        raise JobError(f"{existing} {what}: set DDPM_CACHE to a folder that can", Exit.NO_PERMISSION)
+    free_bytes = shutil.disk_usage(existing).free
+    said = f"{free_bytes / 1e9:.1f} GB free for images in {folder}; they take at most {budget:g} GB"
+    if free_bytes < FREE_DISK_BYTES:
+        raise JobError(f"{said}: free some, or set DDPM_CACHE to another disk", Exit.DISK_FULL)
+    return said
 
 
-def _all_reduce(gpus: int) -> Check:
-    name, world_size = "all-reduce", 1 if gpus == 1 else 2
+def _all_reduce(gpus: int) -> str:
+    world_size = 1 if gpus == 1 else 2
     remedy = "set NCCL_DEBUG=INFO and look again" if gpus else "see to the loopback interface and its firewall"
     with scratch_folder("doctor") as folder:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "job.jobs.all_reduce", f"{folder}/meeting", str(rank), str(world_size)],
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-            for rank in range(world_size)
-        ]
-        try:
-            said = [rank.communicate(timeout=ALL_REDUCE_SECONDS)[0] for rank in ranks]
-        except subprocess.TimeoutExpired:
-            return Check(name, False, f"no answer within {ALL_REDUCE_SECONDS:g} s", remedy, Exit.HUNG)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-    last = (said[0].strip().splitlines() or ["nothing was said"])[-1]
-    if any(rank.returncode for rank in ranks):
-        return Check(name, False, last, remedy, Exit.HUNG)
+        command = [sys.executable, "-P", "-m", "job.jobs.all_reduce", f"{folder}/meeting", str(world_size)]
+        done = _answer(command, remedy, OMP_NUM_THREADS="1")
+    last = ([*done.stderr.splitlines(), *done.stdout.splitlines()] or ["nothing was said"])[-1]
+    if done.returncode:
+        raise JobError(f"{last}: {remedy}", Exit.HUNG)
     if gpus and not last.startswith("nccl"):
-        wheel = "install PyTorch for CUDA: this one computes on the CPU"
-        return Check(name, False, f"PyTorch sees none of {gpus} GPUs ({last})", wheel)
-    return Check(name, True, f"{world_size} process{'es' * (world_size > 1)} by {last}")
+        wheel = "install PyTorch for CUDA, as this one computes on the CPU"
+        raise JobError(f"PyTorch sees none of {gpus} GPUs ({last}): {wheel}", Exit.MISSING_INPUT)
+    return f"{world_size} process{'es' * (world_size > 1)} by {last}"
+
+
+def _answer(command: list[str], remedy: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, **variables}
+    try:
+        return subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=ANSWER_SECONDS
+        )
+    except subprocess.TimeoutExpired:
+        said = f"{Path(command[0]).name} does not answer within {ANSWER_SECONDS:g} s"
+        raise JobError(f"{said}: {remedy}", Exit.HUNG) from None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import NamedTuple, Protocol
 
-from job.exits import BadDataError, JobError, retried
-from job.jobs.backends.base import severity
+from job.exits import BadDataError, Exit, JobError, retried
+from job.jobs.backends.base import Cause, JobStatus, State, severity
 from job.outcome import JOBS, Outcome
 from job.store import ObjectMissingError, Retry, open_store
 
@@ -54,3 +55,16 @@ def read_outcome(job: Placed) -> Outcome | None:
         # The others have not begun yet.
         return worst.model_copy(update={"state": "running", "exit_code": None})
     return worst
+
+
+def informed(status: JobStatus, outcome: Outcome | None) -> JobStatus:
+    """What an engine says of a job that is over, with the job's own word for how it ended where the engine has none."""
+    if outcome is None or outcome.exit_code is None or status.exit_code is not None:
+        return status
+    if status.state not in (State.FAILED, State.GONE):
+        return status
+    # With a code that would come again a new machine is of no use, whatever became of this one.
+    cause = None if status.cause is Cause.TAKEN_AWAY else status.cause
+    state = State.FINISHED if outcome.exit_code == Exit.FINISHED else status.state
+    message = outcome.message or status.message
+    return replace(status, state=state, exit_code=outcome.exit_code, message=message, cause=cause)

@@ -6,9 +6,12 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
 from typing import Literal
 
 from job.exits import BadRequestError
+from job.store import is_remote, open_store
 
 Verb = Literal["train", "sample", "pack"]
 
@@ -18,8 +21,7 @@ MIN_SECONDS = 60
 """The shortest limit of a job: engines refuse less, or take it for none."""
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
-_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
+_JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 _SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
 _NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
 """Names that sound like secrets, and say where something is."""
@@ -42,7 +44,7 @@ class JobSpec:
         nodes: machines that train together; 1 for everything else.
         slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
         spot: whether it may run on machines that are taken away.
-        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limits`
+        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `costs`
             for by whom, and what counts.
         env: variables of the container. Nothing secret.
         labels: further labels, such as a team's.
@@ -64,27 +66,14 @@ class JobSpec:
     labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        """Refuses what no backend could run.
-
-        Raises:
-            BadRequestError: naming the field.
-        """
+        """Refuses what no backend could run, naming the field."""
         validated_job_name(self.name)
-        if self.argv[:1] != (self.verb,) and self.argv[:2] != ("data", self.verb):
-            raise BadRequestError(f"the job {self.name!r} does {self.verb}, and its words are {' '.join(self.argv)!r}")
-        if self.nodes < 1 or self.gpus < 0 or self.slices < 0:
-            raise BadRequestError(
-                f"nodes={self.nodes}, gpus={self.gpus}, slices={self.slices}: use at least one node, nothing negative"
-            )
         if self.nodes > 1 and self.verb != "train":
             raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
         if self.slices and self.verb != "sample":
             raise BadRequestError(f"--slices {self.slices} is for sampling")
         if not MIN_SECONDS / 3600 <= self.max_hours <= 24 * 30:
             raise BadRequestError(f"--max-hours {self.max_hours:g}: use at least a minute (0.017) and at most 720")
-        for name in self.env:
-            if not _VARIABLE.fullmatch(name):
-                raise BadRequestError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
 
     @property
     def max_seconds(self) -> int:
@@ -93,12 +82,15 @@ class JobSpec:
 
     def lasting(self, max_hours: float) -> JobSpec:
         """The same job, by the same name, with another limit; also where it keeps to that itself."""
-        old, new = (list(ends_itself(hours)) for hours in (self.max_hours, max_hours))
-        argv = [*self.argv]
-        for place in range(len(argv) - 1):
-            if argv[place : place + 2] == old:
-                argv[place : place + 2] = new
+        old, new = stop_after(self.max_hours), stop_after(max_hours)
+        words = pairwise(("", *self.argv))
+        argv = (new if (option, word) == ("--stop-after", old) else word for option, word in words)
         return replace(self, max_hours=max_hours, argv=tuple(argv))
+
+    @property
+    def bucket_folder(self) -> Path | None:
+        """The bucket, if it is a folder of this machine."""
+        return None if is_remote(self.bucket) else Path(open_store(self.bucket).uri)
 
     @property
     def machines(self) -> int:
@@ -116,9 +108,9 @@ class JobSpec:
         return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
 
 
-def ends_itself(hours: float) -> tuple[str, str]:
-    """The words with which a job ends itself after so long, where there is no engine that would end it."""
-    return "--stop-after", f"{max(1, round(hours * 3600))}s"
+def stop_after(hours: float) -> str:
+    """The value of `--stop-after` with which a job ends itself, where there is no engine that would end it."""
+    return f"{max(1, round(hours * 3600))}s"
 
 
 def sounds_secret(variable: str) -> bool:
@@ -127,12 +119,8 @@ def sounds_secret(variable: str) -> bool:
 
 
 def validated_job_name(name: str) -> str:
-    """Returns `name` if every backend can call a job so.
-
-    Raises:
-        BadRequestError: it cannot.
-    """
-    if not (_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
+    """Returns `name` if every backend can call a job so."""
+    if not (_JOB_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
         raise BadRequestError(
             f"{name!r} cannot be a job's name: use at most {NAME_CHARACTERS} lower-case letters, digits and '-', "
             "beginning with a letter"
@@ -159,5 +147,4 @@ def is_about(name: str, run: str) -> bool:
     """Whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
-    with_hash = job_name("sample", run, ("words",))
-    return name[: -_HASH_CHARACTERS - 1] == with_hash[: -_HASH_CHARACTERS - 1]
+    return name[:-_HASH_CHARACTERS] == job_name("sample", run, ("words",))[:-_HASH_CHARACTERS]

@@ -6,33 +6,30 @@ import json
 import shlex
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
-from job.exits import BadRequestError, JobError
+from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends import backend_for, extra_named
 from job.jobs.backends.base import Backend, Manifest, NoCapacityError
 from job.jobs.backends.machines import gpus_of
-from job.jobs.building import Wishes, hours_named, spec_of
-from job.jobs.limits import limit_of
-from job.jobs.prices import estimate
+from job.jobs.building import Resources, spec_of
+from job.jobs.command_line import ParsedCommand
+from job.jobs.costs import cost_of, limit_of
+from job.jobs.outcome import read_outcome
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, KubernetesTarget, Target, chosen_target, load_targets
 from job.progress import note
 
-if TYPE_CHECKING:
-    from job.cli.words import Words
-    from job.runs.records import Status
-
-FORMATS = ("yaml", "json")
+FORMATS = ("", "yaml", "json")
 
 
 @dataclass(frozen=True)
-class Manner:
+class SubmitOptions:
     """How a job is to be submitted."""
 
     dry_run: bool = False
@@ -41,22 +38,17 @@ class Manner:
     yes: bool = False
     detach: bool = False
 
-    def check(self) -> Manner:
-        """Returns it if its options go together.
-
-        Raises:
-            BadRequestError: they do not.
-        """
+    def __post_init__(self) -> None:
+        """Refuses options that do not go together."""
         check_format(self.output)
         if self.output and not self.dry_run:
             raise BadRequestError(f"-o {self.output} is the format of --dry-run: add that, or leave it out")
         if self.dry_run and self.watch:
             raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
-        return self
 
 
-def submit(words: Words, on: str, targets: Path | None, wishes: Wishes, manner: Manner) -> None:
-    """Submits what `words` ask for to the target `on`; on this machine, in the foreground, this process becomes it.
+def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Resources, options: SubmitOptions) -> None:
+    """Submits `command` to the target `on`; on this machine, in the foreground, this process becomes it.
 
     Raises:
         BadRequestError: a request that cannot be met, or nobody to ask whether it is meant.
@@ -64,67 +56,29 @@ def submit(words: Words, on: str, targets: Path | None, wishes: Wishes, manner: 
         MissingInputError: a file is missing, or a library.
         JobError: what the engine says; see `Backend`.
     """
-    manner.check()
     target = chosen_target(load_targets(targets), on)
-    spec = spec_of(words, target, wishes)
+    spec = spec_of(command, target, resources)
     with extra_named(target):
         backend = backend_for(target)
         manifests = backend.render(spec)
-        if manner.dry_run:
-            print(formatted(manifests, manner.output), end="")
+        if options.dry_run:
+            print(formatted(manifests, options.output), end="")
             return
         if target.is_remote:
-            print("\n".join(plan_lines(spec, target, is_watched=manner.watch)), flush=True)
-            if not manner.yes:
+            print("\n".join(plan_lines(spec, target, is_watched=options.watch)), flush=True)
+            if not options.yes:
                 _ask(spec)
-        _send(backend, spec, manner, hours_named(target, wishes) is not None)
+        elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
+            raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
+        if options.watch:
+            from job.jobs.watch import Clock, Watch
 
-
-def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
-    """What a person should know before anything is sent: what, where, for how long at most, and for how much."""
-    machine = target.machine_type if isinstance(target, GoogleTarget) else "node"
-    gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
-    if not spec.gpus and (found := gpus_of(machine)):
-        gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
-    kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
-    if isinstance(target, KubernetesTarget) and not target.selects_as_gke:
-        kind = "spot or on demand, as the target's nodes are"
-    return [
-        f"job       {spec.name}, on {target.name} ({_where(target)})",
-        f"command   ddpm {shlex.join(spec.argv)}",
-        f"image     {spec.image}",
-        f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
-        f"bucket    {spec.bucket}",
-        f"limit     {limit_of(spec, target, is_watched=is_watched).text}; what is saved stays (--max-hours)",
-        f"cost      {estimate(spec, target)}",
-    ]
-
-
-def _where(target: Target) -> str:
-    """The backend and the place, in a few words."""
-    words: list[str] = [target.backend]
-    for key in ("context", "project", "namespace", "zones", "regions"):
-        if value := getattr(target, key, ""):
-            words.append(", then ".join(value) if isinstance(value, tuple) else f"{key} {value}")
-    return ", ".join(words)
-
-
-def _ask(spec: JobSpec) -> None:
-    # A process whose input was closed has none at all.
-    if sys.stdin is None or not sys.stdin.isatty():
-        raise BadRequestError(f"{spec.name} is not submitted: there is no terminal to ask on; --yes submits without")
-    print("Submit? [y/N] ", end="", flush=True)
-    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
-        raise BadRequestError(f"{spec.name} is not submitted")
-
-
-def _send(backend: Backend, spec: JobSpec, manner: Manner, hours_are_named: bool) -> None:
-    if manner.watch:
-        _watch(backend, spec, has_limit=backend.target.is_remote or hours_are_named)
-    elif backend.target.is_remote or manner.detach:
-        print(submit_somewhere(backend, spec).describe_start(spec.name))
-    else:
-        backend.become(spec)
+            has_limit = target.is_remote or resources.named_hours(target) is not None
+            Watch(backend, spec, Clock(), note, partial(read_outcome, spec), has_limit).run()
+        elif target.is_remote or options.detach:
+            print(submit_somewhere(backend, spec).describe_start(spec.name))
+        else:
+            backend.become(spec)
 
 
 def submit_somewhere(backend: Backend, spec: JobSpec) -> Backend:
@@ -147,29 +101,42 @@ def submit_somewhere(backend: Backend, spec: JobSpec) -> Backend:
             here = following
 
 
-def _watch(backend: Backend, spec: JobSpec, *, has_limit: bool) -> None:
-    from job.jobs.following import StopSignals
-    from job.jobs.watch import BootClock, Watch
+def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
+    """What a person should know before anything is sent: what, where, for how long at most, and for how much."""
+    machine = target.machine_type if isinstance(target, GoogleTarget) else "node"
+    gpus = f"{spec.gpus} × {spec.gpu_type or 'GPU'} each" if spec.gpus else "no GPU"
+    if not spec.gpus and (found := gpus_of(machine)):
+        gpus = f"no GPU used: {found[0]} × {found[1]} idle, but paid for"
+    kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
+    if isinstance(target, KubernetesTarget) and not target.selects_as_gke:
+        kind = "spot or on demand, as the target's nodes are"
+    place = [
+        target.backend,
+        *(
+            f"{key} {target_value}"
+            for key in ("context", "project", "namespace")
+            if (target_value := getattr(target, key, ""))
+        ),
+    ]
+    place += [", then ".join(getattr(target, key)) for key in ("zones", "regions") if hasattr(target, key)]
+    return [
+        f"job       {spec.name}, on {target.name} ({', '.join(place)})",
+        f"command   ddpm {shlex.join(spec.argv)}",
+        f"image     {spec.image}",
+        f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
+        f"bucket    {spec.bucket}",
+        f"limit     {limit_of(spec, target, is_watched=is_watched).text}; what is saved stays (--max-hours)",
+        f"cost      {cost_of(spec, target)}",
+    ]
 
-    before = _run_status(spec)
 
-    def is_finished() -> bool:
-        status = _run_status(spec)
-        # A run that was finished before may have been given more epochs.
-        return status is not None and status.state == "finished" and status != before
-
-    Watch(backend, spec, BootClock(StopSignals().wait), note, is_finished, has_limit).run()
-
-
-def _run_status(spec: JobSpec) -> Status | None:
-    """What the run's folder says about a training job; None for others, and where nobody can tell."""
-    from job.runs.records import read_status, run_store
-    from job.store import open_store
-
-    if spec.verb == "train":
-        with suppress(JobError):
-            return read_status(run_store(open_store(spec.bucket), spec.run))
-    return None
+def _ask(spec: JobSpec) -> None:
+    # A process whose input was closed has none at all.
+    if sys.stdin is None or not sys.stdin.isatty():
+        raise BadRequestError(f"{spec.name} is not submitted: there is no terminal to ask on; --yes submits without")
+    print("Submit? [y/N] ", end="", flush=True)
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise BadRequestError(f"{spec.name} is not submitted")
 
 
 def check_format(output: str) -> None:
@@ -178,21 +145,17 @@ def check_format(output: str) -> None:
     Raises:
         BadRequestError: there is none.
     """
-    if output and output not in FORMATS:
-        raise BadRequestError(f"-o {output}: use {' or '.join(FORMATS)}")
+    if output not in FORMATS:
+        raise BadRequestError(f"-o {output}: use yaml or json")
 
 
 def formatted(manifests: Sequence[Manifest], output: str = "") -> str:
     """Manifests as text: a stream of YAML documents, or of JSON objects, as `kubectl apply -f -` takes both."""
     if output == "json":
         return "".join(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n" for manifest in manifests)
+    several = len(manifests) > 1
     return yaml.dump_all(
-        manifests,
-        Dumper=_Dumper,
-        sort_keys=False,
-        allow_unicode=True,
-        explicit_start=len(manifests) > 1,
-        width=120,
+        manifests, Dumper=_Dumper, sort_keys=False, allow_unicode=True, explicit_start=several, width=120
     )
 
 

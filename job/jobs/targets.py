@@ -316,7 +316,7 @@ def _target(name: str, block: Any, where: str) -> Target:
         target = model.model_validate_json(json.dumps({**block, "name": name}, default=str))
     except ValidationError as error:
         raise BadConfigError(f"{where}: {_problems(error)}") from None
-    return _checked(target, where)
+    return _check_places(target, where)
 
 
 def _problems(error: ValidationError) -> str:
@@ -331,7 +331,7 @@ def _problems(error: ValidationError) -> str:
     return "; ".join(problems)
 
 
-def _checked(target: Target, where: str) -> Target:
+def _check_places(target: Target, where: str) -> Target:
     """What a model alone cannot say."""
     if target.bucket:
         try:

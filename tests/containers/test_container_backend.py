@@ -8,10 +8,11 @@ import subprocess
 import time
 from pathlib import Path
 
-import pytest
+from PIL import Image
 
 from job.jobs.backends.base import State
 from job.jobs.backends.container import ContainerBackend
+from job.jobs.outcome import JobPlace, read_outcome
 from job.jobs.targets import ContainerTarget, load_targets
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
@@ -33,6 +34,13 @@ def test_pack_and_train_with_what_comes_along(place):
     bucket = place.parent / "new-bucket"
     out = succeeded(ddpm("submit", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket, *HERE))
     assert "299 colour, 16×16 pixels" in out
+    # A folder of this machine is seen in the container, too.
+    photos = place.parent / "photos"
+    photos.mkdir()
+    for number in range(3):
+        Image.new("RGB", (16, 16), (80 * number, 0, 0)).save(photos / f"{number}.png")
+    out = succeeded(ddpm("submit", "pack", photos, "mine", "--size", 8, "--bucket", bucket, *HERE))
+    assert "3 colour, 8×8 pixels" in out
     out = succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
     assert "Run 'first' is finished: 1 epoch, 312 images seen." in out
     # Where the container says that pictures lie, they lie for whoever submitted it, too.
@@ -40,6 +48,10 @@ def test_pack_and_train_with_what_comes_along(place):
     assert len(pictures) == 3
     assert all(picture.stat().st_uid == bucket.stat().st_uid for picture in pictures)
     assert backend().status("train-first").state is State.FINISHED
+    # It says so itself, in the bucket.
+    outcome = read_outcome(JobPlace("train-first", str(bucket)))
+    assert outcome is not None
+    assert (outcome.state, outcome.exit_code) == ("finished", 0)
     assert "is finished already" in succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
 
 
@@ -112,16 +124,13 @@ def test_the_container_is_confined(place):
     podman("rm", "--force", "--time", "0", "train-confined")
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "says"),
-    [
+def test_a_bad_setting_has_its_code_and_a_line(place):
+    for words, code, says in (
         (("--set", "train.batch_size=0"), 78, "train.batch_size"),
         (("--set", "no.such_key=1"), 78, "no.such_key"),
         (("--preset", "nonesuch"), 64, "nonesuch"),
-    ],
-)
-def test_a_bad_setting_has_its_code_and_a_line(place, words, code, says):
-    assert says in refused(ddpm("submit", *training("bad", place), *words, *HERE), code)
+    ):
+        assert says in refused(ddpm("submit", *training("bad", place), *words, *HERE), code)
 
 
 def test_what_only_the_container_finds_has_its_code(place):

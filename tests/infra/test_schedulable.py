@@ -10,10 +10,10 @@ import pytest
 import yaml
 from kubernetes.utils import parse_quantity
 
-from job.cli.words import parsed
+from job.cli.submit import parsed
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.jobs.backends.machines import Machine, gpus_of
-from job.jobs.building import Wishes, spec_of
+from job.jobs.building import Resources, spec_of
 from job.jobs.targets import KubernetesTarget, Target
 from tests.infra.configuration import read_folder
 from tests.infra.evaluated import attributes_of, blocks_of, defaults, value_of
@@ -122,12 +122,12 @@ def takes(pool: Pool, pod: Pod) -> bool:
     )
 
 
-def rendered(words: str, gke: Target | None = None, **wishes: Any) -> Pod:
+def rendered(words: str, gke: Target | None = None, **resources: Any) -> Pod:
     """The pod of `ddpm submit WORDS` on the target that setup.sh writes."""
     target = gke or targets()["gke"]
     assert isinstance(target, KubernetesTarget)
     verb, *rest = words.split()
-    made = manifest(spec_of(parsed(verb, rest), target, Wishes(**wishes)), target)
+    made = manifest(spec_of(parsed(verb, rest), target, Resources(**resources)), target)
     job = made if made["kind"] == "Job" else made["spec"]["replicatedJobs"][0]["template"]
     pod: Pod = job["spec"]["template"]["spec"]
     return pod
@@ -150,7 +150,7 @@ def test_allocatable_is_what_google_s_documentation_shows_for_a_node_of_four_pro
 
 
 @pytest.mark.parametrize(
-    ("words", "wishes", "place"),
+    ("words", "resources", "place"),
     [
         (TRAIN, {}, "gpu-spot"),
         (TRAIN, {"nodes": 2}, "gpu-spot"),
@@ -162,8 +162,8 @@ def test_allocatable_is_what_google_s_documentation_shows_for_a_node_of_four_pro
         (PACK, {"spot": False}, "cpu-on-demand"),
     ],
 )
-def test_each_job_has_a_pool_as_setup_makes_it(words, wishes, place):
-    assert where(rendered(words, **wishes)) == [place]
+def test_each_job_has_a_pool_as_setup_makes_it(words, resources, place):
+    assert where(rendered(words, **resources)) == [place]
 
 
 def test_on_demand_gpus_are_there_for_who_asks_for_such_nodes():
@@ -185,9 +185,9 @@ def test_gpu_pools_are_made_beside_the_pool_of_the_system():
 def test_in_a_queue_too():
     documents = list(yaml.safe_load_all((ROOT / "infra/kubernetes/kueue.yaml").read_text()))
     flavours = {thing["metadata"]["name"]: thing["spec"] for thing in documents if thing["kind"] == "ResourceFlavor"}
-    for flavour, wishes in (("gpu-spot", {}), ("gpu-on-demand", {"spot": False})):
+    for flavour, resources in (("gpu-spot", {}), ("gpu-on-demand", {"spot": False})):
         for words in (TRAIN, PACK):
-            pod = rendered(words, **wishes)
+            pod = rendered(words, **resources)
             # As Kueue does when it lets a job go.
             pod["nodeSelector"] = pod.get("nodeSelector", {}) | flavours[flavour]["nodeLabels"]
             pod["tolerations"] = [*pod.get("tolerations", []), *flavours[flavour]["tolerations"]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
@@ -11,10 +11,12 @@ from typing import Any, ClassVar, NoReturn
 from job.exits import BadRequestError, Exit, JobError, retried
 from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target
+from job.jobs.targets import Target, default_bucket
 
 Manifest = dict[str, Any]
 """What is sent to an engine, as JSON types."""
+FOLLOW_POLL_SECONDS = 0.2
+"""Between two looks at a job of this machine whose output somebody follows."""
 
 
 class State(StrEnum):
@@ -93,6 +95,27 @@ def cancelled(state: State) -> str:
     return f"was {state} already: what its engine still had of it is removed"
 
 
+def state_of_code(code: int) -> State:
+    """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
+    return {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(code, State.FAILED)
+
+
+def runs_already(name: str, where: str) -> BadRequestError:
+    """The error about a job that is to be submitted, and is there."""
+    about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
+    return BadRequestError(f"{name} runs {where} already: {about}")
+
+
+def check_one_machine(spec: JobSpec, target: Target) -> None:
+    """Refuses a job that needs several machines, on a target that is this one."""
+    if spec.nodes > 1 or spec.slices:
+        option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
+        raise BadRequestError(
+            f"{option} needs several machines, and target {target.name!r} is this one: leave it out, or use another "
+            "target"
+        )
+
+
 class NoCapacityError(JobError):
     """The engine has no machine of the kind that was asked for: another zone, or later, may have one."""
 
@@ -156,13 +179,19 @@ class Backend(abc.ABC):
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
 
+    def bucket_of(self, name: str) -> str:
+        """Where a job's bucket lies: as the job was told, where the engine remembers, else as the target says."""
+        return default_bucket(self.target)
+
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """What tells a job of this engine from all others, whichever of several targets shows it."""
         return (self.target.backend, self.target.name, status.name)
 
     @abc.abstractmethod
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed, line by line; with `follow` until it is over, across restarts of its machine.
+
+        Who asks ends that earlier by an exception.
 
         Raises:
             MissingInputError: there is no such job, or its output is gone.

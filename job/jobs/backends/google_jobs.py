@@ -6,7 +6,7 @@ import abc
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timedelta
 from typing import ClassVar, Self
 
@@ -14,8 +14,7 @@ from job.exits import TABLE, BadRequestError, Exit, JobError, NoPermissionError
 from job.jobs.backends.base import Backend, JobStatus
 from job.jobs.backends.google import Answer, GoogleApis, log_entries, quota_page
 from job.jobs.backends.machines import machine_for
-from job.jobs.backends.registry import image_check
-from job.jobs.checks import Check
+from job.jobs.checks import Check, unchecked_image
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, Target, VmTarget
 
@@ -70,7 +69,7 @@ class GoogleBackend(Backend):
     def slice_of(self, entry: Answer) -> str:
         """The number of the slice that wrote this."""
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
         """See `Backend.logs`: each entry once, in the order in which they arrive."""
         filter_, since, has_slices = self.log_of(name)
         seen: set[str] = set()
@@ -86,11 +85,9 @@ class GoogleBackend(Backend):
                     newest = max(newest, datetime.fromisoformat(entry["timestamp"]))
                     text = str(entry.get("jsonPayload", {}).get("message") or entry.get("textPayload", ""))
                     yield (f"[{self.slice_of(entry)}] " if has_slices else "") + text.rstrip("\r\n")
-            until = time.monotonic() + LOG_POLL_SECONDS
-            while not (is_last or should_stop()) and time.monotonic() < until:
-                time.sleep(min(0.2, LOG_POLL_SECONDS))
-            if is_last or should_stop():
+            if is_last:
                 return
+            time.sleep(LOG_POLL_SECONDS)
 
     def checks(self) -> Iterator[Check]:
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
@@ -117,7 +114,7 @@ class GoogleBackend(Backend):
             except JobError as error:
                 yield Check.of_error(name, error)
         yield self._account()
-        yield image_check(target.image)
+        yield unchecked_image(target.image)
 
     def _quota(self, name: str, metric: str, places: Sequence[str], gpus: int) -> Check:
         """Whether one of the places, regions or all of them, has so many GPUs left."""

@@ -1,116 +1,143 @@
-"""Processes of this machine: in the foreground this process becomes the job, in the background another one does it."""
+"""Processes of this machine: in the foreground this process becomes the job, in the background another one does it.
+
+    CACHE/jobs/HOST/NAME.json    the newest job of that name: a process, by its id and when it began
+                    NAME.log     what it printed
+
+How it ended it says itself, in its bucket.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from job.exits import TABLE, BadRequestError, Exit, MissingInputError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
-from job.jobs.backends.local_records import (
-    LocalRecord,
-    begin_record,
-    load_record,
-    load_records,
-    note_in_record,
+import psutil
+
+from job.data.cache import default_cache_dir
+from job.exits import BadRequestError, MissingInputError
+from job.jobs.backends.base import (
+    FOLLOW_POLL_SECONDS,
+    Backend,
+    JobStatus,
+    Manifest,
+    State,
+    cancelled,
+    check_one_machine,
+    runs_already,
+    state_of_code,
 )
+from job.jobs.outcome import informed, read_outcome
 from job.jobs.spec import JobSpec
-from job.store.files import os_errors
+from job.runs.records import utc_now
+from job.store.files import folder_lock, os_errors
 
-START_SECONDS = 30.0
-LOOK_SECONDS = 0.2
+SAME_START_SECONDS = 2.0
+"""By so much the start of one process may be told differently, since the clock was set right meanwhile."""
+
+
+@dataclass(frozen=True)
+class LocalRecord:
+    """A job in the background."""
+
+    name: str
+    argv: list[str]
+    bucket: str
+    created: str
+    pid: int
+    process_began: float
+    """In seconds since 1970: a process that has this number by now began at another time."""
+
+    def process(self) -> psutil.Process | None:
+        """The very process, unless it has ended."""
+        with suppress(psutil.NoSuchProcess):
+            process = psutil.Process(self.pid)
+            is_same = abs(process.create_time() - self.process_began) < SAME_START_SECONDS
+            return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
+        return None
+
+    def status(self) -> JobStatus:
+        """How the job is going, or ended."""
+        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created)
+        if self.process() is not None:
+            return status
+        why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
+        outcome = read_outcome(self)
+        # What is older than the job is an earlier one's of this name.
+        is_own = outcome is not None and outcome.updated >= self.created
+        status = informed(replace(status, state=State.GONE, message=why), outcome if is_own else None)
+        return status if status.exit_code is None else replace(status, state=state_of_code(status.exit_code))
 
 
 class LocalBackend(Backend):
     """Jobs that are processes of this machine; those in the background are remembered in the cache folder."""
 
     def render(self, spec: JobSpec) -> list[Manifest]:
-        """The one command, and its variables.
-
-        Raises:
-            BadRequestError: several machines are asked for.
-        """
-        if spec.nodes > 1 or spec.slices:
-            option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
-            raise BadRequestError(
-                f"{option} needs several machines, and target {self.target.name!r} is this one: use --processes N, or "
-                "another target"
-            )
+        """The one command, and its variables."""
+        check_one_machine(spec, self.target)
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """Turns this process into the job: its terminal, signals and exit code are the job's own."""
         sys.stdout.flush()
-        command = [sys.executable, "-P", "-m", "job", *spec.argv]
-        os.execve(sys.executable, command, {**os.environ, **spec.env})  # noqa: S606
+        os.execve(sys.executable, _command(spec), {**os.environ, **spec.env})  # noqa: S606
 
     def submit(self, spec: JobSpec) -> None:
-        """Starts the job in the background, in a session of its own, with a log file for what it prints.
-
-        Raises:
-            BadRequestError: a job of this name runs, or its process could not be started.
-        """
+        """Starts the job in the background, in a session of its own, with a log file for what it prints."""
         self.render(spec)
-        record = begin_record(spec)
-        if record is None:
-            raise BadRequestError(
-                f"{spec.name} runs on this machine already: `ddpm jobs status {spec.name}` tells how it is going, "
-                f"`ddpm jobs cancel {spec.name}` stops it"
-            )
-        with os_errors(record.log), Path(record.log).open("wb") as log:
-            subprocess.Popen(
-                [sys.executable, "-P", "-m", "job.jobs.backends.local_records", spec.name],
-                env={**os.environ, **spec.env},
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        deadline = time.monotonic() + START_SECONDS
-        while self._existing(spec.name).process is None:
-            if time.monotonic() > deadline:
-                raise BadRequestError(f"{spec.name} did not start within {START_SECONDS:g} s: see {record.log}")
-            time.sleep(LOOK_SECONDS / 4)
+        folder = _folder()
+        with os_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            with folder_lock(folder):
+                if (before := _record(spec.name)) and before.process():
+                    raise runs_already(spec.name, "on this machine")
+                created, environment = utc_now(), {**os.environ, **spec.env}
+                with _log_path(spec.name).open("wb") as log:
+                    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
+                    child = subprocess.Popen(_command(spec), env=environment, start_new_session=True, **streams)
+                began = psutil.Process(child.pid).create_time()
+                record = LocalRecord(spec.name, list(spec.argv), spec.bucket, created, child.pid, began)
+                (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
     def describe_start(self, name: str) -> str:
         """Which process does it, and where its words go."""
-        record = self._existing(name)
-        assert record.process is not None
-        pid = record.process.pid
-        return f"process {pid} does it in the background and writes {record.log}; `kill {pid}` stops it"
+        pid = self._existing(name).pid
+        return f"process {pid} does it in the background and writes {_log_path(name)}; `kill {pid}` stops it"
 
     def status(self, name: str) -> JobStatus:
         """How a job in the background is going."""
-        record = load_record(name)
-        return JobStatus(name, State.GONE, "it was not started here") if record is None else _status(record)
+        record = _record(name)
+        return record.status() if record else JobStatus(name, State.GONE, "it was not started here")
 
     def jobs(self) -> list[JobStatus]:
-        """The newest job of each name that was started here."""
-        return [_status(record) for record in load_records()]
+        """The newest job of each name that was started here, newest first."""
+        records = [_record(path.stem) for path in _folder().glob("*.json")]
+        statuses = [record.status() for record in records if record]
+        return sorted(statuses, key=lambda status: status.created, reverse=True)
+
+    def bucket_of(self, name: str) -> str:
+        """See `Backend.bucket_of`: the record says it."""
+        return self._existing(name).bucket
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
         return ("local", status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool]) -> Iterator[str]:
-        """What the job printed.
-
-        Raises:
-            MissingInputError: there is no such job, or somebody deleted its log.
-        """
-        record = self._existing(name)
-        with os_errors(record.log), Path(record.log).open(encoding="utf-8", errors="replace", newline="\n") as file:
-            part = ""
-            while not should_stop():
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
+        """What the job printed."""
+        record, part = self._existing(name), ""
+        with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
+            while True:
                 # Asked before reading, so that nothing is missed that was printed in between.
-                is_over = not follow or not self._existing(name).is_alive
+                is_over = not follow or record.process() is None
                 while line := file.readline():
                     part += line
                     if part.endswith("\n"):
@@ -118,51 +145,47 @@ class LocalBackend(Backend):
                         part = ""
                 if is_over:
                     break
-                time.sleep(LOOK_SECONDS)
+                time.sleep(FOLLOW_POLL_SECONDS)
             if part:
                 yield part
 
     def cancel(self, name: str) -> str:
-        """Has the job save and end, as Ctrl-C would.
-
-        Raises:
-            MissingInputError: there is no such job.
-            BadRequestError: it is over, or runs on another machine.
-        """
-        record = self._existing(name)
-        if record.is_alive:
-            if record.host != socket.gethostname():
-                raise BadRequestError(f"{name} runs on {record.host!r}: cancel it there")
-            note_in_record(name, cancelled=True)
-            if record.process is not None and record.process.send(signal.SIGTERM):
-                return cancelled(State.RUNNING)
-        raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
+        """Has the job save and end, as Ctrl-C would."""
+        process = self._existing(name).process()
+        if process is None:
+            raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
+        # It may end in this moment.
+        with suppress(psutil.NoSuchProcess):
+            process.terminate()
+        return cancelled(State.RUNNING)
 
     def describe(self, name: str) -> Manifest:
-        """The job's record.
-
-        Raises:
-            MissingInputError: there is no such job.
-        """
-        return self._existing(name).model_dump(mode="json")
+        """The job's record, and where its output is."""
+        return {**asdict(self._existing(name)), "log": str(_log_path(name))}
 
     def _existing(self, name: str) -> LocalRecord:
-        record = load_record(name)
+        record = _record(name)
         if record is None:
             raise MissingInputError(f"no job {name!r} was started in the background here: `ddpm jobs list` shows those")
         return record
 
 
-def _status(record: LocalRecord) -> JobStatus:
-    state, message = State.RUNNING, ""
-    if record.exit_code == Exit.FINISHED:
-        state = State.FINISHED
-    elif record.exit_code == Exit.STOPPED and record.cancelled:
-        state, message = State.CANCELLED, TABLE[Exit.STOPPED].text
-    elif record.exit_code is not None:
-        state, message = State.FAILED, record.last_line()
-    elif not record.is_alive:
-        state, message = State.GONE, "its process was killed, or the machine was restarted"
-    elif record.process is None:
-        state = State.WAITING
-    return JobStatus(record.name, state, message, record.exit_code, 1, record.created, record.host)
+def _command(spec: JobSpec) -> list[str]:
+    # -P: a job.py in the working folder must not stand in for the program.
+    return [sys.executable, "-P", "-m", "job", *spec.argv]
+
+
+def _folder() -> Path:
+    # A cache may be shared by several machines, whose numbers of processes mean nothing here.
+    return default_cache_dir() / "jobs" / socket.gethostname()
+
+
+def _log_path(name: str) -> Path:
+    return _folder() / f"{name}.log"
+
+
+def _record(name: str) -> LocalRecord | None:
+    """The newest job of that name, if there was one, and its record is whole."""
+    with suppress(OSError, ValueError, TypeError):
+        return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
+    return None

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from job.cli.words import parsed
-from job.jobs.building import Wishes, spec_of
+from job.cli.submit import parsed
+from job.jobs.building import Resources, spec_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import chosen_target, load_targets
 
@@ -15,9 +15,11 @@ plain: {backend: kubernetes, cluster: plain, image: i, bucket: gs://bucket, gpu_
 own: {backend: kubernetes, node_selector: {gpu: l4}, image: i, bucket: gs://bucket}
 bare: {backend: kubernetes, bucket: gs://bucket}
 s3: {backend: kubernetes, image: i, env: {A: b}}
+queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
+batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
 FOR_TRAIN = ["--dataset", "celeba"]
 
 
-def built(verb: str, words: list[str], on: str = "gke", **wishes) -> JobSpec:
-    return spec_of(parsed(verb, words), chosen_target(load_targets(), on), Wishes(**wishes))
+def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:
+    return spec_of(parsed(verb, words), chosen_target(load_targets(), on), Resources(**resources))

@@ -11,7 +11,7 @@ from job.exits import BadRequestError, MissingInputError, retried
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.batch import BatchBackend, batch_job
 from job.requests import SampleRequest
-from tests.job.jobs.google_jobs import BATCH, REGIONS, never, sampling, spec
+from tests.job.jobs.google_jobs import BATCH, REGIONS, sampling, spec
 
 NO_STOCK = (
     "VM in Managed Instance Group meets error: Batch Error: code - CODE_GCE_ZONE_RESOURCE_POOL_EXHAUSTED, "
@@ -147,7 +147,7 @@ def test_logs_are_those_of_this_job_and_followed_across_its_tasks(cloud, backend
     uid = cloud.batch.jobs[full("celeba")]["uid"]
     cloud.logging.printed_by_task("celeba-of-last-week", "another")
     cloud.logging.printed_by_task(uid, "epoch 1")
-    assert [*backend.logs("celeba", False, never)] == ["epoch 1"]
+    assert [*backend.logs("celeba", False)] == ["epoch 1"]
 
     def story():
         cloud.batch.move("celeba", "RUNNING")
@@ -159,9 +159,9 @@ def test_logs_are_those_of_this_job_and_followed_across_its_tasks(cloud, backend
 
     thread = threading.Thread(target=story)
     thread.start()
-    lines = [*backend.logs("celeba", True, never)]
+    lines = [*backend.logs("celeba", True)]
     thread.join()
     assert lines == ["epoch 1", "epoch 2", "epoch 3", "epoch 4", "finished"]
     backend.submit(sampling())
     cloud.logging.printed_by_task(cloud.batch.jobs[full("sample-celeba")]["uid"], "piece 4", 2)
-    assert [*backend.logs("sample-celeba", False, never)] == ["[2] piece 4"]
+    assert [*backend.logs("sample-celeba", False)] == ["[2] piece 4"]

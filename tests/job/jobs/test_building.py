@@ -7,16 +7,53 @@ import re
 import pytest
 import yaml
 
-from job.cli.words import parsed
+from job.cli.submit import parsed
 from job.config_input import parse_yaml, read_config_file
+from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.targets import load_targets
+from job.requests import SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, built
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
+
+
+def test_what_is_written_down_is_read_again():
+    for verb, words in (
+        ("train", ["--dataset", "a", "--set", "x=1", "--set", "y=[1, 2]", "--wait", "30", "--epochs", "3"]),
+        ("train", ["--dataset", "a", "--config", "some where.yaml", "--hang-after", "0.5", "--stop-after", "1h"]),
+        ("sample", ["--run", "r", "--gif", "--raw", "--no-nearest", "--steps", "4"]),
+        ("sample", ["--run", "r", "--nearest", "--checkpoints", "30,80", "--seeds", "0-3"]),
+        ("sample", ["--run", "r", "--count", "10", "--slice", "0/2", "--first-seed=-1"]),
+        ("pack", ["a folder", "name", "--size", "8", "--no-classes", "--licence", "it's mine"]),
+        ("pack", ["a", "b", "--classes", "--channels", "1", "--max-bad", "0", "--licence=--size=3"]),
+        ("pack", ["--size", "8", "--", "-a", "b"]),
+    ):
+        first = parsed(verb, words)
+        prefix = ("data", "pack") if verb == "pack" else (verb,)
+        argv = first.argv()
+        assert argv[: len(prefix)] == prefix
+        again = parsed(verb, argv[len(prefix) :])
+        assert (again, again.request(), again.argv()) == (first, first.request(), argv), words
+    words = {"train": ["--dataset", "a"], "sample": ["--run", "r"], "pack": ["a", "b"]}
+    kinds = [type(parsed(verb, rest).request()) for verb, rest in words.items()]
+    assert kinds == [TrainRequest, SampleRequest, PackRequest]
+
+
+def test_only_what_was_typed_is_written_down_in_one_order(monkeypatch):
+    monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
+    command = parsed("train", ["--dataset", "a"])
+    assert command.argv() == ("train", "--dataset", "a")
+    assert command.request().bucket == "gs://of-the-environment"
+    assert command.with_values(bucket="gs://b").argv() == ("train", "--dataset", "a", "--bucket", "gs://b")
+    assert command.with_values(config="f").without("config") == command.without("config")
+    one = parsed("train", ["--dataset=a", "--epochs=3", "--run", "r"])
+    assert one.argv() == parsed("train", ["--run=r", "--epochs", "3", "--dataset", "a"]).argv()
+    argv = parsed("pack", ["--bucket", "/b", "/images", "name"]).argv()
+    assert argv == ("data", "pack", "/images", "name", "--bucket", "/b")
 
 
 def test_training_becomes_a_job():
@@ -34,23 +71,21 @@ def test_training_becomes_a_job():
         env={"DDPM_JOB": "train-celeba", "DDPM_GPUS": "1"},
     )
     assert built("train", [*FOR_TRAIN, "--epochs", "3"]) == spec
-
-
-def test_wishes_win_over_the_target():
+    # What was asked for wins over the target.
     spec = built("train", FOR_TRAIN, "vm", gpus=8, nodes=2, gpu_type="a", spot=True, max_hours=0.5)
     assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot, spec.max_hours) == (8, 2, "a", True, 0.5)
     spec = built("train", FOR_TRAIN, "vm")
     assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot) == (1, 1, "nvidia-l4", False)
     spec = built("train", FOR_TRAIN, gpus=0)
     assert (spec.gpus, spec.gpu_type) == (0, "")
+    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
 
 
 def test_a_replacement_waits_until_its_predecessor_s_lease_has_certainly_expired():
     for name, grace in (("gke", 105), ("vm", 30)):
-        target = load_targets()[name]
         spec = built("train", [*FOR_TRAIN, "--wait", "5"], name)
         waits = float(spec.argv[spec.argv.index("--wait") + 1])
-        assert waits == wait_seconds(target) > EXPIRE_SECONDS + grace
+        assert waits == wait_seconds(load_targets()[name]) > EXPIRE_SECONDS + grace
     assert "900" in built("train", [*FOR_TRAIN, "--wait", "900"]).argv
     assert "--wait" not in built("train", FOR_TRAIN, "local").argv
     assert "--wait" not in built("sample", ["--run", "a"]).argv
@@ -64,11 +99,11 @@ def test_sampling_and_packing_have_names_of_their_own():
     others = [
         built("sample", ["--run", "celeba", "--count", "100"], slices=2),
         built("sample", ["--run", "celeba", "--count", "101"], slices=4),
+        # The same images are the same job, wherever they are made, and however that was typed.
         built("sample", ["--run", "celeba", "--count", "100"], "vm", slices=4),
+        built("sample", ["--count", "100", "--run=celeba"], slices=4),
     ]
-    assert built("sample", ["--count", "100", "--run=celeba"], slices=4).name == spec.name
-    # The same images are the same job, wherever they are made.
-    assert [other.name == spec.name for other in others] == [False, False, True]
+    assert [other.name == spec.name for other in others] == [False, False, True, True]
     assert re.fullmatch(r"sample-celeba-[0-9a-f]{8}", spec.name)
 
     spec = built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "64"])
@@ -76,6 +111,8 @@ def test_sampling_and_packing_have_names_of_their_own():
     assert spec.argv[:4] == ("data", "pack", "gs://photos/all.zip", "my_photos.v2")
     assert (spec.run, spec.gpus, spec.gpu_type) == ("", 0, "")
     assert built("pack", ["gs://photos/all.zip", "my_photos.v2", "--size", "32"]).name != spec.name
+    # The embedded images need no source elsewhere.
+    assert built("pack", ["landscape-sample", "tiles", "--size", "16"]).argv[2] == "landscape-sample"
 
 
 @pytest.mark.parametrize("verb", ["train", "sample", "pack"])
@@ -109,35 +146,27 @@ def test_a_configuration_file_of_this_machine_travels_as_words(targets_folder):
     assert "mine.yaml" in built("train", words, "local").argv
 
 
-@pytest.mark.parametrize(
-    "value", [1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""]
-)
-def test_every_value_survives_the_way_into_a_word(value, tmp_path):
+def test_every_value_survives_the_way_into_a_word(tmp_path):
     from job.jobs.building import _as_yaml
 
-    again = parse_yaml(_as_yaml(value))
-    assert (again, type(again)) == (value, type(value))
-    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"batch_size": value}}))
-    assert read_config_file(tmp_path / "c.yaml") == {"train.batch_size": value}
+    for value in (1, 1.0, 1e-9, 1e22, True, None, "true", "1", "", "a: b", "#", [1, [2.5, "x"]], "é\n'\""):
+        again = parse_yaml(_as_yaml(value))
+        assert (again, type(again)) == (value, type(value))
+        (tmp_path / "c.yaml").write_text(yaml.safe_dump({"train": {"batch_size": value}}))
+        assert read_config_file(tmp_path / "c.yaml") == {"train.batch_size": value}
 
 
-def test_the_bucket_is_the_option_s_else_the_target_s_else_the_variable_s(monkeypatch):
+def test_the_bucket_is_the_option_s_else_the_target_s_else_the_variable_s(targets_folder, monkeypatch):
     monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
     assert built("train", FOR_TRAIN).bucket == "gs://bucket"
     assert built("train", FOR_TRAIN, "s3").bucket == "gs://of-the-environment"
     assert built("train", [*FOR_TRAIN, "--bucket", "s3://mine/folder"]).bucket == "s3://mine/folder"
     assert built("train", FOR_TRAIN, "local").bucket == "gs://of-local"
-
-
-def test_folders_of_this_machine_become_absolute(targets_folder):
+    # Folders of this machine become absolute.
     spec = built("pack", ["photos", "mine", "--size", "8", "--bucket", "b"], "container")
     assert spec.bucket == str(targets_folder / "b")
     assert spec.argv[2:4] == (str(targets_folder / "photos"), "mine")
     assert built("train", [*FOR_TRAIN, "--bucket", "b"], "local").argv[-2:] == ("--bucket", str(targets_folder / "b"))
-
-
-def test_a_minute_is_the_shortest_limit():
-    assert [built("train", FOR_TRAIN, max_hours=hours).max_seconds for hours in (0.017, 1 / 60)] == [61, 60]
 
 
 def test_this_machine_has_no_engine_that_ends_a_job():
@@ -150,62 +179,47 @@ def test_this_machine_has_no_engine_that_ends_a_job():
     assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv
 
 
-@pytest.mark.parametrize(
-    ("verb", "words", "on", "wishes", "error", "part"),
-    [
-        ("train", ["--dataset", "a", "--bucket", "./b"], "gke", {}, BadRequestError, "is a folder of this machine"),
-        ("train", ["--dataset", "a", "--bucket", "file:///b"], "gke", {}, BadRequestError, "is a folder of this"),
-        ("train", ["--dataset", "a"], "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
-        ("train", ["--dataset", "a", "--bucket", "gs://X"], "gke", {}, BadRequestError, "names no bucket"),
-        ("train", ["--dataset", "a", "--bucket", "gs://u:p@b"], "gke", {}, BadRequestError, "user or password"),
-        ("train", ["--dataset", "a"], "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
-        ("train", ["--dataset", "a/b"], "gke", {}, BadRequestError, "cannot be a dataset's name"),
-        ("train", ["--dataset", "a", "--run", "A"], "gke", {}, BadRequestError, "cannot be a run's name"),
-        ("train", ["--dataset", "a", "--set", "x=1"], "gke", {}, BadConfigError, "unknown key 'x'"),
-        ("train", ["--dataset", "a", "--config", "no"], "gke", {}, MissingInputError, "--config no"),
-        ("train", ["--dataset", "a", "--preset", "no"], "gke", {}, BadRequestError, "no preset 'no'"),
-        ("train", ["--dataset", "a"], "gke", {"max_hours": 1000}, BadRequestError, "--max-hours 1000"),
-        ("train", ["--dataset", "a"], "vm", {"max_hours": 0.0001}, BadRequestError, "--max-hours 0.0001: use at least"),
-        ("train", ["--dataset", "a"], "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
-        ("train", ["--dataset", "a"], "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
-        ("train", ["--dataset", "a"], "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
-        ("train", ["--dataset", "a"], "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
-        ("train", ["--dataset", "a"], "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
-        ("train", ["--dataset", "a"], "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
-        ("train", ["--dataset", "a"], "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
-        ("train", ["--dataset", "a"], "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
-        ("pack", ["gs://abc/b.zip", "b", "--size", "8"], "gke", {"gpu_type": "l4"}, BadRequestError, "without GPUs"),
-        (
-            "train",
-            ["--dataset", "a"],
-            "gke",
-            {"gpus": 0, "gpu_type": "l4"},
-            BadRequestError,
-            "leave it out, or ask for",
-        ),
-        ("sample", ["--run", "r"], "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
-        (
-            "sample",
-            ["--run", "r", "--count", "9", "--slice", "0/2"],
-            "gke",
-            {"slices": 2},
-            BadRequestError,
-            "one of the slices that --slices 2 makes",
-        ),
-        ("sample", ["--run", "r"], "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),
-        ("sample", ["--run", "r", "--sampler", "x"], "gke", {}, BadRequestError, "no sampler 'x'"),
-        ("pack", ["a.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
-        ("pack", ["file:///a", "b", "--size", "8"], "gke", {}, BadRequestError, "is a path of this machine"),
-        ("pack", ["https://a/b.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "nobody here speaks https"),
-        ("pack", ["gs://u:secret@b/a.zip", "b", "--size", "8"], "gke", {}, BadRequestError, "user or password"),
-        ("pack", ["gs://abc/b.zip", "b"], "gke", {}, BadRequestError, "--size is needed"),
-    ],
-)
-def test_what_no_machine_could_do_is_refused_here(verb, words, on, wishes, error, part):
-    with pytest.raises(error, match=re.escape(part)) as refusal:
-        built(verb, words, on, **wishes)
-    assert "secret" not in str(refusal.value)
+REFUSED = [
+    ("train --dataset a --bucket ./b", "gke", {}, BadRequestError, "is a folder of this machine"),
+    ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a folder of this"),
+    ("train --dataset a", "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
+    ("train --dataset a --bucket gs://X", "gke", {}, BadRequestError, "names no bucket"),
+    ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "user or password"),
+    ("train --dataset a", "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
+    ("train --dataset a/b", "gke", {}, BadRequestError, "cannot be a dataset's name"),
+    ("train --dataset a --run A", "gke", {}, BadRequestError, "cannot be a run's name"),
+    ("train --dataset a --set x=1", "gke", {}, BadConfigError, "unknown key 'x'"),
+    ("train --dataset a --config no", "gke", {}, MissingInputError, "--config no"),
+    ("train --dataset a --preset no", "gke", {}, BadRequestError, "no preset 'no'"),
+    ("train --dataset a", "gke", {"max_hours": 1000}, BadRequestError, "--max-hours 1000"),
+    ("train --dataset a", "vm", {"max_hours": 0.0001}, BadRequestError, "--max-hours 0.0001: use at least"),
+    ("train --dataset a", "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
+    ("train --dataset a", "local", {"max_hours": float("nan")}, BadRequestError, "--max-hours nan"),
+    ("train --dataset a", "local", {"spot": True}, BadRequestError, "--spot is about machines in a cloud"),
+    ("train --dataset a", "container", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 is about"),
+    ("train --dataset a", "plain", {"gpu_type": "l4"}, BadRequestError, "--gpu-type l4 decides nothing on"),
+    ("train --dataset a", "plain", {"spot": True}, BadRequestError, "--spot decides nothing on 'plain'"),
+    ("train --dataset a", "own", {"spot": False}, BadRequestError, "--on-demand decides nothing on 'own'"),
+    ("train --dataset a", "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
+    ("pack gs://abc/b.zip b --size 8", "gke", {"gpu_type": "l4"}, BadRequestError, "without GPUs"),
+    ("pack gs://abc/b.zip b --size 8", "gke", {"gpus": 1}, BadRequestError, "--gpus 1: packing uses none"),
+    ("train --dataset a", "gke", {"gpus": 0, "gpu_type": "l4"}, BadRequestError, "leave it out, or ask for"),
+    ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is for sampling"),
+    ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
+    ("sample --run r --count 9 --slice 0/2", "gke", {"slices": 2}, BadRequestError, "that --slices 2 makes"),
+    ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),
+    ("sample --run r --sampler x", "gke", {}, BadRequestError, "no sampler 'x'"),
+    ("pack a.zip b --size 8", "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
+    ("pack file:///a b --size 8", "gke", {}, BadRequestError, "is a path of this machine"),
+    ("pack https://a/b.zip b --size 8", "gke", {}, BadRequestError, "nobody here speaks https"),
+    ("pack gs://u:secret@b/a.zip b --size 8", "gke", {}, BadRequestError, "user or password"),
+    ("pack gs://abc/b.zip b", "gke", {}, BadRequestError, "--size is needed"),
+]
 
 
-def test_the_embedded_images_need_no_source_elsewhere():
-    assert built("pack", ["landscape-sample", "tiles", "--size", "16"]).argv[2] == "landscape-sample"
+def test_what_no_machine_could_do_is_refused_here():
+    for words, on, resources, error, part in REFUSED:
+        verb, *rest = words.split()
+        with pytest.raises(error, match=re.escape(part)) as refusal:
+            built(verb, rest, on, **resources)
+        assert "secret" not in str(refusal.value), words

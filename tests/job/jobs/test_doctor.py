@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-import pytest
 
 from job.exits import Exit
 from job.jobs import doctor
@@ -27,22 +24,14 @@ def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypa
         assert not list(open_store(bucket_uri).list("doctor"))
 
 
-@pytest.mark.parametrize(
-    ("words", "bucket"),
-    [
-        ("", "gs://other"),
-        ("--on gke", "gs://mine"),
-        ("--on gke --bucket gs://third", "gs://third"),
-        ("--no-bucket", ""),
-    ],
-)
-def test_it_looks_at_the_bucket_that_a_job_would_use(words, bucket, tmp_path, monkeypatch):
+def test_it_looks_at_the_bucket_that_a_job_would_use(tmp_path, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
     monkeypatch.chdir(tmp_path)
     (tmp_path / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
-    succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
-    assert looked == [bucket]
+    for words in ("", "--on gke", "--on gke --bucket gs://third", "--no-bucket"):
+        succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
+    assert looked == ["gs://other", "gs://mine", "gs://third", ""]
 
 
 def test_a_bucket_that_is_not_there(gcs_server):
@@ -95,29 +84,30 @@ def test_this_machine(tmp_path, monkeypatch):
     assert [check["name"] for check in found] == ["GPUs", "shared memory", "disk", "all-reduce"]
 
 
-@pytest.mark.parametrize("verb", [["doctor"], ["jobs", "list"]])
-def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path, verb):
+def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path):
     targets = tmp_path / "targets.yaml"
     targets.write_text("far: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket}")
-    code = (
-        "import sys\n"
-        "sys.modules['google.auth.exceptions'] = None\n"
-        f"sys.argv = ['ddpm', *{verb!r}, '--on', 'far', '--targets', {str(targets)!r}]\n"
-        "sys.argv += ['--no-bucket'] if 'doctor' in sys.argv else []\n"
-        "from job.__main__ import main\n"
-        "main()\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == Exit.MISSING_INPUT, done.stderr
-    assert "Traceback" not in done.stderr
-    assert "pip install 'ddpm-job[google]'" in done.stdout + done.stderr
+    code = "import sys; sys.modules['google.auth.exceptions'] = None; from job.__main__ import main; main()"
+    for words in (("doctor", "--no-bucket"), ("jobs", "list")):
+        done = ddpm(*words, "--on", "far", "--targets", targets, program=(sys.executable, "-c", code))
+        assert done.returncode == Exit.MISSING_INPUT, done.stderr
+        assert "Traceback" not in done.stderr
+        assert "pip install 'ddpm-job[google]'" in done.stdout + done.stderr
 
 
-def test_a_cache_that_cannot_be_made(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made_and_too_little_shared_memory(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file" / "cache"))
-    check = doctor._disk()
-    assert (check.passed, check.exit_code) == (False, Exit.NO_PERMISSION)
+    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
+    monkeypatch.setattr(doctor, "_gpus", lambda: ["L4"] * 4)
+    monkeypatch.setattr(doctor, "_all_reduce", lambda gpus: f"{gpus} of them")
+    found = {check.name: check for check in doctor.machine_checks()}
+    assert (found["disk"].passed, found["disk"].exit_code) == (False, Exit.NO_PERMISSION)
+    assert (found["shared memory"].passed, found["shared memory"].exit_code) == (False, Exit.DISK_FULL)
+    assert found["GPUs"].message == "4 × L4 (name, driver, memory)"
+    # It matters with several GPUs.
+    monkeypatch.setattr(doctor, "_gpus", lambda: ["L4"])
+    assert {check.name: check.passed for check in doctor.machine_checks()}["shared memory"]
 
 
 def test_a_clock_that_is_wrong(monkeypatch):
@@ -139,13 +129,6 @@ def test_a_clock_that_is_wrong(monkeypatch):
     assert "ahead of the bucket's" in check.message
     # A server that is away is the bucket's business.
     assert [*doctor._clock("gs://bucket")] == []
-    assert [*doctor._clock("/folder")] == []
-
-
-@pytest.mark.parametrize("gpus", [1, 4])
-def test_shared_memory_matters_with_several_gpus(gpus, monkeypatch):
-    monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
-    assert doctor._shared_memory(gpus).passed == (gpus == 1)
 
 
 def test_the_code_is_that_of_the_first_failure(capsys):

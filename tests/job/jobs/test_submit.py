@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pty
@@ -20,31 +21,30 @@ from tests.job.jobs.submitting import FOR_TRAIN
 pytestmark = pytest.mark.usefixtures("targets_folder")
 
 
-@pytest.mark.parametrize(
-    ("words", "code", "part"),
-    [
-        ("train --dataset a --on gek", 64, "no target 'gek'; did you mean 'gke'?"),
-        ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
-        ("train --on gke", 2, "Missing option '--dataset'"),
-        ("train --dataset a --epochs x --on gke", 2, "Invalid value for '--epochs'"),
-        ("sample --run a extra --on gke", 2, "extra"),
-        ("pack --on gke", 2, "Missing argument 'SOURCE'"),
-        ("train --dataset a --gpus -1", 2, "--gpus"),
-        ("train --dataset a --nodes 0", 2, "--nodes"),
-        ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
-        ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
-        ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
-        ("train --dataset a --on gke --targets no.yaml", 66, "--targets no.yaml is not there"),
-        ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
-        ("train --dataset a --nodes 2", 64, "--nodes 2 needs several machines"),
-        ("sample --run a --count 9 --slices 2", 64, "--slices 2 needs several machines"),
-    ],
-)
-def test_the_code_says_what_is_wrong(words, code, part):
-    assert part in refused(ddpm_here("submit", *words.split()), code)
+REFUSED = [
+    ("train --dataset a --on gek", 64, "no target 'gek'; did you mean 'gke'?"),
+    ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
+    ("train --on gke", 2, "Missing option '--dataset'"),
+    ("train --dataset a --epochs x --on gke", 2, "Invalid value for '--epochs'"),
+    ("sample --run a extra --on gke", 2, "extra"),
+    ("pack --on gke", 2, "Missing argument 'SOURCE'"),
+    ("train --dataset a --gpus -1", 2, "--gpus"),
+    ("train --dataset a --nodes 0", 2, "--nodes"),
+    ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
+    ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
+    ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
+    ("train --dataset a --on gke --targets no.yaml", 66, "--targets no.yaml is not there"),
+    ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
+    ("train --dataset a --nodes 2", 64, "--nodes 2 needs several machines"),
+    ("sample --run a --count 9 --slices 2", 64, "--slices 2 needs several machines"),
+    ("train --dataset a --bucket nowhere --detach", 66, "nowhere is not there: check the path"),
+]
 
 
-def test_a_targets_file_that_is_not_valid_is_a_bad_configuration(targets_folder):
+def test_the_code_says_what_is_wrong(targets_folder):
+    for words, code, part in REFUSED:
+        assert part in refused(ddpm_here("submit", *words.split()), code), words
+    assert not (targets_folder / "nowhere").exists()
     (targets_folder / "targets.yaml").write_text("gke: {backend: kubernetes, namspace: a}")
     line = refused(ddpm_here("submit", "train", "--dataset", "a", "--on", "local"), Exit.BAD_CONFIG)
     assert "targets.yaml: target 'gke': unknown key 'namspace'; did you mean 'namespace'?" in line
@@ -71,28 +71,16 @@ def test_a_dry_run_prints_the_request_alone_and_needs_nothing(targets_folder, on
     assert not (targets_folder / "cache").exists()
 
 
-@pytest.mark.parametrize("on", ["container", "gke", "cluster", "vm", "batch"])
-def test_each_target_of_the_example_takes_each_verb(on):
+def test_each_target_of_the_example_takes_each_verb():
     example = str(resources.files("job.jobs") / "targets.example.yaml")
-    for words in (
+    jobs = (
         ["train", *FOR_TRAIN],
         ["sample", "--run", "celeba", "--seeds", "0-3"],
         ["pack", "landscape-sample", "tiles", "--size", "16"],
-    ):
+    )
+    for on, words in itertools.product(("container", "gke", "cluster", "vm", "batch"), jobs):
         words = ["submit", *words, "--on", on, "--targets", example, "--bucket", "gs://mine", "--dry-run"]
         assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
-
-
-def test_a_process_without_input_is_not_asked(tmp_path):
-    targets = tmp_path / "targets.yaml"
-    targets.write_text(
-        "far: {backend: vm, project: my-project, zones: [us-east1-b], image: example.com/ddpm:1, bucket: gs://bucket}"
-    )
-    words = [DDPM, "submit", "train", "--dataset", "a", "--on", "far", "--targets", str(targets)]
-    command = ["sh", "-c", 'exec "$@" <&-', "sh", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-    assert done.returncode == Exit.BAD_REQUEST, done.stderr
-    assert done.stderr.splitlines()[-1].endswith("there is no terminal to ask on; --yes submits without")
 
 
 def test_nothing_is_by_reference_and_scripts_are_blocks():
@@ -101,17 +89,21 @@ def test_nothing_is_by_reference_and_scripts_are_blocks():
     assert text == "---\none:\n  a: 1\ntwo:\n  a: 1\nscript: |\n  #!/bin/sh\n  echo\n--- {}\n"
 
 
-def test_without_a_terminal_somebody_must_have_said_yes():
-    done = ddpm("submit", "train", *FOR_TRAIN, "--on", "gke", KUBECONFIG="/nonexistent")
-    assert "--yes" in refused(done, Exit.BAD_REQUEST)
+def test_who_cannot_be_asked_must_have_said_yes():
+    words = ["submit", "train", *FOR_TRAIN, "--on", "gke"]
+    done = ddpm(*words, KUBECONFIG="/nonexistent")
+    assert "there is no terminal to ask on; --yes submits without" in refused(done, Exit.BAD_REQUEST)
     assert "train-celeba, on gke" in done.stdout
+    # Not even an input.
+    closed = ddpm(*words, program=("sh", "-c", 'exec "$@" <&-', "sh", DDPM))
+    assert closed.returncode == Exit.BAD_REQUEST
     # With it, the next thing that is missing is a cluster.
-    done = ddpm("submit", "train", *FOR_TRAIN, "--on", "gke", "--yes", KUBECONFIG="/nonexistent")
+    done = ddpm(*words, "--yes", KUBECONFIG="/nonexistent")
     assert done.returncode not in (0, 1, 2)
     assert "--yes" not in done.stderr
 
 
-@pytest.mark.parametrize("answer", ["n", "", "yesterday", "\x04"])
+@pytest.mark.parametrize("answer", ["yesterday\n", "\x04"])
 def test_on_a_terminal_a_person_is_asked(answer):
     terminal, other = pty.openpty()
     child = subprocess.Popen(
@@ -123,7 +115,7 @@ def test_on_a_terminal_a_person_is_asked(answer):
         text=True,
     )
     os.close(other)
-    os.write(terminal, answer.encode() + (b"" if answer == "\x04" else b"\n"))
+    os.write(terminal, answer.encode())
     out, err = child.communicate(timeout=60)
     os.close(terminal)
     assert child.returncode == Exit.BAD_REQUEST

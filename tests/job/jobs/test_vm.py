@@ -14,7 +14,7 @@ from job.jobs.backends.base import Cause, NoCapacityError, State
 from job.jobs.backends.batch import BatchBackend
 from job.jobs.backends.vm import VmBackend
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.jobs.google_jobs import BATCH, REGIONS, VM, ZONES, never, sampling, spec
+from tests.job.jobs.google_jobs import BATCH, REGIONS, VM, ZONES, sampling, spec
 from tests.job.jobs.google_services import Refusal
 
 STOCK_OUT = (
@@ -175,7 +175,7 @@ def test_slices_are_machines_and_one_job(cloud, backend):
         cloud.compute.set_status(f"{name}-{index}", "RUNNING")
     assert [(one.name, one.state) for one in backend.jobs()] == [(name, State.RUNNING)]
     cloud.logging.printed(name, "piece 4", index=2)
-    assert [*backend.logs(name, False, never)] == ["[all] ddpm-vm: submitted", "[2] piece 4"]
+    assert [*backend.logs(name, False)] == ["[all] ddpm-vm: submitted", "[2] piece 4"]
     ends(cloud, name, 0, 1, 3)
     vanishes(cloud, f"{name}-1")
     status = backend.status(name)
@@ -245,7 +245,7 @@ def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkey
     for number in range(50):
         cloud.logging.printed("celeba", f"line {number}\n")
     expected = ["ddpm-vm: submitted", *(f"line {number}" for number in range(50))]
-    assert [*backend.logs("celeba", False, never)] == expected
+    assert [*backend.logs("celeba", False)] == expected
     has_seen_all = threading.Event()
 
     def story():
@@ -260,7 +260,7 @@ def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkey
 
     thread, lines = threading.Thread(target=story), []
     thread.start()
-    for line in backend.logs("celeba", True, never):
+    for line in backend.logs("celeba", True):
         lines.append(line)
         if line == "line 50":
             has_seen_all.set()
@@ -268,12 +268,4 @@ def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkey
     assert lines[:-2] == [*expected, "line 50"]
     assert sorted(lines[-2:]) == ["ddpm-vm: ended with code 0", "late line"]
     with pytest.raises(MissingInputError, match="no job 'nobody'"):
-        [*backend.logs("nobody", False, never)]
-
-
-def test_who_follows_may_stop(cloud, backend):
-    backend.submit(spec())
-    seen = []
-    for line in backend.logs("celeba", True, lambda: bool(seen)):
-        seen.append(line)
-    assert seen == ["ddpm-vm: submitted"]
+        [*backend.logs("nobody", False)]

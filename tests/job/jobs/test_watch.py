@@ -7,133 +7,109 @@ from itertools import pairwise
 
 import pytest
 
-from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, NoPermissionError, StoppedError, retried
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError
 from job.jobs import watch
-from job.jobs.backends.base import JobStatus, NoCapacityError
-from job.jobs.spec import JobSpec
+from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
 from job.jobs.submit import submit_somewhere
-from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, POLL_SECONDS, JobEndedError, Watch
-from tests.job.jobs.written_engine import (
-    SPEC,
-    TAKEN,
-    C,
-    Engine,
-    EnginesClock,
-    F,
-    G,
-    Keeping,
-    Place,
-    R,
-    W,
-    watching,
-)
+from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, WATCH_POLL_SECONDS, JobEndedError
+from job.outcome import Outcome
+from tests.job.jobs.written_engine import SPEC, TAKEN, C, Engine, F, G, Place, R, W
+
+DAY = 86_400.0
+PATIENCE = int(watch.ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
+"""Looks at a job that waits, after which it is moved."""
+WAITED = [(W, 45.0)] * 160
+"""Two hours without a machine."""
 
 
-def test_a_job_that_ends_well_is_submitted_once():
-    engine = Engine([G, W, W, R, R, F])
-    watching(engine).run()
+def said(state: str, code: int | None = None, message: str = "") -> Outcome:
+    return Outcome(state=state, exit_code=code, updated="2026-01-31T12:00:00Z", message=message)
+
+
+def stops(engine: Engine, match: str, *places: str, **options) -> Engine:
+    with pytest.raises(StoppedError, match=match) as stopped:
+        engine.watch(*places, **options)
+    assert stopped.value.exit_code == Exit.STOPPED
+    return engine
+
+
+def test_a_job_is_submitted_unless_it_is_there_and_told_about():
+    engine = Engine([G, W, W, R, R, F]).watch()
     assert engine.submitted == [("a", 2.0)]
     assert engine.told == ["train-a is waiting", "train-a is running in a", "train-a is finished"]
-
-
-def test_a_job_that_runs_already_is_watched_and_not_submitted():
-    engine = Engine([R, R, F])
-    watching(engine).run()
+    engine = Engine([R, R, F]).watch()
     assert engine.submitted == []
     assert engine.told[0] == "train-a is running already: watching it"
+    for over in (F, C, 66):
+        assert len(Engine([over, R, F]).watch().submitted) == 1
 
 
-@pytest.mark.parametrize("before", [F, C, 66])
-def test_a_job_that_was_over_before_is_submitted_again(before):
-    engine = Engine([before, R, F])
-    watching(engine).run()
-    assert len(engine.submitted) == 1
-
-
-@pytest.mark.parametrize("code", sorted({*map(int, Exit), 1, 3, 134, 137, 139, 143, 255} - {0}))
-def test_codes_are_tried_again_as_the_table_says(code):
-    rule = retried(code)
-    assert rule == (TABLE[Exit(code)].retried if code in TABLE else "bounded")
-    count = {"never": 1, "bounded": MOST_FAILURES + 1, "always": 40}[rule]
-    engine = Engine([G, *[code] * count, F])
-    if rule == "always":
-        watching(engine).run()
-        assert len(engine.submitted) == count + 1
-        return
-    with pytest.raises(JobEndedError) as ended:
-        watching(engine).run()
-    assert ended.value.exit_code == code
-    assert "because" in str(ended.value)
-    assert len(engine.submitted) == count
-
-
-def test_a_failure_without_a_code_counts():
-    engine = Engine([G, *[None] * (MOST_FAILURES + 1)])
-    with pytest.raises(JobEndedError, match="5th failure: giving up") as ended:
-        watching(engine).run()
-    assert ended.value.exit_code == 1
-
-
-def test_preemptions_in_between_do_not_count_as_failures():
-    engine = Engine([G, *[75, 137, TAKEN] * MOST_FAILURES, F])
-    watching(engine).run()
+def test_codes_and_causes_are_tried_again_as_the_table_says():
+    never = [2, 64, 65, 66, 70, 74, 76, 77, 78, Cause.UNRESPONSIVE, Cause.NO_IMAGE]
+    bounded = [1, 3, 69, 71, 134, 137, 139, 143, 255, None, G]
+    always = [75, TAKEN]
+    assert {int(code) for code in Exit} - {0} <= {*never, *bounded, *always}
+    for ending in never + bounded:
+        engine = Engine([G, ending])
+        with pytest.raises(JobEndedError) as ended:
+            engine.watch()
+        assert ended.value.exit_code == (ending if type(ending) is int else 1), ending
+        assert len(engine.submitted) == (MOST_FAILURES + 1 if ending in bounded else 1), ending
+    for ending in always:
+        assert len(Engine([G, *[ending] * 40, F]).watch().submitted) == 41, ending
+    # In between, these count for nothing.
+    engine = Engine([G, *[75, 137, TAKEN] * MOST_FAILURES, F]).watch()
     assert len(engine.submitted) == 3 * MOST_FAILURES + 1
+    with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
+        Engine([G, 137]).watch()
+
+
+def test_the_job_s_own_word_counts_where_its_engine_has_none():
+    def follow(*outcomes: Outcome | None, ending=G) -> Engine:
+        """The bucket's word before the first submission, and after each attempt and before the next one."""
+        told = list(outcomes)
+        return Engine([G, R, ending]).watch(read_outcome=lambda: told.pop(0) if len(told) > 1 else told[0])
+
+    # A VM is gone, and its job had finished; whether it could say in time that it was taken away or not.
+    for ending in (G, TAKEN):
+        assert follow(None, said("finished", 0), ending=ending).told[-1] == "train-a is finished"
+        with pytest.raises(JobEndedError, match="ended with 78, which would come again: no such key") as ended:
+            follow(None, said("failed", 78, "no such key"), ending=ending)
+        assert ended.value.exit_code == 78
+    # What was there before is an earlier job's, and who still runs says nothing of its end.
+    for silent in ([said("failed", 78)], [None, said("running")]):
+        with pytest.raises(JobEndedError, match="is gone, the 5th failure"):
+            follow(*silent)
+    # Stopped with all saved, and not counted.
+    stopped = said("stopped", 75)
+    engine = follow(*[None, stopped] * 9, None, said("finished", 0))
+    assert len(engine.submitted) == 10
+    # An engine that knows better.
+    with pytest.raises(JobEndedError, match="ended with 70"):
+        follow(None, said("finished", 0), ending=70)
 
 
 def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
-    engine = Engine([G, *[75] * 12, (R, 0), (R, 700), 75, R, F])
-    watching(engine, spec=replace(SPEC, max_hours=500.0)).run()
+    engine = Engine([G, *[75] * 12, (R, 0), (R, 700), 75, R, F]).watch(spec=replace(SPEC, max_hours=500.0))
     pauses = [later - earlier for earlier, later in pairwise(engine.submitted_at)]
     assert pauses[:6] == [10, 20, 40, 80, 160, 320]
     assert pauses[6:12] == [LONGEST_PAUSE_SECONDS] * 6
-    assert pauses[12] == 700 + 2 * POLL_SECONDS + 10
+    assert pauses[12] == 700 + 2 * WATCH_POLL_SECONDS + 10
 
 
-def test_a_vm_that_is_gone_is_made_again_unless_its_run_is_finished():
-    engine = Engine([G, R, G, R, G])
-    answers = [False, True]
-    watching(engine, is_finished=lambda: answers.pop(0)).run()
-    assert len(engine.submitted) == 2
-    assert engine.told[-1] == "train-a is finished, and its machine is gone"
-
-
-def test_a_cancelled_job_is_left_alone():
-    engine = Engine([G, R, C])
-    with pytest.raises(StoppedError, match="was cancelled"):
-        watching(engine).run()
-    assert len(engine.submitted) == 1
-
-
-def test_machines_that_are_gone_without_a_word_are_failures_however_long_they_ran():
-    for attempt in ([G], [R, R, G], [(R, 0), (R, 3600.0), G]):
-        engine = Engine([G, *attempt * 50])
-        with pytest.raises(JobEndedError, match=r"train-a is gone, the 5th failure: giving up") as ended:
-            watching(engine, spec=replace(SPEC, max_hours=500.0)).run()
-        assert ended.value.exit_code == 1
-        assert len(engine.submitted) == MOST_FAILURES + 1
-    assert engine.told[-2] == "train-a is gone; submitting it again (failure 4 of 4)"
-
-
-def test_where_an_engine_keeps_its_jobs_one_that_is_gone_was_deleted_and_stays_so():
+def test_what_somebody_cancelled_or_deleted_is_left_alone():
+    assert len(stops(Engine([G, R, C]), "was cancelled").submitted) == 1
     for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
-        engine = Engine(answers)
-        with pytest.raises(StoppedError, match="train-a was deleted: what it saved stays") as stopped:
-            Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
-        assert stopped.value.exit_code == Exit.STOPPED
+        engine = stops(Engine(answers, keeps_seconds=DAY), "train-a was deleted: what it saved stays")
         assert len(engine.submitted) == submissions
-    # One that is over for longer than its engine tells may have finished.
-    engine = Engine([R, G])
-    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append, lambda: True).run()
-    assert engine.told[-1] == "train-a is finished, and its machine is gone"
-    # Who failed and is there still is tried again.
-    engine = Engine([G, 137, 137, F])
-    Watch(Keeping(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
-    assert len(engine.submitted) == 2
+    # Who failed and is there still is tried again; and what the engine forgot while nobody looked was not deleted.
+    assert len(Engine([G, 137, 137, F], keeps_seconds=DAY).watch().submitted) == 2
+    engine = Engine([G, R, R, (G, 2 * DAY), G, R, F], keeps_seconds=DAY).watch(spec=replace(SPEC, max_hours=240.0))
+    assert "train-a is gone; submitting it again (failure 1 of 4)" in engine.told
 
 
 def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
-    engine = Engine([G, R, F], full={"a": 2, "b": 2, "c": 1})
-    watching(engine, "a", "b", "c").run()
+    engine = Engine([G, R, F], full={"a": 2, "b": 2, "c": 1}).watch("a", "b", "c")
     assert (engine.submitted, engine.submitted_at) == ([("c", 2.0)], [10.0])
     assert [line for line in engine.told if "no machine" in line] == [
         "a has no machine; trying the next place",
@@ -142,108 +118,136 @@ def test_without_a_machine_the_next_place_is_tried_and_then_all_again_later():
         "a has no machine; trying the next place",
         "b has no machine; trying the next place",
     ]
-    # However long that takes.
-    engine = Engine([G, R, F], full={"a": 500})
-    watching(engine, "a").run()
-    assert engine.submitted == [("a", 2.0)]
-
-
-def test_the_place_where_there_was_a_machine_is_asked_first_when_it_is_taken_away():
-    engine = Engine([G, R, G, R, F], full={"a": 1})
-    watching(engine, "a", "b").run()
+    # However long that takes; and where there was one, there may be one again.
+    assert Engine([G, R, F], full={"a": 500}).watch("a").submitted == [("a", 2.0)]
+    engine = Engine([G, R, G, R, F], full={"a": 1}).watch("a", "b")
     assert [place for place, _ in engine.submitted] == ["b", "b"]
+    # Without the watch each is tried once.
+    engine = Engine([G], full={"a": 1})
+    assert submit_somewhere(Place(engine, ("a", "b")), SPEC).name == "b"
+    with pytest.raises(NoCapacityError, match="b has no machine; --watch tries until there is one"):
+        submit_somewhere(Place(Engine([G], full={"a": 1, "b": 1}), ("a", "b")), SPEC)
 
 
 def test_a_job_that_waits_for_too_long_is_moved():
-    patience = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
-    engine = Engine([G, *[W] * patience, R, C, R, F])
-    watching(engine, "a", "b").run()
-    assert engine.cancelled == ["a"]
-    assert [place for place, _ in engine.submitted] == ["a", "b"]
-    # One that gets ready has a machine, and would only begin anew elsewhere.
+    away = [BucketAwayError("the API is away")] * 3
+    for cancelling in ([], away, [*away, BadRequestError("it is over: the request had arrived")]):
+        over = [C, C] if len(cancelling) == 4 else [C]
+        engine = Engine([G, *[W] * PATIENCE, *over, R, F], cancelling=[*cancelling]).watch("a", "b")
+        assert [place for place, _ in engine.submitted] == ["a", "b"], cancelling
+        assert engine.told.count("the API is away; trying again to remove train-a") == bool(cancelling)
+    # One that gets ready has a machine; and where there is no other place, patience is all there is.
     ready = JobStatus("train-a", W, "the image is being pulled", has_machine=True)
-    engine = Engine([G, *[ready] * patience, R, F])
-    watching(engine, "a", "b").run()
-    assert engine.cancelled == []
-    # Where there is no other place, patience is all there is.
-    engine = Engine([G, *[W] * 500, R, F])
-    watching(engine, "a").run()
-    assert engine.cancelled == []
+    assert Engine([G, *[ready] * PATIENCE, R, F]).watch("a", "b").cancelled == []
+    assert Engine([G, *[W] * 500, R, F]).watch("a").cancelled == []
+    # One that ended by itself meanwhile.
+    engine = Engine([G, *[W] * PATIENCE, F], cancelling=[BadRequestError("it is over")]).watch("a", "b")
+    assert len(engine.submitted) == 1
 
 
-@pytest.mark.parametrize("arrived", [True, False])
-def test_a_job_is_moved_though_the_engine_is_away_meanwhile(arrived):
-    patience = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
-    engine = Engine([G, *[W] * patience, *[C] * (1 + arrived), R, F])
-    answers = [BucketAwayError("the API is away")] * 3 + ([BadRequestError("it is over")] if arrived else [])
-
-    class Away(Place):
-        def cancel(self, name: str) -> str:
-            if answers:
-                raise answers.pop(0)
-            return super().cancel(name)
-
-    Watch(Away(engine, ("a", "b")), SPEC, EnginesClock(engine), engine.told.append).run()
-    assert engine.told.count("the API is away; trying again to end train-a") == 3
-    assert engine.cancelled == ([] if arrived else ["a"])
-    assert [place for place, _ in engine.submitted] == ["a", "b"]
+def test_a_job_whose_image_cannot_be_pulled_is_removed():
+    without = JobStatus("train-a", W, "ImagePullBackOff", cause=Cause.NO_IMAGE, has_machine=True)
+    engine = Engine([G, without])
+    with pytest.raises(JobEndedError, match="train-a cannot begin, and is removed: ImagePullBackOff") as ended:
+        engine.watch()
+    assert (ended.value.exit_code, engine.cancelled) == (66, ["a"])
+    assert watch.NO_IMAGE_SECONDS <= engine.seconds <= watch.NO_IMAGE_SECONDS + 3 * WATCH_POLL_SECONDS
+    # Somebody pushed it just in time.
+    assert Engine([G, *[without] * 15, W, *[without] * 15, R, F]).watch().cancelled == []
 
 
-def test_a_job_that_ends_by_itself_while_it_is_moved_is_not_submitted_elsewhere():
-    patience = int(watch.ELSEWHERE_SECONDS / POLL_SECONDS) + 2
-
-    class Over(Place):
-        def cancel(self, name: str) -> str:
-            raise BadRequestError("it is over")
-
-    engine = Engine([G, *[W] * patience, F])
-    Watch(Over(engine, ("a", "b")), SPEC, EnginesClock(engine), engine.told.append).run()
-    assert [place for place, _ in engine.submitted] == ["a"]
-
-
-def test_what_an_engine_has_forgotten_while_nobody_looked_was_not_deleted():
-    spec = replace(SPEC, max_hours=240.0)
-    engine = Engine([G, R, R, (G, 2 * 86_400.0), G, R, F])
-    Watch(Keeping(engine, ("a",)), spec, EnginesClock(engine), engine.told.append).run()
-    assert len(engine.submitted) == 2
-    assert "train-a is gone; submitting it again (failure 1 of 4)" in engine.told
-
-
-def test_an_engine_that_does_not_answer_leaves_the_job_alone():
-    away = BucketAwayError("the API is away")
-    engine = Engine([G, R, *[away] * 100, R, F])
-    watching(engine).run()
+def test_an_engine_that_does_not_answer_leaves_the_job_alone_and_one_that_refuses_ends_the_watch():
+    engine = Engine([G, R, *[BucketAwayError("the API is away")] * 100, R, F]).watch()
     assert len(engine.submitted) == 1
     assert engine.told.count("the API is away; the job goes on meanwhile") == 1
-
-
-def test_what_an_engine_refuses_ends_the_watch():
-    with pytest.raises(NoPermissionError):
-        watching(Engine([NoPermissionError("no")])).run()
-
-    class Refusing(Place):
-        def submit(self, spec: JobSpec) -> None:
-            raise BadRequestError("no such GPU")
-
-    engine = Engine([G, G])
-    with pytest.raises(BadRequestError, match="no such GPU"):
-        Watch(Refusing(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    refusals: list[JobError] = [NoPermissionError("no"), BadRequestError("no such GPU")]
+    for refusal in refusals:
+        with pytest.raises(type(refusal), match=str(refusal)):
+            Engine([G, G], refusal=refusal).watch()
     # The answer to the first request was lost: the second finds the job there.
-    engine = Engine([G, R, R, F])
-    Watch(Refusing(engine, ("a",)), SPEC, EnginesClock(engine), engine.told.append).run()
+    Engine([G, R, R, F], refusal=refusals[1]).watch()
 
 
 def test_a_watch_that_is_told_to_stop_leaves_the_job_alone():
-    engine = Engine([G, *[(R, 86400.0)] * 40])
-    with pytest.raises(StoppedError, match="no longer watching train-a, which goes on"):
-        watching(engine, spec=replace(SPEC, max_hours=700.0)).run()
+    engine = Engine([G, (R, DAY)])
+    stops(engine, "no longer watching train-a, which goes on", spec=replace(SPEC, max_hours=700.0))
     assert engine.cancelled == []
 
 
-def test_without_watch_each_place_is_tried_once():
-    engine = Engine([], full={"a": 1})
-    assert submit_somewhere(Place(engine, ("a", "b")), SPEC).name == "b"
-    engine = Engine([], full={"a": 1, "b": 1})
-    with pytest.raises(NoCapacityError, match="b has no machine; --watch tries until there is one"):
-        submit_somewhere(Place(engine, ("a", "b")), SPEC)
+def test_max_hours_hold_for_all_attempts_together():
+    engine = stops(Engine([G, *[(R, 0.0), (R, 1800.0), 75] * 6]), "has used its 2 hours: the same command goes on")
+    hours = [hours for _, hours in engine.submitted]
+    assert hours[0] == 2.0
+    assert 3 <= len(hours) <= 4
+    assert all(later < earlier - 0.5 for earlier, later in pairwise(hours))
+    # A machine that only gets ready is paid for, too; the time without one is not.
+    ready = JobStatus("train-a", W, "the GPU driver is being installed", has_machine=True)
+    engine = stops(Engine([G, *[ready, (ready, 600.0), TAKEN] * 50]), "has used its 2 hours")
+    assert 10 <= len(engine.submitted) <= 12
+    assert Engine([G, *[(W, 3600.0)] * 10, (R, 0.0), F]).watch().submitted == [("a", 2.0)]
+    # Where nobody named a limit there is none.
+    engine = Engine([G, R, (R, 360_000.0), 137, R, F]).watch(has_limit=False)
+    assert engine.submitted == [("a", 2.0), ("a", 2.0)]
+
+
+def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
+    there = JobStatus("train-a", R, created="2026-01-31T11:00:00Z")
+    for other, least, most in (
+        (there, 0.98, 1.0),
+        (replace(there, created="2026-01-31T11:00:00.123456+00:00"), 0.98, 1.0),
+        # Between two attempts it has run; who waits for a first machine has not, and a time that is none is none.
+        (replace(there, state=W, attempts=2), 0.9, 1.0),
+        (replace(there, state=W, attempts=1), 1.9, 2.0),
+        (replace(there, created=""), 1.9, 2.0),
+    ):
+        ((_, hours),) = Engine([other, 75, R, F]).watch().submitted
+        assert least < hours < most, other
+    engine = stops(Engine([replace(there, created="2026-01-31T09:00:00Z"), 75]), "has used its 2 hours")
     assert engine.submitted == []
+
+
+def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited():
+    for answers, submissions in (
+        ([R, (Cause.OUT_OF_TIME, 7200.0)], 0),
+        ([G, R, (R, 7000.0), Cause.OUT_OF_TIME], 1),
+        # Nobody looked while it got its machine, and had it.
+        ([G, W, (Cause.OUT_OF_TIME, 9000.0)], 1),
+    ):
+        assert len(stops(Engine(answers), "has used its 2 hours").submitted) == submissions
+    # A queue stops a job for good, and keeps it.
+    kept = JobStatus("train-a", W, "stopped", cause=Cause.OUT_OF_TIME)
+    for ending, engine in (
+        ([Cause.OUT_OF_TIME], Engine([])),
+        ([kept, G], Engine([], keeps_seconds=DAY)),
+        ([kept, G, G], Engine([], keeps_seconds=DAY, cancelling=[BucketAwayError("away"), BadRequestError("gone")])),
+    ):
+        looks = 2 if engine.keeps_seconds else 1
+        engine.answers = [G, *WAITED, *ending, R, (R, 1800.0), *[75] * looks, R, F]
+        engine.watch()
+        first, second, third = (hours for _, hours in engine.submitted)
+        assert first == 2.0 and second > 1.97 and 1.4 < third < 1.5, ending
+        assert "train-a had a machine for less than its 2 hours; submitting it again" in engine.told
+    engine = stops(Engine([G, R, (R, 7000.0), kept, G], keeps_seconds=DAY), "has used its 2 hours")
+    assert (engine.cancelled, len(engine.submitted)) == (["a"], 1)
+
+
+def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():
+    for keeps_seconds in (0.0, DAY):
+        engine = stops(Engine([G, R, (R, 7200.0), W, G], keeps_seconds=keeps_seconds), "has used its 2 hours")
+        assert engine.cancelled == ["a"]
+    # Made three days ago, preempted once: it may have run for most of them, or for minutes.
+    waiting = JobStatus("train-a", W, created="2026-01-28T12:00:00Z", attempts=2)
+    engine = Engine([waiting, waiting, R, F]).watch()
+    assert engine.cancelled == [] and engine.submitted == []
+    # One that had ended by itself is told as it ended.
+    engine = Engine([G, R, (R, 7200.0), W, F], cancelling=[BadRequestError("it is over")]).watch()
+    assert engine.told[-1] == "train-a is finished"
+
+
+def test_a_job_that_ends_itself_has_what_is_left_of_its_hours():
+    spec = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "7200s"))
+    assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
+    assert spec.lasting(0.5).max_hours == 0.5
+    # What a person wrote stays.
+    own = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "3600s"))
+    assert own.lasting(0.5).argv == own.argv
