@@ -93,16 +93,6 @@ class TestStep:
             step = ddim_step(schedule, x_t, x_start, t, t - T // steps, eta, normal(2))
             assert_row_close(f"t = {t} of {steps} steps", step, expected)
 
-    def test_the_last_step_ends_at_the_estimate(self, make: Callable[[], NoiseSchedule]) -> None:
-        schedule, x_t, x_start = make(), normal(0), normal(1)
-        for t in (0, 19, 999):
-            for variance in ("fixed_small", "fixed_large"):
-                step = ancestral_step(schedule, x_t, x_start, t, -1, None, variance)
-                assert_close(step, x_start, rtol=1e-6, atol=1e-7)
-            for eta in (0.0, 1.0):
-                step = ddim_step(schedule, x_t, x_start, t, -1, eta, None)
-                assert_close(step, x_start, rtol=1e-6, atol=1e-7)
-
 
 def smooth_network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
     """Some function of x_t and t that a network could be."""
@@ -180,74 +170,41 @@ class TestGaussianData:
         assert x_0.mean().item() == pytest.approx(self.mean, abs=4 * self.std / 100)
         assert x_0.std().item() == pytest.approx(self.std, rel=0.03)
 
-    def test_ancestral_fixed_small_is_ddim_with_eta_one(self) -> None:
-        schedule = linear_schedule()
-        denoise = self.denoiser(schedule)
-        for steps in (25, 1000):
-            grid = timestep_grid(T, steps, "trailing")
-            ancestral = sample_ancestral(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), "fixed_small")
-            ddim = sample_ddim(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), eta=1.0)
-            assert_close(ancestral, ddim, rtol=0, atol=2e-5)
-
 
 class TestContract:
-    def test_noise_is_asked_for_where_it_is_used(self) -> None:
-        schedule, asked = linear_schedule(), []
+    def test_noise_is_asked_for_where_it_is_used_and_every_step_is_shown_with_its_estimate(self) -> None:
+        for sample, choice, expected in (
+            (sample_ancestral, "fixed_large", [900, 400]),
+            (sample_ddim, 0.5, [900, 400]),
+            (sample_ddim, 0.0, []),
+        ):
+            asked, seen = [], []
 
-        def noise_at(t: int) -> Tensor:
-            asked.append(t)
-            return normal(t)
+            def noise_at(t: int, asked: list[int] = asked) -> Tensor:
+                asked.append(t)
+                return normal(t)
 
-        def denoise(x_t: Tensor, t: int) -> Tensor:
-            return x_t.clamp(-1, 1)
+            def show(*step: object, seen: list[tuple[object, ...]] = seen) -> None:
+                seen.append(step)
 
-        sample_ancestral(denoise, normal(0), schedule, [999, 500, 20], noise_at, "fixed_large")
-        assert asked == [999, 500]
-        asked.clear()
-        sample_ddim(denoise, normal(0), schedule, [999, 500, 20], noise_at, eta=0.5)
-        assert asked == [999, 500]
-        sample_ddim(denoise, normal(0), schedule, [999, 500, 20], no_noise, eta=0.0)
-
-    def test_callback_sees_every_timestep_with_its_estimate(self) -> None:
-        schedule, seen = linear_schedule(), []
-
-        def denoise(x_t: Tensor, t: int) -> Tensor:
-            return 0.5 * x_t
-
-        for sample, last in ((sample_ddim, 0.0), (sample_ancestral, "fixed_small")):
-            seen.clear()
-            x_0 = sample(denoise, normal(0), schedule, [900, 400, 7], normal, last, lambda *step: seen.append(step))
+            x_0 = sample(lambda x_t, t: 0.5 * x_t, normal(0), linear_schedule(), [900, 400, 7], noise_at, choice, show)
+            assert asked == expected
             assert [t for t, _, _ in seen] == [900, 400, 7]
             assert torch.equal(seen[0][1], normal(0))
-            for _, x_t, x_start in seen:
-                assert torch.equal(x_start, 0.5 * x_t)
+            assert all(torch.equal(x_start, 0.5 * x_t) for _, x_t, x_start in seen)
             assert_close(x_0, seen[-1][2], rtol=1e-6, atol=1e-7)
 
-    @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-    def test_denoiser_recovers_and_clips_x_start(self, prediction: str) -> None:
-        schedule, x_start, noise = linear_schedule(), 1.5 * normal(0).clamp(-1, 1), normal(1)
-        t = torch.full((2,), 300)
-        x_t = schedule.add_noise(x_start, noise, t)
-        labels = torch.tensor([3, 1])
+    def test_the_network_gets_timesteps_and_labels_and_its_answer_becomes_float32_without_gradients(self) -> None:
+        layer, labels = torch.nn.Conv2d(3, 3, 1).bfloat16(), torch.tensor([3, 1])
 
         def network(x: Tensor, timesteps: Tensor, given: Tensor | None) -> Tensor:
-            assert timesteps.tolist() == [300, 300]
-            assert timesteps.dtype == torch.int64
+            assert (timesteps.tolist(), timesteps.dtype) == ([500, 500], torch.int64)
             assert given is labels
-            return noise if prediction == "epsilon" else schedule.velocity(x_start, noise, t)
+            return layer(x.bfloat16())
 
-        estimate = make_denoiser(network, schedule, prediction, labels, clip=False)(x_t, 300)
-        assert_close(estimate, x_start, rtol=0, atol=1e-5)
-        clipped = make_denoiser(network, schedule, prediction, labels)(x_t, 300)
-        assert_close(clipped, x_start.clamp(-1, 1), rtol=0, atol=1e-5)
-        assert clipped.abs().max() == 1
-
-    def test_denoiser_is_float32_without_gradients(self) -> None:
-        layer = torch.nn.Conv2d(3, 3, 1).bfloat16()
-        denoise = make_denoiser(lambda x, t, y: layer(x.bfloat16()), linear_schedule(), "epsilon")
-        estimate = denoise(normal(0), 500)
-        assert estimate.dtype == torch.float32
-        assert not estimate.requires_grad
+        estimate = make_denoiser(network, linear_schedule(), "epsilon", labels)(normal(0), 500)
+        assert (estimate.dtype, estimate.requires_grad) == (torch.float32, False)
+        assert estimate.abs().max() == 1, "clipped unless it is said otherwise"
 
     def test_sampling_never_waits_for_the_device(self) -> None:
         """On the meta device any look at a value raises."""

@@ -4,7 +4,7 @@ import diffusers
 import pytest
 import torch
 
-from ddpm.unet import UNet, sinusoids
+from ddpm.unet import UNet
 
 
 def small(**changes: object) -> UNet:
@@ -114,15 +114,6 @@ def test_fresh_network_predicts_zero_and_has_ho_initialisation() -> None:
             assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
 
 
-def test_sinusoids_are_sines_first_down_to_a_ten_thousandth() -> None:
-    features = sinusoids(torch.tensor([0, 3, 999]), 8)
-    frequencies = torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4], dtype=torch.float64)
-    angles = torch.tensor([[0.0], [3.0], [999.0]], dtype=torch.float64) * frequencies
-    expected = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
-
-
 def test_any_size_that_the_levels_divide() -> None:
     """28 pixels are halved twice; the net also takes another size than it was built for."""
     network = small(image_size=28, in_channels=1, attention_sizes=(14,))
@@ -144,14 +135,6 @@ def test_layers_per_level_count_one_more_on_the_way_up() -> None:
         assert network(x, timesteps).shape == x.shape
 
 
-def test_an_image_does_not_see_its_batch() -> None:
-    network = small().eval()
-    randomise(network)
-    x, timesteps = inputs()
-    with torch.no_grad():
-        torch.testing.assert_close(network(x, timesteps)[2:3], network(x[2:3], timesteps[2:3]), rtol=0, atol=1e-5)
-
-
 def test_channels_last_and_autocast_agree_with_float32() -> None:
     network = small()
     randomise(network)
@@ -163,13 +146,11 @@ def test_channels_last_and_autocast_agree_with_float32() -> None:
         output = network(x_last, timesteps)
         assert output.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
-        for images in (x, x_last):
-            with torch.autocast("cpu", torch.bfloat16):
-                output = network(images, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = [network(x, timesteps), network(x_last, timesteps)]
+        for output in (*rounded, network.bfloat16()(x.bfloat16(), timesteps)):
             assert output.dtype == torch.bfloat16
             assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
-        output = network.bfloat16()(x.bfloat16(), timesteps)
-        assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
 @pytest.mark.slow
@@ -197,17 +178,10 @@ def test_dropout_acts_in_training_alone() -> None:
         assert torch.equal(network(x, timesteps), network(x, timesteps))
 
 
-def test_labels_change_the_prediction_and_must_match_the_network() -> None:
-    network = small(num_classes=5)
-    randomise(network)
+def test_labels_must_match_the_network() -> None:
     x, timesteps = inputs()
-    with torch.no_grad():
-        same = network(x, timesteps, torch.tensor([1, 1, 1, 1]))
-        mixed = network(x, timesteps, torch.tensor([1, 2, 1, 3]))
-    changed = (same - mixed).abs().amax(dim=(1, 2, 3)) > 0.01
-    assert changed.tolist() == [False, True, False, True]
     with pytest.raises(ValueError, match="num_classes"):
-        network(x, timesteps)
+        small(num_classes=5)(x, timesteps)
     with pytest.raises(ValueError, match="num_classes"):
         small()(x, timesteps, torch.tensor([0, 0, 0, 0]))
 
