@@ -33,15 +33,19 @@ class Block(NamedTuple):
 
 def read(texts: Mapping[str, str] = FILES) -> list[Block]:
     """All blocks of a module, given as texts by file name."""
+    return [block for text in texts.values() for block in _blocks(text)]
+
+
+@cache
+def _blocks(text: str) -> list[Block]:
     found = []
-    for text in texts.values():
-        for kind, bodies in hcl2.loads(text, serialization_options=_PLAIN).items():
-            for body in bodies:
-                labels: list[str] = []
-                while IS_BLOCK not in body:
-                    [(label, body)] = body.items()
-                    labels.append(label.strip('"'))
-                found.append(Block(kind, tuple(labels), body))
+    for kind, bodies in hcl2.loads(text, serialization_options=_PLAIN).items():
+        for body in bodies:
+            labels: list[str] = []
+            while IS_BLOCK not in body:
+                [(label, body)] = body.items()
+                labels.append(label.strip('"'))
+            found.append(Block(kind, tuple(labels), body))
     return found
 
 

