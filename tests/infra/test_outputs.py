@@ -70,8 +70,7 @@ def test_targets_name_what_was_made_and_take_jobs(tmp_path):
 
     (tmp_path / "targets.yaml").write_text(text)
     words = ("submit", "train", "--dataset", "celeba", "--on", "vm", "--targets", tmp_path / "targets.yaml")
-    sent = json.loads(succeeded(ddpm_here(*words, "--dry-run", "-o", "json")))
-    machine = sent[0] if isinstance(sent, list) else sent
+    machine = json.loads(succeeded(ddpm_here(*words, "--dry-run", "-o", "json")))
     [interface] = machine["networkInterfaces"]
     assert interface["network"] == VALUES["network"] and "accessConfigs" not in interface
     assert machine["serviceAccounts"][0]["email"] == ACCOUNT

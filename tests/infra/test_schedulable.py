@@ -120,8 +120,7 @@ def pod(tmp_path: Path):
         targets = tmp_path / "targets.yaml"
         targets.write_text(rendered("targets.yaml.tftpl", **values))
         words = ("submit", *words, "--on", "gke", "--targets", str(targets), "--dry-run", "-o", "json")
-        made = json.loads(succeeded(ddpm_here(*words)))
-        job = made[0] if isinstance(made, list) else made
+        job = json.loads(succeeded(ddpm_here(*words)))
         job = job if job["kind"] == "Job" else job["spec"]["replicatedJobs"][0]["template"]
         return dict(job["spec"]["template"]["spec"])
 
