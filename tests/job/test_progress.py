@@ -65,13 +65,12 @@ def screen_after(written: str) -> list[str]:
 
 
 def test_a_pipe_gets_plain_lines_with_everything_on_them():
-    """Rates count from where a resumed run began; a total may become known later; rich is not even loaded."""
+    """Rates count from where a resumed run began; a total may become known later."""
     script = """
 with Progress("packing").started_at(1_000_000) as bar:
     for i in range(12):
         time.sleep(0.1)
         bar.update(1_000_000 + (i + 1) * 100, total=None if i < 4 else 1_002_000, loss="0.0213", next_checkpoint="soon")
-print("rich" in sys.modules)
 """
     result = run_piped(SOON + script)
     first, *lines, last = result.stderr.splitlines()
@@ -82,7 +81,6 @@ print("rich" in sys.modules)
     )
     assert all(300 <= float(re.fullmatch(pattern, line)[1].replace(",", "")) <= 1000 for line in lines[1:]), lines
     assert re.fullmatch(r"packing: 1,001,200/1,002,000 images in 0:00:0\d · [\d,.]+ images/s", last)
-    assert result.stdout == "False\n"
 
 
 def test_two_seconds_decide_whether_a_line_is_left():
