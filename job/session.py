@@ -19,12 +19,12 @@ from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
-from ddpm.training import Hooks, NonFiniteError, Settings, TrainState
+from ddpm.training import Hooks, Settings, TrainState
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import BatchStream, stream_batches
-from job.exits import JobError, LostRunError, NotANumberError, StoppedError
+from job.exits import JobError, LostRunError, StoppedError
 from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
@@ -243,7 +243,7 @@ class TrainingSession:
         return stopping
 
     def _log(self) -> None:
-        self._check_finite()
+        training.check_finite(self.state)
         state, now = self.state, time.monotonic()
         losses = training.loss_row(state.log.reduced())
         state.log.sums.zero_()
@@ -265,19 +265,10 @@ class TrainingSession:
         images_seen = self.state.images_seen
         if images_seen == self.saved_images:
             return
-        self._check_finite()
+        training.check_finite(self.state)
         loss_sums = self.state.log.reduced().tolist()
         self.saved_images = images_seen
         self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums, self.ranks.world_size))
-
-    def _check_finite(self) -> None:
-        try:
-            training.check_finite(self.state)
-        except NonFiniteError as error:
-            raise NotANumberError(
-                f"{error}; what {self.plan.run.uri} holds is from before. It would happen again at the same image: "
-                "start another run with a lower train.learning_rate, or with train.precision=fp32"
-            ) from None
 
     def _draw_grid(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""
@@ -330,10 +321,10 @@ class TrainingSession:
     def _show(self, images_seen: int) -> None:
         """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
         epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
-        loss = {"loss": f"{self.last_row['loss']:.4f}"} if "loss" in self.last_row else {}
-        next_checkpoint = f"epoch {(int(epoch) // every + 1) * every}"
-        shown = f"{epoch:.1f}/{self.config.train.epochs}"
-        self.bar.update(images_seen, **loss, epoch=shown, next_checkpoint=next_checkpoint)
+        shown = {"loss": f"{self.last_row['loss']:.4f}"} if "loss" in self.last_row else {}
+        shown["epoch"] = f"{epoch:.1f}/{self.config.train.epochs}"
+        shown["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
+        self.bar.update(images_seen, total=self.plan.target_images, **shown)
 
     def _status(self, state: str) -> records.Status:
         # Whoever slept and was replaced must not say on waking how the run was going then.

@@ -74,16 +74,11 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note_once(f"{error}; drawing as the run began")
-    usual, sampler = config.sample, request.sampler or config.sample.sampler
+    sampler = request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (usual.steps if sampler == usual.sampler else config.diffusion.timesteps)
-    chosen = {
-        "sample.sampler": sampler,
-        "sample.steps": steps,
-        "sample.batch_size": request.batch_size or usual.batch_size,
-        "sample.nearest": usual.nearest if request.nearest is None else request.nearest,
-    }
-    sample = config.updated(chosen).sample
+    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else config.diffusion.timesteps)
+    chosen = {"sampler": sampler, "steps": steps, "batch_size": request.batch_size, "nearest": request.nearest}
+    sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
     index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest":

@@ -47,7 +47,7 @@ MEANINGLESS: Rows = [
     ("train --dataset a --run ../a", 64, ["'../a'", "run's name"]),
     ("train --dataset a --preset landscap", 64, ["'landscap'", "did you mean 'landscape'?"]),
     ("sample --run a/b", 64, ["'a/b'", "run's name"]),
-    ("sample --run a --sampler euler", 64, ["no sampler 'euler'", "ddpm, ddim"]),
+    ("sample --run a --sampler euler", 64, ["--sampler 'euler'", "ddpm or ddim"]),
     ("sample --run a --precision fp16", 64, ["'fp16'", "fp32 or bf16"]),
     ("sample --run a --seeds 3-1", 64, ["--seeds '3-1'", "backwards"]),
     ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
@@ -58,10 +58,10 @@ MEANINGLESS: Rows = [
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
     ("data show a -o sheet.jpg", 64, ["sheet.jpg", "end in .png"]),
-    ("data show a -o nowhere/sheet.png", 64, ["nowhere/sheet.png", "no folder nowhere"]),
+    ("data show a -o nowhere/sheet.png", 64, ["nowhere/sheet.png", "a folder that is there"]),
     ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, cosine"]),
     ("figure noising --dataset a --timesteps 1000", 64, ["1000 is not in 0 to 999"]),
-    ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "no folder nowhere"]),
+    ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "a folder that is there"]),
     ("train --dataset a --set train.batchsize=8", 78, ["'train.batchsize'", "did you mean 'train.batch_size'?"]),
     ("train --dataset a --set train.batch_size", 78, ["'train.batch_size'", "key=value"]),
     ("train --dataset a --set train.batch_size=-8", 78, ["train.batch_size", "greater than", "got -8"]),
@@ -75,7 +75,6 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set model.channel_mults=true", 78, ["model.channel_mults", "true and false"]),
     ("train --dataset a --set train.adam_betas=0.9,7", 78, ["train.adam_betas.1", "less than 1"]),
     ("train --dataset a --set sample.spacing=leading --set sample.steps=400", 78, ["t=798 of 1000", "500 or 333"]),
-    ("figure denoising --run a --seeds 0-12", 64, ["--seeds 0-12", "up to 12 images, not 13"]),
     ("data pack b c --size 5000", 2, ["--size", "4096"]),
     ("train --dataset a --epochs 100000000000000000000", 78, ["train.epochs", "less than or equal to 1000000"]),
     ("train --dataset a --set preset=celeba", 78, ["preset", "--preset NAME"]),
@@ -96,23 +95,21 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set model.attention_sizes=[-16]", 78, ["model.attention_sizes"]),
     ("train --dataset a --set sample.steps=5000", 78, ["sample.steps=5000", "diffusion.timesteps=1000"]),
     ("train --dataset a --config {twice}", 78, ["twice.yaml", "'epochs' is there twice"]),
-    ("train --dataset a --config {binary}", 78, ["binary.yaml is not a text file"]),
-    ("train --dataset a --config /dev/zero", 78, ["/dev/zero is longer than"]),
-    ("sample --run a --count 0", 64, ["--count 0", "1 to 1,000,000,000"]),
-    ("sample --run a --count 1000000001", 64, ["--count 1000000001", "1 to 1,000,000,000"]),
+    ("train --dataset a --config {binary}", 78, ["binary.yaml is not valid YAML"]),
+    ("train --dataset a --config /dev/zero", 78, ["/dev/zero is not valid YAML"]),
+    ("sample --run a --count 1000000001", 2, ["--count", "less than or equal to 1000000000"]),
     ("sample --run a --count many", 2, ["--count", "valid integer"]),
     ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards or png"]),
     ("sample --run a --count 5 --slice 2/2", 64, ["--slice '2/2'", "from 0 to n-1"]),
     ("sample --run a --count 5 --slice 0/0", 64, ["--slice '0/0'", "from 0 to n-1"]),
     ("sample --run a --count 5 --slice half", 64, ["--slice 'half'", "such as 0/4"]),
-    ("sample --run a --count 5 --first-seed -1", 64, ["--first-seed -1", "seeds are 0 to"]),
-    ("sample --run a --count 5 --first-seed 999999999999999996", 64, ["--first-seed", "seeds are 0 to"]),
+    ("sample --run a --count 5 --first-seed -1", 2, ["--first-seed", "greater than or equal to 0"]),
     ("sample --run a --save png", 64, ["--save", "how many with --count"]),
     ("sample --run a --slice 0/2", 64, ["--slice", "how many with --count"]),
     ("sample --run a --first-seed 0", 64, ["--first-seed", "how many with --count"]),
-    ("sample --run a --count 5 --seeds 0-4", 64, ["--seeds and --count", "use --first-seed"]),
-    ("sample --run a --count 5 --gif", 64, ["--gif and --count", "without --count"]),
-    ("sample --run a --count 5 --nearest", 64, ["--nearest and --count", "without --count"]),
+    ("sample --run a --count 5 --seeds 0-4", 64, ["--seeds is about pictures", "--count, which takes --first-seed"]),
+    ("sample --run a --count 5 --gif", 64, ["--gif is about pictures"]),
+    ("sample --run a --count 5 --nearest", 64, ["--nearest is about pictures"]),
 ]
 
 
@@ -208,7 +205,7 @@ UNFIT: Rows = [
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
     ("sample --run walk --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1, 3)"]),
     ("sample --run walk --checkpoints 7 --processes 2", 66, ["no checkpoint of epoch 7", "there are: 1, 3)"]),
-    ("sample --run walk --steps 51", 78, ["--steps 51 exceeds", "diffusion.timesteps=50"]),
+    ("sample --run walk --steps 51", 78, ["sample.steps=51 exceeds diffusion.timesteps=50"]),
     ("figure denoising --run other", 66, ["no run 'other'"]),
     ("figure noising --dataset other", 66, ["no dataset 'other'"]),
     ("data show other", 66, ["no dataset 'other'"]),
@@ -304,11 +301,3 @@ def test_a_damaged_status_is_as_good_as_none(bucket):
         for words in (["list"], ["show", "walk"]):
             assert "walk" in succeeded(ddpm_here("runs", *words, "--bucket", bucket)), content
     path.write_bytes(before)
-
-
-def test_more_images_than_a_run_can_count(bucket, monkeypatch):
-    monkeypatch.setattr("job.plan.MAX_IMAGES_SEEN", 1000)
-    words = ("train", "--dataset", "tiles", "--run", "long", "--epochs", 4, "--bucket", bucket)
-    line = refused(ddpm_here(*words, *settings()), Exit.BAD_CONFIG)
-    assert "train.epochs=4 of 299 images are more than the 1,000 that a run can count" in line
-    assert not (bucket / "runs/long").exists()

@@ -117,7 +117,7 @@ def test_what_the_run_does_not_have_is_named(sample):
     for checkpoints, missing in (("2", 2), ("1,9", 9)):
         with pytest.raises(MissingInputError, match=rf"no checkpoint of epoch {missing}: .* \(there are: 1, 3\)"):
             sample(checkpoints=checkpoints)
-    with pytest.raises(BadConfigError, match=r"--steps 51 exceeds diffusion.timesteps=50"):
+    with pytest.raises(BadConfigError, match=r"sample.steps=51 exceeds diffusion.timesteps=50"):
         sample(steps=51)
 
 
