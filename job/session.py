@@ -213,7 +213,10 @@ class TrainingSession:
             time.sleep(_STARVED_POLL_SECONDS)
 
     def _after_step(self, state: TrainState) -> bool:
-        """Does what is due; whether all processes stop."""
+        """Does what is due; whether all processes stop.
+
+        What any process raised in the step before, all of them see in this one, so that each does the same.
+        """
         images, config, is_main = state.images_seen, self.config, self.ranks.is_main
         stopping, save_now, troubled, starved = self.agreement.exchange(
             self.stop(),

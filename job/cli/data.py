@@ -26,7 +26,7 @@ MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unre
 MinSide = Annotated[
     int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
 ]
-Source = Annotated[
+SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one.")
 ]
 Tars = Annotated[
@@ -36,7 +36,7 @@ Tars = Annotated[
 
 @app.command("pack")
 def data_pack(
-    source: Source,
+    source: SourceArgument,
     name: DatasetName,
     size: Size = None,
     crop: Crop = "",
