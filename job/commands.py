@@ -103,17 +103,18 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
     from job.data.pack import pack
 
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
-    with _command_on(bucket_uri, stop_after) as stop, Progress(f"{title} {request.name}", unit=unit) as bar:
+    with _command_on(bucket_uri, stop_after) as stop:
         stop.install()
         request = request.check()
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
-
-        def progress(done: int, total: int, images: int) -> None:
-            bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
-
         bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
-        index = pack(bucket, request, stop=stop, progress=progress)
+        with Progress(f"{title} {request.name}", unit=unit) as bar:
+
+            def progress(done: int, total: int, images: int) -> None:
+                bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
+
+            index = pack(bucket, request, stop=stop, progress=progress)
         print(describe_dataset(index, bucket))
 
 
