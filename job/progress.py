@@ -161,7 +161,9 @@ def _details(task: rich_progress.Task, beside: str) -> str:
     percent = f"{min(100, int(task.percentage))} %" if task.total else ""
     left = f"ETA {_duration(task.time_remaining)}" if task.time_remaining is not None else ""
     how_far = filter(None, (percent, _counts(task), _rate_text(task.speed or 0.0, task.fields["unit"]), left))
-    more = (f"{name.replace('_', ' ')} {value}" for name, value in task.fields.items() if name != "unit")
+    # A copy: another thread may add to them.
+    fields = dict(task.fields)
+    more = (f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if name != "unit")
     return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))
 
 
