@@ -17,9 +17,10 @@ from job.config_input import EMBEDDED, pack_config
 from job.exits import BadConfigError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
+from job.processes.gpus import check_gpus, default_processes
 from job.processes.group import Group
-from job.processes.launched import is_launched, is_rank
-from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
+from job.processes.launched import is_rank
+from job.processes.launcher import HANG_SECONDS, launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
@@ -143,11 +144,8 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
 def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
     """What all commands share: a bucket that learns how it ends, a deadline, and no signal that goes unnoticed."""
     with outcome_written(bucket_uri, machine, machines), deadline(stop_after):
-        stop = Stop()
-        if not is_rank():
-            leave_at_signals()
-        # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
-        stop.install(signals=is_rank() and not is_launched())
+        # Until its work begins, signals end this process.
+        stop = Stop().install(signals=False)
         watch_for_preemption(stop)
         yield stop
 
