@@ -21,9 +21,9 @@ app = typer.Typer(
 )
 
 _VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {
-    "train": (("train",), train.train),
-    "sample": (("sample",), sample.sample),
-    "pack": (("data", "pack"), data.pack),
+    "train": (("train",), train.ddpm_train),
+    "sample": (("sample",), sample.ddpm_sample),
+    "pack": (("data", "pack"), data.data_pack),
 }
 """The command of each verb, and what it calls."""
 _HELP: dict[Verb, str] = {

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from job.config_input import parse_sets, read_config_file
+from job.config_input import EMBEDDED, parse_sets, read_config_file
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
@@ -22,7 +22,6 @@ from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS
 from job.store import check_uri, is_remote
 
-EMBEDDED = "landscape-sample"
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""
 

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from job import DEFAULT_BUCKET
 from job.config_input import parse_yaml
 from job.exits import BadConfigError, BadRequestError, MissingInputError, NoPermissionError
 from job.jobs.spec import sounds_secret
@@ -23,7 +24,6 @@ TARGETS_FILE = "targets.yaml"
 VARIABLE = "DDPM_TARGETS"
 """Path of the file, where it is not `targets.yaml` in the working folder."""
 BUCKET_VARIABLE = "DDPM_BUCKET"
-DEFAULT_BUCKET = "./bucket"
 MAX_HOURS = 24.0
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""

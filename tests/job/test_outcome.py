@@ -10,7 +10,7 @@ import pytest
 from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.jobs.outcome import JobPlace, read_outcome
 from job.outcome import JOB, outcome_written
-from tests.job.command_line import ddpm, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 
 
 @pytest.fixture
@@ -93,16 +93,25 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(job, t
     assert outcome.exit_code == 69
 
 
-def test_real_commands_say_how_they_ended(tmp_path):
+def test_commands_say_how_they_ended(tmp_path):
     bucket = ("--bucket", str(tmp_path / "bucket"))
     pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", *bucket)
-    succeeded(ddpm(*pack, **{JOB: "pack-tiles-1"}))
-    refused(ddpm("data", "pack", str(tmp_path / "no"), "other", "--size", "8", *bucket, **{JOB: "pack-other-1"}), 66)
-    refused(ddpm("train", "--dataset", "no", *bucket, **{JOB: "train-no"}), 66)
-    refused(ddpm("sample", "--run", "no", "--count", "9", "--slice", "1/3", *bucket, **{JOB: "sample-no"}), 66)
-    outcomes = []
-    for name in ("pack-tiles-1", "pack-other-1", "train-no", "sample-no"):
+    succeeded(ddpm(*pack, **{JOB: "packed"}))
+    refusals = [
+        ("no-source", 66, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8")),
+        ("no-crop", 64, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8", "--crop", "middle")),
+        ("no-dataset", 66, ("train", "--dataset", "no")),
+        ("no-key", 78, ("train", "--dataset", "tiles", "--set", "x=1")),
+        ("no-duration", 64, ("train", "--dataset", "tiles", "--stop-after", "soon")),
+        ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "euler")),
+        ("no-run", 66, ("sample", "--run", "no", "--count", "9", "--slice", "1/3")),
+    ]
+    for name, code, words in refusals:
+        said = refused(ddpm_here(*words, *bucket, **{JOB: name}), code)
         outcome = read_outcome(JobPlace(name, str(tmp_path / "bucket")))
-        assert outcome is not None
-        outcomes.append((outcome.state, outcome.exit_code, outcome.machine, outcome.machines))
-    assert outcomes == [("finished", 0, 0, 1), *[("failed", 66, 0, 1)] * 2, ("failed", 66, 1, 3)]
+        assert outcome is not None, name
+        assert (outcome.state, outcome.exit_code, outcome.message) == ("failed", code, said.removeprefix("ddpm: "))
+        assert (outcome.machine, outcome.machines) == ((1, 3) if name == "no-run" else (0, 1))
+    finished = read_outcome(JobPlace("packed", str(tmp_path / "bucket")))
+    assert finished is not None
+    assert (finished.state, finished.exit_code) == ("finished", 0)

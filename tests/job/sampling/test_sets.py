@@ -24,7 +24,7 @@ from job.sampling.plan import plan_sampling, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet, commit_piece
 from job.stop import NEVER
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, started, succeeded
 from tests.job.launching import children, eventually, is_gone
 
 SLOW = ("--steps", 25)
@@ -116,22 +116,12 @@ def test_png_files_hold_the_image_of_each_seed(bucket):
 
 
 def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
-    processes = [
-        subprocess.Popen(
-            [DDPM, *map(str, words(far, 100, "--slice", f"{index}/3"))],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(3)
-    ]
+    processes = [started(*words(far, 100, "--slice", f"{index}/3")) for index in range(3)]
     succeeded(ddpm_here(*words(bucket, 100)))
     outputs = []
     for child in processes:
-        out, err = child.communicate(timeout=200)
-        assert child.returncode == 0, out + err
-        outputs.append(out)
+        outputs.append(child.communicate(timeout=200)[0])
+        assert child.returncode == 0, outputs
     alone, together = (set_of(uri, 100).folder for uri in (bucket, far))
     # Times and makers are in the records.
     assert contents(together, but="records/") == contents(alone, but="records/")
@@ -142,7 +132,7 @@ def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
 
 def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     images = set_of(bucket, 96, steps=25)
-    child = subprocess.Popen([DDPM, *map(str, words(bucket, 96, *SLOW))], env=environment(), stderr=subprocess.DEVNULL)
+    child = started(*words(bucket, 96, *SLOW))
     eventually(lambda: len(images.committed()) >= 2)
     ranks = children(child.pid)
     os.kill(child.pid, signal.SIGKILL)
@@ -164,18 +154,18 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
 
 def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
     images = set_of(bucket, 96, steps=25)
-    typed = [DDPM, *map(str, words(bucket, 96, *SLOW, "--processes", 2))]
-    child = subprocess.Popen(typed, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    typed = words(bucket, 96, *SLOW, "--processes", 2)
+    child = started(*typed)
     eventually(lambda: len(images.committed()) >= 2)
     # One process alone: its end must end the other, which has pieces of its own to draw.
     (second,) = [pid for pid in children(child.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(second, signal.SIGTERM)
-    out, err = child.communicate(timeout=100)
-    assert child.returncode == 75, out + err
-    assert "the same command goes on from there" in err
+    said, _ = child.communicate(timeout=100)
+    assert child.returncode == 75, said
+    assert "the same command goes on from there" in said
     before, there = contents(images.folder), 16 * len(images.committed())
     assert 0 < there < 96
-    out = succeeded(ddpm(*typed[1:]))
+    out = succeeded(ddpm(*typed))
     assert "96 images in 6 pieces" in out
     assert f"{96 - there} made at" in out
     assert f", {there} there before" in out
