@@ -72,7 +72,7 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.retention = Retention.of(self.config, self.dataset_images)
+        self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
         self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
@@ -121,8 +121,7 @@ class TrainingSession:
         tensors = self.state.tensors()
 
         def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
-            groups = ("model", "ema", "optimizer")
-            with newest_good(self.plan.run, groups, self.bar.note, aside) as restored:
+            with newest_good(self.plan.run, self.bar.note, aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)
@@ -257,7 +256,7 @@ class TrainingSession:
         self._check_finite()
         loss_sums = self.state.log.reduced().tolist()
         self.saved_images = images_seen
-        self._on_writer(lambda writer: writer.save(images_seen, loss_sums, self.ranks.world_size))
+        self._on_writer(lambda writer: writer.save(images_seen, loss_sums))
 
     def _check_finite(self) -> None:
         try:

@@ -15,11 +15,10 @@ from job.data.shards import load_index
 from job.exits import BadDataError, BadRequestError, LostRunError, MissingInputError
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoints import list_checkpoints
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, located
-from job.runs.lease import LEASE, Lease, load_lease
-from job.runs.retention import Retention, being_read, delete_checkpoint, leftovers, metrics_named
-from job.runs.verification import checkpoint_problems
+from job.runs.checkpoints import list_checkpoints, newest_good
+from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.lease import LEASE_KEY, Lease, load_lease
+from job.runs.retention import Retention, being_read, delete_checkpoint, leftovers, named_by_manifests
 from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
@@ -60,14 +59,14 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
     run = records.run_store(bucket, name)
     config = records.as_last_changed(run, records.existing_config(bucket, name))
     if keep_last is not None:
-        config = config.model_copy(update={"checkpoint": config.checkpoint.model_copy(update={"keep_last": keep_last})})
+        config = config.updated({"checkpoint.keep_last": keep_last})
     if dry_run:
-        found = removals(bucket, run, config, _fence_at_work(run))
+        found = _removals(bucket, run, config, _fence_at_work(run))
         for removal in found:
             print(removal)
     else:
         with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
-            found = removals(bucket, run, config, lease.fence)
+            found = _removals(bucket, run, config, lease.fence)
             for removal in _while_held("pruning", found, lease, stop):
                 if _remove(run, removal):
                     print(removal)
@@ -78,50 +77,39 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
 
 def _fence_at_work(run: Store) -> int:
     """The fence from which on attempts may still be at work: the highest, unless it gave its lease back."""
-    released = False
     with suppress(BadDataError, ObjectMissingError):
-        released = load_lease(run).released
-    return records.highest_fence(run) + (1 if released else 0)
+        if load_lease(run).released:
+            return records.highest_fence(run) + 1
+    return records.highest_fence(run)
 
 
-def removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
+def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
     """What is to go, in the order in which it goes; deletes nothing. Attempts with a lower fence than `fence` are over.
 
     Raises:
         MissingInputError: the run's rules speak of epochs of a dataset that is not there.
         BadDataError: none of its checkpoints verifies.
     """
-    sizes, refs = {entry.key: entry.size_bytes for entry in run.list()}, list_checkpoints(run)
-    retention = Retention.of(config)
-    if retention.keeps_epochs:
-        retention = Retention.of(config, load_index(bucket, records.dataset_key_of(config)).images)
-    old = retention.retire(refs)
-    read, over = being_read(run)
+    sizes, keep, dataset_images = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint, 1
+    why = f"not among the last {keep.keep_last}"
+    if keep.keep_every_epochs or keep.keep_epochs:
+        dataset_images = load_index(bucket, records.dataset_key_of(config)).images
+        why += ", nor of an epoch to keep"
+    old, (read, over) = Retention(config, dataset_images).retire(list_checkpoints(run)), being_read(run)
     if old:
-        stays = _newest_verified(run, refs)
-        old = [ref for ref in old if ref not in read and ref != stays]
-    why = f"not among the last {retention.keep_last}" + (", nor of an epoch to keep" if retention.keeps_epochs else "")
+        with newest_good(run, note) as newest:
+            stays = read | ({newest.manifest.ref} if newest else set())
+        old = [ref for ref in old if ref not in stays]
     found = [
         Removal(ref.key, sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/")), why, ref)
         for ref in old
     ]
     places = {key: place for key in sizes if (place := located(key))}
-    for key, who in leftovers(places, fence, metrics_named(run), over).items():
+    for key, who in leftovers(places, fence, named_by_manifests(run), over).items():
         # A sampler says that it reads a checkpoint before it makes its first piece.
         if not (read and places[key].batch):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
     return found
-
-
-def _newest_verified(run: Store, refs: list[CheckpointRef]) -> CheckpointRef:
-    with Progress("verifying", total=len(refs), unit="checkpoints") as bar:
-        for number, ref in enumerate(sorted(refs, reverse=True)):
-            problems = checkpoint_problems(run, ref)
-            if not problems:
-                return ref
-            note(f"{run.uri}/{ref.key} does not verify, so that an older one stays: {problems[0]}")
-            bar.update(number + 1)
-    raise BadDataError(f"no checkpoint of {run.uri} verifies: nothing is deleted before somebody has looked at them")
 
 
 def _remove(run: Store, removal: Removal) -> bool:
@@ -131,8 +119,8 @@ def _remove(run: Store, removal: Removal) -> bool:
     record after all that it names is there.
     """
     place = located(removal.key)
-    if place is not None and place.batch:
-        record_key = Kind.RECORD.key(batch=place.batch, piece=place.piece)
+    if place and place.batch:
+        record_key = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
         if being_read(run)[0] or run.exists(record_key):
             return False
     if removal.ref is None:
@@ -153,7 +141,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
     """
     bucket, stop = open_store(bucket_uri), Stop().install()
     run = records.run_store(bucket, name)
-    entries = [entry for entry in run.list() if entry.key != LEASE]
+    entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
     if not entries:
         raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
     size_bytes = sum(entry.size_bytes for entry in entries)
@@ -167,7 +155,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
         if read:
             raise LostRunError(f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it")
         # Listed anew, for whoever held the run before may have written since.
-        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE), key=_turn)
+        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
         for key in _while_held("deleting", keys, lease, stop):
             run.delete(key)
     print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
@@ -179,9 +167,8 @@ def _turn(key: str) -> int:
     The configuration goes first, without which nobody goes on with the run, and the attempts last, which say that there
     was one. The lease stays: a woken attempt of the old run would otherwise have a fence as high as one of a new run.
     """
-    place = located(key)
-    turns = {Kind.CONFIG: 0, Kind.MANIFEST: 1, Kind.ATTEMPT: 4}
-    return turns.get(place.kind if place else None, 2 if key.startswith(f"{CHECKPOINTS}/") else 3)  # type: ignore[arg-type]
+    place, turns = located(key), {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
+    return turns.get(place.kind, 2) if place else 2
 
 
 def _while_held(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:

@@ -13,8 +13,8 @@ from pydantic import Field
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.exits import BadDataError
-from job.runs.checkpoints import list_checkpoints, load_manifest, manifest_key
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, Located, located
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located
 from job.runs.lease import Lease
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -27,40 +27,22 @@ READING_SECONDS = 3600.0
 class Retention:
     """Which checkpoints stay: the last few, and those of certain epochs."""
 
-    keep_last: int
-    keep_every_epochs: int
-    keep_epochs: tuple[int, ...]
+    config: RunConfig
     dataset_images: int
-    batch_size_images: int
-
-    @classmethod
-    def of(cls, config: RunConfig, dataset_images: int = 1) -> Retention:
-        """What a run's configuration says. Which epochs a checkpoint ends follows from `dataset_images`."""
-        keep = config.checkpoint
-        return cls(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs, dataset_images, config.train.batch_size)
-
-    @property
-    def keeps_epochs(self) -> bool:
-        """Whether there are epochs whose checkpoints stay."""
-        return bool(self.keep_every_epochs or self.keep_epochs)
+    """From this follows which epochs a checkpoint ends."""
 
     def keeps(self, images_seen: int) -> bool:
         """Whether this is the end of an epoch whose checkpoint is never retired, and therefore always made.
 
         An epoch ends with the first batch at or after its last image.
         """
-        every, chosen = self.keep_every_epochs, self.keep_epochs
-        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size_images)
+        every, chosen = self.config.checkpoint.keep_every_epochs, self.config.checkpoint.keep_epochs
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
         return any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
 
-    def retire(self, refs: Iterable[CheckpointRef], verified: CheckpointRef | None = None) -> list[CheckpointRef]:
-        """Those of the checkpoints `refs` that may go, oldest first; never the newest.
-
-        `verified` is one that is known to be good, for the caller has made it, the newest of its fence: one of a higher
-        fence, which may be rotten for all the caller knows, neither goes nor pushes others out.
-        """
-        ordered = sorted(ref for ref in refs if verified is None or ref.fence <= verified.fence)
-        return [ref for ref in ordered[: -self.keep_last] if not self.keeps(ref.images_seen)]
+    def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
+        """Those of the checkpoints that may go, oldest first; never the newest."""
+        return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
 
 
 class Reader(Sealed):
@@ -82,7 +64,7 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
 
     Yields a function to be called now and then by whoever takes longer than `seconds`.
     """
-    key, said_at = Kind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
+    key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
 
     def renew() -> None:
         nonlocal said_at
@@ -100,18 +82,17 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
 def being_read(run: Store) -> tuple[set[CheckpointRef], set[str]]:
     """The checkpoints that somebody reads, and the keys of readers whose word is rotten, or too old to be believed."""
     refs, over = set[CheckpointRef](), set[str]()
-    for entry in run.list(Kind.READER.folder):
+    for entry in run.list(ObjectKind.READER.folder):
         place = located(entry.key)
         try:
-            is_over = place is None or Reader.load(run, entry.key).is_over
-        except ObjectMissingError:
-            continue
+            if place and not Reader.load(run, entry.key).is_over:
+                refs.add(place.checkpoint)
+            else:
+                over.add(entry.key)
         except BadDataError:
-            is_over = True
-        if place is None or is_over:
             over.add(entry.key)
-        else:
-            refs.add(place.checkpoint)
+        except ObjectMissingError:
+            pass
     return refs, over
 
 
@@ -120,49 +101,48 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
 
     The files of one that somebody began to read meanwhile are left behind, for a later sweep.
     """
-    run.delete(manifest_key(ref))
+    run.delete(ref.manifest_key)
     if ref not in being_read(run)[0]:
         for entry in run.list(ref.key):
             run.delete(entry.key)
 
 
 def leftovers(
-    places: Mapping[str, Located], fence: int, named_metrics: Collection[str] | None, over: Collection[str]
+    places: Mapping[str, Located], fence: int, named: Collection[str] | None, over: Collection[str]
 ) -> dict[str, str]:
     """Keys of what killed processes left behind, and who left it; it harms nobody.
 
     Args:
         places: the objects in question, and all manifests and records of pieces among them.
         fence: attempts from this one on may still be at work.
-        named_metrics: keys that manifests name; none if one is damaged, which may name any.
+        named: keys that manifests name; none if one is damaged, which may name any.
         over: keys of readers that were killed.
     """
-    committed = {place.checkpoint for place in places.values() if place.kind is Kind.MANIFEST}
-    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is Kind.RECORD}
-    left = {}
+    committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
+    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
+    named, left = places if named is None else named, {}
     for key, place in places.items():
         is_old = place.checkpoint.fence < fence
         match place.kind:
-            case Kind.TENSORS if is_old and place.checkpoint not in committed:
+            case ObjectKind.TENSORS if is_old and place.checkpoint not in committed:
                 left[key] = "an attempt that is over"
-            case Kind.METRICS | Kind.EVENTS if is_old and named_metrics is not None and key not in named_metrics:
+            case ObjectKind.METRICS | ObjectKind.EVENTS if is_old and key not in named:
                 left[key] = "an attempt that is over"
-            case Kind.PIECE | Kind.IMAGE if (place.batch, place.piece) not in recorded:
+            case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
-            case Kind.READER if key in over:
+            case ObjectKind.READER if key in over:
                 left[key] = "a reader that was killed"
-            case Kind.PROBE:
+            case ObjectKind.PROBE:
                 left[key] = "a measurement"
     return left
 
 
-def metrics_named(run: Store) -> set[str] | None:
-    """Keys of the metrics that a run's manifests name; none if one of them is damaged, which may name any."""
+def named_by_manifests(run: Store) -> set[str] | None:
+    """Keys of all objects that a run's manifests name; none if one of them is damaged, which may name any."""
     try:
-        segments = [segment for ref in list_checkpoints(run) for segment in load_manifest(run, ref).metric_segments]
+        return {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
     except (BadDataError, ObjectMissingError):
         return None
-    return {key for segment in segments for key in (segment.key, segment.events_key)}
 
 
 def sweep(run: Store, lease: Lease) -> None:
@@ -171,9 +151,9 @@ def sweep(run: Store, lease: Lease) -> None:
     They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
     attempt that computed them again.
     """
-    folders = (CHECKPOINTS, Kind.METRICS.folder, Kind.EVENTS.folder, Kind.READER.folder)
+    folders = (CHECKPOINTS, *(kind.folder for kind in (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.READER)))
     places = {entry.key: at for folder in folders for entry in run.list(folder) if (at := located(entry.key))}
-    for key in leftovers(places, lease.fence, metrics_named(run), being_read(run)[1]):
+    for key in leftovers(places, lease.fence, named_by_manifests(run), being_read(run)[1]):
         lease.confirm()
         run.delete(key)
     run.sub(CHECKPOINTS).sweep()

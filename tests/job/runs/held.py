@@ -51,7 +51,6 @@ def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
         device="cpu",
         changes={},
         config_file_sha256="0" * 64,
-        holder="",
         previous=None,
     )
     return HeldRun(run, small_config(**changes), DATASET_IMAGES, attempt, SureLease(fence))  # type: ignore[arg-type]
@@ -67,7 +66,7 @@ def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, 
     tensors = tensors or live_tensors()
     for fence, images_seen in places:
         writer = writer_of(held(run, fence, **changes), tensors)
-        writer.save(images_seen, [[1.5, 0.1], [3.0, 4.0]], 1)
+        writer.save(images_seen, [[1.5, 0.1], [3.0, 4.0]])
         writer.close(wait=True)
     return tensors
 

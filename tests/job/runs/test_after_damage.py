@@ -9,7 +9,7 @@ import pytest
 from job.exits import BadDataError, Exit
 from job.plan import plan_run
 from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import LATEST, list_checkpoints, load_manifest, newest_good
+from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import read_rows
 from job.sampling.plan import plan_sampling
 from job.store import open_store
@@ -36,7 +36,7 @@ def test_the_next_attempt_uses_the_newest_checkpoint_that_is_whole(run, keys, co
         expected = next(ref for ref in refs if not any(key.startswith(f"{ref.key}/") for key in case))
         # Rows of the metrics that are lost cost no work.
         lost = segments[expected] & {*case}
-        harmed = expected != refs[0] or bool(lost) or (LATEST in case and name != "gone")
+        harmed = expected != refs[0] or bool(lost) or (LATEST_KEY in case and name != "gone")
         good = (ref, content) == (expected, [contents[expected]]) and (rows < rows_of[expected]) == bool(lost)
         if not good or (harmed != any(key in named for key in case)):
             wrong[name, case] = (ref, named, rows)
@@ -48,7 +48,7 @@ def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(copy):
     for ref in refs:
         copy.delete(f"{ref.key}/MANIFEST.json")
     missing = rf"{re.escape(copy.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
-    with pytest.raises(BadDataError, match=missing), newest_good(copy, GROUPS, lambda _: None):
+    with pytest.raises(BadDataError, match=missing), newest_good(copy, lambda _: None):
         pass
     with pytest.raises(BadDataError, match=missing):
         plan_sampling(SampleRequest("r", copy.uri.removesuffix("/runs/r")).check())

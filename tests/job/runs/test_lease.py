@@ -14,7 +14,7 @@ import pytest
 from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.runs.lease import LEASE, Lease
+from job.runs.lease import LEASE_KEY, Lease
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
@@ -107,14 +107,14 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
 def test_closing_twice_and_closing_a_lost_lease_change_nothing(run: Store, quick: None):
     lease = taken(run)
     lease.close()
-    there = run.read(LEASE)
+    there = run.read(LEASE_KEY)
     lease.close()
-    assert run.read(LEASE) == there
+    assert run.read(LEASE_KEY) == there
     lost = taken(run)
     foreign = by_somebody_elsewhere(run, fence=50)
     eventually(lambda: lost.lost)
     lost.close()
-    assert run.read(LEASE).data == foreign
+    assert run.read(LEASE_KEY).data == foreign
 
 
 def test_waiting_can_be_stopped(run: Store, quick: None):
@@ -180,7 +180,7 @@ def test_a_damaged_lease_is_watched_and_then_replaced_loudly(run: Store, soon_ex
     for fence, damage in enumerate(damages, 9):
         intact = by_somebody_elsewhere(run, fence=4)
         assert damage(intact) != intact
-        run.put(LEASE, damage(intact))
+        run.put(LEASE_KEY, damage(intact))
         notes: Notes = []
         began = time.monotonic()
         lease = taken(run, floor=fence - 1, notes=notes)
@@ -193,12 +193,12 @@ def test_a_damaged_lease_is_watched_and_then_replaced_loudly(run: Store, soon_ex
 def test_a_holder_writes_a_damaged_or_deleted_lease_anew_and_nobody_else_gets_in(any_run: Store, quick: None):
     notes: Notes = []
     lease = taken(any_run, floor=2, notes=notes)
-    any_run.put(LEASE, b"garbage")
+    any_run.put(LEASE_KEY, b"garbage")
     with pytest.raises(LostRunError, match="is alive"):
         taken(any_run)
     assert record_in(any_run)["fence"] == 3
-    any_run.delete(LEASE)
-    eventually(lambda: any_run.exists(LEASE))
+    any_run.delete(LEASE_KEY)
+    eventually(lambda: any_run.exists(LEASE_KEY))
     lease.confirm()
     assert (record_in(any_run)["fence"], lease.lost) == (3, False)
     assert [any(word in note for note in notes) for word in ("damaged", "deleted")] == [True, True]
@@ -229,13 +229,12 @@ def test_whoever_lost_the_run_is_told_and_writes_nothing(any_run: Store, monkeyp
     lease.check_lost()
     foreign = by_somebody_elsewhere(any_run, fence=9)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
-    monkeypatch.setattr(lease_module, "WRITE_GAP_SECONDS", 0.0)
     for ask in (lease.confirm, lease.confirm, lease.check_lost):
         with pytest.raises(LostRunError, match=r"taken over by process 77 on 'far-away' since .* \(fence 9\)"):
             ask()
     assert lease.lost
     lease.close()
-    assert any_run.read(LEASE).data == foreign
+    assert any_run.read(LEASE_KEY).data == foreign
 
 
 def test_a_holder_whose_bucket_is_away_goes_on_and_renews_when_it_is_back(bad_day: BadDay, quick: None):
@@ -275,7 +274,6 @@ def test_a_holder_that_was_replaced_while_its_bucket_was_away_learns_of_it(bad_d
 def test_the_lost_answer_to_an_own_renewal_is_no_loss(bad_day: BadDay, monkeypatch: pytest.MonkeyPatch):
     lease = taken(bad_day)
     monkeypatch.setattr(lease_module, "RENEW_SECONDS", 0.0)
-    monkeypatch.setattr(lease_module, "WRITE_GAP_SECONDS", 0.0)
     for _ in range(3):
         bad_day.lose_next = True
         with suppress(BucketAwayError):

@@ -19,7 +19,7 @@ import pytest
 from job.exits import Exit, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.runs.lease import LEASE
+from job.runs.lease import LEASE_KEY
 from job.store import Store, open_store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
@@ -246,7 +246,7 @@ def test_a_holder_that_sleeps_beyond_expiry_is_replaced_and_wakes_to_find_it_out
     began = time.monotonic()
     lease = taken(run)
     expired_seconds = time.monotonic() - began
-    there = run.read(LEASE)
+    there = run.read(LEASE_KEY)
     holder.tell("confirm")
     os.kill(holder.pid, signal.SIGCONT)
     answer = holder.answer()
@@ -256,6 +256,6 @@ def test_a_holder_that_sleeps_beyond_expiry_is_replaced_and_wakes_to_find_it_out
     assert lease.fence == 2
     assert answer["exit_code"] == 76
     assert f"taken over by process {os.getpid()} " in answer["message"]
-    assert run.read(LEASE) == there, "the woken one wrote something"
+    assert run.read(LEASE_KEY) == there, "the woken one wrote something"
     lease.confirm()
     lease.close()

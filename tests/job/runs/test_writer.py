@@ -79,7 +79,7 @@ def save(writer: CheckpointWriter, *images_seen: int) -> None:
     """Saves with a row of the metrics each."""
     for images in images_seen:
         writer.rows.append({"images_seen": images, "loss": 0.5, "time": 0.0})
-        writer.save(images, [[1.0, 2.0]], 1)
+        writer.save(images, [[1.0, 2.0]])
         writer.wait()
 
 
@@ -87,7 +87,7 @@ def test_values_at_the_moment_of_save_are_written_though_training_goes_on(run):
     tensors = live_tensors()
     before = tensors["model"]["conv.bias"].clone()
     writer = writer_of(held(run), tensors)
-    writer.save(80, [], 1)
+    writer.save(80, [])
     tensors["model"]["conv.bias"].fill_(-1)
     writer.close(wait=True)
     target = {"model": {name: torch.zeros_like(tensor) for name, tensor in tensors["model"].items()}}
@@ -123,12 +123,12 @@ def test_large_groups_are_cut_into_parts_and_come_back(run, monkeypatch):
 def test_a_failed_save_is_raised_by_every_later_call_and_leaves_no_checkpoint(run):
     run.hooks["upload"] = refusing(BadDataError("the disk ate it"))
     writer = writer_of(held(run), live_tensors(), notes=[])
-    writer.save(80, [], 1)
+    writer.save(80, [])
     eventually(lambda: writer.troubled)
     for call in (
         writer.wait,
         writer.raise_trouble,
-        lambda: writer.save(160, [], 1),
+        lambda: writer.save(160, []),
         lambda: writer.put("samples/a.png", b"1", images_seen=80),
         lambda: writer.close(wait=True),
     ):
@@ -161,7 +161,7 @@ def test_whoever_lost_the_run_deletes_nothing(run):
     writer = writer_of(holder, live_tensors())
     save(writer, 24)
     run.hooks["create"] = lambda key: setattr(holder.lease, "lost", key.endswith("48/MANIFEST.json"))
-    writer.save(48, [], 1)
+    writer.save(48, [])
     eventually(lambda: writer.troubled)
     with pytest.raises(LostRunError):
         writer.raise_trouble()
@@ -266,7 +266,7 @@ def started(far: Store, tensor: torch.Tensor) -> Iterator[Callable[..., Checkpoi
 def train_and_save(writer: CheckpointWriter, tensor: torch.Tensor, images_seen: int) -> None:
     tensor.fill_(images_seen)
     writer.rows.append({"images_seen": images_seen, "loss": 0.5, "time": 0.0})
-    writer.save(images_seen, [], 1)
+    writer.save(images_seen, [])
 
 
 def wait_until_it_commits(writer: CheckpointWriter) -> None:
@@ -310,7 +310,7 @@ def test_nothing_stands_in_for_what_is_kept_for_good(proxy, far, tensor, started
         train_and_save(writer, tensor, 48)
         stop.request("a test")
         with pytest.raises(BucketAwayError, match="did not take the last checkpoint in the 1 s"):
-            writer.save(72, [], 1)
+            writer.save(72, [])
         assert stop.asked > 2, "waiting must not be taken for hanging"
     eventually(lambda: committed(far) == {24: 24, 48: 48})
 
