@@ -23,7 +23,7 @@ from job.data.stream import stream_batches
 from job.exits import BadConfigError, Exit, NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.session import settings_of

@@ -61,6 +61,14 @@ def writer_of(held_run: HeldRun, tensors: Tensors, stop: Stop = NEVER, notes: li
     return CheckpointWriter(held_run, tensors, [], set(), stop, note)
 
 
+def save(writer: CheckpointWriter, *images_seen: int) -> None:
+    """Saves with a row of the metrics each."""
+    for images in images_seen:
+        writer.rows.append({"images_seen": images, "loss": 0.5, "time": 0.0})
+        writer.save(images, [[1.5, 0.1], [3.0, 4.0]])
+        writer.wait()
+
+
 def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, **changes: object) -> Tensors:
     """Commits checkpoints at (fence, images seen), and returns what is in them."""
     tensors = tensors or live_tensors()

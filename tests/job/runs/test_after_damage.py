@@ -15,7 +15,7 @@ from job.sampling.plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import GROUPS, content_hash, copy_objects, resumed, train
+from tests.job.runs.whole_runs import content_hash, copy_objects, resumed, train
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """The table of what lies where: what a key is made of is read out of it again, and nothing else is part of a run."""
 
-from job.runs.layout import CheckpointRef, ObjectKind, Located, located
+from job.runs.layout import CheckpointRef, Located, ObjectKind, located
 
 REF = CheckpointRef(3, 480)
 GRID = "samples/one/grid.png"
