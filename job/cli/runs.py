@@ -70,7 +70,7 @@ def prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.runs.removing import prune_run
+    from job.runs.retention import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
@@ -87,6 +87,6 @@ def delete(
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.runs.removing import delete_run
+    from job.runs.retention import delete_run
 
     delete_run(bucket, run, certain=yes)

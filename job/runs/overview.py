@@ -95,12 +95,10 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
         MissingInputError: there is no such run.
         BadDataError: there are bad objects.
     """
-    from job.progress import Progress
     from job.runs.verification import verify_run
 
     bucket = open_store(bucket_uri)
-    with Progress(f"verifying {name}", unit="objects") as bar:
-        findings = verify_run(bucket, name, lambda done, total: bar.update(done, total=total))
+    findings = verify_run(bucket, name)
     for problem in findings.problems:
         print(problem)
     uri, looked_at = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
@@ -108,9 +106,7 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
         left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
         print(f"{uri}: {left} that killed attempts left behind harm nobody: `ddpm runs prune {name}` deletes them")
     if count := len(findings.problems):
-        raise BadDataError(
-            f"{uri}: {count} {'problem' if count == 1 else 'problems'} in {looked_at}; each is named above"
-        )
+        raise BadDataError(f"{uri}: {count} problem{'s' * (count > 1)} in {looked_at}; each is named above")
     print(f"{uri}: {looked_at}: all as they were written")
 
 

@@ -131,14 +131,11 @@ def dataset_images_of(bucket: Store, config: RunConfig) -> int:
 
 def create_config(run: Store, config: RunConfig) -> RunConfig:
     """Stores a new run's configuration; if another attempt was first, returns what it stored."""
+    text = config.to_yaml().encode()
     try:
-        text = config.to_yaml().encode()
         run.create(CONFIG_KEY, _seal(text) + b"\n" + text)
     except ObjectExistsError:
-        stored = load_config(run)
-        if stored is not None:
-            return stored
-        raise
+        return load_config(run) or config
     return config
 
 

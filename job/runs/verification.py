@@ -7,14 +7,15 @@ attempts left behind, which harms nobody, and what is no part of a run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from job.config import RunConfig
 from job.exits import BadDataError, MissingInputError
+from job.progress import Progress
 from job.runs import records
 from job.runs.checkpoints import LATEST_KEY, PARALLEL_READS, Latest, Manifest, lost_manifest, sha256_of
 from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, CheckpointRef, Located, ObjectKind, located
@@ -45,30 +46,25 @@ RECORD_TYPES: dict[ObjectKind, type[Sealed]] = {
 SealedRecord = TypeVar("SealedRecord", bound=Sealed)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Findings:
     """What came of it."""
 
-    problems: list[str] = field(default_factory=list)
+    problems: list[str]
     """A line for each bad object: its URI and what is wrong with it."""
-    objects: int = 0
-    size_bytes: int = 0
-    leftovers: dict[str, int] = field(default_factory=dict)
+    objects: int
+    size_bytes: int
+    leftovers: dict[str, int]
     """Sizes in bytes of what killed attempts left behind, by key."""
 
 
-def verify_run(bucket: Store, name: str, progress: Callable[[int, int], None] = lambda done, total: None) -> Findings:
+def verify_run(bucket: Store, name: str) -> Findings:
     """Checks every object of a run, also while it trains.
-
-    Args:
-        bucket: where it lies.
-        name: of the run.
-        progress: called with the objects checked so far and in all.
 
     Raises:
         MissingInputError: there is no such run.
     """
-    return _Verification(bucket, name, progress).findings()
+    return _Verification(bucket, name).findings()
 
 
 class _Named(NamedTuple):
@@ -82,8 +78,8 @@ class _Named(NamedTuple):
 class _Verification:
     """One look at a run. What is listed once may be retired, written over or joined by more while it is checked."""
 
-    def __init__(self, bucket: Store, name: str, progress: Callable[[int, int], None]) -> None:
-        self._bucket, self._progress, self._run = bucket, progress, records.run_store(bucket, name)
+    def __init__(self, bucket: Store, name: str) -> None:
+        self._bucket, self._name, self._run = bucket, name, records.run_store(bucket, name)
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
         # A lease alone is what is left of a run that was deleted.
         if not self._sizes.keys() - {LEASE_KEY}:
@@ -97,7 +93,7 @@ class _Verification:
     def findings(self) -> Findings:
         """Checks everything; in the order in which one thing is needed to judge the next."""
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            self._problems += filter(None, pool.map(self._load, self._keys(*RECORD_TYPES)))
+            self._problems += pool.map(self._load, self._keys(*RECORD_TYPES))
         config = self._look_at_config()
         self._look_at_attempts()
         self._look_at_batches()
@@ -109,10 +105,11 @@ class _Verification:
         self._look_for_lost(config, refs, left)
         names = self._names()
         self._look_for_strangers(self._sizes.keys() - names.keys() - left.keys())
-        with ThreadPoolExecutor(HASHERS) as pool:
+        bar = Progress(f"verifying {self._name}", total=len(names), unit="objects")
+        with bar, ThreadPoolExecutor(HASHERS) as pool:
             for done, problem in enumerate(pool.map(lambda key: self._differing(names, key), names), 1):
                 self._problems.append(problem)
-                self._progress(done, len(names))
+                bar.update(done)
         return Findings(
             sorted(filter(None, [*self._problems, *self._missed.values()])),
             len(self._sizes),
@@ -216,12 +213,10 @@ class _Verification:
             opening, index = self._records.get(drawing_key), self._records.get(index_key)
             for number, record in pieces.get(batch, {}).items():
                 if isinstance(opening, Opening) and record.drawing != opening.drawing:
-                    self._bad(
-                        ObjectKind.RECORD.key(batch=batch, piece=number), f"is about another drawing than {drawing_key}"
-                    )
+                    key = ObjectKind.RECORD.key(batch=batch, piece=number)
+                    self._bad(key, f"is about another drawing than {drawing_key}")
             if isinstance(index, BatchIndex):
-                entries = {number: piece_entry(record) for number, record in pieces.get(batch, {}).items()}
-                if any(entry != index.pieces[number] for number, entry in entries.items()):
+                if any(piece_entry(record) != index.pieces[number] for number, record in pieces.get(batch, {}).items()):
                     self._bad(index_key, "does not say what the records of its pieces say")
                 recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
                 for key in (ObjectKind.GRID.key(batch=batch), *recorded):

@@ -10,7 +10,7 @@ import pytest
 from job.exits import Exit, StoppedError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.runs import records, removing
+from job.runs import records, retention
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.lease import LEASE_KEY, load_lease
@@ -167,9 +167,9 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
     succeeded(prune(bucket))
     for number in range(4):
         run.create(f"{BATCH}/piece-{number:05d}.tar", b"1")
-    remove = removing._remove
+    remove = retention._remove
 
-    def remove_while_sampled(run: Store, removal: removing.Removal) -> bool:
+    def remove_while_sampled(run: Store, removal: retention.Removal) -> bool:
         if removal.key.endswith("piece-00001.tar"):
             # A sampler has committed it since it was found, and gone.
             run.create(f"{BATCH}/records/piece-00001.json", b"{}")
@@ -179,7 +179,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
                 return remove(run, removal)
         return remove(run, removal)
 
-    monkeypatch.setattr(removing, "_remove", remove_while_sampled)
+    monkeypatch.setattr(retention, "_remove", remove_while_sampled)
     succeeded(prune(bucket))
     names = [entry.key.rpartition("/")[2] for entry in run.list(BATCH)]
     assert names == ["piece-00001.tar", "piece-00002.tar", "piece-00001.json"]
@@ -243,8 +243,8 @@ def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, 
     stop = StopWhen(lambda: len(everything(run)) == total - went)
     monkeypatch.setattr(stop, "install", lambda: stop)
     with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
-        patch.setattr(removing, "Stop", lambda: stop)
-        removing.delete_run(str(bucket), "r", certain=True)
+        patch.setattr(retention, "Stop", lambda: stop)
+        retention.delete_run(str(bucket), "r", certain=True)
     assert len(everything(run)) == total - went
     train = ("train", "--dataset", "random", "--run", "r")
     for words in (("runs", "show", "r"), train, ("sample", "--run", "r")):
