@@ -68,45 +68,32 @@ def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
         succeeded(done)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "gone"])
-def test_a_finished_run_that_has_lost_its_newest_checkpoint_learns_it_again(copy, contents, damage, tmp_path):
-    newest, before = list_checkpoints(copy)[::-1][:2]
-    path = tmp_path / "runs/r" / newest.key / "model-00.safetensors"
-    words = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
-    if damage == "gone":
-        # With the manifest: sampling takes the one before, and says so.
-        (path.parent / "MANIFEST.json").unlink()
-        done = ddpm_here(*words)
-        assert f"{path.parent}/MANIFEST.json is missing" in done.stderr
-        assert "epoch-0003-" in succeeded(done)
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-        assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*words, "--raw"), Exit.BAD_DATA)
-    done = train(tmp_path, "r", 4)
-    assert "is finished: 4 epochs" in succeeded(done)
-    assert f"set aside checkpoint {path.parent}" in done.stderr or "set aside a checkpoint" in done.stderr
-    again = max(list_checkpoints(copy))
-    assert (again.fence, again.images_seen) == (3, newest.images_seen)
-    assert content_hash(copy, again) == contents[newest]
-    assert before in list_checkpoints(copy)
-
-
 def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again(copy, store, contents, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
+    sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
     # Of the same images, by the attempt of the same number, and whole.
     for entry in theirs.list(newest.key):
         copy.put(entry.key, theirs.read(entry.key).data)
     foreign = load_manifest(theirs, newest).model_copy(update={"attempt": "0" * 32})
-    copy.put(f"{newest.key}/MANIFEST.json", foreign.to_json())
-    said = f"{copy.uri}/{newest.key}/MANIFEST.json was not written by attempt 2 of this run"
-    words = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
-    assert said in refused(ddpm_here(*words), Exit.BAD_DATA)
-    done = train(tmp_path, "r", 4)
-    assert "is finished: 4 epochs" in succeeded(done)
-    assert said in done.stderr
-    again = max(list_checkpoints(copy))
-    assert (again.fence, again.images_seen) == (3, newest.images_seen)
-    assert content_hash(copy, again) == contents[newest]
+    copy.put(newest.manifest_key, foreign.to_json())
+    said = f"{copy.uri}/{newest.manifest_key} was not written by attempt 2 of this run"
+    assert said in refused(ddpm_here(*sample), Exit.BAD_DATA)
+    for fence, said_then in ((3, said), (4, f"set aside checkpoint {copy.uri}/checkpoints/000003-")):
+        done = train(tmp_path, "r", 4)
+        assert "is finished: 4 epochs" in succeeded(done)
+        assert said_then in done.stderr
+        again = max(list_checkpoints(copy))
+        assert (again.fence, again.images_seen) == (fence, newest.images_seen)
+        assert content_hash(copy, again) == contents[newest]
+        # The next time it is cut off.
+        path = tmp_path / "runs/r" / again.key / "model-00.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*sample, "--raw"), Exit.BAD_DATA)
+    # Without the manifest the one before is drawn from.
+    copy.delete(again.manifest_key)
+    done = ddpm_here(*sample)
+    assert f"{copy.uri}/{again.manifest_key} is missing" in done.stderr
+    assert "drawing from the checkpoint before" in done.stderr
 
 
 def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, run):
@@ -117,24 +104,14 @@ def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, 
             plan_run(TrainRequest("tiles", str(bucket), run="r", epochs=5).check())
 
 
-@pytest.mark.parametrize("damage", ["newest weights", "newest manifest is gone", "older metrics"])
-def test_a_run_that_goes_on_after_damage_learns_what_an_undisturbed_one_does(copy, store, damage, tmp_path):
-    undisturbed = store.sub("runs/undisturbed")
-    newest = max(list_checkpoints(copy))
+def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
+    undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     lost = load_manifest(copy, newest).metric_segments[0]
-    key = {
-        "newest weights": f"{newest.key}/ema-00.safetensors",
-        "newest manifest is gone": f"{newest.key}/MANIFEST.json",
-        "older metrics": lost.key,
-    }[damage]
-    lost_rows = read_rows(copy, [lost]) if damage == "older metrics" else []
-    if "gone" in damage:
-        copy.delete(key)
-    else:
-        copy.put(key, DAMAGES["bit in the middle"](copy.read(key).data))
+    lost_rows = read_rows(copy, [lost])
+    copy.put(lost.key, DAMAGES["bit in the middle"](copy.read(lost.key).data))
     done = train(tmp_path, "r", 5)
     succeeded(done)
-    assert f"{copy.uri}/{key}" in done.stderr
+    assert f"{copy.uri}/{lost.key}" in done.stderr
     last = [max(list_checkpoints(of)) for of in (copy, undisturbed)]
     assert last[0].images_seen == last[1].images_seen > newest.images_seen
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])

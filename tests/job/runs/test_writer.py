@@ -270,15 +270,6 @@ def test_closing_does_not_wait_for_a_bucket_that_keeps_silent(proxy, far):
     assert list_checkpoints(far) == []
 
 
-def test_a_bucket_that_stays_away_ends_it(proxy, far):
-    trainee = Trainee(far, limit_seconds=1)
-    with proxy.away():
-        trainee.save(24)
-        eventually(lambda: trainee.writer.troubled)
-        with pytest.raises(BucketAwayError, match="in all"):
-            trainee.writer.wait()
-
-
 def test_the_lease_is_confirmed_again_after_an_outage(proxy, far):
     proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=100)
     trainee = Trainee(far)
