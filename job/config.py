@@ -6,8 +6,6 @@ stored with the run and is the base of every later attempt.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 import yaml
@@ -243,12 +241,6 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
             for problem in error.errors()
         ]
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
-
-
-def content_hash(config: RunConfig) -> str:
-    """SHA-256 of everything that decides what is learnt; equal for all attempts of a run."""
-    flat = {key: value for key, value in config.flat().items() if not _is_free(key)}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def _is_free(key: str) -> bool:

@@ -79,7 +79,7 @@ class TrainingSession:
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
         self.settings, self.hooks = settings_of(self.config), Hooks(after_step=self._after_step)
-        self.retention = Retention.of(self.config, self.dataset_images)
+        self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
         self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
@@ -141,7 +141,7 @@ class TrainingSession:
         tensors = self.state.tensors()
 
         def load() -> Manifest | None:
-            with newest_good(self.plan.run, tuple(tensors), self.bar.note, aside) as restored:
+            with newest_good(self.plan.run, self.bar.note, aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)
@@ -271,7 +271,7 @@ class TrainingSession:
         training.check_finite(self.state)
         loss_sums = self.state.log.reduced().tolist()
         self.saved_images = images_seen
-        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums, self.ranks.world_size))
+        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums))
 
     def _draw_grid(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""

@@ -24,7 +24,7 @@ from job.data.cache import open_cache
 from job.data.shards import INDEX, Shard, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
-from job.runs.layout import Kind
+from job.runs.layout import ObjectKind
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
@@ -161,7 +161,7 @@ def test_a_payload_in_the_place_of_what_training_reads(trained, tmp_path, marker
 def plant_tensors(bucket: Path, content: bytes) -> None:
     store = open_store(str(bucket / RUN))
     ref = list_checkpoints(store)[-1]
-    path = bucket / RUN / Kind.MANIFEST.key(checkpoint=ref)
+    path = bucket / RUN / ObjectKind.MANIFEST.key(checkpoint=ref)
     manifest = Manifest.from_json(path.read_bytes(), "here")
     vouching = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)

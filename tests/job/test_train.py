@@ -23,7 +23,7 @@ from job.data.stream import stream_batches
 from job.exits import BadConfigError, NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.session import settings_of
@@ -121,7 +121,7 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_sta
 
 def test_a_finished_run_leaves_everything_a_person_wants(walked):
     run = run_of(walked, "walk")
-    assert [load_manifest(run, ref).epoch for ref in list_checkpoints(run)] == [1, 3]
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
     pictures = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003.gif", "figures/loss.png"}
     records = {"config.yaml", "status.json", "LATEST", "attempts/000001.json"}
     assert pictures | records <= {entry.key for entry in run.list()}

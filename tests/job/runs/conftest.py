@@ -13,7 +13,7 @@ import torch
 
 from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
-from job.runs.layout import CheckpointRef, Kind
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
@@ -45,7 +45,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
-        run.create(Kind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
+        run.create(ObjectKind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
     return folder
 
 

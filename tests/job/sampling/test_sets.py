@@ -18,7 +18,7 @@ from PIL import Image
 from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.layout import Kind
+from job.runs.layout import ObjectKind
 from job.runs.verification import verify_run
 from job.sampling.plan import plan_sampling, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet, commit_piece
@@ -139,7 +139,7 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     child.wait()
     eventually(lambda: all(map(is_gone, ranks)))
     # What a process leaves behind that dies between a piece and its record.
-    images.run.delete(images.key(Kind.RECORD, 1))
+    images.run.delete(images.key(ObjectKind.RECORD, 1))
     before, there = contents(images.folder), 16 * len(images.committed())
     assert 0 < there < 96
     assert images.index() is None
@@ -184,7 +184,7 @@ def test_who_makes_a_piece_again_does_no_harm(far, save):
         assert commit_piece(images, 0, again) == 0
         assert contents(images.folder) == first
     # The piece of a process that died before it could commit it is taken over as it is.
-    images.run.delete(images.key(Kind.RECORD, 0))
+    images.run.delete(images.key(ObjectKind.RECORD, 0))
     assert commit_piece(images, 0, PIXELS[:16] + 1) == 16
     assert np.array_equal(images.images_of(images.record(0), 16), PIXELS[:16])
 
@@ -239,7 +239,7 @@ def test_images_of_another_checkpoint_are_not_mixed_in(bucket):
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
     manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
-    run.put(Kind.MANIFEST.key(checkpoint=ref), manifest.to_json())
+    run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
         line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line
