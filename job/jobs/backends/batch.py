@@ -7,25 +7,20 @@ every code retried that it does not know, which only the second one says.
 
 from __future__ import annotations
 
-import time
-import uuid
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from datetime import datetime
-from typing import Any
 
-from job.exits import BadRequestError, BucketAwayError, MissingInputError, retried
+from job.exits import BadRequestError, retried
 from job.jobs.backends import google, google_jobs
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, severity
-from job.jobs.backends.google import Answer, GoogleNotFoundError, quoted
-from job.jobs.backends.machines import Machine, machine_for
+from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, runs_already, severity
+from job.jobs.backends.google import Answer, GoogleNotFoundError
+from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget
 from job.requests import BATCH_TASK_INDEX
 
-BATCH_POLL_SECONDS = 2.0
-BATCH_DELETION_SECONDS = 600.0
-"""How long removing a job may take: its machines save and are deleted first."""
 MAX_RETRIES = 10
 """The most that Batch takes; it counts preemptions like everything else, and so `--watch` goes on where it stops."""
 _BATCH_STATES = {
@@ -49,13 +44,8 @@ _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50006: ("its machine was made anew", Cause.TAKEN_AWAY),
 }
 """Exit codes of Batch's own (cloud.google.com/batch/docs/troubleshooting#reserved-exit-codes)."""
-FAILING_CODES = (*(code for code in range(1, 256) if retried(code) == "never"), 50004, 50005)
+FAILING_CODES = [*(code for code in range(1, 256) if retried(code) == "never"), 50004, 50005]
 """With which a task is not tried again: of the program, and of Batch itself."""
-_SHORTAGES = {
-    "RESOURCE_POOL_EXHAUSTED": "there is no such machine now",
-    "QUOTA_EXCEEDED": "the project's quota does not allow it",
-}
-"""What Batch passes on from Compute Engine in an event of a job that waits."""
 
 
 class BatchBackend(google_jobs.GoogleBackend):
@@ -66,34 +56,27 @@ class BatchBackend(google_jobs.GoogleBackend):
     keeps_seconds = 60 * 86_400.0
     target: BatchTarget
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
-        """See `Backend.render`: the body of `jobs.create`, whose `jobId` is the name of the job."""
-        return [batch_job(spec, self.target, self.place)]
-
     def submit(self, spec: JobSpec) -> None:
         """See `Backend.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
         (manifest,) = self.render(spec)
-        while before := self._newest(spec.name):
-            if not _job_state(before).is_over and not _is_ending(before):
-                raise google_jobs.busy(batch_status(before, ()))
-            self._delete(before)
-        # A repetition whose first answer was lost must not find its own job in its way.
-        query = {"jobId": spec.name, "requestId": str(uuid.uuid4())}
-        self._apis.ask(f"job {spec.name} in {self.place}", f"POST {self._path(self.place)}", manifest, **query)
+        while before := self.find(spec.name):
+            if not _job_state(before[0]).is_over and not _is_ending(before[0]):
+                raise runs_already(spec.name, f"in {_region(before[0])}")
+            self._delete(before[0])
+        self._apis.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
-        found = self._newest(name)
-        if found is None:
+        if not (found := self.find(name)):
             return JobStatus(name, State.GONE, "Batch does not know it")
-        return batch_status(found, self._tasks(found))
+        return batch_status(found[0], self._tasks(found[0]))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
-        asked = [self._apis.pages(f"the jobs in {region}", f"GET {self._path(region)}") for region in self._places]
+        asked = [self._apis.pages(f"GET {self._path(region)}") for region in self._places]
         found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
-        own = [job for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
-        return [batch_status(job, ()) for job in sorted(own, key=_created, reverse=True)]
+        own = [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
+        return sorted(own, key=lambda status: status.created, reverse=True)
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: each region has names of its own."""
@@ -101,15 +84,13 @@ class BatchBackend(google_jobs.GoogleBackend):
 
     def log_of(self, name: str) -> tuple[str, datetime, bool]:
         """See `GoogleBackend.log_of`."""
-        found = self._known(name)
-        log = quoted(f"projects/{self.target.project}/logs/batch_task_logs")
+        found, log = self.known(name)[0], f"projects/{self.target.project}/logs/batch_task_logs"
         has_slices = int(found["taskGroups"][0]["taskCount"]) > 1
-        return f"logName={log} AND labels.job_uid={quoted(found['uid'])}", _created(found), has_slices
+        return f'logName="{log}" AND labels.job_uid="{found["uid"]}"', _created(found), has_slices
 
     def slice_of(self, entry: Answer) -> str:
         """See `GoogleBackend.slice_of`: the label is task/JOB-group0-INDEX/RETRY/RUNNABLE."""
-        task = str(entry["labels"].get("task_id", "")).removeprefix("task/").partition("/")[0]
-        return task.rpartition("-")[2]
+        return str(entry["labels"]["task_id"]).split("/")[1].rpartition("-")[2]
 
     def cancel(self, name: str) -> str:
         """See `Backend.cancel`: Batch ends its tasks, deletes their machines, and keeps the story of the job.
@@ -117,100 +98,148 @@ class BatchBackend(google_jobs.GoogleBackend):
         Raises:
             BadRequestError: it is over already.
         """
-        found = self._known(name)
+        found = self.known(name)[0]
         if _job_state(found).is_over:
             raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
         if not _is_ending(found):
-            self._apis.ask(f"job {name}", f"POST batch/{found['name']}:cancel", {})
+            self._apis.ask(f"POST batch/{found['name']}:cancel", {})
         return cancelled(_job_state(found))
 
     def describe(self, name: str) -> Manifest:
         """See `Backend.describe`: the job, and its tasks."""
-        found = self._known(name)
+        found = self.known(name)[0]
         return {**found, "tasks": self._tasks(found)}
 
-    def _path(self, region: str) -> str:
-        return f"batch/projects/{self.target.project}/locations/{region}/jobs"
-
-    def _newest(self, name: str) -> Answer | None:
-        """The job of this name in any region of the target: one that is not over, else the newest."""
+    def find(self, name: str) -> list[Answer]:
+        """The jobs of this name, one for each region: first one that is not over, else the newest."""
         found = []
         for region in self._places:
             with suppress(GoogleNotFoundError):
-                found.append(self._apis.ask(f"job {name} in {region}", f"GET {self._path(region)}/{name}"))
-        return max(found, key=lambda one: (not _job_state(one).is_over, _created(one)), default=None)
+                found.append(self._apis.ask(f"GET {self._path(region)}/{name}"))
+        return sorted(found, key=lambda one: (not _job_state(one).is_over, _created(one)), reverse=True)
 
-    def _known(self, name: str) -> Answer:
-        found = self._newest(name)
-        if found is None:
-            regions = ", ".join(self._places)
-            raise MissingInputError(f"no job {name!r} in project {self.target.project} in {regions}")
-        return found
+    def _path(self, region: str) -> str:
+        return f"batch/projects/{self.target.project}/locations/{region}/jobs"
 
     def _tasks(self, found: Answer) -> list[Answer]:
         if _job_state(found) is State.WAITING:
             # One that has only just been made has none, not even an empty list.
             return []
-        pages = self._apis.pages(f"the tasks of {found['name']}", f"GET batch/{found['name']}/taskGroups/group0/tasks")
+        pages = self._apis.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
         return [task for page in pages for task in page.get("tasks", ())]
 
     def _delete(self, found: Answer) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
-        what, until = f"job {found['name']}", time.monotonic() + BATCH_DELETION_SECONDS
         with suppress(GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
-                self._apis.ask(what, f"DELETE batch/{found['name']}")
-            while time.monotonic() < until:
-                self._apis.ask(what, f"GET batch/{found['name']}")
-                time.sleep(BATCH_POLL_SECONDS)
-            raise BucketAwayError(f"{what}: not deleted after {BATCH_DELETION_SECONDS:.0f} s: look later")
+                self._apis.ask(f"DELETE batch/{found['name']}")
+            for _ in self.patience(found["name"]):
+                self._apis.ask(f"GET batch/{found['name']}")
+
+    def requests_for(self, spec: JobSpec, machine: Machine) -> list[Manifest]:
+        """See `GoogleBackend.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""
+        if spec.max_hours > 14 * 24:
+            raise BadRequestError(f"--max-hours {spec.max_hours:g}: Batch runs nothing for longer than 336 hours")
+        group = {
+            "taskCount": str(spec.machines),
+            "parallelism": str(spec.machines),
+            "taskCountPerNode": "1",
+            "runAsNonRoot": True,
+            "taskSpec": _task(spec, machine),
+        }
+        return [
+            {
+                "labels": spec.all_labels,
+                "taskGroups": [group],
+                "allocationPolicy": self._allocation(spec, machine),
+                "logsPolicy": {"destination": "CLOUD_LOGGING"},
+            }
+        ]
+
+    def _allocation(self, spec: JobSpec, machine: Machine) -> Manifest:
+        target = self.target
+        policy: Manifest = {
+            "machineType": machine.machine_type,
+            "provisioningModel": "SPOT" if spec.spot else "STANDARD",
+            "bootDisk": {
+                # Its docker knows `--gpus`; that of batch-cos does not.
+                "image": "batch-debian",
+                "type": machine.disk_type,
+                "sizeGb": str(target.boot_disk_gigabytes),
+            },
+        }
+        if machine.extra:
+            policy["accelerators"] = [{"type": machine.gpu_type, "count": str(machine.gpus)}]
+        allocation: Manifest = {
+            "location": {"allowedLocations": [f"regions/{self.place}"]},
+            "instances": [{"policy": policy, "installGpuDrivers": bool(machine.gpus), "blockProjectSshKeys": True}],
+            "labels": spec.all_labels,
+        }
+        if target.service_account:
+            allocation["serviceAccount"] = {"email": target.service_account, "scopes": [google.CLOUD_SCOPE]}
+        if network := google_jobs.network_of(target, self.place):
+            # Who names a network has one that reaches Google without external addresses.
+            allocation["network"] = {"networkInterfaces": [{**network, "noExternalIpAddress": True}]}
+        return allocation
+
+
+def _task(spec: JobSpec, machine: Machine) -> Manifest:
+    resources = {}
+    if machine.shape:
+        cpus, memory_mib = machine.shape
+        resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
+    # Docker makes the volume, with the rights that it has in the image, and removes it.
+    scratch = f"--mount=type=volume,target={google_jobs.CONTAINER_SCRATCH}"
+    container = {
+        "imageUri": spec.image,
+        "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
+        # All constants: Batch takes these apart at the spaces.
+        "options": " ".join((*google_jobs.CONFINEMENT, scratch, *["--gpus=all"] * bool(machine.gpus))),
+    }
+    environment = {"variables": google_jobs.container_variables(spec)}
+    return {
+        "maxRetryCount": MAX_RETRIES,
+        "maxRunDuration": f"{spec.max_seconds}s",
+        **resources,
+        "lifecyclePolicies": [{"action": "FAIL_TASK", "actionCondition": {"exitCodes": FAILING_CODES}}],
+        "runnables": [{"displayName": spec.verb, "container": container, "environment": environment}],
+    }
 
 
 def batch_status(found: Answer, tasks: Sequence[Answer]) -> JobStatus:
     """A job's status from what Batch says about it, and about its tasks if it was asked."""
-    state = _job_state(found)
+    name, state = found["name"].rpartition("/")[2], _job_state(found)
+    status = JobStatus(name, state, _batch_message(found, state), 0 if state is State.FINISHED else None)
+    if state is State.FAILED:
+        ends = [_ended_task(name, code) for task in tasks if (code := _failure_of(task))]
+        status = max(ends, key=lambda end: severity(end.retried), default=status)
     starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
-    code = _failure(tasks) if state is State.FAILED else 0 if state is State.FINISHED else None
-    return JobStatus(
-        found["name"].rpartition("/")[2],
-        state,
-        _batch_message(found, state, code),
-        # A code of Batch's own is none of the program.
-        code if code is None or code < 256 else None,
-        starts,
-        google.utc_text(_created(found)),
-        _region(found),
-        _RESERVED.get(code or 0, ("", None))[1],
-    )
+    created = google.utc_text(found["createTime"])
+    return replace(status, attempts=starts, created=created, place=_region(found))
 
 
-def _failure(tasks: Sequence[Answer]) -> int | None:
-    """The code with which the job failed: of the slices that failed, that of the one that failed worst."""
-    codes = []
-    for task in tasks:
-        ends = [event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task)]
-        ends = [code for code in ends if code]
-        if ends and task["status"].get("state") == "FAILED":
-            codes.append(ends[-1])
-
-    def how_bad(code: int) -> int:
-        cause = _RESERVED.get(code, ("", None))[1]
-        return severity(JobStatus("", State.FAILED, exit_code=code, cause=cause).retried)
-
-    return max(codes, key=how_bad, default=None)
+def _ended_task(name: str, code: int) -> JobStatus:
+    if code not in _RESERVED:
+        return google_jobs.ended_status(name, code)
+    said, cause = _RESERVED[code]
+    return JobStatus(name, State.FAILED, f"ended with code {code}: {said}", cause=cause)
 
 
-def _batch_message(found: Answer, state: State, code: int | None) -> str:
+def _failure_of(task: Answer) -> int:
+    """The code with which a task failed at last; 0 if it did not."""
+    codes = [event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task)]
+    has_failed = task["status"].get("state") == "FAILED"
+    return next((code for code in reversed(codes) if code), 0) if has_failed else 0
+
+
+def _batch_message(found: Answer, state: State) -> str:
     if _is_ending(found):
         return "it is being ended"
-    if state is State.FAILED and code is not None:
-        return f"ended with code {code}: {_RESERVED[code][0] if code in _RESERVED else google_jobs.code_meaning(code)}"
     events = [str(event.get("description", "")) for event in _status_events(found)]
-    for event in reversed(events) if state in (State.WAITING, State.FAILED) else ():
-        for word, said in _SHORTAGES.items():
-            if word in event:
-                return f"{said}, and Batch keeps trying" if state is State.WAITING else said
-    return events[-1] if state is State.FAILED and events else ""
+    if state is State.FAILED and events:
+        return events[-1]
+    shortages = [want for event in events if (want := google.shortage(event))]
+    return f"{shortages[-1].said}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
 def _job_state(found: Answer) -> State:
@@ -233,86 +262,3 @@ def _region(found: Answer) -> str:
 
 def _created(found: Answer) -> datetime:
     return datetime.fromisoformat(found["createTime"])
-
-
-def batch_job(spec: JobSpec, target: BatchTarget, region: str) -> Manifest:
-    """One job in one region. Pure.
-
-    Raises:
-        BadRequestError: Batch cannot run such a job; the message names the option.
-    """
-    google_jobs.check_google_job(spec, target, max_slices=1000)
-    if spec.max_hours > 14 * 24:
-        raise BadRequestError(f"--max-hours {spec.max_hours:g}: Batch runs nothing for longer than 336 hours")
-    machine = machine_for(target.machine_type, spec.gpu_type or target.gpu_type, spec.gpus, spec.spot)
-    return {
-        "labels": spec.all_labels,
-        "taskGroups": [
-            {
-                "taskCount": str(spec.machines),
-                "parallelism": str(spec.machines),
-                "taskCountPerNode": "1",
-                "runAsNonRoot": True,
-                "taskSpec": _task(spec, machine),
-            }
-        ],
-        "allocationPolicy": _allocation(spec, target, region, machine),
-        "logsPolicy": {"destination": "CLOUD_LOGGING"},
-    }
-
-
-def _task(spec: JobSpec, machine: Machine) -> dict[str, Any]:
-    resources = {}
-    if machine.shape:
-        cpus, memory_mib = machine.shape
-        resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
-    # Docker makes the volume, with the rights that it has in the image, and removes it.
-    options = [
-        *google_jobs.CONFINEMENT,
-        f"--mount=type=volume,target={google_jobs.CONTAINER_SCRATCH}",
-        *["--gpus=all"] * bool(machine.gpus),
-    ]
-    return {
-        "maxRetryCount": MAX_RETRIES,
-        "maxRunDuration": f"{spec.max_seconds}s",
-        **resources,
-        "lifecyclePolicies": [{"action": "FAIL_TASK", "actionCondition": {"exitCodes": [*FAILING_CODES]}}],
-        "runnables": [
-            {
-                "displayName": spec.verb,
-                "container": {
-                    "imageUri": spec.image,
-                    "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
-                    # All constants: Batch takes these apart at the spaces.
-                    "options": " ".join(options),
-                },
-                "environment": {"variables": google_jobs.container_variables(spec)},
-            }
-        ],
-    }
-
-
-def _allocation(spec: JobSpec, target: BatchTarget, region: str, machine: Machine) -> dict[str, Any]:
-    policy: dict[str, Any] = {
-        "machineType": machine.machine_type,
-        "provisioningModel": "SPOT" if spec.spot else "STANDARD",
-        "bootDisk": {
-            # Its docker knows `--gpus`; that of batch-cos does not.
-            "image": "batch-debian",
-            "type": machine.disk_type,
-            "sizeGb": str(target.boot_disk_gigabytes),
-        },
-    }
-    if machine.extra:
-        policy["accelerators"] = [{"type": machine.gpu_type, "count": str(machine.gpus)}]
-    allocation: dict[str, Any] = {
-        "location": {"allowedLocations": [f"regions/{region}"]},
-        "instances": [{"policy": policy, "installGpuDrivers": bool(machine.gpus), "blockProjectSshKeys": True}],
-        "labels": spec.all_labels,
-    }
-    if target.service_account:
-        allocation["serviceAccount"] = {"email": target.service_account, "scopes": [google.CLOUD_SCOPE]}
-    if network := google_jobs.network_of(target, region):
-        # Who names a network has one that reaches Google without external addresses.
-        allocation["network"] = {"networkInterfaces": [{**network, "noExternalIpAddress": True}]}
-    return allocation

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import os
 import re
+import textwrap
 import time
+import uuid
 import warnings
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
@@ -32,17 +34,42 @@ ENDPOINT_VARIABLE = "CLOUDSDK_API_ENDPOINT_OVERRIDES_"
 LOGIN = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 CLOUD_SCOPE = "https://www.googleapis.com/auth/cloud-platform"
 """Of tokens, here and on machines: what an account may do is decided by its roles alone."""
+QUOTA_PAGE = "https://console.cloud.google.com/iam-admin/quotas?project={project}"
+"""Where somebody asks for more."""
 _PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
-_STOCK_OUT = re.compile(r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability", re.I)
-_QUOTA = re.compile(r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded", re.I)
-_GOOGLE_PERMISSION = re.compile(
-    r"'?([a-z]+(?:\.[a-zA-Z]+)+)'? permission|permission:? '?([a-z]+(?:\.[a-zA-Z]+)+)", re.I
-)
 _LONGEST_REASON = 400
 
 
 class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
+
+
+class _Refusal(NamedTuple):
+    """What an answer means: the error, and in it what is wrong and what to do."""
+
+    error: type[JobError]
+    said: str
+    remedy: str
+
+
+_AWAY = _Refusal(BucketAwayError, "Google's API is away or too busy", "check the network, or try again later")
+_STATUSES = {
+    401: _Refusal(NoPermissionError, "Google does not know who asks", LOGIN),
+    403: _Refusal(NoPermissionError, "no permission", "have an owner of the project grant a role that has it"),
+    404: _Refusal(GoogleNotFoundError, "it is not there", "check its name, and project and place in the target"),
+    408: _AWAY,
+    429: _AWAY,
+}
+_OTHER_STATUS = _Refusal(BadRequestError, "Google refused it", "change what it names")
+_SHORTAGES = {
+    r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": _Refusal(
+        NoCapacityError, "there is no such machine now", "try another zone or region, later, or --on-demand"
+    ),
+    r"QUOTA_EXCEEDED|quotaExceeded|Quota '[A-Z0-9_-]+' exceeded": _Refusal(
+        BadRequestError, "the project's quota does not allow it", f"ask for more at {QUOTA_PAGE}; spot has its own"
+    ),
+}
+"""By what Compute Engine says, whatever its status; Batch passes the same words on."""
 
 
 class GoogleApis:
@@ -57,37 +84,51 @@ class GoogleApis:
         self.project = project
         self.is_hurried = False
 
-    def ask(self, what: str, request: str, body: Answer | None = None, **query: str) -> Answer:
+    def ask(self, request: str, body: Answer | None = None, **query: str) -> Answer:
         """What an API answers; it is asked again while it is away or too busy.
 
         Args:
-            what: the thing that it is about, for messages.
             request: method, API and path, such as `GET compute/projects/p`; it has to bear repetition.
             body: of the request.
             query: parameters in the URL.
 
         Raises:
-            GoogleNotFoundError: 404.
             JobError: see `refusal`.
         """
         for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
             try:
-                return self._ask_once(what, request, body, query)
+                return self._ask_once(request, body, query)
             except BucketAwayError:
                 time.sleep(pause_seconds)
-        return self._ask_once(what, request, body, query)
+        return self._ask_once(request, body, query)
 
-    def pages(self, what: str, request: str, body: Answer | None = None, **query: str) -> Iterator[Answer]:
+    def create(self, request: str, body: Answer, **query: str) -> Answer:
+        """As `ask`; a repetition whose first answer was lost does not find its own thing in its way."""
+        return self.ask(request, body, **query, requestId=str(uuid.uuid4()))
+
+    def pages(self, request: str, body: Answer | None = None, **query: str) -> Iterator[Answer]:
         """As `ask`, for a method whose answer comes in pages."""
         token: Answer = {}
         while True:
-            page = self.ask(what, request, body and {**body, **token}, **query, **({} if body else token))
+            page = self.ask(request, body and {**body, **token}, **query, **({} if body else token))
             yield page
             if not page.get("nextPageToken"):
                 return
             token = {"pageToken": page["nextPageToken"]}
 
-    def _ask_once(self, what: str, request: str, body: Answer | None, query: dict[str, str]) -> Answer:
+    def log_entries(self, filter_: str, since: datetime) -> Iterator[Answer]:
+        """The entries of logs that match `filter_` from `since` on, in the order of their times."""
+        asked = {
+            "resourceNames": [f"projects/{self.project}"],
+            # Without a time the API gives the last day alone.
+            "filter": f'({filter_}) AND timestamp>="{since.isoformat()}"',
+            "orderBy": "timestamp asc",
+            "pageSize": LOG_PAGE_ENTRIES,
+        }
+        for page in self.pages("POST logging/entries:list", asked):
+            yield from page.get("entries", ())
+
+    def _ask_once(self, request: str, body: Answer | None, query: dict[str, str]) -> Answer:
         import requests
         from google.auth.exceptions import GoogleAuthError, TransportError
 
@@ -104,10 +145,12 @@ class GoogleApis:
                 found: Answer = answer.json()
                 return found
         except (requests.RequestException, TransportError) as error:
-            raise refusal(None, _innermost(error), what, self.project) from error
+            raise refusal(None, _innermost(error), request, self.project) from error
         except GoogleAuthError as error:
-            raise NoPermissionError(f"{what}: no usable Google credentials ({_innermost(error)}): {LOGIN}") from error
-        raise refusal(answer.status_code, _refusal_text(answer), what, self.project)
+            raise NoPermissionError(
+                f"{request}: no usable Google credentials ({_innermost(error)}): {LOGIN}"
+            ) from error
+        raise refusal(answer.status_code, _refusal_text(answer), request, self.project)
 
 
 @cache
@@ -127,39 +170,17 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
     `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
     `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
     """
-    reason = " ".join(reason.split())
-    if len(reason) > _LONGEST_REASON:
-        reason = f"{reason[:_LONGEST_REASON]}…"
-    if _STOCK_OUT.search(reason):
-        return NoCapacityError(
-            f"{what}: there is no such machine now ({reason}): try another zone or region, later, or --on-demand"
-        )
-    if _QUOTA.search(reason) and "rate" not in reason.lower():
-        return BadRequestError(
-            f"{what}: the quota of project {project} does not allow it ({reason}): ask for more at "
-            f"{quota_page(project)}; spot machines have their own quota"
-        )
-    if status == 404:
-        return GoogleNotFoundError(f"{what} is not there ({reason})")
-    if status == 401:
-        return NoPermissionError(f"{what}: Google does not know who asks ({reason}): {LOGIN}")
-    if status == 403 and "rateLimitExceeded" not in reason:
-        found = _GOOGLE_PERMISSION.search(reason)
-        permission = f" {found[1] or found[2]}" if found else ""
-        return NoPermissionError(
-            f"{what}: no permission{permission} ({reason}): have an owner of project {project} grant the account in "
-            "use a role with it"
-        )
-    if status is not None and 400 <= status < 500 and status not in (403, 408, 429):
-        return BadRequestError(f"{what}: Google refused with {status}: {reason}")
-    return BucketAwayError(
-        f"{what}: Google's API is away or too busy ({reason}): check the network, or try again later"
-    )
+    found = shortage(reason)
+    if found is None:
+        is_refused = status is not None and 400 <= status < 500 and "rateLimitExceeded" not in reason
+        found = _STATUSES.get(status or 0, _OTHER_STATUS) if is_refused else _AWAY
+    reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" …")
+    return found.error(f"{what}: {found.said} ({reason}): {found.remedy.format(project=project)}")
 
 
-def quota_page(project: str) -> str:
-    """Where somebody asks for a larger quota."""
-    return f"https://console.cloud.google.com/iam-admin/quotas?project={project}"
+def shortage(text: str) -> _Refusal | None:
+    """What a machine that cannot be had is for want of; None if the text says nothing of the kind."""
+    return next((found for pattern, found in _SHORTAGES.items() if re.search(pattern, text, re.IGNORECASE)), None)
 
 
 def _refusal_text(answer: Any) -> str:
@@ -169,7 +190,7 @@ def _refusal_text(answer: Any) -> str:
         words = [str(error["message"]), *(str(item.get("reason", "")) for item in error.get("errors", ()))]
     except (ValueError, KeyError, TypeError, AttributeError):
         return str(answer.text or answer.reason)
-    return " ".join(dict.fromkeys(filter(None, words)))
+    return " ".join(dict.fromkeys(words))
 
 
 def _innermost(error: BaseException) -> str:
@@ -178,25 +199,6 @@ def _innermost(error: BaseException) -> str:
     return str(error) or type(error).__name__
 
 
-def quoted(value: str) -> str:
-    """A value as filters have it (cloud.google.com/logging/docs/view/logging-query-language)."""
-    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
-
-
-def log_entries(apis: GoogleApis, filter_: str, since: datetime, order: str = "asc") -> Iterator[Answer]:
-    """The entries of logs that match `filter_` from `since` on, in the order of their times, or `desc`."""
-    asked = {
-        "resourceNames": [f"projects/{apis.project}"],
-        # Without a time the API gives the last day alone.
-        "filter": f"({filter_}) AND timestamp>={quoted(since.astimezone(UTC).isoformat().replace('+00:00', 'Z'))}",
-        "orderBy": f"timestamp {order}",
-        "pageSize": LOG_PAGE_ENTRIES,
-    }
-    for page in apis.pages(f"the log of project {apis.project}", "POST logging/entries:list", asked):
-        yield from page.get("entries", ())
-
-
-def utc_text(at: datetime) -> str:
-    """ISO 8601, to the second."""
-    return at.astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+def utc_text(at: str) -> str:
+    """A time of an API as ISO 8601 in UTC, to the second."""
+    return datetime.fromisoformat(at).astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")

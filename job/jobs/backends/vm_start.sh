@@ -60,7 +60,7 @@ end() {
 }
 
 # Runs a command at most COUNT times, until it succeeds. In the background, for only so are signals heard meanwhile.
-insist() {
+retry() {
   local attempt count=$1
   shift
   for ((attempt = 1; attempt <= count; attempt++)); do
@@ -74,7 +74,7 @@ insist() {
 
 install_driver() {
   say "installing the GPU driver"
-  insist 3 timeout 600 cos-extensions install gpu -- -version=latest &&
+  retry 3 timeout 600 cos-extensions install gpu -- -version=latest &&
     # /var lets nothing be executed.
     mount --bind /var/lib/nvidia /var/lib/nvidia && mount -o remount,exec /var/lib/nvidia
 }
@@ -87,7 +87,7 @@ pull() {
   case $registry in
     *.pkg.dev | gcr.io | *.gcr.io) docker-credential-gcr configure-docker --registries="$registry" ;;
   esac
-  insist 5 docker pull --quiet "$image"
+  retry 5 docker pull --quiet "$image"
 }
 
 project=$(known project/project-id)

@@ -16,7 +16,7 @@ from tests.job.jobs.submitting import TARGETS
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
     """Google's APIs on this machine, which all clients of this process and its children find; nobody is patient."""
-    from job.jobs.backends import batch, google, google_jobs, vm
+    from job.jobs.backends import google, google_jobs
 
     with google_server() as server:
         for api in ("COMPUTE", "BATCH", "LOGGING", "IAM"):
@@ -24,8 +24,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
             path = "compute/v1/" if api == "COMPUTE" else ""
             monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"{server.url}/{path}")
         monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01, 0.01, 0.01))
-        monkeypatch.setattr(vm, "VM_POLL_SECONDS", 0.01)
-        monkeypatch.setattr(batch, "BATCH_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(google_jobs, "CHANGE_POLL_SECONDS", 0.01)
         monkeypatch.setattr(google_jobs, "LOG_POLL_SECONDS", 0.05)
         monkeypatch.setattr(google_jobs, "LOG_SETTLE_SECONDS", 0.3)
         yield server

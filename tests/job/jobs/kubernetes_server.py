@@ -7,7 +7,6 @@ Jobs and JobSets are judged by schemas that are not ours when they are made. Wha
 from __future__ import annotations
 
 import copy
-import json
 import re
 import threading
 import time
@@ -15,10 +14,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import schema_problems
 
 Object = dict[str, Any]
@@ -47,10 +46,10 @@ class Refusal(Exception):
 
 
 class Cluster:
-    """What the API holds and was asked; every change wakes those that follow an output."""
+    """What the API holds and was asked."""
 
-    def __init__(self, url: str) -> None:
-        self.url = url
+    def __init__(self) -> None:
+        self.url = ""
         self.served = dict(SERVED)
         """Resources by group and version; what is taken out is not installed."""
         self.namespaces = {"default", "training"}
@@ -69,8 +68,8 @@ class Cluster:
         self._objects: dict[Key, Object] = {}
         self._lines: dict[str, list[str | None]] = {}
         """Of a pod, by its UID; None is a connection that breaks."""
-        self._ticks, self._is_open = 0, True
-        self._changed = threading.Condition(threading.RLock())
+        self._ticks, self.is_open = 0, True
+        self._lock = threading.RLock()
 
     def kubeconfig(self, **user: Any) -> Object:
         """The content of a kubeconfig for it; `user` is how one signs in."""
@@ -94,38 +93,32 @@ class Cluster:
             raise Refusal(404, f'namespaces "{namespace}" not found')
         if problems := schema_problems(body):
             raise Refusal(400, f"strict decoding error: {'; '.join(problems)}")
-        with self._changed:
+        with self._lock:
             if key in self._objects:
                 raise Refusal(409, f'{plural} "{key[2]}" already exists')
             self.add(plural, body, namespace)
-            return copy.deepcopy(self._objects[key])
+        return self.get(plural, key[2], namespace)
 
     def get(self, plural: str, name: str, namespace: str = "default") -> Object:
         """One object."""
-        with self._changed:
+        with self._lock:
             return copy.deepcopy(self._find(plural, name, namespace))
 
     def list(self, plural: str, namespace: str = "default", **selectors: str) -> list[Object]:
         """Those that the selectors take, in any order."""
         wanted = [part.split("=", 1) for text in selectors.values() for part in text.split(",")]
-        with self._changed:
-            return [
-                copy.deepcopy(thing)
-                for key, thing in self._objects.items()
-                if key[:2] == (namespace, plural) and all(_value(thing, name) == value for name, value in wanted)
-            ]
+        with self._lock:
+            found = [thing for key, thing in self._objects.items() if key[:2] == (namespace, plural)]
+            return copy.deepcopy([one for one in found if all(_value(one, name) == value for name, value in wanted)])
 
     def delete(self, namespace: str, plural: str, name: str, options: Object) -> Object:
         """Marks an object, which stays until what it owns is gone."""
-        with self._changed:
-            found = self._find(plural, name, namespace)
-            uid = found["metadata"]["uid"]
-            if uid != options["preconditions"]["uid"]:
-                raise Refusal(409, "the UID in the precondition differs")
-            assert options["propagationPolicy"] == "Foreground"
-            found["metadata"]["deletionTimestamp"] = self._now()
-            threading.Timer(self.goes_after_seconds, self._let_go, (uid,)).start()
-            return copy.deepcopy(found)
+        with self._lock:
+            metadata = self._find(plural, name, namespace)["metadata"]
+            assert options == {"propagationPolicy": "Foreground", "preconditions": {"uid": metadata["uid"]}}
+            metadata["deletionTimestamp"] = self._now()
+        threading.Timer(self.goes_after_seconds, self._let_go, (metadata["uid"],)).start()
+        return self.get(plural, name, namespace)
 
     def log(self, namespace: str, name: str, follow: bool) -> Iterator[str | None]:
         """The lines of a pod."""
@@ -140,7 +133,7 @@ class Cluster:
         """Puts an object there without asking."""
         made = {"status": {}, **copy.deepcopy(thing)}
         made["metadata"] = {"uid": str(uuid.uuid4()), "creationTimestamp": self._now(), **made["metadata"]}
-        with self._changed:
+        with self._lock:
             self._objects[namespace, plural, made["metadata"]["name"]] = made
 
     def names(self, plural: str, namespace: str = "default") -> list[str]:
@@ -149,9 +142,8 @@ class Cluster:
 
     def change(self, plural: str, name: str, namespace: str = "default", **status: Any) -> None:
         """Replaces parts of an object's status."""
-        with self._changed:
+        with self._lock:
             self._find(plural, name, namespace)["status"] |= status
-            self._changed.notify_all()
 
     def end_job(self, name: str, kind: str, reason: str = "", plural: str = "jobs") -> None:
         """Gives a job its last condition: `Complete` (`Completed` of a JobSet) or `Failed`."""
@@ -181,48 +173,30 @@ class Cluster:
             name, terminated={"exitCode": code, "reason": reason, "message": message, "finishedAt": self._now()}
         )
 
-    def unschedulable(self, name: str) -> None:
-        """No node takes a pod."""
-        condition = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available"}
-        with self._changed:
-            del self._find("pods", name, "default")["spec"]["nodeName"]
-        self.change("pods", name, conditions=[condition], containerStatuses=[])
-
-    def remove_pod(self, name: str) -> None:
-        """A pod goes, with its node."""
-        with self._changed:
-            del self._objects["default", "pods", name]
-            self._changed.notify_all()
+    def remove(self, plural: str, name: str, namespace: str = "default") -> None:
+        """An object goes, as a pod with its node."""
+        with self._lock:
+            del self._objects[namespace, plural, name]
 
     def print(self, pod: str, *lines: str) -> None:
         """The program in a pod prints."""
-        with self._changed:
-            self._lines[pod] += [f"{self._now()} {line}" for line in lines]
-            self._changed.notify_all()
+        self._lines[pod] += [f"{self._now()} {line}" for line in lines]
 
     def break_log(self, pod: str, forgotten: int = 0) -> None:
         """Whoever reads a pod's output loses the connection here, once; its first lines may be `forgotten` then."""
-        with self._changed:
-            old = self._lines[pod]
-            self._lines[pod] = old[forgotten:] if forgotten else old
-            old.append(None)
-            self._changed.notify_all()
+        old = self._lines[pod]
+        self._lines[pod] = old[forgotten:] if forgotten else old
+        old.append(None)
 
     def answer_next(self, code: int, times: int = 1, method: str = "GET") -> None:
         """Has the next `times` requests of that method answered with an error."""
         self.faults += [(method, lambda handler: handler.say(code, {"message": f"the test says {code}"}))] * times
 
-    def shut_down(self) -> None:
-        """Ends all that is followed."""
-        with self._changed:
-            self._is_open = False
-            self._changed.notify_all()
-
     # What both need.
 
     def _now(self) -> str:
         """A time that is later than all before; as RFC 3339 has it, without zeros at the end."""
-        with self._changed:
+        with self._lock:
             self._ticks += 1
             moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(milliseconds=100 * self._ticks)
         return moment.isoformat(timespec="milliseconds").removesuffix("+00:00").rstrip("0").rstrip(".") + "Z"
@@ -230,21 +204,17 @@ class Cluster:
     def _printed(self, uid: str, key: Key, follow: bool) -> Iterator[str | None]:
         lines, at = self._lines[uid], 0
         while True:
-            with self._changed:
-                while at == len(lines):
-                    pod = self._objects.get(key)
-                    if pod is None or "terminated" in pod["status"]["containerStatuses"][0]["state"] or not follow:
-                        return
-                    if not self._is_open:
-                        return
-                    self._changed.wait(0.5)
-                line = lines[at]
-                if line is None:
-                    del lines[at]
-                    yield None
+            pod = self._objects.get(key)
+            has_ended = pod is None or "terminated" in pod["status"]["containerStatuses"][0]["state"]
+            while at < len(lines):
+                if lines[at] is None:
+                    yield lines.pop(at)
                     return
-            at += 1
-            yield line
+                yield lines[at]
+                at += 1
+            if has_ended or not follow or not self.is_open:
+                return
+            time.sleep(0.02)
 
     def _find(self, plural: str, name: str, namespace: str) -> Object:
         if (namespace, plural, name) not in self._objects:
@@ -252,26 +222,22 @@ class Cluster:
         return self._objects[namespace, plural, name]
 
     def _let_go(self, uid: str) -> None:
-        with self._changed:
+        with self._lock:
             for key, thing in list(self._objects.items()):
-                if uid in (thing["metadata"]["uid"], *(o["uid"] for o in thing["metadata"].get("ownerReferences", []))):
+                owners = (owner["uid"] for owner in thing["metadata"].get("ownerReferences", []))
+                if uid in (thing["metadata"]["uid"], *owners):
                     del self._objects[key]
-            self._changed.notify_all()
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    # Head and body are written apart: the second would wait 40 ms for the other side's acknowledgement of the first.
-    disable_nagle_algorithm = True
+class _Handler(JsonHandler):
     cluster: Cluster
 
     def do_GET(self) -> None:
-        self.body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        self.cluster.requests.append((self.command, self.path))
-        faults = self.cluster.faults
+        self.body, cluster = self.heard(), self.cluster
+        cluster.requests.append((self.command, self.path))
         with suppress(BrokenPipeError, ConnectionResetError):
-            if faults and faults[0][0] == self.command:
-                faults.pop(0)[1](self)
+            if cluster.faults and cluster.faults[0][0] == self.command:
+                cluster.faults.pop(0)[1](self)
                 return
             try:
                 self.serve()
@@ -279,18 +245,6 @@ class _Handler(BaseHTTPRequestHandler):
                 self.say(refusal.code, {"kind": "Status", "code": refusal.code, "message": str(refusal)})
 
     do_POST = do_DELETE = do_GET
-
-    def log_message(self, *words: object) -> None:
-        pass
-
-    def say(self, code: int, answer: Object) -> None:
-        """Sends a whole answer."""
-        data = json.dumps(answer).encode()
-        self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
-        self.end_headers()
-        self.wfile.write(data)
 
     def serve(self) -> None:
         """Answers as the API server would."""
@@ -308,21 +262,17 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _discovered(self, path: str) -> Object:
         """What kubectl asks first (kubernetes.io/docs/concepts/overview/kubernetes-api, discovery, unaggregated)."""
-        served = self.cluster.served
         if path == "/api":
             return {"kind": "APIVersions", "versions": ["v1"]}
         if path == "/apis":
-            groups = []
-            for api in filter(lambda api: "/" in api, served):
-                version = {"groupVersion": api, "version": api.split("/")[1]}
-                groups.append({"name": api.split("/")[0], "versions": [version], "preferredVersion": version})
+            versions = [
+                {"groupVersion": api, "version": api.split("/")[1]} for api in self.cluster.served if "/" in api
+            ]
+            groups = [{"name": one["groupVersion"].split("/")[0], "versions": [one]} for one in versions]
             return {"kind": "APIGroupList", "apiVersion": "v1", "groups": groups}
-        api = path.removeprefix("/apis/").removeprefix("/api/")
-        resources = [
-            {"name": name, "singularName": "", "namespaced": True, "kind": KINDS.get(name, name), "verbs": ["create"]}
-            for name in served[api]
-        ]
-        return {"kind": "APIResourceList", "groupVersion": api, "resources": resources}
+        api, common = path.removeprefix("/apis/").removeprefix("/api/"), {"namespaced": True, "verbs": ["create"]}
+        found = [{"name": name, "kind": KINDS.get(name, name), **common} for name in self.cluster.served[api]]
+        return {"kind": "APIResourceList", "groupVersion": api, "resources": found}
 
     def _dispatch(self, query: dict[str, str], api: str, namespace: str, plural: str, name: str, log: str) -> None:
         cluster = self.cluster
@@ -330,20 +280,21 @@ class _Handler(BaseHTTPRequestHandler):
         resource = f"{plural}{log or ''}"
         if (verb, resource) in cluster.forbidden:
             raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
-        if verb == "create":
-            body = json.loads(self.body)
-            cluster.bodies += [body] if plural in KINDS else []
-            self.say(201, cluster.create(namespace, plural, body))
-        elif verb == "delete":
-            self.say(200, cluster.delete(namespace, plural, name, json.loads(self.body)))
-        elif log:
+        if log:
             assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
             self._stream(cluster.log(namespace, name, query["follow"].lower() == "true"))
-        elif name:
-            self.say(200, cluster.get(plural, name, namespace))
+            return
+        if verb == "create":
+            cluster.bodies += [self.body] if plural in KINDS else []
+            answer = cluster.create(namespace, plural, self.body)
+        elif verb == "delete":
+            answer = cluster.delete(namespace, plural, name, self.body)
+        elif verb == "get":
+            answer = cluster.get(plural, name, namespace)
         else:
             selectors = {key: value for key, value in query.items() if key.endswith("Selector")}
-            self.say(200, {"items": cluster.list(plural, namespace, **selectors)})
+            answer = {"items": cluster.list(plural, namespace, **selectors)}
+        self.say(200, answer)
 
     def _stream(self, lines: Iterator[str | None]) -> None:
         """Answers in chunks, each as soon as it is there; none ends where a line or a letter does."""
@@ -372,20 +323,11 @@ def kubernetes_server() -> Iterator[Cluster]:
     """A cluster's API, for as long as the block lasts."""
 
     class Handler(_Handler):
-        pass
+        cluster = Cluster()
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    http.daemon_threads = True
-    Handler.cluster = Cluster(f"http://127.0.0.1:{http.server_address[1]}")
-    thread = threading.Thread(target=lambda: http.serve_forever(poll_interval=0.02), daemon=True)
-    thread.start()
-    try:
+    with serving(Handler) as Handler.cluster.url:
         yield Handler.cluster
-    finally:
-        Handler.cluster.shut_down()
-        http.shutdown()
-        http.server_close()
-        thread.join()
+    Handler.cluster.is_open = False
 
 
 def wait_for(what: Callable[[], object], seconds: float = 20.0) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import yaml
@@ -13,6 +11,7 @@ import yaml
 from job.exits import BadConfigError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_api import configuration
+from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
@@ -92,28 +91,17 @@ def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     for name in ("TOKEN", "CERT"):
         (tmp_path / name).write_text(name)
         monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
-    made = configuration("")
-    assert (made.host, made.retries) == ("https://10.1.2.3:443", False)
+    assert configuration("").host == "https://10.1.2.3:443"
     with pytest.raises(MissingInputError):
         configuration("named")
 
 
-@pytest.fixture
-def program(tmp_path):
-    """Makes a program for a kubeconfig, which must not be run."""
-
-    def program(name):
-        path = tmp_path / name
-        path.write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
-        path.chmod(0o755)
-        version = "client.authentication.k8s.io/v1beta1"
-        return {"apiVersion": version, "command": str(path), "interactiveMode": "Never"}
-
-    yield program
-    assert not (tmp_path / "ran").exists()
+def program(name):
+    """What a kubeconfig says of a program that must not be run, and is not there."""
+    return {"apiVersion": "client.authentication.k8s.io/v1", "command": f"/nowhere/{name}", "interactiveMode": "Never"}
 
 
-def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
+def test_a_program_of_a_kubeconfig_is_not_run(server, write):
     write(server.kubeconfig(exec=program("other")))
     with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/other', which is not run here"):
         asked()
@@ -122,7 +110,7 @@ def test_a_program_of_a_kubeconfig_is_not_run(server, write, program):
         asked()
 
 
-def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, program, monkeypatch, tmp_path):
+def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, monkeypatch, tmp_path):
     write(server.kubeconfig(exec=program("gke-gcloud-auth-plugin")))
     monkeypatch.setenv("NO_GCE_CHECK", "true")
     monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
@@ -131,27 +119,17 @@ def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, pro
         asked()
     answers = [(200, {"access_token": "right", "expires_in": 3600}), (400, {"error": "invalid_grant"})]
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_POST(self):
-            code, answer = answers.pop(0)
             self.rfile.read(int(self.headers["Content-Length"]))
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            self.say(*answers.pop(0))
 
-        def log_message(self, *words):
-            pass
-
-    with HTTPServer(("127.0.0.1", 0), Handler) as google:
-        threading.Thread(target=google.serve_forever, daemon=True).start()
+    with serving(Handler) as google:
         user = {"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}
         (tmp_path / "user.json").write_text(json.dumps(user))
         monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "user.json"))
-        monkeypatch.setattr(
-            "google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", f"http://127.0.0.1:{google.server_port}"
-        )
+        monkeypatch.setattr("google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", google)
         assert asked() == []
         with pytest.raises(NoPermissionError, match=no_token):
             asked()
-        google.shutdown()
     assert not answers

@@ -11,44 +11,36 @@ import pytest
 from job.exits import BadRequestError, Exit, MissingInputError
 from job.jobs.backends import google
 from job.jobs.backends.base import Cause, NoCapacityError, State
-from job.jobs.backends.batch import BatchBackend
-from job.jobs.backends.vm import VmBackend
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.jobs.google_jobs import BATCH, REGIONS, VM, ZONES, sampling, spec
-from tests.job.jobs.google_services import Refusal
+from tests.job.jobs.google_jobs import REGIONS, ZONES, backend_of, sampling, spec
+from tests.job.jobs.google_server import Refusal
 
 STOCK_OUT = (
     "ZONE_RESOURCE_POOL_EXHAUSTED_WITH_DETAILS",
     "The zone 'projects/my-project/zones/us-central1-a' does not have enough resources available.",
 )
 QUOTA = ("QUOTA_EXCEEDED", "Quota 'PREEMPTIBLE_NVIDIA_L4_GPUS' exceeded.  Limit: 0.0 in region us-central1.")
+SLICED = "sample-celeba"
 
 
 @pytest.fixture
 def backend(cloud):
-    return VmBackend(VM)
+    return backend_of("vm")
 
 
-def vanishes(cloud, name):
-    for key in [key for key in cloud.compute.instances if key[1] == name]:
-        del cloud.compute.instances[key]
+@pytest.fixture
+def state(backend):
+    """The state of the job, and its cause or exit code."""
+
+    def state():
+        status = backend.status("celeba")
+        return status.state, status.cause or status.exit_code
+
+    return state
 
 
-def ends(cloud, name, code, index=0, slices=0, event="ended"):
-    """The last word of a machine, as `vm_start.sh` writes it."""
-    cloud.logging.write(
-        logName="projects/my-project/logs/ddpm-jobs",
-        labels={"ddpm-job": name, "ddpm-slice": str(index), "ddpm-slices": str(slices)},
-        jsonPayload={"message": f"ddpm-vm: ended with code {code}", "event": event, "code": code},
-    )
-
-
-def taken(cloud, name, index=0, slices=0):
-    ends(cloud, name, 75, index, slices, "taken")
-
-
-def test_a_job_through_its_states(cloud, backend):
-    assert (backend.status("celeba").state, backend.status("celeba").created) == (State.GONE, "")
+def test_a_job_through_its_states(cloud, backend, state):
+    assert (state(), backend.status("celeba").created) == ((State.GONE, None), "")
     (made,) = backend.render(spec())
     backend.submit(spec())
     arrived = cloud.compute.instances[ZONES[0], "celeba"]
@@ -57,35 +49,32 @@ def test_a_job_through_its_states(cloud, backend):
     cloud.compute.set_status("celeba", "RUNNING")
     status = backend.status("celeba")
     assert (status.state, status.place, status.created[-1]) == (State.RUNNING, ZONES[0], "Z")
-    assert backend.jobs() == [status]
-    assert backend.describe("celeba") == {"instances": [arrived]}
+    assert backend.jobs() == [status] and backend.describe("celeba") == {"instances": [arrived]}
     # Deleting itself takes it a while.
-    ends(cloud, "celeba", 65)
+    cloud.logging.ended("celeba", 65)
     cloud.compute.set_status("celeba", "STOPPING")
     for _ in range(2):
-        status = backend.status("celeba")
-        assert (status.state, status.exit_code) == (State.FAILED, Exit.BAD_DATA)
-        assert "bad data" in status.message
-        vanishes(cloud, "celeba")
+        assert state() == (State.FAILED, Exit.BAD_DATA) and "bad data" in backend.status("celeba").message
+        cloud.compute.vanish()
     assert backend.jobs() == []
     with pytest.raises(MissingInputError):
         backend.describe("celeba")
 
 
-def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend):
+def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend, state):
     backend.submit(spec())
-    ends(cloud, "celeba", 0)
-    vanishes(cloud, "celeba")
-    assert (backend.status("celeba").state, backend.status("celeba").exit_code) == (State.FINISHED, 0)
+    cloud.logging.ended("celeba", 0)
+    cloud.compute.vanish()
+    assert state() == (State.FINISHED, 0)
     backend.submit(spec())
-    assert backend.status("celeba").state is State.WAITING
-    vanishes(cloud, "celeba")
-    assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, None)
-    taken(cloud, "celeba")
-    assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, Cause.TAKEN_AWAY)
+    assert state() == (State.WAITING, None)
+    cloud.compute.vanish()
+    assert state() == (State.GONE, None)
+    cloud.logging.ended("celeba", 75, event="taken")
+    assert state() == (State.GONE, Cause.TAKEN_AWAY)
     # Where who submits may not write logs.
-    ends(cloud, "celeba", 0, event="started")
-    assert (backend.status("celeba").state, backend.status("celeba").cause) == (State.GONE, None)
+    cloud.logging.ended("celeba", 0, event="started")
+    assert state() == (State.GONE, None)
 
 
 def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, monkeypatch):
@@ -94,12 +83,11 @@ def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, m
     (tmp_path / "targets.yaml").write_text(text)
     backend.submit(spec())
     cloud.logging.printed("celeba", "epoch 1")
-    taken(cloud, "celeba")
-    vanishes(cloud, "celeba")
+    cloud.logging.ended("celeba", 75, event="taken")
+    cloud.compute.vanish()
     lines = succeeded(ddpm_here("jobs", "logs", "celeba", "--on", "vm")).splitlines()
     assert lines == ["ddpm-vm: submitted", "epoch 1", "ddpm-vm: ended with code 75"]
     lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", tmp_path)).splitlines()
-    assert lines[0] == "job         celeba, on vm"
     assert re.fullmatch(r"state       gone, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
     assert lines[2] == "it says     its machine was taken away"
     # What was never there is not.
@@ -112,12 +100,13 @@ def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypat
     places |= {"first": ("batch", "regions", REGIONS[0]), "both": ("batch", "regions", ", ".join(REGIONS))}
     line = "{}: {{backend: {}, project: my-project, {}: [{}], image: i, bucket: gs://bucket}}\n"
     (tmp_path / "targets.yaml").write_text("".join(line.format(name, *words) for name, words in places.items()))
-    backend.submit(spec())
-    BatchBackend(BATCH).submit(spec("batched"))
-    BatchBackend(BATCH).elsewhere().submit(spec("elsewhere"))
-    listed = succeeded(ddpm_here("jobs", "list"))
-    assert [listed.count(name) for name in ("celeba", "batched", "elsewhere")] == [1, 1, 1]
-    for name in ("celeba", "batched", "elsewhere"):
+    for name, one in (
+        ("celeba", backend),
+        ("batched", backend_of("batch")),
+        ("other", backend_of("batch").elsewhere()),
+    ):
+        one.submit(spec(name))
+        assert succeeded(ddpm_here("jobs", "list")).count(f"{name} ") == 1
         assert "waiting" in succeeded(ddpm_here("jobs", "status", name, "--bucket", tmp_path))
         succeeded(ddpm_here("jobs", "cancel", name))
 
@@ -126,103 +115,81 @@ def test_somebody_elses_machine_of_that_name_stays(cloud, backend):
     cloud.compute.instances[ZONES[0], "celeba"] = {"name": "celeba", "status": "RUNNING"}
     with pytest.raises(BadRequestError, match="already exists"):
         backend.submit(spec())
-    assert list(cloud.compute.instances) == [(ZONES[0], "celeba")]
-    assert not cloud.made("DELETE")
+    assert list(cloud.compute.instances) == [(ZONES[0], "celeba")] and not cloud.made("DELETE")
 
 
-def test_a_machine_that_is_off_or_going_makes_room(cloud, backend):
+def test_a_machine_that_is_off_or_going_makes_room(cloud, backend, state):
     backend.submit(spec())
-    ends(cloud, "celeba", 70)
+    cloud.logging.ended("celeba", 70)
     cloud.compute.set_status("celeba", "TERMINATED")
-    status = backend.status("celeba")
-    assert (status.state, status.exit_code) == (State.FAILED, Exit.NOT_A_NUMBER)
-    assert "its disk costs money" in status.message and "its disk costs money" in backend.jobs()[0].message
+    assert state() == (State.FAILED, Exit.NOT_A_NUMBER)
+    assert all("its disk costs money" in one.message for one in (backend.status("celeba"), *backend.jobs()))
     backend.submit(spec())
     cloud.compute.set_status("celeba", "STOPPING")
-    status = backend.status("celeba")
-    assert (status.state, status.message) == (State.RUNNING, "its machine is being taken away")
+    assert state() == (State.RUNNING, None)
+    assert backend.status("celeba").message == "its machine is being taken away"
     backend.submit(spec())
-    assert backend.status("celeba").state is State.WAITING
+    assert state() == (State.WAITING, None)
 
 
-def test_out_of_stock_leaves_nothing_and_the_next_zone_may_have_one(cloud, backend):
-    cloud.compute.failing_zones[ZONES[0]] = STOCK_OUT
-    with pytest.raises(NoCapacityError, match="does not have enough resources"):
-        backend.submit(spec())
+def test_what_cannot_all_be_had_is_nothing_and_the_next_zone_may_have_it(cloud, backend):
+    for place, problem, error, said in [
+        (ZONES[0], STOCK_OUT, NoCapacityError, "does not have enough resources"),
+        # The last of several slices.
+        ("-2", STOCK_OUT, NoCapacityError, "does not have enough resources"),
+        (ZONES[0], QUOTA, BadRequestError, r"PREEMPTIBLE_NVIDIA_L4_GPUS.*iam-admin/quotas"),
+    ]:
+        cloud.compute.failures = {place: problem}
+        with pytest.raises(error, match=said):
+            backend.submit(sampling())
+        assert not cloud.compute.instances
     cloud.denied["POST .*us-central1-a/instances$"] = Refusal(503, STOCK_OUT[1], "resourceNotReady")
     with pytest.raises(NoCapacityError):
         backend.submit(spec())
-    assert not cloud.compute.instances
-    following = backend.elsewhere()
-    following.submit(spec())
+    backend.elsewhere().submit(spec())
     assert [*cloud.compute.instances] == [(ZONES[1], "celeba")]
     assert backend.status("celeba").place == ZONES[1]
-    assert following.elsewhere() is None
-
-
-def test_a_quota_says_where_to_ask_for_more(cloud, backend):
-    cloud.compute.failing_zones[ZONES[0]] = QUOTA
-    with pytest.raises(BadRequestError, match=r"PREEMPTIBLE_NVIDIA_L4_GPUS.*iam-admin/quotas"):
-        backend.submit(spec())
-    assert not cloud.compute.instances
 
 
 def test_slices_are_machines_and_one_job(cloud, backend):
-    name = "sample-celeba"
     backend.submit(sampling())
-    assert len(cloud.compute.instances) == 3
     for index in range(3):
-        cloud.compute.set_status(f"{name}-{index}", "RUNNING")
-    assert [(one.name, one.state) for one in backend.jobs()] == [(name, State.RUNNING)]
-    cloud.logging.printed(name, "piece 4", index=2)
-    assert [*backend.logs(name, False)] == ["[all] ddpm-vm: submitted", "[2] piece 4"]
-    ends(cloud, name, 0, 1, 3)
-    vanishes(cloud, f"{name}-1")
-    status = backend.status(name)
+        cloud.compute.set_status(f"{SLICED}-{index}", "RUNNING")
+    assert [(one.name, one.state) for one in backend.jobs()] == [(SLICED, State.RUNNING)]
+    cloud.logging.printed(SLICED, "piece 4", index=2)
+    assert [*backend.logs(SLICED, False)] == ["[all] ddpm-vm: submitted", "[2] piece 4"]
+    cloud.logging.ended(SLICED, 0, 1, 3)
+    cloud.compute.vanish(f"{SLICED}-1")
+    status = backend.status(SLICED)
     assert (status.state, status.message) == (State.RUNNING, "1 of 3 slices finished")
-    ends(cloud, name, 0, 0, 3)
-    vanishes(cloud, f"{name}-0")
-    vanishes(cloud, f"{name}-2")
-    status = backend.status(name)
+    cloud.logging.ended(SLICED, 0, 0, 3)
+    cloud.compute.vanish()
+    status = backend.status(SLICED)
     assert (status.state, status.message) == (State.GONE, "2 of 3 slices finished; slice 2: its machine is gone")
-    ends(cloud, name, 0, 2, 3)
-    assert backend.status(name).state is State.FINISHED
+    cloud.logging.ended(SLICED, 0, 2, 3)
+    assert backend.status(SLICED).state is State.FINISHED
 
 
-@pytest.mark.parametrize("codes", [(71, 65), (65, 71), (75, 65), (137, 65)])
-def test_the_slice_that_failed_worst_decides(cloud, backend, codes):
-    backend.submit(sampling(slices=2))
-    for index, code in enumerate(codes):
-        ends(cloud, "sample-celeba", code, index, 2)
-    cloud.compute.instances.clear()
-    status = backend.status("sample-celeba")
-    assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, "never")
-    assert f"slice {codes.index(65)}" in status.message
-
-
-def test_slices_that_cannot_all_be_had_are_none(cloud, backend):
-    real = cloud.compute._insert
-
-    def third_fails(zone, body, query):
-        if body["name"].endswith("-2"):
-            raise Refusal(503, STOCK_OUT[1])
-        return real(zone, body, query)
-
-    cloud.compute._insert = third_fails
-    with pytest.raises(NoCapacityError):
-        backend.submit(sampling())
-    assert not cloud.compute.instances
+def test_the_slice_that_failed_worst_decides(cloud, backend):
+    for codes in [(71, 65), (65, 71), (75, 65), (137, 65)]:
+        backend.submit(sampling(slices=2))
+        for index, code in enumerate(codes):
+            cloud.logging.ended(SLICED, code, index, 2)
+        cloud.compute.vanish()
+        status = backend.status(SLICED)
+        assert (status.state, status.exit_code, status.retried) == (State.FAILED, 65, "never")
+        assert f"slice {codes.index(65)}" in status.message
 
 
 def test_cancelling_deletes_the_machines_and_is_told_from_being_lost(cloud, backend):
     backend.submit(sampling())
-    assert backend.cancel("sample-celeba").startswith("was waiting, and is no more")
+    assert backend.cancel(SLICED).startswith("was waiting, and is no more")
     assert not cloud.compute.instances
     # They hear of it, and say so.
-    taken(cloud, "sample-celeba", 1, 3)
-    assert backend.status("sample-celeba").state is State.CANCELLED
-    with pytest.raises(MissingInputError, match="sample-celeba"):
-        backend.cancel("sample-celeba")
+    cloud.logging.ended(SLICED, 75, 1, 3, "taken")
+    assert backend.status(SLICED).state is State.CANCELLED
+    with pytest.raises(MissingInputError, match=SLICED):
+        backend.cancel(SLICED)
     for word, expected in (("RUNNING", "was told to stop: it saves first"), ("TERMINATED", "was gone already")):
         backend.submit(spec())
         cloud.compute.set_status("celeba", word)
@@ -249,13 +216,14 @@ def test_logs_are_those_of_this_job_however_many_and_late(cloud, backend, monkey
     has_seen_all = threading.Event()
 
     def story():
-        time.sleep(0.1)
         cloud.logging.printed("celeba", "line 50")
         assert has_seen_all.wait(20)
-        ends(cloud, "celeba", 0)
-        vanishes(cloud, "celeba")
-        # The last lines of a job arrive when its machine is no more, and not in order.
-        time.sleep(0.1)
+        cloud.logging.ended("celeba", 0)
+        cloud.compute.vanish()
+        # The last lines of a job arrive when it is known that its machine is no more, and not in order.
+        asked = len(cloud.requests)
+        while len(cloud.requests) == asked:
+            time.sleep(0.01)
         cloud.logging.printed("celeba", "late line", ago_seconds=0.3)
 
     thread, lines = threading.Thread(target=story), []

@@ -17,9 +17,8 @@ import pytest
 from job.exits import Exit
 from job.jobs.backends import vm as module
 from job.jobs.backends.base import Cause, State
-from job.jobs.backends.vm import VmBackend, vm_instances
-from tests.job.jobs.google_jobs import VM, ZONES, metadata_of, spec
-from tests.job.jobs.google_services import Refusal
+from tests.job.jobs.google_jobs import backend_of, metadata_of, spec
+from tests.job.jobs.google_server import Refusal
 
 SCRIPT = Path(module.__file__).with_name("vm_start.sh")
 TOOLS = ("docker", "docker-credential-gcr", "cos-extensions", "mount", "systemctl", "systemd-run", "chown", "sleep")
@@ -38,26 +37,21 @@ exec /usr/bin/curl "${words[@]}"
 class Machine:
     """A VM as far as the script can see: metadata, tools, two folders."""
 
-    def __init__(self, cloud, folder: Path, one) -> None:
-        self.cloud, self.folder, self.backend = cloud, folder, VmBackend(VM)
-        (self.instance,) = vm_instances(one, VM, ZONES[0])
-        self.backend.submit(one)
+    def __init__(self, cloud, folder: Path, **changes) -> None:
+        self.cloud, self.folder, self.backend = cloud, folder, backend_of("vm")
+        self.known = metadata_of(self.backend.render(spec(**changes))[0])
+        self.backend.submit(spec(**changes))
         cloud.compute.set_status("celeba", "RUNNING")
-        for key, value in metadata_of(self.instance).items():
-            cloud.metadata.values[f"instance/attributes/{key}"] = value
+        cloud.metadata |= {f"instance/attributes/{key}": value for key, value in self.known.items()}
+        tools = folder / "tools"
+        tools.mkdir()
         for tool in (*TOOLS, "curl"):
             # The interpreter is this one, wherever env would find another.
             fake = f"#!{sys.executable} -IS\n" + Path(__file__).with_name("fake_tools.py").read_text()
-            (folder / "tools").mkdir(exist_ok=True)
-            (folder / "tools" / tool).write_text(CURL if tool == "curl" else fake)
-            (folder / "tools" / tool).chmod(0o755)
-        self.environment = {
-            "PATH": f"{folder / 'tools'}:{os.environ['PATH']}",
-            "GOOGLE": cloud.url,
-            "FAKE_TOOLS": str(folder),
-            "RUNTIME_DIRECTORY": str(folder),
-            "STATE_DIRECTORY": str(folder),
-        }
+            (tools / tool).write_text(CURL if tool == "curl" else fake)
+            (tools / tool).chmod(0o755)
+        folders = dict.fromkeys(("FAKE_TOOLS", "RUNTIME_DIRECTORY", "STATE_DIRECTORY"), str(folder))
+        self.environment = {"PATH": f"{tools}:{os.environ['PATH']}", "GOOGLE": cloud.url, **folders}
 
     def begun(self, **tools: str) -> subprocess.Popen:
         """The script, begun; what tools do is given by name."""
@@ -85,9 +79,9 @@ class Machine:
         assert code == 0, output
         return output
 
-    def stop(self, process: subprocess.Popen) -> None:
+    def stopped(self, **tools: str) -> None:
         """The machine is switched off, once the container, or what holds in its place, is up."""
-        end = time.monotonic() + 20
+        process, end = self.begun(**tools), time.monotonic() + 20
         while not (self.folder / "container").exists():
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -98,18 +92,16 @@ class Machine:
         found = [json.loads(line) for line in (self.folder / "calls").read_text().splitlines()]
         return [call for call in found if call[: len(beginning)] == [*beginning]]
 
-    def deletions(self) -> list[str]:
-        return self.cloud.made("DELETE")
-
-    def status(self):
+    def state(self):
         """What is known of the job when the machine is no more."""
-        self.cloud.compute.instances.clear()
-        return self.backend.status("celeba")
+        self.cloud.compute.vanish()
+        status = self.backend.status("celeba")
+        return status.state, status.cause or status.exit_code
 
 
 @pytest.fixture
 def machine(cloud, tmp_path):
-    return Machine(cloud, tmp_path, spec())
+    return Machine(cloud, tmp_path)
 
 
 def test_shellcheck_has_nothing_to_say():
@@ -138,54 +130,45 @@ def test_it_goes_on_in_a_unit_that_stops_the_script_alone_and_gives_it_time(mach
 
 
 def test_a_job_that_finishes_says_so_and_deletes_its_machine_once(machine, tmp_path):
-    machine.run()
-    order = [call[0] if call[0] != "docker" else call[1] for call in machine.calls()]
-    assert order == ["chown", "cos-extensions", "mount", "mount", "docker-credential-gcr", "pull", "run"]
+    # The registry stumbles.
+    machine.run(docker_pull="1 1 0")
+    order = [call[1] if call[0] == "docker" else call[0] for call in machine.calls() if call[0] != "sleep"]
+    assert order == ["chown", "cos-extensions", "mount", "mount", "docker-credential-gcr", *["pull"] * 3, "run"]
     (run,) = machine.calls("docker", "run")
-    known = metadata_of(machine.instance)
     assert run[2:6] == ["--name", "ddpm-job", "--log-driver=gcplogs", "--log-opt=labels=ddpm-job,ddpm-slice"]
-    assert run[6:] == known["ddpm-words"].splitlines()
-    assert (tmp_path / "environment").read_text() == known["ddpm-environment"]
-    assert machine.calls("docker-credential-gcr")[0][1:] == [
-        "configure-docker",
-        "--registries=us-central1-docker.pkg.dev",
-    ]
-    assert machine.deletions() == [DELETION]
+    assert run[6:] == machine.known["ddpm-words"].splitlines()
+    assert (tmp_path / "environment").read_text() == machine.known["ddpm-environment"]
+    (login,) = machine.calls("docker-credential-gcr")
+    assert login[1:] == ["configure-docker", "--registries=us-central1-docker.pkg.dev"]
+    assert machine.cloud.made("DELETE") == [DELETION]
     # What curl is called with can be seen by everybody on the machine.
     assert "token-of-the-machine" not in (tmp_path / "arguments").read_text()
-    status = machine.status()
-    assert (status.state, status.exit_code) == (State.FINISHED, 0)
+    assert machine.state() == (State.FINISHED, 0)
 
 
 @pytest.mark.parametrize("code", [Exit.BAD_DATA, 137, Exit.STOPPED])
 def test_every_other_code_is_told_too_and_nothing_is_tried_again_here(machine, code):
     machine.run(docker_run=str(int(code)))
-    assert len(machine.calls("docker", "run")) == len(machine.deletions()) == 1
-    status = machine.status()
-    assert (status.state, status.exit_code) == (State.FAILED, code)
+    assert len(machine.calls("docker", "run")) == len(machine.cloud.made("DELETE")) == 1
+    assert machine.state() == (State.FAILED, code)
 
 
 @pytest.mark.parametrize(
-    ("code", "state", "cause"),
+    ("tools", "state"),
     [
-        (Exit.STOPPED, State.GONE, Cause.TAKEN_AWAY),
-        (137, State.GONE, Cause.TAKEN_AWAY),
-        (Exit.NOT_A_NUMBER, State.FAILED, None),
-        (0, State.FINISHED, None),
+        ({"docker_run": "hold:75"}, (State.GONE, Cause.TAKEN_AWAY)),
+        ({"docker_run": "hold:137"}, (State.GONE, Cause.TAKEN_AWAY)),
+        ({"docker_run": "hold:70"}, (State.FAILED, Exit.NOT_A_NUMBER)),
+        ({"docker_run": "hold:0"}, (State.FINISHED, 0)),
+        # Before the job began.
+        ({"docker_pull": "hold:0"}, (State.GONE, Cause.TAKEN_AWAY)),
     ],
 )
-def test_power_off_reaches_the_container_and_is_told_from_an_end(machine, code, state, cause):
-    machine.stop(machine.begun(docker_run=f"hold:{int(code)}"))
-    assert machine.calls("docker", "stop") == [["docker", "stop", "ddpm-job"]]
-    assert not machine.deletions()
-    status = machine.status()
-    assert (status.state, status.cause) == (state, cause)
-
-
-def test_power_off_before_the_job_began_counts_as_little(machine):
-    machine.stop(machine.begun(docker_pull="hold:0"))
-    assert not machine.calls("docker", "run")
-    assert machine.status().cause is Cause.TAKEN_AWAY
+def test_power_off_reaches_the_container_and_is_told_from_an_end(machine, tools, state):
+    machine.stopped(**tools)
+    assert len(machine.calls("docker", "stop", "ddpm-job")) == len(machine.calls("docker", "run"))
+    assert not machine.cloud.made("DELETE")
+    assert machine.state() == state
 
 
 @pytest.mark.parametrize(
@@ -198,32 +181,24 @@ def test_power_off_before_the_job_began_counts_as_little(machine):
 def test_what_is_missing_ends_the_job_after_some_attempts(machine, tools, code, tool, times, words):
     assert words in machine.run(**tools)
     assert len(machine.calls(*tool)) == times and not machine.calls("docker", "run")
-    assert len(machine.deletions()) == 1
+    assert len(machine.cloud.made("DELETE")) == 1
     assert any(words in line for line in machine.backend.logs("celeba", False))
-    assert machine.status().exit_code == code
-
-
-def test_a_registry_that_stumbles_is_asked_again(machine):
-    machine.run(docker_pull="1 1 0")
-    assert machine.status().state is State.FINISHED
+    assert machine.state() == (State.FAILED, code)
 
 
 def test_a_cpu_job_installs_no_driver_and_credentials_go_to_googles_registries_alone(cloud, tmp_path):
-    machine = Machine(cloud, tmp_path, spec(gpus=0, image="evil-pkg.dev/somebody/ddpm:1"))
+    machine = Machine(cloud, tmp_path, gpus=0, image="evil-pkg.dev/somebody/ddpm:1")
     machine.run()
     assert not machine.calls("cos-extensions") and not machine.calls("docker-credential-gcr")
 
 
-def test_a_machine_that_may_not_delete_itself_is_switched_off(machine):
+def test_a_machine_without_rights_runs_its_job_all_the_same_and_is_switched_off(machine):
     machine.cloud.denied["^DELETE"] = Refusal(403, "Required 'compute.instances.delete' permission", "forbidden")
     assert "compute.instances.delete" in machine.run()
     assert machine.calls("systemctl") == [["systemctl", "poweroff"]]
     machine.cloud.compute.set_status("celeba", "TERMINATED")
     status = machine.backend.status("celeba")
     assert status.state is State.FINISHED and "its disk costs money" in status.message
-
-
-def test_without_the_right_to_write_logs_the_job_runs_all_the_same(machine):
     machine.cloud.denied["entries:write"] = Refusal(403, "Permission 'logging.logEntries.create' denied")
     assert "roles/logging.logWriter" in machine.run()
-    assert "--log-driver=local" in machine.calls("docker", "run")[0] and len(machine.deletions()) == 1
+    assert "--log-driver=local" in machine.calls("docker", "run")[1]

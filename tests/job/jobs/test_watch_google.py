@@ -2,81 +2,54 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import pytest
 
-from job.jobs.backends.batch import MAX_RETRIES, BatchBackend
-from job.jobs.backends.vm import VmBackend
+from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.watch import JobEndedError, Watch
-from tests.job.jobs.google_jobs import BATCH, VM, sampling, spec
+from tests.job.jobs.google_jobs import backend_of, sampling, spec
 from tests.job.jobs.story import Story, nothing
-from tests.job.jobs.test_vm import ends, taken
 
 NAME = "sample-celeba"
-
-
-@pytest.fixture
-def vm(cloud):
-    return VmBackend(VM)
 
 
 def again(told):
     return [line for line in told if "submitting it again" in line]
 
 
-def test_machines_that_say_nothing_are_not_made_for_ever(cloud, vm):
-    """As without `roles/logging.logWriter`, and with no word in the bucket: nobody can tell what came of the job."""
-    told = []
+def test_what_counts_of_machines_that_end(cloud):
+    def machines_end(*words):
+        for index, (code, event) in enumerate(words):
+            cloud.logging.ended(NAME, code, index, 2, event)
+        cloud.compute.vanish()
+
+    def watched(*words, then=()):
+        told, events = [], [lambda: machines_end(*words), nothing] * 8
+        last = [lambda: machines_end(*then)] if then else []
+        Watch(backend_of("vm"), sampling(slices=2), Story(*events, *last), told.append).run()
+        return told
+
+    # As without `roles/logging.logWriter`, and with no word in the bucket: nobody can tell what came of the job.
     with pytest.raises(JobEndedError, match=r"is gone, the 5th failure: giving up.*its machine is gone"):
-        Watch(vm, sampling(slices=2), Story(*[cloud.compute.instances.clear, nothing] * 40), told.append).run()
-    assert len(again(told)) == 4
-
-
-def test_machines_that_are_taken_away_and_jobs_that_saved_do_not_count(cloud, vm):
-    def are_taken_away():
-        taken(cloud, NAME, 0, 2)
-        # As by --stop-after.
-        ends(cloud, NAME, 75, 1, 2)
-        cloud.compute.instances.clear()
-
-    def finish():
-        for index in range(2):
-            ends(cloud, NAME, 0, index, 2)
-        cloud.compute.instances.clear()
-
-    told = []
-    Watch(vm, sampling(slices=2), Story(*[are_taken_away, nothing] * 8, finish), told.append).run()
+        watched()
+    with pytest.raises(JobEndedError, match="the 5th failure") as caught:
+        watched((75, "taken"), (137, "ended"))
+    assert caught.value.exit_code == 137
+    # Machines that are taken away, and jobs that saved, as by --stop-after.
+    told = watched((75, "taken"), (75, "ended"), then=[(0, "ended")] * 2)
     assert len(again(told)) == 8 and not any("failure" in line for line in again(told))
 
 
-def test_a_machine_whose_job_crashed_is_made_again_four_times(cloud, vm):
-    def crashes():
-        taken(cloud, NAME, 0, 2)
-        ends(cloud, NAME, 137, 1, 2)
-        cloud.compute.instances.clear()
-
-    with pytest.raises(JobEndedError, match="the 5th failure") as caught:
-        Watch(vm, sampling(slices=2), Story(*[crashes, nothing] * 40), [].append).run()
-    assert caught.value.exit_code == 137
-
-
 def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_uncounted(cloud):
-    def lost(*codes):
-        for code in codes:
-            cloud.batch.end_task("celeba", code)
+    def lost(code):
+        cloud.batch.end_task("celeba", 137, *[code] * (1 + MAX_RETRIES))
         cloud.batch.move("celeba", "FAILED")
 
     def finishes():
         cloud.batch.tasks.clear()
         cloud.batch.move("celeba", "SUCCEEDED")
 
-    told = []
-    ends = [partial(lost, 137, *[code] * (1 + MAX_RETRIES)) for code in (50001, 50002, 50003, 50006)]
-    Watch(
-        BatchBackend(BATCH),
-        spec(),
-        Story(*[event for end in ends * 2 for event in (end, nothing)], finishes),
-        told.append,
-    ).run()
+    told, events = [], []
+    for code in (50001, 50002, 50003, 50006) * 2:
+        events += [lambda code=code: lost(code), nothing]
+    Watch(backend_of("batch"), spec(), Story(*events, finishes), told.append).run()
     assert len(again(told)) == 8 and not any("failure" in line for line in again(told))

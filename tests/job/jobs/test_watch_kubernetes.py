@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from job.exits import Exit, StoppedError
+from job.exits import StoppedError
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.watch import JobEndedError, Watch
+from job.jobs.watch import Watch
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 from tests.job.jobs.kubernetes_server import wait_for
 from tests.job.jobs.story import Story, nothing
@@ -30,31 +30,22 @@ def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, b
     assert len(server.bodies) == 1
 
 
-@pytest.mark.parametrize(("nodes", "plural"), [(1, "jobs"), (2, "jobsets")])
-def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted_again(server, backend, nodes, plural):
-    def wait_for_a_node():
-        server.unschedulable(server.start_pod(NAME, 0, plural))
-
+def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted_again(server, backend):
     def wait():
         story.seconds += 45
 
     def reach_the_deadline():
-        for pod in server.names("pods"):
-            server.remove_pod(pod)
-        if plural == "jobs":
-            server.end_job(NAME, "Failed", "DeadlineExceeded")
-            return
         # A JobSet only says that one of its Jobs failed.
         server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
         server.end_job("part", "Failed", "DeadlineExceeded")
-        server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", plural)
+        server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "jobsets")
 
     def finish():
-        server.end_job(NAME, "Complete" if plural == "jobs" else "Completed", plural=plural)
+        server.end_job(NAME, "Completed", plural="jobsets")
 
     told = []
-    story = Story(wait_for_a_node, *[wait] * 20, reach_the_deadline, nothing, finish)
-    Watch(backend, spec(nodes=nodes), story, told.append).run()
+    story = Story(*[wait] * 20, reach_the_deadline, nothing, finish)
+    Watch(backend, spec(nodes=2), story, told.append).run()
     assert "train-celeba had a machine for less than its 24 hours; submitting it again" in told
     assert len(server.bodies) == 2
 
@@ -72,39 +63,3 @@ def test_a_job_that_its_queue_stops_for_good_has_used_its_hours(server):
     with pytest.raises(StoppedError, match="has used its 24 hours"):
         Watch(KubernetesBackend(QUEUED), spec(), story, [].append).run()
     wait_for(lambda: not server.names("jobs", "training"))
-
-
-def test_a_job_whose_image_cannot_be_pulled_is_removed_after_five_minutes(server, backend):
-    reasons = ["ErrImagePull", "ImagePullBackOff"] * 30
-
-    def begin():
-        # The first of several pods has a node.
-        server.start_pod(NAME, 0, "jobsets", waiting={"reason": "ContainerCreating"})
-        server.unschedulable(server.start_pod(NAME, 1, "jobsets"))
-        server.answer_next(503, times=4, method="DELETE")
-
-    def go_on():
-        pod = next(name for name in server.names("pods") if f"{NAME}-0" in name)
-        server.set_pod(pod, waiting={"reason": reasons.pop(), "message": "manifest unknown"})
-
-    told = []
-    story = Story(begin, *[go_on] * 25)
-    with pytest.raises(JobEndedError, match=r"cannot begin, and is removed: .*manifest unknown; is the image") as ended:
-        Watch(backend, spec(nodes=2), story, told.append).run()
-    assert ended.value.exit_code == Exit.MISSING_INPUT
-    assert any(line.endswith("allowed to reach it?; trying again to remove train-celeba") for line in told)
-    wait_for(lambda: not server.names("jobsets") and not server.names("pods"))
-    assert 300 < story.seconds < 400
-
-
-def test_an_image_that_is_late_ends_nothing(server, backend):
-    def begin():
-        server.start_pod(NAME, waiting={"reason": "ErrImagePull", "message": "timeout"})
-
-    def pull():
-        server.set_pod(server.names("pods")[0], running={})
-
-    def finish():
-        server.end_job(NAME, "Complete")
-
-    Watch(backend, spec(), Story(begin, *[nothing] * 12, pull, *[nothing] * 12, finish), [].append).run()

@@ -1,0 +1,47 @@
+"""What servers of tests have in common: JSON in and out, on a port of their own."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class JsonHandler(BaseHTTPRequestHandler):
+    """Reads a body that is JSON; `say` answers."""
+
+    protocol_version = "HTTP/1.1"
+    # Head and body are written apart: the second would wait 40 ms for the other side's acknowledgement of the first.
+    disable_nagle_algorithm = True
+
+    def heard(self) -> Any:
+        """What was sent; None if nothing was."""
+        return json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
+
+    def say(self, code: int, answer: Any) -> None:
+        """Sends a whole answer; a string as it is."""
+        data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
+        self.send_response(code)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+@contextmanager
+def serving(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+    """A server for as long as the block lasts: its URL."""
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        # Requests that wait when the test is over are not waited for.
+        server.daemon_threads, server.block_on_close = True, False
+        threading.Thread(target=server.serve_forever, args=[0.02], daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
