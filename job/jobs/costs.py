@@ -15,8 +15,6 @@ from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget
 
-UNKNOWN = "price unknown"
-
 
 @dataclass(frozen=True)
 class Limit:
@@ -31,9 +29,6 @@ class Limit:
 def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> Limit:
     """The limit of `spec` on `target`; with `is_watched` that of all that `--watch` submits, together."""
     attempts: int | None = 1
-    if not target.is_remote:
-        how = "if --max-hours says so, and then the job ends itself: there is no engine to do it"
-        return Limit(None, f"{spec.max_hours:g} hours {how}")
     if isinstance(target, BatchTarget):
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
@@ -74,11 +69,11 @@ def cost_of(spec: JobSpec, target: Target, prices: Sequence[Price] | None = None
     per_hour = target.price_per_hour
     if per_hour is None:
         if not isinstance(target, GoogleTarget):
-            return UNKNOWN
+            return "price unknown"
         table = load_prices() if prices is None else prices
         rows = {row.region: row for row in table if row.machine_type == target.machine_type}
         if not all(region in rows for region in target.all_regions):
-            return UNKNOWN
+            return "price unknown"
         # It may end up in any of them.
         dearest = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
         per_hour, source = dearest.dollars_per_hour, f"; {dearest.source}, {dearest.date}"

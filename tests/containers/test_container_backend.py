@@ -12,7 +12,7 @@ from PIL import Image
 
 from job.jobs.backends.base import State
 from job.jobs.backends.container import ContainerBackend
-from job.jobs.outcome import JobPlace, read_outcome
+from job.jobs.outcome import read_outcome
 from job.jobs.targets import ContainerTarget, load_targets
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
@@ -49,7 +49,7 @@ def test_pack_and_train_with_what_comes_along(place):
     assert all(picture.stat().st_uid == bucket.stat().st_uid for picture in pictures)
     assert backend().status("train-first").state is State.FINISHED
     # It says so itself, in the bucket.
-    outcome = read_outcome(JobPlace("train-first", str(bucket)))
+    outcome = read_outcome("train-first", str(bucket))
     assert outcome is not None
     assert (outcome.state, outcome.exit_code) == ("finished", 0)
     assert "is finished already" in succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))

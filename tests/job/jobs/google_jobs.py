@@ -39,7 +39,7 @@ def sampling(name: str = "sample-celeba", slices: int = 3, **changes: Any) -> Jo
 
 JOBS: dict[str, tuple[JobSpec, dict[str, Any]]] = {
     "one-gpu-spot": (spec(env={"NCCL_DEBUG": "INFO"}), {}),
-    "eight-gpus": (spec(gpus=8, spot=False, max_hours=72.0, labels={"team": "vision"}), EIGHT),
+    "eight-gpus": (spec(gpus=8, spot=False, max_hours=72.0), EIGHT),
     "extra-gpus": (spec(gpus=2), T4),
     "sampling-slices": (sampling(), {}),
 }

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from job.jobs.backends.container_command import Host, run_command
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import State
 from job.jobs.backends.container import ContainerBackend
-from job.jobs.backends.container_command import Host, run_command
 from job.jobs.spec import JobSpec
 from job.jobs.targets import ContainerTarget
 from tests.job.jobs.submitting import built

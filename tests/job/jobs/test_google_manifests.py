@@ -152,7 +152,7 @@ def test_rendering_needs_none_of_googles_libraries():
         "spec = JobSpec('a', 'train', ('train',), 'example.com/a:1', 'gs://b')\n"
         "for target in (VmTarget(backend='vm', project='my-project', zones=('us-central1-a',)),"
         " BatchTarget(backend='batch', project='my-project', regions=('us-central1',))):\n"
-        "    print(len(backend_for(target).render(spec)))\n"
+        "    with backend_for(target) as backend: print(len(backend.render(spec)))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.stdout, done.returncode) == ("1\n1\n", 0), done.stderr

@@ -8,9 +8,9 @@ import pytest
 
 from job.jobs.backends.batch import MAX_RETRIES, BatchBackend
 from job.jobs.backends.vm import VmBackend
-from job.jobs.watch import JobEndedError, Watch
+from job.jobs.watch import JobEndedError
 from tests.job.jobs.google_jobs import BATCH, VM, sampling, spec
-from tests.job.jobs.story import Story, nothing
+from tests.job.jobs.story import Story, nothing, watched
 from tests.job.jobs.test_vm import ends, taken
 
 NAME = "sample-celeba"
@@ -21,16 +21,12 @@ def vm(cloud):
     return VmBackend(VM)
 
 
-def again(told):
-    return [line for line in told if "submitting it again" in line]
-
-
 def test_machines_that_say_nothing_are_not_made_for_ever(cloud, vm):
     """As without `roles/logging.logWriter`, and with no word in the bucket: nobody can tell what came of the job."""
-    told = []
+    story = Story(*[cloud.compute.instances.clear, nothing] * 40)
     with pytest.raises(JobEndedError, match=r"is gone, the 5th failure: giving up.*its machine is gone"):
-        Watch(vm, sampling(slices=2), Story(*[cloud.compute.instances.clear, nothing] * 40), told.append).run()
-    assert len(again(told)) == 4
+        watched(vm, sampling(slices=2), story)
+    assert len(story.again()) == 4
 
 
 def test_machines_that_are_taken_away_and_jobs_that_saved_do_not_count(cloud, vm):
@@ -45,9 +41,9 @@ def test_machines_that_are_taken_away_and_jobs_that_saved_do_not_count(cloud, vm
             ends(cloud, NAME, 0, index, 2)
         cloud.compute.instances.clear()
 
-    told = []
-    Watch(vm, sampling(slices=2), Story(*[are_taken_away, nothing] * 8, finish), told.append).run()
-    assert len(again(told)) == 8 and not any("failure" in line for line in again(told))
+    story = Story(*[are_taken_away, nothing] * 8, finish)
+    watched(vm, sampling(slices=2), story)
+    assert len(story.again()) == 8 and not any("failure" in line for line in story.again())
 
 
 def test_a_machine_whose_job_crashed_is_made_again_four_times(cloud, vm):
@@ -57,7 +53,7 @@ def test_a_machine_whose_job_crashed_is_made_again_four_times(cloud, vm):
         cloud.compute.instances.clear()
 
     with pytest.raises(JobEndedError, match="the 5th failure") as caught:
-        Watch(vm, sampling(slices=2), Story(*[crashes, nothing] * 40), [].append).run()
+        watched(vm, sampling(slices=2), Story(*[crashes, nothing] * 40))
     assert caught.value.exit_code == 137
 
 
@@ -71,12 +67,7 @@ def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_unco
         cloud.batch.tasks.clear()
         cloud.batch.move("celeba", "SUCCEEDED")
 
-    told = []
     ends = [partial(lost, 137, *[code] * (1 + MAX_RETRIES)) for code in (50001, 50002, 50003, 50006)]
-    Watch(
-        BatchBackend(BATCH),
-        spec(),
-        Story(*[event for end in ends * 2 for event in (end, nothing)], finishes),
-        told.append,
-    ).run()
-    assert len(again(told)) == 8 and not any("failure" in line for line in again(told))
+    story = Story(*[event for end in ends * 2 for event in (end, nothing)], finishes)
+    watched(BatchBackend(BATCH), spec(), story)
+    assert len(story.again()) == 8 and not any("failure" in line for line in story.again())

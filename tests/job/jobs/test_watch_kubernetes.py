@@ -7,10 +7,10 @@ import pytest
 from job.exits import Exit, StoppedError
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.watch import JobEndedError, Watch
+from job.jobs.watch import JobEndedError
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 from tests.job.jobs.kubernetes_server import wait_for
-from tests.job.jobs.story import Story, nothing
+from tests.job.jobs.story import Story, nothing, watched
 
 NAME = "train-celeba"
 
@@ -26,7 +26,7 @@ def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, b
         wait_for(lambda: backend.status(NAME).state is State.GONE)
 
     with pytest.raises(StoppedError, match=r"train-celeba was deleted: what it saved stays"):
-        Watch(backend, spec(), Story(cancel), [].append).run()
+        watched(backend, spec(), Story(cancel))
     assert len(server.bodies) == 1
 
 
@@ -52,10 +52,9 @@ def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted
     def finish():
         server.end_job(NAME, "Complete" if plural == "jobs" else "Completed", plural=plural)
 
-    told = []
     story = Story(wait_for_a_node, *[wait] * 20, reach_the_deadline, nothing, finish)
-    Watch(backend, spec(nodes=nodes), story, told.append).run()
-    assert "train-celeba had a machine for less than its 24 hours; submitting it again" in told
+    watched(backend, spec(nodes=nodes), story)
+    assert story.again() == ["train-celeba had a machine for less than its 24 hours; submitting it again"]
     assert len(server.bodies) == 2
 
 
@@ -70,7 +69,7 @@ def test_a_job_that_its_queue_stops_for_good_has_used_its_hours(server):
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
     story = Story(nothing, stop)
     with pytest.raises(StoppedError, match="has used its 24 hours"):
-        Watch(KubernetesBackend(QUEUED), spec(), story, [].append).run()
+        watched(KubernetesBackend(QUEUED), spec(), story)
     wait_for(lambda: not server.names("jobs", "training"))
 
 
@@ -87,12 +86,11 @@ def test_a_job_whose_image_cannot_be_pulled_is_removed_after_five_minutes(server
         pod = next(name for name in server.names("pods") if f"{NAME}-0" in name)
         server.set_pod(pod, waiting={"reason": reasons.pop(), "message": "manifest unknown"})
 
-    told = []
     story = Story(begin, *[go_on] * 25)
     with pytest.raises(JobEndedError, match=r"cannot begin, and is removed: .*manifest unknown; is the image") as ended:
-        Watch(backend, spec(nodes=2), story, told.append).run()
+        watched(backend, spec(nodes=2), story)
     assert ended.value.exit_code == Exit.MISSING_INPUT
-    assert any(line.endswith("allowed to reach it?; trying again to remove train-celeba") for line in told)
+    assert any(line.endswith("allowed to reach it?; trying again to remove train-celeba") for line in story.told)
     wait_for(lambda: not server.names("jobsets") and not server.names("pods"))
     assert 300 < story.seconds < 400
 
@@ -107,4 +105,4 @@ def test_an_image_that_is_late_ends_nothing(server, backend):
     def finish():
         server.end_job(NAME, "Complete")
 
-    Watch(backend, spec(), Story(begin, *[nothing] * 12, pull, *[nothing] * 12, finish), [].append).run()
+    watched(backend, spec(), Story(begin, *[nothing] * 12, pull, *[nothing] * 12, finish))
