@@ -107,7 +107,7 @@ def show_job(name: str, search: Search, bucket: str) -> None:
     """
     lines: list[str] = []
     for backend, status in search.find(name):
-        uri = bucket or backend.bucket_of(name)
+        uri = bucket or status.bucket or backend.target.usual_bucket
         lines += _status_lines(informed(status, uri), backend.target.name) + _run_lines(name, uri)
     if not lines:
         # Its machine is gone; what it said is where it was.

@@ -69,9 +69,11 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
             Watch(backend, spec, Clock()).run()
         elif target.is_remote or options.detach:
             try:
-                print(backend.submit_where_possible(spec).describe_start(spec.name))
+                backend.submit_where_possible(spec)
             except NoCapacityError as error:
                 raise NoCapacityError(f"{error}; --watch tries until there is one") from None
+            job = f"{spec.name} --on {target.name}"
+            print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
         else:
             backend.become(spec)
 
@@ -93,7 +95,7 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
         f"image     {spec.image}",
         f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
-        f"limit     {limit_of(spec, target, is_watched=is_watched).text}; what is saved stays (--max-hours)",
+        f"limit     {limit_of(spec, target, is_watched=is_watched)[1]}; what is saved stays (--max-hours)",
         f"cost      {cost_of(spec, target)}",
     ]
 

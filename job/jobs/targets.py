@@ -90,7 +90,7 @@ class Target(BaseModel):
     """Per node, unless `--gpus` says otherwise."""
     gpu_type: str = ""
     spot: bool = True
-    max_hours: float = Field(24.0, ge=1 / 60, le=720)
+    max_hours: float = Field(24.0, ge=0.017, le=720)
     price_per_hour: float | None = Field(None, ge=0)
     """In dollars, of one machine with all its GPUs, as the user pays it."""
     env: dict[_Variable, str] = Field(default_factory=dict)

@@ -138,7 +138,8 @@ class Watch:
             if hopeless or (waited > ELSEWHERE_SECONDS and self.home.elsewhere() is not None):
                 removed = self._remove()
                 if removed.state not in (State.CANCELLED, State.GONE):
-                    return removed
+                    # It had ended by itself.
+                    continue
                 if hopeless:
                     return replace(status, state=State.GONE, cause=hopeless)
                 minutes = ELSEWHERE_SECONDS / 60

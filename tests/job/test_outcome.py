@@ -12,7 +12,6 @@ from job.jobs.outcome import read_outcome
 from job.outcome import JOB, outcome_written
 from tests.job.command_line import ddpm, refused, succeeded
 
-
 NAME = "train-celeba"
 
 

@@ -68,6 +68,8 @@ class JobStatus:
     cause: Cause | None = None
     has_machine: bool = False
     """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
+    bucket: str = ""
+    """As the job was told, where its engine remembers that."""
 
     @property
     def costs(self) -> bool:
@@ -174,11 +176,6 @@ class Backend(abc.ABC):
         """Turns this process into the job, where that runs on this machine: its terminal, signals and exit code."""
         raise NotImplementedError
 
-    def describe_start(self, name: str) -> str:
-        """What a person should know about a job that was submitted just now."""
-        about = f"{name} --on {self.target.name}"
-        return f"{name} is submitted: `ddpm jobs logs {about} -f` follows it, `ddpm jobs cancel {about}` stops it"
-
     def elsewhere(self) -> Backend | None:
         """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
         return None
@@ -190,10 +187,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
-
-    def bucket_of(self, name: str) -> str:
-        """Where a job's bucket lies: as the job was told, where the engine remembers, else as the target says."""
-        return self.target.usual_bucket
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """What tells a job of this engine from all others, whichever of several targets shows it."""

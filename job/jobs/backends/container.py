@@ -57,7 +57,6 @@ _HARMLESS = {
     "s3": ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
 }
 """Variables that are handed on: they hold nothing secret."""
-_WAITING = ("created", "initialized", "configured")
 _OVER = ("exited", "stopped", "dead", "removing")
 
 
@@ -218,10 +217,6 @@ class ContainerBackend(Backend):
         statuses = map(_container_status, json.loads(answer or "[]"))
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
-    def bucket_of(self, name: str) -> str:
-        """See `Backend.bucket_of`: a label says it."""
-        return str(self.describe(name)["Config"]["Labels"].get(BUCKET_LABEL) or super().bucket_of(name))
-
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: this machine may have two engines."""
         return ("container", self._host.engine, status.name)
@@ -367,24 +362,25 @@ class ContainerBackend(Backend):
             raise BucketAwayError(f"{said}: see to the engine") from None
 
     def _error(self, asked: subprocess.CompletedProcess[str]) -> JobError:
-        said, engine = _last_line(asked), self._host.engine
-        if re.search(r"permission denied.*sock", said, re.IGNORECASE):
-            return NoPermissionError(f"{engine}: {said}: add this user to the group that may use it, or use podman")
-        if re.search(r"cannot connect|connection refused|is the docker daemon running", said, re.IGNORECASE):
-            return BucketAwayError(f"{engine}: {said}: start its service, or use podman, which needs none")
-        return BadRequestError(f"{engine}: {said}")
+        return BadRequestError(f"{self._host.engine}: {_last_line(asked)}")
 
 
 def _container_status(found: dict[str, Any]) -> JobStatus:
     """From an inspection, which podman and docker agree on as far as it is used here."""
-    state, name = found["State"], found["Name"].removeprefix("/")
+    state, labels = found["State"], found["Config"]["Labels"] or {}
     said, code = str(state["Status"]).lower(), int(state["ExitCode"])
     started = str(state.get("StartedAt", "")).startswith("2")
     # Nanoseconds are more than datetime reads.
     made = datetime.fromisoformat(re.sub(r"\.\d+", "", found["Created"])).astimezone(UTC)
-    status = JobStatus(name, State.RUNNING, attempts=int(started), created=made.strftime("%Y-%m-%dT%H:%M:%SZ"))
+    status = JobStatus(
+        name=found["Name"].removeprefix("/"),
+        state=State.RUNNING,
+        attempts=int(started),
+        created=made.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        bucket=labels.get(BUCKET_LABEL, ""),
+    )
     if said not in _OVER:
-        return replace(status, state=State.WAITING) if said in _WAITING else status
+        return status
     if not started:
         return replace(status, state=State.FAILED, message=state.get("Error") or "it did not start")
     message = TABLE[Exit(code)].text if code in TABLE else state.get("Error") or f"exit code {code}"

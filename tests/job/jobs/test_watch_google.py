@@ -46,17 +46,6 @@ def test_machines_that_are_taken_away_and_jobs_that_saved_do_not_count(cloud, vm
     assert len(story.again()) == 8 and not any("failure" in line for line in story.again())
 
 
-def test_a_machine_whose_job_crashed_is_made_again_four_times(cloud, vm):
-    def crashes():
-        taken(cloud, NAME, 0, 2)
-        ends(cloud, NAME, 137, 1, 2)
-        cloud.compute.instances.clear()
-
-    with pytest.raises(JobEndedError, match="the 5th failure") as caught:
-        watched(vm, sampling(slices=2), Story(*[crashes, nothing] * 40))
-    assert caught.value.exit_code == 137
-
-
 def test_a_job_that_batch_gives_up_for_preemptions_alone_is_submitted_again_uncounted(cloud):
     def lost(*codes):
         for code in codes:

@@ -93,16 +93,3 @@ def test_a_job_whose_image_cannot_be_pulled_is_removed_after_five_minutes(server
     assert any(line.endswith("allowed to reach it?; trying again to remove train-celeba") for line in story.told)
     wait_for(lambda: not server.names("jobsets") and not server.names("pods"))
     assert 300 < story.seconds < 400
-
-
-def test_an_image_that_is_late_ends_nothing(server, backend):
-    def begin():
-        server.start_pod(NAME, waiting={"reason": "ErrImagePull", "message": "timeout"})
-
-    def pull():
-        server.set_pod(server.names("pods")[0], running={})
-
-    def finish():
-        server.end_job(NAME, "Complete")
-
-    watched(backend, spec(), Story(begin, *[nothing] * 12, pull, *[nothing] * 12, finish))
