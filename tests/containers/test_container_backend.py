@@ -124,15 +124,6 @@ def test_the_container_is_confined(place):
     podman("rm", "--force", "--time", "0", "train-confined")
 
 
-def test_a_bad_setting_has_its_code_and_a_line(place):
-    for words, code, says in (
-        (("--set", "train.batch_size=0"), 78, "train.batch_size"),
-        (("--set", "no.such_key=1"), 78, "no.such_key"),
-        (("--preset", "nonesuch"), 64, "nonesuch"),
-    ):
-        assert says in refused(ddpm("submit", *training("bad", place), *words, *HERE), code)
-
-
 def test_what_only_the_container_finds_has_its_code(place):
     """A batch that the processes cannot share is found by the launcher in the container."""
     done = ddpm("submit", *training("wide", place), "--processes", 25, *HERE)
@@ -162,11 +153,6 @@ def test_an_image_that_is_nowhere(place):
     assert "ddpm: image 127.0.0.1:1/ddpm:latest could not be pulled" in done.stderr.splitlines()[-1]
     assert done.returncode == 66
     assert backend().status("train-imageless").state is State.GONE
-
-
-def test_without_an_engine_it_says_what_to_install(place, tmp_path):
-    said = refused(ddpm("submit", *training("a", place), *HERE, PATH=str(tmp_path)), 66)
-    assert "apt-get install podman" in said
 
 
 def test_the_doctor_looks_into_the_container(place):

@@ -16,6 +16,8 @@ from job.progress import note
 
 Manifest = dict[str, Any]
 """What is sent to an engine, as JSON types."""
+IMAGE_USER = 10001
+"""User and group of the image, for jobs that touch no file of the machine they run on."""
 FOLLOW_POLL_SECONDS = 0.2
 """Between two looks at a job of this machine whose output somebody follows."""
 

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import (
     FOLLOW_POLL_SECONDS,
+    IMAGE_USER,
     Backend,
     JobStatus,
     Manifest,
@@ -39,15 +40,13 @@ from job.stop import GRACE_VARIABLE
 
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
-IMAGE_USER = 10001
-"""The image's own user, for jobs that touch no file of this machine."""
 ENGINE_ANSWER_SECONDS = 60.0
 STOP_SECONDS = 120
 """From SIGTERM to SIGKILL; nobody takes this machine away."""
 BUCKET_LABEL = "ddpm-bucket"
 CREDENTIALS_FOLDER = "/credentials"
 """Of the container, where files with credentials are mounted."""
-_CREDENTIALS = {
+_CREDENTIAL_FILES = {
     "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"},
     "s3": {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"},
 }
@@ -93,7 +92,7 @@ def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]
 def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
     """Options: what the container may write, use and see."""
     scheme = spec.bucket.partition("://")[0].lower()
-    inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in _CREDENTIALS.get(scheme, ())}
+    inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in _CREDENTIAL_FILES.get(scheme, ())}
     files = credential_files(scheme)
     mounts = [*_folders(spec), *(_mount(path, inside[variable]) + ",readonly" for variable, path in files.items())]
     uid, gid = (host.uid, host.gid) if mounts else (IMAGE_USER, IMAGE_USER)
@@ -132,7 +131,7 @@ def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
 def credential_files(scheme: str) -> dict[str, Path]:
     """The files for a kind of bucket that are there, by the variable that says where one lies."""
     found = {}
-    for variable, usual in _CREDENTIALS.get(scheme, {}).items():
+    for variable, usual in _CREDENTIAL_FILES.get(scheme, {}).items():
         # As google.auth looks for it.
         usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
         path = os.path.expanduser(os.environ.get(variable) or usual)  # noqa: PTH111 -- a user may have no home
@@ -336,18 +335,23 @@ class ContainerBackend(Backend):
 
     def _inspect(self, name: str) -> dict[str, Any] | None:
         answer = self._ask("container", "inspect", name)
-        if answer.returncode and not re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
-            raise self._error(answer)
-        return None if answer.returncode else json.loads(answer.stdout)[0]
+        if not answer.returncode:
+            return json.loads(answer.stdout)[0]
+        if re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
+            return None
+        raise self._refusal(answer)
 
     def _asked(self, *words: str, seconds: float = ENGINE_ANSWER_SECONDS) -> str:
         answer = self._ask(*words, seconds=seconds)
         if answer.returncode:
-            raise self._error(answer)
+            raise self._refusal(answer)
         return answer.stdout
 
     def _ask(self, *words: str, seconds: float = ENGINE_ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
         return self._run([self._host.engine, *words], timeout=seconds, capture_output=True)
+
+    def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
+        return BadRequestError(f"{self._host.engine}: {_last_line(answer)}")
 
     def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:
@@ -360,9 +364,6 @@ class ContainerBackend(Backend):
         except subprocess.TimeoutExpired as error:
             said = f"`{' '.join(words[:2])}` did not answer within {error.timeout:g} s"
             raise BucketAwayError(f"{said}: see to the engine") from None
-
-    def _error(self, asked: subprocess.CompletedProcess[str]) -> JobError:
-        return BadRequestError(f"{self._host.engine}: {_last_line(asked)}")
 
 
 def _container_status(found: dict[str, Any]) -> JobStatus:
