@@ -98,6 +98,8 @@ REFUSED = [
     (GKE + ", max_hours: 0}", ["max_hours: input should be greater than or equal to 0.017"]),
     (GKE + ", max_hours: .nan}", ["max_hours"]),
     (GKE + ", price_per_hour: -1}", ["price_per_hour"]),
+    (GKE + ", price_per_hour: .inf}", ["price_per_hour"]),
+    (GKE + ", spot: 1}", ["spot: input should be a valid boolean"]),
     (GKE + ", namespace: My_Space}", ["namespace: string should match pattern", "'My_Space'"]),
     (GKE + ", cluster: eks}", ["cluster: input should be 'gke' or 'plain'"]),
     (GKE + ", env: {lower: a}}", ["env.lower", "should match pattern"]),
