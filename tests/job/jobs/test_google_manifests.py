@@ -113,7 +113,12 @@ def test_rendering_needs_none_of_googles_libraries():
     code = (
         "import sys\n"
         "for name in ('google.cloud', 'google.auth', 'google.api_core', 'requests'): sys.modules[name] = None\n"
-        "from tests.job.jobs import google_jobs as jobs\n"
-        "sys.exit(len(jobs.backend_of('vm').render(jobs.spec()) + jobs.backend_of('batch').render(jobs.spec())))\n"
+        "from job.jobs.backends import backend_for\n"
+        "from job.jobs.spec import JobSpec\n"
+        "from job.jobs.targets import BatchTarget, VmTarget\n"
+        "spec = JobSpec('a', 'train', ('train',), 'example.com/a:1', 'gs://b')\n"
+        "for target in (VmTarget(backend='vm', project='my-project', zones=('us-central1-a',)),"
+        " BatchTarget(backend='batch', project='my-project', regions=('us-central1',))):\n"
+        "    with backend_for(target) as backend: print(len(backend.render(spec)))\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 2
