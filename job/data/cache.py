@@ -18,7 +18,6 @@ from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from job.data.ahead import in_order
 from job.data.order import Int64s, Order
@@ -326,11 +325,11 @@ def _shard_file(path: Path) -> BinaryIO:
 
 def _allocate(path: Path, size_bytes: int) -> None:
     """Makes a file take its place on disk now: one with holes is SIGBUS when the disk is full later."""
+    where = f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"
     try:
-        with os_errors(f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"):
-            with path.open("ab") as file:
-                os.posix_fallocate(file.fileno(), 0, size_bytes)
-                os.truncate(file.fileno(), size_bytes)
+        with os_errors(where), path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            os.truncate(file.fileno(), size_bytes)
     except DiskFullError:
         path.unlink(missing_ok=True)
         raise

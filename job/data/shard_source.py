@@ -93,7 +93,9 @@ class ShardSource:
             with suppress(FileNotFoundError, ValueError):
                 records = np.memmap(path, OFFSETS_DTYPE, "r", shape=(self.index.images,))
                 tables = (records[first:last] for first, last in pairwise(self.starts))
-                if [hashlib.sha256(table).hexdigest() for table in tables] == [s.offsets_sha256 for s in shards]:
+                if [hashlib.sha256(table.tobytes()).hexdigest() for table in tables] == [
+                    s.offsets_sha256 for s in shards
+                ]:
                     return np.asarray(records)
             with temporary_beside(path) as (temporary, file):
                 for table in self._ahead(self.read_table, range(len(shards))):
