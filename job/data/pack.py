@@ -163,10 +163,10 @@ def pack(
             f"Choose another name, or delete it first: {deleting(bucket, key)}"
         )
     way: type[_Packing] = _InPlace if request.tars else _Copying
-    packing = way(bucket, key, request, stop, progress, shard_bytes)
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
+        packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
         # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
-        for _ in in_order(uploader, packing.add, packing.made(folder), _SHARDS_IN_UPLOAD, stop, packing.doing):
+        for _ in in_order(uploader, packing.add, packing.made(), _SHARDS_IN_UPLOAD, stop, packing.doing):
             pass
     packing.commit()
     return load_index(bucket, key)
@@ -200,15 +200,6 @@ class PackedShard(Sealed):
 
 
 @dataclass(frozen=True, slots=True)
-class _Made:
-    """A finished shard: its entry, its table, and its file, if it is not to stay where it is."""
-
-    entry: PackedShard
-    offsets: bytes
-    tar: Path | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class _Checked:
     """A sample that was decoded: what the dataset needs of it, or why it is left out."""
 
@@ -226,6 +217,8 @@ class _Packing(abc.ABC):
     bucket: Store
     key: str
     request: PackRequest
+    folder: Path
+    """Where finished shards lie on their way to the bucket."""
     stop: Stop
     progress: Callable[[int, int, int], None]
     shard_bytes: int
@@ -251,8 +244,8 @@ class _Packing(abc.ABC):
         """Looks at what is packed, without decoding it, and returns what else decides about the shards."""
 
     @abc.abstractmethod
-    def made(self, folder: Path) -> Iterator[_Made]:
-        """Makes the shards that are not vouched for, in `folder`; once they are exhausted, `commit` knows all."""
+    def made(self) -> Iterator[PackedShard]:
+        """Makes the shards that are not vouched for; once they are exhausted, `commit` knows all."""
 
     @abc.abstractmethod
     def _check(self, sample: Sample) -> _Checked: ...
@@ -262,26 +255,31 @@ class _Packing(abc.ABC):
         """In finished shards."""
         return sum(entry.shard.images for entry in self.packed)
 
-    def add(self, made: _Made) -> None:
-        """Uploads a finished shard, vouches for it, and deletes the local file.
+    def add(self, entry: PackedShard) -> None:
+        """Uploads a finished shard and vouches for it.
 
         Raises:
             BadRequestError: something else lies in its place.
         """
-        shard = made.entry.shard
         with self._creating():
-            if made.tar is not None:
-                self.dataset.upload(made.tar, shard.name)
-                made.tar.unlink()
-            self.dataset.create(shard.offsets_name, made.offsets)
-            self.dataset.create(_entry_key(shard.name), made.entry.to_json())
+            for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
+                # A tar that is to stay where it is has no copy here.
+                if path.exists():
+                    self.dataset.upload(path, path.name)
+                    path.unlink()
+            self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
 
     def commit(self) -> None:
         """Creates the index, which makes the dataset exist, and clears the entries away.
 
         Raises:
+            BadDataError: there are no images, or none that can be used.
             BadRequestError: something else lies in its place, or somebody has deleted what was packed.
         """
+        if not self.packed and not self.rejects:
+            raise no_images(self.where)
+        if not self.packed:
+            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
         # An equal attempt that was faster has cleared the entries away, and its index is the same.
         first = next(self._vouched(), None)
         if (first is None or first.shard != self.packed[0].shard) and not self.dataset.exists(INDEX):
@@ -359,7 +357,9 @@ class _Packing(abc.ABC):
         self.packed.append(entry)
         self._reject(*entry.rejects)
 
-    def _finished(self, shard: Shard, **read: Any) -> PackedShard:
+    def _finished(self, shard: Shard, offsets: bytes, **read: Any) -> PackedShard:
+        with os_errors(self.folder):
+            (self.folder / shard.offsets_name).write_bytes(offsets)
         told = sum(len(before.rejects) for before in self.packed)
         entry = PackedShard(
             parameters_sha256=self.parameters_sha256, shard=shard, rejects=tuple(self.rejects[told:]), **read
@@ -381,7 +381,7 @@ class _Copying(_Packing):
         self._read_images, self._sha256 = 0, hashlib.sha256()
         return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}
 
-    def made(self, folder: Path) -> Iterator[_Made]:
+    def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()
         for entry in self._vouched():
             self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
@@ -390,8 +390,8 @@ class _Copying(_Packing):
         for checked in self._checked(Sample(name, content) for name, content in entries):
             self._read(checked.name, checked.sha256)
             if not checked.reason:
-                with os_errors(folder):
-                    writer = writer or ShardWriter(folder / shard_name(len(self.packed)))
+                with os_errors(self.folder):
+                    writer = writer or ShardWriter(self.folder / shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
                     writer.add(key, checked.png, self._found.label(checked.name))
             if writer is not None and writer.size_bytes >= self.shard_bytes:
@@ -400,8 +400,6 @@ class _Copying(_Packing):
         if writer is not None:
             yield self._closed(writer)
         self.source_sha256 = self._sha256.hexdigest()
-        if not self.packed:
-            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
 
     def _polled(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:
@@ -430,11 +428,10 @@ class _Copying(_Packing):
         self._read_images += 1
         self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
 
-    def _closed(self, writer: ShardWriter) -> _Made:
+    def _closed(self, writer: ShardWriter) -> PackedShard:
         with os_errors(writer.path):
-            shard, offsets = writer.finish()
-        entry = self._finished(shard, read=self._read_images, source_sha256=self._sha256.hexdigest())
-        return _Made(entry, offsets, writer.path)
+            finished = writer.finish()
+        return self._finished(*finished, read=self._read_images, source_sha256=self._sha256.hexdigest())
 
 
 class _InPlace(_Packing):
@@ -453,7 +450,7 @@ class _InPlace(_Packing):
         self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
         return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
-    def made(self, folder: Path) -> Iterator[_Made]:
+    def made(self) -> Iterator[PackedShard]:
         for entry in self._vouched():
             self._reuse(entry)
         done_tars = self.packed[-1].read if self.packed else 0
@@ -468,16 +465,11 @@ class _InPlace(_Packing):
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
             if records:
-                shard, offsets = digests.shard(shard_name(len(self.packed)), records, tar.uri)
-                highest_label = max(label for _, _, label, _ in records)
-                yield _Made(self._finished(shard, read=number, highest_label=highest_label), offsets)
-        if not self.packed and not self.rejects:
-            raise no_images(self.where)
-        if not self.packed:
-            raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
-        highest_label = max(entry.highest_label for entry in self.packed)
+                finished = digests.shard(shard_name(len(self.packed)), records, tar.uri)
+                yield self._finished(*finished, read=number, highest_label=max(label for _, _, label, _ in records))
+        highest_label = max((entry.highest_label for entry in self.packed), default=-1)
         # One mistyped number would give the network a hundred thousand classes.
-        if highest_label >= self.images:
+        if highest_label >= self.images and self.packed:
             raise BadDataError(
                 f"{self.where}: a .cls says class {highest_label:,}, of {self.images:,} images: classes are numbered "
                 "from 0 without large gaps; mend it, or index with --no-classes"

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.sealed import Sealed
@@ -171,12 +171,6 @@ class DatasetIndex(Sealed):
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
     shards: tuple[Shard, ...] = Field(min_length=1)
-
-    @model_validator(mode="after")
-    def _all_or_none_is_foreign(self) -> DatasetIndex:
-        if len({bool(shard.uri) for shard in self.shards}) > 1:
-            raise ValueError("either all shards have URIs of their own, or none has")
-        return self
 
     @property
     def is_foreign(self) -> bool:
