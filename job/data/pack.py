@@ -21,7 +21,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
@@ -61,7 +61,6 @@ from job.store.scratch import scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
-_SHARDS_IN_UPLOAD = 2
 
 
 @dataclass(frozen=True)
@@ -165,9 +164,15 @@ def pack(
     way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
-        # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
-        for _ in in_order(uploader, packing.add, packing.made(), _SHARDS_IN_UPLOAD, stop, packing.doing):
-            pass
+        # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind one
+        # that found another's in its place, so of two attempts at different things one goes on.
+        upload: Future[None] | None = None
+        for entry in packing.made():
+            if upload is not None:
+                upload.result()
+            upload = uploader.submit(packing.add, entry)
+        if upload is not None:
+            upload.result()
     packing.commit()
     return load_index(bucket, key)
 

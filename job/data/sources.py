@@ -198,6 +198,8 @@ def _zip_members(opener: Opener) -> Iterator[Member]:
             if sum(info.file_size for info in archive.infolist()) > limit_bytes:
                 raise RefusedError(_EXPANDS)
             for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise _refused(info.filename, "is encrypted: unpack it with its password, and pack the folder")
                 if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
                     raise _refused(info.filename, _IS_LINK)
                 if not info.is_dir():

@@ -66,7 +66,7 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
 
 
 def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
-    source = ShardSource(store, KEY, load_index(store, KEY), folder, threads=1)
+    source = ShardSource(store, KEY, load_index(store, KEY), folder)
     return DecodedCache(source) if kind == "decoded" else ShardCache(source, 1 << 30)
 
 
@@ -199,7 +199,7 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_pa
 
     written = write_dataset(str(tmp_path / "bucket"), tmp_path, (4, 4), size=32, encode=jpeg_of)
     far = FarStore(tmp_path / "bucket")
-    source = ShardSource(far, written.key, written.index, tmp_path / "cache", threads=1)
+    source = ShardSource(far, written.key, written.index, tmp_path / "cache")
     cache = ShardCache(source, 1 << 30)
     whole = cache.read(np.arange(8))
     for image in range(8):

@@ -36,7 +36,7 @@ def budget(dataset: SmallDataset, shards: int) -> int:
 def opened(bucket, dataset: SmallDataset, cache_dir: Path, shards: int) -> ShardCache:
     budget_bytes = budget(dataset, shards)
     assert budget_bytes < dataset.index.decoded_bytes
-    cache = open_cache(bucket, KEY, dataset.index, cache_dir=cache_dir, budget_bytes=budget_bytes, threads=2)
+    cache = open_cache(bucket, KEY, dataset.index, cache_dir=cache_dir, budget_bytes=budget_bytes)
     assert isinstance(cache, ShardCache)
     return cache
 
