@@ -87,7 +87,7 @@ class ImageCache(abc.ABC):
 
     def __init__(self, source: ShardSource) -> None:
         """Fetches the offset tables, unless they are there."""
-        self.index, self.image_shape, self._source = source.index, source.image_shape, source
+        self.index, self._source = source.index, source
         self._labels = source.records["label"]
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
@@ -97,7 +97,7 @@ class ImageCache(abc.ABC):
             BadDataError: the bucket's shard is not what was packed, or one of its images is damaged.
         """
         if out is None:
-            out = np.empty((len(indices), *self.image_shape), np.uint8)
+            out = np.empty((len(indices), *self.index.image_shape), np.uint8)
         self._read(indices, out)
         return out
 
@@ -154,7 +154,7 @@ class DecodedCache(ImageCache):
             return list(shards)
         with os_errors(images_path), images_path.open("rb") as file:
             self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(-1, *self.image_shape)
+        self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(-1, *self.index.image_shape)
         filled = np.fromfile(filled_path, "<u8").tolist()
 
         def is_intact(shard: int) -> bool:

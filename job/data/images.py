@@ -21,12 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError, features
 
 from job.exits import BadDataError, BadRequestError
 
-FILTERS = {
-    "lanczos": Image.Resampling.LANCZOS,
-    "bicubic": Image.Resampling.BICUBIC,
-    "bilinear": Image.Resampling.BILINEAR,
-    "box": Image.Resampling.BOX,
-}
+FILTERS = ("lanczos", "bicubic", "bilinear", "box")
 PIXEL_LIMIT = 89_478_485
 """Pillow's own limit (a quarter of a gigabyte as RGB), beyond which a file of a few kilobytes may be a bomb."""
 
@@ -54,7 +49,7 @@ class Recipe:
         size: height and width of the result in pixels.
         crop: `center` (the largest centred square), `center:SIDE`, `squash` (everything), or `LEFT,TOP,WIDTH,HEIGHT`,
             in pixels of the upright image.
-        resize_filter: a key of `FILTERS`.
+        resize_filter: one of `FILTERS`.
         channels: 3 for RGB, 1 for grey (ITU-R 601-2 luma).
         min_side: images with a shorter side under this many pixels are rejected.
     """
@@ -125,7 +120,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     # Decoders meet broken files with anything from SyntaxError to ZeroDivisionError; each means the same here.
     except Exception as error:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
-    image = image.resize((recipe.size, recipe.size), FILTERS[recipe.resize_filter], reducing_gap=None)
+    image = image.resize((recipe.size, recipe.size), Image.Resampling[recipe.resize_filter.upper()], reducing_gap=None)
     return np.asarray(image).reshape(recipe.size, recipe.size, recipe.channels)
 
 

@@ -47,7 +47,6 @@ class ShardSource:
         index: what the dataset is.
         folder: this dataset's part of the node's cache, shared by all processes of the node.
         starts: index of each shard's first image, and N, int64 [shards + 1].
-        image_shape: height, width and channels.
         is_local: whether all shards are files of this machine, which are read where they lie.
         threads: how many images are decoded at a time.
         stop: whether this process is to stop.
@@ -67,7 +66,6 @@ class ShardSource:
         self.index, self.folder, self.stop = index, folder, stop
         self.threads = threads or os.cpu_count() or 1
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
-        self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
         retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
         self._foreign = {folder: open_store(folder, retry) for folder in folders}
@@ -281,7 +279,7 @@ class ChosenImages:
         Raises:
             BadDataError: one is not as it was packed; the message names it.
         """
-        out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+        out = np.empty((len(indices), *self._source.index.image_shape), np.uint8)
         self._source.read_into(out, indices, self._open)
         return out
 

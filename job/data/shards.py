@@ -183,6 +183,11 @@ class DatasetIndex(Sealed):
         return sum(shard.images for shard in self.shards)
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.size, self.size, self.channels
+
+    @property
     def decoded_bytes(self) -> int:
         """Size of all images as uint8."""
         return self.images * self.size * self.size * self.channels

@@ -77,7 +77,7 @@ def stream_batches(
         slots = _slots(order, batch_size_images, first_image, last_image, rank, world_size)
         for first, indices, numbers in slots:
             cache.prefetch(order, first)
-            images = torch.empty((len(indices), *cache.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+            images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
             cache.read(indices, out=images.numpy())
             labels = torch.from_numpy(cache.labels(indices)) if has_labels else None
             if labels is not None and pin_memory:
