@@ -86,7 +86,7 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
 
     def save() -> None:
         started[0] = time.perf_counter()
-        writer.save(next(images_seen), [], world_size=1)
+        writer.save(next(images_seen), [])
 
     def finish() -> None:
         writer.wait()

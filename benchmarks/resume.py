@@ -88,6 +88,6 @@ def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:
 
 
 def _load(run: Store, state: dict[str, dict[str, Tensor]]) -> None:
-    with newest_good(run, tuple(state), print) as restored:
+    with newest_good(run, print) as restored:
         assert restored is not None
         restored.copy_into(state)

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -40,7 +41,7 @@ from job.processes import compute
 from job.processes.ranks import Ranks
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
-from job.session import TrainingSession, settings_of
+from job.session import TrainingSession
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
@@ -124,6 +125,8 @@ class OurLoop:
             last_image=None,
         )
         self.session.batches = self._stream
+        # Nothing is to be saved.
+        self.session.writer = SimpleNamespace(overdue=False, troubled=False, rows=[])  # type: ignore[assignment]
         self._batches = self._timed_batches()
 
     def _timed_batches(self) -> Iterator[LoadedBatch]:
@@ -136,9 +139,8 @@ class OurLoop:
     def step(self) -> None:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
-        settings = settings_of(session.config)
         accelerator = session.ranks.accelerator
-        train(session.state, session.network, batch, self._objective, settings, accelerator, session.hooks)
+        train(session.state, session.network, batch, self._objective, session.settings, accelerator, session.hooks)
 
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""

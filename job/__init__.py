@@ -3,3 +3,6 @@
 from importlib.metadata import version
 
 __version__ = version("ddpm-job")
+
+DEFAULT_BUCKET = "./bucket"
+"""Where datasets and runs lie if nobody says it."""

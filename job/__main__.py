@@ -10,44 +10,56 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 _LAST_SECONDS = 5
+_is_ending = False
 
 
-def _leave(number: int, frame: FrameType | None) -> NoReturn:
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """Ends this process, with a progress bar to close and a temporary folder to remove; its work has not begun yet."""
+    global _is_ending
+    _is_ending = True
+    for other in _STOP_SIGNALS:
+        signal.signal(other, signal.SIG_IGN)
     os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
-    if not _has_begun:
-        # An exception would be lost where a module is imported with `except`, or in a callback of the interpreter's.
-        os._exit(75)
-    # There may be a progress bar to end, or a temporary folder to remove. A library that is imported late may catch it.
+    # The exception may be lost in a module that is imported with `except`, or in a callback of the interpreter's.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
 
 
-_has_begun = False
+def _handle_signals() -> None:
+    # A rank ends at a signal that comes before its work: its launcher knows what that means.
+    if "DDPM_LAUNCHED" not in os.environ:
+        for number in _STOP_SIGNALS:
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, _end)
+
+
+def _open_closed_streams() -> None:
+    # What is opened later would get their numbers, and be written to by whoever means a terminal.
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
 
 
 def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
-    global _has_begun
-    # A rank ends at a signal that comes before its work: its launcher knows what that means.
-    if "DDPM_LAUNCHED" not in os.environ:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _leave)
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        # What is opened later would get the number of a closed one, and be written to by whoever means a terminal.
-        if getattr(sys, name) is None:
-            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_RDWR), mode, closefd=False))
+    _handle_signals()
+    _open_closed_streams()
+    try:
+        from job.processes.launched import attach
 
-    from job.processes.launched import attach
+        attach()
 
-    attach()
+        from job.cli import app
 
-    from job.cli import app
-
-    _has_begun = True
-    app.main()
+        app.main()
+    except BaseException:
+        # A library that was being imported may have made another exception of it.
+        if _is_ending:
+            os._exit(75)
+        raise
 
 
 if __name__ == "__main__":

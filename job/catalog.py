@@ -7,11 +7,11 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config_input import EMBEDDED, pack_config
+from job.config_input import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, note
-from job.requests import validated_output
+from job.requests import check_output
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
@@ -19,42 +19,36 @@ SHEET_IMAGES = 60
 SHEET_PER_CLASS = 10
 
 
-def is_to_be_packed(bucket_uri: str, name: str, size: int | None, source: str, on: str = "") -> bool:
-    """Whether training on a dataset needs it to be packed first; `on` is the target that wants it, for the message.
+def is_packed(bucket_uri: str, name: str, size: int | None) -> bool:
+    """Whether training on a dataset finds it.
 
     Raises:
-        MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
+        MissingInputError: there is not even a bucket.
     """
     bucket = open_store(bucket_uri)
     try:
         find_dataset(bucket, name, size)
     except BadRequestError:
         # There are several sizes, of which training takes the one it is told.
-        return False
+        return True
     except MissingInputError:
-        if source or name == EMBEDDED:
-            return True
-        # A bucket that is not there is another matter, which this raises; a local folder is made when it is needed.
+        # Raises if the bucket is what is missing, but for a local folder, which is made when it is needed.
         bucket.exists(DATASETS)
-        preset, quoted = pack_config(name), shlex.quote(bucket_uri)
-        there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
-        what = (preset.fetch if preset else "") or "a folder or archive of images"
-        size = size or packed_size(name)
-        raise MissingInputError(
-            f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
-            f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
-            f"or, to pack alone,\n"
-            f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}"
-        ) from None
-    return False
+        return False
+    return True
 
 
-def packed_size(name: str) -> int:
-    """The size in pixels at which a dataset is packed if nobody says another."""
-    # The network that a dataset without a preset of its own is trained with is made for this size.
-    preset = pack_config(name) or pack_config(EMBEDDED)
-    assert preset is not None
-    return preset.size
+def how_to_pack(bucket_uri: str, name: str, size: int, on: str) -> str:
+    """What a person types so that `name` is in the bucket; `on` is the target that wants it."""
+    preset, quoted = pack_config(name), shlex.quote(bucket_uri)
+    there = f" ON={shlex.quote(on)}" if on not in ("", "local") else ""
+    what = (preset.fetch if preset else "") or "a folder or archive of images"
+    return (
+        f"dataset {name!r} is not in {bucket_uri} yet. Get {what}, then type\n"
+        f"  make submit-train DATASET={name} SOURCE=path/to/it SIZE={size} BUCKET={quoted}{there}\n"
+        f"or, to pack alone,\n"
+        f"  ddpm data pack path/to/it {name} --size {size} --bucket {quoted}"
+    )
 
 
 def list_datasets(bucket_uri: str) -> None:
@@ -68,11 +62,10 @@ def list_datasets(bucket_uri: str) -> None:
     for folder in bucket.folders(DATASETS):
         try:
             index = load_index(bucket, f"{DATASETS}/{folder}")
-        except MissingInputError:
-            table.add_row(folder, "unfinished: pack it again, or delete it", *[""] * 6)
-            continue
-        except BadDataError:
-            table.add_row(folder, "its index.json is damaged: restore it, or delete the dataset", *[""] * 6)
+        except (MissingInputError, BadDataError) as error:
+            is_unfinished = isinstance(error, MissingInputError)
+            why = "unfinished: pack it again" if is_unfinished else "its index.json is damaged: restore it"
+            table.add_row(folder, f"{why}, or delete it")
             continue
         table.add_row(
             index.name,
@@ -98,7 +91,7 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
         MissingInputError: there is no such dataset.
     """
     if output is not None:
-        validated_output(output)
+        check_output(output)
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
@@ -149,11 +142,8 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
         MissingInputError: there is no such dataset.
     """
     bucket = open_store(bucket_uri)
-    key = find_dataset(bucket, name, unfinished=True) if size is None else dataset_key(name, size)
-    dataset = bucket.sub(key)
+    dataset = bucket.sub(find_dataset(bucket, name, size, unfinished=True))
     entries = list(dataset.list())
-    if not entries:
-        raise MissingInputError(f"there is no dataset at {dataset.uri}: `ddpm data list` shows those there are")
     count, size_bytes = len(entries), sum(entry.size_bytes for entry in entries)
     if not certain:
         raise BadRequestError(
@@ -188,9 +178,7 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
 
 def _spread(labels: np.ndarray, classes: int) -> np.ndarray:
     """Indices spread evenly over the dataset, or over each class."""
-    if not classes:
-        return np.unique(np.linspace(0, len(labels) - 1, SHEET_IMAGES).astype(np.int64))
-    members = [m for number in range(classes) if len(m := np.flatnonzero(labels == number))]
-    return np.concatenate(
-        [m[np.unique(np.linspace(0, len(m) - 1, SHEET_PER_CLASS).astype(int))] for m in members if len(m)]
-    )
+    groups = [np.flatnonzero(labels == number) for number in range(classes)] or [np.arange(len(labels))]
+    count = SHEET_PER_CLASS if classes else SHEET_IMAGES
+    spread = [group[np.linspace(0, len(group) - 1, min(count, len(group))).astype(int)] for group in groups]
+    return np.concatenate(spread)

@@ -11,16 +11,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.config_input import EMBEDDED
-from job.exits import BadConfigError
+from job.config_input import EMBEDDED, pack_config
+from job.exits import BadConfigError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
+from job.processes.gpus import check_gpus, default_processes
 from job.processes.group import Group
-from job.processes.launched import is_launched, is_rank
-from job.processes.launcher import HANG_SECONDS, check_gpus, default_processes, launch, leave_at_signals
+from job.processes.launched import is_rank
+from job.processes.launcher import HANG_SECONDS, launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
@@ -49,11 +49,9 @@ def train_command(
         BadConfigError: there are more processes than images in a batch.
         SystemExit: the ranks ended with another code than 0.
     """
-    request = request.check()
     here = Group(1) if is_rank() else Group.of(1)
     with _command_on(request.bucket, stop_after, here.node, here.nodes) as stop:
-        _listen(stop)
-        plan = plan_run(request, stop)
+        plan = plan_run(request.check(), stop)
         # A rank must not ask a process of its own how many GPUs there are.
         processes = 1 if is_rank() else processes or default_processes()
         world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes * here.nodes
@@ -64,7 +62,7 @@ def train_command(
             )
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():
-            _tell(plan, "is finished already")
+            _say_finished(plan, "is finished already")
         elif not is_rank():
             check_writable(plan.run)
             _launch(processes, hang_after_seconds)
@@ -73,7 +71,7 @@ def train_command(
 
             plan = run_training(plan, stop)
             if os.environ.get("RANK", "0") == "0":
-                _tell(plan, "is finished")
+                _say_finished(plan, "is finished")
 
 
 def sample_command(
@@ -84,10 +82,8 @@ def sample_command(
     Raises:
         SystemExit: the ranks ended with another code than 0.
     """
-    request = request.check()
     with _command_on(request.bucket, stop_after, *request.slice_of) as stop:
-        _listen(stop)
-        plan = plan_sampling(request, stop)
+        plan = plan_sampling(request.check(), stop)
         if is_rank():
             from job.sampling.sample import run_sampling
 
@@ -107,21 +103,20 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
     from job.catalog import describe_dataset
     from job.data.pack import pack
 
-    request = request.check()
-    if request.source == EMBEDDED:
-        if Path(EMBEDDED).exists():
-            note(f"{EMBEDDED} is the dataset that comes with the program: write ./{EMBEDDED} for what lies here")
-        request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
-    with _command_on(bucket_uri, stop_after) as stop, Progress(f"{title} {request.name}", unit=unit) as bar:
+    with _command_on(bucket_uri, stop_after) as stop:
         stop.install()
-
-        def progress(done: int, total: int, images: int) -> None:
-            bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
-
+        request = request.check()
+        if request.source == EMBEDDED:
+            request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
-        index = pack(bucket, request, stop=stop, progress=progress)
-    print(describe_dataset(index, bucket))
+        with Progress(f"{title} {request.name}", unit=unit) as bar:
+
+            def progress(done: int, total: int, images: int) -> None:
+                bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
+
+            index = pack(bucket, request, stop=stop, progress=progress)
+        print(describe_dataset(index, bucket))
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:
@@ -130,29 +125,29 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
     """
-    from job.catalog import is_to_be_packed, packed_size
+    from job.catalog import how_to_pack, is_packed
     from job.data.pack import PackRequest
 
-    request = PackRequest(source or name, name, size or packed_size(name)).check()
-    if is_to_be_packed(bucket_uri, name, size, source, on):
-        pack_command(request, bucket_uri)
+    # A dataset without a preset of its own is trained with the embedded one's network, which is made for its size.
+    preset = pack_config(name) or pack_config(EMBEDDED)
+    assert preset is not None
+    size_pixels = size or preset.size
+    request = PackRequest(source or name, name, size_pixels).check()
+    if is_packed(bucket_uri, name, size):
+        return
+    if not source and name != EMBEDDED:
+        raise MissingInputError(how_to_pack(bucket_uri, name, size_pixels, on))
+    pack_command(request, bucket_uri)
 
 
 @contextmanager
 def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: int = 1) -> Iterator[Stop]:
-    """What all commands share: a deadline, and a bucket that learns how it ends."""
-    with deadline(stop_after), outcome_written(bucket_uri, machine, machines):
-        stop = Stop()
+    """What all commands share: a bucket that learns how it ends, a deadline, and no signal that goes unnoticed."""
+    with outcome_written(bucket_uri, machine, machines), deadline(stop_after):
+        # Until its work begins, signals end this process.
+        stop = Stop().install(signals=False)
         watch_for_preemption(stop)
         yield stop
-
-
-def _listen(stop: Stop) -> None:
-    """To be called before anything that takes time: from now on no signal goes unnoticed."""
-    if not is_rank():
-        leave_at_signals()
-    # A rank of our launcher takes signals when its work begins: until then one ends it, with nothing to save.
-    stop.install(signals=is_rank() and not is_launched())
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
@@ -162,7 +157,7 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
         raise SystemExit(code)
 
 
-def _tell(plan: Plan, what: str) -> None:
+def _say_finished(plan: Plan, what: str) -> None:
     from job.runs.overview import describe_outputs
 
     images_seen = plan.images_seen

@@ -6,12 +6,10 @@ stored with the run and is the base of every later attempt.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from job.exits import BadConfigError
 
@@ -35,9 +33,9 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+    def _is_no_number(cls, value: Any, info: Any) -> Any:
         """YAML has many words for true and false, and Python takes these for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name or ""].annotation is not bool:
+        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
             raise ValueError("true and false mean nothing here")
         return value
 
@@ -148,6 +146,37 @@ class RunConfig(Section):
     sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
     log: LogConfig = LogConfig()  # type: ignore[call-arg]
 
+    @model_validator(mode="after")
+    def _network_fits(self) -> RunConfig:
+        model, halvings = self.model, len(self.model.channel_mults) - 1
+        # Without a size yet, any will do.
+        if (self.data.size or 0) % 2**halvings:
+            raise ValueError(
+                f"data.size={self.data.size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+                f"model.channel_mults need: pack at a multiple of {2**halvings}, or use fewer levels"
+            )
+        if model.channels % model.norm_groups:
+            raise ValueError(
+                f"model.channels={model.channels} cannot be split into model.norm_groups={model.norm_groups} groups"
+            )
+        if model.channels % 2:
+            raise ValueError(f"model.channels={model.channels} must be even, for sines and cosines of the timestep")
+        return self
+
+    @model_validator(mode="after")
+    def _steps_begin_at_noise(self) -> RunConfig:
+        steps, timesteps = self.sample.steps, self.diffusion.timesteps
+        if steps > timesteps:
+            raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
+        stride = timesteps // steps
+        if self.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
+            raise ValueError(
+                f"sample.steps={steps} with sample.spacing=leading would begin at t={(steps - 1) * stride} of "
+                f"{timesteps}, where images are no noise yet: use {timesteps // stride} or "
+                f"{timesteps // (stride + 1)} steps, or another spacing"
+            )
+        return self
+
     def to_yaml(self) -> str:
         """The text of `config.yaml`."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
@@ -158,7 +187,7 @@ class RunConfig(Section):
 
     def updated(self, changes: dict[str, Any]) -> RunConfig:
         """The same with other values of some dotted keys; raises as `validated`."""
-        return validated(self.flat() | changes, "configuration")
+        return validated(self.flat() | changes)
 
 
 FREE = (
@@ -195,8 +224,8 @@ def _nest(flat: dict[str, Any]) -> dict[str, Any]:
     return nested
 
 
-def validated(flat: dict[str, Any], where: str) -> RunConfig:
-    """A `RunConfig` from dotted keys.
+def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
+    """A `RunConfig` from dotted keys; `where` they come from is named if something is wrong.
 
     Raises:
         BadConfigError: naming each bad key, what is wrong with it, and its value.
@@ -204,58 +233,14 @@ def validated(flat: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(_nest(flat))
     except ValidationError as error:
-        problems = "; ".join(
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg'].lower()} (got {problem['input']!r})"
+        problems = [
+            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()} (got {problem['input']!r})"
+            if problem["loc"]
+            # A rule between keys, which names them itself.
+            else problem["msg"].removeprefix("Value error, ")
             for problem in error.errors()
-        )
-        raise BadConfigError(f"{where}: {problems}") from None
-
-
-def check_shape(config: RunConfig) -> None:
-    """Checks the rules between keys.
-
-    Raises:
-        BadConfigError: naming the keys, and values that would do.
-    """
-    model, size = config.model, config.data.size or 0
-    divisor = 2 ** (len(model.channel_mults) - 1)
-    if size % divisor:
-        raise BadConfigError(
-            f"data.size={size} cannot be halved {len(model.channel_mults) - 1} times, as the "
-            f"{len(model.channel_mults)} levels of model.channel_mults need: pack at a multiple of {divisor}, or use "
-            "fewer levels"
-        )
-    if model.channels % model.norm_groups:
-        raise BadConfigError(
-            f"model.channels={model.channels} cannot be split into model.norm_groups={model.norm_groups} groups"
-        )
-    if model.channels % 2:
-        raise BadConfigError(f"model.channels={model.channels} must be even, for sines and cosines of the timestep")
-    check_steps(config, config.sample.steps, "sample.steps=")
-
-
-def check_steps(config: RunConfig, steps: int, option: str) -> None:
-    """Checks that a sampler's steps begin where images are noise.
-
-    Raises:
-        BadConfigError: they do not; the message calls the number of steps `option`.
-    """
-    timesteps = config.diffusion.timesteps
-    if steps > timesteps:
-        raise BadConfigError(f"{option}{steps} exceeds diffusion.timesteps={timesteps}")
-    stride = timesteps // steps
-    if config.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
-        raise BadConfigError(
-            f"{option}{steps} with sample.spacing=leading would begin at t={(steps - 1) * stride} of {timesteps}, "
-            f"where images are no noise yet: use {timesteps // stride} or {timesteps // (stride + 1)} steps, or "
-            "another spacing"
-        )
-
-
-def content_hash(config: RunConfig) -> str:
-    """SHA-256 of everything that decides what is learnt; equal for all attempts of a run."""
-    flat = {key: value for key, value in config.flat().items() if not _is_free(key)}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
+        ]
+        raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
 def _is_free(key: str) -> bool:

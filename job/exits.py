@@ -2,61 +2,52 @@
 
 import errno
 import sys
-from dataclasses import dataclass
 from enum import IntEnum
+from typing import Self
 
 CRASHED = 1
 """The code of a program that ended by an error which nobody foresaw, or by the lack of memory."""
 
 
 class Exit(IntEnum):
-    """What a finished process says about itself; the values follow sysexits.h where it has one."""
+    """What a finished process says about itself; the values follow sysexits.h where it has one.
 
-    FINISHED = 0
-    USAGE = 2
-    BAD_REQUEST = 64
-    BAD_DATA = 65
-    MISSING_INPUT = 66
-    BUCKET_AWAY = 69
-    NOT_A_NUMBER = 70
-    HUNG = 71
-    DISK_FULL = 74
-    STOPPED = 75
-    LOST_RUN = 76
-    NO_PERMISSION = 77
-    BAD_CONFIG = 78
-
-
-@dataclass(frozen=True, slots=True)
-class Meaning:
-    """One row of the table."""
+    Attributes:
+        text: what it means.
+        retried: `never`, `bounded` (counted against a limit) or `always` (not counted where the engine allows that).
+    """
 
     text: str
     retried: str
-    """`never`, `bounded` (counted against a limit) or `always` (not counted where the engine allows that)."""
+
+    def __new__(cls, code: int, text: str = "", retried: str = "") -> Self:
+        """A row of the table."""
+        row = int.__new__(cls, code)
+        row._value_, row.text, row.retried = code, text, retried
+        return row
+
+    FINISHED = 0, "finished", "never"
+    USAGE = 2, "wrong usage of the command line", "never"
+    BAD_REQUEST = 64, "a request that cannot be met, such as an unknown name", "never"
+    BAD_DATA = 65, "bad data: unreadable, truncated, rotten or unsafe", "never"
+    MISSING_INPUT = 66, "missing input: a bucket, dataset, run or checkpoint that is not there", "never"
+    BUCKET_AWAY = 69, "the bucket was away beyond the limit", "bounded"
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; it would be again", "never"
+    HUNG = 71, "the job hung, or its machine lost a GPU", "bounded"
+    DISK_FULL = 74, "the local disk is full", "never"
+    STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", "always"
+    LOST_RUN = 76, "another attempt holds the run", "never"
+    NO_PERMISSION = 77, "permission denied", "never"
+    BAD_CONFIG = 78, "the configuration is not valid, or not the one the run was started with", "never"
 
 
-TABLE: dict[Exit, Meaning] = {
-    Exit.FINISHED: Meaning("finished", "never"),
-    Exit.USAGE: Meaning("wrong usage of the command line", "never"),
-    Exit.BAD_REQUEST: Meaning("a request that cannot be met, such as an unknown name", "never"),
-    Exit.BAD_DATA: Meaning("bad data: unreadable, truncated, rotten or unsafe", "never"),
-    Exit.MISSING_INPUT: Meaning("missing input: a bucket, dataset, run or checkpoint that is not there", "never"),
-    Exit.BUCKET_AWAY: Meaning("the bucket was away beyond the limit", "bounded"),
-    Exit.NOT_A_NUMBER: Meaning("the loss or a gradient was not a number; it would be again", "never"),
-    Exit.HUNG: Meaning("the job hung, or its machine lost a GPU", "bounded"),
-    Exit.DISK_FULL: Meaning("the local disk is full", "never"),
-    Exit.STOPPED: Meaning("stopped by preemption, a signal or a deadline, with the state saved", "always"),
-    Exit.LOST_RUN: Meaning("another attempt holds the run", "never"),
-    Exit.NO_PERMISSION: Meaning("permission denied", "never"),
-    Exit.BAD_CONFIG: Meaning("the configuration is not valid, or not the one the run was started with", "never"),
-}
-"""Codes that are not listed (crash, out of memory, signal) are retried a bounded number of times."""
+TABLE: dict[int, Exit] = {int(code): code for code in Exit}
+"""By number: programs end with others, too, when they crash, run out of memory or are killed."""
 
 
 def retried(code: int) -> str:
-    """Whether a program that ended with `code` is started again: `never`, `bounded` or `always`."""
-    return TABLE[Exit(code)].retried if code in TABLE else "bounded"
+    """Whether a program that ended with `code` is started again; see `Exit`. What is not in the table is `bounded`."""
+    return TABLE[code].retried if code in TABLE else "bounded"
 
 
 class JobError(Exception):

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from typing import Literal
+from typing import Any, Literal
 
 from job.exits import Exit, JobError, ending_of
 from job.sealed import Sealed
@@ -57,13 +57,14 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         yield
         return
 
-    def write(state: Literal["running", "stopped", "finished", "failed"], code: int | None, message: str = "") -> None:
-        updated = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    def write(code: int | None, message: str = "") -> None:
+        states: dict[int | None, Any] = {None: "running", Exit.FINISHED: "finished", Exit.STOPPED: "stopped"}
+        updated, message = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), message[:LONGEST_MESSAGE]
         outcome = Outcome(
-            state=state,
+            state=states.get(code, "failed"),
             exit_code=code,
             updated=updated,
-            message=message[:LONGEST_MESSAGE],
+            message=message,
             machine=machine,
             machines=machines,
         )
@@ -74,14 +75,10 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
             store.folders(JOBS)
             store.put(f"{JOBS}/{name}/{machine}-of-{machines}.json", outcome.to_json())
 
-    write("running", None)
+    write(None)
     try:
         yield
     except BaseException as error:
-        code, message = ending_of(error)
-        if code == Exit.FINISHED:
-            write("finished", code)
-        else:
-            write("stopped" if code == Exit.STOPPED else "failed", code, message)
+        write(*ending_of(error))
         raise
-    write("finished", int(Exit.FINISHED))
+    write(Exit.FINISHED)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import RunConfig, changed_for_attempt, check_shape
+from job.config import RunConfig, changed_for_attempt
 from job.config_input import draft
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError, LostRunError
@@ -14,7 +14,6 @@ from job.progress import note_once
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import is_there, list_checkpoints
-from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
@@ -58,10 +57,7 @@ class Plan:
         if self.is_new:
             return replace(self, config=self.config.updated({"train.precision": precision}))
         if self.config.train.precision != precision:
-            raise LostRunError(
-                f"{self.run.uri} was begun by another attempt meanwhile, with train.precision="
-                f"{self.config.train.precision}: the same command goes on"
-            )
+            raise LostRunError(f"{self.run.uri} was begun by another attempt meanwhile: the same command goes on")
         return self
 
     def is_finished(self) -> bool:
@@ -100,18 +96,10 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         config = records.as_last_changed(run, stored).updated(request.changes)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
     config = follow_dataset(config, index)
-    changes: dict[str, Any] = {}
-    if stored is not None:
-        if config.train.precision == "auto":
-            config = config.updated({"train.precision": stored.train.precision})
-        changes = changed_for_attempt(stored, config, request.run)
-    plan = Plan(request, bucket, run, index, config, changes, is_new=stored is None)
-    if plan.target_images > MAX_IMAGES_SEEN:
-        raise BadConfigError(
-            f"train.epochs={config.train.epochs:,} of {index.images:,} images are more than the "
-            f"{MAX_IMAGES_SEEN:,} that a run can count"
-        )
-    return plan
+    if stored is not None and config.train.precision == "auto":
+        config = config.updated({"train.precision": stored.train.precision})
+    changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
+    return Plan(request, bucket, run, index, config, changes, is_new=stored is None)
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
@@ -120,12 +108,11 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
     Raises:
         BadConfigError: a value that was set by hand does not fit the dataset, or the network cannot take the size.
     """
-    classes = len(index.classes)
     follows = {
         "data.dataset_id": (config.data.dataset_id or None, index.dataset_id),
         "data.size": (config.data.size, index.size),
         "data.channels": (config.data.channels, index.channels),
-        "model.num_classes": (config.model.num_classes or None, classes),
+        "model.num_classes": (config.model.num_classes or None, len(index.classes)),
     }
     for key, (chosen, there) in follows.items():
         if chosen is not None and chosen != there:
@@ -134,6 +121,4 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
     if config.model.num_classes == 0:
         # A network that is to learn no classes.
         del changes["model.num_classes"]
-    config = config.updated(changes)
-    check_shape(config)
-    return config
+    return config.updated(changes)

@@ -6,7 +6,6 @@ import os
 import sys
 import threading
 import time
-from collections import deque
 from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
@@ -21,15 +20,18 @@ QUIET_SECONDS = 2.0
 """What is over sooner leaves no line behind."""
 RATE_SECONDS = 60.0
 """The rate and the time left are those of the last minute: a slow start or a pause does not spoil them for long."""
-SEPARATOR, NEWLINE = " · ", "\n"
+
+_lock = threading.RLock()
+_bars: rich_progress.Progress | None = None
+"""All bars of this process: two displays on one terminal would overwrite each other."""
 
 
 def note(text: str) -> None:
     """Prints a line on stderr, above the bars if there are any."""
     # A terminal or a pipe that went away must not end a run.
     with suppress(OSError):
-        if _live is not None:
-            _live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if (bars := _bars) is not None and not bars.disable:
+            bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
@@ -59,18 +61,14 @@ class Progress:
             unit: what is counted, in the plural.
             disable: show nothing at all, notes included; for all processes but the first.
         """
-        self.title, self.total, self._unit, self._disable = title, total, unit, disable
-        self._lock = threading.Lock()
-        self._fields: dict[str, str] = {}
-        self._start = self.done = 0
-        self._history = deque[tuple[float, int]]()
+        self._title, self._total, self._unit, self._disable = title, total, unit, disable
+        self._start = self._done = 0
         self._over = threading.Event()
-        self._drawn: rich_progress.TaskID | None = None
-        self._lines: threading.Thread | None = None
+        self._task: rich_progress.Task | None = None
 
     def started_at(self, done: int) -> Progress:
         """Sets what was done before, such as by an earlier attempt, and returns the bar: rates count from here."""
-        self._start = self.done = done
+        self._start = self._done = done
         return self
 
     def update(self, done: int, *, total: int | None = None, **fields: str) -> None:
@@ -81,12 +79,11 @@ class Progress:
             total: the new total, if that has become known.
             **fields: what to show beside it, such as `loss="0.0213"`; each stays until it is replaced.
         """
-        with self._lock:
-            self.done = max(self.done, done)
-            self.total = self.total if total is None else total
-            self._fields |= fields
-        if self._drawn is not None and _live is not None:
-            _live.update(self._drawn, completed=self.done, total=self.total)
+        with _lock:
+            self._done = max(self._done, done)
+            if _bars is not None and self._task is not None:
+                self._task.fields.update(fields)
+                _bars.update(self._task.id, completed=self._done, total=total)
 
     def note(self, text: str) -> None:
         """Prints a line, above the bars if there are any."""
@@ -94,104 +91,90 @@ class Progress:
             note(text)
 
     def __enter__(self) -> Progress:
+        if not self._disable:
+            global _bars
+            with _lock:
+                if _bars is None:
+                    _bars = _new_bars()
+                    _bars.start()
+                _bars.add_task(self._title, total=self._total, completed=self._done, unit=self._unit)
+                self._task = _bars.tasks[-1]
+                if _bars.disable:
+                    threading.Thread(target=self._print_lines, args=(self._task,), daemon=True).start()
         self._began = time.monotonic()
-        self._history.append((self._began, self.done))
-        if self._disable:
-            return self
-        if sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
-            self._drawn = _draw(self)
-        else:
-            self._lines = threading.Thread(target=self._print_lines, name=self.title, daemon=True)
-            self._lines.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._disable:
+        global _bars
+        if self._task is None:
             return
-        self._over.set()
-        if self._lines is not None:
-            self._lines.join()
-        if self._drawn is not None:
-            _erase(self._drawn)
+        with _lock, suppress(OSError):
+            self._over.set()
+            assert _bars is not None
+            _bars.remove_task(self._task.id)
+            if not _bars.tasks:
+                bars, _bars = _bars, None
+                bars.stop()
         seconds = time.monotonic() - self._began
         if seconds >= QUIET_SECONDS:
             stopped = "" if kind is None else "stopped at "
-            took = f"{stopped}{self._counts()} in {_duration(seconds)}"
-            note(f"{self.title}: {_joined(took, self._rate_text((self.done - self._start) / seconds))}")
+            took = f"{self._title}: {stopped}{_counts(self._task)} in {_duration(seconds)}"
+            note(" · ".join(filter(None, (took, _rate_text((self._done - self._start) / seconds, self._unit)))))
 
-    def _print_lines(self) -> None:
+    def _print_lines(self, task: rich_progress.Task) -> None:
         while not self._over.wait(LINE_SECONDS):
-            note(f"{self.title}: {self.details.replace(NEWLINE, SEPARATOR)}")
-
-    @property
-    def details(self) -> str:
-        """How far it is, how fast, and how long it will take; in a second line what else is to be shown."""
-        now = time.monotonic()
-        with self._lock:
-            done, total = self.done, self.total
-            self._history.append((now, done))
-            while len(self._history) > 2 and now - self._history[0][0] > RATE_SECONDS:
-                self._history.popleft()
-            then, before = self._history[0]
-            rate = (done - before) / max(now - then, 1e-9)
-            fields = [f"{name.replace('_', ' ')} {value}" for name, value in self._fields.items()]
-        percent = f"{min(100, 100 * done // total)} %" if total else ""
-        left = f"ETA {_duration((total - done) / rate)}" if total and rate > 0 else ""
-        lines = (_joined(percent, self._counts(), self._rate_text(rate), left), _joined(*fields))
-        return NEWLINE.join(filter(None, lines))
-
-    def _counts(self) -> str:
-        of_total = f"/{self.total:,}" if self.total and self.total != self.done else ""
-        return f"{self.done:,}{of_total} {self._unit}"
-
-    def _rate_text(self, rate: float) -> str:
-        return f"{rate:,.0f} {self._unit}/s" if rate >= 100 else f"{rate:.3g} {self._unit}/s" if rate > 0 else ""
+            line = f"{self._title}: {_details(task, ' · ')}"
+            with _lock:
+                if not self._over.is_set():
+                    note(line)
 
 
-_live: rich_progress.Progress | None = None
-"""All bars that a terminal shows: two displays would overwrite each other."""
-_live_lock = threading.RLock()
-
-
-def _draw(bar: Progress) -> rich_progress.TaskID:
-    global _live
+def _new_bars() -> rich_progress.Progress:
     from rich.console import Console
-    from rich.progress import BarColumn, TextColumn
-    from rich.progress import Progress as LiveProgress
+    from rich.progress import BarColumn, ProgressColumn, Task, TextColumn
+    from rich.progress import Progress as RichProgress
     from rich.table import Column
+    from rich.text import Text
 
-    with _live_lock:
-        if _live is None:
-            the_rest = Column(ratio=1, no_wrap=True, overflow="ellipsis")
-            _live = LiveProgress(
-                TextColumn("[bold]{task.description}"),
-                BarColumn(bar_width=12),
-                TextColumn("{task.fields[bar].details}", markup=False, table_column=the_rest),
-                expand=True,
-                console=Console(stderr=True, force_terminal=True),
-                refresh_per_second=5,
-                # What goes to a file or a pipe must go on going there, not to the terminal.
-                redirect_stdout=sys.stdout.isatty(),
-            )
-            _live.start()
-        return _live.add_task(bar.title, total=bar.total, completed=bar.done, bar=bar)
+    class Details(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(_details(task, "\n"))
+
+    return RichProgress(
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=12),
+        Details(Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        expand=True,
+        console=Console(stderr=True),
+        refresh_per_second=5,
+        speed_estimate_period=RATE_SECONDS,
+        # What goes to a file or a pipe must go on going there, not to the terminal.
+        redirect_stdout=sys.stdout.isatty(),
+        disable=not sys.stderr.isatty() or os.environ.get("TERM") == "dumb",
+    )
 
 
-def _erase(drawn: rich_progress.TaskID) -> None:
-    global _live
-    with _live_lock, suppress(OSError):
-        assert _live is not None
-        _live.remove_task(drawn)
-        if not _live.tasks:
-            live, _live = _live, None
-            live.stop()
+def _details(task: rich_progress.Task, beside: str) -> str:
+    """How far it is, how fast, and how long it will take; what else is to be shown comes after `beside`."""
+    percent = f"{min(100, int(task.percentage))} %" if task.total else ""
+    left = f"ETA {_duration(task.time_remaining)}" if task.time_remaining is not None else ""
+    how_far = filter(None, (percent, _counts(task), _rate_text(task.speed or 0.0, task.fields["unit"]), left))
+    # A copy: another thread may add to them.
+    fields = dict(task.fields)
+    more = (f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if name != "unit")
+    return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))
+
+
+def _counts(task: rich_progress.Task) -> str:
+    of_total = f"/{task.total:,.0f}" if task.total and task.total != task.completed else ""
+    return f"{task.completed:,.0f}{of_total} {task.fields['unit']}"
+
+
+def _rate_text(rate: float, unit: str) -> str:
+    return f"{rate:,.0f} {unit}/s" if rate >= 100 else f"{rate:.3g} {unit}/s" if rate > 0 else ""
 
 
 def _duration(seconds: float) -> str:
     return str(timedelta(seconds=round(seconds)))
-
-
-def _joined(*parts: str) -> str:
-    return SEPARATOR.join(part for part in parts if part)

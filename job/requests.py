@@ -17,8 +17,6 @@ from job.runs import records
 GIF_SEEDS = 12
 """Images of a GIF, at most."""
 MAX_NUMBERS = 10_000
-MAX_COUNT = 10**9
-MAX_SEED = 10**18 - 1
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
@@ -91,19 +89,28 @@ class SampleRequest:
         """
         records.validated_run_name(self.run)
         samplers = get_args(SampleConfig.model_fields["sampler"].annotation)
-        if self.sampler and self.sampler not in samplers:
-            raise BadRequestError(f"there is no sampler {self.sampler!r} (there are: {', '.join(samplers)})")
-        if self.precision not in ("", "fp32", "bf16"):
-            raise BadRequestError(f"--precision {self.precision!r}: use fp32 or bf16")
+        for option, value, known in (
+            ("--sampler", self.sampler, samplers),
+            ("--precision", self.precision, ("fp32", "bf16")),
+            ("--save", self.save, ("shards", "png")),
+        ):
+            if value and value not in known:
+                raise BadRequestError(f"{option} {value!r}: use {' or '.join(known)}")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
             raise BadRequestError(
                 f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80,490, or latest, or all"
             )
-        seeds = parse_numbers(self.seeds, "--seeds") if self.seeds else []
-        if not self.grid and len(seeds) > GIF_SEEDS:
-            raise BadRequestError(f"--seeds {self.seeds}: a GIF shows up to {GIF_SEEDS} images, not {len(seeds)}")
-        self._check_count()
-        return replace(self, checkpoints=_without_repetition(self.checkpoints))
+        if self.seeds:
+            parse_numbers(self.seeds, "--seeds")
+        many = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
+        pictures = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
+        for option, is_chosen in (many if self.count is None else pictures).items():
+            if is_chosen and self.count is None:
+                raise BadRequestError(f"{option} is about many images: say how many with --count")
+            if is_chosen:
+                raise BadRequestError(f"{option} is about pictures: leave it out, or --count, which takes --first-seed")
+        _ = self.slice_of
+        return self
 
     @property
     def slice_of(self) -> tuple[int, int]:
@@ -114,50 +121,17 @@ class SampleRequest:
         """
         if not self.slice:
             return 0, 1
-        index, separator, slices = self.slice.partition("/")
-        if index == BATCH_TASK_INDEX:
-            index = os.environ.get(BATCH_TASK_INDEX, "")
-            if not index:
-                raise BadRequestError(
-                    f"--slice {self.slice}: this is no task of Google Batch, which sets {BATCH_TASK_INDEX}"
-                )
-        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", f"{index}{separator}{slices}")
+        text = self.slice.replace(BATCH_TASK_INDEX, os.environ.get(BATCH_TASK_INDEX, BATCH_TASK_INDEX))
+        match = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text)
         if not match or int(match[1]) >= int(match[2]):
             raise BadRequestError(
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
             )
         return int(match[1]), int(match[2])
 
-    def _check_count(self) -> None:
-        if self.count is None:
-            chosen = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
-            for option in (option for option, is_chosen in chosen.items() if is_chosen):
-                raise BadRequestError(
-                    f"{option} is about many images: say how many with --count, such as --count 50000"
-                )
-            return
-        if not 1 <= self.count <= MAX_COUNT:
-            raise BadRequestError(f"--count {self.count}: use 1 to {MAX_COUNT:,} images")
-        if self.save not in ("", "shards", "png"):
-            raise BadRequestError(f"--save {self.save!r}: use shards or png")
-        if not 0 <= (self.first_seed or 0) <= MAX_SEED + 1 - self.count:
-            raise BadRequestError(f"--first-seed {self.first_seed}: seeds are 0 to {MAX_SEED:,}")
-        excluded = {"--seeds": (self.seeds, "use --first-seed"), "--gif": (self.gif, "make the GIF without --count")}
-        excluded["--nearest"] = (self.nearest, "it is for grids without --count")
-        for option, (is_chosen, what_to_do) in excluded.items():
-            if is_chosen:
-                raise BadRequestError(f"{option} and --count exclude each other: {what_to_do}")
-        _ = self.slice_of
 
-
-def _without_repetition(checkpoints: str) -> str:
-    """`"30, 080,30"` as `"30,80"`: pictures are named after it."""
-    words = (word.strip() for word in checkpoints.split(","))
-    return ",".join(dict.fromkeys(str(int(word)) if word.isdecimal() else word for word in words))
-
-
-def validated_output(path: Path) -> Path:
-    """Returns `path` if a picture can be written there.
+def check_output(path: Path) -> None:
+    """Returns if a picture can be written to `path`.
 
     Raises:
         BadRequestError: it does not end in .png, is a folder, or would be in a folder that is not there.
@@ -165,9 +139,7 @@ def validated_output(path: Path) -> Path:
     if path.suffix.lower() != ".png":
         raise BadRequestError(f"--output {path}: pictures are PNG files, so let its name end in .png")
     if path.is_dir() or not path.parent.is_dir():
-        why = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise BadRequestError(f"--output {path}: {why}; name a file in a folder that is there")
-    return path
+        raise BadRequestError(f"--output {path}: name a file in a folder that is there")
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

@@ -24,7 +24,7 @@ class Sealed(BaseModel):
     def to_json(self) -> bytes:
         """The bytes to store, with the hash filled in."""
         document = self.model_dump(mode="json")
-        return _bytes(document | {"sha256": _sha256(document)})
+        return _bytes(document | {"sha256": _digest_of(document)})
 
     @classmethod
     def from_json(cls, data: bytes, uri: str) -> Self:
@@ -36,7 +36,7 @@ class Sealed(BaseModel):
         try:
             document = json.loads(data)
             # Bytes are compared as well: `1e-5` and `1E-5` are one bit and no value apart.
-            intact = document["sha256"] == _sha256(document) and _bytes(document) == data
+            intact = document["sha256"] == _digest_of(document) and _bytes(document) == data
         except (ValueError, TypeError, KeyError, RecursionError):
             intact = False
         if not intact:
@@ -61,7 +61,7 @@ class Sealed(BaseModel):
         return cls.from_json(store.read(key).data, store.uri_of(key))
 
 
-def _sha256(document: dict[str, Any]) -> str:
+def _digest_of(document: dict[str, Any]) -> str:
     content = {name: value for name, value in document.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -1,14 +1,15 @@
 """One attempt at a run on one process: the state on the device, and what is due after each step.
 
 Everything that decides what is learnt happens in `ddpm.training`. Here it is connected to a bucket: which images come
-in, when a checkpoint goes out, who is told how it goes.
+in, when a checkpoint goes out, who is told how it goes. Methods that are collective must be called by all processes at
+the same step; a decision that only one of them could make is therefore agreed on before anybody acts on it.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -18,19 +19,19 @@ from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
-from ddpm.training import Hooks, NonFiniteError, Settings, TrainState
+from ddpm.training import Hooks, Settings, TrainState
 from job.config import RunConfig
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import BatchStream, stream_batches
-from job.exits import JobError, LostRunError, NotANumberError, StoppedError
+from job.exits import JobError, LostRunError, StoppedError
 from job.plan import Plan
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
-from job.runs.checkpoints import MetricSegment, newest_good
+from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
@@ -67,12 +68,18 @@ class TrainingSession:
 
     batches: BatchStream
     """What `train` goes through."""
+    attempt: Attempt
+    lease: Lease
+    writer: CheckpointWriter
+    """On the main process alone, as are the lease and the status, while the session is `restored`."""
+    status: StatusReporter
 
     def __init__(self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.retention = Retention.of(self.config, self.dataset_images)
+        self.settings, self.hooks = settings_of(self.config), Hooks(after_step=self._after_step)
+        self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
         self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
@@ -82,9 +89,6 @@ class TrainingSession:
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.bar = Progress("training", total=plan.target_images, unit="images", disable=not ranks.is_main)
-        self.writer: CheckpointWriter | None = None
-        """None on all processes but the main one, as is the status."""
-        self.status: StatusReporter | None = None
         self.last_row: metrics.Row = {}
         self.saved_images = -1
         self.logged_at, self.logged_images = time.monotonic(), 0
@@ -98,51 +102,64 @@ class TrainingSession:
             lease: held by the main process; none on the others.
         """
         aside: set[CheckpointRef] = set()
-        segments = self._restore(aside)
-        if lease is not None:
-            held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
-            self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
-
-            def status(state: str) -> records.Status:
-                # Whoever slept and was replaced must not say on waking how the run was going then.
-                lease.confirm()
-                return self._status(state, attempt)
-
-            self.status = StatusReporter(self.plan.run, status, self.bar.note)
+        manifest = self._restore(aside)
+        if lease is None:
+            yield
+            return
+        self.attempt, self.lease = attempt, lease
+        held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
+        segments = manifest.metric_segments if manifest else ()
+        self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
+        self.status = StatusReporter(self.plan.run, self._status, self.bar.note)
         try:
             yield
-        except BaseException as error:
-            self._end(error)
+        except LostRunError:
+            # The run's status is the other attempt's now, and nothing more of this one is to arrive.
+            with suppress(JobError):
+                self.writer.close(wait=False)
             raise
-        self._close("finished", wait=True)
+        except BaseException as error:
+            # Whatever went wrong here, a checkpoint on its way is a good one: it arrives before that is told.
+            try:
+                self._close("stopped" if isinstance(error, StoppedError) else "failed")
+            except JobError as second:
+                if second is not error:
+                    self.bar.note(f"while ending: {second}")
+            raise
+        else:
+            self._close("finished")
 
-    def _restore(self, aside: set[CheckpointRef]) -> list[MetricSegment]:
-        """Loads the newest checkpoint, once for all processes; returns its metrics. Damaged ones go into `aside`."""
+    def _close(self, state: str) -> None:
+        try:
+            self.writer.close(wait=True)
+        finally:
+            # The lease is to be given back as well.
+            self.status.close(state, min(STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))
+
+    def _restore(self, aside: set[CheckpointRef]) -> Manifest | None:
+        """Loads the newest checkpoint, once for all processes, if there is one. Damaged ones go into `aside`."""
         tensors = self.state.tensors()
 
-        def load() -> tuple[int, list[list[float]], list[MetricSegment]] | None:
-            groups = ("model", "ema", "optimizer")
-            with newest_good(self.plan.run, groups, self.bar.note, aside) as restored:
+        def load() -> Manifest | None:
+            with newest_good(self.plan.run, self.bar.note, aside) as restored:
                 if restored is None:
                     return None
                 restored.copy_into(tensors)
-                manifest = restored.manifest
-                return manifest.images_seen, manifest.loss_sums, list(manifest.metric_segments)
+                return restored.manifest
 
-        found = self.ranks.on_main(load)
-        if found is None:
-            return []
-        images_seen, loss_sums, segments = found
+        manifest = self.ranks.on_main(load)
+        if manifest is None:
+            return None
         if dist.is_initialized():
             for named in tensors.values():
                 for tensor in named.values():
                     dist.broadcast(tensor, src=0)
-        self.state.resume_at(images_seen, self.batch_size)
+        self.state.resume_at(manifest.images_seen, self.batch_size)
         if self.ranks.is_main:
             # The others begin at zero: the sums are added up over processes.
-            self.state.log.sums.copy_(torch.tensor(loss_sums))
-        self.saved_images = self.logged_images = images_seen
-        return segments
+            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums))
+        self.saved_images = self.logged_images = manifest.images_seen
+        return manifest
 
     def train(self) -> None:
         """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
@@ -168,15 +185,14 @@ class TrainingSession:
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
-                    settings, hooks = settings_of(config), self.hooks
-                    training.train(state, self.network, self.batches, objective, settings, accelerator, hooks)
+                    training.train(state, self.network, self.batches, objective, self.settings, accelerator, self.hooks)
                 self.agreement.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
             stopped = state.images_seen < self.plan.target_images
             if stopped:
                 self.stop.request(ANOTHER_PROCESS)
-            self._on_writer(lambda writer: writer.wait())
+            self.ranks.on_main(lambda: self.writer.wait())
         if stopped:
             raise StoppedError(
                 f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
@@ -196,22 +212,20 @@ class TrainingSession:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
 
-    @property
-    def hooks(self) -> Hooks:
-        """What the loop calls."""
-        return Hooks(after_step=self._after_step)
-
     def _after_step(self, state: TrainState) -> bool:
-        """Does what is due; whether all processes stop."""
-        images, config, writer = state.images_seen, self.config, self.writer
+        """Does what is due; whether all processes stop.
+
+        What any process raised in the step before, all of them see in this one, so that each does the same.
+        """
+        images, config, is_main = state.images_seen, self.config, self.ranks.is_main
         stopping, save_now, troubled, starved = self.agreement.exchange(
             self.stop(),
-            writer is not None and writer.overdue,
-            writer is not None and writer.troubled,
+            is_main and self.writer.overdue,
+            is_main and self.writer.troubled,
             not self.batches.holds(2),
         )
         if troubled:
-            self._on_writer(lambda writer: writer.raise_trouble())
+            self.ranks.on_main(lambda: self.writer.raise_trouble())
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
         if stopping:
@@ -223,7 +237,7 @@ class TrainingSession:
         stopping = stopping or (starved and not self._can_all_begin(1))
         if not stopping and self._is_grid_due(images):
             try:
-                self.draw()
+                self._draw_grid()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
                 self.stop.request(ANOTHER_PROCESS)
@@ -232,7 +246,7 @@ class TrainingSession:
         return stopping
 
     def _log(self) -> None:
-        self._check_finite()
+        training.check_finite(self.state)
         state, now = self.state, time.monotonic()
         losses = training.loss_row(state.log.reduced())
         state.log.sums.zero_()
@@ -240,12 +254,12 @@ class TrainingSession:
             "images_seen": state.images_seen,
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
-            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, settings_of(self.config)),
+            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, self.settings),
             "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
             "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
             "time": round(time.time(), 3),
         }
-        if self.writer is not None:
+        if self.ranks.is_main:
             self.writer.rows.append(self.last_row)
         self.logged_at, self.logged_images = now, state.images_seen
 
@@ -254,21 +268,12 @@ class TrainingSession:
         images_seen = self.state.images_seen
         if images_seen == self.saved_images:
             return
-        self._check_finite()
+        training.check_finite(self.state)
         loss_sums = self.state.log.reduced().tolist()
         self.saved_images = images_seen
-        self._on_writer(lambda writer: writer.save(images_seen, loss_sums, self.ranks.world_size))
+        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums))
 
-    def _check_finite(self) -> None:
-        try:
-            training.check_finite(self.state)
-        except NonFiniteError as error:
-            raise NotANumberError(
-                f"{error}; what {self.plan.run.uri} holds is from before. It would happen again at the same image: "
-                "start another run with a lower train.learning_rate, or with train.precision=fp32"
-            ) from None
-
-    def draw(self) -> Painter:
+    def _draw_grid(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""
         config, images_seen = self.config, self.state.images_seen
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
@@ -276,12 +281,12 @@ class TrainingSession:
         seeds, sample = range(config.sample.images), config.sample
         drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
 
-        def publish(writer: CheckpointWriter) -> None:
+        def publish() -> None:
             learnt = self.images if sample.nearest else None
             grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
-            writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
+            self.writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
 
-        self._on_writer(publish)
+        self.ranks.on_main(publish)
         return painter
 
     def _is_grid_due(self, images_seen: int) -> bool:
@@ -300,40 +305,38 @@ class TrainingSession:
         if self._is_grid_due(images_seen):
             key = run_grid_key(self.config, self.dataset_images, images_seen)
             if self.ranks.on_main(lambda: not run.exists(key)):
-                self.draw()
+                self._draw_grid()
 
     def finish(self) -> None:
         """Makes the last pictures; collective."""
-        painter, images_seen = self.draw(), self.state.images_seen
+        painter, images_seen = self._draw_grid(), self.state.images_seen
 
-        def publish(writer: CheckpointWriter) -> None:
+        def publish() -> None:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
-            writer.put(denoising_key(label), gif, images_seen=images_seen)
-            rows = metrics.read_rows(self.plan.run, writer.segments)
-            writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
-            writer.wait()
+            self.writer.put(denoising_key(label), gif, images_seen=images_seen)
+            rows = metrics.read_rows(self.plan.run, self.writer.segments)
+            self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
+            self.writer.wait()
 
-        self._on_writer(publish)
-
-    def _on_writer(self, work: Callable[[CheckpointWriter], None]) -> None:
-        """Has the main process do `work`, while the others wait for it. Collective."""
-        self.ranks.on_main(lambda: work(self.writer) if self.writer else None)
+        self.ranks.on_main(publish)
 
     def _show(self, images_seen: int) -> None:
         """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
         epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
-        if "loss" in self.last_row:
-            self.bar.update(images_seen, loss=f"{self.last_row['loss']:.4f}")
-        next_checkpoint = f"epoch {(int(epoch) // every + 1) * every}"
-        self.bar.update(images_seen, epoch=f"{epoch:.1f}/{self.config.train.epochs}", next_checkpoint=next_checkpoint)
+        shown = {"loss": f"{self.last_row['loss']:.4f}"} if "loss" in self.last_row else {}
+        shown["epoch"] = f"{epoch:.1f}/{self.config.train.epochs}"
+        shown["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
+        self.bar.update(images_seen, total=self.plan.target_images, **shown)
 
-    def _status(self, state: str, attempt: Attempt) -> records.Status:
+    def _status(self, state: str) -> records.Status:
+        # Whoever slept and was replaced must not say on waking how the run was going then.
+        self.lease.confirm()
         images_seen = self.state.images_seen
         return records.Status(
             state=state,
-            fence=attempt.fence,
-            attempt=attempt.id,
+            fence=self.attempt.fence,
+            attempt=self.attempt.id,
             images_seen=images_seen,
             target_images=self.plan.target_images,
             epoch=round(images_seen / self.dataset_images, 3),
@@ -341,24 +344,3 @@ class TrainingSession:
             images_per_second=self.last_row.get("images_per_second"),
             updated=records.utc_now(),
         )
-
-    def _end(self, error: BaseException) -> None:
-        """Whatever went wrong here, a checkpoint on its way is a good one: lets it arrive before that is told."""
-        is_lost = isinstance(error, LostRunError)
-        if is_lost:
-            # The run's status is the other attempt's now.
-            self.status = None
-        try:
-            self._close("stopped" if isinstance(error, StoppedError) else "failed", wait=not is_lost)
-        except JobError as second:
-            if second is not error:
-                self.bar.note(f"while ending: {second}")
-
-    def _close(self, state: str, wait: bool) -> None:
-        try:
-            if self.writer is not None:
-                self.writer.close(wait)
-        finally:
-            if self.status is not None:
-                # The lease is to be given back as well.
-                self.status.close(state, min(STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))

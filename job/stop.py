@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
-from typing import NoReturn
 
 from job.exits import BadRequestError, Exit, StoppedError
 
@@ -54,7 +53,7 @@ class Stop:
         self.reason = ""
         self.grace_seconds = default_grace_seconds() if grace_seconds is None else grace_seconds
         self._asked_at = self._deadline = float("inf")
-        self._is_installed = self._leaves_at_once = False
+        self._is_installed = False
 
     def install(self, *, signals: bool = True) -> Stop:
         """Has the signals of this process (main thread only) and its deadline ask, and returns itself.
@@ -74,7 +73,7 @@ class Stop:
         # In other threads a loop may go on for ever while the work hangs.
         if threading.current_thread() is threading.main_thread():
             beat()
-        if not self.reason and self._deadline < float("inf") and _boot_seconds() >= self._deadline:
+        if not self.reason and self._deadline < float("inf") and _boot_clock() >= self._deadline:
             self.request("its deadline (--stop-after)")
         return bool(self.reason)
 
@@ -82,8 +81,6 @@ class Stop:
         """Asks this process to stop: a signal, a preemption notice, or another process. The first one counts."""
         if not self.reason:
             self._asked_at, self.reason = time.monotonic(), reason
-        if self._leaves_at_once:
-            self._leave()
 
     def check(self, what: str) -> None:
         """Raises if this process is to stop; `what` goes on after "stopped by SIGTERM", such as "while packing".
@@ -115,9 +112,10 @@ class Stop:
 
     @contextmanager
     def waiting(self, patience_seconds: float) -> Iterator[None]:
-        """While this process waits for others to begin, who may never come, a request ends it: nothing is to save.
+        """While this process waits for others to begin, who may never come, being asked ends it: nothing is to save.
 
-        An installed one takes signals afterwards. Waiting is no hang for so many seconds, though nobody asks meanwhile.
+        Waiting is no hang for so many seconds, though nothing beats meanwhile. One that is installed takes signals
+        afterwards.
         """
         if not self._is_installed:
             yield
@@ -129,20 +127,16 @@ class Stop:
                 if time.monotonic() - began < patience_seconds:
                     beat()
                 if self():
-                    self._leave()
+                    said = f"ddpm: stopped by {self.reason} before it began; the same command begins again\n"
+                    os.write(2, said.encode())
+                    os._exit(int(Exit.STOPPED))
 
-        self._leaves_at_once = True
         threading.Thread(target=stand_in, name="until-all-have-met", daemon=True).start()
         try:
             yield
         finally:
-            self._leaves_at_once = False
             have_met.set()
         self.install()
-
-    def _leave(self) -> NoReturn:
-        os.write(2, f"ddpm: stopped by {self.reason} before it began; the same command begins again\n".encode())
-        os._exit(int(Exit.STOPPED))
 
 
 def default_grace_seconds() -> float:
@@ -204,19 +198,19 @@ def deadline(stop_after: str) -> Iterator[None]:
     if not seconds or STOP_AT in os.environ:
         yield
         return
-    os.environ[STOP_AT] = str(_boot_seconds() + seconds)
+    os.environ[STOP_AT] = str(_boot_clock() + seconds)
     try:
         yield
     finally:
         del os.environ[STOP_AT]
 
 
-def _boot_seconds() -> float:
+def _boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 _beats: memoryview[float] | None = None
-_place = 0
+_beats_place = 0
 
 
 def beat() -> None:
@@ -227,14 +221,14 @@ def beat() -> None:
     only task is to beat: that would go on in a process whose work hangs.
     """
     if _beats is not None:
-        _beats[_place] = time.monotonic()
+        _beats[_beats_place] = time.monotonic()
 
 
 def connect_heartbeat() -> None:
     """Lets `beat` reach the launcher that started this process, if one did."""
-    global _beats, _place
+    global _beats, _beats_place
     if place := os.environ.pop(HEARTBEATS, ""):
         descriptor, rank = map(int, place.split(":"))
-        _beats, _place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
+        _beats, _beats_place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
         os.close(descriptor)
         beat()

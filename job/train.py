@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from ddpm.training import NonFiniteError
 from job.data.cache import default_cache_dir, open_cache
-from job.exits import LostRunError
+from job.exits import LostRunError, NotANumberError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks, meet
@@ -63,6 +64,11 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         with session.restored(attempt, lease):
             session.train()
             session.finish()
+    except NonFiniteError as error:
+        raise NotANumberError(
+            f"{error}; what {plan.run.uri} holds is from before. It would happen again at the same image: "
+            "start another run with a lower train.learning_rate, or with train.precision=fp32"
+        ) from None
     finally:
         if lease is not None:
             lease.close(stop.seconds_left() - _EXIT_SECONDS)

@@ -59,16 +59,10 @@ def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
 
 
-@pytest.fixture(params=["moto", "seaweedfs"])
-def s3_server(request: pytest.FixtureRequest, aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """URL of each S3 server, which this process and its children are told to use: the test runs once per server."""
-    return _use_s3_server(request.param, request, monkeypatch)
-
-
 @pytest.fixture
-def s3_bucket(s3_server: str) -> str:
-    """`s3://NAME` of a fresh, empty bucket on each S3 server."""
-    return _new_s3_bucket(s3_server)
+def seaweedfs_bucket(aws_credentials: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """`s3://NAME` of a fresh, empty bucket."""
+    return _new_s3_bucket(_use_s3_server("seaweedfs", request, monkeypatch))
 
 
 @pytest.fixture
@@ -81,7 +75,7 @@ def gcs_bucket(gcs_server: str) -> str:
     return f"gs://{name}"
 
 
-@pytest.fixture(params=["local", "gs", "s3-moto", "s3-seaweedfs"])
+@pytest.fixture(params=["local", "gs", "s3-seaweedfs", pytest.param("s3-moto", marks=pytest.mark.slow)])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
     kind, _, server = request.param.partition("-")

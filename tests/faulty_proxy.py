@@ -12,9 +12,9 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from http.client import HTTPConnection, HTTPException
 from typing import BinaryIO
@@ -86,6 +86,9 @@ class FaultyProxy:
         requests: the requests that arrived so far, by method.
         injected: the faults so far.
         connections: the connections so far.
+        instead: answers a request in the server's stead, if it returns bytes.
+        sent: changes the body of a request on its way to the server.
+        received: changes the body of an answer on its way to the client.
     """
 
     def __init__(self, target: str, *, rate: float = 0.0, seed: int = 0, silence_seconds: float = 60.0) -> None:
@@ -94,6 +97,9 @@ class FaultyProxy:
         self.requests: Counter[str] = Counter()
         self.injected: Counter[Fault] = Counter()
         self.connections = 0
+        self.instead: Callable[[Request], bytes | None] = lambda request: None
+        self.sent: Callable[[bytes], bytes] = bytes
+        self.received: Callable[[bytes], bytes] = bytes
         self._random, self._deck = random.Random(seed), list[Fault]()
         self._orders: list[tuple[re.Pattern[str], Fault]] = []
         self._lock = threading.Lock()
@@ -193,7 +199,11 @@ class FaultyProxy:
         if fault in _STATUS:
             client.sendall(self._refusal(request, fault))
             return True
-        answer = self._ask(server, request)
+        if (said := self.instead(request)) is not None:
+            client.sendall(said)
+            return False
+        answer = self._ask(server, replace(request, body=self.sent(request.body)))
+        answer = replace(answer, body=self.received(answer.body))
         if self._hanging:
             self._keep_silent(client)
             return False

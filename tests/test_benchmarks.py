@@ -16,20 +16,11 @@ from benchmarks.measuring import Figure, Turns, take_turns
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
-CLAIMED = {
-    "training_step_ratio",
-    "training_share_of_matmul_peak",
-    "training_waits_for_data_ratio",
-    "loader_images_per_second",
-    "loader_ratio",
-    "loader_first_batch_seconds",
-    "loader_memory_ratio",
-    "checkpoint_blocked_ratio",
-    "checkpoint_committed_seconds",
-    "checkpoint_upload_ratio",
-    "resume_overhead_seconds",
-    "sample_ratio",
-}
+CLAIMED = set(
+    """training_step_ratio training_share_of_matmul_peak training_waits_for_data_ratio loader_images_per_second
+    loader_ratio loader_first_batch_seconds loader_memory_ratio checkpoint_blocked_ratio checkpoint_committed_seconds
+    checkpoint_upload_ratio resume_overhead_seconds sample_ratio""".split()  # noqa: SIM905
+)
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -54,8 +45,7 @@ def test_quick_benchmarks_give_a_table_and_json_of_plausible_numbers(tmp_path):
         assert figure["met"] is None, "tiny networks have no targets"
         assert figure["what"].split()[0] in done.stdout
     step = figures["training_step_ratio"]["raw"]
-    assert step["batch_size_images"] == 4
-    assert step["parameters"] == 1_002_883
+    assert (step["batch_size_images"], step["parameters"]) == (4, 1_002_883)
     ratios = [peer / ours for ours, peer in zip(step["our_seconds"], step["peer_seconds"], strict=True)]
     assert report["training_step_ratio"] == pytest.approx(median(ratios))
     blocked = figures["checkpoint_blocked_ratio"]["raw"]
@@ -63,10 +53,8 @@ def test_quick_benchmarks_give_a_table_and_json_of_plausible_numbers(tmp_path):
     rates = figures["loader_images_per_second"]["raw"]["images_per_second"]
     assert rates.keys() == {"ours", "webdataset", "ImageFolder"}
     start = figures["resume_overhead_seconds"]["raw"]
-    assert min(start["total_seconds"]) > 0
-    assert min(start["import_seconds"]) > 0
-    assert report["machine"]["torch"] == torch.__version__
-    assert report["machine"]["threads"] == 1
+    assert min(*start["total_seconds"], *start["import_seconds"]) > 0
+    assert (report["machine"]["torch"], report["machine"]["threads"]) == (torch.__version__, 1)
     assert report["command"].startswith("python -m benchmarks --quick")
     age = datetime.now(UTC) - datetime.strptime(report["date"], "%Y-%m-%dT%H:%M:%SZ").replace(tzinfo=UTC)
     assert timedelta(0) < age < timedelta(minutes=5)
@@ -93,17 +81,14 @@ def test_a_missed_target_is_printed_as_it_is_and_marked(tmp_path, capsys):
     )
     assert all(word in ratio for word in ("1.5", "1.2 – 1.7", "≥ 1.8", "MISSED"))
     assert all(word in seconds for word in ("0.05", "≤ 0.1", "met"))
-    assert "123,456" in rate
-    assert "MISSED" not in rate
-    assert "met" not in rate
+    assert "123,456" in rate and "MISSED" not in rate and "met" not in rate
     assert any("busy before (load 3.0)" in line for line in lines)
 
 
 def test_turns_alternate_and_leave_out_the_warm_up():
     calls = []
-    turns = take_turns(
-        "x", lambda: calls.append("ours"), lambda: calls.append("peer"), 2, 1, lambda: calls.append("after")
-    )
+    ours, peer, after = (lambda name=name: calls.append(name) for name in ("ours", "peer", "after"))
+    turns = take_turns("x", ours, peer, 2, 1, after)
     assert calls == ["peer", "ours", "after"] * 3
     assert len(turns.ours) == len(turns.peer) == 2
     assert Turns(ours=[1.0, 2.0], peer=[3.0, 4.0]).speedups == [3.0, 2.0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,41 +18,23 @@ from benchmarks.crash_campaign.processes import Event
 ROOT = Path(__file__).parent.parent
 
 
-class Campaign:
-    """One that runs while another does."""
-
-    def __init__(self, json_path: Path, *words: str) -> None:
-        self.json_path = json_path
-        command = [sys.executable, "-m", "benchmarks.crash_campaign", *words, "--json", str(json_path)]
-        self.process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-
-    def end(self) -> tuple[int, str, dict]:
-        out, err = self.process.communicate(timeout=280)
-        assert "Traceback" not in err, err
-        return self.process.returncode, out, json.loads(self.json_path.read_text())
-
-
-@pytest.fixture(scope="module")
-def campaigns(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Campaign]]:
-    folder = tmp_path_factory.mktemp("campaigns")
-    running = {
-        "sound": Campaign(folder / "sound.json", "--points", "staged,manifest", "--kills", "1", "--epochs", "4"),
-        "broken": Campaign(folder / "broken.json", "--sabotage", "manifest-first", "--epochs", "4"),
-    }
-    yield running
-    for campaign in running.values():
-        campaign.process.terminate()
-        campaign.process.communicate()
-
-
 @pytest.mark.slow
-def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(campaigns: dict[str, Campaign]):
-    code, out, report = campaigns["sound"].end()
-    assert code == 0, out
-    assert report["kills"] == 3
-    assert report["failures"] == []
+def test_killed_runs_end_with_the_weights_of_one_that_is_not_and_a_broken_protocol_is_reported(tmp_path: Path):
+    words = {
+        "sound": ("--points", "staged,manifest", "--kills", "1", "--epochs", "4"),
+        "broken": ("--sabotage", "manifest-first", "--epochs", "4"),
+    }
+    command = [sys.executable, "-m", "benchmarks.crash_campaign", "--json"]
+    streams = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    campaigns = {
+        name: subprocess.Popen([*command, tmp_path / name, *words[name]], cwd=ROOT, **streams) for name in words
+    }
+    said = {name: campaign.communicate(timeout=280) for name, campaign in campaigns.items()}
+    assert "Traceback" not in said["sound"][1] + said["broken"][1], said
+    report, broken = (json.loads((tmp_path / name).read_text()) for name in words)
+
+    assert campaigns["sound"].returncode == 0, said
+    assert (report["kills"], report["failures"]) == (3, [])
     assert report["resumes"] >= 3
     assert report["lost_images"] == report["bad_checkpoints"] == 0
     assert report["repeated_images"] > 0, "nothing of the epoch before `staged` was saved"
@@ -61,17 +42,12 @@ def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(campaigns
     (lane,) = report["lanes"].values()
     assert len(lane["undisturbed_hash"]) == 64
     assert set(lane["hashes"]) == {lane["undisturbed_hash"]}
-    assert "Nothing was lost." in out
+    assert "Nothing was lost." in said["sound"][0]
 
-
-@pytest.mark.slow
-def test_a_broken_protocol_is_reported(campaigns: dict[str, Campaign]):
-    code, out, report = campaigns["broken"].end()
-    assert code == 1, out
-    (failure,) = report["failures"]
-    assert "is committed, but" in failure
+    assert campaigns["broken"].returncode == 1, said
+    (failure,) = broken["failures"]
+    assert "is committed, but" in failure and failure in said["broken"][0]
     assert failure.endswith("is missing, though its manifest is there")
-    assert failure in out
 
 
 def test_points_have_names_of_their_own_and_each_is_met_once():
@@ -122,28 +98,22 @@ def test_the_judge_follows_the_final_checkpoint_back_through_all_attempts():
     assert (lost_images(history, ending), history.repeated_images) == (0, 2)
 
 
-@pytest.mark.parametrize(
-    ("events", "said"),
-    [
-        (
-            [*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 3, 4), _step(2, 6, 5, 6)],
-            "image 2 of the order was lost",
-        ),
-        ([*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 3, 4), _step(2, 6, 5, 6)], "image 6 is beyond the end"),
-        (
-            [*UNDISTURBED[:1], _restored(2, 1, 2), _step(2, 4, 1, 2), _step(2, 6, 3, 4, 5)],
-            "image 1 went into the final",
-        ),
-        ([*UNDISTURBED[:2], _restored(2, 1, 4), _step(2, 6, 4, 5, digest="x")], "2 images had other pixels"),
-    ],
-)
-def test_the_judge_names_images_that_are_lost_doubled_or_others(events: list[Event], said: str):
-    assert any(problem.startswith(said) for problem in _problems(events, replace(ENDING, ref=(2, 6))))
+def test_the_judge_names_images_that_are_lost_doubled_or_others():
+    killed, restored = UNDISTURBED[:1], _restored(2, 1, 2)
+    shifted = [*killed, restored, _step(2, 4, 3, 4), _step(2, 6, 5, 6)]
+    doubled = [*killed, restored, _step(2, 4, 1, 2), _step(2, 6, 3, 4, 5)]
+    repainted = [*UNDISTURBED[:2], _restored(2, 1, 4), _step(2, 6, 4, 5, digest="x")]
+    for events, said in (
+        (shifted, "image 2 of the order was lost"),
+        (shifted, "image 6 is beyond the end"),
+        (doubled, "image 1 went into the final"),
+        (repainted, "2 images had other pixels"),
+    ):
+        assert any(problem.startswith(said) for problem in _problems(events, replace(ENDING, ref=(2, 6)))), said
 
 
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
+def test_the_judge_names_what_else_differs():
+    for change, said in (
         ({"hashes": ENDING.hashes | {"optimizer": "g"}}, "the final optimizer tensors differ"),
         ({"rows": _rows(2, 6)}, "the metrics have a gap at 4 images"),
         ({"rows": _rows(2, 4, 4, 6)}, "the metrics have a duplicate at 4 images"),
@@ -151,14 +121,10 @@ def test_the_judge_names_images_that_are_lost_doubled_or_others(events: list[Eve
         ({"loss_sums": [[1.0 + 1e-7], [2.0]]}, "the last manifest's loss sums differ"),
         ({"pictures": {}}, "picture a.png is missing"),
         ({"pictures": {"a.png": "q"}}, "picture a.png is another"),
-    ],
-)
-def test_the_judge_names_what_else_differs(change: dict, said: str):
-    (problem,) = _problems(UNDISTURBED, replace(ENDING, **change))
-    assert problem.startswith(said)
-
-
-def test_sums_of_two_processes_may_differ_by_rounding_and_no_more():
-    rounded, wrong = ([[1.0 + difference], [2.0]] for difference in (1e-7, 1e-3))
-    assert _problems(UNDISTURBED, replace(ENDING, loss_sums=rounded), processes=2) == []
-    assert len(_problems(UNDISTURBED, replace(ENDING, loss_sums=wrong), processes=2)) == 1
+    ):
+        (problem,) = _problems(UNDISTURBED, replace(ENDING, **change))
+        assert problem.startswith(said)
+    # Sums of two processes may differ by rounding and no more.
+    rounded, wrong = (replace(ENDING, loss_sums=[[1.0 + difference], [2.0]]) for difference in (1e-7, 1e-3))
+    assert _problems(UNDISTURBED, rounded, processes=2) == []
+    assert len(_problems(UNDISTURBED, wrong, processes=2)) == 1

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from benchmarks import large_index
 
 ROOT = Path(__file__).parents[1]
@@ -19,6 +21,7 @@ def read(bucket: Path, key: str, cache: Path) -> dict[str, float]:
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, capture_output=True).stdout)
 
 
+@pytest.mark.slow
 def test_ten_million_images_open_within_seconds_and_a_stated_memory(tmp_path):
     large_key = large_index.write_dataset(tmp_path / "large", IMAGES)
     small_key = large_index.write_dataset(tmp_path / "small", 100_000)

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
 from job.runs.checkpoints import newest_good
-from job.runs.layout import SAMPLES, Kind, located
+from job.runs.layout import SAMPLES, ObjectKind, located
 from job.runs.metrics import Row, read_rows
 from job.store import Store
 
@@ -54,7 +54,7 @@ def read_ending(run: Store) -> Ending:
     Raises:
         BadDataError: no checkpoint verifies, or a metric segment does not.
     """
-    with newest_good(run, GROUPS, lambda _: None) as restored:
+    with newest_good(run, lambda _: None) as restored:
         if restored is None:
             raise LookupError(f"{run.uri} has no checkpoint")
         hashes = {group: _sha256_of(paths) for group, paths in restored.files.items()}
@@ -82,7 +82,7 @@ def saved_images(run: Store) -> dict[str, str]:
 
 def _is_picture(key: str) -> bool:
     place = located(key)
-    return place is not None and place.kind is Kind.PICTURE
+    return place is not None and place.kind is ObjectKind.PICTURE
 
 
 def _pixels_sha256(data: bytes) -> str:

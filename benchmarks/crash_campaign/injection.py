@@ -28,7 +28,7 @@ VARIABLE = "DDPM_CRASH_CAMPAIGN"
 """JSON: `trace` (a path), `fault` (the fields of a `Point`, or null), `sabotage` (a name, or empty)."""
 OPERATIONS = ("read", "create", "replace", "put", "upload", "download", "open", "delete", "exists")
 SHARD_BYTES = 1 << 16
-RENEW_SECONDS, EXPIRE_SECONDS, WRITE_GAP_SECONDS = 1.0, 12.0, 0.2
+RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
 
 _STORES = {"job.store.local": "LocalStore", "job.store.gcs": "GcsStore", "job.store.s3": "S3Store"}
@@ -166,9 +166,7 @@ class Watched:
                 for op in OPERATIONS:
                     setattr(store, op, self._watched(op, getattr(store, op)))
             case "job.runs.lease":
-                vars(module).update(
-                    RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS, WRITE_GAP_SECONDS=WRITE_GAP_SECONDS
-                )
+                vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
             case "job.sampling.painter":

@@ -14,18 +14,19 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
 
 
 def _manifest_first(module: Any, trace: Any) -> None:
-    def upload_all(writer: Any, manifest: Any, objects: Any, folder: Any) -> None:
-        records = [module._write_part(folder / name, tensors) for name, tensors in writer._parts.items()]
-        with writer._change():
-            writer._reading_host = False
-        for key, data in objects.items():
-            writer._run.create(key, data)
-        writer._held.lease.confirm()
-        module.commit_manifest(writer._run, manifest.model_copy(update={"files": tuple(records)}))
-        for record in records:
-            writer._upload(folder / record.name, f"{manifest.ref.key}/{record.name}")
+    upload_files, commit_manifest = module.CheckpointWriter._upload_files, module.commit_manifest
+    late: list[Callable[[], Any]] = []
 
-    module.CheckpointWriter._upload_all = upload_all
+    def upload_later(writer: Any, ref: Any) -> Any:
+        late.append(lambda: upload_files(writer, ref))
+        with module.scratch_folder("sabotage") as folder:
+            return tuple(module._write_part(folder / name, tensors) for name, tensors in writer._parts.items())
+
+    def commit_and_upload(run: Any, manifest: Any) -> None:
+        commit_manifest(run, manifest)
+        late.pop()()
+
+    module.CheckpointWriter._upload_files, module.commit_manifest = upload_later, commit_and_upload
 
 
 def _fence_ignored(lease: Any, trace: Any) -> None:

@@ -21,8 +21,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.add_typer(data.app, name="data")
-app.command("train")(train.train)
-app.command("sample")(sample.sample)
+app.command("train")(train.ddpm_train)
+app.command("sample")(sample.ddpm_sample)
 app.add_typer(figure.app, name="figure")
 app.add_typer(runs.app, name="runs")
 app.add_typer(submit.app, name="submit")

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Size, StopAfter, Targets
+from job import DEFAULT_BUCKET
+from job.cli.options import BucketUri, Certain, Size, StopAfter, Targets
 
 app = typer.Typer(
     help="Datasets: pack images into shards, or index what there is; look at them, verify them.\n\n"
@@ -14,39 +15,28 @@ app = typer.Typer(
 )
 
 DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
-Crop = Annotated[
-    str,
-    typer.Option("--crop", metavar="CROP", help="center, center:PIXELS, squash, or LEFT,TOP,WIDTH,HEIGHT in pixels."),
-]
-Filter = Annotated[
-    str, typer.Option("--filter", metavar="NAME", help="Resizing filter: lanczos, bicubic, bilinear or box.")
-]
+Crop = Annotated[str, typer.Option("--crop", metavar="CROP", help="center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT.")]
+Filter = Annotated[str, typer.Option("--filter", metavar="NAME", help="lanczos, bicubic, bilinear or box.")]
 Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
 Classes = Annotated[
-    bool | None,
-    typer.Option(
-        "--classes/--no-classes",
-        help="Whether first-level folders, or .cls files in tars, are classes. Default: if there are any.",
-        show_default=False,
-    ),
+    bool | None, typer.Option("--classes/--no-classes", help="Whether folders, or .cls files in tars, are classes.")
 ]
 Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="A note to keep with the dataset.")]
 MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Unreadable images to put up with.")]
 MinSide = Annotated[
-    int | None,
-    typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
+    int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
+]
+SourceArgument = Annotated[
+    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one.")
+]
+Tars = Annotated[
+    list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; gs://, s3:// or local.")
 ]
 
 
-@app.command()
-def pack(
-    source: Annotated[
-        str,
-        typer.Argument(
-            metavar="SOURCE",
-            help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one; or landscape-sample.",
-        ),
-    ],
+@app.command("pack")
+def data_pack(
+    source: SourceArgument,
     name: DatasetName,
     size: Size = None,
     crop: Crop = "",
@@ -57,9 +47,11 @@ def pack(
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
     stop_after: StopAfter = "",
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Pack images into a dataset in the bucket. A NAME with a preset takes size and crop from it.
+
+    The SOURCE landscape-sample comes with the program.
 
     Examples:
 
@@ -74,16 +66,9 @@ def pack(
     pack_command(request, bucket, stop_after)
 
 
-@app.command()
-def index(
-    tars: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="URI",
-            help="Tars, folders of tars, or patterns such as gs://b/laion/{00000..00099}.tar; gs://, s3:// or local.",
-            show_default=False,
-        ),
-    ],
+@app.command("index")
+def data_index(
+    tars: Tars,
     name: DatasetName,
     size: Size = None,
     crop: Crop = "",
@@ -94,7 +79,7 @@ def index(
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
     stop_after: StopAfter = "",
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Make WebDataset tars a dataset where they lie, without copying them.
 
@@ -113,18 +98,14 @@ def index(
     pack_command(PackRequest("", name, *options, tars=tuple(tars)), bucket, stop_after)
 
 
-@app.command()
-def ensure(
+@app.command("ensure")
+def data_ensure(
     name: DatasetName,
-    source: Annotated[
-        str, typer.Option("--source", metavar="SOURCE", help="What to pack if the dataset is not there.")
-    ] = "",
+    source: Annotated[str, typer.Option("--source", metavar="SOURCE", help="What to pack if it is not there.")] = "",
     size: Size = None,
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
-    bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", help="Where it is to lie. Default: as for submit.")
-    ] = "",
+    bucket: Annotated[str, typer.Option("--bucket", metavar="URI", help="Default: as for submit.")] = "",
 ) -> None:
     """Pack a dataset unless it is there. The work is done on this machine, wherever the bucket is.
 
@@ -139,7 +120,7 @@ def ensure(
 
 
 @app.command("list")
-def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
+def data_list(bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """List the datasets in the bucket.
 
     Example: ddpm data list --bucket gs://my-bucket
@@ -149,17 +130,14 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
     list_datasets(bucket)
 
 
-@app.command()
-def show(
+@app.command("show")
+def data_show(
     name: DatasetName,
     size: Size = None,
     output: Annotated[
-        Path | None,
-        typer.Option(
-            "--output", "-o", metavar="PNG", help="Contact sheet to write. Default: contact-sheet.png in the bucket."
-        ),
+        Path | None, typer.Option("--output", "-o", metavar="PNG", help="Contact sheet. Default: in the bucket.")
     ] = None,
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Show what a dataset holds, and make a contact sheet of it.
 
@@ -170,8 +148,8 @@ def show(
     show_dataset(bucket, name, size, output)
 
 
-@app.command()
-def verify(name: DatasetName, size: Size = None, bucket: Bucket = DEFAULT_BUCKET) -> None:
+@app.command("verify")
+def data_verify(name: DatasetName, size: Size = None, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Check every hash and image of a dataset; names each bad object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
@@ -181,12 +159,12 @@ def verify(name: DatasetName, size: Size = None, bucket: Bucket = DEFAULT_BUCKET
     verify_named(bucket, name, size)
 
 
-@app.command()
-def delete(
+@app.command("delete")
+def data_delete(
     name: DatasetName,
     size: Size = None,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
-    bucket: Bucket = DEFAULT_BUCKET,
+    yes: Certain = False,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Delete a dataset, or what is left of one that was never finished.
 

@@ -25,9 +25,9 @@ def doctor(
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """
     from job.jobs.doctor import checks_of, tell
-    from job.jobs.targets import chosen_target, default_bucket, load_targets
+    from job.jobs.targets import chosen_target, load_targets
 
     target = chosen_target(load_targets(targets), on)
-    uri = "" if no_bucket else bucket or default_bucket(target)
+    uri = "" if no_bucket else bucket or target.usual_bucket
     if code := tell(checks_of(target, uri), as_json):
         raise SystemExit(int(code))

@@ -5,7 +5,8 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket, Dataset, Run, Size
+from job import DEFAULT_BUCKET
+from job.cli.options import BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
     help="Pictures that explain: the schedule, noised images, the denoising.\n\nExample: ddpm figure schedule",
@@ -15,15 +16,17 @@ app = typer.Typer(
 TIMESTEPS = "962,237,38,39,988,559,299,226,985,791,859,485"
 
 
-@app.command()
-def schedule(
-    kind: Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")] = "linear",
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")]
+Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")]
+
+
+@app.command("schedule")
+def figure_schedule(
+    kind: Schedule = "linear",
     timesteps: Annotated[
         int, typer.Option("--timesteps", metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
     ] = 1000,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")] = Path(
-        "schedule.png"
-    ),
+    output: Picture = Path("schedule.png"),
 ) -> None:
     """Plot β (left axis) and ᾱ (right axis) over the timesteps.
 
@@ -34,23 +37,18 @@ def schedule(
     schedule_picture(kind, timesteps, output)
 
 
-@app.command()
-def noising(
+@app.command("noising")
+def figure_noising(
     dataset: Dataset,
     timesteps: Annotated[
         str, typer.Option("--timesteps", metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
     ] = TIMESTEPS,
-    kind: Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")] = "linear",
+    kind: Schedule = "linear",
     size: Size = None,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "--output", "-o", metavar="PNG", help="Where to write it; -original.png and -noised.png come beside it."
-        ),
-    ] = Path("noising.png"),
-    bucket: Bucket = DEFAULT_BUCKET,
+    output: Picture = Path("noising.png"),
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Show images beside their noised versions q(x_t|x_0).
+    """Show images beside their noised versions q(x_t|x_0); both alone lie beside it.
 
     Example: ddpm figure noising --dataset landscape-sample
     """
@@ -59,13 +57,11 @@ def noising(
     noising_picture(bucket, dataset, size, timesteps, kind, output)
 
 
-@app.command()
-def denoising(
-    run: Run,
-    seeds: Annotated[
-        str, typer.Option("--seeds", metavar="LIST", help="One image per seed, such as 0-11, up to 12.")
-    ] = "",
-    bucket: Bucket = DEFAULT_BUCKET,
+@app.command("denoising")
+def figure_denoising(
+    run: RunOption,
+    seeds: Annotated[str, typer.Option("--seeds", metavar="LIST", help="One image each, such as 0-11, up to 12.")] = "",
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Make a GIF of a run's network turning noise into images.
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-Bucket = Annotated[
+BucketUri = Annotated[
     str,
     typer.Option(
         "--bucket",
@@ -15,44 +15,28 @@ Bucket = Annotated[
         show_envvar=True,
     ),
 ]
-Run = Annotated[str, typer.Option("--run", metavar="NAME", help="Name of the run, such as celeba.")]
+RunOption = Annotated[str, typer.Option("--run", metavar="NAME", help="Name of the run, such as celeba.")]
 Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of a packed dataset, such as celeba.")]
 Size = Annotated[
     int | None, typer.Option("--size", metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")
 ]
 Processes = Annotated[
-    int | None,
-    typer.Option(
-        "--processes", metavar="N", min=1, max=64, help="Processes on this machine. Default: one per GPU, or one."
-    ),
+    int | None, typer.Option("--processes", metavar="N", min=1, max=64, help="Default: one per GPU, or one.")
 ]
-
 HangAfter = Annotated[
     float,
     typer.Option(
-        "--hang-after",
-        metavar="SECONDS",
-        min=0,
-        help="End with code 71 and all stacks when a process makes no progress for so long; 0 is never.",
+        "--hang-after", metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never."
     ),
 ]
 StopAfter = Annotated[
     str,
-    typer.Option(
-        "--stop-after",
-        metavar="DURATION",
-        help="Save and end with code 75 after so long, such as 90m, 1h30m or 3600 (seconds).",
-    ),
+    typer.Option("--stop-after", metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m."),
 ]
 Targets = Annotated[
-    Path | None,
-    typer.Option(
-        "--targets",
-        metavar="FILE",
-        help="The file that names targets. Default: that of DDPM_TARGETS, else ./targets.yaml.",
-    ),
+    Path | None, typer.Option("--targets", metavar="FILE", help="Default: that of DDPM_TARGETS, else ./targets.yaml.")
 ]
+Certain = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="yaml or json.")]
 
 DEFAULT_HANG_AFTER = 600.0
-DEFAULT_BUCKET = "./bucket"

@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, Bucket
+from job import DEFAULT_BUCKET
+from job.cli.options import BucketUri, Certain
 
 app = typer.Typer(
     help="Runs in the bucket: how they are going, whether they are whole.\n\nExample: ddpm runs show celeba",
@@ -15,7 +16,7 @@ RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
 
 
 @app.command("list")
-def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
+def runs_list(bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """List the runs in the bucket.
 
     Example: ddpm runs list --bucket gs://my-bucket
@@ -25,8 +26,8 @@ def list_(bucket: Bucket = DEFAULT_BUCKET) -> None:
     list_runs(bucket)
 
 
-@app.command()
-def show(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
+@app.command("show")
+def runs_show(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Show a run: state, progress, checkpoints, attempts, where its pictures lie.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
@@ -36,8 +37,8 @@ def show(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
     show_run(bucket, run)
 
 
-@app.command()
-def verify(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
+@app.command("verify")
+def runs_verify(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Check every object of a run; name each that is rotten, cut off, missing, swapped or foreign.
 
     Reads all of the run once, also while it trains. Ends with 65 if anything is wrong.
@@ -49,20 +50,15 @@ def verify(run: RunName, bucket: Bucket = DEFAULT_BUCKET) -> None:
     verify_named_run(bucket, run)
 
 
-@app.command()
-def prune(
+@app.command("prune")
+def runs_prune(
     run: RunName,
     keep_last: Annotated[
         int | None,
-        typer.Option(
-            "--keep-last",
-            metavar="N",
-            min=1,
-            help="Checkpoints to keep, of the newest. Default: the run's checkpoint.keep_last.",
-        ),
+        typer.Option("--keep-last", metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Delete what the run's rules do not keep: old checkpoints, and what killed attempts left behind.
 
@@ -70,16 +66,16 @@ def prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.runs.removing import prune_run
+    from job.runs.retention import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
 
-@app.command()
-def delete(
+@app.command("delete")
+def runs_delete(
     run: RunName,
-    yes: Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")] = False,
-    bucket: Bucket = DEFAULT_BUCKET,
+    yes: Certain = False,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Delete a run: its checkpoints, pictures and metrics, or what is left of one.
 
@@ -87,6 +83,6 @@ def delete(
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.runs.removing import delete_run
+    from job.runs.retention import delete_run
 
     delete_run(bucket, run, certain=yes)

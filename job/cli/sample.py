@@ -4,11 +4,12 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, DEFAULT_HANG_AFTER, Bucket, HangAfter, Processes, Run, StopAfter
+from job import DEFAULT_BUCKET
+from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, HangAfter, Processes, RunOption, StopAfter
 
 
-def sample(
-    run: Run,
+def ddpm_sample(
+    run: RunOption,
     checkpoints: Annotated[
         str, typer.Option("--checkpoints", metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
     ] = "latest",
@@ -16,13 +17,8 @@ def sample(
         str, typer.Option("--seeds", metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")
     ] = "",
     sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help="ddpm or ddim. Default: the run's.")] = "",
-    steps: Annotated[
-        int | None,
-        typer.Option("--steps", metavar="N", min=1, help="Network evaluations per image. Default: the run's."),
-    ] = None,
-    gif: Annotated[
-        bool, typer.Option("--gif", help="Also make a GIF of the denoising: 20 frames, 5 per second.")
-    ] = False,
+    steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="Default: the run's.")] = None,
+    gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights instead of the averaged ones.")] = False,
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
@@ -35,26 +31,19 @@ def sample(
     ] = None,
     count: Annotated[
         int | None,
-        typer.Option("--count", metavar="IMAGES", help="Save so many images, one per seed, instead of drawing a grid."),
+        typer.Option("--count", metavar="IMAGES", min=1, max=10**9, help="Save so many images, one per seed."),
     ] = None,
-    save: Annotated[
-        str, typer.Option("--save", metavar="KIND", help="How to save them: shards (tar files; the default) or png.")
-    ] = "",
+    save: Annotated[str, typer.Option("--save", metavar="KIND", help="shards (tar files; the default) or png.")] = "",
     slice_: Annotated[
-        str,
-        typer.Option(
-            "--slice",
-            metavar="I/N",
-            help="Make every N-th piece of them, I from 0 to N-1: slices may run side by side.",
-        ),
+        str, typer.Option("--slice", metavar="I/N", help="Every N-th piece of them: slices may run side by side.")
     ] = "",
     first_seed: Annotated[
-        int | None, typer.Option("--first-seed", metavar="K", help="The seed of the first image. Default: 0.")
+        int | None, typer.Option("--first-seed", metavar="K", min=0, max=10**17, help="Of the first image. Default: 0.")
     ] = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Draw images from a run's checkpoints.
 

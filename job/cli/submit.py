@@ -21,9 +21,9 @@ app = typer.Typer(
 )
 
 _VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {
-    "train": (("train",), train.train),
-    "sample": (("sample",), sample.sample),
-    "pack": (("data", "pack"), data.pack),
+    "train": (("train",), train.ddpm_train),
+    "sample": (("sample",), sample.ddpm_sample),
+    "pack": (("data", "pack"), data.data_pack),
 }
 """The command of each verb, and what it calls."""
 _HELP: dict[Verb, str] = {
@@ -118,19 +118,17 @@ def parsed(verb: Verb, words: Sequence[str]) -> ParsedCommand:
     Raises:
         click.UsageError: of the command line's library, which ends the program with 2 and tells the verb's usage.
     """
-    from job.jobs.command_line import Parameter, ParsedCommand
+    from job.jobs.command_line import ParsedCommand
 
     path, function = _VERBS[verb]
     alone = typer.Typer(add_completion=False)
     alone.command()(function)
     command: Any = typer.main.get_command(alone)
-    parameters = tuple(
-        Parameter(each.name)
-        if each.param_type_name == "argument"
-        else Parameter(each.name, each.opts[0], next(iter(each.secondary_opts), ""))
+    options = {
+        each.name: () if each.param_type_name == "argument" else (each.opts[0], *each.secondary_opts)
         for each in command.params
-    )
+    }
     with command.make_context(f"ddpm {' '.join(path)}", list(words)) as context:
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
-        return ParsedCommand(verb, path, parameters, dict(context.params), given)
+        return ParsedCommand(verb, path, options, dict(context.params), given)

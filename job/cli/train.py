@@ -5,41 +5,31 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import DEFAULT_BUCKET, DEFAULT_HANG_AFTER, Bucket, Dataset, HangAfter, Processes, StopAfter
+from job import DEFAULT_BUCKET
+from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, HangAfter, Processes, StopAfter
 
 
-def train(
+def ddpm_train(
     dataset: Dataset,
-    run: Annotated[
-        str, typer.Option("--run", metavar="NAME", help="Name of the run. Default: the dataset's name.")
-    ] = "",
+    run: Annotated[str, typer.Option("--run", metavar="NAME", help="Default: the dataset's name.")] = "",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", metavar="N", min=1, help="Train up to this many passes over the dataset.")
+        int | None, typer.Option("--epochs", metavar="N", min=1, help="Up to this many passes over the dataset.")
     ] = None,
     preset: Annotated[
         str,
-        typer.Option(
-            "--preset", metavar="NAME", help="Settings to begin with. Default: the dataset's own, else a small one."
-        ),
+        typer.Option("--preset", metavar="NAME", help="Settings to begin with. Default: the dataset's own."),
     ] = "",
     sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64 (images per step)."),
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64.")
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML file with settings.")] = None,
     processes: Processes = None,
     wait: Annotated[
-        float,
-        typer.Option(
-            "--wait",
-            metavar="SECONDS",
-            min=0,
-            help="Wait so long for another attempt that holds the run, instead of ending with code 76.",
-        ),
+        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")
     ] = 0.0,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
-    bucket: Bucket = DEFAULT_BUCKET,
+    bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Train a run, or go on with it: the same command does both.
 

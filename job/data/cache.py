@@ -18,7 +18,6 @@ from typing import BinaryIO
 
 import google_crc32c
 import numpy as np
-import numpy.typing as npt
 
 from job.data.ahead import in_order
 from job.data.order import Int64s, Order
@@ -56,7 +55,6 @@ def open_cache(
     *,
     cache_dir: Path,
     budget_bytes: int,
-    threads: int | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
     stop: Stop = NEVER,
 ) -> ImageCache:
@@ -70,7 +68,6 @@ def open_cache(
         index: its index.
         cache_dir: folder on a local disk; the dataset's part of it is named after `index.dataset_id`.
         budget_bytes: how much of that disk images may take.
-        threads: images decoded at a time; all cores if not given.
         progress: called with images decoded so far, and all.
         stop: asked many times a second.
 
@@ -79,7 +76,7 @@ def open_cache(
         DiskFullError: the images fit the budget but not the disk.
         BadDataError: the bucket's shards are not what was packed.
     """
-    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads, stop)
+    source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, stop=stop)
     if index.decoded_bytes <= budget_bytes:
         return DecodedCache(source, progress)
     return ShardCache(source, budget_bytes)
@@ -97,22 +94,19 @@ class ImageCache(abc.ABC):
         """Images `indices`, uint8 [b, H, W, C]; fastest in an `out` that is used again.
 
         Raises:
-            IndexError: there is no such image.
             BadDataError: the bucket's shard is not what was packed, or one of its images is damaged.
         """
-        if len(indices) and not 0 <= indices.min() <= indices.max() < self.index.images:
-            raise IndexError(f"the dataset has images 0 to {self.index.images - 1}")
         if out is None:
-            out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+            out = np.empty((len(indices), *self.index.image_shape), np.uint8)
         self._read(indices, out)
         return out
 
     @abc.abstractmethod
     def _read(self, indices: Int64s, out: Uint8s) -> None: ...
 
-    def labels(self, indices: Int64s) -> npt.NDArray[np.int32]:
-        """Classes of the images, int32 [b]; -1 without classes."""
-        return self._labels[indices]
+    def labels(self, indices: Int64s) -> Int64s:
+        """Classes of the images, int64 [b]; -1 without classes."""
+        return self._labels[indices].astype(np.int64)
 
     def prefetch(self, order: Order, image_number: int) -> None:
         """Says that a run is about to read from `image_number` on; cheap to call for each batch."""
@@ -133,14 +127,16 @@ class DecodedCache(ImageCache):
     def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks what is there and decodes what is missing; one process does, others wait. Raises as `open_cache`."""
         super().__init__(source)
-        self._images_path, self._filled_path = source.folder / "images", source.folder / "filled"
-        self._shape = (self.index.images, *source.image_shape)
+        self._sizes_bytes = {
+            source.folder / "images": self.index.decoded_bytes,
+            source.folder / "filled": 8 * len(self.index.shards),
+        }
         try:
             if self._missing():
                 with source.lock():
-                    if missing := self._missing():
-                        self._fill(missing, progress)
-                        self._map()
+                    for path, size_bytes in self._sizes_bytes.items():
+                        _allocate(path, size_bytes)
+                    self._fill(self._missing(), progress)
         finally:
             source.close()
         # From here on images are read in random order, of which reading ahead would make a multiple.
@@ -150,25 +146,20 @@ class DecodedCache(ImageCache):
         # "raise" would make numpy fill a buffer of its own first.
         np.take(self._images, indices, axis=0, out=out, mode="clip")
 
-    def _map(self) -> None:
-        with os_errors(self._images_path), self._images_path.open("rb") as file:
-            self._file = mmap.mmap(file.fileno(), self.index.decoded_bytes, prot=mmap.PROT_READ)
-        self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(self._shape)
-
     def _missing(self) -> list[int]:
-        """Maps the file and returns the shards whose images are not in it, or not intact."""
-        shards = range(len(self.index.shards))
+        """Maps the files and returns the shards whose images are not in them, or not intact."""
+        shards, (images_path, filled_path) = range(len(self.index.shards)), self._sizes_bytes
         # A map that is longer than its file is SIGBUS.
-        if not self._images_path.exists() or self._images_path.stat().st_size != self.index.decoded_bytes:
+        if any(not path.exists() or path.stat().st_size != size for path, size in self._sizes_bytes.items()):
             return list(shards)
-        self._map()
-        with os_errors(self._filled_path):
-            filled = np.fromfile(self._filled_path, "<u8") if self._filled_path.exists() else np.empty(0, "<u8")
-        filled = np.pad(filled, (0, max(0, len(shards) - len(filled))))
+        with os_errors(images_path), images_path.open("rb") as file:
+            self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(-1, *self.index.image_shape)
+        filled = np.fromfile(filled_path, "<u8").tolist()
 
         def is_intact(shard: int) -> bool:
             beat()
-            return bool(filled[shard]) and int(filled[shard]) == _IS_FILLED | _crc32c(self._block(self._images, shard))
+            return bool(filled[shard]) and filled[shard] == _IS_FILLED | _crc32c(self._block(self._images, shard))
 
         threads, stop, doing = self._source.threads, self._source.stop, self._source.doing
         with ThreadPoolExecutor(threads) as pool:
@@ -179,40 +170,19 @@ class DecodedCache(ImageCache):
         return images[self._source.starts[shard] : self._source.starts[shard + 1]]
 
     def _fill(self, missing: list[int], progress: Callable[[int, int], None]) -> None:
-        self._allocate()
-        images: Uint8s = np.asarray(np.memmap(self._images_path, np.uint8, mode="r+", shape=self._shape))
+        images_path, filled_path = self._sizes_bytes
+        images = np.asarray(np.memmap(images_path, np.uint8, "r+", shape=self._images.shape))
+        filled = np.memmap(filled_path, "<u8", "r+")
         done = self.index.images - sum(self.index.shards[shard].images for shard in missing)
         progress(done, self.index.images)
-        with os_errors(self._filled_path):
-            filled = os.open(self._filled_path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            for shard, path in self._source.fetch(missing):
-                block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
-                self._source.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
-                with os_errors(self._filled_path):
-                    os.pwrite(filled, (_IS_FILLED | _crc32c(block)).to_bytes(8, "little"), 8 * shard)
-                if not self._source.is_local:
-                    path.unlink()
-                done += len(block)
-                progress(done, self.index.images)
-        finally:
-            os.close(filled)
-
-    def _allocate(self) -> None:
-        """Makes the file take its place on disk now: one with holes is SIGBUS when the disk is full later."""
-        path, size_bytes = self._images_path, self.index.decoded_bytes
-        if path.exists() and path.stat().st_size > size_bytes:
-            path.unlink()
-        try:
-            with os_errors(f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"):
-                descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-                try:
-                    os.posix_fallocate(descriptor, 0, size_bytes)
-                finally:
-                    os.close(descriptor)
-        except DiskFullError:
-            path.unlink(missing_ok=True)
-            raise
+        for shard, path in self._source.fetch(missing):
+            block, indices = self._block(images, shard), np.arange(*self._source.starts[shard : shard + 2])
+            self._source.read_into(block, indices, lambda _, path=path: _shard_file(path))  # type: ignore[misc]
+            filled[shard] = _IS_FILLED | _crc32c(block)
+            if not self._source.is_local:
+                path.unlink()
+            done += len(block)
+            progress(done, self.index.images)
 
 
 class ShardCache(ImageCache):
@@ -232,7 +202,7 @@ class ShardCache(ImageCache):
             self._folder.mkdir(exist_ok=True)
         # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
-        self._checked: set[int] = set()
+        self._local: dict[int, Path] = {}
         self._block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
@@ -254,11 +224,9 @@ class ShardCache(ImageCache):
     def _open(self, shard: int) -> BinaryIO:
         """A shard's file, fetched if it is not here; each image that is read from it is compared with its checksum."""
         if self._source.is_local:
-            path = self._source.local_path(shard)
-            if shard not in self._checked:
-                self._source.check(shard, path, self._source.table(shard))
-                self._checked.add(shard)
-            return _shard_file(path)
+            if shard not in self._local:
+                self._local[shard] = self._source.verified(shard, self._folder, self._source.table(shard))
+            return _shard_file(self._local[shard])
         while True:
             with suppress(MissingInputError):
                 file = _shard_file(self._path(shard))
@@ -353,6 +321,18 @@ class ShardCache(ImageCache):
 def _shard_file(path: Path) -> BinaryIO:
     with os_errors(path):
         return path.open("rb", buffering=0)
+
+
+def _allocate(path: Path, size_bytes: int) -> None:
+    """Makes a file take its place on disk now: one with holes is SIGBUS when the disk is full later."""
+    where = f"{path} ({size_bytes:,} bytes; DDPM_CACHE moves it, data.cache_gigabytes limits it)"
+    try:
+        with os_errors(where), path.open("ab") as file:
+            os.posix_fallocate(file.fileno(), 0, size_bytes)
+            os.truncate(file.fileno(), size_bytes)
+    except DiskFullError:
+        path.unlink(missing_ok=True)
+        raise
 
 
 def _crc32c(pixels: Uint8s) -> int:

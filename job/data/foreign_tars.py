@@ -10,6 +10,7 @@ import io
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +18,7 @@ from typing import BinaryIO
 from braceexpand import braceexpand
 
 from job.data.shards import TAR_URI, Digests, split_uri
-from job.data.sources import SUFFIXES, Member, RefusedError, Sample, Tar, is_litter, refusing
+from job.data.sources import SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import Retry, Store, open_store
 from job.store.base import is_key
@@ -30,7 +31,6 @@ _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _CLASS = re.compile(rb"\s*(\d{1,5})\s*")
 _CLASS_BYTES = 64
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\x03\x04")
-_IMAGES_PER_SAMPLE = 16
 
 
 @dataclass(frozen=True)
@@ -50,41 +50,30 @@ class ForeignTar:
         """All samples that have an image, in order; `digests` take every byte of the tar meanwhile.
 
         Raises:
-            BadDataError: the tar is unsafe, truncated or damaged, or two of its files have one name; it names which.
+            BadDataError: the tar is unsafe, truncated or damaged; it names the entry.
             BadRequestError: it is compressed.
         """
         tar = split_uri(self.key)[1]
-        for key, files in groupby(self._files(digests), key=lambda file: file[0]):
-            images: list[tuple[str, Sample]] = []
-            label = -1
-            for _, suffix, name, member in files:
-                assert member.read is not None
-                with refusing(f"{self.uri}: entry {name!r}"):
-                    if f".{suffix.rpartition('.')[2]}" in SUFFIXES:
-                        if len(images) == _IMAGES_PER_SAMPLE:
-                            raise RefusedError(
-                                f"is one of more than {_IMAGES_PER_SAMPLE} images of sample {key!r}: samples are told "
-                                "apart by what their names have before the first dot"
-                            )
-                        images.append((suffix, Sample(f"{tar}/{name}", member.read(), offset=member.offset)))
+        for _, files in groupby(self._files(digests), key=lambda file: file[0]):
+            image: Sample | None = None
+            label, has_plain_name = -1, False
+            for _, suffix, member in files:
+                is_plain, is_image = f".{suffix}" in SUFFIXES, f".{suffix.rpartition('.')[2]}" in SUFFIXES
+                with refusing(f"{self.uri}: entry {member.name!r}"):
+                    # `photo.jpg` is meant where there is a `photo.mask.png` as well.
+                    if is_image and (image is None or (is_plain and not has_plain_name)):
+                        image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
+                        has_plain_name = is_plain
                     elif suffix == "cls" and (match := _CLASS.fullmatch(member.read()[:_CLASS_BYTES])):
                         label = int(match[1])
-            if images:
-                # `photo.jpg` is meant where there is a `photo.mask.png` as well.
-                _, sample = min(images, key=lambda image: f".{image[0]}" not in SUFFIXES)
-                yield replace(sample, label=label)
+            if image is not None:
+                yield replace(image, label=label)
 
-    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, str, Member]]:
-        """Key, suffix and name of each file that belongs to a sample."""
-        seen: set[str] = set()
-        for name, member in Tar(self.uri, self._open, digests).checked_members():
-            if member.read is None or is_litter(name):
-                continue
-            if name in seen:
-                raise BadDataError(f"{self.uri} has the entry {name!r} more than once: do not trust this archive")
-            seen.add(name)
-            if match := _SAMPLE_KEY.fullmatch(name):
-                yield match[1], match[2].lower(), name, member
+    def _files(self, digests: Digests | None) -> Iterator[tuple[str, str, Member]]:
+        """Key, suffix and the file itself, of each that belongs to a sample."""
+        for member in Source(self.uri, partial(tar_members, self._open, digests)).members():
+            if not is_litter(member.name) and (match := _SAMPLE_KEY.fullmatch(member.name)):
+                yield match[1], match[2].lower(), member
 
     def _open(self) -> BinaryIO:
         file = self.store.open(self.key)

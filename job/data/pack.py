@@ -9,6 +9,8 @@ whether it is still the same, but decodes and uploads nothing that is in the buc
 the source and the parameters alone: not on threads, interruptions, or how often it was tried. So all objects are
 created once, never written over, and one that is there and is the same counts as written: attempts at the same dataset
 do each other's work, and whoever finds something else in its place gives way.
+
+What vouches for a shard until the index does is an entry in the folder `packing`, written after it.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ import hashlib
 import json
 import logging
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from job.config_input import pack_config
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
-from job.data.images import Recipe, RejectedImageError, codec_versions, prepare, prepared_pixels
+from job.data.images import Recipe, RejectedImageError, codec_versions, png, prepare
 from job.data.shards import (
     INDEX,
     PACKING,
@@ -60,9 +61,6 @@ from job.store.scratch import scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
-_SHARDS_IN_UPLOAD = 2
-_PARAMETERS = f"{PACKING}/parameters.json"
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -132,7 +130,6 @@ def pack(
     *,
     stop: Stop = NEVER,
     progress: Callable[[int, int, int], None] = lambda done, total, images: None,
-    threads: int | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> DatasetIndex:
     """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
@@ -142,7 +139,6 @@ def pack(
         request: what is packed.
         stop: asked at each image.
         progress: called with how much was read and is to be read (images, or bytes of `tars`), and the images so far.
-        threads: that decode and encode; None is one per CPU.
         shard_bytes: a shard is closed when it has reached this size.
 
     Returns:
@@ -159,25 +155,25 @@ def pack(
     request = request.check()
     assert request.size is not None
     key = dataset_key(request.name, request.size)
-    dataset = bucket.sub(key)
-    if dataset.exists(INDEX):
+    if bucket.exists(f"{key}/{INDEX}"):
         there = load_index(bucket, key)
         raise BadRequestError(
-            f"{dataset.uri} is there already: {there.images} images of {there.source}, crop {there.crop}. "
+            f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
             f"Choose another name, or delete it first: {deleting(bucket, key)}"
         )
-    way: type[_Attempt] = _InPlace if request.tars else _Copying
-    attempt = way(bucket, key, request, stop, progress, threads or os.cpu_count() or 1, shard_bytes)
+    way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
-        # Shards are uploaded one after the other while the next are packed, which waits when that cannot follow.
-        uploads: deque[Future[None]] = deque()
-        for made in attempt.made(folder):
-            uploads.append(uploader.submit(attempt.journal.add, made))
-            if len(uploads) == _SHARDS_IN_UPLOAD:
-                uploads.popleft().result()
-        while uploads:
-            uploads.popleft().result()
-    attempt.journal.commit(attempt.index(), attempt.rejects)
+        packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
+        # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind one
+        # that found another's in its place, so of two attempts at different things one goes on.
+        upload: Future[None] | None = None
+        for entry in packing.made():
+            if upload is not None:
+                upload.result()
+            upload = uploader.submit(packing.add, entry)
+        if upload is not None:
+            upload.result()
+    packing.commit()
     return load_index(bucket, key)
 
 
@@ -194,113 +190,18 @@ class Reject(BaseModel):
 
 
 class PackedShard(Sealed):
-    """The journal's object for a shard: it is in the bucket whole, and this is what went into it."""
+    """The entry of a shard: it is in the bucket whole, and this is what went into it."""
 
     parameters_sha256: str
     shard: Shard
     rejects: tuple[Reject, ...]
     """Those met since the shard before."""
-    read_images: int = 0
-    """Of a source that is copied: images read up to the end of this shard, rejected ones included."""
+    read: int
+    """Images (of a source that is copied, with rejected ones) or tars that were read up to the end of this shard."""
     source_sha256: str = ""
-    """Over the names and contents of these."""
+    """Of a source that is copied: over the names and contents of these."""
     highest_label: int = -1
     """Of tars that stay in place: the largest number of a class in this one."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """A finished shard: its entry, its table, and its file, if it is not to stay where it is."""
-
-    entry: PackedShard
-    offsets: bytes
-    tar: Path | None = None
-
-
-class Journal:
-    """The objects of one dataset on its way: shards, an entry that vouches for each, and the index that commits."""
-
-    def __init__(self, bucket: Store, key: str, parameters: dict[str, Any]) -> None:
-        """Says what is packed here. This first write shows whether the bucket is there and can be written to.
-
-        Raises:
-            BadRequestError: something else is packed here, or was begun.
-        """
-        self._dataset = bucket.sub(key)
-        self._deleting = deleting(bucket, key)
-        self._parameters = json.dumps(parameters, indent=1, sort_keys=True).encode()
-        self.parameters_sha256 = hashlib.sha256(self._parameters).hexdigest()
-        with self._creating():
-            self._dataset.create(_PARAMETERS, self._parameters)
-
-    def vouched(self) -> Iterator[PackedShard]:
-        """The shards that are there, from the first one on."""
-        for number in count():
-            try:
-                entry = PackedShard.load(self._dataset, _entry_key(shard_name(number)))
-            except (ObjectMissingError, BadDataError):
-                return
-            if entry.parameters_sha256 != self.parameters_sha256:
-                return
-            yield entry
-
-    def add(self, made: _Made) -> None:
-        """Uploads a finished shard, vouches for it, and deletes the local file.
-
-        Raises:
-            BadRequestError: something else lies in its place.
-        """
-        shard = made.entry.shard
-        with self._creating():
-            if made.tar is not None:
-                self._dataset.upload(made.tar, shard.name)
-                made.tar.unlink()
-            self._dataset.create(shard.offsets_name, made.offsets)
-            self._dataset.create(_entry_key(shard.name), made.entry.to_json())
-
-    def commit(self, index: DatasetIndex, rejects: Sequence[Reject]) -> None:
-        """Creates the index, which makes the dataset exist, and clears the journal away.
-
-        Raises:
-            BadRequestError: something else lies in its place, or somebody has deleted what was packed.
-        """
-        # An equal attempt that was faster has cleared the journal away, and its index is the same.
-        if not self._is_in_charge() and not self._dataset.exists(INDEX):
-            raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
-        with self._creating():
-            if rejects:
-                self._dataset.create(REJECTS, _reject_lines(rejects))
-            self._dataset.create(INDEX, index.to_json())
-        for entry in self._dataset.list(PACKING):
-            self._dataset.delete(entry.key)
-
-    def is_otherwise(self, why: str = "") -> BadRequestError:
-        """The error that something else lies here."""
-        why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
-        return BadRequestError(
-            f"{self._dataset.uri} {why}: choose another name, or {self._deleting} and type this command again"
-        )
-
-    @contextmanager
-    def _creating(self) -> Iterator[None]:
-        try:
-            yield
-        except ObjectExistsError:
-            raise self.is_otherwise() from None
-
-    def _is_in_charge(self) -> bool:
-        try:
-            return self._dataset.read(_PARAMETERS).data == self._parameters
-        except ObjectMissingError:
-            return False
-
-
-def _entry_key(shard: str) -> str:
-    return f"{PACKING}/{shard.removesuffix('.tar')}.json"
-
-
-def _reject_lines(rejects: Iterable[Reject]) -> bytes:
-    return "".join(f"{reject.model_dump_json()}\n" for reject in rejects).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -315,15 +216,16 @@ class _Checked:
 
 
 @dataclass
-class _Attempt(abc.ABC):
+class _Packing(abc.ABC):
     """One reading of what is packed, from its beginning to its end; the two ways to do it are below."""
 
     bucket: Store
     key: str
     request: PackRequest
+    folder: Path
+    """Where finished shards lie on their way to the bucket."""
     stop: Stop
     progress: Callable[[int, int, int], None]
-    threads: int
     shard_bytes: int
     packed: list[PackedShard] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
@@ -337,35 +239,58 @@ class _Attempt(abc.ABC):
 
     def __post_init__(self) -> None:
         self.recipe = self.request.recipe(channels=3)
-        self.journal = Journal(
-            self.bucket, self.key, {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
-        )
+        self.dataset = self.bucket.sub(self.key)
+        self.doing = f"while packing {self.dataset.uri}"
+        parameters = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
+        self.parameters_sha256 = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
     @abc.abstractmethod
     def _survey(self) -> dict[str, Any]:
         """Looks at what is packed, without decoding it, and returns what else decides about the shards."""
 
-    @property
-    def doing(self) -> str:
-        """What a stop ends."""
-        return f"while packing {self.bucket.uri}/{self.key}"
+    @abc.abstractmethod
+    def made(self) -> Iterator[PackedShard]:
+        """Makes the shards that are not vouched for; once they are exhausted, `commit` knows all."""
+
+    @abc.abstractmethod
+    def _check(self, sample: Sample) -> _Checked: ...
 
     @property
     def images(self) -> int:
         """In finished shards."""
         return sum(entry.shard.images for entry in self.packed)
 
-    @abc.abstractmethod
-    def made(self, folder: Path) -> Iterator[_Made]:
-        """Makes the shards that are not vouched for, in `folder`; once they are exhausted, `index` knows all."""
+    def add(self, entry: PackedShard) -> None:
+        """Uploads a finished shard and vouches for it.
 
-    @abc.abstractmethod
-    def _check(self, sample: Sample) -> _Checked: ...
+        Raises:
+            BadRequestError: something else lies in its place.
+        """
+        with self._creating():
+            for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
+                # A tar that is to stay where it is has no copy here.
+                if path.exists():
+                    self.dataset.upload(path, path.name)
+                    path.unlink()
+            self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
 
-    def index(self) -> DatasetIndex:
-        """What is to be committed."""
-        rejects = self.rejects
-        return DatasetIndex(
+    def commit(self) -> None:
+        """Creates the index, which makes the dataset exist, and clears the entries away.
+
+        Raises:
+            BadDataError: there are no images, or none that can be used.
+            BadRequestError: something else lies in its place, or somebody has deleted what was packed.
+        """
+        if not self.packed and not self.rejects:
+            raise no_images(self.where)
+        if not self.packed:
+            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
+        # An equal attempt that was faster has cleared the entries away, and its index is the same.
+        first = next(self._vouched(), None)
+        if (first is None or first.shard != self.packed[0].shard) and not self.dataset.exists(INDEX):
+            raise self._is_otherwise("was deleted, or is packed otherwise, since this began")
+        rejects = "".join(f"{reject.model_dump_json()}\n" for reject in self.rejects).encode()
+        index = DatasetIndex(
             name=self.request.name,
             size=self.recipe.size,
             channels=self.recipe.channels,
@@ -376,15 +301,47 @@ class _Attempt(abc.ABC):
             source=self.source,
             source_sha256=self.source_sha256,
             codecs=self.codecs,
-            rejected_images=len(rejects),
-            rejects_sha256=hashlib.sha256(_reject_lines(rejects)).hexdigest() if rejects else "",
+            rejected_images=len(self.rejects),
+            rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
+        with self._creating():
+            if rejects:
+                self.dataset.create(REJECTS, rejects)
+            self.dataset.create(INDEX, index.to_json())
+        for entry in self.dataset.list(PACKING):
+            self.dataset.delete(entry.key)
+
+    def _vouched(self) -> Iterator[PackedShard]:
+        """The shards that are there, from the first one on."""
+        for number in count():
+            try:
+                entry = PackedShard.load(self.dataset, _entry_key(shard_name(number)))
+            except (ObjectMissingError, BadDataError):
+                return
+            if entry.parameters_sha256 != self.parameters_sha256:
+                raise self._is_otherwise()
+            yield entry
+
+    def _is_otherwise(self, why: str = "") -> BadRequestError:
+        """The error that something else lies here."""
+        why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
+        return BadRequestError(
+            f"{self.dataset.uri} {why}: choose another name, or {deleting(self.bucket, self.key)} "
+            "and type this command again"
+        )
+
+    @contextmanager
+    def _creating(self) -> Iterator[None]:
+        try:
+            yield
+        except ObjectExistsError:
+            raise self._is_otherwise() from None
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
-        window = _IMAGES_PER_THREAD * self.threads
-        with ThreadPoolExecutor(self.threads) as workers:
-            for checked in in_order(workers, self._check, samples, window, self.stop, self.doing):
+        threads = os.cpu_count() or 1
+        with ThreadPoolExecutor(threads) as workers:
+            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self.stop, self.doing):
                 if checked.reason:
                     self._reject(Reject(name=checked.name, reason=checked.reason))
                 yield checked
@@ -405,15 +362,18 @@ class _Attempt(abc.ABC):
         self.packed.append(entry)
         self._reject(*entry.rejects)
 
-    def _finished(self, shard: Shard, **read: Any) -> PackedShard:
+    def _finished(self, shard: Shard, offsets: bytes, **read: Any) -> PackedShard:
+        with os_errors(self.folder):
+            (self.folder / shard.offsets_name).write_bytes(offsets)
         told = sum(len(before.rejects) for before in self.packed)
-        rejects, parameters_sha256 = tuple(self.rejects[told:]), self.journal.parameters_sha256
-        entry = PackedShard(parameters_sha256=parameters_sha256, shard=shard, rejects=rejects, **read)
+        entry = PackedShard(
+            parameters_sha256=self.parameters_sha256, shard=shard, rejects=tuple(self.rejects[told:]), **read
+        )
         self.packed.append(entry)
         return entry
 
 
-class _Copying(_Attempt):
+class _Copying(_Packing):
     """Images are decoded, prepared and written into shards as PNG."""
 
     def _survey(self) -> dict[str, Any]:
@@ -421,32 +381,30 @@ class _Copying(_Attempt):
         self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
-            _log.warning(remark)
+            logging.getLogger(__name__).warning(remark)
         self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
         return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}
 
-    def made(self, folder: Path) -> Iterator[_Made]:
+    def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()
-        for entry in self.journal.vouched():
-            self._check_unchanged(entry, islice(entries, entry.read_images - self._read_images))
+        for entry in self._vouched():
+            self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
             self._reuse(entry)
         writer: ShardWriter | None = None
-        for checked in self._checked(Sample(name, content, self._found.label(name)) for name, content in entries):
+        for checked in self._checked(Sample(name, content) for name, content in entries):
             self._read(checked.name, checked.sha256)
             if not checked.reason:
-                with os_errors(folder):
-                    writer = writer or ShardWriter(folder / shard_name(len(self.packed)))
+                with os_errors(self.folder):
+                    writer = writer or ShardWriter(self.folder / shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
                     writer.add(key, checked.png, self._found.label(checked.name))
-                if writer.size_bytes >= self.shard_bytes:
-                    yield self._closed(writer)
-                    writer = None
+            if writer is not None and writer.size_bytes >= self.shard_bytes:
+                yield self._closed(writer)
+                writer = None
         if writer is not None:
             yield self._closed(writer)
         self.source_sha256 = self._sha256.hexdigest()
-        if not self.packed:
-            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
 
     def _polled(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:
@@ -456,7 +414,7 @@ class _Copying(_Attempt):
     def _check(self, sample: Sample) -> _Checked:
         sha256 = hashlib.sha256(sample.content).digest()
         try:
-            return _Checked(sample.name, png=prepare(sample.content, self.recipe), sha256=sha256)
+            return _Checked(sample.name, png=png(prepare(sample.content, self.recipe)), sha256=sha256)
         except RejectedImageError as error:
             return _Checked(sample.name, str(error), sha256=sha256)
 
@@ -467,7 +425,7 @@ class _Copying(_Attempt):
         # A shard that is not full was the last.
         is_last = entry.shard.bytes < self.shard_bytes
         if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-            raise self.journal.is_otherwise(f"was begun before {self.where} changed")
+            raise self._is_otherwise(f"was begun before {self.where} changed")
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""
@@ -475,14 +433,13 @@ class _Copying(_Attempt):
         self._read_images += 1
         self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
 
-    def _closed(self, writer: ShardWriter) -> _Made:
+    def _closed(self, writer: ShardWriter) -> PackedShard:
         with os_errors(writer.path):
-            shard, offsets = writer.finish()
-        entry = self._finished(shard, read_images=self._read_images, source_sha256=self._sha256.hexdigest())
-        return _Made(entry, offsets, writer.path)
+            finished = writer.finish()
+        return self._finished(*finished, read=self._read_images, source_sha256=self._sha256.hexdigest())
 
 
-class _InPlace(_Attempt):
+class _InPlace(_Packing):
     """Tars are described where they lie, each as a shard."""
 
     def _survey(self) -> dict[str, Any]:
@@ -492,19 +449,18 @@ class _InPlace(_Attempt):
         self.codecs = codec_versions()
         here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
         if here and is_remote(self.bucket.uri):
-            _log.warning(
+            logging.getLogger(__name__).warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
         self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
         return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
-    def made(self, folder: Path) -> Iterator[_Made]:
-        for entry in self.journal.vouched():
+    def made(self) -> Iterator[PackedShard]:
+        for entry in self._vouched():
             self._reuse(entry)
-        places = {tar.uri: number for number, tar in enumerate(self._tars)}
-        done_tars = places[self.packed[-1].shard.uri] + 1 if self.packed else 0
+        done_tars = self.packed[-1].read if self.packed else 0
         total_bytes, done_bytes = (sum(tar.bytes for tar in self._tars[:end]) for end in (None, done_tars))
-        for tar in self._tars[done_tars:]:
+        for number, tar in enumerate(self._tars[done_tars:], start=done_tars + 1):
             digests = Digests()
             records: list[Record] = []
             for checked in self._checked(tar.samples(digests)):
@@ -514,16 +470,11 @@ class _InPlace(_Attempt):
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
             if records:
-                shard, offsets = digests.shard(shard_name(len(self.packed)), records, tar.uri)
-                highest_label = max(label for _, _, label, _ in records)
-                yield _Made(self._finished(shard, highest_label=highest_label), offsets)
-        if not self.packed and not self.rejects:
-            raise no_images(self.where)
-        if not self.packed:
-            raise BadDataError(f"{self.where}: none of their images can be used: {self._first_rejects()}")
-        highest_label = max(entry.highest_label for entry in self.packed)
+                finished = digests.shard(shard_name(len(self.packed)), records, tar.uri)
+                yield self._finished(*finished, read=number, highest_label=max(label for _, _, label, _ in records))
+        highest_label = max((entry.highest_label for entry in self.packed), default=-1)
         # One mistyped number would give the network a hundred thousand classes.
-        if highest_label >= self.images:
+        if highest_label >= self.images and self.packed:
             raise BadDataError(
                 f"{self.where}: a .cls says class {highest_label:,}, of {self.images:,} images: classes are numbered "
                 "from 0 without large gaps; mend it, or index with --no-classes"
@@ -540,8 +491,12 @@ class _InPlace(_Attempt):
         if self._has_classes and label < 0:
             return _Checked(sample.name, "has no class: a .cls with a number beside it")
         try:
-            prepared_pixels(sample.content, self.recipe)
+            prepare(sample.content, self.recipe)
         except RejectedImageError as error:
             return _Checked(sample.name, str(error))
         record = (sample.offset, len(sample.content), label, google_crc32c.value(sample.content))
         return _Checked(sample.name, record=record)
+
+
+def _entry_key(shard: str) -> str:
+    return f"{PACKING}/{shard.removesuffix('.tar')}.json"

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO, TypeVar
@@ -21,9 +21,9 @@ import numpy as np
 import numpy.typing as npt
 
 from job.data.ahead import STOP_POLL_SECONDS, in_order
-from job.data.images import Recipe, RejectedImageError, codec_versions, declared_size, decode, prepared_pixels
+from job.data.images import Recipe, RejectedImageError, codec_versions, decode, prepare
 from job.data.order import Int64s
-from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, first_damaged, split_uri
+from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Record, first_damaged, split_uri
 from job.exits import BadDataError, BadRequestError
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Store, open_store
@@ -36,7 +36,6 @@ DOWNLOADS = 4
 CHOOSERS = 8
 """Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
 _READ_AT_A_TIME = 32
-_log = logging.getLogger(__name__)
 
 
 class ShardSource:
@@ -48,7 +47,7 @@ class ShardSource:
         index: what the dataset is.
         folder: this dataset's part of the node's cache, shared by all processes of the node.
         starts: index of each shard's first image, and N, int64 [shards + 1].
-        image_shape: height, width and channels.
+        is_local: whether all shards are files of this machine, which are read where they lie.
         threads: how many images are decoded at a time.
         stop: whether this process is to stop.
         doing: what a stop ends.
@@ -60,28 +59,24 @@ class ShardSource:
         """Opens the stores of the shards of the dataset at `key`, and touches none of them.
 
         Raises:
+            BadDataError: the index says of its images what cannot be.
             BadRequestError: a URI that no store speaks.
             NoPermissionError: no credentials for its bucket were found.
         """
         self.index, self.folder, self.stop = index, folder, stop
         self.threads = threads or os.cpu_count() or 1
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
-        self.image_shape = index.size, index.size, index.channels
         self._bucket, self._key = bucket, key
         retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
         self._foreign = {folder: open_store(folder, retry) for folder in folders}
-        self.decode_image = image_decoder(index, bucket.uri_of(f"{key}/{INDEX}"))
+        self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
+        self._recipe = _recipe(index, bucket.uri_of(f"{key}/{INDEX}")) if index.is_foreign else None
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"
         self._anew = "index the dataset anew" if index.is_foreign else "pack the dataset anew"
         self.doing = f"while reading the images of {bucket.uri}/{key}; what has been read is kept"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
-
-    @property
-    def is_local(self) -> bool:
-        """Whether all shards are files of this machine, which are read where they lie."""
-        return all(store.uri.startswith("/") for store in self._foreign.values() or [self._bucket])
 
     @cached_property
     def records(self) -> np.ndarray:
@@ -92,19 +87,20 @@ class ShardSource:
         """
         path, shards = self.folder / "offsets", self.index.shards
         with os_errors(path):
-            if path.exists() and path.stat().st_size == int(self.starts[-1]) * OFFSETS_DTYPE.itemsize:
-                records = np.memmap(path, OFFSETS_DTYPE, mode="r")
+            # A file that is too short for them cannot be mapped.
+            with suppress(FileNotFoundError, ValueError):
+                records = np.memmap(path, OFFSETS_DTYPE, "r", shape=(self.index.images,))
                 tables = (records[first:last] for first, last in pairwise(self.starts))
-                if all(
-                    _table_sha256(table) == shard.offsets_sha256 for shard, table in zip(shards, tables, strict=True)
-                ):
+                if [hashlib.sha256(table.tobytes()).hexdigest() for table in tables] == [
+                    s.offsets_sha256 for s in shards
+                ]:
                     return np.asarray(records)
             with temporary_beside(path) as (temporary, file):
                 for table in self._ahead(self.read_table, range(len(shards))):
                     file.write(table.tobytes())
                 file.flush()
                 temporary.replace(path)
-            return np.asarray(np.memmap(path, OFFSETS_DTYPE, mode="r"))
+            return np.asarray(np.memmap(path, OFFSETS_DTYPE, "r"))
 
     def table(self, shard: int) -> np.ndarray:
         """The part of `records` that is a shard's."""
@@ -119,11 +115,13 @@ class ShardSource:
         packed = self.index.shards[shard]
         key = f"{self._key}/{packed.offsets_name}"
         uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
-        if _table_sha256(data) != packed.offsets_sha256 or len(data) != packed.images * OFFSETS_DTYPE.itemsize:
+        is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
+        if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
             raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
         table = np.frombuffer(data, OFFSETS_DTYPE)
-        offsets, labels = table["offset"], table["label"]
-        lowest, highest = (0, len(self.index.classes) - 1) if self.index.classes else (-1, -1)
+        offsets, labels, classes = table["offset"], table["label"], len(self.index.classes)
+        lowest, highest = (0, classes - 1) if classes else (-1, -1)
+        # An index may vouch for any table.
         is_inside = offsets.max() < packed.bytes and (offsets + table["bytes"]).max() <= packed.bytes
         if not is_inside or labels.min() < lowest or labels.max() > highest:
             raise BadDataError(f"{uri} points beyond its shard or its classes: {self._anew}")
@@ -142,23 +140,8 @@ class ShardSource:
         store, key = self.place(shard)
         return store.uri_of(key)
 
-    def local_path(self, shard: int) -> Path:
-        """The file of a shard that is local.
-
-        Raises:
-            ObjectMissingError: it is not there.
-        """
-        store, key = self.place(shard)
-        # An index is written by anybody: a pipe that it names would be waited for in vain.
-        if not store.exists(key):
-            raise ObjectMissingError(f"no object at {store.uri_of(key)}: restore it, or {self._anew}")
-        with store.open(key) as file:
-            return Path(file.name)
-
     def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
         """Yields each shard with a verified file of its bytes, fetching a few ahead. To be called under the lock.
-
-        From a bucket that is a folder it is the object itself; otherwise a download that the caller moves or removes.
 
         Raises:
             BadDataError: the bucket's shard is not the one that was packed.
@@ -168,34 +151,34 @@ class ShardSource:
         shutil.rmtree(incoming, ignore_errors=True)
         with os_errors(incoming):
             incoming.mkdir(exist_ok=True)
-        return self._ahead(lambda shard: (shard, self.fetched(shard, incoming, self.table(shard))), shards)
+        return self._ahead(lambda shard: (shard, self.verified(shard, incoming, self.table(shard))), shards)
 
-    def fetched(self, shard: int, incoming: Path, table: np.ndarray | None) -> Path:
-        """As `fetch`, of one shard; `table` helps to name what is damaged."""
-        if self.is_local:
-            path = self.local_path(shard)
-        else:
-            path = incoming / self.index.shards[shard].name
-            store, key = self.place(shard)
-            store.download(key, path)
-        self.check(shard, path, table)
-        return path
+    def verified(self, shard: int, incoming: Path, table: np.ndarray | None) -> Path:
+        """A file whose size and SHA-256 are those of the shard in the index.
 
-    def check(self, shard: int, path: Path, table: np.ndarray | None) -> None:
-        """Compares a file with the shard's size and SHA-256 in the index.
+        It is the shard itself if that is a file of this machine, else a download to `incoming`, which is the caller's.
 
         Raises:
             BadDataError: it is not the shard that was packed; the first damaged image of its `table` is named.
+            ObjectMissingError: it is not there.
         """
-        packed = self.index.shards[shard]
+        packed, (store, key) = self.index.shards[shard], self.place(shard)
+        if not self.is_local:
+            path = incoming / packed.name
+            store.download(key, path)
+        # An index is written by anybody: a pipe that it names would be waited for in vain.
+        elif store.exists(key):
+            path = Path(store.uri_of(key))
+        else:
+            raise ObjectMissingError(f"no object at {store.uri_of(key)}: restore it, or {self._anew}")
         with os_errors(path), path.open("rb") as file:
             size_bytes = os.fstat(file.fileno()).st_size
             if size_bytes == packed.bytes and hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
-                return
+                return path
             wrong = "other bytes" if size_bytes == packed.bytes else f"{size_bytes:,} bytes instead of {packed.bytes:,}"
             damage = "" if table is None else f"; {first_damaged(file, table)}"
         raise BadDataError(
-            f"{self.uri(shard)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
+            f"{store.uri_of(key)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
         )
 
     def read_into(
@@ -213,32 +196,37 @@ class ShardSource:
             StoppedError: this process is to stop.
         """
         shards = np.searchsorted(self.starts, indices, side="right") - 1
+        rows, records = (indices - self.starts[shards]).tolist(), self.records[indices].tolist()
 
-        def read_some(part: tuple[int, Int64s]) -> None:
-            shard, places = part
+        def read_some(places: list[int]) -> None:
+            shard = int(shards[places[0]])
             with open_shard(shard) as file:
-                for place, row in zip(places.tolist(), (indices[places] - self.starts[shard]).tolist(), strict=True):
-                    out[place] = self._read_image(shard, row, file)
+                for place in places:
+                    out[place] = self.read_image(shard, rows[place], records[place], file)
 
-        def parts() -> Iterator[tuple[int, Int64s]]:
-            for shard in np.unique(shards).tolist():
-                places = np.flatnonzero(shards == shard)
-                for start in range(0, len(places), _READ_AT_A_TIME):
-                    yield shard, places[start : start + _READ_AT_A_TIME]
+        def parts() -> Iterator[list[int]]:
+            for shard in np.unique(shards):
+                places = np.flatnonzero(shards == shard).tolist()
+                yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
 
         for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.stop, self.doing):
             pass
 
-    def _read_image(self, shard: int, row: int, file: BinaryIO) -> Uint8s:
-        offset, size_bytes, _, checksum = self.table(shard)[row].tolist()
+    def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
+        """Image `row` of a shard, of which `record` says where in `file` it lies; raises as `read_into`."""
+        offset, size_bytes, _, checksum = record
         file.seek(offset)
-        encoded, image = file.read(size_bytes), f"{self.uri(shard)}, image {row} (at byte {offset})"
-        if google_crc32c.value(encoded) != checksum:
-            raise BadDataError(f"{image} is not as it was {self._made}: restore it, or {self._anew}")
+        encoded, wrong = file.read(size_bytes), f"it is not as it was {self._made}"
         try:
-            return self.decode_image(encoded)
+            if google_crc32c.value(encoded) == checksum:
+                if self._recipe is not None:
+                    return prepare(encoded, self._recipe)
+                return decode(encoded, self.index.channels, self.index.size)
+        except RejectedImageError as error:
+            wrong = f"it {error}"
         except BadDataError as error:
-            raise BadDataError(f"{image}: {error}: {self._anew}") from None
+            wrong = str(error)
+        raise BadDataError(f"{self.uri(shard)}, image {row} (at byte {offset}): {wrong}: restore it, or {self._anew}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -282,7 +270,7 @@ class ChosenImages:
             BadDataError: a table is not as it was packed.
         """
         self._source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=CHOOSERS)
-        self.labels: npt.NDArray[np.int32] = np.asarray(self._source.records["label"])
+        self.labels: npt.NDArray[np.int32] = self._source.records["label"]
         """Of all images, int32 [N]; -1 where there are no classes."""
 
     def read(self, indices: Int64s) -> Uint8s:
@@ -291,7 +279,7 @@ class ChosenImages:
         Raises:
             BadDataError: one is not as it was packed; the message names it.
         """
-        out = np.empty((len(indices), *self._source.image_shape), np.uint8)
+        out = np.empty((len(indices), *self._source.index.image_shape), np.uint8)
         self._source.read_into(out, indices, self._open)
         return out
 
@@ -300,39 +288,14 @@ class ChosenImages:
         return store.open(key)
 
 
-def image_decoder(index: DatasetIndex, where: str) -> Callable[[bytes], Uint8s]:
-    """What makes an image, uint8 [H, W, C], of its encoded bytes, or raises `BadDataError`."""
-    if not index.is_foreign:
-        return partial(_decode_packed, index)
-    try:
-        recipe = Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
-    except BadRequestError as error:
-        raise BadDataError(f"{where} is not a dataset index ({error}): index the dataset anew") from None
+def _recipe(index: DatasetIndex, where: str) -> Recipe:
+    """What is done to each image of tars that were indexed in place."""
     if index.codecs != codec_versions():
-        _log.warning(
+        logging.getLogger(__name__).warning(
             f"dataset {index.name} was indexed with {index.codecs}, and is read with {codec_versions()}: "
             "its images may differ in their last bits"
         )
-    return partial(_decode_foreign, recipe)
-
-
-def _decode_packed(index: DatasetIndex, encoded: bytes) -> Uint8s:
-    # A decoder would take the memory for whatever size the image claims.
-    size, (width, height) = index.size, declared_size(encoded)
-    if (width, height) != (size, size):
-        raise BadDataError(f"it is {width}×{height} pixels in a dataset of {size}×{size}")
-    image = decode(encoded, index.channels)
-    if image.shape[2] != index.channels:
-        raise BadDataError(f"it has {image.shape[2]} channels in a dataset of {index.channels}")
-    return image
-
-
-def _decode_foreign(recipe: Recipe, encoded: bytes) -> Uint8s:
     try:
-        return prepared_pixels(encoded, recipe)
-    except RejectedImageError as error:
-        raise BadDataError(f"it {error}") from None
-
-
-def _table_sha256(data: bytes | np.ndarray) -> str:
-    return hashlib.sha256(data if isinstance(data, bytes) else data.tobytes()).hexdigest()
+        return Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
+    except BadRequestError as error:
+        raise BadDataError(f"{where} is not a dataset index ({error}): index the dataset anew") from None

@@ -25,7 +25,7 @@ from typing import BinaryIO
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.sealed import Sealed
@@ -172,12 +172,6 @@ class DatasetIndex(Sealed):
     codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
-    @model_validator(mode="after")
-    def _all_or_none_is_foreign(self) -> DatasetIndex:
-        if len({bool(shard.uri) for shard in self.shards}) > 1:
-            raise ValueError("either all shards have URIs of their own, or none has")
-        return self
-
     @property
     def is_foreign(self) -> bool:
         """Whether the tars are somebody else's, indexed in place: `crop` and `resize_filter` apply at each reading."""
@@ -187,6 +181,11 @@ class DatasetIndex(Sealed):
     def images(self) -> int:
         """Number of images."""
         return sum(shard.images for shard in self.shards)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Height, width and channels."""
+        return self.size, self.size, self.channels
 
     @property
     def decoded_bytes(self) -> int:

@@ -7,12 +7,9 @@ terabytes mean that an archive is not what its user takes it for.
 
 from __future__ import annotations
 
-import abc
 import gzip
-import hashlib
 import io
 import lzma
-import math
 import os
 import re
 import stat
@@ -20,17 +17,14 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from array import array
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
-from urllib.parse import unquote
-
-import numpy as np
+from urllib.parse import quote, unquote
 
 from job.data.ahead import in_order
 from job.data.shards import Digests
@@ -56,9 +50,9 @@ _SKIPPED_BYTES = 1 << 20
 _BUCKET_READERS = 16
 _GZIP_MAGIC = b"\x1f\x8b"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
-_NO_TEXT = re.compile(r"[\udc80-\udcff]")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _IS_LINK = "is a link or a device: do not trust this archive"
+_EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 
 
 class RefusedError(Exception):
@@ -67,13 +61,17 @@ class RefusedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One file of a source, before its content is read."""
+    """One file of a source, before its content is read.
+
+    Attributes:
+        name: its relative path.
+        read: gives its content.
+        offset: where that begins in a tar.
+    """
 
     name: str
-    read: Callable[[], bytes] | None
-    """None for a folder."""
+    read: Callable[[], bytes]
     offset: int = -1
-    """Of a tar's file: where its content begins."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,109 +91,82 @@ class Sample:
     offset: int = -1
 
 
-class Source(abc.ABC):
+@dataclass(frozen=True)
+class Source:
     """An ordered, repeatable stream of images: the same source gives the same names and bytes in the same order.
 
     Its methods raise `BadDataError`, naming the entry, if the source is unsafe, truncated or damaged.
+
+    Attributes:
+        where: the path or URI that messages name.
+        listed: gives its files in order; each can be read until the next one is asked for. Raises `RefusedError`.
+        channels: what its images are packed to unless somebody chooses.
+        note: what a person should know about how the source was understood.
+        readers: how many files may be read at a time.
     """
 
-    channels = 3
-    """What its images are packed to unless somebody chooses."""
+    where: str
+    listed: Callable[[], Iterator[Member]]
+    channels: int = 3
+    note: str = ""
+    readers: int = 0
 
-    def __init__(self, where: str) -> None:
-        """`where` is the path or URI that messages name."""
-        self.where = where
-        self.name = printable(where.rstrip("/").rpartition("/")[2])
-        self.note = ""
-        """What a person should know about how the source was understood."""
-        self.limit_bytes = math.inf
-        """How much may come out of it; archives set it when they are opened."""
+    @property
+    def name(self) -> str:
+        """What the dataset says that it was made from."""
+        return printable(self.where.rstrip("/").rpartition("/")[2])
 
-    @abc.abstractmethod
     def members(self) -> Iterator[Member]:
-        """All files in order; each can be read until the next one is asked for. Raises `RefusedError`."""
-
-    def checked_members(self) -> Iterator[tuple[str, Member]]:
-        """All members with their names in plain form; each can be read until the next one is asked for."""
+        """All files, with their names in plain form; each can be read until the next one is asked for."""
         with refusing(self.where):
-            for member in self.members():
+            for member in self.listed():
                 parts = path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
-                yield printable("/".join(part for part in parts if part not in ("", "."))), member
+                yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
 
     def names(self) -> Iterator[str]:
         """Relative paths of the images, in order; reads no more than that takes."""
-        # Eight bytes per name, so that memory hardly grows with the source.
-        hashes = array("Q")
-        for name, _ in self._images():
-            hashes.append(_name_hash(name))
-            yield name
-        values, counts = np.unique(np.frombuffer(hashes, np.uint64), return_counts=True)
-        if (counts > 1).any():
-            twice = values[counts > 1][0]
-            name = next(name for name, _ in self._images() if _name_hash(name) == twice)
-            raise BadDataError(
-                f"{self.where} has the entry {name!r} more than once, and nobody knows which is meant: "
-                "do not trust this archive"
-            )
+        return (member.name for member in self.members() if is_image(member.name))
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
-        unpacked_bytes = 0
-        for name, content in self._loaded():
-            unpacked_bytes += len(content)
-            if unpacked_bytes > self.limit_bytes:
-                raise BadDataError(f"{self.where} {_expands(name)}")
-            yield name, content
+        images = (member for member in self.members() if is_image(member.name))
+        if not self.readers:
+            yield from map(self._load, images)
+            return
+        with ThreadPoolExecutor(self.readers) as pool:
+            yield from in_order(pool, self._load, images, window=2 * self.readers)
 
-    def _loaded(self) -> Iterator[tuple[str, bytes]]:
-        yield from map(self._load, self._images())
-
-    def _images(self) -> Iterator[tuple[str, Callable[[], bytes]]]:
-        for name, member in self.checked_members():
-            if member.read is not None and is_image(name):
-                yield name, member.read
-
-    def _load(self, image: tuple[str, Callable[[], bytes]]) -> tuple[str, bytes]:
-        name, read = image
-        with refusing(f"{self.where}: entry {name!r}"):
-            return name, read()
+    def _load(self, member: Member) -> tuple[str, bytes]:
+        with refusing(f"{self.where}: entry {member.name!r}"):
+            return member.name, member.read()
 
 
-class Folder(Source):
-    """A local folder, in the order of its relative paths, without hidden files."""
+def folder_source(path: Path, bucket: str = "") -> Source:
+    """A local folder, in the order of its relative paths, without hidden files; `path` may itself be a link.
 
-    def __init__(self, path: Path, bucket: str = "") -> None:
-        """`path` may itself be a link. What is packed must not become a source: a `bucket` below is left out.
+    What is packed must not become a source: a `bucket` below is left out.
 
-        Raises:
-            BadRequestError: the folder is itself the bucket.
-        """
-        self._root = path.resolve()
-        super().__init__(str(self._root))
-        self._bucket = Path(bucket).resolve() if bucket.startswith("/") else None
-        if self._bucket == self._root:
-            raise BadRequestError(f"{self._root} is both SOURCE and bucket: choose another --bucket")
-        if self._bucket and self._bucket.is_dir() and self._bucket.is_relative_to(self._root):
-            self.note = f"leaving out {self._bucket}, which is the bucket"
+    Raises:
+        BadRequestError: the folder is itself the bucket.
+    """
+    root, packed_to = path.resolve(), Path(bucket).resolve() if bucket.startswith("/") else None
+    if packed_to == root:
+        raise BadRequestError(f"{root} is both SOURCE and bucket: choose another --bucket")
 
-    def members(self) -> Iterator[Member]:
-        """The files below, without hidden ones."""
-        return self._below(self._root, "")
-
-    def _below(self, folder: Path, prefix: str) -> Iterator[Member]:
+    def below(folder: Path, prefix: str) -> Iterator[Member]:
         with os.scandir(folder) as scan:
             # Whole paths are compared, as a bucket does it: a-b/x comes before a/x.
             children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
         for child in children:
             name, path = prefix + child.name, Path(child.path)
-            if is_litter(child.name) or path == self._bucket:
+            if is_litter(child.name) or path == packed_to:
                 continue
             if child.is_dir(follow_symlinks=False):
-                yield from self._below(path, f"{name}/")
+                yield from below(path, f"{name}/")
             elif is_image(child.name) or child.is_dir():
-                if child.is_symlink() and not path.resolve().is_relative_to(self._root):
+                if child.is_symlink() and not path.resolve().is_relative_to(root):
                     raise _refused(name, "is a link that leaves the folder: put a copy in its place")
                 # Following a link to a folder could go round in circles.
                 if not child.is_file():
@@ -204,106 +175,74 @@ class Folder(Source):
                     )
                 yield Member(name, partial(_read_file, path))
 
+    is_below = packed_to is not None and packed_to.is_dir() and packed_to.is_relative_to(root)
+    note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
+    return Source(str(root), partial(below, root, ""), note=note)
 
-class BucketFolder(Source):
+
+def _bucket_members(store: Store) -> Iterator[Member]:
     """A folder in a bucket, in key order. Each image costs a request: archives are read much faster."""
-
-    def __init__(self, store: Store) -> None:
-        """`store` is the folder."""
-        super().__init__(store.uri)
-        self._store = store
-
-    def members(self) -> Iterator[Member]:
-        """The objects below."""
-        for entry in self._store.list():
-            if is_image(entry.key) and entry.size_bytes > ENTRY_BYTES:
-                raise _refused(
-                    entry.key, f"has {entry.size_bytes} bytes, more than the {ENTRY_BYTES} that an image may have"
-                )
-            yield Member(entry.key, partial(self._read, entry.key))
-
-    def _loaded(self) -> Iterator[tuple[str, bytes]]:
-        with ThreadPoolExecutor(_BUCKET_READERS) as pool:
-            yield from in_order(pool, self._load, self._images(), window=2 * _BUCKET_READERS)
-
-    def _read(self, key: str) -> bytes:
-        return self._store.read(key).data
+    for entry in store.list():
+        if is_image(entry.key) and entry.size_bytes > ENTRY_BYTES:
+            raise _refused(
+                entry.key, f"has {entry.size_bytes} bytes, more than the {ENTRY_BYTES} that an image may have"
+            )
+        yield Member(entry.key, lambda key=entry.key: store.read(key).data)  # type: ignore[misc]
 
 
-class Zip(Source):
+def _zip_members(opener: Opener) -> Iterator[Member]:
     """A zip archive, in the order of its directory."""
-
-    def __init__(self, where: str, opener: Opener) -> None:
-        super().__init__(where)
-        self._open = opener
-
-    def members(self) -> Iterator[Member]:
-        """The directory's entries."""
-        with self._open() as file:
-            self.limit_bytes = max(ENTRY_BYTES, EXPANSION * _length_bytes(file))
-            with zipfile.ZipFile(file) as archive:
-                for info in archive.infolist():
-                    if info.flag_bits & 1:
-                        raise _refused(
-                            info.filename, "is encrypted: unpack the archive with its password, and pack the folder"
-                        )
-                    if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                        raise _refused(info.filename, _IS_LINK)
-                    yield Member(info.filename, None if info.is_dir() else partial(self._read, archive, info))
-
-    def _read(self, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-        with archive.open(info) as stream:
-            return _read_exactly(stream, info.file_size)
+    with opener() as file:
+        limit_bytes = _limit_bytes(file)
+        with zipfile.ZipFile(file) as archive:
+            if sum(info.file_size for info in archive.infolist()) > limit_bytes:
+                raise RefusedError(_EXPANDS)
+            for info in archive.infolist():
+                if info.flag_bits & 1:
+                    raise _refused(info.filename, "is encrypted: unpack it with its password, and pack the folder")
+                if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+                    raise _refused(info.filename, _IS_LINK)
+                if not info.is_dir():
+                    yield Member(info.filename, partial(_read_zipped, archive, info))
 
 
-class Tar(Source):
-    """A tar archive, plain or gzipped, in stream order."""
-
-    def __init__(self, where: str, opener: Opener, digests: Digests | None = None) -> None:
-        """With `digests`, which take every byte of it, it must be plain."""
-        super().__init__(where)
-        self._open, self._digests = opener, digests
-
-    def members(self) -> Iterator[Member]:
-        """The headers' entries; the archive must end as a tar does."""
-        with self._open() as file:
-            self.limit_bytes = max(ENTRY_BYTES, EXPANSION * _length_bytes(file))
-            stream = TarStream(file, self.limit_bytes, self._digests)
-            try:
-                archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
-            except tarfile.TarError:
-                raise RefusedError(
-                    "is no archive that can be packed, or damaged: give a folder, .zip, .tar, .tar.gz or MNIST idx file"
-                ) from None
-            while (member := archive.next()) is not None:
-                # Otherwise tarfile remembers every header, and memory grows with the archive.
-                archive.members.clear()  # type: ignore[attr-defined]
-                stream.member = member.name
-                is_file = member.isreg() and not member.issparse()
-                if not is_file and not member.isdir():
-                    raise _refused(member.name, _IS_LINK)
-                read = partial(self._read, archive, member) if is_file else None
-                yield Member(member.name, read, member.offset_data)
-            stream.finish()
-
-    def _read(self, archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-        stream = archive.extractfile(member)
-        assert stream is not None
-        return _read_exactly(stream, member.size)
+def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
+    with archive.open(info) as stream:
+        return _read_exactly(stream, info.file_size)
 
 
-class TarStream:
+def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Member]:
+    """A tar archive, plain or gzipped, in stream order; it must end as a tar does.
+
+    With `digests`, which take every byte of it, it must be plain.
+    """
+    with opener() as file:
+        stream = _TarStream(file, digests)
+        try:
+            archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
+        except tarfile.TarError:
+            raise RefusedError(
+                "is no archive that can be packed, or damaged: give a folder, .zip, .tar, .tar.gz or MNIST idx file"
+            ) from None
+        while (member := archive.next()) is not None:
+            # Otherwise tarfile remembers every header, and memory grows with the archive.
+            archive.members.clear()  # type: ignore[attr-defined]
+            if member.isreg() and not member.issparse():
+                content = cast(IO[bytes], archive.extractfile(member))
+                yield Member(member.name, partial(_read_exactly, content, member.size), member.offset_data)
+            elif not member.isdir():
+                raise _refused(member.name, _IS_LINK)
+        stream.finish()
+
+
+class _TarStream:
     """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
 
-    def __init__(self, file: BinaryIO, limit_bytes: float, digests: Digests | None) -> None:
+    def __init__(self, file: BinaryIO, digests: Digests | None) -> None:
         """What is unpacked is read in full, as is everything with `digests`; else, what nobody wants is skipped."""
-        self._file = _gunzipped(file)
+        self._limit_bytes, self._file = _limit_bytes(file), _gunzipped(file)
         self._skips = self._file is file and digests is None
-        self._limit_bytes, self._digests = limit_bytes, digests
-        self.member = ""
-        """Name of the entry whose content is next."""
-        self._position = 0
-        self._last_block = b""
+        self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
         """Bytes up to here, unpacked."""
@@ -327,7 +266,7 @@ class TarStream:
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
-            raise RefusedError(_expands(self.member))
+            raise RefusedError(_EXPANDS)
         if self._digests is not None:
             self._digests.update(self._last_block)
         return self._last_block
@@ -345,45 +284,32 @@ class TarStream:
                 )
 
 
-class Idx(Source):
+def _idx_members(open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
     """MNIST's format (LeCun et al. 1998): big-endian headers, one byte per pixel, labels in a file of their own.
 
-    Its images become PGM files in a folder per class.
+    Its images become PGM files in a folder per class; without labels there are no classes.
     """
+    with open_images() as raw:
+        size_bytes, file = raw.seek(0, io.SEEK_END), _gunzipped(raw)
+        limit_bytes = size_bytes if file is raw else size_bytes * _DEFLATE_LIMIT
+        magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
+        pixels = height * width
+        if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
+            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count} of {height} × {width})")
+        labels = _idx_labels(open_labels, count) if open_labels else b""
+        digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
+        header = b"P5 %d %d 255\n" % (width, height)
+        for number in range(count):
+            folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
+            yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
 
-    channels = 1
 
-    def __init__(self, where: str, images: Opener, labels: Opener | None) -> None:
-        """Without `labels` there are no classes."""
-        super().__init__(where)
-        self._open_images, self._open_labels = images, labels
-
-    def members(self) -> Iterator[Member]:
-        """The images in file order, named after their class and number."""
-        with self._open_images() as raw:
-            size_bytes, file = _length_bytes(raw), _gunzipped(raw)
-            limit_bytes = size_bytes if file is raw else size_bytes * _DEFLATE_LIMIT
-            magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
-            pixels = height * width
-            if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
-                raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count} of {height} × {width})")
-            labels = self._labels(count)
-            digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
-            header = b"P5 %d %d 255\n" % (width, height)
-            for number in range(count):
-                folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
-                yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
-            if file.tell() == 16 + count * pixels and file.read(1):
-                raise RefusedError(f"holds more than its {count} images")
-
-    def _labels(self, count: int) -> bytes:
-        if self._open_labels is None:
-            return b""
-        with self._open_labels() as raw:
-            file = _gunzipped(raw)
-            if struct.unpack(">2I", _read_exactly(file, 8)) != (0x801, count):
-                raise RefusedError("does not go with its labels, which are for another number of images")
-            return _read_exactly(file, count)
+def _idx_labels(opener: Opener, count: int) -> bytes:
+    with opener() as raw:
+        file = _gunzipped(raw)
+        if struct.unpack(">2I", _read_exactly(file, 8)) != (0x801, count):
+            raise RefusedError("does not go with its labels, which are for another number of images")
+        return _read_exactly(file, count)
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> Source:
@@ -408,28 +334,28 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         path = path.expanduser()
     with refusing(repr(source)):
         if path.is_dir():
-            return _idx(path, _files(path)) or Folder(path, bucket)
+            return _mnist(path, _files(path)) or folder_source(path, bucket)
         if not path.is_file():
             raise MissingInputError(f"there is nothing at {source!r}: give a folder or an archive of images")
         path = path.resolve()
-        return _idx(path.parent, _files(path.parent), path.name) or _archive(path, _opener(path))
+        return _mnist(path.parent, _files(path.parent), path.name) or _archive(str(path), _opener(path))
 
 
 def _in_bucket(uri: str, retry: Retry | None) -> Source:
     folder, _, name = uri.rpartition("/")
     if name and not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(name):
         files = _objects(parent) if _IDX_NAME.fullmatch(name) else {}
-        return _idx(parent.uri, files, name) or _archive(uri, partial(parent.open, name))
+        return _mnist(parent.uri, files, name) or _archive(uri, partial(parent.open, name))
     store = open_store(uri, retry)
     if next(iter(store.list()), None) is None:
         raise MissingInputError(f"there is nothing at {uri}: give a folder or an archive of images")
-    return _idx(uri, _objects(store)) or BucketFolder(store)
+    return _mnist(uri, _objects(store)) or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
 
 
-def _archive(where: object, opener: Opener) -> Source:
+def _archive(where: str, opener: Opener) -> Source:
     with opener() as file:
         is_zip = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
-    return Zip(str(where), opener) if is_zip else Tar(str(where), opener)
+    return Source(where, partial(_zip_members if is_zip else tar_members, opener))
 
 
 def _files(folder: Path) -> dict[str, Opener]:
@@ -444,7 +370,7 @@ def _objects(folder: Store) -> dict[str, Opener]:
     return {entry.key: partial(folder.open, entry.key) for entry in folder.list()}
 
 
-def _idx(folder: object, files: dict[str, Opener], chosen: str = "") -> Idx | None:
+def _mnist(folder: object, files: dict[str, Opener], chosen: str = "") -> Source | None:
     """The MNIST set `chosen` of a folder's files, or else the one for training; None without any."""
     sets = sorted(name for name in files if _IDX_NAME.fullmatch(name) and "images" in name)
     train = [name for name in sets if "train" in name]
@@ -454,11 +380,13 @@ def _idx(folder: object, files: dict[str, Opener], chosen: str = "") -> Idx | No
         raise BadRequestError(f"{folder} holds several MNIST sets: give one of {', '.join(sets)} as SOURCE")
     name = chosen or (train or sets)[0]
     labels = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
-    source = Idx(f"{folder}/{name}", files[name], files.get(labels) or files.get(f"{labels}.gz"))
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
-    if others and not chosen:
-        source.note = f"packing {name}, leaving out {', '.join(others)}"
-    return source
+    return Source(
+        f"{folder}/{name}",
+        partial(_idx_members, files[name], files.get(labels) or files.get(f"{labels}.gz")),
+        channels=1,
+        note=f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else "",
+    )
 
 
 @dataclass(frozen=True)
@@ -562,21 +490,15 @@ def is_litter(name: str) -> bool:
 
 
 def printable(name: str) -> str:
-    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become `%xx`.
+    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become `%XX`.
 
     Backslashes would be taken for separators of folders, and what follows them for names of classes.
     """
-    text = name.encode(errors="surrogateescape").decode(errors="surrogateescape")
-    text = _NO_TEXT.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02x}", text)
-    return _CONTROL.sub(lambda match: f"%{ord(match[0]):02x}", text)
+    return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), name)
 
 
 def _refused(name: str, problem: str) -> RefusedError:
     return RefusedError(f"has the entry {name!r}, which {problem}")
-
-
-def _expands(name: str) -> str:
-    return f"unpacks to more than {EXPANSION} times its size (at entry {name!r}): do not trust this archive"
 
 
 def _read_exactly(file: IO[bytes], size: int) -> bytes:
@@ -595,16 +517,14 @@ def _read_file(path: Path) -> bytes:
 
 
 def _gunzipped(file: BinaryIO) -> BinaryIO:
+    file.seek(0)
     is_gzipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
     file.seek(0)
     return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file
 
 
-def _length_bytes(file: BinaryIO) -> int:
-    length_bytes = file.seek(0, io.SEEK_END)
-    file.seek(0)
-    return length_bytes
-
-
-def _name_hash(name: str) -> int:
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest())
+def _limit_bytes(archive: BinaryIO) -> int:
+    """How much may come out of an archive."""
+    limit_bytes = max(ENTRY_BYTES, EXPANSION * archive.seek(0, io.SEEK_END))
+    archive.seek(0)
+    return limit_bytes

@@ -16,6 +16,8 @@ from job.data.order import Int64s, Order
 from job.exits import StoppedError
 from job.stop import NEVER, Stop
 
+PREFETCH_BATCHES = 4
+"""Batches that are ready before they are asked for."""
 _CHUNK_IMAGES = 8192
 _LOOK_SECONDS = 0.5
 _LAST_BATCH_SECONDS = 2.0
@@ -46,7 +48,6 @@ def stream_batches(
     last_image: int | None,
     rank: int = 0,
     world_size: int = 1,
-    prefetch_batches: int = 4,
     pin_memory: bool = False,
     with_labels: bool = True,
     stop: Stop = NEVER,
@@ -66,29 +67,33 @@ def stream_batches(
         last_image: how many images of the run are wanted at least, or None for no end.
         rank: this process.
         world_size: all processes; ranks beyond a remainder get one image less.
-        prefetch_batches: batches that are ready before they are asked for, at least 2.
         pin_memory: page-locked batches, which a GPU can copy while this process goes on.
         with_labels: whether the network has classes; without, a dataset's classes are left out.
         stop: beats while a batch is waited for, such as one whose shard lies in a bucket that is away.
     """
 
-    def read() -> Iterator[LoadedBatch]:
-        first = first_image
-        for indices, numbers in _slots(order, batch_size_images, first_image, last_image, rank, world_size):
+    def batches() -> Iterator[LoadedBatch]:
+        has_labels = with_labels and cache.index.classes
+        slots = _slots(order, batch_size_images, first_image, last_image, rank, world_size)
+        for first, indices, numbers in slots:
             cache.prefetch(order, first)
-            yield _loaded_batch(cache, first, indices, numbers, pin_memory, with_labels)
-            first += batch_size_images
+            images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
+            cache.read(indices, out=images.numpy())
+            labels = torch.from_numpy(cache.labels(indices)) if has_labels else None
+            if labels is not None and pin_memory:
+                labels = labels.pin_memory()
+            yield LoadedBatch(first, numbers, images.permute(0, 3, 1, 2), labels)
 
-    return BatchStream(read(), max(2, prefetch_batches), stop)
+    return BatchStream(batches(), stop)
 
 
 class BatchStream(Iterator[LoadedBatch]):
     """Batches that a thread reads ahead, from the first question until they end or `close` is called."""
 
-    def __init__(self, batches: Iterator[LoadedBatch], prefetch_batches: int, stop: Stop) -> None:
+    def __init__(self, batches: Iterator[LoadedBatch], stop: Stop) -> None:
         """See `stream_batches`."""
         self._batches, self._stop = batches, stop
-        self._ready: Queue[LoadedBatch | BaseException | None] = Queue(prefetch_batches)
+        self._ready: Queue[LoadedBatch | BaseException | None] = Queue(PREFETCH_BATCHES)
         self._closed = threading.Event()
         self._has_ended = self._was_stopped = False
         self._thread: threading.Thread | None = None
@@ -149,25 +154,13 @@ class BatchStream(Iterator[LoadedBatch]):
 
 def _slots(
     order: Order, batch_size: int, first: int, last: int | None, rank: int, world_size: int
-) -> Iterator[tuple[Int64s, Int64s]]:
-    """Dataset indices and image numbers of this rank, a batch at a time; ordered by thousands, which is far cheaper."""
+) -> Iterator[tuple[int, Int64s, Int64s]]:
+    """First image of each batch, and this rank's indices and image numbers; thousands at once, which is far cheaper."""
     slots = np.arange(rank, batch_size, world_size)
     chunk_batches = max(1, _CHUNK_IMAGES // batch_size)
     while last is None or first < last:
-        count = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
-        numbers = first + batch_size * np.arange(count)[:, None] + slots
-        yield from zip(order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
-        first += count * batch_size
-
-
-def _loaded_batch(
-    cache: ImageCache, first_image: int, indices: Int64s, numbers: Int64s, pin_memory: bool, with_labels: bool
-) -> LoadedBatch:
-    size, channels = cache.index.size, cache.index.channels
-    images = torch.empty((len(indices), size, size, channels), dtype=torch.uint8, pin_memory=pin_memory)
-    cache.read(indices, out=images.numpy())
-    labels = None
-    if with_labels and cache.index.classes:
-        labels = torch.from_numpy(cache.labels(indices).astype(np.int64))
-        labels = labels.pin_memory() if pin_memory else labels
-    return LoadedBatch(first_image, numbers, images.permute(0, 3, 1, 2), labels)
+        batches = chunk_batches if last is None else min(chunk_batches, -(-(last - first) // batch_size))
+        firsts = first + batch_size * np.arange(batches)
+        numbers = firsts[:, None] + slots
+        yield from zip(firsts.tolist(), order.indices(numbers.ravel()).reshape(numbers.shape), numbers, strict=True)
+        first += batches * batch_size

@@ -1,21 +1,18 @@
-"""Verifying a dataset: every object against the index, every offset against the tar, every image by decoding it."""
+"""Verifying a dataset: every object against the index, and every image by decoding it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-
-import google_crc32c
-import numpy as np
 
 from job.data.ahead import in_order
 from job.data.shard_source import ShardSource
-from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, load_index
+from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
@@ -49,7 +46,6 @@ def verify_dataset(
         with _noting(problems, uri):
             if hashlib.sha256(dataset.read(REJECTS).data).hexdigest() != index.rejects_sha256:
                 problems.append(f"{uri} is not what was packed: restore it, or pack the dataset anew")
-    checked_images = 0
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
         for number, shard in enumerate(index.shards):
@@ -57,13 +53,12 @@ def verify_dataset(
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
                 table = source.read_table(number)
             with _noting(problems, source.uri(number)):
-                path = source.fetched(number, folder, table)
-                if table is not None:
-                    for done, problem in enumerate(_images(source, number, path, table, workers), start=1):
-                        problems += [problem] if problem else []
-                        progress(checked_images + done, index.images)
+                check = partial(_problem, source, number, source.verified(number, folder, table))
+                images = enumerate([] if table is None else table.tolist())
+                for row, problem in enumerate(in_order(workers, check, images, _IMAGES_AHEAD), start=1):
+                    problems += problem
+                    progress(int(source.starts[number]) + row, index.images)
             (folder / shard.name).unlink(missing_ok=True)
-            checked_images += shard.images
         source.close()
     return problems
 
@@ -78,30 +73,15 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _images(
-    source: ShardSource, number: int, path: Path, table: np.ndarray, workers: ThreadPoolExecutor
-) -> Iterator[str]:
-    """What is wrong with each image of a shard that is whole, or nothing."""
+def _problem(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
+    """What is wrong with an image of a shard that is whole."""
+    row, record = image
     try:
-        with tarfile.open(path, "r:") as archive:
-            files = {(member.offset_data, member.size) for member in archive if member.isreg()}
-    except tarfile.TarError:
-        files = set()
-    content = np.memmap(path, np.uint8, "r")
-
-    def check(row: int) -> str:
-        offset, size_bytes, _, checksum = table[row].tolist()
-        encoded = content[offset : offset + size_bytes].tobytes()
-        image = f"{source.uri(number)}: image {row}"
-        if (offset, size_bytes) not in files or google_crc32c.value(encoded) != checksum:
-            return f"{image} is not where its table says (at byte {offset})"
-        try:
-            source.decode_image(encoded)
-        except BadDataError as error:
-            return f"{image}: {error}"
-        return ""
-
-    return in_order(workers, check, range(len(table)), _IMAGES_AHEAD)
+        with path.open("rb") as file:
+            source.read_image(shard, row, record, file)
+    except BadDataError as error:
+        return [str(error)]
+    return []
 
 
 def _others(dataset: Store, index: DatasetIndex) -> list[str]:

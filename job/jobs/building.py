@@ -9,20 +9,19 @@ from typing import Any
 
 import yaml
 
-from job.config_input import parse_sets, read_config_file
+from job.config_input import EMBEDDED, parse_sets, read_config_file
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
 from job.jobs.spec import JobSpec, job_name, stop_after
-from job.jobs.targets import KubernetesTarget, Target, default_bucket
+from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
-from job.processes.launcher import GPUS
+from job.processes.gpus import GPUS
 from job.requests import SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS
 from job.store import check_uri, is_remote
 
-EMBEDDED = "landscape-sample"
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""
 
@@ -39,11 +38,11 @@ class Resources:
     max_hours: float | None = None
     slices: int = 0
 
-    def named_hours(self, target: Target) -> float | None:
-        """The hours that somebody asked for, by `--max-hours` or in the target; None if nobody did."""
+    def hours_on(self, target: Target) -> float:
+        """Those of `--max-hours`, else the target's; on this machine without bound where nobody named any."""
         if self.max_hours is not None:
             return self.max_hours
-        return target.max_hours if "max_hours" in target.model_fields_set else None
+        return target.max_hours if target.is_remote or "max_hours" in target.model_fields_set else math.inf
 
 
 def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> JobSpec:
@@ -55,7 +54,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         MissingInputError: a file that was named is not there.
     """
     _check_resources(command, target, resources)
-    bucket = bucket_of(command, target)
+    bucket = _bucket(command, target)
     command = command.with_values(bucket=bucket)
     request = command.request().check()
     match request:
@@ -64,20 +63,17 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
             command = _training(command, request, target)
         case SampleRequest():
             run = subject = request.run
-            _check_slices(request, resources.slices)
+            if resources.slices:
+                replace(request, slice=f"0/{resources.slices}").check()
         case PackRequest():
             run, subject = "", request.name
             command = command.with_values(source=_source(request.source, target))
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)
     argv = command.argv()
-    gpus = (0 if command.verb == "pack" else target.gpus) if resources.gpus is None else resources.gpus
-    if resources.gpu_type and not gpus:
-        raise BadRequestError(
-            f"--gpu-type {resources.gpu_type} decides nothing for a job without GPUs: leave it out, or ask for --gpus"
-        )
     slices = ("--slices", str(resources.slices)) if resources.slices else ()
     name = job_name(command.verb, subject, () if command.verb == "train" else (*argv, *slices))
+    gpus = (0 if command.verb == "pack" else target.gpus) if resources.gpus is None else resources.gpus
     # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
     needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
     return JobSpec(
@@ -92,25 +88,9 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         nodes=resources.nodes,
         slices=resources.slices,
         spot=target.spot if resources.spot is None else resources.spot,
-        max_hours=target.max_hours if resources.max_hours is None else resources.max_hours,
+        max_hours=resources.hours_on(target),
         env={JOB: name, **needed_gpus, **target.env},
     )
-
-
-def bucket_of(command: ParsedCommand, target: Target) -> str:
-    """`--bucket`, else the target's, else `DDPM_BUCKET`, else the default. Folders of this machine become absolute.
-
-    Raises:
-        BadRequestError: no URI of a bucket, or a folder that the target's machines cannot see.
-    """
-    uri = str(command.values["bucket"]) if "bucket" in command.given else default_bucket(target)
-    check_uri(uri)
-    if target.is_remote and not is_remote(uri):
-        raise BadRequestError(
-            f"bucket {uri!r} is a folder of this machine, which jobs on {target.name!r} cannot see: use "
-            "--bucket gs://NAME, or `bucket:` of the target"
-        )
-    return _absolute(uri)
 
 
 def wait_seconds(target: Target) -> float:
@@ -125,8 +105,10 @@ def wait_seconds(target: Target) -> float:
 def _check_resources(command: ParsedCommand, target: Target, resources: Resources) -> None:
     spot = "" if resources.spot is None else "--spot" if resources.spot else "--on-demand"
     option = f"--gpu-type {resources.gpu_type}" if resources.gpu_type else spot
-    if command.verb == "pack" and resources.gpus:
-        raise BadRequestError(f"--gpus {resources.gpus}: packing uses none, leave it out")
+    if resources.max_hours is not None and not 1 / 60 <= resources.max_hours <= 720:
+        raise BadRequestError(f"--max-hours {resources.max_hours:g}: use at least a minute (0.017) and at most 720")
+    if command.verb == "pack" and (resources.gpus or resources.gpu_type):
+        raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.image:
         raise BadConfigError(f"target {target.name!r} has no `image:`, which its machines would run")
     if target.is_remote and option and not _selects_by_type(target):
@@ -142,12 +124,24 @@ def _selects_by_type(target: Target) -> bool:
     return not isinstance(target, KubernetesTarget) or target.selects_as_gke
 
 
+def _bucket(command: ParsedCommand, target: Target) -> str:
+    """`--bucket`, else the target's usual one. Folders of this machine become absolute."""
+    uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
+    check_uri(uri)
+    if target.is_remote and not is_remote(uri):
+        raise BadRequestError(
+            f"bucket {uri!r} is a folder of this machine, which jobs on {target.name!r} cannot see: use "
+            "--bucket gs://NAME, or `bucket:` of the target"
+        )
+    return _absolute(uri)
+
+
 def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> ParsedCommand:
     if request.config_file is not None and target.backend != "local":
         # The file is not there where the job runs.
         sets, settings = parse_sets(request.sets), read_config_file(request.config_file)
         inlined = [f"{key}={_as_yaml(value)}" for key, value in settings.items() if key not in sets]
-        command = command.without("config").with_values(sets=[*inlined, *request.sets])
+        command = command.with_values(config=None, sets=[*inlined, *request.sets])
     if target.is_remote:
         command = command.with_values(wait=max(request.wait_seconds, wait_seconds(target)))
     return command
@@ -159,23 +153,17 @@ def _as_yaml(value: Any) -> str:
     return text.removesuffix("\n").removesuffix("\n...")
 
 
-def _check_slices(request: SampleRequest, slices: int) -> None:
-    if slices and request.slice:
-        said = f"--slice {request.slice} is one of the slices that --slices {slices} makes"
-        raise BadRequestError(f"{said}: leave it out")
-    if slices:
-        replace(request, slice=f"0/{slices}").check()
-
-
 def _source(source: str, target: Target) -> str:
+    if source == EMBEDDED:
+        return source
     if is_remote(source):
         check_uri(source)
-    elif source != EMBEDDED and target.is_remote:
+    elif target.is_remote:
         raise BadRequestError(
             f"SOURCE {source!r} is a path of this machine, which jobs on {target.name!r} cannot see: upload it and "
             "give its URI, or pack here with `ddpm data pack`"
         )
-    return source if source == EMBEDDED else _absolute(source)
+    return _absolute(source)
 
 
 def _absolute(uri: str) -> str:
@@ -186,8 +174,7 @@ def _on_this_machine(command: ParsedCommand, target: Target, resources: Resource
     # In a container are the GPUs that were asked for, and no others.
     if target.backend == "local" and resources.gpus and "processes" not in command.given:
         command = command.with_values(processes=resources.gpus)
-    hours = resources.named_hours(target)
-    # There is no engine that would end it; a limit that makes no sense is refused with the rest of the job.
-    if hours is not None and 0 < hours < math.inf and "stop_after" not in command.given:
+    # There is no engine that would end it.
+    if (hours := resources.hours_on(target)) < math.inf and "stop_after" not in command.given:
         command = command.with_values(stop_after=stop_after(hours))
     return command

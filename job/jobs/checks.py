@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from job.exits import Exit, JobError
 
@@ -39,6 +40,11 @@ def looked_at(name: str, look: Callable[[], str]) -> Check:
         return Check(name, True, look())
     except JobError as error:
         return Check.of_error(name, error)
+
+
+def local_gpus() -> int:
+    """How many NVIDIA GPUs this machine has."""
+    return sum(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
 
 
 def unchecked_image(image: str) -> Check:

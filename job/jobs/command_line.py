@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from job.data.pack import PackRequest
@@ -21,40 +20,27 @@ _FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 
 
 @dataclass(frozen=True)
-class Parameter:
-    """One parameter of a command: an option by its words, or an argument, which has none."""
-
-    name: str
-    option: str = ""
-    option_off: str = ""
-    """For the value false, such as `--no-classes`."""
-
-
-@dataclass(frozen=True)
 class ParsedCommand:
     """A command line, taken apart.
 
     Attributes:
         verb: what it does.
         command: the words between `ddpm` and the parameters, such as `("data", "pack")`.
-        parameters: all that the command has.
+        options: the words of each parameter, in order: `("--gif",)`, `("--classes", "--no-classes")`, none for an
+            argument.
         values: by parameter, with defaults and the environment filled in.
         given: the parameters that were words of the command line.
     """
 
     verb: Verb
     command: tuple[str, ...]
-    parameters: tuple[Parameter, ...]
+    options: Mapping[str, Sequence[str]]
     values: Mapping[str, Any]
     given: frozenset[str]
 
     def with_values(self, **values: Any) -> ParsedCommand:
-        """The same, with these parameters given as well."""
+        """The same, with these parameters given as well; one that is None is left out."""
         return replace(self, values={**self.values, **values}, given=self.given | set(values))
-
-    def without(self, name: str) -> ParsedCommand:
-        """The same, with a parameter left out."""
-        return replace(self, values={**self.values, name: None}, given=self.given - {name})
 
     def request(self) -> TrainRequest | SampleRequest | PackRequest:
         """What is asked for, not checked yet."""
@@ -70,25 +56,23 @@ class ParsedCommand:
         Equal commands give equal words, however they were typed.
         """
         arguments: list[str] = []
-        options: list[str] = []
-        for parameter in self.parameters:
-            value = self.values.get(parameter.name)
-            if parameter.name not in self.given or value is None:
+        words: list[str] = []
+        for name, option in self.options.items():
+            value = self.values.get(name) if name in self.given else None
+            if value is None:
                 continue
-            if not parameter.option:
+            if not option:
                 arguments.append(str(value))
             elif isinstance(value, bool):
                 # An option that is off by default has no word for off.
-                options += filter(None, [parameter.option if value else parameter.option_off])
+                words += option[:1] if value else option[1:2]
             else:
-                for text in map(_text, value if isinstance(value, list | tuple) else (value,)):
-                    options += [parameter.option, text]
+                for one in value if isinstance(value, list | tuple) else (value,):
+                    words += [option[0], _text(one)]
         if any(word.startswith("-") for word in arguments):
-            return (*self.command, *options, "--", *arguments)
-        return (*self.command, *arguments, *options)
+            return (*self.command, *words, "--", *arguments)
+        return (*self.command, *arguments, *words)
 
 
 def _text(value: Any) -> str:
-    if isinstance(value, Path):
-        return str(value)
     return f"{value:g}" if isinstance(value, float) and value == float(f"{value:g}") else str(value)

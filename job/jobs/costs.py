@@ -15,25 +15,13 @@ from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget
 
-UNKNOWN = "price unknown"
 
+def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tuple[int | None, str]:
+    """What `max_hours` of `spec` mean on `target`: how often they may pass, and the same for a person.
 
-@dataclass(frozen=True)
-class Limit:
-    """What `max_hours` of a job means where it runs."""
-
-    attempts: int | None
-    """How often its hours may pass; None where nothing bounds that."""
-    text: str
-    """For a person, beginning with the hours."""
-
-
-def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> Limit:
-    """The limit of `spec` on `target`; with `is_watched` that of all that `--watch` submits, together."""
+    Nothing bounds that where it is None. With `is_watched` all that `--watch` submits counts together.
+    """
     attempts: int | None = 1
-    if not target.is_remote:
-        how = "if --max-hours says so, and then the job ends itself: there is no engine to do it"
-        return Limit(None, f"{spec.max_hours:g} hours {how}")
     if isinstance(target, BatchTarget):
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
@@ -48,7 +36,7 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> Limi
     else:
         how = "for all attempts together, then the engine ends it"
     again = "; what --watch submits again has what is left of them" if is_watched else ""
-    return Limit(attempts, f"{spec.max_hours:g} hours {how}{again}")
+    return attempts, f"{spec.max_hours:g} hours {how}{again}"
 
 
 @dataclass(frozen=True)
@@ -74,16 +62,16 @@ def cost_of(spec: JobSpec, target: Target, prices: Sequence[Price] | None = None
     per_hour = target.price_per_hour
     if per_hour is None:
         if not isinstance(target, GoogleTarget):
-            return UNKNOWN
+            return "price unknown"
         table = load_prices() if prices is None else prices
         rows = {row.region: row for row in table if row.machine_type == target.machine_type}
         if not all(region in rows for region in target.all_regions):
-            return UNKNOWN
+            return "price unknown"
         # It may end up in any of them.
         dearest = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
         per_hour, source = dearest.dollars_per_hour, f"; {dearest.source}, {dearest.date}"
         about = " on demand, and spot costs less," if spec.spot else ""
-    attempts = limit_of(spec, target).attempts
+    attempts = limit_of(spec, target)[0]
     words = f"{spec.machines} × ${per_hour:g} per hour{about}"
     if attempts is None:
         return f"{words.rstrip(',')}, for as long as it runs: nothing bounds that{source}"

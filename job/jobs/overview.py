@@ -7,15 +7,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from job.exits import TABLE, BadRequestError, Exit, JobError, MissingInputError
-from job.jobs.backends import backend_for, extra_named
+from job.jobs.backends import backend_for
 from job.jobs.backends.base import Backend, JobStatus, State
-from job.jobs.outcome import JobPlace, informed, read_outcome
+from job.jobs.outcome import informed, read_outcome
 from job.jobs.spec import is_about, validated_job_name
-from job.jobs.submit import check_format, formatted
-from job.jobs.targets import Target, chosen_target, default_bucket, load_targets
+from job.jobs.submit import formatted
+from job.jobs.targets import Target, chosen_target, load_targets
 from job.progress import note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints
@@ -23,8 +22,6 @@ from job.runs.layout import RUNS
 from job.runs.overview import print_table, state_of
 from job.stop import handle_stop_signals
 from job.store import Store, open_store
-
-Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
@@ -40,13 +37,17 @@ class Search:
         targets = load_targets(self.targets_file)
         return [chosen_target(targets, self.on)] if self.on else list(targets.values())
 
-    def ask(self, question: Callable[[Backend], Answer]) -> Iterator[tuple[Backend, Answer]]:
-        """The targets' engines with their answers; one of several that does not answer is told of and left out."""
+    def ask(self, question: Callable[[Backend], list[JobStatus]]) -> Iterator[tuple[Backend, JobStatus]]:
+        """Each job in the engines' answers, once; of several engines one that is silent is told of and left out."""
+        seen: set[tuple[str, ...]] = set()
         for target in self.targets:
             try:
-                with extra_named(target):
-                    backend = backend_for(target)
-                    yield backend, question(backend)
+                with backend_for(target) as backend:
+                    for status in question(backend):
+                        # Several targets may be one engine.
+                        if (identity := backend.identity(status)) not in seen:
+                            seen.add(identity)
+                            yield backend, status
             except JobError as error:
                 if self.on:
                     raise
@@ -57,12 +58,8 @@ class Search:
     def find(self, name: str) -> list[tuple[Backend, JobStatus]]:
         """The engines that know a job of that name, or of which a machine that is gone has left a record."""
         validated_job_name(name)
-        found: dict[tuple[str, ...], tuple[Backend, JobStatus]] = {}
-        for backend, status in self.ask(lambda backend: backend.status(name)):
-            if status.state is not State.GONE or status.created:
-                # Several targets may be one engine.
-                found.setdefault(backend.identity(status), (backend, status))
-        return list(found.values())
+        found = self.ask(lambda backend: [backend.status(name)])
+        return [(backend, status) for backend, status in found if status.state is not State.GONE or status.created]
 
     def the_one(self, name: str) -> Backend:
         """The engine that knows a job of that name.
@@ -91,15 +88,10 @@ def list_jobs(search: Search) -> None:
     from rich.table import Table
 
     table = Table("job", "target", "state", "attempts", "exit code", "created", "place", "what it says", box=None)
-    shown: set[tuple[str, ...]] = set()
-    for backend, statuses in search.ask(lambda backend: backend.jobs()):
-        for status in statuses:
-            if (identity := backend.identity(status)) in shown:
-                continue
-            shown.add(identity)
-            code = "-" if status.exit_code is None else str(status.exit_code)
-            numbers = (str(status.attempts or "-"), code, status.created or "-", status.place or "-")
-            table.add_row(status.name, backend.target.name, status.state.value, *numbers, status.message)
+    for backend, status in search.ask(lambda backend: backend.jobs()):
+        code = "-" if status.exit_code is None else str(status.exit_code)
+        numbers = (str(status.attempts or "-"), code, status.created or "-", status.place or "-")
+        table.add_row(status.name, backend.target.name, status.state.value, *numbers, status.message)
     if table.row_count:
         print_table(table)
     else:
@@ -115,17 +107,16 @@ def show_job(name: str, search: Search, bucket: str) -> None:
     """
     lines: list[str] = []
     for backend, status in search.find(name):
-        place = JobPlace(name, bucket or backend.bucket_of(name))
-        outcome = read_outcome(place)
-        # An earlier job of that name is over for longer than this one is there.
-        if outcome is not None and outcome.updated >= status.created:
-            status = informed(status, outcome)
-        lines += _status_lines(status, backend.target.name) + _run_lines(place)
+        uri = bucket or status.bucket or backend.target.usual_bucket
+        lines += _status_lines(informed(status, uri), backend.target.name) + _run_lines(name, uri)
     if not lines:
         # Its machine is gone; what it said is where it was.
-        uris = [bucket] if bucket else [default_bucket(target) for target in search.targets]
+        uris = [bucket] if bucket else [target.usual_bucket for target in search.targets]
         for uri in dict.fromkeys(uris):
-            lines += _outcome_lines(JobPlace(name, uri)) + _run_lines(JobPlace(name, uri))
+            if outcome := read_outcome(name, uri):
+                lines.append(f"state       {outcome.state}, as of {outcome.updated}")
+                lines += _ending_lines(outcome.exit_code, outcome.message)
+            lines += _run_lines(name, uri)
         if not lines:
             raise search.unknown(name)
         lines.insert(0, f"job         {name}: no engine knows it any more; this is what its bucket says")
@@ -161,7 +152,6 @@ def describe_job(name: str, search: Search, output: str) -> None:
     Raises:
         MissingInputError: no target knows it.
     """
-    check_format(output)
     print(formatted([search.the_one(name).describe(name)], output), end="")
 
 
@@ -169,18 +159,11 @@ def _status_lines(status: JobStatus, target: str) -> list[str]:
     place = f", in {status.place}" if status.place else ""
     started = f", {status.attempts} {'start' if status.attempts == 1 else 'starts'}" if status.attempts else ""
     submitted = f", submitted {status.created}" if status.created else ""
-    lines = [
+    return [
         f"job         {status.name}, on {target}{place}",
         f"state       {status.state.value}{started}{submitted}",
+        *_ending_lines(status.exit_code, status.message),
     ]
-    return lines + _ending_lines(status.exit_code, status.message)
-
-
-def _outcome_lines(place: JobPlace) -> list[str]:
-    outcome = read_outcome(place)
-    if outcome is None:
-        return []
-    return [f"state       {outcome.state}, as of {outcome.updated}", *_ending_lines(outcome.exit_code, outcome.message)]
 
 
 def _ending_lines(code: int | None, message: str) -> list[str]:
@@ -190,14 +173,14 @@ def _ending_lines(code: int | None, message: str) -> list[str]:
     return lines + ([f"it says     {message}"] if message else [])
 
 
-def _run_lines(place: JobPlace) -> list[str]:
+def _run_lines(job_name: str, bucket_uri: str) -> list[str]:
     """What the folder of the job's run tells; nothing if there is none, or if nobody here may read it."""
     try:
-        bucket = open_store(place.bucket)
+        bucket = open_store(bucket_uri)
         for name in bucket.folders(RUNS):
             # Somebody else may have put a folder there whose name no run can have.
             with suppress(BadRequestError):
-                if is_about(place.name, records.validated_run_name(name)):
+                if is_about(job_name, name):
                     return _lines_of_run(records.run_store(bucket, name), name)
     except MissingInputError:
         pass

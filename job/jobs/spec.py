@@ -17,14 +17,9 @@ Verb = Literal["train", "sample", "pack"]
 
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
-MIN_SECONDS = 60
-"""The shortest limit of a job: engines refuse less, or take it for none."""
 LABEL_PREFIX = "ddpm"
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-_SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
-_NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
-"""Names that sound like secrets, and say where something is."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +40,8 @@ class JobSpec:
         slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
         spot: whether it may run on machines that are taken away.
         max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `costs`
-            for by whom, and what counts.
+            for by whom, and what counts. Infinite on this machine, unless somebody says otherwise.
         env: variables of the container. Nothing secret.
-        labels: further labels, such as a team's.
     """
 
     name: str
@@ -63,7 +57,6 @@ class JobSpec:
     spot: bool = True
     max_hours: float = 24.0
     env: Mapping[str, str] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Refuses what no backend could run, naming the field."""
@@ -72,8 +65,6 @@ class JobSpec:
             raise BadRequestError(f"--nodes {self.nodes} is for training: sampling uses --slices, packing one machine")
         if self.slices and self.verb != "sample":
             raise BadRequestError(f"--slices {self.slices} is for sampling")
-        if not MIN_SECONDS / 3600 <= self.max_hours <= 24 * 30:
-            raise BadRequestError(f"--max-hours {self.max_hours:g}: use at least a minute (0.017) and at most 720")
 
     @property
     def max_seconds(self) -> int:
@@ -82,6 +73,8 @@ class JobSpec:
 
     def lasting(self, max_hours: float) -> JobSpec:
         """The same job, by the same name, with another limit; also where it keeps to that itself."""
+        if max_hours == self.max_hours:
+            return self
         old, new = stop_after(self.max_hours), stop_after(max_hours)
         words = pairwise(("", *self.argv))
         argv = (new if (option, word) == ("--stop-after", old) else word for option, word in words)
@@ -105,17 +98,12 @@ class JobSpec:
     def all_labels(self) -> dict[str, str]:
         """Labels by which a job is found again, whoever made it."""
         own = {"app": LABEL_PREFIX, "ddpm-job": self.name, "ddpm-verb": self.verb}
-        return {**self.labels, **own, **({"ddpm-run": self.run} if self.run else {})}
+        return {**own, "ddpm-run": self.run} if self.run else own
 
 
 def stop_after(hours: float) -> str:
     """The value of `--stop-after` with which a job ends itself, where there is no engine that would end it."""
     return f"{max(1, round(hours * 3600))}s"
-
-
-def sounds_secret(variable: str) -> bool:
-    """Whether the name of a variable says that its value is for nobody else's eyes, as lists and logs are not."""
-    return bool(_SECRET.search(variable)) and not _NO_SECRET.fullmatch(variable)
 
 
 def validated_job_name(name: str) -> str:

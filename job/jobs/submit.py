@@ -7,25 +7,20 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from job.exits import BadRequestError, MissingInputError
-from job.jobs.backends import backend_for, extra_named
-from job.jobs.backends.base import Backend, Manifest, NoCapacityError
+from job.jobs.backends import backend_for
+from job.jobs.backends.base import Manifest, NoCapacityError
 from job.jobs.backends.machines import gpus_of
 from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
 from job.jobs.costs import cost_of, limit_of
-from job.jobs.outcome import read_outcome
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, KubernetesTarget, Target, chosen_target, load_targets
-from job.progress import note
-
-FORMATS = ("", "yaml", "json")
 
 
 @dataclass(frozen=True)
@@ -40,7 +35,6 @@ class SubmitOptions:
 
     def __post_init__(self) -> None:
         """Refuses options that do not go together."""
-        check_format(self.output)
         if self.output and not self.dry_run:
             raise BadRequestError(f"-o {self.output} is the format of --dry-run: add that, or leave it out")
         if self.dry_run and self.watch:
@@ -58,8 +52,7 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
     """
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
-    with extra_named(target):
-        backend = backend_for(target)
+    with backend_for(target) as backend:
         manifests = backend.render(spec)
         if options.dry_run:
             print(formatted(manifests, options.output), end="")
@@ -73,32 +66,16 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
         if options.watch:
             from job.jobs.watch import Clock, Watch
 
-            has_limit = target.is_remote or resources.named_hours(target) is not None
-            Watch(backend, spec, Clock(), note, partial(read_outcome, spec), has_limit).run()
+            Watch(backend, spec, Clock()).run()
         elif target.is_remote or options.detach:
-            print(submit_somewhere(backend, spec).describe_start(spec.name))
+            try:
+                backend.submit_where_possible(spec)
+            except NoCapacityError as error:
+                raise NoCapacityError(f"{error}; --watch tries until there is one") from None
+            job = f"{spec.name} --on {target.name}"
+            print(f"{spec.name} is submitted: `ddpm jobs logs {job} -f` follows it, `ddpm jobs cancel {job}` stops it")
         else:
             backend.become(spec)
-
-
-def submit_somewhere(backend: Backend, spec: JobSpec) -> Backend:
-    """Submits to the first place of the target that has a machine, and returns that.
-
-    Raises:
-        NoCapacityError: none has.
-        JobError: see `Backend`.
-    """
-    here: Backend = backend
-    while True:
-        try:
-            here.submit(spec)
-            return here
-        except NoCapacityError as error:
-            following = here.elsewhere()
-            if following is None:
-                raise NoCapacityError(f"{error}; --watch tries until there is one") from None
-            note(f"{error}; trying the next place")
-            here = following
 
 
 def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> list[str]:
@@ -110,22 +87,15 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     kind = "spot, which may be taken away: nothing is lost" if spec.spot else "on demand"
     if isinstance(target, KubernetesTarget) and not target.selects_as_gke:
         kind = "spot or on demand, as the target's nodes are"
-    place = [
-        target.backend,
-        *(
-            f"{key} {target_value}"
-            for key in ("context", "project", "namespace")
-            if (target_value := getattr(target, key, ""))
-        ),
-    ]
+    place = [f"{key} {getattr(target, key)}" for key in ("context", "project", "namespace") if getattr(target, key, "")]
     place += [", then ".join(getattr(target, key)) for key in ("zones", "regions") if hasattr(target, key)]
     return [
-        f"job       {spec.name}, on {target.name} ({', '.join(place)})",
+        f"job       {spec.name}, on {target.name} ({', '.join((target.backend, *place))})",
         f"command   ddpm {shlex.join(spec.argv)}",
         f"image     {spec.image}",
         f"machines  {spec.machines} × {machine}, {gpus}; {kind}",
         f"bucket    {spec.bucket}",
-        f"limit     {limit_of(spec, target, is_watched=is_watched).text}; what is saved stays (--max-hours)",
+        f"limit     {limit_of(spec, target, is_watched=is_watched)[1]}; what is saved stays (--max-hours)",
         f"cost      {cost_of(spec, target)}",
     ]
 
@@ -139,24 +109,18 @@ def _ask(spec: JobSpec) -> None:
         raise BadRequestError(f"{spec.name} is not submitted")
 
 
-def check_format(output: str) -> None:
-    """Returns if there is such a format; empty is YAML.
+def formatted(manifests: Sequence[Manifest], output: str = "") -> str:
+    """Manifests as text: a stream of YAML documents, or of JSON objects, as `kubectl apply -f -` takes both.
 
     Raises:
-        BadRequestError: there is none.
+        BadRequestError: `output` is neither `yaml`, `json` nor empty.
     """
-    if output not in FORMATS:
+    if output not in ("", "yaml", "json"):
         raise BadRequestError(f"-o {output}: use yaml or json")
-
-
-def formatted(manifests: Sequence[Manifest], output: str = "") -> str:
-    """Manifests as text: a stream of YAML documents, or of JSON objects, as `kubectl apply -f -` takes both."""
     if output == "json":
         return "".join(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n" for manifest in manifests)
-    several = len(manifests) > 1
-    return yaml.dump_all(
-        manifests, Dumper=_Dumper, sort_keys=False, allow_unicode=True, explicit_start=several, width=120
-    )
+    options: dict[str, Any] = {"sort_keys": False, "allow_unicode": True, "width": 120}
+    return yaml.dump_all(manifests, Dumper=_Dumper, explicit_start=len(manifests) > 1, **options)
 
 
 class _Dumper(yaml.SafeDumper):

@@ -8,35 +8,30 @@ import json
 import math
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from job import DEFAULT_BUCKET
 from job.config_input import parse_yaml
-from job.exits import BadConfigError, BadRequestError, MissingInputError, NoPermissionError
-from job.jobs.spec import sounds_secret
+from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.store import check_uri, is_remote
+from job.store.files import os_errors
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 TARGETS_FILE = "targets.yaml"
-VARIABLE = "DDPM_TARGETS"
+TARGETS_VARIABLE = "DDPM_TARGETS"
 """Path of the file, where it is not `targets.yaml` in the working folder."""
-BUCKET_VARIABLE = "DDPM_BUCKET"
-DEFAULT_BUCKET = "./bucket"
-MAX_HOURS = 24.0
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
-_VARIABLE = re.compile(r"[A-Z][A-Z0-9_]*")
-_SUBNETWORK = re.compile(r"(?:.+/)?regions/([^/]+)/subnetworks/[^/]+")
-_TARGET_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
-
-_Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
-_Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
-_Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
-_Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
-_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
-_LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+_SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
+_NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
+"""Names that sound like secrets, and say where something is."""
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])")
 
 
@@ -53,49 +48,77 @@ def size_bytes(text: str) -> int:
     return math.ceil(float(match[1]) * (1024 if unit.endswith("i") else 1000) ** ("KMGTPE".index(unit[0].upper()) + 1))
 
 
+def _not_secret(variable: str) -> str:
+    if _SECRET.search(variable) and not _NO_SECRET.fullmatch(variable):
+        raise ValueError(
+            f"{variable} looks like a secret, which lists and logs would show: give the job's service account access "
+            "instead"
+        )
+    return variable
+
+
+def _size(text: str) -> str:
+    size_bytes(text)
+    return text
+
+
+_Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
+_Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
+_Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
+_Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
+_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
+_LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+_Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
+_Size = Annotated[str, AfterValidator(_size)]
+
+
 class Target(BaseModel):
     """What all targets have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
-    name: str = ""
+    is_remote: ClassVar[bool] = True
+    """Whether its machines see no file of this one."""
+    name: str = Field("", pattern=r"^([a-z]([a-z0-9-]{0,61}[a-z0-9])?)?$")
     """Its key in the file."""
     backend: Literal["local", "container", "kubernetes", "vm", "batch"]
-    image: str = ""
+    image: str = Field("", pattern=r"^\S*$")
+    """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
     bucket: str = ""
     """Where datasets and runs lie, unless `--bucket` says otherwise."""
     gpus: int = Field(1, ge=0, le=64)
     """Per node, unless `--gpus` says otherwise."""
     gpu_type: str = ""
     spot: bool = True
-    max_hours: float = Field(MAX_HOURS, gt=0, le=720)
+    max_hours: float = Field(24.0, ge=0.017, le=720)
     price_per_hour: float | None = Field(None, ge=0)
     """In dollars, of one machine with all its GPUs, as the user pays it."""
-    env: dict[str, str] = Field(default_factory=dict)
+    env: dict[_Variable, str] = Field(default_factory=dict)
     """Variables of the job. Nothing secret: lists and logs show them."""
 
     @property
-    def is_remote(self) -> bool:
-        """Whether its machines see no file of this one."""
-        return self.backend not in ("local", "container")
+    def usual_bucket(self) -> str:
+        """Where datasets and runs lie if nobody says otherwise; the target's own bucket wins over `DDPM_BUCKET`."""
+        return self.bucket or os.environ.get("DDPM_BUCKET", "") or DEFAULT_BUCKET
 
-    @field_validator("env")
+    @field_validator("bucket")
     @classmethod
-    def _is_no_secret(cls, env: dict[str, str]) -> dict[str, str]:
-        for name in env:
-            if not _VARIABLE.fullmatch(name):
-                raise ValueError(f"{name!r} cannot be a variable: use capital letters, digits and '_'")
-            if sounds_secret(name):
-                raise ValueError(
-                    f"{name} looks like a secret, which lists and logs would show: give the job's service account "
-                    "access instead"
-                )
-        return env
+    def _is_seen(cls, uri: str) -> str:
+        try:
+            check_uri(uri)
+        except BadRequestError as error:
+            raise ValueError(str(error)) from None
+        if cls.is_remote and not is_remote(uri):
+            raise ValueError(
+                f"{uri!r} is a folder of this machine, which its jobs cannot see: use gs://BUCKET or s3://BUCKET"
+            )
+        return uri
 
 
 class LocalTarget(Target):
     """Processes of this machine."""
 
+    is_remote = False
     backend: Literal["local"] = "local"
     gpus: int = 0
     spot: bool = False
@@ -104,6 +127,7 @@ class LocalTarget(Target):
 class ContainerTarget(Target):
     """A container on this machine, by podman or docker, whichever is there."""
 
+    is_remote = False
     backend: Literal["container"] = "container"
     image: str = "localhost/ddpm:latest"
     engine: Literal["", "podman", "docker"] = ""
@@ -147,18 +171,12 @@ class KubernetesTarget(Target):
     """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
     cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
     """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
-    memory: str = ""
+    memory: _Size = ""
     """Empty: its share, or 16Gi for each GPU."""
-    scratch: str = "50Gi"
+    scratch: _Size = "50Gi"
     """Local disk for the cache of images."""
-    shared_memory: str = ""
+    shared_memory: _Size = ""
     """Part of `memory`; empty: 2Gi for each GPU."""
-
-    @field_validator("memory", "scratch", "shared_memory")
-    @classmethod
-    def _is_size(cls, text: str) -> str:
-        size_bytes(text)
-        return text
 
     @property
     def selects_as_gke(self) -> bool:
@@ -202,7 +220,7 @@ class BatchTarget(GoogleTarget):
 
     backend: Literal["batch"]
     regions: tuple[_Region, ...] = Field(min_length=1)
-    """Tried in this order when one has no machine; `region:` is one alone."""
+    """Tried in this order when one has no machine."""
 
     @property
     def all_regions(self) -> tuple[str, ...]:
@@ -227,26 +245,23 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
 
     Raises:
         MissingInputError: a file that was named is not there.
-        NoPermissionError: it may not be read.
         BadConfigError: it is not valid; the message names the target and the key.
     """
     targets = {name: _target(name, {}, name) for name in BUILT_IN}
-    named = path or (Path(os.environ[VARIABLE]) if os.environ.get(VARIABLE) else None)
+    variable = os.environ.get(TARGETS_VARIABLE)
+    file = path or Path(variable or TARGETS_FILE)
+    option = "--targets " if path else f"{TARGETS_VARIABLE} " if variable else ""
     try:
-        text = (named or Path(TARGETS_FILE)).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        if named is None:
+        with os_errors(f"{option}{file}"):
+            text = file.read_bytes()
+    except MissingInputError:
+        if not option:
             return targets
-        option = "--targets" if path else VARIABLE
-        raise MissingInputError(f"{option} {named} is not there: write it, or let setup.sh do so") from None
-    except PermissionError:
-        raise NoPermissionError(f"{named or TARGETS_FILE} may not be read: give this user access") from None
-    except (OSError, UnicodeDecodeError):
-        raise BadConfigError(f"{named or TARGETS_FILE} is no text file") from None
-    return targets | parse_targets(text, str(named or TARGETS_FILE))
+        raise
+    return targets | parse_targets(text, str(file))
 
 
-def parse_targets(text: str, where: str) -> dict[str, Target]:
+def parse_targets(text: str | bytes, where: str) -> dict[str, Target]:
     """The targets of a file's `text`; `where` is the file.
 
     Raises:
@@ -270,86 +285,49 @@ def chosen_target(targets: dict[str, Target], name: str) -> Target:
         BadRequestError: there is none; the message names those there are.
     """
     if name not in targets:
-        close = difflib.get_close_matches(name, targets, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadRequestError(f"there is no target {name!r}{hint} (there are: {', '.join(targets)})")
+        raise BadRequestError(f"there is no target {name!r}{_hint(name, targets)} (there are: {', '.join(targets)})")
     return targets[name]
 
 
 def bucket_on(name: str, path: Path | None = None) -> str:
-    """The bucket of a target, else that of `DDPM_BUCKET`, else the default one.
-
-    Raises:
-        BadRequestError, BadConfigError, MissingInputError: see `load_targets` and `chosen_target`.
-    """
-    return default_bucket(chosen_target(load_targets(path), name))
-
-
-def default_bucket(target: Target) -> str:
-    """Where its datasets and runs lie if nobody says otherwise; a target's own bucket wins over `DDPM_BUCKET`."""
-    return target.bucket or os.environ.get(BUCKET_VARIABLE, "") or DEFAULT_BUCKET
+    """The usual bucket of a target; see `load_targets` for `path`."""
+    return chosen_target(load_targets(path), name).usual_bucket
 
 
 def _target(name: str, block: Any, where: str) -> Target:
-    if not _TARGET_NAME.fullmatch(name):
-        raise BadConfigError(f"{where}: use lower-case letters, digits and '-' for its name, beginning with a letter")
     if not isinstance(block, dict):
         raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
-    block = {"backend": name} | block if name in BUILT_IN else dict(block)
+    block = {"backend": name} | block if name in BUILT_IN else block
     backend = block.get("backend")
     if not isinstance(backend, str) or backend not in _CLASSES:
         said = f"there is no backend {backend!r}" if "backend" in block else "it names no backend"
         raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    if backend == "batch" and "region" in block and "regions" not in block:
-        block["regions"] = [block.pop("region")]
     model = _CLASSES[backend]
     keys = [key for key in model.model_fields if key != "name"]
     for key in block:
         if key not in keys:
-            close = difflib.get_close_matches(str(key), keys, n=1)
-            hint = f"did you mean {close[0]!r}?" if close else f"{backend} knows {', '.join(keys)}"
-            raise BadConfigError(f"{where}: unknown key {key!r}; {hint}")
+            raise BadConfigError(
+                f"{where}: unknown key {key!r}{_hint(str(key), keys)} ({backend} has {', '.join(keys)})"
+            )
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
-        target = model.model_validate_json(json.dumps({**block, "name": name}, default=str))
+        return model.model_validate_json(json.dumps({**block, "name": name}, default=str))
     except ValidationError as error:
-        raise BadConfigError(f"{where}: {_problems(error)}") from None
-    return _check_places(target, where)
+        raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
 
 
-def _problems(error: ValidationError) -> str:
-    problems = []
-    for problem in error.errors():
-        key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-        if problem["type"] == "missing":
-            problems.append(f"{key} is needed")
-        else:
-            given = "" if problem["type"] == "value_error" else f" (got {problem['input']!r})"
-            problems.append(f"{key}: {what[:1].lower() + what[1:] if given else what}{given}")
-    return "; ".join(problems)
+def _hint(word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def _check_places(target: Target, where: str) -> Target:
-    """What a model alone cannot say."""
-    if target.bucket:
-        try:
-            check_uri(target.bucket)
-        except BadRequestError as error:
-            raise BadConfigError(f"{where}: bucket: {error}") from None
-        if target.is_remote and not is_remote(target.bucket):
-            raise BadConfigError(
-                f"{where}: bucket {target.bucket!r} is a folder of this machine, which its jobs cannot see: use "
-                "gs://BUCKET or s3://BUCKET"
-            )
-    if isinstance(target, GoogleTarget) and (match := _SUBNETWORK.fullmatch(target.subnetwork)):
-        for region in target.all_regions:
-            if region != match[1]:
-                raise BadConfigError(
-                    f"{where}: subnetwork {target.subnetwork!r} lies in {match[1]}, and machines in {region} cannot "
-                    "use it: leave that region out, or write the name alone if each region has a subnetwork called so"
-                )
-    if re.search(r"\s", target.image):
-        raise BadConfigError(f"{where}: image {target.image!r} has a space in it: use REGISTRY/NAME:TAG or …@sha256:…")
-    return target
+def _problem(problem: ErrorDetails) -> str:
+    """What pydantic says of one value, beginning with its key."""
+    key, what = ".".join(map(str, problem["loc"])), problem["msg"]
+    if problem["type"] == "missing":
+        return f"{key} is needed"
+    if problem["type"] == "value_error":
+        return f"{key}{': ' * bool(key)}{what.removeprefix('Value error, ')}"
+    return f"{key}: {what[:1].lower() + what[1:]} (got {problem['input']!r})"

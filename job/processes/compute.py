@@ -74,12 +74,7 @@ def build_network(config: RunConfig, device: torch.device) -> UNet:
     network = UNet(
         image_size=config.data.size,
         in_channels=config.data.channels,
-        channels=config.model.channels,
-        channel_mults=config.model.channel_mults,
-        attention_sizes=config.model.attention_sizes,
-        layers_per_level=config.model.layers_per_level,
-        norm_groups=config.model.norm_groups,
-        dropout=config.model.dropout,
+        **config.model.model_dump(exclude={"num_classes"}),
         num_classes=config.model.num_classes or 0,
     ).to(device)
     if device.type == "cuda":

@@ -6,15 +6,12 @@ told nothing.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import random
 import socket
-import struct
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 from job.exits import BadRequestError
 from job.store.retry import away_limit_seconds
@@ -34,8 +31,8 @@ _INTERFACE = "GLOO_SOCKET_IFNAME"
 _LOOPBACK = "127."
 _ELSEWHERE = "192.0.2.1"
 """An address of documentation (RFC 5737), to which only the default route leads."""
-_SIOCGIFADDR = 0x8915
-"""Asks for an interface's address (netdevice(7))."""
+_LISTENING_PORTS = range(10_000, 32_768)
+"""Below those that the kernel gives to connections: one of these would be taken before a rank listens."""
 
 
 def rendezvous_seconds() -> float:
@@ -68,14 +65,14 @@ class Group:
         Raises:
             BadRequestError: the variables contradict each other, or one is missing; the message names it.
         """
-        nodes = _number(environment, _NODES, 1, MAX_NODES, default=1)
+        nodes = _number(environment, _NODES, range(1, MAX_NODES + 1), default=1)
         if nodes == 1:
             return cls(processes, port=_free_port() if processes > 1 else 0)
-        address = _first(environment, _ADDRESS)[1]
+        name, address = _first(environment, _ADDRESS)
         if not address:
-            raise BadRequestError(f"{' or '.join(_ADDRESS)} is not set: it names node 0, which {nodes} nodes meet at")
-        node = _number(environment, _NODE, 0, nodes - 1)
-        return cls(processes, nodes, node, address, _number(environment, _PORT, 1, 65535, default=PORT))
+            raise BadRequestError(f"{name} is not set: it names node 0, which {nodes} nodes meet at")
+        node, port = _number(environment, _NODE, range(nodes)), _number(environment, _PORT, range(1, 65536), PORT)
+        return cls(processes, nodes, node, address, port)
 
     @property
     def world_size(self) -> int:
@@ -113,16 +110,16 @@ class Group:
 
 def interface_to(address: str) -> str:
     """The network interface by which this machine reaches a host name or IPv4 address; empty if nobody can tell."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    import psutil
+
+    with suppress(OSError):
         own = _own_address(address)
         if own.startswith(_LOOPBACK) and not (address == "localhost" or address.startswith(_LOOPBACK)):
             # This machine's own name in its /etc/hosts; the other nodes know it otherwise.
             own = _own_address(_ELSEWHERE)
-        for _, name in socket.if_nameindex():
-            with suppress(OSError):
-                request = struct.pack("256s", name.encode())
-                if fcntl.ioctl(probe.fileno(), _SIOCGIFADDR, request)[20:24] == socket.inet_aton(own):
-                    return name
+        for name, addresses in psutil.net_if_addrs().items():
+            if own in [there.address for there in addresses]:
+                return name
     return ""
 
 
@@ -133,40 +130,25 @@ def _own_address(address: str) -> str:
         return str(probe.getsockname()[0])
 
 
-def nodes() -> int:
-    """How many nodes the environment tells of; 1 if it tells of none.
-
-    Raises:
-        BadRequestError: it is no such number.
-    """
-    return _number(os.environ, _NODES, 1, MAX_NODES, default=1)
-
-
 def _first(environment: Mapping[str, str], names: tuple[str, ...]) -> tuple[str, str]:
     for name in names:
         if text := environment.get(name, ""):
             return name, text
-    return names[0], ""
+    return " or ".join(names), ""
 
 
-def _number(
-    environment: Mapping[str, str], names: tuple[str, ...], least: int, most: int, default: int | None = None
-) -> int:
+def _number(environment: Mapping[str, str], names: tuple[str, ...], allowed: range, default: int | None = None) -> int:
     name, text = _first(environment, names)
     if not text and default is not None:
         return default
-    if not (text.isascii() and text.isdigit() and least <= int(text) <= most):
-        said = f"{name}={text!r}" if text else f"{' or '.join(names)} is not set"
-        raise BadRequestError(f"{said}: give a number from {least} to {most}")
+    if not (text.isascii() and text.isdigit() and int(text) in allowed):
+        said = f"{name}={text!r}" if text else f"{name} is not set"
+        raise BadRequestError(f"{said}: give a number from {allowed[0]} to {allowed[-1]}")
     return int(text)
 
 
 def _free_port() -> int:
-    """A port below those that the kernel gives to connections: one of these would be taken before a rank listens."""
-    first_given = 32768
-    with suppress(OSError, ValueError):
-        first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    for port in [*random.sample(range(10_000, max(first_given, 10_100)), 50), 0]:
+    for port in [*random.sample(_LISTENING_PORTS, 50), 0]:
         with socket.socket() as listener, suppress(OSError):
             listener.bind(("", port))
             return int(listener.getsockname()[1])

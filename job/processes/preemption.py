@@ -19,7 +19,7 @@ _NOTICES = (
 _PRODUCT = Path("/sys/class/dmi/id/product_name")
 _NO_ETAG = "0"
 """Asks for a value as it is (cloud.google.com/compute/docs/metadata/querying-metadata)."""
-_POLL_SECONDS = 60
+_HOLD_SECONDS = 60
 _PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 1.0, 5.0
 """Between two attempts to reach the metadata server: a notice comes 30 s, or even 15, before the end."""
 
@@ -29,10 +29,10 @@ def watch_for_preemption(stop: Stop) -> None:
     if host := _metadata_host():
         for resource, value, counts_at_once in _NOTICES:
             arguments = (stop, host, resource, value, counts_at_once)
-            threading.Thread(target=_watch, args=arguments, name=resource, daemon=True).start()
+            threading.Thread(target=_watch_notice, args=arguments, name=resource, daemon=True).start()
 
 
-def _watch(stop: Stop, host: str, resource: str, value: str, counts_at_once: bool) -> None:
+def _watch_notice(stop: Stop, host: str, resource: str, value: str, counts_at_once: bool) -> None:
     """Waits for a metadata value, through all errors of the server."""
     found, etag, pause_seconds = value if not counts_at_once else "", _NO_ETAG, _PAUSE_SECONDS
     while not stop():
@@ -67,9 +67,9 @@ def _changed_metadata(host: str, resource: str, etag: str) -> tuple[str, str]:
     from http.client import HTTPConnection, HTTPException
     from urllib.parse import quote
 
-    path = f"/computeMetadata/v1/{resource}?wait_for_change=true&last_etag={quote(etag)}&timeout_sec={_POLL_SECONDS}"
+    path = f"/computeMetadata/v1/{resource}?wait_for_change=true&last_etag={quote(etag)}&timeout_sec={_HOLD_SECONDS}"
     try:
-        with closing(HTTPConnection(host, timeout=_POLL_SECONDS + 15)) as connection:
+        with closing(HTTPConnection(host, timeout=_HOLD_SECONDS + 15)) as connection:
             connection.request("GET", path, headers={"Metadata-Flavor": "Google"})
             response = connection.getresponse()
             if response.status != 200:

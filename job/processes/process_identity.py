@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -42,35 +43,25 @@ class ProcessIdentity(BaseModel):
     def of_child(cls, pid: int) -> ProcessIdentity:
         """A child of the process that asks, which has not been waited for: its number cannot be another's yet."""
         host = socket.gethostname()
-        try:
+        with suppress(OSError):
             stat = _stat(pid)
             # A container that was given its host's /proc would look up its own numbers among the host's.
             if stat is not None and Path("/proc/self").readlink() == Path(str(os.getpid())):
                 namespace = str(Path("/proc/self/ns/pid").readlink())
                 boot_id = _BOOT_ID.read_text().strip()
                 return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=int(stat[_START]))
-        except OSError:
-            pass
         return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
 
     def send(self, number: int) -> bool:
         """Sends a signal to this very process; False if it has ended, or lives where it cannot be told for certain."""
         if not self._is_of_here():
             return False
-        try:
-            descriptor = os.pidfd_open(self.pid)
-        except ProcessLookupError:
-            return False
-        try:
-            # Whoever has the number now keeps it while the descriptor is checked: it names a process, not a number.
-            if self.certainly_dead():
-                return False
-            signal.pidfd_send_signal(descriptor, number)
-        except ProcessLookupError:
-            return False
-        finally:
-            os.close(descriptor)
-        return True
+        with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(self.pid)) as process:
+            # Whoever has the number now keeps it while this is asked: the descriptor names a process, not a number.
+            if not self.certainly_dead():
+                signal.pidfd_send_signal(process.fileno(), number)
+                return True
+        return False
 
     def certainly_dead(self) -> bool:
         """Whether this very process has ended; False whenever that cannot be known from here."""
@@ -78,10 +69,10 @@ class ProcessIdentity(BaseModel):
             return False
         try:
             os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
         except PermissionError:
             pass
+        except ProcessLookupError:
+            return True
         # A /proc that hides the processes of other users shows nothing here, which proves nothing.
         stat = _stat(self.pid)
         return stat is not None and (stat[_STATE] in _DEAD_STATES or int(stat[_START]) != self.start_ticks)

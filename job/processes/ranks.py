@@ -20,11 +20,11 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from torch.distributed import Work
 
-R = TypeVar("R")
+T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(days=7)
 """The main process may wait for a lease or a bucket; if it dies, its closed connection ends the others at once."""
-POLL_SECONDS = 0.002
+_COLLECTIVE_POLL_SECONDS = 0.002
 
 
 class Ranks:
@@ -39,7 +39,7 @@ class Ranks:
         # NCCL would need device tensors, and would give up after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
-    def on_main(self, work: Callable[[], R]) -> R:
+    def on_main(self, work: Callable[[], T]) -> T:
         """Runs `work` on the main process and hands its picklable result, or its error, to every process.
 
         Raising on all of them alike keeps the others from waiting in a collective call that never comes. Collective.
@@ -55,7 +55,7 @@ class Ranks:
         result, error = self._broadcast(outcome)
         if error is not None:
             raise error
-        return cast(R, result)
+        return cast(T, result)
 
     def sum(self, *numbers: int) -> tuple[int, ...]:
         """The sums of every process's numbers, on all of them. Collective."""
@@ -78,7 +78,7 @@ class Ranks:
     def _wait(self, work: Any) -> None:
         while not work.is_completed():
             self._stop()
-            time.sleep(POLL_SECONDS)
+            time.sleep(_COLLECTIVE_POLL_SECONDS)
         work.wait()
 
 

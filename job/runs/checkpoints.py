@@ -17,32 +17,37 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from ddpm.epochs import epochs_completed_by
-from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, located
+from job.exits import BadDataError, MissingInputError
+from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located
 from job.runs.records import attempt_id
 from job.sealed import SHA256_PATTERN, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
-LATEST = Kind.LATEST.value
+LATEST_KEY = ObjectKind.LATEST.value
+PARALLEL_DOWNLOADS = 4
 PARALLEL_READS = 16
 """Small objects that are read at a time."""
 
 
 class FileRecord(BaseModel):
-    """One object of a checkpoint."""
+    """One file of a checkpoint."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
-    group: str = Field(pattern=r"^[a-z]+$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @property
+    def group(self) -> str:
+        """Of its tensors: `model`, `ema` or `optimizer`."""
+        return self.name.partition("-")[0]
 
 
 class MetricSegment(BaseModel):
@@ -57,12 +62,12 @@ class MetricSegment(BaseModel):
     @property
     def key(self) -> str:
         """The rows, as JSON lines."""
-        return Kind.METRICS.key(checkpoint=self.name)
+        return ObjectKind.METRICS.key(checkpoint=self.name)
 
     @property
     def events_key(self) -> str:
         """The same rows, as TensorBoard events."""
-        return Kind.EVENTS.key(checkpoint=self.name)
+        return ObjectKind.EVENTS.key(checkpoint=self.name)
 
 
 class Manifest(Sealed):
@@ -71,13 +76,12 @@ class Manifest(Sealed):
     format: int = Field(default=1, ge=1, le=1)
     fence: int = Field(ge=1)
     attempt: str
+    """The id of the attempt that wrote it, which tells runs apart."""
     images_seen: int = Field(ge=0)
-    epoch: int | None
     created: str
-    code_version: str
-    config_sha256: str
     world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
+    """What has been added up for the next row of the metrics."""
     files: tuple[FileRecord, ...]
     metric_segments: tuple[MetricSegment, ...] = ()
 
@@ -85,6 +89,13 @@ class Manifest(Sealed):
     def ref(self) -> CheckpointRef:
         """Its place in the order."""
         return CheckpointRef(self.fence, self.images_seen)
+
+    @property
+    def objects(self) -> dict[str, str]:
+        """SHA-256 of each object that it names, by key."""
+        files = {f"{self.ref.key}/{file.name}": file.sha256 for file in self.files}
+        rows = {segment.key: segment.sha256 for segment in self.metric_segments}
+        return files | rows | {segment.events_key: segment.events_sha256 for segment in self.metric_segments}
 
 
 class Latest(Sealed):
@@ -98,20 +109,22 @@ class Latest(Sealed):
         return CheckpointRef.parse(self.checkpoint.removeprefix(f"{CHECKPOINTS}/"))
 
 
+def commit_manifest(run: Store, manifest: Manifest) -> None:
+    """The commit: creates the manifest once, after all its objects are there."""
+    run.create(manifest.ref.manifest_key, manifest.to_json())
+    run.put(LATEST_KEY, Latest(checkpoint=manifest.ref.key).to_json())
+
+
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """All committed checkpoints, oldest first."""
     found = (located(entry.key) for entry in run.list(CHECKPOINTS))
-    return sorted(place.checkpoint for place in found if place and place.kind is Kind.MANIFEST)
+    return sorted(place.checkpoint for place in found if place and place.kind is ObjectKind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
-    """One checkpoint per `images_seen`, of the highest fence where several attempts made the same one."""
-    return {ref.images_seen: ref for ref in sorted(refs)}
-
-
-def manifest_key(ref: CheckpointRef) -> str:
-    """Where a checkpoint's manifest lies."""
-    return Kind.MANIFEST.key(checkpoint=ref)
+    """One checkpoint per `images_seen`, of the highest fence where several attempts made the same one; in order."""
+    newest = {ref.images_seen: ref for ref in sorted(refs)}
+    return dict(sorted(newest.items()))
 
 
 def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
@@ -121,18 +134,12 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         BadDataError: it is rotten, or not the one of this place, or another run's, moved or copied here.
         ObjectMissingError: it is gone.
     """
-    manifest, uri = Manifest.load(run, manifest_key(ref)), run.uri_of(manifest_key(ref))
+    manifest, uri = Manifest.load(run, ref.manifest_key), run.uri_of(ref.manifest_key)
     if manifest.ref != ref:
         raise BadDataError(f"{uri} belongs to {manifest.ref.key}")
     if attempt_id(run, ref.fence) not in ("", manifest.attempt):
         raise BadDataError(f"{uri} was not written by attempt {ref.fence} of this run")
     return manifest
-
-
-def commit_manifest(run: Store, manifest: Manifest) -> None:
-    """The commit: creates the manifest once, after all its objects are there."""
-    run.create(manifest_key(manifest.ref), manifest.to_json())
-    run.put(LATEST, Latest(checkpoint=manifest.ref.key).to_json())
 
 
 def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
@@ -142,13 +149,13 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
         BadDataError: `LATEST` is rotten.
     """
     try:
-        ref = Latest.load(run, LATEST).ref
+        ref = Latest.load(run, LATEST_KEY).ref
     except ObjectMissingError:
         return ""
     # One that is older was retired after somebody was killed, or replaced, before saying what came after it.
-    if ref in refs or (refs and ref < max(refs)) or run.exists(manifest_key(ref)):
+    if (refs and ref <= max(refs)) or run.exists(ref.manifest_key):
         return ""
-    return f"{run.uri_of(manifest_key(ref))} is missing, though {run.uri_of(LATEST)} names it"
+    return f"{run.uri_of(ref.manifest_key)} is missing, though {run.uri_of(LATEST_KEY)} names it"
 
 
 def is_there(run: Store, ref: CheckpointRef) -> bool:
@@ -157,32 +164,81 @@ def is_there(run: Store, ref: CheckpointRef) -> bool:
         manifest = load_manifest(run, ref)
     except (BadDataError, ObjectMissingError):
         return False
-    sizes = {entry.key.rsplit("/", 1)[-1]: entry.size_bytes for entry in run.list(ref.key)}
+    sizes = {entry.key.rpartition("/")[2]: entry.size_bytes for entry in run.list(ref.key)}
     return all(sizes.get(record.name) == record.bytes for record in manifest.files)
 
 
-def _fetch(run: Store, manifest: Manifest, groups: tuple[str, ...], folder: Path) -> dict[str, list[Path]]:
-    """Downloads the files of `groups` into `folder`, each checked by size and SHA-256; the local paths by group."""
+@contextmanager
+def newest_good(
+    run: Store, warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
+) -> Iterator[Restored | None]:
+    """The newest checkpoint whose every file verifies, or none if there are none: what an attempt goes on from.
 
-    def fetch_one(record: FileRecord) -> Path:
-        key, path = f"{manifest.ref.key}/{record.name}", folder / record.name
-        try:
-            run.download(key, path)
-        except ObjectMissingError:
-            raise BadDataError(f"{run.uri_of(key)} is missing, though its manifest is there") from None
-        if path.stat().st_size != record.bytes:
-            raise BadDataError(f"{run.uri_of(key)} has {path.stat().st_size} bytes instead of {record.bytes}")
-        with path.open("rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() != record.sha256:
-                raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
-        return path
+    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost rows and no work: the
+    checkpoint is used without them, and its manifest then does not name them any more.
 
-    records = [record for record in manifest.files if record.group in groups]
-    with ThreadPoolExecutor(4) as pool:
-        paths = list(pool.map(fetch_one, records))
-    return {
-        group: [path for record, path in zip(records, paths, strict=True) if record.group == group] for group in groups
-    }
+    Raises:
+        BadDataError: there are checkpoints, but none of them verifies.
+    """
+    refs, problems = list_checkpoints(run), list[str]()
+    try:
+        if lost := lost_manifest(run, refs):
+            problems.append(lost)
+            warn(f"set aside a checkpoint: {lost}")
+    except BadDataError as error:
+        warn(f"{error}; the manifests tell which checkpoint is the newest")
+    with ExitStack() as stack:
+        for ref in reversed(refs):
+            try:
+                found = stack.enter_context(opened(run, ref))
+            except (BadDataError, ObjectMissingError) as error:
+                problems.append(str(error))
+                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
+                if aside is not None:
+                    aside.add(ref)
+            else:
+                yield replace(found, manifest=_without_damaged_rows(run, found.manifest, warn))
+                return
+    if problems:
+        raise BadDataError(
+            f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}. Restore one of them, or start another "
+            "run with --run NAME"
+        )
+    yield None
+
+
+@contextmanager
+def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iterator[Restored]:
+    """The verified files of one checkpoint, or of some of its groups, on the local disk until the context ends.
+
+    Raises:
+        BadDataError: it is damaged, or another run's; the message names the object.
+    """
+    manifest = load_manifest(run, ref)
+    records = [record for record in manifest.files if not groups or record.group in groups]
+    with scratch_folder("restore") as folder:
+
+        def fetch(record: FileRecord) -> Path:
+            key, path = f"{ref.key}/{record.name}", folder / record.name
+            try:
+                run.download(key, path)
+            except ObjectMissingError:
+                raise BadDataError(f"{run.uri_of(key)} is missing, though its manifest is there") from None
+            with path.open("rb") as file:
+                if sha256_of(file) != record.sha256:
+                    raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
+            return path
+
+        files: dict[str, list[Path]] = {}
+        with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
+            for record, path in zip(records, pool.map(fetch, records), strict=True):
+                files.setdefault(record.group, []).append(path)
+        yield Restored(manifest, files)
+
+
+def sha256_of(file: BinaryIO) -> str:
+    """The SHA-256 of all that is left to read."""
+    return hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -191,6 +247,7 @@ class Restored:
 
     manifest: Manifest
     files: dict[str, list[Path]]
+    """By group."""
 
     def copy_into(self, tensors: dict[str, dict[str, Any]]) -> None:
         """Copies the files' values into live tensors, by group and name, keeping the live memory layout.
@@ -218,59 +275,10 @@ class Restored:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
 
 
-@contextmanager
-def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...]) -> Iterator[Restored]:
-    """The verified files of one checkpoint, on the local disk until the context ends.
-
-    Raises:
-        BadDataError: it is damaged, or another run's; the message names the object.
-    """
-    with scratch_folder("restore") as folder:
-        manifest = load_manifest(run, ref)
-        yield Restored(manifest, _fetch(run, manifest, groups, folder))
-
-
-@contextmanager
-def newest_good(
-    run: Store, groups: tuple[str, ...], warn: Callable[[str], None], aside: set[CheckpointRef] | None = None
-) -> Iterator[Restored | None]:
-    """The newest checkpoint that verifies, or none if there are none; what an attempt goes on from.
-
-    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost rows and no work: the
-    checkpoint is used without them, and its manifest then does not name them any more.
-
-    Raises:
-        BadDataError: there are checkpoints, but none of them verifies.
-    """
-    refs, problems = list_checkpoints(run), list[str]()
-    try:
-        if lost := lost_manifest(run, refs):
-            problems.append(lost)
-            warn(f"set aside a checkpoint: {lost}")
-    except BadDataError as error:
-        warn(f"{error}; the manifests tell which checkpoint is the newest")
-    with ExitStack() as stack:
-        for ref in reversed(refs):
-            try:
-                found = stack.enter_context(opened(run, ref, groups))
-            except (BadDataError, ObjectMissingError) as error:
-                problems.append(str(error))
-                warn(f"set aside checkpoint {run.uri}/{ref.key}: {error}")
-                if aside is not None:
-                    aside.add(ref)
-            else:
-                yield replace(found, manifest=_without_damaged_rows(run, found.manifest, warn))
-                return
-    if problems:
-        raise BadDataError(
-            f"no checkpoint of {run.uri} can be used: {'; '.join(problems)}. Restore one of them, or start another "
-            "run with --run NAME"
-        )
-    yield None
-
-
 def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], None]) -> Manifest:
-    def problem(segment: MetricSegment) -> str:
+    whole, lost = list[MetricSegment](), list[str]()
+
+    def check(segment: MetricSegment) -> str:
         try:
             read_segment(run, segment)
         except BadDataError as error:
@@ -278,12 +286,14 @@ def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], 
         return ""
 
     with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        problems = dict(zip(manifest.metric_segments, pool.map(problem, manifest.metric_segments), strict=True))
-    if any(problems.values()):
-        lost = "; ".join(filter(None, problems.values()))
-        warn(f"using checkpoint {run.uri}/{manifest.ref.key} without metrics that are lost: {lost}")
-    whole = tuple(segment for segment, problem in problems.items() if not problem)
-    return manifest.model_copy(update={"metric_segments": whole})
+        for segment, problem in zip(manifest.metric_segments, pool.map(check, manifest.metric_segments), strict=True):
+            if problem:
+                lost.append(problem)
+            else:
+                whole.append(segment)
+    if lost:
+        warn(f"using checkpoint {run.uri}/{manifest.ref.key} without metrics that are lost: {'; '.join(lost)}")
+    return manifest.model_copy(update={"metric_segments": tuple(whole)})
 
 
 def read_segment(run: Store, segment: MetricSegment) -> bytes:
@@ -308,16 +318,14 @@ def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_si
     Raises:
         MissingInputError: there are none, or not for one of the epochs; the message names those there are.
         BadDataError: there was one.
-        BadRequestError: the words are none of the above.
     """
-    refs = by_progress(list_checkpoints(run))
-    if not refs:
+    ordered = list(by_progress(list_checkpoints(run)).values())
+    if not ordered:
         if lost := lost_manifest(run, []):
             raise BadDataError(f"run {run_name!r} has no checkpoint any more: {lost}")
         raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
     if wanted == "latest":
-        return [max(refs.values())]
-    ordered = [refs[images] for images in sorted(refs)]
+        return [max(ordered)]
     if wanted == "all":
         return ordered
     epochs = {
@@ -325,14 +333,11 @@ def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_si
         for ref in ordered
         for epoch in epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
     }
-    chosen = []
-    for word in wanted.split(","):
-        if not word.strip().isdecimal():
-            raise BadRequestError(f"--checkpoints {wanted!r}: use epochs such as 30,80,490, or latest, or all")
-        if int(word) not in epochs:
+    chosen = list(dict.fromkeys(map(int, wanted.split(","))))
+    for epoch in chosen:
+        if epoch not in epochs:
             there = ", ".join(map(str, sorted(epochs))) or "none that ends an epoch; use latest"
             raise MissingInputError(
-                f"run {run_name!r} has no checkpoint of epoch {int(word)}: not kept or not reached (there are: {there})"
+                f"run {run_name!r} has no checkpoint of epoch {epoch}: not kept or not reached (there are: {there})"
             )
-        chosen.append(epochs[int(word)])
-    return list(dict.fromkeys(chosen))
+    return list(dict.fromkeys(epochs[epoch] for epoch in chosen))

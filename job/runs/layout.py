@@ -1,13 +1,12 @@
 """What lies where in a run's folder, said once: whoever writes, verifies, prunes or deletes reads this table.
 
-A row is the key of one kind of object below `BUCKET/runs/NAME`. It serves both ways: `Kind.key` fills it in, and
+A row is the key of one kind of object below `BUCKET/runs/NAME`. It serves both ways: `key` fills it in, and
 `located` finds the row of a key and reads the fields out of it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -33,6 +32,11 @@ class CheckpointRef:
         """Its folder below the run."""
         return f"{CHECKPOINTS}/{self}"
 
+    @property
+    def manifest_key(self) -> str:
+        """Where its manifest lies, whose existence is the commit."""
+        return ObjectKind.MANIFEST.key(checkpoint=self)
+
     @classmethod
     def parse(cls, text: str) -> CheckpointRef:
         """The inverse of `str`."""
@@ -40,7 +44,7 @@ class CheckpointRef:
         return cls(int(fence), int(images_seen))
 
 
-class Kind(Enum):
+class ObjectKind(Enum):
     """The kinds of objects in a run's folder, and their keys."""
 
     CONFIG = "config.yaml"  # resolved when the run began; never rewritten
@@ -78,7 +82,7 @@ class Kind(Enum):
 class Located:
     """What the key of an object says; fields that its kind does not have are empty, zero or -1."""
 
-    kind: Kind
+    kind: ObjectKind
     checkpoint: CheckpointRef = CheckpointRef(0, 0)
     fence: int = 0
     batch: str = ""
@@ -87,40 +91,46 @@ class Located:
     sha256: str = ""
 
 
-PICTURES = (Kind.PICTURE, Kind.FIGURE, Kind.GRID)
+PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
 """What has a record of where it comes from."""
-_KEY_FIELDS: dict[str, tuple[str, Callable[[str], object] | None]] = {
-    "checkpoint": (r"\d{6}-\d{12}", CheckpointRef.parse),
-    "fence": (r"\d{6}", int),
-    "group": ("[a-z]+", None),
-    "number": (r"\d{2,}", None),
-    "name": ("[^/]+", None),
-    "picture": ("png|gif", None),
-    "batch": ("[^/]+", str),
-    "piece": (r"\d{5}", int),
-    "seed": (r"\d{9,18}", None),
-    "of": (r"(?:samples|figures)/.+\.(?:png|gif)", str),
-    "sha256": ("[0-9a-f]{64}", str),
-    "unique": ("[0-9a-f]{1,32}", None),
+_FIELDS = {
+    "checkpoint": r"\d{6}-\d{12}",
+    "fence": r"\d{6}",
+    "group": "[a-z]+",
+    "number": r"\d{2,}",
+    "name": "[^/]+",
+    "picture": "png|gif",
+    "batch": "[^/]+",
+    "piece": r"\d{5}",
+    "seed": r"\d{9,18}",
+    "of": r"(?:samples|figures)/.+\.(?:png|gif)",
+    "sha256": "[0-9a-f]{64}",
+    "unique": "[0-9a-f]{1,32}",
 }
-"""How a field is written in a key, and how it is read back into `Located`."""
+"""How each field is written in a key."""
 
 
 def located(key: str) -> Located | None:
     """The kind of the object at `key`, below a run, and what else its key says; none if it is no part of a run."""
-    for kind, pattern in _PATTERNS.get(key.partition("/")[0], ()):
+    for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(key):
-            fields = {name: read(text) for name, text in match.groupdict().items() if (read := _KEY_FIELDS[name][1])}
-            return Located(kind, **fields)  # type: ignore[arg-type]
+            field = match.groupdict().get
+            return Located(
+                kind,
+                CheckpointRef.parse(field("checkpoint", "0-0")),
+                int(field("fence", 0)),
+                field("batch", ""),
+                int(field("piece", -1)),
+                field("of", ""),
+                field("sha256", ""),
+            )
     return None
 
 
-def _pattern(kind: Kind) -> re.Pattern[str]:
+def _pattern(kind: ObjectKind) -> re.Pattern[str]:
     literals = re.split(r"\{(\w+)[^}]*\}", kind.value)
-    parts = (f"(?P<{part}>{_KEY_FIELDS[part][0]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
+    parts = (f"(?P<{part}>{_FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
     return re.compile("".join(parts))
 
 
-_PATTERNS: dict[str, list[tuple[Kind, re.Pattern[str]]]] = {}
-for _kind in Kind:
-    _PATTERNS.setdefault(_kind.folder, []).append((_kind, _pattern(_kind)))
+_PATTERNS = [(kind, _pattern(kind)) for kind in ObjectKind]

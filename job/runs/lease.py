@@ -19,21 +19,22 @@ from pydantic import Field
 
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
-from job.runs.layout import Kind
+from job.runs.layout import ObjectKind
 from job.runs.records import utc_now
 from job.sealed import Sealed
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
-LEASE = Kind.LEASE.value
+LEASE_KEY = ObjectKind.LEASE.value
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
 WATCH_SECONDS = 0.5
 """How often one who watches reads the lease, and asks whether to stop."""
-WRITE_GAP_SECONDS = 1.0
-"""Google Cloud Storage takes about one write a second to one object."""
+AGAIN_SECONDS = 1.0
+"""After a renewal that failed. Google Cloud Storage takes about one write a second to one object."""
 CLOSE_SECONDS = 5.0
 RETRY_SECONDS = 15.0
+"""How long a write is tried again: less than it takes to expire, after which it would come too late."""
 _SWAPS = 5
 
 
@@ -61,28 +62,28 @@ def load_lease(run: Store) -> LeaseRecord:
         BadDataError: it is rotten.
         ObjectMissingError: nobody ever held the run.
     """
-    return LeaseRecord.load(run, LEASE)
+    return LeaseRecord.load(run, LEASE_KEY)
 
 
-def _read_lease(run: Store) -> tuple[LeaseRecord | None, str | None]:
+def _read_lease(run: Store) -> tuple[LeaseRecord | None, str]:
     """The record and its version; no version if there is no object, no record if nobody can read it."""
     try:
-        blob = run.read(LEASE)
+        blob = run.read(LEASE_KEY)
     except ObjectMissingError:
-        return None, None
+        return None, ""
     with suppress(BadDataError):
-        return LeaseRecord.from_json(blob.data, run.uri_of(LEASE)), blob.version
+        return LeaseRecord.from_json(blob.data, run.uri_of(LEASE_KEY)), blob.version
     return None, blob.version
 
 
-def _write_lease(run: Store, record: LeaseRecord, version: str | None) -> str | None:
+def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
     """The new version; none if somebody else wrote since `version` was read."""
     try:
-        if version is None:
-            return run.create(LEASE, record.to_json())
-        return run.replace(LEASE, record.to_json(), version)
+        if version:
+            return run.replace(LEASE_KEY, record.to_json(), version)
+        return run.create(LEASE_KEY, record.to_json())
     except (ObjectExistsError, ConflictError):
-        return None
+        return ""
 
 
 def _lease_clock() -> float:
@@ -91,50 +92,47 @@ def _lease_clock() -> float:
 
 
 class _Watch:
-    """What one who wants a lease sees of it."""
+    """What one who wants a lease sees of it, by a clock of its own.
+
+    Unlike the holder's that clock stands still while a machine sleeps: a laptop that wakes must give the holder, which
+    wakes with it, the time to renew.
+    """
 
     def __init__(self, run: Store) -> None:
         self._run = run
         self.record: LeaseRecord | None = None
-        self.version: str | None = None
-        self.silent_seconds = 0.0
+        self.version = ""
+        self.silent_seconds = self._seen_at = 0.0
         """How long it has certainly not changed."""
-        self.renewed = False
-        """Whether the present holder was seen to renew it."""
-        self._seen_at = 0.0
-        self._holder = ""
+        self.is_renewed = False
+        """Whether the present holder was seen to renew it: that another has won a race does not say that it lives."""
 
     def look(self) -> None:
-        # Unlike the holder's clock this one stands still while a machine sleeps: a laptop that wakes must give the
-        # holder, which wakes with it, the time to renew.
         asked = time.monotonic()
         record, version = _read_lease(self._run)
-        if version == self.version:
-            if time.monotonic() - asked > EXPIRE_SECONDS / 2:
-                # While the bucket was away the holder could not renew: it gets its time anew.
-                self._seen_at = time.monotonic()
-            self.silent_seconds = max(0.0, asked - self._seen_at)
-            return
-        holder = record.holder if record else ""
-        # That another has won the race says nothing yet about whether the winner still lives.
-        self.renewed = self.version is not None and holder == self._holder
-        self.record, self.version, self._holder = record, version, holder
-        self.silent_seconds, self._seen_at = 0.0, time.monotonic()
+        if version != self.version:
+            self.is_renewed = bool(record and self.record and record.holder == self.record.holder)
+            self.record, self.version, self._seen_at = record, version, time.monotonic()
+        elif time.monotonic() - asked > EXPIRE_SECONDS / 2:
+            # While the bucket was away the holder could not renew: it gets its time anew.
+            self._seen_at = time.monotonic()
+        self.silent_seconds = max(0.0, asked - self._seen_at)
 
-    def why_free(self) -> str | None:
-        """Why the lease may be taken; none while it may not."""
-        if self.version is None:
+    def why_free(self) -> str:
+        """Why the lease may be taken; nothing while it may not."""
+        if not self.version:
             return "nobody held it"
         if self.record and self.record.released:
             return "it was given back"
         if self.record and self.record.process.certainly_dead():
             return f"{self.record} is dead"
         if self.silent_seconds >= EXPIRE_SECONDS:
-            return f"{self.who()} was silent for {self.silent_seconds:.0f} s"
-        return None
+            return f"{self.who} was silent for {self.silent_seconds:.0f} s"
+        return ""
 
+    @property
     def who(self) -> str:
-        return str(self.record) if self.record else f"somebody whose {LEASE} is damaged"
+        return str(self.record) if self.record else f"somebody whose {LEASE_KEY} is damaged"
 
 
 class Lease:
@@ -142,22 +140,21 @@ class Lease:
 
     While the bucket is away the thread keeps trying, and `confirm` refuses; only another holder's record means that the
     run is lost.
+
+    Attributes:
+        fence: higher than that of everybody who held the run before.
+        holder: unique to this holder.
     """
 
     def __init__(
-        self, run: Store, record: LeaseRecord, version: str, confirmed_at: float, note: Callable[[str], None]
+        self, run: Store, record: LeaseRecord, version: str, asked_at: float, note: Callable[[str], None]
     ) -> None:
-        self.fence = record.fence
-        """Higher than that of everybody who held the run before."""
-        self.holder = record.holder
-        """Unique to this holder."""
-        self._run, self._record, self._note = run, record, note
-        self._uri = run.uri_of(LEASE)
-        self._version: str | None = version
-        self._confirmed_at = self._began_at = self._ended_at = confirmed_at
-        self._lost = ""
-        self._lock = threading.Lock()
-        self._closing = threading.Event()
+        """Keeps what `take` got by asking for it at `asked_at`."""
+        self.fence, self.holder = record.fence, record.holder
+        self._run, self._record, self._version, self._note = run, record, version, note
+        self._uri = run.uri_of(LEASE_KEY)
+        self._confirmed_at, self._lost = asked_at, ""
+        self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()
 
@@ -181,7 +178,7 @@ class Lease:
         while True:
             stop.check(f"before {run.uri} could be taken")
             watch.look()
-            if (why := watch.why_free()) is not None:
+            if why := watch.why_free():
                 record = LeaseRecord(
                     fence=max(floor, watch.record.fence if watch.record else 0) + 1,
                     holder=uuid.uuid4().hex,
@@ -190,22 +187,21 @@ class Lease:
                     since=utc_now(),
                     process=ProcessIdentity.of_this_process(),
                 )
-                asked = _lease_clock()
-                if (version := _write_lease(run, record, watch.version)) is not None:
+                asked_at = _lease_clock()
+                if version := _write_lease(run, record, watch.version):
                     if told or (watch.record and not watch.record.released):
                         note(f"took {run.uri} over: {why}")
-                    # Less than it takes to expire: a renewal that waits for a bucket that is away comes too late.
-                    return cls(run.within(RETRY_SECONDS), record, version, asked, note)
+                    return cls(run.within(RETRY_SECONDS), record, version, asked_at, note)
                 continue
             over = time.monotonic() - began >= wait_seconds
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
-            if over and watch.renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
+            if over and watch.is_renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
                 raise LostRunError(
-                    f"{run.uri} is held by {watch.who()}, which is alive: stop it first, or have "
+                    f"{run.uri} is held by {watch.who}, which is alive: stop it first, or have "
                     "`ddpm train --wait SECONDS` wait for it"
                 )
-            if told != watch.who():
-                told = watch.who()
+            if told != watch.who:
+                told = watch.who
                 note(f"{run.uri} is held by {told}: watching for up to {EXPIRE_SECONDS:g} s whether it is alive")
             stop.sleep(WATCH_SECONDS)
 
@@ -243,62 +239,53 @@ class Lease:
         if self._thread.is_alive():
             self._note(f"{self._uri} could not be given back in time: the next attempt waits until it expires")
 
+    def _left_seconds(self) -> float:
+        """Until it is to be renewed."""
+        return self._confirmed_at + RENEW_SECONDS - _lease_clock()
+
     def _work(self) -> None:
-        failing = False
-        while not self._closing.wait(self._pause_seconds()):
+        is_failing = False
+        while not self._closing.wait(AGAIN_SECONDS if is_failing else self._left_seconds()):
             try:
                 self._renew()
-                failing = False
+                is_failing = False
             except LostRunError:
                 return
             # Whatever it was, a thread that ends here would give the run away.
             except Exception as error:
-                if not failing:
+                if not is_failing:
                     self._note(f"could not renew {self._uri}, without which nothing is written: {error}")
-                failing = True
-        self._give_back()
-
-    def _pause_seconds(self) -> float:
-        due = self._began_at + RENEW_SECONDS - _lease_clock()
-        return due if due > 0 else WRITE_GAP_SECONDS
-
-    def _renew(self) -> None:
-        with self._lock:
-            self.check_lost()
-            if _lease_clock() - self._confirmed_at < RENEW_SECONDS:
-                return
-            time.sleep(max(0.0, self._ended_at + WRITE_GAP_SECONDS - _lease_clock()))
-            self._swap(released=False)
-
-    def _give_back(self) -> None:
+                is_failing = True
         try:
             with self._lock:
-                if not self._lost:
-                    self._swap(released=True)
+                self._swap(released=True)
+        except LostRunError:
+            pass
         except JobError as error:
-            if not self._lost:
-                self._note(f"could not give {self._uri} back: {error}; the next attempt waits until it expires")
+            self._note(f"could not give {self._uri} back: {error}; the next attempt waits until it expires")
+
+    def _renew(self) -> None:
+        """If it is time for that."""
+        with self._lock:
+            self.check_lost()
+            if self._left_seconds() <= 0:
+                self._swap(released=False)
 
     def _swap(self, released: bool) -> None:
         """Writes the next record over our last one, and over nothing else."""
-        self._began_at = _lease_clock()
-        try:
-            for _ in range(_SWAPS):
-                update = {"renewal": self._record.renewal + 1, "released": released}
-                self._record = self._record.model_copy(update=update)
-                if (version := _write_lease(self._run, self._record, self._version)) is not None:
-                    self._version, self._confirmed_at = version, self._began_at
-                    return
-                self._look_again()
-        finally:
-            self._ended_at = _lease_clock()
+        for _ in range(_SWAPS):
+            self.check_lost()
+            asked_at = _lease_clock()
+            update = {"renewal": self._record.renewal + 1, "released": released}
+            self._record = self._record.model_copy(update=update)
+            if version := _write_lease(self._run, self._record, self._version):
+                self._version, self._confirmed_at = version, asked_at
+                return
+            # An own write that came late, or damage, is no loss; another's record is.
+            record, self._version = _read_lease(self._run)
+            if record is None:
+                self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it anew")
+            elif record.holder != self.holder:
+                self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
+        self.check_lost()
         raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")
-
-    def _look_again(self) -> None:
-        """After a swap that failed: another's record means loss; an own write that came late, or damage, does not."""
-        record, self._version = _read_lease(self._run)
-        if record is not None and record.holder != self._record.holder:
-            self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
-            raise LostRunError(self._lost)
-        if record is None:
-            self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it anew")

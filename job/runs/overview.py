@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError, JobError
+from job.exits import BadDataError, BadRequestError
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints
-from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, RUNS, SAMPLES, Kind, located
-from job.runs.lease import LEASE
+from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, located
+from job.runs.lease import LEASE_KEY
 from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
 
@@ -35,7 +33,7 @@ def list_runs(bucket_uri: str) -> None:
         except BadRequestError:
             # A folder that somebody else put there.
             continue
-        if all(entry.key == LEASE for entry in run.list()):
+        if all(entry.key == LEASE_KEY for entry in run.list()):
             # All that is left of a run that was deleted.
             continue
         refs, status = list_checkpoints(run), read_status(run)
@@ -82,12 +80,8 @@ def show_run(bucket_uri: str, name: str) -> None:
         if status.images_per_second is not None:
             print(f"speed       {status.images_per_second:.1f} images/s")
     if refs := by_progress(list_checkpoints(run)):
-        newest = refs[max(refs)]
-        # Without its dataset nobody knows where the run's epochs end.
-        dataset_images = MAX_IMAGES_SEEN + 1
-        with suppress(JobError):
-            dataset_images = load_index(bucket, records.dataset_key_of(config)).images
-        ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in sorted(refs)}
+        newest, dataset_images = refs[max(refs)], records.dataset_images_of(bucket, config)
+        ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
         labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
         print(f"newest      {newest.key}, {newest.images_seen:,} images seen")
         print(f"checkpoints {len(refs)}: {', '.join(labels)}")
@@ -101,12 +95,10 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
         MissingInputError: there is no such run.
         BadDataError: there are bad objects.
     """
-    from job.progress import Progress
     from job.runs.verification import verify_run
 
     bucket = open_store(bucket_uri)
-    with Progress(f"verifying {name}", unit="objects") as bar:
-        findings = verify_run(bucket, name, lambda done, total: bar.update(done, total=total))
+    findings = verify_run(bucket, name)
     for problem in findings.problems:
         print(problem)
     uri, looked_at = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
@@ -114,9 +106,7 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
         left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
         print(f"{uri}: {left} that killed attempts left behind harm nobody: `ddpm runs prune {name}` deletes them")
     if count := len(findings.problems):
-        raise BadDataError(
-            f"{uri}: {count} {'problem' if count == 1 else 'problems'} in {looked_at}; each is named above"
-        )
+        raise BadDataError(f"{uri}: {count} problem{'s' * (count > 1)} in {looked_at}; each is named above")
     print(f"{uri}: {looked_at}: all as they were written")
 
 
@@ -131,7 +121,7 @@ def state_of(status: Status) -> str:
 def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
     lines = [f"checkpoints {run.uri}/checkpoints"]
-    for folder in (SAMPLES, Kind.FIGURE.folder):
+    for folder in (SAMPLES, ObjectKind.FIGURE.folder):
         for entry in run.list(folder):
             # The images of a batch are not shown one by one.
             if (place := located(entry.key)) and place.kind in PICTURES:

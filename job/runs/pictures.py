@@ -12,12 +12,12 @@ import hashlib
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import RunConfig
-from job.runs.layout import CheckpointRef, Kind
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.records import attempt_id
 from job.sealed import Sealed
 from job.store import Store
 
-LOSS_FIGURE = Kind.FIGURE.key(name="loss", picture="png")
+LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 
 
 class Provenance(Sealed):
@@ -53,7 +53,7 @@ def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> Non
         images_seen=ref.images_seen,
         code_version=code_version(),
     )
-    run.put(Kind.PROVENANCE.key(of=key, sha256=sha256), record.to_json())
+    run.put(ObjectKind.PROVENANCE.key(of=key, sha256=sha256), record.to_json())
     run.put(key, picture)
 
 
@@ -82,9 +82,11 @@ def file_words(numbers: str, comma: str) -> str:
 def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> str:
     """Where a run's standard grid of a moment lies."""
     label = label_of(images_seen, dataset_images, config.train.batch_size)
-    return Kind.PICTURE.key(name=f"{label}-{how_drawn(config.sample.sampler, config.sample.steps)}", picture="png")
+    return ObjectKind.PICTURE.key(
+        name=f"{label}-{how_drawn(config.sample.sampler, config.sample.steps)}", picture="png"
+    )
 
 
 def denoising_key(label: str, how: str = "") -> str:
     """Where the way from noise to image lies, as a GIF; `how` it was drawn is named where that is not the run's way."""
-    return Kind.PICTURE.key(name=f"denoising-{label}{f'-{how}' if how else ''}", picture="gif")
+    return ObjectKind.PICTURE.key(name=f"denoising-{label}{f'-{how}' if how else ''}", picture="gif")

@@ -20,14 +20,14 @@ from pydantic import Field, field_validator
 from job.code_version import code_version
 from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
-from job.data.shards import dataset_key
+from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
-from job.runs.layout import CHECKPOINTS, RUNS, Kind, located
+from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, located
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import DEADLINE_SECONDS
 
-CONFIG, STATUS = Kind.CONFIG.value, Kind.STATUS.value
+CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 UTC = "%Y-%m-%dT%H:%M:%SZ"
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
@@ -58,9 +58,10 @@ def load_config(run: Store) -> RunConfig | None:
     Raises:
         BadDataError: it is missing, rotten, another run's, or not readable by this version.
     """
-    attempt, uri = last_attempt(run), run.uri_of(CONFIG)
+    attempt, uri = last_attempt(run), run.uri_of(CONFIG_KEY)
+    what_to_do = "Restore it, or start another run; what may change is changed with --set"
     try:
-        data = run.read(CONFIG).data
+        data = run.read(CONFIG_KEY).data
     except ObjectMissingError:
         if attempt is None:
             return None
@@ -70,15 +71,9 @@ def load_config(run: Store) -> RunConfig | None:
         ) from None
     first_line, _, text = data.partition(b"\n")
     if first_line != _seal(text):
-        raise BadDataError(
-            f"{uri} is not as it was written: its SHA-256 differs. Restore it, or start another run; what may change "
-            "is changed with --set"
-        )
+        raise BadDataError(f"{uri} is not as it was written: its SHA-256 differs. {what_to_do}")
     if attempt is not None and attempt.config_file_sha256 != hashlib.sha256(data).hexdigest():
-        raise BadDataError(
-            f"{uri} is not the one that {run.uri_of(attempt_key(attempt.fence))} says: one of them is another run's. "
-            "Restore it, or start another run"
-        )
+        raise BadDataError(f"{uri} is not the one of attempt {attempt.fence}: one is another run's. {what_to_do}")
     try:
         return validated(flatten(parse_yaml(text)), uri)
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
@@ -106,15 +101,19 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
         BadDataError: the record of that attempt is damaged; with the changes of an earlier one, checkpoints that are to
             stay would go.
     """
-    fences = attempt_fences(run)
     try:
-        changes = load_attempt(run, fences[-1]).changes if fences else {}
+        changes = load_attempt(run, fences[-1]).changes if (fences := attempt_fences(run)) else {}
     except BadDataError as error:
         raise BadDataError(
             f"{error}; it says what was changed with --set since the run began: restore it, or delete it and say that "
             "again"
         ) from None
-    return validated({**flatten(config.model_dump(mode="json")), **changes}, run.uri_of(CONFIG))
+    return validated(config.flat() | changes, run.uri_of(CONFIG_KEY))
+
+
+def config_sha256(run: Store) -> str:
+    """Of `config.yaml`, as it lies there."""
+    return hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest()
 
 
 def dataset_key_of(config: RunConfig) -> str:
@@ -123,16 +122,20 @@ def dataset_key_of(config: RunConfig) -> str:
     return dataset_key(config.data.dataset, config.data.size)
 
 
+def dataset_images_of(bucket: Store, config: RunConfig) -> int:
+    """Images of an epoch. Without its dataset nobody knows where a run's epochs end: then more than it can count."""
+    with suppress(JobError):
+        return load_index(bucket, dataset_key_of(config)).images
+    return MAX_IMAGES_SEEN + 1
+
+
 def create_config(run: Store, config: RunConfig) -> RunConfig:
     """Stores a new run's configuration; if another attempt was first, returns what it stored."""
+    text = config.to_yaml().encode()
     try:
-        text = config.to_yaml().encode()
-        run.create(CONFIG, _seal(text) + b"\n" + text)
+        run.create(CONFIG_KEY, _seal(text) + b"\n" + text)
     except ObjectExistsError:
-        stored = load_config(run)
-        if stored is not None:
-            return stored
-        raise
+        return load_config(run) or config
     return config
 
 
@@ -141,6 +144,7 @@ class Attempt(Sealed):
 
     fence: int
     id: str
+    """As which it held the run's lease; no other attempt at any run has it."""
     started: str
     host: str
     pid: int
@@ -152,20 +156,13 @@ class Attempt(Sealed):
     """What this attempt does otherwise than the run's stored configuration says."""
     config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
-    holder: str
-    """As which it held the run's lease."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
 
-def attempt_key(fence: int) -> str:
-    """Where an attempt's record lies."""
-    return Kind.ATTEMPT.key(fence=fence)
-
-
 def attempt_fences(run: Store) -> list[int]:
     """The fences of the attempts that are recorded, in order; they have gaps where others held the run."""
-    return sorted(found.fence for entry in run.list(Kind.ATTEMPT.folder) if (found := located(entry.key)))
+    return sorted(found.fence for entry in run.list(ObjectKind.ATTEMPT.folder) if (found := located(entry.key)))
 
 
 def load_attempt(run: Store, fence: int) -> Attempt:
@@ -175,9 +172,9 @@ def load_attempt(run: Store, fence: int) -> Attempt:
         BadDataError: it is rotten, or another's.
         ObjectMissingError: it is not there.
     """
-    attempt = Attempt.load(run, attempt_key(fence))
+    attempt = Attempt.load(run, key := ObjectKind.ATTEMPT.key(fence=fence))
     if attempt.fence != fence:
-        raise BadDataError(f"{run.uri_of(attempt_key(fence))} belongs to attempt {attempt.fence}")
+        raise BadDataError(f"{run.uri_of(key)} belongs to attempt {attempt.fence}")
     return attempt
 
 
@@ -200,7 +197,7 @@ def last_attempt(run: Store) -> Attempt | None:
 
 def highest_fence(run: Store) -> int:
     """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
-    entries = [*run.list(Kind.ATTEMPT.folder), *run.list(CHECKPOINTS)]
+    entries = [*run.list(ObjectKind.ATTEMPT.folder), *run.list(CHECKPOINTS)]
     return max((max(at.fence, at.checkpoint.fence) for entry in entries if (at := located(entry.key))), default=0)
 
 
@@ -210,7 +207,7 @@ def record_attempt(
     """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
     attempt = Attempt(
         fence=fence,
-        id=uuid.uuid4().hex,
+        id=holder,
         started=utc_now(),
         host=socket.gethostname(),
         pid=os.getpid(),
@@ -218,11 +215,10 @@ def record_attempt(
         world_size=world_size,
         device=device,
         changes=changes,
-        config_file_sha256=hashlib.sha256(run.read(CONFIG).data).hexdigest(),
-        holder=holder,
+        config_file_sha256=config_sha256(run),
         previous=max(attempt_fences(run), default=None),
     )
-    run.create(attempt_key(fence), attempt.to_json())
+    run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
     return attempt
 
 
@@ -272,7 +268,7 @@ class Status(Sealed):
 def read_status(run: Store) -> Status | None:
     """The last status, or none if there is none that is whole and that this version understands."""
     with suppress(ObjectMissingError, BadDataError):
-        return Status.load(run, STATUS)
+        return Status.load(run, STATUS_KEY)
     return None
 
 
@@ -293,7 +289,7 @@ def check_writable(run: Store) -> None:
         NoPermissionError: the credentials do not allow one of the two; the message names the object.
         JobError: the bucket is not there, or is away.
     """
-    key = Kind.PROBE.key(unique=uuid.uuid4().hex)
+    key = ObjectKind.PROBE.key(unique=uuid.uuid4().hex)
     run.create(key, uuid.uuid4().bytes)
     run.delete(key)
 
@@ -305,15 +301,8 @@ class StatusReporter:
         # The last state is written when a stop has been asked for.
         self._run, self._current, self._warn = run.within(DEADLINE_SECONDS), current, warn
         self._state, self._ended = "running", threading.Event()
-        self._failing = False
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()
-
-    def _work(self) -> None:
-        while not self._ended.is_set():
-            self._write("running")
-            self._ended.wait(STATUS_SECONDS)
-        self._write(self._state)
 
     def close(self, state: str, timeout_seconds: float = STATUS_CLOSE_SECONDS) -> None:
         """Has the last state written, `finished`, `stopped` or `failed`, if the bucket takes it in time."""
@@ -323,12 +312,16 @@ class StatusReporter:
         if self._thread.is_alive():
             self._warn(f"the run's status does not say that it {state}: the bucket did not answer in time")
 
-    def _write(self, state: str) -> None:
-        try:
-            self._run.put(STATUS, self._current(state).to_json())
-            self._failing = False
-        except JobError as error:
-            # Once per outage is enough.
-            if not self._failing:
-                self._warn(f"could not write the run's status: {error}")
-            self._failing = True
+    def _work(self) -> None:
+        is_failing = is_last = False
+        while not is_last:
+            is_last = self._ended.is_set()
+            try:
+                self._run.put(STATUS_KEY, self._current(self._state).to_json())
+                is_failing = False
+            except JobError as error:
+                # Once per outage is enough.
+                if not is_failing:
+                    self._warn(f"could not write the run's status: {error}")
+                is_failing = True
+            self._ended.wait(STATUS_SECONDS)

@@ -1,24 +1,34 @@
-"""What stays in a run's folder and what goes: old checkpoints, and what dead attempts left half-done."""
+"""What stays in a run's folder and what goes: old checkpoints, what dead attempts left half-done, and all of a run.
+
+Training retires and sweeps as it goes; `ddpm runs prune` does the same at once, and `delete` takes a whole run, while
+nobody trains it. A checkpoint that somebody reads stays, and so does the newest that verifies, whatever the rules say.
+"""
 
 from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from typing import TypeVar
 
 from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
-from job.exits import BadDataError
-from job.runs.checkpoints import list_checkpoints, load_manifest, manifest_key
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Kind, Located, located
-from job.runs.lease import Lease
+from job.data.shards import load_index
+from job.exits import BadDataError, BadRequestError, LostRunError, MissingInputError
+from job.progress import Progress, note
+from job.runs import records
+from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located
+from job.runs.lease import LEASE_KEY, Lease, load_lease
 from job.sealed import Sealed
-from job.store import ObjectMissingError, Store
+from job.stop import Stop
+from job.store import ObjectMissingError, Store, open_store
 
+T = TypeVar("T")
 READING_SECONDS = 3600.0
 """A reader that was killed holds its checkpoint no longer than this."""
 
@@ -27,40 +37,22 @@ READING_SECONDS = 3600.0
 class Retention:
     """Which checkpoints stay: the last few, and those of certain epochs."""
 
-    keep_last: int
-    keep_every_epochs: int
-    keep_epochs: tuple[int, ...]
+    config: RunConfig
     dataset_images: int
-    batch_size_images: int
-
-    @classmethod
-    def of(cls, config: RunConfig, dataset_images: int = 1) -> Retention:
-        """What a run's configuration says. Which epochs a checkpoint ends follows from `dataset_images`."""
-        keep = config.checkpoint
-        return cls(keep.keep_last, keep.keep_every_epochs, keep.keep_epochs, dataset_images, config.train.batch_size)
-
-    @property
-    def keeps_epochs(self) -> bool:
-        """Whether there are epochs whose checkpoints stay."""
-        return bool(self.keep_every_epochs or self.keep_epochs)
+    """From this follows which epochs a checkpoint ends."""
 
     def keeps(self, images_seen: int) -> bool:
         """Whether this is the end of an epoch whose checkpoint is never retired, and therefore always made.
 
         An epoch ends with the first batch at or after its last image.
         """
-        every, chosen = self.keep_every_epochs, self.keep_epochs
-        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size_images)
+        every, chosen = self.config.checkpoint.keep_every_epochs, self.config.checkpoint.keep_epochs
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
         return any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
 
-    def retire(self, refs: Iterable[CheckpointRef], verified: CheckpointRef | None = None) -> list[CheckpointRef]:
-        """Those of the checkpoints `refs` that may go, oldest first; never the newest.
-
-        `verified` is one that is known to be good, for the caller has made it, the newest of its fence: one of a higher
-        fence, which may be rotten for all the caller knows, neither goes nor pushes others out.
-        """
-        ordered = sorted(ref for ref in refs if verified is None or ref.fence <= verified.fence)
-        return [ref for ref in ordered[: -self.keep_last] if not self.keeps(ref.images_seen)]
+    def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
+        """Those of the checkpoints that may go, oldest first; never the newest."""
+        return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
 
 
 class Reader(Sealed):
@@ -82,7 +74,7 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
 
     Yields a function to be called now and then by whoever takes longer than `seconds`.
     """
-    key, said_at = Kind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
+    key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
 
     def renew() -> None:
         nonlocal said_at
@@ -100,18 +92,17 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
 def being_read(run: Store) -> tuple[set[CheckpointRef], set[str]]:
     """The checkpoints that somebody reads, and the keys of readers whose word is rotten, or too old to be believed."""
     refs, over = set[CheckpointRef](), set[str]()
-    for entry in run.list(Kind.READER.folder):
+    for entry in run.list(ObjectKind.READER.folder):
         place = located(entry.key)
         try:
-            is_over = place is None or Reader.load(run, entry.key).is_over
-        except ObjectMissingError:
-            continue
+            if place and not Reader.load(run, entry.key).is_over:
+                refs.add(place.checkpoint)
+            else:
+                over.add(entry.key)
         except BadDataError:
-            is_over = True
-        if place is None or is_over:
             over.add(entry.key)
-        else:
-            refs.add(place.checkpoint)
+        except ObjectMissingError:
+            pass
     return refs, over
 
 
@@ -120,49 +111,48 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
 
     The files of one that somebody began to read meanwhile are left behind, for a later sweep.
     """
-    run.delete(manifest_key(ref))
+    run.delete(ref.manifest_key)
     if ref not in being_read(run)[0]:
         for entry in run.list(ref.key):
             run.delete(entry.key)
 
 
 def leftovers(
-    places: Mapping[str, Located], fence: int, named_metrics: Collection[str] | None, over: Collection[str]
+    places: Mapping[str, Located], fence: int, named: Collection[str] | None, over: Collection[str]
 ) -> dict[str, str]:
     """Keys of what killed processes left behind, and who left it; it harms nobody.
 
     Args:
         places: the objects in question, and all manifests and records of pieces among them.
         fence: attempts from this one on may still be at work.
-        named_metrics: keys that manifests name; none if one is damaged, which may name any.
+        named: keys that manifests name; none if one is damaged, which may name any.
         over: keys of readers that were killed.
     """
-    committed = {place.checkpoint for place in places.values() if place.kind is Kind.MANIFEST}
-    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is Kind.RECORD}
-    left = {}
+    committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
+    recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
+    named, left = places if named is None else named, {}
     for key, place in places.items():
         is_old = place.checkpoint.fence < fence
         match place.kind:
-            case Kind.TENSORS if is_old and place.checkpoint not in committed:
+            case ObjectKind.TENSORS if is_old and place.checkpoint not in committed:
                 left[key] = "an attempt that is over"
-            case Kind.METRICS | Kind.EVENTS if is_old and named_metrics is not None and key not in named_metrics:
+            case ObjectKind.METRICS | ObjectKind.EVENTS if is_old and key not in named:
                 left[key] = "an attempt that is over"
-            case Kind.PIECE | Kind.IMAGE if (place.batch, place.piece) not in recorded:
+            case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
-            case Kind.READER if key in over:
+            case ObjectKind.READER if key in over:
                 left[key] = "a reader that was killed"
-            case Kind.PROBE:
+            case ObjectKind.PROBE:
                 left[key] = "a measurement"
     return left
 
 
-def metrics_named(run: Store) -> set[str] | None:
-    """Keys of the metrics that a run's manifests name; none if one of them is damaged, which may name any."""
+def named_by_manifests(run: Store) -> set[str] | None:
+    """Keys of all objects that a run's manifests name; none if one of them is damaged, which may name any."""
     try:
-        segments = [segment for ref in list_checkpoints(run) for segment in load_manifest(run, ref).metric_segments]
+        return {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
     except (BadDataError, ObjectMissingError):
         return None
-    return {key for segment in segments for key in (segment.key, segment.events_key)}
 
 
 def sweep(run: Store, lease: Lease) -> None:
@@ -171,9 +161,165 @@ def sweep(run: Store, lease: Lease) -> None:
     They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
     attempt that computed them again.
     """
-    folders = (CHECKPOINTS, Kind.METRICS.folder, Kind.EVENTS.folder, Kind.READER.folder)
+    folders = (CHECKPOINTS, *(kind.folder for kind in (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.READER)))
     places = {entry.key: at for folder in folders for entry in run.list(folder) if (at := located(entry.key))}
-    for key in leftovers(places, lease.fence, metrics_named(run), being_read(run)[1]):
+    for key in leftovers(places, lease.fence, named_by_manifests(run), being_read(run)[1]):
         lease.confirm()
         run.delete(key)
     run.sub(CHECKPOINTS).sweep()
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A checkpoint or an object that is to go."""
+
+    key: str
+    size_bytes: int
+    why: str
+    ref: CheckpointRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.key}  {self.size_bytes:,} bytes  {self.why}"
+
+
+def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: bool) -> None:
+    """Deletes what the run's rules do not keep, and prints a line for each removal; with `dry_run` only prints.
+
+    It is what training retires as it goes, at once and for a run that is over.
+
+    Args:
+        bucket_uri: where the run lies.
+        name: of the run.
+        keep_last: how many of the newest checkpoints stay, instead of the run's `checkpoint.keep_last`.
+        dry_run: write, take and delete nothing.
+
+    Raises:
+        MissingInputError: there is no such run, or not the dataset whose epochs its rules speak of.
+        BadDataError: none of its checkpoints verifies; nothing was deleted.
+        LostRunError: somebody trains it.
+        StoppedError: a signal came; what is left goes with the same command.
+    """
+    bucket, stop = open_store(bucket_uri), Stop().install()
+    run = records.run_store(bucket, name)
+    config = records.as_last_changed(run, records.existing_config(bucket, name))
+    if keep_last is not None:
+        config = config.updated({"checkpoint.keep_last": keep_last})
+    if dry_run:
+        found = _removals(bucket, run, config, _fence_at_work(run))
+        for removal in found:
+            print(removal)
+    else:
+        with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
+            found = _removals(bucket, run, config, lease.fence)
+            for removal in _while_held("pruning", found, lease, stop):
+                if _remove(run, removal):
+                    print(removal)
+            run.sweep()
+    total_bytes, what = sum(removal.size_bytes for removal in found), "would go" if dry_run else "deleted"
+    print(f"{run.uri}: {total_bytes:,} bytes {what}" if found else f"{run.uri}: there is nothing to prune")
+
+
+def _fence_at_work(run: Store) -> int:
+    """The fence from which on attempts may still be at work: the highest, unless it gave its lease back."""
+    with suppress(BadDataError, ObjectMissingError):
+        if load_lease(run).released:
+            return records.highest_fence(run) + 1
+    return records.highest_fence(run)
+
+
+def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
+    """What is to go, in the order in which it goes; deletes nothing. Attempts with a lower fence than `fence` are over.
+
+    Raises:
+        MissingInputError: the run's rules speak of epochs of a dataset that is not there.
+        BadDataError: none of its checkpoints verifies.
+    """
+    sizes, keep, dataset_images = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint, 1
+    why = f"not among the last {keep.keep_last}"
+    if keep.keep_every_epochs or keep.keep_epochs:
+        dataset_images = load_index(bucket, records.dataset_key_of(config)).images
+        why += ", nor of an epoch to keep"
+    old, (read, over) = Retention(config, dataset_images).retire(list_checkpoints(run)), being_read(run)
+    if old:
+        with newest_good(run, note) as newest:
+            stays = read | ({newest.manifest.ref} if newest else set())
+        old = [ref for ref in old if ref not in stays]
+    found = [
+        Removal(ref.key, sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/")), why, ref)
+        for ref in old
+    ]
+    places = {key: place for key in sizes if (place := located(key))}
+    for key, who in leftovers(places, fence, named_by_manifests(run), over).items():
+        # A sampler says that it reads a checkpoint before it makes its first piece.
+        if not (read and places[key].batch):
+            found.append(Removal(key, sizes[key], f"left behind by {who}"))
+    return found
+
+
+def _remove(run: Store, removal: Removal) -> bool:
+    """Whether it has gone: a piece that has been taken up since it was found stays.
+
+    Samplers hold no lease, but say that they read. They look for a piece's record while they say so, and make the
+    record after all that it names is there.
+    """
+    place = located(removal.key)
+    if place and place.batch:
+        record_key = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
+        if being_read(run)[0] or run.exists(record_key):
+            return False
+    if removal.ref is None:
+        run.delete(removal.key)
+    else:
+        delete_checkpoint(run, removal.ref)
+    return True
+
+
+def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
+    """Deletes a run, or what is left of one whose deletion was stopped, and says how much that was.
+
+    Raises:
+        BadRequestError: not `certain`; the message says what would go.
+        MissingInputError: there is no such run.
+        LostRunError: somebody trains it, or samples from it.
+        StoppedError: a signal came; what is left goes with the same command.
+    """
+    bucket, stop = open_store(bucket_uri), Stop().install()
+    run = records.run_store(bucket, name)
+    entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
+    if not entries:
+        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
+    size_bytes = sum(entry.size_bytes for entry in entries)
+    if not certain:
+        raise BadRequestError(
+            f"{run.uri} has {len(entries):,} objects of {size_bytes:,} bytes, its checkpoints and pictures among them: "
+            "add --yes to delete them for good"
+        )
+    with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
+        read, _ = being_read(run)
+        if read:
+            raise LostRunError(f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it")
+        # Listed anew, for whoever held the run before may have written since.
+        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
+        for key in _while_held("deleting", keys, lease, stop):
+            run.delete(key)
+    print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
+
+
+def _turn(key: str) -> int:
+    """An order in which a half-deleted run is never taken for whole.
+
+    The configuration goes first, without which nobody goes on with the run, and the attempts last, which say that there
+    was one. The lease stays: a woken attempt of the old run would otherwise have a fence as high as one of a new run.
+    """
+    place, turns = located(key), {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
+    return turns.get(place.kind, 2) if place else 2
+
+
+def _while_held(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:
+    """Yields what is to be deleted one by one, for as long as the run is certainly ours and nobody asks to stop."""
+    with Progress(title, total=len(objects), unit="objects") as bar:
+        for number, one in enumerate(objects):
+            stop.check(f"after {number:,} of {len(objects):,} objects")
+            lease.confirm()
+            yield one
+            bar.update(number + 1)

@@ -6,7 +6,6 @@ old checkpoints are retired. How often is as configured, or more often where a p
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import threading
@@ -21,13 +20,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ddpm.epochs import epochs_completed_by
-from job.code_version import code_version
-from job.config import RunConfig, content_hash
+from job.config import RunConfig
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics
-from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints
-from job.runs.layout import CheckpointRef, Kind
+from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints, sha256_of
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.lease import Lease
 from job.runs.pictures import put_picture
 from job.runs.records import Attempt, utc_now
@@ -90,39 +87,6 @@ class HostCopy:
             torch.cuda.synchronize()
 
 
-def measure_save_seconds(run: Store, checkpoint_bytes: int) -> float:
-    """Estimates how long a checkpoint of this size takes to commit, from an object of the same kind that is deleted.
-
-    Raises:
-        JobError: the bucket or the local disk refuse, as they would refuse a checkpoint.
-    """
-    size_bytes = min(PROBE_BYTES, checkpoint_bytes)
-    key = Kind.PROBE.key(unique=uuid.uuid4().hex)
-    with scratch_folder("probe") as folder:
-        path = folder / "probe"
-        started = time.monotonic()
-        with os_errors(path):
-            path.write_bytes(os.urandom(size_bytes))
-        run.upload(path, key)
-        seconds = time.monotonic() - started
-    run.delete(key)
-    # The deletion is one round trip more, as is a manifest.
-    round_trip = time.monotonic() - started - seconds
-    return max(seconds - round_trip, 0.0) * checkpoint_bytes / size_bytes + 3 * round_trip
-
-
-def fits(save_seconds: float, grace_seconds: float) -> bool:
-    """Whether a save begun at the notice ends in time."""
-    return save_seconds + MARGIN_SECONDS <= grace_seconds
-
-
-def cadence_minutes(every_minutes: float, save_seconds: float, grace_seconds: float) -> float:
-    """How often to save, in minutes, if a save takes so long."""
-    if fits(save_seconds, grace_seconds):
-        return every_minutes
-    return min(every_minutes, max(SHORTEST_CADENCE_MINUTES, save_seconds * SAVES_PER_CADENCE / 60))
-
-
 @dataclass(frozen=True)
 class HeldRun:
     """A run, and what makes an attempt its one writer."""
@@ -170,7 +134,7 @@ class CheckpointWriter:
             note: told what a person should know.
         """
         self.rows, self.segments = list[metrics.Row](), list(segments)
-        self.retention = Retention.of(held.config, held.dataset_images)
+        self.retention = Retention(held.config, held.dataset_images)
         self._held, self._aside, self._stop, self._note = held, aside, stop, note
         # What is on its way when a stop is asked for is to arrive.
         self._closing = Stop(stop.grace_seconds)
@@ -209,7 +173,7 @@ class CheckpointWriter:
         if self._error is not None:
             raise self._error
 
-    def save(self, images_seen: int, loss_sums: list[list[float]], world_size: int) -> None:
+    def save(self, images_seen: int, loss_sums: list[list[float]]) -> None:
         """Queues a checkpoint of this moment, with the metric rows since the one before.
 
         Blocks for a copy of the live tensors; for a local write that is under way; and, with the bucket away, for a
@@ -219,7 +183,21 @@ class CheckpointWriter:
             BucketAwayError: a stop was asked for, and leaves no time for that.
         """
         self._saved_at = time.monotonic()
-        manifest, objects = self._manifest(images_seen, loss_sums, world_size)
+        attempt, objects = self._held.attempt, dict[str, bytes]()
+        if self.rows:
+            segment, objects = metrics.segment_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
+            self.segments.append(segment)
+            self.rows = []
+        manifest = Manifest(
+            fence=attempt.fence,
+            attempt=attempt.id,
+            images_seen=images_seen,
+            created=utc_now(),
+            world_size=attempt.world_size,
+            loss_sums=loss_sums,
+            files=(),
+            metric_segments=tuple(self.segments),
+        )
         with self._change():
             while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
                 self._wait_a_little()
@@ -290,31 +268,6 @@ class CheckpointWriter:
             )
         self._changed.wait(WAIT_SECONDS)
 
-    def _manifest(
-        self, images_seen: int, loss_sums: list[list[float]], world_size: int
-    ) -> tuple[Manifest, dict[str, bytes]]:
-        """The manifest but for its files, and the small objects that it names."""
-        config, attempt, objects = self._held.config, self._held.attempt, dict[str, bytes]()
-        if self.rows:
-            segment, objects = metrics.segment_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
-            self.segments.append(segment)
-            self.rows = []
-        completed = epochs_completed_by(images_seen, self._held.dataset_images, config.train.batch_size)
-        manifest = Manifest(
-            fence=attempt.fence,
-            attempt=attempt.id,
-            images_seen=images_seen,
-            epoch=completed[-1] if completed else None,
-            created=utc_now(),
-            code_version=code_version(),
-            config_sha256=content_hash(config),
-            world_size=world_size,
-            loss_sums=loss_sums,
-            files=(),
-            metric_segments=tuple(self.segments),
-        )
-        return manifest, objects
-
     def _work(self) -> None:
         try:
             while self._has_work():
@@ -328,22 +281,6 @@ class CheckpointWriter:
             with self._change():
                 self._error = error
                 self._committing = self._reading_host = False
-
-    def _measure(self) -> None:
-        """Has saves made more often if one does not fit into the grace of a preemption."""
-        try:
-            seconds = measure_save_seconds(self._run, self._copy.bytes)
-        except JobError as error:
-            self._note(f"could not measure how long a save takes: {error}")
-            return
-        grace_seconds, configured = self._stop.grace_seconds, self._every_minutes
-        self._every_minutes = cadence_minutes(configured, seconds, grace_seconds)
-        if not fits(seconds, grace_seconds):
-            self._note(
-                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
-                f"preemption notice and the end: saving every {self._every_minutes:.1f} instead of {configured:g} "
-                "minutes"
-            )
 
     def _has_work(self) -> bool:
         with self._changed:
@@ -360,47 +297,50 @@ class CheckpointWriter:
                 del self._pictures[key]
 
     def _commit(self) -> CheckpointRef:
+        """Commits what is queued: its files, its small objects, a last look at the lease, the manifest."""
         with self._change():
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        with scratch_folder("save") as folder:
-            self._upload_all(manifest, objects, folder)
-        with self._change():
-            self._committing = False
-        return manifest.ref
-
-    def _upload_all(self, manifest: Manifest, objects: dict[str, bytes], folder: Path) -> None:
-        with ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
-            records, uploads = [], []
-            for name, tensors in self._parts.items():
-                records.append(_write_part(folder / name, tensors))
-                uploads.append(pool.submit(self._upload, folder / name, f"{manifest.ref.key}/{name}"))
-            with self._change():
-                self._reading_host = False
-            for upload in uploads:
-                upload.result()
+        manifest = manifest.model_copy(update={"files": self._upload_files(manifest.ref)})
         for key, data in objects.items():
             self._run.create(key, data)
-        whole = manifest.model_copy(update={"files": tuple(records)})
 
         def commit() -> None:
             # Both again after an outage: the run may have been taken over meanwhile.
             self._held.lease.confirm()
-            commit_manifest(self._run, whole)
+            commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
+        with self._change():
+            self._committing = False
+        return manifest.ref
 
-    def _upload(self, path: Path, key: str) -> None:
-        self._run.upload(path, key)
-        path.unlink()
+    def _upload_files(self, ref: CheckpointRef) -> tuple[FileRecord, ...]:
+        """Uploads the host copy, which may be overwritten as soon as all of it is in local files."""
+        with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
+
+            def upload(name: str) -> None:
+                self._run.upload(folder / name, f"{ref.key}/{name}")
+                (folder / name).unlink()
+
+            records, uploads = [], []
+            for name, tensors in self._parts.items():
+                records.append(_write_part(folder / name, tensors))
+                uploads.append(pool.submit(upload, name))
+            with self._change():
+                self._reading_host = False
+            for one in uploads:
+                one.result()
+            return tuple(records)
 
     def _retire(self, newest: CheckpointRef) -> None:
         """Deletes what may go by now. An error costs space, not work: the next commit tries again."""
         run, lease = self._run, self._held.lease
         try:
-            refs = [ref for ref in list_checkpoints(run) if ref not in self._aside]
-            old = self.retention.retire(refs, newest)
+            # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
+            refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
+            old = self.retention.retire(refs)
             read = being_read(run)[0] if old else set()
             for ref in old:
                 if ref not in read:
@@ -413,6 +353,27 @@ class CheckpointWriter:
             raise
         except JobError as error:
             self._note(f"old checkpoints of {run.uri} stay for now: {error}")
+
+    def _measure(self) -> None:
+        """Has saves made more often if one does not fit into the grace of a preemption."""
+        data = os.urandom(min(PROBE_BYTES, self._copy.bytes))
+        key, began = ObjectKind.PROBE.key(unique=uuid.uuid4().hex), time.monotonic()
+        try:
+            self._run.create(key, data)
+            seconds = (time.monotonic() - began) * self._copy.bytes / len(data)
+            self._run.delete(key)
+        except JobError as error:
+            self._note(f"could not measure how long a save takes: {error}")
+            return
+        grace_seconds, configured = self._stop.grace_seconds, self._every_minutes
+        if seconds + MARGIN_SECONDS > grace_seconds:
+            often = max(SHORTEST_CADENCE_MINUTES, seconds * SAVES_PER_CADENCE / 60)
+            self._every_minutes = min(configured, often)
+            self._note(
+                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
+                f"preemption notice and the end: saving every {self._every_minutes:.1f} instead of {configured:g} "
+                "minutes"
+            )
 
 
 def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
@@ -428,6 +389,4 @@ def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
     with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    group = path.name.partition("-")[0]
-    return FileRecord(name=path.name, group=group, bytes=path.stat().st_size, sha256=sha256)
+        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(file))

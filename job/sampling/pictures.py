@@ -15,7 +15,7 @@ from job.data.cache import default_cache_dir
 from job.data.shard_source import ChosenImages
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
-from job.requests import parse_numbers, validated_output
+from job.requests import check_output, parse_numbers
 from job.store import open_store
 from job.store.files import os_errors, temporary_beside
 
@@ -27,7 +27,7 @@ def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
         BadRequestError: there is no such schedule, or nothing can be written to `output`.
     """
     _known_schedule(kind)
-    validated_output(output)
+    check_output(output)
     schedule = make_schedule(kind, num_timesteps)  # type: ignore[arg-type]
     write_picture(output, figures.schedule_figure(schedule.betas.numpy(), schedule.alphas_cumprod.numpy(), kind))
     print(output)
@@ -41,7 +41,7 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
         MissingInputError: there is no such dataset.
     """
     _known_schedule(kind)
-    validated_output(output)
+    check_output(output)
     steps, schedule = parse_numbers(timesteps, "--timesteps"), make_schedule(kind, 1000)  # type: ignore[arg-type]
     if max(steps) >= schedule.num_timesteps:
         raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {schedule.num_timesteps - 1}")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
-from job.config import RunConfig, SampleConfig, check_steps
+from job.config import RunConfig, SampleConfig
 from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError
 from job.progress import note_once
@@ -74,23 +74,18 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note_once(f"{error}; drawing as the run began")
-    usual, sampler = config.sample, request.sampler or config.sample.sampler
+    sampler = request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (usual.steps if sampler == usual.sampler else config.diffusion.timesteps)
-    check_steps(config, steps, "--steps ")
-    chosen = {
-        "sampler": sampler,
-        "steps": steps,
-        "batch_size": request.batch_size or usual.batch_size,
-        "nearest": usual.nearest if request.nearest is None else request.nearest,
-    }
+    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else config.diffusion.timesteps)
+    chosen = {"sampler": sampler, "steps": steps, "batch_size": request.batch_size, "nearest": request.nearest}
+    sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
     index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest":
         with suppress(BadDataError):
             if lost := lost_manifest(run, checkpoints):
                 note_once(f"{lost}: drawing from the checkpoint before")
-    return SamplePlan(request, bucket, run, index, config, usual.model_copy(update=chosen), tuple(checkpoints))
+    return SamplePlan(request, bucket, run, index, config, sample, tuple(checkpoints))
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:

@@ -57,7 +57,16 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     how, usual = plan.how(request.seeds), plan.config.sample
     gif_how = "" if how == how_drawn(usual.sampler, usual.steps) else plan.how(request.seeds and gif_words)
     layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
-    training = _training_images(plan, painter.stop) if sample.nearest and request.grid and is_main else None
+    training = None
+    if sample.nearest and request.grid and is_main:
+        training = open_cache(
+            plan.bucket,
+            records.dataset_key_of(plan.config),
+            plan.index,
+            cache_dir=default_cache_dir(),
+            budget_bytes=plan.config.data.cache_bytes,
+            stop=painter.stop,
+        )
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
@@ -84,17 +93,6 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     if len(grids) > 1:
         name = f"comparison-{file_words(request.checkpoints, '-')}-{how}.png"
         publish(max(plan.checkpoints), name, figures.png(figures.comparison(grids)))
-
-
-def _training_images(plan: SamplePlan, stop: Stop) -> ImageCache:
-    return open_cache(
-        plan.bucket,
-        records.dataset_key_of(plan.config),
-        plan.index,
-        cache_dir=default_cache_dir(),
-        budget_bytes=plan.config.data.cache_bytes,
-        stop=stop,
-    )
 
 
 def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
@@ -211,7 +209,7 @@ def grid_png(
         indices, _ = figures.nearest_pairs(images, chunks)
         return figures.png(figures.pairs_grid(images, training.read(indices), columns=5))
     count = len(classes)
-    columns = 10 if count == 5 or count == 10 else 8 if len(images) > 4 else len(images)
+    columns = 10 if count in (5, 10) else 8 if len(images) > 4 else len(images)
     named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
     labels = [classes[seed % count] for seed in seeds[:columns]] if named else None
     return figures.png(figures.image_grid(images, columns, scale=max(1, 96 // images.shape[1]), column_labels=labels))

@@ -32,7 +32,7 @@ from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import Progress
 from job.runs import records
-from job.runs.layout import SAMPLES, CheckpointRef, Kind
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.pictures import put_picture
 from job.runs.pieces import BatchIndex, Drawing, Opening, PieceFile, PieceRecord, piece_entry, piece_name
 from job.stop import NEVER, Stop
@@ -75,7 +75,7 @@ class SampleSet:
         """Where it lies."""
         return self.run.sub(f"{SAMPLES}/{self.name}")
 
-    def key(self, kind: Kind, piece: int = 0) -> str:
+    def key(self, kind: ObjectKind, piece: int = 0) -> str:
         """Where an object of this set lies, below the run."""
         return kind.key(batch=self.name, piece=piece)
 
@@ -85,7 +85,7 @@ class SampleSet:
         Raises:
             BadRequestError: it is about another; the message says in what they differ.
         """
-        self._load(Opening, self.key(Kind.DRAWING))
+        self._load(Opening, self.key(ObjectKind.DRAWING))
 
     def begin(self) -> set[int]:
         """Claims the folder for this drawing, and returns the numbers of the pieces that are there.
@@ -94,20 +94,20 @@ class SampleSet:
             BadRequestError: it is about another; the message says in what they differ.
         """
         try:
-            self.run.create(self.key(Kind.DRAWING), Opening(drawing=self.drawing).to_json())
+            self.run.create(self.key(ObjectKind.DRAWING), Opening(drawing=self.drawing).to_json())
         except ObjectExistsError:
             self.check()
         return self.committed()
 
     def committed(self) -> set[int]:
         """The numbers of the pieces that are there."""
-        numbers = {self.key(Kind.RECORD, number): number for number in range(self.drawing.pieces)}
-        folder = self.key(Kind.RECORD).rpartition("/")[0]
+        numbers = {self.key(ObjectKind.RECORD, number): number for number in range(self.drawing.pieces)}
+        folder = self.key(ObjectKind.RECORD).rpartition("/")[0]
         return {numbers[entry.key] for entry in self.run.list(folder) if entry.key in numbers}
 
     def is_committed(self, number: int) -> bool:
         """Whether a piece is there by now."""
-        return self.run.exists(self.key(Kind.RECORD, number))
+        return self.run.exists(self.key(ObjectKind.RECORD, number))
 
     def record(self, number: int) -> PieceRecord:
         """The record of a piece.
@@ -116,7 +116,7 @@ class SampleSet:
             BadDataError: it is rotten, missing, or that of another piece.
             BadRequestError: it is about another drawing.
         """
-        key, seeds = self.key(Kind.RECORD, number), self.drawing.seeds(number)
+        key, seeds = self.key(ObjectKind.RECORD, number), self.drawing.seeds(number)
         record = self._load(PieceRecord, key)
         if record is None or (record.number, record.first_seed, record.images) != (number, seeds[0], len(seeds)):
             raise BadDataError(f"{self.run.uri_of(key)} is missing or another's: delete it, and type the same again")
@@ -129,7 +129,7 @@ class SampleSet:
             BadDataError: it is rotten, or a piece has gone that it lists; the message says what to delete.
             BadRequestError: it is about another drawing.
         """
-        index = self._load(BatchIndex, self.key(Kind.INDEX))
+        index = self._load(BatchIndex, self.key(ObjectKind.INDEX))
         if index is not None:
             self._check_files(index)
         return index
@@ -150,9 +150,9 @@ class SampleSet:
         index = BatchIndex(drawing=self.drawing, pieces=tuple(map(piece_entry, found)))
         self._check_files(index)
         grid = grid_of(self.images_of(found[0], images))
-        put_picture(self.run, self.key(Kind.GRID), grid, self.ref)
+        put_picture(self.run, self.key(ObjectKind.GRID), grid, self.ref)
         # Whoever else saw the last piece come writes the same.
-        self.run.create(self.key(Kind.INDEX), index.to_json())
+        self.run.create(self.key(ObjectKind.INDEX), index.to_json())
 
     def images_of(self, record: PieceRecord, images: int) -> np.ndarray:
         """The first images of a piece: uint8 [n, H, W, C].
@@ -178,7 +178,7 @@ class SampleSet:
         """A line for people about a whole set."""
         drawing = self.drawing
         pieces = f"{drawing.pieces:,} piece{'s' * (drawing.pieces > 1)}"
-        return f"{self.run.uri_of(self.key(Kind.INDEX))}  ({drawing.count:,} images in {pieces}; {note})"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({drawing.count:,} images in {pieces}; {note})"
 
     def _load(self, kind: type[AboutDrawing], key: str) -> AboutDrawing | None:
         """A record if it is there and about this drawing."""
@@ -212,7 +212,9 @@ class SampleSet:
             )
 
     def _how_to_repeat(self, number: int) -> str:
-        others = " and ".join(self.run.uri_of(key) for key in (self.key(Kind.RECORD, number), self.key(Kind.INDEX)))
+        others = " and ".join(
+            self.run.uri_of(key) for key in (self.key(ObjectKind.RECORD, number), self.key(ObjectKind.INDEX))
+        )
         return f"delete it, {others}, as far as they are there, and the same command makes this piece again"
 
 
@@ -252,7 +254,7 @@ def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
         code_version=code_version(),
     )
     try:
-        sample_set.run.create(sample_set.key(Kind.RECORD, number), record.to_json())
+        sample_set.run.create(sample_set.key(ObjectKind.RECORD, number), record.to_json())
     except ObjectExistsError:
         return 0
     return len(seeds)

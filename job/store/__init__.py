@@ -41,16 +41,26 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
         NoPermissionError: no credentials for the bucket were found.
     """
     retry = retry or Retry()
-    scheme, separator, rest = uri.partition("://")
-    match scheme.lower() if separator else "file":
-        case "file":
-            return _open_local(unquote(rest.removeprefix("localhost")) if separator else uri, uri, retry)
-        case "gs":
-            return _open_gcs(rest, retry)
-        case "s3":
-            return _open_s3(rest, retry)
-        case _:
-            raise _unknown_scheme(scheme, uri)
+    if not is_remote(uri):
+        from job.store.local import LocalStore
+
+        return LocalStore(_folder(uri), retry)
+    scheme, bucket, prefix = _bucket_of(uri)
+    store: Store
+    try:
+        if scheme == "gs":
+            from job.store.gcs import GcsStore
+
+            store = GcsStore(bucket, retry)
+        else:
+            from job.store.s3 import S3Store
+
+            store = S3Store(bucket, retry)
+    except ModuleNotFoundError as error:
+        raise BadRequestError(
+            f"{scheme}:// needs more than is installed ({error}): pip install 'ddpm-job[{scheme}]'"
+        ) from None
+    return store.sub(prefix) if prefix else store
 
 
 def is_remote(uri: str) -> bool:
@@ -65,70 +75,45 @@ def check_uri(uri: str) -> None:
     Raises:
         BadRequestError: as `open_store`.
     """
-    scheme, _, rest = uri.partition("://")
-    if not is_remote(uri):
-        open_store(uri)
-    elif scheme.lower() in ("gs", "s3"):
-        _bucket_and_prefix(scheme.lower(), rest)
+    if is_remote(uri):
+        _bucket_of(uri)
     else:
-        raise _unknown_scheme(scheme, uri)
+        _folder(uri)
 
 
-def _open_local(path: str, uri: str, retry: Retry) -> Store:
-    from job.store.local import LocalStore
-
-    if not path or "\0" in path or (path != uri and not path.startswith("/")):
+def _folder(uri: str) -> Path:
+    """The folder that a path or a `file://` URI names."""
+    _, separator, rest = uri.partition("://")
+    path = unquote(rest.removeprefix("localhost")) if separator else uri
+    if not path or "\0" in path or (separator and not path.startswith("/")):
         raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
     try:
-        path = str(Path(path).expanduser()) if path == uri else path
+        path = path if separator else str(Path(path).expanduser())
     except RuntimeError:
         raise BadRequestError(f"{uri!r}: this user has no home folder here: write the path out") from None
-    return LocalStore(Path(os.path.normpath(Path(path).absolute())), retry)
+    return Path(os.path.normpath(Path(path).absolute()))
 
 
-def _open_gcs(rest: str, retry: Retry) -> Store:
-    name, prefix = _bucket_and_prefix("gs", rest)
-    try:
-        from job.store.gcs import GcsStore
-    except ModuleNotFoundError as error:
-        raise _extra_missing("gs", error) from None
-    store = GcsStore(name, retry)
-    return store.sub(prefix) if prefix else store
-
-
-def _open_s3(rest: str, retry: Retry) -> Store:
-    name, prefix = _bucket_and_prefix("s3", rest)
-    try:
-        from job.store.s3 import S3Store
-    except ModuleNotFoundError as error:
-        raise _extra_missing("s3", error) from None
-    store = S3Store(name, retry)
-    return store.sub(prefix) if prefix else store
-
-
-def _bucket_and_prefix(scheme: str, rest: str) -> tuple[str, str]:
+def _bucket_of(uri: str) -> tuple[str, str, str]:
+    """Scheme, bucket and prefix of a URI that is no folder's."""
+    scheme, _, rest = uri.partition("://")
+    if scheme.lower() not in ("gs", "s3"):
+        raise BadRequestError(
+            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
+            "file:///PATH or a path"
+        )
+    scheme = scheme.lower()
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket) and "@" in rest:
         raise BadRequestError(
-            f"{_without_secrets(f'{scheme}://{rest}')} has a user or password in it, which every log would repeat: "
+            f"{_without_secrets(uri)} has a user or password in it, which every log would repeat: "
             "leave it out, and give credentials as the provider's own tools take them"
         )
     if not _BUCKET.fullmatch(bucket):
         raise BadRequestError(f"{scheme}://{rest} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
-    return bucket, prefix
-
-
-def _unknown_scheme(scheme: str, uri: str) -> BadRequestError:
-    return BadRequestError(
-        f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
-        "file:///PATH or a path"
-    )
+    return scheme, bucket, prefix
 
 
 def _without_secrets(uri: str) -> str:
     """The URI for a message: without user and password, and without a query, which may be a signature."""
     return re.sub(r"://.*@", "://…@", re.sub(r"\?.*", "?…", uri))
-
-
-def _extra_missing(scheme: str, error: ModuleNotFoundError) -> BadRequestError:
-    return BadRequestError(f"{scheme}:// needs more than is installed ({error}): pip install 'ddpm-job[{scheme}]'")

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a bucket, said once for gs:// and local folders alike.
+"""What the pipeline asks of a bucket, said once for gs://, s3:// and local folders alike.
 
 A bucket is not a file system: objects appear whole or not at all, nothing is appended to or renamed, a listing is not a
 lock. Every operation here is one that all backends can do atomically on a single object.
@@ -8,16 +8,12 @@ from __future__ import annotations
 
 import abc
 import copy
-import io
-import mimetypes
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar, cast
-
-import google_crc32c
+from typing import Any, BinaryIO, Self, TypeVar
 
 from job.exits import BadRequestError, JobError, MissingInputError
 from job.stop import NEVER, Stop
@@ -25,10 +21,6 @@ from job.store.files import disk_error
 from job.store.retry import Retry
 
 R = TypeVar("R")
-
-_REASON_CHARACTERS = 200
-_BLOCK_BYTES = 1 << 20
-_READ_AHEAD_BYTES = 8 << 20
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -119,7 +111,7 @@ class Store(abc.ABC):
         Raises:
             ObjectExistsError: an object with other content has this key.
         """
-        version = self._attempt(self._written, validated_new_key(key), data, None)
+        version = self._attempt(self._written, validated_new_key(key), data, "")
         if version is None:
             raise ObjectExistsError(f"{self.uri_of(key)} exists already: somebody else was first")
         return version
@@ -139,7 +131,7 @@ class Store(abc.ABC):
 
     def put(self, key: str, data: bytes) -> None:
         """Writes an object whatever was there before, atomically. Only for hints, status and reports."""
-        self._attempt(self._put, validated_new_key(key), data)
+        self._attempt(self._write, validated_new_key(key), data, None)
 
     def upload(self, path: Path, key: str) -> None:
         """Copies a finished local file to a fresh key, verified by crc32c end to end.
@@ -220,24 +212,12 @@ class Store(abc.ABC):
 
         return self.retry(attempt)
 
-    def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, int]:
-        """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
-        size_bytes = checksum = 0
-        while block := read(_BLOCK_BYTES):
-            # What fits into a block is read to the end.
-            if size_bytes:
-                self.retry.is_under_way(self.uri_of(key))
-            size_bytes += len(block)
-            checksum = google_crc32c.extend(checksum, block)
-            consume(block)
-        return size_bytes, checksum
-
     @abc.abstractmethod
     def _told(self, error: Exception, uri: str) -> JobError | None:
         """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""
 
-    def _written(self, key: str, data: bytes, version: str | None) -> str | None:
-        written = self._write(key, data, version)
+    def _written(self, key: str, data: bytes, over: str) -> str | None:
+        written = self._write(key, data, over)
         if written is None:
             # A write whose answer was lost is refused when it is repeated.
             with suppress(ObjectMissingError):
@@ -249,11 +229,11 @@ class Store(abc.ABC):
     def _read(self, key: str) -> Blob: ...
 
     @abc.abstractmethod
-    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
-        """Writes over `version`, or where nothing is if that is None, and returns the new one; None if it was not."""
+    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
+        """Writes over this version, where nothing is if it is empty, or over anything if it is None.
 
-    @abc.abstractmethod
-    def _put(self, key: str, data: bytes) -> None: ...
+        Returns the new version; None if something else is there.
+        """
 
     @abc.abstractmethod
     def _upload(self, key: str, path: Path) -> bool:
@@ -263,8 +243,7 @@ class Store(abc.ABC):
     def _download(self, key: str, path: Path) -> None: ...
 
     @abc.abstractmethod
-    def _open(self, key: str) -> BinaryIO:
-        """The stream: a file, or one of `stream_of`."""
+    def _open(self, key: str) -> BinaryIO: ...
 
     @abc.abstractmethod
     def _list(self, prefix: str) -> Sequence[Entry]:
@@ -279,59 +258,6 @@ class Store(abc.ABC):
     @abc.abstractmethod
     def _look(self, key: str) -> None:
         """Returns if there is an object."""
-
-
-def stream_of(fetch: Callable[[int, int], bytes], size_bytes: int) -> BinaryIO:
-    """A seekable stream over a function that fetches the bytes from `start` to `stop`; it reads ahead."""
-    return cast(BinaryIO, io.BufferedReader(_Ranges(fetch, size_bytes), _READ_AHEAD_BYTES))
-
-
-class _Ranges(io.RawIOBase):
-    def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._fetch, self._size_bytes = fetch, size_bytes
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        if origin + offset < 0:
-            raise ValueError(f"negative seek position {origin + offset}")
-        self._position = origin + offset
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        # What it inherits would send a request for every 8 KiB.
-        return self._next(self._size_bytes)
-
-    def _next(self, size_bytes: int) -> bytes:
-        stop = min(self._position + size_bytes, self._size_bytes)
-        data = self._fetch(self._position, stop) if stop > self._position else b""
-        self._position += len(data)
-        return data
-
-
-def content_type(key: str) -> str:
-    """What a browser needs to show a report or a picture that somebody clicks on in the bucket."""
-    return mimetypes.guess_type(key)[0] or "application/octet-stream"
-
-
-def one_line(text: str) -> str:
-    """An error's words, short enough for a line of a log."""
-    text = " ".join(text.split())
-    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
 
 
 def is_key(name: str) -> bool:

@@ -1,7 +1,8 @@
 """Files on a local disk that are whole or absent, whoever is killed while writing them.
 
 A file is written under a hidden temporary name beside its place and then linked or renamed into it. Its writer holds a
-lock on it all the while, so a temporary file that nobody locks belongs to a process that died, and may go.
+lock on it all the while, so a temporary file that nobody locks belongs to a process that died, and may go. So it is
+with temporary folders (`job.store.scratch`).
 """
 
 from __future__ import annotations
@@ -10,20 +11,21 @@ import errno
 import fcntl
 import os
 import secrets
-import time
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
 import google_crc32c
+from filelock import FileLock, Timeout
 
 from job.exits import BadRequestError, BucketAwayError, DiskFullError, JobError, MissingInputError, NoPermissionError
 
 LOCK_SECONDS = 5.0
 LOCK_POLL_SECONDS = 0.002
+COPY_BYTES = 1 << 20
 _ATTEMPTS = 100
-_COPY_BYTES = 1 << 20
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
 _swept: set[Path] = set()
@@ -74,22 +76,22 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
     Yields:
         Its path, to be linked or renamed, and the file, open for writing and reading.
     """
-    temporary = path.parent / f"{_TEMPORARY}{secrets.token_hex(8)}"
+    folder = path.parent
     for _ in range(_ATTEMPTS):
-        with suppress(FileNotFoundError):
-            descriptor = _locked_file(temporary)
-            break
+        temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
         # Whoever deletes the last file of a folder removes the folder too, so that it may vanish at any time.
         with suppress(FileNotFoundError):
-            _make_folder(path.parent)
+            try:
+                temporary.touch(exist_ok=False)
+            except FileNotFoundError:
+                _make_folder(folder)
+        if (descriptor := locked_descriptor(temporary)) is not None:
+            break
     else:
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path.parent))
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     with os.fdopen(descriptor, "w+b") as file:
         try:
-            # Once per process and folder, which keeps it cheap.
-            if path.parent not in _swept:
-                _swept.add(path.parent)
-                sweep_temporaries(path.parent)
+            sweep_once(folder, _TEMPORARY)
             yield temporary, file
         finally:
             temporary.unlink(missing_ok=True)
@@ -97,14 +99,28 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Holds the one lock of a folder that exists, across threads and processes; a holder's death frees it."""
+    """Holds the one lock of a folder that exists, across threads and processes; a holder's death frees it.
+
+    Raises:
+        BucketAwayError: somebody else held it all the time, such as a process that was suspended.
+    """
+    if not folder.is_dir():
+        # It would be made.
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     path = folder / _LOCK
-    descriptor = _locked_file(path)
+    lock = FileLock(path, timeout=LOCK_SECONDS, poll_interval=LOCK_POLL_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise BucketAwayError(
+            f"{path} was locked by another process for {LOCK_SECONDS:g} s: `fuser {path}` names it; wake or end it"
+        ) from None
     try:
         yield
     finally:
+        # Or no folder would ever be empty. Who waits for this very file finds out that it is gone, and makes another.
         path.unlink(missing_ok=True)
-        os.close(descriptor)
+        lock.release()
 
 
 def sync_file(file: BinaryIO) -> None:
@@ -125,11 +141,60 @@ def sync_folder(folder: Path) -> None:
 def crc32c_of(file: BinaryIO, copy_to: BinaryIO | None = None) -> int:
     """CRC-32C (RFC 3720, section 12.1) of the rest of `file`, which is copied on the way if asked."""
     checksum = 0
-    while block := file.read(_COPY_BYTES):
+    while block := file.read(COPY_BYTES):
         checksum = google_crc32c.extend(checksum, block)
         if copy_to is not None:
             copy_to.write(block)
     return checksum
+
+
+def locked_descriptor(path: Path) -> int | None:
+    """Locks a temporary file or folder that was just made, until the descriptor is closed or its process dies.
+
+    None if it is gone, or if somebody who sweeps was faster: it is to be made anew.
+    """
+    with suppress(FileNotFoundError, BlockingIOError):
+        descriptor = _opened(path)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.lstat()
+        except (FileNotFoundError, BlockingIOError):
+            os.close(descriptor)
+            raise
+        except OSError:
+            # A file system without locks: nobody can sweep there.
+            pass
+        return descriptor
+    return None
+
+
+def sweep_once(folder: Path, prefix: str) -> None:
+    """Sweeps a folder that this process has not swept yet, which keeps it cheap."""
+    if folder not in _swept:
+        _swept.add(folder)
+        sweep_temporaries(folder, prefix)
+
+
+def sweep_temporaries(folder: Path, prefix: str = _TEMPORARY) -> None:
+    """Removes what dead processes left in `folder`: files and folders of theirs whose names begin with `prefix`."""
+    for leftover in folder.glob(f"{prefix}*"):
+        # Somebody who still writes holds the lock, and somebody else may sweep too.
+        with suppress(OSError):
+            descriptor = _opened(leftover)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not leftover.is_dir():
+                    leftover.unlink()
+                elif os.fstat(descriptor).st_uid == os.geteuid():
+                    shutil.rmtree(leftover, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _opened(path: Path) -> int:
+    # Network file systems lock only what may be written to.
+    mode = os.O_RDONLY if path.is_dir() else os.O_RDWR
+    return os.open(path, mode | os.O_NOFOLLOW | os.O_CLOEXEC)
 
 
 def _make_folder(folder: Path) -> None:
@@ -141,50 +206,3 @@ def _make_folder(folder: Path) -> None:
             _make_folder(folder.parent)
             folder.mkdir()
         sync_folder(folder.parent)
-
-
-def _locked_file(path: Path) -> int:
-    """Descriptor of the file at `path`, made if need be, under an exclusive lock.
-
-    Raises:
-        BucketAwayError: somebody else held the lock all the time.
-    """
-    give_up_at = time.monotonic() + LOCK_SECONDS
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
-        try:
-            _lock(descriptor, path, give_up_at)
-        except BaseException:
-            os.close(descriptor)
-            raise
-        # Its former holder may have removed the file while this one waited: a lock on a nameless file is worth nothing.
-        with suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(descriptor), path.lstat()):
-                return descriptor
-        os.close(descriptor)
-
-
-def _lock(descriptor: int, path: Path, give_up_at: float) -> None:
-    while True:
-        with suppress(BlockingIOError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        # A process that was suspended inside would hold up all others for as long as it sleeps.
-        if time.monotonic() >= give_up_at:
-            raise BucketAwayError(
-                f"{path} was locked by another process for {LOCK_SECONDS:g} s: `fuser {path}` names it; wake or end it"
-            )
-        time.sleep(LOCK_POLL_SECONDS)
-
-
-def sweep_temporaries(folder: Path) -> None:
-    """Removes what dead writers left in `folder`."""
-    for leftover in folder.glob(f"{_TEMPORARY}*"):
-        # Somebody who still writes holds the lock, and somebody else may sweep too.
-        with suppress(OSError):
-            descriptor = os.open(leftover, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                leftover.unlink()
-            finally:
-                os.close(descriptor)

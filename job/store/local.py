@@ -54,27 +54,27 @@ class LocalStore(Store):
         # An open file is never written again, so that bytes and version belong together.
         with self._open(key) as file:
             data = file.read()
-        return Blob(data, _version(data))
+        return Blob(data, _sha256(data))
 
-    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
+    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
         path = self._path(key)
-        if version is None:
-            with _finished_beside(path, data) as temporary:
-                return _version(data) if _linked(temporary, path) else None
-        # `put` and `delete` take the lock as well.
-        with suppress(FileNotFoundError, NotADirectoryError, ObjectMissingError), folder_lock(path.parent):
-            if self._read(key).version == version:
-                with _finished_beside(path, data) as temporary:
+        if over:
+            with suppress(FileNotFoundError, NotADirectoryError, ObjectMissingError), folder_lock(path.parent):
+                if self._read(key).version == over:
+                    with _finished_beside(path, data) as temporary:
+                        temporary.replace(path)
+                    sync_folder(path.parent)
+                    return _sha256(data)
+            return None
+        with _finished_beside(path, data) as temporary:
+            if over is None:
+                # Who compares before it writes holds the lock.
+                with folder_lock(path.parent):
                     temporary.replace(path)
-                sync_folder(path.parent)
-                return _version(data)
-        return None
-
-    def _put(self, key: str, data: bytes) -> None:
-        path = self._path(key)
-        with _finished_beside(path, data) as temporary, folder_lock(path.parent):
-            temporary.replace(path)
-            sync_folder(path.parent)
+                    sync_folder(path.parent)
+            elif not _linked(temporary, path):
+                return None
+        return _sha256(data)
 
     def _upload(self, key: str, path: Path) -> bool:
         target = self._path(key)
@@ -101,7 +101,7 @@ class LocalStore(Store):
         path = self._path(key)
         with os_errors(path):
             try:
-                return _opened(path)
+                return _opened_file(path)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 raise ObjectMissingError(f"no object at {path}" if self._root.is_dir() else self._no_root()) from None
 
@@ -161,7 +161,7 @@ class LocalStore(Store):
                     yield Entry(f"{prefix}{child.name}", child.stat().st_size)
 
 
-def _opened(path: Path) -> BinaryIO:
+def _opened_file(path: Path) -> BinaryIO:
     """The file, which is a regular one: opening a pipe would wait for somebody to write into it, for good."""
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -188,7 +188,7 @@ def _finished_beside(path: Path, data: bytes) -> Iterator[Path]:
         yield temporary
 
 
-def _version(data: bytes) -> str:
+def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

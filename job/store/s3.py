@@ -1,69 +1,50 @@
 """An S3 bucket, of Amazon's or of any server that knows conditional writes (If-None-Match and If-Match).
 
-Every object goes up in one request, which S3 takes up to 5 GB: it is guarded by a crc32c and, in its signature, by the
-SHA-256 of the content. Every object carries the crc32c in its metadata as well: servers differ in what they keep.
+Every object goes up in one request, of which S3 takes up to 5 GB, guarded by its crc32c and, in the signature, by the
+SHA-256 of the content. Its metadata have the crc32c as well: servers differ in what they keep.
 
-What goes wrong is told as the errors a person can act on. The words of a server that refuses credentials are never
-repeated: they may hold the key that it refused.
+The words of a server that refuses credentials are never repeated: they may hold the key that it refused.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import botocore.session
 import google_crc32c
+from botocore import exceptions as boto
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoAuthTokenError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSOError,
-    TokenRetrievalError,
-)
-from botocore.exceptions import ConnectionError as BotoConnectionError
 from botocore.parsers import ResponseParserError
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.store.base import Blob, Entry, ObjectMissingError, Store, content_type, is_key, one_line, stream_of
-from job.store.files import crc32c_of, temporary_beside
+from job.exits import BadRequestError, JobError, NoPermissionError
+from job.store.base import Entry, ObjectMissingError, is_key
+from job.store.remote import CONNECTIONS, ByteRange, Head, RemoteStore, cause, content_type, damaged, encoded, one_line
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
-_CONNECTIONS = 64
 _LISTINGS_AT_ONCE = 16
 
-_CONNECTION = (
-    BotoConnectionError,
-    HTTPClientError,
-    IncompleteReadError,
+_NETWORK = (
+    boto.ConnectionError,
+    boto.HTTPClientError,
+    boto.IncompleteReadError,
     ResponseParserError,
     ConnectionError,
     TimeoutError,
 )
 _CREDENTIALS = (
-    CredentialRetrievalError,
-    NoAuthTokenError,
-    NoCredentialsError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSOError,
-    TokenRetrievalError,
+    boto.NoAuthTokenError,
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+    boto.SSOError,
+    boto.TokenRetrievalError,
 )
 _CREDENTIAL_CODES = {
     "AuthorizationHeaderMalformed",
@@ -75,11 +56,10 @@ _CREDENTIAL_CODES = {
 }
 _DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
 _PASSING_CODES = {"ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown"}
-_PASSING_STATUSES = {408, 429, 500, 502, 503, 504}
 _PERMISSION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
-class S3Store(Store):
+class S3Store(RemoteStore):
     """Objects of a bucket whose names begin with a prefix. Versions are ETags."""
 
     def __init__(self, bucket: str, retry: Retry) -> None:
@@ -91,10 +71,14 @@ class S3Store(Store):
         """
         super().__init__(f"s3://{bucket}", retry)
         self._bucket, self._bucket_uri = bucket, self.uri
+        self._roles = (
+            f"s3:ListBucket on {self.uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject on what is in it"
+        )
+        self._make = f"aws s3 mb {self.uri}"
         config = Config(
             connect_timeout=retry.silence_seconds,
             read_timeout=retry.silence_seconds,
-            max_pool_connections=_CONNECTIONS,
+            max_pool_connections=CONNECTIONS,
             retries={"total_max_attempts": 1},
             # We send and compare crc32c ourselves; older servers choke on the trailers that botocore would add.
             request_checksum_calculation="when_required",
@@ -105,57 +89,62 @@ class S3Store(Store):
             if session.get_credentials() is None:
                 raise self._no_credentials("none were found")
             self._client = session.create_client("s3", config=config)
-            is_usable = urlsplit(self._client.meta.endpoint_url).username is None
-        except (BotoCoreError, ValueError) as error:
-            if told := self._told(error, self.uri):
-                raise told from error
-            is_usable = False
-        if not is_usable:
-            raise BadRequestError(
+            if urlsplit(self._client.meta.endpoint_url).username is not None:
+                raise ValueError
+        except (boto.BotoCoreError, ValueError) as error:
+            # Its own words may repeat a password.
+            raise self._told(error, self.uri) or BadRequestError(
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password, such as "
                 "http://localhost:9000"
-            )
+            ) from None
 
-    def _read(self, key: str) -> Blob:
-        content = io.BytesIO()
-        etag = self._fetch(key, content.write)
-        return Blob(content.getvalue(), etag)
-
-    def _write(self, key: str, data: bytes, version: str | None) -> str | None:
-        condition = {"IfNoneMatch": "*"} if version is None else {"IfMatch": version}
+    def _head(self, key: str) -> Head:
         try:
-            return self._send(key, data, google_crc32c.value(data), **condition)
-        except ClientError as error:
-            if _status(error) == 412 or (version is not None and _code(error) == "NoSuchKey"):
+            answer = self._client.head_object(**self._named(key))
+        except boto.ClientError as error:
+            if _http_status(error) in (400, 401, 403):
+                # A HEAD request is answered with a bare number; this one tells wrong keys from missing rights.
+                self._client.get_object(**self._named(key), Range="bytes=0-0")
+            raise
+        return Head(answer["ContentLength"], answer["ETag"], answer["Metadata"].get(_CRC32C))
+
+    def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
+        which = {"IfMatch": part.version, "Range": part.header} if part else {}
+        answer = self._client.get_object(**self._named(key), **which)
+        if "ContentLength" not in answer:
+            # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
+            raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
+        # Entered itself, it would give the stream below it, which takes a shorter content for a whole one.
+        with closing(answer["Body"]) as body:
+            _, crc32c = self._consume(key, body.read, consume)
+        # What others wrote carries no checksum of ours.
+        if not part and answer["Metadata"].get(_CRC32C, crc32c) != crc32c:
+            raise damaged(self.uri_of(key))
+        return str(answer["ETag"])
+
+    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
+        condition = {} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}
+        return self._send(key, data, encoded(google_crc32c.value(data)), **condition)
+
+    def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
+        watched = _Watched(file, partial(self.retry.is_under_way, self.uri_of(key)))
+        return self._send(key, watched, crc32c, IfNoneMatch="*") is not None
+
+    def _send(self, key: str, body: bytes | _Watched, crc32c: str, **condition: str) -> str | None:
+        try:
+            answer = self._client.put_object(
+                **self._named(key),
+                Body=body,
+                ContentType=content_type(key),
+                ChecksumCRC32C=crc32c,
+                Metadata={_CRC32C: crc32c},
+                **condition,
+            )
+        except boto.ClientError as error:
+            if _http_status(error) == 412 or ("IfMatch" in condition and _code(error) == "NoSuchKey"):
                 return None
             raise
-
-    def _put(self, key: str, data: bytes) -> None:
-        self._send(key, data, google_crc32c.value(data))
-
-    def _upload(self, key: str, path: Path) -> bool:
-        with path.open("rb") as file:
-            checksum, size_bytes = crc32c_of(file), file.tell()
-            file.seek(0)
-            watched = _Watched(file, partial(self.retry.is_under_way, self.uri_of(key)))
-            try:
-                self._send(key, watched, checksum, IfNoneMatch="*")
-            except ClientError as error:
-                if _status(error) != 412:
-                    raise
-                there = self._head(key)
-                return (there["ContentLength"], there["Metadata"].get(_CRC32C)) == (size_bytes, _encoded(checksum))
-        return True
-
-    def _download(self, key: str, path: Path) -> None:
-        with temporary_beside(path) as (temporary, file):
-            self._fetch(key, file.write)
-            file.flush()
-            temporary.replace(path)
-
-    def _open(self, key: str) -> BinaryIO:
-        there = self._head(key)
-        return stream_of(partial(self._attempt, self._range, key, there["ETag"]), there["ContentLength"])
+        return str(answer["ETag"])
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         return [
@@ -182,109 +171,43 @@ class S3Store(Store):
             return [name for name, there in zip(names, pool.map(has_objects, names), strict=True) if there]
 
     def _delete(self, key: str) -> None:
-        self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
-
-    def _look(self, key: str) -> None:
-        self._head(key)
-
-    def _head(self, key: str) -> dict[str, Any]:
-        name = self._prefix + key
-        try:
-            return self._client.head_object(Bucket=self._bucket, Key=name)
-        except ClientError as error:
-            if not _is_passing(error) and _status(error) not in (404, 412):
-                # A HEAD request is answered with a bare number; this one tells wrong keys from missing rights.
-                self._client.get_object(Bucket=self._bucket, Key=name, Range="bytes=0-0")
-            raise
+        self._client.delete_object(**self._named(key))
 
     def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
         paginator = self._client.get_paginator("list_objects_v2")
         return iter(paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments))
 
-    def _send(self, key: str, body: bytes | _Watched, checksum: int, **condition: str) -> str:
-        crc32c = _encoded(checksum)
-        answer = self._client.put_object(
-            Bucket=self._bucket,
-            Key=self._prefix + key,
-            Body=body,
-            ContentType=content_type(key),
-            ChecksumCRC32C=crc32c,
-            Metadata={_CRC32C: crc32c},
-            **condition,
-        )
-        return str(answer["ETag"])
+    def _named(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
 
-    def _range(self, key: str, etag: str, start: int, stop: int) -> bytes:
-        content = io.BytesIO()
-        self._fetch(key, content.write, IfMatch=etag, Range=f"bytes={start}-{stop - 1}")
-        return content.getvalue()
-
-    def _fetch(self, key: str, consume: Callable[[bytes], object], **which: str) -> str:
-        """Streams the content, or a range of it, and returns the ETag.
-
-        Raises:
-            BucketAwayError: less arrived, or, of the whole content, something else than was declared when it went up.
-        """
-        answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **which)
-        if "ContentLength" not in answer:
-            # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
-            raise IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
-        with answer["Body"] as body:
-            checksum = self._consume(key, body.read, consume)[1]
-        # What others wrote carries no checksum of ours.
-        if "Range" not in which and answer["Metadata"].get(_CRC32C, _encoded(checksum)) != _encoded(checksum):
-            raise _damaged(self.uri_of(key))
-        return str(answer["ETag"])
-
-    def _told(self, error: Exception, uri: str) -> JobError | None:
-        if not isinstance(error, (BotoCoreError, ClientError, *_CONNECTION)):
-            return None
-        status, code = _status(error), _code(error)
-        if code == "NoSuchBucket":
-            return self._no_bucket()
-        if status == 404:
-            return self._missing(uri)
-        if code == "RequestTimeTooSkewed":
-            return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
-        if code in _CREDENTIAL_CODES:
-            region = error.response["Error"].get("Region") if isinstance(error, ClientError) else None
-            return self._no_credentials(f"{code}; its region is {region}" if region else code)
-        if isinstance(error, _CREDENTIALS):
-            return self._no_credentials(type(error).__name__)
-        if status in (401, 403):
-            permission = _PERMISSION.search(str(error))
-            return NoPermissionError(
-                f"{uri}: no permission{f' {permission[0]}' if permission else ''} ({code}): grant the account in use "
-                f"s3:ListBucket on {self._bucket_uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject on what is "
-                "in it"
-            )
-        if code in _DAMAGED_CODES:
-            return _damaged(uri)
-        if status == 412:
-            return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
-        if _is_passing(error):
-            return BucketAwayError(f"{uri}: the bucket is away ({_reason(error)}): check the network")
-        if status is None:
-            return BadRequestError(f"{uri}: cannot be asked for ({_reason(error)}): check the AWS settings")
-        return BadRequestError(f"{uri}: the bucket refused with {status}: {_reason(error)}")
-
-    def _missing(self, uri: str) -> MissingInputError:
-        """What a 404 about `uri` means: a HEAD request answers so for a missing bucket, too."""
+    def _bucket_exists(self) -> bool:
         try:
             self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
-        except ClientError as error:
-            # Who may not list cannot tell; the object is missing all the same.
-            if _status(error) == 404:
-                return self._no_bucket()
-        except (BotoCoreError, *_CONNECTION):
-            pass
-        return ObjectMissingError(f"no object at {uri}")
+        except (boto.BotoCoreError, boto.ClientError, *_NETWORK) as error:
+            # Who may not list cannot tell.
+            return _http_status(error) != 404
+        return True
 
-    def _no_bucket(self) -> MissingInputError:
-        return MissingInputError(
-            f"no bucket {self._bucket_uri}: check the name and AWS_ENDPOINT_URL, or make it with "
-            f"`aws s3 mb {self._bucket_uri}`"
-        )
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        if not isinstance(error, (boto.BotoCoreError, boto.ClientError, *_NETWORK)):
+            return None
+        status, code = _http_status(error), _code(error)
+        if code in _CREDENTIAL_CODES or isinstance(error, _CREDENTIALS):
+            return self._no_credentials(code or type(error).__name__)
+        if code in _DAMAGED_CODES:
+            return damaged(uri)
+        if code == "NoSuchBucket":
+            return self._no_bucket()
+        if code == "RequestTimeTooSkewed":
+            return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
+        if status == 412:
+            return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+        if status is None and not isinstance(error, (*_NETWORK, boto.CredentialRetrievalError)):
+            return BadRequestError(f"{uri}: cannot be asked for ({_reason(error)}): check the AWS settings")
+        if status in (401, 403):
+            permission = _PERMISSION.search(str(error))
+            return self._told_by_status(uri, status, code, permission[0] if permission else "")
+        return self._told_by_status(uri, None if code in _PASSING_CODES else status, _reason(error))
 
     def _no_credentials(self, reason: str) -> NoPermissionError:
         return NoPermissionError(
@@ -305,43 +228,18 @@ class _Watched:
         return self._file.read(size_bytes)
 
 
-def _damaged(uri: str) -> BucketAwayError:
-    return BucketAwayError(f"{uri}: the bytes were damaged on the way (checksum differs): check the network")
-
-
-def _is_passing(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, ClientError):
-        return _status(error) in _PASSING_STATUSES or _code(error) in _PASSING_CODES
-    return isinstance(error, (*_CONNECTION, CredentialRetrievalError))
-
-
-def _status(error: BaseException) -> int | None:
+def _http_status(error: BaseException) -> int | None:
     """HTTP status of an answer; None if there was none."""
-    return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, ClientError) else None
+    return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, boto.ClientError) else None
 
 
 def _code(error: BaseException) -> str:
     """The word by which S3 knows an error, such as `NoSuchKey`; the answer to a HEAD request has the bare status."""
-    return error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+    return error.response["Error"].get("Code", "") if isinstance(error, boto.ClientError) else ""
 
 
 def _reason(error: BaseException) -> str:
-    """One short line: the server's own words, or the innermost cause (`Connection refused`, not a nest of classes)."""
-    if isinstance(error, ClientError):
+    if isinstance(error, boto.ClientError):
         return one_line(error.response["Error"].get("Message", "") or _code(error))
-    # An outer layer would print the whole URL, and a password in it.
-    while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
-        error = inner
-    if isinstance(error, OSError) and error.errno and error.errno > 0:
-        return os.strerror(error.errno)
-    if isinstance(error, TimeoutError):
-        return "timed out"
     # The answer itself is in the message of a parser.
-    is_answer = isinstance(error, ResponseParserError | SyntaxError)
-    return "an answer that is not S3's" if is_answer else one_line(str(error) or type(error).__name__)
-
-
-def _encoded(crc32c: int) -> str:
-    """The checksum as S3 writes it."""
-    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
+    return "an answer that is not S3's" if isinstance(error, ResponseParserError) else cause(error)

@@ -1,8 +1,8 @@
 """What Kubernetes' Job controller does with a Job, over `podman kube play`: an emulation, not Kubernetes itself.
 
 podman runs one pod of a Job and knows nothing of indexes, retries and failure policies. So each attempt at an index is
-a pod of its own here, and its end is judged by the Job's own rules (kubernetes.io/docs/concepts/workloads/controllers/
-job). Left out are the pauses between attempts, and all that concerns nodes: selectors, tolerations, GPUs.
+a pod of its own here, and its end is judged by the Job's own rules, as far as ours have any (kubernetes.io/docs/
+concepts/workloads/controllers/job). Left out are the pauses between attempts, and all that concerns nodes.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from __future__ import annotations
 import copy
 import json
 import time
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from tests.containers.podman import inspected, podman
@@ -31,11 +32,10 @@ class Attempt:
     number: int
     pod: str
     container: str
-    conditions: list[str] = field(default_factory=list)
-    """Types of conditions that are true of the pod, such as `DisruptionTarget`."""
+    disrupted: bool = False
     exit_code: int | None = None
     action: str = ""
-    """What the failure policy did about it: Ignore, FailJob, FailIndex or Count; empty for a pod that succeeded."""
+    """What the failure policy did about it: Ignore, FailJob or Count; empty for a pod that succeeded."""
     output: str = ""
 
     def terminate(self) -> None:
@@ -43,8 +43,8 @@ class Attempt:
         podman("kill", "--signal", "TERM", self.container)
 
     def disrupt(self) -> None:
-        """As a node that is taken away does: the pod is marked, then terminated."""
-        self.conditions.append("DisruptionTarget")
+        """As a node that is taken away does: the pod gets the condition DisruptionTarget, then it is terminated."""
+        self.disrupted = True
         self.terminate()
 
 
@@ -53,56 +53,46 @@ class JobRunner:
 
     def __init__(self, job: dict[str, Any], running: Callable[[Attempt], None] = lambda attempt: None) -> None:
         """`running` is called again and again about each pod that runs, and may terminate or disrupt it."""
-        assert job["kind"] == "Job"
+        assert job["kind"] == "Job" and job["spec"]["parallelism"] == job["spec"]["completions"]
         self.job, self.spec, self.running = job, job["spec"], running
         self.attempts: list[Attempt] = []
         self._living: dict[int, Attempt] = {}
 
     def run(self) -> str:
-        """`Complete`, or the reason of the Job's failure: PodFailurePolicy, BackoffLimitExceeded, FailedIndexes …"""
-        completions = int(self.spec["completions"])
-        deadline = time.monotonic() + float(self.spec["activeDeadlineSeconds"])
-        pending, succeeded, failed = list(range(completions)), set[int](), set[int]()
-        counted = dict.fromkeys(pending, 0)
-        while len(succeeded) + len(failed) < completions:
-            while pending and len(self._living) < int(self.spec["parallelism"]):
-                self._start(pending.pop(0))
+        """`Complete`, or the reason of the Job's failure: PodFailurePolicy or BackoffLimitExceeded."""
+        counted = Counter[int]()
+        for index in range(self.spec["completions"]):
+            self._start(index)
+        while self._living:
             time.sleep(LOOK_SECONDS)
             for attempt in self._ended():
                 if attempt.exit_code == 0:
-                    succeeded.add(attempt.index)
                     continue
                 attempt.action = self._action(attempt)
-                if attempt.action == "FailJob":
-                    return self._end("PodFailurePolicy")
                 counted[attempt.index] += attempt.action == "Count"
-                limit = self.spec.get("backoffLimitPerIndex")
-                if limit is None and sum(counted.values()) > int(self.spec["backoffLimit"]):
-                    return self._end("BackoffLimitExceeded")
-                if attempt.action == "FailIndex" or (limit is not None and counted[attempt.index] > int(limit)):
-                    failed.add(attempt.index)
-                    if len(failed) > int(self.spec.get("maxFailedIndexes", completions)):
-                        return self._end("MaxFailedIndexesExceeded")
-                    continue
-                pending.append(attempt.index)
-            if time.monotonic() > deadline:
-                return self._end("DeadlineExceeded")
-        return "FailedIndexes" if failed else "Complete"
+                of_index = "backoffLimitPerIndex" in self.spec
+                failures = counted[attempt.index] if of_index else counted.total()
+                exceeded = failures > self.spec["backoffLimitPerIndex" if of_index else "backoffLimit"]
+                if attempt.action == "FailJob" or exceeded:
+                    for other in list(self._living.values()):
+                        self._remove(other)
+                    return "BackoffLimitExceeded" if exceeded else "PodFailurePolicy"
+                self._start(attempt.index)
+        return "Complete"
 
     def _start(self, index: int) -> None:
         number = sum(attempt.index == index for attempt in self.attempts)
         pod = f"{self.job['metadata']['name']}-{index}-{number}"
         template = copy.deepcopy(self.spec["template"])
         (container,) = template["spec"]["containers"]
-        # podman has no index for the annotation that this variable comes from.
+        # podman has no index for the annotation that this variable comes from, and the kubelet replaces it in words.
         others = [variable for variable in container.get("env", []) if variable["name"] != INDEX]
         container["env"] = [{"name": INDEX, "value": str(index)}, *others]
-        container["args"] = [_expanded(word, index) for word in container.get("args", [])]
-        metadata = {**template.get("metadata", {}), "name": pod}
-        metadata["labels"] = {**metadata.get("labels", {}), INDEX_ANNOTATION: str(index)}
+        container["args"] = [word.replace(f"$({INDEX})", str(index)) for word in container.get("args", [])]
+        labels = {**template["metadata"]["labels"], INDEX_ANNOTATION: str(index)}
+        metadata = {**template["metadata"], "name": pod, "labels": labels}
         manifest = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": template["spec"]}
-        attempt = Attempt(index, number, pod, f"{pod}-{container['name']}")
-        self._living[index] = attempt
+        self._living[index] = Attempt(index, number, pod, f"{pod}-{container['name']}")
         # As the kubelet does with a sandbox that its runtime could not make, which says nothing about the program.
         for chance in reversed(range(SANDBOXES)):
             words = ("kube", "play", "--network", "host", "-")
@@ -126,28 +116,14 @@ class JobRunner:
 
     def _action(self, attempt: Attempt) -> str:
         """Of the first rule that matches; a failure that none is about counts."""
-        for rule in self.spec.get("podFailurePolicy", {}).get("rules", []):
-            patterns = rule.get("onPodConditions", [])
-            if any(pattern["status"] == "True" and pattern["type"] in attempt.conditions for pattern in patterns):
+        for rule in self.spec["podFailurePolicy"]["rules"]:
+            codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+            assert codes["operator"] == "In"
+            on_disruption = any(pattern["type"] == "DisruptionTarget" for pattern in rule.get("onPodConditions", []))
+            if attempt.exit_code in codes["values"] or (on_disruption and attempt.disrupted):
                 return str(rule["action"])
-            if codes := rule.get("onExitCodes"):
-                own = codes.get("containerName") in (None, attempt.container.removeprefix(f"{attempt.pod}-"))
-                listed = attempt.exit_code in codes["values"]
-                if own and listed == (codes["operator"] == "In"):
-                    return str(rule["action"])
         return "Count"
-
-    def _end(self, reason: str) -> str:
-        for attempt in list(self._living.values()):
-            self._remove(attempt)
-        return reason
 
     def _remove(self, attempt: Attempt) -> None:
         podman("pod", "rm", "--force", "--time", "0", attempt.pod)
         self.attempts.append(self._living.pop(attempt.index))
-
-
-def _expanded(word: str, index: int) -> str:
-    """What the kubelet makes of a word: `$(NAME)` is a variable's value, `$$` a dollar."""
-    parts = word.split("$$")
-    return "$".join(part.replace(f"$({INDEX})", str(index)) for part in parts)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from job.jobs.backends.base import State
 from job.jobs.backends.container import ContainerBackend
-from job.jobs.outcome import JobPlace, read_outcome
+from job.jobs.outcome import read_outcome
 from job.jobs.targets import ContainerTarget, load_targets
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
@@ -49,7 +49,7 @@ def test_pack_and_train_with_what_comes_along(place):
     assert all(picture.stat().st_uid == bucket.stat().st_uid for picture in pictures)
     assert backend().status("train-first").state is State.FINISHED
     # It says so itself, in the bucket.
-    outcome = read_outcome(JobPlace("train-first", str(bucket)))
+    outcome = read_outcome("train-first", str(bucket))
     assert outcome is not None
     assert (outcome.state, outcome.exit_code) == ("finished", 0)
     assert "is finished already" in succeeded(ddpm("submit", *training("first", bucket, epochs=1), *HERE))
@@ -124,15 +124,6 @@ def test_the_container_is_confined(place):
     podman("rm", "--force", "--time", "0", "train-confined")
 
 
-def test_a_bad_setting_has_its_code_and_a_line(place):
-    for words, code, says in (
-        (("--set", "train.batch_size=0"), 78, "train.batch_size"),
-        (("--set", "no.such_key=1"), 78, "no.such_key"),
-        (("--preset", "nonesuch"), 64, "nonesuch"),
-    ):
-        assert says in refused(ddpm("submit", *training("bad", place), *words, *HERE), code)
-
-
 def test_what_only_the_container_finds_has_its_code(place):
     """A batch that the processes cannot share is found by the launcher in the container."""
     done = ddpm("submit", *training("wide", place), "--processes", 25, *HERE)
@@ -162,11 +153,6 @@ def test_an_image_that_is_nowhere(place):
     assert "ddpm: image 127.0.0.1:1/ddpm:latest could not be pulled" in done.stderr.splitlines()[-1]
     assert done.returncode == 66
     assert backend().status("train-imageless").state is State.GONE
-
-
-def test_without_an_engine_it_says_what_to_install(place, tmp_path):
-    said = refused(ddpm("submit", *training("a", place), *HERE, PATH=str(tmp_path)), 66)
-    assert "apt-get install podman" in said
 
 
 def test_the_doctor_looks_into_the_container(place):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from pathlib import Path
 
 import pytest
@@ -16,26 +15,10 @@ from tests.containers.runs import training
 from tests.job.launching import eventually
 
 CONFINED = ("--read-only", "--tmpfs", "/tmp:rw,exec,mode=1777", "--cap-drop", "ALL", "--network", "none")
-USERS = ("10001:10001", "4321:0", "65534:65534")
 
 
-@pytest.mark.parametrize("user", USERS)
-def test_it_says_its_version_for_any_user(user):
-    done = podman("run", "--rm", *CONFINED, "--user", user, IMAGE, "--version")
-    assert done.stdout.startswith("ddpm ")
-    assert done.stderr == ""
-
-
-def test_its_own_user_is_not_root_and_can_write_nothing():
-    script = (
-        "id -u; for f in / /opt/ddpm /etc /usr/local /home /root; do touch $f/x 2>/dev/null && echo wrote $f; done; :"
-    )
-    done = podman("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", script)
-    assert done.stdout == "10001\n"
-
-
-@pytest.mark.parametrize("user", USERS[:2])
-def test_the_program_works_where_nothing_but_tmp_can_be_written(user, tmp_path):
+@pytest.mark.parametrize("user", ["10001:10001", "4321:0"])
+def test_the_program_works_for_any_user_where_nothing_but_tmp_can_be_written(user, tmp_path):
     bucket = tmp_path / "bucket"
     bucket.mkdir()
     bucket.chmod(0o777)
@@ -46,23 +29,23 @@ def test_the_program_works_where_nothing_but_tmp_can_be_written(user, tmp_path):
     assert (bucket / "datasets/tiles-16/index.json").stat().st_uid == int(user.partition(":")[0])
 
 
-def test_torch_compile_has_its_compiler_and_its_caches():
-    script = (
-        "import subprocess, sysconfig, os, pathlib;"
-        "subprocess.run(['gcc', '-shared', '-fPIC', '-x', 'c', '-', '-o', '/tmp/x.so', '-I',"
-        " sysconfig.get_path('include')], input=b'#include <Python.h>\\nint f(void) {return 7;}', check=True);"
-        "import ctypes; print(ctypes.CDLL('/tmp/x.so').f());"
-        "print(os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR'], pathlib.Path.home())"
-    )
-    done = podman("run", "--rm", *CONFINED, "--user", "4321:0", "--entrypoint", "python", IMAGE, "-c", script)
-    assert done.stdout.split() == ["7", "/tmp/torchinductor", "/tmp/triton", "/tmp"]
+def test_its_own_user_is_not_root_can_write_nothing_and_has_a_compiler_and_caches_for_torch_compile():
+    script = """
+        id -u
+        for f in / /opt/ddpm /etc /usr/local /home /root; do touch $f/x 2>/dev/null && echo wrote $f; done
+        echo $TORCHINDUCTOR_CACHE_DIR $TRITON_CACHE_DIR $HOME
+        include=$(python -c 'import sysconfig; print(sysconfig.get_path("include"))')
+        printf '#include <Python.h>\\nint f(void) {return 7;}' | gcc -shared -fPIC -x c - -o /tmp/x.so -I $include
+        python -c 'import ctypes; print(ctypes.CDLL("/tmp/x.so").f())'
+    """
+    done = podman("run", "--rm", "--entrypoint", "sh", IMAGE, "-c", script)
+    assert done.stdout.splitlines() == ["10001", "/tmp/torchinductor /tmp/triton /tmp", "7"]
 
 
 def test_it_is_labelled_and_says_what_it_needs():
     (found,) = json.loads(podman("image", "inspect", IMAGE).stdout)
     config = found["Config"]
-    assert config["Entrypoint"] == ["/opt/ddpm/bin/ddpm"]
-    assert config["User"] == "10001:10001"
+    assert (config["Entrypoint"], config["User"]) == (["/opt/ddpm/bin/ddpm"], "10001:10001")
     labels = config["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert len(labels["org.opencontainers.image.revision"]) >= 7
@@ -91,9 +74,10 @@ def test_pid_1_is_the_launcher_which_reaps_and_passes_the_signal_on(packed):
     ranks = Path(f"/proc/{pid}/task/{pid}/children")
     eventually(lambda: ranks.read_text().split() and run.exists("config.yaml") and list_checkpoints(run), 120)
     # A child whose parent ends at once becomes PID 1's, and is gone when it ends.
-    podman("exec", name, "sh", "-c", "sleep 0.5 & exit 0")
-    time.sleep(2.5)
-    assert not [child for child in ranks.read_text().split() if " Z " in Path(f"/proc/{child}/stat").read_text()]
+    before = set(ranks.read_text().split())
+    podman("exec", name, "sh", "-c", "sleep 1 & exit 0")
+    assert set(ranks.read_text().split()) > before
+    eventually(lambda: set(ranks.read_text().split()) == before)
     podman("stop", "--time", "60", name)
     state = inspected(name)
     assert (state["ExitCode"], state["OOMKilled"]) == (75, False)

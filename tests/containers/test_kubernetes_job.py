@@ -4,43 +4,38 @@ from __future__ import annotations
 
 import json
 import re
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from google.cloud import storage
 
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
 from tests.containers.job_runner import Attempt, JobRunner
 from tests.containers.podman import IMAGE
 from tests.containers.runs import IMAGES, assert_equal, training
-from tests.job.command_line import ddpm, succeeded
+from tests.job.command_line import ddpm_here, succeeded
 
 
-@pytest.fixture
-def bucket(gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(scope="module")
+def bucket(gcs_server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """A gs:// bucket with the packed images, and a target whose pods find its server on the host's loopback."""
-    monkeypatch.chdir(tmp_path)
-    target = {
-        "backend": "kubernetes",
-        "image": IMAGE,
-        "bucket": gcs_bucket,
-        "cluster": "plain",
-        "gpus": 0,
-        "memory": "4Gi",
-        "grace_seconds": 30,
-        "env": {"STORAGE_EMULATOR_HOST": gcs_server, "OMP_NUM_THREADS": "1"},
-    }
-    Path("targets.yaml").write_text(json.dumps({"cluster": target}))
-    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", gcs_bucket))
-    return gcs_bucket
+    storage.Client(project="test").create_bucket("pods")
+    target = {"backend": "kubernetes", "image": IMAGE, "bucket": "gs://pods", "cluster": "plain", "gpus": 0}
+    target |= {"memory": "4Gi", "grace_seconds": 30}
+    target |= {"env": {"STORAGE_EMULATOR_HOST": gcs_server, "OMP_NUM_THREADS": "1"}}
+    folder = tmp_path_factory.mktemp("kubernetes")
+    (folder / "targets.yaml").write_text(json.dumps({"cluster": target}))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", "gs://pods"))
+        yield "gs://pods"
 
 
 def rendered(*words: object) -> dict[str, Any]:
     """The Job that a dry run prints."""
-    out = succeeded(ddpm("submit", *words, "--on", "cluster", "--dry-run", "-o", "json"))
-    job = json.loads(out)
-    return job[0] if isinstance(job, list) else job
+    return dict(json.loads(succeeded(ddpm_here("submit", *words, "--on", "cluster", "--dry-run", "-o", "json"))))
 
 
 def of(bucket: str, run: str) -> Store:
@@ -65,8 +60,7 @@ def test_a_run_that_is_terminated_and_disrupted_ends_with_the_weights_of_an_undi
         said = re.search(r"after ([\d,]+) images; everything is saved, and the same command goes on", attempt.output)
         assert said is not None, attempt.output
         assert int(said[1].replace(",", "")) % IMAGES, "stopped between two epochs, which proves less"
-    fences = {ref.fence for ref in list_checkpoints(run)}
-    assert max(fences) == 3
+    assert max(list_checkpoints(run)).fence == 3
     assert JobRunner(rendered(*training("undisturbed", bucket))).run() == "Complete"
     assert_equal(run, of(bucket, "undisturbed"))
 
@@ -81,7 +75,6 @@ def test_two_slices_make_each_image_once(bucket):
     assert runner.run() == "Complete", [attempt.output for attempt in runner.attempts]
     assert sorted((attempt.index, attempt.exit_code) for attempt in runner.attempts) == [(0, 0), (1, 0)]
     made = [entry.key for entry in run.list("samples") if entry.key.endswith(".png") and "-40-png/" in entry.key]
-    print("\n".join(made[:3]))
     assert len({key.rpartition("/")[2] for key in made if "grid" not in key}) == count
     # What is there is not made again.
     again = JobRunner(job)
@@ -89,14 +82,12 @@ def test_two_slices_make_each_image_once(bucket):
     assert all("complete already" in attempt.output for attempt in again.attempts)
 
 
-@pytest.mark.parametrize(
-    ("words", "code"), [(("--processes", "40"), 78), (("--dataset", "nowhere", "--run", "other"), 66)]
-)
-def test_what_would_come_again_is_not_tried_again(bucket, words, code):
-    runner = JobRunner(rendered(*training("bad", bucket), *words))
-    assert runner.run() == "PodFailurePolicy"
-    assert [(attempt.exit_code, attempt.action) for attempt in runner.attempts] == [(code, "FailJob")]
-    assert len([line for line in runner.attempts[0].output.splitlines() if line.startswith("ddpm:")]) == 1
+def test_what_would_come_again_is_not_tried_again(bucket):
+    for words, code in ((("--processes", "40"), 78), (("--dataset", "nowhere", "--run", "other"), 66)):
+        runner = JobRunner(rendered(*training("bad", bucket), *words))
+        assert runner.run() == "PodFailurePolicy"
+        assert [(attempt.exit_code, attempt.action) for attempt in runner.attempts] == [(code, "FailJob")]
+        assert len([line for line in runner.attempts[0].output.splitlines() if line.startswith("ddpm:")]) == 1
 
 
 def test_a_crash_is_tried_again_but_not_for_ever(bucket):

@@ -16,7 +16,6 @@ from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store
 from tests.job.nodes import Nodes
 
-pytestmark = pytest.mark.containers
 ADDRESSES = ("192.168.77.1", "192.168.77.2")
 
 
@@ -57,14 +56,10 @@ def named(namespaces: tuple[str, str]) -> Iterator[str]:
         shutil.rmtree(Path("/etc/netns") / namespace)
 
 
-@pytest.mark.parametrize("by_name", [False, True])
-def test_two_nodes_meet_and_train(
-    tmp_path: Path, namespaces: tuple[str, str], by_name: bool, request: pytest.FixtureRequest
-) -> None:
-    address = request.getfixturevalue("named") if by_name else ADDRESSES[0]
+def test_two_nodes_meet_by_name_and_train(tmp_path: Path, namespaces: tuple[str, str], named: str) -> None:
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
     pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "tiles", size=16))
-    nodes = Nodes(tmp_path, address, 29500, namespaces)
+    nodes = Nodes(tmp_path, named, 29500, namespaces)
     together = nodes.together("walk", 2)
     assert [node.wait(200) for node in together] == [0, 0], nodes.said(together)
     run = open_store(str(nodes.bucket)).sub("runs/walk")

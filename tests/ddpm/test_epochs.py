@@ -2,14 +2,13 @@ from ddpm.epochs import crosses, epochs_completed_by, images_at_epoch
 
 
 def test_an_epoch_ends_at_the_first_batch_boundary_at_or_after_its_last_image():
-    assert images_at_epoch(1, 299, 8) == 304
-    assert images_at_epoch(2, 299, 8) == 600
-    assert images_at_epoch(8, 299, 8) == 2392 == 8 * 299
-    assert images_at_epoch(3, 5, 16) == 16
+    ends = [images_at_epoch(*case) for case in ((1, 299, 8), (2, 299, 8), (8, 299, 8), (3, 5, 16))]
+    assert ends == [304, 600, 8 * 299, 16]
 
 
 def test_every_epoch_is_completed_by_exactly_one_batch():
     for dataset_images, batch_size in [(299, 8), (5, 16), (16, 4), (7, 7), (10, 3)]:
+        assert not epochs_completed_by(0, dataset_images, batch_size)
         completed = [
             epoch
             for images in range(batch_size, 40 * dataset_images, batch_size)
@@ -19,10 +18,6 @@ def test_every_epoch_is_completed_by_exactly_one_batch():
         for epoch in completed:
             boundary = images_at_epoch(epoch, dataset_images, batch_size)
             assert epoch in epochs_completed_by(boundary, dataset_images, batch_size)
-
-
-def test_nothing_is_completed_before_the_first_batch():
-    assert not epochs_completed_by(0, 299, 8)
 
 
 def test_crosses_fires_once_per_multiple():

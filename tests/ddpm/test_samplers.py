@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import pairwise, product
 
 import diffusers
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.testing import assert_close
 
 from ddpm.samplers import (
     ancestral_step,
@@ -28,6 +29,10 @@ def normal(seed: int) -> Tensor:
     return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
 
 
+def assert_row_close(row: object, found: Tensor, expected: Tensor) -> None:
+    assert_close(found, expected, rtol=0, atol=1e-6, msg=lambda said: f"{row}: {said}")
+
+
 def no_noise(t: int) -> Tensor:
     raise AssertionError("noise was asked for")
 
@@ -40,9 +45,8 @@ def judge(kind: type, schedule: NoiseSchedule, **config: object):
 
 
 class TestGrid:
-    @pytest.mark.parametrize("spacing", ["leading", "trailing", "quadratic"])
-    def test_every_grid_descends_without_repeats(self, spacing: str) -> None:
-        for num_timesteps in (1, 2, 3, 4, 5, 10, 37, 1000):
+    def test_every_grid_descends_without_repeats(self) -> None:
+        for spacing, num_timesteps in product(("leading", "trailing", "quadratic"), (1, 2, 3, 4, 5, 10, 37, 1000)):
             for steps in {*range(1, min(num_timesteps, 40) + 1), num_timesteps - num_timesteps // 9, num_timesteps}:
                 grid = timestep_grid(num_timesteps, steps, spacing)
                 assert len(grid) == steps
@@ -51,70 +55,43 @@ class TestGrid:
                 assert grid[0] < num_timesteps
             assert timestep_grid(num_timesteps, num_timesteps, spacing) == list(range(num_timesteps))[::-1]
 
-    @pytest.mark.parametrize("spacing", ["leading", "trailing"])
-    @pytest.mark.parametrize("steps", [1, 2, 7, 10, 16, 50, 100, 250, 999, 1000])
-    def test_equals_diffusers(self, spacing: str, steps: int) -> None:
-        scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
-        scheduler.set_timesteps(steps)
-        assert timestep_grid(T, steps, spacing) == scheduler.timesteps.tolist()
+    def test_equals_diffusers(self) -> None:
+        for spacing, steps in product(("leading", "trailing"), (1, 2, 7, 10, 16, 50, 100, 250, 999, 1000)):
+            scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
+            scheduler.set_timesteps(steps)
+            assert timestep_grid(T, steps, spacing) == scheduler.timesteps.tolist(), (spacing, steps)
 
-    @pytest.mark.parametrize(("steps", "moved"), [(10, 0), (20, 0), (50, 3), (100, 12)])
-    def test_quadratic_is_the_grid_of_the_ddim_paper(self, steps: int, moved: int) -> None:
+    def test_quadratic_is_the_grid_of_the_ddim_paper(self) -> None:
         """The paper's has repeats among its smallest timesteps; only these are moved."""
-        squares = [int(s) for s in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2]
-        grid = timestep_grid(T, steps, "quadratic")[::-1]
-        assert grid[0] == squares[0] == 0
-        assert grid[1 : moved + 1] == list(range(1, moved + 1))
-        assert grid[moved + 1 :] == squares[moved + 1 :]
-
-    def test_by_hand(self) -> None:
-        assert timestep_grid(1000, 4, "leading") == [750, 500, 250, 0]
-        assert timestep_grid(1000, 4, "trailing") == [999, 749, 499, 249]
-        assert timestep_grid(1000, 5, "quadratic") == [800, 450, 200, 50, 0]
-
-    @pytest.mark.parametrize("steps", [0, -1, 1001])
-    def test_impossible_steps_are_refused(self, steps: int) -> None:
-        with pytest.raises(ValueError, match=f"between 1 and 1000.*not {steps}"):
-            timestep_grid(T, steps, "trailing")
-
-    def test_unknown_spacing_is_refused(self) -> None:
-        with pytest.raises(ValueError, match="'karras'"):
-            timestep_grid(T, 10, "karras")
+        assert timestep_grid(T, 5, "quadratic") == [800, 450, 200, 50, 0]
+        for steps, moved in ((10, 0), (20, 0), (50, 3), (100, 12)):
+            squares = [int(s) for s in np.linspace(0, np.sqrt(0.8 * T), steps) ** 2]
+            grid = timestep_grid(T, steps, "quadratic")[::-1]
+            assert grid[: moved + 1] == list(range(moved + 1)), steps
+            assert grid[moved + 1 :] == squares[moved + 1 :], steps
 
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 class TestStep:
     @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-    @pytest.mark.parametrize(("t", "t_prev"), [(999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)])
-    def test_ancestral_equals_diffusers(
-        self, make: Callable[[], NoiseSchedule], variance: str, t: int, t_prev: int
-    ) -> None:
+    def test_ancestral_equals_diffusers(self, make: Callable[[], NoiseSchedule], variance: str) -> None:
         schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
         scheduler = judge(diffusers.DDPMScheduler, schedule, variance_type=variance)
-        scheduler.set_timesteps(timesteps=[t, t_prev] if t_prev >= 0 else [t])
-        expected = scheduler.step(x_start, t, x_t, generator=torch.Generator().manual_seed(2)).prev_sample
-        step = ancestral_step(schedule, x_t, x_start, t, t_prev, normal(2), variance)
-        torch.testing.assert_close(step, expected, rtol=0, atol=1e-6)
+        for t, t_prev in ((999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)):
+            scheduler.set_timesteps(timesteps=[t, t_prev] if t_prev >= 0 else [t])
+            expected = scheduler.step(x_start, t, x_t, generator=torch.Generator().manual_seed(2)).prev_sample
+            step = ancestral_step(schedule, x_t, x_start, t, t_prev, normal(2), variance)
+            assert_row_close(f"{t} to {t_prev}", step, expected)
 
     @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
-    @pytest.mark.parametrize(("t", "steps"), [(999, 1000), (999, 50), (500, 4), (40, 50), (1, 1000), (0, 1000)])
-    def test_ddim_equals_diffusers(self, make: Callable[[], NoiseSchedule], eta: float, t: int, steps: int) -> None:
+    def test_ddim_equals_diffusers(self, make: Callable[[], NoiseSchedule], eta: float) -> None:
         schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
         scheduler = judge(diffusers.DDIMScheduler, schedule, set_alpha_to_one=True)
-        scheduler.set_timesteps(steps)
-        expected = scheduler.step(x_start, t, x_t, eta=eta, variance_noise=normal(2)).prev_sample
-        step = ddim_step(schedule, x_t, x_start, t, t - T // steps, eta, normal(2))
-        torch.testing.assert_close(step, expected, rtol=0, atol=1e-6)
-
-    def test_the_last_step_ends_at_the_estimate(self, make: Callable[[], NoiseSchedule]) -> None:
-        schedule, x_t, x_start = make(), normal(0), normal(1)
-        for t in (0, 19, 999):
-            for variance in ("fixed_small", "fixed_large"):
-                step = ancestral_step(schedule, x_t, x_start, t, -1, None, variance)
-                torch.testing.assert_close(step, x_start, rtol=1e-6, atol=1e-7)
-            for eta in (0.0, 1.0):
-                step = ddim_step(schedule, x_t, x_start, t, -1, eta, None)
-                torch.testing.assert_close(step, x_start, rtol=1e-6, atol=1e-7)
+        for t, steps in ((999, 1000), (999, 50), (500, 4), (40, 50), (1, 1000), (0, 1000)):
+            scheduler.set_timesteps(steps)
+            expected = scheduler.step(x_start, t, x_t, eta=eta, variance_noise=normal(2)).prev_sample
+            step = ddim_step(schedule, x_t, x_start, t, t - T // steps, eta, normal(2))
+            assert_row_close(f"t = {t} of {steps} steps", step, expected)
 
 
 def smooth_network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
@@ -122,45 +99,33 @@ def smooth_network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tenso
     return torch.tanh(1.3 * x.roll(1, -1) + timesteps.view(-1, 1, 1, 1) / T - 0.4)
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-@pytest.mark.parametrize("clip", [True, False])
-class TestTrajectory:
-    """Whole trajectories against unchanged diffusers, whose tables are float32: three digits less."""
-
-    def scheduler(self, kind: type, prediction: str, clip: bool, **config: object):
-        prediction_type = "epsilon" if prediction == "epsilon" else "v_prediction"
-        return kind(num_train_timesteps=T, prediction_type=prediction_type, clip_sample=clip, **config)
-
-    @pytest.mark.parametrize(("spacing", "steps"), [("trailing", 20), ("leading", 30), ("leading", 1000)])
-    def test_ddim(self, prediction: str, clip: bool, spacing: str, steps: int) -> None:
-        schedule = linear_schedule()
-        scheduler = self.scheduler(diffusers.DDIMScheduler, prediction, clip, timestep_spacing=spacing)
-        scheduler.set_timesteps(steps)
-        expected = normal(0)
-        for t in scheduler.timesteps:
-            output = smooth_network(expected, t.expand(len(expected)), None)
-            expected = scheduler.step(output, t, expected, use_clipped_model_output=True).prev_sample
-        denoise = make_denoiser(smooth_network, schedule, prediction, clip=clip)
-        x_0 = sample_ddim(denoise, normal(0), schedule, timestep_grid(T, steps, spacing), no_noise)
-        torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
-
-    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-    @pytest.mark.parametrize(("spacing", "steps"), [("leading", 30), ("leading", 1000)])
-    def test_ancestral(self, prediction: str, clip: bool, variance: str, spacing: str, steps: int) -> None:
-        schedule = linear_schedule()
-        scheduler = self.scheduler(
-            diffusers.DDPMScheduler, prediction, clip, timestep_spacing=spacing, variance_type=variance
-        )
+@pytest.mark.parametrize("sampler", ["ddim", "fixed_small", "fixed_large"])
+@pytest.mark.parametrize(("prediction", "clip"), [("epsilon", True), ("epsilon", False), ("v", True), ("v", False)])
+def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip: bool) -> None:
+    """Unchanged diffusers, whose tables are float32: three digits less."""
+    schedule, ddim = linear_schedule(), sampler == "ddim"
+    denoise = make_denoiser(smooth_network, schedule, prediction, clip=clip)
+    config = {
+        "prediction_type": "epsilon" if prediction == "epsilon" else "v_prediction",
+        "clip_sample": clip,
+        **({} if ddim else {"variance_type": sampler}),
+    }
+    for spacing, steps in (*((("trailing", 20),) if ddim else ()), ("leading", 30), ("leading", 1000)):
+        kind = diffusers.DDIMScheduler if ddim else diffusers.DDPMScheduler
+        scheduler = kind(num_train_timesteps=T, timestep_spacing=spacing, **config)
         scheduler.set_timesteps(steps)
         expected = normal(0)
         for t in scheduler.timesteps:
             output = smooth_network(expected, t.expand(len(expected)), None)
             generator = torch.Generator().manual_seed(int(t) + 1)
-            expected = scheduler.step(output, t, expected, generator=generator).prev_sample
-        denoise = make_denoiser(smooth_network, schedule, prediction, clip=clip)
+            how = {"use_clipped_model_output": True} if ddim else {"generator": generator}
+            expected = scheduler.step(output, t, expected, **how).prev_sample
         grid = timestep_grid(T, steps, spacing)
-        x_0 = sample_ancestral(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), variance)
-        torch.testing.assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
+        if ddim:
+            x_0 = sample_ddim(denoise, normal(0), schedule, grid, no_noise)
+        else:
+            x_0 = sample_ancestral(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), sampler)
+        assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
 
 
 class TestGaussianData:
@@ -200,84 +165,46 @@ class TestGaussianData:
         schedule, generator = linear_schedule(), torch.Generator().manual_seed(0)
         shape = (1, 1, 100, 100)
         x_T = self.x_T(schedule, torch.randn(shape, generator=generator))
-        x_0 = sample_ancestral(
-            self.denoiser(schedule),
-            x_T,
-            schedule,
-            timestep_grid(T, T, "leading"),
-            lambda t: torch.randn(shape, generator=generator),
-            variance,
-        )
+        grid, draw = timestep_grid(T, T, "leading"), lambda t: torch.randn(shape, generator=generator)
+        x_0 = sample_ancestral(self.denoiser(schedule), x_T, schedule, grid, draw, variance)
         assert x_0.mean().item() == pytest.approx(self.mean, abs=4 * self.std / 100)
         assert x_0.std().item() == pytest.approx(self.std, rel=0.03)
 
-    @pytest.mark.parametrize("steps", [25, 1000])
-    def test_ancestral_fixed_small_is_ddim_with_eta_one(self, steps: int) -> None:
-        schedule, grid = linear_schedule(), timestep_grid(T, steps, "trailing")
-        denoise = self.denoiser(schedule)
-        ancestral = sample_ancestral(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), "fixed_small")
-        ddim = sample_ddim(denoise, normal(0), schedule, grid, lambda t: normal(t + 1), eta=1.0)
-        torch.testing.assert_close(ancestral, ddim, rtol=0, atol=2e-5)
-
 
 class TestContract:
-    def test_noise_is_asked_for_where_it_is_used(self) -> None:
-        schedule, asked = linear_schedule(), []
+    def test_noise_is_asked_for_where_it_is_used_and_every_step_is_shown_with_its_estimate(self) -> None:
+        for sample, choice, expected in (
+            (sample_ancestral, "fixed_large", [900, 400]),
+            (sample_ddim, 0.5, [900, 400]),
+            (sample_ddim, 0.0, []),
+        ):
+            asked, seen = [], []
 
-        def noise_at(t: int) -> Tensor:
-            asked.append(t)
-            return normal(t)
+            def noise_at(t: int, asked: list[int] = asked) -> Tensor:
+                asked.append(t)
+                return normal(t)
 
-        def denoise(x_t: Tensor, t: int) -> Tensor:
-            return x_t.clamp(-1, 1)
+            def show(*step: object, seen: list[tuple[object, ...]] = seen) -> None:
+                seen.append(step)
 
-        sample_ancestral(denoise, normal(0), schedule, [999, 500, 20], noise_at, "fixed_large")
-        assert asked == [999, 500]
-        asked.clear()
-        sample_ddim(denoise, normal(0), schedule, [999, 500, 20], noise_at, eta=0.5)
-        assert asked == [999, 500]
-        sample_ddim(denoise, normal(0), schedule, [999, 500, 20], no_noise, eta=0.0)
-
-    def test_callback_sees_every_timestep_with_its_estimate(self) -> None:
-        schedule, seen = linear_schedule(), []
-
-        def denoise(x_t: Tensor, t: int) -> Tensor:
-            return 0.5 * x_t
-
-        for sample, last in ((sample_ddim, 0.0), (sample_ancestral, "fixed_small")):
-            seen.clear()
-            x_0 = sample(denoise, normal(0), schedule, [900, 400, 7], normal, last, lambda *step: seen.append(step))
+            x_0 = sample(lambda x_t, t: 0.5 * x_t, normal(0), linear_schedule(), [900, 400, 7], noise_at, choice, show)
+            assert asked == expected
             assert [t for t, _, _ in seen] == [900, 400, 7]
             assert torch.equal(seen[0][1], normal(0))
-            for _, x_t, x_start in seen:
-                assert torch.equal(x_start, 0.5 * x_t)
-            torch.testing.assert_close(x_0, seen[-1][2], rtol=1e-6, atol=1e-7)
+            assert all(torch.equal(x_start, 0.5 * x_t) for _, x_t, x_start in seen)
+            assert_close(x_0, seen[-1][2], rtol=1e-6, atol=1e-7)
 
-    @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-    def test_denoiser_recovers_and_clips_x_start(self, prediction: str) -> None:
-        schedule, x_start, noise = linear_schedule(), 1.5 * normal(0).clamp(-1, 1), normal(1)
-        t = torch.full((2,), 300)
-        x_t = schedule.add_noise(x_start, noise, t)
-        labels = torch.tensor([3, 1])
+    def test_the_network_gets_timesteps_and_labels_and_its_answer_becomes_float32_without_gradients(self) -> None:
+        layer, labels = torch.nn.Conv2d(3, 3, 1).bfloat16(), torch.tensor([3, 1])
 
         def network(x: Tensor, timesteps: Tensor, given: Tensor | None) -> Tensor:
-            assert timesteps.tolist() == [300, 300]
-            assert timesteps.dtype == torch.int64
+            assert (timesteps.tolist(), timesteps.dtype) == ([500, 500], torch.int64)
             assert given is labels
-            return noise if prediction == "epsilon" else schedule.velocity(x_start, noise, t)
+            return layer(x.bfloat16())
 
-        estimate = make_denoiser(network, schedule, prediction, labels, clip=False)(x_t, 300)
-        torch.testing.assert_close(estimate, x_start, rtol=0, atol=1e-5)
-        clipped = make_denoiser(network, schedule, prediction, labels)(x_t, 300)
-        torch.testing.assert_close(clipped, x_start.clamp(-1, 1), rtol=0, atol=1e-5)
-        assert clipped.abs().max() == 1
-
-    def test_denoiser_is_float32_without_gradients(self) -> None:
-        layer = torch.nn.Conv2d(3, 3, 1).bfloat16()
-        denoise = make_denoiser(lambda x, t, y: layer(x.bfloat16()), linear_schedule(), "epsilon")
-        estimate = denoise(normal(0), 500)
-        assert estimate.dtype == torch.float32
-        assert not estimate.requires_grad
+        estimate = make_denoiser(network, linear_schedule(), "epsilon", labels)(normal(0), 500)
+        assert (estimate.dtype, estimate.requires_grad) == (torch.float32, False)
+        assert estimate.abs().max() == 1, "clipped unless it is said otherwise"
 
     def test_sampling_never_waits_for_the_device(self) -> None:
         """On the meta device any look at a value raises."""
@@ -289,6 +216,11 @@ class TestContract:
 
     def test_bad_arguments_are_refused(self) -> None:
         schedule, x = linear_schedule(), normal(0)
+        for steps in (0, -1, T + 1):
+            with pytest.raises(ValueError, match=f"between 1 and 1000.*not {steps}"):
+                timestep_grid(T, steps, "trailing")
+        with pytest.raises(ValueError, match="'karras'"):
+            timestep_grid(T, 10, "karras")
         for eta in (-0.1, 1.1, math.nan):
             with pytest.raises(ValueError, match="eta must be between 0 and 1"):
                 sample_ddim(lambda x_t, t: x_t, x, schedule, [10], no_noise, eta)

@@ -4,18 +4,12 @@ import diffusers
 import pytest
 import torch
 
-from ddpm.unet import UNet, sinusoids
+from ddpm.unet import UNet
 
 
 def small(**changes: object) -> UNet:
-    arguments = {
-        "image_size": 16,
-        "channels": 8,
-        "channel_mults": (1, 2, 3),
-        "attention_sizes": (8,),
-        "norm_groups": 4,
-    }
-    return UNet(**{**arguments, **changes})
+    sizes = {"image_size": 16, "channels": 8, "channel_mults": (1, 2, 3), "attention_sizes": (8,), "norm_groups": 4}
+    return UNet(**{**sizes, **changes})
 
 
 def small_judge(channels: int = 3, num_classes: int | None = None) -> diffusers.UNet2DModel:
@@ -52,23 +46,19 @@ def inputs(channels: int = 3, batch: int = 4) -> tuple[torch.Tensor, torch.Tenso
     return torch.randn(batch, channels, 16, 16, generator=generator), torch.tensor([0, 17, 500, 999])[:batch]
 
 
-@pytest.mark.parametrize(
-    ("image_size", "channel_mults", "parameters", "tensors"),
-    [
-        (32, (1, 2, 2, 2), 35_746_307, 328),
-        (256, (1, 1, 2, 2, 4, 4), 113_673_219, 450),
-        (64, (1, 2, 2, 2, 4), 78_700_803, 390),
-    ],
-    ids=["cifar10", "celebahq-256", "celeba-64"],
-)
-def test_published_sizes(image_size: int, channel_mults: tuple[int, ...], parameters: int, tensors: int) -> None:
-    with torch.device("meta"):
-        network = UNet(image_size=image_size, channel_mults=channel_mults)
-    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
-    assert len(network.state_dict()) == tensors
-    images = torch.empty(2, 3, image_size, image_size, device="meta")
-    # On the meta device any look at a value raises, so the forward pass never waits for the device.
-    assert network(images, torch.zeros(2, dtype=torch.int64, device="meta")).shape == images.shape
+def test_published_sizes() -> None:
+    for name, image_size, channel_mults, parameters, tensors in (
+        ("cifar10", 32, (1, 2, 2, 2), 35_746_307, 328),
+        ("celebahq-256", 256, (1, 1, 2, 2, 4, 4), 113_673_219, 450),
+        ("celeba-64", 64, (1, 2, 2, 2, 4), 78_700_803, 390),
+    ):
+        with torch.device("meta"):
+            network = UNet(image_size=image_size, channel_mults=channel_mults)
+        assert sum(parameter.numel() for parameter in network.parameters()) == parameters, name
+        assert len(network.state_dict()) == tensors, name
+        images = torch.empty(2, 3, image_size, image_size, device="meta")
+        # On the meta device any look at a value raises, so the forward pass never waits for the device.
+        assert network(images, torch.zeros(2, dtype=torch.int64, device="meta")).shape == images.shape, name
 
 
 @pytest.mark.parametrize(("channels", "num_classes"), [(3, 0), (1, 0), (3, 5)], ids=["colour", "grey", "classes"])
@@ -109,19 +99,6 @@ def test_gradients_equal_diffusers() -> None:
         torch.testing.assert_close(parameter.grad, expected[name], rtol=0, atol=1e-4 * scale + 1e-8, msg=name)
 
 
-def test_published_network_equals_diffusers_shape_by_shape() -> None:
-    with torch.device("meta"):
-        network = UNet(image_size=32)
-        judge = diffusers.UNet2DModel(
-            block_out_channels=(128, 256, 256, 256),
-            down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-            attention_head_dim=None,
-        )
-    expected = {name: tensor.shape for name, tensor in judge.state_dict().items()}
-    assert {name: tensor.shape for name, tensor in network.state_dict().items()} == expected
-
-
 def test_fresh_network_predicts_zero_and_has_ho_initialisation() -> None:
     torch.manual_seed(0)
     network = UNet(image_size=16, channels=32, channel_mults=(1, 2), attention_sizes=(8,))
@@ -137,15 +114,6 @@ def test_fresh_network_predicts_zero_and_has_ho_initialisation() -> None:
             assert parameter.std().item() == pytest.approx(limit / 3**0.5, rel=0.1), name
 
 
-def test_sinusoids_are_sines_first_down_to_a_ten_thousandth() -> None:
-    features = sinusoids(torch.tensor([0, 3, 999]), 8)
-    frequencies = torch.tensor([1, 10 ** (-4 / 3), 10 ** (-8 / 3), 1e-4], dtype=torch.float64)
-    angles = torch.tensor([[0.0], [3.0], [999.0]], dtype=torch.float64) * frequencies
-    expected = torch.cat([angles.sin(), angles.cos()], dim=1).float()
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-4)
-
-
 def test_any_size_that_the_levels_divide() -> None:
     """28 pixels are halved twice; the net also takes another size than it was built for."""
     network = small(image_size=28, in_channels=1, attention_sizes=(14,))
@@ -158,21 +126,13 @@ def test_any_size_that_the_levels_divide() -> None:
         assert torch.isfinite(output).all()
 
 
-@pytest.mark.parametrize("layers", [1, 3])
-def test_layers_per_level_count_one_more_on_the_way_up(layers: int) -> None:
-    network = small(layers_per_level=layers)
-    assert [len(block.resnets) for block in network.down_blocks] == [layers] * 3
-    assert [len(block.resnets) for block in network.up_blocks] == [layers + 1] * 3
+def test_layers_per_level_count_one_more_on_the_way_up() -> None:
     x, timesteps = inputs()
-    assert network(x, timesteps).shape == x.shape
-
-
-def test_an_image_does_not_see_its_batch() -> None:
-    network = small().eval()
-    randomise(network)
-    x, timesteps = inputs()
-    with torch.no_grad():
-        torch.testing.assert_close(network(x, timesteps)[2:3], network(x[2:3], timesteps[2:3]), rtol=0, atol=1e-5)
+    for layers in (1, 3):
+        network = small(layers_per_level=layers)
+        assert [len(block.resnets) for block in network.down_blocks] == [layers] * 3
+        assert [len(block.resnets) for block in network.up_blocks] == [layers + 1] * 3
+        assert network(x, timesteps).shape == x.shape
 
 
 def test_channels_last_and_autocast_agree_with_float32() -> None:
@@ -186,17 +146,16 @@ def test_channels_last_and_autocast_agree_with_float32() -> None:
         output = network(x_last, timesteps)
         assert output.is_contiguous(memory_format=torch.channels_last)
         torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
-        for images in (x, x_last):
-            with torch.autocast("cpu", torch.bfloat16):
-                output = network(images, timesteps)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = [network(x, timesteps), network(x_last, timesteps)]
+        for output in (*rounded, network.bfloat16()(x.bfloat16(), timesteps)):
             assert output.dtype == torch.bfloat16
             assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
-        output = network.bfloat16()(x.bfloat16(), timesteps)
-        assert (output.float() - expected).abs().mean() < 0.02 * expected.abs().mean()
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph() -> None:
-    network = small(num_classes=3)
+    network = small(num_classes=3, channel_mults=(1, 2), layers_per_level=1)
     randomise(network)
     x, timesteps = inputs()
     labels = torch.tensor([0, 1, 2, 0])
@@ -219,31 +178,21 @@ def test_dropout_acts_in_training_alone() -> None:
         assert torch.equal(network(x, timesteps), network(x, timesteps))
 
 
-def test_labels_change_the_prediction_and_must_match_the_network() -> None:
-    network = small(num_classes=5)
-    randomise(network)
+def test_labels_must_match_the_network() -> None:
     x, timesteps = inputs()
-    with torch.no_grad():
-        same = network(x, timesteps, torch.tensor([1, 1, 1, 1]))
-        mixed = network(x, timesteps, torch.tensor([1, 2, 1, 3]))
-    changed = (same - mixed).abs().amax(dim=(1, 2, 3)) > 0.01
-    assert changed.tolist() == [False, True, False, True]
     with pytest.raises(ValueError, match="num_classes"):
-        network(x, timesteps)
+        small(num_classes=5)(x, timesteps)
     with pytest.raises(ValueError, match="num_classes"):
         small()(x, timesteps, torch.tensor([0, 0, 0, 0]))
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
+def test_impossible_networks_are_refused() -> None:
+    for changes, message in (
         ({"image_size": 30}, r"image_size 30 cannot be halved 2 times.*multiple of 4"),
         ({"image_size": 0}, r"image_size 0"),
         ({"norm_groups": 5}, r"channels 8 is not a multiple of norm_groups 5"),
         ({"channels": 3, "norm_groups": 3}, r"channels 3 must be even and at least 4"),
         ({"channel_mults": ()}, r"at least one level"),
-    ],
-)
-def test_impossible_networks_are_refused(changes: dict[str, object], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        small(**changes)
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**changes)

@@ -1,177 +1,122 @@
-"""Terraform configuration as blocks and expressions, from python-hcl2's syntax tree."""
+"""infra/terraform as python-hcl2 reads it, and the values of those of its expressions that say what node pools are.
+
+In bodies, strings keep their quotes, all other expressions are `${…}`, and nested blocks are lists of bodies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+import json
+import operator
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import hcl2
 from lark import Token, Tree
 
+FOLDER = Path(__file__).parents[2] / "infra/terraform"
+FILES = {path.name: path.read_text() for path in sorted(FOLDER.glob("*.tf"))}
+IS_BLOCK = "__is_block__"
+_PLAIN = hcl2.SerializationOptions(with_comments=False)
+_OPERATORS = {"==": operator.eq, ">": operator.gt, "&&": lambda left, right: left and right}
+_FUNCTIONS = {"merge": lambda first, second: {**first, **second}, "keys": sorted}
 
-@dataclass
-class Attribute:
-    """`name = expression`."""
 
-    name: str
-    expression: Tree[Token]
-
-
-@dataclass
-class Block:
-    """`kind "label" { … }`; `path` says where it is, for messages."""
+class Block(NamedTuple):
+    """`kind "label" { body }` at the top level."""
 
     kind: str
     labels: tuple[str, ...]
-    path: str
-    attributes: list[Attribute] = field(default_factory=list)
-    blocks: list[Block] = field(default_factory=list)
-
-    def attribute(self, name: str) -> Attribute | None:
-        """The attribute of that name."""
-        return next((attribute for attribute in self.attributes if attribute.name == name), None)
-
-    def below(self) -> Iterator[Block]:
-        """This block and all in it."""
-        yield self
-        for block in self.blocks:
-            yield from block.below()
+    body: dict[str, Any]
 
 
-def read_folder(folder: Path) -> list[Block]:
-    """All top-level blocks of a module. Raises what the parser raises for a file that is no HCL."""
-    return [block for path in sorted(folder.glob("*.tf")) for block in read(path.read_text(), path.name)]
+def read(texts: Mapping[str, str] = FILES) -> list[Block]:
+    """All blocks of a module, given as texts by file name."""
+    return [block for text in texts.values() for block in _blocks(text)]
 
 
-def read(text: str, where: str) -> list[Block]:
-    """The top-level blocks of one file."""
-    root = Block("", (), where)
-    _fill(root, _children(hcl2.parses_to_tree(text), "body")[0], where)
-    assert not root.attributes, f"{where}: {root.attributes[0].name} stands outside of all blocks"
-    return root.blocks
+@cache
+def _blocks(text: str) -> list[Block]:
+    found = []
+    for kind, bodies in hcl2.loads(text, serialization_options=_PLAIN).items():
+        for body in bodies:
+            labels: list[str] = []
+            while IS_BLOCK not in body:
+                [(label, body)] = body.items()
+                labels.append(label.strip('"'))
+            found.append(Block(kind, tuple(labels), body))
+    return found
 
 
-def references(expression: Tree[Token]) -> set[tuple[str, ...]]:
-    """What an expression refers to, as chains of names such as `("var", "project")`, without its own loop variables."""
-    return set(_references(expression, frozenset()))
+def body_of(kind: str, *labels: str) -> dict[str, Any]:
+    """The body of the one block with these labels."""
+    [body] = [block.body for block in read() if (block.kind, block.labels) == (kind, labels)]
+    return body
 
 
-def functions(expression: Tree[Token]) -> set[str]:
-    """Names of the functions that it calls."""
-    return {str(_name(call)) for call in expression.find_data("function_call")}
+def value_of(value: Any, names: dict[str, Any]) -> Any:
+    """What a body's value is, with `names` for what it refers to; KeyError for what is not known here."""
+    if isinstance(value, dict):
+        return {key: value_of(item, names) for key, item in value.items()}
+    if isinstance(value, list):
+        return [value_of(item, names) for item in value]
+    if not isinstance(value, str):
+        return value
+    return _evaluated(_parsed(value[2:-1] if value.startswith("${") else value), names)
 
 
-def literal_type(expression: Tree[Token]) -> str:
-    """`string`, `number`, `bool`, `list` or `map` if that can be seen; empty if it depends on other things."""
-    tree = _unwrapped(expression)
-    if tree.data == "string":
-        return "string"
-    kinds = {"int_lit": "number", "float_lit": "number", "tuple": "list", "object": "map"}
-    kinds |= {"for_tuple_expr": "list", "for_object_expr": "map"}
-    if tree.data == "literal_value":
-        return "" if str(tree.children[0]) == "null" else "bool"
-    return kinds.get(str(tree.data), "")
+@cache
+def _parsed(expression: str) -> Tree[Token]:
+    [attribute] = hcl2.parses_to_tree(f"x = {expression}\n").find_data("attribute")
+    return _trees(attribute)[-1]
 
 
-def string_value(expression: Tree[Token]) -> str:
-    """The text of a string without interpolations."""
-    tree = _unwrapped(expression)
-    return "".join(str(token) for part in _children(tree, "string_part") for token in part.scan_values(_is_token))
+def _evaluated(tree: Tree[Token], names: dict[str, Any]) -> Any:
+    parts = _trees(tree)
+    match tree.data:
+        case "expr_term":
+            return _evaluated(parts[0], names)
+        case "identifier":
+            return names[_text(tree)]
+        case "get_attr_expr_term":
+            return _evaluated(parts[0], names)[_text(_trees(parts[1])[0])]
+        case "literal_value" | "int_lit":
+            return json.loads(_text(tree))
+        case "string":
+            inner = [(_trees(part), _text(part)) for part in parts]
+            return "".join(str(_evaluated(_trees(trees[0])[0], names)) if trees else text for trees, text in inner)
+        case "tuple":
+            return [_evaluated(part, names) for part in parts]
+        case "object":
+            return {_text(key).strip('"'): _evaluated(value, names) for key, value in map(_trees, parts)}
+        case "for_object_expr":
+            return _for_object(parts, names)
+        case "conditional":
+            return _evaluated(parts[1] if _evaluated(parts[0], names) else parts[2], names)
+        case "binary_op":
+            sign, right = _trees(parts[1])
+            return _OPERATORS[_text(sign)](_evaluated(parts[0], names), _evaluated(right, names))
+        case "function_call":
+            return _FUNCTIONS[_text(parts[0])](*(_evaluated(part, names) for part in _trees(parts[1])))
+    raise KeyError(tree.data)
 
 
-def object_items(expression: Tree[Token]) -> dict[str, Tree[Token]]:
-    """Keys and values of an object."""
-    items = {}
-    for element in _children(_unwrapped(expression), "object_elem"):
-        trees = [child for child in element.children if isinstance(child, Tree)]
-        items["".join(str(token) for token in trees[0].scan_values(_is_token)).strip('"')] = trees[1]
-    return items
+def _for_object(parts: list[Tree[Token]], names: dict[str, Any]) -> dict[str, Any]:
+    intro, key, value, *conditions = parts
+    *loop, over = _trees(intro)
+    items = _evaluated(over, names)
+    made = {}
+    for item in items.items() if isinstance(items, dict) else [(item,) for item in items]:
+        inner = names | dict(zip(map(_text, loop), item, strict=True))
+        if all(_evaluated(_trees(condition)[0], inner) for condition in conditions):
+            made[_evaluated(key, inner)] = _evaluated(value, inner)
+    return made
 
 
-def _fill(block: Block, body: Tree[Token], where: str) -> None:
-    for child in body.children:
-        if not isinstance(child, Tree):
-            continue
-        if child.data == "attribute":
-            trees = [part for part in child.children if isinstance(part, Tree)]
-            block.attributes.append(Attribute(str(trees[0].children[0]), trees[-1]))
-        elif child.data == "block":
-            trees = [part for part in child.children if isinstance(part, Tree)]
-            labels = tuple(
-                "".join(str(token) for token in label.scan_values(_is_token)).strip('"')
-                for label in trees[1:]
-                if label.data in ("string", "identifier")
-            )
-            kind = str(trees[0].children[0])
-            inner = Block(kind, labels, f"{where}: {' '.join((kind, *labels))}")
-            _fill(inner, trees[-1], inner.path)
-            block.blocks.append(inner)
+def _trees(tree: Tree[Token]) -> list[Tree[Token]]:
+    return [child for child in tree.children if isinstance(child, Tree) and child.data != "new_line_or_comment"]
 
 
-def _references(tree: Tree[Token], bound: frozenset[str]) -> Iterator[tuple[str, ...]]:
-    if tree.data == "object_elem_key":
-        # A plain key is a name, a key in parentheses an expression.
-        if len(list(tree.iter_subtrees())) > 3:
-            yield from _of_children(tree, bound)
-        return
-    if tree.data in ("for_tuple_expr", "for_object_expr"):
-        [intro] = _children(tree, "for_intro")
-        names = frozenset(str(child.children[0]) for child in _children(intro, "identifier"))
-        yield from _of_children(intro, bound)
-        for child in tree.children:
-            if isinstance(child, Tree) and child is not intro:
-                yield from _references(child, bound | names)
-        return
-    chain = _chain(tree)
-    if chain:
-        if chain[0] not in bound:
-            yield chain
-        # Indices may hold expressions of their own.
-        for index in tree.find_data("braces_index"):
-            yield from _of_children(index, bound)
-        return
-    yield from _of_children(tree, bound)
-
-
-def _of_children(tree: Tree[Token], bound: frozenset[str]) -> Iterator[tuple[str, ...]]:
-    for child in tree.children:
-        if isinstance(child, Tree) and child.data != "identifier":
-            yield from _references(child, bound)
-
-
-def _chain(tree: Tree[Token]) -> tuple[str, ...]:
-    """`a.b[0].c` as `(a, b, c)`; empty if the tree is something else."""
-    tree = _unwrapped(tree)
-    if tree.data == "identifier":
-        return (str(tree.children[0]),)
-    trees = [child for child in tree.children if isinstance(child, Tree)]
-    if tree.data == "get_attr_expr_term":
-        before = _chain(trees[0])
-        return (*before, str(_name(trees[1]))) if before else ()
-    if tree.data in ("index_expr_term", "full_splat_expr_term", "attr_splat_expr_term"):
-        return _chain(trees[0])
-    return ()
-
-
-def _unwrapped(tree: Tree[Token]) -> Tree[Token]:
-    while tree.data == "expr_term":
-        trees = [child for child in tree.children if isinstance(child, Tree) and child.data != "new_line_or_comment"]
-        if len(trees) != 1:
-            break
-        tree = trees[0]
-    return tree
-
-
-def _children(tree: Tree[Token], data: str) -> list[Tree[Token]]:
-    return [child for child in tree.children if isinstance(child, Tree) and child.data == data]
-
-
-def _name(tree: Tree[Token]) -> Token:
-    token = _children(tree, "identifier")[0].children[0]
-    assert isinstance(token, Token)
-    return token
-
-
-def _is_token(value: object) -> bool:
-    return isinstance(value, Token)
+def _text(tree: Tree[Token]) -> str:
+    return "".join(str(token) for token in tree.scan_values(lambda value: isinstance(value, Token))).strip()

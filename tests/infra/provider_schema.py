@@ -27,34 +27,16 @@ _META = {"count", "for_each", "depends_on", "provider", "lifecycle", "provisione
 
 
 @cache
-def schema(folder: Path = FOLDER) -> Schema:
-    """The schema that `prepare` left in `folder`."""
-    path = folder / _SMALL
+def schema() -> dict[str, Any]:
+    """What `prepare` left, in Terraform's own names.
+
+    `resource`, `data` and `provider` name the struct of each such thing; `structs` have its arguments by name, each
+    `[required, type]`; `attributes` are what an expression may ask of `"resource NAME"` or `"data NAME"`. A type is
+    `string`, `number`, `bool`, `any`, `["list", T]`, `["map", T]` or `["block", STRUCT, whether many]`.
+    """
+    path = FOLDER / _SMALL
     assert path.exists(), f"{path} is not there: run `make test-infra`, which prepares it"
-    return Schema(json.loads(path.read_text()))
-
-
-class Schema:
-    """What the provider knows, in Terraform's own names."""
-
-    def __init__(self, data: dict[str, Any]) -> None:
-        self._data = data
-
-    def arguments(self, kind: str, name: str) -> dict[str, Any] | None:
-        """Of a `resource`, `data` source or `provider`: by name, `[required, type]`; None if there is no such thing.
-
-        A type is `string`, `number`, `bool`, `any`, `["list", T]`, `["map", T]` or `["block", STRUCT, whether many]`.
-        """
-        struct = self._data[kind].get(name)
-        return None if struct is None else self.struct(struct)
-
-    def struct(self, name: str) -> dict[str, Any]:
-        """The arguments of a nested block."""
-        return dict(self._data["structs"][name])
-
-    def attributes(self, kind: str, name: str) -> set[str]:
-        """What an expression may ask of a resource or data source, computed values too."""
-        return set(self._data["attributes"][f"{kind} {name}"])
+    return dict(json.loads(path.read_text()))
 
 
 def prepare(folder: Path) -> None:

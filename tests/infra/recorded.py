@@ -23,7 +23,8 @@ IMAGE = f"us-central1-docker.pkg.dev/{PROJECT}/ddpm/ddpm:latest"
 BUCKET, DATA = f"gs://{PROJECT}-ddpm-runs", f"gs://{PROJECT}-ddpm-data"
 TARGETS = f"vm:\n  backend: vm\n  project: {PROJECT}\n  zones: [us-central1-a]\n  image: {IMAGE}\n  bucket: {BUCKET}"
 
-_PROGRAM = """#!{python}
+# Without site-packages it starts in half the time, and it starts a thousand times.
+_PROGRAM = """#!{python} -IS
 import json, os, sys
 from pathlib import Path
 name, words = Path(sys.argv[0]).name, sys.argv[1:]

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import re
-from pathlib import Path
 
 import kubernetes_validate
 import pytest
 import yaml
 
-from job.jobs.targets import KubernetesTarget, Target, VmTarget, parse_targets
-from tests.infra.configuration import Block, object_items, read_folder, string_value
+from job.jobs.targets import KubernetesTarget, VmTarget, parse_targets
+from tests.infra.configuration import FILES, FOLDER, body_of
+from tests.job.command_line import ddpm_here, succeeded
 
 pytestmark = pytest.mark.infra
 
-FOLDER = Path(__file__).parents[2] / "infra/terraform"
 ACCOUNT = "ddpm-job@my-project.iam.gserviceaccount.com"
 VALUES = {
     "project": "my-project",
@@ -35,77 +35,52 @@ VALUES = {
 }
 
 
-def rendered(name: str, values: dict[str, str]) -> str:
+def rendered(name: str, **changed: str) -> str:
     """A template as `templatefile` renders it, as far as ours use it: values, and `if … endif` with their line ends."""
+    values = VALUES | changed
     text = (FOLDER / name).read_text()
-
-    def branch(match: re.Match[str]) -> str:
-        return match[2] if values[match[1]] == "true" else ""
-
-    text = re.sub(r"%\{ if (\w+) ~\}\n(.*?)%\{ endif ~\}\n", branch, text, flags=re.DOTALL)
+    parts = re.compile(r"%\{ if (\w+) ~\}\n(.*?)%\{ endif ~\}\n", re.DOTALL)
+    text = parts.sub(lambda match: match[2] if values[match[1]] == "true" else "", text)
     text = re.sub(r"\$\{(\w+)\}", lambda match: values[match[1]], text)
     assert "${" not in text and "%{" not in text
     return text
 
 
-def targets(**changed: str) -> dict[str, Target]:
-    return parse_targets(rendered("targets.yaml.tftpl", VALUES | changed), "targets.yaml")
+def test_templates_use_what_they_are_given_and_are_given_what_they_use():
+    for output in ("targets", "kubernetes_account"):
+        call = re.fullmatch(
+            r'\$\{templatefile\("\$\{path\.module\}/(.+?)", \{(.*)\}\)\}', body_of("output", output)["value"]
+        )
+        text = (FOLDER / call[1]).read_text()
+        used = set(re.findall(r"\$\{(\w+)\}", text)) | set(re.findall(r"%\{ if (\w+)", text))
+        assert set(re.findall(r"(?:^|, )(\w+) = ", call[2])) == used <= set(VALUES), output
 
 
-def output(name: str) -> Block:
-    [block] = [block for block in read_folder(FOLDER) if block.kind == "output" and block.labels == (name,)]
-    return block
-
-
-@pytest.mark.parametrize("name", ["targets", "kubernetes_account"])
-def test_templates_use_what_they_are_given_and_are_given_what_they_use(name):
-    value = output(name).attribute("value")
-    assert value is not None
-    # The outermost call: others are among its arguments.
-    call = max(value.expression.find_data("arguments"), key=lambda tree: len(list(tree.iter_subtrees())))
-    path, given = [child for child in call.children if hasattr(child, "data") and child.data == "expr_term"]
-    template = string_value(path).rsplit("/", 1)[-1].removesuffix("}")
-    text = (FOLDER / template).read_text()
-    used = set(re.findall(r"\$\{(\w+)\}", text)) | set(re.findall(r"%\{ if (\w+)", text))
-    assert set(object_items(given)) == used
-    assert used <= set(VALUES)
-
-
-def test_targets_with_a_cluster():
-    made = targets()
+def test_targets_name_what_was_made_and_take_jobs(tmp_path):
+    text = rendered("targets.yaml.tftpl")
+    made = parse_targets(text, "targets.yaml")
     assert list(made) == ["gke", "vm", "batch"]
+    assert list(parse_targets(rendered("targets.yaml.tftpl", gke="false"), "targets.yaml")) == ["vm", "batch"]
     gke, vm = made["gke"], made["vm"]
     assert isinstance(gke, KubernetesTarget) and isinstance(vm, VmTarget)
     assert (gke.context, gke.namespace, gke.service_account) == (VALUES["context"], "ddpm", "ddpm")
     assert (gke.grace_seconds, gke.cluster, gke.spot) == (105, "gke", True)
     assert vm.zones == ("us-central1-a", "us-central1-b")
-    assert {target.bucket for target in made.values()} == {VALUES["bucket"]}
-    assert {target.image for target in made.values()} == {VALUES["image"]}
+    assert {(target.bucket, target.image) for target in made.values()} == {(VALUES["bucket"], VALUES["image"])}
 
-
-def test_targets_without_a_cluster():
-    assert list(targets(gke="false")) == ["vm", "batch"]
-
-
-def test_jobs_can_be_rendered_for_each_target():
-    from job.jobs.backends.vm import VmBackend
-    from job.jobs.spec import JobSpec
-
-    made = targets()
-    vm = made["vm"]
-    assert isinstance(vm, VmTarget)
-    spec = JobSpec("train-celeba", "train", ("train",), vm.image, vm.bucket, "celeba", gpu_type="nvidia-l4")
-    [machine] = VmBackend(vm).render(spec)
+    (tmp_path / "targets.yaml").write_text(text)
+    words = ("submit", "train", "--dataset", "celeba", "--on", "vm", "--targets", tmp_path / "targets.yaml")
+    machine = json.loads(succeeded(ddpm_here(*words, "--dry-run", "-o", "json")))
     [interface] = machine["networkInterfaces"]
     assert interface["network"] == VALUES["network"] and "accessConfigs" not in interface
     assert machine["serviceAccounts"][0]["email"] == ACCOUNT
 
 
 def test_the_cluster_gets_a_namespace_and_an_account_bound_to_googles():
-    namespace, account = yaml.safe_load_all(rendered("service-account.yaml.tftpl", VALUES))
+    namespace, account = yaml.safe_load_all(rendered("service-account.yaml.tftpl"))
     for document in (namespace, account):
         kubernetes_validate.validate(document, "1.34", strict=True)
     assert namespace["metadata"]["name"] == account["metadata"]["namespace"] == "ddpm"
     assert account["metadata"]["annotations"] == {"iam.gke.io/gcp-service-account": ACCOUNT}
     # What Terraform lets act as the job account is this very account.
-    assert f"/{account['metadata']['name']}]" in (FOLDER / "identity.tf").read_text()
+    assert f"/{account['metadata']['name']}]" in FILES["identity.tf"]

@@ -1,45 +1,40 @@
-"""Jobs as the program renders them, and the node pools of infra/terraform: each job finds nodes that take it."""
+"""Jobs as a dry run prints them, and the node pools of infra/terraform: each job finds nodes that take it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
-import yaml
 from kubernetes.utils import parse_quantity
 
-from job.cli.submit import parsed
-from job.jobs.backends.kubernetes_manifests import manifest
 from job.jobs.backends.machines import Machine, gpus_of
-from job.jobs.building import Resources, spec_of
-from job.jobs.targets import KubernetesTarget, Target
-from tests.infra.configuration import read_folder
-from tests.infra.evaluated import attributes_of, blocks_of, defaults, value_of
-from tests.infra.test_outputs import targets
+from tests.infra.configuration import body_of, read, value_of
+from tests.infra.test_kubernetes_objects import of_kind
+from tests.infra.test_outputs import rendered
+from tests.job.command_line import ddpm_here, succeeded
 
 pytestmark = pytest.mark.infra
 
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "infra/terraform"
 SPOT, ACCELERATOR, GPU = "cloud.google.com/gke-spot", "cloud.google.com/gke-accelerator", "nvidia.com/gpu"
 GIB = 2**30
-MACHINE_TYPES = [f"g2-standard-{cpus}" for cpus in (4, 8, 12, 16, 24, 32, 48, 96)]
-MACHINE_TYPES += [
-    f"{family}-{gpus}g" for family in ("a2-highgpu", "a2-ultragpu", "a3-highgpu") for gpus in (1, 2, 4, 8)
-]
-DEFAULTS = defaults((FOLDER / "variables.tf").read_text(), "gpu_pool")
+SYSTEM = {"cpu": 0.5, "memory": 1 * GIB}
+"""Requests of the pods that GKE has on each node: network, logs, metrics, metadata, disks, GPUs."""
+BUNDLED = [f"g2-standard-{cpus}" for cpus in (4, 8, 12, 16, 24, 32, 48, 96)]
+BUNDLED += [f"{family}-{gpus}g" for family in ("a2-highgpu", "a2-ultragpu", "a3-highgpu") for gpus in (1, 2, 4, 8)]
+TRAIN, SAMPLE = ("train", "--dataset", "celeba"), ("sample", "--run", "celeba", "--count", "100")
+PACK = ("pack", "landscape-sample", "tiles", "--size", "16")
 Pod = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Pool:
+class Pool(NamedTuple):
     """What GKE makes of a node pool: labels, taints as (key, value), and what a node has for pods."""
 
     name: str
     labels: dict[str, str]
-    taints: frozenset[tuple[str, str]]
+    taints: set[tuple[str, str]]
     room: dict[str, float]
 
 
@@ -67,79 +62,74 @@ def _stepwise(amount: float, steps: tuple[tuple[float, float], ...]) -> float:
     return reserved
 
 
-SYSTEM = {"cpu": 0.5, "memory": 1 * GIB}
-"""Requests of the pods that GKE has on each node: network, logs, metrics, metadata, disks, GPUs."""
-
-
 def pools(**changed: Any) -> list[Pool]:
     """The node pools for jobs, with these fields of `gpu_pool` instead of the defaults."""
-    gpu_pool = DEFAULTS | changed
+    fields = re.findall(r"(\w+) = optional\(\w+, ([^)]*)\)", body_of("variable", "gpu_pool")["type"])
+    gpu_pool = {name: json.loads(value) for name, value in fields} | changed
     names: dict[str, Any] = {"var": {"gke": True, "long_shutdown": True, "gpu_pool": gpu_pool}, "local": {}}
-    blocks = read_folder(FOLDER)
-    for block in blocks:
-        if block.kind == "locals" and block.path.startswith("cluster.tf"):
-            for attribute in block.attributes:
-                names["local"][attribute.name] = value_of(attribute.expression, names)
-    [block] = [block for block in blocks if block.labels == ("google_container_node_pool", "jobs")]
-    repeated = block.attribute("for_each")
-    assert repeated is not None
-    [config] = [child for child in block.blocks if child.kind == "node_config"]
+    [local] = [block.body for block in read() if block.kind == "locals" and "gpu_pools" in block.body]
+    for name in ("max_nodes", "gpu_pools", "cpu_pools"):
+        names["local"][name] = value_of(local[name], names)
+    pool = body_of("resource", "google_container_node_pool", "jobs")
+    [config] = pool["node_config"]
     found = []
-    for key, value in value_of(repeated.expression, names).items():
+    for key, value in value_of(pool["for_each"], names).items():
         own = names | {"each": {"key": key, "value": value}}
-        given = attributes_of(config, own)
-        taints = {(taint["key"], taint["value"]) for taint in blocks_of(config, "taint", own)}
-        labels, room = dict(given["labels"]), allocatable(given["machine_type"], given["disk_size_gb"])
-        if given["spot"]:
+        machine_type, disk, spot, labels = (
+            value_of(config[name], own) for name in ("machine_type", "disk_size_gb", "spot", "labels")
+        )
+        labels, room = {name.strip('"'): text for name, text in labels.items()}, allocatable(machine_type, disk)
+        taints = {(taint["key"], taint["value"]) for taint in _repeated(config, "taint", own)}
+        if spot:
             labels[SPOT] = "true"
-        for gpu in blocks_of(config, "guest_accelerator", own):
+        # GKE taints GPU nodes by itself, beside a pool without GPUs.
+        for gpu in _repeated(config, "guest_accelerator", own):
             labels[ACCELERATOR], room[GPU] = gpu["type"], gpu["count"]
             taints.add((GPU, "present"))
-        found.append(Pool(key, labels, frozenset(taints), room))
+        found.append(Pool(key, labels, taints, room))
     return found
+
+
+def _repeated(body: dict[str, Any], kind: str, names: dict[str, Any]) -> list[dict[str, Any]]:
+    """The blocks that a `dynamic` block of that kind makes."""
+    [dynamic] = [made[f'"{kind}"'] for made in body["dynamic"] if f'"{kind}"' in made]
+    [content] = dynamic["content"]
+    return [value_of(content, {**names, kind: {"value": item}}) for item in value_of(dynamic["for_each"], names)]
 
 
 def takes(pool: Pool, pod: Pod) -> bool:
     """Whether a pod of a job may be on a node of the pool, and has room on it beside those of the system."""
-    if not pod.get("nodeSelector", {}).items() <= pool.labels.items():
-        return False
     affinity = pod.get("affinity", {}).get("nodeAffinity", {}).get("requiredDuringSchedulingIgnoredDuringExecution", {})
-    for term in affinity.get("nodeSelectorTerms", []):
-        for expression in term["matchExpressions"]:
-            assert expression["operator"] == "NotIn"
-            if pool.labels.get(expression["key"]) in expression["values"]:
-                return False
-    for key, value in pool.taints:
-        if not any(
-            toleration.get("key") == key and (toleration["operator"] == "Exists" or toleration.get("value") == value)
-            for toleration in pod.get("tolerations", [])
-        ):
-            return False
-    [container] = pod["containers"]
-    asked = container["resources"]["limits"]
-    return all(
-        float(parse_quantity(amount)) <= pool.room.get(name, 0) - SYSTEM.get(name, 0) for name, amount in asked.items()
+    unwanted = [each for term in affinity.get("nodeSelectorTerms", []) for each in term["matchExpressions"]]
+    assert all(expression["operator"] == "NotIn" for expression in unwanted)
+    tolerated = {(toleration.get("key"), toleration.get("value", "")) for toleration in pod.get("tolerations", [])}
+    asked = pod["containers"][0]["resources"]["limits"]
+    return (
+        pod.get("nodeSelector", {}).items() <= pool.labels.items()
+        and not any(pool.labels.get(expression["key"]) in expression["values"] for expression in unwanted)
+        and all({(key, value), (key, "")} & tolerated for key, value in pool.taints)
+        and all(float(parse_quantity(n)) <= pool.room.get(name, 0) - SYSTEM.get(name, 0) for name, n in asked.items())
     )
 
 
-def rendered(words: str, gke: Target | None = None, **resources: Any) -> Pod:
-    """The pod of `ddpm submit WORDS` on the target that setup.sh writes."""
-    target = gke or targets()["gke"]
-    assert isinstance(target, KubernetesTarget)
-    verb, *rest = words.split()
-    made = manifest(spec_of(parsed(verb, rest), target, Resources(**resources)), target)
-    job = made if made["kind"] == "Job" else made["spec"]["replicatedJobs"][0]["template"]
-    pod: Pod = job["spec"]["template"]["spec"]
-    return pod
+@pytest.fixture
+def pod(tmp_path: Path):
+    """The pod of `ddpm submit WORDS` on the target that setup.sh writes, with these values of Terraform's."""
+
+    def printed(*words: str, **values: str) -> Pod:
+        targets = tmp_path / "targets.yaml"
+        targets.write_text(rendered("targets.yaml.tftpl", **values))
+        words = ("submit", *words, "--on", "gke", "--targets", str(targets), "--dry-run", "-o", "json")
+        job = json.loads(succeeded(ddpm_here(*words)))
+        job = job if job["kind"] == "Job" else job["spec"]["replicatedJobs"][0]["template"]
+        return dict(job["spec"]["template"]["spec"])
+
+    return printed
 
 
 def where(pod: Pod, **changed: Any) -> list[str]:
     """The pools that take it."""
     return [pool.name for pool in pools(**changed) if takes(pool, pod)]
-
-
-TRAIN, SAMPLE = "train --dataset celeba", "sample --run celeba --count 100"
-PACK = "pack landscape-sample tiles --size 16"
 
 
 def test_allocatable_is_what_google_s_documentation_shows_for_a_node_of_four_processors():
@@ -149,82 +139,66 @@ def test_allocatable_is_what_google_s_documentation_shows_for_a_node_of_four_pro
     assert room["ephemeral-storage"] == pytest.approx(47060071478, rel=0.001)
 
 
-@pytest.mark.parametrize(
-    ("words", "resources", "place"),
-    [
-        (TRAIN, {}, "gpu-spot"),
-        (TRAIN, {"nodes": 2}, "gpu-spot"),
-        (TRAIN, {"gpus": 0}, "cpu-spot"),
-        (SAMPLE, {"slices": 4}, "gpu-spot"),
-        (SAMPLE, {"gpus": 0}, "cpu-spot"),
-        (SAMPLE, {"gpus": 0, "spot": False}, "cpu-on-demand"),
-        (PACK, {}, "cpu-spot"),
-        (PACK, {"spot": False}, "cpu-on-demand"),
-    ],
-)
-def test_each_job_has_a_pool_as_setup_makes_it(words, resources, place):
-    assert where(rendered(words, **resources)) == [place]
+def test_each_job_has_a_pool_as_setup_makes_it(pod):
+    for words, place in (
+        (TRAIN, "gpu-spot"),
+        ((*TRAIN, "--nodes", "2"), "gpu-spot"),
+        ((*TRAIN, "--gpus", "0"), "cpu-spot"),
+        ((*SAMPLE, "--slices", "4"), "gpu-spot"),
+        ((*SAMPLE, "--gpus", "0"), "cpu-spot"),
+        ((*SAMPLE, "--gpus", "0", "--on-demand"), "cpu-on-demand"),
+        (PACK, "cpu-spot"),
+        ((*PACK, "--on-demand"), "cpu-on-demand"),
+    ):
+        assert where(pod(*words)) == [place], words
 
 
-def test_on_demand_gpus_are_there_for_who_asks_for_such_nodes():
-    pod = rendered(TRAIN, spot=False)
-    assert where(pod) == []
-    assert where(pod, on_demand_max_nodes=1) == ["gpu-on-demand"]
-    assert where(rendered(TRAIN), on_demand_max_nodes=1, spot_max_nodes=0) == []
+def test_on_demand_gpus_are_there_for_who_asks_for_such_nodes(pod):
+    on_demand = pod(*TRAIN, "--on-demand")
+    assert where(on_demand) == []
+    assert where(on_demand, on_demand_max_nodes=1) == ["gpu-on-demand"]
+    assert where(pod(*TRAIN), on_demand_max_nodes=1, spot_max_nodes=0) == []
 
 
 def test_gpu_pools_are_made_beside_the_pool_of_the_system():
     """Only then does GKE taint them, which the pools here are taken to be."""
-    [block] = [block for block in read_folder(FOLDER) if block.labels == ("google_container_node_pool", "jobs")]
-    depends_on = block.attribute("depends_on")
-    assert depends_on is not None
-    names = [str(token) for token in depends_on.expression.scan_values(lambda token: token.type == "NAME")]
-    assert names == ["google_container_node_pool", "system"]
+    depends_on = body_of("resource", "google_container_node_pool", "jobs")["depends_on"]
+    assert depends_on == ["${google_container_node_pool.system}"]
 
 
-def test_in_a_queue_too():
-    documents = list(yaml.safe_load_all((ROOT / "infra/kubernetes/kueue.yaml").read_text()))
-    flavours = {thing["metadata"]["name"]: thing["spec"] for thing in documents if thing["kind"] == "ResourceFlavor"}
-    for flavour, resources in (("gpu-spot", {}), ("gpu-on-demand", {"spot": False})):
-        for words in (TRAIN, PACK):
-            pod = rendered(words, **resources)
+def test_in_a_queue_too(pod):
+    made = {pool.name: pool.labels for pool in pools(spot_max_nodes=1, on_demand_max_nodes=1)}
+    capacities = [flavour.removeprefix("gpu-") for flavour in of_kind("ResourceFlavor")]
+    assert sorted(made) == sorted(f"{kind}-{capacity}" for kind in ("gpu", "cpu") for capacity in capacities)
+    for (flavour, spec), more in zip(of_kind("ResourceFlavor").items(), ((), ("--on-demand",)), strict=True):
+        for words, name in ((TRAIN, flavour), (PACK, flavour.replace("gpu", "cpu"))):
+            assert spec["nodeLabels"].items() <= made[name].items()
             # As Kueue does when it lets a job go.
-            pod["nodeSelector"] = pod.get("nodeSelector", {}) | flavours[flavour]["nodeLabels"]
-            pod["tolerations"] = [*pod.get("tolerations", []), *flavours[flavour]["tolerations"]]
-            kind = "cpu" if words == PACK else "gpu"
-            assert flavour.replace("gpu", kind) in where(pod, on_demand_max_nodes=1)
+            job = pod(*words, *more)
+            job["nodeSelector"] = job.get("nodeSelector", {}) | spec["nodeLabels"]
+            job["tolerations"] = [*job.get("tolerations", []), *spec["tolerations"]]
+            assert name in where(job, on_demand_max_nodes=1)
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [("disk_gigabytes", 120), ("gpus", 0), ("gpu_type", "nvidia-tesla-t4"), ("machine_type", "e2-standard-2")],
-)
-def test_nodes_that_do_not_fit_are_noticed(field, value):
-    assert where(rendered(TRAIN), **{field: value}) == []
+def test_nodes_that_do_not_fit_are_noticed(pod):
+    other = {"disk_gigabytes": 120, "gpus": 0, "gpu_type": "nvidia-tesla-t4", "machine_type": "e2-standard-2"}
+    training = pod(*TRAIN)
+    for field, value in other.items():
+        assert where(training, **{field: value}) == [], field
 
 
-@pytest.mark.parametrize(
-    ("machine_type", "gpu_type", "gpus"),
-    [
-        *((name, *reversed(found)) for name in MACHINE_TYPES if (found := gpus_of(name))),
-        *(
-            (f"n1-{kind}-{cpus}", "nvidia-tesla-t4", 1)
-            for kind in ("standard", "highmem")
-            for cpus in (2, 4, 8, 16, 32)
-        ),
-        ("n1-standard-16", "nvidia-tesla-t4", 4),
-    ],
-)
-def test_jobs_fit_on_every_machine_type_that_terraform_takes(machine_type, gpu_type, gpus):
-    chosen: dict[str, Any] = {"machine_type": machine_type, "gpu_type": gpu_type, "gpus": gpus}
-    gke = targets(**{name: str(value) for name, value in chosen.items()})["gke"]
-    assert where(rendered(TRAIN, gke), **chosen) == ["gpu-spot"]
-    assert where(rendered(TRAIN, gke, gpus=1), **chosen) == ["gpu-spot"]
-    assert where(rendered(PACK, gke), **chosen) == ["cpu-spot"]
+def test_jobs_fit_on_every_machine_type_that_terraform_takes(pod):
+    t4 = [(f"n1-{kind}-{cpus}", "nvidia-tesla-t4", 1) for kind in ("standard", "highmem") for cpus in (2, 4, 8, 16, 32)]
+    bundled = [(name, kind, gpus) for name in BUNDLED for gpus, kind in [gpus_of(name)]]
+    for machine_type, gpu_type, gpus in (*bundled, *t4, ("n1-standard-16", "nvidia-tesla-t4", 4)):
+        chosen: dict[str, Any] = {"machine_type": machine_type, "gpu_type": gpu_type, "gpus": gpus}
+        values = {name: str(value) for name, value in chosen.items()}
+        assert where(pod(*TRAIN, **values), **chosen) == ["gpu-spot"], chosen
+        assert where(pod(*TRAIN, "--gpus", "1", **values), **chosen) == ["gpu-spot"], chosen
+        assert where(pod(*PACK, **values), **chosen) == ["cpu-spot"], chosen
 
 
-def test_the_smallest_disk_that_is_allowed_suffices():
-    text = (FOLDER / "variables.tf").read_text()
-    assert "var.gpu_pool.disk_gigabytes >= 130" in text
-    assert where(rendered(TRAIN), disk_gigabytes=130) == ["gpu-spot"]
-    assert where(rendered(PACK), disk_gigabytes=130) == ["cpu-spot"]
+def test_the_smallest_disk_that_is_allowed_suffices(pod):
+    assert "var.gpu_pool.disk_gigabytes >= 130" in body_of("variable", "gpu_pool")["validation"][1]["condition"]
+    assert where(pod(*TRAIN), disk_gigabytes=130) == ["gpu-spot"]
+    assert where(pod(*PACK), disk_gigabytes=130) == ["cpu-spot"]

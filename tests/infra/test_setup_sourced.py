@@ -30,7 +30,7 @@ state() {
 }
 SOURCING = """
 state "$@" >../before
-source {file} {words}; echo $? >../code
+source ./setup.sh {words}; echo $? >../code
 state "$@" >../after
 diff ../before ../after
 echo "code $(cat ../code), bucket ${{DDPM_BUCKET-unset}}, targets ${{DDPM_TARGETS-unset}}, still here"
@@ -60,8 +60,8 @@ def changes(out: str) -> list[str]:
     return sorted({line.split("=")[0].split()[-1] for line in lines})
 
 
-def sourced(place: Place, shell: str, words: str, first: str = "", file: str = "./setup.sh") -> str:
-    script = STATE[shell] + first + SOURCING.format(file=file, words=words)
+def sourced(place: Place, shell: str, words: str, first: str = "") -> str:
+    script = STATE[shell] + first + SOURCING.format(words=words)
     done = place.bash(script, "one", "two words", shell=shell)
     assert "still here" in done.stdout, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -73,23 +73,20 @@ def test_sourcing_sets_two_variables_and_nothing_else(place, shell):
     assert f"code 0, bucket {BUCKET}, targets {place.checkout}/targets.yaml" in out
 
 
-@pytest.mark.parametrize("part", ["services enable", " plan ", " apply ", "image push-image", "output -raw bucket"])
-def test_a_failure_leaves_the_shell_as_it_was(place, shell, part):
-    place.answer((part, "", 9))
-    out = sourced(
-        place, shell, " ".join(CLOUD), "trap 'echo bye' EXIT\nshopt -s nullglob 2>/dev/null\n" * (shell == "bash")
-    )
-    assert changes(out.split("bye")[0]) == []
-    assert "code 9, bucket unset, targets unset" in out
+def test_a_failure_leaves_the_shell_as_it_was(place, shell):
+    first = "trap 'echo bye' EXIT\nshopt -s nullglob 2>/dev/null\n" * (shell == "bash")
+    for part in ("services enable", " apply ", "output -raw bucket"):
+        place.answer((part, "", 9))
+        out = sourced(place, shell, " ".join(CLOUD), first)
+        assert changes(out.split("bye")[0]) == [], part
+        assert "code 9, bucket unset, targets unset" in out, part
 
 
-@pytest.mark.parametrize(
-    "words", ["--no-such-option", "--help", "--dry-run --project my-project", "--project my-project --plan"]
-)
-def test_what_sets_nothing_up_sets_no_variable(place, shell, words):
-    out = sourced(place, shell, words)
-    assert changes(out) == []
-    assert f"code {2 if 'no-such' in words else 0}, bucket unset" in out
+def test_what_sets_nothing_up_sets_no_variable(place, shell):
+    for words in ("--no-such-option", "--help", "--dry-run --project my-project", "--project my-project --plan"):
+        out = sourced(place, shell, words)
+        assert changes(out) == [], words
+        assert f"code {2 if 'no-such' in words else 0}, bucket unset" in out, words
 
 
 def test_from_another_folder_and_in_a_strict_shell(place, shell):
@@ -114,14 +111,11 @@ def test_a_program_that_stays_in_the_background_holds_nobody_up(place, shell):
     assert place.bash(script, shell=shell).stdout == f"{BUCKET}\n"
 
 
-def test_another_shell_is_told_which_to_use(place):
+def test_another_shell_is_told_which_to_use_and_zsh_may_run_it(place):
     done = place.bash("sh ./setup.sh --local")
     assert done.returncode == 2 and "use bash" in done.stderr
     done = place.bash(". ./setup.sh --local; echo $?", shell="sh")
     assert done.stdout == "2\n" and "use bash" in done.stderr
-
-
-def test_zsh_may_run_it_too(place):
     done = place.bash("zsh ./setup.sh --help")
     assert done.returncode == 0 and "--celeba SOURCE" in done.stdout
 

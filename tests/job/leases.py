@@ -9,11 +9,11 @@ from typing import Any
 
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.runs.lease import LEASE, Lease
+from job.runs.lease import LEASE_KEY, Lease
 from job.stop import NEVER
 from job.store import Store
 
-QUICK = {"RENEW_SECONDS": 0.1, "WRITE_GAP_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
+QUICK = {"RENEW_SECONDS": 0.1, "AGAIN_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
 """The expiry stays as it is, so that a machine that is busy elsewhere makes no holder look dead."""
 Notes = list[str]
 
@@ -23,7 +23,7 @@ def taken(run: Store, floor: int = 0, wait_seconds: float = 0, notes: Notes | No
 
 
 def record_in(run: Store) -> dict[str, Any]:
-    return json.loads(run.read(LEASE).data)
+    return json.loads(run.read(LEASE_KEY).data)
 
 
 def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
@@ -41,5 +41,5 @@ def by_somebody_elsewhere(run: Store, fence: int = 4, since: str = "2031-01-01T0
     record = lease_module.LeaseRecord(
         fence=fence, holder=f"holder-{since}", renewal=9, released=False, since=since, process=elsewhere
     )
-    run.put(LEASE, record.to_json())
+    run.put(LEASE_KEY, record.to_json())
     return record.to_json()

@@ -18,7 +18,7 @@ FILES = [(f"{kind}/{n:03d}.jpg", jpeg(100 * i + n)) for i, kind in enumerate(("c
 
 
 def packed(
-    bucket: str | Path, source: str | Path, *, shard_bytes: int = SHARD_BYTES, stop_at: int = 0, threads=None, **options
+    bucket: str | Path, source: str | Path, *, shard_bytes: int = SHARD_BYTES, stop_at: int = 0, **options
 ) -> DatasetIndex:
     """Packs the source as this module's dataset, or is stopped once so many images, or bytes of tars, are read."""
     stop = Stop()
@@ -31,7 +31,7 @@ def packed(
 
     request = PackRequest(str(source), "small", **{"size": 16, **options})
     store = open_store(str(bucket))
-    return pack(store, request, shard_bytes=shard_bytes, threads=threads, stop=stop, progress=progress)
+    return pack(store, request, shard_bytes=shard_bytes, stop=stop, progress=progress)
 
 
 def objects(bucket: str | Path) -> dict[str, bytes]:

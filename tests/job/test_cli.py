@@ -1,4 +1,4 @@
-"""The command line on its good days, from images to pictures, in a folder and on an object server alike."""
+"""The command line on its good days, from images to pictures, on an object server; `test_makefile` uses a folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import re
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from PIL import Image
 
 import job
 from job.cli.app import app
-from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, started, succeeded
 from tests.job.launching import eventually
@@ -63,30 +62,20 @@ def test_version_and_completion():
     assert {"pack", "list"} <= set(succeeded(ddpm(**words)).split())
 
 
-@pytest.fixture(scope="module", params=["local", "gs"])
-def bucket(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A bucket with the embedded images at 16 pixels and a run `walk` of two epochs, all made on the command line.
+@pytest.fixture(scope="module")
+def bucket(gcs_server: str) -> str:
+    """A bucket with the embedded images at 16 pixels and a run `walk` of two epochs, made in two attempts."""
+    from google.cloud import storage
 
-    On the object server the run is made in two attempts; in the folder by a submitted job.
-    """
-    uri = str(tmp_path_factory.mktemp("cli") / "bucket")
-    if request.param == "gs":
-        request.getfixturevalue("gcs_server")
-        from google.cloud import storage
-
-        name = f"test-{secrets.token_hex(6)}"
-        storage.Client(project="test").create_bucket(name)
-        uri = f"gs://{name}/some/folder"
+    name = f"test-{secrets.token_hex(6)}"
+    storage.Client(project="test").create_bucket(name)
+    uri = f"gs://{name}/some/folder"
     out = succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
     assert f"{uri}/datasets/tiles-16" in out
     assert "299 colour, 16×16 pixels" in out
-    if request.param == "gs":
-        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 1))
-        assert out.startswith("Run 'walk' is finished: 1 epoch, 312 images seen.\n")
-        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", 2))
-    else:
-        out = succeeded(ddpm("submit", "train", *about(uri, "walk"), "--epochs", 2, "--on", "local"))
-    assert out.startswith("Run 'walk' is finished: 2 epochs, 600 images seen.\n")
+    for epochs, said in ((1, "1 epoch, 312 images"), (2, "2 epochs, 600 images")):
+        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", epochs))
+        assert out.startswith(f"Run 'walk' is finished: {said} seen.\n")
     return uri
 
 
@@ -135,7 +124,7 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
     config = yaml.safe_load(run.read("config.yaml").data)
     assert (config["data"]["size"], config["data"]["channels"], config["model"]["num_classes"]) == (16, 3, 5)
     attempts = [json.loads(run.read(entry.key).data) for entry in run.list("attempts")]
-    assert [attempt["changes"] for attempt in attempts] == [{}, {"train.epochs": 2}][: len(attempts)]
+    assert [attempt["changes"] for attempt in attempts] == [{}, {"train.epochs": 2}]
     # To ask for fewer epochs than there are is no mistake.
     out = succeeded(ddpm_here("train", *about(bucket, "walk"), "--epochs", 1))
     assert out.startswith("Run 'walk' is finished already: 2 epochs, 600 images seen.\n")
@@ -200,44 +189,6 @@ def test_the_schedule_needs_no_bucket(tmp_path):
     assert Image.open(output).size == (640, 480)
 
 
-def beside(program: str) -> str:
-    return str(Path(sys.executable).with_name(program))
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-@pytest.mark.slow
-def test_other_launchers_train_the_same_run(local):
-    launchers = {
-        "single": (1, "accelerate", "launch --num_processes 1"),
-        "pair": (2, "accelerate", f"launch --multi_gpu --num_processes 2 --main_process_port {free_port()}"),
-        "torchrun": (2, "torchrun", "--standalone --nproc_per_node 2"),
-    }
-    # torchrun takes words that begin like its own options for itself, also behind the program, but for `--`.
-    module = {"accelerate": "--mixed_precision no --dynamo_backend no -m job", "torchrun": "-m job --"}
-    children = {
-        run: subprocess.Popen(
-            [beside(program), *options.split(), *module[program].split(), "train", *about(local, run), "--epochs", "1"],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for run, (_, program, options) in launchers.items()
-    }
-    for run, (processes, *_) in launchers.items():
-        out, _ = children[run].communicate(timeout=200)
-        assert children[run].returncode == 0, out
-        assert out.count(f"Run '{run}' is finished: 1 epoch, 312 images seen.") == 1
-        (ref,) = list_checkpoints(run_of(local, run))
-        manifest = load_manifest(run_of(local, run), ref)
-        assert (manifest.images_seen, manifest.world_size) == (312, processes)
-
-
 def test_a_submitted_job_is_stopped_with_its_command(local, tmp_path):
     """Also in a folder that has a `job` of its own."""
     (tmp_path / "job.py").write_text("raise SystemExit('the wrong job')")
@@ -248,16 +199,6 @@ def test_a_submitted_job_is_stopped_with_its_command(local, tmp_path):
     said, _ = child.communicate(timeout=60)
     assert child.returncode == 75
     assert "everything is saved, and the same command goes on from there" in said
-
-
-def test_a_detached_job_writes_its_log_where_it_says(local, tmp_path):
-    words = ("submit", "train", "--dataset", "other", "--bucket", local, "--detach")
-    out = succeeded(ddpm(*words, cwd=tmp_path))
-    match = re.search(r"process \d+ .* writes (\S+);", out)
-    assert match is not None
-    log = Path(match[1])
-    eventually(lambda: log.read_text() == f"ddpm: no dataset 'other' in {local}\n")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_dataset_is_packed_only_if_it_is_not_there(tmp_path):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import subprocess
 
-import pytest
-
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
@@ -21,16 +19,13 @@ def closed(streams: str, *words: object, **variables: str) -> int:
     ).returncode
 
 
-@pytest.mark.parametrize("streams", CLOSED)
-def test_the_code_is_the_same(streams, tmp_path):
-    assert closed(streams, "--version") == Exit.FINISHED
-    assert closed(streams, "runs", "list", "--bucket", tmp_path / "none") == Exit.MISSING_INPUT
-    assert closed(streams, "submit", "train", "--dataset", "a", "--on", "nowhere") == Exit.BAD_REQUEST
+def test_the_code_is_the_same(tmp_path):
+    for streams in CLOSED:
+        assert closed(streams, "runs", "list", "--bucket", tmp_path / "none") == Exit.MISSING_INPUT, streams
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_run_is_trained(processes, tmp_path):
+def test_a_run_is_trained(tmp_path):
     succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", tmp_path))
-    words = ("train", "--dataset", "tiles", "--bucket", tmp_path, "--epochs", 1, "--processes", processes, *settings())
+    words = ("train", "--dataset", "tiles", "--bucket", tmp_path, "--epochs", 1, "--processes", 2, *settings())
     assert closed(CLOSED[-1], *words, DDPM_CACHE=str(tmp_path / "cache")) == Exit.FINISHED
     assert [ref.images_seen for ref in list_checkpoints(open_store(str(tmp_path)).sub("runs/tiles"))] == [312]

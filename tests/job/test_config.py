@@ -1,7 +1,7 @@
 import pytest
 import yaml
 
-from job.config import changed_for_attempt, content_hash, flatten, validated
+from job.config import changed_for_attempt, flatten, validated
 from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
 from job.data.shards import DatasetIndex, Shard
 from job.exits import BadConfigError
@@ -67,9 +67,7 @@ def test_an_attempt_may_change_cadence_but_not_what_is_learnt():
     changes = {"train.epochs": 99, "checkpoint.every_minutes": 2.0, "train.micro_batch_size": 2}
     longer = stored.updated(changes)
     assert changed_for_attempt(stored, longer, "r") == changes
-    assert content_hash(longer) == content_hash(stored)
     other = stored.updated({"train.batch_size": 4, "train.seed": 5})
-    assert content_hash(other) != content_hash(stored)
     with pytest.raises(BadConfigError) as caught:
         changed_for_attempt(stored, other, "r")
     message = str(caught.value)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-import pytest
-
 from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
@@ -39,17 +37,14 @@ def packed(bucket: Path, folder: Path) -> list[object]:
     return ["--dataset", "few", "--bucket", bucket, *settings(**SMALLEST)]
 
 
-@pytest.mark.parametrize("full", ["bucket", "tmp"])
-def test_a_full_disk_while_packing(small_disk, tmp_path, full):
+def test_a_full_disk_while_packing(small_disk, tmp_path):
     filling = filled(small_disk, 64 << 10)
-    bucket = (small_disk if full == "bucket" else tmp_path) / "bucket"
-    temporary = {"TMPDIR": str(tmp_path if full == "bucket" else small_disk)}
+    bucket, temporary = tmp_path / "bucket", {"TMPDIR": str(small_disk)}
     words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
     line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
     assert str(small_disk) in line
     assert "No space left on device: free some space" in line
     assert not list(bucket.rglob("index.json"))
-    assert not list(tmp_path.glob("ddpm-*"))
     assert not list(small_disk.glob("ddpm-*"))
     filling.unlink()
     succeeded(ddpm(*words, **temporary))

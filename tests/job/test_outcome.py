@@ -8,19 +8,21 @@ import os
 import pytest
 
 from job.exits import BucketAwayError, LostRunError, StoppedError
-from job.jobs.outcome import JobPlace, read_outcome
+from job.jobs.outcome import read_outcome
 from job.outcome import JOB, outcome_written
-from tests.job.command_line import ddpm, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+
+NAME = "train-celeba"
 
 
 @pytest.fixture
-def job(tmp_path, monkeypatch) -> JobPlace:
-    monkeypatch.setenv(JOB, "train-celeba")
+def bucket(tmp_path, monkeypatch) -> str:
+    monkeypatch.setenv(JOB, NAME)
     (tmp_path / "bucket").mkdir()
-    return JobPlace("train-celeba", str(tmp_path / "bucket"))
+    return str(tmp_path / "bucket")
 
 
-def test_the_bucket_says_that_a_job_runs_and_how_it_ended(job, monkeypatch):
+def test_the_bucket_says_that_a_job_runs_and_how_it_ended(bucket, monkeypatch):
     endings = [
         (None, "finished", 0, ""),
         (SystemExit(0), "finished", 0, ""),
@@ -32,12 +34,12 @@ def test_the_bucket_says_that_a_job_runs_and_how_it_ended(job, monkeypatch):
         (MemoryError(), "failed", 1, "memory ran out on the machine"),
         (ValueError("nobody foresaw it"), "failed", 1, ""),
     ]
-    assert read_outcome(job) is None
+    assert read_outcome(NAME, bucket) is None
     for error, state, code, message in endings:
-        monkeypatch.setenv(JOB, job.name)
+        monkeypatch.setenv(JOB, NAME)
         try:
-            with outcome_written(job.bucket):
-                running = read_outcome(job)
+            with outcome_written(bucket):
+                running = read_outcome(NAME, bucket)
                 assert running is not None
                 assert (running.state, running.exit_code) == ("running", None), error
                 # What this process starts is no job.
@@ -46,41 +48,41 @@ def test_the_bucket_says_that_a_job_runs_and_how_it_ended(job, monkeypatch):
                     raise error
         except BaseException as raised:
             assert raised is error
-        outcome = read_outcome(job)
+        outcome = read_outcome(NAME, bucket)
         assert outcome is not None
         assert (outcome.state, outcome.exit_code) == (state, code), error
         assert outcome.message.startswith(message), error
 
 
-def test_who_is_no_job_writes_nothing_and_a_bucket_that_takes_nothing_stops_nobody(job, tmp_path, monkeypatch):
+def test_who_is_no_job_writes_nothing_and_a_bucket_that_takes_nothing_stops_nobody(bucket, tmp_path, monkeypatch):
     monkeypatch.delenv(JOB)
-    with outcome_written(job.bucket):
+    with outcome_written(bucket):
         pass
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(JOB, job.name)
+    monkeypatch.setenv(JOB, NAME)
     with outcome_written(str(tmp_path / "file")):
         pass
-    monkeypatch.setenv(JOB, job.name)
+    monkeypatch.setenv(JOB, NAME)
     with outcome_written(str(tmp_path / "misspelt")):
         pass
     assert not (tmp_path / "misspelt").exists()
-    assert [read_outcome(JobPlace(job.name, str(tmp_path / name))) for name in ("bucket", "file", "misspelt")] == [
+    assert [read_outcome(NAME, str(tmp_path / name)) for name in ("bucket", "file", "misspelt")] == [
         None,
         None,
         None,
     ]
 
 
-def test_of_several_machines_the_worst_decides_and_all_must_have_finished(job, tmp_path, monkeypatch):
+def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket, tmp_path, monkeypatch):
     def end(machine: int, code: int) -> None:
-        monkeypatch.setenv(JOB, job.name)
-        with pytest.raises(SystemExit), outcome_written(job.bucket, machine, 3):
+        monkeypatch.setenv(JOB, NAME)
+        with pytest.raises(SystemExit), outcome_written(bucket, machine, 3):
             raise SystemExit(code)
 
     told = []
     for machine, code in ((0, 0), (1, 0), (2, 0), (1, 75), (0, 69), (2, 64)):
         end(machine, code)
-        outcome = read_outcome(job)
+        outcome = read_outcome(NAME, bucket)
         assert outcome is not None
         told.append((outcome.state, outcome.exit_code))
     running, finished = ("running", None), ("finished", 0)
@@ -88,21 +90,30 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(job, t
     # What is rotten says nothing.
     path = tmp_path / "bucket/jobs/train-celeba/2-of-3.json"
     path.write_text(path.read_text().replace("64", "0"))
-    outcome = read_outcome(job)
+    outcome = read_outcome(NAME, bucket)
     assert outcome is not None
     assert outcome.exit_code == 69
 
 
-def test_real_commands_say_how_they_ended(tmp_path):
+def test_commands_say_how_they_ended(tmp_path):
     bucket = ("--bucket", str(tmp_path / "bucket"))
     pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", *bucket)
-    succeeded(ddpm(*pack, **{JOB: "pack-tiles-1"}))
-    refused(ddpm("data", "pack", str(tmp_path / "no"), "other", "--size", "8", *bucket, **{JOB: "pack-other-1"}), 66)
-    refused(ddpm("train", "--dataset", "no", *bucket, **{JOB: "train-no"}), 66)
-    refused(ddpm("sample", "--run", "no", "--count", "9", "--slice", "1/3", *bucket, **{JOB: "sample-no"}), 66)
-    outcomes = []
-    for name in ("pack-tiles-1", "pack-other-1", "train-no", "sample-no"):
-        outcome = read_outcome(JobPlace(name, str(tmp_path / "bucket")))
-        assert outcome is not None
-        outcomes.append((outcome.state, outcome.exit_code, outcome.machine, outcome.machines))
-    assert outcomes == [("finished", 0, 0, 1), *[("failed", 66, 0, 1)] * 2, ("failed", 66, 1, 3)]
+    succeeded(ddpm(*pack, **{JOB: "packed"}))
+    refusals = [
+        ("no-source", 66, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8")),
+        ("no-crop", 64, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8", "--crop", "middle")),
+        ("no-dataset", 66, ("train", "--dataset", "no")),
+        ("no-key", 78, ("train", "--dataset", "tiles", "--set", "x=1")),
+        ("no-duration", 64, ("train", "--dataset", "tiles", "--stop-after", "soon")),
+        ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "euler")),
+        ("no-run", 66, ("sample", "--run", "no", "--count", "9", "--slice", "1/3")),
+    ]
+    for name, code, words in refusals:
+        said = refused(ddpm_here(*words, *bucket, **{JOB: name}), code)
+        outcome = read_outcome(name, str(tmp_path / "bucket"))
+        assert outcome is not None, name
+        assert (outcome.state, outcome.exit_code, outcome.message) == ("failed", code, said.removeprefix("ddpm: "))
+        assert (outcome.machine, outcome.machines) == ((1, 3) if name == "no-run" else (0, 1))
+    finished = read_outcome("packed", str(tmp_path / "bucket"))
+    assert finished is not None
+    assert (finished.state, finished.exit_code) == ("finished", 0)

@@ -24,7 +24,7 @@ from job.data.cache import open_cache
 from job.data.shards import INDEX, Shard, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
-from job.runs.layout import Kind
+from job.runs.layout import ObjectKind
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
@@ -103,11 +103,6 @@ def train(bucket: Path, cache_dir: Path, epochs: int = 3, *more: str):
     return ddpm_here("train", *words, *SMALL, *more, DDPM_CACHE=str(cache_dir))
 
 
-@pytest.fixture
-def bucket(trained: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(trained, tmp_path / "bucket")
-
-
 @pytest.fixture(autouse=True)
 def marker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """What no test may find when it ends; and nobody waits for the holder of a lease that is no lease."""
@@ -166,7 +161,7 @@ def test_a_payload_in_the_place_of_what_training_reads(trained, tmp_path, marker
 def plant_tensors(bucket: Path, content: bytes) -> None:
     store = open_store(str(bucket / RUN))
     ref = list_checkpoints(store)[-1]
-    path = bucket / RUN / Kind.MANIFEST.key(checkpoint=ref)
+    path = bucket / RUN / ObjectKind.MANIFEST.key(checkpoint=ref)
     manifest = Manifest.from_json(path.read_bytes(), "here")
     vouching = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)
@@ -284,23 +279,21 @@ def test_payloads_among_images_to_pack_and_in_the_journal_of_a_packing_that_was_
             assert str(source) in refused(done, Exit.BAD_DATA)
 
 
-def test_tags_in_what_a_person_hands_over(tmp_path, marker, bucket):
+def test_tags_in_what_a_person_hands_over(tmp_path, marker, trained):
     (tmp_path / "mine.yaml").write_bytes(tagged_yaml(marker))
     value = f"train.seed=!!python/object/apply:os.mkdir ['{marker}']"
     for words in (["--config", tmp_path / "mine.yaml"], ["--set", value]):
-        line = refused(ddpm_here("train", "--dataset", "small", "--bucket", bucket, *words), Exit.BAD_CONFIG)
+        line = refused(ddpm_here("train", "--dataset", "small", "--bucket", trained, *words), Exit.BAD_CONFIG)
         assert "not valid YAML" in line
 
 
-def test_an_index_may_not_send_anybody_elsewhere(bucket):
+def test_an_index_may_not_send_anybody_elsewhere(trained, tmp_path):
+    bucket = shutil.copytree(trained, tmp_path / "bucket")
+    index = load_index(open_store(str(bucket)), DATASET)
     for uri in ("http://host/a.tar", "file:///a.tar", "../a.tar", "gs://b/a\n.tar", "gs://b/"):
-        index = load_index(open_store(str(bucket)), DATASET)
         elsewhere = tuple(shard.model_copy(update={"uri": uri}) for shard in index.shards)
-        content = index.model_copy(update={"shards": elsewhere}).to_json()
-        copy = shutil.copytree(bucket, bucket.with_name(uri.encode().hex()))
-        (copy / DATASET / INDEX).write_bytes(content)
-        done = ddpm_here("data", "verify", "small", "--bucket", copy)
-        assert "index.json" in refused(done, Exit.BAD_DATA)
+        (bucket / DATASET / INDEX).write_bytes(index.model_copy(update={"shards": elsewhere}).to_json())
+        assert "index.json" in refused(ddpm_here("data", "verify", "small", "--bucket", bucket), Exit.BAD_DATA)
 
 
 UNSAFE_CALLS = {

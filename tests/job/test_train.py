@@ -20,10 +20,10 @@ from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.shards import load_index
 from job.data.stream import stream_batches
-from job.exits import BadConfigError, Exit, NotANumberError, StoppedError
+from job.exits import BadConfigError, NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
-from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.session import settings_of
@@ -84,16 +84,13 @@ def final_state(run):
     return ref, tensors, rows
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, dropout):
-    name = f"dropout-{int(dropout * 10)}"
-    train(f"{name}-a", epochs=2, model__dropout=dropout)
+def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed):
+    train("a", epochs=2, model__dropout=0.1)
     for stop_after in (5, 9):
-        with pytest.raises(StoppedError) as caught:
-            train(f"{name}-b", epochs=2, stop_after=stop_after, model__dropout=dropout)
-        assert caught.value.exit_code == Exit.STOPPED == 75
-    train(f"{name}-b", epochs=2, model__dropout=dropout)
-    (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, f"{name}-{x}")) for x in "ab")
+        with pytest.raises(StoppedError):
+            train("b", epochs=2, stop_after=stop_after, model__dropout=0.1)
+    train("b", epochs=2, model__dropout=0.1)
+    (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, name)) for name in "ab")
     assert ref_a.images_seen == ref_b.images_seen == 600
     assert (ref_a.fence, ref_b.fence) == (1, 3)
     assert tensors_a.keys() == tensors_b.keys()
@@ -124,7 +121,7 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_sta
 
 def test_a_finished_run_leaves_everything_a_person_wants(walked):
     run = run_of(walked, "walk")
-    assert [load_manifest(run, ref).epoch for ref in list_checkpoints(run)] == [1, 3]
+    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
     pictures = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003.gif", "figures/loss.png"}
     records = {"config.yaml", "status.json", "LATEST", "attempts/000001.json"}
     assert pictures | records <= {entry.key for entry in run.list()}

@@ -10,40 +10,28 @@ from job.exits import MissingInputError
 from job.jobs.backends.base import Backend
 from job.jobs.targets import Target
 
-_PLACES = {
-    "local": ("job.jobs.backends.local", "LocalBackend"),
-    "container": ("job.jobs.backends.container", "ContainerBackend"),
-    "kubernetes": ("job.jobs.backends.kubernetes", "KubernetesBackend"),
-    "vm": ("job.jobs.backends.vm", "VmBackend"),
-    "batch": ("job.jobs.backends.batch", "BatchBackend"),
+_ENGINES = {
+    "local": ("local", "LocalBackend", ""),
+    "container": ("container", "ContainerBackend", ""),
+    "kubernetes": ("kubernetes", "KubernetesBackend", "kubernetes"),
+    "vm": ("vm", "VmBackend", "google"),
+    "batch": ("batch", "BatchBackend", "google"),
 }
-_EXTRAS = {"kubernetes": "kubernetes", "vm": "google", "batch": "google"}
-
-
-def backend_for(target: Target) -> Backend:
-    """The engine of a target. Libraries of other engines need not be there.
-
-    Raises:
-        MissingInputError: its own are missing; the message says how to install them.
-    """
-    module, name = _PLACES[target.backend]
-    with extra_named(target):
-        made: Backend = getattr(importlib.import_module(module), name)(target)
-    return made
+"""The module and the class of each, and the extra of this package that brings its libraries."""
 
 
 @contextmanager
-def extra_named(target: Target) -> Iterator[None]:
-    """Has a library that is missing named together with what to install.
+def backend_for(target: Target) -> Iterator[Backend]:
+    """The engine of a target. Libraries of other engines need not be there.
 
     Raises:
-        MissingInputError: instead of an `ImportError` that is about a library of the target's engine.
+        MissingInputError: its own are missing, there or when they are first used; the message says how to get them.
     """
+    module, name, extra = _ENGINES[target.backend]
     try:
-        yield
+        yield getattr(importlib.import_module(f"job.jobs.backends.{module}"), name)(target)
     except ImportError as error:
-        extra = _EXTRAS.get(target.backend)
-        if extra is None or (error.name or "").partition(".")[0] in ("job", "ddpm"):
+        if not extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise
         raise MissingInputError(
             f"target {target.name!r} needs more than is installed ({error}): pip install 'ddpm-job[{extra}]'"

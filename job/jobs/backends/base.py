@@ -11,10 +11,13 @@ from typing import Any, ClassVar, NoReturn
 from job.exits import BadRequestError, Exit, JobError, retried
 from job.jobs.checks import Check
 from job.jobs.spec import JobSpec
-from job.jobs.targets import Target, default_bucket
+from job.jobs.targets import Target
+from job.progress import note
 
 Manifest = dict[str, Any]
 """What is sent to an engine, as JSON types."""
+IMAGE_USER = 10001
+"""User and group of the image, for jobs that touch no file of the machine they run on."""
 FOLLOW_POLL_SECONDS = 0.2
 """Between two looks at a job of this machine whose output somebody follows."""
 
@@ -42,8 +45,6 @@ class Cause(StrEnum):
 
     TAKEN_AWAY = "taken away"
     """Its machine was."""
-    UNRESPONSIVE = "unresponsive"
-    """It could not be ended, though it was to end."""
     OUT_OF_TIME = "out of time"
     """It ran for its `max_hours`."""
     NO_IMAGE = "no image"
@@ -69,15 +70,19 @@ class JobStatus:
     cause: Cause | None = None
     has_machine: bool = False
     """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
+    bucket: str = ""
+    """As the job was told, where its engine remembers that."""
+
+    @property
+    def costs(self) -> bool:
+        """Whether it has a machine, as far as its engine knows."""
+        return self.state is State.RUNNING or self.has_machine
 
     @property
     def retried(self) -> str:
         """Whether it is tried again: `never`, `bounded` or `always`, as the table of exit codes has it."""
-        match self.cause:
-            case Cause.TAKEN_AWAY:
-                return "always"
-            case Cause.UNRESPONSIVE | Cause.OUT_OF_TIME | Cause.NO_IMAGE:
-                return "never"
+        if self.cause is not None:
+            return "always" if self.cause is Cause.TAKEN_AWAY else "never"
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
 
@@ -97,7 +102,7 @@ def cancelled(state: State) -> str:
 
 def state_of_code(code: int) -> State:
     """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
-    return {int(Exit.FINISHED): State.FINISHED, int(Exit.STOPPED): State.CANCELLED}.get(code, State.FAILED)
+    return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
 
 
 def runs_already(name: str, where: str) -> BadRequestError:
@@ -131,8 +136,8 @@ class Backend(abc.ABC):
     bounded retries, and `NoCapacityError` when it has no machine of that kind now.
     """
 
-    keeps_seconds: ClassVar[float] = 0.0
-    """For how long the engine knows a job that is over; one that it forgets earlier was deleted by somebody."""
+    keeps_ended: ClassVar[bool] = False
+    """Whether the engine knows a job that is over for a day at least: one that is gone was deleted by somebody."""
 
     def __init__(self, target: Target) -> None:
         self.target = target
@@ -154,18 +159,24 @@ class Backend(abc.ABC):
             NoCapacityError: there is no such machine now.
         """
 
-    def become(self, spec: JobSpec) -> NoReturn:
-        """Turns this process into the job, where that runs on this machine: its terminal, signals and exit code.
+    def submit_where_possible(self, spec: JobSpec) -> Backend:
+        """Submits to the first place, from this one on, that has a machine, and returns that.
 
         Raises:
-            BadRequestError: the job would run elsewhere, or cannot begin.
+            NoCapacityError: none has.
         """
-        raise BadRequestError(f"{spec.name} runs elsewhere than on this machine: submit it")
+        try:
+            self.submit(spec)
+        except NoCapacityError as error:
+            if (following := self.elsewhere()) is None:
+                raise
+            note(f"{error}; trying the next place")
+            return following.submit_where_possible(spec)
+        return self
 
-    def describe_start(self, name: str) -> str:
-        """What a person should know about a job that was submitted just now."""
-        about = f"{name} --on {self.target.name}"
-        return f"{name} is submitted: `ddpm jobs logs {about} -f` follows it, `ddpm jobs cancel {about}` stops it"
+    def become(self, spec: JobSpec) -> NoReturn:
+        """Turns this process into the job, where that runs on this machine: its terminal, signals and exit code."""
+        raise NotImplementedError
 
     def elsewhere(self) -> Backend | None:
         """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
@@ -178,10 +189,6 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
         """All jobs that this program submitted to this target, newest first."""
-
-    def bucket_of(self, name: str) -> str:
-        """Where a job's bucket lies: as the job was told, where the engine remembers, else as the target says."""
-        return default_bucket(self.target)
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """What tells a job of this engine from all others, whichever of several targets shows it."""

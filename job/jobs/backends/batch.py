@@ -39,7 +39,7 @@ _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50001: ("its spot machine was taken away", Cause.TAKEN_AWAY),
     50002: ("its machine stopped answering", Cause.TAKEN_AWAY),
     50003: ("its machine restarted", Cause.TAKEN_AWAY),
-    50004: ("it could not be ended", Cause.UNRESPONSIVE),
+    50004: ("it could not be ended", None),
     50005: ("it ran longer than --max-hours", Cause.OUT_OF_TIME),
     50006: ("its machine was made anew", Cause.TAKEN_AWAY),
 }
@@ -52,8 +52,8 @@ class BatchBackend(google_jobs.GoogleBackend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
     engine = "Batch"
-    # Batch deletes jobs that are over after 60 days.
-    keeps_seconds = 60 * 86_400.0
+    # Jobs that are over for 60 days.
+    keeps_ended = True
     target: BatchTarget
 
     def submit(self, spec: JobSpec) -> None:

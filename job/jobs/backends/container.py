@@ -1,17 +1,20 @@
-"""Containers on this machine: podman or docker runs the image that a cluster would run."""
+"""Containers on this machine: podman or docker runs the image that a cluster would run.
+
+A container may write, use and see little: nothing is writable in it but /tmp, /scratch and a bucket that is a folder of
+this machine. It runs as the user who submits if it needs files of theirs, and as the image's own otherwise.
+"""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,32 +22,157 @@ from typing import Any, NoReturn
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import (
     FOLLOW_POLL_SECONDS,
+    IMAGE_USER,
     Backend,
     JobStatus,
     Manifest,
     State,
     cancelled,
+    check_one_machine,
     runs_already,
     state_of_code,
 )
-from job.jobs.backends.container_command import BUCKET_LABEL, STOP_SECONDS, Host, confined, run_command
-from job.jobs.checks import Check, looked_at
+from job.jobs.checks import Check, local_gpus, looked_at
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
 from job.progress import note
+from job.stop import GRACE_VARIABLE
 
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
-ANSWER_SECONDS = 60.0
-_WAITING = ("created", "initialized", "configured")
+ENGINE_ANSWER_SECONDS = 60.0
+STOP_SECONDS = 120
+"""From SIGTERM to SIGKILL; nobody takes this machine away."""
+BUCKET_LABEL = "ddpm-bucket"
+CREDENTIALS_FOLDER = "/credentials"
+"""Of the container, where files with credentials are mounted."""
+_CREDENTIAL_FILES = {
+    "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"},
+    "s3": {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"},
+}
+"""For each kind of bucket the variables that say where a file with credentials lies, and where it lies else."""
+_HARMLESS = {
+    "gs": ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST"),
+    "s3": ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+}
+"""Variables that are handed on: they hold nothing secret."""
 _OVER = ("exited", "stopped", "dead", "removing")
+
+
+@dataclass(frozen=True)
+class Host:
+    """This machine: its engine, the user who submits, and how many NVIDIA GPUs there are."""
+
+    engine: str
+    uid: int
+    gid: int
+    gpus: int = 0
+
+    @classmethod
+    def look(cls, engine: str = "") -> Host:
+        """This machine now; with no engine on it the one that is named, or podman, for a command to look at."""
+        engine = engine or next(filter(shutil.which, ("podman", "docker")), "podman")
+        return cls(engine, os.geteuid(), os.getegid(), local_gpus())
+
+
+def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
+    """`podman run …` or `docker run …` for a job.
+
+    Raises:
+        BadRequestError: a container on this machine cannot be such a job; the message names the option.
+    """
+    check_one_machine(spec, target)
+    if 0 < host.gpus < spec.gpus:
+        raise BadRequestError(f"--gpus {spec.gpus}: this machine has {host.gpus}: ask for at most so many")
+    labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
+    named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
+    return [host.engine, "run", "--name", spec.name, *named, *confined(spec, target, host), spec.image, *spec.argv]
+
+
+def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
+    """Options: what the container may write, use and see."""
+    scheme = spec.bucket.partition("://")[0].lower()
+    inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in _CREDENTIAL_FILES.get(scheme, ())}
+    files = credential_files(scheme)
+    mounts = [*_folders(spec), *(_mount(path, inside[variable]) + ",readonly" for variable, path in files.items())]
+    uid, gid = (host.uid, host.gid) if mounts else (IMAGE_USER, IMAGE_USER)
+    words = [
+        *("--pull", "never"),
+        *("--user", f"{uid}:{gid}"),
+        "--read-only",
+        # torch.compile puts libraries there and runs them.
+        *("--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777"),  # noqa: S108 -- the container's own
+        # Users would stumble over each other's files.
+        *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination=/scratch"),
+        *("--shm-size", "2g"),
+        *("--stop-timeout", str(STOP_SECONDS)),
+        *("--cap-drop", "ALL"),
+        *("--security-opt", "no-new-privileges"),
+    ]
+    if mounts:
+        # Else SELinux would want the user's folders labelled anew.
+        words += ["--security-opt", "label=disable"]
+        if host.engine == "podman" and host.uid:
+            # Without root a user of the container is another one outside.
+            words += ["--userns", "keep-id"]
+    words += _gpus_handed_on(min(spec.gpus, host.gpus), host)
+    words += ["--memory", target.memory] if target.memory else []
+    words += ["--network", target.network] if target.network else []
+    variables = {GRACE_VARIABLE: str(STOP_SECONDS), "DDPM_CACHE": "/scratch/ddpm", "TMPDIR": "/scratch"}
+    variables |= {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
+    variables |= {variable: inside[variable] for variable in files}
+    for name, value in sorted({**variables, **target.env, **spec.env}.items()):
+        words += ["--env", f"{name}={value}"]
+    for mount in mounts:
+        words += ["--mount", mount]
+    return words
+
+
+def credential_files(scheme: str) -> dict[str, Path]:
+    """The files for a kind of bucket that are there, by the variable that says where one lies."""
+    found = {}
+    for variable, usual in _CREDENTIAL_FILES.get(scheme, {}).items():
+        # As google.auth looks for it.
+        usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
+        path = os.path.expanduser(os.environ.get(variable) or usual)  # noqa: PTH111 -- a user may have no home
+        if os.path.isfile(path):  # noqa: PTH113 -- nor rights to look
+            found[variable] = Path(path).absolute()
+    return found
+
+
+def _folders(spec: JobSpec) -> list[str]:
+    """What of this machine is mounted where it is, as values of `--mount`."""
+    mounts = []
+    if (folder := spec.bucket_folder) is not None:
+        mounts.append(_mount(folder, str(folder)))
+    if spec.verb == "pack":
+        # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
+        source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
+        mounts += [_mount(Path(source), source) + ",readonly"] if source.startswith("/") else []
+    return mounts
+
+
+def _mount(path: Path, inside: str) -> str:
+    if set('",') & set(f"{path}{inside}"):
+        raise BadRequestError(f"{str(path)!r} cannot be mounted in a container: use a path without commas and quotes")
+    return f"type=bind,source={path},destination={inside}"
+
+
+def _gpus_handed_on(count: int, host: Host) -> list[str]:
+    if not count:
+        return []
+    if host.engine == "docker":
+        return ["--gpus", "all" if count == host.gpus else str(count)]
+    # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
+    names = ["all"] if count == host.gpus else range(count)
+    return [word for name in names for word in ("--device", f"nvidia.com/gpu={name}")]
 
 
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found again by their labels."""
 
     # Until somebody removes the container.
-    keeps_seconds = math.inf
+    keeps_ended = True
     target: ContainerTarget
 
     def __init__(self, target: Target, host: Host | None = None) -> None:
@@ -77,11 +205,7 @@ class ContainerBackend(Backend):
     def status(self, name: str) -> JobStatus:
         """How a container is going, or how it ended."""
         found = self._inspect(name)
-        return (
-            JobStatus(name, State.GONE, "there is no container of this name")
-            if found is None
-            else _container_status(found)
-        )
+        return _container_status(found) if found else JobStatus(name, State.GONE, "there is no container of this name")
 
     def jobs(self) -> list[JobStatus]:
         """All containers that this program started, newest first."""
@@ -89,12 +213,8 @@ class ContainerBackend(Backend):
         ids = self._asked("ps", "--all", "--quiet", "--no-trunc", *own).split()
         # One may be removed meanwhile; the others are told all the same.
         answer = self._ask("container", "inspect", *ids).stdout if ids else ""
-        statuses = [_container_status(found) for found in json.loads(answer or "[]")]
+        statuses = map(_container_status, json.loads(answer or "[]"))
         return sorted(statuses, key=lambda status: status.created, reverse=True)
-
-    def bucket_of(self, name: str) -> str:
-        """See `Backend.bucket_of`: a label says it."""
-        return str(self.describe(name)["Config"]["Labels"].get(BUCKET_LABEL) or super().bucket_of(name))
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: this machine may have two engines."""
@@ -128,7 +248,7 @@ class ContainerBackend(Backend):
         if status.state.is_over:
             self._asked("rm", "--force", name)
         else:
-            self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ANSWER_SECONDS)
+            self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ENGINE_ANSWER_SECONDS)
         return cancelled(status.state)
 
     def describe(self, name: str) -> Manifest:
@@ -139,50 +259,49 @@ class ContainerBackend(Backend):
             )
         return found
 
-    def checks(self) -> Iterable[Check]:
+    def checks(self) -> Iterator[Check]:
         """Whether there are an engine and an image, and what the container itself finds on this machine."""
-        engine, image = self._host.engine, self.target.image
         version = ("version", "--format", "{{.Client.Version}}")
-        there = looked_at("engine", lambda: f"{engine} {self._asked(*version).strip()}")
-        yield there
-        if there.passed and not self._has_image(image):
-            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{engine} pull {image}"
-            yield Check(
-                "image", False, f"{image} is not on this machine", f"`{how}` brings it; submitting does so, too"
-            )
-        elif there.passed:
-            yield Check("image", True, image)
-            yield from self._checks_inside()
-
-    def _checks_inside(self) -> Iterator[Check]:
+        for name, look in (
+            ("engine", lambda: f"{self._host.engine} {self._asked(*version).strip()}"),
+            ("image", self._look_for_image),
+        ):
+            check = looked_at(name, look)
+            yield check
+            if not check.passed:
+                return
+        bucket = self.target.bucket or "gs://no-bucket"
+        job = JobSpec("look", "train", (), self.target.image, bucket, gpus=min(self.target.gpus, self._host.gpus))
         words = ("doctor", "--on", "local", "--json", "--no-bucket")
-        gpus = min(self.target.gpus, self._host.gpus)
-        look = JobSpec(
-            "look", "train", ("train",), self.target.image, self.target.bucket or "gs://no-bucket", gpus=gpus
-        )
-        asked = self._ask("run", "--rm", *confined(look, self.target, self._host), look.image, *words)
+        asked = self._ask("run", "--rm", *confined(job, self.target, self._host), job.image, *words)
         try:
             found = json.loads(asked.stdout)
-        except json.JSONDecodeError:
-            said = _last_line(asked)
-            yield Check("container", False, f"it does not start: {said}", "see to the engine", Exit.BAD_REQUEST)
+        except ValueError:
+            yield Check("container", False, f"it does not start: {_last_line(asked)}", "see to the engine")
             return
-        for check in found:
-            yield Check(**check | {"name": f"{check['name']} (in it)", "exit_code": Exit(check["exit_code"])})
+        for inside in found:
+            yield Check(**inside | {"name": f"{inside['name']} (in it)", "exit_code": Exit(inside["exit_code"])})
+
+    def _look_for_image(self) -> str:
+        image = self.target.image
+        if not self._has_image(image):
+            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{self._host.engine} pull {image}"
+            raise MissingInputError(f"{image} is not on this machine: `{how}` brings it; submitting does so, too")
+        return image
 
     def _prepared(self, spec: JobSpec) -> list[str]:
         """The command, when all is there that it needs."""
         command, found = run_command(spec, self.target, self._host), self._inspect(spec.name)
-        if spec.bucket.startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ and not self._host.files["s3"]:
+        if spec.bucket.startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ and not credential_files("s3"):
             raise NoPermissionError(
                 "the credentials for s3:// are in AWS_SECRET_ACCESS_KEY, which is not handed to a container since "
                 "every list of containers would show it: write them into ~/.aws/credentials (`aws configure`)"
             )
         if spec.gpus and not self._host.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
-        if found is not None and not _container_status(found).state.is_over:
+        if found and not _container_status(found).state.is_over:
             raise runs_already(spec.name, "in a container")
-        if found is not None:
+        if found:
             self._asked("rm", "--force", spec.name)
         if not self._has_image(spec.image):
             self._bring(spec.image)
@@ -195,76 +314,74 @@ class ContainerBackend(Backend):
         engine, checkout = self._host.engine, Path(__file__).parents[3]
         if not image.startswith(OWN_IMAGE):
             note(f"pulling {image}")
-            if self._run([engine, "pull", image], None).returncode:
-                how = f"check its name, and log in with `{engine} login`"
-                raise MissingInputError(f"image {image} could not be pulled: {how}")
-            return
-        if not ((checkout / "docker/Dockerfile").is_file() and (checkout / "Makefile").is_file()):
+            words, failed = [engine, "pull", image], f"pulled: check its name, and log in with `{engine} login`"
+        elif (checkout / "docker/Dockerfile").is_file():
+            torch = os.environ.get("TORCH") or ("cuda" if self._host.gpus else "cpu")
+            note(f"building {image} from {checkout} with PyTorch for {torch}")
+            words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
+            words += [f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"]
+            failed = "built, as said above: mend that, or build it yourself"
+        else:
             raise MissingInputError(
                 f"image {image} is not on this machine: build it in a checkout with `make image`, or name one of a "
                 "registry as the target's `image:`"
             )
-        torch = os.environ.get("TORCH") or ("cuda" if self._host.gpus else "cpu")
-        note(f"building {image} from {checkout} with PyTorch for {torch}")
-        words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
-        if self._run([*words, f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"], None).returncode:
-            raise MissingInputError(f"image {image} could not be built, as said above: mend that, or build it yourself")
+        # stdout is for what was asked for.
+        if self._run(words, stdout=sys.stderr).returncode:
+            raise MissingInputError(f"image {image} could not be {failed}")
 
     def _has_image(self, image: str) -> bool:
         return self._ask("image", "inspect", "--format", "{{.Id}}", image).returncode == 0
 
     def _inspect(self, name: str) -> dict[str, Any] | None:
         answer = self._ask("container", "inspect", name)
-        if answer.returncode and not re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
-            raise self._error(answer)
-        return None if answer.returncode else json.loads(answer.stdout)[0]
+        if not answer.returncode:
+            return json.loads(answer.stdout)[0]
+        if re.search(r"no such (container|object)", answer.stderr, re.IGNORECASE):
+            return None
+        raise self._refusal(answer)
 
-    def _asked(self, *words: str, seconds: float = ANSWER_SECONDS) -> str:
+    def _asked(self, *words: str, seconds: float = ENGINE_ANSWER_SECONDS) -> str:
         answer = self._ask(*words, seconds=seconds)
         if answer.returncode:
-            raise self._error(answer)
+            raise self._refusal(answer)
         return answer.stdout
 
-    def _ask(self, *words: str, seconds: float = ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
-        return self._run([self._host.engine, *words], seconds)
+    def _ask(self, *words: str, seconds: float = ENGINE_ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
+        return self._run([self._host.engine, *words], timeout=seconds, capture_output=True)
 
-    def _run(self, words: list[str], seconds: float | None) -> subprocess.CompletedProcess[str]:
-        """Runs a program to its end: quietly, for so many seconds; or, with None, with what it says on stderr."""
-        # stdout is for what was asked for.
-        streams: dict[str, Any] = {"stdout": sys.stderr} if seconds is None else {"capture_output": True}
-        streams |= {"stdin": subprocess.DEVNULL, "text": True, "errors": "replace"}
+    def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
+        return BadRequestError(f"{self._host.engine}: {_last_line(answer)}")
+
+    def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:
-            return subprocess.run(words, check=False, timeout=seconds, **streams)
+            return subprocess.run(words, check=False, stdin=subprocess.DEVNULL, text=True, errors="replace", **options)
         except FileNotFoundError:
             is_any = words[0] == self._host.engine and not self.target.engine
             missing = "neither podman nor docker is installed" if is_any else f"{words[0]} is not installed"
             how = "`apt-get install podman`, `dnf install podman` or `brew install podman` brings an engine"
             raise MissingInputError(f"{missing}: {how}") from None
-        except subprocess.TimeoutExpired:
-            said = f"`{' '.join(words[:2])}` did not answer within {seconds:g} s"
+        except subprocess.TimeoutExpired as error:
+            said = f"`{' '.join(words[:2])}` did not answer within {error.timeout:g} s"
             raise BucketAwayError(f"{said}: see to the engine") from None
-
-    def _error(self, asked: subprocess.CompletedProcess[str]) -> JobError:
-        said, engine = _last_line(asked), self._host.engine
-        if re.search(r"permission denied", said, re.IGNORECASE) and "sock" in said:
-            return NoPermissionError(f"{engine}: {said}: add this user to the group that may use it, or use podman")
-        if re.search(r"cannot connect|connection refused|is the docker daemon running", said, re.IGNORECASE):
-            return BucketAwayError(f"{engine}: {said}: start its service, or use podman, which needs none")
-        return BadRequestError(f"{engine}: {said}")
 
 
 def _container_status(found: dict[str, Any]) -> JobStatus:
     """From an inspection, which podman and docker agree on as far as it is used here."""
-    state, name, created = found["State"], found["Name"].removeprefix("/"), str(found.get("Created", ""))
+    state, labels = found["State"], found["Config"]["Labels"] or {}
     said, code = str(state["Status"]).lower(), int(state["ExitCode"])
     started = str(state.get("StartedAt", "")).startswith("2")
-    with suppress(ValueError):
-        # Nanoseconds are more than datetime reads.
-        made = datetime.fromisoformat(re.sub(r"(\.\d{1,6})\d*", r"\1", created)).astimezone(UTC)
-        created = made.strftime("%Y-%m-%dT%H:%M:%SZ")
-    status = JobStatus(name, State.RUNNING, attempts=int(started), created=created)
+    # Nanoseconds are more than datetime reads.
+    made = datetime.fromisoformat(re.sub(r"\.\d+", "", found["Created"])).astimezone(UTC)
+    status = JobStatus(
+        name=found["Name"].removeprefix("/"),
+        state=State.RUNNING,
+        attempts=int(started),
+        created=made.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        bucket=labels.get(BUCKET_LABEL, ""),
+    )
     if said not in _OVER:
-        return replace(status, state=State.WAITING) if said in _WAITING else status
+        return status
     if not started:
         return replace(status, state=State.FAILED, message=state.get("Error") or "it did not start")
     message = TABLE[Exit(code)].text if code in TABLE else state.get("Error") or f"exit code {code}"

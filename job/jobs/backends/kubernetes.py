@@ -19,7 +19,7 @@ from job.jobs.backends.kubernetes_api import (
     ObjectConflictError,
 )
 from job.jobs.backends.kubernetes_logs import Follower, past_lines
-from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, MANIFEST_ANNOTATION, SHOWN_SECONDS, manifest
+from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, MANIFEST_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, observed_status
 from job.jobs.checks import Check, unchecked_image
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -40,7 +40,7 @@ _CHECKED_RIGHTS = (("create", "batch", "jobs"), ("delete", "batch", "jobs"), ("g
 class KubernetesBackend(Backend):
     """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
 
-    keeps_seconds = SHOWN_SECONDS
+    keeps_ended = True
 
     def __init__(self, target: Target) -> None:
         """Connects to nothing yet."""

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
-from job.jobs.backends.base import Manifest
+from job.jobs.backends.base import IMAGE_USER, Manifest
 from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
@@ -21,8 +21,6 @@ from job.jobs.targets import KubernetesTarget, size_bytes
 from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"
-IMAGE_USER = 10001
-"""User and group of the image, which own what is mounted."""
 RETRIES = 4
 """How many failures that may pass, such as crashes, are followed by another attempt."""
 SHOWN_SECONDS = 86_400

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import psutil
 
@@ -35,7 +35,7 @@ from job.jobs.backends.base import (
     runs_already,
     state_of_code,
 )
-from job.jobs.outcome import informed, read_outcome
+from job.jobs.outcome import informed
 from job.jobs.spec import JobSpec
 from job.runs.records import utc_now
 from job.store.files import folder_lock, os_errors
@@ -46,7 +46,7 @@ SAME_START_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class LocalRecord:
-    """A job in the background."""
+    """A job in the background; `process_began`, in seconds since 1970, tells it from a later process of its number."""
 
     name: str
     argv: list[str]
@@ -54,7 +54,6 @@ class LocalRecord:
     created: str
     pid: int
     process_began: float
-    """In seconds since 1970: a process that has this number by now began at another time."""
 
     def process(self) -> psutil.Process | None:
         """The very process, unless it has ended."""
@@ -66,14 +65,11 @@ class LocalRecord:
 
     def status(self) -> JobStatus:
         """How the job is going, or ended."""
-        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created)
+        status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
         if self.process() is not None:
             return status
         why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
-        outcome = read_outcome(self)
-        # What is older than the job is an earlier one's of this name.
-        is_own = outcome is not None and outcome.updated >= self.created
-        status = informed(replace(status, state=State.GONE, message=why), outcome if is_own else None)
+        status = informed(replace(status, state=State.GONE, message=why), self.bucket)
         return status if status.exit_code is None else replace(status, state=state_of_code(status.exit_code))
 
 
@@ -99,18 +95,19 @@ class LocalBackend(Backend):
             with folder_lock(folder):
                 if (before := _record(spec.name)) and before.process():
                     raise runs_already(spec.name, "on this machine")
-                created, environment = utc_now(), {**os.environ, **spec.env}
+                created = utc_now()
                 with _log_path(spec.name).open("wb") as log:
-                    streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                    child = subprocess.Popen(_command(spec), env=environment, start_new_session=True, **streams)
+                    child = subprocess.Popen(
+                        _command(spec),
+                        env={**os.environ, **spec.env},
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        start_new_session=True,
+                    )
                 began = psutil.Process(child.pid).create_time()
                 record = LocalRecord(spec.name, list(spec.argv), spec.bucket, created, child.pid, began)
                 (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
-
-    def describe_start(self, name: str) -> str:
-        """Which process does it, and where its words go."""
-        pid = self._existing(name).pid
-        return f"process {pid} does it in the background and writes {_log_path(name)}; `kill {pid}` stops it"
 
     def status(self, name: str) -> JobStatus:
         """How a job in the background is going."""
@@ -123,35 +120,27 @@ class LocalBackend(Backend):
         statuses = [record.status() for record in records if record]
         return sorted(statuses, key=lambda status: status.created, reverse=True)
 
-    def bucket_of(self, name: str) -> str:
-        """See `Backend.bucket_of`: the record says it."""
-        return self._existing(name).bucket
-
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
         return ("local", status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed."""
-        record, part = self._existing(name), ""
+        record, part = _existing(name), ""
         with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
                 # Asked before reading, so that nothing is missed that was printed in between.
                 is_over = not follow or record.process() is None
-                while line := file.readline():
-                    part += line
-                    if part.endswith("\n"):
-                        yield part[:-1]
-                        part = ""
+                *lines, part = (part + file.read()).split("\n")
+                yield from lines
                 if is_over:
-                    break
+                    yield from filter(None, [part])
+                    return
                 time.sleep(FOLLOW_POLL_SECONDS)
-            if part:
-                yield part
 
     def cancel(self, name: str) -> str:
         """Has the job save and end, as Ctrl-C would."""
-        process = self._existing(name).process()
+        process = _existing(name).process()
         if process is None:
             raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
         # It may end in this moment.
@@ -161,13 +150,7 @@ class LocalBackend(Backend):
 
     def describe(self, name: str) -> Manifest:
         """The job's record, and where its output is."""
-        return {**asdict(self._existing(name)), "log": str(_log_path(name))}
-
-    def _existing(self, name: str) -> LocalRecord:
-        record = _record(name)
-        if record is None:
-            raise MissingInputError(f"no job {name!r} was started in the background here: `ddpm jobs list` shows those")
-        return record
+        return {**asdict(_existing(name)), "log": str(_log_path(name))}
 
 
 def _command(spec: JobSpec) -> list[str]:
@@ -189,3 +172,10 @@ def _record(name: str) -> LocalRecord | None:
     with suppress(OSError, ValueError, TypeError):
         return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
     return None
+
+
+def _existing(name: str) -> LocalRecord:
+    record = _record(name)
+    if record is None:
+        raise MissingInputError(f"no job {name!r} was started in the background here: `ddpm jobs list` shows those")
+    return record

@@ -1,27 +1,34 @@
+"""What a node keeps of a dataset: all images decoded, or the encoded shards that are due."""
+
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from job.data.cache import DecodedCache, default_cache_dir, open_cache
+from job.data.cache import DecodedCache, ImageCache, ShardCache, default_cache_dir, open_cache
+from job.data.order import Order
 from job.data.shard_source import ChosenImages, ShardSource
-from job.data.shards import OFFSETS_DTYPE, SHARD_BYTES
-from job.exits import BadDataError, BucketAwayError, DiskFullError, Exit, MissingInputError, StoppedError
+from job.data.shards import OFFSETS_DTYPE
+from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
-SHARDS = ["shard-00000.tar", "shard-00001.tar", "shard-00002.tar", "shard-00003.tar", "shard-00004.tar"]
+SHARD_IMAGES = (4,) * 6
+SHARDS = [f"shard-{number:05d}.tar" for number in range(6)]
+IMAGES = sum(SHARD_IMAGES)
 
 
 @pytest.fixture
 def dataset(tmp_path) -> SmallDataset:
-    return write_dataset(str(tmp_path / "bucket"), tmp_path)
+    return write_dataset(str(tmp_path / "bucket"), tmp_path, SHARD_IMAGES, size=64, grain=8)
 
 
 @pytest.fixture
@@ -29,16 +36,29 @@ def far(dataset, tmp_path) -> FarStore:
     return FarStore(tmp_path / "bucket")
 
 
-def opened(bucket, dataset: SmallDataset, cache_dir: Path, **options) -> DecodedCache:
-    cache = open_cache(bucket, KEY, dataset.index, cache_dir=cache_dir, budget_bytes=SHARD_BYTES, **options)
-    assert isinstance(cache, DecodedCache)
+def opened(bucket, dataset: SmallDataset, cache_dir: Path, shards: int = 0, **options) -> ImageCache:
+    """All images decoded, or room for so many shards, which take less."""
+    budget_bytes = shards * max(shard.bytes for shard in dataset.index.shards) or dataset.index.decoded_bytes
+    cache = open_cache(bucket, KEY, dataset.index, cache_dir=cache_dir, budget_bytes=budget_bytes, **options)
+    assert type(cache) is (ShardCache if shards else DecodedCache)
     return cache
 
 
-def assert_equal(cache, dataset: SmallDataset) -> None:
-    everything = np.arange(dataset.index.images)
-    np.testing.assert_array_equal(cache.read(everything), dataset.pixels)
-    np.testing.assert_array_equal(cache.labels(everything), dataset.labels)
+def shards_in(cache_dir: Path) -> list[int]:
+    return sorted(int(path.stem[-5:]) for path in cache_dir.rglob("shards/*.tar"))
+
+
+def wait_for_shards(cache_dir: Path, shards: list[int]) -> None:
+    deadline = time.monotonic() + 10
+    while shards_in(cache_dir) != sorted(shards) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert shards_in(cache_dir) == sorted(shards)
+
+
+def assert_equal(cache: ImageCache, dataset: SmallDataset, indices: np.ndarray | None = None) -> None:
+    indices = np.arange(dataset.index.images) if indices is None else np.asarray(indices)
+    np.testing.assert_array_equal(cache.read(indices), dataset.pixels[indices])
+    np.testing.assert_array_equal(cache.labels(indices), dataset.labels[indices])
 
 
 def flip_a_bit(path: Path, place: int) -> None:
@@ -47,29 +67,23 @@ def flip_a_bit(path: Path, place: int) -> None:
     path.write_bytes(data)
 
 
-@pytest.mark.parametrize(("channels", "classes"), [(3, ("cat", "dog")), (1, ())])
-def test_images_and_labels_come_back_from_any_bucket(bucket_uri, tmp_path, channels, classes):
-    dataset = write_dataset(bucket_uri, tmp_path, channels=channels, classes=classes)
-    cache = opened(dataset.bucket, dataset, tmp_path / "cache")
-    indices = np.random.default_rng(1).integers(0, dataset.index.images, 100)
-    out = np.empty((100, 8, 8, channels), np.uint8)
-    assert cache.read(indices, out=out) is out
-    np.testing.assert_array_equal(out, dataset.pixels[indices])
-    labels = cache.labels(indices)
-    assert labels.dtype == np.int32
-    np.testing.assert_array_equal(labels, dataset.labels[indices])
-    assert cache.read(np.empty(0, np.int64)).shape == (0, 8, 8, channels)
-    for wrong in (-1, dataset.index.images):
-        with pytest.raises(IndexError):
-            cache.read(np.array([0, wrong]))
-    cache.close()
+def test_images_and_labels_come_back_in_any_order_from_any_bucket(bucket_uri, tmp_path):
+    dataset = write_dataset(bucket_uri, tmp_path, SHARD_IMAGES, size=64, grain=8)
+    for shards in (0, 2):
+        cache = opened(dataset.bucket, dataset, tmp_path / "cache", shards)
+        assert_equal(cache, dataset, np.random.default_rng(0).integers(0, IMAGES, 200))
+        out = np.zeros((3, 64, 64, 3), np.uint8)
+        assert cache.read(np.array([7, 7, 23]), out=out) is out
+        np.testing.assert_array_equal(out, dataset.pixels[[7, 7, 23]])
+        assert cache.read(np.empty(0, np.int64)).shape == (0, 64, 64, 3)
+        cache.close()
 
 
 def test_the_second_opening_fetches_and_decodes_nothing(dataset, far, tmp_path):
     progress: list[tuple[int, int]] = []
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
     assert sorted(far.downloads) == SHARDS
-    assert progress == [(0, 22), (5, 22), (8, 22), (15, 22), (16, 22), (22, 22)]
+    assert progress == [(done, IMAGES) for done in range(0, IMAGES + 1, 4)]
     # The file is allocated, and no shard stays.
     folder = tmp_path / "cache" / dataset.index.dataset_id
     status = (folder / "images").stat()
@@ -78,40 +92,35 @@ def test_the_second_opening_fetches_and_decodes_nothing(dataset, far, tmp_path):
     (tmp_path / "bucket").rename(tmp_path / "gone")
     progress.clear()
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda *done: progress.append(done)), dataset)
-    assert (len(far.downloads), progress) == (5, [])
+    assert (len(far.downloads), progress) == (6, [])
 
 
 def test_a_folder_is_read_where_it_lies(dataset, far, tmp_path):
     far.uri = str(tmp_path / "bucket")
-    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
-    assert far.downloads == []
-    assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
+    for shards in (0, 1):
+        cache = opened(far, dataset, tmp_path / "cache", shards)
+        cache.prefetch(Order(SHARD_IMAGES, 0), 0)
+        assert_equal(cache, dataset)
+        assert (far.downloads, shards_in(tmp_path / "cache")) == ([], [])
+        assert {path.name for path in (tmp_path / "bucket" / KEY).glob("*.tar")} == set(SHARDS)
 
 
-def leave_downloads(folder: Path) -> None:
-    (folder / "filled").unlink()
-    (folder / "incoming").mkdir(exist_ok=True)
-    (folder / "incoming" / SHARDS[0]).write_bytes(b"half of it")
-    (folder / "incoming" / ".tmp-0123").write_bytes(b"less than half of it")
-
-
-def test_whatever_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
+def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
     folder = tmp_path / "cache" / dataset.index.dataset_id
+
+    def leave_downloads() -> None:
+        (folder / "filled").unlink()
+        (folder / "incoming" / SHARDS[0]).write_bytes(b"half of it")
+        (folder / "incoming" / ".tmp-0123").write_bytes(b"less than half of it")
+
     for name, damage, fetched_again in [
-        ("no record", lambda: (folder / "filled").unlink(), SHARDS),
-        ("a short record", lambda: os.truncate(folder / "filled", 13), SHARDS[1:]),
-        ("a record of noise", lambda: (folder / "filled").write_bytes(os.urandom(40)), SHARDS),
-        ("short images", lambda: os.truncate(folder / "images", 100), SHARDS),
-        ("long images", lambda: os.truncate(folder / "images", 1_000_000), SHARDS),
-        (
-            "a hole",
-            lambda: (folder / "images").write_bytes(bytes(1000) + (folder / "images").read_bytes()[1000:]),
-            SHARDS[:2],
-        ),
-        ("a bit of an image", lambda: flip_a_bit(folder / "images", 8 * 8 * 3 * 8), SHARDS[2:3]),
-        ("a bit of the offsets", lambda: flip_a_bit(folder / "offsets", 3), []),
+        ("a bit of an image", lambda: flip_a_bit(folder / "images", 64 * 64 * 3 * 8), SHARDS[2:3]),
+        ("images that end early", lambda: os.truncate(folder / "images", 64 * 64 * 3 * 17), SHARDS[4:]),
+        ("long images", lambda: os.truncate(folder / "images", 1_000_000), []),
+        ("a short record", lambda: os.truncate(folder / "filled", 12), SHARDS[1:]),
+        ("a record of noise", lambda: (folder / "filled").write_bytes(os.urandom(48)), SHARDS),
         ("short offsets", lambda: os.truncate(folder / "offsets", 100), []),
-        ("downloads that were left", lambda: leave_downloads(folder), SHARDS),
+        ("downloads that were left", leave_downloads, SHARDS),
     ]:
         opened(far, dataset, tmp_path / "cache")
         damage()
@@ -188,49 +197,12 @@ def test_processes_share_the_work_and_go_on_where_one_was_killed(tmp_path):
 
 def test_a_full_disk_is_found_before_anything_is_decoded(small_disk, tmp_path):
     dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, (100, 100), size=64)
-    assert dataset.index.decoded_bytes > 2 << 20
     with pytest.raises(DiskFullError, match=r"images \(2,457,600 bytes; DDPM_CACHE moves it.*No space left") as caught:
         opened(dataset.bucket, dataset, small_disk)
     assert caught.value.exit_code == Exit.DISK_FULL
     assert not (small_disk / dataset.index.dataset_id / "images").exists()
     small = write_dataset(str(tmp_path / "other"), tmp_path)
     assert_equal(opened(small.bucket, small, small_disk), small)
-
-
-def test_a_rotten_shard_in_the_bucket_is_named(dataset, far, tmp_path):
-    path = tmp_path / "bucket" / KEY / SHARDS[2]
-    flip_a_bit(path, 600)
-    for bucket, uri in ((dataset.bucket, str(path)), (far, f"far://bucket/{KEY}/{SHARDS[2]}")):
-        with pytest.raises(BadDataError, match=f"{uri} holds other bytes than were packed"):
-            opened(bucket, dataset, tmp_path / "cache")
-    os.truncate(path, 512)
-    with pytest.raises(BadDataError, match=r"shard-00002\.tar holds 512 bytes instead of [\d,]+ than were packed"):
-        opened(far, dataset, tmp_path / "cache")
-    # What was decoded before is kept, and the rest follows once the shard is restored.
-    path.write_bytes((tmp_path / SHARDS[2]).read_bytes())
-    far.downloads.clear()
-    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
-    assert sorted(far.downloads) == SHARDS[2:]
-
-
-def test_what_is_missing_or_was_packed_wrong_is_named(dataset, tmp_path):
-    offsets = tmp_path / "bucket" / KEY / "shard-00001.offsets"
-    good = offsets.read_bytes()
-    offsets.unlink()
-    with pytest.raises(MissingInputError, match=r"shard-00001\.offsets"):
-        opened(dataset.bucket, dataset, tmp_path / "cache")
-    offsets.write_bytes(good)
-    (tmp_path / "bucket" / KEY / SHARDS[1]).unlink()
-    with pytest.raises(MissingInputError, match=r"shard-00001\.tar"):
-        opened(dataset.bucket, dataset, tmp_path / "cache")
-    encoded = iter([b"no image", *[b"never read"] * 21])
-    broken = write_dataset(str(tmp_path / "broken"), tmp_path, encode=lambda pixels: next(encoded))
-    with pytest.raises(BadDataError, match=r"shard-00000\.tar, image 0 \(at byte 512\): .*pack the dataset anew"):
-        opened(broken.bucket, broken, tmp_path / "cache")
-    small = write_dataset(str(tmp_path / "small"), tmp_path, size=8)
-    index = small.index.model_copy(update={"size": 16})
-    with pytest.raises(BadDataError, match=r"image \d.* is 8×8 pixels in a dataset of 16×16"):
-        open_cache(small.bucket, KEY, index, cache_dir=tmp_path / "cache", budget_bytes=10**9)
 
 
 def test_a_stop_is_obeyed_and_keeps_what_is_done(dataset, far, tmp_path):
@@ -244,26 +216,16 @@ def test_a_stop_is_obeyed_and_keeps_what_is_done(dataset, far, tmp_path):
 
     with pytest.raises(StoppedError, match=r"what has been read is kept; the same command goes on"):
         opened(far, dataset, tmp_path / "cache", progress=progress, stop=stop)
-    assert done[-1] == 8
+    assert done == [0, 4, 8]
     # While another process works, too.
     holder = ShardSource(dataset.bucket, KEY, dataset.index, tmp_path / "cache" / dataset.index.dataset_id)
     asked = Stop()
     with holder.lock():
         threading.Timer(0.2, asked.request, ["a test"]).start()
-        begun = time.monotonic()
         with pytest.raises(StoppedError):
             opened(dataset.bucket, dataset, tmp_path / "cache", stop=asked)
-        assert time.monotonic() - begun < 5
     assert_equal(opened(far, dataset, tmp_path / "cache", progress=lambda images, total: done.append(images)), dataset)
-    assert done[3:] == [8, 15, 16, 22]
-
-
-def test_an_error_of_the_bucket_passes_through(dataset, tmp_path):
-    def refuse(key: str) -> None:
-        raise BucketAwayError(f"{key} is away")
-
-    with pytest.raises(BucketAwayError, match="is away"):
-        opened(FarStore(tmp_path / "bucket", refuse), dataset, tmp_path / "cache")
+    assert done[3:] == [8, 12, 16, 20, 24]
 
 
 @pytest.mark.parametrize("scheme", ["local", "gs"])
@@ -284,6 +246,90 @@ def test_a_few_images_are_read_without_fetching_a_shard(scheme, tmp_path, reques
         flip_a_bit(shard, int(np.fromfile(table, OFFSETS_DTYPE)[2]["offset"]) + 20)
         with pytest.raises(BadDataError, match=r"shard-00002\.tar, image 2 .* is not as it was packed"):
             images.read(np.array([0, 10]))
+
+
+def test_the_least_recently_read_shard_goes_first(dataset, far, tmp_path):
+    cache = opened(far, dataset, tmp_path / "cache", 3)
+    for image in (0, 4, 8, 1, 12):
+        assert_equal(cache, dataset, [image])
+        time.sleep(0.01)
+    assert shards_in(tmp_path / "cache") == [0, 2, 3]
+    assert_equal(cache, dataset, [0, 8, 12])
+    assert_equal(opened(far, dataset, tmp_path / "cache", 3), dataset, [0, 8, 12])
+    assert len(far.downloads) == 4
+
+
+def test_the_budget_is_kept_however_images_are_read(dataset, tmp_path):
+    sizes = [shard.bytes for shard in dataset.index.shards]
+    for shards in (1, 2, 5):
+        folder, seen = tmp_path / f"cache-{shards}", []
+
+        def measure(key: str, folder=folder, seen=seen) -> None:
+            seen.append(sum(path.stat().st_size for path in folder.rglob("*.tar")))
+
+        far = FarStore(tmp_path / "bucket", measure)
+        ranks = [opened(far, dataset, folder, shards) for _ in range(3)]
+
+        def read(rank: int, ranks=ranks) -> None:
+            random = np.random.default_rng(rank)
+            for _ in range(15):
+                assert_equal(ranks[rank], dataset, random.integers(0, IMAGES, 5))
+
+        with ThreadPoolExecutor(3) as pool:
+            list(pool.map(read, range(3)))
+        assert len(seen) > 15
+        assert max(seen) + min(sizes) <= shards * max(sizes)
+        assert len(shards_in(folder)) == shards
+
+
+def test_the_shards_of_the_coming_blocks_are_fetched_ahead(dataset, far, tmp_path):
+    order, folder = Order(SHARD_IMAGES, 3, block_images=4), tmp_path / "cache"
+    cache = opened(far, dataset, folder, 3)
+    first_epoch = list(islice(order.upcoming_shards(0), 6))
+    cache.prefetch(order, 0)
+    wait_for_shards(folder, first_epoch[:3])
+    for number in range(4):
+        cache.prefetch(order, number)
+        assert_equal(cache, dataset, order.indices(np.array([number])))
+    assert len(far.downloads) == 3
+    cache.prefetch(order, 4)
+    # The block that is over makes room for the next but one; what is due is never evicted for it.
+    wait_for_shards(folder, first_epoch[1:4])
+    assert len(far.downloads) == 4
+    cache.prefetch(order, 4 * IMAGES)
+    wait_for_shards(folder, list(islice(order.upcoming_shards(4 * IMAGES), 3)))
+    cache.close()
+
+
+def test_closing_ends_the_prefetch_whose_errors_are_met_by_who_needs_the_shard(dataset, tmp_path):
+    before, begun, go_on = set(threading.enumerate()), threading.Event(), threading.Event()
+
+    def hold(key: str) -> None:
+        begun.set()
+        go_on.wait(10)
+        raise BucketAwayError("the bucket is away")
+
+    far = FarStore(tmp_path / "bucket", hold)
+    cache = opened(far, dataset, tmp_path / "cache", 6)
+    cache.prefetch(Order(SHARD_IMAGES, 0), 0)
+    assert begun.wait(10)
+    threading.Timer(0.1, go_on.set).start()
+    with pytest.raises(BucketAwayError, match="the bucket is away"):
+        cache.read(np.array([0]))
+    cache.close()
+    assert not [thread for thread in set(threading.enumerate()) - before if thread.name.startswith("prefetch")]
+    assert_equal(opened(dataset.bucket, dataset, tmp_path / "cache", 6), dataset)
+
+
+def test_blocks_that_the_budget_cannot_hold_are_refused_with_the_way_out(dataset, far, tmp_path):
+    cache = opened(far, dataset, tmp_path / "cache", 4)
+    with pytest.raises(BadConfigError, match=r"blocks of 24 images.*or begin a run with data\.shuffle_block_images=8$"):
+        cache.prefetch(Order(SHARD_IMAGES, 0), 0)
+    cache.prefetch(Order(SHARD_IMAGES, 0, 8), 0)
+    cache.close()
+    small = opened(far, dataset, tmp_path / "cache", 1)
+    with pytest.raises(BadConfigError, match=r"data\.cache_gigabytes=0\.1$"):
+        small.prefetch(Order(SHARD_IMAGES, 0, 1), 0)
 
 
 def test_the_cache_has_a_default_place(monkeypatch, tmp_path):

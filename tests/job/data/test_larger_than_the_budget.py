@@ -28,7 +28,7 @@ from tests.job.small_dataset import KEY, FarStore
 root, cache_dir, budget_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 store = FarStore(root / "bucket")
 index = DatasetIndex.load(store, f"{KEY}/{INDEX}")
-cache = open_cache(store, KEY, index, cache_dir=cache_dir, budget_bytes=budget_bytes, threads=2)
+cache = open_cache(store, KEY, index, cache_dir=cache_dir, budget_bytes=budget_bytes)
 order = Order(tuple(shard.images for shard in index.shards), seed=5, block_images=60)
 most = {"anonymous": 0, "disk": 0}
 sha256 = hashlib.sha256()

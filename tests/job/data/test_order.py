@@ -2,7 +2,6 @@ from itertools import islice
 from math import factorial, sqrt
 
 import numpy as np
-import pytest
 
 from job.data.order import ORDER_VERSION, Order
 
@@ -27,17 +26,14 @@ def table(places: np.ndarray) -> np.ndarray:
     return np.stack([np.bincount(column, minlength=n) for column in places.T])
 
 
-@pytest.mark.parametrize("block_images", [0, 1, 2, 7, 64, 399, IMAGES - 1, IMAGES, IMAGES + 1])
-def test_every_epoch_holds_every_image_once(block_images):
-    order = Order(SHARDS, 5, block_images)
-    epochs = order.indices(np.arange(4 * IMAGES)).reshape(4, IMAGES)
-    assert (np.sort(epochs) == np.arange(IMAGES)).all()
-    assert len({epoch.tobytes() for epoch in epochs}) == 4
-
-
-@pytest.mark.parametrize("images", [1, 2, 3, 4, 5, 63, 64, 65, 1000, 65_537, 300_007])
-def test_blocks_of_any_size_are_permuted(images):
-    assert (np.sort(epochs_of(images, 2)) == np.arange(images)).all()
+def test_every_epoch_holds_every_image_once_in_blocks_of_any_size():
+    for block_images in (0, 1, 2, 7, 64, 399, IMAGES - 1, IMAGES, IMAGES + 1):
+        order = Order(SHARDS, 5, block_images)
+        epochs = order.indices(np.arange(4 * IMAGES)).reshape(4, IMAGES)
+        assert (np.sort(epochs) == np.arange(IMAGES)).all(), block_images
+        assert len({epoch.tobytes() for epoch in epochs}) == 4
+    for images in (1, 2, 3, 4, 5, 63, 64, 65, 1000, 65_537, 300_007):
+        assert (np.sort(epochs_of(images, 2)) == np.arange(images)).all(), images
 
 
 def test_position_alone_decides_and_not_how_it_is_asked_for():
@@ -53,26 +49,9 @@ def test_position_alone_decides_and_not_how_it_is_asked_for():
 def test_the_stored_version_names_exactly_this_order():
     assert ORDER_VERSION == "feistel-1"
     far = 10**12
-    assert Order((10, 20, 30), 1234, 25).indices(np.arange(12)).tolist() == [
-        47,
-        54,
-        53,
-        51,
-        41,
-        42,
-        32,
-        37,
-        49,
-        50,
-        43,
-        44,
-    ]
-    assert Order((10**9, 10**9), 2**63 - 1).indices(np.arange(far, far + 4)).tolist() == [
-        1453315465,
-        1513096590,
-        1764632745,
-        1539939160,
-    ]
+    few, many = Order((10, 20, 30), 1234, 25), Order((10**9, 10**9), 2**63 - 1)
+    assert few.indices(np.arange(8)).tolist() == [47, 54, 53, 51, 41, 42, 32, 37]
+    assert many.indices(np.arange(far, far + 4)).tolist() == [1453315465, 1513096590, 1764632745, 1539939160]
 
 
 def test_seeds_and_epochs_give_unrelated_orders():
@@ -86,26 +65,23 @@ def test_seeds_and_epochs_give_unrelated_orders():
     assert (Order((512,), 2**63).indices(np.arange(512)) != Order((512,), 0).indices(np.arange(512))).mean() > 0.9
 
 
-@pytest.mark.parametrize("images", [2, 3, 5, 7, 9, 16, 33, 63, 64, 100])
-def test_an_image_lands_anywhere_and_independently_of_the_epoch_before(images):
-    orders = epochs_of(images, max(4000, 40 * images))
-    epochs, degrees = len(orders), (images - 1) ** 2
-    scale = (images - 1) / images
-    landed = np.argsort(orders, axis=1)
-    moved = np.take_along_axis(landed[1:], orders[:-1], axis=1)
-    assert abs(deviations(table(orders), epochs / images, degrees, scale)) < 4
-    assert abs(deviations(table(moved), (epochs - 1) / images, degrees, scale)) < 4
-    # Distance between neighbours, which a network with too few rounds would keep.
-    steps = np.bincount(((orders[:, 1:] - orders[:, :-1]) % images).ravel(), minlength=images)[1:]
-    assert abs(steps / steps.mean() - 1).max() < 6 / sqrt(steps.mean())
-
-
-@pytest.mark.parametrize("images", [3, 4, 5])
-def test_every_permutation_of_a_few_images_is_equally_likely(images):
-    epochs = 200 * factorial(images)
-    _, counts = np.unique(epochs_of(images, epochs) @ images ** np.arange(images), return_counts=True)
-    assert len(counts) == factorial(images)
-    assert abs(deviations(counts, 200, factorial(images) - 1)) < 4
+def test_an_image_lands_anywhere_and_independently_of_the_epoch_before():
+    for images in (2, 3, 5, 7, 9, 16, 33, 63, 64, 100):
+        orders = epochs_of(images, max(4000, 40 * images))
+        epochs, degrees, scale = len(orders), (images - 1) ** 2, (images - 1) / images
+        moved = np.take_along_axis(np.argsort(orders, axis=1)[1:], orders[:-1], axis=1)
+        assert abs(deviations(table(orders), epochs / images, degrees, scale)) < 4, images
+        assert abs(deviations(table(moved), (epochs - 1) / images, degrees, scale)) < 4, images
+        # Distance between neighbours, which a network with too few rounds would keep.
+        steps = np.bincount(((orders[:, 1:] - orders[:, :-1]) % images).ravel(), minlength=images)[1:]
+        assert abs(steps / steps.mean() - 1).max() < 6 / sqrt(steps.mean()), images
+    # Every permutation of a few is equally likely.
+    for images in (3, 4, 5):
+        _, counts = np.unique(
+            epochs_of(images, 200 * factorial(images)) @ images ** np.arange(images), return_counts=True
+        )
+        assert len(counts) == factorial(images)
+        assert abs(deviations(counts, 200, factorial(images) - 1)) < 4
 
 
 def test_large_blocks_show_no_pattern():
@@ -122,18 +98,17 @@ def test_a_block_holds_neighbouring_shards_only_and_the_shards_are_permuted():
     assert len({tuple(sorted(set(block.tolist()))) for block in shards.reshape(-1, 20)}) > 60
 
 
-@pytest.mark.parametrize("block_images", [IMAGES, 30, 101])
-def test_upcoming_shards_are_those_that_will_be_read_soonest_first(block_images):
-    order = Order(SHARDS, 8, block_images)
-    for number in (0, 1, 150, 399, 400, 401, 1234):
-        epoch, block = order.block_of(number)
-        upcoming = list(islice(order.upcoming_shards(number), 2 * len(SHARDS)))
-        read: set[int] = set()
-        for start in range(block * block_images, IMAGES, block_images):
-            end = min(start + block_images, IMAGES)
-            images = order.indices(epoch * IMAGES + np.arange(start, end))
-            read |= set(np.searchsorted(np.cumsum(SHARDS), images, side="right").tolist())
-            assert set(upcoming[: len(read)]) == read
-        assert upcoming[len(read) :] == list(
-            islice(order.upcoming_shards((epoch + 1) * IMAGES), len(upcoming) - len(read))
-        )
+def test_upcoming_shards_are_those_that_will_be_read_soonest_first():
+    for block_images in (IMAGES, 30, 101):
+        order = Order(SHARDS, 8, block_images)
+        for number in (0, 1, 150, 399, 400, 401, 1234):
+            epoch, block = order.block_of(number)
+            upcoming = list(islice(order.upcoming_shards(number), 2 * len(SHARDS)))
+            read: set[int] = set()
+            for start in range(block * block_images, IMAGES, block_images):
+                places = np.arange(start, min(start + block_images, IMAGES))
+                images = order.indices(epoch * IMAGES + places)
+                read |= set(np.searchsorted(np.cumsum(SHARDS), images, side="right").tolist())
+                assert set(upcoming[: len(read)]) == read
+            next_epoch = order.upcoming_shards((epoch + 1) * IMAGES)
+            assert upcoming[len(read) :] == list(islice(next_epoch, len(upcoming) - len(read)))

@@ -1,19 +1,20 @@
 import io
 import json
-import random
+import os
 import subprocess
 import sys
 import threading
-import time
+from itertools import count
 from pathlib import Path
 
 import google_crc32c
 import numpy as np
 import pytest
+import webdataset
 from PIL import Image
 
 import job.data.pack
-from job.data.pack import PackRequest
+from job.data.pack import PackRequest, pack
 from job.data.shards import OFFSETS_DTYPE, load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError, StoppedError
@@ -43,29 +44,20 @@ from tests.job.some_images import (
 )
 
 
-def test_webdataset_reads_the_same_pixels_and_classes(tmp_path, source):
-    import webdataset
-
-    index = packed(tmp_path, source)
-    assert len(index.shards) == 4
+def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_they_were_made(tmp_path, source):
+    options = {"crop": "1,2,30,40", "resize_filter": "box", "licence": "CC0-1.0"}
+    index = packed(tmp_path, source, **options)
     urls = [str(tmp_path / KEY / shard.name) for shard in index.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"{n:09d}" for n in range(60)]
     for (name, content), sample in zip(FILES, samples, strict=True):
-        image = Image.open(io.BytesIO(content)).crop((0, 4, 40, 44)).resize((16, 16), Image.Resampling.LANCZOS)
+        image = Image.open(io.BytesIO(content)).crop((1, 2, 31, 42)).resize((16, 16), Image.Resampling.BOX)
         np.testing.assert_array_equal(sample["png"], np.asarray(image))
         assert index.classes[sample["cls"]] == name.split("/")[0]
-    without = packed(tmp_path / "without", source, classes=False)
-    urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
-    samples = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert without.classes == () and not any("cls" in sample for sample in samples)
-
-
-def test_the_offsets_point_to_the_images_and_the_index_says_how_they_were_made(tmp_path, source):
-    index = packed(tmp_path, source, crop="1,2,30,40", resize_filter="box", licence="CC0-1.0")
     assert (index.images, index.classes, index.crop, index.resize_filter) == (60, ("cats", "dogs"), "1,2,30,40", "box")
     assert (index.source, index.licence, index.size, index.channels) == ("pets.zip", "CC0-1.0", 16, 3)
     assert index == load_index(open_store(str(tmp_path)), KEY)
+    assert verify_dataset(open_store(str(tmp_path)), KEY) == []
     labels = []
     for shard in index.shards:
         tar = (tmp_path / KEY / shard.name).read_bytes()
@@ -73,31 +65,32 @@ def test_the_offsets_point_to_the_images_and_the_index_says_how_they_were_made(t
         table = np.fromfile(tmp_path / KEY / shard.offsets_name, OFFSETS_DTYPE)
         assert len(table) == shard.images
         for offset, size, label, crc32c in table.tolist():
-            assert google_crc32c.value(tar[offset : offset + size]) == crc32c
-            assert tar[offset : offset + 4] == b"\x89PNG"
-            assert tar[offset + size - 8 : offset + size - 4] == b"IEND"
+            png = tar[offset : offset + size]
+            assert (google_crc32c.value(png), png[:4], png[-8:-4]) == (crc32c, b"\x89PNG", b"IEND")
             labels.append(label)
     assert labels == [0] * 30 + [1] * 30
-    assert verify_dataset(open_store(str(tmp_path)), KEY) == []
+    without = packed(tmp_path / "without", source, classes=False)
+    urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
+    assert without.classes == () and not any(
+        "cls" in sample for sample in webdataset.WebDataset(urls, shardshuffle=False)
+    )
 
 
-def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed):
-    packed(tmp_path, source, threads=1)
-    assert objects(tmp_path) == undisturbed
-    assert not any("packing" in key for key in undisturbed)
+def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed, monkeypatch):
     sources = [source, folder_of(tmp_path / "pets", FILES), tar_of(tmp_path / "pets.tgz", FILES)]
-    indices = [packed(tmp_path / f"bucket-{n}", path, threads=4) for n, path in enumerate(sources)]
+    indices = []
+    for number, path in enumerate(sources):
+        monkeypatch.setattr(os, "cpu_count", lambda number=number: 1 + 3 * number)
+        indices.append(packed(tmp_path / f"bucket-{number}", path))
     assert len({(index.dataset_id, index.source_sha256) for index in indices}) == 1
+    assert objects(tmp_path / "bucket-0") == undisturbed
+    assert not any("packing" in key for key in undisturbed)
     other = packed(tmp_path / "other", zip_of(tmp_path / "b.zip", [*FILES[:-1], ("dogs/999.jpg", FILES[-1][1])]))
     assert other.dataset_id == indices[0].dataset_id
     assert other.source_sha256 != indices[0].source_sha256
-
-
-def test_from_bucket_to_bucket(source, undisturbed, gcs_bucket):
-    open_store(gcs_bucket).upload(source, "in/pets.zip")
-    packed(gcs_bucket, f"{gcs_bucket}/in/pets.zip")
-    assert objects(gcs_bucket) == undisturbed
-    assert verify_dataset(open_store(gcs_bucket), KEY) == []
+    with pytest.raises(BadRequestError, match=r"small-16 is there already: 60 images of pets.zip, crop center"):
+        packed(tmp_path / "bucket-0", source, crop="squash")
+    assert objects(tmp_path / "bucket-0") == undisturbed
 
 
 def test_mnist_is_packed_grey(tmp_path, digits):
@@ -131,8 +124,8 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
         load_index(open_store(str(tmp_path / "bad")), KEY)
 
 
-def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, monkeypatch):
-    source = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
+def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
+    other = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
     for options, code in [
         ({"crop": "middle"}, 64),
         ({"size": 0}, 64),
@@ -143,18 +136,16 @@ def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, monkeypatch):
         ({"source": __file__}, 65),
     ]:
         with pytest.raises(JobError) as error:
-            packed(tmp_path / "bucket", **{"source": source, **options})
+            packed(tmp_path / "bucket", **{"source": other, **options})
         assert (error.value.exit_code, (tmp_path / "bucket").exists()) == (code, False), options
+    stop = Stop()
+    stop.request("a test")
+    with pytest.raises(StoppedError):
+        pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "small", 16), stop=stop)
+    assert not (tmp_path / "bucket").exists()
     monkeypatch.setattr(job.data.pack, "prepare", lambda *_: pytest.fail("packed"))
     with pytest.raises(MissingInputError, match="no bucket"):
         packed(f"{gcs_bucket}-not", source)
-
-
-def test_a_dataset_that_is_there_is_not_packed_again(tmp_path, source, undisturbed):
-    packed(tmp_path, source)
-    with pytest.raises(BadRequestError, match=r"small-16 is there already: 60 images of pets.zip, crop center"):
-        packed(tmp_path, source, crop="squash")
-    assert objects(tmp_path) == undisturbed
 
 
 def test_full_disks(tmp_path, small_disk, monkeypatch):
@@ -173,35 +164,23 @@ def test_full_disks(tmp_path, small_disk, monkeypatch):
     assert not (tmp_path / "bucket" / "datasets" / "small-256" / "index.json").exists()
 
 
-@pytest.mark.parametrize("bucket_kind", ["local", "gs"])
-def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(
-    request, tmp_path, source, undisturbed, bucket_kind, monkeypatch
-):
-    bucket = request.getfixturevalue("gcs_bucket") if bucket_kind == "gs" else str(tmp_path)
+def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, undisturbed, gcs_bucket, monkeypatch):
+    """From a bucket to a bucket."""
+    open_store(gcs_bucket).upload(source, "in/pets.zip")
+    theirs = f"{gcs_bucket}/in/pets.zip"
     with pytest.raises(StoppedError, match="the same command goes on") as error:
-        packed(bucket, source, stop_at=40)
+        packed(gcs_bucket, theirs, stop_at=40)
     assert error.value.exit_code == 75
-    there = objects(bucket)
+    there = objects(gcs_bucket)
     assert "index.json" not in there
-    done = [
-        json.loads(there[f"packing/shard-{n:05d}.json"]) for n in range(sum("packing/shard" in key for key in there))
-    ]
+    done = [json.loads(there[key]) for key in sorted(there) if key.startswith("packing/")]
     assert 1 <= len(done) <= 2
-
-    calls = []
-    prepare = job.data.pack.prepare
+    calls, prepare = [], job.data.pack.prepare
     monkeypatch.setattr(job.data.pack, "prepare", lambda *a: (calls.append(a), prepare(*a))[1])
-    packed(bucket, source)
-    assert objects(bucket) == undisturbed
-    assert len(calls) == 60 - done[-1]["read_images"]
-
-
-def test_stopping_while_the_names_are_read(tmp_path, source):
-    stop = Stop()
-    stop.request("a test")
-    with pytest.raises(StoppedError):
-        job.data.pack.pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "small", size=16), stop=stop)
-    assert not (tmp_path / "bucket").exists()
+    packed(gcs_bucket, theirs)
+    assert objects(gcs_bucket) == undisturbed
+    assert len(calls) == 60 - done[-1]["read"]
+    assert verify_dataset(open_store(gcs_bucket), KEY) == []
 
 
 def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
@@ -218,13 +197,25 @@ def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
     assert objects(tmp_path)["rejects.jsonl"].count(b"\n") == 12
 
 
-def _interrupted(*_):
+def before(monkeypatch, method: str, part: str, action) -> None:
+    """Has `action` happen once: before a local store's method is called for a key with `part` for the first time."""
+    original, calls = getattr(LocalStore, method), count()
+
+    def hooked(self, *arguments):
+        if any(part in str(argument) for argument in arguments) and next(calls) == 0:
+            action()
+        return original(self, *arguments)
+
+    monkeypatch.setattr(LocalStore, method, hooked)
+
+
+def interrupted(*_) -> None:
     raise KeyboardInterrupt
 
 
 def all_but_committed(bucket: Path, source: Path) -> None:
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(job.data.pack.Journal, "commit", _interrupted)
+        before(patch, "create", "index.json", interrupted)
         packed(bucket, source)
 
 
@@ -304,90 +295,73 @@ def test_killed_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, 
     subprocess.run(
         [sys.executable, "-c", KILLED_BEFORE_EACH_WRITE, str(source), str(tmp_path)], check=True, timeout=120
     )
-    # The parameters; three objects for each of four shards; the index; five of the journal's to delete.
-    last = 1 + 12 + 1 + 5 + 1
+    # Three objects for each of four shards; the index; the entries of the four to delete.
+    last = 12 + 1 + 4 + 1
     assert (tmp_path / f"bucket-{last}").exists() and not (tmp_path / f"bucket-{last + 1}").exists()
     for number in range(1, last + 1):
         bucket = tmp_path / f"bucket-{number}"
-        assert (bucket / KEY / "index.json").exists() == (number > 14)
-        if number > 14:
+        assert (bucket / KEY / "index.json").exists() == (number > 13)
+        if number > 13:
             assert committed(bucket) == undisturbed
             continue
         vouched = [path.stem for path in (bucket / KEY / "packing").glob("shard-*.json")]
         reused = {path: written(path) for path in (bucket / KEY).glob("*.tar") if path.stem in vouched}
-        assert len(reused) == max(0, (number - 2) // 3)
+        assert len(reused) == (number - 1) // 3
         packed(bucket, source)
         assert objects(bucket) == undisturbed
         assert {path: written(path) for path in reused} == reused
 
 
-def race(*attempts) -> list[BaseException | None]:
-    """Runs the attempts at once and returns how each ended."""
-    barrier = threading.Barrier(len(attempts))
-    outcomes: list[BaseException | None] = [None] * len(attempts)
+def test_two_packers_at_once(tmp_path, source, undisturbed):
+    """Equal ones do each other's work. Of others one gives way."""
+    for crop in ("center", "squash", "squash", "squash"):
+        bucket, outcomes = tmp_path / str(len(list(tmp_path.iterdir()))), []
 
-    def run(number: int) -> None:
-        barrier.wait()
-        try:
-            attempts[number]()
-        except JobError as error:
-            outcomes[number] = error
+        def attempt(crop: str, bucket=bucket, outcomes=outcomes) -> None:
+            try:
+                packed(bucket, source, crop=crop)
+            except JobError as refusal:
+                outcomes.append(str(refusal))
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(len(attempts))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return outcomes
-
-
-@pytest.mark.parametrize("crops", [("center", "center"), ("center", "squash")])
-def test_two_packers_at_once(tmp_path, source, undisturbed, crops):
-    """Equal ones do each other's work. Of others one gives way, at once."""
-    for seed in range(3):
-        rng, bucket = random.Random(seed), tmp_path / str(seed)
-
-        def attempt(crop: str, rng=rng, bucket=bucket) -> None:
-            packed(bucket, source, crop=crop, threads=1, progress=lambda *_: time.sleep(rng.uniform(0, 0.004)))
-
-        outcomes = [str(error or "") for error in race(*(lambda crop=crop: attempt(crop) for crop in crops))]
-        if crops[0] == crops[1]:
-            assert all(not error or "is there already" in error for error in outcomes), outcomes
+        threads = [threading.Thread(target=attempt, args=(each,)) for each in ("center", crop)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if crop == "center":
+            assert all("is there already" in error for error in outcomes), outcomes
             assert committed(bucket) == undisturbed
         else:
-            assert sorted(map(bool, outcomes)) == [False, True]
+            assert len(outcomes) == 1, outcomes
             assert verify_dataset(open_store(str(bucket)), KEY) == []
 
 
-def before(monkeypatch, method: str, part: str, action) -> None:
-    """Has `action` happen once: before a local store's method is called for a key with `part` for the first time."""
-    original, calls = getattr(LocalStore, method), []
-
-    def hooked(self, *arguments):
-        if any(part in str(argument) for argument in arguments[-2:]):
-            calls.append(arguments)
-            if len(calls) == 1:
-                action()
-        return original(self, *arguments)
-
-    monkeypatch.setattr(LocalStore, method, hooked)
-
-
-def test_what_somebody_deletes_and_packs_otherwise_meanwhile_is_not_committed(tmp_path, source, monkeypatch):
-    def rival() -> None:
-        for entry in list((store := open_store(str(tmp_path)).sub(KEY)).list()):
+def test_what_somebody_deletes_and_packs_otherwise_meanwhile_is_not_committed(tmp_path, source):
+    def deletes(bucket: Path) -> None:
+        for entry in list((store := open_store(str(bucket)).sub(KEY)).list()):
             store.delete(entry.key)
-        with pytest.raises(StoppedError):
-            packed(tmp_path, source, crop="squash", stop_at=50)
 
-    commit = job.data.pack.Journal.commit
-    monkeypatch.setattr(job.data.pack.Journal, "commit", lambda *arguments: (rival(), commit(*arguments)))
-    with pytest.raises(BadRequestError, match="was deleted, or is packed otherwise"):
-        packed(tmp_path, source)
-    monkeypatch.undo()
-    assert "index.json" not in objects(tmp_path)
-    packed(tmp_path, source, crop="squash")
-    assert verify_dataset(open_store(str(tmp_path)), KEY) == []
+    def rival(bucket: Path) -> None:
+        deletes(bucket)
+        with pytest.raises(StoppedError):
+            packed(bucket, source, crop="squash", stop_at=50)
+
+    for action, part in [
+        (deletes, "was deleted, or is packed otherwise"),
+        (rival, "holds what was begun from other images or with other parameters"),
+    ]:
+        bucket = tmp_path / action.__name__
+
+        def progress(done: int, total: int, images: int, bucket=bucket, action=action) -> None:
+            if images == 60:
+                action(bucket)
+
+        with pytest.raises(BadRequestError, match=part):
+            packed(bucket, source, progress=progress)
+        assert "index.json" not in objects(bucket)
+        deletes(bucket)
+        packed(bucket, source, crop="squash")
+        assert verify_dataset(open_store(str(bucket)), KEY) == []
 
 
 def test_an_equal_packer_that_commits_in_between_is_no_rival(tmp_path, source, undisturbed, monkeypatch):

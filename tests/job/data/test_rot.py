@@ -21,7 +21,7 @@ from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.small_dataset import FarStore, write_dataset
-from tests.job.some_images import encoded, jpeg, zip_of
+from tests.job.some_images import encoded, jpeg, picture, zip_of
 
 KEY = "datasets/pets-16"
 OTHER = "datasets/other-16"
@@ -66,7 +66,7 @@ def pixels(store: Store, bucket: Path) -> np.ndarray:
 
 
 def opened_cache(store: Store, folder: Path, kind: str) -> ImageCache:
-    source = ShardSource(store, KEY, load_index(store, KEY), folder, threads=1)
+    source = ShardSource(store, KEY, load_index(store, KEY), folder)
     return DecodedCache(source) if kind == "decoded" else ShardCache(source, 1 << 30)
 
 
@@ -199,7 +199,7 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_pa
 
     written = write_dataset(str(tmp_path / "bucket"), tmp_path, (4, 4), size=32, encode=jpeg_of)
     far = FarStore(tmp_path / "bucket")
-    source = ShardSource(far, written.key, written.index, tmp_path / "cache", threads=1)
+    source = ShardSource(far, written.key, written.index, tmp_path / "cache")
     cache = ShardCache(source, 1 << 30)
     whole = cache.read(np.arange(8))
     for image in range(8):
@@ -215,14 +215,35 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(tmp_pa
     cache.close()
 
 
-def test_on_a_bucket(gcs_bucket, dataset, pixels, tmp_path):
-    far = open_store(gcs_bucket)
+def test_on_a_bucket(gcs_bucket, store, dataset, pixels, tmp_path):
     for entry in dataset.list():
-        far.put(f"{KEY}/{entry.key}", dataset.read(entry.key).data)
+        open_store(gcs_bucket).put(f"{KEY}/{entry.key}", dataset.read(entry.key).data)
+    far = open_store(gcs_bucket)
     assert blamed(far) == []
     np.testing.assert_array_equal(read(far, tmp_path / "cache"), pixels)
-    for key in ("index.json", "rejects.jsonl", "shard-00001.offsets", "shard-00001.tar"):
-        with damaged(far.sub(KEY), key, DAMAGES["bit in the middle"]):
-            assert blamed(far) == [key]
-            said = refusal(far, tmp_path / "other", "decoded", pixels)
-            assert (far.uri_of(f"{KEY}/{key}") in said) == key.startswith(READ)
+
+
+def test_what_was_wrong_from_the_beginning_is_named(tmp_path):
+    """Hashes are right, images are not; nor are those of a table that is about another tar."""
+    good, wide, other = encoded(picture(1, 8, 8)), encoded(picture(1, 8, 9)), encoded(picture(2, 8, 8))
+    files = iter([good, good[:99], wide, good, *[other] * 4])
+    written = write_dataset(str(tmp_path), tmp_path / "..", (4, 4), encode=lambda _: next(files))
+    first, second = written.index.shards
+    table, where = (tmp_path / written.key / first.offsets_name).read_bytes(), f"{tmp_path}/{written.key}"
+    (tmp_path / written.key / second.offsets_name).write_bytes(table)
+    shards = (first, second.model_copy(update={"offsets_sha256": first.offsets_sha256}))
+    index = written.index.model_copy(update={"shards": shards})
+    (tmp_path / written.key / "index.json").write_bytes(index.to_json())
+    done: list[tuple[int, int]] = []
+    problems = verify_dataset(written.bucket, written.key, lambda *progress: done.append(progress))
+    assert [
+        re.sub(r" \(at byte \d+\)", "", problem).removesuffix(": restore it, or pack the dataset anew")
+        for problem in problems
+    ] == [
+        f"{where}/shard-00000.tar, image 1: an image is damaged, or none of PNG, JPEG, WebP and GIF",
+        f"{where}/shard-00000.tar, image 2: it is 8×9 pixels in a dataset of 8×8",
+        *(f"{where}/shard-00001.tar, image {row}: it is not as it was packed" for row in range(4)),
+    ]
+    assert done == [(n, 8) for n in range(1, 9)]
+    with pytest.raises(MissingInputError):
+        verify_dataset(written.bucket, "datasets/other-16")

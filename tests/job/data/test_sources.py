@@ -1,13 +1,11 @@
 """What can be packed, as people download it; and archives of strangers, which are refused as a whole."""
 
 import gzip
-import io
 import os
 import shutil
 import stat
 import struct
 import tarfile
-import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -18,8 +16,8 @@ import pytest
 
 from job.data import sources
 from job.data.ahead import in_order
-from job.data.images import Recipe, RejectedImageError, decode, prepare
-from job.data.sources import BucketFolder, open_source, survey
+from job.data.images import Recipe, prepare
+from job.data.sources import open_source, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import open_store
 from tests.job.some_images import (
@@ -35,53 +33,42 @@ from tests.job.some_images import (
 # As `unzip -l` shows the archives that people download, shortened.
 CELEBA = ["img_align_celeba/"] + [f"img_align_celeba/{n:06d}.jpg" for n in range(1, 7)]
 LANDSCAPE = ["00000000.jpg", "00000000_(2).jpg", "00000001.jpg", "00000001_(2).jpg", "00004318.jpg"]
-LITTER = [
-    "__MACOSX/",
-    "__MACOSX/._00000000.jpg",
-    ".DS_Store",
-    "Thumbs.db",
-    "._00000001.jpg",
-    "desktop.ini",
-    "README.md",
-]
-FILES = [(f"b/{n}.jpg", jpeg(n)) for n in (2, 1)] + [("a/x.PNG", b"\x89PNG" * 50), ("notes.txt", b"no image")]
-IMAGES = FILES[:3]
+LITTER = ["__MACOSX/", "__MACOSX/._00000000.jpg", ".DS_Store", "Thumbs.db", "._00000001.jpg", "desktop.ini", "READ.md"]
+IMAGES = [(f"b/{n}.jpg", jpeg(n)) for n in (2, 1)] + [("a/x.PNG", b"\x89PNG" * 50)]
+FILES = [*IMAGES, ("notes.txt", b"no image")]
 ARCHIVES = [(zip_of, "a.zip"), (tar_of, "a.tar"), (tar_of, "a.tgz")]
 
 
 def read(path: Path | str) -> list[tuple[str, bytes]]:
     source = open_source(str(path))
-    names = list(source.names())
     entries = list(source.entries())
-    assert names == [name for name, _ in entries]
+    assert list(source.names()) == [name for name, _ in entries]
     return entries
 
 
-def names_in_zip(path: Path, names: list[str]) -> list[str]:
-    return list(open_source(str(zip_of(path, [(name, b"x" if name[-1] != "/" else b"") for name in names]))).names())
-
-
-def refusal(path: Path | str) -> str:
-    with pytest.raises(BadDataError) as error:
+def refusal(path: Path | str, error: type[JobError] = BadDataError) -> str:
+    with pytest.raises(error) as caught:
         read(path)
-    return str(error.value)
+    return str(caught.value)
 
 
 def test_archives_as_downloaded(tmp_path):
-    names = names_in_zip(tmp_path / "img_align_celeba.zip", CELEBA)
-    assert names == CELEBA[1:]
-    assert survey(names, "celeba") == survey(names, "celeba", classes=False)
+    def names_in_zip(names: list[str]) -> list[str]:
+        files = [(name, b"x" if name[-1] != "/" else b"") for name in names]
+        return list(open_source(str(zip_of(tmp_path / "a.zip", files))).names())
+
+    assert names_in_zip(CELEBA) == CELEBA[1:]
+    assert survey(CELEBA[1:], "celeba") == survey(CELEBA[1:], "celeba", classes=False)
     for folder in ("", "landscape_img_folder/", "landscape_img_folder/train/", "archive/Landscape Images/"):
-        names = names_in_zip(tmp_path / "archive.zip", [folder + name for name in LANDSCAPE] + LITTER)
+        names = names_in_zip([folder + name for name in LANDSCAPE] + LITTER)
         assert names == [folder + name for name in LANDSCAPE]
         assert (survey(names, "landscape").classes, survey(names, "landscape").images) == ((), 5)
     suffixes = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jpe", "jfif", "JPG", "Png"]
     good = [f"a/1.{suffix}" for suffix in suffixes]
     bad = ["a/.1.jpg", ".a/1.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", "a/1.txt", "a/jpg", "a/1.jpg.part", "a/1.jpg/"]
-    assert names_in_zip(tmp_path / "a.zip", good + bad) == good
+    assert names_in_zip(good + bad) == good
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_entries_come_in_the_archives_own_order_under_names_that_can_be_printed(tmp_path):
     for make, name in [*ARCHIVES, (tar_of, "a")]:
         assert read(make(tmp_path / name, FILES)) == IMAGES
@@ -93,27 +80,21 @@ def test_entries_come_in_the_archives_own_order_under_names_that_can_be_printed(
     long = "/".join(["./folder", "x" * 90, "y" * 90 + ".jpg"])
     for tar_format in (tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
         with tarfile.open(tmp_path / "a.tar", "w", format=tar_format) as archive:
-            for path, content in [(long, b"1"), ("./2.jpg", b"22")]:
-                info = tarfile.TarInfo(path)
-                info.size = len(content)
-                archive.addfile(info, io.BytesIO(content))
-        assert read(tmp_path / "a.tar") == [(long[2:], b"1"), ("2.jpg", b"22")]
+            archive.addfile(tarfile.TarInfo(long))
+        assert read(tmp_path / "a.tar") == [(long[2:], b"")]
     for make, name, shown in [
         (zip_of, "cats\\1.jpg", "cats/1.jpg"),
         (zip_of, "a..b/1..2.jpg", "a..b/1..2.jpg"),
-        (tar_of, "gr\udcfcn/1.jpg", "gr%fcn/1.jpg"),
+        (tar_of, "gr\udcfcn/1.jpg", "gr%FCn/1.jpg"),
         # A terminal would obey them, and a list of rejects with lines would have more of these than rejects.
-        (tar_of, "a\x1b[2J\n\x7f\u2028/1.jpg", "a%1b[2J%0a%7f%2028/1.jpg"),
+        (tar_of, "a\x1b[2J\n\x7f\u2028/1.jpg", "a%1B[2J%0A%7F%E2%80%A8/1.jpg"),
     ]:
         assert read(make(tmp_path / "named", [(name, b"1")])) == [(shown, b"1")]
-    twice = [("a/", b""), ("a/", b""), ("read.me", b""), ("read.me", b"")]
-    assert read(zip_of(tmp_path / "twice.zip", [*twice, *IMAGES])) == IMAGES
 
 
-@pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize(("make", "name"), ARCHIVES)
-def test_an_archive_that_is_unsafe_is_refused(tmp_path, make, name):
-    for entry in [
+def test_an_archive_that_leads_outside_is_refused_and_one_within_is_not_opened(tmp_path, make, name):
+    for entry in (
         "../1.jpg",
         "a/../../1.jpg",
         "/etc/1.jpg",
@@ -121,13 +102,14 @@ def test_an_archive_that_is_unsafe_is_refused(tmp_path, make, name):
         "..\\1.jpg",
         "C:\\1.jpg",
         "\\\\h\\1.jpg",
-        "a/../x.txt",
-    ]:
+        "../x.txt",
+    ):
         said = refusal(make(tmp_path / name, [("1.jpg", jpeg(1)), (entry, b"x")]))
         assert f"leads out of it, {entry!r}" in said
-    for again in ("b/1.jpg", "./b/1.jpg", "b//1.jpg", "b\\1.jpg"):
-        path = make(tmp_path / name, [*((f"a/{n}.jpg", b"1") for n in range(200)), ("b/1.jpg", b"1"), (again, b"2")])
-        assert f"{name} has the entry 'b/1.jpg' more than once" in refusal(path)
+    bomb = deflated(tmp_path / "bomb", 3, 30 << 20).read_bytes()
+    inner = tar_of(tmp_path / "inner.tar.gz", [("../up.jpg", b"x")]).read_bytes()
+    path = make(tmp_path / name, [("bomb.zip", bomb), ("inner.tar.gz", inner), ("inner.png", inner), *IMAGES])
+    assert read(path) == [("inner.png", inner), *IMAGES]
 
 
 def test_links_devices_and_encryption_refuse_an_archive(tmp_path):
@@ -157,32 +139,15 @@ def deflated(path: Path, entries: int, entry_bytes: int) -> Path:
     return path
 
 
-def test_archives_in_archives_are_not_opened(tmp_path):
-    bomb = deflated(tmp_path / "bomb.zip", 3, 30 << 20).read_bytes()
-    inner = tar_of(tmp_path / "inner.tar.gz", [("../up.jpg", b"x")]).read_bytes()
-    for make, name in ARCHIVES:
-        path = make(tmp_path / name, [("bomb.zip", bomb), ("inner.tar.gz", inner), ("inner.png", inner), *IMAGES])
-        assert read(path) == [("inner.png", inner), *IMAGES]
-    with pytest.raises(RejectedImageError, match="no image of a kind that is read"):
-        prepare(inner, Recipe(8, "center", "box", 3, 1))
-
-
-def test_bombs_go_off_early(tmp_path, monkeypatch):
-    with monkeypatch.context() as patch:
-        patch.setattr(sources, "ENTRY_BYTES", limit := 1 << 20)
-        for make, name in [*ARCHIVES[:2], (folder_of, "a")]:
-            path = make(tmp_path / name, [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))])
-            assert f"entry 'large.png' unpacks to {limit + 1} bytes, more than the {limit}" in refusal(path)
-        with pytest.raises(BadDataError, match=rf"'large.png', which has {limit + 1} bytes, more than the {limit}"):
-            list(BucketFolder(open_store(str(tmp_path / "a"))).entries())
-    monkeypatch.setattr(sources, "ENTRY_BYTES", 1 << 20)
-    path, read_bytes = deflated(tmp_path / "a.zip", 100, 1 << 20), 0
-    with pytest.raises(BadDataError, match=r"unpacks to more than 200 times its size \(at entry '\d+\.png'\)"):
-        for _, content in open_source(str(path)).entries():
-            read_bytes += len(content)
-    assert read_bytes <= 200 * path.stat().st_size < 40 << 20
-    zeros = tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1)), ("zeros.bin", bytes(64 << 20))])
-    assert "unpacks to more than 200 times its size (at entry 'zeros.bin')" in refusal(zeros)
+def test_bombs_do_not_go_off(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "ENTRY_BYTES", limit := 1 << 20)
+    for make, name in [*ARCHIVES[:2], (folder_of, "a")]:
+        path = make(tmp_path / name, [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))])
+        assert f"entry 'large.png' unpacks to {limit + 1} bytes, more than the {limit}" in refusal(path)
+    # One whose directory is honest, and one of whom nothing is known before it is unpacked.
+    tar = tar_of(tmp_path / "a.tgz", [("1.jpg", jpeg(1)), ("zeros.bin", bytes(64 << 20))])
+    for path in (deflated(tmp_path / "b.zip", 100, limit), tar):
+        assert f"{path} unpacks to more than 200 times its size: do not trust" in refusal(path)
 
 
 def test_no_header_is_believed(tmp_path):
@@ -191,15 +156,12 @@ def test_no_header_is_believed(tmp_path):
     data[directory + 24 : directory + 28] = struct.pack("<I", 1000)
     (tmp_path / "a.zip").write_bytes(data)
     assert "'0.png' is truncated or damaged (Bad CRC-32" in refusal(tmp_path / "a.zip")
-    first, last = tarfile.TarInfo("1.jpg").tobuf(tarfile.GNU_FORMAT), bytes(4096)
-    header = tarfile.TarInfo("././@LongLink")
-    header.type, header.size = tarfile.GNUTYPE_LONGNAME, 8 << 30
-    (tmp_path / "a.tar").write_bytes(first + header.tobuf(tarfile.GNU_FORMAT) + last)
-    assert "a block of 8589934592 bytes" in refusal(tmp_path / "a.tar")
-    backwards = tarfile.TarInfo("2.jpg")
-    backwards.size = -1024
-    (tmp_path / "a.tar").write_bytes(first + backwards.tobuf(tarfile.GNU_FORMAT) + last)
-    assert "truncated or damaged" in refusal(tmp_path / "a.tar")
+    first, long, back = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("././@LongLink"), tarfile.TarInfo("2.jpg")
+    long.type, long.size, back.size = tarfile.GNUTYPE_LONGNAME, 8 << 30, -1024
+    for header, part in [(long, "a block of 8589934592 bytes"), (back, "get it again")]:
+        blocks = first.tobuf(tarfile.GNU_FORMAT) + header.tobuf(tarfile.GNU_FORMAT)
+        (tmp_path / "a.tar").write_bytes(blocks + bytes(4096))
+        assert part in refusal(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize(("make", "name"), ARCHIVES)
@@ -224,30 +186,26 @@ def test_truncation_and_damage_show_as_a_clear_error_and_nothing_else(tmp_path, 
     assert refused > 50
 
 
-def test_what_is_damaged_is_named(tmp_path):
-    path = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
-    data = bytearray(path.read_bytes())
-    data[data.index(jpeg(2)) + 300] ^= 255
-    path.write_bytes(data)
-    assert "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32" in refusal(path)
+def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
+    def flipped(path: Path, at: int) -> Path:
+        data = bytearray(path.read_bytes())
+        data[at] ^= 255
+        path.write_bytes(data)
+        return path
+
+    archive = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
+    flipped(archive, archive.read_bytes().index(jpeg(2)) + 300)
+    assert "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32" in refusal(archive)
     # Behind the last entry.
-    path = tar_of(tmp_path / "a.tgz", FILES)
-    data = bytearray(path.read_bytes())
-    data[-6] ^= 1
-    path.write_bytes(data)
-    assert "CRC check failed" in refusal(path)
+    assert "CRC check failed" in refusal(flipped(tar_of(tmp_path / "a.tgz", FILES), -6))
     for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)):
         (tmp_path / "a").write_bytes(content)
         assert "a is no archive that can be packed" in refusal(tmp_path / "a"), content[:20]
-
-
-def test_what_follows_the_end_mark_is_not_left_out_in_silence(tmp_path):
-    first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]) for name in "ab")
-    joined, zeros = tmp_path / "joined.tar", tmp_path / "zeros.tar"
-    joined.write_bytes(first.read_bytes() + second.read_bytes())
-    assert "holds more behind its end mark" in refusal(joined)
-    zeros.write_bytes(first.read_bytes() + bytes(100_000))
-    assert read(zeros) == [("a.jpg", b"1")]
+    first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]).read_bytes() for name in "ab")
+    (tmp_path / "joined.tar").write_bytes(first + second)
+    assert "holds more behind its end mark" in refusal(tmp_path / "joined.tar")
+    (tmp_path / "zeros.tar").write_bytes(first + bytes(100_000))
+    assert read(tmp_path / "zeros.tar") == [("a.jpg", b"1")]
 
 
 @pytest.mark.parametrize("gz", [False, True])
@@ -261,28 +219,19 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
     entries = list(source.entries())
     assert [name for name, _ in entries] == [f"{label}/{n:02d}.pgm" for n, label in enumerate(labels)]
     recipe = Recipe(28, "center", "lanczos", 1, 14)
-    got = np.stack([decode(prepare(content, recipe), 1)[..., 0] for _, content in entries])
-    np.testing.assert_array_equal(got, images)
+    np.testing.assert_array_equal([prepare(content, recipe)[..., 0] for _, content in entries], images)
     chosen = next((tmp_path / "mnist").glob("t10k-images*"))
     source = open_source(str(chosen))
-    assert source.note == "" and source.name == chosen.name
-    assert len(list(source.entries())) == 3
+    assert (source.note, source.name, len(list(source.entries()))) == ("", chosen.name, 3)
     for path in (tmp_path / "mnist").glob("*labels*"):
         path.unlink()
     assert next(open_source(str(tmp_path / "mnist")).names()) == "00.pgm"
     mnist(tmp_path / "several", "t10k", *digits, gz)
     mnist(tmp_path / "several", "extra", *digits, gz)
-    with pytest.raises(BadRequestError, match=r"several MNIST sets: give one of extra-images.*, t10k-images"):
-        open_source(str(tmp_path / "several"))
-
-
-@pytest.mark.parametrize("gz", [False, True])
-def test_damaged_mnist_files_are_refused(tmp_path, digits, gz):
-    images, labels = digits
+    assert "several MNIST sets: give one of extra-images" in refusal(tmp_path / "several", BadRequestError)
     file = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised" if gz else "is no whole MNIST image file"),
-        (idx(images) + b"\0", labels, "holds more than its 12 images"),
         (idx(images)[:10], labels, "has 10 bytes where 16 were promised"),
         (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is no whole MNIST image file"),
         (idx(images[:0]), labels[:0], "is no whole MNIST image file"),
@@ -291,42 +240,33 @@ def test_damaged_mnist_files_are_refused(tmp_path, digits, gz):
         mnist(tmp_path, "train", images, its_labels, gz)
         file.write_bytes(gzip.compress(content) if gz else content)
         assert part in refusal(tmp_path), part
-    mnist(tmp_path, "train", images, labels, gz)
-    file.write_bytes(file.read_bytes()[:-9])
-    assert str(file) in refusal(tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("names", "classes"),
-    [
-        (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs")),
-        (["dogs/1.jpg", "cats/tabby/1.jpg", "cats/2.jpg"], ("cats", "dogs")),
-        (["data/set/cats/1.jpg", "data/set/dogs/1.jpg"], ("cats", "dogs")),
-        (["train/cats/1.jpg", "train/dogs/1.jpg"], ("cats", "dogs")),
-        (["train/cats/1.jpg", "train/dogs/1.jpg", "test/dogs/2.jpg"], ("cats", "dogs")),
-        (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs")),
-        (["train/1.jpg", "test/2.jpg"], ()),
-        (["train/1.jpg", "faces/2.jpg"], ("faces", "train")),
-        (["1.jpg", "2.jpg"], ()),
-        (["cats/1.jpg", "cats/2.jpg"], ()),
-        (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], ()),
-        (["cats/1.jpg", "cats/young/2.jpg"], ()),
-        ([os.fsdecode(name) for name in (b"caf\xe9.png", b"th\xe9.png", b"a\nb.png", b"c\x1b[31m.png")], ()),
-    ],
-)
-def test_classes_are_the_first_folders_that_tell_images_apart(names, classes):
-    found = survey(names, "here")
-    assert (found.images, found.classes) == (len(names), classes)
-    assert survey(names, "here", classes=False).classes == ()
-    assert survey(names, "here", classes=False).label(names[0]) == -1
-    is_told = "some images lie beside the folders of others" in found.note
-    assert is_told == (names[-1] in ("preview.jpg", "cats/young/2.jpg") or (names[0] == "train/1.jpg" and not classes))
-    if classes:
-        assert survey(names, "here", classes=True) == found
-        assert all(found.classes[found.label(name)] in name.split("/") for name in names)
-    else:
-        with pytest.raises(BadRequestError, match="here has no classes"):
-            survey(names, "here", classes=True)
+def test_classes_are_the_first_folders_that_tell_images_apart():
+    lie_beside = "some images lie beside the folders of others"
+    for names, classes, note in [
+        (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),
+        (["dogs/1.jpg", "cats/tabby/1.jpg", "cats/2.jpg"], ("cats", "dogs"), ""),
+        (["data/set/cats/1.jpg", "data/set/dogs/1.jpg"], ("cats", "dogs"), ""),
+        (["train/cats/1.jpg", "train/dogs/1.jpg"], ("cats", "dogs"), ""),
+        (["train/cats/1.jpg", "train/dogs/1.jpg", "test/dogs/2.jpg"], ("cats", "dogs"), ""),
+        (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs"), ""),
+        (["train/1.jpg", "faces/2.jpg"], ("faces", "train"), ""),
+        (["train/1.jpg", "test/2.jpg"], (), lie_beside),
+        (["1.jpg", "2.jpg"], (), ""),
+        (["cats/1.jpg", "cats/2.jpg"], (), ""),
+        (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], (), lie_beside),
+        (["cats/1.jpg", "cats/young/2.jpg"], (), lie_beside),
+    ]:
+        found, without = survey(names, "here"), survey(names, "here", classes=False)
+        assert (found.images, found.classes, note in found.note, bool(found.note)) == (
+            len(names), classes, True, bool(note)
+        ), names  # fmt: skip
+        assert (without.classes, without.label(names[0])) == ((), -1)
+        assert all(found.classes[found.label(name)] in name.split("/") for name in names if classes)
+        if not classes:
+            with pytest.raises(BadRequestError, match="here has no classes"):
+                survey(names, "here", classes=True)
 
 
 def test_no_images_and_no_source_are_errors(tmp_path):
@@ -337,28 +277,20 @@ def test_no_images_and_no_source_are_errors(tmp_path):
             with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .bmp, .gif, .jfif"):
                 survey(source.names(), source.where)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
-        with pytest.raises(MissingInputError, match="nothing at"):
-            open_source(missing)
-    with pytest.raises(BadRequestError, match="ftp"):
-        open_source("ftp://host/a.zip")
+        assert "nothing at" in refusal(missing, MissingInputError)
+    assert "ftp" in refusal("ftp://host/a.zip", BadRequestError)
 
 
 def test_a_folder_is_read_in_the_order_of_its_relative_paths(tmp_path):
-    names = [
-        "a-b/1.jpg",
-        "a/2.jpg",
-        "a/b/0.jpg",
-        "a/b.jpg",
-        "a0.jpg",
-        "a.jpg",
-        "Z.jpg",
-        "é/1.jpg",
-        "a b.jpg",
-        "a_(2).jpg",
-    ]
+    names = ["a-b/1.jpg", "a/2.jpg", "a/b/0.jpg", "a/b.jpg", "a0.jpg", "a.jpg", "Z.jpg", "é/1.jpg", "a b.jpg"]
     folder_of(tmp_path / "in", [(name, name.encode()) for name in reversed(names)])
     for path in (f"{tmp_path}/in", f"file://{tmp_path}/in", os.path.relpath(tmp_path / "in")):
         assert read(path) == [(name, name.encode()) for name in sorted(names)]
+    entries = open_source(str(tmp_path / "in")).entries()
+    assert next(entries)[0] == "Z.jpg"
+    (tmp_path / "in" / "a b.jpg").unlink()
+    with pytest.raises(MissingInputError, match=r"entry 'a b.jpg' is not there"):
+        next(entries)
 
 
 def test_links_of_a_folder(tmp_path):
@@ -381,16 +313,9 @@ def test_links_of_a_folder(tmp_path):
     assert "no regular file" in refusal(folder)
 
 
-def test_what_vanishes_while_it_is_read_is_missing(tmp_path):
-    folder_of(tmp_path, [("1.jpg", b"1"), ("2.jpg", b"2")])
-    entries = open_source(str(tmp_path)).entries()
-    assert next(entries) == ("1.jpg", b"1")
-    (tmp_path / "2.jpg").unlink()
-    with pytest.raises(MissingInputError, match=r"entry '2.jpg' is not there"):
-        next(entries)
+def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_server, gcs_bucket, digits, monkeypatch):
+    from google.cloud import storage
 
-
-def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_bucket, digits):
     local, files = (
         tmp_path / "local",
         [(f"{kind}/{n:02d}.jpg", jpeg(n)) for kind in ("a-b", "a", "c") for n in range(12)],
@@ -409,33 +334,26 @@ def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_bucket, digits):
         assert (there.name, there.channels) == (here.name, here.channels)
         assert list(there.names()) == list(here.names())
         assert list(there.entries()) == list(here.entries())
-    whole = tmp_path / "whole"
-    shutil.copytree(local, whole / "some" / "where")
-    assert list(open_source(gcs_bucket).names()) == list(open_source(str(whole)).names())
+    shutil.copytree(local, tmp_path / "whole" / "some" / "where")
+    assert list(open_source(gcs_bucket).names()) == list(open_source(str(tmp_path / "whole")).names())
     for missing in (f"{gcs_bucket}/some/where/else", f"{gcs_bucket}/some/where/b.zip"):
-        with pytest.raises(MissingInputError, match="there is nothing at gs://"):
-            open_source(missing)
-    with pytest.raises(MissingInputError, match="no bucket"):
-        open_source("gs://no-such-bucket-here/a.zip")
-    store.create("cut.zip", (local / "a.zip").read_bytes()[:-300])
-    store.create("cut.tgz", (local / "a.tgz").read_bytes()[:-300])
-    for name in ("cut.zip", "cut.tgz"):
-        assert f"{gcs_bucket}/{name}" in refusal(f"{gcs_bucket}/{name}")
-
-
-def test_names_in_a_bucket_may_be_what_people_call_their_files(gcs_server, gcs_bucket):
-    from google.cloud import storage
-
+        assert "there is nothing at gs://" in refusal(missing, MissingInputError)
+    assert "no bucket" in refusal("gs://no-such-bucket-here/a.zip", MissingInputError)
+    for name in ("a.zip", "a.tgz"):
+        store.create(f"cut-{name}", (local / name).read_bytes()[:-300])
+        assert f"{gcs_bucket}/cut-{name}" in refusal(f"{gcs_bucket}/cut-{name}")
+    # Names may be what people call their files.
     handle = storage.Client(project="test").bucket(gcs_bucket.removeprefix("gs://"))
     for number, name in enumerate(LANDSCAPE + LITTER):
         handle.blob(f"Landscape Images/{name}").upload_from_string(f"{number}".encode())
-    entries = list(open_source(f"{gcs_bucket}/Landscape Images").entries())
-    assert entries == [(name, f"{number}".encode()) for number, name in enumerate(LANDSCAPE)]
+    photos = [(name, f"{number}".encode()) for number, name in enumerate(LANDSCAPE)]
+    assert read(f"{gcs_bucket}/Landscape Images") == photos
+    monkeypatch.setattr(sources, "ENTRY_BYTES", 0)
+    assert "'00000000.jpg', which has 1 bytes, more than the 0" in refusal(f"{gcs_bucket}/Landscape Images")
 
 
 def test_work_is_done_ahead_but_not_far_and_comes_out_in_order():
     taken, yielded, ahead = 0, 0, []
-    lock = threading.Lock()
 
     def items():
         nonlocal taken
@@ -446,12 +364,10 @@ def test_work_is_done_ahead_but_not_far_and_comes_out_in_order():
 
     def work(item: int) -> int:
         time.sleep(0.002 if item % 7 == 0 else 0)
-        with lock:
-            return item * item
+        return item * item
 
     with ThreadPoolExecutor(4) as pool:
         for result in in_order(pool, work, items(), window=10):
             assert result == yielded**2
             yielded += 1
-    assert yielded == 200
-    assert max(ahead) == 10
+    assert (yielded, max(ahead)) == (200, 10)

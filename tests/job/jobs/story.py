@@ -1,25 +1,31 @@
-"""A clock for `--watch` that costs no time: whenever the watch waits, the next thing happens."""
+"""Clocks for `--watch` that cost no time: whenever the watch waits, the next thing happens."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from job.jobs import watch
+from job.jobs.backends import base
+from job.jobs.spec import JobSpec
 
 PATIENCE = 30
 """How often the watch may wait once nothing happens any more, before it is told to stop."""
 
 
 class Story:
-    """Things that happen, one for each time that the watch waits."""
+    """Things that happen, one for each time that the watch waits, and what it tells a person."""
 
     def __init__(self, *events: Callable[[], object]) -> None:
         self.events, self.seconds, self.left = list(events), 0.0, PATIENCE
+        self.told: list[str] = []
 
     def now(self) -> float:
-        return self.seconds
-
-    def utc(self) -> datetime:
-        return datetime.now(UTC) + timedelta(seconds=self.seconds)
+        return time.time() + self.seconds
 
     def wait(self, seconds: float) -> bool:
         self.seconds += seconds
@@ -28,6 +34,18 @@ class Story:
         else:
             self.left -= 1
         return self.left == 0
+
+    def again(self) -> list[str]:
+        return [line for line in self.told if "submitting it again" in line]
+
+
+def watched(home: base.Backend, spec: JobSpec, clock: Any) -> None:
+    """Watches a job to its end. Its bucket is nowhere, unless it is a folder here."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (watch, base):
+            patch.setattr(module, "note", clock.told.append)
+        bucket = "/nowhere" if "://" in spec.bucket else spec.bucket
+        watch.Watch(home, replace(spec, bucket=bucket), clock).run()
 
 
 def nothing() -> None:

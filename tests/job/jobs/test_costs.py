@@ -71,9 +71,6 @@ def test_a_person_is_told_what_the_hours_mean_there():
         for is_watched in (False, True):
             lines = dict(line.split(maxsplit=1) for line in plan_lines(spec, there, is_watched=is_watched))
             assert lines["limit"] == f"{limit}{again * is_watched}; what is saved stays (--max-hours)"
-    for on in ("local", "container"):
-        lines = plan_lines(built("train", FOR_TRAIN, on, max_hours=10), load_targets()[on])
-        assert any("10 hours if --max-hours says so, and then the job ends itself" in line for line in lines)
 
 
 def test_a_cost_has_a_source_or_there_is_none():

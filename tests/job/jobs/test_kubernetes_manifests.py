@@ -28,7 +28,7 @@ VERSIONS = ("1.31", "1.34", "1.37")
 CASES = {
     "one-gpu-spot": (spec(), TARGET),
     "eight-gpus": (
-        spec(gpus=8, gpu_type="nvidia-h100-80gb", spot=False, max_hours=72.0, labels={"team": "vision"}),
+        spec(gpus=8, gpu_type="nvidia-h100-80gb", spot=False, max_hours=72.0),
         QUEUED.model_copy(update={"cpus": "96", "memory": "800Gi", "scratch": "1Ti", "shared_memory": "64Gi"}),
     ),
     "two-nodes": (spec(nodes=2, gpus=8), TARGET),

@@ -78,7 +78,8 @@ def about(uri: str, run: str) -> list[str]:
 def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bucket):
     words = ["submit", "train", *about(bucket, "long"), "--epochs", 1000, "--on", "local", "--detach"]
     out = succeeded(ddpm(*words))
-    pid = int(re.search(r"process (\d+) does it in the background", out)[1])
+    assert out.startswith("train-long is submitted: `ddpm jobs logs train-long --on local -f` follows it")
+    pid = int(backend().describe("train-long")["pid"])
     assert "train\0--dataset\0tiles" in Path(f"/proc/{pid}/cmdline").read_text()
     assert (backend().status("train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
     eventually(lambda: list(Path(bucket).glob("runs/long/checkpoints/*/MANIFEST.json")))
@@ -128,7 +129,7 @@ def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, m
     words[3] = "tiles"
     assert "DDPM_GRACE_SECONDS='soon'" in refused(ddpm(*words, *settings()), 64)
     succeeded(ddpm(*words, *settings(), "--detach"))
-    assert (ended("train-tiles").exit_code, backend().bucket_of("train-tiles")) == (64, bucket)
+    assert (ended("train-tiles").exit_code, backend().status("train-tiles").bucket) == (64, bucket)
     assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
     # One that cannot write to its bucket can say so in its log alone.
     backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
@@ -174,18 +175,6 @@ def test_two_that_submit_the_same_job_at_once_start_it_once(bucket):
     assert sorted(child.returncode for child in children) == [0, 64, 64], told
     backend().cancel("train-race")
     ended("train-race")
-
-
-def test_a_job_may_be_packing_or_sampling(bucket):
-    succeeded(ddpm("train", *about(bucket, "short"), "--epochs", 1))
-    out = succeeded(ddpm("submit", "sample", "--run", "short", "--bucket", bucket, "--seeds", "0-1", "--no-nearest"))
-    assert "epoch-0001-ddim-4-seeds-0-1-alone.png" in out
-    words = ["submit", "pack", "landscape-sample", "small", "--size", 8, "--bucket", bucket]
-    succeeded(ddpm(*words, "--detach"))
-    (status,) = backend().jobs()
-    assert re.fullmatch(r"pack-small-[0-9a-f]{8}", status.name)
-    assert ended(status.name).state is State.FINISHED
-    assert Path(bucket, "datasets/small-8/index.json").is_file()
 
 
 @pytest.mark.slow

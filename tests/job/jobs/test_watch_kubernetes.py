@@ -7,10 +7,9 @@ import pytest
 from job.exits import StoppedError
 from job.jobs.backends.base import State
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.watch import Watch
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 from tests.job.jobs.kubernetes_server import wait_for
-from tests.job.jobs.story import Story, nothing
+from tests.job.jobs.story import Story, nothing, watched
 
 NAME = "train-celeba"
 
@@ -26,7 +25,7 @@ def test_a_job_that_is_cancelled_between_two_looks_of_a_watch_stays_so(server, b
         wait_for(lambda: backend.status(NAME).state is State.GONE)
 
     with pytest.raises(StoppedError, match=r"train-celeba was deleted: what it saved stays"):
-        Watch(backend, spec(), Story(cancel), [].append).run()
+        watched(backend, spec(), Story(cancel))
     assert len(server.bodies) == 1
 
 
@@ -43,10 +42,9 @@ def test_a_job_that_reached_its_deadline_while_it_waited_for_a_node_is_submitted
     def finish():
         server.end_job(NAME, "Completed", plural="jobsets")
 
-    told = []
     story = Story(*[wait] * 20, reach_the_deadline, nothing, finish)
-    Watch(backend, spec(nodes=2), story, told.append).run()
-    assert "train-celeba had a machine for less than its 24 hours; submitting it again" in told
+    watched(backend, spec(nodes=2), story)
+    assert story.again() == ["train-celeba had a machine for less than its 24 hours; submitting it again"]
     assert len(server.bodies) == 2
 
 
@@ -61,5 +59,5 @@ def test_a_job_that_its_queue_stops_for_good_has_used_its_hours(server):
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
     story = Story(nothing, stop)
     with pytest.raises(StoppedError, match="has used its 24 hours"):
-        Watch(KubernetesBackend(QUEUED), spec(), story, [].append).run()
+        watched(KubernetesBackend(QUEUED), spec(), story)
     wait_for(lambda: not server.names("jobs", "training"))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from datetime import UTC, datetime
 
 from job.exits import JobError
 from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapacityError, State
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
-from job.jobs.watch import Watch
+from tests.job.jobs.story import watched
 
 VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
@@ -31,34 +30,32 @@ class Engine:
         full: how often each place has no machine.
         cancelling: what `cancel` raises, in order, before it works.
         refusal: what `submit` raises.
-        keeps_seconds: see `Backend`.
+        keeps_ended: see `Backend`.
     """
 
     answers: list
     full: dict[str, int] = field(default_factory=dict)
     cancelling: list[JobError] = field(default_factory=list)
     refusal: JobError | None = None
-    keeps_seconds: float = 0.0
-    seconds: float = 0.0
+    keeps_ended: bool = False
+    seconds: float = NOON.timestamp()
     told: list[str] = field(default_factory=list)
     submitted: list[tuple[str, float]] = field(default_factory=list)
     """Where, and for how many hours."""
     submitted_at: list[float] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
+    at_submission: Callable[[], None] = lambda: None
 
     def now(self) -> float:
         return self.seconds
 
-    def utc(self) -> datetime:
-        return NOON + timedelta(seconds=self.seconds)
-
     def wait(self, seconds: float) -> bool:
         self.seconds += seconds
-        return self.seconds > 30 * 86400
+        return self.seconds > NOON.timestamp() + 30 * 86400
 
-    def watch(self, *places: str, spec: JobSpec = SPEC, **options: Any) -> Engine:
+    def watch(self, *places: str, spec: JobSpec = SPEC) -> Engine:
         """Watches a job on it to the end."""
-        Watch(Place(self, places or ("a",)), spec, self, self.told.append, **options).run()
+        watched(Place(self, places or ("a",)), spec, self)
         return self
 
 
@@ -68,7 +65,10 @@ class Place(Backend):
     def __init__(self, engine: Engine, places: tuple[str, ...]) -> None:
         super().__init__(VM)
         self.engine, self.name, self.rest = engine, places[0], places[1:]
-        self.keeps_seconds = engine.keeps_seconds
+
+    @property
+    def keeps_ended(self) -> bool:
+        return self.engine.keeps_ended
 
     def elsewhere(self) -> Backend | None:
         return Place(self.engine, self.rest) if self.rest else None
@@ -82,8 +82,9 @@ class Place(Backend):
         if self.engine.full.get(self.name, 0) > 0:
             self.engine.full[self.name] -= 1
             raise NoCapacityError(f"{self.name} has no machine")
+        self.engine.at_submission()
         self.engine.submitted.append((self.name, spec.max_hours))
-        self.engine.submitted_at.append(self.engine.seconds)
+        self.engine.submitted_at.append(self.engine.seconds - NOON.timestamp())
 
     def status(self, name: str) -> JobStatus:
         answer = self.engine.answers.pop(0) if len(self.engine.answers) > 1 else self.engine.answers[0]

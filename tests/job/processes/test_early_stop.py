@@ -16,39 +16,6 @@ from tests.job.metadata_server import PREEMPTED, metadata_server
 WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.4])
-def test_while_modules_are_imported(number, seconds, unreachable):
-    command = [sys.executable, "-c", "import job.__main__ as m; print(flush=True); m.main()", *WORDS]
-    child = subprocess.Popen(
-        command, env=environment(**unreachable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    child.stdout.readline()
-    time.sleep(seconds)
-    child.send_signal(number)
-    _, err = child.communicate(timeout=20)
-    assert child.returncode == 75, err
-    assert f"stopped by {number.name}" in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_library_that_catches_the_end_delays_it_by_seconds(number):
-    code = f"""
-import job.__main__ as program, os, time
-program._handle(program._end)
-try:
-    os.kill(os.getpid(), {int(number)})
-except BaseException:
-    pass
-time.sleep(60)
-"""
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
-    assert (done.returncode, done.stderr) == (75, f"ddpm: stopped by {number.name}; the same command begins again\n")
-    assert time.monotonic() - began < 15
-
-
 @pytest.fixture
 def unreachable():
     """Variables of a bucket server that takes connections and never answers."""
@@ -59,19 +26,64 @@ def unreachable():
         }
 
 
-def test_by_a_deadline_while_the_bucket_is_away(unreachable):
+def test_while_modules_are_imported(unreachable):
+    command = [sys.executable, "-c", "import job.__main__ as m; print(flush=True); m.main()", *WORDS]
+    for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.2), (signal.SIGTERM, 0.4), (signal.SIGHUP, 2.0)):
+        child = subprocess.Popen(
+            command, env=environment(**unreachable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        child.stdout.readline()
+        time.sleep(seconds)
+        child.send_signal(number)
+        # Again, by an impatient person.
+        child.send_signal(number)
+        _, err = child.communicate(timeout=20)
+        assert (child.returncode, err) == (75, f"ddpm: stopped by {number.name}; the same command begins again\n")
+
+
+def test_a_library_that_makes_another_error_of_the_end_does_not_change_the_code():
+    code = """
+import job.__main__ as program, job.cli.app as app, os, signal
+def imported():
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+    except BaseException as error:
+        raise RuntimeError("a module could not be made") from error
+app.main = imported
+program.main()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
+
+
+def test_a_library_that_catches_the_end_delays_it_by_seconds():
+    code = """
+import job.__main__ as program, os, signal, time
+program._handle_signals()
+try:
+    os.kill(os.getpid(), signal.SIGTERM)
+except BaseException:
+    pass
+time.sleep(60)
+"""
     began = time.monotonic()
-    words = [DDPM, *WORDS, "--stop-after", "4s"]
-    done = subprocess.run(
-        words, env=environment(**unreachable), capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 75, done.stderr
-    assert time.monotonic() - began < 14
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
+    assert time.monotonic() - began < 15
 
 
-def test_by_a_notice_while_the_bucket_is_away(unreachable):
+def test_by_a_deadline_or_a_notice_while_the_bucket_is_away(unreachable):
     with metadata_server() as server:
         server.set(PREEMPTED, "TRUE")
-        variables = environment(**unreachable, GCE_METADATA_HOST=server.host)
-        done = subprocess.run([DDPM, *WORDS], env=variables, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 75, done.stderr
+        cases = [((), {"GCE_METADATA_HOST": server.host}), (("--stop-after", "4s"), {})]
+        began = time.monotonic()
+        begun = [
+            subprocess.Popen(
+                [DDPM, *WORDS, *words], env=environment(**unreachable, **variables), stderr=subprocess.PIPE, text=True
+            )
+            for words, variables in cases
+        ]
+        for child, (words, _) in zip(begun, cases, strict=True):
+            _, err = child.communicate(timeout=60)
+            assert child.returncode == 75, (words, err)
+        assert time.monotonic() - began < 20

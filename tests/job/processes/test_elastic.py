@@ -4,15 +4,13 @@ Real processes, watched from within: each writes down the images, the noise, the
 """
 
 import json
-import subprocess
 from collections import Counter
 from itertools import pairwise
 
 import pytest
 
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.store import open_store
-from tests.job.command_line import DDPM, environment, settings
+from tests.job.command_line import settings
 from tests.job.hooked import hooked
 
 BATCH_IMAGES, STEPS = 10, 50
@@ -48,33 +46,18 @@ randomness.training_noise, Objective.losses = training_noise, losses
 """
 
 
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A folder with a packed dataset, a cache, and the lines that record."""
-    folder = tmp_path_factory.mktemp("elastic")
-    hooked(folder / "hooks", ddpm__training=RECORD)
-    words = [DDPM, "data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", folder / "bucket"]
-    subprocess.run(words, env=environment(), stdout=subprocess.DEVNULL, check=True)
-    return folder
+@pytest.fixture
+def started(place, tmp_path):
+    """Starts a command whose processes write down what they do, and stop themselves at an image."""
+    folder = hooked(tmp_path / "hooks", ddpm__training=RECORD)
 
+    def started(run, stage, precision, processes, stop_at_image, *options):
+        record, image = str(tmp_path / f"{run}-{stage}"), str(stop_at_image)
+        network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision)
+        words = ("--epochs", 99, "--processes", processes, *network, *options)
+        return place.started(run, *words, PYTHONPATH=folder, RECORD=record, STOP_AT_IMAGE=image)
 
-def started(packed, run, stage, precision, processes, stop_at_image, *options):
-    """A command whose processes train until they stop themselves."""
-    variables = environment(
-        DDPM_CACHE=str(packed / "cache"),
-        PYTHONPATH=str(packed / "hooks"),
-        RECORD=str(packed / f"{run}-{stage}"),
-        STOP_AT_IMAGE=str(stop_at_image),
-    )
-    words = ["train", "--dataset", "tiles", "--run", run, "--bucket", str(packed / "bucket"), "--epochs", "99"]
-    network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision)
-    return subprocess.Popen(
-        [DDPM, *words, "--processes", str(processes), *network, *options],
-        env=variables,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return started
 
 
 def stopped(child):
@@ -83,10 +66,10 @@ def stopped(child):
     assert child.returncode == 75, err
 
 
-def recorded(packed, run, stage):
+def recorded(folder, run, stage):
     """Image number → what was seen of it, and its loss; each must have come once."""
     rows = [
-        json.loads(line) for path in packed.glob(f"{run}-{stage}-*.jsonl") for line in path.read_text().splitlines()
+        json.loads(line) for path in folder.glob(f"{run}-{stage}-*.jsonl") for line in path.read_text().splitlines()
     ]
     assert [number for number, count in Counter(number for number, *_ in rows).items() if count > 1] == []
     return {number: (content, loss) for number, content, loss in rows}
@@ -99,21 +82,21 @@ def batch_losses(rows, first, last):
 
 
 @pytest.mark.parametrize(("precision", "bound"), [("fp32", 1e-5), pytest.param("bf16", 1e-2, marks=pytest.mark.slow)])
-def test_two_then_one_then_three_processes_learn_what_one_does(packed, precision, bound):
-    alone = started(packed, f"alone-{precision}", 0, precision, 1, ALONE_UNTIL_IMAGE)
+def test_two_then_one_then_three_processes_learn_what_one_does(place, started, tmp_path, precision, bound):
+    alone = started(f"alone-{precision}", 0, precision, 1, ALONE_UNTIL_IMAGE)
     stopped_at, name = [0], f"moving-{precision}"
-    run = open_store(str(packed / "bucket")).sub(f"runs/{name}")
+    run = place.run(name)
     for stage, (processes, stop_at_image, options) in enumerate(STAGES):
-        stopped(started(packed, name, stage, precision, processes, stop_at_image, *options))
+        stopped(started(name, stage, precision, processes, stop_at_image, *options))
         newest = load_manifest(run, max(list_checkpoints(run)))
         assert newest.world_size == processes
         stopped_at.append(newest.images_seen)
     stopped(alone)
-    expected = recorded(packed, f"alone-{precision}", 0)
+    expected = recorded(tmp_path, f"alone-{precision}", 0)
     assert sorted(expected) == list(range(len(expected)))
     assert len(expected) >= stopped_at[-1]
     for stage, (first, last) in enumerate(pairwise(stopped_at)):
-        rows = recorded(packed, name, stage)
+        rows = recorded(tmp_path, name, stage)
         assert sorted(rows) == list(range(first, last)), f"stage {stage}"
         assert all(rows[number][0] == expected[number][0] for number in rows), f"stage {stage}"
         until = min(last, first + STEPS * BATCH_IMAGES)

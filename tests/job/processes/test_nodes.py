@@ -19,55 +19,43 @@ from tests.job.leases import eventually
 from tests.job.nodes import Nodes
 
 
-@pytest.mark.parametrize(
-    "names",
-    [
+def test_the_environment_says_who_a_node_is():
+    spellings = [
         ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
         ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
         ("NNODES", "JOB_COMPLETION_INDEX", "MASTER_ADDR", ""),
-    ],
-)
-def test_the_environment_says_who_a_node_is(names):
-    environment = dict(zip(names, ("3", "2", "node-0.job", "1234"), strict=True))
-    group = Group.of(4, environment)
-    assert group == Group(4, nodes=3, node=2, address="node-0.job", port=1234 if names[3] else PORT)
-    assert (group.world_size, group.first_rank) == (12, 8)
-    variables = group.environment(1)
-    assert {name: variables[name] for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")} == {
-        "RANK": "9",
-        "LOCAL_RANK": "1",
-        "WORLD_SIZE": "12",
-        "LOCAL_WORLD_SIZE": "4",
-    }
-
-
-@pytest.mark.parametrize(
-    ("environment", "named"),
-    [
-        ({"NNODES": "2", "NODE_RANK": "0"}, "MASTER_ADDR is not set"),
-        ({"NNODES": "2", "MASTER_ADDR": "a"}, "NODE_RANK or JOB_COMPLETION_INDEX is not set"),
-        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "2"}, "NODE_RANK='2'"),
-        ({"NNODES": "0"}, "NNODES='0'"),
-        ({"NNODES": "two"}, "NNODES='two'"),
-        ({"NNODES": "²"}, "NNODES='²'"),
-        ({"NNODES": "1025"}, "NNODES='1025'"),
-        ({"NNODES": "2", "MASTER_ADDR": "a", "NODE_RANK": "1", "MASTER_PORT": "65536"}, "MASTER_PORT='65536'"),
-    ],
-)
-def test_what_makes_no_group_is_named(environment, named):
-    with pytest.raises(BadRequestError, match=named):
-        Group.of(1, environment)
-
-
-def test_a_machine_that_is_alone_is_told_nothing():
+    ]
+    for names in spellings:
+        environment = dict(zip(names, ("3", "2", "node-0.job", "1234"), strict=True))
+        group = Group.of(4, environment)
+        assert group == Group(4, nodes=3, node=2, address="node-0.job", port=1234 if names[3] else PORT)
+        variables = group.environment(1)
+        place = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "4"}
+        assert variables | place == variables
+    # A machine that is alone is told nothing.
     assert Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0) == {}
     assert Group.of(2, {}).address == "127.0.0.1"
 
 
+def test_what_makes_no_group_is_named():
+    two = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}
+    wrong = {
+        "MASTER_ADDR is not set": {"NNODES": "2", "NODE_RANK": "0"},
+        "NODE_RANK or JOB_COMPLETION_INDEX is not set": {"NNODES": "2", "MASTER_ADDR": "a"},
+        "NODE_RANK='2': give a number from 0 to 1": two | {"NODE_RANK": "2"},
+        "NNODES='0': give a number from 1 to 1024": {"NNODES": "0"},
+        "NNODES='two'": {"NNODES": "two"},
+        "NNODES='²'": {"NNODES": "²"},
+        "NNODES='1025'": {"NNODES": "1025"},
+        "MASTER_PORT='65536'": two | {"MASTER_PORT": "65536"},
+    }
+    for named, environment in wrong.items():
+        with pytest.raises(BadRequestError, match=named):
+            Group.of(1, environment)
+
+
 def test_the_interface_that_leads_to_a_node():
-    assert interface_to("127.0.0.1") == "lo"
-    assert interface_to("localhost") == "lo"
-    assert interface_to("nowhere.invalid") == ""
+    assert [interface_to(address) for address in ("127.0.0.1", "localhost", "nowhere.invalid")] == ["lo", "lo", ""]
 
 
 @pytest.fixture
@@ -80,6 +68,7 @@ def nodes(tmp_path: Path) -> Nodes:
     return Nodes(tmp_path, "127.0.0.1", port)
 
 
+@pytest.mark.slow
 def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(nodes):
     one = nodes.alone("alone", 2)
     two = nodes.together("together", 2)
@@ -92,48 +81,40 @@ def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(nodes):
     assert alone == together
 
 
-@pytest.mark.parametrize("told", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes, told):
+@pytest.mark.slow
+def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes):
     run = open_store(str(nodes.bucket)).sub("runs/walk")
     together = nodes.together("walk", 10_000)
-    eventually(lambda: list_checkpoints(run), 60)
-    together[told].send_signal(signal.SIGTERM)
+    eventually(lambda: list_checkpoints(run), 200)
+    together[1].send_signal(signal.SIGTERM)
     assert [node.wait(60) for node in together] == [75, 75], nodes.said(together)
     stopped_at = max(list_checkpoints(run)).images_seen
-    epochs = stopped_at // 299 + 1
-    together = nodes.together("walk", epochs)
+    together = nodes.together("walk", stopped_at // 299 + 1)
     assert [node.wait(60) for node in together] == [0, 0], nodes.said(together)
     assert max(list_checkpoints(run)).images_seen > stopped_at
+    # One that dies ends the others.
+    together = nodes.together("walk", 10_000)
+    newest = max(list_checkpoints(run))
+    eventually(lambda: max(list_checkpoints(run)) > newest, 200)
+    together[1].kill()
+    assert together[0].wait(60) not in (0, 75), nodes.said(together)
 
 
-def test_a_node_that_waits_for_another_can_be_stopped(nodes):
+@pytest.mark.slow
+def test_a_node_that_waits_for_another_can_be_stopped_keeps_to_its_deadline_and_is_not_taken_for_hung(nodes):
     (waiting, other) = nodes.together("walk", 2)
     other.kill()
     other.wait()
     # Long enough to have begun to wait.
     time.sleep(8)
     assert waiting.poll() is None, nodes.said([waiting])
-    began = time.monotonic()
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(30) == 75, nodes.said([waiting])
-    assert time.monotonic() - began < 10
+    assert waiting.wait(10) == 75, nodes.said([waiting])
     assert not (nodes.bucket / "runs/walk/lease.json").exists()
-
-
-def test_a_node_that_waits_for_another_keeps_to_its_deadline_and_is_not_taken_for_hung(nodes):
     began = time.monotonic()
-    (waiting, other) = nodes.together("walk", 2, "--stop-after", "10s", "--hang-after", "4")
+    (waiting, other) = nodes.together("walk", 2, "--stop-after", "40s", "--hang-after", "20")
     other.kill()
     other.wait()
-    assert waiting.wait(40) == 75, nodes.said([waiting])
-    assert 10 <= time.monotonic() - began < 20
+    assert waiting.wait(70) == 75, nodes.said([waiting])
+    assert 40 <= time.monotonic() - began < 50
     assert "stopped by its deadline (--stop-after) before it began" in nodes.said([waiting])
-
-
-@pytest.mark.slow
-def test_a_node_that_dies_ends_the_others(nodes):
-    run = open_store(str(nodes.bucket)).sub("runs/walk")
-    together = nodes.together("walk", 10_000)
-    eventually(lambda: list_checkpoints(run), 60)
-    together[1].kill()
-    assert together[0].wait(60) not in (0, 75), nodes.said(together)

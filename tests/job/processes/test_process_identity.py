@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -52,16 +51,12 @@ def ticks_now() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) * os.sysconf("SC_CLK_TCK")
 
 
-def test_this_process_is_alive_and_began_when_the_kernel_says():
+def test_this_process_is_alive_and_began_when_the_kernel_says(start: Start):
     me = ProcessIdentity.of_this_process()
-    assert me.pid == os.getpid()
-    assert len(me.boot_id) == 36
+    assert (me.pid, len(me.boot_id)) == (os.getpid(), 36)
     assert me.pid_namespace == str(Path("/proc/self/ns/pid").readlink())
     assert me == ProcessIdentity.of_this_process()
     assert not me.certainly_dead()
-
-
-def test_a_process_began_between_its_parents_call_and_its_first_word(start: Start):
     before = ticks_now()
     _, identity = start()
     assert before - 1 <= identity.start_ticks <= ticks_now() + 1
@@ -70,77 +65,53 @@ def test_a_process_began_between_its_parents_call_and_its_first_word(start: Star
 def test_dead_is_who_was_killed_and_not_who_was_stopped(start: Start):
     child, identity = start()
     assert identity.pid == child.pid
-    assert not identity.certainly_dead()
-    child.send_signal(signal.SIGSTOP)
-    while state_of(child.pid) != "T":
-        time.sleep(0.01)
-    assert not identity.certainly_dead()
-    child.kill()
-    while state_of(child.pid) != "Z":
-        time.sleep(0.01)
-    assert identity.certainly_dead(), "a process that nobody has reaped yet writes no more"
+    for number, state, is_dead in ((signal.SIGSTOP, "T", False), (signal.SIGKILL, "Z", True)):
+        child.send_signal(number)
+        while state_of(child.pid) != state:
+            time.sleep(0.01)
+        # A process that nobody has reaped yet writes no more.
+        assert identity.certainly_dead() == is_dead
     child.wait()
     assert identity.certainly_dead()
-
-
-def test_a_number_used_again_belongs_to_another_process(start: Start):
-    _, identity = start()
-    assert identity.model_copy(update={"start_ticks": identity.start_ticks - 1}).certainly_dead()
-    assert identity.model_copy(update={"start_ticks": identity.start_ticks + 1}).certainly_dead()
-    assert not identity.certainly_dead()
-
-
-@pytest.mark.parametrize("name", ["a ) R 1 (b", "(((", ") Z 1 1 1"])
-def test_a_name_with_spaces_and_parentheses_deceives_nobody(start: Start, tmp_path: Path, name: str):
-    program = tmp_path / name
-    shutil.copy(Path(sys.executable).resolve(), program)
-    before = ticks_now()
-    child, identity = start("env", f"PYTHONHOME={sys.base_prefix}", python=str(program))
-    assert f"({name})" in Path(f"/proc/{child.pid}/stat").read_text()
-    assert before - 1 <= identity.start_ticks <= ticks_now() + 1
-    assert not identity.certainly_dead()
-    child.kill()
-    child.wait()
-    assert identity.certainly_dead()
-
-
-@pytest.mark.parametrize(
-    "elsewhere",
-    [
+    for elsewhere in (
         {"boot_id": "00000000-0000-4000-8000-000000000000"},
         {"boot_id": ""},
         {"boot_id": "", "pid_namespace": ""},
         {"pid_namespace": "pid:[1]"},
         {"host": "another-host"},
-    ],
-    ids=str,
-)
-def test_whoever_lived_elsewhere_counts_as_alive(start: Start, elsewhere: dict[str, str]):
+    ):
+        assert not identity.model_copy(update=elsewhere).certainly_dead(), elsewhere
+
+
+def test_a_signal_reaches_this_very_process_or_nobody(start: Start):
     child, identity = start()
-    child.kill()
-    child.wait()
-    assert identity.certainly_dead()
-    assert not identity.model_copy(update=elsewhere).certainly_dead()
+    assert identity.send(signal.SIGCONT)
+    # A number that is used again belongs to another process.
+    for ticks in (-1, 1):
+        another = identity.model_copy(update={"start_ticks": identity.start_ticks + ticks})
+        assert another.certainly_dead()
+        assert not another.send(signal.SIGKILL)
+    assert not identity.certainly_dead()
+    assert not identity.model_copy(update={"host": "another-host"}).send(signal.SIGKILL)
+    assert identity.send(signal.SIGKILL)
+    assert child.wait(10) == -signal.SIGKILL
+    assert not identity.send(signal.SIGKILL)
 
 
 def test_a_process_of_another_namespace_counts_as_alive_even_when_it_is_gone(start: Start):
-    child, identity = start("unshare", "--user", "--map-root-user", "--pid", "--fork", "--mount-proc")
-    me = ProcessIdentity.of_this_process()
-    assert identity.pid == 1
-    assert identity.boot_id == me.boot_id
+    me, unshare = ProcessIdentity.of_this_process(), ("unshare", "--user", "--map-root-user", "--pid", "--fork")
+    child, identity = start(*unshare, "--mount-proc")
+    assert (identity.pid, identity.boot_id) == (1, me.boot_id)
     assert identity.pid_namespace not in ("", me.pid_namespace)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
+    # One that sees the numbers of another namespace does not trust them.
+    other_child, other = start(*unshare)
+    assert (other.pid, other.boot_id, other.pid_namespace, other.start_ticks) == (1, "", "", 0)
+    for process in (child, other_child):
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
     # The first process of this machine has the same number and another start, but is not meant.
     assert not identity.certainly_dead()
-
-
-def test_a_process_that_sees_the_numbers_of_another_namespace_does_not_trust_them(start: Start):
-    child, identity = start("unshare", "--user", "--map-root-user", "--pid", "--fork")
-    assert (identity.pid, identity.boot_id, identity.pid_namespace, identity.start_ticks) == (1, "", "", 0)
-    os.killpg(child.pid, signal.SIGKILL)
-    child.wait()
-    assert not identity.certainly_dead()
+    assert not other.certainly_dead()
 
 
 def test_the_first_process_of_the_machine_is_alive_whoever_may_send_it_signals():

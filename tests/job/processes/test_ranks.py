@@ -3,41 +3,40 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 
 from job.exits import BucketAwayError
+from job.processes.ranks import Agreement
 from tests.job.launching import start
 
 RANK = """
-from job.processes import compute
 from job.exits import BucketAwayError
-from job.processes.ranks import Ranks
-import json
-
+from job.processes.ranks import Agreement, meet
 from job.stop import Stop
+import json
+import torch.distributed as dist
 
 class CountingStop(Stop):
     asked = 0
     def __call__(self):
         self.asked += 1
         return super().__call__()
-
-stop = CountingStop()
-ranks = Ranks(compute.build_accelerator("fp32"), stop)
-told = {"places": [ranks.rank, ranks.world_size, ranks.is_main]}
-def away():
-    raise BucketAwayError("the bucket is away")
 class Unspeakable(Exception):
     def __init__(self, what):
         super().__init__(what)
         self.lock = threading.Lock()
+def away():
+    raise BucketAwayError("the bucket is away")
 def unspeakable():
     raise Unspeakable("a lock cannot be sent")
 def slow():
     time.sleep(1)
     return {"by": ranks.rank, "numbers": list(range(1000))}
+
+stop = CountingStop()
+ranks = meet(stop)
+told = {"places": [ranks.rank, ranks.world_size, ranks.is_main], "sum": ranks.sum(10 + rank, 1)}
 for name, work in (("away", away), ("unspeakable", unspeakable)):
     try:
         ranks.on_main(work)
@@ -48,6 +47,23 @@ told["slow"] = ranks.on_main(slow)
 told["asked"] = stop.asked
 told["not only the last"] = ranks.on_main(lambda: ranks.rank)
 told["nothing"] = ranks.on_main(lambda: None)
+
+agreement = Agreement(2, flags=2)
+agreed = [agreement.finish()]
+for step in range(6):
+    agreed.append(agreement.exchange(rank == 1 and step == 2, rank == 0 and step >= 4))
+agreed += [agreement.finish(), agreement.finish()]
+# Who is ahead does not wait: the exchange of this step needs nobody yet.
+dist.barrier()
+if rank == 0:
+    agreed.append(agreement.exchange(False, False))
+    Path("ahead").touch()
+else:
+    while not Path("ahead").exists():
+        time.sleep(0.01)
+    agreed.append(agreement.exchange(True, False))
+agreed.append(agreement.finish())
+told["agreed"] = agreed
 Path(f"{rank}.json").write_text(json.dumps(told))
 """
 
@@ -59,28 +75,35 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     child = start(folder, RANK)
     _, stderr = child.communicate(timeout=120)
     assert child.returncode == 0, stderr
-    return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(2)]
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 
-def test_a_result_reaches_all(told: list[dict]) -> None:
+def test_a_result_reaches_all(told):
     assert [there["places"] for there in told] == [[0, 2, True], [1, 2, False]]
     for there in told:
+        assert there["sum"] == [21, 2]
         assert there["slow"] == {"by": 0, "numbers": list(range(1000))}
         assert (there["not only the last"], there["nothing"]) == (0, None)
 
 
-def test_an_error_reaches_all_with_its_exit_code(told: list[dict]) -> None:
+def test_an_error_reaches_all_with_its_exit_code(told):
     for there in told:
         assert there["away"] == ["BucketAwayError", "the bucket is away", BucketAwayError.exit_code]
-
-
-def test_an_error_that_cannot_be_sent_leaves_nobody_waiting(told: list[dict]) -> None:
+    # One that cannot be sent leaves nobody waiting.
     main, other = told
     assert main["unspeakable"][:2] == ["Unspeakable", "a lock cannot be sent"]
     assert other["unspeakable"][0] == "RuntimeError"
     assert "cannot tell what came of it" in other["unspeakable"][1]
 
 
-def test_waiting_for_the_main_process_asks_whether_to_stop(told: list[dict]) -> None:
+def test_waiting_for_the_main_process_asks_whether_to_stop(told):
     # At every fiftieth of a second; a busy machine gets round to fewer.
     assert told[1]["asked"] > 20
+
+
+def test_two_processes_agree_one_step_late_and_at_the_same_step(told):
+    no, first, second = [False, False], [True, False], [False, True]
+    expected = [no, no, no, no, first, no, second, second, no, no, first]
+    assert [there["agreed"] for there in told] == [expected, expected]
+    alone = Agreement(1, flags=2)
+    assert (alone.exchange(True, False), alone.finish()) == ((True, False), (False, False))

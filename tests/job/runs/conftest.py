@@ -13,21 +13,27 @@ import torch
 
 from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
-from job.runs.layout import CheckpointRef, Kind
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.runs.whole_runs import content_hash, train
 
 
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+@pytest.fixture(scope="session")
+def one_thread() -> Iterator[None]:
+    """Threads that wait for each other's core make a small network a slow one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def bucket(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
     """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
     folder = tmp_path_factory.mktemp("rot")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    # Threads that wait for each other's core make a small network a slow one.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
     for epochs in (2, 4):
@@ -39,27 +45,26 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
-        run.create(Kind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
-    yield folder
-    torch.set_num_threads(threads)
+        run.create(ObjectKind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
+    return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def store(bucket: Path) -> Store:
     return open_store(str(bucket))
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def run(store: Store) -> Store:
     return store.sub("runs/r")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def keys(run: Store) -> list[str]:
     return [entry.key for entry in run.list()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def contents(run: Store) -> dict[CheckpointRef, str]:
     """What a resumed run gets of each checkpoint: a hash over weights, averages and moments."""
     return {ref: content_hash(run, ref) for ref in list_checkpoints(run)}

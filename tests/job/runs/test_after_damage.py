@@ -9,13 +9,13 @@ import pytest
 from job.exits import BadDataError, Exit
 from job.plan import plan_run
 from job.requests import SampleRequest, TrainRequest
-from job.runs.checkpoints import LATEST, list_checkpoints, load_manifest, newest_good
+from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import read_rows
 from job.sampling.plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import GROUPS, content_hash, copy_objects, resumed, train
+from tests.job.runs.whole_runs import content_hash, copy_objects, resumed, train
 
 
 @pytest.fixture
@@ -36,7 +36,7 @@ def test_the_next_attempt_uses_the_newest_checkpoint_that_is_whole(run, keys, co
         expected = next(ref for ref in refs if not any(key.startswith(f"{ref.key}/") for key in case))
         # Rows of the metrics that are lost cost no work.
         lost = segments[expected] & {*case}
-        harmed = expected != refs[0] or bool(lost) or (LATEST in case and name != "gone")
+        harmed = expected != refs[0] or bool(lost) or (LATEST_KEY in case and name != "gone")
         good = (ref, content) == (expected, [contents[expected]]) and (rows < rows_of[expected]) == bool(lost)
         if not good or (harmed != any(key in named for key in case)):
             wrong[name, case] = (ref, named, rows)
@@ -48,7 +48,7 @@ def test_a_run_that_has_lost_all_manifests_does_not_begin_anew(copy):
     for ref in refs:
         copy.delete(f"{ref.key}/MANIFEST.json")
     missing = rf"{re.escape(copy.uri_of(refs[-1].key))}/MANIFEST\.json is missing, though .*/LATEST names it"
-    with pytest.raises(BadDataError, match=missing), newest_good(copy, GROUPS, lambda _: None):
+    with pytest.raises(BadDataError, match=missing), newest_good(copy, lambda _: None):
         pass
     with pytest.raises(BadDataError, match=missing):
         plan_sampling(SampleRequest("r", copy.uri.removesuffix("/runs/r")).check())
@@ -68,45 +68,32 @@ def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
         succeeded(done)
 
 
-@pytest.mark.parametrize("damage", ["cut off", "gone"])
-def test_a_finished_run_that_has_lost_its_newest_checkpoint_learns_it_again(copy, contents, damage, tmp_path):
-    newest, before = list_checkpoints(copy)[::-1][:2]
-    path = tmp_path / "runs/r" / newest.key / "model-00.safetensors"
-    words = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
-    if damage == "gone":
-        # With the manifest: sampling takes the one before, and says so.
-        (path.parent / "MANIFEST.json").unlink()
-        done = ddpm_here(*words)
-        assert f"{path.parent}/MANIFEST.json is missing" in done.stderr
-        assert "epoch-0003-" in succeeded(done)
-    else:
-        path.write_bytes(path.read_bytes()[:-1])
-        assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*words, "--raw"), Exit.BAD_DATA)
-    done = train(tmp_path, "r", 4)
-    assert "is finished: 4 epochs" in succeeded(done)
-    assert f"set aside checkpoint {path.parent}" in done.stderr or "set aside a checkpoint" in done.stderr
-    again = max(list_checkpoints(copy))
-    assert (again.fence, again.images_seen) == (3, newest.images_seen)
-    assert content_hash(copy, again) == contents[newest]
-    assert before in list_checkpoints(copy)
-
-
 def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again(copy, store, contents, tmp_path):
     theirs, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
+    sample = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
     # Of the same images, by the attempt of the same number, and whole.
     for entry in theirs.list(newest.key):
         copy.put(entry.key, theirs.read(entry.key).data)
     foreign = load_manifest(theirs, newest).model_copy(update={"attempt": "0" * 32})
-    copy.put(f"{newest.key}/MANIFEST.json", foreign.to_json())
-    said = f"{copy.uri}/{newest.key}/MANIFEST.json was not written by attempt 2 of this run"
-    words = ("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
-    assert said in refused(ddpm_here(*words), Exit.BAD_DATA)
-    done = train(tmp_path, "r", 4)
-    assert "is finished: 4 epochs" in succeeded(done)
-    assert said in done.stderr
-    again = max(list_checkpoints(copy))
-    assert (again.fence, again.images_seen) == (3, newest.images_seen)
-    assert content_hash(copy, again) == contents[newest]
+    copy.put(newest.manifest_key, foreign.to_json())
+    said = f"{copy.uri}/{newest.manifest_key} was not written by attempt 2 of this run"
+    assert said in refused(ddpm_here(*sample), Exit.BAD_DATA)
+    for fence, said_then in ((3, said), (4, f"set aside checkpoint {copy.uri}/checkpoints/000003-")):
+        done = train(tmp_path, "r", 4)
+        assert "is finished: 4 epochs" in succeeded(done)
+        assert said_then in done.stderr
+        again = max(list_checkpoints(copy))
+        assert (again.fence, again.images_seen) == (fence, newest.images_seen)
+        assert content_hash(copy, again) == contents[newest]
+        # The next time it is cut off.
+        path = tmp_path / "runs/r" / again.key / "model-00.safetensors"
+        path.write_bytes(path.read_bytes()[:-1])
+    assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*sample, "--raw"), Exit.BAD_DATA)
+    # Without the manifest the one before is drawn from.
+    copy.delete(again.manifest_key)
+    done = ddpm_here(*sample)
+    assert f"{copy.uri}/{again.manifest_key} is missing" in done.stderr
+    assert "drawing from the checkpoint before" in done.stderr
 
 
 def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, run):
@@ -117,24 +104,14 @@ def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, 
             plan_run(TrainRequest("tiles", str(bucket), run="r", epochs=5).check())
 
 
-@pytest.mark.parametrize("damage", ["newest weights", "newest manifest is gone", "older metrics"])
-def test_a_run_that_goes_on_after_damage_learns_what_an_undisturbed_one_does(copy, store, damage, tmp_path):
-    undisturbed = store.sub("runs/undisturbed")
-    newest = max(list_checkpoints(copy))
+def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
+    undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
     lost = load_manifest(copy, newest).metric_segments[0]
-    key = {
-        "newest weights": f"{newest.key}/ema-00.safetensors",
-        "newest manifest is gone": f"{newest.key}/MANIFEST.json",
-        "older metrics": lost.key,
-    }[damage]
-    lost_rows = read_rows(copy, [lost]) if damage == "older metrics" else []
-    if "gone" in damage:
-        copy.delete(key)
-    else:
-        copy.put(key, DAMAGES["bit in the middle"](copy.read(key).data))
+    lost_rows = read_rows(copy, [lost])
+    copy.put(lost.key, DAMAGES["bit in the middle"](copy.read(lost.key).data))
     done = train(tmp_path, "r", 5)
     succeeded(done)
-    assert f"{copy.uri}/{key}" in done.stderr
+    assert f"{copy.uri}/{lost.key}" in done.stderr
     last = [max(list_checkpoints(of)) for of in (copy, undisturbed)]
     assert last[0].images_seen == last[1].images_seen > newest.images_seen
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])

@@ -1,39 +1,39 @@
 """The table of what lies where: what a key is made of is read out of it again, and nothing else is part of a run."""
 
-from job.runs.layout import CheckpointRef, Kind, Located, located
+from job.runs.layout import CheckpointRef, Located, ObjectKind, located
 
 REF = CheckpointRef(3, 480)
 GRID = "samples/one/grid.png"
 ROWS = {
-    Kind.CONFIG: ("config.yaml", {}),
-    Kind.LEASE: ("lease.json", {}),
-    Kind.STATUS: ("status.json", {}),
-    Kind.LATEST: ("LATEST", {}),
-    Kind.ATTEMPT: ("attempts/000003.json", {"fence": 3}),
-    Kind.MANIFEST: ("checkpoints/000003-000000000480/MANIFEST.json", {"checkpoint": REF}),
-    Kind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF}),
-    Kind.METRICS: ("metrics/000003-000000000480.jsonl", {"checkpoint": REF}),
-    Kind.EVENTS: ("tensorboard/events.out.tfevents.000003-000000000480", {"checkpoint": REF}),
-    Kind.PICTURE: ("samples/epoch-0001-ddim-4.png", {}),
-    Kind.FIGURE: ("figures/loss.png", {}),
-    Kind.DRAWING: ("samples/one/drawing.json", {"batch": "one"}),
-    Kind.PIECE: ("samples/one/piece-00012.tar", {"batch": "one", "piece": 12}),
-    Kind.IMAGE: ("samples/one/piece-00012/000003072.png", {"batch": "one", "piece": 12}),
-    Kind.RECORD: ("samples/one/records/piece-00012.json", {"batch": "one", "piece": 12}),
-    Kind.GRID: (GRID, {"batch": "one"}),
-    Kind.INDEX: ("samples/one/index.json", {"batch": "one"}),
-    Kind.PROVENANCE: (
+    ObjectKind.CONFIG: ("config.yaml", {}),
+    ObjectKind.LEASE: ("lease.json", {}),
+    ObjectKind.STATUS: ("status.json", {}),
+    ObjectKind.LATEST: ("LATEST", {}),
+    ObjectKind.ATTEMPT: ("attempts/000003.json", {"fence": 3}),
+    ObjectKind.MANIFEST: ("checkpoints/000003-000000000480/MANIFEST.json", {"checkpoint": REF}),
+    ObjectKind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF}),
+    ObjectKind.METRICS: ("metrics/000003-000000000480.jsonl", {"checkpoint": REF}),
+    ObjectKind.EVENTS: ("tensorboard/events.out.tfevents.000003-000000000480", {"checkpoint": REF}),
+    ObjectKind.PICTURE: ("samples/epoch-0001-ddim-4.png", {}),
+    ObjectKind.FIGURE: ("figures/loss.png", {}),
+    ObjectKind.DRAWING: ("samples/one/drawing.json", {"batch": "one"}),
+    ObjectKind.PIECE: ("samples/one/piece-00012.tar", {"batch": "one", "piece": 12}),
+    ObjectKind.IMAGE: ("samples/one/piece-00012/000003072.png", {"batch": "one", "piece": 12}),
+    ObjectKind.RECORD: ("samples/one/records/piece-00012.json", {"batch": "one", "piece": 12}),
+    ObjectKind.GRID: (GRID, {"batch": "one"}),
+    ObjectKind.INDEX: ("samples/one/index.json", {"batch": "one"}),
+    ObjectKind.PROVENANCE: (
         f"provenance/samples/one/grid.png/{'a' * 64}.json",
         {"of": "samples/one/grid.png", "sha256": "a" * 64},
     ),
-    Kind.READER: (f"reading/000003-000000000480-{'b' * 32}.json", {"checkpoint": REF}),
-    Kind.PROBE: (f"probe/{'c' * 32}", {}),
+    ObjectKind.READER: (f"reading/000003-000000000480-{'b' * 32}.json", {"checkpoint": REF}),
+    ObjectKind.PROBE: (f"probe/{'c' * 32}", {}),
 }
 MADE_OF = {"group": "ema", "number": 0, "name": "x", "picture": "png", "seed": 3072, "unique": "d" * 32}
 
 
 def test_every_kind_has_a_key_that_is_read_back():
-    assert ROWS.keys() == {*Kind}
+    assert ROWS.keys() == {*ObjectKind}
     for kind, (key, fields) in ROWS.items():
         assert located(key) == Located(kind, **fields), key
         made = kind.key(**MADE_OF | fields)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +16,11 @@ import pytest
 from job.exits import Exit, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.runs.lease import LEASE
 from job.store import Store, open_store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
 CHILD = """
-import json, sys, time
+import json, sys
 from job.runs import lease
 from job.exits import JobError
 from job.stop import NEVER
@@ -33,70 +29,44 @@ from job.store import open_store
 def say(**words):
     print(json.dumps(words), flush=True)
 
-uri, floor, wait_seconds = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
-for name, value in json.loads(sys.argv[4]).items():
+uri, floor = sys.argv[1], int(sys.argv[2])
+for name, value in json.loads(sys.argv[3]).items():
     setattr(lease, name, value)
 run = open_store(uri)
 say(ready=True)
 sys.stdin.readline()
 try:
-    mine = lease.Lease.take(run, floor, wait_seconds, NEVER, lambda note: print(note, file=sys.stderr))
-    say(fence=mine.fence, at=time.monotonic())
-    for line in sys.stdin:
-        match line.split():
-            case ["hold", seconds]:
-                time.sleep(float(seconds))
-                say(at=time.monotonic())
-            case ["lost"]:
-                deadline = time.monotonic() + 20
-                while not mine.lost and time.monotonic() < deadline:
-                    time.sleep(0.02)
-                mine.check_lost()
-            case ["confirm"]:
-                mine.confirm()
-                say(confirmed=True)
-            case ["close"]:
-                mine.close()
-                break
+    mine = lease.Lease.take(run, floor, 0, NEVER, lambda note: print(note, file=sys.stderr))
+    say(fence=mine.fence)
+    sys.stdin.readline()
+    mine.confirm()
+    mine.close()
 except JobError as error:
-    say(exit_code=int(error.exit_code), message=str(error), at=time.monotonic())
+    say(exit_code=int(error.exit_code))
 """
 
 
 class Child:
-    """Another process that wants the run; it begins to take it when it is told to go."""
+    """Another process that wants the run; told once, it begins to take it, and told again, it gives it back."""
 
-    def __init__(self, run: Store, floor: int = 0, wait_seconds: float = 0, **constants: float) -> None:
-        arguments = [run.uri, str(floor), str(wait_seconds), json.dumps(constants)]
+    def __init__(self, run: Store, floor: int = 0, **constants: float) -> None:
+        arguments = [run.uri, str(floor), json.dumps(constants)]
         self.process = subprocess.Popen(
             [sys.executable, "-c", CHILD, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self.pid = self.process.pid
 
-    @property
-    def pid(self) -> int:
-        return self.process.pid
-
-    def tell(self, words: str) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{words}\n")
+    def tell(self) -> None:
+        self.process.stdin.write("go\n")
         self.process.stdin.flush()
 
     def answer(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
         return json.loads(self.process.stdout.readline())
 
-    def ask(self, words: str) -> dict[str, Any]:
-        self.tell(words)
-        return self.answer()
-
-    def get_ready(self) -> None:
-        assert self.answer() == {"ready": True}
-
     def took(self) -> int:
-        self.get_ready()
-        answer = self.ask("go")
-        assert "fence" in answer, answer
-        return answer["fence"]
+        self.answer()
+        self.tell()
+        return self.answer()["fence"]
 
 
 Start = Callable[..., Child]
@@ -163,7 +133,7 @@ def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(run: Store, s
 def test_who_waits_takes_the_run_when_its_holder_gives_it_back(run: Store, start: Start):
     holder = start(run, **QUICK)
     assert holder.took() == 1
-    threading.Timer(1.0, holder.tell, ["close"]).start()
+    threading.Timer(1.0, holder.tell).start()
     notes: Notes = []
     began = time.monotonic()
     lease = taken(run, wait_seconds=60, notes=notes)
@@ -173,87 +143,22 @@ def test_who_waits_takes_the_run_when_its_holder_gives_it_back(run: Store, start
     lease.close()
 
 
+# moto looks whether there is an object and writes it without a lock in between: there two may win.
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs"], indirect=True)
 def test_of_many_that_come_at_once_one_wins(any_run: Store, start: Start):
-    children = [start(any_run, floor=3, **QUICK) for _ in range(4)]
-    for child in children:
-        child.get_ready()
-    for child in children:
-        child.tell("go")
-    answers = [child.answer() for child in children]
-    assert [answer["fence"] for answer in answers if "fence" in answer] == [4]
-    assert [answer["exit_code"] for answer in answers if "exit_code" in answer] == [76] * 3
-    winner = next(child for child, answer in zip(children, answers, strict=True) if "fence" in answer)
+    children = [start(any_run, floor=3, **QUICK) for _ in range(5)]
+    # One after another that was killed, so that all find the same lease to replace.
+    assert children[4].took() == 4
+    children[4].process.kill()
+    children[4].process.wait()
+    for child in children[:4]:
+        child.answer()
+    for child in children[:4]:
+        child.tell()
+    answers = [child.answer() for child in children[:4]]
+    assert sorted(answers, key=str) == [{"exit_code": 76}] * 3 + [{"fence": 5}]
+    winner = children[answers.index({"fence": 5})]
     assert record_in(any_run)["process"]["pid"] == winner.pid
-    assert winner.ask("confirm") == {"confirmed": True}
-
-
-def test_many_that_wait_have_the_run_of_a_dead_one_after_the_other(run: Store, start: Start):
-    first = start(run)
-    fences = [first.took()]
-    first.process.kill()
-    children = [start(run, wait_seconds=120, **QUICK) for _ in range(3)]
-    holding: list[tuple[float, float, int]] = []
-
-    def hold(child: Child) -> None:
-        child.get_ready()
-        answer = child.ask("go")
-        until = child.ask("hold 0.1")
-        holding.append((answer["at"], until["at"], answer["fence"]))
-        child.tell("close")
-
-    threads = [threading.Thread(target=hold, args=[child]) for child in children]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    holding.sort()
-    assert all(earlier[1] <= later[0] for earlier, later in pairwise(holding)), holding
-    assert fences + [fence for _, _, fence in holding] == [1, 2, 3, 4]
-
-
-def test_a_thread_that_wakes_with_its_process_tells_the_training_loop(
-    tmp_path: Path, start: Start, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(lease_module, "EXPIRE_SECONDS", 0.6)
-    run = open_store(str(tmp_path / "run"))
-    holder = start(run, **QUICK | {"RENEW_SECONDS": 2.0})
-    assert holder.took() == 1
-    # Stopped between two renewals: a process that is stopped inside one keeps the lock of its folder.
-    time.sleep(0.5)
-    holder.process.send_signal(signal.SIGSTOP)
-    lease = taken(run)
-    holder.tell("lost")
-    holder.process.send_signal(signal.SIGCONT)
-    answer = holder.answer()
-    assert (answer["exit_code"], lease.fence) == (76, 2)
-    assert "(fence 2)" in answer["message"]
-    lease.confirm()
-    lease.close()
-
-
-@pytest.mark.slow
-def test_a_holder_that_sleeps_beyond_expiry_is_replaced_and_wakes_to_find_it_out(gcs_bucket: str, start: Start):
-    run = open_store(gcs_bucket).sub("runs/one")
-    holder = start(run)
-    assert holder.took() == 1
-    began = time.monotonic()
-    with pytest.raises(LostRunError, match=f"process {holder.pid} "):
-        taken(run)
-    refused_seconds = time.monotonic() - began
-    holder.process.send_signal(signal.SIGSTOP)
-    began = time.monotonic()
-    lease = taken(run)
-    expired_seconds = time.monotonic() - began
-    there = run.read(LEASE)
-    holder.tell("confirm")
-    os.kill(holder.pid, signal.SIGCONT)
-    answer = holder.answer()
-    print(f"76 after {refused_seconds:.1f} s; taken over {expired_seconds:.1f} s after SIGSTOP")
-    assert refused_seconds < 15
-    assert 20 <= expired_seconds < 30
-    assert lease.fence == 2
-    assert answer["exit_code"] == 76
-    assert f"taken over by process {os.getpid()} " in answer["message"]
-    assert run.read(LEASE) == there, "the woken one wrote something"
-    lease.confirm()
-    lease.close()
+    winner.tell()
+    assert winner.process.wait(60) == 0
+    assert record_in(any_run)["released"]

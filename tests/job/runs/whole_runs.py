@@ -43,7 +43,7 @@ def content_hash(run: Store, ref: CheckpointRef) -> str:
 def resumed(run: Store) -> tuple[CheckpointRef, list[str], list[str], int]:
     """What an attempt would go on from: the checkpoint, the keys that warnings name, and the metrics' rows."""
     warnings: list[str] = []
-    with newest_good(run, GROUPS, warnings.append) as restored:
+    with newest_good(run, warnings.append) as restored:
         assert restored is not None
         manifest = restored.manifest
         files = sorted(path for paths in restored.files.values() for path in paths)

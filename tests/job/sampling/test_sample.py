@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.data.shards import load_index
-from job.exits import BadConfigError, MissingInputError, StoppedError
+from job.exits import StoppedError
 from job.requests import SampleRequest
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
@@ -45,19 +45,17 @@ def sample(bucket: Path, run: Store, capsys: pytest.CaptureFixture[str]) -> Call
     return sample
 
 
-@pytest.mark.parametrize(
-    "sampling", [{}, {"sampler": "ddim", "steps": 10, "eta": 1.0}, {"sampler": "ddpm", "steps": 20}], ids=str
-)
-def test_an_image_depends_on_its_seed_alone(draw, sampling):
-    images = draw(SEEDS, 64, **sampling)
-    assert images.shape == (7, 16, 16, 3)
-    for batch_size in (1, 3):
-        assert np.abs(draw(SEEDS, batch_size, **sampling) - images).max() <= 1
-    # Classes go round: a seed keeps its class in any company.
-    chosen = [6, 5, 1]
-    assert np.abs(draw([SEEDS[i] for i in chosen], 2, **sampling) - images[chosen]).max() <= 1
-    different = np.abs(images[:, None] - images[None]).mean(axis=(2, 3, 4))
-    assert different[~np.eye(7, dtype=bool)].min() > 10
+def test_an_image_depends_on_its_seed_alone(draw):
+    for sampling in ({}, {"sampler": "ddim", "steps": 10, "eta": 1.0}, {"sampler": "ddpm", "steps": 20}):
+        images = draw(SEEDS, 64, **sampling)
+        assert images.shape == (7, 16, 16, 3)
+        for batch_size in (1, 3):
+            assert np.abs(draw(SEEDS, batch_size, **sampling) - images).max() <= 1, sampling
+        # Classes go round: a seed keeps its class in any company.
+        chosen = [6, 5, 1]
+        assert np.abs(draw([SEEDS[i] for i in chosen], 2, **sampling) - images[chosen]).max() <= 1, sampling
+        different = np.abs(images[:, None] - images[None]).mean(axis=(2, 3, 4))
+        assert different[~np.eye(7, dtype=bool)].min() > 10, sampling
 
 
 def test_bf16_differs_a_little_between_batch_sizes(draw):
@@ -111,14 +109,6 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
     assert list(sample(checkpoints="all", seeds="0-3"))[-1] == "comparison-all-ddim-4-seeds-0-3.png"
     left, right = np.split(np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[:, 1:], 2, axis=1)
     assert np.abs(left - right).mean() > 10
-
-
-def test_what_the_run_does_not_have_is_named(sample):
-    for checkpoints, missing in (("2", 2), ("1,9", 9)):
-        with pytest.raises(MissingInputError, match=rf"no checkpoint of epoch {missing}: .* \(there are: 1, 3\)"):
-            sample(checkpoints=checkpoints)
-    with pytest.raises(BadConfigError, match=r"--steps 51 exceeds diffusion.timesteps=50"):
-        sample(steps=51)
 
 
 @pytest.mark.parametrize("steps", [4, 50])

@@ -18,13 +18,13 @@ from PIL import Image
 from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.runs.layout import Kind
+from job.runs.layout import ObjectKind
 from job.runs.verification import verify_run
 from job.sampling.plan import plan_sampling, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet, commit_piece
 from job.stop import NEVER
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, started, succeeded
 from tests.job.launching import children, eventually, is_gone
 
 SLOW = ("--steps", 25)
@@ -116,22 +116,12 @@ def test_png_files_hold_the_image_of_each_seed(bucket):
 
 
 def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
-    processes = [
-        subprocess.Popen(
-            [DDPM, *map(str, words(far, 100, "--slice", f"{index}/3"))],
-            env=environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(3)
-    ]
+    processes = [started(*words(far, 100, "--slice", f"{index}/3")) for index in range(3)]
     succeeded(ddpm_here(*words(bucket, 100)))
     outputs = []
     for child in processes:
-        out, err = child.communicate(timeout=200)
-        assert child.returncode == 0, out + err
-        outputs.append(out)
+        outputs.append(child.communicate(timeout=200)[0])
+        assert child.returncode == 0, outputs
     alone, together = (set_of(uri, 100).folder for uri in (bucket, far))
     # Times and makers are in the records.
     assert contents(together, but="records/") == contents(alone, but="records/")
@@ -142,14 +132,14 @@ def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
 
 def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     images = set_of(bucket, 96, steps=25)
-    child = subprocess.Popen([DDPM, *map(str, words(bucket, 96, *SLOW))], env=environment(), stderr=subprocess.DEVNULL)
+    child = started(*words(bucket, 96, *SLOW))
     eventually(lambda: len(images.committed()) >= 2)
     ranks = children(child.pid)
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
     eventually(lambda: all(map(is_gone, ranks)))
     # What a process leaves behind that dies between a piece and its record.
-    images.run.delete(images.key(Kind.RECORD, 1))
+    images.run.delete(images.key(ObjectKind.RECORD, 1))
     before, there = contents(images.folder), 16 * len(images.committed())
     assert 0 < there < 96
     assert images.index() is None
@@ -164,18 +154,18 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
 
 def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
     images = set_of(bucket, 96, steps=25)
-    typed = [DDPM, *map(str, words(bucket, 96, *SLOW, "--processes", 2))]
-    child = subprocess.Popen(typed, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    typed = words(bucket, 96, *SLOW, "--processes", 2)
+    child = started(*typed)
     eventually(lambda: len(images.committed()) >= 2)
     # One process alone: its end must end the other, which has pieces of its own to draw.
     (second,) = [pid for pid in children(child.pid) if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
     os.kill(second, signal.SIGTERM)
-    out, err = child.communicate(timeout=100)
-    assert child.returncode == 75, out + err
-    assert "the same command goes on from there" in err
+    said, _ = child.communicate(timeout=100)
+    assert child.returncode == 75, said
+    assert "the same command goes on from there" in said
     before, there = contents(images.folder), 16 * len(images.committed())
     assert 0 < there < 96
-    out = succeeded(ddpm(*typed[1:]))
+    out = succeeded(ddpm(*typed))
     assert "96 images in 6 pieces" in out
     assert f"{96 - there} made at" in out
     assert f", {there} there before" in out
@@ -194,7 +184,7 @@ def test_who_makes_a_piece_again_does_no_harm(far, save):
         assert commit_piece(images, 0, again) == 0
         assert contents(images.folder) == first
     # The piece of a process that died before it could commit it is taken over as it is.
-    images.run.delete(images.key(Kind.RECORD, 0))
+    images.run.delete(images.key(ObjectKind.RECORD, 0))
     assert commit_piece(images, 0, PIXELS[:16] + 1) == 16
     assert np.array_equal(images.images_of(images.record(0), 16), PIXELS[:16])
 
@@ -249,7 +239,7 @@ def test_images_of_another_checkpoint_are_not_mixed_in(bucket):
     run = open_store(str(bucket)).sub("runs/walk")
     ref = max(list_checkpoints(run))
     manifest = load_manifest(run, ref).model_copy(update={"created": "another time"})
-    run.put(Kind.MANIFEST.key(checkpoint=ref), manifest.to_json())
+    run.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.to_json())
     for slice_ in ("0/2", "1/2"):
         line = refused(ddpm_here(*words(bucket, 33, "--slice", slice_)), 64)
         assert "another drawing (checkpoint_sha256 " in line

@@ -130,7 +130,8 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
             began = time.monotonic()
             with pytest.raises(StoppedError, match=r"stopped while the bucket was away \(.*(timed out|refused)"):
                 call()
-            assert time.monotonic() - began < 5
+            # Far less than the proxy keeps silent.
+            assert time.monotonic() - began < 30
         proxy.come_back()
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from job.exits import DiskFullError
-from job.store import scratch
+from job.store import files
 from job.store.scratch import scratch_folder
 
 HOLD = """
@@ -29,7 +29,7 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder for temporary files, which nobody has swept yet."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(scratch, "_swept", set())
+    monkeypatch.setattr(files, "_swept", set())
     return tmp_path
 
 
@@ -62,7 +62,7 @@ def test_what_a_killed_process_left_is_cleared_away_and_what_a_living_one_uses_i
         assert not left.exists()
         assert (used / "model.safetensors").exists()
         # A process that begins now finds three that are in use.
-        monkeypatch.setattr(scratch, "_swept", set())
+        monkeypatch.setattr(files, "_swept", set())
         with scratch_folder("save"):
             assert len(list(temporary.glob("ddpm-tmp-save-*"))) == 4
     living.kill()

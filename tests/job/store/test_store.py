@@ -1,8 +1,7 @@
-"""What every store promises, asked of each kind."""
+"""What every bucket keeps to: a folder, a gs:// and an s3:// server, and in the slow part another S3 server."""
 
 from __future__ import annotations
 
-import hashlib
 import io
 import multiprocessing
 import os
@@ -11,7 +10,6 @@ import secrets
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections.abc import Callable
@@ -46,79 +44,68 @@ def keys(store: Store, prefix: str = "") -> list[str]:
     return [entry.key for entry in store.list(prefix)]
 
 
-@pytest.mark.parametrize("data", [b"", b"\x00\xff\r\n", b"x" * 100_000])
-def test_what_is_created_is_read(store: Store, data: bytes) -> None:
-    version = store.create("runs/a/object", data)
-    assert store.read("runs/a/object") == Blob(data, version)
-    assert list(store.list()) == [Entry("runs/a/object", len(data))]
-    with store.open("runs/a/object") as file:
-        assert file.read() == data
+def put_by_others(uri: str, key: str, data: bytes = b"1") -> None:
+    """Writes an object as somebody without this program would."""
+    scheme, _, bucket = uri.partition("://")
+    match scheme:
+        case "gs":
+            storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(data)
+        case "s3":
+            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
+        case _:
+            Path(uri, key).parent.mkdir(parents=True, exist_ok=True)
+            Path(uri, key).write_bytes(data)
 
 
-def test_create_never_replaces(store: Store) -> None:
-    version = store.create("key", b"mine")
-    with pytest.raises(ObjectExistsError, match="somebody else was first") as error:
-        store.create("key", b"theirs")
-    assert store.uri_of("key") in str(error.value)
-    assert store.create("key", b"mine") == version
-    assert store.read("key") == Blob(b"mine", version)
+def test_what_is_written_is_read_and_nothing_takes_the_place_of_another(store: Store, tmp_path: Path) -> None:
+    for data in (b"", b"\x00\xff\r\n", b"x" * 100_000):
+        version = store.create("runs/a/object", data)
+        assert store.read("runs/a/object") == Blob(data, version)
+        assert list(store.list()) == [Entry("runs/a/object", len(data))]
+        with store.open("runs/a/object") as file:
+            assert file.read() == data
+        store.delete("runs/a/object")
 
-
-def test_replace_compares_and_swaps(store: Store) -> None:
     first = store.create("lease", b"1")
+    with pytest.raises(ObjectExistsError, match="somebody else was first") as error:
+        store.create("lease", b"theirs")
+    assert store.uri_of("lease") in str(error.value)
+    assert store.create("lease", b"1") == first, "a repeated write whose answer was lost is no conflict"
     second = store.replace("lease", b"2", first)
-    assert second != first
-    assert store.read("lease") == Blob(b"2", second)
+    assert store.read("lease") == Blob(b"2", second) != Blob(b"2", first)
     with pytest.raises(ConflictError, match="somebody else wrote it"):
         store.replace("lease", b"3", first)
-    assert store.read("lease") == Blob(b"2", second)
-    assert store.replace("lease", b"2", first) == second, "a repeated write whose answer was lost is no conflict"
+    assert store.replace("lease", b"2", first) == second, "nor is this"
+    store.put("lease", b"4")
+    with pytest.raises(ConflictError):
+        store.replace("lease", b"5", second)
+    assert store.read("lease").data == b"4"
     store.delete("lease")
-    with pytest.raises(ConflictError, match="gone"):
-        store.replace("lease", b"3", second)
-    assert not store.exists("lease")
-    with pytest.raises(ConflictError):
-        store.replace("never/there", b"3", second)
-    assert keys(store) == []
+    for key in ("lease", "never/there"):
+        with pytest.raises(ConflictError, match="gone"):
+            store.replace(key, b"6", second)
+
+    path = tmp_path / "file"
+    for size_bytes in (0, 1, 70_000):
+        path.write_bytes(b"a" * size_bytes)
+        store.upload(path, f"{size_bytes}")
+        store.upload(path, f"{size_bytes}")
+        path.write_bytes(b"b" * (size_bytes or 1))
+        with pytest.raises(ObjectExistsError, match="other content"):
+            store.upload(path, f"{size_bytes}")
+        assert store.read(f"{size_bytes}").data == b"a" * size_bytes
+    assert keys(store) == ["0", "1", "70000"]
 
 
-def test_put_replaces_whatever_there_is(store: Store) -> None:
-    store.put("status.json", b"1")
-    version = store.read("status.json").version
-    store.put("status.json", b"22")
-    assert store.read("status.json").data == b"22"
-    with pytest.raises(ConflictError):
-        store.replace("status.json", b"3", version)
-
-
-def test_upload_and_download(store: Store, large_file: Path, tmp_path: Path) -> None:
+def test_large_files_go_up_and_down_and_are_read_in_place(store: Store, large_file: Path, tmp_path: Path) -> None:
     store.upload(large_file, "checkpoints/1/part")
     assert list(store.list("checkpoints")) == [Entry("checkpoints/1/part", LARGE_BYTES)]
-    target = tmp_path / "made" / "on" / "the" / "way"
-    target.parent.parent.mkdir(parents=True)
+    content, target = large_file.read_bytes(), tmp_path / "made" / "on" / "the" / "way"
     for _ in range(2):
         store.download("checkpoints/1/part", target)
-        assert hashlib.sha256(target.read_bytes()).digest() == hashlib.sha256(large_file.read_bytes()).digest()
+        assert target.read_bytes() == content
     assert [path.name for path in target.parent.iterdir()] == ["way"]
-
-
-@pytest.mark.parametrize("size_bytes", [0, 1, 70_000])
-def test_upload_never_replaces(store: Store, tmp_path: Path, size_bytes: int) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"a" * size_bytes)
-    store.upload(path, "key")
-    store.upload(path, "key")
-    version = store.read("key").version
-    path.write_bytes(b"a" * size_bytes + b"b")
-    with pytest.raises(ObjectExistsError, match="other content"):
-        store.upload(path, "key")
-    assert store.read("key") == Blob(b"a" * size_bytes, version)
-
-
-def test_stream_is_seekable(store: Store, large_file: Path) -> None:
-    store.upload(large_file, "archive")
-    content = large_file.read_bytes()
-    with store.open("archive") as file:
+    with store.open("checkpoints/1/part") as file:
         assert file.seekable()
         for start, size in [(0, 10), (LARGE_BYTES - 7, 100), ((8 << 20) - 5, 10), (3, 0), (5, LARGE_BYTES)]:
             assert file.seek(start) == start
@@ -126,9 +113,6 @@ def test_stream_is_seekable(store: Store, large_file: Path) -> None:
         assert file.seek(-3, io.SEEK_END) == file.tell() == LARGE_BYTES - 3
         assert file.read() == content[-3:]
         assert file.read(1) == b""
-
-
-def test_zip_is_read_in_place(store: Store) -> None:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
         for number in range(50):
@@ -136,12 +120,12 @@ def test_zip_is_read_in_place(store: Store) -> None:
     store.put("archive.zip", packed.getvalue())
     with store.open("archive.zip") as file, zipfile.ZipFile(file) as archive:
         assert archive.read("37.txt") == b"image 37"
-        assert len(archive.namelist()) == 50
 
 
 def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Path) -> None:
     store.create("folder/object", b"1")
-    target = tmp_path / "cache" / "file"
+    target = tmp_path / "file"
+    target.write_bytes(b"old")
     reads: list[Callable[[str], object]] = [store.read, store.open, lambda key: store.download(key, target)]
     for key in ("none", "folder", "folder/none", "folder/object/below"):
         assert not store.exists(key)
@@ -152,148 +136,98 @@ def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Pat
             assert error.value.exit_code == Exit.MISSING_INPUT
         store.delete(key)
         assert keys(store, key) == (["folder/object"] if key == "folder" else [])
-    assert not target.parent.exists()
+    assert target.read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir() if path.name != "bucket"] == ["file"]
     assert store.folders("none") == []
     with pytest.raises(MissingInputError, match="not-here"):
         store.upload(tmp_path / "not-here", "key")
     assert keys(store) == ["folder/object"]
 
 
-def test_failed_download_keeps_what_was_there(store: Store, tmp_path: Path) -> None:
-    target = tmp_path / "file"
-    target.write_bytes(b"old")
-    with pytest.raises(ObjectMissingError):
-        store.download("none", target)
-    assert target.read_bytes() == b"old"
-    assert [path.name for path in tmp_path.iterdir() if path.name != "bucket"] == ["file"]
-
-
-def test_listing_is_in_key_order_and_never_stale(store: Store) -> None:
+def test_listings_are_in_key_order_whole_and_never_stale(store: Store) -> None:
     other = open_store(store.uri)
-    assert keys(other) == []
-    assert other.folders() == []
+    assert (keys(other), other.folders()) == ([], [])
     names = ["b", "a/b/c", "a-b/c", "a/a", "a.b", "a0", "B", "a/b-c", "a/b.c/d", "0/x"]
     for number, name in enumerate(names):
         store.create(name, b"." * number)
         assert keys(other) == sorted(names[: number + 1])
     assert list(other.list("a")) == [Entry(key, names.index(key)) for key in sorted(names) if key.startswith("a/")]
-    assert other.folders() == ["0", "a", "a-b"]
-    assert other.folders("a") == ["b", "b.c"]
+    assert (other.folders(), other.folders("a")) == (["0", "a", "a-b"], ["b", "b.c"])
+
+    below = store.sub("a").sub("b")
+    assert below.uri_of("c") == store.uri_of("a/b/c")
+    for same in (below, open_store(below.uri), open_store(below.uri + "/")):
+        assert same.uri == below.uri
+        assert keys(same) == ["c"]
+        assert same.read("c").data == b"."
+    below.create("deeper/d", b"")
+    assert (below.folders(), keys(below, "deeper")) == (["deeper"], ["deeper/d"])
+    below.delete("deeper/d")
     for name in names:
         store.delete(name)
         assert not other.exists(name)
-    assert keys(other) == []
-    assert other.folders() == []
+    assert (keys(other), other.folders()) == ([], [])
 
-
-def test_long_listing_is_whole(store: Store) -> None:
-    names = [f"many/{number:04d}" for number in range(1100)]
+    # More than a bucket tells on one page.
+    many = [f"many/{number:04d}" for number in range(1100 if "://" in store.uri else 10)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda name: store.put(name, b""), names))
-    assert keys(store) == names
+        list(pool.map(lambda name: store.put(name, b""), many))
     listing = store.list("many")
-    assert next(listing).key == names[0]
+    assert next(listing).key == many[0]
     for entry in listing:
         store.delete(entry.key)
-    assert keys(store) == names[:1]
-
-
-def test_sub_is_the_same_bucket_below_a_folder(store: Store) -> None:
-    run = store.sub("runs").sub("celeba")
-    assert run.uri == store.uri_of("runs/celeba")
-    assert keys(run) == []
-    run.create("samples/grid.png", b"png")
-    assert run.uri_of("samples/grid.png") == store.uri_of("runs/celeba/samples/grid.png")
-    assert keys(store) == ["runs/celeba/samples/grid.png"]
-    for same in (run, open_store(run.uri), open_store(run.uri + "/")):
-        assert same.uri == run.uri
-        assert keys(same) == keys(same, "samples") == ["samples/grid.png"]
-        assert same.folders() == ["samples"]
-        assert same.read("samples/grid.png").data == b"png"
-    run.delete("samples/grid.png")
-    assert store.folders() == []
+    assert keys(store) == many[:1]
 
 
 BAD_KEYS = ["", "/a", "a/", "a//b", ".", "..", "a/../b", "./a", ".hidden", "a/.hidden", "gs://b/a"]
 BAD_KEYS += ["a\\b", "a\n", "a\0", "\x7f", "a\udcff"]
 ODD_KEYS = ["two words/image (1).jpg", "ä", "a*", "a?b=c", "a#7", "~", "-a", "%2e%2e/a", "a:b", "a'b\"c", "a\u202fb"]
+NO_KEYS = ["tab\t", ".DS_Store", "folder/.tmp-1"]
 
 
-@pytest.mark.parametrize("key", BAD_KEYS)
-def test_bad_keys_are_refused_by_everything(store: Store, key: str, tmp_path: Path) -> None:
-    file = tmp_path / "file"
-    file.write_bytes(b"1")
-    calls: list[Callable[[], object]] = [
-        lambda: store.uri_of(key),
-        lambda: store.sub(key),
-        lambda: store.read(key),
-        lambda: store.create(key, b"1"),
-        lambda: store.replace(key, b"1", "1"),
-        lambda: store.put(key, b"1"),
-        lambda: store.upload(file, key),
-        lambda: store.download(key, tmp_path / "out"),
-        lambda: store.open(key),
-        lambda: store.delete(key),
-        lambda: store.exists(key),
-    ]
-    if key:
-        calls += [lambda: list(store.list(key)), lambda: store.folders(key)]
-    for call in calls:
-        with pytest.raises(BadRequestError, match=r"cannot be an? (new )?object's key"):
-            call()
-    assert keys(store) == []
-
-
-@pytest.mark.parametrize("key", ODD_KEYS)
-def test_odd_keys_of_others_are_read_but_not_written(store: Store, key: str, tmp_path: Path) -> None:
-    file = tmp_path / "file"
+def test_keys(store: Store, tmp_path: Path) -> None:
+    file, out = tmp_path / "file", tmp_path / "out"
     file.write_bytes(b"2")
-    for write in (store.create, store.put, lambda key, _: store.upload(file, key)):
-        with pytest.raises(BadRequestError, match="cannot be a new object's key"):
-            write(key, b"2")
+    writes: dict[str, Callable[[str], object]] = {
+        "create": lambda key: store.create(key, b"1"),
+        "put": lambda key: store.put(key, b"1"),
+        "upload": lambda key: store.upload(file, key),
+    }
+    calls: dict[str, Callable[[str], object]] = writes | {
+        "uri_of": store.uri_of,
+        "sub": store.sub,
+        "read": store.read,
+        "replace": lambda key: store.replace(key, b"1", "1"),
+        "download": lambda key: store.download(key, out),
+        "open": store.open,
+        "delete": store.delete,
+        "exists": store.exists,
+        "list": lambda key: (key and list(store.list(key))) or store.uri_of(key),
+        "folders": lambda key: (key and store.folders(key)) or store.uri_of(key),
+    }
+    refused = [(key, call, "a bad one") for key in BAD_KEYS for call in calls]
+    refused += [(key, call, "one that others may have") for key in ODD_KEYS for call in writes]
+    for key, call, why in refused:
+        with pytest.raises(BadRequestError, match=r"cannot be an? (new )?object's key"):
+            pytest.fail(f"{call} took {key!r}, {why}: {calls[call](key)}")
     assert keys(store) == []
-    scheme, _, bucket = store.uri.partition("://")
-    match scheme:
-        case "gs":
-            storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(b"1")
-        case "s3":
-            boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=b"1")
-        case _:
-            Path(store.uri_of(key)).parent.mkdir(exist_ok=True)
-            Path(store.uri_of(key)).write_bytes(b"1")
-    assert list(store.list()) == [Entry(key, 1)]
-    assert store.exists(key)
-    store.download(key, tmp_path / "out")
-    with store.open(key) as stream:
-        assert store.read(key).data == stream.read() == (tmp_path / "out").read_bytes() == b"1"
-    folder, _, name = key.rpartition("/")
-    if folder:
-        assert store.folders() == [folder]
-        assert open_store(store.uri_of(folder)).read(name).data == b"1"
-    store.delete(key)
-    assert keys(store) == []
 
-
-RACERS = 16
-
-
-def race_to_create(store: Store, racer: int) -> bool:
-    try:
-        store.create("race", f"racer {racer}".encode())
-    except ObjectExistsError:
-        return False
-    return True
-
-
-def count_up(store: Store, times: int) -> None:
-    for _ in range(times):
-        while True:
-            counter = store.read("counter")
-            count = int(counter.data.split()[0]) + 1
-            with suppress(ConflictError):
-                # Two racers that write the same bytes would both count as the one whose answer was lost.
-                store.replace("counter", f"{count} {secrets.token_hex(4)}".encode(), counter.version)
-                break
+    for key in ODD_KEYS:
+        put_by_others(store.uri, key)
+        assert list(store.list()) == [Entry(key, 1)]
+        assert store.exists(key)
+        store.download(key, out)
+        with store.open(key) as stream:
+            assert store.read(key).data == stream.read() == out.read_bytes() == b"1", key
+        folder, _, name = key.rpartition("/")
+        if folder:
+            assert store.folders() == [folder]
+            assert open_store(store.uri_of(folder)).read(name).data == b"1"
+        store.delete(key)
+        assert keys(store) == []
+    for key in [*NO_KEYS, "folder/object"]:
+        put_by_others(store.uri, key)
+    assert (keys(store), store.folders()) == (["folder/object"], ["folder"])
 
 
 def race_in_child(uri: str, child: int) -> list[bool]:
@@ -302,26 +236,33 @@ def race_in_child(uri: str, child: int) -> list[bool]:
     store.create(f"ready/{child}", b"")
     while not store.exists("go"):
         time.sleep(0.001)
+
+    def create(racer: int) -> bool:
+        with suppress(ObjectExistsError):
+            store.create("race", f"racer {racer}".encode())
+            return True
+        return False
+
+    def count_up(_: int) -> None:
+        for _ in range(3):
+            counted = False
+            while not counted:
+                counter = store.read("counter")
+                count = int(counter.data.split()[0]) + 1
+                with suppress(ConflictError):
+                    # Two racers that write the same bytes would both count as the one whose answer was lost.
+                    store.replace("counter", f"{count} {secrets.token_hex(4)}".encode(), counter.version)
+                    counted = True
+
     with ThreadPoolExecutor(4) as pool:
-        won = list(pool.map(lambda thread: race_to_create(store, 4 * child + thread), range(4)))
-        list(pool.map(lambda _: count_up(store, 3), range(2)))
+        won = list(pool.map(create, range(4 * child, 4 * child + 4)))
+        list(pool.map(count_up, range(2)))
     return won
 
 
-def test_sixteen_racing_threads_have_one_winner(store: Store) -> None:
-    barrier = threading.Barrier(RACERS)
-
-    def race(racer: int) -> bool:
-        barrier.wait()
-        return race_to_create(store, racer)
-
-    with ThreadPoolExecutor(RACERS) as pool:
-        won = list(pool.map(race, range(RACERS)))
-    assert won.count(True) == 1
-    assert store.read("race").data == f"racer {won.index(True)}".encode()
-
-
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs"], indirect=True)
 def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(store: Store) -> None:
+    """Not on moto: it compares and then writes, with a thread for each request and no lock."""
     store.create("counter", b"0")
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("spawn")) as pool:
         children = [pool.submit(race_in_child, store.uri, child) for child in range(4)]
@@ -332,13 +273,6 @@ def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(stor
     assert won.count(True) == 1
     assert store.read("race").data == f"racer {won.index(True)}".encode()
     assert store.read("counter").data.split()[0] == b"24"
-
-
-def test_eight_threads_lose_no_count(store: Store) -> None:
-    store.create("counter", b"0")
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda _: count_up(store, 6), range(8)))
-    assert store.read("counter").data.split()[0] == b"48"
 
 
 WRITER = """
@@ -357,13 +291,13 @@ for number in range(10_000):
 def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Path) -> None:
     sizes = {"small": 50_000, "large": LARGE_BYTES, "status": 50_000}
     rng = random.Random(0)
-    attempts = 12 if store.uri.startswith("/") else 3
+    attempts = 6 if store.uri.startswith("/") else 3
     for attempt in range(attempts):
         command = [sys.executable, "-c", WRITER, store.uri, str(large_file), str(attempt)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
             assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
-            time.sleep(rng.uniform(0.0, 0.1 if attempts == 12 else 0.5))
+            time.sleep(rng.uniform(0.0, 0.1 if attempts == 6 else 0.5))
             while attempt == attempts - 1 and not keys(store, "large"):
                 time.sleep(0.01)
             os.kill(writer.pid, signal.SIGKILL)

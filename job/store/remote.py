@@ -1,0 +1,201 @@
+"""What gs:// and s3:// have in common: content that comes as a stream, with a checksum, and errors of HTTP."""
+
+from __future__ import annotations
+
+import abc
+import base64
+import io
+import mimetypes
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, cast
+
+import google_crc32c
+
+from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.store.base import Blob, ObjectMissingError, Store
+from job.store.files import COPY_BYTES, crc32c_of, temporary_beside
+
+CONNECTIONS = 64
+_READ_AHEAD_BYTES = 8 << 20
+_REASON_CHARACTERS = 200
+
+
+class Head(NamedTuple):
+    """What a bucket says of an object without its content."""
+
+    size_bytes: int
+    version: str
+    crc32c: str | None
+
+
+class ByteRange(NamedTuple):
+    """The bytes of one version of an object from `start` to `stop`."""
+
+    version: str
+    start: int
+    stop: int
+
+    @property
+    def header(self) -> str:
+        """As HTTP writes it."""
+        return f"bytes={self.start}-{self.stop - 1}"
+
+
+class RemoteStore(Store):
+    """A bucket behind HTTP. A backend sends the requests, knows its client's errors and says what mends them."""
+
+    _bucket_uri: str
+    _roles: str
+    """What somebody without permission needs."""
+    _make: str
+    """The command that makes the bucket."""
+
+    @abc.abstractmethod
+    def _head(self, key: str) -> Head: ...
+
+    @abc.abstractmethod
+    def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
+        """Streams the content, or a part of it, to `consume`; returns the version.
+
+        Raises:
+            BucketAwayError: less arrived, or, of the whole content, something else than its checksum says.
+        """
+
+    @abc.abstractmethod
+    def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
+        """Writes an object where nothing is; False if something is."""
+
+    @abc.abstractmethod
+    def _bucket_exists(self) -> bool:
+        """Whether the bucket is there, as far as can be known: a missing one may be answered like a missing object."""
+
+    def _look(self, key: str) -> None:
+        self._head(key)
+
+    def _read(self, key: str) -> Blob:
+        content = io.BytesIO()
+        version = self._fetch(key, content.write)
+        return Blob(content.getvalue(), version)
+
+    def _download(self, key: str, path: Path) -> None:
+        with temporary_beside(path) as (temporary, file):
+            self._fetch(key, file.write)
+            file.flush()
+            temporary.replace(path)
+
+    def _open(self, key: str) -> BinaryIO:
+        there = self._head(key)
+        ranges = _Ranges(partial(self._attempt, self._part, key, there.version), there.size_bytes)
+        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
+
+    def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
+        content = io.BytesIO()
+        self._fetch(key, content.write, ByteRange(version, start, stop))
+        return content.getvalue()
+
+    def _upload(self, key: str, path: Path) -> bool:
+        with path.open("rb") as file:
+            crc32c, size_bytes = encoded(crc32c_of(file)), file.tell()
+            file.seek(0)
+            if self._send_file(key, file, size_bytes, crc32c):
+                return True
+        there = self._head(key)
+        return (there.size_bytes, there.crc32c) == (size_bytes, crc32c)
+
+    def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, str]:
+        """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
+        size_bytes = checksum = 0
+        while block := read(COPY_BYTES):
+            # What fits into a block is read to the end.
+            if size_bytes:
+                self.retry.is_under_way(self.uri_of(key))
+            size_bytes += len(block)
+            checksum = google_crc32c.extend(checksum, block)
+            consume(block)
+        return size_bytes, encoded(checksum)
+
+    def _told_by_status(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
+        """What an answer means, or that there was none; `permission` is the one that is lacking, if that is known."""
+        if status == 404:
+            return ObjectMissingError(f"no object at {uri}") if self._bucket_exists() else self._no_bucket()
+        if status in (401, 403):
+            lacking = f"no permission {permission}".rstrip()
+            return NoPermissionError(f"{uri}: {lacking} ({reason}): grant the account in use {self._roles}")
+        if status in (None, 408, 429, 500, 502, 503, 504):
+            return BucketAwayError(f"{uri}: the bucket is away ({reason}): check the network")
+        return BadRequestError(f"{uri}: the bucket refused with {status}: {reason}")
+
+    def _no_bucket(self) -> MissingInputError:
+        return MissingInputError(f"no bucket {self._bucket_uri}: check the name, or make it with `{self._make}`")
+
+
+class _Ranges(io.RawIOBase):
+    """A seekable file over a function that fetches the bytes from `start` to `stop`."""
+
+    def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
+        self._fetch, self._size_bytes = fetch, size_bytes
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
+        if origin + offset < 0:
+            raise ValueError(f"negative seek position {origin + offset}")
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._next(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def readall(self) -> bytes:
+        # What it inherits would send a request for every 8 KiB.
+        return self._next(self._size_bytes)
+
+    def _next(self, size_bytes: int) -> bytes:
+        stop = min(self._position + size_bytes, self._size_bytes)
+        data = self._fetch(self._position, stop) if stop > self._position else b""
+        self._position += len(data)
+        return data
+
+
+def damaged(uri: str) -> BucketAwayError:
+    """The bytes that arrived are not the ones that were sent."""
+    return BucketAwayError(f"{uri}: the bytes were damaged on the way (crc32c differs): check the network")
+
+
+def cause(error: BaseException) -> str:
+    """Why there is no answer: `Connection refused`, not a nest of classes that print a whole URL."""
+    while not isinstance(error, TimeoutError) and (inner := error.__cause__ or error.__context__):
+        error = inner
+    if isinstance(error, OSError) and error.errno and error.errno > 0:
+        return os.strerror(error.errno)
+    return "timed out" if isinstance(error, TimeoutError) else one_line(str(error) or type(error).__name__)
+
+
+def one_line(text: str) -> str:
+    """The words of a server, short enough for a line of a log."""
+    text = " ".join(text.split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[:_REASON_CHARACTERS]}…"
+
+
+def content_type(key: str) -> str:
+    """What a browser needs to show a report or a picture that somebody clicks on in the bucket."""
+    return mimetypes.guess_type(key)[0] or "application/octet-stream"
+
+
+def encoded(crc32c: int) -> str:
+    """The checksum as both buckets write it."""
+    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()

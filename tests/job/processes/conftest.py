@@ -1,0 +1,63 @@
+"""A bucket with a small dataset, and real commands that train on it."""
+
+from __future__ import annotations
+
+import subprocess
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+from job.data.pack import PackRequest, pack
+from job.runs.checkpoints import list_checkpoints
+from job.store import Store, open_store
+from tests.job.command_line import DDPM, environment, settings
+from tests.job.launching import eventually
+
+ON_AND_ON = ("--epochs", 10_000, "--set", "checkpoint.every_minutes=0.005")
+
+
+class Place:
+    """The bucket, shared by all tests of this folder; each has runs of its own.
+
+    Attributes:
+        bucket: a folder, with the dataset `tiles`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.bucket, self._cache = folder / "bucket", folder / "cache"
+        source = resources.files("job") / "datasets" / "landscape-sample.zip"
+        pack(open_store(str(self.bucket)), PackRequest(str(source), "tiles", size=16))
+
+    def run(self, name: str) -> Store:
+        """The folder of a run."""
+        return open_store(str(self.bucket)).sub(f"runs/{name}")
+
+    def started(
+        self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
+    ) -> subprocess.Popen[str]:
+        """A command that trains, in a process group of its own; its stderr is a pipe."""
+        options = ("train", "--dataset", "tiles", "--run", run, "--bucket", self.bucket, *settings(), *words)
+        return subprocess.Popen(
+            [*program, *map(str, options)],
+            env=environment(DDPM_CACHE=str(self._cache), **variables),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def begun(
+        self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
+    ) -> subprocess.Popen[str]:
+        """One that goes on and on, as soon as it has committed a checkpoint."""
+        process = self.started(run, *ON_AND_ON, *words, program=program, **variables)
+        eventually(lambda: list_checkpoints(self.run(run)) or process.poll() is not None, 120)
+        assert process.poll() is None, process.communicate()
+        return process
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tmp_path_factory.mktemp("place"))

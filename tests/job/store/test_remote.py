@@ -1,0 +1,404 @@
+"""Buckets on a bad day: damage, silence, refusals, wrong rights and settings, and in which words a person learns it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import boto3
+import pytest
+from google.cloud import storage
+
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
+from job.store import Entry, ObjectExistsError, ObjectMissingError, Retry, Store, open_store, retry
+from tests.faulty_proxy import Fault, FaultyProxy, Request
+from tests.servers import SECRET
+
+LARGE_BYTES = 17 << 20
+"""More than a stream reads ahead, twice."""
+
+
+@pytest.fixture(params=["gs", "s3"])
+def bucket(request: pytest.FixtureRequest) -> str:
+    """`gs://NAME` or `s3://NAME` on a real server."""
+    if request.param == "gs":
+        return str(request.getfixturevalue("gcs_bucket"))
+    return str(request.getfixturevalue("seaweedfs_bucket"))
+
+
+@pytest.fixture
+def proxy(bucket: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What lies between the bucket and its clients."""
+    monkeypatch.setattr(retry, "FIRST_PAUSE_SECONDS", 0.05)
+    is_gs = bucket.startswith("gs://")
+    with FaultyProxy(request.getfixturevalue("gcs_server" if is_gs else "seaweedfs_server")) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST" if is_gs else "AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
+
+
+@pytest.fixture
+def store(proxy: FaultyProxy, bucket: str) -> Store:
+    return open_store(bucket, Retry(10))
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789" * 1000)
+    return path
+
+
+def every_call(store: Store, file: Path) -> list[Callable[[], object]]:
+    return [
+        lambda: store.read("key"),
+        lambda: store.create("key", b"1"),
+        lambda: store.replace("key", b"1", "12345"),
+        lambda: store.put("key", b"1"),
+        lambda: store.upload(file, "key"),
+        lambda: store.download("key", file.with_name("out")),
+        lambda: store.open("key"),
+        lambda: list(store.list()),
+        lambda: store.folders(),
+        lambda: store.delete("key"),
+        lambda: store.exists("key"),
+    ]
+
+
+def refused(calls: list[Callable[[], object]], error: type[JobError], words: str) -> list[str]:
+    """The line with which each call, all at once, raises this error."""
+
+    def line(call: Callable[[], object]) -> str:
+        with pytest.raises(error, match=words) as caught:
+            call()
+        assert type(caught.value) is error
+        return str(caught.value)
+
+    with ThreadPoolExecutor(len(calls)) as pool:
+        lines = list(pool.map(line, calls))
+    assert all("\n" not in line and len(line) < 450 for line in lines)
+    return lines
+
+
+def damaging_once() -> Callable[[bytes], bytes]:
+    left = [b"345678"]
+    return lambda body: body.replace(left.pop(), b"345578", 1) if left and b"345678" in body else body
+
+
+def test_damage_on_the_way_is_noticed_and_mended(proxy: FaultyProxy, store: Store, file: Path) -> None:
+    version = store.create("lease", b"0")
+    writes: dict[str, Callable[[], object]] = {
+        "create": lambda: store.create("create", b"345678"),
+        "put": lambda: store.put("put", b"345678"),
+        "lease": lambda: store.replace("lease", b"345678", version),
+        "upload": lambda: store.upload(file, "upload"),
+    }
+    if store.uri.startswith("gs://"):
+        # Google compares the checksums of small objects as well, the server of the tests does not.
+        writes = {"upload": writes["upload"]}
+    for key, write in writes.items():
+        proxy.sent, before = damaging_once(), proxy.requests.total()
+        write()
+        assert proxy.requests.total() > before + 1, key
+        assert b"345678" in store.read(key).data
+    file.write_bytes(b"0123456789" * (LARGE_BYTES // 10))
+    store.upload(file, "large")
+    for key, data in (("upload", b"0123456789" * 1000), ("large", file.read_bytes())):
+        proxy.received = damaging_once()
+        store.download(key, file.with_name("out"))
+        assert file.with_name("out").read_bytes() == data
+    proxy.received = lambda body: body.replace(b"345678", b"345578")
+    with pytest.raises(BucketAwayError, match="damaged on the way"):
+        store.within(0.5).read("upload")
+    assert {path.name for path in file.parent.iterdir()} == {"file", "out"}
+
+
+def test_what_breaks_off_is_begun_anew_and_takes_few_requests(proxy: FaultyProxy, store: Store, file: Path) -> None:
+    file.write_bytes(bytes(LARGE_BYTES))
+    store.upload(file, "part")
+    requests = proxy.requests
+    for fault in (Fault.SHORT, Fault.SHORT_CHUNKS, Fault.LOST_ANSWER):
+        stream = store.open("part")
+        for read in (lambda: store.download("part", file.with_name("out")), stream.read, lambda: store.read("part")):
+            before = requests["GET"]
+            proxy.inject(fault, "^GET .*part")
+            read()
+            assert requests["GET"] == before + 2
+    with store.open("part") as stream:
+        before = requests["GET"]
+        assert sum(len(block) for block in iter(lambda: stream.read(10_240), b"")) == LARGE_BYTES
+        assert requests["GET"] == before + 3
+    before = requests.total()
+    version = store.create("key", b"1")
+    store.replace("key", b"2", version)
+    store.exists("key")
+    assert store.read("key").data == b"2"
+    list(store.list())
+    store.delete("key")
+    assert requests.total() == before + 6
+
+
+def test_an_object_that_changes_under_a_reader_is_noticed(store: Store, file: Path) -> None:
+    file.write_bytes(bytes(LARGE_BYTES))
+    store.upload(file, "part")
+    with store.open("part") as stream:
+        stream.read(10)
+        store.put("part", b"2" * LARGE_BYTES)
+        with pytest.raises(ObjectMissingError, match=r"was replaced while it was read|no object at"):
+            stream.read()
+
+
+@pytest.mark.parametrize(("listening", "words"), [(False, "Connection refused"), (True, "timed out")])
+def test_a_server_that_is_away_or_silent_is_told(
+    bucket: str,
+    listening: bool,
+    words: str,
+    file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    # More than a socket takes of it.
+    file.write_bytes(bytes(LARGE_BYTES))
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        if listening:
+            server.listen(200)
+        for variable in ("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL"):
+            monkeypatch.setenv(variable, f"http://127.0.0.1:{server.getsockname()[1]}")
+        lines = refused(every_call(open_store(f"{bucket}/runs", Retry(2)), file), BucketAwayError, words)
+    for line in lines:
+        assert line.startswith(f"{bucket}/runs")
+        assert re.search(r"the bucket is away \(.*\): check the network \(tried for \d+ s in all\)", line)
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+    assert caplog.text == ""
+
+
+ECHO = f"The Credential=owner/20261125 with the secret {SECRET} is not known"
+REFUSALS = {
+    "gs": [
+        (
+            403,
+            "",
+            "Permission 'storage.objects.create' denied",
+            NoPermissionError,
+            "objects.create .*grant the",
+        ),
+        (401, "", "Invalid Credentials", NoPermissionError, "no usable Google credentials"),
+        (400, "", "User project is invalid", BadRequestError, "refused with 400: User project is invalid"),
+        (429, "", "Rate limit exceeded", BucketAwayError, "is away"),
+        (503, "", "Backend Error", BucketAwayError, "is away"),
+    ],
+    "s3": [
+        (
+            403,
+            "AccessDenied",
+            "may not s3:PutObject",
+            NoPermissionError,
+            r"s3:PutObject \(AccessDenied\): gr",
+        ),
+        (401, "Unauthorized", ECHO, NoPermissionError, r"no permission \(Unauthorized\): grant the account in use"),
+        (403, "InvalidAccessKeyId", ECHO, NoPermissionError, r"no usable AWS credentials \(InvalidAccessKeyId\): run"),
+        (403, "SignatureDoesNotMatch", ECHO, NoPermissionError, r"credentials \(SignatureDoesNotMatch\)"),
+        (400, "ExpiredToken", ECHO, NoPermissionError, r"credentials \(ExpiredToken\): run `aws configure`"),
+        (400, "AuthorizationHeaderMalformed", ECHO, NoPermissionError, r"\(AuthorizationHeaderMalformed\)"),
+        (403, "RequestTimeTooSkewed", ECHO, NoPermissionError, "this machine's clock is wrong"),
+        (400, "InvalidRequest", "No such bucket type", BadRequestError, "refused with 400: No such bucket type"),
+        (503, "SlowDown", "Please reduce your request rate.", BucketAwayError, "is away"),
+        (500, "InternalError", "We encountered an internal error.", BucketAwayError, "is away"),
+        (409, "ConditionalRequestConflict", "A conflicting operation is in progress.", BucketAwayError, "is away"),
+    ],
+}
+
+
+def refusal(request: Request, status: int, code: str, message: str) -> bytes:
+    """An answer such as Google's or, with a `code`, S3's; that to a HEAD request is the bare number."""
+    error = {"error": {"code": status, "message": message, "errors": []}}
+    xml = f"<?xml version='1.0'?><Error><Code>{code}</Code><Message>{message}</Message></Error>"
+    body = (xml if code else json.dumps(error)).encode() if request.method != "HEAD" else b""
+    kind = "application/xml" if code else "application/json"
+    head = f"HTTP/1.1 {status} No\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+    return head.encode() + body
+
+
+def test_refusals_are_told_in_a_line(proxy: FaultyProxy, bucket: str, file: Path) -> None:
+    for status, code, message, error, words in REFUSALS[bucket[:2]]:
+        proxy.instead = lambda request, said=(status, code, message): refusal(request, *said)
+        store = open_store(bucket, Retry(0.5 if error is BucketAwayError else 10))
+        calls = every_call(store, file)
+        if code == "ConditionalRequestConflict":
+            calls = calls[1:5]
+        for line in refused(calls, error, words):
+            assert bucket in line
+            assert SECRET not in line
+            assert "owner" not in line
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_refused_content(proxy: FaultyProxy, store: Store, file: Path) -> None:
+    store.upload(file, "part")
+    codes = ("AccessDenied", "InvalidRequest", "NoSuchKey") if store.uri.startswith("s3") else ("", "", "")
+    message = "without s3:GetObject or storage.objects.get this is invalid"
+    for status, code, error, words in (
+        (403, codes[0], NoPermissionError, r"no permission (s3:GetObject|storage.objects.get) "),
+        (400, codes[1], BadRequestError, f"refused with 400: {message}"),
+        (404, codes[2], ObjectMissingError, "no object at"),
+    ):
+        stream = store.open("part")
+        said = (status, code, message)
+        proxy.instead = lambda request, said=said: refusal(request, *said) if "part" in request.target else None
+        lines = refused([lambda: store.download("part", file.with_name("out")), stream.read], error, words)
+        assert all(store.uri_of("part") in line for line in lines)
+        proxy.instead = lambda request: None
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+def test_a_missing_bucket_is_no_missing_object(bucket: str, file: Path) -> None:
+    missing = f"{bucket[:2]}://no-such-bucket"
+    calls = every_call(open_store(f"{missing}/runs"), file)
+    refused(calls, MissingInputError, f"no bucket {missing}: check the name, or make it with `(gcloud|aws) ")
+    assert MissingInputError.exit_code == Exit.MISSING_INPUT
+
+
+def test_objects_have_the_type_a_browser_needs(bucket: str, file: Path) -> None:
+    store = open_store(bucket)
+    store.put("report.html", b"<p>")
+    store.upload(file, "grid.png")
+    store.upload(file, "shard.tar.gz")
+    found, name = {}, bucket.partition("://")[2]
+    for key in ("report.html", "grid.png", "shard.tar.gz"):
+        if bucket.startswith("gs://"):
+            blob = storage.Client(project="test").bucket(name).get_blob(key)
+            found[key] = (blob.content_type, blob.content_encoding)
+        else:
+            head = boto3.client("s3").head_object(Bucket=name, Key=key)
+            found[key] = (head["ContentType"], head.get("ContentEncoding"))
+    assert found == {
+        "report.html": ("text/html", None),
+        "grid.png": ("image/png", None),
+        "shard.tar.gz": ("application/x-tar", None),
+    }
+
+
+def test_what_others_uploaded_to_s3_in_parts_is_read(seaweedfs_bucket: str, file: Path) -> None:
+    file.write_bytes(bytes(LARGE_BYTES))
+    boto3.client("s3").upload_file(str(file), seaweedfs_bucket.removeprefix("s3://"), "theirs")
+    store = open_store(seaweedfs_bucket)
+    store.download("theirs", file.with_name("out"))
+    assert file.with_name("out").read_bytes() == file.read_bytes()
+    with pytest.raises(ObjectExistsError):
+        store.upload(file, "theirs")
+
+
+def test_who_may_only_read_from_s3_is_told_so(
+    seaweedfs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = open_store(seaweedfs_bucket).create("key", b"1")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "reader")
+    store = open_store(seaweedfs_bucket)
+    assert store.read("key").data == b"1"
+    assert list(store.list()) == [Entry("key", 1)]
+    writes: list[Callable[[], object]] = [
+        lambda: store.create("new", b"1"),
+        lambda: store.put("key", b"2"),
+        lambda: store.replace("key", b"2", version),
+        lambda: store.upload(file, "part"),
+        lambda: store.delete("key"),
+    ]
+    refused(writes, NoPermissionError, rf"no permission.*s3:ListBucket on {seaweedfs_bucket}")
+    assert store.read("key").data == b"1"
+
+
+def test_wrong_s3_credentials_are_told_but_not_repeated(
+    seaweedfs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, "quite-another")
+            calls = every_call(open_store(seaweedfs_bucket), file)
+        for line in refused(calls, NoPermissionError, r"no usable AWS credentials \([A-Za-z]+\): run"):
+            assert "quite-another" not in line
+            assert SECRET not in line
+
+
+def test_missing_credentials_are_told_how_to_get(
+    aws_credentials: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("STORAGE_EMULATOR_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    for name in ("HOME", "CLOUDSDK_CONFIG"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    with pytest.raises(NoPermissionError, match=r"gs://bucket.*gcloud auth application-default login"):
+        open_store("gs://bucket")
+    with pytest.raises(NoPermissionError, match=r"s3://bucket: no usable AWS credentials \(none .*AWS_ACCESS_KEY_ID"):
+        open_store("s3://bucket")
+    monkeypatch.setenv("AWS_PROFILE", "nobody")
+    with pytest.raises(NoPermissionError, match="ProfileNotFound"):
+        open_store("s3://bucket")
+
+
+def test_s3_settings(seaweedfs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As AWS users know them; passwords in them are not repeated."""
+    for variable, value, error, words in (
+        ("AWS_ENDPOINT_URL", "owner:top-secret@somewhere", BadRequestError, "AWS_ENDPOINT_URL must be the URL of"),
+        ("AWS_ENDPOINT_URL_S3", "http://", BadRequestError, "AWS_ENDPOINT_URL must be the URL of"),
+        ("AWS_ENDPOINT_URL", "http://owner:top-secret@127.0.0.1:1", BadRequestError, "without a user and password"),
+        ("AWS_ENDPOINT_URL", "http://no-such-host.invalid", BucketAwayError, "is away"),
+        ("AWS_DEFAULT_REGION", "no region", BadRequestError, "check the AWS settings"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv(variable, value)
+            with pytest.raises(error, match=words) as caught:
+                open_store("s3://bucket", Retry(0.5)).read("key")
+            assert "s3://bucket" in str(caught.value)
+            assert "top-secret" not in str(caught.value)
+    config = tmp_path / "credentials"
+    config.write_text(f"[mine]\naws_access_key_id = owner\naws_secret_access_key = {SECRET}\n")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(config))
+    monkeypatch.setenv("AWS_PROFILE", "mine")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    # The endpoint for S3 alone comes first.
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", os.environ["AWS_ENDPOINT_URL"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    open_store(seaweedfs_bucket, Retry(1)).create("key", b"1")
+
+
+def test_a_process_ends_quietly_and_at_once(bucket: str, file: Path) -> None:
+    script = f"""
+from pathlib import Path
+from job.store import open_store
+store = open_store({bucket!r})
+store.upload(Path({str(file)!r}), "part")
+stream = store.open("part")
+print(stream.read(10))
+"""
+    child = subprocess.run([sys.executable, "-W", "default", "-c", script], check=True, capture_output=True, timeout=60)
+    assert child.stdout == b"b'0123456789'\n"
+    assert child.stderr == b""
+
+
+def test_without_its_library_the_extra_of_a_bucket_is_named(tmp_path: Path) -> None:
+    script = f"""
+import sys
+sys.modules["google.cloud.storage"] = sys.modules["botocore"] = None
+from job.exits import BadRequestError
+from job.store import open_store
+open_store({str(tmp_path)!r}).create("key", b"1")
+for uri in ("gs://bucket", "s3://bucket"):
+    try:
+        open_store(uri)
+    except BadRequestError as error:
+        print(error)
+"""
+    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    assert re.findall(r"pip install '(.*?)'", child.stdout) == ["ddpm-job[gs]", "ddpm-job[s3]"]
+    assert child.stderr == ""

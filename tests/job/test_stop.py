@@ -1,0 +1,99 @@
+"""What asks a process to stop, and what it is told then."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from job.exits import BadRequestError, StoppedError
+from job.stop import STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
+from tests.job.command_line import environment
+from tests.job.launching import eventually
+
+
+@pytest.fixture
+def installed():
+    """Installs what is to be asked; afterwards this process has its own signal handlers back."""
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield lambda: Stop().install()
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def test_durations():
+    good = {"3600": 3600, "45s": 45, "90m": 5400, "1h30m": 5400, "2d": 172_800, "1d2h3m4s": 93_784, "1H": 3600}
+    good |= {" 5m ": 300, "5m30": 330}
+    assert {text: duration_seconds(text, "--stop-after") for text in good} == good
+    bad = ["", "0", "0h", "-5", "1.5h", "m", "90 m", "30m1h", "1h1h", "ten", "1e3", "inf", "1y", "9" * 400]
+    for text in bad:
+        with pytest.raises(BadRequestError, match="90m, 1h30m or 3600"):
+            print(text, duration_seconds(text, "--stop-after"))
+
+
+def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(installed):
+    with deadline("2s"):
+        set_at = os.environ[STOP_AT]
+        with deadline("1h"):
+            assert os.environ[STOP_AT] == set_at
+        stop = installed()
+        assert not stop()
+        eventually(stop, 10)
+        assert float(set_at) <= time.clock_gettime(time.CLOCK_BOOTTIME)
+    assert stop.reason == "its deadline (--stop-after)"
+    assert STOP_AT not in os.environ
+    with deadline(""):
+        assert not installed()()
+
+
+def test_the_first_signal_is_the_reason_and_others_change_nothing(installed):
+    for first in STOP_SIGNALS:
+        stop = installed()
+        assert not stop()
+        for number in (first, *STOP_SIGNALS):
+            os.kill(os.getpid(), number)
+            assert stop()
+        assert stop.reason == first.name
+        with pytest.raises(StoppedError, match=f"^stopped by {first.name} while packing; the same command goes on$"):
+            stop.check("while packing")
+
+
+def test_sleeping_ends_when_somebody_asks(installed):
+    stop = installed()
+    began = time.monotonic()
+    assert not stop.sleep(0.3)
+    assert time.monotonic() - began >= 0.3
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.signal(signal.SIGALRM, lambda number, frame: stop.request("an alarm"))
+    assert stop.sleep(600)
+    assert stop.sleep(600)
+    assert stop.reason == "an alarm"
+
+
+def test_sighup_stops_except_under_nohup_and_no_signal_on_the_way_out_changes_the_code():
+    program = """
+    import os, signal, sys, time
+    from job.stop import Stop
+    class Last:
+        def __del__(self):
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+    sys.last = Last()
+    stop = Stop().install()
+    os.kill(os.getpid(), signal.SIGHUP)
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.sleep(600)
+    print(stop.reason)
+    sys.exit(75)
+    """
+    for before, reason in ([], "SIGHUP"), (["nohup"], "SIGTERM"):
+        words = [*before, sys.executable, "-c", textwrap.dedent(program)]
+        done = subprocess.run(
+            words, env=environment(), stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, timeout=60
+        )
+        assert (done.returncode, done.stdout) == (75, f"{reason}\n"), done.stderr
