@@ -72,9 +72,6 @@ class RemoteStore(Store):
     def _bucket_exists(self) -> bool:
         """Whether the bucket is there, as far as can be known: a missing one may be answered like a missing object."""
 
-    def _look(self, key: str) -> None:
-        self._head(key)
-
     def _read(self, key: str) -> Blob:
         content = io.BytesIO()
         version = self._fetch(key, content.write)
