@@ -49,9 +49,12 @@ class Stop:
     """
 
     def __init__(self, grace_seconds: float | None = None) -> None:
-        """Nobody asks yet; without `grace_seconds` these are `default_grace_seconds`."""
+        """Nobody asks yet; without `grace_seconds` these are `DDPM_GRACE_SECONDS`, or those of a spot VM."""
         self.reason = ""
-        self.grace_seconds = default_grace_seconds() if grace_seconds is None else grace_seconds
+        if grace_seconds is None:
+            which = "between a preemption notice and the end"
+            grace_seconds = seconds_of(GRACE_VARIABLE, SPOT_GRACE_SECONDS, which)
+        self.grace_seconds = grace_seconds
         self._asked_at = self._deadline = float("inf")
         self._is_installed = False
 
@@ -139,19 +142,17 @@ class Stop:
         self.install()
 
 
-def default_grace_seconds() -> float:
-    """Seconds from the notice to the end: `DDPM_GRACE_SECONDS`, or those of a spot VM.
+def seconds_of(variable: str, default: float, which: str) -> float:
+    """The seconds that a variable of the environment holds, or `default`; `which` says what they are, for people.
 
     Raises:
-        BadRequestError: the variable holds no such number.
+        BadRequestError: it holds no such number.
     """
-    text = os.environ.get(GRACE_VARIABLE, "")
+    text = os.environ.get(variable) or str(default)
     with suppress(ValueError):
-        if not text or 0 < float(text) < float("inf"):
-            return float(text or SPOT_GRACE_SECONDS)
-    raise BadRequestError(
-        f"{GRACE_VARIABLE}={text!r}: give the seconds between a preemption notice and the end, such as 30"
-    )
+        if 0 <= float(text) < float("inf"):
+            return float(text)
+    raise BadRequestError(f"{variable}={text!r}: give the seconds {which}, such as {default:g}")
 
 
 NEVER = Stop(SPOT_GRACE_SECONDS)

@@ -25,7 +25,7 @@ from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, located
 from job.sealed import Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
-from job.store.retry import DEADLINE_SECONDS
+from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
@@ -299,7 +299,7 @@ class StatusReporter:
 
     def __init__(self, run: Store, current: Callable[[str], Status], warn: Callable[[str], None]) -> None:
         # The last state is written when a stop has been asked for.
-        self._run, self._current, self._warn = run.within(DEADLINE_SECONDS), current, warn
+        self._run, self._current, self._warn = run.within(PATIENCE_SECONDS), current, warn
         self._state, self._ended = "running", threading.Event()
         self._thread = threading.Thread(target=self._work, name="status", daemon=True)
         self._thread.start()

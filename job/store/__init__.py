@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -34,7 +35,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
     Args:
         uri: where the objects lie; a path may be relative to the working folder or begin with `~`.
-        retry: the patience of all operations; they give up after `retry.DEADLINE_SECONDS` if not given.
+        retry: the patience of all operations; they give up after `retry.PATIENCE_SECONDS` if not given.
 
     Raises:
         BadRequestError: a scheme nobody here speaks, a name no bucket can have, or a backend whose extra is missing.
@@ -44,7 +45,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     if not is_remote(uri):
         from job.store.local import LocalStore
 
-        return LocalStore(_folder(uri), retry)
+        return LocalStore(_local_root(uri), retry)
     scheme, bucket, prefix = _bucket_of(uri)
     store: Store
     try:
@@ -78,20 +79,18 @@ def check_uri(uri: str) -> None:
     if is_remote(uri):
         _bucket_of(uri)
     else:
-        _folder(uri)
+        _local_root(uri)
 
 
-def _folder(uri: str) -> Path:
+def _local_root(uri: str) -> Path:
     """The folder that a path or a `file://` URI names."""
     _, separator, rest = uri.partition("://")
     path = unquote(rest.removeprefix("localhost")) if separator else uri
     if not path or "\0" in path or (separator and not path.startswith("/")):
         raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
-    try:
-        path = path if separator else str(Path(path).expanduser())
-    except RuntimeError:
-        raise BadRequestError(f"{uri!r}: this user has no home folder here: write the path out") from None
-    return Path(os.path.normpath(Path(path).absolute()))
+    with suppress(RuntimeError):
+        return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
+    raise BadRequestError(f"{uri!r} names no folder: this user has no home here")
 
 
 def _bucket_of(uri: str) -> tuple[str, str, str]:
@@ -104,13 +103,11 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
         )
     scheme = scheme.lower()
     bucket, _, prefix = rest.strip("/").partition("/")
-    if not _BUCKET.fullmatch(bucket) and "@" in rest:
-        raise BadRequestError(
-            f"{_without_secrets(uri)} has a user or password in it, which every log would repeat: "
-            "leave it out, and give credentials as the provider's own tools take them"
-        )
     if not _BUCKET.fullmatch(bucket):
-        raise BadRequestError(f"{scheme}://{rest} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER")
+        raise BadRequestError(
+            f"{_without_secrets(uri)} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER, without a "
+            "user or password, which every log would repeat"
+        )
     return scheme, bucket, prefix
 
 

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 from job.exits import BadRequestError, JobError, MissingInputError
 from job.stop import NEVER, Stop
-from job.store.files import disk_error
+from job.store.files import os_errors
 from job.store.retry import Retry
 
 R = TypeVar("R")
@@ -180,11 +180,9 @@ class Store(abc.ABC):
 
     def exists(self, key: str) -> bool:
         """Whether an object has this key right now; does not read it."""
-        try:
-            self._attempt(self._look, validated_key(key))
-        except ObjectMissingError:
-            return False
-        return True
+        with suppress(ObjectMissingError), self.open(key):
+            return True
+        return False
 
     def sweep(self) -> None:
         """Removes what killed writers left half-written and nobody can see.
@@ -198,23 +196,20 @@ class Store(abc.ABC):
         uri = f"{self.uri.rstrip('/')}/{key}".rstrip("/")
 
         def attempt() -> R:
-            try:
-                return work(key, *args)
-            except JobError:
-                raise
-            except Exception as error:
-                if told := self._told(error, uri):
-                    raise told from error
-                if isinstance(error, OSError):
-                    path = next((arg for arg in args if isinstance(arg, Path)), None)
-                    raise disk_error(error, path or uri) from error
-                raise
+            # What the disk says is about the file on it, if one is up- or downloaded.
+            with os_errors(next((arg for arg in args if isinstance(arg, Path)), uri)):
+                try:
+                    return work(key, *args)
+                except Exception as error:
+                    if told := self._told(error, uri):
+                        raise told from error
+                    raise
 
         return self.retry(attempt)
 
-    @abc.abstractmethod
     def _told(self, error: Exception, uri: str) -> JobError | None:
         """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""
+        return None
 
     def _written(self, key: str, data: bytes, over: str) -> str | None:
         written = self._write(key, data, over)
@@ -254,10 +249,6 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def _delete(self, key: str) -> None: ...
-
-    @abc.abstractmethod
-    def _look(self, key: str) -> None:
-        """Returns if there is an object."""
 
 
 def is_key(name: str) -> bool:

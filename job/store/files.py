@@ -48,25 +48,20 @@ def os_errors(where: object) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise disk_error(error, where) from error
-
-
-def disk_error(error: OSError, where: object) -> JobError:
-    """See `os_errors`."""
-    reason = error.strerror or str(error)
-    match error.errno:
-        case errno.ENOENT:
-            return MissingInputError(f"{where} is not there: check the path")
-        case errno.EACCES | errno.EPERM | errno.EROFS:
-            return NoPermissionError(f"{where}: {reason}: give user {os.geteuid()} access, or choose another place")
-        case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
-            return DiskFullError(f"{where}: {reason}: free some space or choose another disk, then start again")
-        case errno.ENOTDIR | errno.EISDIR | errno.EEXIST:
-            return BadRequestError(f"{where}: {reason}: a name on a local disk is either a file or a folder")
-        case errno.ENAMETOOLONG | errno.ELOOP:
-            return BadRequestError(f"{where}: {reason}: choose another name")
-        case _:
-            return BucketAwayError(f"{where}: {reason}: see to the disk or its mount, then start again")
+        what: type[JobError] = BucketAwayError
+        todo = "see to the disk or its mount, then start again"
+        match error.errno:
+            case errno.ENOENT:
+                what, todo = MissingInputError, "check the path"
+            case errno.EACCES | errno.EPERM | errno.EROFS:
+                what, todo = NoPermissionError, f"give user {os.geteuid()} access, or choose another place"
+            case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
+                what, todo = DiskFullError, "free some space or choose another disk, then start again"
+            case errno.ENOTDIR | errno.EISDIR | errno.EEXIST:
+                what, todo = BadRequestError, "a name on a local disk is either a file or a folder"
+            case errno.ENAMETOOLONG | errno.ELOOP:
+                what, todo = BadRequestError, "choose another name"
+        raise what(f"{where}: {error.strerror or error}: {todo}") from error
 
 
 @contextmanager
@@ -81,10 +76,8 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         temporary = folder / f"{_TEMPORARY}{secrets.token_hex(8)}"
         # Whoever deletes the last file of a folder removes the folder too, so that it may vanish at any time.
         with suppress(FileNotFoundError):
-            try:
-                temporary.touch(exist_ok=False)
-            except FileNotFoundError:
-                _make_folder(folder)
+            _make_folder(folder)
+            temporary.touch(exist_ok=False)
         if (descriptor := locked_descriptor(temporary)) is not None:
             break
     else:
@@ -153,18 +146,19 @@ def locked_descriptor(path: Path) -> int | None:
 
     None if it is gone, or if somebody who sweeps was faster: it is to be made anew.
     """
-    with suppress(FileNotFoundError, BlockingIOError):
+    with suppress(FileNotFoundError):
         descriptor = _opened(path)
+        is_swept = False
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.lstat()
-        except (FileNotFoundError, BlockingIOError):
-            os.close(descriptor)
-            raise
+        except BlockingIOError:
+            is_swept = True
         except OSError:
             # A file system without locks: nobody can sweep there.
             pass
-        return descriptor
+        if not is_swept and path.exists():
+            return descriptor
+        os.close(descriptor)
     return None
 
 
@@ -199,10 +193,8 @@ def _opened(path: Path) -> int:
 
 def _make_folder(folder: Path) -> None:
     """`mkdir --parents` whose new names survive a power failure."""
-    with suppress(FileExistsError):
-        try:
-            folder.mkdir()
-        except FileNotFoundError:
-            _make_folder(folder.parent)
+    if not folder.exists():
+        _make_folder(folder.parent)
+        with suppress(FileExistsError):
             folder.mkdir()
         sync_folder(folder.parent)

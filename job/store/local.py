@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import os
 import stat
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store.base import Blob, Entry, ObjectMissingError, Store, is_key
 from job.store.files import (
     crc32c_of,
@@ -54,27 +53,24 @@ class LocalStore(Store):
         # An open file is never written again, so that bytes and version belong together.
         with self._open(key) as file:
             data = file.read()
-        return Blob(data, _sha256(data))
+        return Blob(data, _version_of(data))
 
     def _write(self, key: str, data: bytes, over: str | None) -> str | None:
         path = self._path(key)
-        if over:
-            with suppress(FileNotFoundError, NotADirectoryError, ObjectMissingError), folder_lock(path.parent):
-                if self._read(key).version == over:
-                    with _finished_beside(path, data) as temporary:
-                        temporary.replace(path)
-                    sync_folder(path.parent)
-                    return _sha256(data)
+        # Its folder would be made.
+        if over and not path.exists():
             return None
-        with _finished_beside(path, data) as temporary:
-            if over is None:
-                # Who compares before it writes holds the lock.
-                with folder_lock(path.parent):
+        with temporary_beside(path) as (temporary, file):
+            file.write(data)
+            sync_file(file)
+            if over == "":
+                return _version_of(data) if _linked(temporary, path) else None
+            with suppress(ObjectMissingError), folder_lock(path.parent):
+                if over is None or self._read(key).version == over:
                     temporary.replace(path)
                     sync_folder(path.parent)
-            elif not _linked(temporary, path):
-                return None
-        return _sha256(data)
+                    return _version_of(data)
+        return None
 
     def _upload(self, key: str, path: Path) -> bool:
         target = self._path(key)
@@ -100,10 +96,11 @@ class LocalStore(Store):
     def _open(self, key: str) -> BinaryIO:
         path = self._path(key)
         with os_errors(path):
-            try:
-                return _opened_file(path)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise ObjectMissingError(f"no object at {path}" if self._root.is_dir() else self._no_root()) from None
+            with suppress(FileNotFoundError, NotADirectoryError):
+                # Opening a pipe would wait for somebody to write into it, for good.
+                if stat.S_ISREG(path.stat().st_mode):
+                    return path.open("rb")
+            raise ObjectMissingError(f"no object at {path}" if self._root.is_dir() else self._no_root())
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         return list(self._walk(self._existing(prefix), prefix))
@@ -127,13 +124,6 @@ class LocalStore(Store):
                 if folder == self._root:
                     break
                 folder.rmdir()
-
-    def _look(self, key: str) -> None:
-        if not self._path(key).is_file():
-            raise ObjectMissingError(f"no object at {self.uri_of(key)}")
-
-    def _told(self, error: Exception, uri: str) -> JobError | None:
-        return None
 
     def _path(self, key: str) -> Path:
         path = self._folder / key
@@ -161,15 +151,6 @@ class LocalStore(Store):
                     yield Entry(f"{prefix}{child.name}", child.stat().st_size)
 
 
-def _opened_file(path: Path) -> BinaryIO:
-    """The file, which is a regular one: opening a pipe would wait for somebody to write into it, for good."""
-    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        file.close()
-        raise FileNotFoundError(errno.ENOENT, "is no regular file", str(path))
-    return file
-
-
 def _children(folder: Path) -> Sequence[os.DirEntry[str]]:
     with os_errors(folder):
         try:
@@ -179,16 +160,7 @@ def _children(folder: Path) -> Sequence[os.DirEntry[str]]:
             return []
 
 
-@contextmanager
-def _finished_beside(path: Path, data: bytes) -> Iterator[Path]:
-    """A temporary file beside `path` with this content, safe on the disk."""
-    with temporary_beside(path) as (temporary, file):
-        file.write(data)
-        sync_file(file)
-        yield temporary
-
-
-def _sha256(data: bytes) -> str:
+def _version_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 

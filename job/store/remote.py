@@ -68,13 +68,6 @@ class RemoteStore(Store):
     def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
         """Writes an object where nothing is; False if something is."""
 
-    @abc.abstractmethod
-    def _bucket_exists(self) -> bool:
-        """Whether the bucket is there, as far as can be known: a missing one may be answered like a missing object."""
-
-    def _look(self, key: str) -> None:
-        self._head(key)
-
     def _read(self, key: str) -> Blob:
         content = io.BytesIO()
         version = self._fetch(key, content.write)
@@ -120,7 +113,7 @@ class RemoteStore(Store):
     def _told_by_status(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
         """What an answer means, or that there was none; `permission` is the one that is lacking, if that is known."""
         if status == 404:
-            return ObjectMissingError(f"no object at {uri}") if self._bucket_exists() else self._no_bucket()
+            return ObjectMissingError(f"no object at {uri}")
         if status in (401, 403):
             lacking = f"no permission {permission}".rstrip()
             return NoPermissionError(f"{uri}: {lacking} ({reason}): grant the account in use {self._roles}")

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
 import random
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextvars import ContextVar
 from typing import Self, TypeVar
 
-from job.exits import BadRequestError, BucketAwayError, StoppedError
-from job.stop import NEVER, Stop, beat
+from job.exits import BucketAwayError, StoppedError
+from job.stop import NEVER, Stop, beat, seconds_of
 
 R = TypeVar("R")
 
-DEADLINE_SECONDS = 15.0
+PATIENCE_SECONDS = 15.0
 """How long a bucket may be away before an operation gives up, if nothing else is said: less than a lease lasts."""
 AWAY_VARIABLE = "DDPM_AWAY_SECONDS"
 AWAY_SECONDS = 900.0
@@ -25,18 +24,13 @@ SILENCE_SECONDS = 7.5
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 15.0
 
+_is_within_work = ContextVar("is_within_work", default=False)
+"""Whether this thread is inside work that is tried again as a whole."""
+
 
 def away_limit_seconds() -> float:
-    """How long a bucket may be away from work that has hours behind it: `DDPM_AWAY_SECONDS`, or a quarter of an hour.
-
-    Raises:
-        BadRequestError: the variable holds no such number.
-    """
-    text = os.environ.get(AWAY_VARIABLE, "")
-    with suppress(ValueError):
-        if not text or 0 <= float(text) < float("inf"):
-            return float(text or AWAY_SECONDS)
-    raise BadRequestError(f"{AWAY_VARIABLE}={text!r}: give the seconds that a bucket may be away, such as 900")
+    """How long a bucket may be away from work with hours behind it: `DDPM_AWAY_SECONDS`, or a quarter of an hour."""
+    return seconds_of(AWAY_VARIABLE, AWAY_SECONDS, "that a bucket may be away")
 
 
 class Retry:
@@ -47,18 +41,20 @@ class Retry:
     """
 
     def __init__(
-        self, limit_seconds: float | None = None, stop: Stop = NEVER, note: Callable[[str], None] = lambda _: None
+        self,
+        limit_seconds: float = PATIENCE_SECONDS,
+        stop: Stop = NEVER,
+        note: Callable[[str], None] = lambda _: None,
     ) -> None:
         """Knows of no outage yet.
 
         Args:
-            limit_seconds: how long the bucket may be away; `DEADLINE_SECONDS` if not given.
+            limit_seconds: how long the bucket may be away.
             stop: ends the waiting for a bucket that is away.
             note: told when the bucket goes away and when it is back; from any thread.
         """
-        self.limit_seconds = DEADLINE_SECONDS if limit_seconds is None else limit_seconds
-        self.stop = stop
-        self._outage = _Outage(self.limit_seconds, note)
+        self.limit_seconds, self.stop = limit_seconds, stop
+        self._outage = _Outage(limit_seconds, note)
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Gives up after `seconds`, or at `stop`, and shares what this one knows about an outage."""
@@ -91,14 +87,13 @@ class Retry:
             BucketAwayError: it was away for longer than the limit.
             StoppedError: `stop` said so while it was away.
         """
-        if _within_work.depth:
+        if _is_within_work.get():
             return work(*args)
         away_since, pause_seconds = float("inf"), FIRST_PAUSE_SECONDS
         while True:
-            asked_at = time.monotonic()
+            asked_at, outside = time.monotonic(), _is_within_work.set(True)
             try:
-                with _within_work:
-                    result = work(*args)
+                result = work(*args)
             except BucketAwayError as error:
                 now = time.monotonic()
                 # The silence counts that an attempt waited for, but not what it did before.
@@ -119,6 +114,8 @@ class Retry:
             else:
                 self._outage.ended()
                 return result
+            finally:
+                _is_within_work.reset(outside)
 
 
 class _Outage:
@@ -146,18 +143,3 @@ class _Outage:
             since, self._since, self._answered_at = self._since, None, time.monotonic()
         if since is not None:
             self.note(f"the bucket is back after {time.monotonic() - since:.0f} s")
-
-
-class _WithinWork(threading.local):
-    """Whether this thread is inside work that is tried again as a whole."""
-
-    depth = 0
-
-    def __enter__(self) -> None:
-        self.depth += 1
-
-    def __exit__(self, *_: object) -> None:
-        self.depth -= 1
-
-
-_within_work = _WithinWork()

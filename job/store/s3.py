@@ -23,40 +23,16 @@ from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from job.exits import BadRequestError, JobError, NoPermissionError
-from job.store.base import Entry, ObjectMissingError, is_key
+from job.store.base import Entry, ObjectMissingError
 from job.store.remote import CONNECTIONS, ByteRange, Head, RemoteStore, cause, content_type, damaged, encoded, one_line
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
 _LISTINGS_AT_ONCE = 16
 
-_NETWORK = (
-    boto.ConnectionError,
-    boto.HTTPClientError,
-    boto.IncompleteReadError,
-    ResponseParserError,
-    ConnectionError,
-    TimeoutError,
-)
-_CREDENTIALS = (
-    boto.NoAuthTokenError,
-    boto.NoCredentialsError,
-    boto.PartialCredentialsError,
-    boto.ProfileNotFound,
-    boto.SSOError,
-    boto.TokenRetrievalError,
-)
-_CREDENTIAL_CODES = {
-    "AuthorizationHeaderMalformed",
-    "ExpiredToken",
-    "InvalidAccessKeyId",
-    "InvalidToken",
-    "SignatureDoesNotMatch",
-    "TokenRefreshRequired",
-}
-_DAMAGED_CODES = {"BadDigest", "XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch"}
-_PASSING_CODES = {"ConditionalRequestConflict", "IncompleteBody", "OperationAborted", "RequestTimeout", "SlowDown"}
-_PERMISSION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
+_NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
+_LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
+_ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
 class S3Store(RemoteStore):
@@ -101,10 +77,9 @@ class S3Store(RemoteStore):
     def _head(self, key: str) -> Head:
         try:
             answer = self._client.head_object(**self._named(key))
-        except boto.ClientError as error:
-            if _http_status(error) in (400, 401, 403):
-                # A HEAD request is answered with a bare number; this one tells wrong keys from missing rights.
-                self._client.get_object(**self._named(key), Range="bytes=0-0")
+        except boto.ClientError:
+            # A HEAD request is answered with a bare number; this one says what it means.
+            self._client.get_object(**self._named(key))["Body"].close()
             raise
         return Head(answer["ContentLength"], answer["ETag"], answer["Metadata"].get(_CRC32C))
 
@@ -141,7 +116,7 @@ class S3Store(RemoteStore):
                 **condition,
             )
         except boto.ClientError as error:
-            if _http_status(error) == 412 or ("IfMatch" in condition and _code(error) == "NoSuchKey"):
+            if _code(error) == "PreconditionFailed" or ("IfMatch" in condition and _code(error) == "NoSuchKey"):
                 return None
             raise
         return str(answer["ETag"])
@@ -162,13 +137,11 @@ class S3Store(RemoteStore):
         ]
 
         def has_objects(name: str) -> bool:
-            page = self._client.list_objects_v2(Bucket=self._bucket, Prefix=f"{start}{name}/", MaxKeys=1)
-            return bool(page.get("Contents"))
+            return "Contents" in self._client.list_objects_v2(Bucket=self._bucket, Prefix=f"{start}{name}/", MaxKeys=1)
 
-        # Some servers go on listing a folder that was emptied.
-        names = [name for name in found if is_key(name)]
+        # SeaweedFS goes on listing a folder that was emptied.
         with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
-            return [name for name, there in zip(names, pool.map(has_objects, names), strict=True) if there]
+            return [name for name, there in zip(found, pool.map(has_objects, found), strict=True) if there]
 
     def _delete(self, key: str) -> None:
         self._client.delete_object(**self._named(key))
@@ -180,34 +153,43 @@ class S3Store(RemoteStore):
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
-    def _bucket_exists(self) -> bool:
-        try:
-            self._client.list_objects_v2(Bucket=self._bucket, MaxKeys=1)
-        except (boto.BotoCoreError, boto.ClientError, *_NETWORK) as error:
-            # Who may not list cannot tell.
-            return _http_status(error) != 404
-        return True
-
     def _told(self, error: Exception, uri: str) -> JobError | None:
-        if not isinstance(error, (boto.BotoCoreError, boto.ClientError, *_NETWORK)):
-            return None
-        status, code = _http_status(error), _code(error)
-        if code in _CREDENTIAL_CODES or isinstance(error, _CREDENTIALS):
-            return self._no_credentials(code or type(error).__name__)
-        if code in _DAMAGED_CODES:
-            return damaged(uri)
-        if code == "NoSuchBucket":
-            return self._no_bucket()
-        if code == "RequestTimeTooSkewed":
-            return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
-        if status == 412:
-            return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
-        if status is None and not isinstance(error, (*_NETWORK, boto.CredentialRetrievalError)):
-            return BadRequestError(f"{uri}: cannot be asked for ({_reason(error)}): check the AWS settings")
+        if isinstance(error, boto.ClientError):
+            return self._refusal(error, uri)
+        if isinstance(error, _LOCKED_OUT):
+            return self._no_credentials(type(error).__name__)
+        if isinstance(error, ResponseParserError):
+            # The answer itself is in its words.
+            return self._told_by_status(uri, None, "an answer that is not S3's")
+        if isinstance(error, (*_NO_ANSWER, boto.CredentialRetrievalError)):
+            return self._told_by_status(uri, None, cause(error))
+        if isinstance(error, boto.BotoCoreError):
+            return BadRequestError(f"{uri}: cannot be asked for ({cause(error)}): check the AWS settings")
+        return None
+
+    def _refusal(self, error: boto.ClientError, uri: str) -> JobError:
+        """What S3's word for an error means, or else its number."""
+        code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        reason = one_line(error.response["Error"].get("Message", "") or code)
+        match code:
+            case "NoSuchBucket":
+                return self._no_bucket()
+            case "ExpiredToken" | "InvalidToken" | "TokenRefreshRequired":
+                return self._no_credentials(code)
+            case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "AuthorizationHeaderMalformed":
+                return self._no_credentials(code)
+            case "RequestTimeTooSkewed":
+                return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
+            case "BadDigest" | "XAmzContentSHA256Mismatch" | "XAmzContentChecksumMismatch":
+                return damaged(uri)
+            case "PreconditionFailed":
+                return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+            case "ConditionalRequestConflict" | "IncompleteBody" | "OperationAborted" | "RequestTimeout" | "SlowDown":
+                return self._told_by_status(uri, None, reason)
         if status in (401, 403):
-            permission = _PERMISSION.search(str(error))
-            return self._told_by_status(uri, status, code, permission[0] if permission else "")
-        return self._told_by_status(uri, None if code in _PASSING_CODES else status, _reason(error))
+            action = _ACTION.search(str(error))
+            return self._told_by_status(uri, status, code, action[0] if action else "")
+        return self._told_by_status(uri, status, reason)
 
     def _no_credentials(self, reason: str) -> NoPermissionError:
         return NoPermissionError(
@@ -217,7 +199,7 @@ class S3Store(RemoteStore):
 
 
 class _Watched:
-    """A file that calls `report` at each read."""
+    """A file on its way up that calls `report` at each read."""
 
     def __init__(self, file: BinaryIO, report: Callable[[], None]) -> None:
         self._file, self._report = file, report
@@ -228,18 +210,6 @@ class _Watched:
         return self._file.read(size_bytes)
 
 
-def _http_status(error: BaseException) -> int | None:
-    """HTTP status of an answer; None if there was none."""
-    return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, boto.ClientError) else None
-
-
-def _code(error: BaseException) -> str:
-    """The word by which S3 knows an error, such as `NoSuchKey`; the answer to a HEAD request has the bare status."""
-    return error.response["Error"].get("Code", "") if isinstance(error, boto.ClientError) else ""
-
-
-def _reason(error: BaseException) -> str:
-    if isinstance(error, boto.ClientError):
-        return one_line(error.response["Error"].get("Message", "") or _code(error))
-    # The answer itself is in the message of a parser.
-    return "an answer that is not S3's" if isinstance(error, ResponseParserError) else cause(error)
+def _code(error: boto.ClientError) -> str:
+    """The word by which S3 knows an error, such as `NoSuchKey`."""
+    return str(error.response["Error"].get("Code", ""))
