@@ -239,4 +239,4 @@ def test_a_terminal_that_cannot_show_a_character_shows_its_escape(tmp_path):
     words = ("data", "pack", photos, "mine", "--size", 16, "--bucket", tmp_path / "bucket")
     out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
     assert "3 colour, 16\\xd716 pixels" in out
-    assert "made     from caf%e9.zip" in out
+    assert "made     from caf%E9.zip" in out
