@@ -34,7 +34,7 @@ from pydantic import BaseModel, ConfigDict
 from job.config_input import pack_config
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
-from job.data.images import Recipe, RejectedImageError, codec_versions, png, prepare
+from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
 from job.data.shards import (
     INDEX,
     PACKING,
@@ -414,7 +414,7 @@ class _Copying(_Packing):
     def _check(self, sample: Sample) -> _Checked:
         sha256 = hashlib.sha256(sample.content).digest()
         try:
-            return _Checked(sample.name, png=png(prepare(sample.content, self.recipe)), sha256=sha256)
+            return _Checked(sample.name, png=encode_png(prepare(sample.content, self.recipe)), sha256=sha256)
         except RejectedImageError as error:
             return _Checked(sample.name, str(error), sha256=sha256)
 

@@ -53,7 +53,7 @@ def verify_dataset(
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
                 table = source.read_table(number)
             with _noting(problems, source.uri(number)):
-                check = partial(_problem, source, number, source.verified(number, folder, table))
+                check = partial(_image_problem, source, number, source.verified(number, folder, table))
                 images = enumerate([] if table is None else table.tolist())
                 for row, problem in enumerate(in_order(workers, check, images, _IMAGES_AHEAD), start=1):
                     problems += problem
@@ -73,7 +73,7 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _problem(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
+def _image_problem(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
     """What is wrong with an image of a shard that is whole."""
     row, record = image
     try:

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from job.data.images import Recipe, RejectedImageError, decode, png, prepare
+from job.data.images import Recipe, RejectedImageError, decode, encode_png, prepare
 from job.exits import BadDataError, BadRequestError
 from tests.job.some_images import encoded, jpeg, picture
 
@@ -16,7 +16,7 @@ def recipe(size=8, crop="center", resize_filter="lanczos", channels=3, min_side=
 def pixels(file: bytes, channels=3, **options) -> np.ndarray:
     """Prepared, and unharmed by the way through a shard."""
     got = prepare(file, recipe(channels=channels, **options))
-    np.testing.assert_array_equal(decode(png(got), channels, len(got)), got)
+    np.testing.assert_array_equal(decode(encode_png(got), channels, len(got)), got)
     return got
 
 
