@@ -15,7 +15,7 @@ _REQUESTS: dict[Verb, type[TrainRequest | SampleRequest | PackRequest]] = {
     "sample": SampleRequest,
     "pack": PackRequest,
 }
-_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
+_REQUEST_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 """Parameters that a request calls otherwise."""
 
 
@@ -45,7 +45,7 @@ class ParsedCommand:
     def request(self) -> TrainRequest | SampleRequest | PackRequest:
         """What is asked for, not checked yet."""
         kind = _REQUESTS[self.verb]
-        values = {_FIELDS.get(name, name): value for name, value in self.values.items()}
+        values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}
         if kind is TrainRequest:
             values["sets"] = tuple(values["sets"] or ())
         return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})

@@ -14,7 +14,7 @@ import yaml
 
 from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends import backend_for
-from job.jobs.backends.base import Manifest, NoCapacityError
+from job.jobs.backends.base import JsonObject, NoCapacityError
 from job.jobs.backends.machines import gpus_of
 from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
@@ -109,7 +109,7 @@ def _ask(spec: JobSpec) -> None:
         raise BadRequestError(f"{spec.name} is not submitted")
 
 
-def formatted(manifests: Sequence[Manifest], output: str = "") -> str:
+def formatted(manifests: Sequence[JsonObject], output: str = "") -> str:
     """Manifests as text: a stream of YAML documents, or of JSON objects, as `kubectl apply -f -` takes both.
 
     Raises:

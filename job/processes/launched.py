@@ -21,7 +21,7 @@ LOST_PEER = 68
 """Exit code of a rank that ended only because another one went away. It never leaves the launcher."""
 
 _PR_SET_PDEATHSIG = 1
-_AWAY = re.compile(
+_PEER_IS_AWAY = re.compile(
     r"(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
     r"|remote process exited|communicator was aborted",
     re.IGNORECASE,
@@ -64,6 +64,6 @@ def lost_peer(error: BaseException) -> str:
     # Gloo raises bare RuntimeErrors that begin with its source file.
     is_distributed = isinstance(error, dist.DistError) or "gloo" in str(error)
     text = " ".join(str(error).split())
-    if not (is_distributed and _AWAY.search(text)):
+    if not (is_distributed and _PEER_IS_AWAY.search(text)):
         return ""
     return re.sub(r"^\[\S+\] ", "", text).split(". ")[0][:200]

@@ -20,7 +20,7 @@ from job.stop import NEVER, Stop
 from job.store.files import os_errors
 from job.store.retry import Retry
 
-R = TypeVar("R")
+T = TypeVar("T")
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -191,11 +191,11 @@ class Store(abc.ABC):
         """
         return
 
-    def _attempt(self, work: Callable[..., R], key: str, *args: Any) -> R:
+    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
         """Does `work(key, *args)` with this store's patience, and tells what goes wrong as a `JobError`."""
         uri = f"{self.uri.rstrip('/')}/{key}".rstrip("/")
 
-        def attempt() -> R:
+        def attempt() -> T:
             # What the disk says is about the file on it, if one is up- or downloaded.
             with os_errors(next((arg for arg in args if isinstance(arg, Path)), uri)):
                 try:

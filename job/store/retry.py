@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 from job.exits import BucketAwayError, StoppedError
 from job.stop import NEVER, Stop, beat, seconds_of
 
-R = TypeVar("R")
+T = TypeVar("T")
 
 PATIENCE_SECONDS = 15.0
 """How long a bucket may be away before an operation gives up, if nothing else is said: less than a lease lasts."""
@@ -80,7 +80,7 @@ class Retry:
         beat()
         self.stop.check(f"while {uri} was on its way")
 
-    def __call__(self, work: Callable[..., R], *args: object) -> R:
+    def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which must bear repetition, until the bucket is there for all of it.
 
         Raises:

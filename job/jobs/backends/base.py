@@ -14,7 +14,7 @@ from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
 from job.progress import note
 
-Manifest = dict[str, Any]
+JsonObject = dict[str, Any]
 """What is sent to an engine, as JSON types."""
 IMAGE_USER = 10001
 """User and group of the image, for jobs that touch no file of the machine they run on."""
@@ -143,7 +143,7 @@ class Backend(abc.ABC):
         self.target = target
 
     @abc.abstractmethod
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         """All that `submit` sends, in order. Pure: equal specs give equal manifests.
 
         Raises:
@@ -215,7 +215,7 @@ class Backend(abc.ABC):
         """
 
     @abc.abstractmethod
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """What the engine itself holds about the job.
 
         Raises:

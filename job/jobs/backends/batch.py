@@ -14,7 +14,7 @@ from datetime import datetime
 
 from job.exits import BadRequestError, retried
 from job.jobs.backends import google, google_jobs
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, runs_already, severity
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, cancelled, runs_already, severity
 from job.jobs.backends.google import Answer, GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -60,7 +60,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         """See `Backend.submit`. Batch takes every job, and looks for machines afterwards: see `JobStatus.message`."""
         (manifest,) = self.render(spec)
         while before := self.find(spec.name):
-            if not _job_state(before[0]).is_over and not _is_ending(before[0]):
+            if not _job_state(before[0]).is_over and not _is_being_ended(before[0]):
                 raise runs_already(spec.name, f"in {_region(before[0])}")
             self._delete(before[0])
         self._apis.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
@@ -101,11 +101,11 @@ class BatchBackend(google_jobs.GoogleBackend):
         found = self.known(name)[0]
         if _job_state(found).is_over:
             raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
-        if not _is_ending(found):
+        if not _is_being_ended(found):
             self._apis.ask(f"POST batch/{found['name']}:cancel", {})
         return cancelled(_job_state(found))
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """See `Backend.describe`: the job, and its tasks."""
         found = self.known(name)[0]
         return {**found, "tasks": self._tasks(found)}
@@ -136,7 +136,7 @@ class BatchBackend(google_jobs.GoogleBackend):
             for _ in self.patience(found["name"]):
                 self._apis.ask(f"GET batch/{found['name']}")
 
-    def requests_for(self, spec: JobSpec, machine: Machine) -> list[Manifest]:
+    def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""
         if spec.max_hours > 14 * 24:
             raise BadRequestError(f"--max-hours {spec.max_hours:g}: Batch runs nothing for longer than 336 hours")
@@ -156,9 +156,9 @@ class BatchBackend(google_jobs.GoogleBackend):
             }
         ]
 
-    def _allocation(self, spec: JobSpec, machine: Machine) -> Manifest:
+    def _allocation(self, spec: JobSpec, machine: Machine) -> JsonObject:
         target = self.target
-        policy: Manifest = {
+        policy: JsonObject = {
             "machineType": machine.machine_type,
             "provisioningModel": "SPOT" if spec.spot else "STANDARD",
             "bootDisk": {
@@ -170,7 +170,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         }
         if machine.extra:
             policy["accelerators"] = [{"type": machine.gpu_type, "count": str(machine.gpus)}]
-        allocation: Manifest = {
+        allocation: JsonObject = {
             "location": {"allowedLocations": [f"regions/{self.place}"]},
             "instances": [{"policy": policy, "installGpuDrivers": bool(machine.gpus), "blockProjectSshKeys": True}],
             "labels": spec.all_labels,
@@ -183,7 +183,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         return allocation
 
 
-def _task(spec: JobSpec, machine: Machine) -> Manifest:
+def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     resources = {}
     if machine.shape:
         cpus, memory_mib = machine.shape
@@ -233,7 +233,7 @@ def _failure_of(task: Answer) -> int:
 
 
 def _batch_message(found: Answer, state: State) -> str:
-    if _is_ending(found):
+    if _is_being_ended(found):
         return "it is being ended"
     events = [str(event.get("description", "")) for event in _status_events(found)]
     if state is State.FAILED and events:
@@ -246,7 +246,7 @@ def _job_state(found: Answer) -> State:
     return _BATCH_STATES.get(found["status"].get("state", ""), State.WAITING)
 
 
-def _is_ending(found: Answer) -> bool:
+def _is_being_ended(found: Answer) -> bool:
     return str(found["status"].get("state", "")).endswith("_IN_PROGRESS")
 
 

@@ -25,7 +25,7 @@ from job.jobs.backends.base import (
     IMAGE_USER,
     Backend,
     JobStatus,
-    Manifest,
+    JsonObject,
     State,
     cancelled,
     check_one_machine,
@@ -181,7 +181,7 @@ class ContainerBackend(Backend):
         super().__init__(target)
         self._host = host or Host.look(target.engine)
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         """The one command; in the background `--detach` comes before its image."""
         return [{"name": spec.name, "command": run_command(spec, self.target, self._host)}]
 
@@ -251,7 +251,7 @@ class ContainerBackend(Backend):
             self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ENGINE_ANSWER_SECONDS)
         return cancelled(status.state)
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """What the engine's `inspect` tells."""
         if (found := self._inspect(name)) is None:
             raise MissingInputError(

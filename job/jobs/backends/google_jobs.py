@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import ClassVar, Self
 
 from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, MissingInputError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State
+from job.jobs.backends.base import Backend, JobStatus, JsonObject, State
 from job.jobs.backends.google import QUOTA_PAGE, Answer, GoogleApis
 from job.jobs.backends.machines import Machine, machine_for
 from job.jobs.checks import Check, looked_at, unchecked_image
@@ -65,7 +65,7 @@ class GoogleBackend(Backend):
         """See `Backend.elsewhere`."""
         return type(self)(self.target, self._number + 1) if self._number + 1 < len(self._places) else None
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         """See `Backend.render`: the bodies of the requests that make the job in the place of this backend."""
         target = self.target
         if spec.nodes > 1:
@@ -85,7 +85,7 @@ class GoogleBackend(Backend):
         return self.requests_for(spec, machine)
 
     @abc.abstractmethod
-    def requests_for(self, spec: JobSpec, machine: Machine) -> list[Manifest]:
+    def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `render`, for a job that both engines could run."""
 
     @abc.abstractmethod

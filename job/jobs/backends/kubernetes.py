@@ -8,7 +8,7 @@ from contextlib import suppress
 from typing import cast
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Backend, JobStatus, Manifest, State, cancelled
+from job.jobs.backends.base import Backend, JobStatus, JsonObject, State, cancelled
 from job.jobs.backends.kubernetes_api import (
     JOB_KIND,
     JOB_SET_KIND,
@@ -48,7 +48,7 @@ class KubernetesBackend(Backend):
         self._target = cast("KubernetesTarget", target)
         self._api = ClusterApi(self._target)
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         """A Job, or a JobSet for several nodes; `kubectl apply -f` takes it as well."""
         return [manifest(spec, self._target)]
 
@@ -87,7 +87,7 @@ class KubernetesBackend(Backend):
     def jobs(self) -> list[JobStatus]:
         """All jobs with this program's label, newest first."""
         selector = f"app={LABEL_PREFIX}"
-        pods: dict[str, list[Manifest]] = {}
+        pods: dict[str, list[JsonObject]] = {}
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = self._api.all_with(JOB_KIND, selector) + self._api.all_with(JOB_SET_KIND, selector)
@@ -115,7 +115,7 @@ class KubernetesBackend(Backend):
             self._api.delete(kind, name, there["metadata"]["uid"])
         return status.message if status.state is State.CANCELLED else cancelled(status.state)
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """The object, its pods and their events."""
         (_, job), pods = self._named(name)[0], self._pods(name)
         events = [event for about in (job, *pods) for event in self._api.events(about["metadata"]["name"])]
@@ -144,11 +144,11 @@ class KubernetesBackend(Backend):
                 yield Check(name, True, f"not looked at: {error}") if is_hidden else Check.of_error(name, error)
         yield unchecked_image(self._target.image)
 
-    def _all_named(self, name: str) -> list[tuple[Kind, Manifest]]:
+    def _all_named(self, name: str) -> list[tuple[Kind, JsonObject]]:
         found = [(kind, self._api.get(kind, name)) for kind in (JOB_KIND, JOB_SET_KIND)]
         return [(kind, job) for kind, job in found if job is not None]
 
-    def _named(self, name: str) -> list[tuple[Kind, Manifest]]:
+    def _named(self, name: str) -> list[tuple[Kind, JsonObject]]:
         """See `_all_named`; there is one at least."""
         found = self._all_named(name)
         if not found:
@@ -156,10 +156,10 @@ class KubernetesBackend(Backend):
             raise MissingInputError(f"there is no job {name!r} {where}: `ddpm jobs list` shows those there are")
         return found
 
-    def _pods(self, name: str) -> list[Manifest]:
+    def _pods(self, name: str) -> list[JsonObject]:
         return self._api.pods(f"ddpm-job={name}")
 
-    def _look(self, name: str) -> tuple[JobStatus, list[Manifest]]:
+    def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
         """How a job is going, and its pods."""
         found = self._all_named(name)
         if not found:
@@ -174,7 +174,7 @@ class KubernetesBackend(Backend):
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
         return observed_status(job, pods, events, parts), pods
 
-    def _is_alive(self, job: Manifest) -> BadRequestError:
+    def _is_alive(self, job: JsonObject) -> BadRequestError:
         name = job["metadata"]["name"]
         return BadRequestError(
             f"job {name!r} is there and {self.status(name).state} in namespace {self._target.namespace!r}: follow it "

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from job.exits import BadConfigError, BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Manifest
+from job.jobs.backends.base import JsonObject
 from job.jobs.backends.kubernetes_manifests import CONTAINER
 from job.jobs.targets import KubernetesTarget
 
@@ -70,14 +70,14 @@ class ClusterApi:
         """Its address."""
         return str(self._client.configuration.host)
 
-    def create(self, kind: Kind, manifest: Manifest) -> None:
+    def create(self, kind: Kind, manifest: JsonObject) -> None:
         """Creates an object; the server refuses fields that it does not know."""
         self._objects("create", kind, manifest, field_validation="Strict")
 
-    def get(self, kind: Kind, name: str) -> Manifest | None:
+    def get(self, kind: Kind, name: str) -> JsonObject | None:
         """An object; None if there is none of this name, or no such kind."""
         with suppress(NoSuchObjectError):
-            found: Manifest = self._objects("get", kind, name)
+            found: JsonObject = self._objects("get", kind, name)
             return found
         return None
 
@@ -88,7 +88,7 @@ class ClusterApi:
             return True
         return False
 
-    def all_with(self, kind: Kind, selector: str) -> list[Manifest]:
+    def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
         """The objects with these labels; none if there is no such kind."""
         with suppress(NoSuchObjectError):
             return list(self._objects("list", kind, label_selector=selector)["items"])
@@ -101,12 +101,12 @@ class ClusterApi:
         with suppress(NoSuchObjectError, ObjectConflictError):
             self._objects("delete", kind, name, body=options)
 
-    def pods(self, selector: str) -> list[Manifest]:
+    def pods(self, selector: str) -> list[JsonObject]:
         """The pods with these labels, oldest first."""
         pods = self.read("list_namespaced_pod", label_selector=selector)["items"]
         return sorted(pods, key=lambda pod: (pod["metadata"].get("creationTimestamp", ""), pod["metadata"]["name"]))
 
-    def events(self, name: str) -> list[Manifest]:
+    def events(self, name: str) -> list[JsonObject]:
         """What controllers said about an object, oldest first; nothing for who may not see it."""
         about = f"involvedObject.name={name}"
         with suppress(NoPermissionError):
@@ -114,10 +114,10 @@ class ClusterApi:
             return sorted(found, key=lambda event: event.get("lastTimestamp") or event.get("eventTime") or "")
         return []
 
-    def read(self, call: str, *names: str, **options: Any) -> Manifest:
+    def read(self, call: str, *names: str, **options: Any) -> JsonObject:
         """What a method of the client's CoreV1Api reads in the namespace, such as `list_namespaced_pod`."""
         answer = self._ask("CoreV1Api", call, *names, self.namespace, _preload_content=False, **options)
-        parsed: Manifest = json.loads(answer.data)
+        parsed: JsonObject = json.loads(answer.data)
         return parsed
 
     def may(self, verb: str, group: str, resource: str, part: str = "") -> bool:

@@ -10,7 +10,7 @@ from functools import partial
 from itertools import dropwhile
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError
-from job.jobs.backends.base import Cause, JobStatus, Manifest
+from job.jobs.backends.base import Cause, JobStatus, JsonObject
 from job.jobs.backends.kubernetes_api import ClusterApi, NoSuchObjectError
 from job.jobs.backends.kubernetes_status import has_ended, index_of, is_running
 
@@ -18,10 +18,10 @@ PODS_POLL_SECONDS = 2.0
 """How often a job that is followed is asked for new pods."""
 LAST_LINES_SECONDS = 20.0
 """How long the output of a job that is over may take to come."""
-Observe = Callable[[], tuple[JobStatus, list[Manifest]]]
+Observe = Callable[[], tuple[JobStatus, list[JsonObject]]]
 
 
-def past_lines(api: ClusterApi, pods: list[Manifest], numbered: bool) -> Iterator[str]:
+def past_lines(api: ClusterApi, pods: list[JsonObject], numbered: bool) -> Iterator[str]:
     """What was printed until now, pod after pod; if `numbered`, with a pod's index before each line.
 
     Raises:
@@ -50,7 +50,7 @@ class Follower:
         self._api, self._look, self._numbered = api, look, numbered
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._readers: dict[str, threading.Thread] = {}
-        self._pods: dict[str, Manifest] = {}
+        self._pods: dict[str, JsonObject] = {}
         """Those there are now, by their UIDs."""
         self._stopped = threading.Event()
 
@@ -92,7 +92,7 @@ class Follower:
     def _is_reading(self) -> bool:
         return any(reader.is_alive() for reader in self._readers.values())
 
-    def _read(self, uid: str, pod: Manifest) -> None:
+    def _read(self, uid: str, pod: JsonObject) -> None:
         last = ""
         while not self._stopped.is_set() and (now := self._pods.get(uid)) is not None:
             # Once more after the end: the last lines may have come after a connection broke off.
@@ -121,6 +121,6 @@ def _was_read(last: str, line: str) -> bool:
     return moments[0] <= moments[1]
 
 
-def _shown_line(line: str, pod: Manifest, numbered: bool) -> str:
+def _shown_line(line: str, pod: JsonObject, numbered: bool) -> str:
     text = line.partition(" ")[2]
     return f"[{index_of(pod)}] {text}" if numbered else text

@@ -13,7 +13,7 @@ import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
-from job.jobs.backends.base import IMAGE_USER, Manifest
+from job.jobs.backends.base import IMAGE_USER, JsonObject
 from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
@@ -46,7 +46,7 @@ TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
 LONGEST_POD_NAME = 63
 
 
-def manifest(spec: JobSpec, target: KubernetesTarget) -> Manifest:
+def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     """The one object that `spec` is on a cluster; equal arguments give equal manifests.
 
     Raises:
@@ -65,7 +65,7 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> Manifest:
         labels |= {QUEUE_LABEL: target.queue, QUEUE_SECONDS_LABEL: str(spec.max_seconds)}
         waits = {"suspend": True}
     own = _job_set_spec(spec, target) if is_set else _job_spec(spec, target)
-    made: Manifest = {
+    made: JsonObject = {
         "apiVersion": "jobset.x-k8s.io/v1alpha2" if is_set else "batch/v1",
         "kind": "JobSet" if is_set else "Job",
         "metadata": {"name": spec.name, "namespace": target.namespace, "labels": labels},

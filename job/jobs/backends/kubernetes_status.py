@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from job.exits import TABLE, Exit, retried
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, severity
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, severity
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -15,7 +15,7 @@ _OUT_OF_TIME = "DeadlineExceeded"
 
 
 def observed_status(
-    job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest] = (), parts: Sequence[Manifest] = ()
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), parts: Sequence[JsonObject] = ()
 ) -> JobStatus:
     """How a Job or a JobSet is going.
 
@@ -42,38 +42,38 @@ def observed_status(
     )
 
 
-def is_over(job: Manifest) -> bool:
+def is_over(job: JsonObject) -> bool:
     """Whether it has ended for good."""
     return _condition(job, "Complete", "Completed", "Failed") is not None
 
 
-def is_suspended(job: Manifest) -> bool:
+def is_suspended(job: JsonObject) -> bool:
     """Whether it waits for somebody, such as a queue, to let it begin or go on."""
     return _condition(job, "Suspended") is not None or bool(job["spec"].get("suspend"))
 
 
-def is_being_deleted(job: Manifest) -> bool:
+def is_being_deleted(job: JsonObject) -> bool:
     """Whether it only waits for its pods to end."""
     return bool(job["metadata"].get("deletionTimestamp"))
 
 
-def is_running(pod: Manifest) -> bool:
+def is_running(pod: JsonObject) -> bool:
     """Whether the program runs in it."""
     return "running" in _container_state(pod)
 
 
-def has_ended(pod: Manifest) -> bool:
+def has_ended(pod: JsonObject) -> bool:
     """Whether nothing more comes from it."""
     return _end_of(pod) is not None or pod.get("status", {}).get("phase") in ("Succeeded", "Failed")
 
 
-def index_of(pod: Manifest) -> int:
+def index_of(pod: JsonObject) -> int:
     """The node or slice that a pod is."""
     return int(pod["metadata"].get("annotations", {}).get(INDEX_ANNOTATION) or 0)
 
 
 def _state_and_cause(
-    job: Manifest, pods: Sequence[Manifest], events: Sequence[Manifest], parts: Sequence[Manifest]
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], parts: Sequence[JsonObject]
 ) -> tuple[State, str, Cause | None]:
     """State, message and cause."""
     if is_being_deleted(job):
@@ -109,32 +109,32 @@ def _state_and_cause(
     return State.WAITING, "has no pod yet", None
 
 
-def _condition(thing: Manifest, *types: str, status: str = "True") -> Any:
+def _condition(thing: JsonObject, *types: str, status: str = "True") -> Any:
     """The condition of one of these types that has this status; None if there is none."""
     conditions = thing.get("status", {}).get("conditions") or []
     return next((c for c in conditions if c.get("type") in types and c.get("status") == status), None)
 
 
-def _container_state(pod: Manifest) -> Any:
+def _container_state(pod: JsonObject) -> Any:
     """What Kubernetes says about the program in a pod, under `waiting`, `running` or `terminated`."""
     containers = pod.get("status", {}).get("containerStatuses") or []
     return next((c.get("state") for c in containers if c.get("name") == CONTAINER), None) or {}
 
 
-def _waiting_reason(pod: Manifest) -> str:
+def _waiting_reason(pod: JsonObject) -> str:
     return str((_container_state(pod).get("waiting") or {}).get("reason", ""))
 
 
-def _end_of(pod: Manifest) -> Any:
+def _end_of(pod: JsonObject) -> Any:
     """How the program ended (`exitCode`, `reason`, `message`, `finishedAt`); None while it has not."""
     return _container_state(pod).get("terminated")
 
 
-def _node_of(pod: Manifest) -> str:
+def _node_of(pod: JsonObject) -> str:
     return str(pod["spec"].get("nodeName", ""))
 
 
-def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
+def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     status = job.get("status", {})
     if job.get("kind") == "JobSet":
         return int(status.get("restarts") or 0) + bool(pods)
@@ -145,7 +145,7 @@ def _attempts(job: Manifest, pods: Sequence[Manifest]) -> int:
     return started + (len(placed) < len(pods))
 
 
-def _queue_ended_it(events: Sequence[Manifest]) -> bool:
+def _queue_ended_it(events: Sequence[JsonObject]) -> bool:
     """Whether Kueue stopped it for good, for `max-exec-time-seconds`; the Job itself only says that it is suspended.
 
     See pkg/controller/jobframework/reconciler.go of Kueue, which passes the workload's reason on as an event.
@@ -154,18 +154,18 @@ def _queue_ended_it(events: Sequence[Manifest]) -> bool:
     return bool(stops) and "maximum execution time" in stops[-1]
 
 
-def _failures(pods: Sequence[Manifest]) -> list[Manifest]:
+def _failures(pods: Sequence[JsonObject]) -> list[JsonObject]:
     """How the programs ended that did not finish, oldest first."""
     ends = [end for pod in pods if (end := _end_of(pod)) is not None and end.get("exitCode") != Exit.FINISHED]
     return sorted(ends, key=lambda end: end.get("finishedAt") or "")
 
 
-def _decisive_end(pods: Sequence[Manifest]) -> Manifest | None:
+def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
     """What made a job fail: of a group, the others are stopped, and end with 75, after one ended for good."""
     return max(reversed(_failures(pods)), key=lambda end: severity(retried(int(end["exitCode"]))), default=None)
 
 
-def _why_failed(condition: Manifest, pods: Sequence[Manifest]) -> str:
+def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
     reason, said = condition.get("reason", ""), _in_a_line(condition.get("message"))
     if reason == _OUT_OF_TIME:
         return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
@@ -174,7 +174,7 @@ def _why_failed(condition: Manifest, pods: Sequence[Manifest]) -> str:
     return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"
 
 
-def _ending_in_words(ended: Manifest) -> str:
+def _ending_in_words(ended: JsonObject) -> str:
     """`exit code 78 (the configuration is not valid …): its last line`."""
     code = int(ended["exitCode"])
     meaning = TABLE[Exit(code)].text if code in TABLE else "a signal" if code > 128 else "a crash"
@@ -184,7 +184,7 @@ def _ending_in_words(ended: Manifest) -> str:
     return f"exit code {code} ({meaning})" + (f": {lines[-1].strip()}" if lines else "")
 
 
-def _how_running(living: Sequence[Manifest], pods: Sequence[Manifest]) -> str:
+def _how_running(living: Sequence[JsonObject], pods: Sequence[JsonObject]) -> str:
     waiting = [pod for pod in living if not is_running(pod)]
     parts = []
     if waiting:
@@ -195,7 +195,7 @@ def _how_running(living: Sequence[Manifest], pods: Sequence[Manifest]) -> str:
     return "; ".join(parts)
 
 
-def _why_waiting(pod: Manifest) -> str:
+def _why_waiting(pod: JsonObject) -> str:
     reason = _waiting_reason(pod)
     said = _in_a_line((_container_state(pod).get("waiting") or {}).get("message"))
     if reason in NO_IMAGE_REASONS:

@@ -28,7 +28,7 @@ from job.jobs.backends.base import (
     FOLLOW_POLL_SECONDS,
     Backend,
     JobStatus,
-    Manifest,
+    JsonObject,
     State,
     cancelled,
     check_one_machine,
@@ -76,7 +76,7 @@ class LocalRecord:
 class LocalBackend(Backend):
     """Jobs that are processes of this machine; those in the background are remembered in the cache folder."""
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         """The one command, and its variables."""
         check_one_machine(spec, self.target)
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
@@ -148,7 +148,7 @@ class LocalBackend(Backend):
             process.terminate()
         return cancelled(State.RUNNING)
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """The job's record, and where its output is."""
         return {**asdict(_existing(name)), "log": str(_log_path(name))}
 

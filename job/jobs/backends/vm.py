@@ -18,7 +18,7 @@ from pathlib import Path
 
 from job.exits import JobError, MissingInputError, retried
 from job.jobs.backends import google, google_jobs
-from job.jobs.backends.base import Cause, JobStatus, Manifest, State, cancelled, runs_already, severity
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, cancelled, runs_already, severity
 from job.jobs.backends.google import Answer, GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
@@ -116,7 +116,7 @@ class VmBackend(google_jobs.GoogleBackend):
         self._delete(machines)
         return cancelled(vm_status(name, machines, {}).state)
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         """See `Backend.describe`: the instances of the job."""
         return {"instances": self.known(name)}
 
@@ -172,11 +172,11 @@ class VmBackend(google_jobs.GoogleBackend):
                 status = operation.get("httpErrorStatusCode", 400)
                 raise google.refusal(status, reason, f"machine {machine} in {zone}", self.target.project)
 
-    def requests_for(self, spec: JobSpec, machine: Machine) -> list[Manifest]:
+    def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: bodies of `instances.insert`, one, or one for each slice."""
         return [self._instance(spec, machine, number) for number in range(spec.machines)]
 
-    def _instance(self, spec: JobSpec, machine: Machine, number: int) -> Manifest:
+    def _instance(self, spec: JobSpec, machine: Machine, number: int) -> JsonObject:
         target, zone = self.target, self.place
         labels = {JOB_LABEL: spec.name, SLICE_LABEL: str(number), SLICES_LABEL: str(spec.slices)}
         variables = google_jobs.container_variables(spec)
@@ -197,12 +197,12 @@ class VmBackend(google_jobs.GoogleBackend):
             "diskType": f"zones/{zone}/diskTypes/{machine.disk_type}",
             "labels": spec.all_labels,
         }
-        interface: Manifest = {**google_jobs.network_of(target, zone.rpartition("-")[0]), "nicType": "GVNIC"}
+        interface: JsonObject = {**google_jobs.network_of(target, zone.rpartition("-")[0]), "nicType": "GVNIC"}
         if len(interface) == 1:
             # Who names a network has one that reaches Google without external addresses; the default one does not.
             external = {"type": "ONE_TO_ONE_NAT", "name": "External NAT"}
             interface |= {"network": "global/networks/default", "accessConfigs": [external]}
-        instance: Manifest = {
+        instance: JsonObject = {
             "name": _machine_name(spec, number),
             "description": f"ddpm {spec.verb}, job {spec.name}",
             "machineType": f"zones/{zone}/machineTypes/{machine.machine_type}",

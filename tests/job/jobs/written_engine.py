@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from job.exits import JobError
-from job.jobs.backends.base import Backend, Cause, JobStatus, Manifest, NoCapacityError, State
+from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, NoCapacityError, State
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
 from tests.job.jobs.story import watched
@@ -73,7 +73,7 @@ class Place(Backend):
     def elsewhere(self) -> Backend | None:
         return Place(self.engine, self.rest) if self.rest else None
 
-    def render(self, spec: JobSpec) -> list[Manifest]:
+    def render(self, spec: JobSpec) -> list[JsonObject]:
         return [{}]
 
     def submit(self, spec: JobSpec) -> None:
@@ -114,5 +114,5 @@ class Place(Backend):
         self.engine.cancelled.append(self.name)
         return "was told to stop"
 
-    def describe(self, name: str) -> Manifest:
+    def describe(self, name: str) -> JsonObject:
         return {}
