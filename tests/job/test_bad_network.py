@@ -340,11 +340,9 @@ def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
         losing(write, lambda: store.replace("key", b"newest", str(version)))
     losing(write, lambda: store.put("put", b"1"))
     losing(write, lambda: store.upload(small, "small"))
-    losing("^PUT", lambda: store.upload(large, "large"))
-    losing("^POST" if bucket.startswith("gs://") else "^PUT", lambda: store.upload(large, "larger"))
-    for key in ("large", "larger"):
-        store.download(key, tmp_path / "out")
-        assert (tmp_path / "out").read_bytes() == large.read_bytes()
+    losing(write, lambda: store.upload(large, "large"))
+    store.download("large", tmp_path / "out")
+    assert (tmp_path / "out").read_bytes() == large.read_bytes()
     large.write_bytes(small.read_bytes()[::-1])
     with pytest.raises(ObjectExistsError):
         losing(write, lambda: store.upload(large, "small"))

@@ -74,7 +74,7 @@ def test_what_is_asked_about_a_job_that_nobody_knows():
         assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
         assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
         line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
-        assert "--targets no.yaml is not there" in line
+        assert "--targets no.yaml: No such file" in line
 
 
 def test_a_description_is_what_the_engine_holds(failed):

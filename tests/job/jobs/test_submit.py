@@ -33,7 +33,7 @@ REFUSED = [
     ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
     ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
     ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
-    ("train --dataset a --on gke --targets no.yaml", 66, "--targets no.yaml: No such file or directory: check the path"),
+    ("train --dataset a --on gke --targets no.yaml", 66, "--targets no.yaml: No such file or directory"),
     ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
     ("train --dataset a --nodes 2", 64, "--nodes 2 needs several machines"),
     ("sample --run a --count 9 --slices 2", 64, "--slices 2 needs several machines"),

@@ -71,7 +71,7 @@ def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_
 
 
 def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
-    with pytest.raises(MissingInputError, match=r"--targets no\.yaml is not there"):
+    with pytest.raises(MissingInputError, match=r"--targets no\.yaml: No such file"):
         load_targets(Path("no.yaml"))
     Path("b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadConfigError, match="is not valid YAML"):
@@ -80,7 +80,7 @@ def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
     with pytest.raises(BadRequestError, match="f: Is a directory"):
         load_targets(Path("f"))
     monkeypatch.setenv("DDPM_TARGETS", "neither.yaml")
-    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither\.yaml is not there"):
+    with pytest.raises(MissingInputError, match=r"DDPM_TARGETS neither\.yaml: No such file"):
         load_targets()
 
 
