@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
 from job.runs.checkpoints import newest_good
-from job.runs.layout import SAMPLES, ObjectKind, located
+from job.runs.layout import SAMPLES, ObjectKind, places_in
 from job.runs.metrics import Row, read_rows
 from job.store import Store
 
@@ -64,7 +64,11 @@ def read_ending(run: Store) -> Ending:
         hashes,
         manifest.loss_sums,
         read_rows(run, manifest.metric_segments),
-        {entry.key: _pixels_sha256(run.read(entry.key).data) for entry in run.list(SAMPLES) if _is_picture(entry.key)},
+        {
+            key: _pixels_sha256(run.read(key).data)
+            for key, place in places_in(run, SAMPLES).items()
+            if place.kind is ObjectKind.PICTURE
+        },
     )
 
 
@@ -78,11 +82,6 @@ def saved_images(run: Store) -> dict[str, str]:
         elif name == "index.json":
             listed = {piece["name"]: piece["sha256"] for piece in json.loads(run.read(entry.key).data)["pieces"]}
     return pieces if pieces == listed else {}
-
-
-def _is_picture(key: str) -> bool:
-    place = located(key)
-    return place is not None and place.kind is ObjectKind.PICTURE
 
 
 def _pixels_sha256(data: bytes) -> str:

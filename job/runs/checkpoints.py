@@ -14,31 +14,27 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located
-from job.runs.records import attempt_id
-from job.sealed import SHA256_PATTERN, Sealed
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
+from job.runs.records import RunRecord, attempt_id
+from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
-PARALLEL_READS = 16
-"""Small objects that are read at a time."""
 
 
-class FileRecord(BaseModel):
+class FileRecord(Part):
     """One file of a checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
     bytes: int = Field(gt=0)
@@ -50,10 +46,8 @@ class FileRecord(BaseModel):
         return self.name.partition("-")[0]
 
 
-class MetricSegment(BaseModel):
+class MetricSegment(Part):
     """Metric rows up to this checkpoint and since the one before, in an object of their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: str = Field(pattern=r"^\d{6}-\d{12}$")
     sha256: str = Field(pattern=SHA256_PATTERN)
@@ -70,7 +64,7 @@ class MetricSegment(BaseModel):
         return ObjectKind.EVENTS.key(checkpoint=self.name)
 
 
-class Manifest(Sealed):
+class Manifest(RunRecord):
     """What was committed. Its existence is the commit."""
 
     format: int = Field(default=1, ge=1, le=1)
@@ -89,6 +83,10 @@ class Manifest(Sealed):
     def ref(self) -> CheckpointRef:
         """Its place in the order."""
         return CheckpointRef(self.fence, self.images_seen)
+
+    def is_at(self, place: Located) -> bool:
+        """In the folder of its checkpoint."""
+        return self.ref == place.checkpoint
 
     @property
     def objects(self) -> dict[str, str]:
@@ -117,8 +115,8 @@ def commit_manifest(run: Store, manifest: Manifest) -> None:
 
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """All committed checkpoints, oldest first."""
-    found = (located(entry.key) for entry in run.list(CHECKPOINTS))
-    return sorted(place.checkpoint for place in found if place and place.kind is ObjectKind.MANIFEST)
+    places = places_in(run, CHECKPOINTS).values()
+    return sorted(place.checkpoint for place in places if place.kind is ObjectKind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
@@ -134,11 +132,9 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         BadDataError: it is rotten, or not the one of this place, or another run's, moved or copied here.
         ObjectMissingError: it is gone.
     """
-    manifest, uri = Manifest.load(run, ref.manifest_key), run.uri_of(ref.manifest_key)
-    if manifest.ref != ref:
-        raise BadDataError(f"{uri} belongs to {manifest.ref.key}")
+    manifest = Manifest.load(run, ref.manifest_key)
     if attempt_id(run, ref.fence) not in ("", manifest.attempt):
-        raise BadDataError(f"{uri} was not written by attempt {ref.fence} of this run")
+        raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
 
@@ -160,12 +156,11 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
 
 def is_there(run: Store, ref: CheckpointRef) -> bool:
     """Whether a checkpoint's manifest is sound and its files have the sizes that it says; reads no more than that."""
-    try:
-        manifest = load_manifest(run, ref)
-    except (BadDataError, ObjectMissingError):
-        return False
-    sizes = {entry.key.rpartition("/")[2]: entry.size_bytes for entry in run.list(ref.key)}
-    return all(sizes.get(record.name) == record.bytes for record in manifest.files)
+    with suppress(BadDataError, ObjectMissingError):
+        files = load_manifest(run, ref).files
+        sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
+        return all(sizes.get(f"{ref.key}/{file.name}") == file.bytes for file in files)
+    return False
 
 
 @contextmanager
@@ -174,8 +169,7 @@ def newest_good(
 ) -> Iterator[Restored | None]:
     """The newest checkpoint whose every file verifies, or none if there are none: what an attempt goes on from.
 
-    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost rows and no work: the
-    checkpoint is used without them, and its manifest then does not name them any more.
+    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost no work: see `read_rows`.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
@@ -197,7 +191,7 @@ def newest_good(
                 if aside is not None:
                     aside.add(ref)
             else:
-                yield replace(found, manifest=_without_damaged_rows(run, found.manifest, warn))
+                yield found
                 return
     if problems:
         raise BadDataError(
@@ -275,69 +269,46 @@ class Restored:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
 
 
-def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], None]) -> Manifest:
-    whole, lost = list[MetricSegment](), list[str]()
-
-    def check(segment: MetricSegment) -> str:
-        try:
-            read_segment(run, segment)
-        except BadDataError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        for segment, problem in zip(manifest.metric_segments, pool.map(check, manifest.metric_segments), strict=True):
-            if problem:
-                lost.append(problem)
-            else:
-                whole.append(segment)
-    if lost:
-        warn(f"using checkpoint {run.uri}/{manifest.ref.key} without metrics that are lost: {'; '.join(lost)}")
-    return manifest.model_copy(update={"metric_segments": tuple(whole)})
-
-
-def read_segment(run: Store, segment: MetricSegment) -> bytes:
-    """The rows of a segment, as JSON lines.
+def read_named(run: Store, key: str, sha256: str) -> bytes:
+    """An object that a record names, with the SHA-256 that it says.
 
     Raises:
         BadDataError: it is missing or rotten; the message names it.
     """
-    uri = run.uri_of(segment.key)
     try:
-        data = run.read(segment.key).data
+        data = run.read(key).data
     except ObjectMissingError:
-        raise BadDataError(f"{uri} is missing, though a checkpoint names it") from None
-    if hashlib.sha256(data).hexdigest() != segment.sha256:
-        raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the checkpoint")
+        raise BadDataError(f"{run.uri_of(key)} is missing, though a record names it") from None
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the record that names it")
     return data
 
 
-def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
+def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
     """Checkpoints by a person's words: `latest`, `all`, or epochs such as `30,80,490`.
 
     Raises:
         MissingInputError: there are none, or not for one of the epochs; the message names those there are.
         BadDataError: there was one.
     """
-    ordered = list(by_progress(list_checkpoints(run)).values())
-    if not ordered:
+    refs = by_progress(list_checkpoints(run))
+    if not refs:
         if lost := lost_manifest(run, []):
-            raise BadDataError(f"run {run_name!r} has no checkpoint any more: {lost}")
-        raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
+            raise BadDataError(f"{run.uri} has no checkpoint any more: {lost}")
+        raise MissingInputError(f"{run.uri} has no checkpoint yet: train it first")
     if wanted == "latest":
-        return [max(ordered)]
+        return [max(refs.values())]
     if wanted == "all":
-        return ordered
-    epochs = {
+        return list(refs.values())
+    ends = {
         epoch: ref
-        for ref in ordered
-        for epoch in epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
+        for images_seen, ref in refs.items()
+        for epoch in epochs_completed_by(images_seen, dataset_images, batch_size_images)
     }
-    chosen = list(dict.fromkeys(map(int, wanted.split(","))))
-    for epoch in chosen:
-        if epoch not in epochs:
-            there = ", ".join(map(str, sorted(epochs))) or "none that ends an epoch; use latest"
-            raise MissingInputError(
-                f"run {run_name!r} has no checkpoint of epoch {epoch}: not kept or not reached (there are: {there})"
-            )
-    return list(dict.fromkeys(epochs[epoch] for epoch in chosen))
+    try:
+        return list(dict.fromkeys(ends[int(epoch)] for epoch in wanted.split(",")))
+    except KeyError as error:
+        there = ", ".join(map(str, sorted(ends))) or "none that ends an epoch; use latest"
+        raise MissingInputError(
+            f"{run.uri} has no checkpoint of epoch {error}: not kept or not reached (there are: {there})"
+        ) from None

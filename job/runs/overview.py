@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from job.exits import BadDataError, BadRequestError
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, located
+from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
 from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
@@ -121,9 +121,6 @@ def state_of(status: Status) -> str:
 def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
     lines = [f"checkpoints {run.uri}/checkpoints"]
-    for folder in (SAMPLES, ObjectKind.FIGURE.folder):
-        for entry in run.list(folder):
-            # The images of a batch are not shown one by one.
-            if (place := located(entry.key)) and place.kind in PICTURES:
-                lines.append(f"picture     {run.uri_of(entry.key)}")
-    return "\n".join(lines)
+    # The images of a batch are not shown one by one.
+    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder).items()
+    return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key, place in places if place.kind in PICTURES)])

@@ -12,15 +12,14 @@ import hashlib
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import RunConfig
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.records import attempt_id
-from job.sealed import Sealed
+from job.runs.layout import CheckpointRef, Located, ObjectKind
+from job.runs.records import RunRecord, attempt_id
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 
 
-class Provenance(Sealed):
+class Provenance(RunRecord):
     """Where one picture comes from."""
 
     key: str
@@ -33,6 +32,10 @@ class Provenance(Sealed):
     images_seen: int
     """By these weights."""
     code_version: str
+
+    def is_at(self, place: Located) -> bool:
+        """In a record of its picture, by the hash of that."""
+        return (self.key, self.picture_sha256) == (place.of, place.sha256)
 
 
 def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> None:

@@ -12,15 +12,15 @@ import hashlib
 from math import ceil
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from job.sealed import SHA256_PATTERN, Sealed
+from job.runs.layout import Located
+from job.runs.records import RunRecord
+from job.sealed import SHA256_PATTERN, Part, Sealed
 
 
-class Drawing(BaseModel):
+class Drawing(Part):
     """All that decides the images, and how they are cut into pieces."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
@@ -65,27 +65,21 @@ class Drawing(BaseModel):
 class Opening(Sealed):
     """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
 
-    format: int = Field(default=1, ge=1, le=1)
     drawing: Drawing
 
 
-class PieceFile(BaseModel):
-    """One object of a piece."""
+class PieceFile(Part):
+    """One object of a piece; or in the index all of one, whose hash is then that of the lines of `sha256sum *.png`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^piece-\d{5}(\.tar|/\d{9,18}\.png)$")
+    name: str = Field(pattern=r"^piece-\d{5}(\.tar|/\d{9,18}\.png)?$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=SHA256_PATTERN)
 
 
-class PieceRecord(Sealed):
+class PieceRecord(RunRecord):
     """A piece that is there. Its existence is the commit."""
 
-    format: int = Field(default=1, ge=1, le=1)
     number: int = Field(ge=0)
-    first_seed: int = Field(ge=0)
-    images: int = Field(ge=1)
     files: tuple[PieceFile, ...] = Field(min_length=1)
     drawing: Drawing
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -93,41 +87,27 @@ class PieceRecord(Sealed):
     created: str
     code_version: str
 
+    def is_at(self, place: Located) -> bool:
+        """In the record of its number."""
+        return self.number == place.piece
 
-class PieceEntry(BaseModel):
-    """What the index says about a piece; a folder's `sha256` is that of its files' lines as `sha256sum` prints them."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^piece-\d{5}(\.tar)?$")
-    first_seed: int
-    images: int
-    bytes: int
-    sha256: str = Field(pattern=SHA256_PATTERN)
+    @property
+    def in_index(self) -> PieceFile:
+        """What the index says about it."""
+        if self.drawing.save == "shards":
+            return self.files[0]
+        lines = "".join(f"{file.sha256}  {file.name.rpartition('/')[2]}\n" for file in self.files)
+        size_bytes, sha256 = sum(file.bytes for file in self.files), hashlib.sha256(lines.encode()).hexdigest()
+        return PieceFile(name=piece_name(self.number), bytes=size_bytes, sha256=sha256)
 
 
 class BatchIndex(Sealed):
     """All pieces in order. It depends on them alone: whoever sees the last piece first writes the same bytes."""
 
-    format: int = Field(default=1, ge=1, le=1)
     drawing: Drawing
-    pieces: tuple[PieceEntry, ...]
+    pieces: tuple[PieceFile, ...]
 
 
 def piece_name(number: int) -> str:
     """A piece's name: that of its folder, and without endings of its shard and record."""
     return f"piece-{number:05d}"
-
-
-def piece_entry(record: PieceRecord) -> PieceEntry:
-    """What the index says about a piece."""
-    files = record.files
-    lines = "".join(f"{file.sha256}  {file.name.rpartition('/')[2]}\n" for file in files)
-    is_shard = record.drawing.save == "shards"
-    return PieceEntry(
-        name=files[0].name if is_shard else piece_name(record.number),
-        first_seed=record.first_seed,
-        images=record.images,
-        bytes=sum(file.bytes for file in files),
-        sha256=files[0].sha256 if is_shard else hashlib.sha256(lines.encode()).hexdigest(),
-    )

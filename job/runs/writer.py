@@ -20,7 +20,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from job.config import RunConfig
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics
 from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints, sha256_of
@@ -93,9 +92,7 @@ class HeldRun:
 
     store: Store
     """The run's folder."""
-    config: RunConfig
-    dataset_images: int
-    """Images of an epoch."""
+    retention: Retention
     attempt: Attempt
     lease: Lease
 
@@ -134,14 +131,14 @@ class CheckpointWriter:
             note: told what a person should know.
         """
         self.rows, self.segments = list[metrics.Row](), list(segments)
-        self.retention = Retention(held.config, held.dataset_images)
+        self.retention = held.retention
         self._held, self._aside, self._stop, self._note = held, aside, stop, note
         # What is on its way when a stop is asked for is to arrive.
         self._closing = Stop(stop.grace_seconds)
         self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
-        self._every_minutes, self._saved_at = held.config.checkpoint.every_minutes, time.monotonic()
+        self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
         self._pictures: dict[str, tuple[bytes, CheckpointRef]] = {}
@@ -340,9 +337,8 @@ class CheckpointWriter:
         try:
             # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
             refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
-            old = self.retention.retire(refs)
-            read = being_read(run)[0] if old else set()
-            for ref in old:
+            read = being_read(run)
+            for ref in self.retention.retire(refs):
                 if ref not in read:
                     lease.confirm()
                     delete_checkpoint(run, ref)

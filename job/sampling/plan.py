@@ -80,7 +80,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     chosen = {"sampler": sampler, "steps": steps, "batch_size": request.batch_size, "nearest": request.nearest}
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
     index = load_index(bucket, records.dataset_key_of(config))
-    checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
+    checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest":
         with suppress(BadDataError):
             if lost := lost_manifest(run, checkpoints):

@@ -32,9 +32,10 @@ from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import Progress
 from job.runs import records
-from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.checkpoints import read_named
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.pictures import put_picture
-from job.runs.pieces import BatchIndex, Drawing, Opening, PieceFile, PieceRecord, piece_entry, piece_name
+from job.runs.pieces import BatchIndex, Drawing, Opening, PieceFile, PieceRecord, piece_name
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -101,9 +102,8 @@ class SampleSet:
 
     def committed(self) -> set[int]:
         """The numbers of the pieces that are there."""
-        numbers = {self.key(ObjectKind.RECORD, number): number for number in range(self.drawing.pieces)}
-        folder = self.key(ObjectKind.RECORD).rpartition("/")[0]
-        return {numbers[entry.key] for entry in self.run.list(folder) if entry.key in numbers}
+        places = places_in(self.run, self.key(ObjectKind.RECORD).rpartition("/")[0]).values()
+        return {place.piece for place in places} & {*range(self.drawing.pieces)}
 
     def is_committed(self, number: int) -> bool:
         """Whether a piece is there by now."""
@@ -113,13 +113,12 @@ class SampleSet:
         """The record of a piece.
 
         Raises:
-            BadDataError: it is rotten, missing, or that of another piece.
+            BadDataError: it is rotten or missing.
             BadRequestError: it is about another drawing.
         """
-        key, seeds = self.key(ObjectKind.RECORD, number), self.drawing.seeds(number)
-        record = self._load(PieceRecord, key)
-        if record is None or (record.number, record.first_seed, record.images) != (number, seeds[0], len(seeds)):
-            raise BadDataError(f"{self.run.uri_of(key)} is missing or another's: delete it, and type the same again")
+        record = self._load(PieceRecord, key := self.key(ObjectKind.RECORD, number))
+        if record is None:
+            raise BadDataError(f"{self.run.uri_of(key)} is missing: type the same again")
         return record
 
     def index(self) -> BatchIndex | None:
@@ -147,7 +146,7 @@ class SampleSet:
                 stop.check("while the records were read")
                 found.append(record)
                 bar.update(len(found))
-        index = BatchIndex(drawing=self.drawing, pieces=tuple(map(piece_entry, found)))
+        index = BatchIndex(drawing=self.drawing, pieces=tuple(record.in_index for record in found))
         self._check_files(index)
         grid = grid_of(self.images_of(found[0], images))
         put_picture(self.run, self.key(ObjectKind.GRID), grid, self.ref)
@@ -162,14 +161,11 @@ class SampleSet:
         """
         found: list[np.ndarray] = []
         for file in record.files:
-            data = self.folder.read(file.name).data
             try:
-                if hashlib.sha256(data).hexdigest() != file.sha256:
-                    raise BadDataError("its SHA-256 is not the one in its record")
-                found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
-            except (BadDataError, tarfile.TarError) as error:
-                what = f"{self.folder.uri_of(file.name)} is rotten: {error}"
-                raise BadDataError(f"{what}; {self._how_to_repeat(record.number)}") from None
+                data = read_named(self.folder, file.name, file.sha256)
+            except BadDataError as error:
+                raise BadDataError(f"{error}; {self._how_to_repeat(record.number)}") from None
+            found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
             if len(found) >= images:
                 break
         return np.stack(found[:images])
@@ -245,8 +241,6 @@ def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
         stored = tuple(pool.map(store, files))
     record = PieceRecord(
         number=number,
-        first_seed=seeds[0],
-        images=len(seeds),
         files=stored,
         drawing=drawing,
         attempt=uuid.uuid4().hex,

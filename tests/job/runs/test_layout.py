@@ -54,4 +54,4 @@ def test_what_is_no_part_of_a_run():
         "provenance/config.yaml/" + "a" * 64 + ".json",
         "reading/somebody.json",
     ):
-        assert located(key) is None, key
+        assert located(key) == Located(None), key

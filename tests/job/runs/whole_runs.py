@@ -8,7 +8,6 @@ from pathlib import Path
 
 from job.runs.checkpoints import load_manifest, newest_good
 from job.runs.layout import CheckpointRef
-from job.runs.metrics import read_rows
 from job.store import Store
 from tests.job.command_line import ddpm_here, settings
 
@@ -40,14 +39,13 @@ def content_hash(run: Store, ref: CheckpointRef) -> str:
     return hashlib.sha256(b"".join(run.read(f"{ref.key}/{record.name}").data for record in files)).hexdigest()
 
 
-def resumed(run: Store) -> tuple[CheckpointRef, list[str], list[str], int]:
-    """What an attempt would go on from: the checkpoint, the keys that warnings name, and the metrics' rows."""
+def resumed(run: Store) -> tuple[CheckpointRef, list[str], str]:
+    """What an attempt would go on from: the checkpoint, the keys that warnings name, and the content."""
     warnings: list[str] = []
     with newest_good(run, warnings.append) as restored:
         assert restored is not None
-        manifest = restored.manifest
+        ref = restored.manifest.ref
         files = sorted(path for paths in restored.files.values() for path in paths)
         content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        rows = len(read_rows(run, manifest.metric_segments))
     named = [key for warning in warnings for key in re.findall(rf"{re.escape(run.uri)}/(\S+?)[:;)]? ", f"{warning} ")]
-    return manifest.ref, named, [content], rows
+    return ref, named, content
