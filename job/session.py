@@ -108,8 +108,8 @@ class TrainingSession:
             return
         self.attempt, self.lease = attempt, lease
         held = HeldRun(self.plan.run, self.retention, attempt, lease)
-        segments = manifest.metric_segments if manifest else ()
-        self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
+        saved_metrics = manifest.metrics if manifest else ()
+        self.writer = CheckpointWriter(held, self.state.tensors(), saved_metrics, aside, self.stop, self.bar.note)
         self.status = StatusReporter(self.plan.run, self._status, self.bar.note)
         try:
             yield
@@ -315,7 +315,7 @@ class TrainingSession:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
             self.writer.put(denoising_key(label), gif, images_seen=images_seen)
-            rows = metrics.read_rows(self.plan.run, self.writer.segments, self.bar.note)
+            rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, self.bar.note)
             self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
             self.writer.wait()
 

@@ -63,7 +63,7 @@ def read_ending(run: Store) -> Ending:
         (manifest.fence, manifest.images_seen),
         hashes,
         manifest.loss_sums,
-        read_rows(run, manifest.metric_segments),
+        read_rows(run, manifest.metrics),
         {
             key: _pixels_sha256(run.read(key).data)
             for key, place in places_in(run, SAMPLES).items()
@@ -80,7 +80,10 @@ def saved_images(run: Store) -> dict[str, str]:
         if name.startswith("piece-") and name.endswith(".tar"):
             pieces[name] = hashlib.sha256(run.read(entry.key).data).hexdigest()
         elif name == "index.json":
-            listed = {piece["name"]: piece["sha256"] for piece in json.loads(run.read(entry.key).data)["pieces"]}
+            listed = {
+                piece["key"].rpartition("/")[2]: piece["sha256"]
+                for piece in json.loads(run.read(entry.key).data)["pieces"]
+            }
     return pieces if pieces == listed else {}
 
 

@@ -24,44 +24,13 @@ from pydantic import Field
 from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
-from job.runs.records import RunRecord, attempt_id
-from job.sealed import SHA256_PATTERN, Part, Sealed
+from job.runs.records import NamedObject, RunRecord, attempt_id
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
-
-
-class FileRecord(Part):
-    """One file of a checkpoint."""
-
-    name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
-    bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-    @property
-    def group(self) -> str:
-        """Of its tensors: `model`, `ema` or `optimizer`."""
-        return self.name.partition("-")[0]
-
-
-class MetricSegment(Part):
-    """Metric rows up to this checkpoint and since the one before, in an object of their own."""
-
-    name: str = Field(pattern=r"^\d{6}-\d{12}$")
-    sha256: str = Field(pattern=SHA256_PATTERN)
-    events_sha256: str = Field(pattern=SHA256_PATTERN)
-
-    @property
-    def key(self) -> str:
-        """The rows, as JSON lines."""
-        return ObjectKind.METRICS.key(checkpoint=self.name)
-
-    @property
-    def events_key(self) -> str:
-        """The same rows, as TensorBoard events."""
-        return ObjectKind.EVENTS.key(checkpoint=self.name)
 
 
 class Manifest(RunRecord):
@@ -76,8 +45,9 @@ class Manifest(RunRecord):
     world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
     """What has been added up for the next row of the metrics."""
-    files: tuple[FileRecord, ...]
-    metric_segments: tuple[MetricSegment, ...] = ()
+    files: tuple[NamedObject, ...]
+    metrics: tuple[NamedObject, ...] = ()
+    """Of the run until here: what `job.runs.metrics` makes of the rows since the checkpoint before, and so on."""
 
     @property
     def ref(self) -> CheckpointRef:
@@ -91,9 +61,7 @@ class Manifest(RunRecord):
     @property
     def objects(self) -> dict[str, str]:
         """SHA-256 of each object that it names, by key."""
-        files = {f"{self.ref.key}/{file.name}": file.sha256 for file in self.files}
-        rows = {segment.key: segment.sha256 for segment in self.metric_segments}
-        return files | rows | {segment.events_key: segment.events_sha256 for segment in self.metric_segments}
+        return {named.key: named.sha256 for named in (*self.files, *self.metrics)}
 
 
 class Latest(Sealed):
@@ -159,7 +127,7 @@ def is_there(run: Store, ref: CheckpointRef) -> bool:
     with suppress(BadDataError, ObjectMissingError):
         files = load_manifest(run, ref).files
         sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
-        return all(sizes.get(f"{ref.key}/{file.name}") == file.bytes for file in files)
+        return all(sizes.get(file.key) == file.size_bytes for file in files)
     return False
 
 
@@ -209,25 +177,30 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
         BadDataError: it is damaged, or another run's; the message names the object.
     """
     manifest = load_manifest(run, ref)
-    records = [record for record in manifest.files if not groups or record.group in groups]
+    wanted = [file for file in manifest.files if not groups or group_of(file) in groups]
     with scratch_folder("restore") as folder:
 
-        def fetch(record: FileRecord) -> Path:
-            key, path = f"{ref.key}/{record.name}", folder / record.name
+        def fetch(named: NamedObject) -> Path:
+            path, uri = folder / named.name, run.uri_of(named.key)
             try:
-                run.download(key, path)
+                run.download(named.key, path)
             except ObjectMissingError:
-                raise BadDataError(f"{run.uri_of(key)} is missing, though its manifest is there") from None
+                raise BadDataError(f"{uri} is missing, though its manifest is there") from None
             with path.open("rb") as file:
-                if sha256_of(file) != record.sha256:
-                    raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
+                if sha256_of(file) != named.sha256:
+                    raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the manifest")
             return path
 
         files: dict[str, list[Path]] = {}
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-            for record, path in zip(records, pool.map(fetch, records), strict=True):
-                files.setdefault(record.group, []).append(path)
+            for named, path in zip(wanted, pool.map(fetch, wanted), strict=True):
+                files.setdefault(group_of(named), []).append(path)
         yield Restored(manifest, files)
+
+
+def group_of(file: NamedObject) -> str:
+    """Which tensors it holds: `model`, `ema` or `optimizer`."""
+    return file.name.partition("-")[0]
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -267,21 +240,6 @@ class Restored:
                     raise BadDataError(f"{where} holds no tensors ({error})") from None
             if missing:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
-
-
-def read_named(run: Store, key: str, sha256: str) -> bytes:
-    """An object that a record names, with the SHA-256 that it says.
-
-    Raises:
-        BadDataError: it is missing or rotten; the message names it.
-    """
-    try:
-        data = run.read(key).data
-    except ObjectMissingError:
-        raise BadDataError(f"{run.uri_of(key)} is missing, though a record names it") from None
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the record that names it")
-    return data
 
 
 def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:

@@ -8,14 +8,13 @@ without a record, left by a process that was killed, is as good as another.
 
 from __future__ import annotations
 
-import hashlib
 from math import ceil
 from typing import Literal
 
 from pydantic import Field
 
 from job.runs.layout import Located
-from job.runs.records import RunRecord
+from job.runs.records import NamedObject, RunRecord
 from job.sealed import SHA256_PATTERN, Part, Sealed
 
 
@@ -68,19 +67,11 @@ class Opening(Sealed):
     drawing: Drawing
 
 
-class PieceFile(Part):
-    """One object of a piece; or in the index all of one, whose hash is then that of the lines of `sha256sum *.png`."""
-
-    name: str = Field(pattern=r"^piece-\d{5}(\.tar|/\d{9,18}\.png)?$")
-    bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-
 class PieceRecord(RunRecord):
     """A piece that is there. Its existence is the commit."""
 
     number: int = Field(ge=0)
-    files: tuple[PieceFile, ...] = Field(min_length=1)
+    files: tuple[NamedObject, ...] = Field(min_length=1)
     drawing: Drawing
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
     """Without this, two that make the same piece in the same second could both take themselves for the first."""
@@ -92,22 +83,17 @@ class PieceRecord(RunRecord):
         return self.number == place.piece
 
     @property
-    def in_index(self) -> PieceFile:
-        """What the index says about it."""
+    def in_index(self) -> NamedObject:
+        """What the index says about it; a folder has the hash of its `sha256sum *.png`."""
         if self.drawing.save == "shards":
             return self.files[0]
-        lines = "".join(f"{file.sha256}  {file.name.rpartition('/')[2]}\n" for file in self.files)
-        size_bytes, sha256 = sum(file.bytes for file in self.files), hashlib.sha256(lines.encode()).hexdigest()
-        return PieceFile(name=piece_name(self.number), bytes=size_bytes, sha256=sha256)
+        lines = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
+        named = NamedObject.of(self.files[0].key.rpartition("/")[0], lines.encode())
+        return named.model_copy(update={"size_bytes": sum(file.size_bytes for file in self.files)})
 
 
 class BatchIndex(Sealed):
     """All pieces in order. It depends on them alone: whoever sees the last piece first writes the same bytes."""
 
     drawing: Drawing
-    pieces: tuple[PieceFile, ...]
-
-
-def piece_name(number: int) -> str:
-    """A piece's name: that of its folder, and without endings of its shard and record."""
-    return f"piece-{number:05d}"
+    pieces: tuple[NamedObject, ...]

@@ -23,7 +23,7 @@ from job.config_input import parse_yaml
 from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import Sealed
+from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
@@ -130,6 +130,38 @@ def create_config(run: Store, config: RunConfig) -> RunConfig:
     return config
 
 
+class NamedObject(Part):
+    """What a record says of another object of the run."""
+
+    key: str
+    size_bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @classmethod
+    def of(cls, key: str, data: bytes) -> Self:
+        """An object of this content."""
+        return cls(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return self.key.rpartition("/")[2]
+
+    def read(self, run: Store) -> bytes:
+        """Its content.
+
+        Raises:
+            BadDataError: it is missing or rotten; the message names it.
+        """
+        try:
+            data = run.read(self.key).data
+        except ObjectMissingError:
+            raise BadDataError(f"{run.uri_of(self.key)} is missing, though a record names it") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise BadDataError(f"{run.uri_of(self.key)} is rotten: its SHA-256 is not the one in its record")
+        return data
+
+
 class RunRecord(Sealed):
     """A record that says itself where in its run's folder it belongs."""
 
@@ -165,7 +197,7 @@ class Attempt(RunRecord):
     """What it computes on, and with which PyTorch: rounding depends on both."""
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
-    config_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    config_sha256: str = Field(pattern=SHA256_PATTERN)
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""

@@ -18,7 +18,7 @@ from job.exits import BadDataError, MissingInputError
 from job.progress import Progress
 from job.runs import records
 from job.runs.checkpoints import LATEST_KEY, Latest, Manifest, lost_manifest, sha256_of
-from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
 from job.runs.pieces import BatchIndex, Opening, PieceRecord
@@ -220,8 +220,7 @@ class _Verification:
         for by, manifest in self._all(Manifest).items():
             names |= {key: _Named(by, [sha256]) for key, sha256 in manifest.objects.items()}
         for by, record in self._all(PieceRecord).items():
-            folder = f"{SAMPLES}/{self._places[by].batch}"
-            names |= {f"{folder}/{file.name}": _Named(by, [file.sha256]) for file in record.files}
+            names |= {file.key: _Named(by, [file.sha256]) for file in record.files}
         names |= {key: _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", []) for key in self._keys(*PICTURES)}
         for place in self._places.values():
             if place.of in names:
@@ -264,10 +263,10 @@ class _Verification:
             return
         dataset_images = records.dataset_images_of(self._bucket, config)
         retention = Retention(config, dataset_images)
-        committed = {segment.name for manifest in self._all(Manifest).values() for segment in manifest.metric_segments}
+        committed = {located(key).checkpoint for manifest in self._all(Manifest).values() for key in manifest.objects}
         for ref in {self._places[key].checkpoint for key in left if self._places[key].kind is ObjectKind.TENSORS}:
             came_later = [other for other in refs if other.fence == ref.fence and other > ref]
-            if (came_later or str(ref) in committed) and ref not in retention.retire([*refs, ref]):
+            if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
                 self._missing(ref.manifest_key, "its files are there, and the run's rules keep it")
         status = self._records.get(STATUS_KEY)
         if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:

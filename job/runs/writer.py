@@ -22,11 +22,11 @@ from torch import Tensor
 
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics
-from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints, sha256_of
+from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.lease import Lease
 from job.runs.pictures import put_picture
-from job.runs.records import Attempt, utc_now
+from job.runs.records import Attempt, NamedObject, utc_now
 from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
 from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
 from job.store import Store
@@ -107,7 +107,7 @@ class CheckpointWriter:
 
     Attributes:
         rows: of the metrics since the last checkpoint; whoever trains appends to them.
-        segments: of the metrics that are saved, or on their way.
+        saved_metrics: the objects that hold those until then, or are to; on their way.
         retention: which checkpoints stay.
     """
 
@@ -115,7 +115,7 @@ class CheckpointWriter:
         self,
         held: HeldRun,
         live: Tensors,
-        segments: Iterable[MetricSegment],
+        saved_metrics: Iterable[NamedObject],
         aside: set[CheckpointRef],
         stop: Stop,
         note: Callable[[str], None],
@@ -125,12 +125,12 @@ class CheckpointWriter:
         Args:
             held: the run.
             live: the tensors to save, by group.
-            segments: of the checkpoint that was restored.
+            saved_metrics: of the checkpoint that was restored.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
             stop: asked while the main thread waits.
             note: told what a person should know.
         """
-        self.rows, self.segments = list[metrics.Row](), list(segments)
+        self.rows, self.saved_metrics = list[metrics.Row](), list(saved_metrics)
         self.retention = held.retention
         self._held, self._aside, self._stop, self._note = held, aside, stop, note
         # What is on its way when a stop is asked for is to arrive.
@@ -182,8 +182,8 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         attempt, objects = self._held.attempt, dict[str, bytes]()
         if self.rows:
-            segment, objects = metrics.segment_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
-            self.segments.append(segment)
+            objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
+            self.saved_metrics += [NamedObject.of(key, data) for key, data in objects.items()]
             self.rows = []
         manifest = Manifest(
             fence=attempt.fence,
@@ -193,7 +193,7 @@ class CheckpointWriter:
             world_size=attempt.world_size,
             loss_sums=loss_sums,
             files=(),
-            metric_segments=tuple(self.segments),
+            metrics=tuple(self.saved_metrics),
         )
         with self._change():
             while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
@@ -313,7 +313,7 @@ class CheckpointWriter:
             self._committing = False
         return manifest.ref
 
-    def _upload_files(self, ref: CheckpointRef) -> tuple[FileRecord, ...]:
+    def _upload_files(self, ref: CheckpointRef) -> tuple[NamedObject, ...]:
         """Uploads the host copy, which may be overwritten as soon as all of it is in local files."""
         with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
@@ -323,7 +323,7 @@ class CheckpointWriter:
 
             records, uploads = [], []
             for name, tensors in self._parts.items():
-                records.append(_write_part(folder / name, tensors))
+                records.append(_write_part(folder / name, f"{ref.key}/{name}", tensors))
                 uploads.append(pool.submit(upload, name))
             with self._change():
                 self._reading_host = False
@@ -372,7 +372,7 @@ class CheckpointWriter:
             )
 
 
-def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+def _write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -385,4 +385,4 @@ def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
     with path.open("rb") as file:
-        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(file))
+        return NamedObject(key=key, size_bytes=path.stat().st_size, sha256=sha256_of(file))

@@ -13,7 +13,6 @@ goes on wherever it was stopped, in other slices and processes too. Nobody who s
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 import uuid
@@ -32,10 +31,10 @@ from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.progress import Progress
 from job.runs import records
-from job.runs.checkpoints import read_named
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.pictures import put_picture
-from job.runs.pieces import BatchIndex, Drawing, Opening, PieceFile, PieceRecord, piece_name
+from job.runs.pieces import BatchIndex, Drawing, Opening, PieceRecord
+from job.runs.records import NamedObject
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -76,9 +75,9 @@ class SampleSet:
         """Where it lies."""
         return self.run.sub(f"{SAMPLES}/{self.name}")
 
-    def key(self, kind: ObjectKind, piece: int = 0) -> str:
+    def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
         """Where an object of this set lies, below the run."""
-        return kind.key(batch=self.name, piece=piece)
+        return kind.key(batch=self.name, piece=piece, seed=seed)
 
     def check(self) -> None:
         """Returns if the folder is empty, or about this drawing.
@@ -162,7 +161,7 @@ class SampleSet:
         found: list[np.ndarray] = []
         for file in record.files:
             try:
-                data = read_named(self.folder, file.name, file.sha256)
+                data = file.read(self.run)
             except BadDataError as error:
                 raise BadDataError(f"{error}; {self._how_to_repeat(record.number)}") from None
             found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
@@ -198,12 +197,13 @@ class SampleSet:
     def _check_files(self, index: BatchIndex) -> None:
         """Returns if the pieces are there, going by a listing; what is in them is for `ddpm runs verify`."""
         found = Counter[str]()
-        for entry in self.folder.list():
-            found[entry.key.partition("/")[0]] += entry.size_bytes
-        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.name] != piece.bytes]
+        for entry in self.run.list(f"{SAMPLES}/{self.name}"):
+            # An image belongs to the folder of its piece.
+            found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
+        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
         if wrong:
             raise BadDataError(
-                f"{self.uri}/{index.pieces[wrong[0]].name} is missing or not as its record says "
+                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing or not as its record says "
                 f"({len(wrong)} such); {self._how_to_repeat(wrong[0])}"
             )
 
@@ -224,18 +224,17 @@ def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
     drawing, seeds = sample_set.drawing, sample_set.drawing.seeds(number)
     pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in images]
     if drawing.save == "shards":
-        files = {f"{piece_name(number)}.tar": _shard(drawing, seeds, pngs)}
+        files = {sample_set.key(ObjectKind.PIECE, number): _shard(drawing, seeds, pngs)}
     else:
-        names = (f"{piece_name(number)}/{drawing.image_name(seed)}.png" for seed in seeds)
-        files = dict(zip(names, pngs, strict=True))
+        files = {sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)}
 
-    def store(name: str) -> PieceFile:
-        data = files[name]
+    def store(key: str) -> NamedObject:
+        data = files[key]
         try:
-            sample_set.folder.create(name, data)
+            sample_set.run.create(key, data)
         except ObjectExistsError:
-            data = sample_set.folder.read(name).data
-        return PieceFile(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            data = sample_set.run.read(key).data
+        return NamedObject.of(key, data)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         stored = tuple(pool.map(store, files))

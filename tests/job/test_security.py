@@ -164,7 +164,7 @@ def plant_tensors(bucket: Path, content: bytes) -> None:
     ref = list_checkpoints(store)[-1]
     path = bucket / RUN / ObjectKind.MANIFEST.key(checkpoint=ref)
     manifest = Manifest.from_json(path.read_bytes(), "here")
-    vouching = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    vouching = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)
     for file in files:
         (path.parent / file.name).write_bytes(content)

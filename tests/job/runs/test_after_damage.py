@@ -102,7 +102,7 @@ def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, 
 
 def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
-    lost = load_manifest(copy, newest).metric_segments[0]
+    lost = load_manifest(copy, newest).metrics[0]
     lost_rows = read_rows(copy, [lost])
     copy.put(lost.key, DAMAGES["bit in the middle"](copy.read(lost.key).data))
     done = train(tmp_path, "r", 5)
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one
     assert last[0].images_seen == last[1].images_seen > newest.images_seen
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])
     rows, expected = (
-        read_rows(of, load_manifest(of, ref).metric_segments, [].append)
+        read_rows(of, load_manifest(of, ref).metrics, [].append)
         for of, ref in zip((copy, undisturbed), last, strict=True)
     )
     for row in rows + expected:

@@ -8,7 +8,8 @@ import torch
 from job.exits import BadDataError, MissingInputError
 from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_manifest, newest_good, opened
 from job.runs.layout import CheckpointRef
-from job.runs.metrics import read_rows, segment_objects
+from job.runs.metrics import metric_objects, read_rows
+from job.runs.records import NamedObject
 from job.runs.retention import Retention, delete_checkpoint
 from job.store import open_store
 from tests.job.damages import DAMAGES
@@ -92,9 +93,8 @@ def test_metric_segments_come_back_in_order_and_rot_is_found(run):
     rows = [{"images_seen": i, "loss": i / 7, "time": time.time()} for i in range(1, 5)]
     segments = []
     for part, images in ((rows[:3], 3), (rows[3:], 4)):
-        segment, objects = segment_objects(part, CheckpointRef(1, images))
-        segments.append(segment)
-        for key, data in objects.items():
+        for key, data in metric_objects(part, CheckpointRef(1, images)).items():
+            segments.append(NamedObject.of(key, data))
             run.create(key, data)
     assert read_rows(run, segments) == rows
     run.put(segments[0].key, b"{}\n")

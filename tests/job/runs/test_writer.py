@@ -117,7 +117,7 @@ def test_old_checkpoints_go_and_those_of_chosen_epochs_stay(run):
     # Epoch 2 ends with image 96.
     assert list_checkpoints(run) == [CheckpointRef(1, 96), CheckpointRef(1, 144), CheckpointRef(9, 16)]
     newest = load_manifest(run, CheckpointRef(1, 144))
-    assert [row["images_seen"] for row in read_rows(run, newest.metric_segments)] == [24, 48, 72, 96, 120, 144]
+    assert [row["images_seen"] for row in read_rows(run, newest.metrics)] == [24, 48, 72, 96, 120, 144]
     # Nobody takes for whole what is being deleted, and no holder who is one no more commits or deletes.
     deleted = [event.split("/")[-1] for event in run.events if event.startswith("delete checkpoints/")]
     assert deleted == ["MANIFEST.json", *(f"{g}-00.safetensors" for g in ("ema", "model", "optimizer"))] * 4
@@ -233,7 +233,7 @@ def test_the_newest_stands_in_for_others_and_carries_their_metrics(proxy, far):
     trainee.tensor.fill_(-1)
     trainee.writer.wait()
     assert committed(far) == {24: 24, 96: 96}
-    rows = read_rows(far, load_manifest(far, max(list_checkpoints(far))).metric_segments)
+    rows = read_rows(far, load_manifest(far, max(list_checkpoints(far))).metrics)
     assert [row["images_seen"] for row in rows] == [24, 48, 72, 96]
     trainee.writer.close(wait=False)
 

@@ -36,7 +36,7 @@ def copy_objects(source: Store, target: Store, *folders: str) -> None:
 def content_hash(run: Store, ref: CheckpointRef) -> str:
     """Of all that a resumed run gets of a checkpoint."""
     files = sorted(load_manifest(run, ref).files, key=lambda record: record.name)
-    return hashlib.sha256(b"".join(run.read(f"{ref.key}/{record.name}").data for record in files)).hexdigest()
+    return hashlib.sha256(b"".join(record.read(run) for record in files)).hexdigest()
 
 
 def resumed(run: Store) -> tuple[CheckpointRef, list[str], str]:
