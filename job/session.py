@@ -34,9 +34,9 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
+from job.runs.samples import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.sample import grid_png

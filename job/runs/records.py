@@ -82,10 +82,14 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
     Raises:
         MissingInputError: there is no such run.
     """
-    config = load_config(run_store(bucket, name))
-    if config is None:
-        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
-    return config
+    if config := load_config(run_store(bucket, name)):
+        return config
+    raise no_such_run(bucket, name)
+
+
+def no_such_run(bucket: Store, name: str) -> MissingInputError:
+    """The error about a run that is not there."""
+    return MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
 
 
 def as_last_changed(run: Store, config: RunConfig) -> RunConfig:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError, LostRunError, MissingInputError
+from job.exits import BadDataError, BadRequestError, LostRunError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
@@ -266,7 +266,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
     run = records.run_store(bucket, name)
     entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
     if not entries:
-        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
+        raise records.no_such_run(bucket, name)
     size_bytes = sum(entry.size_bytes for entry in entries)
     if not certain:
         raise BadRequestError(

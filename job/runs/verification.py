@@ -14,16 +14,15 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from job.config import RunConfig
-from job.exits import BadDataError, MissingInputError
+from job.exits import BadDataError
 from job.progress import Progress
-from job.runs import records
+from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Latest, Manifest, lost_manifest, sha256_of
 from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
-from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
-from job.runs.pieces import BatchIndex, Opening, PieceRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
+from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -85,7 +84,7 @@ class _Verification:
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
         # A lease alone is what is left of a run that was deleted.
         if not self._sizes.keys() - {LEASE_KEY}:
-            raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
+            raise records.no_such_run(bucket, name)
         self._places = {key: located(key) for key in self._sizes}
         self._records: dict[str, Sealed] = {}
         """Those that are sound, in their place and this run's."""
@@ -229,15 +228,13 @@ class _Verification:
 
     def _look_for_strangers(self, unnamed: Iterable[str]) -> None:
         """What is no part of a run, or lies beside objects of something whole that does not name it."""
-        whole: set[object] = {manifest.ref for manifest in self._all(Manifest).values()}
-        whole |= {(self._places[key].batch, record.number) for key, record in self._all(PieceRecord).items()}
         for key in unnamed:
-            place = self._places[key]
-            if (
-                place.kind is None
-                or (place.kind is ObjectKind.TENSORS and place.checkpoint in whole)
-                or (place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE) and (place.batch, place.piece) in whole)
-            ):
+            place, by = self._places[key], ""
+            if place.kind is ObjectKind.TENSORS:
+                by = place.checkpoint.manifest_key
+            elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
+                by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
+            if place.kind is None or by in self._records:
                 self._bad(key, "is no part of the run: move it elsewhere, or delete it")
 
     def _look_for_lost(self, config: RunConfig | None, left: Iterable[str]) -> None:
@@ -270,6 +267,7 @@ class _Verification:
                 self._missing(ref.manifest_key, "its files are there, and the run's rules keep it")
         status = self._records.get(STATUS_KEY)
         if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
-            label = label_of(status.images_seen, dataset_images, config.train.batch_size)
-            for key in (run_grid_key(config, dataset_images, status.images_seen), denoising_key(label), LOSS_FIGURE):
+            images_seen, batch_size = status.images_seen, config.train.batch_size
+            gif = samples.denoising_key(samples.label_of(images_seen, dataset_images, batch_size))
+            for key in (samples.run_grid_key(config, dataset_images, images_seen), gif, samples.LOSS_FIGURE):
                 self._missing(key, "the run is finished")

@@ -25,9 +25,9 @@ from job.runs import metrics
 from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.lease import Lease
-from job.runs.pictures import put_picture
 from job.runs.records import Attempt, NamedObject, utc_now
 from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
+from job.runs.samples import put_picture
 from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
 from job.store import Store
 from job.store.files import os_errors
@@ -141,7 +141,7 @@ class CheckpointWriter:
         self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
-        self._pictures: dict[str, tuple[bytes, CheckpointRef]] = {}
+        self._pictures: list[tuple[str, bytes, CheckpointRef]] = []
         self._reading_host = self._committing = self._is_swept = False
         self._error: BaseException | None = None
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
@@ -208,7 +208,7 @@ class CheckpointWriter:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
         with self._change():
             self.raise_trouble()
-            self._pictures[key] = picture, CheckpointRef(self._held.attempt.fence, images_seen)
+            self._pictures.append((key, picture, CheckpointRef(self._held.attempt.fence, images_seen)))
 
     def wait(self) -> None:
         """Returns when everything that was queued is in the bucket.
@@ -286,12 +286,9 @@ class CheckpointWriter:
             return not self._closing.reason
 
     def _put_picture(self) -> None:
-        key, (picture, ref) = next(iter(self._pictures.items()))
-        put_picture(self._run, key, picture, ref)
+        put_picture(self._run, *self._pictures[0])
         with self._change():
-            # Another of the same name may have come meanwhile.
-            if self._pictures[key][0] is picture:
-                del self._pictures[key]
+            del self._pictures[0]
 
     def _commit(self) -> CheckpointRef:
         """Commits what is queued: its files, its small objects, a last look at the lease, the manifest."""

@@ -14,8 +14,7 @@ from job.requests import SampleRequest
 from job.runs import records
 from job.runs.checkpoints import choose, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
-from job.runs.pictures import how_drawn, label_of
-from job.runs.pieces import Drawing
+from job.runs.samples import Drawing, how_drawn, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import Retry, Store, open_store

@@ -24,8 +24,8 @@ from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef
-from job.runs.pictures import file_words, how_drawn, put_picture
 from job.runs.retention import reading
+from job.runs.samples import file_words, how_drawn, put_picture
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet

@@ -29,12 +29,10 @@ from PIL import Image
 from job.code_version import code_version
 from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.progress import Progress
 from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
-from job.runs.pictures import put_picture
-from job.runs.pieces import BatchIndex, Drawing, Opening, PieceRecord
 from job.runs.records import NamedObject
+from job.runs.samples import BatchIndex, Drawing, Opening, PieceRecord, put_picture
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -139,12 +137,10 @@ class SampleSet:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
         found: list[PieceRecord] = []
-        bar = Progress("reading records", total=self.drawing.pieces, unit="records")
-        with bar, ThreadPoolExecutor(TRANSFERS) as pool:
+        with ThreadPoolExecutor(TRANSFERS) as pool:
             for record in pool.map(self.record, range(self.drawing.pieces)):
                 stop.check("while the records were read")
                 found.append(record)
-                bar.update(len(found))
         index = BatchIndex(drawing=self.drawing, pieces=tuple(record.in_index for record in found))
         self._check_files(index)
         grid = grid_of(self.images_of(found[0], images))
@@ -292,7 +288,7 @@ def _shard(drawing: Drawing, seeds: range, pngs: list[bytes]) -> bytes:
         for seed, png in zip(seeds, pngs, strict=True):
             members = {"png": png} | ({"cls": str(drawing.label(seed)).encode()} if drawing.classes else {})
             for ending, data in members.items():
-                info = tarfile.TarInfo(f"{drawing.image_name(seed)}.{ending}")
+                info = tarfile.TarInfo(f"{seed:09d}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
