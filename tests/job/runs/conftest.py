@@ -59,6 +59,12 @@ def run(store: Store) -> Store:
     return store.sub("runs/r")
 
 
+@pytest.fixture
+def any_run(bucket_uri: str) -> Store:
+    """An empty run in each kind of bucket."""
+    return open_store(bucket_uri).sub("runs/r")
+
+
 @pytest.fixture(scope="session")
 def keys(run: Store) -> list[str]:
     return [entry.key for entry in run.list()]

@@ -78,12 +78,6 @@ def run(tmp_path: Path) -> Store:
 
 
 @pytest.fixture
-def any_run(bucket_uri: str) -> Store:
-    """One in each kind of bucket."""
-    return open_store(bucket_uri).sub("runs/one")
-
-
-@pytest.fixture
 def start() -> Iterator[Start]:
     children: list[Child] = []
 

@@ -13,13 +13,13 @@ from job.runs import records, retention
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.lease import LEASE_KEY, load_lease
-from job.runs.retention import Reader, Retention, being_read, reading
+from job.runs.retention import Reader, being_read, reading
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import QUICK, taken
-from tests.job.runs.held import HeldRun, small_config, writer_of
+from tests.job.runs.held import small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 
@@ -35,22 +35,12 @@ def bucket(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(bucket: Path) -> Store:
     """A run of two attempts, the last of which ended in order: five checkpoints, two of them of the first attempt."""
-    import torch
-
     run = open_store(str(bucket)).sub("runs/r")
-    config = records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
-    for fence in range(1, FENCE + 1):
-        lease = taken(run)
-        attempt = records.record_attempt(run, fence, {}, 1, "cpu", lease.holder)
-        # This one retires nothing.
-        config = small_config(train__batch_size=16)
-        held = HeldRun(run, Retention(config, 48), attempt, lease)
-        writer = writer_of(held, {"model": {"w": torch.ones(4)}}, notes=[])
-        for images_seen in range(16, 48, 16) if fence == 1 else range(48, 96, 16):
-            writer.save(images_seen, [])
-            writer.wait()
-        writer.close(wait=True)
-        lease.close()
+    records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
+    for fence, images in ((1, (16, 32)), (FENCE, (48, 64, 80))):
+        taken(run).close()
+        records.record_attempt(run, fence, {}, 1, "cpu", f"{fence:032x}")
+        write(run, *((fence, images_seen) for images_seen in images))
     return run
 
 
