@@ -79,15 +79,27 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
     assert time.monotonic() - began < lease_module.EXPIRE_SECONDS / 2
 
 
-def test_the_silence_of_a_holder_is_told_by_no_clock_but_ones_own(run: Store, soon_expired: float):
-    for fence, since in ((4, "1999-12-31T23:59:59Z"), (40, "2031-01-01T00:00:00Z")):
-        by_somebody_elsewhere(run, fence=fence, since=since)
+def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replaced(run: Store, soon_expired: float):
+    """Whatever it says about the time, and whether or not anybody can read it."""
+    intact = by_somebody_elsewhere(run, fence=4)
+    for fence, (content, said) in enumerate(
+        (
+            (by_somebody_elsewhere(run, fence=8, since="1999-12-31T23:59:59Z"), "process 77 on 'far-away'"),
+            (by_somebody_elsewhere(run, fence=9, since="2031-01-01T00:00:00Z"), "process 77 on 'far-away'"),
+            (b"", "damaged"),
+            (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
+            (b'{"fence": 99999999, "released": true}', "damaged"),
+        ),
+        9,
+    ):
+        run.put(LEASE_KEY, content)
         notes: Notes = []
         began = time.monotonic()
-        lease = taken(run, notes=notes)
+        lease = taken(run, floor=fence - 1, notes=notes)
         assert time.monotonic() - began >= soon_expired
-        assert lease.fence == fence + 1
-        assert ["process 77 on 'far-away'" in notes[0], "silent" in notes[1]] == [True, True]
+        assert lease.fence == record_in(run)["fence"] == fence
+        assert [said in note and run.uri in note for note in notes] == [True, True]
+        assert "silent" in notes[1]
         lease.close()
 
 
@@ -120,21 +132,6 @@ def test_a_holder_that_falls_silent_at_the_end_of_the_wait_is_not_taken_for_aliv
     bad_day.away = False
     eventually(lambda: holder.lost)
     lease.close()
-
-
-def test_a_damaged_lease_is_watched_and_then_replaced_loudly(run: Store, soon_expired: float):
-    intact = by_somebody_elsewhere(run, fence=4)
-    flipped = intact.replace(b'"fence": 4', b'"fence": 5')
-    assert flipped != intact
-    for fence, content in enumerate((b"", flipped, b'{"fence": 99999999, "released": true}'), 9):
-        run.put(LEASE_KEY, content)
-        notes: Notes = []
-        began = time.monotonic()
-        lease = taken(run, floor=fence - 1, notes=notes)
-        assert time.monotonic() - began >= soon_expired
-        assert lease.fence == record_in(run)["fence"] == fence
-        assert ["damaged" in note and run.uri in note for note in notes] == [True, True]
-        lease.close()
 
 
 def test_a_holder_writes_a_damaged_or_deleted_lease_anew_and_nobody_else_gets_in(any_run: Store, quick: None):

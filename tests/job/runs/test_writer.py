@@ -147,6 +147,20 @@ def test_a_checkpoint_stays_while_it_is_read_or_the_bucket_cannot_delete(run):
     assert committed_images(run) == [120]
 
 
+def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run):
+    go_on = threading.Event()
+    run.hooks["upload"] = lambda key: go_on.wait(30)
+    writer = writer_of(held(run, checkpoint__keep_epochs=(1,)), live_tensors())
+    writer.save(24, [])
+    eventually(lambda: writer._committing and not writer._reading_host)
+    for images_seen in (30, 36, 48):
+        writer.save(images_seen, [])
+    threading.Timer(0.3, go_on.set).start()
+    writer.save(72, [])
+    writer.close(wait=True)
+    assert committed_images(run) == [24, 48, 72]
+
+
 def test_nobody_waits_for_retirement_but_the_end(run):
     go_on = threading.Event()
     writer = writer_of(held(run, checkpoint__keep_last=1), live_tensors())
