@@ -23,7 +23,7 @@ from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
-from job.runs.layout import SAMPLES, CheckpointRef
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import file_words, how_drawn, put_picture
 from job.sampling.painter import Painter, sampling_of
@@ -129,8 +129,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
                 print(f"{sample_set.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
                 return
             if sample_set.index() is None:
-                seeds = drawing.seeds(0)[: plan.sample.images]
-                sample_set.publish(lambda shown: grid_png(shown, seeds, plan.classes), len(seeds), stop)
+                sample_set.publish(stop)
             print(sample_set.describe(note if missing else "complete already"))
 
         ranks.on_main(finish)
@@ -164,7 +163,12 @@ def _draw_pieces(
                 for start in range(0, len(seeds), batch_size):
                     parts.append(painter.draw_alone(seeds[start : start + batch_size], sampling_of(plan.sample)))
                     advance(done := done + len(parts[-1]))
-                writer.submit(number, np.concatenate(parts))
+                images = np.concatenate(parts)
+                if number == 0:
+                    shown = plan.sample.images
+                    grid = grid_png(images[:shown], seeds[:shown], plan.classes)
+                    put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
+                writer.submit(number, images)
         finally:
             writer.wait()
         (made,) = ranks.sum(writer.made_images)

@@ -3,7 +3,7 @@
 RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides the images: created once, first
                                         piece-00012.tar            a shard that webdataset can read
                                         records/piece-00012.json   created once, after the piece: its commit
-                                        grid.png                   the first images
+                                        grid.png                   the first images, before their piece
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
@@ -17,7 +17,6 @@ import io
 import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import ceil
@@ -27,12 +26,11 @@ import numpy as np
 from PIL import Image
 
 from job.code_version import code_version
-from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.records import NamedObject
-from job.runs.samples import BatchIndex, Drawing, Opening, PieceRecord, put_picture
+from job.runs.samples import BatchIndex, Drawing, Opening, PieceRecord
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -130,40 +128,21 @@ class SampleSet:
             self._check_files(index)
         return index
 
-    def publish(self, grid_of: Callable[[np.ndarray], bytes], images: int, stop: Stop = NEVER) -> None:
-        """Says that everything is there: a grid of the first `images`, which `grid_of` makes, and the index.
+    def publish(self, stop: Stop = NEVER) -> None:
+        """Says in the index that everything is there.
 
         Raises:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
-        found: list[PieceRecord] = []
+        pieces = list[NamedObject]()
         with ThreadPoolExecutor(TRANSFERS) as pool:
             for record in pool.map(self.record, range(self.drawing.pieces)):
                 stop.check("while the records were read")
-                found.append(record)
-        index = BatchIndex(drawing=self.drawing, pieces=tuple(record.in_index for record in found))
+                pieces.append(record.in_index)
+        index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
         self._check_files(index)
-        grid = grid_of(self.images_of(found[0], images))
-        put_picture(self.run, self.key(ObjectKind.GRID), grid, self.ref)
         # Whoever else saw the last piece come writes the same.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
-
-    def images_of(self, record: PieceRecord, images: int) -> np.ndarray:
-        """The first images of a piece: uint8 [n, H, W, C].
-
-        Raises:
-            BadDataError: an object of it is missing or damaged; the message names it.
-        """
-        found: list[np.ndarray] = []
-        for file in record.files:
-            try:
-                data = file.read(self.run)
-            except BadDataError as error:
-                raise BadDataError(f"{error}; {self._how_to_repeat(record.number)}") from None
-            found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
-            if len(found) >= images:
-                break
-        return np.stack(found[:images])
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""
@@ -292,11 +271,3 @@ def _shard(drawing: Drawing, seeds: range, pngs: list[bytes]) -> bytes:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
-
-
-def _pngs(name: str, data: bytes) -> list[bytes]:
-    if name.endswith(".png"):
-        return [data]
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        files = (tar.extractfile(member) for member in tar if member.name.endswith(".png"))
-        return [file.read() for file in files if file is not None]
