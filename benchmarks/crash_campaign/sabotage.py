@@ -35,7 +35,7 @@ def _manifest_first(module: Any, trace: Any) -> None:
 def _fence_ignored(lease: Any, trace: Any) -> None:
     lease.Lease.confirm = lambda this: None
     lease.Lease.check_lost = lambda this: None
-    lease.Lease.lost = property(lambda this: False)
+    lease.Lease.lost = property(lambda this: "", lambda this, lost: None)
 
 
 def _position_off_by_one(session: Any, trace: Any) -> None:

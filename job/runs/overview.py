@@ -39,18 +39,19 @@ def list_runs(bucket_uri: str) -> None:
         refs, status = list_checkpoints(run), read_status(run)
         cells = ["not started", *"----"]
         if status is not None:
-            cells = [
-                state_of(status),
-                f"{status.epoch:.1f}",
-                f"{status.images_seen:,}/{status.target_images:,}",
-                "-" if status.loss is None else f"{status.loss:.4f}",
-                "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
-            ]
+            seen = f"{status.images_seen:,}/{status.target_images:,}"
+            cells = [state_of(status), f"{status.epoch:.1f}", seen, *_loss_and_speed(status)]
         table.add_row(name, *cells, f"{max(refs).images_seen:,}" if refs else "-")
     if table.row_count:
         print_table(table)
     else:
         print(f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
+
+
+def _loss_and_speed(status: Status) -> list[str]:
+    """Before the first row of the metrics nobody knows them."""
+    shown = ((status.loss, ".4f"), (status.images_per_second, ".1f"))
+    return ["-" if value is None else format(value, how) for value, how in shown]
 
 
 def print_table(table: Table) -> None:
@@ -75,10 +76,8 @@ def show_run(bucket_uri: str, name: str) -> None:
     if (status := read_status(run)) is not None:
         print(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
         print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
-        if status.loss is not None:
-            print(f"loss        {status.loss:.4f}")
-        if status.images_per_second is not None:
-            print(f"speed       {status.images_per_second:.1f} images/s")
+        loss, speed = _loss_and_speed(status)
+        print(f"loss        {loss}\nspeed       {speed} images/s")
     if refs := by_progress(list_checkpoints(run)):
         newest, dataset_images = refs[max(refs)], records.dataset_images_of(bucket, config)
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}

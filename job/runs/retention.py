@@ -65,17 +65,17 @@ class Reader(records.RunRecord):
 
 
 @contextmanager
-def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) -> Iterator[Callable[[], None]]:
+def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
     """Keeps a checkpoint from being retired, and its run from being deleted, meanwhile.
 
-    Yields a function to be called now and then by whoever takes longer than `seconds`.
+    Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`.
     """
     key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
 
     def renew() -> None:
         nonlocal said_at
-        if time.monotonic() - said_at > seconds / 4:
-            run.put(key, Reader(checkpoint=ref.key, until=time.time() + seconds).to_json())
+        if time.monotonic() - said_at > READING_SECONDS / 4:
+            run.put(key, Reader(checkpoint=ref.key, until=time.time() + READING_SECONDS).to_json())
             said_at = time.monotonic()
 
     renew()

@@ -135,14 +135,6 @@ class Drawing(Part):
         first, end = self.first_seed + number * self.piece_images, self.first_seed + self.count
         return range(first, min(first + self.piece_images, end))
 
-    def slice(self, index: int, slices: int) -> range:
-        """The pieces of slice `index` (from 0) of `slices`: each n-th, so that all finish at about the same time."""
-        return range(index, self.pieces, slices)
-
-    def label(self, seed: int) -> int:
-        """The class of an image: classes go round; -1 without classes."""
-        return seed % len(self.classes) if self.classes else -1
-
 
 class Opening(Sealed):
     """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""

@@ -157,7 +157,7 @@ class CheckpointWriter:
     @property
     def troubled(self) -> bool:
         """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
-        return self._held.lease.lost or self._error is not None
+        return bool(self._held.lease.lost) or self._error is not None
 
     def raise_trouble(self) -> None:
         """Raises why this attempt cannot go on, if it cannot.

@@ -99,7 +99,8 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
     ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
     index, slices = plan.request.slice_of
-    numbers = drawing.slice(index, slices)
+    # Each n-th, so that all slices finish at about the same time.
+    numbers = range(index, drawing.pieces, slices)
     committed = ranks.on_main(sample_set.begin)
     missing = [number for number in numbers if number not in committed]
     to_make = sum(len(drawing.seeds(number)) for number in missing)
@@ -126,7 +127,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
             note = f"{made:,} made{rate}, {there_before:,} there before"
             if to_come := drawing.pieces - len(sample_set.committed()):
                 pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
-                print(f"{sample_set.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
+                print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
                 return
             if sample_set.index() is None:
                 sample_set.publish(stop)
@@ -156,7 +157,7 @@ def _draw_pieces(
         try:
             for number in missing[ranks.rank :: ranks.world_size]:
                 seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
-                if sample_set.is_committed(number):
+                if plan.run.exists(sample_set.key(ObjectKind.RECORD, number)):
                     advance(done := done + len(seeds))
                     continue
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.

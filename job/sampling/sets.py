@@ -62,11 +62,6 @@ class SampleSet:
     drawing: Drawing
 
     @property
-    def uri(self) -> str:
-        """Of its folder."""
-        return self.folder.uri
-
-    @property
     def folder(self) -> Store:
         """Where it lies."""
         return self.run.sub(f"{SAMPLES}/{self.name}")
@@ -99,10 +94,6 @@ class SampleSet:
         """The numbers of the pieces that are there."""
         places = places_in(self.run, self.key(ObjectKind.RECORD).rpartition("/")[0]).values()
         return {place.piece for place in places} & {*range(self.drawing.pieces)}
-
-    def is_committed(self, number: int) -> bool:
-        """Whether a piece is there by now."""
-        return self.run.exists(self.key(ObjectKind.RECORD, number))
 
     def record(self, number: int) -> PieceRecord:
         """The record of a piece.
@@ -165,7 +156,7 @@ class SampleSet:
         if differing:
             raise BadRequestError(
                 f"{self.run.uri_of(key)} is about images of another drawing ({', '.join(differing)}): "
-                f"delete {self.uri} to draw them anew, or draw others with --first-seed"
+                f"delete {self.folder.uri} to draw them anew, or draw others with --first-seed"
             )
         return found
 
@@ -262,10 +253,10 @@ class PieceWriter:
 
 def _shard(drawing: Drawing, seeds: range, pngs: list[bytes]) -> bytes:
     """A tar that webdataset can read: `000003072.png`, and `000003072.cls` where there are classes."""
-    file = io.BytesIO()
+    file, classes = io.BytesIO(), len(drawing.classes)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for seed, png in zip(seeds, pngs, strict=True):
-            members = {"png": png} | ({"cls": str(drawing.label(seed)).encode()} if drawing.classes else {})
+            members = {"png": png} | ({"cls": str(seed % classes).encode()} if classes else {})
             for ending, data in members.items():
                 info = tarfile.TarInfo(f"{seed:09d}.{ending}")
                 info.size = len(data)

@@ -144,7 +144,7 @@ def test_a_holder_writes_a_damaged_or_deleted_lease_anew_and_nobody_else_gets_in
     any_run.delete(LEASE_KEY)
     eventually(lambda: any_run.exists(LEASE_KEY))
     lease.confirm()
-    assert (record_in(any_run)["fence"], lease.lost) == (3, False)
+    assert (record_in(any_run)["fence"], lease.lost) == (3, "")
     assert [any(word in note for note in notes) for word in ("damaged", "deleted")] == [True, True]
     lease.close()
 

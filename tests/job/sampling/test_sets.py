@@ -55,7 +55,7 @@ def far(bucket: Path, gcs_bucket: str) -> str:
     return gcs_bucket
 
 
-def test_pieces_hold_every_seed_once_and_slices_are_even(walked):
+def test_pieces_hold_every_seed_once(walked):
     for count in (1, 16, 17, 1000, 5000, 50_000, 10**6, 10**8, 10**9):
         drawing = set_of(walked, count, first_seed=7).drawing
         first, last = drawing.seeds(0), drawing.seeds(drawing.pieces - 1)
@@ -63,20 +63,17 @@ def test_pieces_hold_every_seed_once_and_slices_are_even(walked):
         assert drawing.seeds(1)[:1] in (range(first[-1] + 1, first[-1] + 2), range(0))
         assert drawing.pieces <= 100_000
         assert len(first) <= max(256, count / 100_000)
-        slices = [drawing.slice(index, 7) for index in range(7)]
-        assert sorted(number for part in slices for number in part) == list(range(drawing.pieces))
-        assert max(map(len, slices)) - min(map(len, slices)) <= 1
 
 
 def test_shards_hold_the_image_of_each_seed(bucket, draw):
     out = succeeded(ddpm_here(*words(bucket, 40, "--first-seed", 995)))
     images = set_of(bucket, 40, first_seed=995)
     index = images.index()
-    assert images.uri.endswith("/runs/walk/samples/epoch-0003-ddim-4-995-40")
-    assert out.startswith(f"{images.uri}/index.json  (40 images in 3 pieces; 40 made at ")
+    assert images.folder.uri.endswith("/runs/walk/samples/epoch-0003-ddim-4-995-40")
+    assert out.startswith(f"{images.folder.uri}/index.json  (40 images in 3 pieces; 40 made at ")
     assert index is not None
     assert [entry.name for entry in index.pieces] == ["piece-00000.tar", "piece-00001.tar", "piece-00002.tar"]
-    shards = [Path(images.uri) / entry.name for entry in index.pieces]
+    shards = [Path(images.folder.uri) / entry.name for entry in index.pieces]
     assert [hashlib.sha256(shard.read_bytes()).hexdigest() for shard in shards] == [e.sha256 for e in index.pieces]
     samples = list(webdataset.WebDataset([str(shard) for shard in shards], shardshuffle=False).decode("rgb8"))
     assert [sample["__key__"] for sample in samples] == [f"{seed:09d}" for seed in range(995, 1035)]
@@ -88,17 +85,17 @@ def test_shards_hold_the_image_of_each_seed(bucket, draw):
     assert np.array_equal(grid[-98:-2, 2:98], drawn[0].repeat(6, axis=0).repeat(6, axis=1))
 
     # Whoever else saw the last piece come writes the same index.
-    before = {path: path.stat().st_mtime_ns for path in Path(images.uri).rglob("*")}
+    before = {path: path.stat().st_mtime_ns for path in Path(images.folder.uri).rglob("*")}
     for done in (ddpm(*words(bucket, 40, "--first-seed", 995)), ddpm_here(*words(bucket, 40, "--first-seed", 995))):
-        assert succeeded(done) == f"{images.uri}/index.json  (40 images in 3 pieces; complete already)\n"
-    assert {path: path.stat().st_mtime_ns for path in Path(images.uri).rglob("*")} == before
+        assert succeeded(done) == f"{images.folder.uri}/index.json  (40 images in 3 pieces; complete already)\n"
+    assert {path: path.stat().st_mtime_ns for path in Path(images.folder.uri).rglob("*")} == before
 
 
 def test_png_files_hold_the_image_of_each_seed(bucket):
     succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--raw")))
     images = set_of(bucket, 20, save="png", raw=True)
-    assert images.uri.endswith("/epoch-0003-ddim-4-raw-0-20-png")
-    folder, index = Path(images.uri), images.index()
+    assert images.folder.uri.endswith("/epoch-0003-ddim-4-raw-0-20-png")
+    folder, index = Path(images.folder.uri), images.index()
     paths = sorted(folder.glob("piece-*/*.png"))
     assert [str(path.relative_to(folder)) for path in paths] == [
         f"piece-{seed // 16:05d}/{seed:09d}.png" for seed in range(20)
@@ -188,7 +185,7 @@ def test_who_makes_a_piece_again_does_no_harm(far, save):
 def test_a_writer_that_cannot_go_on_says_so(bucket):
     images = set_of(bucket, 40)
     images.begin()
-    (Path(images.uri) / "records").write_text("no folder")
+    (Path(images.folder.uri) / "records").write_text("no folder")
     writer = PieceWriter(images, NEVER)
     writer.submit(0, PIXELS[:16])
     with pytest.raises(BadRequestError, match="records"):
@@ -216,14 +213,16 @@ def test_rot_and_loss_are_named_and_what_is_said_to_be_done_helps(bucket):
             key = f"piece-00001/{100 * number + 17:09d}.png"
         succeeded(ddpm_here(*words(bucket, 40, *more, "--slice", f"0/{slices}")))
         whole = contents(images.folder, but="records/")
-        harm(Path(images.uri) / key)
-        problems = [line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.uri}/" in line]
-        assert any(f"{images.uri}/{key} " in line for line in problems), problems
+        harm(Path(images.folder.uri) / key)
+        problems = [
+            line for line in verify_run(open_store(str(bucket)), "walk").problems if f"{images.folder.uri}/" in line
+        ]
+        assert any(f"{images.folder.uri}/{key} " in line for line in problems), problems
         line = refused(ddpm_here(*words(bucket, 40, *more)), 65)
-        assert f"{images.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
-        named = re.findall(rf"{re.escape(images.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
+        assert f"{images.folder.uri}/{key}".removesuffix(f"/{Path(key).name}" if key.endswith("png") else "") in line
+        named = re.findall(rf"{re.escape(images.folder.uri)}/(\S+?\.json|piece-\d+(?:\.tar)?)(?=[ ,;:])", line)
         for name in named:
-            for path in (Path(images.uri) / name).parent.glob(f"{Path(name).name}*"):
+            for path in (Path(images.folder.uri) / name).parent.glob(f"{Path(name).name}*"):
                 subprocess.run(["rm", "-r", path], check=True)
         assert "40 images in 3 pieces" in succeeded(ddpm_here(*words(bucket, 40, *more)))
         assert whole.items() <= contents(images.folder, but="records/").items()
