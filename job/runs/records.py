@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import socket
 import threading
@@ -21,7 +20,7 @@ from job.code_version import code_version
 from job.config import RunConfig, flatten, validated
 from job.config_input import parse_yaml
 from job.data.shards import dataset_key, load_index
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.exits import BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
 from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
@@ -125,13 +124,16 @@ def dataset_images_of(bucket: Store, config: RunConfig) -> int:
     return MAX_IMAGES_SEEN + 1
 
 
-def create_config(run: Store, config: RunConfig) -> RunConfig:
-    """Stores a new run's configuration; if another attempt was first, returns what it stored."""
+def create_config(run: Store, config: RunConfig) -> None:
+    """Stores a new run's configuration.
+
+    Raises:
+        LostRunError: another attempt was first, with another one.
+    """
     try:
         run.create(CONFIG_KEY, config.to_yaml().encode())
     except ObjectExistsError:
-        return load_config(run) or config
-    return config
+        raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
 class NamedObject(Part):
@@ -194,7 +196,6 @@ class Attempt(RunRecord):
     """As which it held the run's lease; no other attempt at any run has it."""
     started: str
     host: str
-    pid: int
     code_version: str
     world_size: int
     device: str
@@ -258,7 +259,6 @@ def record_attempt(
         id=holder,
         started=utc_now(),
         host=socket.gethostname(),
-        pid=os.getpid(),
         code_version=code_version(),
         world_size=world_size,
         device=device,

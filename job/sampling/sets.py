@@ -244,10 +244,9 @@ class PieceWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        while not pending.done():
+        while not wait([pending], ARRIVAL_POLL_SECONDS).done:
             if self._stop() and self._stop.seconds_left_to_save() <= 0:
                 raise StoppedError("stopped before the last piece was in the bucket")
-            wait([pending], ARRIVAL_POLL_SECONDS)
         self.made_images += pending.result()
 
 

@@ -46,7 +46,6 @@ def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
         id=f"{fence:032x}",
         started="2026-01-01T00:00:00Z",
         host="here",
-        pid=1,
         code_version="0",
         world_size=1,
         device="cpu",
