@@ -21,7 +21,7 @@ from job.stop import GRACE_VARIABLE
 from job.store import Retry, Store, open_store, retry
 from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
-from tests.job.command_line import ddpm, refused, settings, succeeded
+from tests.job.command_line import ddpm, settings, succeeded
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
 from tests.job.runs.held import held, live_tensors, save, writer_of
@@ -215,5 +215,3 @@ def test_a_person_is_warned_and_saving_follows(tmp_path):
         warning,
     )
     assert checkpoints > 2
-    line = refused(ddpm("train", *words, "--epochs", 9, **variables | {GRACE_VARIABLE: "soon"}), 64)
-    assert f"{GRACE_VARIABLE}='soon': give the seconds between a preemption notice and the end, such as 30" in line
