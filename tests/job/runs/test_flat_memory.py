@@ -60,6 +60,7 @@ def samples_of(process: subprocess.Popen[bytes], run: Store) -> Iterator[Sample]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-moto"], indirect=True)
 def test_memory_files_and_threads_do_not_grow(bucket_uri, tmp_path):
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 8, 8))) for n in range(IMAGES)])
     succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket_uri))
@@ -69,7 +70,7 @@ def test_memory_files_and_threads_do_not_grow(bucket_uri, tmp_path):
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "job", *words],
-            env=environment(DDPM_CACHE=str(tmp_path / "cache")),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -88,5 +89,4 @@ def test_memory_files_and_threads_do_not_grow(bucket_uri, tmp_path):
     for name, growth in limits.items():
         before, after = (median(sample[name] for sample in part) for part in (warm, last))
         # Four uploads and a checkpoint on its way have files of their own, now and then.
-        print(f"{name} {before:,} -> {after:,}")
         assert after <= before + growth, name

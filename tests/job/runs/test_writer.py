@@ -202,8 +202,7 @@ def test_a_person_is_warned_and_saving_follows(tmp_path):
     found = {}
     for name, seconds in (("enough", 30), ("short", 2)):
         words = ("--dataset", "tiles", "--run", name, "--bucket", bucket, "--epochs", 5, *settings(), *rarely)
-        variables = {"DDPM_CACHE": str(tmp_path / "cache"), "PYTHONPATH": hooks, GRACE_VARIABLE: str(seconds)}
-        done = ddpm("train", *words, **variables)
+        done = ddpm("train", *words, **{"PYTHONPATH": hooks, GRACE_VARIABLE: str(seconds)})
         succeeded(done)
         warnings = re.findall(r"a save takes about .*", done.stderr)
         found[name] = warnings, len(list_checkpoints(open_store(str(bucket)).sub(f"runs/{name}")))

@@ -23,7 +23,7 @@ def train(bucket: Path, run: str, epochs: int, **changes: str):
         "log__every_images": "144",
         **changes,
     }
-    return ddpm_here(*words, *settings(**changes), DDPM_CACHE=str(bucket / "cache"))
+    return ddpm_here(*words, *settings(**changes))
 
 
 def copy_objects(source: Store, target: Store, *folders: str) -> None:
