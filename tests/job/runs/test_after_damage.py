@@ -7,8 +7,7 @@ import re
 import pytest
 
 from job.exits import BadDataError, Exit
-from job.plan import plan_run
-from job.requests import SampleRequest, TrainRequest
+from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import read_rows
 from job.sampling.plan import plan_sampling
@@ -90,14 +89,6 @@ def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again
     done = ddpm_here(*sample)
     assert f"{copy.uri}/{again.manifest_key} is missing" in done.stderr
     assert "drawing from the checkpoint before" in done.stderr
-
-
-def test_a_damaged_configuration_is_named_before_anything_begins(bucket, store, run):
-    theirs = store.sub("runs/other").read("config.yaml").data
-    for damage in [*DAMAGES.values(), lambda _: theirs]:
-        named = pytest.raises(BadDataError, match=re.escape(run.uri_of("config.yaml")))
-        with damaged(run, "config.yaml", damage), named:
-            plan_run(TrainRequest("tiles", str(bucket), run="r", epochs=5).check())
 
 
 def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
