@@ -107,6 +107,11 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
     option = f"--gpu-type {resources.gpu_type}" if resources.gpu_type else spot
     if resources.max_hours is not None and not 1 / 60 <= resources.max_hours <= 720:
         raise BadRequestError(f"--max-hours {resources.max_hours:g}: use at least a minute (0.017) and at most 720")
+    if resources.nodes > 1 and target.backend != "kubernetes":
+        several = f"--nodes {resources.nodes} needs several machines that train together, and {target.name!r} has none"
+        raise BadRequestError(f"{several}: use a kubernetes target, or one machine with more GPUs (--gpus 8)")
+    if resources.slices and not target.is_remote:
+        raise BadRequestError(f"--slices {resources.slices} needs several machines, and {target.name!r} is this one")
     if command.verb == "pack" and (resources.gpus or resources.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.image:

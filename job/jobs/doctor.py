@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
-from job.jobs.checks import Check, local_gpus, looked_at
+from job.jobs.backends.base import Check, looked_at
 from job.jobs.targets import Target
+from job.processes.gpus import local_gpus
 from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder

@@ -21,6 +21,8 @@ from job.jobs.command_line import ParsedCommand
 from job.jobs.costs import cost_of, limit_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, KubernetesTarget, Target, chosen_target, load_targets
+from job.jobs.watch import Watch
+from job.stop import Stop
 
 
 @dataclass(frozen=True)
@@ -64,9 +66,7 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
         elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if options.watch:
-            from job.jobs.watch import Clock, Watch
-
-            Watch(backend, spec, Clock()).run()
+            Watch(backend, spec, Stop().install().sleep).run()
         elif target.is_remote or options.detach:
             try:
                 backend.submit_where_possible(spec)

@@ -7,15 +7,12 @@ jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows `job.exit
 from __future__ import annotations
 
 import difflib
-import hashlib
-import json
 import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.base import IMAGE_USER, JsonObject
 from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
-from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget, size_bytes
 from job.stop import GRACE_VARIABLE
@@ -30,8 +27,6 @@ NODE_JOB = "node"
 MASTER_PORT = 29500
 CAPACITY = "ddpm-capacity"
 """Label of the nodes that `infra/terraform` makes, and the taint of those without GPUs that stay."""
-MANIFEST_ANNOTATION = "ddpm-manifest"
-"""Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_SECONDS_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -65,15 +60,12 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
         labels |= {QUEUE_LABEL: target.queue, QUEUE_SECONDS_LABEL: str(spec.max_seconds)}
         waits = {"suspend": True}
     own = _job_set_spec(spec, target) if is_set else _job_spec(spec, target)
-    made: JsonObject = {
+    return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2" if is_set else "batch/v1",
         "kind": "JobSet" if is_set else "Job",
         "metadata": {"name": spec.name, "namespace": target.namespace, "labels": labels},
         "spec": {**own, "ttlSecondsAfterFinished": SHOWN_SECONDS, **waits},
     }
-    written = json.dumps(made, sort_keys=True).encode()
-    made["metadata"]["annotations"] = {MANIFEST_ANNOTATION: hashlib.sha256(written).hexdigest()[:16]}
-    return made
 
 
 def _job_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
@@ -220,7 +212,7 @@ def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
         "image": spec.image,
         # A node that ran an earlier image of the same tag would go on with that one.
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
-        "args": _args(spec, target),
+        "args": _args(spec),
         "env": _env(spec, target),
         "resources": {"requests": requests, "limits": limits},
         "securityContext": rights,
@@ -261,13 +253,10 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
     return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
 
 
-def _args(spec: JobSpec, target: KubernetesTarget) -> list[str]:
+def _args(spec: JobSpec) -> list[str]:
     args = [_literally(word) for word in spec.argv]
     if spec.slices:
         args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
-    # A replacement must outlive its predecessor's lease, or the job would end for good with 76.
-    if spec.verb == "train" and not any(word.split("=")[0] == "--wait" for word in spec.argv):
-        args += ["--wait", f"{wait_seconds(target):g}"]
     return args
 
 

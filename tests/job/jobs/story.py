@@ -45,7 +45,7 @@ def watched(home: base.Backend, spec: JobSpec, clock: Any) -> None:
         for module in (watch, base):
             patch.setattr(module, "note", clock.told.append)
         bucket = "/nowhere" if "://" in spec.bucket else spec.bucket
-        watch.Watch(home, replace(spec, bucket=bucket), clock).run()
+        watch.Watch(home, replace(spec, bucket=bucket), clock.wait, clock.now).run()
 
 
 def nothing() -> None:

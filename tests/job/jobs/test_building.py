@@ -72,8 +72,8 @@ def test_training_becomes_a_job():
     )
     assert built("train", [*FOR_TRAIN, "--epochs", "3"]) == spec
     # What was asked for wins over the target.
-    spec = built("train", FOR_TRAIN, "vm", gpus=8, nodes=2, gpu_type="a", spot=True, max_hours=0.5)
-    assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot, spec.max_hours) == (8, 2, "a", True, 0.5)
+    spec = built("train", FOR_TRAIN, "vm", gpus=8, gpu_type="a", spot=True, max_hours=0.5)
+    assert (spec.gpus, spec.gpu_type, spec.spot, spec.max_hours) == (8, "a", True, 0.5)
     spec = built("train", FOR_TRAIN, "vm")
     assert (spec.gpus, spec.nodes, spec.gpu_type, spec.spot) == (1, 1, "nvidia-l4", False)
     spec = built("train", FOR_TRAIN, gpus=0)
@@ -203,6 +203,7 @@ REFUSED = [
     ("train --dataset a", "own", {"gpu_type": "l4"}, BadRequestError, "by `node_selector:` alone"),
     ("pack gs://abc/b.zip b --size 8", "gke", {"gpu_type": "l4"}, BadRequestError, "packing uses no GPUs"),
     ("pack gs://abc/b.zip b --size 8", "gke", {"gpus": 1}, BadRequestError, "packing uses no GPUs"),
+    ("train --dataset a", "vm", {"nodes": 2}, BadRequestError, "use a kubernetes target"),
     ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is for sampling"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),

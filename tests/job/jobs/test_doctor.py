@@ -12,7 +12,7 @@ import pytest
 
 from job.exits import Exit, JobError
 from job.jobs import doctor
-from job.jobs.checks import Check
+from job.jobs.backends.base import Check
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 

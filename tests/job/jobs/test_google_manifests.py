@@ -62,7 +62,6 @@ def test_every_code_is_retried_as_the_table_says():
 @both
 def test_what_could_not_run_is_refused_before_anything_is_sent(engine):
     for job, changes, message in [
-        (spec(nodes=2), {}, "use a kubernetes target"),
         (spec(gpus=8), {}, "set machine_type: g2-standard-96"),
         (spec(gpus=3), {}, "machines with 1, 2, 4, 8 nvidia-l4"),
         (spec(gpus=8, gpu_type="nvidia-h100-80gb"), {}, "machine_type: a3-highgpu-8g"),

@@ -70,7 +70,7 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
 def test_what_is_asked_about_a_job_that_nobody_knows():
     for command in ("status", "logs", "cancel", "describe"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
-        assert "target 'local' knows no job 'train-nothing': `ddpm jobs list` shows those there are" in line
+        assert "no target knows a job 'train-nothing' (local): `ddpm jobs list` shows those there are" in line
         assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
         assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
         line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
@@ -100,10 +100,9 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"
             assert lines[0] == f"run         walk  ({uri}/runs/walk)"
-            assert lines[1].startswith("run's state finished, as of 20")
-            assert lines[2] == "images seen 312 of 312 (epoch 1.04)"
-            assert lines[3].startswith("newest      checkpoints/000001-000000000312")
-            assert lines[4].startswith("attempt 1 ")
+            assert "images seen 312 of 312 (epoch 1.04)" in lines
+            assert any(line.startswith("newest      checkpoints/000001-000000000312") for line in lines)
+            assert lines[-1].startswith("attempt 1 ")
     for name in ("train-other", "train-walk-2"):
         refused(ddpm_here("jobs", "status", name), Exit.MISSING_INPUT)
     # Its output went with the machine.

@@ -1,4 +1,4 @@
-"""The output of pods on a cluster: while they run, across pods that follow each other, and connections that break."""
+"""The output of pods on a cluster: while they run, across pods that follow each other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import time
 import pytest
 
 from job.exits import MissingInputError
-from job.jobs.backends import kubernetes_logs
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import wait_for
@@ -43,7 +42,7 @@ def past(backend, name=NAME):
 
 
 def test_what_was_printed_until_now(server, backend):
-    with pytest.raises(MissingInputError, match=r"no job 'train-celeba'"):
+    with pytest.raises(MissingInputError, match="no job 'train-celeba'"):
         past(backend)
     backend.submit(spec())
     with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
@@ -58,46 +57,33 @@ def test_what_was_printed_until_now(server, backend):
     assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
 
 
-def test_following_goes_on_in_the_pod_that_replaces_another(server, backend):
+def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(server, backend):
     backend.submit(spec())
     followed = Followed(backend)
     first = server.start_pod(NAME)
-    server.print(first, "epoch 1")
-    followed.wait_for("epoch 1")
+    # Their times end with zeros, which are left out, and without.
+    lines = [f"line {number % 3}" for number in range(24)]
+    for line in lines:
+        server.print(first, line)
+    followed.wait_for(*lines)
+    # A node throws the first lines of a long output away, and the API is away for a moment.
+    server.answer_next(503, times=2)
+    server.forget_log(first, 20)
     server.print(first, "saved")
+    followed.wait_for(*lines, "saved")
+    # What was read is not asked for again and again.
+    assert any("sinceSeconds=60" in path for _, path in server.requests)
     server.end_pod(first, 75)
     second = server.start_pod(NAME)
     server.print(second, "epoch 2")
-    followed.wait_for("epoch 1", "saved", "epoch 2")
+    followed.wait_for(*lines, "saved", "epoch 2")
     # One that goes with its node.
-    server.break_log(second)
     server.remove("pods", second)
     third = server.start_pod(NAME)
     server.print(third, "epoch 3", "finished")
     server.end_pod(third, 0)
     server.end_job(NAME, "Complete")
-    assert followed.ended() == ["epoch 1", "saved", "epoch 2", "epoch 3", "finished"]
-
-
-def test_a_connection_that_breaks_loses_no_line_and_repeats_none(server, backend):
-    backend.submit(spec())
-    pod = server.start_pod(NAME)
-    followed = Followed(backend)
-    lines = [f"line {number % 3}" for number in range(24)]
-    # Their times end with zeros, which are left out, and without.
-    for number, line in enumerate(lines):
-        server.print(pod, line)
-        if number % 5 == 4:
-            server.break_log(pod)
-    followed.wait_for(*lines)
-    # A node throws the first lines of a long output away, and the API is away for a moment.
-    server.answer_next(503, times=2)
-    server.break_log(pod, forgotten=20)
-    server.print(pod, "last")
-    followed.wait_for(*lines, "last")
-    server.end_pod(pod, 0)
-    server.end_job(NAME, "Complete")
-    assert followed.ended() == [*lines, "last"]
+    assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
 
 
 def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend):
@@ -116,8 +102,7 @@ def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend)
         assert past(backend, job.name) == ["[0] second", "[1] first"]
 
 
-def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend, monkeypatch):
-    monkeypatch.setattr(kubernetes_logs, "LAST_LINES_SECONDS", 0.1)
+def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
     server.goes_after_seconds = 1.0
     backend.submit(spec())
     pod = server.start_pod(NAME)
@@ -133,5 +118,5 @@ def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend,
 def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
     backend.submit(spec())
     server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
-    with pytest.raises(MissingInputError, match="'train-celeba' prints nothing: ImagePullBackOff: manifest unknown"):
+    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
         list(backend.logs(NAME, follow=True))

@@ -11,7 +11,6 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -201,5 +200,3 @@ def test_what_nobody_submitted_is_unknown_and_this_machine_is_one():
     for question in (backend().describe, backend().cancel, lambda name: list(backend().logs(name, False))):
         with pytest.raises(MissingInputError, match="no job 'train-a'"):
             question("train-a")
-    with pytest.raises(BadRequestError, match="--nodes 2 needs several machines"):
-        backend().render(replace(spec("--dataset", "a"), nodes=2))
