@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import difflib
 import json
 import math
@@ -18,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from job import DEFAULT_BUCKET
 from job.config_input import parse_yaml
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-from job.store import check_uri, is_remote
+from job.store import check_uri
 from job.store.files import os_errors
 
 if TYPE_CHECKING:
@@ -103,15 +102,11 @@ class Target(BaseModel):
 
     @field_validator("bucket")
     @classmethod
-    def _is_seen(cls, uri: str) -> str:
+    def _is_one(cls, uri: str) -> str:
         try:
             check_uri(uri)
         except BadRequestError as error:
             raise ValueError(str(error)) from None
-        if cls.is_remote and not is_remote(uri):
-            raise ValueError(
-                f"{uri!r} is a folder of this machine, which its jobs cannot see: use gs://BUCKET or s3://BUCKET"
-            )
         return uri
 
 
@@ -184,7 +179,7 @@ class KubernetesTarget(Target):
         return self.cluster == "gke" and self.node_selector is None
 
 
-class GoogleTarget(Target, abc.ABC):
+class GoogleTarget(Target):
     """What targets on Google Cloud have in common."""
 
     project: _Project
@@ -197,9 +192,15 @@ class GoogleTarget(Target, abc.ABC):
     boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
 
     @property
-    @abc.abstractmethod
+    def places(self) -> tuple[str, ...]:
+        """The zones or regions where a job may run."""
+        found: tuple[str, ...] = getattr(self, "zones" if self.backend == "vm" else "regions")
+        return found
+
+    @property
     def all_regions(self) -> tuple[str, ...]:
-        """Where a job may run."""
+        """Those of the places."""
+        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
 
 
 class VmTarget(GoogleTarget):
@@ -209,11 +210,6 @@ class VmTarget(GoogleTarget):
     zones: tuple[_Zone, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
 
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Those of the zones."""
-        return tuple(dict.fromkeys(zone.rpartition("-")[0] for zone in self.zones))
-
 
 class BatchTarget(GoogleTarget):
     """Google Batch."""
@@ -221,11 +217,6 @@ class BatchTarget(GoogleTarget):
     backend: Literal["batch"]
     regions: tuple[_Region, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
-
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Where a job may run."""
-        return self.regions
 
 
 _CLASSES: dict[str, type[Target]] = {

@@ -238,7 +238,7 @@ def _batch_message(found: JsonObject, state: State) -> str:
     if state is State.FAILED and events:
         return events[-1]
     shortages = [want for event in events if (want := google.shortage(event))]
-    return f"{shortages[-1].said}, and Batch keeps trying" if state is State.WAITING and shortages else ""
+    return f"{shortages[-1][1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
 def _job_state(found: JsonObject) -> State:

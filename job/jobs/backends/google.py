@@ -19,14 +19,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.jobs.backends.base import IMAGE_USER, Backend, Check, JsonObject, NoCapacityError, looked_at, unchecked_image
 from job.jobs.backends.machines import Machine, machine_for
 from job.jobs.spec import JobSpec
-from job.jobs.targets import GoogleTarget, Target, VmTarget
+from job.jobs.targets import GoogleTarget, Target
 from job.stop import GRACE_VARIABLE
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
@@ -74,29 +74,27 @@ class GoogleNotFoundError(MissingInputError):
     """Google answered 404."""
 
 
-class _Refusal(NamedTuple):
-    """What an answer means: the error, and in it what is wrong and what to do."""
-
-    error: type[JobError]
-    said: str
-    remedy: str
-
-
-_AWAY = _Refusal(BucketAwayError, "Google's API is away or too busy", "check the network, or try again later")
-_STATUSES = {
-    401: _Refusal(NoPermissionError, "Google does not know who asks", LOGIN),
-    403: _Refusal(NoPermissionError, "no permission", "have an owner of the project grant a role that has it"),
-    404: _Refusal(GoogleNotFoundError, "it is not there", "check its name, and project and place in the target"),
+_Refusal = tuple[type[JobError], str, str]
+"""What an answer means: the error, and in it what is wrong and what to do."""
+_AWAY: _Refusal = (BucketAwayError, "Google's API is away or too busy", "check the network, or try again later")
+_STATUSES: dict[int, _Refusal] = {
+    401: (NoPermissionError, "Google does not know who asks", LOGIN),
+    403: (NoPermissionError, "no permission", "have an owner of the project grant a role that has it"),
+    404: (GoogleNotFoundError, "it is not there", "check its name, and project and place in the target"),
     408: _AWAY,
     429: _AWAY,
 }
-_OTHER_STATUS = _Refusal(BadRequestError, "Google refused it", "change what it names")
-_SHORTAGES = {
-    r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": _Refusal(
-        NoCapacityError, "there is no such machine now", "try another zone or region, later, or --on-demand"
+_OTHER_STATUS: _Refusal = (BadRequestError, "Google refused it", "change what it names")
+_SHORTAGES: dict[str, _Refusal] = {
+    r"RESOURCE_POOL_EXHAUSTED|does not have enough resources|STOCKOUT|resource_availability": (
+        NoCapacityError,
+        "there is no such machine now",
+        "try another zone or region, later, or --on-demand",
     ),
-    r"QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": _Refusal(
-        BadRequestError, "the project's quota does not allow it", f"ask for more at {QUOTA_PAGE}; spot has its own"
+    r"QUOTA_?EXCEEDED|Quota '[A-Z0-9_-]+' exceeded": (
+        BadRequestError,
+        "the project's quota does not allow it",
+        f"ask for more at {QUOTA_PAGE}; spot has its own",
     ),
 }
 """By what Compute Engine says, whatever its status; Batch passes the same words on."""
@@ -195,12 +193,11 @@ def refusal(status: int | None, reason: str, what: str, project: str) -> JobErro
     `GoogleNotFoundError` for 404, `NoPermissionError` for 401 and 403, `NoCapacityError` for a machine out of stock,
     `BadRequestError` for a quota and every other refusal, and `BucketAwayError` for no answer, 408, 429 and 5xx.
     """
-    found = shortage(reason)
-    if found is None:
-        is_refused = status is not None and 400 <= status < 500 and "rateLimitExceeded" not in reason
-        found = _STATUSES.get(status or 0, _OTHER_STATUS) if is_refused else _AWAY
+    is_refused = 400 <= (status or 0) < 500 and "rateLimitExceeded" not in reason
+    by_status = _STATUSES.get(status or 0, _OTHER_STATUS) if is_refused else _AWAY
+    error, said, remedy = shortage(reason) or by_status
     reason = textwrap.shorten(reason, _LONGEST_REASON, placeholder=" …")
-    return found.error(f"{what}: {found.said} ({reason}): {found.remedy.format(project=project)}")
+    return error(f"{what}: {said} ({reason}): {remedy.format(project=project)}")
 
 
 def shortage(text: str) -> _Refusal | None:
@@ -240,7 +237,7 @@ class GoogleBackend(Backend):
         """`first` is the number of its place among those of the target."""
         super().__init__(target)
         self._apis = GoogleApis(self.target.project)
-        self._places = self.target.zones if isinstance(self.target, VmTarget) else self.target.all_regions
+        self._places = self.target.places
         self.place, *self._others = self._places[first:]
 
     def elsewhere(self) -> Self | None:
@@ -327,8 +324,7 @@ class GoogleBackend(Backend):
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
         target = self.target
         self._apis.is_hurried = True
-        engine = looked_at(self.engine, self._engine_answers)
-        yield engine
+        yield (engine := looked_at(self.engine, self._engine_answers))
         if not engine.passed:
             return
         if target.gpus:

@@ -6,7 +6,6 @@ jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows `job.exit
 
 from __future__ import annotations
 
-import difflib
 import math
 from typing import Any
 
@@ -169,7 +168,11 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:
-            selector[GPU_TYPE_LABEL] = _known_to_gke(gpu_type, target)
+            selector[GPU_TYPE_LABEL] = gpu_type
+            # A job would wait for one without end.
+            if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
+                there_are = f"there are {', '.join(GKE_GPU_TYPES)}; nodes with another label need node_selector"
+                raise BadRequestError(f"--gpu-type {gpu_type}: GKE has no GPUs of this name: {there_are}")
         if spec.spot:
             selector[SPOT_LABEL] = "true"
             tolerations.append({"key": SPOT_LABEL, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
@@ -190,29 +193,20 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     return {field: value for field, value in parts.items() if value}
 
 
-def _known_to_gke(gpu_type: str, target: KubernetesTarget) -> str:
-    """Returns a GPU type that GKE labels nodes with: for another one a job would wait for ever."""
-    if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
-        close = difflib.get_close_matches(gpu_type, GKE_GPU_TYPES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise BadRequestError(
-            f"--gpu-type {gpu_type}: GKE has no GPUs of this name{hint} (there are: {', '.join(GKE_GPU_TYPES)}); for "
-            f"nodes with another label set node_selector of target {target.name!r}"
-        )
-    return gpu_type
-
-
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     requests = _requests(spec, target)
     limits = requests | ({GPU_RESOURCE: str(spec.gpus)} if spec.gpus else {})
     rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    args = [_literally(word) for word in spec.argv]
+    if spec.slices:
+        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,
         "image": spec.image,
         # A node that ran an earlier image of the same tag would go on with that one.
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
-        "args": _args(spec),
+        "args": args,
         "env": _env(spec, target),
         "resources": {"requests": requests, "limits": limits},
         "securityContext": rights,
@@ -253,13 +247,6 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
     return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
 
 
-def _args(spec: JobSpec) -> list[str]:
-    args = [_literally(word) for word in spec.argv]
-    if spec.slices:
-        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
-    return args
-
-
 def _literally(text: str) -> str:
     """What Kubernetes, which replaces `$(NAME)` in words and values, makes into `text` again."""
     return text.replace("$", "$$")
@@ -283,19 +270,15 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
     if spec.machines > 1 or spec.slices:
         fields[INDEX_VARIABLE] = f"metadata.annotations['{INDEX_ANNOTATION}']"
     if spec.nodes > 1:
-        values |= _rendezvous(spec)
+        # Where the nodes meet; see `job.processes.group`.
+        values |= {
+            "NNODES": str(spec.nodes),
+            "NODE_RANK": f"$({INDEX_VARIABLE})",
+            # JobSet: JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
+            "MASTER_ADDR": f"{spec.name}-{NODE_JOB}-0-0.{spec.name}",
+            "MASTER_PORT": str(MASTER_PORT),
+        }
     # A value may name only what stands before it.
     references = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
     plain = [{"name": name, "value": value} for name, value in sorted(values.items()) if name not in fields]
     return references + plain
-
-
-def _rendezvous(spec: JobSpec) -> dict[str, str]:
-    """Where the nodes meet; see `job.processes.group`."""
-    return {
-        "NNODES": str(spec.nodes),
-        "NODE_RANK": f"$({INDEX_VARIABLE})",
-        # JobSet: JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
-        "MASTER_ADDR": f"{spec.name}-{NODE_JOB}-0-0.{spec.name}",
-        "MASTER_PORT": str(MASTER_PORT),
-    }

@@ -75,11 +75,7 @@ class VmBackend(google.GoogleBackend):
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
-        machines = self.find(name)
-        staying = [machine for machine in machines if machine["status"] not in _LEAVING]
-        # A machine that is there knows best, and logs may be asked only so often.
-        is_complete = len(staying) == max([1, *map(_slices, machines)])
-        return vm_status(name, machines, {} if is_complete else self._last_words(name))
+        return vm_status(name, self.find(name), self._last_words(name))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`: those that have a machine."""

@@ -180,8 +180,7 @@ def test_this_machine_has_no_engine_that_ends_a_job():
 
 
 REFUSED = [
-    ("train --dataset a --bucket ./b", "gke", {}, BadRequestError, "is a folder of this machine"),
-    ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a folder of this"),
+    ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a path of this machine"),
     ("train --dataset a", "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
     ("train --dataset a --bucket gs://X", "gke", {}, BadRequestError, "names no bucket"),
     ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "user or password"),

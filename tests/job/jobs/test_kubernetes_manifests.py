@@ -138,7 +138,7 @@ def test_where_a_job_runs():
 
 
 def test_a_gpu_that_gke_does_not_have_is_refused_and_not_waited_for():
-    for gpu_type, hint in (("nvidia-l40000", "did you mean nvidia-l4?"), ("h100", "nvidia-h100-80gb")):
+    for gpu_type, hint in (("nvidia-l40000", "there are nvidia-a100-80gb, "), ("h100", "nvidia-h100-80gb")):
         with pytest.raises(BadRequestError, match=re.escape(hint)):
             manifest(spec(gpu_type=gpu_type), TARGET)
         manifest(spec(gpu_type=gpu_type), TARGET.model_copy(update={"cluster": "plain"}))

@@ -106,7 +106,6 @@ REFUSED = [
     (GKE + ", env: {HF_TOKEN: a}}", ["HF_TOKEN looks like a secret", "service account"]),
     (GKE + ", env: {A: 1}}", ["env.A: input should be a valid string"]),
     (GKE + "}\ngke: {backend: kubernetes}", ["'gke' is there twice"]),
-    ("gke: {backend: kubernetes, bucket: ./folder}", ["'./folder' is a folder of this machine", "gs://BUCKET"]),
     ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "nobody here speaks hdfs://"]),
     ("gke: {backend: kubernetes, bucket: 'gs://X'}", ["bucket:", "names no bucket"]),
     ("gke: {backend: kubernetes, image: 'a b'}", ["image: string should match pattern", "'a b'"]),
