@@ -16,8 +16,6 @@ from job.progress import note
 
 JsonObject = dict[str, Any]
 """What is sent to an engine, as JSON types."""
-IMAGE_USER = 10001
-"""User and group of the image, for jobs that touch no file of the machine they run on."""
 FOLLOW_POLL_SECONDS = 0.2
 """Between two looks at a job of this machine whose output somebody follows."""
 
@@ -33,6 +31,11 @@ class State(StrEnum):
     CANCELLED = "cancelled"
     GONE = "gone"
     """The engine does not know it, though it was submitted: its machine was taken away, or somebody deleted it."""
+
+    @classmethod
+    def of_code(cls, code: int) -> State:
+        """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
+        return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
 
     @property
     def is_over(self) -> bool:
@@ -82,6 +85,13 @@ class JobStatus:
     bucket: str = ""
     """As the job was told, where its engine remembers that."""
 
+    @classmethod
+    def of_code(cls, name: str, code: int) -> JobStatus:
+        """How a job, or a part of one, is whose program ended with `code` on a machine of its own."""
+        if code == Exit.FINISHED:
+            return cls(name, State.FINISHED, exit_code=code)
+        return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
+
     @property
     def costs(self) -> bool:
         """Whether it has a machine, as far as its engine knows."""
@@ -117,24 +127,6 @@ class JobStatus:
         )
 
 
-def state_of_code(code: int) -> State:
-    """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
-    return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
-
-
-def ended_status(name: str, code: int) -> JobStatus:
-    """How a job, or a part of one, is whose program ended with `code` on a machine of its own."""
-    if code == Exit.FINISHED:
-        return JobStatus(name, State.FINISHED, exit_code=code)
-    return JobStatus(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
-
-
-def runs_already(name: str, where: str) -> BadRequestError:
-    """The error about a job that is to be submitted, and is there."""
-    about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
-    return BadRequestError(f"{name} runs {where} already: {about}")
-
-
 @dataclass(frozen=True)
 class Check:
     """One thing that was looked at before a job needs it, and what to do about it.
@@ -159,22 +151,22 @@ class Check:
         message, separator, remedy = str(error).rpartition(": ")
         return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
 
+    @classmethod
+    def of(cls, name: str, look: Callable[[], str]) -> Check:
+        """A check that passes, with what `look` says, unless that raises a `JobError`."""
+        try:
+            return cls(name, True, look())
+        except JobError as error:
+            return cls.of_error(name, error)
 
-def looked_at(name: str, look: Callable[[], str]) -> Check:
-    """A check that passes, with what `look` says, unless that raises a `JobError`."""
-    try:
-        return Check(name, True, look())
-    except JobError as error:
-        return Check.of_error(name, error)
-
-
-def unchecked_image(image: str) -> Check:
-    """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
-    if not image:
-        return Check("image", False, "the target names none", "set its `image:`")
-    if image.startswith("localhost/"):
-        return Check("image", False, f"{image} is on this machine alone", "`make push-image`, and set `image:`")
-    return Check("image", True, f"{image}: not checked here; a job whose image is not there says so")
+    @classmethod
+    def of_image(cls, image: str) -> Check:
+        """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
+        if not image:
+            return cls("image", False, "the target names none", "set its `image:`")
+        if image.startswith("localhost/"):
+            return cls("image", False, f"{image} is on this machine alone", "`make push-image`, and set `image:`")
+        return cls("image", True, f"{image}: not checked here; a job whose image is not there says so")
 
 
 class NoCapacityError(JobError):
@@ -237,6 +229,11 @@ class Backend(abc.ABC):
     def elsewhere(self) -> Backend | None:
         """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
         return None
+
+    def runs_already(self, name: str, where: str) -> BadRequestError:
+        """The error about a job that is to be submitted, and is there."""
+        about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
+        return BadRequestError(f"{name} runs {where} already: {about}")
 
     def unknown(self, name: str) -> MissingInputError:
         """The error about a job that the engine does not know."""

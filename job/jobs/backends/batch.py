@@ -14,7 +14,8 @@ from datetime import datetime
 
 from job.exits import BadRequestError, retried, severity
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, ended_status, runs_already
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
@@ -61,7 +62,7 @@ class BatchBackend(google.GoogleBackend):
         (manifest,) = self.render(spec)
         while before := self.find(spec.name):
             if not _job_state(before[0]).is_over and not _is_being_ended(before[0]):
-                raise runs_already(spec.name, f"in {_region(before[0])}")
+                raise self.runs_already(spec.name, f"in {_region(before[0])}")
             self._delete(before[0])
         self._apis.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
@@ -188,12 +189,12 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
         cpus, memory_mib = machine.shape
         resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
     # Docker makes the volume, with the rights that it has in the image, and removes it.
-    scratch = f"--mount=type=volume,target={google.CONTAINER_SCRATCH}"
+    scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
         "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
         # All constants: Batch takes these apart at the spaces.
-        "options": " ".join((*google.CONFINEMENT, scratch, *["--gpus=all"] * bool(machine.gpus))),
+        "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }
     environment = {"variables": google.container_variables(spec)}
     return {
@@ -219,7 +220,7 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
 
 def _ended_task(name: str, code: int) -> JobStatus:
     if code not in _RESERVED:
-        return ended_status(name, code)
+        return JobStatus.of_code(name, code)
     said, cause = _RESERVED[code]
     return JobStatus(name, State.FAILED, f"ended with code {code}: {said}", cause=cause)
 

@@ -21,23 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, meaning
-from job.jobs.backends.base import (
-    FOLLOW_POLL_SECONDS,
-    IMAGE_USER,
-    Backend,
-    Check,
-    JobStatus,
-    JsonObject,
-    State,
-    looked_at,
-    runs_already,
-    state_of_code,
-)
+from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, Check, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, docker_options, scratch_variables
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
 from job.processes.gpus import local_gpus
 from job.progress import note
-from job.stop import GRACE_VARIABLE
 
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
@@ -111,16 +100,10 @@ class ContainerBackend(Backend):
         uid, gid = self.user if mounts else (IMAGE_USER, IMAGE_USER)
         words = [
             *("--pull", "never"),
-            *("--user", f"{uid}:{gid}"),
-            "--read-only",
-            # torch.compile puts libraries there and runs them.
-            *("--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777"),  # noqa: S108 -- the container's own
-            # Users would stumble over each other's files.
-            *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination=/scratch"),
+            *docker_options(uid, gid, STOP_SECONDS),
             *("--shm-size", "2g"),
-            *("--stop-timeout", str(STOP_SECONDS)),
-            *("--cap-drop", "ALL"),
-            *("--security-opt", "no-new-privileges"),
+            # Users would stumble over each other's files.
+            *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}"),
         ]
         if mounts:
             # Else SELinux would want the user's folders labelled anew.
@@ -131,9 +114,9 @@ class ContainerBackend(Backend):
         words += self._gpus_handed_on(min(spec.gpus, self.gpus))
         words += ["--memory", target.memory] if target.memory else []
         words += ["--network", target.network] if target.network else []
-        variables = {GRACE_VARIABLE: str(STOP_SECONDS), "DDPM_CACHE": "/scratch/ddpm", "TMPDIR": "/scratch"}
-        variables |= {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
-        for name, value in sorted({**variables, **inside, **target.env, **spec.env}.items()):
+        harmless = {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
+        variables = {**scratch_variables(STOP_SECONDS), **harmless, **inside, **spec.env}
+        for name, value in sorted(variables.items()):
             words += ["--env", f"{name}={value}"]
         return words + [word for mount in mounts for word in ("--mount", mount)]
 
@@ -230,14 +213,14 @@ class ContainerBackend(Backend):
     def checks(self) -> Iterator[Check]:
         """Whether there are an engine and an image, and what the container itself finds on this machine."""
         version = ("version", "--format", "{{.Client.Version}}")
-        yield (engine := looked_at("engine", lambda: f"{self.engine} {self._asked(*version).strip()}"))
+        yield (engine := Check.of("engine", lambda: f"{self.engine} {self._asked(*version).strip()}"))
         if not engine.passed:
             return
-        yield (image := looked_at("image", self._look_for_image))
+        yield (image := Check.of("image", self._look_for_image))
         if not image.passed:
             return
-        bucket = self.target.bucket or "gs://no-bucket"
-        job = JobSpec("look", "train", (), self.target.image, bucket, gpus=min(self.target.gpus, self.gpus))
+        target, gpus = self.target, min(self.target.gpus, self.gpus)
+        job = JobSpec("look", "train", (), target.image, target.bucket or "gs://none", gpus=gpus, env=target.env)
         words = ("doctor", "--on", "local", "--json", "--no-bucket")
         asked = self._ask("run", "--rm", *self._confined(job), job.image, *words)
         try:
@@ -266,7 +249,7 @@ class ContainerBackend(Backend):
         if spec.gpus and not self.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if found and not _container_status(found).state.is_over:
-            raise runs_already(spec.name, "in a container")
+            raise self.runs_already(spec.name, "in a container")
         if found:
             self._asked("rm", "--force", spec.name)
         if not self._has_image(spec.image):
@@ -347,7 +330,7 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
         return status
     if not started:
         return replace(status, state=State.FAILED, message=state.get("Error") or "it did not start")
-    message, how = state.get("Error") or meaning(code), state_of_code(code)
+    message, how = state.get("Error") or meaning(code), State.of_code(code)
     if state.get("OOMKilled"):
         message = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
     return replace(status, state=how, message="" if how is State.FINISHED else message, exit_code=code)

@@ -23,11 +23,11 @@ from typing import Any, ClassVar, Self
 from urllib.parse import urlsplit
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import IMAGE_USER, Backend, Check, JsonObject, NoCapacityError, looked_at, unchecked_image
+from job.jobs.backends.base import Backend, Check, JsonObject, NoCapacityError
+from job.jobs.backends.confinement import IMAGE_USER, docker_options, scratch_variables
 from job.jobs.backends.machines import Machine, machine_for
 from job.jobs.spec import JobSpec
 from job.jobs.targets import GoogleTarget, Target
-from job.stop import GRACE_VARIABLE
 
 API_RETRY_PAUSES_SECONDS = (1.0, 2.0, 4.0, 8.0)
 """Between attempts, while an API does not answer or says that it is too busy."""
@@ -44,19 +44,12 @@ _PATHS = {"compute": "compute/v1", "batch": "v1", "logging": "v2", "iam": "v1"}
 _LONGEST_REASON = 400
 CONTAINER_GRACE_SECONDS = 25
 """From SIGTERM to SIGKILL: Compute Engine gives a spot machine 30 s in all."""
-CONTAINER_SCRATCH = "/scratch"
-CONFINEMENT = (
+CONTAINER_OPTIONS = [
     "--ipc=host",
-    f"--stop-timeout={CONTAINER_GRACE_SECONDS}",
-    "--read-only",
-    # Compiled kernels are loaded from there.
-    "--tmpfs=/tmp:rw,exec,nosuid,nodev,mode=1777",
-    f"--user={IMAGE_USER}:{IMAGE_USER}",
-    "--cap-drop=ALL",
-    "--security-opt=no-new-privileges",
+    *docker_options(IMAGE_USER, IMAGE_USER, CONTAINER_GRACE_SECONDS),
     "--ulimit=memlock=-1",
-)
-"""Options of `docker run` that hold on both: nothing to write but scratch and /tmp, no rights, no root."""
+]
+"""Of `docker run`, on both."""
 
 LOG_POLL_SECONDS = 5.0
 """Cloud Logging answers sixty requests a minute and project."""
@@ -324,18 +317,18 @@ class GoogleBackend(Backend):
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
         target = self.target
         self._apis.is_hurried = True
-        yield (engine := looked_at(self.engine, self._engine_answers))
+        yield (engine := Check.of(self.engine, self._engine_answers))
         if not engine.passed:
             return
         if target.gpus:
             regions = [f"/regions/{region}" for region in target.all_regions]
             metric = quota_metric(target.gpu_type, target.spot)
-            yield looked_at("GPU quota", lambda: self._quota(metric, regions))
+            yield Check.of("GPU quota", lambda: self._quota(metric, regions))
             # A project has a quota over all regions besides that of each: 0 in a new one.
-            yield looked_at("GPU quota, everywhere", lambda: self._quota("GPUS_ALL_REGIONS", [""]))
+            yield Check.of("GPU quota, everywhere", lambda: self._quota("GPUS_ALL_REGIONS", [""]))
         if target.service_account:
-            yield looked_at("service account", self._account_is_there)
-        yield unchecked_image(target.image)
+            yield Check.of("service account", self._account_is_there)
+        yield Check.of_image(target.image)
 
     def _engine_answers(self) -> str:
         jobs, target = self.jobs(), self.target
@@ -375,14 +368,7 @@ def network_of(target: GoogleTarget, region: str) -> dict[str, str]:
 
 def container_variables(spec: JobSpec) -> dict[str, str]:
     """The variables of the container, in the order of their names."""
-    own = {
-        # On these machines /tmp is memory.
-        "TMPDIR": CONTAINER_SCRATCH,
-        "XDG_CACHE_HOME": f"{CONTAINER_SCRATCH}/cache",
-        "DDPM_CACHE": f"{CONTAINER_SCRATCH}/ddpm",
-        GRACE_VARIABLE: str(CONTAINER_GRACE_SECONDS),
-    }
-    return dict(sorted({**own, **spec.env}.items()))
+    return dict(sorted({**scratch_variables(CONTAINER_GRACE_SECONDS), **spec.env}.items()))
 
 
 def quota_metric(gpu_type: str, spot: bool) -> str:

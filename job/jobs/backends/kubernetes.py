@@ -8,7 +8,7 @@ from contextlib import suppress
 from itertools import dropwhile
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State, runs_already, unchecked_image
+from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_api import (
     JOB_KIND,
     JOB_SET_KIND,
@@ -74,14 +74,14 @@ class KubernetesBackend(Backend):
         where = f"in namespace {self.target.namespace!r}"
         for there, old in self._all_named(spec.name):
             if not (is_over(old) or is_being_deleted(old)):
-                raise runs_already(spec.name, where)
+                raise self.runs_already(spec.name, where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
         try:
             self._api.create(kind, made)
         except ObjectConflictError:
             # Somebody was faster, or the first answer of several was lost.
-            raise runs_already(spec.name, where) from None
+            raise self.runs_already(spec.name, where) from None
         except BucketAwayError as error:
             raise BucketAwayError(f"{error}; `ddpm jobs status {spec.name}` says whether it arrived") from None
 
@@ -175,7 +175,7 @@ class KubernetesBackend(Backend):
                 # Who may submit jobs need not be allowed to see all of these.
                 is_hidden = isinstance(error, NoPermissionError)
                 yield Check(name, True, f"not looked at: {error}") if is_hidden else Check.of_error(name, error)
-        yield unchecked_image(self.target.image)
+        yield Check.of_image(self.target.image)
 
     def _all_named(self, name: str) -> list[tuple[Kind, JsonObject]]:
         found = [(kind, self._api.get(kind, name)) for kind in (JOB_KIND, JOB_SET_KIND)]

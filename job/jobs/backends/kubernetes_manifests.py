@@ -10,7 +10,8 @@ import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
-from job.jobs.backends.base import IMAGE_USER, JsonObject
+from job.jobs.backends.base import JsonObject
+from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, scratch_variables
 from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget, size_bytes
@@ -34,7 +35,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"
 CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 """Of a node whose size is not known; a job without GPUs asks for as much as one with a single one."""
-MOUNTS = {"dshm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}  # noqa: S108 -- the container's own
+MOUNTS = {"dshm": "/dev/shm", "scratch": SCRATCH, "tmp": "/tmp"}  # noqa: S108 -- the container's own
 TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
 """For /tmp, and for what the program prints, which counts as the container's disk, too."""
 LONGEST_POD_NAME = 63
@@ -253,22 +254,14 @@ def _literally(text: str) -> str:
 
 
 def _env(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
-    own = {
-        "HOME": "/tmp",  # noqa: S108
-        "TMPDIR": "/scratch",
-        "XDG_CACHE_HOME": "/scratch/cache",
-        "DDPM_CACHE": "/scratch/ddpm",
-        "MPLCONFIGDIR": "/tmp/matplotlib",  # noqa: S108
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",  # noqa: S108
-        "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
-        "PYTHONUNBUFFERED": "1",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }
-    values = {name: _literally(value) for name, value in (own | target.env | dict(spec.env)).items()}
-    values[GRACE_VARIABLE] = str(target.grace_seconds)
-    fields = {"POD_NAME": "metadata.name"}
+    own = scratch_variables(target.grace_seconds)
+    # The grace is what the pod has, whatever somebody says.
+    values = {name: _literally(value) for name, value in (own | dict(spec.env)).items()}
+    values[GRACE_VARIABLE] = own[GRACE_VARIABLE]
+    references = []
     if spec.machines > 1 or spec.slices:
-        fields[INDEX_VARIABLE] = f"metadata.annotations['{INDEX_ANNOTATION}']"
+        path = f"metadata.annotations['{INDEX_ANNOTATION}']"
+        references = [{"name": INDEX_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}}]
     if spec.nodes > 1:
         # Where the nodes meet; see `job.processes.group`.
         values |= {
@@ -279,6 +272,4 @@ def _env(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
             "MASTER_PORT": str(MASTER_PORT),
         }
     # A value may name only what stands before it.
-    references = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
-    plain = [{"name": name, "value": value} for name, value in sorted(values.items()) if name not in fields]
-    return references + plain
+    return references + [{"name": name, "value": value} for name, value in sorted(values.items())]

@@ -24,15 +24,7 @@ import psutil
 
 from job.data.cache import default_cache_dir
 from job.exits import BadRequestError
-from job.jobs.backends.base import (
-    FOLLOW_POLL_SECONDS,
-    Backend,
-    JobStatus,
-    JsonObject,
-    State,
-    runs_already,
-    state_of_code,
-)
+from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, JobStatus, JsonObject, State
 from job.jobs.spec import JobSpec
 from job.runs.records import utc_now
 from job.store.files import folder_lock, os_errors
@@ -67,7 +59,7 @@ class LocalRecord:
             return status
         why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
         status = replace(status, state=State.GONE, message=why).informed(self.bucket)
-        return status if status.exit_code is None else replace(status, state=state_of_code(status.exit_code))
+        return status if status.exit_code is None else replace(status, state=State.of_code(status.exit_code))
 
 
 class LocalBackend(Backend):
@@ -89,7 +81,7 @@ class LocalBackend(Backend):
             folder.mkdir(parents=True, exist_ok=True)
             with folder_lock(folder):
                 if (before := _record(spec.name)) and before.process():
-                    raise runs_already(spec.name, "on this machine")
+                    raise self.runs_already(spec.name, "on this machine")
                 created = utc_now()
                 with _log_path(spec.name).open("wb") as log:
                     child = subprocess.Popen(

@@ -18,7 +18,8 @@ from pathlib import Path
 
 from job.exits import JobError, retried, severity
 from job.jobs.backends import google
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, ended_status, runs_already
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import SCRATCH
 from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
@@ -53,7 +54,7 @@ class VmBackend(google.GoogleBackend):
         before = self.find(spec.name)
         for machine in before:
             if machine["status"] not in _LEAVING:
-                raise runs_already(spec.name, f"in {_zone(machine)}")
+                raise self.runs_already(spec.name, f"in {_zone(machine)}")
         self._delete(before)
         made: list[JsonObject] = []
         try:
@@ -257,7 +258,7 @@ def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]
                 if part.state is not State.CANCELLED:
                     parts[number] = replace(part, message="its machine was taken away", cause=Cause.TAKEN_AWAY)
             case "ended" | "taken":
-                parts[number] = replace(ended_status(name, code), created=part.created)
+                parts[number] = replace(JobStatus.of_code(name, code), created=part.created)
     return parts
 
 
@@ -303,8 +304,8 @@ def _docker_words(spec: JobSpec, gpus: int, number: int) -> list[str]:
         f"--label={JOB_LABEL}={spec.name}",
         f"--label={SLICE_LABEL}={number}",
         "--env-file=/run/ddpm/environment",
-        *google.CONFINEMENT,
-        f"--mount=type=bind,source=/var/lib/ddpm,target={google.CONTAINER_SCRATCH}",
+        *google.CONTAINER_OPTIONS,
+        f"--mount=type=bind,source=/var/lib/ddpm,target={SCRATCH}",
     ]
     if gpus:
         # What `--gpus all` does elsewhere (cloud.google.com/container-optimized-os/docs/how-to/run-gpus).
