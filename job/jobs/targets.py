@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -219,13 +219,8 @@ class BatchTarget(GoogleTarget):
     """Tried in this order when one has no machine."""
 
 
-_CLASSES: dict[str, type[Target]] = {
-    "local": LocalTarget,
-    "container": ContainerTarget,
-    "kubernetes": KubernetesTarget,
-    "vm": VmTarget,
-    "batch": BatchTarget,
-}
+_CLASSES = (LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget)
+_BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
 
 
 def load_targets(path: Path | None = None) -> dict[str, Target]:
@@ -288,23 +283,19 @@ def bucket_on(name: str, path: Path | None = None) -> str:
 def _target(name: str, block: Any, where: str) -> Target:
     if not isinstance(block, dict):
         raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
-    block = {"backend": name} | block if name in BUILT_IN else block
-    backend = block.get("backend")
-    if not isinstance(backend, str) or backend not in _CLASSES:
-        said = f"there is no backend {backend!r}" if "backend" in block else "it names no backend"
-        raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
+    backend = str(block.get("backend", name if name in BUILT_IN else ""))
+    if backend not in _BY_BACKEND:
+        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(_BY_BACKEND)} (got {backend!r})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    model = _CLASSES[backend]
+    model = _BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
-    for key in block:
-        if key not in keys:
-            raise BadConfigError(
-                f"{where}: unknown key {key!r}{_hint(str(key), keys)} ({backend} has {', '.join(keys)})"
-            )
+    if unknown := next((str(key) for key in block if key not in keys), ""):
+        said = f"unknown key {unknown!r}{_hint(unknown, keys)} ({backend} has {', '.join(keys)})"
+        raise BadConfigError(f"{where}: {said}")
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
-        return model.model_validate_json(json.dumps({**block, "name": name}, default=str))
+        return model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
     except ValidationError as error:
         raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
 

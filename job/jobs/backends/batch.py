@@ -64,7 +64,7 @@ class BatchBackend(google.GoogleBackend):
             if not _job_state(before[0]).is_over and not _is_being_ended(before[0]):
                 raise self.runs_already(spec.name, f"in {_region(before[0])}")
             self._delete(before[0])
-        self._apis.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
+        self.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
@@ -74,7 +74,7 @@ class BatchBackend(google.GoogleBackend):
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
-        asked = [self._apis.pages(f"GET {self._path(region)}") for region in self._places]
+        asked = [self.pages(f"GET {self._path(region)}") for region in self._places]
         found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
         return [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
@@ -102,7 +102,7 @@ class BatchBackend(google.GoogleBackend):
         if _job_state(found).is_over:
             raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
         if not _is_being_ended(found):
-            self._apis.ask(f"POST batch/{found['name']}:cancel", {})
+            self.ask(f"POST batch/{found['name']}:cancel", {})
         return _job_state(found).when_cancelled
 
     def describe(self, name: str) -> JsonObject:
@@ -115,7 +115,7 @@ class BatchBackend(google.GoogleBackend):
         found = []
         for region in self._places:
             with suppress(GoogleNotFoundError):
-                found.append(self._apis.ask(f"GET {self._path(region)}/{name}"))
+                found.append(self.ask(f"GET {self._path(region)}/{name}"))
         return sorted(found, key=lambda one: (not _job_state(one).is_over, _created(one)), reverse=True)
 
     def _path(self, region: str) -> str:
@@ -125,16 +125,16 @@ class BatchBackend(google.GoogleBackend):
         if _job_state(found) is State.WAITING:
             # One that has only just been made has none, not even an empty list.
             return []
-        pages = self._apis.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
+        pages = self.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
         return [task for page in pages for task in page.get("tasks", ())]
 
     def _delete(self, found: JsonObject) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
         with suppress(GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
-                self._apis.ask(f"DELETE batch/{found['name']}")
+                self.ask(f"DELETE batch/{found['name']}")
             for _ in self.patience(found["name"]):
-                self._apis.ask(f"GET batch/{found['name']}")
+                self.ask(f"GET batch/{found['name']}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""

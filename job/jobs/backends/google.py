@@ -93,82 +93,6 @@ _SHORTAGES: dict[str, _Refusal] = {
 """By what Compute Engine says, whatever its status; Batch passes the same words on."""
 
 
-class GoogleApis:
-    """What is asked about one project."""
-
-    is_hurried = False
-    """Whether each request is tried once, and not for long: somebody waits for the answers."""
-
-    def __init__(self, project: str) -> None:
-        self.project = project
-
-    def ask(self, request: str, body: JsonObject | None = None, **query: str) -> JsonObject:
-        """What an API answers; it is asked again while it is away or too busy.
-
-        Args:
-            request: method, API and path, such as `GET compute/projects/p`; it has to bear repetition.
-            body: of the request.
-            query: parameters in the URL.
-
-        Raises:
-            JobError: see `refusal`.
-        """
-        for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
-            with suppress(BucketAwayError):
-                return self._ask_once(request, body, query)
-            time.sleep(pause_seconds)
-        return self._ask_once(request, body, query)
-
-    def create(self, request: str, body: JsonObject, **query: str) -> JsonObject:
-        """As `ask`; a repetition whose first answer was lost does not find its own thing in its way."""
-        return self.ask(request, body, **query, requestId=str(uuid.uuid4()))
-
-    def pages(self, request: str, body: JsonObject | None = None, **query: str) -> Iterator[JsonObject]:
-        """As `ask`, for a method whose answer comes in pages."""
-        token: JsonObject = {}
-        while True:
-            page = self.ask(request, body and {**body, **token}, **query, **({} if body else token))
-            yield page
-            if not page.get("nextPageToken"):
-                return
-            token = {"pageToken": page["nextPageToken"]}
-
-    def log_entries(self, filter_: str, since: datetime) -> Iterator[JsonObject]:
-        """The entries of logs that match `filter_` from `since` on, in the order of their times."""
-        asked = {
-            "resourceNames": [f"projects/{self.project}"],
-            # Without a time the API gives the last day alone.
-            "filter": f'({filter_}) AND timestamp>="{since.isoformat()}"',
-            "orderBy": "timestamp asc",
-            "pageSize": LOG_PAGE_ENTRIES,
-        }
-        for page in self.pages("POST logging/entries:list", asked):
-            yield from page.get("entries", ())
-
-    def _ask_once(self, request: str, body: JsonObject | None, query: dict[str, str]) -> JsonObject:
-        import requests
-        from google.auth.exceptions import GoogleAuthError, TransportError
-
-        method, _, target = request.partition(" ")
-        api, _, path = target.partition("/")
-        endpoint = urlsplit(os.environ.get(ENDPOINT_VARIABLE + api.upper()) or f"https://{api}.googleapis.com")
-        # gcloud's values end with a path, such as /compute/v1/, or do not.
-        url = f"{endpoint.scheme}://{endpoint.netloc}/{_PATHS[api]}/{path}"
-        timeout_seconds = HURRIED_TIMEOUT_SECONDS if self.is_hurried else API_TIMEOUT_SECONDS
-        try:
-            session = requests.Session() if endpoint.scheme == "http" else _authorized_session()
-            answer = session.request(method, url, params=query, json=body, timeout=timeout_seconds)
-            if answer.ok:
-                found: JsonObject = answer.json()
-                return found
-        except (requests.RequestException, TransportError) as error:
-            raise refusal(None, _innermost(error), request, self.project) from error
-        except GoogleAuthError as error:
-            said = f"{request}: no usable Google credentials ({_innermost(error)})"
-            raise NoPermissionError(f"{said}: {LOGIN}") from error
-        raise refusal(answer.status_code, _refusal_text(answer), request, self.project)
-
-
 @cache
 def _authorized_session() -> Any:
     import google.auth
@@ -225,13 +149,80 @@ class GoogleBackend(Backend):
     engine: ClassVar[str]
     """As Google calls it."""
     target: GoogleTarget
+    is_hurried = False
+    """Whether each request is tried once, and not for long: somebody waits for the answers."""
 
     def __init__(self, target: Target, first: int = 0) -> None:
         """`first` is the number of its place among those of the target."""
         super().__init__(target)
-        self._apis = GoogleApis(self.target.project)
         self._places = self.target.places
         self.place, *self._others = self._places[first:]
+
+    def ask(self, request: str, body: JsonObject | None = None, **query: str) -> JsonObject:
+        """What an API answers; it is asked again while it is away or too busy.
+
+        Args:
+            request: method, API and path, such as `GET compute/projects/p`; it has to bear repetition.
+            body: of the request.
+            query: parameters in the URL.
+
+        Raises:
+            JobError: see `refusal`.
+        """
+        for pause_seconds in () if self.is_hurried else API_RETRY_PAUSES_SECONDS:
+            with suppress(BucketAwayError):
+                return self._ask_once(request, body, query)
+            time.sleep(pause_seconds)
+        return self._ask_once(request, body, query)
+
+    def create(self, request: str, body: JsonObject, **query: str) -> JsonObject:
+        """As `ask`; a repetition whose first answer was lost does not find its own thing in its way."""
+        return self.ask(request, body, **query, requestId=str(uuid.uuid4()))
+
+    def pages(self, request: str, body: JsonObject | None = None, **query: str) -> Iterator[JsonObject]:
+        """As `ask`, for a method whose answer comes in pages."""
+        token: JsonObject = {}
+        while True:
+            page = self.ask(request, body and {**body, **token}, **query, **({} if body else token))
+            yield page
+            if not page.get("nextPageToken"):
+                return
+            token = {"pageToken": page["nextPageToken"]}
+
+    def log_entries(self, filter_: str, since: datetime) -> Iterator[JsonObject]:
+        """The entries of logs that match `filter_` from `since` on, in the order of their times."""
+        asked = {
+            "resourceNames": [f"projects/{self.target.project}"],
+            # Without a time the API gives the last day alone.
+            "filter": f'({filter_}) AND timestamp>="{since.isoformat()}"',
+            "orderBy": "timestamp asc",
+            "pageSize": LOG_PAGE_ENTRIES,
+        }
+        for page in self.pages("POST logging/entries:list", asked):
+            yield from page.get("entries", ())
+
+    def _ask_once(self, request: str, body: JsonObject | None, query: dict[str, str]) -> JsonObject:
+        import requests
+        from google.auth.exceptions import GoogleAuthError, TransportError
+
+        method, _, target = request.partition(" ")
+        api, _, path = target.partition("/")
+        endpoint = urlsplit(os.environ.get(ENDPOINT_VARIABLE + api.upper()) or f"https://{api}.googleapis.com")
+        # gcloud's values end with a path, such as /compute/v1/, or do not.
+        url = f"{endpoint.scheme}://{endpoint.netloc}/{_PATHS[api]}/{path}"
+        timeout_seconds = HURRIED_TIMEOUT_SECONDS if self.is_hurried else API_TIMEOUT_SECONDS
+        try:
+            session = requests.Session() if endpoint.scheme == "http" else _authorized_session()
+            answer = session.request(method, url, params=query, json=body, timeout=timeout_seconds)
+            if answer.ok:
+                found: JsonObject = answer.json()
+                return found
+        except (requests.RequestException, TransportError) as error:
+            raise refusal(None, _innermost(error), request, self.target.project) from error
+        except GoogleAuthError as error:
+            said = f"{request}: no usable Google credentials ({_innermost(error)})"
+            raise NoPermissionError(f"{said}: {LOGIN}") from error
+        raise refusal(answer.status_code, _refusal_text(answer), request, self.target.project)
 
     def elsewhere(self) -> Self | None:
         """See `Backend.elsewhere`."""
@@ -291,7 +282,7 @@ class GoogleBackend(Backend):
                 over_at = time.monotonic()
             # Decided before the entries are asked for: what was written before the end is among them.
             is_last = not follow or time.monotonic() - over_at >= LOG_SETTLE_SECONDS
-            for entry in self._apis.log_entries(filter_, max(since, newest - LOG_OVERLAP)):
+            for entry in self.log_entries(filter_, max(since, newest - LOG_OVERLAP)):
                 if entry["insertId"] not in seen:
                     seen.add(entry["insertId"])
                     newest = max(newest, datetime.fromisoformat(entry["timestamp"]))
@@ -316,7 +307,7 @@ class GoogleBackend(Backend):
     def checks(self) -> Iterator[Check]:
         """See `Backend.checks`: the API, the machine type, quotas of its GPUs, the account, the image."""
         target = self.target
-        self._apis.is_hurried = True
+        self.is_hurried = True
         yield (engine := Check.of(self.engine, self._engine_answers))
         if not engine.passed:
             return
@@ -339,7 +330,7 @@ class GoogleBackend(Backend):
         """Whether one of the places, regions or all of them, has the GPUs of a job left."""
         gpus, fits, said = self.target.gpus, False, []
         for place in places:
-            quotas = self._apis.ask(f"GET compute/projects/{self.target.project}{place}").get("quotas", ())
+            quotas = self.ask(f"GET compute/projects/{self.target.project}{place}").get("quotas", ())
             found = next((quota for quota in quotas if quota.get("metric") == metric), None)
             if found is None:
                 # Some GPUs have a quota that this API does not tell.
@@ -353,7 +344,7 @@ class GoogleBackend(Backend):
         return message
 
     def _account_is_there(self) -> str:
-        account = self._apis.ask(f"GET iam/projects/-/serviceAccounts/{self.target.service_account}")
+        account = self.ask(f"GET iam/projects/-/serviceAccounts/{self.target.service_account}")
         return f"{account['email']} is there"
 
 

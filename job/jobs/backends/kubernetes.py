@@ -8,6 +8,7 @@ from contextlib import suppress
 from itertools import dropwhile
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.jobs.backends import kubernetes_status
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_api import (
     JOB_KIND,
@@ -19,14 +20,6 @@ from job.jobs.backends.kubernetes_api import (
     ObjectConflictError,
 )
 from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, manifest
-from job.jobs.backends.kubernetes_status import (
-    has_ended,
-    index_of,
-    is_being_deleted,
-    is_over,
-    is_suspended,
-    observed_status,
-)
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
@@ -73,7 +66,7 @@ class KubernetesBackend(Backend):
             self._look_for_queue()
         where = f"in namespace {self.target.namespace!r}"
         for there, old in self._all_named(spec.name):
-            if not (is_over(old) or is_being_deleted(old)):
+            if not (kubernetes_status.is_over(old) or kubernetes_status.is_being_deleted(old)):
                 raise self.runs_already(spec.name, where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
@@ -96,7 +89,7 @@ class KubernetesBackend(Backend):
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = self._api.all_with(JOB_KIND, selector) + self._api.all_with(JOB_SET_KIND, selector)
-        return [observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
+        return [kubernetes_status.observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: two contexts may be one cluster."""
@@ -116,9 +109,10 @@ class KubernetesBackend(Backend):
         while True:
             status, pods = self._look(name)
             # The pods of one that is cancelled still save.
-            is_last = not follow or (status.state.is_over and all(map(has_ended, pods)))
+            is_last = not follow or (status.state.is_over and all(map(kubernetes_status.has_ended, pods)))
             for pod in pods:
-                uid, number = pod["metadata"]["uid"], f"[{index_of(pod)}] " * (spec["completions"] > 1)
+                uid = pod["metadata"]["uid"]
+                number = f"[{kubernetes_status.index_of(pod)}] " if spec["completions"] > 1 else ""
                 for line in self._new_lines(pod, last.get(uid, "")):
                     last[uid], _, text = line.partition(" ")
                     yield number + text
@@ -197,13 +191,13 @@ class KubernetesBackend(Backend):
             return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self.target.namespace!r}"), []
         job, pods = found[0][1], self._pods(name)
         events, parts = [], []
-        if is_over(job):
+        if kubernetes_status.is_over(job):
             parts = self._api.all_with(JOB_KIND, f"{JOB_SET_LABEL}={name}")
-        elif not pods or is_suspended(job):
+        elif not pods or kubernetes_status.is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
-        return observed_status(job, pods, events, parts), pods
+        return kubernetes_status.observed_status(job, pods, events, parts), pods
 
     def _wait_until_gone(self, kind: Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS

@@ -62,7 +62,7 @@ class VmBackend(google.GoogleBackend):
             for manifest in manifests:
                 # Before the request: one without an answer may have been met.
                 made.append({"name": manifest["name"], "zone": self.place})
-                operations.append(self._apis.create(f"POST {self._path(self.place)}/instances", manifest))
+                operations.append(self.create(f"POST {self._path(self.place)}/instances", manifest))
             self._wait(operations)
         except BaseException as error:
             if "alreadyExists" in str(error):
@@ -119,7 +119,7 @@ class VmBackend(google.GoogleBackend):
     def find(self, name: str = "") -> list[JsonObject]:
         """The machines of one job, or of all, in any zone of the project."""
         request = f"GET compute/projects/{self.target.project}/aggregated/instances"
-        pages = self._apis.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
+        pages = self.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
         return [one for page in pages for zone in page.get("items", {}).values() for one in zone.get("instances", ())]
 
     def _path(self, zone: str) -> str:
@@ -133,14 +133,14 @@ class VmBackend(google.GoogleBackend):
 
     def _last_words(self, name: str) -> dict[int, JobStatus]:
         since = datetime.now(UTC) - LOG_LOOK_BACK
-        return last_words(name, self._apis.log_entries(self._filter(VM_LOG, "labels", name), since))
+        return last_words(name, self.log_entries(self._filter(VM_LOG, "labels", name), since))
 
     def _tell(self, name: str, slices: int, event: str) -> None:
         """Leaves word about a job; who may not write logs may do all else."""
         labels, said = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, {"message": f"ddpm-vm: {event}", "event": event}
         entry = {"logName": self._log(VM_LOG), "resource": {"type": "global"}, "labels": labels, "jsonPayload": said}
         with suppress(JobError):
-            self._apis.ask("POST logging/entries:write", {"entries": [entry]})
+            self.ask("POST logging/entries:write", {"entries": [entry]})
 
     def _delete(self, machines: Iterable[JsonObject]) -> None:
         """Deletes machines, and waits until they are gone. Those that are gone already count."""
@@ -148,7 +148,7 @@ class VmBackend(google.GoogleBackend):
         for machine in machines:
             with suppress(GoogleNotFoundError):
                 request = f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"
-                operations.append(self._apis.ask(request))
+                operations.append(self.ask(request))
         self._wait(operations)
 
     def _wait(self, operations: Iterable[JsonObject]) -> None:
@@ -162,7 +162,7 @@ class VmBackend(google.GoogleBackend):
             for _ in self.patience(f"machine {machine}"):
                 if operation["status"] == "DONE":
                     break
-                operation = self._apis.ask(f"GET {self._path(zone)}/operations/{operation['name']}")
+                operation = self.ask(f"GET {self._path(zone)}/operations/{operation['name']}")
             if problems := operation.get("error", {}).get("errors"):
                 reason = "; ".join(f"{problem.get('code')}: {problem.get('message')}" for problem in problems)
                 status = operation.get("httpErrorStatusCode", 400)

@@ -48,11 +48,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]
 
 
 @pytest.fixture
-def targets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with targets, and no variable that says otherwise."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder and a cache of the test's own, and no variable that says otherwise."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DDPM_TARGETS", raising=False)
-    monkeypatch.delenv("DDPM_BUCKET", raising=False)
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "targets.yaml").write_text(TARGETS)
+    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def targets_folder(folder: Path) -> Path:
+    """The same, with targets."""
+    (folder / "targets.yaml").write_text(TARGETS)
+    return folder

@@ -15,16 +15,7 @@ from job.jobs.targets import load_targets
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.jobs.test_local import ended, spec
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder and a cache of the test's own, and no cluster."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-cluster"))
-    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
@@ -56,7 +47,8 @@ def test_two_targets_of_this_machine_have_one_job(failed, folder):
     assert "no dataset" in succeeded(ddpm_here("jobs", "logs", failed))
 
 
-def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
+def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
     done = ddpm_here("jobs", "list")
     assert "train-none" in succeeded(done)

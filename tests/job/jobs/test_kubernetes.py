@@ -8,12 +8,13 @@ import socket
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import State
+from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import wait_for
+from tests.job.jobs.story import Story, watched
 
 NAME = "train-celeba"
 
@@ -249,3 +250,29 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
         elsewhere(server, tmp_path, silent.getsockname()[1])
         (check,) = doctor().values()
     assert "does not answer" in check.message
+
+
+def test_a_watch_leaves_alone_what_somebody_cancelled_between_two_looks(server, backend):
+    def cancel():
+        backend.cancel(NAME)
+        wait_for(lambda: backend.status(NAME).state is State.GONE)
+
+    with pytest.raises(StoppedError, match=r"train-celeba was deleted: what it saved stays"):
+        watched(backend, spec(), Story(cancel))
+    assert len(server.bodies) == 1
+
+
+def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, backend):
+    backend.submit(spec(nodes=2))
+    # A JobSet only says that one of its Jobs failed.
+    server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
+    server.end_job("part", "Failed", "DeadlineExceeded")
+    server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "jobsets")
+    assert backend.status(NAME).cause is Cause.OUT_OF_TIME
+    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    KubernetesBackend(QUEUED).submit(spec())
+    for uid, cause in (("of another job", None), (server.get("jobs", NAME, "training")["metadata"]["uid"], "it")):
+        said = "The workload is deactivated due to exceeding the maximum execution time"
+        about = {"involvedObject": {"name": NAME, "uid": uid}, "reason": "Stopped", "message": said}
+        server.add("events", {"metadata": {"name": "e"}, **about}, "training")
+        assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)

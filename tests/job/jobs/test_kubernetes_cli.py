@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from job.exits import Exit
-from tests.job.command_line import ddpm, ddpm_here, environment, refused, succeeded
+from tests.job.command_line import ddpm_here, environment, refused, succeeded
 
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
 TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
@@ -27,20 +27,6 @@ def server(server, targets_folder):
     """A cluster, and a working folder with a target for it."""
     (targets_folder / "targets.yaml").write_text(block("gke"))
     return server
-
-
-def test_a_job_is_submitted_followed_and_cancelled(server):
-    out = succeeded(ddpm_here(*TRAIN, "--yes"))
-    assert "1 × node, 1 × nvidia-l4 each" in out
-    assert "train-celeba is submitted" in out
-    pod = server.start_pod("train-celeba")
-    server.print(pod, "epoch 1")
-    assert "running" in succeeded(ddpm_here("jobs", "list", "--on", "gke"))
-    assert succeeded(ddpm_here("jobs", "logs", "train-celeba", "--on", "gke")) == "epoch 1\n"
-    assert "train-celeba runs in namespace" in refused(ddpm_here(*TRAIN, "--yes"), Exit.BAD_REQUEST)
-    assert "restartPolicy: Never" in succeeded(ddpm_here("jobs", "describe", "train-celeba", "--on", "gke"))
-    line = succeeded(ddpm_here("jobs", "cancel", "train-celeba", "--on", "gke"))
-    assert line == ("train-celeba on gke was told to stop: it saves first, and the same command goes on from there\n")
 
 
 def test_two_targets_of_one_namespace_have_one_job(server, targets_folder):
@@ -76,11 +62,3 @@ def test_kubectl_sends_what_a_dry_run_prints(server, options):
     (sent,) = server.bodies
     assert list(sent["metadata"].pop("annotations")) == ["kubectl.kubernetes.io/last-applied-configuration"]
     assert sent == yaml.safe_load(printed)
-
-
-def test_a_dry_run_needs_no_cluster_and_no_client(server, tmp_path):
-    (tmp_path / "kubernetes.py").write_text("raise ImportError('not installed', name='kubernetes')")
-    environment = {"KUBECONFIG": str(tmp_path / "none"), "PYTHONPATH": str(tmp_path)}
-    assert "kind: Job" in succeeded(ddpm(*TRAIN, "--dry-run", **environment))
-    line = refused(ddpm(*TRAIN, "--yes", **environment), Exit.MISSING_INPUT)
-    assert "pip install 'ddpm-job[kubernetes]'" in line
