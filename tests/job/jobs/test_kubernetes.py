@@ -1,9 +1,14 @@
-"""Jobs on a cluster, by the official client and a server on this machine: sent, seen, refused and taken away."""
+"""Jobs on a cluster, by the official client and a server on this machine: sent, followed, refused and taken away."""
 
 from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,11 +17,14 @@ from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError,
 from job.jobs.backends import kubernetes_api
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes import KubernetesBackend
+from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import wait_for
 from tests.job.jobs.story import Story, watched
 
 NAME = "train-celeba"
+KUBECTL = str(Path(sys.executable).with_name("kubectl"))
+TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
 
 
 @pytest.fixture
@@ -276,3 +284,153 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
         about = {"involvedObject": {"name": NAME, "uid": uid}, "reason": "Stopped", "message": said}
         server.add("events", {"metadata": {"name": "e"}, **about}, "training")
         assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
+
+
+class Followed:
+    """A thread that follows a job, as `ddpm jobs logs -f` does."""
+
+    def __init__(self, backend, name=NAME):
+        self.lines = []
+        self._thread = threading.Thread(target=lambda: self.lines.extend(backend.logs(name, follow=True)), daemon=True)
+        self._thread.start()
+
+    def wait_for(self, *lines):
+        wait_for(lambda: self.lines == list(lines))
+
+    def ended(self):
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        return self.lines
+
+
+def past(backend, name=NAME):
+    return list(backend.logs(name, follow=False))
+
+
+def test_what_was_printed_until_now(server, backend):
+    with pytest.raises(MissingInputError, match="no job 'train-celeba'"):
+        past(backend)
+    backend.submit(spec())
+    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
+        past(backend)
+    first = server.start_pod(NAME, waiting={"reason": "ContainerCreating"})
+    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
+        past(backend)
+    server.set_pod(first, running={})
+    server.print(first, "one", "two  with spaces ", "")
+    server.end_pod(first, 75)
+    server.print(server.start_pod(NAME), "grüße 🙂")
+    assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
+
+
+def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(server, backend):
+    backend.submit(spec())
+    followed = Followed(backend)
+    first = server.start_pod(NAME)
+    # Their times end with zeros, which are left out, and without.
+    lines = [f"line {number % 3}" for number in range(24)]
+    for line in lines:
+        server.print(first, line)
+    followed.wait_for(*lines)
+    # A node throws the first lines of a long output away, and the API is away for a moment.
+    server.answer_next(503, times=2)
+    server.forget_log(first, 20)
+    server.print(first, "saved")
+    followed.wait_for(*lines, "saved")
+    # What was read is not asked for again and again.
+    assert any("sinceSeconds=60" in path for _, path in server.requests)
+    server.end_pod(first, 75)
+    second = server.start_pod(NAME)
+    server.print(second, "epoch 2")
+    followed.wait_for(*lines, "saved", "epoch 2")
+    # One that goes with its node.
+    server.remove("pods", second)
+    third = server.start_pod(NAME)
+    server.print(third, "epoch 3", "finished")
+    server.end_pod(third, 0)
+    server.end_job(NAME, "Complete")
+    assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
+
+
+def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend):
+    for job, plural, done in ((sampling(slices=2), "jobs", "Complete"), (spec(nodes=2), "jobsets", "Completed")):
+        backend.submit(job)
+        pods = [server.start_pod(job.name, index, plural) for index in (0, 1)]
+        followed = Followed(backend, job.name)
+        server.print(pods[1], "first")
+        followed.wait_for("[1] first")
+        server.print(pods[0], "second")
+        followed.wait_for("[1] first", "[0] second")
+        for pod in pods:
+            server.end_pod(pod, 0)
+        server.end_job(job.name, done, plural=plural)
+        assert followed.ended() == ["[1] first", "[0] second"]
+        assert past(backend, job.name) == ["[0] second", "[1] first"]
+
+
+def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
+    server.goes_after_seconds = 1.0
+    backend.submit(spec())
+    pod = server.start_pod(NAME)
+    server.print(pod, "one")
+    followed = Followed(backend)
+    followed.wait_for("one")
+    backend.cancel(NAME)
+    time.sleep(0.5)
+    server.print(pod, "saved")
+    assert followed.ended() == ["one", "saved"]
+
+
+def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
+    backend.submit(spec())
+    server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
+    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
+        list(backend.logs(NAME, follow=True))
+
+
+def block(name, **changes):
+    """A target of the cluster."""
+    target = {"backend": "kubernetes", "image": "registry.example.com/ddpm@sha256:0123", "bucket": "gs://bucket"}
+    return yaml.safe_dump({name: target | {"gpu_type": "nvidia-l4"} | changes})
+
+
+@pytest.fixture
+def gke(server, targets_folder):
+    """A cluster, and a working folder with a target for it."""
+    (targets_folder / "targets.yaml").write_text(block("gke"))
+    return server
+
+
+def test_two_targets_of_one_namespace_have_one_job(gke, targets_folder):
+    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", gpus=8, context="test"))
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    gke.print(gke.start_pod("train-celeba"), "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 1
+    lines = succeeded(ddpm_here("jobs", "status", "train-celeba", "--bucket", targets_folder)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == ["job         train-celeba, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", "train-celeba")) == "epoch 1\n"
+    succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
+
+
+def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
+    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", namespace="training"))
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
+    line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
+    assert "on several targets (gke, gke-big): say which with --on" in line
+
+
+@pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
+def test_kubectl_sends_what_a_dry_run_prints(gke, options):
+    printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
+    assert not gke.requests
+    # kubectl sends no token over a connection that is not encrypted.
+    gke.tokens.append("")
+    # The server has no OpenAPI document for kubectl; it checks what arrives itself.
+    words = [KUBECTL, "apply", "--validate=false", "-f", "-"]
+    done = subprocess.run(words, input=printed, env=environment(), capture_output=True, text=True, check=False)
+    assert "train-celeba created" in done.stdout, done.stderr
+    (sent,) = gke.bodies
+    assert list(sent["metadata"].pop("annotations")) == ["kubectl.kubernetes.io/last-applied-configuration"]
+    assert sent == yaml.safe_load(printed)
