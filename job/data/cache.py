@@ -9,10 +9,11 @@ from __future__ import annotations
 import abc
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import islice
+from functools import cache
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,26 +25,24 @@ from job.data.order import Int64s, Order
 from job.data.shard_source import DOWNLOADS, ShardSource, Uint8s
 from job.data.shards import DatasetIndex
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, MissingInputError
-from job.stop import NEVER, Stop, beat
+from job.stop import NEVER, Stop
 from job.store import Store
-from job.store.files import crc32c_of, os_errors
+from job.store.files import os_errors
 
 _IS_FILLED = 1 << 32
+_CHOOSERS = 8
+"""Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
 
 
 def default_cache_dir() -> Path:
     """`$DDPM_CACHE`, else `$XDG_CACHE_HOME/ddpm`, else `~/.cache/ddpm`.
 
     Raises:
-        BadRequestError: none of them means anything, as for a user without a home.
+        BadRequestError: none of them is set, and the user has no home.
     """
-    if folder := os.environ.get("DDPM_CACHE"):
-        return Path(folder).absolute()
-    # A relative XDG_CACHE_HOME is to be ignored (XDG Base Directory Specification).
-    if (folder := os.environ.get("XDG_CACHE_HOME", "")).startswith("/"):
-        return Path(folder) / "ddpm"
+    folder = os.environ.get("DDPM_CACHE") or f"{os.environ.get('XDG_CACHE_HOME') or '~/.cache'}/ddpm"
     try:
-        return Path.home() / ".cache" / "ddpm"
+        return Path(folder).expanduser().absolute()
     except RuntimeError:
         raise BadRequestError("this user has no home folder: set DDPM_CACHE to a folder on a local disk") from None
 
@@ -127,15 +126,12 @@ class DecodedCache(ImageCache):
     def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks what is there and decodes what is missing; one process does, others wait. Raises as `open_cache`."""
         super().__init__(source)
-        self._sizes_bytes = {
-            source.folder / "images": self.index.decoded_bytes,
-            source.folder / "filled": 8 * len(self.index.shards),
-        }
+        self._images_path, self._filled_path = source.folder / "images", source.folder / "filled"
         try:
             if self._missing():
                 with source.lock():
-                    for path, size_bytes in self._sizes_bytes.items():
-                        _allocate(path, size_bytes)
+                    _allocate(self._images_path, self.index.decoded_bytes)
+                    _allocate(self._filled_path, 8 * len(self.index.shards))
                     self._fill(self._missing(), progress)
         finally:
             source.close()
@@ -148,31 +144,30 @@ class DecodedCache(ImageCache):
 
     def _missing(self) -> list[int]:
         """Maps the files and returns the shards whose images are not in them, or not intact."""
-        shards, (images_path, filled_path) = range(len(self.index.shards)), self._sizes_bytes
-        # A map that is longer than its file is SIGBUS.
-        if any(not path.exists() or path.stat().st_size != size for path, size in self._sizes_bytes.items()):
+        shards, threads = range(len(self.index.shards)), self._source.threads
+        shape = self.index.images, *self.index.image_shape
+        try:
+            with os_errors(self._images_path), self._images_path.open("rb") as file:
+                self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+                self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(shape)
+                filled = np.fromfile(self._filled_path, "<u8").reshape(len(shards)).tolist()
+        # They are not there, or not of their size.
+        except (MissingInputError, ValueError):
             return list(shards)
-        with os_errors(images_path), images_path.open("rb") as file:
-            self._file = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        self._images: Uint8s = np.frombuffer(self._file, np.uint8).reshape(-1, *self.index.image_shape)
-        filled = np.fromfile(filled_path, "<u8").tolist()
 
         def is_intact(shard: int) -> bool:
-            beat()
             return bool(filled[shard]) and filled[shard] == _IS_FILLED | _crc32c(self._block(self._images, shard))
 
-        threads, stop, doing = self._source.threads, self._source.stop, self._source.doing
         with ThreadPoolExecutor(threads) as pool:
-            intact = in_order(pool, is_intact, shards, 2 * threads, stop, doing)
+            intact = in_order(pool, is_intact, shards, 2 * threads, self._source.check)
             return [shard for shard, is_there in zip(shards, intact, strict=True) if not is_there]
 
     def _block(self, images: Uint8s, shard: int) -> Uint8s:
         return images[self._source.starts[shard] : self._source.starts[shard + 1]]
 
     def _fill(self, missing: list[int], progress: Callable[[int, int], None]) -> None:
-        images_path, filled_path = self._sizes_bytes
-        images = np.asarray(np.memmap(images_path, np.uint8, "r+", shape=self._images.shape))
-        filled = np.memmap(filled_path, "<u8", "r+")
+        images = np.asarray(np.memmap(self._images_path, np.uint8, "r+", shape=self._images.shape))
+        filled = np.memmap(self._filled_path, "<u8", "r+")
         done = self.index.images - sum(self.index.shards[shard].images for shard in missing)
         progress(done, self.index.images)
         for shard, path in self._source.fetch(missing):
@@ -202,7 +197,7 @@ class ShardCache(ImageCache):
             self._folder.mkdir(exist_ok=True)
         # A batch on its way is delivered, so that training stops between steps, where all processes agree, and saves.
         source.stop = NEVER
-        self._local: dict[int, Path] = {}
+        self._verified = cache(lambda shard: source.verified(shard, self._folder))
         self._block: tuple[int, int] | None = None
         self._due: tuple[int, ...] = ()
         self._prefetcher = ThreadPoolExecutor(1, "prefetch")
@@ -211,35 +206,22 @@ class ShardCache(ImageCache):
         try:
             self._source.read_into(out, indices, self._open)
         except BadDataError:
-            # A shard that has rotted on this disk since it was fetched is the bucket's no longer: fetch it anew.
-            shards = np.unique(np.searchsorted(self._source.starts, indices, side="right") - 1).tolist()
-            rotten = [shard for shard in shards if not self._is_intact(shard)]
-            if not rotten:
-                raise
+            # What has rotted on this disk since it was fetched is the bucket's no longer: fetch it anew.
             with self._source.lock():
-                for shard in rotten:
+                for shard in np.searchsorted(self._source.starts, indices, side="right") - 1:
                     self._path(shard).unlink(missing_ok=True)
             self._source.read_into(out, indices, self._open)
 
     def _open(self, shard: int) -> BinaryIO:
         """A shard's file, fetched if it is not here; each image that is read from it is compared with its checksum."""
         if self._source.is_local:
-            if shard not in self._local:
-                self._local[shard] = self._source.verified(shard, self._folder, self._source.table(shard))
-            return _shard_file(self._local[shard])
+            return _shard_file(self._verified(shard))
         while True:
             with suppress(MissingInputError):
                 file = _shard_file(self._path(shard))
                 os.utime(file.fileno())
                 return file
             self._fetch([shard])
-
-    def _is_intact(self, shard: int) -> bool:
-        """Whether a file still holds the shard that was once verified, at the speed of CRC-32C."""
-        # One that is not there is not rotten; it may be evicted at any time.
-        with suppress(FileNotFoundError), self._path(shard).open("rb") as file:
-            return f"{crc32c_of(file):08x}" == self.index.shards[shard].crc32c
-        return True
 
     def _path(self, shard: int) -> Path:
         return self._folder / self.index.shards[shard].name
@@ -279,7 +261,11 @@ class ShardCache(ImageCache):
             return
         if self._block is None:
             self._check_fits(order)
-        self._block, self._due = block, tuple(self._within_budget(order.upcoming_shards(image_number)))
+        # The rest of an epoch and the next one name all shards.
+        upcoming = dict.fromkeys(islice(order.upcoming_shards(image_number), 2 * len(self.index.shards)))
+        sums_bytes = accumulate(self.index.shards[shard].bytes for shard in upcoming)
+        fitting = [sum_bytes for sum_bytes in sums_bytes if sum_bytes <= self._budget_bytes]
+        self._block, self._due = block, tuple(islice(upcoming, len(fitting)))
         self._prefetcher.submit(self._prefetch, self._due)
 
     def _prefetch(self, due: tuple[int, ...]) -> None:
@@ -288,27 +274,17 @@ class ShardCache(ImageCache):
         while (group := list(islice(missing, DOWNLOADS))) and self._due is due:
             self._fetch(group)
 
-    def _within_budget(self, upcoming: Iterator[int]) -> Iterator[int]:
-        """The first shards, each once, that fit the budget; the rest of an epoch and the next one name all."""
-        room_bytes = self._budget_bytes
-        for shard in dict.fromkeys(islice(upcoming, 2 * len(self.index.shards))):
-            room_bytes -= self.index.shards[shard].bytes
-            if room_bytes < 0:
-                return
-            yield shard
-
     def _check_fits(self, order: Order) -> None:
         sizes = [shard.bytes for shard in self.index.shards]
         total_bytes, block_images = sum(sizes), order.block_images or self.index.images
         # A block begins and ends within a shard.
         block_bytes = min(total_bytes, total_bytes * block_images // self.index.images + 2 * max(sizes))
         if block_bytes > self._budget_bytes:
-            fitting_images = (self._budget_bytes - 2 * max(sizes)) * self.index.images // total_bytes
-            begin = f", or begin a run with data.shuffle_block_images={fitting_images}" if fitting_images > 0 else ""
             raise BadConfigError(
                 f"dataset {self.index.name} is shuffled in blocks of {block_images:,} images, whose shards take "
-                f"{block_bytes:,} bytes, and data.cache_gigabytes allows {self._budget_bytes:,}: "
-                f"set data.cache_gigabytes={np.ceil(block_bytes / 1e8) / 10:g}{begin}"
+                f"{block_bytes:,} bytes, and data.cache_gigabytes allows {self._budget_bytes:,}: set "
+                f"data.cache_gigabytes={np.ceil(block_bytes / 1e8) / 10:g}, or begin a run with a smaller "
+                "data.shuffle_block_images"
             )
 
     def close(self) -> None:
@@ -316,6 +292,21 @@ class ShardCache(ImageCache):
         self._due = ()
         self._prefetcher.shutdown(cancel_futures=True)
         super().close()
+
+
+class ChosenImages(ImageCache):
+    """A few images, for a person to look at: each is read where it lies in the bucket, and no shard is fetched."""
+
+    def __init__(self, bucket: Store, key: str, index: DatasetIndex) -> None:
+        """Fetches the offset tables of the dataset at `key`, unless they are there."""
+        super().__init__(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id, threads=_CHOOSERS))
+
+    def _read(self, indices: Int64s, out: Uint8s) -> None:
+        def opened(shard: int) -> BinaryIO:
+            store, key = self._source.place(shard)
+            return store.open(key)
+
+        self._source.read_into(out, indices, opened)
 
 
 def _shard_file(path: Path) -> BinaryIO:

@@ -7,9 +7,9 @@ one block at a time, and who reads what, where from and on how many machines doe
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -81,19 +81,16 @@ class Order:
         return min(self.block_images or self.images, self.images)
 
     @cached_property
-    def _layouts(self) -> dict[int, tuple[Int64s, Int64s, Int64s]]:
-        return {}
-
-    def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:
+    def _layout(self) -> Callable[[int], tuple[Int64s, Int64s, Int64s]]:
         """The shards as they lie end to end in an epoch, where each ends, and what makes a place there an index."""
-        if (layout := self._layouts.get(epoch)) is None:
-            images = np.array(self.shard_images, dtype=np.int64)
+        images = np.array(self.shard_images, dtype=np.int64)
+
+        @lru_cache(_EPOCHS_HELD)
+        def layout(epoch: int) -> tuple[Int64s, Int64s, Int64s]:
             shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
             ends = np.cumsum(images[shards])
-            layout = shards, ends, np.cumsum(images)[shards] - ends
-            if len(self._layouts) >= _EPOCHS_HELD:
-                self._layouts.clear()
-            self._layouts[epoch] = layout
+            return shards, ends, np.cumsum(images)[shards] - ends
+
         return layout
 
 

@@ -22,7 +22,6 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
@@ -51,7 +50,7 @@ from job.data.shards import (
     shard_name,
     validated_dataset_name,
 )
-from job.data.sources import Sample, no_images, open_source, printable, survey
+from job.data.sources import Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
@@ -105,8 +104,6 @@ class PackRequest:
         size = preset.size if self.size is None and preset else self.size
         if size is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
-        if printable(self.licence) != self.licence:
-            raise BadRequestError(f"--licence {self.licence!r}: a note is one line of plain text")
         checked = replace(
             self,
             size=size,
@@ -164,16 +161,17 @@ def pack(
     way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
-        # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind one
-        # that found another's in its place, so of two attempts at different things one goes on.
-        upload: Future[None] | None = None
-        for entry in packing.made():
-            if upload is not None:
+        try:
+            # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
+            # one that found another's in its place, so of two attempts at different things one goes on.
+            upload: Future[object] = uploader.submit(bool)
+            for entry in packing.made():
                 upload.result()
-            upload = uploader.submit(packing.add, entry)
-        if upload is not None:
+                upload = uploader.submit(packing.add, entry)
             upload.result()
-    packing.commit()
+            packing.commit()
+        except ObjectExistsError:
+            raise packing.is_otherwise() from None
     return load_index(bucket, key)
 
 
@@ -204,13 +202,12 @@ class PackedShard(Sealed):
     """Of tars that stay in place: the largest number of a class in this one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Checked:
-    """A sample that was decoded: what the dataset needs of it, or why it is left out."""
+    """A sample that was decoded: why it is left out, or what is copied of it; and the hash of what is copied from."""
 
-    name: str
+    sample: Sample
     reason: str = ""
-    record: Record = (-1, -1, -1, -1)
     png: bytes = b""
     sha256: bytes = b""
 
@@ -236,11 +233,11 @@ class _Packing(abc.ABC):
     source_sha256: str = ""
     codecs: str = ""
     classes: tuple[str, ...] = ()
+    has_classes: bool = False
 
     def __post_init__(self) -> None:
         self.recipe = self.request.recipe(channels=3)
         self.dataset = self.bucket.sub(self.key)
-        self.doing = f"while packing {self.dataset.uri}"
         parameters = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
         self.parameters_sha256 = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
@@ -252,9 +249,6 @@ class _Packing(abc.ABC):
     def made(self) -> Iterator[PackedShard]:
         """Makes the shards that are not vouched for; once they are exhausted, `commit` knows all."""
 
-    @abc.abstractmethod
-    def _check(self, sample: Sample) -> _Checked: ...
-
     @property
     def images(self) -> int:
         """In finished shards."""
@@ -264,22 +258,22 @@ class _Packing(abc.ABC):
         """Uploads a finished shard and vouches for it.
 
         Raises:
-            BadRequestError: something else lies in its place.
+            ObjectExistsError: something else lies in its place.
         """
-        with self._creating():
-            for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
-                # A tar that is to stay where it is has no copy here.
-                if path.exists():
-                    self.dataset.upload(path, path.name)
-                    path.unlink()
-            self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
+        for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
+            # A tar that is to stay where it is has no copy here.
+            if path.exists():
+                self.dataset.upload(path, path.name)
+                path.unlink()
+        self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
 
     def commit(self) -> None:
         """Creates the index, which makes the dataset exist, and clears the entries away.
 
         Raises:
             BadDataError: there are no images, or none that can be used.
-            BadRequestError: something else lies in its place, or somebody has deleted what was packed.
+            BadRequestError: somebody has deleted what was packed.
+            ObjectExistsError: something else lies in its place.
         """
         if not self.packed and not self.rejects:
             raise no_images(self.where)
@@ -288,7 +282,7 @@ class _Packing(abc.ABC):
         # An equal attempt that was faster has cleared the entries away, and its index is the same.
         first = next(self._vouched(), None)
         if (first is None or first.shard != self.packed[0].shard) and not self.dataset.exists(INDEX):
-            raise self._is_otherwise("was deleted, or is packed otherwise, since this began")
+            raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
         rejects = "".join(f"{reject.model_dump_json()}\n" for reject in self.rejects).encode()
         index = DatasetIndex(
             name=self.request.name,
@@ -305,10 +299,9 @@ class _Packing(abc.ABC):
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
-        with self._creating():
-            if rejects:
-                self.dataset.create(REJECTS, rejects)
-            self.dataset.create(INDEX, index.to_json())
+        if rejects:
+            self.dataset.create(REJECTS, rejects)
+        self.dataset.create(INDEX, index.to_json())
         for entry in self.dataset.list(PACKING):
             self.dataset.delete(entry.key)
 
@@ -320,10 +313,10 @@ class _Packing(abc.ABC):
             except (ObjectMissingError, BadDataError):
                 return
             if entry.parameters_sha256 != self.parameters_sha256:
-                raise self._is_otherwise()
+                raise self.is_otherwise()
             yield entry
 
-    def _is_otherwise(self, why: str = "") -> BadRequestError:
+    def is_otherwise(self, why: str = "") -> BadRequestError:
         """The error that something else lies here."""
         why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
         return BadRequestError(
@@ -331,19 +324,28 @@ class _Packing(abc.ABC):
             "and type this command again"
         )
 
-    @contextmanager
-    def _creating(self) -> Iterator[None]:
+    def _check(self, sample: Sample) -> _Checked:
+        checked, copies = _Checked(sample), not self.request.tars
+        if copies:
+            checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
-            yield
-        except ObjectExistsError:
-            raise self._is_otherwise() from None
+            if self.has_classes and sample.label < 0:
+                raise RejectedImageError("has no class: a .cls with a number beside it")
+            pixels = prepare(sample.content, self.recipe)
+            checked.png = encode_png(pixels) if copies else b""
+        except RejectedImageError as error:
+            checked.reason = str(error)
+        return checked
+
+    def _check_stop(self) -> None:
+        self.stop.check(f"while packing {self.dataset.uri}")
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as workers:
-            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self.stop, self.doing):
+            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
                 if checked.reason:
-                    self._reject(Reject(name=checked.name, reason=checked.reason))
+                    self._reject(Reject(name=checked.sample.name, reason=checked.reason))
                 yield checked
 
     def _reject(self, *rejects: Reject) -> None:
@@ -392,13 +394,14 @@ class _Copying(_Packing):
             self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
             self._reuse(entry)
         writer: ShardWriter | None = None
-        for checked in self._checked(Sample(name, content) for name, content in entries):
-            self._read(checked.name, checked.sha256)
+        samples = (Sample(name, content, self._found.label(name)) for name, content in entries)
+        for checked in self._checked(samples):
+            self._read(checked.sample.name, checked.sha256)
             if not checked.reason:
                 with os_errors(self.folder):
                     writer = writer or ShardWriter(self.folder / shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
-                    writer.add(key, checked.png, self._found.label(checked.name))
+                    writer.add(key, checked.png, checked.sample.label)
             if writer is not None and writer.size_bytes >= self.shard_bytes:
                 yield self._closed(writer)
                 writer = None
@@ -408,24 +411,17 @@ class _Copying(_Packing):
 
     def _polled(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:
-            self.stop.check(self.doing)
+            self._check_stop()
             yield name
-
-    def _check(self, sample: Sample) -> _Checked:
-        sha256 = hashlib.sha256(sample.content).digest()
-        try:
-            return _Checked(sample.name, png=encode_png(prepare(sample.content, self.recipe)), sha256=sha256)
-        except RejectedImageError as error:
-            return _Checked(sample.name, str(error), sha256=sha256)
 
     def _check_unchanged(self, entry: PackedShard, entries: Iterable[tuple[str, bytes]]) -> None:
         for name, content in entries:
-            self.stop.check(self.doing)
+            self._check_stop()
             self._read(name, hashlib.sha256(content).digest())
         # A shard that is not full was the last.
         is_last = entry.shard.bytes < self.shard_bytes
         if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-            raise self._is_otherwise(f"was begun before {self.where} changed")
+            raise self.is_otherwise(f"was begun before {self.where} changed")
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""
@@ -452,8 +448,8 @@ class _InPlace(_Packing):
             logging.getLogger(__name__).warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
-        self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
-        return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
+        self.has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
+        return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
     def made(self) -> Iterator[PackedShard]:
         for entry in self._vouched():
@@ -465,7 +461,9 @@ class _InPlace(_Packing):
             records: list[Record] = []
             for checked in self._checked(tar.samples(digests)):
                 if not checked.reason:
-                    records.append(checked.record)
+                    sample = checked.sample
+                    label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
+                    records.append((sample.offset, len(sample.content), label, checksum))
                 self.progress(done_bytes + digests.size_bytes, total_bytes, self.images + len(records))
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
@@ -485,17 +483,6 @@ class _InPlace(_Packing):
     def _first_has_a_class(self) -> bool:
         samples = (sample for tar in self._tars for sample in tar.samples())
         return next((sample.label >= 0 for sample in samples), False)
-
-    def _check(self, sample: Sample) -> _Checked:
-        label = sample.label if self._has_classes else -1
-        if self._has_classes and label < 0:
-            return _Checked(sample.name, "has no class: a .cls with a number beside it")
-        try:
-            prepare(sample.content, self.recipe)
-        except RejectedImageError as error:
-            return _Checked(sample.name, str(error))
-        record = (sample.offset, len(sample.content), label, google_crc32c.value(sample.content))
-        return _Checked(sample.name, record=record)
 
 
 def _entry_key(shard: str) -> str:

@@ -23,18 +23,16 @@ import numpy.typing as npt
 from job.data.ahead import STOP_POLL_SECONDS, in_order
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, prepare
 from job.data.order import Int64s
-from job.data.shards import INDEX, OFFSETS_DTYPE, DatasetIndex, Record, first_damaged, split_uri
-from job.exits import BadDataError, BadRequestError
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, first_damaged, split_uri
+from job.exits import BadDataError, JobError
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError, Store, open_store
+from job.store import Store, open_store
 from job.store.files import os_errors, temporary_beside
 
 Uint8s = npt.NDArray[np.uint8]
 Fetched = TypeVar("Fetched")
 
 DOWNLOADS = 4
-CHOOSERS = 8
-"""Shards from which a few images are read at a time: these wait for the bucket, and not for a processor."""
 _READ_AT_A_TIME = 32
 
 
@@ -50,7 +48,6 @@ class ShardSource:
         is_local: whether all shards are files of this machine, which are read where they lie.
         threads: how many images are decoded at a time.
         stop: whether this process is to stop.
-        doing: what a stop ends.
     """
 
     def __init__(
@@ -70,13 +67,16 @@ class ShardSource:
         retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
         self._foreign = {folder: open_store(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
-        self._recipe = _recipe(index, bucket.uri_of(f"{key}/{INDEX}")) if index.is_foreign else None
+        self._recipe = _recipe(index) if index.is_foreign else None
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"
         self._anew = "index the dataset anew" if index.is_foreign else "pack the dataset anew"
-        self.doing = f"while reading the images of {bucket.uri}/{key}; what has been read is kept"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
+
+    def check(self) -> None:
+        """Raises `StoppedError` if this process is to stop."""
+        self.stop.check(f"while reading the images of {self._bucket.uri}/{self._key}; what has been read is kept")
 
     @cached_property
     def records(self) -> np.ndarray:
@@ -102,10 +102,6 @@ class ShardSource:
                 temporary.replace(path)
             return np.asarray(np.memmap(path, OFFSETS_DTYPE, "r"))
 
-    def table(self, shard: int) -> np.ndarray:
-        """The part of `records` that is a shard's."""
-        return self.records[self.starts[shard] : self.starts[shard + 1]]
-
     def read_table(self, shard: int) -> np.ndarray:
         """The offset table of a shard as it lies in the bucket, OFFSETS_DTYPE [images].
 
@@ -118,12 +114,11 @@ class ShardSource:
         is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
             raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
-        table = np.frombuffer(data, OFFSETS_DTYPE)
-        offsets, labels, classes = table["offset"], table["label"], len(self.index.classes)
+        table, classes = np.frombuffer(data, OFFSETS_DTYPE), len(self.index.classes)
         lowest, highest = (0, classes - 1) if classes else (-1, -1)
         # An index may vouch for any table.
-        is_inside = offsets.max() < packed.bytes and (offsets + table["bytes"]).max() <= packed.bytes
-        if not is_inside or labels.min() < lowest or labels.max() > highest:
+        labels_are_classes = lowest <= table["label"].min() and table["label"].max() <= highest
+        if not labels_are_classes or table["offset"].max() >= packed.bytes:
             raise BadDataError(f"{uri} points beyond its shard or its classes: {self._anew}")
         return table
 
@@ -151,34 +146,33 @@ class ShardSource:
         shutil.rmtree(incoming, ignore_errors=True)
         with os_errors(incoming):
             incoming.mkdir(exist_ok=True)
-        return self._ahead(lambda shard: (shard, self.verified(shard, incoming, self.table(shard))), shards)
+        return self._ahead(lambda shard: (shard, self.verified(shard, incoming)), shards)
 
-    def verified(self, shard: int, incoming: Path, table: np.ndarray | None) -> Path:
-        """A file whose size and SHA-256 are those of the shard in the index.
+    def verified(self, shard: int, incoming: Path) -> Path:
+        """A file whose SHA-256 is that of the shard in the index.
 
         It is the shard itself if that is a file of this machine, else a download to `incoming`, which is the caller's.
 
         Raises:
-            BadDataError: it is not the shard that was packed; the first damaged image of its `table` is named.
+            BadDataError: it is not the shard that was packed; the first damaged image is named, if its table is there.
             ObjectMissingError: it is not there.
         """
         packed, (store, key) = self.index.shards[shard], self.place(shard)
-        if not self.is_local:
-            path = incoming / packed.name
-            store.download(key, path)
-        # An index is written by anybody: a pipe that it names would be waited for in vain.
-        elif store.exists(key):
+        if self.is_local:
+            # An index is written by anybody: a pipe that it names would be waited for in vain.
+            store.open(key).close()
             path = Path(store.uri_of(key))
         else:
-            raise ObjectMissingError(f"no object at {store.uri_of(key)}: restore it, or {self._anew}")
+            path = incoming / packed.name
+            store.download(key, path)
         with os_errors(path), path.open("rb") as file:
-            size_bytes = os.fstat(file.fileno()).st_size
-            if size_bytes == packed.bytes and hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
+            if hashlib.file_digest(file, "sha256").hexdigest() == packed.sha256:
                 return path
-            wrong = "other bytes" if size_bytes == packed.bytes else f"{size_bytes:,} bytes instead of {packed.bytes:,}"
-            damage = "" if table is None else f"; {first_damaged(file, table)}"
+            damage = ""
+            with suppress(JobError):
+                damage = f"; {first_damaged(file, self.read_table(shard))}"
         raise BadDataError(
-            f"{store.uri_of(key)} holds {wrong} than were {self._made}{damage}: restore it, or {self._anew}"
+            f"{store.uri_of(key)} holds other bytes than were {self._made}{damage}: restore it, or {self._anew}"
         )
 
     def read_into(
@@ -209,7 +203,7 @@ class ShardSource:
                 places = np.flatnonzero(shards == shard).tolist()
                 yield from (places[at : at + _READ_AT_A_TIME] for at in range(0, len(places), _READ_AT_A_TIME))
 
-        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.stop, self.doing):
+        for _ in in_order(self._decoders, read_some, parts(), 2 * self.threads, self.check):
             pass
 
     def read_image(self, shard: int, row: int, record: Record, file: BinaryIO) -> Uint8s:
@@ -243,7 +237,7 @@ class ShardSource:
                 with suppress(BlockingIOError):
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
-                self.stop.check(self.doing)
+                self.check()
                 time.sleep(STOP_POLL_SECONDS)
             yield
 
@@ -254,48 +248,17 @@ class ShardSource:
     def _ahead(self, work: Callable[[int], Fetched], shards: Iterable[int]) -> Iterator[Fetched]:
         pool = ThreadPoolExecutor(DOWNLOADS, "fetch")
         try:
-            yield from in_order(pool, work, shards, DOWNLOADS, self.stop, self.doing)
+            yield from in_order(pool, work, shards, DOWNLOADS, self.check)
         finally:
             # A download cannot be cut short; a process that must stop does not wait for it.
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class ChosenImages:
-    """The labels of a dataset, and a few of its images for a person to look at, without fetching whole shards."""
-
-    def __init__(self, bucket: Store, key: str, index: DatasetIndex, cache_dir: Path) -> None:
-        """Fetches the offset tables of the dataset at `key` into its part of `cache_dir`, unless they are there.
-
-        Raises:
-            BadDataError: a table is not as it was packed.
-        """
-        self._source = ShardSource(bucket, key, index, cache_dir / index.dataset_id, threads=CHOOSERS)
-        self.labels: npt.NDArray[np.int32] = self._source.records["label"]
-        """Of all images, int32 [N]; -1 where there are no classes."""
-
-    def read(self, indices: Int64s) -> Uint8s:
-        """Images `indices`, int64 [n], as uint8 [n, H, W, C].
-
-        Raises:
-            BadDataError: one is not as it was packed; the message names it.
-        """
-        out = np.empty((len(indices), *self._source.index.image_shape), np.uint8)
-        self._source.read_into(out, indices, self._open)
-        return out
-
-    def _open(self, shard: int) -> BinaryIO:
-        store, key = self._source.place(shard)
-        return store.open(key)
-
-
-def _recipe(index: DatasetIndex, where: str) -> Recipe:
+def _recipe(index: DatasetIndex) -> Recipe:
     """What is done to each image of tars that were indexed in place."""
     if index.codecs != codec_versions():
         logging.getLogger(__name__).warning(
             f"dataset {index.name} was indexed with {index.codecs}, and is read with {codec_versions()}: "
             "its images may differ in their last bits"
         )
-    try:
-        return Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
-    except BadRequestError as error:
-        raise BadDataError(f"{where} is not a dataset index ({error}): index the dataset anew") from None
+    return Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)

@@ -18,7 +18,6 @@ import re
 import shlex
 import tarfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +56,6 @@ class Shard(BaseModel):
     name: str = Field(pattern=r"^shard-\d{5}\.tar$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    crc32c: str = Field(pattern=r"^[0-9a-f]{8}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     uri: str = Field(default="", pattern=rf"^({TAR_URI})?$")
@@ -70,17 +68,15 @@ class Shard(BaseModel):
 
 
 class Digests:
-    """Size, SHA-256 and CRC-32C of bytes that go by."""
+    """Size and SHA-256 of bytes that go by."""
 
     def __init__(self) -> None:
-        self.size_bytes = 0
-        self._sha256, self._crc32c = hashlib.sha256(), 0
+        self.size_bytes, self._sha256 = 0, hashlib.sha256()
 
     def update(self, data: bytes) -> None:
         """Takes the next bytes into account."""
         self.size_bytes += len(data)
         self._sha256.update(data)
-        self._crc32c = google_crc32c.extend(self._crc32c, data)
 
     def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
         """What the index says of the tar whose bytes these were, and the table of its images."""
@@ -89,7 +85,6 @@ class Digests:
             name=name,
             bytes=self.size_bytes,
             sha256=self._sha256.hexdigest(),
-            crc32c=f"{self._crc32c:08x}",
             images=len(records),
             offsets_sha256=hashlib.sha256(offsets).hexdigest(),
             uri=uri,
@@ -145,12 +140,7 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
     for row, (offset, size_bytes, _, checksum) in enumerate(table.tolist()):
         file.seek(offset)
         if google_crc32c.value(file.read(size_bytes)) != checksum:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header, name = file.read(tarfile.BLOCKSIZE), ""
-            # It may be damaged as well.
-            with suppress(tarfile.HeaderError):
-                name = f" ({tarfile.TarInfo.frombuf(header, 'ascii', 'backslashreplace').name!r})"
-            return f"the first damaged image is {row}{name}, at byte {offset}"
+            return f"the first damaged image is {row}, at byte {offset}"
     return "all its images are whole, but not what lies between them"
 
 
@@ -276,11 +266,10 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
         if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
         and (unfinished or bucket.exists(f"{DATASETS}/{folder}/{INDEX}"))
     )
-    if size is not None and size in sizes:
-        return dataset_key(name, size)
-    if size is None and len(sizes) == 1:
-        return dataset_key(name, sizes[0])
-    if size is None and sizes:
+    found = [there for there in sizes if size in (there, None)]
+    if len(found) == 1:
+        return dataset_key(name, found[0])
+    if found:
         raise BadRequestError(
             f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
             "(of ddpm train: --set data.size=N)"

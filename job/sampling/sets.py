@@ -166,7 +166,7 @@ class SampleSet:
             try:
                 if hashlib.sha256(data).hexdigest() != file.sha256:
                     raise BadDataError("its SHA-256 is not the one in its record")
-                found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
+                found += [decode(png, self.drawing.channels, self.drawing.size) for png in _pngs(file.name, data)]
             except (BadDataError, tarfile.TarError) as error:
                 what = f"{self.folder.uri_of(file.name)} is rotten: {error}"
                 raise BadDataError(f"{what}; {self._how_to_repeat(record.number)}") from None
