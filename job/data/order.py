@@ -7,9 +7,9 @@ one block at a time, and who reads what, where from and on how many machines doe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,6 @@ ORDER_VERSION = "feistel-1"
 
 # Fewer are enough for thousands of images; blocks of three to six show a bias below twenty.
 _FEISTEL_ROUNDS = 20
-_EPOCHS_HELD = 4
 
 Int64s = npt.NDArray[np.int64]
 UInt32s = npt.NDArray[np.uint32]
@@ -80,18 +79,12 @@ class Order:
     def _block(self) -> int:
         return min(self.block_images or self.images, self.images)
 
-    @cached_property
-    def _layout(self) -> Callable[[int], tuple[Int64s, Int64s, Int64s]]:
+    def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:
         """The shards as they lie end to end in an epoch, where each ends, and what makes a place there an index."""
         images = np.array(self.shard_images, dtype=np.int64)
-
-        @lru_cache(_EPOCHS_HELD)
-        def layout(epoch: int) -> tuple[Int64s, Int64s, Int64s]:
-            shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
-            ends = np.cumsum(images[shards])
-            return shards, ends, np.cumsum(images)[shards] - ends
-
-        return layout
+        shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
+        ends = np.cumsum(images[shards])
+        return shards, ends, np.cumsum(images)[shards] - ends
 
 
 def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:

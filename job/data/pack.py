@@ -28,28 +28,12 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from pydantic import BaseModel, ConfigDict
 
 from job.config_input import pack_config
+from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.shards import (
-    INDEX,
-    PACKING,
-    REJECTS,
-    SHARD_BYTES,
-    DatasetIndex,
-    Digests,
-    Record,
-    Shard,
-    ShardWriter,
-    dataset_key,
-    deleting,
-    load_index,
-    shard_name,
-    validated_dataset_name,
-)
 from job.data.sources import Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
@@ -58,8 +42,12 @@ from job.store import ObjectExistsError, ObjectMissingError, Store, is_remote
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
 
+Reject = dict[str, str]
+"""A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
+
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
+_IS_OTHERWISE = "holds what was begun from other images or with other parameters, or is packed by another process"
 
 
 @dataclass(frozen=True)
@@ -99,7 +87,7 @@ class PackRequest:
         Raises:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
-        validated_dataset_name(self.name)
+        shards.validated_dataset_name(self.name)
         preset = pack_config(self.name)
         size = preset.size if self.size is None and preset else self.size
         if size is None:
@@ -127,8 +115,8 @@ def pack(
     *,
     stop: Stop = NEVER,
     progress: Callable[[int, int, int], None] = lambda done, total, images: None,
-    shard_bytes: int = SHARD_BYTES,
-) -> DatasetIndex:
+    shard_bytes: int = shards.SHARD_BYTES,
+) -> shards.DatasetIndex:
     """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
 
     Args:
@@ -151,12 +139,12 @@ def pack(
     """
     request = request.check()
     assert request.size is not None
-    key = dataset_key(request.name, request.size)
-    if bucket.exists(f"{key}/{INDEX}"):
-        there = load_index(bucket, key)
+    key = shards.dataset_key(request.name, request.size)
+    if bucket.exists(f"{key}/{shards.INDEX}"):
+        there = shards.load_index(bucket, key)
         raise BadRequestError(
             f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: {deleting(bucket, key)}"
+            f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
@@ -172,26 +160,14 @@ def pack(
             packing.commit()
         except ObjectExistsError:
             raise packing.is_otherwise() from None
-    return load_index(bucket, key)
-
-
-class Reject(BaseModel):
-    """A line of `rejects.jsonl`: an image that was left out, and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name!r} {self.reason}"
+    return shards.load_index(bucket, key)
 
 
 class PackedShard(Sealed):
     """The entry of a shard: it is in the bucket whole, and this is what went into it."""
 
     parameters_sha256: str
-    shard: Shard
+    shard: shards.Shard
     rejects: tuple[Reject, ...]
     """Those met since the shard before."""
     read: int
@@ -231,7 +207,6 @@ class _Packing(abc.ABC):
     """What is packed, for messages."""
     source: str = ""
     source_sha256: str = ""
-    codecs: str = ""
     classes: tuple[str, ...] = ()
     has_classes: bool = False
 
@@ -272,19 +247,13 @@ class _Packing(abc.ABC):
 
         Raises:
             BadDataError: there are no images, or none that can be used.
-            BadRequestError: somebody has deleted what was packed.
             ObjectExistsError: something else lies in its place.
         """
-        if not self.packed and not self.rejects:
-            raise no_images(self.where)
         if not self.packed:
-            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
-        # An equal attempt that was faster has cleared the entries away, and its index is the same.
-        first = next(self._vouched(), None)
-        if (first is None or first.shard != self.packed[0].shard) and not self.dataset.exists(INDEX):
-            raise self.is_otherwise("was deleted, or is packed otherwise, since this began")
-        rejects = "".join(f"{reject.model_dump_json()}\n" for reject in self.rejects).encode()
-        index = DatasetIndex(
+            none_usable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
+            raise none_usable if self.rejects else no_images(self.where)
+        rejects = "".join(f"{json.dumps(reject)}\n" for reject in self.rejects).encode()
+        index = shards.DatasetIndex(
             name=self.request.name,
             size=self.recipe.size,
             channels=self.recipe.channels,
@@ -294,33 +263,34 @@ class _Packing(abc.ABC):
             licence=self.request.licence,
             source=self.source,
             source_sha256=self.source_sha256,
-            codecs=self.codecs,
+            codecs=codec_versions(),
             rejected_images=len(self.rejects),
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
         if rejects:
-            self.dataset.create(REJECTS, rejects)
-        self.dataset.create(INDEX, index.to_json())
-        for entry in self.dataset.list(PACKING):
+            self.dataset.create(shards.REJECTS, rejects)
+        self.dataset.create(shards.INDEX, index.to_json())
+        for entry in self.dataset.list(shards.PACKING):
             self.dataset.delete(entry.key)
 
-    def _vouched(self) -> Iterator[PackedShard]:
-        """The shards that are there, from the first one on."""
+    def _reused(self) -> Iterator[PackedShard]:
+        """The shards that are there, from the first one on; each counts as packed when the next one is asked for."""
         for number in count():
             try:
-                entry = PackedShard.load(self.dataset, _entry_key(shard_name(number)))
+                entry = PackedShard.load(self.dataset, _entry_key(shards.shard_name(number)))
             except (ObjectMissingError, BadDataError):
                 return
             if entry.parameters_sha256 != self.parameters_sha256:
                 raise self.is_otherwise()
             yield entry
+            self.packed.append(entry)
+            self._reject(*entry.rejects)
 
-    def is_otherwise(self, why: str = "") -> BadRequestError:
+    def is_otherwise(self, why: str = _IS_OTHERWISE) -> BadRequestError:
         """The error that something else lies here."""
-        why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
         return BadRequestError(
-            f"{self.dataset.uri} {why}: choose another name, or {deleting(self.bucket, self.key)} "
+            f"{self.dataset.uri} {why}: choose another name, or {shards.deleting(self.bucket, self.key)} "
             "and type this command again"
         )
 
@@ -345,7 +315,7 @@ class _Packing(abc.ABC):
         with ThreadPoolExecutor(threads) as workers:
             for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
                 if checked.reason:
-                    self._reject(Reject(name=checked.sample.name, reason=checked.reason))
+                    self._reject({"name": checked.sample.name, "reason": checked.reason})
                 yield checked
 
     def _reject(self, *rejects: Reject) -> None:
@@ -358,13 +328,10 @@ class _Packing(abc.ABC):
 
     def _first_rejects(self) -> str:
         more = len(self.rejects) - _NAMED_REJECTS
-        return "; ".join(map(str, self.rejects[:_NAMED_REJECTS])) + (f"; and {more} more" if more > 0 else "")
+        named = "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self.rejects[:_NAMED_REJECTS])
+        return f"{named}; and {more} more" if more > 0 else named
 
-    def _reuse(self, entry: PackedShard) -> None:
-        self.packed.append(entry)
-        self._reject(*entry.rejects)
-
-    def _finished(self, shard: Shard, offsets: bytes, **read: Any) -> PackedShard:
+    def _finished(self, shard: shards.Shard, offsets: bytes, **read: Any) -> PackedShard:
         with os_errors(self.folder):
             (self.folder / shard.offsets_name).write_bytes(offsets)
         told = sum(len(before.rejects) for before in self.packed)
@@ -390,19 +357,18 @@ class _Copying(_Packing):
 
     def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()
-        for entry in self._vouched():
+        for entry in self._reused():
             self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
-            self._reuse(entry)
-        writer: ShardWriter | None = None
+        writer: shards.ShardWriter | None = None
         samples = (Sample(name, content, self._found.label(name)) for name, content in entries)
         for checked in self._checked(samples):
             self._read(checked.sample.name, checked.sha256)
             if not checked.reason:
                 with os_errors(self.folder):
-                    writer = writer or ShardWriter(self.folder / shard_name(len(self.packed)))
+                    writer = writer or shards.ShardWriter(self.folder / shards.shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
                     writer.add(key, checked.png, checked.sample.label)
-            if writer is not None and writer.size_bytes >= self.shard_bytes:
+            if writer is not None and writer.digests.size_bytes >= self.shard_bytes:
                 yield self._closed(writer)
                 writer = None
         if writer is not None:
@@ -429,7 +395,7 @@ class _Copying(_Packing):
         self._read_images += 1
         self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
 
-    def _closed(self, writer: ShardWriter) -> PackedShard:
+    def _closed(self, writer: shards.ShardWriter) -> PackedShard:
         with os_errors(writer.path):
             finished = writer.finish()
         return self._finished(*finished, read=self._read_images, source_sha256=self._sha256.hexdigest())
@@ -442,23 +408,21 @@ class _InPlace(_Packing):
         self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
-        self.codecs = codec_versions()
         here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
         if here and is_remote(self.bucket.uri):
             logging.getLogger(__name__).warning(
                 f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
             )
-        self.has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
+        first_has_one = (sample.label >= 0 for tar in self._tars for sample in tar.samples())
+        self.has_classes = next(first_has_one, False) if self.request.classes is None else self.request.classes
         return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
     def made(self) -> Iterator[PackedShard]:
-        for entry in self._vouched():
-            self._reuse(entry)
-        done_tars = self.packed[-1].read if self.packed else 0
+        done_tars = max((entry.read for entry in self._reused()), default=0)
         total_bytes, done_bytes = (sum(tar.bytes for tar in self._tars[:end]) for end in (None, done_tars))
         for number, tar in enumerate(self._tars[done_tars:], start=done_tars + 1):
-            digests = Digests()
-            records: list[Record] = []
+            digests = shards.Digests()
+            records: list[shards.Record] = []
             for checked in self._checked(tar.samples(digests)):
                 if not checked.reason:
                     sample = checked.sample
@@ -468,7 +432,7 @@ class _InPlace(_Packing):
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
             if records:
-                finished = digests.shard(shard_name(len(self.packed)), records, tar.uri)
+                finished = digests.shard(shards.shard_name(len(self.packed)), records, tar.uri)
                 yield self._finished(*finished, read=number, highest_label=max(label for _, _, label, _ in records))
         highest_label = max((entry.highest_label for entry in self.packed), default=-1)
         # One mistyped number would give the network a hundred thousand classes.
@@ -480,10 +444,6 @@ class _InPlace(_Packing):
         self.classes = tuple(map(str, range(highest_label + 1)))
         self.source_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
 
-    def _first_has_a_class(self) -> bool:
-        samples = (sample for tar in self._tars for sample in tar.samples())
-        return next((sample.label >= 0 for sample in samples), False)
-
 
 def _entry_key(shard: str) -> str:
-    return f"{PACKING}/{shard.removesuffix('.tar')}.json"
+    return f"{shards.PACKING}/{shard.removesuffix('.tar')}.json"

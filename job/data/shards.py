@@ -98,36 +98,29 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         """`path` is the file to write; its name is the shard's."""
         self.path = path
-        self._file, self._digests = path.open("wb"), Digests()
+        self.digests = Digests()
+        """Of what was written up to now."""
+        self._file = path.open("wb")
         self._records: list[Record] = []
-
-    @property
-    def size_bytes(self) -> int:
-        """Size up to now."""
-        return self._digests.size_bytes
 
     def add(self, key: str, png: bytes, label: int) -> None:
         """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
-        self._add_file(f"{key}.png", png)
-        if label >= 0:
-            self._add_file(f"{key}.cls", str(label).encode())
+        self._records.append((self.digests.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
+        files = {f"{key}.png": png} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE))
 
     def finish(self) -> tuple[Shard, bytes]:
         """Ends the file and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        return self._digests.shard(self.path.name, self._records)
-
-    def _add_file(self, name: str, content: bytes) -> None:
-        header = tarfile.TarInfo(name)
-        header.size = len(content)
-        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+        return self.digests.shard(self.path.name, self._records)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._digests.update(data)
+        self.digests.update(data)
 
 
 def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
@@ -159,7 +152,7 @@ class DatasetIndex(Sealed):
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
-    codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
+    codecs: str = Field(default="", description="versions of what decoded the images")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @property
@@ -227,16 +220,14 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
     where = f"{key}/{INDEX}"
     try:
         index = DatasetIndex.load(bucket, where)
+        if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
+            raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}")
     except ObjectMissingError:
         raise MissingInputError(
             f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
         ) from None
     except BadDataError as error:
         raise BadDataError(f"{error}: restore it, or {deleting(bucket, key)} and pack it again") from None
-    if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
-        raise BadDataError(
-            f"{bucket.uri_of(where)} belongs to {place}: restore it, or {deleting(bucket, key)} and pack it again"
-        )
     return index
 
 

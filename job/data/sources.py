@@ -16,7 +16,7 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +45,7 @@ Opener = Callable[[], BinaryIO]
 
 _SKIPPED_BYTES = 1 << 20
 _BUCKET_READERS = 16
+_NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -169,7 +170,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
                     )
                 yield Member(name, partial(_read_file, path))
 
-    is_below = packed_to is not None and packed_to.is_dir() and packed_to.is_relative_to(root)
+    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
     return Source(str(root), partial(below, root, ""), note=note)
 
@@ -314,30 +315,35 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
 
     Raises:
         MissingInputError: it is not there.
-        BadRequestError: a URI that no store speaks, a folder with several MNIST sets and none for training, or one
-            that is itself `bucket`.
+        BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
     if is_remote(source):
         return _in_bucket(source, retry)
     path = Path(open_store(source).uri).resolve()
+    folder, name = (path, "") if path.is_dir() else (path.parent, path.name)
+
+    def opened(name: str) -> BinaryIO:
+        return (folder / name).open("rb")
+
     with refusing(repr(source)):
-        if path.is_dir():
-            return _mnist(path, _files(path)) or folder_source(path, bucket)
-        if not path.is_file():
-            raise _nothing_at(source)
-        return _mnist(path.parent, _files(path.parent), path.name) or _archive(str(path), _opener(path))
+        if name and not path.is_file():
+            raise MissingInputError(_NOTHING_AT.format(source))
+        if found := _mnist(folder, [there.name for there in folder.iterdir()], opened, name):
+            return found
+        return _archive(str(path), partial(opened, name)) if name else folder_source(path, bucket)
 
 
 def _in_bucket(uri: str, retry: Retry | None) -> Source:
     folder, _, name = uri.rpartition("/")
     if name and not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(name):
-        files = _objects(parent) if _IDX_NAME.fullmatch(name) else {}
-        return _mnist(parent.uri, files, name) or _archive(uri, partial(parent.open, name))
+        names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
+        return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))
     store = open_store(uri, retry)
-    if not (objects := _objects(store)):
-        raise _nothing_at(uri)
-    return _mnist(uri, objects) or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
+    if not (names := [entry.key for entry in store.list()]):
+        raise MissingInputError(_NOTHING_AT.format(uri))
+    found = _mnist(uri, names, store.open)
+    return found or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
 
 
 def _archive(where: str, opener: Opener) -> Source:
@@ -346,36 +352,18 @@ def _archive(where: str, opener: Opener) -> Source:
     return Source(where, partial(_zip_members if is_zip else tar_members, opener))
 
 
-def _nothing_at(source: str) -> MissingInputError:
-    return MissingInputError(f"there is nothing at {source}: give a folder or an archive of images")
-
-
-def _files(folder: Path) -> dict[str, Opener]:
-    return {path.name: _opener(path) for path in folder.iterdir()}
-
-
-def _opener(path: Path) -> Opener:
-    return lambda: path.open("rb")
-
-
-def _objects(folder: Store) -> dict[str, Opener]:
-    return {entry.key: partial(folder.open, entry.key) for entry in folder.list()}
-
-
-def _mnist(folder: object, files: dict[str, Opener], chosen: str = "") -> Source | None:
-    """The MNIST set `chosen` of a folder's files, or else the one for training; None without any."""
-    sets = sorted(name for name in files if _IDX_NAME.fullmatch(name) and "images" in name)
-    train = [name for name in sets if "train" in name]
+def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryIO], chosen: str = "") -> Source | None:
+    """The MNIST set `chosen` of a folder's files, or else the first one for training; None without any."""
+    sets = sorted(name for name in names if _IDX_NAME.fullmatch(name) and "images" in name)
     if not sets or (chosen and not _IDX_NAME.fullmatch(chosen)):
         return None
-    if not chosen and not train and len(sets) > 1:
-        raise BadRequestError(f"{folder} holds several MNIST sets: give one of {', '.join(sets)} as SOURCE")
-    name = chosen or (train or sets)[0]
-    labels = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    name = chosen or next((name for name in sets if "train" in name), sets[0])
+    wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = [partial(opened, there) for there in names if there.removesuffix(".gz") == wanted]
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
     return Source(
         f"{folder}/{name}",
-        partial(_idx_members, files[name], files.get(labels) or files.get(f"{labels}.gz")),
+        partial(_idx_members, partial(opened, name), labels[0] if labels else None),
         channels=1,
         note=f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else "",
     )

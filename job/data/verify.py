@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from job.data.ahead import in_order
-from job.data.shard_source import ShardSource
+from job.data.cache import ShardSource
 from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store

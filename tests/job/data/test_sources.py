@@ -218,9 +218,6 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
     for path in (tmp_path / "mnist").glob("*labels*"):
         path.unlink()
     assert next(open_source(str(tmp_path / "mnist")).names()) == "00.pgm"
-    mnist(tmp_path / "several", "t10k", *digits, gz)
-    mnist(tmp_path / "several", "extra", *digits, gz)
-    assert "several MNIST sets: give one of extra-images" in refusal(tmp_path / "several", BadRequestError)
     file = tmp_path / f"train-images-idx3-ubyte{'.gz' if gz else ''}"
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised"),
