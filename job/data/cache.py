@@ -188,6 +188,11 @@ class ShardSource:
         store, key = self.place(shard)
         return store.uri_of(key)
 
+    def open_there(self, shard: int) -> BinaryIO:
+        """A stream over a shard's tar where it lies, of which nothing is verified."""
+        store, key = self.place(shard)
+        return store.open(key)
+
     def fetch(self, shards: Iterable[int]) -> Iterator[tuple[int, Path]]:
         """Yields each shard with a verified file of its bytes, fetching a few ahead. To be called under the lock.
 
@@ -213,7 +218,7 @@ class ShardSource:
         packed, (store, key) = self.index.shards[shard], self.place(shard)
         if self.is_local:
             # An index is written by anybody: a pipe that it names would be waited for in vain.
-            store.open(key).close()
+            self.open_there(shard).close()
             path = Path(store.uri_of(key))
         else:
             path = incoming / packed.name
@@ -454,10 +459,9 @@ class ShardCache(ImageCache):
         with self._source.lock(), os_errors(self._folder):
             # Another process may have fetched them while this one waited.
             missing = [shard for shard in shards if not self._path(shard).exists()]
-            if missing:
-                self._make_room(missing)
-                for shard, path in self._source.fetch(missing):
-                    path.replace(self._path(shard))
+            self._make_room(missing)
+            for shard, path in self._source.fetch(missing):
+                path.replace(self._path(shard))
 
     def _make_room(self, missing: list[int]) -> None:
         """Evicts shards, those that are not due and were not read for longest first, until `missing` fit the budget."""
@@ -526,11 +530,7 @@ class ChosenImages(ImageCache):
         super().__init__(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id, threads=_CHOOSERS))
 
     def _read(self, indices: Int64s, out: Uint8s) -> None:
-        def opened(shard: int) -> BinaryIO:
-            store, key = self._source.place(shard)
-            return store.open(key)
-
-        self._source.read_into(out, indices, opened)
+        self._source.read_into(out, indices, self._source.open_there)
 
 
 def _recipe(index: DatasetIndex) -> Recipe:

@@ -60,8 +60,6 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises `BadRequestError` for a value that means nothing."""
-        if self.size < 1:
-            raise BadRequestError(f"--size {self.size}: give the width of the packed images in pixels, for example 64")
         if not _CROP.fullmatch(self.crop):
             raise BadRequestError(
                 f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT (in pixels)"

@@ -38,7 +38,7 @@ from job.data.sources import Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, is_remote
+from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
 
@@ -47,7 +47,6 @@ Reject = dict[str, str]
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
-_IS_OTHERWISE = "holds what was begun from other images or with other parameters, or is packed by another process"
 
 
 @dataclass(frozen=True)
@@ -146,8 +145,8 @@ def pack(
             f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
             f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
-    way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
+        way = _InPlace if request.tars else _Copying
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
         try:
             # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
@@ -287,11 +286,12 @@ class _Packing(abc.ABC):
             self.packed.append(entry)
             self._reject(*entry.rejects)
 
-    def is_otherwise(self, why: str = _IS_OTHERWISE) -> BadRequestError:
+    def is_otherwise(self) -> BadRequestError:
         """The error that something else lies here."""
         return BadRequestError(
-            f"{self.dataset.uri} {why}: choose another name, or {shards.deleting(self.bucket, self.key)} "
-            "and type this command again"
+            f"{self.dataset.uri} holds what was begun from other images than {self.where} has now, or with other "
+            "parameters, or is packed by another process: choose another name, or "
+            f"{shards.deleting(self.bucket, self.key)} and type this command again"
         )
 
     def _check(self, sample: Sample) -> _Checked:
@@ -387,7 +387,7 @@ class _Copying(_Packing):
         # A shard that is not full was the last.
         is_last = entry.shard.bytes < self.shard_bytes
         if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-            raise self.is_otherwise(f"was begun before {self.where} changed")
+            raise self.is_otherwise()
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""
@@ -408,11 +408,6 @@ class _InPlace(_Packing):
         self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
-        here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
-        if here and is_remote(self.bucket.uri):
-            logging.getLogger(__name__).warning(
-                f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
-            )
         first_has_one = (sample.label >= 0 for tar in self._tars for sample in tar.samples())
         self.has_classes = next(first_has_one, False) if self.request.classes is None else self.request.classes
         return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}

@@ -223,9 +223,7 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
         if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
             raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}")
     except ObjectMissingError:
-        raise MissingInputError(
-            f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
-        ) from None
+        raise MissingInputError(f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack`") from None
     except BadDataError as error:
         raise BadDataError(f"{error}: restore it, or {deleting(bucket, key)} and pack it again") from None
     return index

@@ -165,9 +165,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
             elif is_image(child.name) or child.is_dir():
                 # Following a link to a folder could go round in circles.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
-                    raise _refused(
-                        name, "is a link to a folder or out of this one, or no file: put a copy in its place"
-                    )
+                    raise _refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
                 yield Member(name, partial(_read_file, path))
 
     is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)

@@ -73,13 +73,12 @@ def stream_batches(
     """
 
     def batches() -> Iterator[LoadedBatch]:
-        has_labels = with_labels and cache.index.classes
         slots = _slots(order, batch_size_images, first_image, last_image, rank, world_size)
         for first, indices, numbers in slots:
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
             cache.read(indices, out=images.numpy())
-            labels = torch.from_numpy(cache.labels(indices)) if has_labels else None
+            labels = torch.from_numpy(cache.labels(indices)) if with_labels and cache.index.classes else None
             if labels is not None and pin_memory:
                 labels = labels.pin_memory()
             yield LoadedBatch(first, numbers, images.permute(0, 3, 1, 2), labels)

@@ -14,14 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import (
-    ChosenImages,
-    DecodedCache,
-    ImageCache,
-    ShardCache,
-    default_cache_dir,
-    open_cache,
-)
+from job.data.cache import ChosenImages, DecodedCache, ImageCache, ShardCache, default_cache_dir, open_cache
 from job.data.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
@@ -308,8 +301,8 @@ def test_blocks_that_the_budget_cannot_hold_are_refused_with_the_way_out(dataset
 
 def test_the_cache_has_a_default_place(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", "/home/somebody")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.delenv("DDPM_CACHE", raising=False)
+    for name in ("XDG_CACHE_HOME", "DDPM_CACHE"):
+        monkeypatch.delenv(name, raising=False)
     assert default_cache_dir() == Path("/home/somebody/.cache/ddpm")
     monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/somebody")
     assert default_cache_dir() == Path("/var/cache/somebody/ddpm")

@@ -15,7 +15,6 @@ from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
-from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
@@ -146,8 +145,8 @@ def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, buck
             there.delete(entry.key)
 
 
-def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_path, gcs_bucket):
-    """With room for all images, and with room for three shards, which is what a block needs: the same weights."""
+def test_a_bucket_trains_from_tars_in_another(tmp_path, gcs_bucket):
+    """With room for three shards, which is what a block needs."""
     # Images take less in these than when they are decoded at 40 pixels.
     compact_tars = write_tars(tmp_path / "theirs", [{"__key__": f"{n:09d}", "jpg": jpeg(n, 44, 40)} for n in range(34)])
     theirs, ours = f"{gcs_bucket}/theirs", f"{gcs_bucket}/ours"
@@ -156,18 +155,10 @@ def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_p
     out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 40, "--bucket", ours, **cache))
     assert "34 colour, 40×40 pixels, in 4 shards" in out
     assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
-    weights = set()
-    for run, cache_gigabytes in (("decoded", "32"), ("shards", "0.000125")):
-        words = ["--dataset", "laion", "--run", run, "--bucket", ours, "--epochs", 2]
-        changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
-        words += settings(train__batch_size="17", data__cache_gigabytes=cache_gigabytes, **changes)
-        out = succeeded(ddpm_here("train", *words, **cache))
-        assert f"Run '{run}' is finished: 2 epochs, 68 images seen." in out
-        store = open_store(f"{ours}/runs/{run}")
-        manifest = load_manifest(store, list_checkpoints(store)[-1])
-        assert manifest.images_seen == 68
-        weights.add(tuple(file.sha256 for file in manifest.files))
-    assert len(weights) == 1
+    changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
+    changes |= {"train__batch_size": "17", "data__cache_gigabytes": "0.000125"}
+    words = ["--dataset", "laion", "--run", "small", "--bucket", ours, "--epochs", 2, *settings(**changes)]
+    assert "Run 'small' is finished: 2 epochs, 68 images seen." in succeeded(ddpm_here("train", *words, **cache))
     assert len(list((tmp_path / "cache").rglob("shards/*.tar"))) in (2, 3)
     assert " 34 " in succeeded(ddpm_here("data", "list", "--bucket", ours))
     assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
@@ -287,9 +278,6 @@ def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
     assert "10000×10000 pixels, more than the limit" in lines[-1]["reason"]
     assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
     assert verify_dataset(bucket, KEY) == []
-    small = open_store(str(tmp_path / "small"))
-    with pytest.raises(BadDataError, match=r"more than --max-bad=8 .*'00000.tar/000000003.jpg' .*and 6 more: see to"):
-        indexed(small, *words, max_bad=8)
     with pytest.raises(BadDataError, match="none of its images can be used"):
         indexed(open_store(str(tmp_path / "none")), bad)
 

@@ -19,27 +19,8 @@ from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.stop import Stop
 from job.store import open_store
 from job.store.local import LocalStore
-from tests.job.packing import (  # noqa: F401
-    FILES,
-    KEY,
-    SHARD_BYTES,
-    committed,
-    objects,
-    packed,
-    source_fixture,
-    undisturbed_fixture,
-    written,
-)
-from tests.job.some_images import (
-    digits_fixture,  # noqa: F401
-    encoded,
-    folder_of,
-    jpeg,
-    mnist,
-    picture,
-    tar_of,
-    zip_of,
-)
+from tests.job.packing import FILES, KEY, SHARD_BYTES, committed, objects, packed, written
+from tests.job.some_images import encoded, folder_of, jpeg, mnist, picture, tar_of, zip_of
 
 
 def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_they_were_made(tmp_path, source):
@@ -54,7 +35,6 @@ def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_the
         assert index.classes[sample["cls"]] == name.split("/")[0]
     assert (index.images, index.classes, index.crop, index.resize_filter) == (60, ("cats", "dogs"), "1,2,30,40", "box")
     assert (index.source, index.licence, index.size, index.channels) == ("pets.zip", "CC0-1.0", 16, 3)
-    assert index == load_index(open_store(str(tmp_path)), KEY)
     assert verify_dataset(open_store(str(tmp_path)), KEY) == []
     labels = []
     for shard in index.shards:
@@ -97,7 +77,6 @@ def test_mnist_is_packed_grey(tmp_path, digits):
     assert (index.channels, index.classes) == (1, ("0", "1", "2", "3", "4", "5", "9"))
     assert index.source == "train-images-idx3-ubyte.gz"
     assert verify_dataset(open_store(str(tmp_path)), "datasets/small-28") == []
-    assert packed(tmp_path / "colour", tmp_path / "mnist", size=28, channels=3).channels == 3
 
 
 def test_rejected_images_are_counted_named_and_bounded(tmp_path):
