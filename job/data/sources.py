@@ -319,17 +319,17 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
     if is_remote(source):
         return _in_bucket(source, retry)
     path = Path(open_store(source).uri).resolve()
-    folder, name = (path, "") if path.is_dir() else (path.parent, path.name)
+    folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
 
     def opened(name: str) -> BinaryIO:
         return (folder / name).open("rb")
 
     with refusing(repr(source)):
-        if name and not path.is_file():
+        if chosen and not path.is_file():
             raise MissingInputError(_NOTHING_AT.format(source))
-        if found := _mnist(folder, [there.name for there in folder.iterdir()], opened, name):
+        if found := _mnist(folder, [there.name for there in folder.iterdir()], opened, chosen):
             return found
-        return _archive(str(path), partial(opened, name)) if name else folder_source(path, bucket)
+        return _archive(str(path), partial(opened, chosen)) if chosen else folder_source(path, bucket)
 
 
 def _in_bucket(uri: str, retry: Retry | None) -> Source:
