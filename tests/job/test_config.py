@@ -9,9 +9,7 @@ from job.plan import follow_dataset
 
 
 def index(size=32, channels=3, classes=("a", "b"), images=10):
-    shard = Shard(
-        name="shard-00000.tar", bytes=1, sha256="0" * 64, crc32c="0" * 8, images=images, offsets_sha256="0" * 64
-    )
+    shard = Shard(name="shard-00000.tar", bytes=1, sha256="0" * 64, images=images, offsets_sha256="0" * 64)
     return DatasetIndex(
         name="mine",
         size=size,
