@@ -251,6 +251,9 @@ class _Packing(abc.ABC):
         if not self.packed:
             none_usable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise none_usable if self.rejects else no_images(self.where)
+        # Somebody may have deleted it all; an equal attempt that was faster has cleared the entries away.
+        if not any(self.dataset.exists(key) for key in (_entry_key(self.packed[0].shard.name), shards.INDEX)):
+            raise self.is_otherwise()
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self.rejects).encode()
         index = shards.DatasetIndex(
             name=self.request.name,
@@ -290,7 +293,7 @@ class _Packing(abc.ABC):
         """The error that something else lies here."""
         return BadRequestError(
             f"{self.dataset.uri} holds what was begun from other images than {self.where} has now, or with other "
-            "parameters, or is packed by another process: choose another name, or "
+            "parameters, or is packed by another process, or was deleted meanwhile: choose another name, or "
             f"{shards.deleting(self.bucket, self.key)} and type this command again"
         )
 

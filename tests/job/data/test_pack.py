@@ -254,3 +254,16 @@ def test_an_equal_packer_that_commits_in_between_is_no_rival(tmp_path, source, u
     before(monkeypatch, "create", "packing/shard-00001.json", lambda: packed(tmp_path, source))
     packed(tmp_path, source)
     assert objects(tmp_path) == undisturbed
+
+
+def test_what_somebody_deletes_meanwhile_is_not_committed(tmp_path, source, monkeypatch):
+    dataset = open_store(str(tmp_path)).sub(KEY)
+
+    def delete() -> None:
+        for entry in list(dataset.list()):
+            dataset.delete(entry.key)
+
+    before(monkeypatch, "upload", "shard-00003.tar", delete)
+    with pytest.raises(BadRequestError, match="was deleted meanwhile"):
+        packed(tmp_path, source)
+    assert not dataset.exists("index.json")
