@@ -56,8 +56,7 @@ from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, is_remote
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store.files import os_errors, scratch_folder
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16

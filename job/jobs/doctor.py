@@ -24,8 +24,7 @@ from job.jobs.backends import backend_for
 from job.jobs.checks import Check, local_gpus, looked_at
 from job.jobs.targets import Target
 from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store.files import os_errors, scratch_folder
 
 DOCTOR_FOLDER = "doctor"
 """Of the bucket: where an object is tried out, and deleted again."""

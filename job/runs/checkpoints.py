@@ -27,7 +27,7 @@ from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located
 from job.runs.records import attempt_id
 from job.sealed import SHA256_PATTERN, Sealed
 from job.store import ObjectMissingError, Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4

@@ -16,7 +16,7 @@ from job.exits import BadDataError
 from job.runs.checkpoints import MetricSegment, read_segment
 from job.runs.layout import CheckpointRef
 from job.store import Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 Row = dict[str, Any]
 

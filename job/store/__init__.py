@@ -9,21 +9,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from job.exits import BadRequestError
-from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
+from job.store.base import ConflictError, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
 
-__all__ = [
-    "Blob",
-    "ConflictError",
-    "Entry",
-    "ObjectExistsError",
-    "ObjectMissingError",
-    "Retry",
-    "Store",
-    "check_uri",
-    "is_remote",
-    "open_store",
-]
+__all__ = ["ConflictError", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
+"""What lies in the modules below and is imported from here."""
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from job.exits import BadRequestError, BucketAwayError, DiskFullError, Exit, MissingInputError, NoPermissionError
-from job.store import Entry, ObjectMissingError, Retry, Store, files, open_store
+from job.store import ObjectMissingError, Retry, Store, files, open_store
+from job.store.base import Entry
 from job.store.files import temporary_beside
 
 NOBODY = 65534

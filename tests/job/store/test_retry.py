@@ -12,7 +12,8 @@ import pytest
 
 from job.exits import BadRequestError, BucketAwayError, StoppedError
 from job.stop import NEVER, Stop
-from job.store import Entry, ObjectExistsError, ObjectMissingError, Retry, Store, open_store, retry
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store, retry
+from job.store.base import Entry
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
 from tests.faulty_proxy import Fault, FaultyProxy
 

@@ -12,11 +12,11 @@ import pytest
 
 from job.exits import DiskFullError
 from job.store import files
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 HOLD = """
 import sys, time
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 with scratch_folder("save") as folder:
     (folder / "model.safetensors").write_bytes(b"1")
     print(folder, flush=True)

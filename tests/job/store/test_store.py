@@ -22,7 +22,8 @@ import pytest
 from google.cloud import storage
 
 from job.exits import BadRequestError, Exit, MissingInputError
-from job.store import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store.base import Blob, Entry
 
 LARGE_BYTES = 9 << 20
 """More than one read of a stream, and more than google-cloud-storage sends in a single request."""
