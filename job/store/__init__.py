@@ -76,11 +76,11 @@ def _local_root(uri: str) -> Path:
     """The folder that a path or a `file://` URI names."""
     _, separator, rest = uri.partition("://")
     path = unquote(rest.removeprefix("localhost")) if separator else uri
-    if not path or "\0" in path or (separator and not path.startswith("/")):
-        raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
+    # There may be no such user as in `~user`.
     with suppress(RuntimeError):
-        return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
-    raise BadRequestError(f"{uri!r} names no folder: this user has no home here")
+        if path and "\0" not in path and (path.startswith("/") or not separator):
+            return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
+    raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
 
 
 def _bucket_of(uri: str) -> tuple[str, str, str]:

@@ -137,14 +137,10 @@ def scratch_folder(purpose: str) -> Iterator[Path]:
     """An empty folder of this process on the local disk, with `purpose` in its name; gone when the context ends.
 
     Raises:
-        DiskFullError: there is no folder for temporary files, or no space in it.
-        NoPermissionError: this user may not write there.
+        FileNotFoundError: there is no folder for temporary files, or no space in any; see `job.exits.ending_of`.
+        DiskFullError: no space is left by now.
     """
-    try:
-        parent = Path(tempfile.gettempdir())
-    except FileNotFoundError as error:
-        # Python tries to write to each of them, so that a full disk looks like this as well.
-        raise DiskFullError(f"no folder for temporary files can be written to: set TMPDIR ({error.strerror})") from None
+    parent = Path(tempfile.gettempdir())
     with os_errors("the folder for temporary files (TMPDIR)"):
         _sweep_once(parent, _SCRATCH)
         descriptor = None

@@ -104,11 +104,11 @@ class GcsStore(RemoteStore):
         return None if answer.status_code == 412 else str(_checked(answer).json()["generation"])
 
     def _list(self, prefix: str) -> Sequence[Entry]:
-        blobs = self._pages("items(name,size)", prefix)
+        blobs = self._pages(prefix, fields="items(name,size),nextPageToken")
         return [Entry(blob.name.removeprefix(self._prefix), blob.size) for blob in blobs]
 
     def _folders(self, prefix: str) -> Sequence[str]:
-        pages = self._pages("prefixes", prefix, delimiter="/")
+        pages = self._pages(prefix, fields="prefixes,nextPageToken", delimiter="/")
         # The prefixes are gathered while the items, of which none are asked for, go by.
         list(pages)
         return [folder.removeprefix(self._prefix + prefix).removesuffix("/") for folder in pages.prefixes]
@@ -116,14 +116,8 @@ class GcsStore(RemoteStore):
     def _delete(self, key: str) -> None:
         self._blob(key).delete(**self._once)
 
-    def _pages(self, fields: str, prefix: str, **arguments: Any) -> Any:
-        return self._client.list_blobs(
-            self._bucket.name,
-            prefix=self._prefix + prefix,
-            fields=f"{fields},nextPageToken",
-            **arguments,
-            **self._once,
-        )
+    def _pages(self, prefix: str, **asked: Any) -> Any:
+        return self._client.list_blobs(self._bucket.name, prefix=self._prefix + prefix, **asked, **self._once)
 
     @property
     def _once(self) -> dict[str, Any]:
@@ -139,7 +133,7 @@ class GcsStore(RemoteStore):
             # Who may not list cannot tell. Nor may the role that trains read a bucket's own metadata.
             with suppress(*_UNREACHABLE, GoogleAuthError, GoogleAPIError):
                 try:
-                    any(self._client.list_blobs(self._bucket.name, max_results=1, **self._once))
+                    any(self._pages("", max_results=1))
                 except NotFound:
                     return False
                 self._was_seen.set()

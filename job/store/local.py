@@ -63,13 +63,16 @@ class LocalStore(Store):
             version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())
-            if over == "":
-                return version if _linked(temporary, path) else None
-            with suppress(ObjectMissingError), folder_lock(path.parent):
-                if over is None or self._read(key).version == over:
-                    temporary.replace(path)
+            with suppress(FileExistsError, ObjectMissingError):
+                if over == "":
+                    path.hardlink_to(temporary)
                     sync_folder(path.parent)
                     return version
+                with folder_lock(path.parent):
+                    if over is None or self._read(key).version == over:
+                        temporary.replace(path)
+                        sync_folder(path.parent)
+                        return version
         return None
 
     def _open(self, key: str) -> BinaryIO:
@@ -146,13 +149,3 @@ def _copied(content: BinaryIO, consume: Callable[[bytes], object]) -> str:
         digest.update(block)
         consume(block)
     return digest.hexdigest()
-
-
-def _linked(temporary: Path, path: Path) -> bool:
-    """Gives a finished file its name for good; False if the name is taken."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        return False
-    sync_folder(path.parent)
-    return True

@@ -40,7 +40,7 @@ class S3Store(RemoteStore):
         """Finds credentials and endpoint as the AWS command line does, but sends nothing to the bucket yet.
 
         Raises:
-            NoPermissionError: there are no credentials.
+            NoPermissionError: the profile does not exist.
             BadRequestError: the endpoint or another setting makes no sense.
         """
         super().__init__(f"s3://{bucket}", retry)
@@ -60,8 +60,6 @@ class S3Store(RemoteStore):
         )
         session = botocore.session.Session()
         try:
-            if session.get_credentials() is None:
-                raise self._no_credentials("none were found")
             self._client = session.create_client("s3", config=config)
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError

@@ -38,7 +38,9 @@ def test_while_modules_are_imported(unreachable):
         # Again, by an impatient person.
         child.send_signal(number)
         _, err = child.communicate(timeout=20)
-        assert (child.returncode, err) == (75, f"ddpm: stopped by {number.name}; the same command begins again\n")
+        assert child.returncode == 75
+        # What the interpreter was doing just then it may tell in lines of its own.
+        assert err.startswith(f"ddpm: stopped by {number.name}; the same command begins again\n")
 
 
 def test_a_library_that_makes_another_error_of_the_end_does_not_change_the_code():

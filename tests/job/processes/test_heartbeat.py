@@ -11,9 +11,7 @@ import time
 import pytest
 
 from job import stop as stop_module
-from job.processes import heartbeat
-from job.processes.heartbeat import Heartbeats
-from job.stop import HEARTBEATS, Stop, beat, connect_heartbeat
+from job.stop import HEARTBEATS, Heartbeats, Stop, beat, connect_heartbeat
 from tests.job.launching import children, ended, is_gone, ready_pids, start
 
 
@@ -21,8 +19,7 @@ from tests.job.launching import children, ended, is_gone, ready_pids, start
 def connected(monkeypatch):
     """The launcher's side of two ranks, of which this process is the second."""
     heartbeats = Heartbeats(2)
-    monkeypatch.setattr(stop_module, "_beats", None)
-    monkeypatch.setattr(stop_module, "_beats_place", 0)
+    monkeypatch.setattr(stop_module, "_own_beat", None)
     # The descriptor is a rank's own once it was inherited.
     monkeypatch.setenv(HEARTBEATS, f"{os.dup(heartbeats.descriptor)}:1")
     connect_heartbeat()
@@ -38,7 +35,7 @@ def test_silence_is_counted_per_rank_from_the_start_and_ends_with_a_beat(connect
     assert silent >= 0.2 > beating
     # Time in which the launcher itself did not run does not count.
     now = time.monotonic()
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now + 8 * 3600)
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now + 8 * 3600)
     assert connected.silent_seconds() == [0, 0]
 
 

@@ -9,8 +9,8 @@ import time
 
 import pytest
 
-from job.exits import JobError, MissingInputError, retried
-from job.processes import gpus
+from job.exits import JobError, retried
+from job.processes import group
 from tests.job.command_line import environment
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
@@ -146,65 +146,51 @@ def test_ranks_die_with_their_launcher(tmp_path):
     assert "the launcher of this process is gone" in done.stderr
 
 
-def test_orphans_are_reaped_and_neither_steal_a_status_nor_hold_anybody_up(tmp_path):
-    code = """
-    subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 & echo $! > long"])
+def test_as_process_1_of_a_container(started, tmp_path):
+    """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
+    before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
+    orphans = """
+    assert os.getppid() == 1
+    subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 &"])
     print("last words", file=sys.stderr, flush=True)
+    """
+    failing = """
     ready(); all_ready()
     while not Path("go").exists():
         time.sleep(0.02)
-    # What it left behind holds its pipe open.
     os._exit(9 if rank else 68)
     """
-    child = start(tmp_path, code, stderr=(tmp_path / "log").open("w"))
-    ranks = ready_pids(tmp_path)
-    (orphan, *_) = eventually(lambda: (tmp_path / "long").read_text().split())
-    eventually(lambda: len(children(child.pid)) == 4)
-    assert int(orphan) in children(child.pid)
-    assert not any(map(is_gone, children(child.pid)))
-    left = set(children(child.pid)) - set(ranks)
-    os.kill(int(orphan), signal.SIGKILL)
-    eventually(lambda: int(orphan) not in children(child.pid))
-    (tmp_path / "go").touch()
-    assert child.wait(30) == 9
-    assert "its last lines:\n    last words\n" in (tmp_path / "log").read_text()
-    for pid in left - {int(orphan)}:
-        os.kill(pid, signal.SIGKILL)
-
-
-def test_as_process_1_of_a_container(tmp_path):
-    """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
-    before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
-    code = 'assert os.getppid() == 1\nsubprocess.run(["sh", "-c", "sleep 0.1 &"])\n' + STOPS
-    child = start(tmp_path, code, before=before)
-    ready_pids(tmp_path)
-    (launcher,) = children(child.pid)
-    eventually(lambda: len(children(launcher)) == 2)
-    os.kill(launcher, signal.SIGTERM)
-    assert ended(child) == (75, "", "")
+    cases = [("stops", orphans + STOPS.replace("\n", "\n    ")), ("fails", orphans + failing)]
+    for name, code in cases:
+        child = started(name, code, before=before)
+        ready_pids(tmp_path / name)
+        (launcher,) = children(child.pid)
+        # The ranks, and what each left behind that still lives, and holds its pipe open.
+        eventually(lambda launcher=launcher: len(children(launcher)) == 4)
+        (tmp_path / name / "go").touch()
+        os.kill(launcher, signal.SIGTERM if name == "stops" else 0)
+        code, _, err = ended(child)
+        assert code == (75 if name == "stops" else 9), err
+    assert "rank 1 of 2 failed first: killed by SIGKILL" not in err
+    assert "its last lines:\n    last words\n" in err
 
 
 def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpus, "DRIVER", tmp_path)
-    monkeypatch.setattr(gpus, "_cuda", lambda: ("13.0", 1))
+    monkeypatch.setattr(group, "_gpus_seen", lambda: 1)
     for given in ("", "0", "1"):
-        monkeypatch.setenv(gpus.GPUS, given)
-        gpus.check_gpus()
-    monkeypatch.setenv(gpus.GPUS, "8")
+        monkeypatch.setenv(group.GPUS, given)
+        group.check_gpus()
+    monkeypatch.setenv(group.GPUS, "8")
+    with pytest.raises(JobError, match="was given 8 GPUs, and PyTorch sees 1: did one fail") as lost:
+        group.check_gpus()
     # Another machine may have what this one lost.
-    with pytest.raises(JobError, match="was given 8 GPUs, and PyTorch sees 1: did one fail, or is the driver") as lost:
-        gpus.check_gpus()
     assert retried(lost.value.exit_code) == "bounded"
     monkeypatch.undo()
-    # No machine would have these.
-    monkeypatch.setenv(gpus.GPUS, "1")
-    (tmp_path / "there").mkdir()
-    for driver, words in (("there", "the image has a PyTorch for CPUs"), ("gone", "there is no NVIDIA driver")):
-        monkeypatch.setattr(gpus, "DRIVER", tmp_path / driver)
-        gpus._cuda.cache_clear()
-        with pytest.raises(MissingInputError, match=f"was given 1 GPU, and PyTorch sees 0: {words}"):
-            gpus.check_gpus()
-    gpus._cuda.cache_clear()
+    for driver in (tmp_path, tmp_path / "gone"):
+        monkeypatch.setattr(group, "DRIVER", driver)
+        group._gpus_seen.cache_clear()
+        assert group.default_processes() == 1
+    group._gpus_seen.cache_clear()
 
 
 def test_the_launcher_does_not_import_torch():

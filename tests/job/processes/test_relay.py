@@ -34,7 +34,7 @@ def test_output_comes_live_and_says_whose_it_is(tmp_path):
     if rank:
         print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise", flush=True)
         print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] more noise", flush=True)
-        print("[rank1]: once is enough", flush=True)
+        print("as it is", flush=True)
     ready()
     while not Path("go").exists():
         time.sleep(0.02)
@@ -47,7 +47,7 @@ def test_output_comes_live_and_says_whose_it_is(tmp_path):
         "[rank 1] out of 1\n",
         "[rank 1] live from 1\n",
         "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise\n",
-        "[rank 1] once is enough\n",
+        "[rank 1] as it is\n",
     ]
     assert child.poll() is None
     (tmp_path / "go").touch()
