@@ -20,15 +20,12 @@ WORDS = ("train", "--dataset", "x", "--bucket", "gs://nobody-there")
 def unreachable():
     """Variables of a bucket server that takes connections and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        yield {
-            "STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.getsockname()[1]}",
-            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-        }
+        yield {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.getsockname()[1]}"}
 
 
 def test_while_modules_are_imported(unreachable):
     command = [sys.executable, "-c", "import job.__main__ as m; print(flush=True); m.main()", *WORDS]
-    for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.2), (signal.SIGTERM, 0.4), (signal.SIGHUP, 2.0)):
+    for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.4), (signal.SIGHUP, 2.0)):
         child = subprocess.Popen(
             command, env=environment(**unreachable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
         )

@@ -19,11 +19,12 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import load_lease
 from job.runs.records import read_status
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, environment, settings, succeeded
+from tests.job.command_line import ddpm, settings, succeeded
 from tests.job.hooked import hooked
-from tests.job.launching import children, eventually
+from tests.job.launching import eventually
 from tests.job.metadata_server import PREEMPTED, metadata_server
 from tests.job.packing import FILES, KEY, objects, packed, written
+from tests.job.processes.conftest import start_ddpm
 from tests.job.slow_link import slow_link
 from tests.job.some_images import zip_of
 
@@ -56,11 +57,6 @@ def by_group(number: int) -> Callable[[Process], object]:
         os.killpg(process.pid, number)
 
     return ask
-
-
-def by_rank(number: int) -> Callable[[Process], object]:
-    """A signal to the last rank alone."""
-    return lambda process: os.kill(max(children(process.pid)), number)
 
 
 def stopped_by(ask: Callable[[Process], object], process: Process) -> str:
@@ -99,13 +95,6 @@ def test_training_by_two_group_signals(place):
     process = place.begun("group", "--processes", 2)
     saved(place.run("group"), said := stopped_by(by_group(signal.SIGTERM), process))
     assert "stopped by SIGTERM" in said
-
-
-@pytest.mark.slow
-def test_training_by_a_signal_to_one_rank(place):
-    process = place.begun("rank", "--processes", 2)
-    saved(place.run("rank"), said := stopped_by(by_rank(signal.SIGTERM), process))
-    assert "stopped by another process" in said
 
 
 def test_training_by_a_preemption_notice(place):
@@ -154,21 +143,9 @@ def test_sample(place, telling):
     words = ("--run", "drawn", "--bucket", place.bucket, "--seeds", "0-499", "--steps", 1000, "--sampler", "ddpm")
     for processes, ask in ((1, by_group(signal.SIGTERM)), (2, by(signal.SIGINT))):
         Path(telling["SAMPLING"]).unlink(missing_ok=True)
-        process = start("sample", *words, "--processes", processes, **telling)
+        process = start_ddpm("sample", *words, "--processes", processes, **telling)
         assert "while sampling" in stopped_by(ask, sampling(process, telling))
         assert there() == before
-
-
-def start(*words: object, **variables: str) -> Process:
-    return subprocess.Popen(
-        [DDPM, *map(str, words)],
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 # --- data
@@ -193,10 +170,10 @@ def test_packing_goes_on_from_its_journal(tmp_path):
     pack = ("data", "pack", source, "small", "--size", 16, "--bucket", bucket)
     slower = hooked(tmp_path / "slower", job__data__pack=SLOW.replace("0.3", "2"))
     began = time.monotonic()
-    said = stopped(start(*pack, "--stop-after", "4s", PYTHONPATH=slower), began + 4)
+    said = stopped(start_ddpm(*pack, "--stop-after", "4s", PYTHONPATH=slower), began + 4)
     assert "stopped by its deadline (--stop-after) while packing" in said
     first = bucket / KEY / "shard-00000.tar"
-    process = start(*pack, PYTHONPATH=hooked(tmp_path / "slow", job__data__pack=SLOW))
+    process = start_ddpm(*pack, PYTHONPATH=hooked(tmp_path / "slow", job__data__pack=SLOW))
     eventually(first.exists)
     assert "the same command goes on" in stopped_by(by_group(signal.SIGINT), process)
     kept = written(first)
@@ -213,7 +190,7 @@ def test_the_first_download(tmp_path, gcs_server, gcs_bucket):
     # At this speed the shard takes minutes.
     with slow_link(gcs_server, bytes_per_second=5_000) as url:
         variables = {"DDPM_CACHE": str(tmp_path / "cache"), "STORAGE_EMULATOR_HOST": url}
-        process = start("train", *options, **variables)
+        process = start_ddpm("train", *options, **variables)
         eventually(lambda: [*tmp_path.glob("cache/*/incoming/*")] or process.poll() is not None, 120)
         said = stopped_by(by(signal.SIGTERM), process)
     assert re.search(r"stopped( by SIGTERM)? while (reading the images|the bucket was away)", said)

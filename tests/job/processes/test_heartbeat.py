@@ -102,18 +102,6 @@ def test_who_beats_or_was_suspended_with_all_others_does_not_hang(tmp_path):
         assert code == expected, (name, err)
 
 
-@pytest.mark.slow
-def test_waiting_for_others_is_no_hang_but_nobody_waits_alone(tmp_path):
-    rank = """
-    from job.stop import Stop
-    with Stop().install(signals=False).waiting(60 if "RANK" in os.environ else 0):
-        time.sleep(6)
-    """
-    for processes, code in ((1, 71), (2, 0)):
-        (tmp_path / str(processes)).mkdir()
-        assert ended(start(tmp_path / str(processes), rank, processes, hang_after_seconds=2))[0] == code
-
-
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(place):
     # Starting takes seconds in which nobody beats.
     child = place.begun("hangs", "--processes", 2, "--hang-after", 20)

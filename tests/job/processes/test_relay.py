@@ -2,14 +2,10 @@
 
 import os
 import pty
-import signal
 import subprocess
 
-import pytest
-
-from job.runs.checkpoints import list_checkpoints
 from tests.job.command_line import environment
-from tests.job.launching import eventually, ready_pids, start
+from tests.job.launching import ready_pids, start
 
 
 def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
@@ -83,19 +79,3 @@ def test_a_reader_that_is_gone_ends_nothing(tmp_path):
     child.stderr.close()
     assert child.wait(30) == 0
     assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_code_is_the_same_when_nobody_reads_what_is_said(place, processes):
-    """As behind a `tee` that Ctrl-C ended first, or on a terminal that hung up."""
-    run = f"unread-{processes}"
-    child = place.begun(run, "--processes", processes)
-    child.stderr.close()
-    child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 75
-    newest = max(list_checkpoints(place.run(run))).images_seen
-    child = place.started(run, "--processes", processes, "--epochs", newest // 299 + 1)
-    child.stderr.close()
-    assert child.wait(60) == 0
-    eventually(lambda: max(list_checkpoints(place.run(run))).images_seen > newest, 1)

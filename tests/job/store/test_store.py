@@ -195,14 +195,12 @@ def test_keys(store: Store, tmp_path: Path) -> None:
         "upload": lambda key: store.upload(file, key),
     }
     calls: dict[str, Callable[[str], object]] = writes | {
-        "uri_of": store.uri_of,
         "sub": store.sub,
         "read": store.read,
         "replace": lambda key: store.replace(key, b"1", "1"),
         "download": lambda key: store.download(key, out),
         "open": store.open,
         "delete": store.delete,
-        "exists": store.exists,
         "list": lambda key: (key and list(store.list(key))) or store.uri_of(key),
         "folders": lambda key: (key and store.folders(key)) or store.uri_of(key),
     }
