@@ -10,23 +10,10 @@ import pytest
 
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, environment, settings
+from tests.job.command_line import DDPM, settings, start_ddpm
 from tests.job.launching import eventually
 
 ON_AND_ON = ("--epochs", 10_000, "--set", "checkpoint.every_minutes=0.005")
-
-
-def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: str) -> subprocess.Popen[str]:
-    """A command in a process group of its own; its stderr is a pipe."""
-    return subprocess.Popen(
-        [*program, *map(str, words)],
-        env=environment(**variables),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
 
 
 class Place:

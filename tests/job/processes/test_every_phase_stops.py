@@ -19,13 +19,12 @@ from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import load_lease
 from job.runs.records import read_status
 from job.store import Store, open_store
-from tests.job.command_line import ddpm, settings, succeeded
+from tests.faulty_proxy import Fault
+from tests.job.command_line import ddpm, settings, start_ddpm, succeeded
 from tests.job.hooked import hooked
 from tests.job.launching import eventually
 from tests.job.metadata_server import PREEMPTED, metadata_server
 from tests.job.packing import FILES, KEY, objects, packed, written
-from tests.job.processes.conftest import start_ddpm
-from tests.job.slow_link import slow_link
 from tests.job.some_images import zip_of
 
 LIMIT_SECONDS = 10
@@ -41,11 +40,6 @@ def tell_and_check(painter, *step):
 Painter._check_agreed = tell_and_check
 """
 Process = subprocess.Popen[str]
-
-
-def by(number: int) -> Callable[[Process], object]:
-    """A signal to the command."""
-    return lambda process: process.send_signal(number)
 
 
 def by_group(number: int) -> Callable[[Process], object]:
@@ -127,7 +121,7 @@ def test_sampling_in_training(place, telling):
     grid = {"diffusion.timesteps": 1000, "sample.every_epochs": 1, "sample.steps": 1000, "sample.images": 500}
     words = [word for key, value in grid.items() for word in ("--set", f"{key}={value}")]
     process = sampling(place.started("paints", *words, "--processes", 2, **telling), telling)
-    saved(place.run("paints"), stopped_by(by(signal.SIGTERM), process))
+    saved(place.run("paints"), stopped_by(Process.terminate, process))
     assert max(list_checkpoints(place.run("paints"))).images_seen == 312
 
 
@@ -136,16 +130,13 @@ def test_sample(place, telling):
     process = place.started("drawn", "--epochs", 1, "--set", "diffusion.timesteps=1000")
     assert process.wait(120) == 0, process.communicate()
 
-    def there() -> set[str]:
-        return {entry.key for entry in place.run("drawn").list()}
-
-    before = there()
+    before = {entry.key for entry in place.run("drawn").list()}
     words = ("--run", "drawn", "--bucket", place.bucket, "--seeds", "0-499", "--steps", 1000, "--sampler", "ddpm")
-    for processes, ask in ((1, by_group(signal.SIGTERM)), (2, by(signal.SIGINT))):
+    for processes, number in ((1, signal.SIGTERM), (2, signal.SIGINT)):
         Path(telling["SAMPLING"]).unlink(missing_ok=True)
         process = start_ddpm("sample", *words, "--processes", processes, **telling)
-        assert "while sampling" in stopped_by(ask, sampling(process, telling))
-        assert there() == before
+        assert "while sampling" in stopped_by(by_group(number), sampling(process, telling))
+        assert {entry.key for entry in place.run("drawn").list()} == before
 
 
 # --- data
@@ -184,16 +175,15 @@ def test_packing_goes_on_from_its_journal(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_first_download(tmp_path, gcs_server, gcs_bucket):
-    succeeded(ddpm("data", "ensure", "landscape-sample", "--bucket", gcs_bucket))
-    options = ("--dataset", "landscape-sample", "--bucket", gcs_bucket, "--epochs", 1, *settings())
-    # At this speed the shard takes minutes.
-    with slow_link(gcs_server, bytes_per_second=5_000) as url:
-        variables = {"DDPM_CACHE": str(tmp_path / "cache"), "STORAGE_EMULATOR_HOST": url}
-        process = start_ddpm("train", *options, **variables)
-        eventually(lambda: [*tmp_path.glob("cache/*/incoming/*")] or process.poll() is not None, 120)
-        said = stopped_by(by(signal.SIGTERM), process)
+@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
+def test_the_first_download(proxy, remote_bucket, tmp_path):
+    succeeded(ddpm("data", "ensure", "landscape-sample", "--bucket", remote_bucket))
+    proxy.inject(Fault.SILENCE, "^GET .*shard-", times=1000)
+    options = ("--dataset", "landscape-sample", "--bucket", remote_bucket, "--epochs", 1, *settings())
+    process = start_ddpm("train", *options, DDPM_CACHE=str(tmp_path / "cache"))
+    eventually(lambda: proxy.injected[Fault.SILENCE] or process.poll() is not None, 120)
+    said = stopped_by(Process.terminate, process)
     assert re.search(r"stopped( by SIGTERM)? while (reading the images|the bucket was away)", said)
-    run = open_store(gcs_bucket).sub("runs/landscape-sample")
+    run = open_store(remote_bucket).sub("runs/landscape-sample")
     assert list_checkpoints(run) == []
     assert load_lease(run).released

@@ -1,6 +1,7 @@
 """Real processes: ranks that fail, hang on, leave orphans and are killed, under a launcher that is a program itself."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -146,33 +147,17 @@ def test_ranks_die_with_their_launcher(tmp_path):
     assert "the launcher of this process is gone" in done.stderr
 
 
-def test_as_process_1_of_a_container(started, tmp_path):
+def test_as_process_1_of_a_container(tmp_path):
     """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
     before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
-    orphans = """
-    assert os.getppid() == 1
-    subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 &"])
-    print("last words", file=sys.stderr, flush=True)
-    """
-    failing = """
-    ready(); all_ready()
-    while not Path("go").exists():
-        time.sleep(0.02)
-    os._exit(9 if rank else 68)
-    """
-    cases = [("stops", orphans + STOPS.replace("\n", "\n    ")), ("fails", orphans + failing)]
-    for name, code in cases:
-        child = started(name, code, before=before)
-        ready_pids(tmp_path / name)
-        (launcher,) = children(child.pid)
-        # The ranks, and what each left behind that still lives, and holds its pipe open.
-        eventually(lambda launcher=launcher: len(children(launcher)) == 4)
-        (tmp_path / name / "go").touch()
-        os.kill(launcher, signal.SIGTERM if name == "stops" else 0)
-        code, _, err = ended(child)
-        assert code == (75 if name == "stops" else 9), err
-    assert "rank 1 of 2 failed first: killed by SIGKILL" not in err
-    assert "its last lines:\n    last words\n" in err
+    orphans = 'subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 &"])'
+    child = start(tmp_path, f"assert os.getppid() == 1\n{orphans}\n{STOPS}", before=before)
+    ready_pids(tmp_path)
+    (launcher,) = children(child.pid)
+    # The ranks, and what each left behind that still lives, and holds its pipe open.
+    eventually(lambda: len(children(launcher)) == 4)
+    os.kill(launcher, signal.SIGTERM)
+    assert ended(child) == (75, "", "")
 
 
 def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, tmp_path):
@@ -191,6 +176,79 @@ def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, t
         group._gpus_seen.cache_clear()
         assert group.default_processes() == 1
     group._gpus_seen.cache_clear()
+
+
+def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
+    code = """
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert not names & os.environ.keys()
+    print(input(), flush=True)
+    print("as it is", end="", file=sys.stderr, flush=True)
+    os.abort()
+    """
+    child = start(tmp_path, code, 1, stdin=subprocess.PIPE)
+    out, err = child.communicate("to the rank\n", timeout=30)
+    assert (child.returncode, out) == (134, "to the rank\n")
+    assert err == "as it isddpm: the process failed: killed by SIGABRT\n"
+
+
+def test_output_comes_live_and_says_whose_it_is(tmp_path):
+    code = r"""
+    print(f"out of {rank}", flush=True)
+    sys.stderr.write(f"live from {rank}\nlast without an end")
+    sys.stderr.flush()
+    if rank:
+        print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise", flush=True)
+        print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] more noise", flush=True)
+        print("as it is", flush=True)
+    ready()
+    while not Path("go").exists():
+        time.sleep(0.02)
+    """
+    child = start(tmp_path, code)
+    ready_pids(tmp_path)
+    live = [child.stderr.readline() for _ in range(5)]
+    live.remove("live from 0\n")
+    assert live == [
+        "[rank 1] out of 1\n",
+        "[rank 1] live from 1\n",
+        "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise\n",
+        "[rank 1] as it is\n",
+    ]
+    assert child.poll() is None
+    (tmp_path / "go").touch()
+    # `communicate` would not see what `readline` has taken from the pipe already.
+    assert child.stderr.read() == "last without an end\n"
+    assert child.stdout.read() == "out of 0\n"
+    assert child.wait(30) == 0
+
+
+def test_rank_0_keeps_the_terminal_for_its_bar(tmp_path):
+    """What others print takes the place of the bar's line instead of being written into it."""
+    ours, theirs = pty.openpty()
+    code = """
+    if rank == 0:
+        assert sys.stderr.isatty()
+        print("a bar", end="", file=sys.stderr, flush=True)
+        ready()
+    while not Path("0.ready").exists():
+        time.sleep(0.01)
+    if rank == 1:
+        assert not sys.stderr.isatty()
+        print("a note", file=sys.stderr)
+    """
+    child = start(tmp_path, code, stderr=theirs, env=environment(TERM="xterm"))
+    assert child.wait(30) == 0
+    assert os.read(ours, 4096) == b"a bar\r\x1b[2K[rank 1] a note\r\n"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_reader_that_is_gone_ends_nothing(tmp_path):
+    child = start(tmp_path, "print('x' * 100_000, file=sys.stderr); Path(f'{rank}.done').touch()")
+    child.stderr.close()
+    assert child.wait(30) == 0
+    assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
 
 
 def test_the_launcher_does_not_import_torch():

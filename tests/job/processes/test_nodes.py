@@ -56,19 +56,7 @@ def codes(nodes):
 
 
 @pytest.mark.slow
-def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(place, together):
-    one = place.started("alone", "--epochs", 2, "--set", "checkpoint.every_epochs=1", "--processes", 2)
-    found, said = codes([*together("together", 2), one])
-    assert found == [0, 0, 0], said
-    runs = [place.run(name) for name in ("alone", "together")]
-    manifests = [load_manifest(run, max(list_checkpoints(run))) for run in runs]
-    assert [manifest.world_size for manifest in manifests] == [2, 2]
-    alone, together = ({file.name: file.sha256 for file in manifest.files} for manifest in manifests)
-    assert alone == together
-
-
-@pytest.mark.slow
-def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(place, together):
+def test_a_node_that_is_preempted_stops_all_and_they_learn_together_what_two_processes_of_one_do(place, together):
     run = place.run("walk")
     nodes = together("walk", 10_000)
     eventually(lambda: list_checkpoints(run), 200)
@@ -76,10 +64,16 @@ def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(place, toget
     found, said = codes(nodes)
     assert found == [75, 75], said
     stopped_at = max(list_checkpoints(run)).images_seen
-    found, said = codes(together("walk", stopped_at // 299 + 1))
-    assert found == [0, 0], said
+    epochs = stopped_at // 299 + 1
+    alone = place.started("alone", "--epochs", epochs, "--set", "checkpoint.every_epochs=1", "--processes", 2)
+    found, said = codes([*together("walk", epochs), alone])
+    assert found == [0, 0, 0], said
     newest = max(list_checkpoints(run))
     assert newest.images_seen > stopped_at
+    learnt = [load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("alone"))]
+    assert [(there.world_size, {file.name: file.sha256 for file in there.files}) for there in learnt] == [
+        (2, {file.name: file.sha256 for file in learnt[0].files})
+    ] * 2
     # One that dies ends the others.
     nodes = together("walk", 10_000)
     eventually(lambda: max(list_checkpoints(run)) > newest, 200)

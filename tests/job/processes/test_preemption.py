@@ -60,16 +60,10 @@ def cut_short(request):
     request.close_connection = True
 
 
-def no_http(request):
-    request.wfile.write(b"\x00\xff nonsense\r\n\r\n")
-    request.close_connection = True
-
-
 ODD_ANSWERS = {
     "unavailable": lambda request: request.send_error(503),
     "hotel": lambda request: send(request, "<html>log in to the hotel's network</html>", {"ETag": "1"}),
     "does not know how to wait": lambda request: send(request, "FALSE", {}),
-    "no HTTP": no_http,
     "cut short": cut_short,
 }
 
