@@ -221,6 +221,8 @@ class _Launch:
             -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail()),
             -signal.SIGTERM: self._told_to_end,
             -signal.SIGKILL: self._killed,
+            # Asked for its stacks when it was past showing them.
+            -signal.SIGUSR1: True,
         }
         return _End.CONSEQUENCE if is_consequence.get(rank.code) else _End.FAILED
 
@@ -308,8 +310,7 @@ class _Launch:
             return ""
         else:
             what += f", with exit code {rank.code}"
-        lines = rank.tail()
-        return "\n    ".join([f"{what}{'; its last lines:' if lines else ''}", *lines])
+        return "\n    ".join([f"{what}{'; its last lines:' if rank.tail() else ''}", *rank.tail()])
 
     def _name(self, rank: _Rank) -> str:
         return f"rank {rank.number} of {self._group.world_size}" if self._group.world_size > 1 else "the process"

@@ -7,14 +7,16 @@ import pickle
 import time
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 
 from job.processes.group import rendezvous_seconds
 from job.stop import NEVER, Stop
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 T = TypeVar("T")
 
@@ -28,10 +30,9 @@ class Ranks:
 
     def __init__(self, accelerator: Accelerator, stop: Stop = NEVER) -> None:
         """Collective. `stop` is asked while this process waits for others: waiting must not be taken for hanging."""
-        self.accelerator = accelerator
+        self.accelerator, self._stop = accelerator, stop
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        self._stop = stop
         # NCCL would need device tensors, and would give up after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
@@ -91,6 +92,9 @@ def build_accelerator(precision: str, deterministic: bool = False) -> Accelerato
         precision: `fp32` or `bf16`.
         deterministic: ask for bit-equal kernels.
     """
+    # It takes its time, in which `meet` says that this process is alive.
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -114,8 +118,7 @@ class Agreement:
     """
 
     def __init__(self, world_size: int, flags: int) -> None:
-        self._world_size = world_size
-        self._flags = flags
+        self._world_size, self._flags = world_size, flags
         self._pending: tuple[dist.Work, torch.Tensor] | None = None
         if world_size > 1:
             # NCCL would need a device tensor, and reading it would wait for the device.

@@ -22,6 +22,7 @@ from botocore.parsers import ResponseParserError
 
 from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
+from job.store.files import COPY_BYTES
 from job.store.remote import CONNECTIONS, ByteRange, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
@@ -98,7 +99,8 @@ class S3Store(RemoteStore):
             answer = self._client.put_object(
                 **self._named(key),
                 **({} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}),
-                Body=content,
+                # A file is announced first, and waits for an answer.
+                Body=content if content.size_bytes > COPY_BYTES else content.read(),
                 ContentType=content_type(key),
                 ChecksumCRC32C=content.crc32c,
                 Metadata={_CRC32C: content.crc32c},
