@@ -66,16 +66,16 @@ def test_the_first_failure_is_the_exit_code_and_ends_the_others(started):
 
 def test_a_consequence_is_not_taken_for_the_cause(started):
     cases = [
-        # how rank 1 ends, and rank 0 half a second later; the whole
-        ("sys.exit(68)", "sys.exit(70)", 70),
-        ("sys.exit(68)", "os.kill(os.getpid(), 9)", 137),
-        ("print('[rank0]:[E1 ProcessGroupNCCL.cpp:1] timeout', flush=True); os.abort()", "sys.exit(70)", 70),
-        ("sys.exit(68)", "sys.exit(68)", 1),
-        ("sys.exit(68)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", 1),
-        ("sys.exit(75)", "sys.exit(69)", 69),
-        ("sys.exit(75)", "sys.exit(68)", 75),
-        ("sys.exit(75)", "sys.exit(0)", 75),
-        ("sys.exit(0)", "sys.exit(70)", 70),
+        # how rank 1 ends, at once, and rank 0 half a second later; the whole
+        ("os._exit(68)", "os._exit(70)", 70),
+        ("os._exit(68)", "os.kill(os.getpid(), 9)", 137),
+        ("print('[rank0]:[E1 ProcessGroupNCCL.cpp:1] timeout', flush=True); os.abort()", "os._exit(70)", 70),
+        ("os._exit(68)", "os._exit(68)", 1),
+        ("os._exit(68)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", 1),
+        ("os._exit(75)", "os._exit(69)", 69),
+        ("os._exit(75)", "os._exit(68)", 75),
+        ("os._exit(75)", "os._exit(0)", 75),
+        ("os._exit(0)", "os._exit(70)", 70),
     ]
     begun = []
     for number, (first, then, _) in enumerate(cases):
