@@ -8,8 +8,10 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import boto3
@@ -17,7 +19,7 @@ import pytest
 from google.cloud import storage
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.store import ObjectMissingError, Retry, Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.servers import SECRET
@@ -209,6 +211,29 @@ def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, fil
             assert SECRET not in line
             assert "owner" not in line
     assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+class RefusingAtOnce(BaseHTTPRequestHandler):
+    """Answers to an upload before the content is there, and closes the connection on which it comes."""
+
+    def do_POST(self) -> None:
+        self.send_error(412)
+
+    def do_GET(self) -> None:
+        body = b"" if "/download/" in self.path else b"{}"
+        self.send_response(200 if body else 404)
+        self.end_headers()
+        self.wfile.write(body)
+
+
+def test_a_refusal_before_the_content_is_sent_is_a_conflict(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file.write_bytes(bytes(LARGE_BYTES))
+    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingAtOnce) as server:
+        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ObjectExistsError, match="somebody else was first"):
+            open_store("gs://bucket", Retry(2)).upload(file, "key")
+        server.shutdown()
 
 
 def test_a_missing_bucket_is_no_missing_object(remote_bucket: str, file: Path) -> None:

@@ -99,9 +99,14 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
     store = opened(stop=stop)
     (tmp_path / "file").write_bytes(CONTENT)
     store.create("key", b"1")
+    store.upload(tmp_path / "file", "large")
     stop.request("SIGTERM")
-    # A bucket that answers is served to the end.
+    # From a bucket that answers, what is small arrives; what is large breaks off.
     assert store.read("key").data == b"1"
+    store.put("there", CONTENT[:1000])
+    for carry in (store.upload, lambda path, key: store.download("large", path)):
+        with pytest.raises(StoppedError, match=r"stopped by SIGTERM while gs://.*/large was on its way"):
+            carry(tmp_path / "file", "new/large")
     for go_away in (proxy.hang, proxy.refuse):
         go_away()
         for call in (lambda: store.read("key"), lambda: store.upload(tmp_path / "file", "large")):
