@@ -24,10 +24,10 @@ class LocalStore(Store):
     Versions are SHA-256 sums of the content, because inodes and times are not stable on every file system.
     """
 
-    def __init__(self, root: Path, retry: Retry) -> None:
-        """Opens the folder `root`, an absolute path."""
+    def __init__(self, root: Path, retry: Retry | None = None) -> None:
+        """Opens the folder `root`, an absolute path; without `retry` operations give up soon."""
         self._root = root
-        super().__init__(str(root), retry)
+        super().__init__(str(root), retry or Retry())
 
     @property
     def _folder(self) -> Path:
