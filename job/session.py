@@ -34,9 +34,9 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
+from job.runs.samples import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.sample import grid_png
@@ -107,9 +107,9 @@ class TrainingSession:
             yield
             return
         self.attempt, self.lease = attempt, lease
-        held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
-        segments = manifest.metric_segments if manifest else ()
-        self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, self.bar.note)
+        held = HeldRun(self.plan.run, self.retention, attempt, lease)
+        saved_metrics = manifest.metrics if manifest else ()
+        self.writer = CheckpointWriter(held, self.state.tensors(), saved_metrics, aside, self.stop, self.bar.note)
         self.status = StatusReporter(self.plan.run, self._status, self.bar.note)
         try:
             yield
@@ -315,7 +315,7 @@ class TrainingSession:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
             self.writer.put(denoising_key(label), gif, images_seen=images_seen)
-            rows = metrics.read_rows(self.plan.run, self.writer.segments)
+            rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, self.bar.note)
             self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
             self.writer.wait()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ddpm.training import NonFiniteError
 from job.data.cache import default_cache_dir, open_cache
-from job.exits import LostRunError, NotANumberError
+from job.exits import NotANumberError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks, meet
@@ -78,8 +78,8 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
 
 def _begin(plan: Plan, fence: int, ranks: Ranks, holder: str) -> Attempt:
     """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
-    if plan.is_new and records.create_config(plan.run, plan.config) != plan.config:
-        raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
+    if plan.is_new:
+        records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
     attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device, holder)
