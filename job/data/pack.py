@@ -39,8 +39,7 @@ from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store.files import os_errors, scratch_folder
 
 Reject = dict[str, str]
 """A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""

@@ -15,7 +15,7 @@ from job.data.cache import ShardSource
 from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 _IMAGES_AHEAD = 256
 
