@@ -23,7 +23,7 @@ class PackConfig(Section):
     crop: str = "center"
     resize_filter: str = "lanczos"
     licence: str = ""
-    fetch: str = Field("", description="where a person gets the images")
+    fetch: str = Field(default="", description="where a person gets the images")
 
 
 EMBEDDED = "landscape-sample"

@@ -126,7 +126,7 @@ class ShardSource:
         self._recipe = _recipe(index) if index.is_foreign else None
         self._decoders = ThreadPoolExecutor(self.threads, "decode")
         self._made = "indexed" if index.is_foreign else "packed"
-        self._anew = "index the dataset anew" if index.is_foreign else "pack the dataset anew"
+        self._mend = f"restore it, or {'index' if index.is_foreign else 'pack'} the dataset anew"
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
 
@@ -167,12 +167,12 @@ class ShardSource:
         uri, data = self._bucket.uri_of(key), self._bucket.read(key).data
         is_whole = len(data) == packed.images * OFFSETS_DTYPE.itemsize
         if not is_whole or hashlib.sha256(data).hexdigest() != packed.offsets_sha256:
-            raise BadDataError(f"{uri} is not the table that was {self._made}: {self._anew}")
+            raise BadDataError(f"{uri} is not the table that was {self._made}: {self._mend}")
         table, classes = np.frombuffer(data, OFFSETS_DTYPE), len(self.index.classes)
         # An index may vouch for any table.
         are_classes = not classes or 0 <= table["label"].min() <= table["label"].max() < classes
         if not are_classes or table["offset"].max() >= packed.bytes:
-            raise BadDataError(f"{uri} points beyond its shard or its classes: {self._anew}")
+            raise BadDataError(f"{uri} points beyond its shard or its classes: {self._mend}")
         return table
 
     def place(self, shard: int) -> tuple[Store, str]:
@@ -229,9 +229,7 @@ class ShardSource:
             damage = ""
             with suppress(JobError):
                 damage = f"; {first_damaged(file, self.read_table(shard))}"
-        raise BadDataError(
-            f"{store.uri_of(key)} holds other bytes than were {self._made}{damage}: restore it, or {self._anew}"
-        )
+        raise BadDataError(f"{store.uri_of(key)} holds other bytes than were {self._made}{damage}: {self._mend}")
 
     def read_into(
         self, out: Uint8s, indices: Int64s, open_shard: Callable[[int], AbstractContextManager[BinaryIO]]
@@ -278,7 +276,7 @@ class ShardSource:
             wrong = f"it {error}"
         except BadDataError as error:
             wrong = str(error)
-        raise BadDataError(f"{self.uri(shard)}, image {row} (at byte {offset}): {wrong}: restore it, or {self._anew}")
+        raise BadDataError(f"{self.uri(shard)}, image {row} (at byte {offset}): {wrong}: {self._mend}")
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -466,16 +464,14 @@ class ShardCache(ImageCache):
     def _make_room(self, missing: list[int]) -> None:
         """Evicts shards, those that are not due and were not read for longest first, until `missing` fit the budget."""
         due = {self._path(shard) for shard in self._due}
-        files = [
-            (path in due, (stat := path.stat()).st_mtime_ns, stat.st_size, path) for path in self._folder.iterdir()
-        ]
-        excess_bytes = sum(size for _, _, size, _ in files) - self._budget_bytes
+        files = sorted(self._folder.iterdir(), key=lambda path: (path in due, path.stat().st_mtime_ns))
+        excess_bytes = sum(path.stat().st_size for path in files) - self._budget_bytes
         excess_bytes += sum(self.index.shards[shard].bytes for shard in missing)
-        for _, _, size, path in sorted(files):
+        for path in files:
             if excess_bytes <= 0:
                 break
+            excess_bytes -= path.stat().st_size
             path.unlink()
-            excess_bytes -= size
 
     def prefetch(self, order: Order, image_number: int) -> None:
         """Fetches in the background, soonest needed first, as many of the coming shards as the budget holds.
@@ -509,8 +505,7 @@ class ShardCache(ImageCache):
         block_bytes = min(total_bytes, total_bytes * block_images // self.index.images + 2 * max(sizes))
         if block_bytes > self._budget_bytes:
             raise BadConfigError(
-                f"dataset {self.index.name} is shuffled in blocks of {block_images:,} images, whose shards take "
-                f"{block_bytes:,} bytes, and data.cache_gigabytes allows {self._budget_bytes:,}: set "
+                f"dataset {self.index.name} is shuffled in blocks of {block_images:,} images, more than it caches: set "
                 f"data.cache_gigabytes={np.ceil(block_bytes / 1e8) / 10:g}, or begin a run with a smaller "
                 "data.shuffle_block_images"
             )
@@ -537,8 +532,7 @@ def _recipe(index: DatasetIndex) -> Recipe:
     """What is done to each image of tars that were indexed in place."""
     if index.codecs != codec_versions():
         logging.getLogger(__name__).warning(
-            f"dataset {index.name} was indexed with {index.codecs}, and is read with {codec_versions()}: "
-            "its images may differ in their last bits"
+            f"dataset {index.name} was indexed with {index.codecs}, and not {codec_versions()}: last bits may differ"
         )
     return Recipe(index.size, index.crop, index.resize_filter, index.channels, min_side=1)
 

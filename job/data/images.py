@@ -61,9 +61,7 @@ class Recipe:
     def __post_init__(self) -> None:
         """Raises `BadRequestError` for a value that means nothing."""
         if not _CROP.fullmatch(self.crop):
-            raise BadRequestError(
-                f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT (in pixels)"
-            )
+            raise BadRequestError(f"--crop {self.crop!r}: use center, center:SIDE, squash or LEFT,TOP,WIDTH,HEIGHT")
         if self.resize_filter not in FILTERS:
             raise BadRequestError(f"unknown resize filter {self.resize_filter!r}: use {', '.join(FILTERS)}")
         if self.channels not in (1, 3):
@@ -100,14 +98,13 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
     """
     try:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
-        if image.width * image.height > PIXEL_LIMIT:
-            raise RejectedImageError(f"has {image.width}×{image.height} pixels, more than the limit of {PIXEL_LIMIT}")
+        width, height = image.size
+        if width * height > PIXEL_LIMIT:
+            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT}")
         image.load()
         image = ImageOps.exif_transpose(image)
         if min(image.size) < recipe.min_side:
-            raise RejectedImageError(
-                f"has {image.width}×{image.height} pixels, under {recipe.min_side} on its shorter side"
-            )
+            raise RejectedImageError(f"has {width}×{height} pixels, under {recipe.min_side} on its shorter side")
         image = _in_channels(image.crop(recipe.box(*image.size)), recipe.channels)
     except RejectedImageError:
         raise
@@ -131,8 +128,7 @@ def _in_channels(image: Image.Image, channels: int) -> Image.Image:
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    mode = "L" if channels == 1 else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    return image.convert("L" if channels == 1 else "RGB")
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

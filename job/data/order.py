@@ -3,6 +3,8 @@
 Image n is at position n mod N of epoch n div N. In each epoch the shards are permuted and laid end to end, this line is
 cut into blocks, and each block is shuffled within itself. So a reader that cannot hold the dataset needs the shards of
 one block at a time, and who reads what, where from and on how many machines does not enter into it.
+
+A run's `data.order` names this algorithm: another would show a resumed run some images twice and others never.
 """
 
 from __future__ import annotations
@@ -13,9 +15,6 @@ from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
-
-ORDER_VERSION = "feistel-1"
-"""Stored with a run: another algorithm would show a resumed run some images twice and others never."""
 
 # Fewer are enough for thousands of images; blocks of three to six show a bias below twenty.
 _FEISTEL_ROUNDS = 20
@@ -56,8 +55,8 @@ class Order:
         sizes = np.minimum(self._block, self.images - starts)
         places = starts + _shuffled(offsets, sizes, _key(self.seed, epochs, blocks + 1))
         indices = np.empty_like(numbers)
-        for run in _runs(epochs):
-            _, ends, shifts = self._layout(int(epochs[run.start]))
+        for run in filter(len, np.split(np.arange(len(numbers)), np.flatnonzero(np.diff(epochs)) + 1)):
+            _, ends, shifts = self._layout(int(epochs[run[0]]))
             indices[run] = places[run] + shifts[np.searchsorted(ends, places[run], side="right")]
         return indices
 
@@ -143,9 +142,3 @@ def _key(*words: Int64s | int) -> UInt64s:
     for word in words:
         key = _mixed64((key ^ np.asarray(word).astype(np.uint64)) + np.uint64(0x9E3779B97F4A7C15))
     return key
-
-
-def _runs(values: Int64s) -> Iterator[slice]:
-    """Slices of equal neighbours."""
-    cuts = (np.flatnonzero(np.diff(values)) + 1).tolist()
-    yield from (slice(a, b) for a, b in zip([0, *cuts], [*cuts, len(values)], strict=True) if a < b)

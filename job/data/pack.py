@@ -29,7 +29,7 @@ from typing import Any
 
 import google_crc32c
 
-from job.config_input import pack_config
+from job.config_input import PackConfig, pack_config
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
@@ -86,17 +86,11 @@ class PackRequest:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
         shards.validated_dataset_name(self.name)
-        preset = pack_config(self.name)
-        size = preset.size if self.size is None and preset else self.size
-        if size is None:
+        preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
+        if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
-        checked = replace(
-            self,
-            size=size,
-            crop=self.crop or (preset.crop if preset else "center"),
-            resize_filter=self.resize_filter or (preset.resize_filter if preset else "lanczos"),
-            licence=self.licence or (preset.licence if preset else ""),
-        )
+        follow = ("size", "crop", "resize_filter", "licence")
+        checked = replace(self, **{option: getattr(self, option) or getattr(preset, option) for option in follow})
         checked.recipe(channels=3)
         return checked
 
@@ -337,9 +331,8 @@ class _Packing(abc.ABC):
         with os_errors(self.folder):
             (self.folder / shard.offsets_name).write_bytes(offsets)
         told = sum(len(before.rejects) for before in self.packed)
-        entry = PackedShard(
-            parameters_sha256=self.parameters_sha256, shard=shard, rejects=tuple(self.rejects[told:]), **read
-        )
+        rejects = tuple(self.rejects[told:])
+        entry = PackedShard(parameters_sha256=self.parameters_sha256, shard=shard, rejects=rejects, **read)
         self.packed.append(entry)
         return entry
 
@@ -360,7 +353,13 @@ class _Copying(_Packing):
     def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()
         for entry in self._reused():
-            self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
+            for name, content in islice(entries, entry.read - self._read_images):
+                self._check_stop()
+                self._read(name, hashlib.sha256(content).digest())
+            # A shard that is not full was the last.
+            is_last = entry.shard.bytes < self.shard_bytes
+            if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
+                raise self.is_otherwise()
         writer: shards.ShardWriter | None = None
         samples = (Sample(name, content, self._found.label(name)) for name, content in entries)
         for checked in self._checked(samples):
@@ -381,15 +380,6 @@ class _Copying(_Packing):
         for name in names:
             self._check_stop()
             yield name
-
-    def _check_unchanged(self, entry: PackedShard, entries: Iterable[tuple[str, bytes]]) -> None:
-        for name, content in entries:
-            self._check_stop()
-            self._read(name, hashlib.sha256(content).digest())
-        # A shard that is not full was the last.
-        is_last = entry.shard.bytes < self.shard_bytes
-        if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-            raise self.is_otherwise()
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""

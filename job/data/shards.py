@@ -204,8 +204,7 @@ def validated_dataset_name(name: str) -> str:
     """
     if not _DATASET_NAME.fullmatch(name):
         raise BadRequestError(
-            f"{name!r} cannot be a dataset's name: use 1 to 63 lower-case letters, digits, '.', '_' and '-', "
-            "beginning with a letter or digit"
+            f"{name!r} cannot be a dataset's name: use up to 63 lower-case letters, digits, inner '.', '_' and '-'"
         )
     return name
 
@@ -263,6 +262,6 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
             f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
             "(of ddpm train: --set data.size=N)"
         )
-    wanted = f"{name!r}" if size is None else f"{name!r} at {size} pixels"
+    wanted = f"{name!r} at {size} pixels" if size else f"{name!r}"
     there = f" (there is {', '.join(f'{name}-{s}' for s in sizes)})" if sizes else ""
     raise MissingInputError(f"no dataset {wanted} in {bucket.uri}{there}")

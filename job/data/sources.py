@@ -30,14 +30,12 @@ from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.store import Entry, Retry, Store, is_remote, open_store
 
-SUFFIXES = frozenset(
-    {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
-)
+SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
-SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "validation", "dev"})
+SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 """Folders of these names say how a dataset is divided, not what its images show."""
 
 Opener = Callable[[], BinaryIO]
@@ -211,7 +209,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
             raise RefusedError(
-                "is no archive that can be packed, or damaged: give a folder, .zip, .tar, .tar.gz or MNIST idx file"
+                "is no archive that can be packed (.zip, .tar, .tar.gz, MNIST idx), or damaged"
             ) from None
         while (member := archive.next()) is not None:
             # Otherwise tarfile remembers every header, and memory grows with the archive.
@@ -270,13 +268,10 @@ class _TarStream:
         # A checksum is compared when the end is reached.
         while block := self.read(_SKIPPED_BYTES):
             if block.strip(b"\0"):
-                raise RefusedError(
-                    "holds more behind its end mark, which is not read: was it joined with `cat`, or is it damaged? "
-                    "Unpack it, and pack the folder"
-                )
+                raise RefusedError("holds more behind its end mark: was it joined by `cat`? Unpack it, pack the folder")
 
 
-def _idx_members(open_images: Opener, open_labels: Opener | None) -> Iterator[Member]:
+def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iterator[Member]:
     """MNIST's format (LeCun et al. 1998): big-endian headers, one byte per pixel, labels in a file of their own.
 
     Its images become PGM files in a folder per class; without labels there are no classes.
@@ -359,12 +354,8 @@ def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryI
     wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     labels = [partial(opened, there) for there in names if there.removesuffix(".gz") == wanted]
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
-    return Source(
-        f"{folder}/{name}",
-        partial(_idx_members, partial(opened, name), labels[0] if labels else None),
-        channels=1,
-        note=f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else "",
-    )
+    note = f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else ""
+    return Source(f"{folder}/{name}", partial(_idx_members, partial(opened, name), *labels[:1]), channels=1, note=note)
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -41,10 +39,3 @@ def build_network(config: RunConfig, device: torch.device) -> UNet:
         # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
-
-
-def autocast_for(precision: str, device: torch.device) -> Callable[[], AbstractContextManager[Any]] | None:
-    """A bf16 autocast context for sampling, or none for fp32."""
-    if precision != "bf16":
-        return None
-    return lambda: torch.autocast(device.type, dtype=torch.bfloat16)

@@ -72,8 +72,7 @@ class Group:
             return cls(processes, nodes, node, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
         except (KeyError, ValueError) as error:
             raise BadRequestError(
-                f"{error} makes no group: with NNODES, each node needs its NODE_RANK, from 0, and MASTER_ADDR and "
-                "MASTER_PORT of the first one"
+                f"{error} makes no group: with NNODES, a node needs NODE_RANK and the first one's MASTER_ADDR and _PORT"
             ) from None
 
     @property
@@ -133,9 +132,7 @@ def check_gpus() -> None:
         raise MissingInputError(f"{said}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
     if seen < int(given):
         raise JobError(
-            f"{said}: did one fail, or is the driver too old for CUDA {cuda}? `nvidia-smi` and `ddpm doctor` on that "
-            "machine say more",
-            Exit.HUNG,
+            f"{said}: did one fail, or is the driver too old for CUDA {cuda}? `nvidia-smi` there says more", Exit.HUNG
         )
 
 

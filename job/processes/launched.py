@@ -22,9 +22,8 @@ LOST_PEER = 68
 
 _PR_SET_PDEATHSIG = 1
 _PEER_IS_AWAY = re.compile(
-    r"(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
-    r"|remote process exited|communicator was aborted",
-    re.IGNORECASE,
+    r"(?i)(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
+    r"|remote process exited|communicator was aborted"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -40,7 +41,8 @@ class Painter:
         self.device = ranks.accelerator.device
         self.network: UNet = compute.build_network(config, self.device).eval().requires_grad_(False)
         self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(self.device)
-        self.autocast = compute.autocast_for(precision, self.device)
+        bf16 = partial(torch.autocast, self.device.type, torch.bfloat16)
+        self.autocast = bf16 if precision == "bf16" else None
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
         """Reads the weights of a checkpoint, `ema` or `model`, once for all processes. Collective.

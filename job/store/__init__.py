@@ -86,17 +86,14 @@ def _local_root(uri: str) -> Path:
 def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
-    if scheme.lower() not in ("gs", "s3"):
+    if (scheme := scheme.lower()) not in ("gs", "s3"):
         raise BadRequestError(
-            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET, "
-            "file:///PATH or a path"
+            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET or a path"
         )
-    scheme = scheme.lower()
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
         raise BadRequestError(
-            f"{_without_secrets(uri)} names no bucket: use {scheme}://BUCKET or {scheme}://BUCKET/FOLDER, without a "
-            "user or password, which every log would repeat"
+            f"{_without_secrets(uri)} names no bucket: use {scheme}://BUCKET[/FOLDER], without a user or password"
         )
     return scheme, bucket, prefix
 

@@ -285,9 +285,7 @@ def validated_new_key(key: str) -> str:
         BadRequestError: it has characters that some of them treat specially.
     """
     if not _NEW_KEY.fullmatch(key):
-        raise BadRequestError(
-            f"{key!r} cannot be a new object's key: use letters, digits, '.', '_', '=', '+', '-' between single slashes"
-        )
+        raise BadRequestError(f"{key!r} cannot be a new object's key: use letters, digits and ._=+- between slashes")
     return key
 
 

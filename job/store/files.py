@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-import google_crc32c
 from filelock import FileLock, Timeout
 
 from job.exits import BadRequestError, BucketAwayError, DiskFullError, JobError, MissingInputError, NoPermissionError
@@ -59,10 +58,8 @@ def os_errors(where: object) -> Iterator[None]:
                 what, todo = NoPermissionError, f"give user {os.geteuid()} access, or choose another place"
             case errno.ENOSPC | errno.EDQUOT | errno.EFBIG:
                 what, todo = DiskFullError, "free some space or choose another disk, then start again"
-            case errno.ENOTDIR | errno.EISDIR | errno.EEXIST:
-                what, todo = BadRequestError, "a name on a local disk is either a file or a folder"
-            case errno.ENAMETOOLONG | errno.ELOOP:
-                what, todo = BadRequestError, "choose another name"
+            case errno.ENOTDIR | errno.EISDIR | errno.EEXIST | errno.ENAMETOOLONG | errno.ELOOP:
+                what, todo = BadRequestError, "choose another name; on a local disk it is either a file or a folder"
         raise what(f"{where}: {error.strerror or error}: {todo}") from error
 
 
@@ -110,9 +107,7 @@ def folder_lock(folder: Path) -> Iterator[None]:
                 # Or no folder would ever be empty. Who waits for this very file finds it gone, and makes another.
                 path.unlink(missing_ok=True)
     except Timeout:
-        raise BucketAwayError(
-            f"{path} was locked by another process for {LOCK_SECONDS:g} s: `fuser {path}` names it; wake or end it"
-        ) from None
+        raise BucketAwayError(f"{path} was locked for {LOCK_SECONDS:g} s: end what `fuser {path}` names") from None
 
 
 def sync_folder(folder: Path) -> None:
@@ -122,14 +117,6 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def crc32c_of(file: BinaryIO) -> int:
-    """CRC-32C (RFC 3720, section 12.1) of the rest of `file`."""
-    checksum = 0
-    while block := file.read(COPY_BYTES):
-        checksum = google_crc32c.extend(checksum, block)
-    return checksum
 
 
 @contextmanager

@@ -167,9 +167,8 @@ class _TwoParts:
         # No file holds it.
         self.boundary = secrets.token_hex(16)
         parts = ("application/json", json.dumps(about)), (about["contentType"], "")
-        self._before = "".join(
-            f"\r\n--{self.boundary}\r\nContent-Type: {kind}\r\n\r\n{text}" for kind, text in parts
-        ).encode()
+        before = (f"\r\n--{self.boundary}\r\nContent-Type: {kind}\r\n\r\n{text}" for kind, text in parts)
+        self._before = "".join(before).encode()
         self._after = f"\r\n--{self.boundary}--".encode()
         self._content = content
 

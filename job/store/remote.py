@@ -15,7 +15,7 @@ import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.store.base import ObjectMissingError, Store
-from job.store.files import COPY_BYTES, crc32c_of
+from job.store.files import COPY_BYTES
 
 CONNECTIONS = 64
 _READ_AHEAD_BYTES = 8 << 20
@@ -75,13 +75,13 @@ class RemoteStore(Store):
 
     def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, str]:
         """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
-        size_bytes = checksum = 0
+        checksum, size_bytes = google_crc32c.Checksum(), 0
         while block := read(COPY_BYTES):
             # What fits into a block is read to the end.
             if size_bytes:
                 self.retry.is_under_way(self.uri_of(key))
             size_bytes += len(block)
-            checksum = google_crc32c.extend(checksum, block)
+            checksum.update(block)
             consume(block)
         return size_bytes, _encoded(checksum)
 
@@ -109,7 +109,9 @@ class Watched:
     def __init__(self, content: BinaryIO, report: Callable[[], None]) -> None:
         self._content, self._report = content, report
         self.seek, self.tell = content.seek, content.tell
-        self.crc32c, self.size_bytes = _encoded(crc32c_of(content)), content.tell()
+        checksum = google_crc32c.Checksum()
+        self.size_bytes = sum(map(len, checksum.consume(content, COPY_BYTES)))
+        self.crc32c = _encoded(checksum)
         self.seek(0)
 
     def read(self, size_bytes: int = -1) -> bytes:
@@ -178,6 +180,6 @@ def content_type(key: str) -> str:
     return mimetypes.guess_type(key)[0] or "application/octet-stream"
 
 
-def _encoded(crc32c: int) -> str:
+def _encoded(checksum: google_crc32c.Checksum) -> str:
     """The checksum as both buckets write it."""
-    return base64.b64encode(crc32c.to_bytes(4, "big")).decode()
+    return base64.b64encode(checksum.digest()).decode()

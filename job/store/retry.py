@@ -41,10 +41,7 @@ class Retry:
     """
 
     def __init__(
-        self,
-        limit_seconds: float = PATIENCE_SECONDS,
-        stop: Stop = NEVER,
-        note: Callable[[str], None] = lambda _: None,
+        self, limit_seconds: float = PATIENCE_SECONDS, stop: Stop = NEVER, note: Callable[[str], None] = lambda _: None
     ) -> None:
         """Knows of no outage yet.
 

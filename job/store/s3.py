@@ -46,9 +46,7 @@ class S3Store(RemoteStore):
         """
         super().__init__(f"s3://{bucket}", retry)
         self._bucket, self._bucket_uri = bucket, self.uri
-        self._roles = (
-            f"s3:ListBucket on {self.uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject on what is in it"
-        )
+        self._roles = f"s3:ListBucket on {self.uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject in it"
         self._make = f"aws s3 mb {self.uri}"
         config = Config(
             connect_timeout=retry.silence_seconds,
@@ -67,8 +65,7 @@ class S3Store(RemoteStore):
         except (boto.BotoCoreError, ValueError) as error:
             # Its own words may repeat a password.
             raise self._told(error, self.uri) or BadRequestError(
-                f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password, such as "
-                "http://localhost:9000"
+                f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
 
     def _head(self, key: str) -> tuple[int, str]:

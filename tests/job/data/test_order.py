@@ -3,7 +3,8 @@ from math import factorial, sqrt
 
 import numpy as np
 
-from job.data.order import ORDER_VERSION, Order
+from job.config import RunConfig
+from job.data.order import Order
 
 SHARDS = (100, 37, 1, 250, 12)
 IMAGES = sum(SHARDS)
@@ -47,7 +48,7 @@ def test_position_alone_decides_and_not_how_it_is_asked_for():
 
 
 def test_the_stored_version_names_exactly_this_order():
-    assert ORDER_VERSION == "feistel-1"
+    assert RunConfig().data.order == "feistel-1"
     far = 10**12
     few, many = Order((10, 20, 30), 1234, 25), Order((10**9, 10**9), 2**63 - 1)
     assert few.indices(np.arange(8)).tolist() == [47, 54, 53, 51, 41, 42, 32, 37]

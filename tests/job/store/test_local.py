@@ -105,7 +105,7 @@ def test_a_root_that_is_no_folder_is_an_error_to_readers_and_made_by_writers(tmp
 def test_a_name_is_a_file_or_a_folder(store: Store) -> None:
     store.create("a/b", b"1")
     for write in (store.create, store.put):
-        with pytest.raises(BadRequestError, match="Not a directory: a name on a local disk is either"):
+        with pytest.raises(BadRequestError, match="Not a directory: choose another name"):
             write("a/b/c", b"2")
     with pytest.raises(BadRequestError, match="Is a directory"):
         store.put("a", b"2")
@@ -265,7 +265,7 @@ def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     for uri, words in [
-        ("az://bucket", "nobody here speaks az://; use gs://BUCKET, s3://BUCKET, file:///PATH or a path"),
+        ("az://bucket", "nobody here speaks az://; use gs://BUCKET, s3://BUCKET or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),
         ("file://", "names no folder"),
@@ -295,7 +295,7 @@ def test_who_sleeps_inside_the_lock_of_a_folder_is_waited_for_a_bounded_time(
     version = store.create("a", b"1")
     with (tmp_path / ".lock").open("wb") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(BucketAwayError, match=r"\.lock was locked by another process for 0\.3 s: `fuser"):
+        with pytest.raises(BucketAwayError, match=r"\.lock was locked for 0\.3 s: end what `fuser"):
             store.replace("a", b"2", version)
     assert store.replace("a", b"2", version)
 
