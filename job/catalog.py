@@ -97,10 +97,10 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     index = load_index(bucket, key)
 
     from ddpm import figures
-    from job.data.cache import ChosenImages
+    from job.data.cache import chosen_images
     from job.sampling.pictures import write_picture
 
-    images = ChosenImages(bucket, key, index)
+    images = chosen_images(bucket, key, index)
     labels = images.labels(np.arange(index.images))
     print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):

@@ -35,7 +35,6 @@ class Fault(StrEnum):
     SHORT_CHUNKS = "chunks that break off"
 
 
-_STATUS = {Fault.TOO_MANY: 429, Fault.BROKEN: 500, Fault.UNAVAILABLE: 503}
 _BODIES = {
     "json": '{"error": {"code": %d, "message": "a bad day", "errors": []}}',
     "xml": "<?xml version='1.0'?><Error><Code>BadDay</Code><Message>%d, a bad day</Message></Error>",
@@ -188,7 +187,7 @@ class FaultyProxy:
         if fault is Fault.RESET:
             _reset(client)
             return False
-        if fault in _STATUS:
+        if fault is not None and fault.isdecimal():
             client.sendall(self._refusal(request, fault))
             return True
         if (said := self.instead(request)) is not None:
@@ -205,17 +204,15 @@ class FaultyProxy:
             return True
         if fault is Fault.LOST_ANSWER or answer.status in _BODILESS:
             _reset(client)
-        elif fault is Fault.SILENCE_MIDWAY:
-            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
-            client.sendall(answer.body[: len(answer.body) // 2])
-            self._keep_silent(client)
-        elif fault is Fault.SHORT:
-            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
-            client.sendall(answer.body[: len(answer.body) // 2])
-        else:
+        elif fault is Fault.SHORT_CHUNKS:
             half = answer.body[: len(answer.body) // 2 + 1]
             client.sendall(_head(answer, "Transfer-Encoding: chunked"))
             client.sendall(b"%x\r\n%b\r\n" % (len(half), half) if half else b"")
+        else:
+            client.sendall(_head(answer, f"Content-Length: {len(answer.body) + 1}"))
+            client.sendall(answer.body[: len(answer.body) // 2])
+            if fault is Fault.SILENCE_MIDWAY:
+                self._keep_silent(client)
         return False
 
     def _fault_for(self, request: Request) -> Fault | None:
@@ -240,10 +237,10 @@ class FaultyProxy:
             return fault
 
     def _refusal(self, request: Request, fault: Fault) -> bytes:
-        body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % _STATUS[fault]).encode()
+        body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % int(fault)).encode()
         if request.method == "HEAD":
             body = b""
-        return f"HTTP/1.1 {_STATUS[fault]} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
+        return f"HTTP/1.1 {fault} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
     def _ask(self, server: HTTPConnection, request: Request) -> Answer:
         for attempt in range(2):

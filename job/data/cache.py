@@ -7,7 +7,6 @@ processes of the node share.
 
 from __future__ import annotations
 
-import abc
 import hashlib
 import logging
 import mmap
@@ -308,8 +307,8 @@ class ShardSource:
             pool.shutdown(wait=False, cancel_futures=True)
 
 
-class ImageCache(abc.ABC):
-    """Images of a dataset by index, on a local disk."""
+class ImageCache:
+    """Images of a dataset by index. Each is read where it lies in the bucket; the caches below keep them on a disk."""
 
     def __init__(self, source: ShardSource) -> None:
         """Fetches the offset tables, unless they are there."""
@@ -327,8 +326,8 @@ class ImageCache(abc.ABC):
         self._read(indices, out)
         return out
 
-    @abc.abstractmethod
-    def _read(self, indices: Int64s, out: Uint8s) -> None: ...
+    def _read(self, indices: Int64s, out: Uint8s) -> None:
+        self._source.read_into(out, indices, self._source.open_there)
 
     def labels(self, indices: Int64s) -> Int64s:
         """Classes of the images, int64 [b]; -1 without classes."""
@@ -517,15 +516,9 @@ class ShardCache(ImageCache):
         super().close()
 
 
-class ChosenImages(ImageCache):
-    """A few images, for a person to look at: each is read where it lies in the bucket, and no shard is fetched."""
-
-    def __init__(self, bucket: Store, key: str, index: DatasetIndex) -> None:
-        """Fetches the offset tables of the dataset at `key`, unless they are there."""
-        super().__init__(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id, threads=_CHOOSERS))
-
-    def _read(self, indices: Int64s, out: Uint8s) -> None:
-        self._source.read_into(out, indices, self._source.open_there)
+def chosen_images(bucket: Store, key: str, index: DatasetIndex) -> ImageCache:
+    """For a few images that a person wants to see: no shard of the dataset at `key` is fetched for them."""
+    return ImageCache(ShardSource(bucket, key, index, default_cache_dir() / index.dataset_id, threads=_CHOOSERS))
 
 
 def _recipe(index: DatasetIndex) -> Recipe:

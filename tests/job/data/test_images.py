@@ -3,7 +3,7 @@ import pytest
 from PIL import Image
 
 from job.data.images import Recipe, RejectedImageError, decode, encode_png, prepare
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadRequestError
 from tests.job.some_images import encoded, jpeg, picture
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
@@ -84,7 +84,6 @@ def test_every_mode_becomes_rgb_or_grey():
             (encoded(flat("CMYK", (0, 255, 255, 0)), "TIFF"), (255, 0, 0)),
             (encoded(flat("CMYK", (0, 255, 255, 0)), "JPEG", quality=100), (255, 0, 0)),
             (encoded(flat("RGB", (200, 40, 90)), "BMP"), (200, 40, 90)),
-            (encoded(flat("RGB", (200, 40, 90)), "PPM"), (200, 40, 90)),
             (encoded(flat("RGB", (200, 40, 90)), "WEBP", lossless=True), (200, 40, 90)),
         ]
     ):
@@ -158,16 +157,3 @@ def test_a_recipe_that_means_nothing_is_refused():
     ]:
         with pytest.raises(BadRequestError, match=message):
             recipe(**change)
-
-
-def test_what_is_no_packed_image_is_said():
-    image = picture(5, 16, 16)
-    got = decode(encoded(image), 3, 16)
-    assert (got.dtype, got.flags.c_contiguous) == (np.uint8, True)
-    np.testing.assert_array_equal(got, np.asarray(image))
-    for file, message in [
-        *((file, "an image is damaged, or no PNG") for file in (b"", jpeg(1), encoded(picture(5, 16, 16))[:90])),
-        (encoded(picture(5, 16, 15)), "it is 16×15 pixels in a dataset of 16×16"),
-    ]:
-        with pytest.raises(BadDataError, match=message):
-            decode(file, 3, 16)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.job.command_line import environment
-from tests.job.small_dataset import SmallDataset, write_dataset
+from tests.job.small_dataset import write_dataset
 
 SHARD_IMAGES = 60
 SHARDS_IN_BUDGET = 4
@@ -24,8 +24,7 @@ from job.data.shards import INDEX, DatasetIndex
 from job.data.stream import stream_batches
 from tests.job.small_dataset import KEY, FarStore
 
-root, cache_dir, budget_bytes = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-store = FarStore(root / "bucket")
+store, cache_dir, budget_bytes = FarStore(Path(sys.argv[1])), Path(sys.argv[2]), int(sys.argv[3])
 index = DatasetIndex.load(store, f"{KEY}/{INDEX}")
 cache = open_cache(store, KEY, index, cache_dir=cache_dir, budget_bytes=budget_bytes)
 order = Order(tuple(shard.images for shard in index.shards), seed=5, block_images=60)
@@ -38,31 +37,24 @@ print(json.dumps({"type": type(cache).__name__, "downloads": len(store.downloads
 """
 
 
-def read(root: Path, cache_dir: Path, budget_bytes: int) -> dict:
-    command = [sys.executable, "-c", READ, str(root), str(cache_dir), str(budget_bytes)]
+def read(bucket: Path, cache_dir: Path, budget_bytes: int) -> dict:
+    command = [sys.executable, "-c", READ, str(bucket), str(cache_dir), str(budget_bytes)]
     done = subprocess.run(command, env=environment(), capture_output=True, check=False, text=True)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
 
-@pytest.fixture(scope="module")
-def written(tmp_path_factory):
-    def write(shards: int) -> tuple[Path, SmallDataset]:
-        root = tmp_path_factory.mktemp(f"shards-{shards}")
-        return root, write_dataset(str(root / "bucket"), root, (SHARD_IMAGES,) * shards, size=64, grain=4)
-
-    return write
-
-
 @pytest.mark.slow
-def test_ten_times_the_dataset_takes_no_more_memory(written, tmp_path):
-    small_root, small = written(6)
-    large_root, large = written(40)
+def test_ten_times_the_dataset_takes_no_more_memory(tmp_path):
+    small, large = (
+        write_dataset(str(tmp_path / str(shards)), tmp_path, (SHARD_IMAGES,) * shards, size=64, grain=4)
+        for shards in (6, 40)
+    )
     budget_bytes = SHARDS_IN_BUDGET * max(shard.bytes for shard in large.index.shards)
     assert sum(shard.bytes for shard in large.index.shards) > 9 * budget_bytes
     assert budget_bytes < small.index.decoded_bytes
-    few = read(small_root, tmp_path / "few", budget_bytes)
-    many = read(large_root, tmp_path / "many", budget_bytes)
+    few = read(tmp_path / "6", tmp_path / "few", budget_bytes)
+    many = read(tmp_path / "40", tmp_path / "many", budget_bytes)
     assert few["type"] == many["type"] == "ShardCache"
     # Each shard comes once per epoch, but for those whose block goes on in the next, and what the end fetched ahead.
     assert many["downloads"] <= 2 * 40 + 2 * SHARDS_IN_BUDGET

@@ -78,9 +78,8 @@ def test_an_image_lands_anywhere_and_independently_of_the_epoch_before():
         assert abs(steps / steps.mean() - 1).max() < 6 / sqrt(steps.mean()), images
     # Every permutation of a few is equally likely.
     for images in (3, 4, 5):
-        _, counts = np.unique(
-            epochs_of(images, 200 * factorial(images)) @ images ** np.arange(images), return_counts=True
-        )
+        numbers = epochs_of(images, 200 * factorial(images)) @ images ** np.arange(images)
+        _, counts = np.unique(numbers, return_counts=True)
         assert len(counts) == factorial(images)
         assert abs(deviations(counts, 200, factorial(images) - 1)) < 4
 

@@ -49,9 +49,8 @@ def test_webdataset_reads_the_same_pixels_and_classes_and_the_index_says_how_the
     assert labels == [0] * 30 + [1] * 30
     without = packed(tmp_path / "without", source, classes=False)
     urls = [str(tmp_path / "without" / KEY / shard.name) for shard in without.shards]
-    assert without.classes == () and not any(
-        "cls" in sample for sample in webdataset.WebDataset(urls, shardshuffle=False)
-    )
+    samples = webdataset.WebDataset(urls, shardshuffle=False)
+    assert without.classes == () and not any("cls" in sample for sample in samples)
 
 
 def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, source, undisturbed, monkeypatch):
@@ -90,9 +89,7 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
     assert lines[2]["reason"] == "has 7×50 pixels, under 8 on its shorter side"
     read: list[tuple[int, int, int]] = []
     bad = zip_of(tmp_path / "bad.zip", [(f"{n:04d}.png", b"no image") for n in range(2000)])
-    with pytest.raises(
-        BadDataError, match=r"more than --max-bad=5 images cannot be used: '0000.png' is .*; and 3 more"
-    ):
+    with pytest.raises(BadDataError, match=r"more than --max-bad=5 images .*: '0000.png' is .*; and 3 more"):
         packed(tmp_path / "bad", bad, max_bad=5, progress=lambda *done: read.append(done))
     assert read == [(n, 2000, 0) for n in range(1, 6)]
     with pytest.raises(BadDataError, match=r"none of its images can be used: '1.png'"):
@@ -103,12 +100,8 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
 
 def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
     other = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
-    for options, code in [
-        ({"crop": "middle"}, 64),
-        ({"classes": True}, 64),
-        ({"source": "nowhere.zip"}, 66),
-        ({"source": __file__}, 65),
-    ]:
+    cases = [({"crop": "middle"}, 64), ({"classes": True}, 64), ({"source": "nowhere.zip"}, 66)]
+    for options, code in [*cases, ({"source": __file__}, 65)]:
         with pytest.raises(JobError) as error:
             packed(tmp_path / "bucket", **{"source": other, **options})
         assert (error.value.exit_code, (tmp_path / "bucket").exists()) == (code, False), options
@@ -142,10 +135,8 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, u
 
 
 def test_more_rejects_may_be_allowed_when_it_goes_on(tmp_path):
-    files = [
-        file for n, file in enumerate(FILES) for file in ([file, (f"cats/x{n}.jpg", b"bad")] if n % 5 == 0 else [file])
-    ]
-    source = zip_of(tmp_path / "a.zip", files)
+    bad = [(f"{name}-bad.jpg", b"bad") for name, _ in FILES[::5]]
+    source = zip_of(tmp_path / "a.zip", sorted([*FILES, *bad]))
     with pytest.raises(BadDataError, match="--max-bad=9"):
         packed(tmp_path, source, max_bad=9)
     assert sum(key.startswith("packing/shard") for key in objects(tmp_path)) >= 1
@@ -192,11 +183,8 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
     options = [{"crop": "squash"}, {"shard_bytes": 9000}, {"classes": False}, {"resize_filter": "box"}]
     attempts += [(str(option), source, option) for option in options]
     for name, path, option in attempts:
-        with pytest.raises(BadRequestError) as error:
+        with pytest.raises(BadRequestError, match=f"`ddpm data delete small --size 16 --bucket {bucket}` and type"):
             packed(bucket, path, **option)
-        assert f"`ddpm data delete small --size 16 --bucket {bucket}` and type this command again" in str(
-            error.value
-        ), name
         assert objects(bucket) == before, name
     packed(bucket, source)
     assert committed(bucket).keys() == before.keys() - {key for key in before if "packing" in key} | {"index.json"}

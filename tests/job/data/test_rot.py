@@ -205,7 +205,7 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(gcs_bu
 def test_what_was_wrong_from_the_beginning_is_named(tmp_path):
     """Hashes are right, images are not; nor are those of a table that is about another tar."""
     good, wide, other = encoded(picture(1, 8, 8)), encoded(picture(1, 8, 9)), encoded(picture(2, 8, 8))
-    files = iter([good, good[:99], wide, good, *[other] * 4])
+    files = iter([good, good[:99], wide, jpeg(1), *[other] * 4])
     written = write_dataset(str(tmp_path), tmp_path / "..", (4, 4), encode=lambda _: next(files))
     first, second = written.index.shards
     table, where = (tmp_path / written.key / first.offsets_name).read_bytes(), f"{tmp_path}/{written.key}"
@@ -221,6 +221,7 @@ def test_what_was_wrong_from_the_beginning_is_named(tmp_path):
     ] == [
         f"{where}/shard-00000.tar, image 1: an image is damaged, or no PNG",
         f"{where}/shard-00000.tar, image 2: it is 8×9 pixels in a dataset of 8×8",
+        f"{where}/shard-00000.tar, image 3: an image is damaged, or no PNG",
         *(f"{where}/shard-00001.tar, image {row}: it is not as it was packed" for row in range(4)),
     ]
     assert done == [(n, 8) for n in range(1, 9)]

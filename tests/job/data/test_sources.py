@@ -221,20 +221,17 @@ def test_classes_are_the_first_folders_that_tell_images_apart():
         (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),
         (["dogs/1.jpg", "cats/tabby/1.jpg", "cats/2.jpg"], ("cats", "dogs"), ""),
         (["data/set/cats/1.jpg", "data/set/dogs/1.jpg"], ("cats", "dogs"), ""),
-        (["train/cats/1.jpg", "train/dogs/1.jpg"], ("cats", "dogs"), ""),
         (["train/cats/1.jpg", "train/dogs/1.jpg", "test/dogs/2.jpg"], ("cats", "dogs"), ""),
         (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs"), ""),
         (["train/1.jpg", "faces/2.jpg"], ("faces", "train"), ""),
         (["train/1.jpg", "test/2.jpg"], (), lie_beside),
-        (["1.jpg", "2.jpg"], (), ""),
         (["cats/1.jpg", "cats/2.jpg"], (), ""),
         (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], (), lie_beside),
         (["cats/1.jpg", "cats/young/2.jpg"], (), lie_beside),
     ]:
         found, without = survey(names, "here"), survey(names, "here", classes=False)
-        assert (found.images, found.classes, note in found.note, bool(found.note)) == (
-            len(names), classes, True, bool(note)
-        ), names  # fmt: skip
+        assert (found.images, found.classes) == (len(names), classes), names
+        assert note in found.note and bool(note) == bool(found.note), names
         assert (without.classes, without.label(names[0])) == ((), -1)
         assert all(found.classes[found.label(name)] in name.split("/") for name in names if classes)
         if not classes:
@@ -272,13 +269,7 @@ def test_links_of_a_folder(tmp_path):
     (folder / "3.jpg").symlink_to("sub/2.jpg")
     (folder / "notes.txt").symlink_to("/etc/passwd")
     assert read(folder) == [("1.jpg", b"1"), ("3.jpg", b"2"), ("sub/2.jpg", b"2")]
-    for name, target in [
-        ("4.jpg", "../outside.jpg"),
-        ("4.jpg", "/etc/passwd"),
-        ("other", "/etc"),
-        ("other", "."),
-        ("4.jpg", "gone.jpg"),
-    ]:
+    for name, target in [("4.jpg", "../outside.jpg"), ("other", "/etc"), ("other", "."), ("4.jpg", "gone.jpg")]:
         (folder / name).symlink_to(target)
         assert f"{name!r}, which is a link out of this folder or to one, or no file" in refusal(folder)
         (folder / name).unlink()

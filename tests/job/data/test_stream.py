@@ -13,6 +13,7 @@ from job.data.cache import DecodedCache, ImageCache, ShardCache, open_cache
 from job.data.order import Order
 from job.data.stream import PREFETCH_BATCHES, LoadedBatch, stream_batches
 from job.exits import BadDataError
+from tests.job.launching import eventually
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
 SHARD_IMAGES = (9, 2, 11, 7, 6)
@@ -134,11 +135,8 @@ def threads() -> list[threading.Thread]:
     return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
-def has_ended() -> bool:
-    deadline = time.monotonic() + 10
-    while threads() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    return threads() == []
+def wait_for_the_end() -> None:
+    eventually(lambda: not threads(), 10)
 
 
 def test_reads_ahead_so_far_and_no_farther_and_ends_when_it_is_closed(cache):
@@ -146,16 +144,14 @@ def test_reads_ahead_so_far_and_no_farther_and_ends_when_it_is_closed(cache):
     batches = stream(reader, 0, None)
     assert threads() == []
     next(batches)
-    deadline, ahead = time.monotonic() + 10, PREFETCH_BATCHES + 1
-    while reader.batches < ahead and time.monotonic() < deadline:
-        time.sleep(0.01)
+    # One was taken, the others are ready.
+    eventually(lambda: reader.batches == 1 + PREFETCH_BATCHES, 10)
     time.sleep(0.1)
-    # One was taken, those are ready.
-    assert reader.batches == ahead
+    assert reader.batches == 1 + PREFETCH_BATCHES
     batches.close()
-    assert has_ended()
+    wait_for_the_end()
     assert len(list(stream(cache, 0, 100))) == 13
-    assert has_ended()
+    wait_for_the_end()
 
 
 def test_a_batch_that_does_not_come_is_not_waited_for(cache):
@@ -174,7 +170,7 @@ def test_a_batch_that_does_not_come_is_not_waited_for(cache):
     batches.close()
     assert not comes.is_set() and threads()
     comes.set()
-    assert has_ended()
+    wait_for_the_end()
 
 
 def test_an_error_comes_in_its_place_and_with_its_type(cache):
@@ -182,5 +178,5 @@ def test_an_error_comes_in_its_place_and_with_its_type(cache):
     batches, taken = stream(reader, 0, None), []
     with pytest.raises(BadDataError, match=r"shard-00001\.tar is rotten"):
         taken.extend(batch.first_image for batch in batches)
-    assert has_ended()
+    wait_for_the_end()
     assert taken == list(range(0, 6 * BATCH, BATCH))

@@ -13,6 +13,8 @@ from job.store import Store, open_store
 from tests.job.command_line import DDPM, settings, start_ddpm
 from tests.job.launching import eventually
 
+Process = subprocess.Popen[str]
+Words = tuple[str, ...]
 ON_AND_ON = ("--epochs", 10_000, "--set", "checkpoint.every_minutes=0.005")
 
 
@@ -31,16 +33,12 @@ class Place:
         """The folder of a run."""
         return open_store(str(self.bucket)).sub(f"runs/{name}")
 
-    def started(
-        self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
-    ) -> subprocess.Popen[str]:
+    def started(self, run: str, *words: object, program: Words = (DDPM,), **variables: str) -> Process:
         """A command that trains."""
         options = ("train", "--dataset", "tiles", "--run", run, "--bucket", self.bucket, *settings(), *words)
         return start_ddpm(*options, program=program, DDPM_CACHE=str(self._cache), **variables)
 
-    def begun(
-        self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
-    ) -> subprocess.Popen[str]:
+    def begun(self, run: str, *words: object, program: Words = (DDPM,), **variables: str) -> Process:
         """One that goes on and on, as soon as it has committed a checkpoint."""
         process = self.started(run, *ON_AND_ON, *words, program=program, **variables)
         eventually(lambda: list_checkpoints(self.run(run)) or process.poll() is not None, 120)

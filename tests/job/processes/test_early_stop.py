@@ -23,12 +23,14 @@ def unreachable():
         yield {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.getsockname()[1]}"}
 
 
+def begin(command, variables, **options):
+    return subprocess.Popen(command, env=environment(**variables), stderr=subprocess.PIPE, text=True, **options)
+
+
 def test_while_modules_are_imported(unreachable):
     command = [sys.executable, "-c", "import job.__main__ as m; print(flush=True); m.main()", *WORDS]
     for number, seconds in ((signal.SIGTERM, 0.1), (signal.SIGINT, 0.4), (signal.SIGHUP, 2.0)):
-        child = subprocess.Popen(
-            command, env=environment(**unreachable), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
+        child = begin(command, unreachable, stdout=subprocess.PIPE)
         child.stdout.readline()
         time.sleep(seconds)
         child.send_signal(number)
@@ -72,12 +74,7 @@ def test_by_a_deadline_or_a_notice_while_the_bucket_is_away(unreachable):
         server.set(PREEMPTED, "TRUE")
         cases = [((), {"GCE_METADATA_HOST": server.host}), (("--stop-after", "4s"), {})]
         began = time.monotonic()
-        begun = [
-            subprocess.Popen(
-                [DDPM, *WORDS, *words], env=environment(**unreachable, **variables), stderr=subprocess.PIPE, text=True
-            )
-            for words, variables in cases
-        ]
+        begun = [begin([DDPM, *WORDS, *words], unreachable | variables) for words, variables in cases]
         for child, (words, _) in zip(begun, cases, strict=True):
             _, err = child.communicate(timeout=60)
             assert child.returncode == 75, (words, err)

@@ -68,9 +68,8 @@ def stopped(child):
 
 def recorded(folder, run, stage):
     """Image number → what was seen of it, and its loss; each must have come once."""
-    rows = [
-        json.loads(line) for path in folder.glob(f"{run}-{stage}-*.jsonl") for line in path.read_text().splitlines()
-    ]
+    paths = folder.glob(f"{run}-{stage}-*.jsonl")
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines()]
     assert [number for number, count in Counter(number for number, *_ in rows).items() if count > 1] == []
     return {number: (content, loss) for number, content, loss in rows}
 

@@ -99,10 +99,8 @@ def test_training_by_a_preemption_notice(place):
 @pytest.fixture
 def telling(tmp_path) -> dict[str, str]:
     """Variables that make a process tell when it samples, by a file in `SAMPLING`."""
-    return {
-        "PYTHONPATH": hooked(tmp_path / "hooks", job__sampling__painter=TELL),
-        "SAMPLING": str(tmp_path / "sampling"),
-    }
+    hooks = hooked(tmp_path / "hooks", job__sampling__painter=TELL)
+    return {"PYTHONPATH": hooks, "SAMPLING": str(tmp_path / "sampling")}
 
 
 def sampling(process: Process, telling: dict[str, str]) -> Process:

@@ -140,9 +140,8 @@ def test_ranks_die_with_their_launcher(tmp_path):
     eventually(lambda: all(map(is_gone, ranks)), seconds=5)
     # One whose launcher is gone already does not begin.
     program = "from job.processes.launched import attach; attach(); print('began')"
-    done = subprocess.run(
-        [sys.executable, "-c", program], env=environment(DDPM_LAUNCHED="1"), capture_output=True, text=True, check=False
-    )
+    words, orphaned = [sys.executable, "-c", program], environment(DDPM_LAUNCHED="1")
+    done = subprocess.run(words, env=orphaned, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (1, "")
     assert "the launcher of this process is gone" in done.stderr
 

@@ -13,15 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from job.exits import (
-    BadRequestError,
-    BucketAwayError,
-    DiskFullError,
-    Exit,
-    MissingInputError,
-    NoPermissionError,
-    ending_of,
-)
+from job import exits
+from job.exits import BadRequestError, BucketAwayError, DiskFullError, Exit, MissingInputError, NoPermissionError
 from job.store import ObjectMissingError, Retry, Store, files, open_store
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
@@ -287,9 +280,7 @@ _NO_BUCKETS = [
 ]
 
 
-def test_who_sleeps_inside_the_lock_of_a_folder_is_waited_for_a_bounded_time(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_lock_is_waited_for_a_bounded_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(files, "LOCK_SECONDS", 0.3)
     store = open_store(str(tmp_path), Retry(0))
     version = store.create("a", b"1")
@@ -316,9 +307,7 @@ def holder() -> tuple[subprocess.Popen[str], Path]:
     return child, Path(child.stdout.readline().strip())
 
 
-def test_temporary_folders_of_the_dead_are_cleared_away_and_those_of_the_living_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_temporary_folders_of_the_dead_alone_are_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     # What this process has swept already.
@@ -347,7 +336,5 @@ def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/nowhere"])
     with pytest.raises(FileNotFoundError) as error, scratch_folder("save"):
         pass
-    assert ending_of(error.value) == (
-        Exit.DISK_FULL,
-        "no folder for temporary files can be written: free some space, or set TMPDIR",
-    )
+    words = "no folder for temporary files can be written: free some space, or set TMPDIR"
+    assert exits.ending_of(error.value) == (Exit.DISK_FULL, words)
