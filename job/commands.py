@@ -13,7 +13,7 @@ from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from job.config_input import EMBEDDED, pack_config
+from job.config import EMBEDDED, pack_config
 from job.exits import BadConfigError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from job.config import SampleConfig
-from job.config_input import EMBEDDED, draft, parse_sets, presets, read_config_file
+from job.config import EMBEDDED, SampleConfig, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
 from job.runs import records

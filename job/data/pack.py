@@ -31,7 +31,7 @@ from typing import Any
 import google_crc32c
 from pydantic import BaseModel, ConfigDict
 
-from job.config_input import pack_config
+from job.config import pack_config
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare

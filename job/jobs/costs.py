@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 
-from job.config_input import parse_yaml
+from job.config import parse_yaml
 from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget

@@ -18,8 +18,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from job.code_version import code_version
-from job.config import RunConfig, flatten, validated
-from job.config_input import parse_yaml
+from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, located

@@ -110,8 +110,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
         if missing:
             painter.load(plan.run, sample_set.ref, plan.weights)
             began = time.monotonic()
-            bar = Progress(sample_set.name, total=there_before + to_make, disable=not ranks.is_main)
-            with bar.started_at(there_before):
+            with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
                 def advance(done: int) -> None:
                     renew()

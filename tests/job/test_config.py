@@ -1,8 +1,16 @@
 import pytest
 import yaml
 
-from job.config import changed_for_attempt, flatten, validated
-from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
+from job.config import (
+    changed_for_attempt,
+    draft,
+    flatten,
+    pack_config,
+    parse_sets,
+    presets,
+    read_config_file,
+    validated,
+)
 from job.data.shards import DatasetIndex, Shard
 from job.exits import BadConfigError
 from job.plan import follow_dataset

@@ -303,7 +303,7 @@ UNSAFE_CALLS = {
 }
 KNOWN = {
     ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
-    ("job/config_input.py", "yaml.load"),  # with a SafeLoader
+    ("job/config.py", "yaml.load"),  # with a SafeLoader
 }
 
 

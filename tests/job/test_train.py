@@ -15,7 +15,7 @@ from accelerate.state import AcceleratorState
 
 from ddpm import randomness
 from ddpm.training import prepare_images
-from job.config_input import draft
+from job.config import draft
 from job.data.cache import open_cache
 from job.data.order import Order
 from job.data.shards import load_index
@@ -26,9 +26,8 @@ from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
-from job.session import settings_of
 from job.store import open_store
-from job.train import run_training
+from job.train import run_training, settings_of
 from tests.job.command_line import NETWORK, ddpm, settings, started, succeeded
 from tests.job.launching import eventually
 from tests.job.stops import StopWhen
