@@ -20,7 +20,7 @@ from job.plan import Plan, plan_run
 from job.processes.gpus import check_gpus, default_processes
 from job.processes.group import Group
 from job.processes.launched import is_rank
-from job.processes.launcher import HANG_SECONDS, launch
+from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
@@ -34,9 +34,7 @@ if TYPE_CHECKING:
     from job.data.pack import PackRequest
 
 
-def train_command(
-    request: TrainRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
-) -> None:
+def train_command(request: TrainRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
     """Trains or goes on; says where everything lies when the run is finished.
 
     Args:
@@ -74,9 +72,7 @@ def train_command(
                 _say_finished(plan, "is finished")
 
 
-def sample_command(
-    request: SampleRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
-) -> None:
+def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
     """Samples, and says where the pictures lie; arguments are those of `train_command`.
 
     Raises:
@@ -88,9 +84,7 @@ def sample_command(
             from job.sampling.sample import run_sampling
 
             run_sampling(plan, stop)
-            return
-        sets = plan_sets(plan)
-        if sets and all(sample_set.index() for sample_set in sets):
+        elif (sets := plan_sets(plan)) and all(sample_set.index() for sample_set in sets):
             for sample_set in sets:
                 print(sample_set.describe("complete already"))
         else:
@@ -160,9 +154,8 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 def _say_finished(plan: Plan, what: str) -> None:
     from job.runs.overview import describe_outputs
 
-    images_seen = plan.images_seen
+    images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
-    outputs = describe_outputs(plan.run)
     # All is done: that nobody reads it is no failure.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")

@@ -57,11 +57,6 @@ class DataConfig(Section):
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
 
-    @property
-    def cache_bytes(self) -> int:
-        """The same in bytes."""
-        return int(self.cache_gigabytes * 1e9)
-
 
 class ModelConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""
@@ -195,15 +190,8 @@ class RunConfig(Section):
         return validated(self.flat() | changes)
 
 
-FREE = {
-    "train.epochs",
-    "train.micro_batch_size",
-    "train.compile",
-    "data.cache_gigabytes",
-    "checkpoint",
-    "sample",
-    "log",
-}
+FREE = {"train.epochs", "train.micro_batch_size", "train.compile", "data.cache_gigabytes"}
+FREE_SECTIONS = {"checkpoint", "sample", "log"}
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 
 

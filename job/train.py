@@ -90,7 +90,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
                 records.dataset_key_of(plan.config),
                 plan.index,
                 cache_dir=default_cache_dir(),
-                budget_bytes=plan.config.data.cache_bytes,
+                budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
                 progress=lambda done, total: bar.update(done),
                 stop=stop,
             )

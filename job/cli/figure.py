@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import BucketUri, Dataset, RunOption, Size
+from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
     help="Pictures that explain: the schedule, noised images, the denoising.\n\nExample: ddpm figure schedule",
@@ -69,4 +69,5 @@ def figure_denoising(
     from job.commands import sample_command
     from job.requests import SampleRequest
 
-    sample_command(SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False), processes=1)
+    request = SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False)
+    sample_command(request, 1, DEFAULT_HANG_AFTER, stop_after="")

@@ -61,4 +61,4 @@ def ddpm_sample(
 
     pictures = (seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
     request = SampleRequest(run, bucket, checkpoints, *pictures, count, save, slice_, first_seed)
-    sample_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)
+    sample_command(request, processes, hang_after, stop_after)

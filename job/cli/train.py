@@ -43,4 +43,4 @@ def ddpm_train(
     from job.requests import TrainRequest
 
     request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait)
-    train_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)
+    train_command(request, processes, hang_after, stop_after)

@@ -64,7 +64,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
             records.dataset_key_of(plan.config),
             plan.index,
             cache_dir=default_cache_dir(),
-            budget_bytes=plan.config.data.cache_bytes,
+            budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
             stop=painter.stop,
         )
     grids: list[tuple[str, np.ndarray]] = []
