@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 
@@ -35,14 +35,6 @@ class Section(BaseModel):
     """A group of keys: nothing unknown, no infinity, never changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_number(cls, value: Any, info: Any) -> Any:
-        """YAML has many words for true and false, and Python takes these for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false mean nothing here")
-        return value
 
 
 class DataConfig(Section):

@@ -22,7 +22,6 @@ from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
-from ddpm.training import Hooks, NonFiniteError, Settings, TrainState
 from job.config import RunConfig
 from job.data.cache import ImageCache, default_cache_dir, open_cache
 from job.data.order import Order
@@ -38,7 +37,6 @@ from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
-from job.runs.records import STATUS_CLOSE_SECONDS, Attempt, StatusReporter
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
@@ -98,7 +96,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         with session.restored(attempt, lease):
             session.train()
             session.finish()
-    except NonFiniteError as error:
+    except training.NonFiniteError as error:
         raise NotANumberError(
             f"{error}; what {plan.run.uri} holds is from before. It would happen again at the same image: "
             "start another run with a lower train.learning_rate, or with train.precision=fp32"
@@ -110,7 +108,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     return plan
 
 
-def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> Attempt:
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
     assert lease is not None
     if plan.is_new and records.create_config(plan.run, plan.config) != plan.config:
@@ -123,9 +121,9 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> Attempt:
     return attempt
 
 
-def settings_of(config: RunConfig) -> Settings:
+def settings_of(config: RunConfig) -> training.Settings:
     """The loop's settings from a run's configuration."""
-    return Settings(
+    return training.Settings(
         batch_size_images=config.train.batch_size,
         micro_batch_size_images=config.train.micro_batch_size,
         learning_rate=config.train.learning_rate,
@@ -149,7 +147,7 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.settings, self.hooks = settings_of(self.config), Hooks(after_step=self._after_step)
+        self.settings, self.hooks = settings_of(self.config), training.Hooks(after_step=self._after_step)
         self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
@@ -164,7 +162,7 @@ class TrainingSession:
         self.logged_at, self.logged_images = time.monotonic(), 0
 
     @contextmanager
-    def restored(self, attempt: Attempt, lease: Lease | None) -> Iterator[None]:
+    def restored(self, attempt: records.Attempt, lease: Lease | None) -> Iterator[None]:
         """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
 
         Args:
@@ -180,7 +178,7 @@ class TrainingSession:
         held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
         segments = manifest.metric_segments if manifest else ()
         self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, note)
-        self.status = StatusReporter(self.plan.run, self._status, note)
+        self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield
         except LostRunError:
@@ -204,7 +202,7 @@ class TrainingSession:
             self.writer.close(wait=True)
         finally:
             # The lease is to be given back as well.
-            self.status.close(state, min(STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))
+            self.status.close(state, min(records.STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))
 
     def _restore(self, aside: set[CheckpointRef]) -> Manifest | None:
         """Loads the newest checkpoint, once for all processes, if there is one. Damaged ones go into `aside`."""
@@ -286,7 +284,7 @@ class TrainingSession:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
 
-    def _after_step(self, state: TrainState) -> bool:
+    def _after_step(self, state: training.TrainState) -> bool:
         """Does what is due; whether all processes stop.
 
         What any process raised in the step before, all of them see in this one, so that each does the same.

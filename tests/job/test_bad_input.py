@@ -65,7 +65,6 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.channels=32", "groups=7"]),
     ("train --dataset a --set model.channels=5 --set model.norm_groups=1", 78, ["model.channels=5 must be even"]),
     ("train --dataset a --set model.channels=1000000", 78, ["model.channels", "less than or equal to 4096"]),
-    ("train --dataset a --set model.channel_mults=true", 78, ["model.channel_mults", "true and false"]),
     ("train --dataset a --set train.adam_betas=0.9,7", 78, ["train.adam_betas.1", "less than 1"]),
     ("train --dataset a --set sample.spacing=leading --set sample.steps=400", 78, ["t=798 of 1000", "500 or 333"]),
     ("train --dataset a --epochs 100000000000000000000", 78, ["train.epochs", "less than or equal to 1000000"]),

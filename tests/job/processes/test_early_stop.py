@@ -59,7 +59,7 @@ program.main()
 def test_a_library_that_catches_the_end_delays_it_by_seconds():
     code = """
 import job.__main__ as program, os, signal, time
-program._handle_signals()
+program.handle_stop_signals(program._end)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except BaseException:
