@@ -3,7 +3,6 @@
 import hashlib
 import json
 import shutil
-import signal
 import sys
 from itertools import count
 from pathlib import Path
@@ -28,8 +27,7 @@ from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.store import open_store
 from job.train import run_training, settings_of
-from tests.job.command_line import NETWORK, ddpm, settings, started, succeeded
-from tests.job.launching import eventually
+from tests.job.command_line import NETWORK
 from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
@@ -118,16 +116,6 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_sta
     assert changes == [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
 
 
-def test_a_finished_run_leaves_everything_a_person_wants(walked):
-    run = run_of(walked, "walk")
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
-    pictures = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003.gif", "figures/loss.png"}
-    records = {"config.yaml", "status.json", "LATEST", "attempts/000001.json"}
-    assert pictures | records <= {entry.key for entry in run.list()}
-    status = read_status(run)
-    assert (status.state, status.images_seen, status.target_images) == ("finished", 912, 912)
-
-
 def test_the_picture_of_an_epoch_at_whose_end_a_run_was_stopped_is_drawn_by_the_next_attempt(train, packed):
     run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
     with pytest.raises(StoppedError):
@@ -211,23 +199,3 @@ def test_settings_reach_the_training(train, packed):
     assert [row["images_seen"] for row in rows] == [312, 600]
     name = "optimizer.exp_avg_sq.conv_in.weight"
     assert not torch.equal(usual[name], forgetful[name])
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(packed):
-    run = run_of(packed, "signal")
-
-    def words(epochs):
-        options = ("--run", "signal", "--epochs", epochs, "--processes", 2, *settings(checkpoint__every_epochs="1"))
-        return ("train", "--dataset", "tiles", "--bucket", packed, *options)
-
-    child = started(*words(40))
-    eventually(lambda: list_checkpoints(run) or child.poll() is not None)
-    child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 75, output
-    assert "Traceback" not in output
-    assert read_status(run).state == "stopped"
-    stopped_at = max(list_checkpoints(run)).images_seen
-    epochs = stopped_at // 299 + 1
-    assert "is finished: " in succeeded(ddpm(*words(epochs)))
-    assert max(list_checkpoints(run)).images_seen > stopped_at
