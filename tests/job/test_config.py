@@ -9,6 +9,8 @@ from job.config import (
     read_config_file,
     validated,
 )
+from job.data.pack import PackRequest
+from job.requests import TrainRequest, parse_numbers
 
 
 def test_every_preset_is_valid_and_survives_being_stored():
@@ -34,3 +36,21 @@ def test_later_layers_win(tmp_path):
     config = draft("cifar10", changes)
     assert (config.train.batch_size, config.train.seed, config.model.channel_mults) == (32, 3, (1, 2))
     assert config.train.learning_rate == 2e-4
+
+
+def test_numbers_and_ranges():
+    assert parse_numbers("0-3,7, 9-9", "--seeds") == [0, 1, 2, 3, 7, 9]
+
+
+def test_a_training_request_is_checked_without_a_bucket():
+    request = TrainRequest("my_photos.v2", "gs://nowhere", epochs=3).check()
+    assert request.run == "my-photos-v2"
+    assert request.changes == {"train.epochs": 3}
+    assert request.preset_name == "landscape-sample"
+    assert TrainRequest("celeba", "x").check().preset_name == "celeba"
+
+
+def test_packing_follows_the_preset_of_the_name():
+    request = PackRequest("x.zip", "celeba").check()
+    assert (request.size, request.crop, request.resize_filter) == (64, "25,57,128,128", "bilinear")
+    assert PackRequest("x.zip", "celeba", size=32, crop="squash").check().crop == "squash"

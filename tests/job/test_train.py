@@ -1,6 +1,5 @@
 """Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing."""
 
-import hashlib
 import json
 import shutil
 import sys
@@ -12,13 +11,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from ddpm import randomness
-from ddpm.training import prepare_images
-from job.config import draft
-from job.data.cache import open_cache
-from job.data.order import Order
-from job.data.shards import load_index
-from job.data.stream import stream_batches
 from job.exits import BadConfigError, NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
@@ -26,7 +18,7 @@ from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.store import open_store
-from job.train import run_training, settings_of
+from job.train import run_training
 from tests.job.command_line import NETWORK
 from tests.job.stops import StopWhen
 
@@ -134,41 +126,6 @@ def test_micro_batches_change_nothing_but_rounding(train, packed):
         if name.startswith("model."):
             torch.testing.assert_close(five[name], one[name], rtol=1e-3, atol=1e-5)
     assert [row["loss"] for row in rows_five] == pytest.approx([row["loss"] for row in rows_one], rel=1e-5)
-
-
-def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed):
-    bucket = open_store(str(packed))
-    index = load_index(bucket, "datasets/tiles-16")
-    flipped = settings_of(draft("landscape-sample", {"data.size": 16, "data.flip": True, "train.seed": 7}))
-
-    def hashes(world_size, budget_bytes, micro):
-        cache_dir = packed / f"cache-{budget_bytes}"
-        cache = open_cache(bucket, "datasets/tiles-16", index, cache_dir=cache_dir, budget_bytes=budget_bytes)
-        order = Order(tuple(shard.images for shard in index.shards), 7, 0)
-        batches = {}
-        for rank in range(world_size):
-            stream = stream_batches(
-                cache, order, batch_size_images=10, first_image=20, last_image=700, rank=rank, world_size=world_size
-            )
-            for number, batch in enumerate(stream):
-                for start in range(0, len(batch.image_numbers), micro):
-                    part = slice(start, start + micro)
-                    numbers = torch.from_numpy(batch.image_numbers[part])
-                    x = prepare_images(batch.images[part], numbers, flipped)
-                    noise = randomness.training_noise(7, numbers, (3, 16, 16), "cpu")
-                    timesteps = randomness.training_timesteps(7, numbers, 1000)
-                    for i, n in enumerate(numbers.tolist()):
-                        content = x[i].contiguous().numpy().tobytes() + noise[i].numpy().tobytes()
-                        content += bytes(str((n, int(timesteps[i]), int(batch.labels[part][i]))), "ascii")
-                        batches.setdefault(number, {})[n] = hashlib.sha256(content).hexdigest()
-        return batches
-
-    expected = hashes(1, 10**9, 10)
-    assert len(expected) == 68
-    assert all(len(batch) == 10 for batch in expected.values())
-    assert hashes(2, 10**9, 3) == expected
-    assert hashes(3, 10**9, 10) == expected
-    assert hashes(3, 150_000, 2) == expected
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkpoint(train, packed):
