@@ -1,14 +1,6 @@
 import yaml
 
-from job.config import (
-    draft,
-    flatten,
-    pack_config,
-    parse_sets,
-    presets,
-    read_config_file,
-    validated,
-)
+from job.config import draft, flatten, pack_config, parse_sets, presets, read_config_file, validated
 from job.data.pack import PackRequest
 from job.requests import TrainRequest, parse_numbers
 
