@@ -103,14 +103,6 @@ def test_from_another_folder_and_in_a_strict_shell(place, shell):
     assert done.stdout.endswith("went on after 9\n")
 
 
-def test_a_program_that_stays_in_the_background_holds_nobody_up(place, shell):
-    make = place.programs / "make"
-    (place.programs / "sleep").symlink_to(str(shutil.which("sleep")))
-    script = f'source ./setup.sh {" ".join(CLOUD)} >out 2>&1; echo "$DDPM_BUCKET"; kill $(cat pid)'
-    make.write_text("#!/usr/bin/env bash\nsleep 600 >/dev/null 2>&1 & echo $! > pid\n")
-    assert place.bash(script, shell=shell).stdout == f"{BUCKET}\n"
-
-
 def test_another_shell_is_told_which_to_use_and_zsh_may_run_it(place):
     done = place.bash("sh ./setup.sh --local")
     assert done.returncode == 2 and "use bash" in done.stderr
