@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from job.runs.checkpoints import list_checkpoints
+from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.records import read_status
 from job.store import Store
 from tests.job.command_line import settings
