@@ -142,15 +142,6 @@ def test_an_image_that_is_not_there_is_built_from_the_checkout(place):
     podman("image", "rm", "--force", own)
 
 
-def test_an_image_that_is_nowhere(place):
-    Path("targets.yaml").write_text("container: {image: 127.0.0.1:1/ddpm:latest}\n")
-    done = ddpm("submit", *training("imageless", place), *HERE)
-    # Above it stands what the engine said.
-    assert "ddpm: image 127.0.0.1:1/ddpm:latest could not be pulled" in done.stderr.splitlines()[-1]
-    assert done.returncode == 66
-    assert backend().status("train-imageless").state is State.GONE
-
-
 def test_the_doctor_looks_into_the_container(place):
     out = succeeded(ddpm("doctor", *HERE, "--bucket", place))
     assert not [line for line in out.splitlines() if not line.startswith("ok ")]

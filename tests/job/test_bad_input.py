@@ -38,7 +38,6 @@ MEANINGLESS: Rows = [
     ("train --dataset a/b", 64, ["'a/b'", "dataset's name", "lower-case letters"]),
     ("train --dataset a --run ../a", 64, ["'../a'", "run's name"]),
     ("train --dataset a --preset landscap", 64, ["'landscap'", "did you mean 'landscape'?"]),
-    ("sample --run a/b", 64, ["'a/b'", "run's name"]),
     ("sample --run a --sampler euler", 64, ["--sampler 'euler'", "ddpm or ddim"]),
     ("sample --run a --precision fp16", 64, ["'fp16'", "fp32 or bf16"]),
     ("sample --run a --seeds 3-1", 64, ["--seeds '3-1'", "backwards"]),
@@ -49,7 +48,6 @@ MEANINGLESS: Rows = [
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
     ("data show a -o sheet.jpg", 64, ["sheet.jpg", "end in .png"]),
-    ("data show a -o nowhere/sheet.png", 64, ["nowhere/sheet.png", "a folder that is there"]),
     ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, cosine"]),
     ("figure noising --dataset a --timesteps 1000", 64, ["1000 is not in 0 to 999"]),
     ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "a folder that is there"]),
@@ -117,8 +115,6 @@ def test_a_bucket_that_is_not_there(tmp_path, gcs_server):
         for words in ("data list", "runs list", "train --dataset a", "data verify a"):
             line = refused(ddpm_here(*words.split(), "--bucket", uri), code)
             assert all(part in line for part in parts), (words, line)
-    for words in ("data ensure celeba", "data pack landscape-sample a --size 8", "sample --run a"):
-        assert "no bucket" in refused(ddpm_here(*words.split(), "--bucket", "gs://no-such-bucket"), 66)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -169,8 +165,6 @@ UNFIT: Rows = [
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
     ("sample --run walk --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1, 3)"]),
     ("sample --run walk --steps 51", 78, ["sample.steps=51 exceeds diffusion.timesteps=50"]),
-    ("figure noising --dataset other", 66, ["no dataset 'other'"]),
-    ("data show other", 66, ["no dataset 'other'"]),
     ("data verify tiles --size 8", 66, ["'tiles' at 8 pixels", "there is tiles-16"]),
     ("data pack landscape-sample tiles --size 16", 64, ["tiles-16 is there already", "299 images"]),
     ("data pack {bucket}/nothing.zip new --size 8", 66, ["nothing at", "nothing.zip", "folder or an archive"]),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from job.exits import BadConfigError, NotANumberError, StoppedError
 from job.plan import plan_run
@@ -62,8 +63,6 @@ def final_state(run):
     ref = max(list_checkpoints(run))
     tensors = {}
     with opened(run, ref, GROUPS) as restored:
-        from safetensors.torch import load_file
-
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
