@@ -162,10 +162,10 @@ class RunConfig(Section):
             raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
         stride = timesteps // steps
         if self.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
+            first, fitting = (steps - 1) * stride, f"{timesteps // stride} or {timesteps // (stride + 1)}"
             raise ValueError(
-                f"sample.steps={steps} with sample.spacing=leading would begin at t={(steps - 1) * stride} of "
-                f"{timesteps}, where images are no noise yet: use {timesteps // stride} or "
-                f"{timesteps // (stride + 1)} steps, or another spacing"
+                f"sample.steps={steps} with sample.spacing=leading would begin at t={first} of {timesteps}, where "
+                f"images are no noise yet: use {fitting} steps, or another spacing"
             )
         return self
 
@@ -198,25 +198,21 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, leaf = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return nested
-
-
 def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     """A `RunConfig` from dotted keys; `where` they come from is named if something is wrong.
 
     Raises:
         BadConfigError: naming each bad key, what is wrong with it, and its value.
     """
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            nested.setdefault(section, {}).update({leaf: value})
+        else:
+            nested[section] = value
     try:
-        return RunConfig.model_validate(_nest(flat))
+        return RunConfig.model_validate(nested)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()} (got {problem['input']!r})"
