@@ -79,8 +79,6 @@ class Progress:
 
     def __enter__(self) -> Progress:
         global _bars
-        self._began = time.monotonic()
-        self._line_due = self._began + LINE_SECONDS
         with _lock:
             if _is_first():
                 if _bars is None:
@@ -88,6 +86,8 @@ class Progress:
                     _bars.start()
                 _bars.add_task(self._title, total=self._total, completed=self._start, unit=self._unit)
                 self._task = _bars.tasks[-1]
+        self._began = time.monotonic()
+        self._line_due = self._began + LINE_SECONDS
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
