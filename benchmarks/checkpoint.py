@@ -24,7 +24,7 @@ from job.processes import compute
 from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import Lease
 from job.runs.records import create_config, record_attempt
-from job.runs.retention import delete_checkpoint
+from job.runs.retention import Retention, delete_checkpoint
 from job.runs.writer import PARALLEL_UPLOADS, CheckpointWriter, HeldRun, plan_parts
 from job.stop import NEVER
 from job.store import Store, open_store
@@ -78,7 +78,8 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
     """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
     lease = Lease.take(run, 0, 0.0, NEVER, print)
     create_config(run, config)
-    held = HeldRun(run, config, 10**6, record_attempt(run, lease.fence, {}, 1, "cpu", lease.holder), lease)
+    attempt = record_attempt(run, lease.fence, {}, 1, "cpu", lease.holder)
+    held = HeldRun(run, Retention(config, 10**6), attempt, lease)
     writer = CheckpointWriter(held, state, [], set(), NEVER, print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]

@@ -74,7 +74,7 @@ def resumptions(
 
 def newest_rows(run: Store) -> list[Row]:
     """The log of a run, up to its newest checkpoint."""
-    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metric_segments)
+    return read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
 
 
 def _go_on(bucket: str, epochs: int, sets: tuple[str, ...]) -> None:

@@ -14,10 +14,14 @@ from job.store.base import Store
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
 
 
-class Sealed(BaseModel):
-    """A record with its own hash, `sha256`: that of the canonical JSON (sorted keys) of every other field."""
+class Part(BaseModel):
+    """A part of a record: it has these fields and no others, and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Sealed(Part):
+    """A record with its own hash, `sha256`: that of the canonical JSON (sorted keys) of every other field."""
 
     sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$")
 

@@ -36,8 +36,8 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.pictures import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.retention import Retention
+from job.runs.samples import LOSS_FIGURE, denoising_key, label_of, run_grid_key
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.sample import grid_png
@@ -111,8 +111,8 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
 def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
     assert lease is not None
-    if plan.is_new and records.create_config(plan.run, plan.config) != plan.config:
-        raise LostRunError(f"{plan.run.uri} was begun by another attempt meanwhile: the same command goes on")
+    if plan.is_new:
+        records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
     attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
@@ -175,9 +175,9 @@ class TrainingSession:
             yield
             return
         self.attempt, self.lease = attempt, lease
-        held = HeldRun(self.plan.run, self.config, self.dataset_images, attempt, lease)
-        segments = manifest.metric_segments if manifest else ()
-        self.writer = CheckpointWriter(held, self.state.tensors(), segments, aside, self.stop, note)
+        held = HeldRun(self.plan.run, self.retention, attempt, lease)
+        saved_metrics = manifest.metrics if manifest else ()
+        self.writer = CheckpointWriter(held, self.state.tensors(), saved_metrics, aside, self.stop, note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield
@@ -379,7 +379,7 @@ class TrainingSession:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
             gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
             self.writer.put(denoising_key(label), gif, images_seen=images_seen)
-            rows = metrics.read_rows(self.plan.run, self.writer.segments)
+            rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, note)
             self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
             self.writer.wait()
 

@@ -15,7 +15,7 @@ from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
 from job.runs.checkpoints import newest_good
-from job.runs.layout import SAMPLES, ObjectKind, located
+from job.runs.layout import SAMPLES, ObjectKind, places_in
 from job.runs.metrics import Row, read_rows
 from job.store import Store
 
@@ -63,8 +63,12 @@ def read_ending(run: Store) -> Ending:
         (manifest.fence, manifest.images_seen),
         hashes,
         manifest.loss_sums,
-        read_rows(run, manifest.metric_segments),
-        {entry.key: _pixels_sha256(run.read(entry.key).data) for entry in run.list(SAMPLES) if _is_picture(entry.key)},
+        read_rows(run, manifest.metrics),
+        {
+            key: _pixels_sha256(run.read(key).data)
+            for key, place in places_in(run, SAMPLES).items()
+            if place.kind is ObjectKind.PICTURE
+        },
     )
 
 
@@ -76,13 +80,11 @@ def saved_images(run: Store) -> dict[str, str]:
         if name.startswith("piece-") and name.endswith(".tar"):
             pieces[name] = hashlib.sha256(run.read(entry.key).data).hexdigest()
         elif name == "index.json":
-            listed = {piece["name"]: piece["sha256"] for piece in json.loads(run.read(entry.key).data)["pieces"]}
+            listed = {
+                piece["key"].rpartition("/")[2]: piece["sha256"]
+                for piece in json.loads(run.read(entry.key).data)["pieces"]
+            }
     return pieces if pieces == listed else {}
-
-
-def _is_picture(key: str) -> bool:
-    place = located(key)
-    return place is not None and place.kind is ObjectKind.PICTURE
 
 
 def _pixels_sha256(data: bytes) -> str:

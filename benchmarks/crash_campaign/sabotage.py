@@ -20,7 +20,10 @@ def _manifest_first(module: Any, trace: Any) -> None:
     def upload_later(writer: Any, ref: Any) -> Any:
         late.append(lambda: upload_files(writer, ref))
         with module.scratch_folder("sabotage") as folder:
-            return tuple(module._write_part(folder / name, tensors) for name, tensors in writer._parts.items())
+            return tuple(
+                module._write_part(folder / name, f"{ref.key}/{name}", tensors)
+                for name, tensors in writer._parts.items()
+            )
 
     def commit_and_upload(run: Any, manifest: Any) -> None:
         commit_manifest(run, manifest)
@@ -32,7 +35,7 @@ def _manifest_first(module: Any, trace: Any) -> None:
 def _fence_ignored(lease: Any, trace: Any) -> None:
     lease.Lease.confirm = lambda this: None
     lease.Lease.check_lost = lambda this: None
-    lease.Lease.lost = property(lambda this: False)
+    lease.Lease.lost = property(lambda this: "", lambda this, lost: None)
 
 
 def _position_off_by_one(session: Any, trace: Any) -> None:

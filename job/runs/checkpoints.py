@@ -14,63 +14,26 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.exits import BadDataError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, ObjectKind, located
-from job.runs.records import attempt_id
-from job.sealed import SHA256_PATTERN, Sealed
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
+from job.runs.records import NamedObject, RunRecord, attempt_id
+from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 from job.store.scratch import scratch_folder
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4
-PARALLEL_READS = 16
-"""Small objects that are read at a time."""
 
 
-class FileRecord(BaseModel):
-    """One file of a checkpoint."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^[a-z]+-\d{2,}\.safetensors$")
-    bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-    @property
-    def group(self) -> str:
-        """Of its tensors: `model`, `ema` or `optimizer`."""
-        return self.name.partition("-")[0]
-
-
-class MetricSegment(BaseModel):
-    """Metric rows up to this checkpoint and since the one before, in an object of their own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=r"^\d{6}-\d{12}$")
-    sha256: str = Field(pattern=SHA256_PATTERN)
-    events_sha256: str = Field(pattern=SHA256_PATTERN)
-
-    @property
-    def key(self) -> str:
-        """The rows, as JSON lines."""
-        return ObjectKind.METRICS.key(checkpoint=self.name)
-
-    @property
-    def events_key(self) -> str:
-        """The same rows, as TensorBoard events."""
-        return ObjectKind.EVENTS.key(checkpoint=self.name)
-
-
-class Manifest(Sealed):
+class Manifest(RunRecord):
     """What was committed. Its existence is the commit."""
 
     format: int = Field(default=1, ge=1, le=1)
@@ -82,20 +45,23 @@ class Manifest(Sealed):
     world_size: int = Field(ge=1)
     loss_sums: list[list[float]]
     """What has been added up for the next row of the metrics."""
-    files: tuple[FileRecord, ...]
-    metric_segments: tuple[MetricSegment, ...] = ()
+    files: tuple[NamedObject, ...]
+    metrics: tuple[NamedObject, ...] = ()
+    """Of the run until here: what `job.runs.metrics` makes of the rows since the checkpoint before, and so on."""
 
     @property
     def ref(self) -> CheckpointRef:
         """Its place in the order."""
         return CheckpointRef(self.fence, self.images_seen)
 
+    def is_at(self, place: Located) -> bool:
+        """In the folder of its checkpoint."""
+        return self.ref == place.checkpoint
+
     @property
     def objects(self) -> dict[str, str]:
         """SHA-256 of each object that it names, by key."""
-        files = {f"{self.ref.key}/{file.name}": file.sha256 for file in self.files}
-        rows = {segment.key: segment.sha256 for segment in self.metric_segments}
-        return files | rows | {segment.events_key: segment.events_sha256 for segment in self.metric_segments}
+        return {named.key: named.sha256 for named in (*self.files, *self.metrics)}
 
 
 class Latest(Sealed):
@@ -117,8 +83,8 @@ def commit_manifest(run: Store, manifest: Manifest) -> None:
 
 def list_checkpoints(run: Store) -> list[CheckpointRef]:
     """All committed checkpoints, oldest first."""
-    found = (located(entry.key) for entry in run.list(CHECKPOINTS))
-    return sorted(place.checkpoint for place in found if place and place.kind is ObjectKind.MANIFEST)
+    places = places_in(run, CHECKPOINTS).values()
+    return sorted(place.checkpoint for place in places if place.kind is ObjectKind.MANIFEST)
 
 
 def by_progress(refs: list[CheckpointRef]) -> dict[int, CheckpointRef]:
@@ -134,11 +100,9 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
         BadDataError: it is rotten, or not the one of this place, or another run's, moved or copied here.
         ObjectMissingError: it is gone.
     """
-    manifest, uri = Manifest.load(run, ref.manifest_key), run.uri_of(ref.manifest_key)
-    if manifest.ref != ref:
-        raise BadDataError(f"{uri} belongs to {manifest.ref.key}")
+    manifest = Manifest.load(run, ref.manifest_key)
     if attempt_id(run, ref.fence) not in ("", manifest.attempt):
-        raise BadDataError(f"{uri} was not written by attempt {ref.fence} of this run")
+        raise BadDataError(f"{run.uri_of(ref.manifest_key)} was not written by attempt {ref.fence} of this run")
     return manifest
 
 
@@ -160,12 +124,11 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
 
 def is_there(run: Store, ref: CheckpointRef) -> bool:
     """Whether a checkpoint's manifest is sound and its files have the sizes that it says; reads no more than that."""
-    try:
-        manifest = load_manifest(run, ref)
-    except (BadDataError, ObjectMissingError):
-        return False
-    sizes = {entry.key.rpartition("/")[2]: entry.size_bytes for entry in run.list(ref.key)}
-    return all(sizes.get(record.name) == record.bytes for record in manifest.files)
+    with suppress(BadDataError, ObjectMissingError):
+        files = load_manifest(run, ref).files
+        sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
+        return all(sizes.get(file.key) == file.size_bytes for file in files)
+    return False
 
 
 @contextmanager
@@ -174,8 +137,7 @@ def newest_good(
 ) -> Iterator[Restored | None]:
     """The newest checkpoint whose every file verifies, or none if there are none: what an attempt goes on from.
 
-    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost rows and no work: the
-    checkpoint is used without them, and its manifest then does not name them any more.
+    Damaged ones are named through `warn` and go into `aside`. Metrics that are damaged cost no work: see `read_rows`.
 
     Raises:
         BadDataError: there are checkpoints, but none of them verifies.
@@ -197,7 +159,7 @@ def newest_good(
                 if aside is not None:
                     aside.add(ref)
             else:
-                yield replace(found, manifest=_without_damaged_rows(run, found.manifest, warn))
+                yield found
                 return
     if problems:
         raise BadDataError(
@@ -215,25 +177,30 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
         BadDataError: it is damaged, or another run's; the message names the object.
     """
     manifest = load_manifest(run, ref)
-    records = [record for record in manifest.files if not groups or record.group in groups]
+    wanted = [file for file in manifest.files if not groups or group_of(file) in groups]
     with scratch_folder("restore") as folder:
 
-        def fetch(record: FileRecord) -> Path:
-            key, path = f"{ref.key}/{record.name}", folder / record.name
+        def fetch(named: NamedObject) -> Path:
+            path, uri = folder / named.name, run.uri_of(named.key)
             try:
-                run.download(key, path)
+                run.download(named.key, path)
             except ObjectMissingError:
-                raise BadDataError(f"{run.uri_of(key)} is missing, though its manifest is there") from None
+                raise BadDataError(f"{uri} is missing, though its manifest is there") from None
             with path.open("rb") as file:
-                if sha256_of(file) != record.sha256:
-                    raise BadDataError(f"{run.uri_of(key)} is rotten: its SHA-256 is not the one in the manifest")
+                if sha256_of(file) != named.sha256:
+                    raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the manifest")
             return path
 
         files: dict[str, list[Path]] = {}
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-            for record, path in zip(records, pool.map(fetch, records), strict=True):
-                files.setdefault(record.group, []).append(path)
+            for named, path in zip(wanted, pool.map(fetch, wanted), strict=True):
+                files.setdefault(group_of(named), []).append(path)
         yield Restored(manifest, files)
+
+
+def group_of(file: NamedObject) -> str:
+    """Which tensors it holds: `model`, `ema` or `optimizer`."""
+    return file.name.partition("-")[0]
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -275,69 +242,31 @@ class Restored:
                 raise BadDataError(f"{self.manifest.ref.key}: tensor {min(missing)!r} is in no {group} file")
 
 
-def _without_damaged_rows(run: Store, manifest: Manifest, warn: Callable[[str], None]) -> Manifest:
-    whole, lost = list[MetricSegment](), list[str]()
-
-    def check(segment: MetricSegment) -> str:
-        try:
-            read_segment(run, segment)
-        except BadDataError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(PARALLEL_READS) as pool:
-        for segment, problem in zip(manifest.metric_segments, pool.map(check, manifest.metric_segments), strict=True):
-            if problem:
-                lost.append(problem)
-            else:
-                whole.append(segment)
-    if lost:
-        warn(f"using checkpoint {run.uri}/{manifest.ref.key} without metrics that are lost: {'; '.join(lost)}")
-    return manifest.model_copy(update={"metric_segments": tuple(whole)})
-
-
-def read_segment(run: Store, segment: MetricSegment) -> bytes:
-    """The rows of a segment, as JSON lines.
-
-    Raises:
-        BadDataError: it is missing or rotten; the message names it.
-    """
-    uri = run.uri_of(segment.key)
-    try:
-        data = run.read(segment.key).data
-    except ObjectMissingError:
-        raise BadDataError(f"{uri} is missing, though a checkpoint names it") from None
-    if hashlib.sha256(data).hexdigest() != segment.sha256:
-        raise BadDataError(f"{uri} is rotten: its SHA-256 is not the one in the checkpoint")
-    return data
-
-
-def choose(run: Store, run_name: str, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
+def choose(run: Store, wanted: str, dataset_images: int, batch_size_images: int) -> list[CheckpointRef]:
     """Checkpoints by a person's words: `latest`, `all`, or epochs such as `30,80,490`.
 
     Raises:
         MissingInputError: there are none, or not for one of the epochs; the message names those there are.
         BadDataError: there was one.
     """
-    ordered = list(by_progress(list_checkpoints(run)).values())
-    if not ordered:
+    refs = by_progress(list_checkpoints(run))
+    if not refs:
         if lost := lost_manifest(run, []):
-            raise BadDataError(f"run {run_name!r} has no checkpoint any more: {lost}")
-        raise MissingInputError(f"run {run_name!r} has no checkpoint in {run.uri} yet: train it first")
+            raise BadDataError(f"{run.uri} has no checkpoint any more: {lost}")
+        raise MissingInputError(f"{run.uri} has no checkpoint yet: train it first")
     if wanted == "latest":
-        return [max(ordered)]
+        return [max(refs.values())]
     if wanted == "all":
-        return ordered
-    epochs = {
+        return list(refs.values())
+    ends = {
         epoch: ref
-        for ref in ordered
-        for epoch in epochs_completed_by(ref.images_seen, dataset_images, batch_size_images)
+        for images_seen, ref in refs.items()
+        for epoch in epochs_completed_by(images_seen, dataset_images, batch_size_images)
     }
-    chosen = list(dict.fromkeys(map(int, wanted.split(","))))
-    for epoch in chosen:
-        if epoch not in epochs:
-            there = ", ".join(map(str, sorted(epochs))) or "none that ends an epoch; use latest"
-            raise MissingInputError(
-                f"run {run_name!r} has no checkpoint of epoch {epoch}: not kept or not reached (there are: {there})"
-            )
-    return list(dict.fromkeys(epochs[epoch] for epoch in chosen))
+    try:
+        return list(dict.fromkeys(ends[int(epoch)] for epoch in wanted.split(",")))
+    except KeyError as error:
+        there = ", ".join(map(str, sorted(ends))) or "none that ends an epoch; use latest"
+        raise MissingInputError(
+            f"{run.uri} has no checkpoint of epoch {error}: not kept or not reached (there are: {there})"
+        ) from None

@@ -7,8 +7,12 @@ A row is the key of one kind of object below `BUCKET/runs/NAME`. It serves both 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
+
+from job.store import Store
 
 RUNS = "runs"
 CHECKPOINTS = "checkpoints"
@@ -82,7 +86,8 @@ class ObjectKind(Enum):
 class Located:
     """What the key of an object says; fields that its kind does not have are empty, zero or -1."""
 
-    kind: ObjectKind
+    kind: ObjectKind | None
+    """None for what is no part of a run."""
     checkpoint: CheckpointRef = CheckpointRef(0, 0)
     fence: int = 0
     batch: str = ""
@@ -108,23 +113,25 @@ _FIELDS = {
     "unique": "[0-9a-f]{1,32}",
 }
 """How each field is written in a key."""
+_READ: dict[str, Callable[[str], Any]] = {
+    **dict.fromkeys(("batch", "of", "sha256"), str),
+    **dict.fromkeys(("fence", "piece"), int),
+    "checkpoint": CheckpointRef.parse,
+}
+"""Those that are read out of it again."""
 
 
-def located(key: str) -> Located | None:
-    """The kind of the object at `key`, below a run, and what else its key says; none if it is no part of a run."""
+def located(key: str) -> Located:
+    """The kind of the object at `key`, below a run, and what else its key says."""
     for kind, pattern in _PATTERNS:
         if match := pattern.fullmatch(key):
-            field = match.groupdict().get
-            return Located(
-                kind,
-                CheckpointRef.parse(field("checkpoint", "0-0")),
-                int(field("fence", 0)),
-                field("batch", ""),
-                int(field("piece", -1)),
-                field("of", ""),
-                field("sha256", ""),
-            )
-    return None
+            return Located(kind, **{field: _READ[field](match[field]) for field in _READ.keys() & pattern.groupindex})
+    return Located(None)
+
+
+def places_in(run: Store, *folders: str) -> dict[str, Located]:
+    """All objects in these folders of a run, or in all of it, by key."""
+    return {entry.key: located(entry.key) for folder in folders or ("",) for entry in run.list(folder)}
 
 
 def _pattern(kind: ObjectKind) -> re.Pattern[str]:

@@ -20,7 +20,7 @@ from pydantic import Field
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs.layout import ObjectKind
-from job.runs.records import utc_now
+from job.runs.records import MOMENT, utc_now
 from job.sealed import Sealed
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
@@ -47,7 +47,7 @@ class LeaseRecord(Sealed):
     renewal: int = Field(ge=0)
     """Goes up with every write, so that no two are alike: a store tells its own lost answers by the content."""
     released: bool
-    since: str = Field(pattern=r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
+    since: str = Field(pattern=MOMENT)
     """For people only: nothing is decided by it."""
     process: ProcessIdentity
 
@@ -144,6 +144,7 @@ class Lease:
     Attributes:
         fence: higher than that of everybody who held the run before.
         holder: unique to this holder.
+        lost: which other attempt is known to have taken the run, for people; empty while none is.
     """
 
     def __init__(
@@ -153,7 +154,7 @@ class Lease:
         self.fence, self.holder = record.fence, record.holder
         self._run, self._record, self._version, self._note = run, record, version, note
         self._uri = run.uri_of(LEASE_KEY)
-        self._confirmed_at, self._lost = asked_at, ""
+        self._confirmed_at, self.lost = asked_at, ""
         self._lock, self._closing = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()
@@ -218,19 +219,14 @@ class Lease:
             raise BucketAwayError(f"{self._uri} was given back: nothing more is written")
         self._renew()
 
-    @property
-    def lost(self) -> bool:
-        """Whether another attempt is known to have taken the run; asks nobody."""
-        return bool(self._lost)
-
     def check_lost(self) -> None:
         """Raises if the run is known to be lost; cheap enough for every step.
 
         Raises:
             LostRunError: another attempt took the run.
         """
-        if self._lost:
-            raise LostRunError(self._lost)
+        if self.lost:
+            raise LostRunError(self.lost)
 
     def close(self, timeout_seconds: float = float("inf")) -> None:
         """Gives the lease back if the bucket answers in that time or `CLOSE_SECONDS`; the fence stays in the record."""
@@ -286,6 +282,6 @@ class Lease:
             if record is None:
                 self._note(f"{self._uri} was {'damaged' if self._version else 'deleted'}: writing it anew")
             elif record.holder != self.holder:
-                self._lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
+                self.lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
         self.check_lost()
         raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out who else writes it")

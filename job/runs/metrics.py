@@ -1,35 +1,29 @@
 """Metrics: JSON lines and TensorBoard events, in segments that are committed with checkpoints.
 
 A bucket cannot append, and a killed attempt must leave neither gaps nor duplicates. So the rows since the last
-checkpoint travel with the next one, as an object of their own that its manifest names; what was logged after the last
+checkpoint travel with the next one, as objects of their own that its manifest names; what was logged after the last
 commit is logged again by the attempt that computes it again.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from job.exits import BadDataError
-from job.runs.checkpoints import MetricSegment, read_segment
-from job.runs.layout import CheckpointRef
+from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.records import NamedObject
 from job.store import Store
 from job.store.scratch import scratch_folder
 
 Row = dict[str, Any]
 
 
-def segment_objects(rows: list[Row], ref: CheckpointRef) -> tuple[MetricSegment, dict[str, bytes]]:
-    """The rows as a segment for a manifest, and the objects to upload: JSON lines, and TensorBoard events."""
-    name = str(ref)
+def metric_objects(rows: list[Row], ref: CheckpointRef) -> dict[str, bytes]:
+    """The rows as two objects by their keys: JSON lines, and TensorBoard events."""
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    events = _events(rows)
-    segment = MetricSegment(
-        name=name, sha256=hashlib.sha256(lines).hexdigest(), events_sha256=hashlib.sha256(events).hexdigest()
-    )
-    return segment, {segment.key: lines, segment.events_key: events}
+    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _events(rows)}
 
 
 def _events(rows: list[Row]) -> bytes:
@@ -46,27 +40,19 @@ def _events(rows: list[Row]) -> bytes:
         return path.read_bytes()
 
 
-def read_rows(run: Store, segments: Iterable[MetricSegment]) -> list[Row]:
-    """The rows of a checkpoint's segments, in order.
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None) -> list[Row]:
+    """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
 
     Raises:
-        BadDataError: a segment is missing or rotten; the message names it.
+        BadDataError: an object is missing or rotten; the message names it.
     """
     rows: list[Row] = []
-    for segment in segments:
-        try:
-            found = [json.loads(line) for line in read_segment(run, segment).splitlines()]
-        except (ValueError, RecursionError):
-            found = [None]
-        if not all(map(_is_row, found)):
-            raise BadDataError(f"{run.uri_of(segment.key)} holds no metrics, though a checkpoint vouches for it")
-        rows += found
+    for segment in named:
+        if located(segment.key).kind is ObjectKind.METRICS:
+            try:
+                rows += map(json.loads, segment.read(run).splitlines())
+            except BadDataError as error:
+                if warn is None:
+                    raise
+                warn(f"going on without rows of the metrics: {error}")
     return rows
-
-
-def _is_row(row: object) -> bool:
-    return isinstance(row, dict) and {"images_seen", "loss"} <= row.keys() and all(map(_is_number, row.values()))
-
-
-def _is_number(value: object) -> bool:
-    return value is None or isinstance(value, int | float)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from job.exits import BadDataError, BadRequestError
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints
-from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, located
+from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
 from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
@@ -39,18 +39,19 @@ def list_runs(bucket_uri: str) -> None:
         refs, status = list_checkpoints(run), read_status(run)
         cells = ["not started", *"----"]
         if status is not None:
-            cells = [
-                state_of(status),
-                f"{status.epoch:.1f}",
-                f"{status.images_seen:,}/{status.target_images:,}",
-                "-" if status.loss is None else f"{status.loss:.4f}",
-                "-" if status.images_per_second is None else f"{status.images_per_second:.1f}",
-            ]
+            seen = f"{status.images_seen:,}/{status.target_images:,}"
+            cells = [state_of(status), f"{status.epoch:.1f}", seen, *_loss_and_speed(status)]
         table.add_row(name, *cells, f"{max(refs).images_seen:,}" if refs else "-")
     if table.row_count:
         print_table(table)
     else:
         print(f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
+
+
+def _loss_and_speed(status: Status) -> list[str]:
+    """Before the first row of the metrics nobody knows them."""
+    shown = ((status.loss, ".4f"), (status.images_per_second, ".1f"))
+    return ["-" if value is None else format(value, how) for value, how in shown]
 
 
 def print_table(table: Table) -> None:
@@ -75,10 +76,8 @@ def show_run(bucket_uri: str, name: str) -> None:
     if (status := read_status(run)) is not None:
         print(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
         print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
-        if status.loss is not None:
-            print(f"loss        {status.loss:.4f}")
-        if status.images_per_second is not None:
-            print(f"speed       {status.images_per_second:.1f} images/s")
+        loss, speed = _loss_and_speed(status)
+        print(f"loss        {loss}\nspeed       {speed} images/s")
     if refs := by_progress(list_checkpoints(run)):
         newest, dataset_images = refs[max(refs)], records.dataset_images_of(bucket, config)
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
@@ -121,9 +120,6 @@ def state_of(status: Status) -> str:
 def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
     lines = [f"checkpoints {run.uri}/checkpoints"]
-    for folder in (SAMPLES, ObjectKind.FIGURE.folder):
-        for entry in run.list(folder):
-            # The images of a batch are not shown one by one.
-            if (place := located(entry.key)) and place.kind in PICTURES:
-                lines.append(f"picture     {run.uri_of(entry.key)}")
-    return "\n".join(lines)
+    # The images of a batch are not shown one by one.
+    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder).items()
+    return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key, place in places if place.kind in PICTURES)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import re
 import socket
 import threading
@@ -12,23 +11,25 @@ import uuid
 from calendar import timegm
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any
+from typing import Any, Self
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field
 
 from job.code_version import code_version
 from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
-from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, ObjectKind, located
-from job.sealed import Sealed
+from job.exits import BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
+from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
+from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 UTC = "%Y-%m-%dT%H:%M:%SZ"
+MOMENT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
+"""How `utc_now` says it."""
 _RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
@@ -39,10 +40,7 @@ def validated_run_name(name: str) -> str:
         BadRequestError: it cannot.
     """
     if not _RUN_NAME.fullmatch(name):
-        raise BadRequestError(
-            f"{name!r} cannot be a run's name: use 1 to 63 lower-case letters, digits and '-', "
-            "beginning and ending with a letter or digit"
-        )
+        raise BadRequestError(f"{name!r} cannot be a run's name: use up to 63 lower-case letters, digits, inner '-'")
     return name
 
 
@@ -58,27 +56,22 @@ def load_config(run: Store) -> RunConfig | None:
         BadDataError: it is missing, rotten, another run's, or not readable by this version.
     """
     attempt, uri = last_attempt(run), run.uri_of(CONFIG_KEY)
-    what_to_do = "Restore it, or start another run; what may change is changed with --set"
     try:
         data = run.read(CONFIG_KEY).data
     except ObjectMissingError:
         if attempt is None:
             return None
+        delete = f"ddpm runs delete {run.uri.rpartition('/')[2]} --yes"
         raise BadDataError(
-            f"{uri} is missing, though the run was begun: restore it, or delete the rest of the run "
-            f"(ddpm runs delete {run.uri.rsplit('/', 1)[-1]} --yes)"
+            f"{uri} is missing, though the run was begun: restore it, or delete the rest of the run ({delete})"
         ) from None
-    first_line, _, text = data.partition(b"\n")
-    if first_line != _seal(text):
-        raise BadDataError(f"{uri} is not as it was written: its SHA-256 differs. {what_to_do}")
-    if attempt is not None and attempt.config_file_sha256 != hashlib.sha256(data).hexdigest():
-        raise BadDataError(f"{uri} is not the one of attempt {attempt.fence}: one is another run's. {what_to_do}")
+    what_to_do = "Restore it, or start another run; what may change is changed with --set"
+    if attempt and attempt.config_sha256 != hashlib.sha256(data).hexdigest():
+        raise BadDataError(f"{uri} is not as attempt {attempt.fence} found it, or another run's. {what_to_do}")
     try:
-        return validated(flatten(parse_yaml(text)), uri)
-    except (yaml.YAMLError, AttributeError, UnicodeDecodeError):
-        raise BadDataError(f"{uri} is not a configuration: restore it or start another run") from None
-    except JobError as error:
-        raise BadDataError(f"{error}: another version of the program wrote it, or it is damaged") from None
+        return validated(flatten(parse_yaml(data)), uri)
+    except (yaml.YAMLError, AttributeError, JobError) as error:
+        raise BadDataError(f"{uri} is no configuration, or another version's ({error}). {what_to_do}") from None
 
 
 def existing_config(bucket: Store, name: str) -> RunConfig:
@@ -87,10 +80,14 @@ def existing_config(bucket: Store, name: str) -> RunConfig:
     Raises:
         MissingInputError: there is no such run.
     """
-    config = load_config(run_store(bucket, name))
-    if config is None:
-        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
-    return config
+    if config := load_config(run_store(bucket, name)):
+        return config
+    raise no_such_run(bucket, name)
+
+
+def no_such_run(bucket: Store, name: str) -> MissingInputError:
+    """The error about a run that is not there."""
+    return MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
 
 
 def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
@@ -103,14 +100,12 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
     try:
         changes = load_attempt(run, fences[-1]).changes if (fences := attempt_fences(run)) else {}
     except BadDataError as error:
-        raise BadDataError(
-            f"{error}; it says what was changed with --set since the run began: restore it, or delete it and say that "
-            "again"
-        ) from None
+        what_to_do = "restore it, or delete it and say that again"
+        raise BadDataError(f"{error}; it says what was changed with --set since the run began: {what_to_do}") from None
     return validated(config.flat() | changes, run.uri_of(CONFIG_KEY))
 
 
-def config_sha256(run: Store) -> str:
+def hash_of_config(run: Store) -> str:
     """Of `config.yaml`, as it lies there."""
     return hashlib.sha256(run.read(CONFIG_KEY).data).hexdigest()
 
@@ -128,17 +123,71 @@ def dataset_images_of(bucket: Store, config: RunConfig) -> int:
     return MAX_IMAGES_SEEN + 1
 
 
-def create_config(run: Store, config: RunConfig) -> RunConfig:
-    """Stores a new run's configuration; if another attempt was first, returns what it stored."""
-    text = config.to_yaml().encode()
+def create_config(run: Store, config: RunConfig) -> None:
+    """Stores a new run's configuration.
+
+    Raises:
+        LostRunError: another attempt was first, with another one.
+    """
     try:
-        run.create(CONFIG_KEY, _seal(text) + b"\n" + text)
+        run.create(CONFIG_KEY, config.to_yaml().encode())
     except ObjectExistsError:
-        return load_config(run) or config
-    return config
+        raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
-class Attempt(Sealed):
+class NamedObject(Part):
+    """What a record says of another object of the run."""
+
+    key: str
+    size_bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @classmethod
+    def of(cls, key: str, data: bytes) -> Self:
+        """An object of this content."""
+        return cls(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    @property
+    def name(self) -> str:
+        """Its name in its folder."""
+        return self.key.rpartition("/")[2]
+
+    def read(self, run: Store) -> bytes:
+        """Its content.
+
+        Raises:
+            BadDataError: it is missing or rotten; the message names it.
+        """
+        try:
+            data = run.read(self.key).data
+        except ObjectMissingError:
+            raise BadDataError(f"{run.uri_of(self.key)} is missing, though a record names it") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise BadDataError(f"{run.uri_of(self.key)} is rotten: its SHA-256 is not the one in its record")
+        return data
+
+
+class RunRecord(Sealed):
+    """A record that says itself where in its run's folder it belongs."""
+
+    def is_at(self, place: Located) -> bool:
+        """Whether it was written for this place."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, store: Store, key: str) -> Self:
+        """As `Sealed.load`.
+
+        Raises:
+            BadDataError: it is also not in its place.
+        """
+        record = super().load(store, key)
+        if not record.is_at(located(key)):
+            raise BadDataError(f"{store.uri_of(key)} is not in its place: it was written for another")
+        return record
+
+
+class Attempt(RunRecord):
     """One try at a run. Fences grow, so that a later attempt's checkpoints always win over an earlier one's."""
 
     fence: int
@@ -146,35 +195,35 @@ class Attempt(Sealed):
     """As which it held the run's lease; no other attempt at any run has it."""
     started: str
     host: str
-    pid: int
     code_version: str
     world_size: int
     device: str
     """What it computes on, and with which PyTorch: rounding depends on both."""
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
-    config_file_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    config_sha256: str = Field(pattern=SHA256_PATTERN)
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
+    def is_at(self, place: Located) -> bool:
+        """In the record of its fence."""
+        return self.fence == place.fence
+
 
 def attempt_fences(run: Store) -> list[int]:
     """The fences of the attempts that are recorded, in order; they have gaps where others held the run."""
-    return sorted(found.fence for entry in run.list(ObjectKind.ATTEMPT.folder) if (found := located(entry.key)))
+    return sorted(place.fence for place in places_in(run, ObjectKind.ATTEMPT.folder).values() if place.kind)
 
 
 def load_attempt(run: Store, fence: int) -> Attempt:
-    """Reads an attempt's record and checks it against its own hash and place.
+    """The record of an attempt.
 
     Raises:
         BadDataError: it is rotten, or another's.
         ObjectMissingError: it is not there.
     """
-    attempt = Attempt.load(run, key := ObjectKind.ATTEMPT.key(fence=fence))
-    if attempt.fence != fence:
-        raise BadDataError(f"{run.uri_of(key)} belongs to attempt {attempt.fence}")
-    return attempt
+    return Attempt.load(run, ObjectKind.ATTEMPT.key(fence=fence))
 
 
 def attempt_id(run: Store, fence: int) -> str:
@@ -196,8 +245,8 @@ def last_attempt(run: Store) -> Attempt | None:
 
 def highest_fence(run: Store) -> int:
     """The highest fence that an attempt or a checkpoint bears; 0 for a new run."""
-    entries = [*run.list(ObjectKind.ATTEMPT.folder), *run.list(CHECKPOINTS)]
-    return max((max(at.fence, at.checkpoint.fence) for entry in entries if (at := located(entry.key))), default=0)
+    places = places_in(run, ObjectKind.ATTEMPT.folder, CHECKPOINTS).values()
+    return max((max(place.fence, place.checkpoint.fence) for place in places), default=0)
 
 
 def record_attempt(
@@ -209,12 +258,11 @@ def record_attempt(
         id=holder,
         started=utc_now(),
         host=socket.gethostname(),
-        pid=os.getpid(),
         code_version=code_version(),
         world_size=world_size,
         device=device,
         changes=changes,
-        config_file_sha256=config_sha256(run),
+        config_sha256=hash_of_config(run),
         previous=max(attempt_fences(run), default=None),
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
@@ -238,10 +286,6 @@ def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:
     return found
 
 
-def _seal(text: bytes) -> bytes:
-    return b"# sha256: " + hashlib.sha256(text).hexdigest().encode()
-
-
 class Status(Sealed):
     """How a run is going. A hint for people: nothing is decided by it but whether to say that a run is finished."""
 
@@ -255,13 +299,7 @@ class Status(Sealed):
     epoch: float
     loss: float | None
     images_per_second: float | None
-    updated: str
-
-    @field_validator("updated")
-    @classmethod
-    def _is_a_time(cls, updated: str) -> str:
-        time.strptime(updated, UTC)
-        return updated
+    updated: str = Field(pattern=MOMENT)
 
 
 def read_status(run: Store) -> Status | None:

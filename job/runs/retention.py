@@ -11,20 +11,17 @@ import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
-from typing import TypeVar
-
-from pydantic import Field
+from typing import NamedTuple, TypeVar
 
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError, LostRunError, MissingInputError
+from job.exits import BadDataError, BadRequestError, LostRunError
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.lease import LEASE_KEY, Lease, load_lease
-from job.sealed import Sealed
 from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
@@ -55,31 +52,30 @@ class Retention:
         return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
 
 
-class Reader(Sealed):
+class Reader(records.RunRecord):
     """Somebody who reads a checkpoint."""
 
     checkpoint: str
-    until: float = Field(gt=0)
-    """Seconds since 1970; minutes of difference between clocks do no harm."""
+    until: float
+    """Seconds since 1970; minutes of difference between clocks do no harm. Who says so longer was killed."""
 
-    @property
-    def is_over(self) -> bool:
-        """Whether whoever said so must have been killed."""
-        return self.until < time.time()
+    def is_at(self, place: Located) -> bool:
+        """In one of the places of its checkpoint."""
+        return self.checkpoint == place.checkpoint.key
 
 
 @contextmanager
-def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) -> Iterator[Callable[[], None]]:
+def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
     """Keeps a checkpoint from being retired, and its run from being deleted, meanwhile.
 
-    Yields a function to be called now and then by whoever takes longer than `seconds`.
+    Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`.
     """
     key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
 
     def renew() -> None:
         nonlocal said_at
-        if time.monotonic() - said_at > seconds / 4:
-            run.put(key, Reader(checkpoint=ref.key, until=time.time() + seconds).to_json())
+        if time.monotonic() - said_at > READING_SECONDS / 4:
+            run.put(key, Reader(checkpoint=ref.key, until=time.time() + READING_SECONDS).to_json())
             said_at = time.monotonic()
 
     renew()
@@ -89,21 +85,14 @@ def reading(run: Store, ref: CheckpointRef, seconds: float = READING_SECONDS) ->
         run.delete(key)
 
 
-def being_read(run: Store) -> tuple[set[CheckpointRef], set[str]]:
-    """The checkpoints that somebody reads, and the keys of readers whose word is rotten, or too old to be believed."""
-    refs, over = set[CheckpointRef](), set[str]()
-    for entry in run.list(ObjectKind.READER.folder):
-        place = located(entry.key)
-        try:
-            if place and not Reader.load(run, entry.key).is_over:
+def being_read(run: Store) -> set[CheckpointRef]:
+    """The checkpoints that somebody reads. A word that is rotten, or too old to be believed, holds nothing."""
+    refs = set()
+    for key, place in places_in(run, ObjectKind.READER.folder).items():
+        with suppress(BadDataError, ObjectMissingError):
+            if Reader.load(run, key).until > time.time():
                 refs.add(place.checkpoint)
-            else:
-                over.add(entry.key)
-        except BadDataError:
-            over.add(entry.key)
-        except ObjectMissingError:
-            pass
-    return refs, over
+    return refs
 
 
 def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
@@ -112,25 +101,27 @@ def delete_checkpoint(run: Store, ref: CheckpointRef) -> None:
     The files of one that somebody began to read meanwhile are left behind, for a later sweep.
     """
     run.delete(ref.manifest_key)
-    if ref not in being_read(run)[0]:
+    if ref not in being_read(run):
         for entry in run.list(ref.key):
             run.delete(entry.key)
 
 
-def leftovers(
-    places: Mapping[str, Located], fence: int, named: Collection[str] | None, over: Collection[str]
-) -> dict[str, str]:
+def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str, str]:
     """Keys of what killed processes left behind, and who left it; it harms nobody.
 
     Args:
+        run: the run's folder.
         places: the objects in question, and all manifests and records of pieces among them.
         fence: attempts from this one on may still be at work.
-        named: keys that manifests name; none if one is damaged, which may name any.
-        over: keys of readers that were killed.
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
-    named, left = places if named is None else named, {}
+    read, left = being_read(run), dict[str, str]()
+    try:
+        named: Collection[str] = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
+    except (BadDataError, ObjectMissingError):
+        # A damaged manifest may name any.
+        named = places
     for key, place in places.items():
         is_old = place.checkpoint.fence < fence
         match place.kind:
@@ -140,19 +131,11 @@ def leftovers(
                 left[key] = "an attempt that is over"
             case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
-            case ObjectKind.READER if key in over:
+            case ObjectKind.READER if place.checkpoint not in read:
                 left[key] = "a reader that was killed"
             case ObjectKind.PROBE:
                 left[key] = "a measurement"
     return left
-
-
-def named_by_manifests(run: Store) -> set[str] | None:
-    """Keys of all objects that a run's manifests name; none if one of them is damaged, which may name any."""
-    try:
-        return {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
-    except (BadDataError, ObjectMissingError):
-        return None
 
 
 def sweep(run: Store, lease: Lease) -> None:
@@ -161,16 +144,14 @@ def sweep(run: Store, lease: Lease) -> None:
     They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
     attempt that computed them again.
     """
-    folders = (CHECKPOINTS, *(kind.folder for kind in (ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.READER)))
-    places = {entry.key: at for folder in folders for entry in run.list(folder) if (at := located(entry.key))}
-    for key in leftovers(places, lease.fence, named_by_manifests(run), being_read(run)[1]):
+    kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.READER)
+    for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence):
         lease.confirm()
         run.delete(key)
     run.sub(CHECKPOINTS).sweep()
 
 
-@dataclass(frozen=True)
-class Removal:
+class Removal(NamedTuple):
     """A checkpoint or an object that is to go."""
 
     key: str
@@ -239,17 +220,16 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
     if keep.keep_every_epochs or keep.keep_epochs:
         dataset_images = load_index(bucket, records.dataset_key_of(config)).images
         why += ", nor of an epoch to keep"
-    old, (read, over) = Retention(config, dataset_images).retire(list_checkpoints(run)), being_read(run)
-    if old:
+    found, read = list[Removal](), being_read(run)
+    if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
         with newest_good(run, note) as newest:
             stays = read | ({newest.manifest.ref} if newest else set())
-        old = [ref for ref in old if ref not in stays]
-    found = [
-        Removal(ref.key, sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/")), why, ref)
-        for ref in old
-    ]
-    places = {key: place for key in sizes if (place := located(key))}
-    for key, who in leftovers(places, fence, named_by_manifests(run), over).items():
+        for ref in old:
+            if ref not in stays:
+                size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
+                found.append(Removal(ref.key, size_bytes, why, ref))
+    places = {key: located(key) for key in sizes}
+    for key, who in leftovers(run, places, fence).items():
         # A sampler says that it reads a checkpoint before it makes its first piece.
         if not (read and places[key].batch):
             found.append(Removal(key, sizes[key], f"left behind by {who}"))
@@ -262,10 +242,9 @@ def _remove(run: Store, removal: Removal) -> bool:
     Samplers hold no lease, but say that they read. They look for a piece's record while they say so, and make the
     record after all that it names is there.
     """
-    place = located(removal.key)
-    if place and place.batch:
-        record_key = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
-        if being_read(run)[0] or run.exists(record_key):
+    if batch := located(removal.key).batch:
+        record_key = ObjectKind.RECORD.key(batch=batch, piece=located(removal.key).piece)
+        if being_read(run) or run.exists(record_key):
             return False
     if removal.ref is None:
         run.delete(removal.key)
@@ -287,7 +266,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
     run = records.run_store(bucket, name)
     entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
     if not entries:
-        raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
+        raise records.no_such_run(bucket, name)
     size_bytes = sum(entry.size_bytes for entry in entries)
     if not certain:
         raise BadRequestError(
@@ -295,8 +274,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
             "add --yes to delete them for good"
         )
     with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
-        read, _ = being_read(run)
-        if read:
+        if read := being_read(run):
             raise LostRunError(f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it")
         # Listed anew, for whoever held the run before may have written since.
         keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
@@ -311,8 +289,8 @@ def _turn(key: str) -> int:
     The configuration goes first, without which nobody goes on with the run, and the attempts last, which say that there
     was one. The lease stays: a woken attempt of the old run would otherwise have a fence as high as one of a new run.
     """
-    place, turns = located(key), {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
-    return turns.get(place.kind, 2) if place else 2
+    turns: dict[ObjectKind | None, int] = {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
+    return turns.get(located(key).kind, 2)
 
 
 def _while_held(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:

@@ -14,20 +14,21 @@ from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
 from job.config import RunConfig
-from job.exits import BadDataError, MissingInputError
+from job.exits import BadDataError
 from job.progress import Progress
-from job.runs import records
-from job.runs.checkpoints import LATEST_KEY, PARALLEL_READS, Latest, Manifest, lost_manifest, sha256_of
-from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, SAMPLES, CheckpointRef, Located, ObjectKind, located
+from job.runs import records, samples
+from job.runs.checkpoints import LATEST_KEY, Latest, Manifest, lost_manifest, sha256_of
+from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
-from job.runs.pictures import LOSS_FIGURE, Provenance, denoising_key, label_of, run_grid_key
-from job.runs.pieces import BatchIndex, Opening, PieceRecord, piece_entry
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
+from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
 HASHERS = 4
+PARALLEL_READS = 16
+"""Small objects that are read at a time."""
 
 RECORD_TYPES: dict[ObjectKind, type[Sealed]] = {
     ObjectKind.ATTEMPT: Attempt,
@@ -83,57 +84,34 @@ class _Verification:
         self._sizes = {entry.key: entry.size_bytes for entry in self._run.list()}
         # A lease alone is what is left of a run that was deleted.
         if not self._sizes.keys() - {LEASE_KEY}:
-            raise MissingInputError(f"there is no run {name!r} in {bucket.uri}: `ddpm runs list` shows those there are")
-        self._places = {key: place for key in self._sizes if (place := located(key))}
+            raise records.no_such_run(bucket, name)
+        self._places = {key: located(key) for key in self._sizes}
         self._records: dict[str, Sealed] = {}
         """Those that are sound, in their place and this run's."""
-        self._problems: list[str] = []
-        self._missed: dict[str, str] = {}
+        self._problems: dict[str, str] = {}
+        """By key, the first that was found."""
 
     def findings(self) -> Findings:
         """Checks everything; in the order in which one thing is needed to judge the next."""
         with ThreadPoolExecutor(PARALLEL_READS) as pool:
-            self._problems += pool.map(self._load, self._keys(*RECORD_TYPES))
+            list(pool.map(self._load, self._keys(*RECORD_TYPES)))
         config = self._look_at_config()
         self._look_at_attempts()
         self._look_at_batches()
-        manifests = self._all(Manifest).values()
-        refs = [self._places[key].checkpoint for key in self._keys(ObjectKind.MANIFEST)]
-        named = {key for manifest in manifests for key in manifest.objects} if len(manifests) == len(refs) else None
-        over = [key for key, reader in self._all(Reader).items() if reader.is_over]
-        left = leftovers(self._places, 10**6, named, over)
-        self._look_for_lost(config, refs, left)
+        left = leftovers(self._run, self._places, 10**6)
+        self._look_for_lost(config, left)
         names = self._names()
         self._look_for_strangers(self._sizes.keys() - names.keys() - left.keys())
         bar = Progress(f"verifying {self._name}", total=len(names), unit="objects")
         with bar, ThreadPoolExecutor(HASHERS) as pool:
-            for done, problem in enumerate(pool.map(lambda key: self._differing(names, key), names), 1):
-                self._problems.append(problem)
+            for done, _ in enumerate(pool.map(lambda key: self._compare(names, key), names), 1):
                 bar.update(done)
         return Findings(
-            sorted(filter(None, [*self._problems, *self._missed.values()])),
+            sorted(self._problems.values()),
             len(self._sizes),
             sum(self._sizes.values()),
             {key: self._sizes[key] for key in sorted(left)},
         )
-
-    def _differing(self, names: Mapping[str, _Named], key: str) -> str:
-        """What is wrong with an object that others name, or nothing."""
-        (by, sha256s), run, uri = names[key], self._run, self._run.uri_of(key)
-        try:
-            with run.open(key) as file:
-                sha256 = sha256_of(file)
-        except ObjectMissingError:
-            # What was retired since it was listed is not missed.
-            return f"{uri} is missing, though {by} names it" if run.exists(by) else ""
-        # A picture may have been drawn anew since the run was listed.
-        if sha256 in sha256s or run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
-            return ""
-        if owner := next((other for other, name in names.items() if sha256 in name.sha256s), ""):
-            return f"{uri} holds what belongs to {owner}"
-        if not sha256s:
-            return f"{uri} is rotten, or was put there by something else: nothing in {by} has its SHA-256"
-        return f"{uri} is rotten or cut off: its SHA-256 is not the one in {by}"
 
     def _keys(self, *kinds: ObjectKind) -> list[str]:
         return [key for key, place in self._places.items() if place.kind in kinds]
@@ -142,43 +120,62 @@ class _Verification:
         return {key: record for key, record in self._records.items() if isinstance(record, kind)}
 
     def _bad(self, key: str, what: str) -> None:
-        self._problems.append(f"{self._run.uri_of(key)} {what}")
+        self._problems.setdefault(key, f"{self._run.uri_of(key)} {what}")
 
     def _missing(self, key: str, why: str) -> None:
         if key not in self._sizes:
-            self._missed.setdefault(key, f"{self._run.uri_of(key)} is missing, though {why}")
+            self._bad(key, f"is missing, though {why}")
 
-    def _load(self, key: str) -> str:
-        """Loads a record; what is wrong with it, or nothing."""
-        place = self._places[key]
+    def _foreign(self, key: str, why: str) -> None:
+        self._bad(key, f"is another run's: {why}")
+        del self._records[key]
+
+    def _load(self, key: str) -> None:
+        kind = self._places[key].kind
+        assert kind
+        with suppress(ObjectMissingError):
+            try:
+                self._records[key] = RECORD_TYPES[kind].load(self._run, key)
+            except BadDataError as error:
+                self._problems[key] = str(error)
+
+    def _compare(self, names: Mapping[str, _Named], key: str) -> None:
+        """Compares an object with what others say about it."""
+        (by, sha256s), run = names[key], self._run
         try:
-            record = RECORD_TYPES[place.kind].load(self._run, key)
+            with run.open(key) as file:
+                sha256 = sha256_of(file)
         except ObjectMissingError:
-            return ""
-        except BadDataError as error:
-            return str(error)
-        if not _is_in_place(record, place):
-            return f"{self._run.uri_of(key)} is not in its place: it was written for another"
-        self._records[key] = record
-        return ""
+            # What was retired since it was listed is not missed.
+            if run.exists(by):
+                self._bad(key, f"is missing, though {by} names it")
+            return
+        # A picture may have been drawn anew since the run was listed.
+        if sha256 in sha256s or run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
+            return
+        if owner := next((other for other, name in names.items() if sha256 in name.sha256s), ""):
+            self._bad(key, f"holds what belongs to {owner}")
+        elif sha256s:
+            self._bad(key, f"is rotten or cut off: its SHA-256 is not the one in {by}")
+        else:
+            self._bad(key, f"is rotten, or was put there by something else: nothing in {by} has its SHA-256")
 
     def _look_at_config(self) -> RunConfig | None:
         """The configuration with what was changed later, if that is known."""
         try:
             config = records.load_config(self._run)
         except BadDataError as error:
-            self._problems.append(str(error))
+            self._problems[CONFIG_KEY] = str(error)
             return None
         if config is None:
             # An attempt that begins takes the lease and measures the bucket first.
             if len(self._keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(self._sizes):
                 self._missing(CONFIG_KEY, "there are other objects of the run")
             return None
-        sha256 = records.config_sha256(self._run)
+        sha256 = records.hash_of_config(self._run)
         for key, attempt in self._all(Attempt).items():
-            if attempt.config_file_sha256 != sha256:
-                self._bad(key, "is another run's: it is about another configuration")
-                del self._records[key]
+            if attempt.config_sha256 != sha256:
+                self._foreign(key, "it is about another configuration")
         # Without what was changed later nobody knows which checkpoints are to be there; the damage has been told.
         with suppress(BadDataError):
             return records.as_last_changed(self._run, config)
@@ -186,53 +183,44 @@ class _Verification:
 
     def _look_at_attempts(self) -> None:
         """Attempts against each other, and what says by which it was written against that attempt."""
-        attempts = {attempt.fence: attempt for attempt in self._all(Attempt).values()}
+        ids = {attempt.fence: attempt.id for attempt in self._all(Attempt).values()}
         for key, record in list(self._records.items()):
             match record:
                 case Attempt(previous=int(previous)):
                     self._missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
                 case Manifest() | Status() | Provenance():
                     self._missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
-                    known = attempts.get(record.fence)
-                    if known and record.attempt not in ("", known.id):
-                        self._bad(key, f"is another run's: attempt {known.fence} of this one did not write it")
-                        del self._records[key]
-                case LeaseRecord():
-                    known = attempts.get(record.fence)
-                    if known and record.holder != known.id:
-                        self._bad(key, f"is another run's: attempt {known.fence} of this one did not hold it")
+                    if record.attempt not in ("", ids.get(record.fence, record.attempt)):
+                        self._foreign(key, f"attempt {record.fence} of this one did not write it")
+                case LeaseRecord() if record.holder != ids.get(record.fence, record.holder):
+                    self._foreign(key, f"attempt {record.fence} of this one did not hold it")
 
     def _look_at_batches(self) -> None:
         """Records of pieces against what is drawn, and the index against the records."""
-        pieces: dict[str, dict[int, PieceRecord]] = {}
         for key, record in self._all(PieceRecord).items():
-            pieces.setdefault(self._places[key].batch, {})[record.number] = record
-        for batch in {place.batch for place in self._places.values() if place.batch}:
+            batch = self._places[key].batch
             drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
-            self._missing(drawing_key, "there are images of it")
             opening, index = self._records.get(drawing_key), self._records.get(index_key)
-            for number, record in pieces.get(batch, {}).items():
-                if isinstance(opening, Opening) and record.drawing != opening.drawing:
-                    key = ObjectKind.RECORD.key(batch=batch, piece=number)
-                    self._bad(key, f"is about another drawing than {drawing_key}")
-            if isinstance(index, BatchIndex):
-                if any(piece_entry(record) != index.pieces[number] for number, record in pieces.get(batch, {}).items()):
-                    self._bad(index_key, "does not say what the records of its pieces say")
-                recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
-                for key in (ObjectKind.GRID.key(batch=batch), *recorded):
-                    self._missing(key, f"{index_key} says that everything is there")
+            if isinstance(opening, Opening) and record.drawing != opening.drawing:
+                self._bad(key, f"is about another drawing than {drawing_key}")
+            if isinstance(index, BatchIndex) and record.in_index != index.pieces[record.number]:
+                self._bad(index_key, "does not say what the records of its pieces say")
+        for key, index in self._all(BatchIndex).items():
+            batch = self._places[key].batch
+            recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
+            for other in (ObjectKind.GRID.key(batch=batch), *recorded):
+                self._missing(other, f"{key} says that everything is there")
+        for batch in {place.batch for place in self._places.values() if place.batch}:
+            self._missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
 
     def _names(self) -> dict[str, _Named]:
         """What manifests, records of pieces and records of where pictures come from say about other objects."""
         names: dict[str, _Named] = {}
-        for by, record in self._records.items():
-            if isinstance(record, Manifest):
-                names |= {key: _Named(by, [sha256]) for key, sha256 in record.objects.items()}
-            elif isinstance(record, PieceRecord):
-                folder = f"{SAMPLES}/{self._places[by].batch}"
-                names |= {f"{folder}/{file.name}": _Named(by, [file.sha256]) for file in record.files}
-        for key in self._keys(*PICTURES):
-            names[key] = _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", [])
+        for by, manifest in self._all(Manifest).items():
+            names |= {key: _Named(by, [sha256]) for key, sha256 in manifest.objects.items()}
+        for by, record in self._all(PieceRecord).items():
+            names |= {file.key: _Named(by, [file.sha256]) for file in record.files}
+        names |= {key: _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", []) for key in self._keys(*PICTURES)}
         for place in self._places.values():
             if place.of in names:
                 names[place.of].sha256s.append(place.sha256)
@@ -240,24 +228,23 @@ class _Verification:
 
     def _look_for_strangers(self, unnamed: Iterable[str]) -> None:
         """What is no part of a run, or lies beside objects of something whole that does not name it."""
-        whole: set[object] = {manifest.ref for manifest in self._all(Manifest).values()}
-        whole |= {(self._places[key].batch, record.number) for key, record in self._all(PieceRecord).items()}
         for key in unnamed:
-            place = self._places.get(key)
-            if (
-                place is None
-                or (place.kind is ObjectKind.TENSORS and place.checkpoint in whole)
-                or (place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE) and (place.batch, place.piece) in whole)
-            ):
+            place, by = self._places[key], ""
+            if place.kind is ObjectKind.TENSORS:
+                by = place.checkpoint.manifest_key
+            elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
+                by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
+            if place.kind is None or by in self._records:
                 self._bad(key, "is no part of the run: move it elsewhere, or delete it")
 
-    def _look_for_lost(self, config: RunConfig | None, refs: list[CheckpointRef], left: Iterable[str]) -> None:
+    def _look_for_lost(self, config: RunConfig | None, left: Iterable[str]) -> None:
         """What a run like this one must have.
 
         An attempt commits in order, so a checkpoint before another of the same attempt was there, and so was one whose
         metrics another names. If the run's rules would not have retired it, somebody else deleted its manifest.
         A finished run has its last pictures; others may be deleted by whoever likes.
         """
+        refs = [self._places[key].checkpoint for key in self._keys(ObjectKind.MANIFEST)]
         if self._keys(ObjectKind.ATTEMPT):
             self._missing(LEASE_KEY, "there were attempts")
         if refs:
@@ -268,33 +255,19 @@ class _Verification:
         # One that is rotten has been told.
         with suppress(BadDataError):
             if lost := lost_manifest(self._run, refs):
-                self._problems.append(lost)
+                self._problems[LATEST_KEY] = lost
         if config is None:
             return
         dataset_images = records.dataset_images_of(self._bucket, config)
         retention = Retention(config, dataset_images)
-        committed = {segment.name for manifest in self._all(Manifest).values() for segment in manifest.metric_segments}
+        committed = {located(key).checkpoint for manifest in self._all(Manifest).values() for key in manifest.objects}
         for ref in {self._places[key].checkpoint for key in left if self._places[key].kind is ObjectKind.TENSORS}:
             came_later = [other for other in refs if other.fence == ref.fence and other > ref]
-            if (came_later or str(ref) in committed) and ref not in retention.retire([*refs, ref]):
+            if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
                 self._missing(ref.manifest_key, "its files are there, and the run's rules keep it")
         status = self._records.get(STATUS_KEY)
         if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
-            label = label_of(status.images_seen, dataset_images, config.train.batch_size)
-            for key in (run_grid_key(config, dataset_images, status.images_seen), denoising_key(label), LOSS_FIGURE):
+            images_seen, batch_size = status.images_seen, config.train.batch_size
+            gif = samples.denoising_key(samples.label_of(images_seen, dataset_images, batch_size))
+            for key in (samples.run_grid_key(config, dataset_images, images_seen), gif, samples.LOSS_FIGURE):
                 self._missing(key, "the run is finished")
-
-
-def _is_in_place(record: Sealed, place: Located) -> bool:
-    match record:
-        case Attempt():
-            return record.fence == place.fence
-        case Manifest():
-            return record.ref == place.checkpoint
-        case Reader():
-            return record.checkpoint == place.checkpoint.key
-        case Provenance():
-            return (record.key, record.picture_sha256) == (place.of, place.sha256)
-        case PieceRecord():
-            return record.number == place.piece
-    return True

@@ -20,15 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from job.config import RunConfig
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics
-from job.runs.checkpoints import FileRecord, Manifest, MetricSegment, commit_manifest, list_checkpoints, sha256_of
+from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.lease import Lease
-from job.runs.pictures import put_picture
-from job.runs.records import Attempt, utc_now
+from job.runs.records import Attempt, NamedObject, utc_now
 from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
+from job.runs.samples import put_picture
 from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
 from job.store import Store
 from job.store.files import os_errors
@@ -93,9 +92,7 @@ class HeldRun:
 
     store: Store
     """The run's folder."""
-    config: RunConfig
-    dataset_images: int
-    """Images of an epoch."""
+    retention: Retention
     attempt: Attempt
     lease: Lease
 
@@ -110,7 +107,7 @@ class CheckpointWriter:
 
     Attributes:
         rows: of the metrics since the last checkpoint; whoever trains appends to them.
-        segments: of the metrics that are saved, or on their way.
+        saved_metrics: the objects that hold those until then, or are to; on their way.
         retention: which checkpoints stay.
     """
 
@@ -118,7 +115,7 @@ class CheckpointWriter:
         self,
         held: HeldRun,
         live: Tensors,
-        segments: Iterable[MetricSegment],
+        saved_metrics: Iterable[NamedObject],
         aside: set[CheckpointRef],
         stop: Stop,
         note: Callable[[str], None],
@@ -128,23 +125,23 @@ class CheckpointWriter:
         Args:
             held: the run.
             live: the tensors to save, by group.
-            segments: of the checkpoint that was restored.
+            saved_metrics: of the checkpoint that was restored.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
             stop: asked while the main thread waits.
             note: told what a person should know.
         """
-        self.rows, self.segments = list[metrics.Row](), list(segments)
-        self.retention = Retention(held.config, held.dataset_images)
+        self.rows, self.saved_metrics = list[metrics.Row](), list(saved_metrics)
+        self.retention = held.retention
         self._held, self._aside, self._stop, self._note = held, aside, stop, note
         # What is on its way when a stop is asked for is to arrive.
         self._closing = Stop(stop.grace_seconds)
         self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
-        self._every_minutes, self._saved_at = held.config.checkpoint.every_minutes, time.monotonic()
+        self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
-        self._pictures: dict[str, tuple[bytes, CheckpointRef]] = {}
+        self._pictures: list[tuple[str, bytes, CheckpointRef]] = []
         self._reading_host = self._committing = self._is_swept = False
         self._error: BaseException | None = None
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
@@ -160,7 +157,7 @@ class CheckpointWriter:
     @property
     def troubled(self) -> bool:
         """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
-        return self._held.lease.lost or self._error is not None
+        return bool(self._held.lease.lost) or self._error is not None
 
     def raise_trouble(self) -> None:
         """Raises why this attempt cannot go on, if it cannot.
@@ -185,8 +182,8 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         attempt, objects = self._held.attempt, dict[str, bytes]()
         if self.rows:
-            segment, objects = metrics.segment_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
-            self.segments.append(segment)
+            objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
+            self.saved_metrics += [NamedObject.of(key, data) for key, data in objects.items()]
             self.rows = []
         manifest = Manifest(
             fence=attempt.fence,
@@ -196,7 +193,7 @@ class CheckpointWriter:
             world_size=attempt.world_size,
             loss_sums=loss_sums,
             files=(),
-            metric_segments=tuple(self.segments),
+            metrics=tuple(self.saved_metrics),
         )
         with self._change():
             while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
@@ -211,7 +208,7 @@ class CheckpointWriter:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
         with self._change():
             self.raise_trouble()
-            self._pictures[key] = picture, CheckpointRef(self._held.attempt.fence, images_seen)
+            self._pictures.append((key, picture, CheckpointRef(self._held.attempt.fence, images_seen)))
 
     def wait(self) -> None:
         """Returns when everything that was queued is in the bucket.
@@ -289,12 +286,9 @@ class CheckpointWriter:
             return not self._closing.reason
 
     def _put_picture(self) -> None:
-        key, (picture, ref) = next(iter(self._pictures.items()))
-        put_picture(self._run, key, picture, ref)
+        put_picture(self._run, *self._pictures[0])
         with self._change():
-            # Another of the same name may have come meanwhile.
-            if self._pictures[key][0] is picture:
-                del self._pictures[key]
+            del self._pictures[0]
 
     def _commit(self) -> CheckpointRef:
         """Commits what is queued: its files, its small objects, a last look at the lease, the manifest."""
@@ -316,7 +310,7 @@ class CheckpointWriter:
             self._committing = False
         return manifest.ref
 
-    def _upload_files(self, ref: CheckpointRef) -> tuple[FileRecord, ...]:
+    def _upload_files(self, ref: CheckpointRef) -> tuple[NamedObject, ...]:
         """Uploads the host copy, which may be overwritten as soon as all of it is in local files."""
         with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
@@ -326,7 +320,7 @@ class CheckpointWriter:
 
             records, uploads = [], []
             for name, tensors in self._parts.items():
-                records.append(_write_part(folder / name, tensors))
+                records.append(_write_part(folder / name, f"{ref.key}/{name}", tensors))
                 uploads.append(pool.submit(upload, name))
             with self._change():
                 self._reading_host = False
@@ -340,9 +334,8 @@ class CheckpointWriter:
         try:
             # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
             refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
-            old = self.retention.retire(refs)
-            read = being_read(run)[0] if old else set()
-            for ref in old:
+            read = being_read(run)
+            for ref in self.retention.retire(refs):
                 if ref not in read:
                     lease.confirm()
                     delete_checkpoint(run, ref)
@@ -376,7 +369,7 @@ class CheckpointWriter:
             )
 
 
-def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
+def _write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
@@ -389,4 +382,4 @@ def _write_part(path: Path, tensors: dict[str, Tensor]) -> FileRecord:
                 raise
             raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
     with path.open("rb") as file:
-        return FileRecord(name=path.name, bytes=path.stat().st_size, sha256=sha256_of(file))
+        return NamedObject(key=key, size_bytes=path.stat().st_size, sha256=sha256_of(file))

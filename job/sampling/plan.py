@@ -14,8 +14,7 @@ from job.requests import SampleRequest
 from job.runs import records
 from job.runs.checkpoints import choose, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
-from job.runs.pictures import how_drawn, label_of
-from job.runs.pieces import Drawing
+from job.runs.samples import Drawing, how_drawn, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import Retry, Store, open_store
@@ -80,7 +79,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     chosen = {"sampler": sampler, "steps": steps, "batch_size": request.batch_size, "nearest": request.nearest}
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
     index = load_index(bucket, records.dataset_key_of(config))
-    checkpoints = choose(run, request.run, request.checkpoints, index.images, config.train.batch_size)
+    checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest":
         with suppress(BadDataError):
             if lost := lost_manifest(run, checkpoints):

@@ -23,9 +23,9 @@ from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs import records
-from job.runs.layout import SAMPLES, CheckpointRef
-from job.runs.pictures import file_words, how_drawn, put_picture
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.retention import reading
+from job.runs.samples import file_words, how_drawn, put_picture
 from job.sampling.painter import Painter, sampling_of
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet
@@ -99,7 +99,8 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
     ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
     index, slices = plan.request.slice_of
-    numbers = drawing.slice(index, slices)
+    # Each n-th, so that all slices finish at about the same time.
+    numbers = range(index, drawing.pieces, slices)
     committed = ranks.on_main(sample_set.begin)
     missing = [number for number in numbers if number not in committed]
     to_make = sum(len(drawing.seeds(number)) for number in missing)
@@ -125,11 +126,10 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
             note = f"{made:,} made{rate}, {there_before:,} there before"
             if to_come := drawing.pieces - len(sample_set.committed()):
                 pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
-                print(f"{sample_set.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
+                print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
                 return
             if sample_set.index() is None:
-                seeds = drawing.seeds(0)[: plan.sample.images]
-                sample_set.publish(lambda shown: grid_png(shown, seeds, plan.classes), len(seeds), stop)
+                sample_set.publish(stop)
             print(sample_set.describe(note if missing else "complete already"))
 
         ranks.on_main(finish)
@@ -156,14 +156,19 @@ def _draw_pieces(
         try:
             for number in missing[ranks.rank :: ranks.world_size]:
                 seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
-                if sample_set.is_committed(number):
+                if plan.run.exists(sample_set.key(ObjectKind.RECORD, number)):
                     advance(done := done + len(seeds))
                     continue
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
                 for start in range(0, len(seeds), batch_size):
                     parts.append(painter.draw_alone(seeds[start : start + batch_size], sampling_of(plan.sample)))
                     advance(done := done + len(parts[-1]))
-                writer.submit(number, np.concatenate(parts))
+                images = np.concatenate(parts)
+                if number == 0:
+                    shown = plan.sample.images
+                    grid = grid_png(images[:shown], seeds[:shown], plan.classes)
+                    put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
+                writer.submit(number, images)
         finally:
             writer.wait()
         (made,) = ranks.sum(writer.made_images)

@@ -3,7 +3,7 @@
 RUN/samples/epoch-0080-ddim-100-0-50000/drawing.json               what decides the images: created once, first
                                         piece-00012.tar            a shard that webdataset can read
                                         records/piece-00012.json   created once, after the piece: its commit
-                                        grid.png                   the first images
+                                        grid.png                   the first images, before their piece
                                         index.json                 created once, when all pieces are there
 RUN/samples/epoch-0080-ddim-100-0-50000-png/piece-00012/000003072.png …   with --save png
 
@@ -13,12 +13,10 @@ goes on wherever it was stopped, in other slices and processes too. Nobody who s
 
 from __future__ import annotations
 
-import hashlib
 import io
 import tarfile
 import uuid
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from math import ceil
@@ -28,13 +26,11 @@ import numpy as np
 from PIL import Image
 
 from job.code_version import code_version
-from job.data.images import decode
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.progress import Progress
 from job.runs import records
-from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
-from job.runs.pictures import put_picture
-from job.runs.pieces import BatchIndex, Drawing, Opening, PieceFile, PieceRecord, piece_entry, piece_name
+from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
+from job.runs.records import NamedObject
+from job.runs.samples import BatchIndex, Drawing, Opening, PieceRecord
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -66,18 +62,13 @@ class SampleSet:
     drawing: Drawing
 
     @property
-    def uri(self) -> str:
-        """Of its folder."""
-        return self.folder.uri
-
-    @property
     def folder(self) -> Store:
         """Where it lies."""
         return self.run.sub(f"{SAMPLES}/{self.name}")
 
-    def key(self, kind: ObjectKind, piece: int = 0) -> str:
+    def key(self, kind: ObjectKind, piece: int = 0, seed: int = 0) -> str:
         """Where an object of this set lies, below the run."""
-        return kind.key(batch=self.name, piece=piece)
+        return kind.key(batch=self.name, piece=piece, seed=seed)
 
     def check(self) -> None:
         """Returns if the folder is empty, or about this drawing.
@@ -101,25 +92,19 @@ class SampleSet:
 
     def committed(self) -> set[int]:
         """The numbers of the pieces that are there."""
-        numbers = {self.key(ObjectKind.RECORD, number): number for number in range(self.drawing.pieces)}
-        folder = self.key(ObjectKind.RECORD).rpartition("/")[0]
-        return {numbers[entry.key] for entry in self.run.list(folder) if entry.key in numbers}
-
-    def is_committed(self, number: int) -> bool:
-        """Whether a piece is there by now."""
-        return self.run.exists(self.key(ObjectKind.RECORD, number))
+        places = places_in(self.run, self.key(ObjectKind.RECORD).rpartition("/")[0]).values()
+        return {place.piece for place in places} & {*range(self.drawing.pieces)}
 
     def record(self, number: int) -> PieceRecord:
         """The record of a piece.
 
         Raises:
-            BadDataError: it is rotten, missing, or that of another piece.
+            BadDataError: it is rotten or missing.
             BadRequestError: it is about another drawing.
         """
-        key, seeds = self.key(ObjectKind.RECORD, number), self.drawing.seeds(number)
-        record = self._load(PieceRecord, key)
-        if record is None or (record.number, record.first_seed, record.images) != (number, seeds[0], len(seeds)):
-            raise BadDataError(f"{self.run.uri_of(key)} is missing or another's: delete it, and type the same again")
+        record = self._load(PieceRecord, key := self.key(ObjectKind.RECORD, number))
+        if record is None:
+            raise BadDataError(f"{self.run.uri_of(key)} is missing: type the same again")
         return record
 
     def index(self) -> BatchIndex | None:
@@ -134,45 +119,21 @@ class SampleSet:
             self._check_files(index)
         return index
 
-    def publish(self, grid_of: Callable[[np.ndarray], bytes], images: int, stop: Stop = NEVER) -> None:
-        """Says that everything is there: a grid of the first `images`, which `grid_of` makes, and the index.
+    def publish(self, stop: Stop = NEVER) -> None:
+        """Says in the index that everything is there.
 
         Raises:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
-        found: list[PieceRecord] = []
-        bar = Progress("reading records", total=self.drawing.pieces, unit="records")
-        with bar, ThreadPoolExecutor(TRANSFERS) as pool:
+        pieces = list[NamedObject]()
+        with ThreadPoolExecutor(TRANSFERS) as pool:
             for record in pool.map(self.record, range(self.drawing.pieces)):
                 stop.check("while the records were read")
-                found.append(record)
-                bar.update(len(found))
-        index = BatchIndex(drawing=self.drawing, pieces=tuple(map(piece_entry, found)))
+                pieces.append(record.in_index)
+        index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
         self._check_files(index)
-        grid = grid_of(self.images_of(found[0], images))
-        put_picture(self.run, self.key(ObjectKind.GRID), grid, self.ref)
         # Whoever else saw the last piece come writes the same.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
-
-    def images_of(self, record: PieceRecord, images: int) -> np.ndarray:
-        """The first images of a piece: uint8 [n, H, W, C].
-
-        Raises:
-            BadDataError: an object of it is missing or damaged; the message names it.
-        """
-        found: list[np.ndarray] = []
-        for file in record.files:
-            data = self.folder.read(file.name).data
-            try:
-                if hashlib.sha256(data).hexdigest() != file.sha256:
-                    raise BadDataError("its SHA-256 is not the one in its record")
-                found += [decode(png, self.drawing.channels) for png in _pngs(file.name, data)]
-            except (BadDataError, tarfile.TarError) as error:
-                what = f"{self.folder.uri_of(file.name)} is rotten: {error}"
-                raise BadDataError(f"{what}; {self._how_to_repeat(record.number)}") from None
-            if len(found) >= images:
-                break
-        return np.stack(found[:images])
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""
@@ -195,19 +156,20 @@ class SampleSet:
         if differing:
             raise BadRequestError(
                 f"{self.run.uri_of(key)} is about images of another drawing ({', '.join(differing)}): "
-                f"delete {self.uri} to draw them anew, or draw others with --first-seed"
+                f"delete {self.folder.uri} to draw them anew, or draw others with --first-seed"
             )
         return found
 
     def _check_files(self, index: BatchIndex) -> None:
         """Returns if the pieces are there, going by a listing; what is in them is for `ddpm runs verify`."""
         found = Counter[str]()
-        for entry in self.folder.list():
-            found[entry.key.partition("/")[0]] += entry.size_bytes
-        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.name] != piece.bytes]
+        for entry in self.run.list(f"{SAMPLES}/{self.name}"):
+            # An image belongs to the folder of its piece.
+            found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
+        wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
         if wrong:
             raise BadDataError(
-                f"{self.uri}/{index.pieces[wrong[0]].name} is missing or not as its record says "
+                f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing or not as its record says "
                 f"({len(wrong)} such); {self._how_to_repeat(wrong[0])}"
             )
 
@@ -228,25 +190,22 @@ def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
     drawing, seeds = sample_set.drawing, sample_set.drawing.seeds(number)
     pngs = [figures.png(Image.fromarray(one.squeeze(-1) if drawing.channels == 1 else one)) for one in images]
     if drawing.save == "shards":
-        files = {f"{piece_name(number)}.tar": _shard(drawing, seeds, pngs)}
+        files = {sample_set.key(ObjectKind.PIECE, number): _shard(drawing, seeds, pngs)}
     else:
-        names = (f"{piece_name(number)}/{drawing.image_name(seed)}.png" for seed in seeds)
-        files = dict(zip(names, pngs, strict=True))
+        files = {sample_set.key(ObjectKind.IMAGE, number, seed): png for seed, png in zip(seeds, pngs, strict=True)}
 
-    def store(name: str) -> PieceFile:
-        data = files[name]
+    def store(key: str) -> NamedObject:
+        data = files[key]
         try:
-            sample_set.folder.create(name, data)
+            sample_set.run.create(key, data)
         except ObjectExistsError:
-            data = sample_set.folder.read(name).data
-        return PieceFile(name=name, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            data = sample_set.run.read(key).data
+        return NamedObject.of(key, data)
 
     with ThreadPoolExecutor(TRANSFERS) as pool:
         stored = tuple(pool.map(store, files))
     record = PieceRecord(
         number=number,
-        first_seed=seeds[0],
-        images=len(seeds),
         files=stored,
         drawing=drawing,
         attempt=uuid.uuid4().hex,
@@ -285,29 +244,20 @@ class PieceWriter:
         pending, self._pending = self._pending, None
         if pending is None:
             return
-        while not pending.done():
+        while not wait([pending], ARRIVAL_POLL_SECONDS).done:
             if self._stop() and self._stop.seconds_left_to_save() <= 0:
                 raise StoppedError("stopped before the last piece was in the bucket")
-            wait([pending], ARRIVAL_POLL_SECONDS)
         self.made_images += pending.result()
 
 
 def _shard(drawing: Drawing, seeds: range, pngs: list[bytes]) -> bytes:
     """A tar that webdataset can read: `000003072.png`, and `000003072.cls` where there are classes."""
-    file = io.BytesIO()
+    file, classes = io.BytesIO(), len(drawing.classes)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for seed, png in zip(seeds, pngs, strict=True):
-            members = {"png": png} | ({"cls": str(drawing.label(seed)).encode()} if drawing.classes else {})
+            members = {"png": png} | ({"cls": str(seed % classes).encode()} if classes else {})
             for ending, data in members.items():
-                info = tarfile.TarInfo(f"{drawing.image_name(seed)}.{ending}")
+                info = tarfile.TarInfo(f"{seed:09d}.{ending}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     return file.getvalue()
-
-
-def _pngs(name: str, data: bytes) -> list[bytes]:
-    if name.endswith(".png"):
-        return [data]
-    with tarfile.open(fileobj=io.BytesIO(data), mode="r:") as tar:
-        files = (tar.extractfile(member) for member in tar if member.name.endswith(".png"))
-        return [file.read() for file in files if file is not None]

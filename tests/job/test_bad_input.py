@@ -215,7 +215,7 @@ def test_rotten_checkpoints_are_named_and_not_used(walked, tmp_path):
     bucket = shutil.copytree(walked, tmp_path / "bucket")
     run, rotten = open_store(str(bucket)).sub("runs/walk"), []
     for ref in list_checkpoints(run):
-        path = Path(run.uri_of(f"{ref.key}/{load_manifest(run, ref).files[0].name}"))
+        path = Path(run.uri_of(load_manifest(run, ref).files[0].key))
         path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
         rotten.append(path)
     for words in (["train", "--dataset", "tiles", "--run", "walk"], ["sample", "--run", "walk", "--raw"]):

@@ -25,6 +25,7 @@ from job.data.shards import INDEX, Shard, ShardWriter, load_index
 from job.exits import Exit
 from job.runs.checkpoints import Manifest, list_checkpoints
 from job.runs.layout import ObjectKind
+from job.runs.records import Attempt
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
@@ -144,7 +145,7 @@ def plant_tensors(bucket: Path, content: bytes) -> None:
     ref = list_checkpoints(store)[-1]
     path = bucket / RUN / ObjectKind.MANIFEST.key(checkpoint=ref)
     manifest = Manifest.from_json(path.read_bytes(), "here")
-    vouching = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    vouching = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)
     for file in files:
         (path.parent / file.name).write_bytes(content)
@@ -152,10 +153,11 @@ def plant_tensors(bucket: Path, content: bytes) -> None:
 
 
 def plant_configuration(bucket: Path, content: bytes) -> None:
-    seal = b"# sha256: " + hashlib.sha256(content).hexdigest().encode()
-    (bucket / RUN / "config.yaml").write_bytes(seal + b"\n" + content)
-    # The record of an attempt would tell that it is another file.
-    shutil.rmtree(bucket / RUN / "attempts")
+    (bucket / RUN / "config.yaml").write_bytes(content)
+    path = bucket / RUN / ObjectKind.ATTEMPT.key(fence=1)
+    attempt = Attempt.from_json(path.read_bytes(), "here")
+    vouching = {"config_sha256": hashlib.sha256(content).hexdigest()}
+    path.write_bytes(attempt.model_copy(update=vouching).to_json())
 
 
 def replace_shard(bucket: Path, shard: Shard) -> None:

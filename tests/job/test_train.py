@@ -66,7 +66,7 @@ def final_state(run):
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
-        rows = read_rows(run, restored.manifest.metric_segments)
+        rows = read_rows(run, restored.manifest.metrics)
     for row in rows:
         del row["time"], row["images_per_second"]
     return ref, tensors, rows

@@ -40,8 +40,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
         succeeded(train(folder, "r", epochs))
     shutil.copytree(folder / "runs" / "r", folder / "runs" / "undisturbed")
     succeeded(train(folder, "undisturbed", 5))
-    words = ("sample", "--run", "r", "--count", 20, "--bucket", folder)
-    succeeded(ddpm_here(*words, DDPM_CACHE=str(folder / "cache")))
+    succeeded(ddpm_here("sample", "--run", "r", "--count", 20, "--bucket", folder))
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
@@ -57,6 +56,12 @@ def store(bucket: Path) -> Store:
 @pytest.fixture(scope="session")
 def run(store: Store) -> Store:
     return store.sub("runs/r")
+
+
+@pytest.fixture
+def any_run(bucket_uri: str) -> Store:
+    """An empty run in each kind of bucket."""
+    return open_store(bucket_uri).sub("runs/r")
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@ import torch
 from job.config import RunConfig, validated
 from job.exits import LostRunError
 from job.runs.records import Attempt
+from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.stop import NEVER, Stop
 from job.store import Store
@@ -45,15 +46,15 @@ def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
         id=f"{fence:032x}",
         started="2026-01-01T00:00:00Z",
         host="here",
-        pid=1,
         code_version="0",
         world_size=1,
         device="cpu",
         changes={},
-        config_file_sha256="0" * 64,
+        config_sha256="0" * 64,
         previous=None,
     )
-    return HeldRun(run, small_config(**changes), DATASET_IMAGES, attempt, SureLease(fence))  # type: ignore[arg-type]
+    retention = Retention(small_config(**changes), DATASET_IMAGES)
+    return HeldRun(run, retention, attempt, SureLease(fence))  # type: ignore[arg-type]
 
 
 def writer_of(held_run: HeldRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):

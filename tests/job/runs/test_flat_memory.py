@@ -60,27 +60,23 @@ def samples_of(process: subprocess.Popen[bytes], run: Store) -> Iterator[Sample]
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", ["local", "gs", "s3"])
-def test_memory_files_and_threads_do_not_grow(kind, tmp_path, request):
-    if kind == "local":
-        bucket = str(tmp_path / "bucket")
-    else:
-        bucket = str(request.getfixturevalue("gcs_bucket" if kind == "gs" else "moto_bucket"))
+@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-moto"], indirect=True)
+def test_memory_files_and_threads_do_not_grow(bucket_uri, tmp_path):
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 8, 8))) for n in range(IMAGES)])
-    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket))
-    words = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", str(EPOCHS)]
+    succeeded(ddpm_here("data", "pack", images, "small", "--size", 8, "--bucket", bucket_uri))
+    words = ["train", "--dataset", "small", "--bucket", bucket_uri, "--epochs", str(EPOCHS)]
     every = {"checkpoint__every_epochs": "1", "sample__every_epochs": "10"}
     words += settings(train__batch_size=str(BATCH), sample__images="1", sample__steps="1", **every)
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(
             [sys.executable, "-P", "-m", "job", *words],
-            env=environment(DDPM_CACHE=str(tmp_path / "cache")),
+            env=environment(),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
         )
         try:
-            samples = list(samples_of(process, open_store(bucket).sub("runs/small")))
+            samples = list(samples_of(process, open_store(bucket_uri).sub("runs/small")))
         finally:
             process.kill()
             process.wait()
@@ -93,14 +89,4 @@ def test_memory_files_and_threads_do_not_grow(kind, tmp_path, request):
     for name, growth in limits.items():
         before, after = (median(sample[name] for sample in part) for part in (warm, last))
         # Four uploads and a checkpoint on its way have files of their own, now and then.
-        print(f"{kind}: {name} {before:,} -> {after:,}")
         assert after <= before + growth, name
-
-
-@pytest.fixture
-def moto_bucket(moto_server: str, aws_credentials: None, monkeypatch: pytest.MonkeyPatch) -> str:
-    """`s3://NAME` of a fresh bucket."""
-    from tests.conftest import _new_s3_bucket
-
-    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_server)
-    return _new_s3_bucket(moto_server)

@@ -19,7 +19,7 @@ from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import QUICK, taken
-from tests.job.runs.held import HeldRun, small_config, writer_of
+from tests.job.runs.held import small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 
@@ -35,21 +35,12 @@ def bucket(tmp_path: Path) -> Path:
 @pytest.fixture
 def run(bucket: Path) -> Store:
     """A run of two attempts, the last of which ended in order: five checkpoints, two of them of the first attempt."""
-    import torch
-
     run = open_store(str(bucket)).sub("runs/r")
-    config = records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
-    for fence in range(1, FENCE + 1):
-        lease = taken(run)
-        attempt = records.record_attempt(run, fence, {}, 1, "cpu", lease.holder)
-        # This one retires nothing.
-        config = small_config(train__batch_size=16)
-        writer = writer_of(HeldRun(run, config, 48, attempt, lease), {"model": {"w": torch.ones(4)}}, notes=[])
-        for images_seen in range(16, 48, 16) if fence == 1 else range(48, 96, 16):
-            writer.save(images_seen, [])
-            writer.wait()
-        writer.close(wait=True)
-        lease.close()
+    records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
+    for fence, images in ((1, (16, 32)), (FENCE, (48, 64, 80))):
+        taken(run).close()
+        records.record_attempt(run, fence, {}, 1, "cpu", f"{fence:032x}")
+        write(run, *((fence, images_seen) for images_seen in images))
     return run
 
 
@@ -68,6 +59,12 @@ def left(run: Store) -> list[int]:
 def everything(run: Store) -> dict[str, bytes]:
     """But for the lease, which pruning takes and gives back."""
     return {entry.key: run.read(entry.key).data for entry in run.list() if entry.key != LEASE_KEY}
+
+
+def said_to_read(run: Store, ref: CheckpointRef, until: float) -> str:
+    """The key under which a reader says so."""
+    run.put(key := f"reading/{ref}-{'0' * 32}.json", Reader(checkpoint=ref.key, until=until).to_json())
+    return key
 
 
 def test_a_dry_run_says_what_would_go_and_why_and_then_it_goes(bucket, run):
@@ -116,35 +113,36 @@ def test_what_is_being_read_stays(bucket, run):
         succeeded(prune(bucket))
         assert left(run) == [32, 64, 80]
     # One that was killed, and one that nobody can read, hold nothing for ever.
-    run.create(f"reading/000001-000000000032-{'0' * 32}.json", Reader(checkpoint="x", until=1.0).to_json())
-    run.create("reading/000001-000000000032-stranger.json", b"{}")
-    assert being_read(run) == (set(), {entry.key for entry in run.list("reading")})
+    said_to_read(run, CheckpointRef(1, 32), until=1.0)
+    run.create("reading/000001-000000000032-0.json", b"{}")
+    assert being_read(run) == set()
     succeeded(prune(bucket))
     assert left(run) == [64, 80]
 
 
-def test_what_killed_readers_samplers_and_savers_left_goes(bucket, run):
+def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):
+    def orphans_of(fence: int) -> set[str]:
+        place = f"{fence:06d}-000000000099"
+        return {f"checkpoints/{place}/model-00.safetensors", f"metrics/{place}.jsonl"}
+
+    def named(*words: object) -> set[str]:
+        return {line.split()[0] for line in succeeded(prune(bucket, *words)).splitlines() if "left behind" in line}
+
     succeeded(prune(bucket))
-    there = everything(run).keys()
-    gone = {
-        f"reading/000002-000000000064-{'0' * 32}.json": Reader(checkpoint="x", until=1.0).to_json(),
-        f"{BATCH}/piece-00000.tar": b"1",
-        f"{BATCH}/piece-00001/000000000.png": b"1",
-    }
-    kept = {f"{BATCH}/piece-00002.tar": b"1", f"{BATCH}/records/piece-00002.json": b"{}"}
-    for key, data in (gone | kept).items():
-        run.create(key, data)
+    there, killed = everything(run).keys(), said_to_read(run, CheckpointRef(2, 64), until=1.0)
+    anyway = orphans_of(1) | {"probe/0123"}
+    pieces = {f"{BATCH}/piece-00000.tar", f"{BATCH}/piece-00001/000000000.png"}
+    kept = {f"{BATCH}/piece-00002.tar", f"{BATCH}/records/piece-00002.json"}
+    for key in anyway | orphans_of(FENCE) | pieces | kept:
+        run.create(key, b"half")
     unlocked = Path(run.uri) / "checkpoints/000001-000000000099/.tmp-0123456789abcdef"
-    unlocked.parent.mkdir()
     unlocked.write_bytes(b"half a checkpoint")
-    # Whoever reads may be making these very pieces.
-    with reading(run, CheckpointRef(2, 80)):
-        lines = succeeded(prune(bucket, "--dry-run"))
-        assert "left behind by a reader that was killed" in lines
-        assert "piece" not in lines
+    # Who knows whether its holder lives? And whoever reads may be making these very pieces.
+    with damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")), reading(run, CheckpointRef(2, 80)):
+        assert named("--dry-run") == anyway | {killed}
     assert unlocked.exists()
-    assert succeeded(prune(bucket)).count("left behind by sampling that was stopped") == 2
-    assert everything(run).keys() == there | kept.keys()
+    assert named("--dry-run") == named() == anyway | {killed} | orphans_of(FENCE) | pieces
+    assert everything(run).keys() == there | kept
     assert not unlocked.parent.exists()
 
 
@@ -159,29 +157,13 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
             # A sampler has committed the next one since it was found, and another has begun.
             run.create(f"{BATCH}/records/piece-00001.json", b"{}")
         if key.endswith("piece-00002.tar"):
-            run.put(f"reading/{CheckpointRef(2, 80)}-0.json", Reader(checkpoint="x", until=1e12).to_json())
+            said_to_read(run, CheckpointRef(2, 80), until=1e12)
         delete_one(store, key)
 
     monkeypatch.setattr(LocalStore, "delete", deleted_while_sampled)
     succeeded(prune(bucket))
     names = [entry.key.rpartition("/")[2] for entry in run.list(BATCH)]
     assert names == ["piece-00001.tar", "piece-00003.tar", "piece-00001.json"]
-
-
-def test_what_attempts_left_goes_once_they_are_over(bucket, run):
-    def orphans_of(fence: int) -> set[str]:
-        place = f"{fence:06d}-000000000099"
-        return {f"checkpoints/{place}/model-00.safetensors", f"metrics/{place}.jsonl"}
-
-    def named(*words: object) -> set[str]:
-        return {line.split()[0] for line in succeeded(prune(bucket, *words)).splitlines() if "left behind" in line}
-
-    for key in orphans_of(1) | orphans_of(FENCE) | {"probe/0123"}:
-        run.create(key, b"half")
-    with damaged(run, LEASE_KEY, lambda data: data.replace(b"true", b"false")):
-        # Who knows whether its holder lives?
-        assert named("--dry-run") == orphans_of(1) | {"probe/0123"}
-    assert named("--dry-run") == named() == orphans_of(1) | orphans_of(FENCE) | {"probe/0123"}
 
 
 def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, monkeypatch):

@@ -8,12 +8,12 @@ import re
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
 from job.runs.layout import ObjectKind, located
-from job.runs.pictures import put_picture
+from job.runs.samples import put_picture
 from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
-from tests.job.runs.whole_runs import copy_objects, resumed, train
+from tests.job.runs.whole_runs import copy_objects, train
 
 NEVER_MISSED = re.compile(r"samples/(epoch-0002-ddim-4\.png|denoising-epoch-0002\.gif|[^/]*/index\.json)|reading/.*")
 """Pictures of the past, the index of a batch that others may still draw, readers: nobody knows that they were there."""
@@ -158,20 +158,3 @@ def test_what_a_run_lacks_when_it_begins_is_no_problem(store, tmp_path):
     assert verify_run(here, "other").problems == []
     other.delete(f"{only.key}/MANIFEST.json")
     assert [problem for problem in verify_run(here, "other").problems if LATEST_KEY in problem] == []
-
-
-def test_on_a_bucket(gcs_bucket, store, run, contents):
-    far = open_store(gcs_bucket)
-    copy_objects(store, far, "datasets/tiles-8", "runs/r")
-    far_run, (before, newest) = far.sub("runs/r"), sorted(contents)[-2:]
-    assert verify_run(far, "r").problems == []
-    for name in ("bit in the middle", "all but a byte", "gone"):
-        for key in (f"{newest.key}/model-00.safetensors", f"{newest.key}/MANIFEST.json"):
-            with damaged(far_run, key, DAMAGES[name]):
-                assert blamed(far) == [key]
-                ref, named, content, _ = resumed(far_run)
-                assert (ref, content) == (before, [contents[before]])
-                assert key in named
-    with swapped(far_run, "samples/denoising-epoch-0002.gif", "samples/denoising-epoch-0004.gif"):
-        assert blamed(far) == ["samples/denoising-epoch-0002.gif", "samples/denoising-epoch-0004.gif"]
-    assert verify_run(far, "r").problems == []

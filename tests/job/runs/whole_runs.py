@@ -8,7 +8,6 @@ from pathlib import Path
 
 from job.runs.checkpoints import load_manifest, newest_good
 from job.runs.layout import CheckpointRef
-from job.runs.metrics import read_rows
 from job.store import Store
 from tests.job.command_line import ddpm_here, settings
 
@@ -24,7 +23,7 @@ def train(bucket: Path, run: str, epochs: int, **changes: str):
         "log__every_images": "144",
         **changes,
     }
-    return ddpm_here(*words, *settings(**changes), DDPM_CACHE=str(bucket / "cache"))
+    return ddpm_here(*words, *settings(**changes))
 
 
 def copy_objects(source: Store, target: Store, *folders: str) -> None:
@@ -37,17 +36,16 @@ def copy_objects(source: Store, target: Store, *folders: str) -> None:
 def content_hash(run: Store, ref: CheckpointRef) -> str:
     """Of all that a resumed run gets of a checkpoint."""
     files = sorted(load_manifest(run, ref).files, key=lambda record: record.name)
-    return hashlib.sha256(b"".join(run.read(f"{ref.key}/{record.name}").data for record in files)).hexdigest()
+    return hashlib.sha256(b"".join(record.read(run) for record in files)).hexdigest()
 
 
-def resumed(run: Store) -> tuple[CheckpointRef, list[str], list[str], int]:
-    """What an attempt would go on from: the checkpoint, the keys that warnings name, and the metrics' rows."""
+def resumed(run: Store) -> tuple[CheckpointRef, list[str], str]:
+    """What an attempt would go on from: the checkpoint, the keys that warnings name, and the content."""
     warnings: list[str] = []
     with newest_good(run, warnings.append) as restored:
         assert restored is not None
-        manifest = restored.manifest
+        ref = restored.manifest.ref
         files = sorted(path for paths in restored.files.values() for path in paths)
         content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
-        rows = len(read_rows(run, manifest.metric_segments))
     named = [key for warning in warnings for key in re.findall(rf"{re.escape(run.uri)}/(\S+?)[:;)]? ", f"{warning} ")]
-    return manifest.ref, named, [content], rows
+    return ref, named, content

@@ -125,15 +125,6 @@ def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, dr
     assert np.abs(frames[-1][2:98, 2:98] - first).mean() < 8 < 40 < np.abs(frames[0][2:98, 2:98] - first).mean()
 
 
-def test_a_signal_ends_the_drawing_without_a_picture(bucket, run):
-    AcceleratorState._reset_state(reset_partial_state=True)
-    before = [entry.key for entry in run.list("samples")]
-    request = SampleRequest("walk", str(bucket), seeds="40-44", nearest=False)
-    with pytest.raises(StoppedError, match="the same command begins again"):
-        run_sampling(plan_sampling(request.check()), stop_after(1))
-    assert [entry.key for entry in run.list("samples")] == before
-
-
 def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
     class Cache:
         """Has more images than are compared at a time."""

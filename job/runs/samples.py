@@ -1,26 +1,35 @@
-"""Pictures in a run's folder: what they are called, and where each comes from.
+"""What is drawn, in a run's folder: pictures, what they are called and where each comes from; images in pieces.
 
 A picture's name says what it shows, so that what differs does not overwrite each other. Its provenance lies in a sealed
 record of its own, named by the picture's key and SHA-256 and written before the picture. So a picture always has the
 record of its own bytes beside those of pictures that it replaced, whoever was killed or drew it a second time.
+
+A batch of many images has a folder, with `drawing.json` created first, each piece before its record, and `index.json`
+when all pieces are there. Nobody who samples writes over or deletes anything in it, and `ddpm runs prune` deletes only
+what has no record. So what lies there stays what its record says, however many processes make the same piece, and a
+piece without a record, left by a process that was killed, is as good as another.
 """
 
 from __future__ import annotations
 
 import hashlib
+from math import ceil
+from typing import Literal
+
+from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import RunConfig
-from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.records import attempt_id
-from job.sealed import Sealed
+from job.runs.layout import CheckpointRef, Located, ObjectKind
+from job.runs.records import NamedObject, RunRecord, attempt_id
+from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 
 
-class Provenance(Sealed):
+class Provenance(RunRecord):
     """Where one picture comes from."""
 
     key: str
@@ -33,6 +42,10 @@ class Provenance(Sealed):
     images_seen: int
     """By these weights."""
     code_version: str
+
+    def is_at(self, place: Located) -> bool:
+        """In a record of its picture, by the hash of that."""
+        return (self.key, self.picture_sha256) == (place.of, place.sha256)
 
 
 def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> None:
@@ -90,3 +103,72 @@ def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> st
 def denoising_key(label: str, how: str = "") -> str:
     """Where the way from noise to image lies, as a GIF; `how` it was drawn is named where that is not the run's way."""
     return ObjectKind.PICTURE.key(name=f"denoising-{label}{f'-{how}' if how else ''}", picture="gif")
+
+
+class Drawing(Part):
+    """All that decides the images, and how they are cut into pieces."""
+
+    checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
+    checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
+    weights: Literal["ema", "model"]
+    sampler: str
+    steps: int = Field(ge=1)
+    spacing: str
+    eta: float
+    variance: str
+    precision: str
+    size: int = Field(gt=0)
+    channels: int = Field(ge=1, le=3)
+    classes: tuple[str, ...]
+    first_seed: int = Field(ge=0)
+    count: int = Field(ge=1)
+    piece_images: int = Field(ge=1)
+    save: Literal["shards", "png"]
+
+    @property
+    def pieces(self) -> int:
+        """Number of pieces."""
+        return ceil(self.count / self.piece_images)
+
+    def seeds(self, number: int) -> range:
+        """The seeds of a piece."""
+        first, end = self.first_seed + number * self.piece_images, self.first_seed + self.count
+        return range(first, min(first + self.piece_images, end))
+
+
+class Opening(Sealed):
+    """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
+
+    drawing: Drawing
+
+
+class PieceRecord(RunRecord):
+    """A piece that is there. Its existence is the commit."""
+
+    number: int = Field(ge=0)
+    files: tuple[NamedObject, ...] = Field(min_length=1)
+    drawing: Drawing
+    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
+    """Without this, two that make the same piece in the same second could both take themselves for the first."""
+    created: str
+    code_version: str
+
+    def is_at(self, place: Located) -> bool:
+        """In the record of its number."""
+        return self.number == place.piece
+
+    @property
+    def in_index(self) -> NamedObject:
+        """What the index says about it; a folder has the hash of its `sha256sum *.png`."""
+        if self.drawing.save == "shards":
+            return self.files[0]
+        lines = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
+        named = NamedObject.of(self.files[0].key.rpartition("/")[0], lines.encode())
+        return named.model_copy(update={"size_bytes": sum(file.size_bytes for file in self.files)})
+
+
+class BatchIndex(Sealed):
+    """All pieces in order. It depends on them alone: whoever sees the last piece first writes the same bytes."""
+
+    drawing: Drawing
+    pieces: tuple[NamedObject, ...]
