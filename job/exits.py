@@ -50,6 +50,18 @@ def retried(code: int) -> str:
     return TABLE[code].retried if code in TABLE else "bounded"
 
 
+def severity(rule: str) -> int:
+    """How bad a failure is that is retried by `rule`: of several parts of a job the worst decides about the whole."""
+    return ("always", "bounded", "never").index(rule)
+
+
+def meaning(code: int) -> str:
+    """What it means that a program ended with `code`, in words."""
+    if code in TABLE:
+        return TABLE[code].text
+    return f"killed by signal {code - 128}" if code > 128 else "crashed"
+
+
 class JobError(Exception):
     """An error a person can act on: its message says what happened, where, and what to do.
 

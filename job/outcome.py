@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
-from job.exits import Exit, JobError, ending_of
+from job.exits import BadDataError, Exit, JobError, ending_of, retried, severity
 from job.sealed import Sealed
-from job.store import Retry, open_store
+from job.store import ObjectMissingError, Retry, open_store
 
 JOB = "DDPM_JOB"
 """The job's name."""
@@ -25,6 +25,10 @@ WRITE_SECONDS = 5.0
 """How long a bucket that is away may hold up a job that is to end."""
 LONGEST_MESSAGE = 500
 """In characters."""
+OUTCOME_READ_SECONDS = 10.0
+"""How long a bucket may be away before its word is done without."""
+_SEVERITIES = ("finished", "stopped", "failed", "running")
+"""Of several machines the one that is furthest on in this list decides."""
 
 
 class Outcome(Sealed):
@@ -76,3 +80,21 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         write(*ending_of(error))
         raise
     write(Exit.FINISHED)
+
+
+def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
+    """What the bucket says about a job, all its machines together; None if it says nothing, or cannot be read."""
+    found: list[Outcome] = []
+    with suppress(JobError):
+        bucket = open_store(bucket_uri, Retry(OUTCOME_READ_SECONDS))
+        for entry in bucket.list(f"{JOBS}/{name}"):
+            # What is rotten, or is just being deleted, says nothing.
+            with suppress(BadDataError, ObjectMissingError):
+                found.append(Outcome.load(bucket, entry.key))
+    if not found:
+        return None
+    worst = max(found, key=lambda one: (_SEVERITIES.index(one.state), severity(retried(one.exit_code or 0))))
+    if worst.state == "finished" and len(found) < worst.machines:
+        # The others have not begun yet.
+        return worst.model_copy(update={"state": "running", "exit_code": None})
+    return worst

@@ -54,7 +54,8 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         MissingInputError: a file that was named is not there.
     """
     _check_resources(command, target, resources)
-    bucket = _bucket(command, target)
+    uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
+    bucket = _seen("bucket", uri, target)
     command = command.with_values(bucket=bucket)
     request = command.request().check()
     match request:
@@ -67,7 +68,8 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
                 replace(request, slice=f"0/{resources.slices}").check()
         case PackRequest():
             run, subject = "", request.name
-            command = command.with_values(source=_source(request.source, target))
+            source = request.source if request.source == EMBEDDED else _seen("SOURCE", request.source, target)
+            command = command.with_values(source=source)
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)
     argv = command.argv()
@@ -107,6 +109,11 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
     option = f"--gpu-type {resources.gpu_type}" if resources.gpu_type else spot
     if resources.max_hours is not None and not 1 / 60 <= resources.max_hours <= 720:
         raise BadRequestError(f"--max-hours {resources.max_hours:g}: use at least a minute (0.017) and at most 720")
+    if resources.nodes > 1 and target.backend != "kubernetes":
+        several = f"--nodes {resources.nodes} needs several machines that train together, and {target.name!r} has none"
+        raise BadRequestError(f"{several}: use a kubernetes target, or one machine with more GPUs (--gpus 8)")
+    if resources.slices and not target.is_remote:
+        raise BadRequestError(f"--slices {resources.slices} needs several machines, and {target.name!r} is this one")
     if command.verb == "pack" and (resources.gpus or resources.gpu_type):
         raise BadRequestError("packing uses no GPUs: leave --gpus and --gpu-type out")
     if target.is_remote and not target.image:
@@ -124,16 +131,17 @@ def _selects_by_type(target: Target) -> bool:
     return not isinstance(target, KubernetesTarget) or target.selects_as_gke
 
 
-def _bucket(command: ParsedCommand, target: Target) -> str:
-    """`--bucket`, else the target's usual one. Folders of this machine become absolute."""
-    uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
+def _seen(what: str, uri: str, target: Target) -> str:
+    """Returns a URI or a path that the jobs of a target can see. Folders of this machine become absolute."""
     check_uri(uri)
-    if target.is_remote and not is_remote(uri):
+    if is_remote(uri):
+        return uri
+    if target.is_remote:
         raise BadRequestError(
-            f"bucket {uri!r} is a folder of this machine, which jobs on {target.name!r} cannot see: use "
-            "--bucket gs://NAME, or `bucket:` of the target"
+            f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see: use a URI, such as "
+            "gs://NAME"
         )
-    return _absolute(uri)
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> ParsedCommand:
@@ -151,23 +159,6 @@ def _as_yaml(value: Any) -> str:
     """A value as `--set` reads it."""
     text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
     return text.removesuffix("\n").removesuffix("\n...")
-
-
-def _source(source: str, target: Target) -> str:
-    if source == EMBEDDED:
-        return source
-    if is_remote(source):
-        check_uri(source)
-    elif target.is_remote:
-        raise BadRequestError(
-            f"SOURCE {source!r} is a path of this machine, which jobs on {target.name!r} cannot see: upload it and "
-            "give its URI, or pack here with `ddpm data pack`"
-        )
-    return _absolute(source)
-
-
-def _absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
 def _on_this_machine(command: ParsedCommand, target: Target, resources: Resources) -> ParsedCommand:

@@ -21,8 +21,9 @@ from urllib.parse import urlsplit
 
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
-from job.jobs.checks import Check, local_gpus, looked_at
+from job.jobs.backends.base import Check
 from job.jobs.targets import Target
+from job.processes.gpus import local_gpus
 from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
 from job.store.files import os_errors
 from job.store.scratch import scratch_folder
@@ -66,19 +67,19 @@ def bucket_checks(uri: str) -> Iterator[Check]:
         yield Check.of_error("credentials", error)
         return
     yield Check("credentials", True, "found" if is_remote(uri) else "a folder of this machine needs none")
-    yield looked_at("bucket write", partial(_write_once_and_delete, store))
-    yield looked_at("bucket list", partial(_list, store))
+    yield Check.of("bucket write", partial(_write_once_and_delete, store))
+    yield Check.of("bucket list", partial(_list, store))
     if is_remote(uri):
-        yield looked_at("clock", partial(_compare_clocks, uri))
+        yield Check.of("clock", partial(_compare_clocks, uri))
 
 
 def machine_checks() -> Iterator[Check]:
     """GPUs, shared memory, disk, and a sum over two processes, on this machine."""
     gpus = local_gpus()
-    yield looked_at("GPUs", _ask_nvidia_smi)
-    yield looked_at("shared memory", partial(_measure_shared_memory, gpus))
-    yield looked_at("disk", _measure_disk)
-    yield looked_at("all-reduce", partial(_sum_over_processes, gpus))
+    yield Check.of("GPUs", _ask_nvidia_smi)
+    yield Check.of("shared memory", partial(_measure_shared_memory, gpus))
+    yield Check.of("disk", _measure_disk)
+    yield Check.of("all-reduce", partial(_sum_over_processes, gpus))
 
 
 def tell(checks: Iterable[Check], as_json: bool) -> Exit:

@@ -8,20 +8,19 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from job.exits import TABLE, BadRequestError, Exit, JobError, MissingInputError
+from job.exits import BadRequestError, JobError, MissingInputError, meaning
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Backend, JobStatus, State
-from job.jobs.outcome import informed, read_outcome
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.submit import formatted
 from job.jobs.targets import Target, chosen_target, load_targets
+from job.outcome import read_outcome
 from job.progress import note
 from job.runs import records
-from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import RUNS
-from job.runs.overview import print_table, state_of
+from job.runs.overview import print_table, show_run
 from job.stop import handle_stop_signals
-from job.store import Store, open_store
+from job.store import open_store
 
 
 @dataclass(frozen=True)
@@ -79,16 +78,16 @@ class Search:
     def unknown(self, name: str) -> MissingInputError:
         """The error about a job that nobody knows."""
         names = ", ".join(target.name for target in self.targets)
-        what = f"target {self.on!r} knows no job {name!r}" if self.on else f"no target knows a job {name!r} ({names})"
-        return MissingInputError(f"{what}: `ddpm jobs list` shows those there are")
+        return MissingInputError(f"no target knows a job {name!r} ({names}): `ddpm jobs list` shows those there are")
 
 
 def list_jobs(search: Search) -> None:
-    """Prints a table of the jobs on the targets in question."""
+    """Prints a table of the jobs on the targets in question, newest first."""
     from rich.table import Table
 
     table = Table("job", "target", "state", "attempts", "exit code", "created", "place", "what it says", box=None)
-    for backend, status in search.ask(lambda backend: backend.jobs()):
+    found = search.ask(lambda backend: backend.jobs())
+    for backend, status in sorted(found, key=lambda one: one[1].created, reverse=True):
         code = "-" if status.exit_code is None else str(status.exit_code)
         numbers = (str(status.attempts or "-"), code, status.created or "-", status.place or "-")
         table.add_row(status.name, backend.target.name, status.state.value, *numbers, status.message)
@@ -105,22 +104,26 @@ def show_job(name: str, search: Search, bucket: str) -> None:
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
     """
-    lines: list[str] = []
+    is_known = False
     for backend, status in search.find(name):
         uri = bucket or status.bucket or backend.target.usual_bucket
-        lines += _status_lines(informed(status, uri), backend.target.name) + _run_lines(name, uri)
-    if not lines:
-        # Its machine is gone; what it said is where it was.
-        uris = [bucket] if bucket else [target.usual_bucket for target in search.targets]
-        for uri in dict.fromkeys(uris):
-            if outcome := read_outcome(name, uri):
-                lines.append(f"state       {outcome.state}, as of {outcome.updated}")
-                lines += _ending_lines(outcome.exit_code, outcome.message)
-            lines += _run_lines(name, uri)
-        if not lines:
-            raise search.unknown(name)
-        lines.insert(0, f"job         {name}: no engine knows it any more; this is what its bucket says")
-    print("\n".join(lines))
+        _print_status(status.informed(uri), backend.target.name)
+        _print_run(_run_of(name, uri), uri)
+        is_known = True
+    if is_known:
+        return
+    # Its machine is gone; what it said is where it was.
+    for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
+        outcome, run = read_outcome(name, uri), _run_of(name, uri)
+        if outcome or run:
+            print(f"job         {name}: no engine knows it any more; this is what its bucket says")
+            is_known = True
+        if outcome:
+            print(f"state       {outcome.state}, as of {outcome.updated}")
+            _print_ending(outcome.exit_code, outcome.message)
+        _print_run(run, uri)
+    if not is_known:
+        raise search.unknown(name)
 
 
 def print_logs(name: str, search: Search, *, follow: bool) -> None:
@@ -155,49 +158,44 @@ def describe_job(name: str, search: Search, output: str) -> None:
     print(formatted([search.the_one(name).describe(name)], output), end="")
 
 
-def _status_lines(status: JobStatus, target: str) -> list[str]:
+def _print_status(status: JobStatus, target: str) -> None:
     place = f", in {status.place}" if status.place else ""
     started = f", {status.attempts} {'start' if status.attempts == 1 else 'starts'}" if status.attempts else ""
     submitted = f", submitted {status.created}" if status.created else ""
-    return [
-        f"job         {status.name}, on {target}{place}",
-        f"state       {status.state.value}{started}{submitted}",
-        *_ending_lines(status.exit_code, status.message),
-    ]
+    print(f"job         {status.name}, on {target}{place}\nstate       {status.state}{started}{submitted}")
+    _print_ending(status.exit_code, status.message)
 
 
-def _ending_lines(code: int | None, message: str) -> list[str]:
-    lines = []
+def _print_ending(code: int | None, message: str) -> None:
     if code is not None:
-        lines.append(f"exit code   {code}: {TABLE[Exit(code)].text if code in TABLE else 'a crash or a signal'}")
-    return lines + ([f"it says     {message}"] if message else [])
+        print(f"exit code   {code}: {meaning(code)}")
+    if message:
+        print(f"it says     {message}")
 
 
-def _run_lines(job_name: str, bucket_uri: str) -> list[str]:
-    """What the folder of the job's run tells; nothing if there is none, or if nobody here may read it."""
+def _run_of(job_name: str, bucket_uri: str) -> str:
+    """The run that a job works on; empty if there is none yet, or if nobody here may see it."""
     try:
-        bucket = open_store(bucket_uri)
-        for name in bucket.folders(RUNS):
+        for name in open_store(bucket_uri).folders(RUNS):
             # Somebody else may have put a folder there whose name no run can have.
             with suppress(BadRequestError):
                 if is_about(job_name, name):
-                    return _lines_of_run(records.run_store(bucket, name), name)
+                    return name
     except MissingInputError:
         pass
     except JobError as error:
         note(f"the run's folder cannot be read: {error}")
-    return []
+    return ""
 
 
-def _lines_of_run(run: Store, name: str) -> list[str]:
-    lines = [f"run         {name}  ({run.uri})"]
-    if (status := records.read_status(run)) is not None:
-        lines.append(f"run's state {state_of(status)}, as of {status.updated}, attempt {status.fence}")
-        lines.append(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
-    if refs := list_checkpoints(run):
-        lines.append(f"newest      {max(refs).key}, {max(refs).images_seen:,} images seen")
+def _print_run(name: str, bucket_uri: str) -> None:
+    """Prints what the folder of a run tells, of its attempts too; nothing if `name` is empty."""
+    if not name:
+        return
+    with suppress(MissingInputError):
+        show_run(bucket_uri, name)
+    run = records.run_store(open_store(bucket_uri), name)
     for fence in records.attempt_fences(run):
         attempt = records.load_attempt(run, fence)
-        device = f"{attempt.world_size} × {attempt.device}"
-        lines.append(f"attempt {fence:<3} {attempt.started} on {attempt.host}, {device}, code {attempt.code_version}")
-    return lines
+        where = f"{attempt.host}, {attempt.world_size} × {attempt.device}"
+        print(f"attempt {fence:<3} {attempt.started} on {where}, code {attempt.code_version}")

@@ -39,7 +39,7 @@ class JobSpec:
         nodes: machines that train together; 1 for everything else.
         slices: independent parts of a sampling job, each on a machine of its own; 0 for all other jobs.
         spot: whether it may run on machines that are taken away.
-        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `costs`
+        max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limit_of`
             for by whom, and what counts. Infinite on this machine, unless somebody says otherwise.
         env: variables of the container. Nothing secret.
     """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import abc
 import difflib
 import json
 import math
@@ -10,7 +9,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -18,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from job import DEFAULT_BUCKET
 from job.config import parse_yaml
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-from job.store import check_uri, is_remote
+from job.store import check_uri
 from job.store.files import os_errors
 
 if TYPE_CHECKING:
@@ -103,15 +102,11 @@ class Target(BaseModel):
 
     @field_validator("bucket")
     @classmethod
-    def _is_seen(cls, uri: str) -> str:
+    def _is_one(cls, uri: str) -> str:
         try:
             check_uri(uri)
         except BadRequestError as error:
             raise ValueError(str(error)) from None
-        if cls.is_remote and not is_remote(uri):
-            raise ValueError(
-                f"{uri!r} is a folder of this machine, which its jobs cannot see: use gs://BUCKET or s3://BUCKET"
-            )
         return uri
 
 
@@ -184,7 +179,7 @@ class KubernetesTarget(Target):
         return self.cluster == "gke" and self.node_selector is None
 
 
-class GoogleTarget(Target, abc.ABC):
+class GoogleTarget(Target):
     """What targets on Google Cloud have in common."""
 
     project: _Project
@@ -197,9 +192,15 @@ class GoogleTarget(Target, abc.ABC):
     boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
 
     @property
-    @abc.abstractmethod
+    def places(self) -> tuple[str, ...]:
+        """The zones or regions where a job may run."""
+        found: tuple[str, ...] = getattr(self, "zones" if self.backend == "vm" else "regions")
+        return found
+
+    @property
     def all_regions(self) -> tuple[str, ...]:
-        """Where a job may run."""
+        """Those of the places."""
+        return tuple(dict.fromkeys(re.sub(r"-[a-z]$", "", place) for place in self.places))
 
 
 class VmTarget(GoogleTarget):
@@ -209,11 +210,6 @@ class VmTarget(GoogleTarget):
     zones: tuple[_Zone, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
 
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Those of the zones."""
-        return tuple(dict.fromkeys(zone.rpartition("-")[0] for zone in self.zones))
-
 
 class BatchTarget(GoogleTarget):
     """Google Batch."""
@@ -222,19 +218,9 @@ class BatchTarget(GoogleTarget):
     regions: tuple[_Region, ...] = Field(min_length=1)
     """Tried in this order when one has no machine."""
 
-    @property
-    def all_regions(self) -> tuple[str, ...]:
-        """Where a job may run."""
-        return self.regions
 
-
-_CLASSES: dict[str, type[Target]] = {
-    "local": LocalTarget,
-    "container": ContainerTarget,
-    "kubernetes": KubernetesTarget,
-    "vm": VmTarget,
-    "batch": BatchTarget,
-}
+_CLASSES = (LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget)
+_BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
 
 
 def load_targets(path: Path | None = None) -> dict[str, Target]:
@@ -297,23 +283,19 @@ def bucket_on(name: str, path: Path | None = None) -> str:
 def _target(name: str, block: Any, where: str) -> Target:
     if not isinstance(block, dict):
         raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
-    block = {"backend": name} | block if name in BUILT_IN else block
-    backend = block.get("backend")
-    if not isinstance(backend, str) or backend not in _CLASSES:
-        said = f"there is no backend {backend!r}" if "backend" in block else "it names no backend"
-        raise BadConfigError(f"{where}: {said} (there are: {', '.join(_CLASSES)})")
+    backend = str(block.get("backend", name if name in BUILT_IN else ""))
+    if backend not in _BY_BACKEND:
+        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(_BY_BACKEND)} (got {backend!r})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    model = _CLASSES[backend]
+    model = _BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
-    for key in block:
-        if key not in keys:
-            raise BadConfigError(
-                f"{where}: unknown key {key!r}{_hint(str(key), keys)} ({backend} has {', '.join(keys)})"
-            )
+    if unknown := next((str(key) for key in block if key not in keys), ""):
+        said = f"unknown key {unknown!r}{_hint(unknown, keys)} ({backend} has {', '.join(keys)})"
+        raise BadConfigError(f"{where}: {said}")
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
-        return model.model_validate_json(json.dumps({**block, "name": name}, default=str))
+        return model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
     except ValidationError as error:
         raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
 

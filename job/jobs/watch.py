@@ -12,17 +12,13 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TypeVar
+from typing import Any
 
 from job.exits import CRASHED, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
-from job.jobs.outcome import informed, read_outcome
 from job.jobs.spec import JobSpec
-from job.outcome import Outcome
+from job.outcome import Outcome, read_outcome
 from job.progress import note
-from job.stop import Stop
-
-Reply = TypeVar("Reply")
 
 WATCH_POLL_SECONDS = 15.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
@@ -50,22 +46,6 @@ class JobEndedError(JobError):
         self.exit_code = CRASHED if code is None else code  # type: ignore[assignment]
 
 
-class Clock:
-    """The time of day, which goes on while a laptop sleeps, as jobs and their costs do; and waiting."""
-
-    def __init__(self) -> None:
-        """From now on signals end `wait` (main thread only)."""
-        self._stop = Stop().install()
-
-    def now(self) -> float:
-        """In seconds since 1970."""
-        return time.time()
-
-    def wait(self, seconds: float) -> bool:
-        """Waits, and says whether to stop watching."""
-        return self._stop.sleep(seconds)
-
-
 @dataclass
 class Watch:
     """One job, until it is finished or nobody should try again.
@@ -73,12 +53,14 @@ class Watch:
     Attributes:
         home: the target's first place; `elsewhere` of it are the others.
         spec: the job. What is submitted again has what is left of its `max_hours`.
-        clock: time; tests let it pass faster.
+        sleep: waits so long, and says whether to stop watching, as `Stop.sleep` does.
+        now: the time of day, which goes on while a laptop sleeps, as jobs and their costs do.
     """
 
     home: Backend
     spec: JobSpec
-    clock: Clock
+    sleep: Callable[[float], bool]
+    now: Callable[[], float] = time.time
 
     def __post_init__(self) -> None:
         self._here = self.home
@@ -104,7 +86,7 @@ class Watch:
             # Who still waits for a first machine has not run.
             if status.costs or status.attempts > 1:
                 with suppress(ValueError):
-                    self._unseen_seconds = self.clock.now() - datetime.fromisoformat(status.created).timestamp()
+                    self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
             self._judge(status)
             self._pause()
@@ -116,18 +98,18 @@ class Watch:
 
     def _follow(self) -> JobStatus:
         """Looks at the job until it is over, counts how long it has a machine, and removes what waits in vain."""
-        looked_at, before = self.clock.now(), JobStatus(self.spec.name, State.GONE)
+        looked_at, before = self.now(), JobStatus(self.spec.name, State.GONE)
         seen_before, waited, without_image = self._seen_seconds, 0.0, 0.0
         while True:
             status = self._ask()
-            passed, looked_at = self.clock.now() - looked_at, self.clock.now()
+            passed, looked_at = self.now() - looked_at, self.now()
             # A machine may have come, or come and gone, between two looks.
             if status.state.is_over or status.costs or before.costs or status.cause is Cause.OUT_OF_TIME:
                 self._seen_seconds += passed
             if self._seen_seconds - seen_before > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
-                return informed(status, self.spec.bucket, self._outcome_before)
+                return status.informed(self.spec.bucket, self._outcome_before)
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
                 place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
                 note(f"{self.spec.name} is {status.state.value}{place}{said}")
@@ -146,7 +128,7 @@ class Watch:
                 note(f"{self.spec.name} has waited for a machine for {minutes:g} minutes: trying elsewhere")
                 self._here = self._here.elsewhere() or self.home
                 self._submit()
-                waited, looked_at = 0.0, self.clock.now()
+                waited, looked_at = 0.0, self.now()
             self._sleep(WATCH_POLL_SECONDS)
 
     def _why_hopeless(self, status: JobStatus, without_image_seconds: float) -> Cause | None:
@@ -217,7 +199,7 @@ class Watch:
     def _ask(self) -> JobStatus:
         return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
 
-    def _retry(self, request: Callable[[], Reply], meanwhile: str) -> Reply:
+    def _retry(self, request: Callable[[], Any], meanwhile: str) -> Any:
         """What an engine answers, however long it is away."""
         told = False
         while True:
@@ -239,7 +221,7 @@ class Watch:
         self._pause_seconds = min(2 * self._pause_seconds, LONGEST_PAUSE_SECONDS)
 
     def _sleep(self, seconds: float) -> None:
-        if self.clock.wait(seconds):
+        if self.sleep(seconds):
             name = self.spec.name
             raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
 

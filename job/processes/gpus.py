@@ -20,6 +20,11 @@ def default_processes() -> int:
     return max(1, _cuda()[1])
 
 
+def local_gpus() -> int:
+    """How many NVIDIA GPUs this machine has, whether anybody may use them or not."""
+    return sum(path.name.removeprefix("nvidia").isdecimal() for path in Path("/dev").glob("nvidia*"))
+
+
 def check_gpus() -> None:
     """Returns if torch sees the GPUs that the job was given: on a CPU it would go on for weeks, at a GPU's price.
 

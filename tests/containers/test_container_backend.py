@@ -11,8 +11,8 @@ from PIL import Image
 
 from job.jobs.backends.base import State
 from job.jobs.backends.container import ContainerBackend
-from job.jobs.outcome import read_outcome
 from job.jobs.targets import ContainerTarget, load_targets
+from job.outcome import read_outcome
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store
 from tests.containers.podman import BASE_IMAGE, IMAGE, inspected, podman, torch_wheels

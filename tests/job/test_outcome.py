@@ -8,8 +8,7 @@ import os
 import pytest
 
 from job.exits import BucketAwayError, LostRunError, StoppedError
-from job.jobs.outcome import read_outcome
-from job.outcome import JOB, outcome_written
+from job.outcome import JOB, outcome_written, read_outcome
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 
 NAME = "train-celeba"

@@ -10,14 +10,8 @@ from job.exits import MissingInputError
 from job.jobs.backends.base import Backend
 from job.jobs.targets import Target
 
-_ENGINES = {
-    "local": ("local", "LocalBackend", ""),
-    "container": ("container", "ContainerBackend", ""),
-    "kubernetes": ("kubernetes", "KubernetesBackend", "kubernetes"),
-    "vm": ("vm", "VmBackend", "google"),
-    "batch": ("batch", "BatchBackend", "google"),
-}
-"""The module and the class of each, and the extra of this package that brings its libraries."""
+_EXTRAS = {"kubernetes": "kubernetes", "vm": "google", "batch": "google"}
+"""Of this package: what brings the libraries of each engine that needs some."""
 
 
 @contextmanager
@@ -27,9 +21,9 @@ def backend_for(target: Target) -> Iterator[Backend]:
     Raises:
         MissingInputError: its own are missing, there or when they are first used; the message says how to get them.
     """
-    module, name, extra = _ENGINES[target.backend]
+    name, extra = target.backend, _EXTRAS.get(target.backend, "")
     try:
-        yield getattr(importlib.import_module(f"job.jobs.backends.{module}"), name)(target)
+        yield getattr(importlib.import_module(f"job.jobs.backends.{name}"), f"{name.title()}Backend")(target)
     except ImportError as error:
         if not extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise

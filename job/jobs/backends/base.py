@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, ClassVar, NoReturn
 
-from job.exits import BadRequestError, Exit, JobError, retried
-from job.jobs.checks import Check
+from job.exits import BadRequestError, Exit, JobError, MissingInputError, meaning, retried
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
+from job.outcome import Outcome, read_outcome
 from job.progress import note
 
 JsonObject = dict[str, Any]
 """What is sent to an engine, as JSON types."""
-IMAGE_USER = 10001
-"""User and group of the image, for jobs that touch no file of the machine they run on."""
 FOLLOW_POLL_SECONDS = 0.2
 """Between two looks at a job of this machine whose output somebody follows."""
 
@@ -34,10 +32,24 @@ class State(StrEnum):
     GONE = "gone"
     """The engine does not know it, though it was submitted: its machine was taken away, or somebody deleted it."""
 
+    @classmethod
+    def of_code(cls, code: int) -> State:
+        """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
+        return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
+
     @property
     def is_over(self) -> bool:
         """Whether it stays like that unless somebody submits the job again."""
         return self not in (State.WAITING, State.RUNNING)
+
+    @property
+    def when_cancelled(self) -> str:
+        """What cancelling does to a job in this state, in words that go on after its name."""
+        if self is State.RUNNING:
+            return "was told to stop: it saves first, and the same command goes on from there"
+        if self is State.WAITING:
+            return "was waiting, and is no more: the same command submits it again"
+        return f"was {self} already: what its engine still had of it is removed"
 
 
 class Cause(StrEnum):
@@ -73,6 +85,13 @@ class JobStatus:
     bucket: str = ""
     """As the job was told, where its engine remembers that."""
 
+    @classmethod
+    def of_code(cls, name: str, code: int) -> JobStatus:
+        """How a job, or a part of one, is whose program ended with `code` on a machine of its own."""
+        if code == Exit.FINISHED:
+            return cls(name, State.FINISHED, exit_code=code)
+        return cls(name, State.FAILED, f"ended with code {code}: {meaning(code)}", code)
+
     @property
     def costs(self) -> bool:
         """Whether it has a machine, as far as its engine knows."""
@@ -85,40 +104,69 @@ class JobStatus:
             return "always" if self.cause is Cause.TAKEN_AWAY else "never"
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
+    def informed(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
+        """What an engine says of a job, with the job's own word for how it ended where the engine has none.
 
-def severity(rule: str) -> int:
-    """How bad a failure is that is retried by `rule`: of several parts of a job the worst decides about the whole."""
-    return ("always", "bounded", "never").index(rule)
-
-
-def cancelled(state: State) -> str:
-    """What cancelling does to a job that is in `state`, in words that go on after its name."""
-    if state is State.RUNNING:
-        return "was told to stop: it saves first, and the same command goes on from there"
-    if state is State.WAITING:
-        return "was waiting, and is no more: the same command submits it again"
-    return f"was {state} already: what its engine still had of it is removed"
-
-
-def state_of_code(code: int) -> State:
-    """How a job of this machine ended, where nobody but a person or its own deadline stops one."""
-    return {Exit.FINISHED.value: State.FINISHED, Exit.STOPPED.value: State.CANCELLED}.get(code, State.FAILED)
-
-
-def runs_already(name: str, where: str) -> BadRequestError:
-    """The error about a job that is to be submitted, and is there."""
-    about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
-    return BadRequestError(f"{name} runs {where} already: {about}")
-
-
-def check_one_machine(spec: JobSpec, target: Target) -> None:
-    """Refuses a job that needs several machines, on a target that is this one."""
-    if spec.nodes > 1 or spec.slices:
-        option = f"--nodes {spec.nodes}" if spec.nodes > 1 else f"--slices {spec.slices}"
-        raise BadRequestError(
-            f"{option} needs several machines, and target {target.name!r} is this one: leave it out, or use another "
-            "target"
+        Args:
+            bucket_uri: the job's bucket.
+            earlier: what the bucket said before the job was submitted, which is about another one of this name.
+        """
+        if self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
+            return self
+        outcome = read_outcome(self.name, bucket_uri)
+        # What is older than the job is an earlier one's as well.
+        if outcome is None or outcome.exit_code is None or outcome == earlier or outcome.updated < self.created:
+            return self
+        return replace(
+            self,
+            state=State.FINISHED if outcome.exit_code == Exit.FINISHED else self.state,
+            exit_code=outcome.exit_code,
+            message=outcome.message or self.message,
+            # With a code that would come again a new machine is of no use, whatever became of this one.
+            cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at before a job needs it, and what to do about it.
+
+    Attributes:
+        name: what was looked at, in a word or two, such as `bucket write`.
+        passed: whether a job can rely on it.
+        message: what was found, in a line.
+        remedy: what to do if it did not pass.
+        exit_code: what a job would end with for want of it.
+    """
+
+    name: str
+    passed: bool
+    message: str
+    remedy: str = ""
+    exit_code: Exit = Exit.MISSING_INPUT
+
+    @classmethod
+    def of_error(cls, name: str, error: JobError) -> Check:
+        """A check that failed with `error`, whose message says what to do after its last colon."""
+        message, separator, remedy = str(error).rpartition(": ")
+        return cls(name, False, message if separator else remedy, remedy if separator else "", error.exit_code)
+
+    @classmethod
+    def of(cls, name: str, look: Callable[[], str]) -> Check:
+        """A check that passes, with what `look` says, unless that raises a `JobError`."""
+        try:
+            return cls(name, True, look())
+        except JobError as error:
+            return cls.of_error(name, error)
+
+    @classmethod
+    def of_image(cls, image: str) -> Check:
+        """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
+        if not image:
+            return cls("image", False, "the target names none", "set its `image:`")
+        if image.startswith("localhost/"):
+            return cls("image", False, f"{image} is on this machine alone", "`make push-image`, and set `image:`")
+        return cls("image", True, f"{image}: not checked here; a job whose image is not there says so")
 
 
 class NoCapacityError(JobError):
@@ -182,13 +230,23 @@ class Backend(abc.ABC):
         """The same engine in the target's next zone or region, where there may be a machine; None after the last."""
         return None
 
+    def runs_already(self, name: str, where: str) -> BadRequestError:
+        """The error about a job that is to be submitted, and is there."""
+        about = f"`ddpm jobs status {name}` tells how it is going, `ddpm jobs cancel {name}` stops it"
+        return BadRequestError(f"{name} runs {where} already: {about}")
+
+    def unknown(self, name: str) -> MissingInputError:
+        """The error about a job that the engine does not know."""
+        said = f"target {self.target.name!r} knows no job {name!r}"
+        return MissingInputError(f"{said}: `ddpm jobs list` shows those there are")
+
     @abc.abstractmethod
     def status(self, name: str) -> JobStatus:
         """How a job is going; `State.GONE` if the engine does not know it."""
 
     @abc.abstractmethod
     def jobs(self) -> list[JobStatus]:
-        """All jobs that this program submitted to this target, newest first."""
+        """All jobs that this program submitted to this target, in any order."""
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """What tells a job of this engine from all others, whichever of several targets shows it."""
@@ -208,7 +266,7 @@ class Backend(abc.ABC):
     def cancel(self, name: str) -> str:
         """Ends the job as a preemption would (it saves first), and removes what it had made for it.
 
-        Returns: what that was for this job, in words that go on after its name; see `cancelled`.
+        Returns: what that was for this job; see `State.when_cancelled`.
 
         Raises:
             MissingInputError: there is no such job.

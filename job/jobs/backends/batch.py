@@ -12,10 +12,11 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import datetime
 
-from job.exits import BadRequestError, retried
-from job.jobs.backends import google, google_jobs
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, cancelled, runs_already, severity
-from job.jobs.backends.google import Answer, GoogleNotFoundError
+from job.exits import BadRequestError, retried, severity
+from job.jobs.backends import google
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import SCRATCH
+from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget
@@ -48,7 +49,7 @@ FAILING_CODES = [*(code for code in range(1, 256) if retried(code) == "never"), 
 """With which a task is not tried again: of the program, and of Batch itself."""
 
 
-class BatchBackend(google_jobs.GoogleBackend):
+class BatchBackend(google.GoogleBackend):
     """See `Backend`. A job waits in one region; `elsewhere` is the target's next one."""
 
     engine = "Batch"
@@ -61,9 +62,9 @@ class BatchBackend(google_jobs.GoogleBackend):
         (manifest,) = self.render(spec)
         while before := self.find(spec.name):
             if not _job_state(before[0]).is_over and not _is_being_ended(before[0]):
-                raise runs_already(spec.name, f"in {_region(before[0])}")
+                raise self.runs_already(spec.name, f"in {_region(before[0])}")
             self._delete(before[0])
-        self._apis.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
+        self.create(f"POST {self._path(self.place)}", manifest, jobId=spec.name)
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
@@ -73,10 +74,9 @@ class BatchBackend(google_jobs.GoogleBackend):
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`."""
-        asked = [self._apis.pages(f"GET {self._path(region)}") for region in self._places]
+        asked = [self.pages(f"GET {self._path(region)}") for region in self._places]
         found = [job for pages in asked for page in pages for job in page.get("jobs", ())]
-        own = [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
-        return sorted(own, key=lambda status: status.created, reverse=True)
+        return [batch_status(job, ()) for job in found if job.get("labels", {}).get("app") == LABEL_PREFIX]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: each region has names of its own."""
@@ -88,7 +88,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         has_slices = int(found["taskGroups"][0]["taskCount"]) > 1
         return f'logName="{log}" AND labels.job_uid="{found["uid"]}"', _created(found), has_slices
 
-    def slice_of(self, entry: Answer) -> str:
+    def slice_of(self, entry: JsonObject) -> str:
         """See `GoogleBackend.slice_of`: the label is task/JOB-group0-INDEX/RETRY/RUNNABLE."""
         return str(entry["labels"]["task_id"]).split("/")[1].rpartition("-")[2]
 
@@ -102,39 +102,39 @@ class BatchBackend(google_jobs.GoogleBackend):
         if _job_state(found).is_over:
             raise BadRequestError(f"job {name!r} is {_job_state(found)} already")
         if not _is_being_ended(found):
-            self._apis.ask(f"POST batch/{found['name']}:cancel", {})
-        return cancelled(_job_state(found))
+            self.ask(f"POST batch/{found['name']}:cancel", {})
+        return _job_state(found).when_cancelled
 
     def describe(self, name: str) -> JsonObject:
         """See `Backend.describe`: the job, and its tasks."""
         found = self.known(name)[0]
         return {**found, "tasks": self._tasks(found)}
 
-    def find(self, name: str) -> list[Answer]:
+    def find(self, name: str) -> list[JsonObject]:
         """The jobs of this name, one for each region: first one that is not over, else the newest."""
         found = []
         for region in self._places:
             with suppress(GoogleNotFoundError):
-                found.append(self._apis.ask(f"GET {self._path(region)}/{name}"))
+                found.append(self.ask(f"GET {self._path(region)}/{name}"))
         return sorted(found, key=lambda one: (not _job_state(one).is_over, _created(one)), reverse=True)
 
     def _path(self, region: str) -> str:
         return f"batch/projects/{self.target.project}/locations/{region}/jobs"
 
-    def _tasks(self, found: Answer) -> list[Answer]:
+    def _tasks(self, found: JsonObject) -> list[JsonObject]:
         if _job_state(found) is State.WAITING:
             # One that has only just been made has none, not even an empty list.
             return []
-        pages = self._apis.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
+        pages = self.pages(f"GET batch/{found['name']}/taskGroups/group0/tasks")
         return [task for page in pages for task in page.get("tasks", ())]
 
-    def _delete(self, found: Answer) -> None:
+    def _delete(self, found: JsonObject) -> None:
         """Deletes a job, and waits until Batch has forgotten it."""
         with suppress(GoogleNotFoundError):
             if found["status"]["state"] != "DELETION_IN_PROGRESS":
-                self._apis.ask(f"DELETE batch/{found['name']}")
+                self.ask(f"DELETE batch/{found['name']}")
             for _ in self.patience(found["name"]):
-                self._apis.ask(f"GET batch/{found['name']}")
+                self.ask(f"GET batch/{found['name']}")
 
     def requests_for(self, spec: JobSpec, machine: Machine) -> list[JsonObject]:
         """See `GoogleBackend.requests_for`: the body of `jobs.create`, whose `jobId` is the name of the job."""
@@ -177,7 +177,7 @@ class BatchBackend(google_jobs.GoogleBackend):
         }
         if target.service_account:
             allocation["serviceAccount"] = {"email": target.service_account, "scopes": [google.CLOUD_SCOPE]}
-        if network := google_jobs.network_of(target, self.place):
+        if network := google.network_of(target, self.place):
             # Who names a network has one that reaches Google without external addresses.
             allocation["network"] = {"networkInterfaces": [{**network, "noExternalIpAddress": True}]}
         return allocation
@@ -189,14 +189,14 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
         cpus, memory_mib = machine.shape
         resources = {"computeResource": {"cpuMilli": str(1000 * cpus), "memoryMib": str(memory_mib)}}
     # Docker makes the volume, with the rights that it has in the image, and removes it.
-    scratch = f"--mount=type=volume,target={google_jobs.CONTAINER_SCRATCH}"
+    scratch = f"--mount=type=volume,target={SCRATCH}"
     container = {
         "imageUri": spec.image,
         "commands": [*spec.argv_of_slice(BATCH_TASK_INDEX)],
         # All constants: Batch takes these apart at the spaces.
-        "options": " ".join((*google_jobs.CONFINEMENT, scratch, *["--gpus=all"] * bool(machine.gpus))),
+        "options": " ".join((*google.CONTAINER_OPTIONS, scratch, *["--gpus=all"] * bool(machine.gpus))),
     }
-    environment = {"variables": google_jobs.container_variables(spec)}
+    environment = {"variables": google.container_variables(spec)}
     return {
         "maxRetryCount": MAX_RETRIES,
         "maxRunDuration": f"{spec.max_seconds}s",
@@ -206,7 +206,7 @@ def _task(spec: JobSpec, machine: Machine) -> JsonObject:
     }
 
 
-def batch_status(found: Answer, tasks: Sequence[Answer]) -> JobStatus:
+def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
     """A job's status from what Batch says about it, and about its tasks if it was asked."""
     name, state = found["name"].rpartition("/")[2], _job_state(found)
     status = JobStatus(name, state, _batch_message(found, state), 0 if state is State.FINISHED else None)
@@ -220,45 +220,45 @@ def batch_status(found: Answer, tasks: Sequence[Answer]) -> JobStatus:
 
 def _ended_task(name: str, code: int) -> JobStatus:
     if code not in _RESERVED:
-        return google_jobs.ended_status(name, code)
+        return JobStatus.of_code(name, code)
     said, cause = _RESERVED[code]
     return JobStatus(name, State.FAILED, f"ended with code {code}: {said}", cause=cause)
 
 
-def _failure_of(task: Answer) -> int:
+def _failure_of(task: JsonObject) -> int:
     """The code with which a task failed at last; 0 if it did not."""
     codes = [event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task)]
     has_failed = task["status"].get("state") == "FAILED"
     return next((code for code in reversed(codes) if code), 0) if has_failed else 0
 
 
-def _batch_message(found: Answer, state: State) -> str:
+def _batch_message(found: JsonObject, state: State) -> str:
     if _is_being_ended(found):
         return "it is being ended"
     events = [str(event.get("description", "")) for event in _status_events(found)]
     if state is State.FAILED and events:
         return events[-1]
     shortages = [want for event in events if (want := google.shortage(event))]
-    return f"{shortages[-1].said}, and Batch keeps trying" if state is State.WAITING and shortages else ""
+    return f"{shortages[-1][1]}, and Batch keeps trying" if state is State.WAITING and shortages else ""
 
 
-def _job_state(found: Answer) -> State:
+def _job_state(found: JsonObject) -> State:
     return _BATCH_STATES.get(found["status"].get("state", ""), State.WAITING)
 
 
-def _is_being_ended(found: Answer) -> bool:
+def _is_being_ended(found: JsonObject) -> bool:
     return str(found["status"].get("state", "")).endswith("_IN_PROGRESS")
 
 
-def _status_events(found: Answer) -> list[Answer]:
+def _status_events(found: JsonObject) -> list[JsonObject]:
     """Of a job or a task, the oldest first."""
-    events: list[Answer] = found["status"].get("statusEvents", [])
+    events: list[JsonObject] = found["status"].get("statusEvents", [])
     return events
 
 
-def _region(found: Answer) -> str:
+def _region(found: JsonObject) -> str:
     return str(found["name"]).split("/")[3]
 
 
-def _created(found: Answer) -> datetime:
+def _created(found: JsonObject) -> datetime:
     return datetime.fromisoformat(found["createTime"])

@@ -14,29 +14,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from job.exits import TABLE, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import (
-    FOLLOW_POLL_SECONDS,
-    IMAGE_USER,
-    Backend,
-    JobStatus,
-    JsonObject,
-    State,
-    cancelled,
-    check_one_machine,
-    runs_already,
-    state_of_code,
-)
-from job.jobs.checks import Check, local_gpus, looked_at
+from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError, meaning
+from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, Check, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, docker_options, scratch_variables
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
+from job.processes.gpus import local_gpus
 from job.progress import note
-from job.stop import GRACE_VARIABLE
 
 OWN_IMAGE = "localhost/"
 """What begins so lies in no registry: it is built here."""
@@ -59,75 +49,6 @@ _HARMLESS = {
 _OVER = ("exited", "stopped", "dead", "removing")
 
 
-@dataclass(frozen=True)
-class Host:
-    """This machine: its engine, the user who submits, and how many NVIDIA GPUs there are."""
-
-    engine: str
-    uid: int
-    gid: int
-    gpus: int = 0
-
-    @classmethod
-    def look(cls, engine: str = "") -> Host:
-        """This machine now; with no engine on it the one that is named, or podman, for a command to look at."""
-        engine = engine or next(filter(shutil.which, ("podman", "docker")), "podman")
-        return cls(engine, os.geteuid(), os.getegid(), local_gpus())
-
-
-def run_command(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
-    """`podman run …` or `docker run …` for a job.
-
-    Raises:
-        BadRequestError: a container on this machine cannot be such a job; the message names the option.
-    """
-    check_one_machine(spec, target)
-    if 0 < host.gpus < spec.gpus:
-        raise BadRequestError(f"--gpus {spec.gpus}: this machine has {host.gpus}: ask for at most so many")
-    labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
-    named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
-    return [host.engine, "run", "--name", spec.name, *named, *confined(spec, target, host), spec.image, *spec.argv]
-
-
-def confined(spec: JobSpec, target: ContainerTarget, host: Host) -> list[str]:
-    """Options: what the container may write, use and see."""
-    scheme = spec.bucket.partition("://")[0].lower()
-    inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in _CREDENTIAL_FILES.get(scheme, ())}
-    files = credential_files(scheme)
-    mounts = [*_folders(spec), *(_mount(path, inside[variable]) + ",readonly" for variable, path in files.items())]
-    uid, gid = (host.uid, host.gid) if mounts else (IMAGE_USER, IMAGE_USER)
-    words = [
-        *("--pull", "never"),
-        *("--user", f"{uid}:{gid}"),
-        "--read-only",
-        # torch.compile puts libraries there and runs them.
-        *("--tmpfs", "/tmp:rw,exec,nosuid,nodev,mode=1777"),  # noqa: S108 -- the container's own
-        # Users would stumble over each other's files.
-        *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination=/scratch"),
-        *("--shm-size", "2g"),
-        *("--stop-timeout", str(STOP_SECONDS)),
-        *("--cap-drop", "ALL"),
-        *("--security-opt", "no-new-privileges"),
-    ]
-    if mounts:
-        # Else SELinux would want the user's folders labelled anew.
-        words += ["--security-opt", "label=disable"]
-        if host.engine == "podman" and host.uid:
-            # Without root a user of the container is another one outside.
-            words += ["--userns", "keep-id"]
-    words += _gpus_handed_on(min(spec.gpus, host.gpus), host)
-    words += ["--memory", target.memory] if target.memory else []
-    words += ["--network", target.network] if target.network else []
-    variables = {GRACE_VARIABLE: str(STOP_SECONDS), "DDPM_CACHE": "/scratch/ddpm", "TMPDIR": "/scratch"}
-    variables |= {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
-    variables |= {variable: inside[variable] for variable in files}
-    for name, value in sorted({**variables, **target.env, **spec.env}.items()):
-        words += ["--env", f"{name}={value}"]
-    for mount in mounts:
-        words += ["--mount", mount]
-    return words
-
-
 def credential_files(scheme: str) -> dict[str, Path]:
     """The files for a kind of bucket that are there, by the variable that says where one lies."""
     found = {}
@@ -140,32 +61,11 @@ def credential_files(scheme: str) -> dict[str, Path]:
     return found
 
 
-def _folders(spec: JobSpec) -> list[str]:
-    """What of this machine is mounted where it is, as values of `--mount`."""
-    mounts = []
-    if (folder := spec.bucket_folder) is not None:
-        mounts.append(_mount(folder, str(folder)))
-    if spec.verb == "pack":
-        # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
-        source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
-        mounts += [_mount(Path(source), source) + ",readonly"] if source.startswith("/") else []
-    return mounts
-
-
-def _mount(path: Path, inside: str) -> str:
+def _mount(path: Path, inside: str, *options: str) -> str:
+    """A value of `--mount`."""
     if set('",') & set(f"{path}{inside}"):
         raise BadRequestError(f"{str(path)!r} cannot be mounted in a container: use a path without commas and quotes")
-    return f"type=bind,source={path},destination={inside}"
-
-
-def _gpus_handed_on(count: int, host: Host) -> list[str]:
-    if not count:
-        return []
-    if host.engine == "docker":
-        return ["--gpus", "all" if count == host.gpus else str(count)]
-    # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
-    names = ["all"] if count == host.gpus else range(count)
-    return [word for name in names for word in ("--device", f"nvidia.com/gpu={name}")]
+    return ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))
 
 
 class ContainerBackend(Backend):
@@ -175,15 +75,70 @@ class ContainerBackend(Backend):
     keeps_ended = True
     target: ContainerTarget
 
-    def __init__(self, target: Target, host: Host | None = None) -> None:
-        """`host` is this machine unless a test says otherwise."""
-        assert isinstance(target, ContainerTarget)
+    def __init__(self, target: Target) -> None:
+        """With no engine on this machine it is the one that is named, or podman, for a command to look at."""
         super().__init__(target)
-        self._host = host or Host.look(target.engine)
+        self.engine = self.target.engine or next(filter(shutil.which, ("podman", "docker")), "podman")
+        self.user, self.gpus = (os.geteuid(), os.getegid()), local_gpus()
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
-        """The one command; in the background `--detach` comes before its image."""
-        return [{"name": spec.name, "command": run_command(spec, self.target, self._host)}]
+        """The one command: `podman run …` or `docker run …`; in the background `--detach` comes after that."""
+        if 0 < self.gpus < spec.gpus:
+            raise BadRequestError(f"--gpus {spec.gpus}: this machine has {self.gpus}: ask for at most so many")
+        labels = {**spec.all_labels, BUCKET_LABEL: spec.bucket}
+        named = [word for name, value in labels.items() for word in ("--label", f"{name}={value}")]
+        words = [self.engine, "run", "--name", spec.name, *named, *self._confined(spec), spec.image, *spec.argv]
+        return [{"name": spec.name, "command": words}]
+
+    def _confined(self, spec: JobSpec) -> list[str]:
+        """Options: what the container may write, use and see."""
+        scheme, target = spec.bucket.partition("://")[0].lower(), self.target
+        files = credential_files(scheme)
+        inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in files}
+        mounts = self._folders(spec)
+        mounts += [_mount(path, inside[variable], "readonly") for variable, path in files.items()]
+        uid, gid = self.user if mounts else (IMAGE_USER, IMAGE_USER)
+        words = [
+            *("--pull", "never"),
+            *docker_options(uid, gid, STOP_SECONDS),
+            *("--shm-size", "2g"),
+            # Users would stumble over each other's files.
+            *("--mount", f"type=volume,source=ddpm-scratch-{uid},destination={SCRATCH}"),
+        ]
+        if mounts:
+            # Else SELinux would want the user's folders labelled anew.
+            words += ["--security-opt", "label=disable"]
+            if self.engine == "podman" and uid:
+                # Without root a user of the container is another one outside.
+                words += ["--userns", "keep-id"]
+        words += self._gpus_handed_on(min(spec.gpus, self.gpus))
+        words += ["--memory", target.memory] if target.memory else []
+        words += ["--network", target.network] if target.network else []
+        harmless = {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
+        variables = {**scratch_variables(STOP_SECONDS), **harmless, **inside, **spec.env}
+        for name, value in sorted(variables.items()):
+            words += ["--env", f"{name}={value}"]
+        return words + [word for mount in mounts for word in ("--mount", mount)]
+
+    def _folders(self, spec: JobSpec) -> list[str]:
+        """What of this machine is mounted where it is."""
+        mounts = []
+        if (folder := spec.bucket_folder) is not None:
+            mounts.append(_mount(folder, str(folder)))
+        if spec.verb == "pack":
+            # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
+            source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
+            mounts += [_mount(Path(source), source, "readonly")] if source.startswith("/") else []
+        return mounts
+
+    def _gpus_handed_on(self, count: int) -> list[str]:
+        if not count:
+            return []
+        if self.engine == "docker":
+            return ["--gpus", "all" if count == self.gpus else str(count)]
+        # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
+        names = ["all"] if count == self.gpus else range(count)
+        return [word for name in names for word in ("--device", f"nvidia.com/gpu={name}")]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""
@@ -213,16 +168,15 @@ class ContainerBackend(Backend):
         ids = self._asked("ps", "--all", "--quiet", "--no-trunc", *own).split()
         # One may be removed meanwhile; the others are told all the same.
         answer = self._ask("container", "inspect", *ids).stdout if ids else ""
-        statuses = map(_container_status, json.loads(answer or "[]"))
-        return sorted(statuses, key=lambda status: status.created, reverse=True)
+        return [_container_status(found) for found in json.loads(answer or "[]")]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: this machine may have two engines."""
-        return ("container", self._host.engine, status.name)
+        return ("container", self.engine, status.name)
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the container printed; its engine keeps that until the job is submitted anew."""
-        told, words = 0, [self._host.engine, "logs", *(["--follow"] if follow else []), name]
+        told, words = 0, [self.engine, "logs", *(["--follow"] if follow else []), name]
         while True:
             # Asked before reading, so that nothing is missed that was printed in between.
             is_over = not follow or _container_status(self.describe(name)).state.is_over
@@ -231,10 +185,9 @@ class ContainerBackend(Backend):
             ) as process:
                 assert process.stdout is not None
                 try:
-                    for number, line in enumerate(process.stdout, 1):
-                        if number > told:
-                            told = number
-                            yield line.removesuffix("\n")
+                    for line in islice(process.stdout, told, None):
+                        told += 1
+                        yield line.removesuffix("\n")
                 finally:
                     process.kill()
             if is_over:
@@ -249,31 +202,27 @@ class ContainerBackend(Backend):
             self._asked("rm", "--force", name)
         else:
             self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ENGINE_ANSWER_SECONDS)
-        return cancelled(status.state)
+        return status.state.when_cancelled
 
     def describe(self, name: str) -> JsonObject:
         """What the engine's `inspect` tells."""
-        if (found := self._inspect(name)) is None:
-            raise MissingInputError(
-                f"no container {name!r} is on this machine: `ddpm jobs list --on container` shows all"
-            )
-        return found
+        if found := self._inspect(name):
+            return found
+        raise self.unknown(name)
 
     def checks(self) -> Iterator[Check]:
         """Whether there are an engine and an image, and what the container itself finds on this machine."""
         version = ("version", "--format", "{{.Client.Version}}")
-        for name, look in (
-            ("engine", lambda: f"{self._host.engine} {self._asked(*version).strip()}"),
-            ("image", self._look_for_image),
-        ):
-            check = looked_at(name, look)
-            yield check
-            if not check.passed:
-                return
-        bucket = self.target.bucket or "gs://no-bucket"
-        job = JobSpec("look", "train", (), self.target.image, bucket, gpus=min(self.target.gpus, self._host.gpus))
+        yield (engine := Check.of("engine", lambda: f"{self.engine} {self._asked(*version).strip()}"))
+        if not engine.passed:
+            return
+        yield (image := Check.of("image", self._look_for_image))
+        if not image.passed:
+            return
+        target, gpus = self.target, min(self.target.gpus, self.gpus)
+        job = JobSpec("look", "train", (), target.image, target.bucket or "gs://none", gpus=gpus, env=target.env)
         words = ("doctor", "--on", "local", "--json", "--no-bucket")
-        asked = self._ask("run", "--rm", *confined(job, self.target, self._host), job.image, *words)
+        asked = self._ask("run", "--rm", *self._confined(job), job.image, *words)
         try:
             found = json.loads(asked.stdout)
         except ValueError:
@@ -285,22 +234,22 @@ class ContainerBackend(Backend):
     def _look_for_image(self) -> str:
         image = self.target.image
         if not self._has_image(image):
-            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{self._host.engine} pull {image}"
+            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{self.engine} pull {image}"
             raise MissingInputError(f"{image} is not on this machine: `{how}` brings it; submitting does so, too")
         return image
 
     def _prepared(self, spec: JobSpec) -> list[str]:
         """The command, when all is there that it needs."""
-        command, found = run_command(spec, self.target, self._host), self._inspect(spec.name)
+        command, found = self.render(spec)[0]["command"], self._inspect(spec.name)
         if spec.bucket.startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ and not credential_files("s3"):
             raise NoPermissionError(
-                "the credentials for s3:// are in AWS_SECRET_ACCESS_KEY, which is not handed to a container since "
-                "every list of containers would show it: write them into ~/.aws/credentials (`aws configure`)"
+                "AWS_SECRET_ACCESS_KEY is not handed to a container, since every list of containers would show it: "
+                "write the credentials into ~/.aws/credentials (`aws configure`)"
             )
-        if spec.gpus and not self._host.gpus:
+        if spec.gpus and not self.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if found and not _container_status(found).state.is_over:
-            raise runs_already(spec.name, "in a container")
+            raise self.runs_already(spec.name, "in a container")
         if found:
             self._asked("rm", "--force", spec.name)
         if not self._has_image(spec.image):
@@ -311,21 +260,18 @@ class ContainerBackend(Backend):
 
     def _bring(self, image: str) -> None:
         """Builds the image, or pulls it."""
-        engine, checkout = self._host.engine, Path(__file__).parents[3]
+        engine, checkout = self.engine, Path(__file__).parents[3]
         if not image.startswith(OWN_IMAGE):
             note(f"pulling {image}")
             words, failed = [engine, "pull", image], f"pulled: check its name, and log in with `{engine} login`"
         elif (checkout / "docker/Dockerfile").is_file():
-            torch = os.environ.get("TORCH") or ("cuda" if self._host.gpus else "cpu")
+            torch = os.environ.get("TORCH") or ("cuda" if self.gpus else "cpu")
             note(f"building {image} from {checkout} with PyTorch for {torch}")
             words = ["make", "--no-print-directory", "--directory", str(checkout), "image"]
             words += [f"IMAGE={image}", f"ENGINE={engine}", f"TORCH={torch}"]
             failed = "built, as said above: mend that, or build it yourself"
         else:
-            raise MissingInputError(
-                f"image {image} is not on this machine: build it in a checkout with `make image`, or name one of a "
-                "registry as the target's `image:`"
-            )
+            raise MissingInputError(f"image {image} is not on this machine: `make image` builds it in a checkout")
         # stdout is for what was asked for.
         if self._run(words, stdout=sys.stderr).returncode:
             raise MissingInputError(f"image {image} could not be {failed}")
@@ -348,16 +294,16 @@ class ContainerBackend(Backend):
         return answer.stdout
 
     def _ask(self, *words: str, seconds: float = ENGINE_ANSWER_SECONDS) -> subprocess.CompletedProcess[str]:
-        return self._run([self._host.engine, *words], timeout=seconds, capture_output=True)
+        return self._run([self.engine, *words], timeout=seconds, capture_output=True)
 
     def _refusal(self, answer: subprocess.CompletedProcess[str]) -> BadRequestError:
-        return BadRequestError(f"{self._host.engine}: {_last_line(answer)}")
+        return BadRequestError(f"{self.engine}: {_last_line(answer)}")
 
     def _run(self, words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         try:
             return subprocess.run(words, check=False, stdin=subprocess.DEVNULL, text=True, errors="replace", **options)
         except FileNotFoundError:
-            is_any = words[0] == self._host.engine and not self.target.engine
+            is_any = words[0] == self.engine and not self.target.engine
             missing = "neither podman nor docker is installed" if is_any else f"{words[0]} is not installed"
             how = "`apt-get install podman`, `dnf install podman` or `brew install podman` brings an engine"
             raise MissingInputError(f"{missing}: {how}") from None
@@ -384,10 +330,9 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
         return status
     if not started:
         return replace(status, state=State.FAILED, message=state.get("Error") or "it did not start")
-    message = TABLE[Exit(code)].text if code in TABLE else state.get("Error") or f"exit code {code}"
+    message, how = state.get("Error") or meaning(code), State.of_code(code)
     if state.get("OOMKilled"):
         message = "killed by the kernel: memory ran out; `memory:` of the target is the limit"
-    how = state_of_code(code)
     return replace(status, state=how, message="" if how is State.FINISHED else message, exit_code=code)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import cast
+from itertools import dropwhile
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends.base import Backend, JobStatus, JsonObject, State, cancelled
+from job.jobs.backends import kubernetes_status
+from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_api import (
     JOB_KIND,
     JOB_SET_KIND,
@@ -18,16 +19,17 @@ from job.jobs.backends.kubernetes_api import (
     NoSuchObjectError,
     ObjectConflictError,
 )
-from job.jobs.backends.kubernetes_logs import Follower, past_lines
-from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, MANIFEST_ANNOTATION, manifest
-from job.jobs.backends.kubernetes_status import is_being_deleted, is_over, is_suspended, observed_status
-from job.jobs.checks import Check, unchecked_image
+from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, manifest
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
 GONE_MARGIN_SECONDS = 45.0
 """How long a job that is deleted may take to go, beyond the grace period of its pods."""
 GONE_POLL_SECONDS = 0.5
+PODS_POLL_SECONDS = 1.0
+"""How often a job that is followed is asked for new lines."""
+LOG_OVERLAP_SECONDS = 60
+"""What was printed so long ago may not have been read yet."""
 JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the Jobs that a JobSet makes."""
 GOOGLE_ACCOUNT_ANNOTATION = "iam.gke.io/gcp-service-account"
@@ -41,16 +43,16 @@ class KubernetesBackend(Backend):
     """One namespace of a cluster. Jobs of one machine are Jobs, those of several JobSets; both have one name space."""
 
     keeps_ended = True
+    target: KubernetesTarget
 
     def __init__(self, target: Target) -> None:
         """Connects to nothing yet."""
         super().__init__(target)
-        self._target = cast("KubernetesTarget", target)
-        self._api = ClusterApi(self._target)
+        self._api = ClusterApi(self.target)
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """A Job, or a JobSet for several nodes; `kubectl apply -f` takes it as well."""
-        return [manifest(spec, self._target)]
+        return [manifest(spec, self.target)]
 
     def submit(self, spec: JobSpec) -> None:
         """Sends it; a job of that name that is over makes room."""
@@ -61,22 +63,18 @@ class KubernetesBackend(Backend):
             raise MissingInputError(f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs: {install}")
         with suppress(NoPermissionError):
             # Who may submit jobs need not be allowed to see queues.
-            _require_queue(self._api, self._target)
+            self._look_for_queue()
+        where = f"in namespace {self.target.namespace!r}"
         for there, old in self._all_named(spec.name):
-            if not (is_over(old) or is_being_deleted(old)):
-                raise self._is_alive(old)
+            if not (kubernetes_status.is_over(old) or kubernetes_status.is_being_deleted(old)):
+                raise self.runs_already(spec.name, where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
         try:
             self._api.create(kind, made)
         except ObjectConflictError:
-            # An earlier try may have made it, and its answer was lost; else somebody was faster.
-            winner = self._api.get(kind, spec.name)
-            if winner is None:
-                raise
-            hashes = [job["metadata"].get("annotations", {}).get(MANIFEST_ANNOTATION) for job in (winner, made)]
-            if hashes[0] != hashes[1]:
-                raise self._is_alive(winner) from None
+            # Somebody was faster, or the first answer of several was lost.
+            raise self.runs_already(spec.name, where) from None
         except BucketAwayError as error:
             raise BucketAwayError(f"{error}; `ddpm jobs status {spec.name}` says whether it arrived") from None
 
@@ -91,29 +89,58 @@ class KubernetesBackend(Backend):
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = self._api.all_with(JOB_KIND, selector) + self._api.all_with(JOB_SET_KIND, selector)
-        found = [observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
-        return sorted(found, key=lambda status: status.created, reverse=True)
+        return [kubernetes_status.observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: two contexts may be one cluster."""
-        return ("kubernetes", self._api.host, self._target.namespace, status.name)
+        return ("kubernetes", self._api.host, self.target.namespace, status.name)
 
-    def logs(self, name: str, follow: bool, should_stop: Callable[[], bool] = lambda: False) -> Iterator[str]:
-        """Lines of all its pods, with the index before each where there are several."""
+    def logs(self, name: str, follow: bool) -> Iterator[str]:
+        """Lines of all its pods, also of those that replace others, with the index before each where there are several.
+
+        Raises:
+            MissingInputError: there is no output, or its image cannot be pulled, so that nothing will come.
+        """
         spec = self._named(name)[0][1]["spec"]
         for part in spec.get("replicatedJobs", []):
             spec = part["template"]["spec"]
-        numbered = spec["completions"] > 1
-        if not follow:
-            return past_lines(self._api, self._pods(name), numbered)
-        return Follower(self._api, lambda: self._look(name), numbered).lines(should_stop)
+        # By pod, the time of the last line that was read.
+        last: dict[str, str] = {}
+        while True:
+            status, pods = self._look(name)
+            # The pods of one that is cancelled still save.
+            is_last = not follow or (status.state.is_over and all(map(kubernetes_status.has_ended, pods)))
+            for pod in pods:
+                uid = pod["metadata"]["uid"]
+                number = f"[{kubernetes_status.index_of(pod)}] " if spec["completions"] > 1 else ""
+                for line in self._new_lines(pod, last.get(uid, "")):
+                    last[uid], _, text = line.partition(" ")
+                    yield number + text
+            if is_last and last:
+                return
+            if is_last:
+                rest = "its run's folder in the bucket has the rest"
+                raise MissingInputError(f"{name} has no output, or it is gone with its node: {rest}")
+            if status.cause is Cause.NO_IMAGE:
+                raise MissingInputError(f"{name} prints nothing: {status.message}")
+            time.sleep(PODS_POLL_SECONDS)
+
+    def _new_lines(self, pod: JsonObject, last: str) -> Iterator[str]:
+        """What a pod printed after the time `last`; its whole output if that is empty."""
+        since = {"since_seconds": LOG_OVERLAP_SECONDS} if last else {}
+        # One has not begun, or its output is gone with its node; that of the others is not.
+        with suppress(NoSuchObjectError, BadRequestError, BucketAwayError):
+            # A time may have lost the zeros at its end.
+            lines = self._api.log(pod["metadata"]["name"], **since)
+            return dropwhile(lambda line: line.partition(" ")[0].rstrip("Z") <= last.rstrip("Z"), lines)
+        return iter(())
 
     def cancel(self, name: str) -> str:
         """Deletes it: its pods get SIGTERM and their grace period, in which they save."""
         status, _ = self._look(name)
         for kind, there in self._named(name):
             self._api.delete(kind, name, there["metadata"]["uid"])
-        return status.message if status.state is State.CANCELLED else cancelled(status.state)
+        return status.message if status.state is State.CANCELLED else status.state.when_cancelled
 
     def describe(self, name: str) -> JsonObject:
         """The object, its pods and their events."""
@@ -125,16 +152,16 @@ class KubernetesBackend(Backend):
 
     def checks(self) -> Iterator[Check]:
         """Rights, account, JobSets, queue, quota and image; the rest is left out where the cluster does not answer."""
-        api = ClusterApi(self._target, hurried=True)
+        self._api.is_hurried = True
         for name, look in (
-            ("cluster", _check_rights),
-            ("service account", _check_account),
-            ("JobSets", _check_job_sets),
-            ("queue", _require_queue),
-            ("GPU quota", _check_quota),
+            ("cluster", self._look_at_rights),
+            ("service account", self._look_for_account),
+            ("JobSets", self._look_for_job_sets),
+            ("queue", self._look_for_queue),
+            ("GPU quota", self._look_at_quota),
         ):
             try:
-                yield Check(name, True, look(api, self._target))
+                yield Check(name, True, look())
             except JobError as error:
                 if name == "cluster":
                     yield Check.of_error(name, error)
@@ -142,7 +169,7 @@ class KubernetesBackend(Backend):
                 # Who may submit jobs need not be allowed to see all of these.
                 is_hidden = isinstance(error, NoPermissionError)
                 yield Check(name, True, f"not looked at: {error}") if is_hidden else Check.of_error(name, error)
-        yield unchecked_image(self._target.image)
+        yield Check.of_image(self.target.image)
 
     def _all_named(self, name: str) -> list[tuple[Kind, JsonObject]]:
         found = [(kind, self._api.get(kind, name)) for kind in (JOB_KIND, JOB_SET_KIND)]
@@ -150,11 +177,9 @@ class KubernetesBackend(Backend):
 
     def _named(self, name: str) -> list[tuple[Kind, JsonObject]]:
         """See `_all_named`; there is one at least."""
-        found = self._all_named(name)
-        if not found:
-            where = f"in namespace {self._target.namespace!r} of {self._api.host}"
-            raise MissingInputError(f"there is no job {name!r} {where}: `ddpm jobs list` shows those there are")
-        return found
+        if found := self._all_named(name):
+            return found
+        raise self.unknown(name)
 
     def _pods(self, name: str) -> list[JsonObject]:
         return self._api.pods(f"ddpm-job={name}")
@@ -163,83 +188,73 @@ class KubernetesBackend(Backend):
         """How a job is going, and its pods."""
         found = self._all_named(name)
         if not found:
-            return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self._target.namespace!r}"), []
+            return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self.target.namespace!r}"), []
         job, pods = found[0][1], self._pods(name)
         events, parts = [], []
-        if is_over(job):
+        if kubernetes_status.is_over(job):
             parts = self._api.all_with(JOB_KIND, f"{JOB_SET_LABEL}={name}")
-        elif not pods or is_suspended(job):
+        elif not pods or kubernetes_status.is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
-        return observed_status(job, pods, events, parts), pods
-
-    def _is_alive(self, job: JsonObject) -> BadRequestError:
-        name = job["metadata"]["name"]
-        return BadRequestError(
-            f"job {name!r} is there and {self.status(name).state} in namespace {self._target.namespace!r}: follow it "
-            f"with `ddpm jobs logs -f {name}`, or end it with `ddpm jobs cancel {name}`"
-        )
+        return kubernetes_status.observed_status(job, pods, events, parts), pods
 
     def _wait_until_gone(self, kind: Kind, name: str) -> None:
-        until = time.monotonic() + self._target.grace_seconds + GONE_MARGIN_SECONDS
+        until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
+                look = f"`kubectl -n {self.target.namespace} get pods -l ddpm-job={name}`"
                 raise BadRequestError(
-                    f"the old job {name!r} is being deleted and its pods do not end: try again in a minute, or look "
-                    f"with `kubectl -n {self._target.namespace} get pods -l ddpm-job={name}`"
+                    f"the old job {name!r} is being deleted and its pods do not end: look with {look}"
                 )
             time.sleep(GONE_POLL_SECONDS)
 
-
-def _require_queue(api: ClusterApi, target: KubernetesTarget) -> str:
-    """Says that the target's queue is there: one that is not would never let a job go."""
-    if not target.queue:
-        return "none is set"
-    if not any(api.get(kind, target.queue) for kind in LOCAL_QUEUES):
-        where, look = f"in namespace {target.namespace!r}", f"`kubectl -n {target.namespace} get localqueues`"
+    def _look_for_queue(self) -> str:
+        """Says that the target's queue is there: one that is not would never let a job go."""
+        queue, namespace = self.target.queue, self.target.namespace
+        if not queue:
+            return "none is set"
+        if any(self._api.get(kind, queue) for kind in LOCAL_QUEUES):
+            return f"{queue} is there"
+        look, install = f"`kubectl -n {namespace} get localqueues`", _INSTALL.format("kueue")
         raise MissingInputError(
-            f"there is no LocalQueue {target.queue!r} {where}: {look} shows those there are, once Kueue is installed "
-            f"({_INSTALL.format('kueue')})"
+            f"there is no LocalQueue {queue!r} in namespace {namespace!r}: {look} shows those there are, once Kueue is "
+            f"installed ({install})"
         )
-    return f"{target.queue} is there"
 
+    def _look_at_rights(self) -> str:
+        where = f"in namespace {self.target.namespace!r}"
+        for verb, group, *resource in _CHECKED_RIGHTS:
+            if not self._api.may(verb, group, *resource):
+                what = f"{verb} {'/'.join(resource)} {where} of {self._api.host}"
+                raise NoPermissionError(f"these credentials may not {what}: ask for the role `edit` there")
+        return f"{self._api.host} lets you create, follow and delete jobs {where}"
 
-def _check_rights(api: ClusterApi, target: KubernetesTarget) -> str:
-    for verb, group, *resource in _CHECKED_RIGHTS:
-        if not api.may(verb, group, *resource):
-            what = f"{verb} {'/'.join(resource)} in namespace {target.namespace!r} of {api.host}"
-            raise NoPermissionError(f"these credentials may not {what}: ask for the role `edit` there")
-    return f"{api.host} lets you create, follow and delete jobs in namespace {target.namespace!r}"
+    def _look_for_account(self) -> str:
+        name, namespace = self.target.service_account, self.target.namespace
+        try:
+            account = self._api.read("read_namespaced_service_account", name)
+        except NoSuchObjectError:
+            make = f"`kubectl -n {namespace} create serviceaccount {name}`"
+            raise MissingInputError(
+                f"there is no service account {name!r} in namespace {namespace!r}, so that no pod would start: {make}"
+            ) from None
+        bound = account["metadata"].get("annotations", {}).get(GOOGLE_ACCOUNT_ANNOTATION)
+        return f"{name} acts as {bound or 'itself: the bucket must be granted to it'}"
 
+    def _look_for_job_sets(self) -> str:
+        if not self._api.knows(JOB_SET_KIND):
+            return f"not installed; only --nodes needs them ({_INSTALL.format('jobset')})"
+        allowed = self._api.may("create", "jobset.x-k8s.io", "jobsets")
+        return "installed" if allowed else "installed; these credentials may not create them, which only --nodes needs"
 
-def _check_account(api: ClusterApi, target: KubernetesTarget) -> str:
-    try:
-        account = api.read("read_namespaced_service_account", target.service_account)
-    except NoSuchObjectError:
-        raise MissingInputError(
-            f"there is no service account {target.service_account!r} in namespace {target.namespace!r}, so that no "
-            f"pod would start: `kubectl -n {target.namespace} create serviceaccount {target.service_account}`"
-        ) from None
-    bound = account["metadata"].get("annotations", {}).get(GOOGLE_ACCOUNT_ANNOTATION)
-    return f"{target.service_account} acts as {bound or 'itself: the bucket must be granted to it'}"
-
-
-def _check_job_sets(api: ClusterApi, target: KubernetesTarget) -> str:
-    if not api.knows(JOB_SET_KIND):
-        return f"not installed; only --nodes needs them ({_INSTALL.format('jobset')})"
-    allowed = api.may("create", "jobset.x-k8s.io", "jobsets")
-    return "installed" if allowed else "installed; these credentials may not create them, which only --nodes needs"
-
-
-def _check_quota(api: ClusterApi, target: KubernetesTarget) -> str:
-    for quota in api.read("list_namespaced_resource_quota")["items"]:
-        hard, used = (
-            quota.get("status", {}).get(field, {}).get(f"requests.{GPU_RESOURCE}") for field in ("hard", "used")
-        )
-        if hard is not None and int(hard) - int(used or 0) < target.gpus:
-            raise BadRequestError(
-                f"{used or 0} of the {hard} GPUs of namespace {target.namespace!r} are taken, and a job asks for "
-                f"{target.gpus} (quota {quota['metadata']['name']!r}): wait, or ask for more"
-            )
-    return "no ResourceQuota of the namespace stands in the way"
+    def _look_at_quota(self) -> str:
+        gpus = f"requests.{GPU_RESOURCE}"
+        for quota in self._api.read("list_namespaced_resource_quota")["items"]:
+            hard, used = (quota.get("status", {}).get(field, {}).get(gpus) for field in ("hard", "used"))
+            if hard is not None and int(hard) - int(used or 0) < self.target.gpus:
+                raise BadRequestError(
+                    f"{used or 0} of the {hard} GPUs of namespace {self.target.namespace!r} are taken, and a job asks "
+                    f"for {self.target.gpus} (quota {quota['metadata']['name']!r}): wait, or ask for more"
+                )
+        return "no ResourceQuota of the namespace stands in the way"

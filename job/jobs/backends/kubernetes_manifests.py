@@ -6,16 +6,13 @@ jobset.x-k8s.io/v1alpha2 (jobset.sigs.k8s.io); what is retried follows `job.exit
 
 from __future__ import annotations
 
-import difflib
-import hashlib
-import json
 import math
 from typing import Any
 
 from job.exits import TABLE, BadRequestError, Exit
-from job.jobs.backends.base import IMAGE_USER, JsonObject
+from job.jobs.backends.base import JsonObject
+from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, scratch_variables
 from job.jobs.backends.machines import GKE_GPU_TYPES, Machine, gpus_of
-from job.jobs.building import wait_seconds
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget, size_bytes
 from job.stop import GRACE_VARIABLE
@@ -30,8 +27,6 @@ NODE_JOB = "node"
 MASTER_PORT = 29500
 CAPACITY = "ddpm-capacity"
 """Label of the nodes that `infra/terraform` makes, and the taint of those without GPUs that stay."""
-MANIFEST_ANNOTATION = "ddpm-manifest"
-"""Hash of the rest: after an answer that got lost it tells our own job from another of that name."""
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 QUEUE_SECONDS_LABEL = "kueue.x-k8s.io/max-exec-time-seconds"
 INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
@@ -40,7 +35,7 @@ GPU_RESOURCE = "nvidia.com/gpu"
 GPU_TYPE_LABEL, SPOT_LABEL = "cloud.google.com/gke-accelerator", "cloud.google.com/gke-spot"
 CPUS_PER_GPU, GIBIBYTES_PER_GPU, SHARED_GIBIBYTES_PER_GPU = 4, 16, 2
 """Of a node whose size is not known; a job without GPUs asks for as much as one with a single one."""
-MOUNTS = {"dshm": "/dev/shm", "scratch": "/scratch", "tmp": "/tmp"}  # noqa: S108 -- the container's own
+MOUNTS = {"dshm": "/dev/shm", "scratch": SCRATCH, "tmp": "/tmp"}  # noqa: S108 -- the container's own
 TMP_SIZE, OUTPUT_SIZE = "8Gi", "2Gi"
 """For /tmp, and for what the program prints, which counts as the container's disk, too."""
 LONGEST_POD_NAME = 63
@@ -65,15 +60,12 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
         labels |= {QUEUE_LABEL: target.queue, QUEUE_SECONDS_LABEL: str(spec.max_seconds)}
         waits = {"suspend": True}
     own = _job_set_spec(spec, target) if is_set else _job_spec(spec, target)
-    made: JsonObject = {
+    return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2" if is_set else "batch/v1",
         "kind": "JobSet" if is_set else "Job",
         "metadata": {"name": spec.name, "namespace": target.namespace, "labels": labels},
         "spec": {**own, "ttlSecondsAfterFinished": SHOWN_SECONDS, **waits},
     }
-    written = json.dumps(made, sort_keys=True).encode()
-    made["metadata"]["annotations"] = {MANIFEST_ANNOTATION: hashlib.sha256(written).hexdigest()[:16]}
-    return made
 
 
 def _job_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
@@ -177,7 +169,11 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     if target.cluster == "gke":
         gpu_type = spec.gpu_type or target.gpu_type
         if spec.gpus and gpu_type:
-            selector[GPU_TYPE_LABEL] = _known_to_gke(gpu_type, target)
+            selector[GPU_TYPE_LABEL] = gpu_type
+            # A job would wait for one without end.
+            if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
+                there_are = f"there are {', '.join(GKE_GPU_TYPES)}; nodes with another label need node_selector"
+                raise BadRequestError(f"--gpu-type {gpu_type}: GKE has no GPUs of this name: {there_are}")
         if spec.spot:
             selector[SPOT_LABEL] = "true"
             tolerations.append({"key": SPOT_LABEL, "operator": "Equal", "value": "true", "effect": "NoSchedule"})
@@ -198,29 +194,20 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     return {field: value for field, value in parts.items() if value}
 
 
-def _known_to_gke(gpu_type: str, target: KubernetesTarget) -> str:
-    """Returns a GPU type that GKE labels nodes with: for another one a job would wait for ever."""
-    if target.selects_as_gke and gpu_type not in GKE_GPU_TYPES:
-        close = difflib.get_close_matches(gpu_type, GKE_GPU_TYPES, n=1)
-        hint = f"; did you mean {close[0]}?" if close else ""
-        raise BadRequestError(
-            f"--gpu-type {gpu_type}: GKE has no GPUs of this name{hint} (there are: {', '.join(GKE_GPU_TYPES)}); for "
-            f"nodes with another label set node_selector of target {target.name!r}"
-        )
-    return gpu_type
-
-
 def _container(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     requests = _requests(spec, target)
     limits = requests | ({GPU_RESOURCE: str(spec.gpus)} if spec.gpus else {})
     rights = {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]}}
+    args = [_literally(word) for word in spec.argv]
+    if spec.slices:
+        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
     is_fixed = "@sha256:" in spec.image or spec.image.startswith("localhost/")
     return {
         "name": CONTAINER,
         "image": spec.image,
         # A node that ran an earlier image of the same tag would go on with that one.
         "imagePullPolicy": "IfNotPresent" if is_fixed else "Always",
-        "args": _args(spec, target),
+        "args": args,
         "env": _env(spec, target),
         "resources": {"requests": requests, "limits": limits},
         "securityContext": rights,
@@ -261,52 +248,28 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
     return f"{millis}m" if millis % 1000 else str(millis // 1000), f"{gibibytes * spec.gpus // gpus}Gi"
 
 
-def _args(spec: JobSpec, target: KubernetesTarget) -> list[str]:
-    args = [_literally(word) for word in spec.argv]
-    if spec.slices:
-        args += ["--slice", f"$({INDEX_VARIABLE})/{spec.slices}"]
-    # A replacement must outlive its predecessor's lease, or the job would end for good with 76.
-    if spec.verb == "train" and not any(word.split("=")[0] == "--wait" for word in spec.argv):
-        args += ["--wait", f"{wait_seconds(target):g}"]
-    return args
-
-
 def _literally(text: str) -> str:
     """What Kubernetes, which replaces `$(NAME)` in words and values, makes into `text` again."""
     return text.replace("$", "$$")
 
 
 def _env(spec: JobSpec, target: KubernetesTarget) -> list[dict[str, Any]]:
-    own = {
-        "HOME": "/tmp",  # noqa: S108
-        "TMPDIR": "/scratch",
-        "XDG_CACHE_HOME": "/scratch/cache",
-        "DDPM_CACHE": "/scratch/ddpm",
-        "MPLCONFIGDIR": "/tmp/matplotlib",  # noqa: S108
-        "TORCHINDUCTOR_CACHE_DIR": "/tmp/inductor",  # noqa: S108
-        "TRITON_CACHE_DIR": "/tmp/triton",  # noqa: S108
-        "PYTHONUNBUFFERED": "1",
-        "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false",
-    }
-    values = {name: _literally(value) for name, value in (own | target.env | dict(spec.env)).items()}
-    values[GRACE_VARIABLE] = str(target.grace_seconds)
-    fields = {"POD_NAME": "metadata.name"}
+    own = scratch_variables(target.grace_seconds)
+    # The grace is what the pod has, whatever somebody says.
+    values = {name: _literally(value) for name, value in (own | dict(spec.env)).items()}
+    values[GRACE_VARIABLE] = own[GRACE_VARIABLE]
+    references = []
     if spec.machines > 1 or spec.slices:
-        fields[INDEX_VARIABLE] = f"metadata.annotations['{INDEX_ANNOTATION}']"
+        path = f"metadata.annotations['{INDEX_ANNOTATION}']"
+        references = [{"name": INDEX_VARIABLE, "valueFrom": {"fieldRef": {"fieldPath": path}}}]
     if spec.nodes > 1:
-        values |= _rendezvous(spec)
+        # Where the nodes meet; see `job.processes.group`.
+        values |= {
+            "NNODES": str(spec.nodes),
+            "NODE_RANK": f"$({INDEX_VARIABLE})",
+            # JobSet: JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
+            "MASTER_ADDR": f"{spec.name}-{NODE_JOB}-0-0.{spec.name}",
+            "MASTER_PORT": str(MASTER_PORT),
+        }
     # A value may name only what stands before it.
-    references = [{"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()]
-    plain = [{"name": name, "value": value} for name, value in sorted(values.items()) if name not in fields]
-    return references + plain
-
-
-def _rendezvous(spec: JobSpec) -> dict[str, str]:
-    """Where the nodes meet; see `job.processes.group`."""
-    return {
-        "NNODES": str(spec.nodes),
-        "NODE_RANK": f"$({INDEX_VARIABLE})",
-        # JobSet: JOBSET-REPLICATEDJOB-JOBINDEX-PODINDEX.SUBDOMAIN
-        "MASTER_ADDR": f"{spec.name}-{NODE_JOB}-0-0.{spec.name}",
-        "MASTER_PORT": str(MASTER_PORT),
-    }
+    return references + [{"name": name, "value": value} for name, value in sorted(values.items())]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from job.exits import TABLE, Exit, retried
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, severity
+from job.exits import Exit, meaning, retried, severity
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
@@ -176,12 +176,10 @@ def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
 
 def _ending_in_words(ended: JsonObject) -> str:
     """`exit code 78 (the configuration is not valid …): its last line`."""
-    code = int(ended["exitCode"])
-    meaning = TABLE[Exit(code)].text if code in TABLE else "a signal" if code > 128 else "a crash"
-    if ended.get("reason") == "OOMKilled":
-        meaning = "OOMKilled: `memory:` of the target is too little"
+    code, is_memory = int(ended["exitCode"]), ended.get("reason") == "OOMKilled"
+    how = "OOMKilled: `memory:` of the target is too little" if is_memory else meaning(code)
     lines = [line for line in str(ended.get("message") or "").splitlines() if line.strip()]
-    return f"exit code {code} ({meaning})" + (f": {lines[-1].strip()}" if lines else "")
+    return f"exit code {code} ({how})" + (f": {lines[-1].strip()}" if lines else "")
 
 
 def _how_running(living: Sequence[JsonObject], pods: Sequence[JsonObject]) -> str:

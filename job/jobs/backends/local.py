@@ -23,19 +23,8 @@ from typing import NoReturn
 import psutil
 
 from job.data.cache import default_cache_dir
-from job.exits import BadRequestError, MissingInputError
-from job.jobs.backends.base import (
-    FOLLOW_POLL_SECONDS,
-    Backend,
-    JobStatus,
-    JsonObject,
-    State,
-    cancelled,
-    check_one_machine,
-    runs_already,
-    state_of_code,
-)
-from job.jobs.outcome import informed
+from job.exits import BadRequestError
+from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, JobStatus, JsonObject, State
 from job.jobs.spec import JobSpec
 from job.runs.records import utc_now
 from job.store.files import folder_lock, os_errors
@@ -69,8 +58,8 @@ class LocalRecord:
         if self.process() is not None:
             return status
         why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
-        status = informed(replace(status, state=State.GONE, message=why), self.bucket)
-        return status if status.exit_code is None else replace(status, state=state_of_code(status.exit_code))
+        status = replace(status, state=State.GONE, message=why).informed(self.bucket)
+        return status if status.exit_code is None else replace(status, state=State.of_code(status.exit_code))
 
 
 class LocalBackend(Backend):
@@ -78,7 +67,6 @@ class LocalBackend(Backend):
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """The one command, and its variables."""
-        check_one_machine(spec, self.target)
         return [{"name": spec.name, "command": ["ddpm", *spec.argv], "environment": dict(spec.env)}]
 
     def become(self, spec: JobSpec) -> NoReturn:
@@ -88,13 +76,12 @@ class LocalBackend(Backend):
 
     def submit(self, spec: JobSpec) -> None:
         """Starts the job in the background, in a session of its own, with a log file for what it prints."""
-        self.render(spec)
         folder = _folder()
         with os_errors(folder):
             folder.mkdir(parents=True, exist_ok=True)
             with folder_lock(folder):
                 if (before := _record(spec.name)) and before.process():
-                    raise runs_already(spec.name, "on this machine")
+                    raise self.runs_already(spec.name, "on this machine")
                 created = utc_now()
                 with _log_path(spec.name).open("wb") as log:
                     child = subprocess.Popen(
@@ -115,10 +102,8 @@ class LocalBackend(Backend):
         return record.status() if record else JobStatus(name, State.GONE, "it was not started here")
 
     def jobs(self) -> list[JobStatus]:
-        """The newest job of each name that was started here, newest first."""
-        records = [_record(path.stem) for path in _folder().glob("*.json")]
-        statuses = [record.status() for record in records if record]
-        return sorted(statuses, key=lambda status: status.created, reverse=True)
+        """The newest job of each name that was started here."""
+        return [record.status() for path in _folder().glob("*.json") if (record := _record(path.stem))]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: all targets are this machine."""
@@ -126,7 +111,7 @@ class LocalBackend(Backend):
 
     def logs(self, name: str, follow: bool) -> Iterator[str]:
         """What the job printed."""
-        record, part = _existing(name), ""
+        record, part = self._known(name), ""
         with os_errors(_log_path(name)), _log_path(name).open(encoding="utf-8", errors="replace", newline="\n") as file:
             while True:
                 # Asked before reading, so that nothing is missed that was printed in between.
@@ -140,17 +125,22 @@ class LocalBackend(Backend):
 
     def cancel(self, name: str) -> str:
         """Has the job save and end, as Ctrl-C would."""
-        process = _existing(name).process()
+        process = self._known(name).process()
         if process is None:
             raise BadRequestError(f"{name} is over already: `ddpm jobs status {name}` tells how it ended")
         # It may end in this moment.
         with suppress(psutil.NoSuchProcess):
             process.terminate()
-        return cancelled(State.RUNNING)
+        return State.RUNNING.when_cancelled
 
     def describe(self, name: str) -> JsonObject:
         """The job's record, and where its output is."""
-        return {**asdict(_existing(name)), "log": str(_log_path(name))}
+        return {**asdict(self._known(name)), "log": str(_log_path(name))}
+
+    def _known(self, name: str) -> LocalRecord:
+        if record := _record(name):
+            return record
+        raise self.unknown(name)
 
 
 def _command(spec: JobSpec) -> list[str]:
@@ -172,10 +162,3 @@ def _record(name: str) -> LocalRecord | None:
     with suppress(OSError, ValueError, TypeError):
         return LocalRecord(**json.loads((_folder() / f"{name}.json").read_bytes()))
     return None
-
-
-def _existing(name: str) -> LocalRecord:
-    record = _record(name)
-    if record is None:
-        raise MissingInputError(f"no job {name!r} was started in the background here: `ddpm jobs list` shows those")
-    return record

@@ -16,10 +16,11 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from job.exits import JobError, MissingInputError, retried
-from job.jobs.backends import google, google_jobs
-from job.jobs.backends.base import Cause, JobStatus, JsonObject, State, cancelled, runs_already, severity
-from job.jobs.backends.google import Answer, GoogleNotFoundError
+from job.exits import JobError, retried, severity
+from job.jobs.backends import google
+from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
+from job.jobs.backends.confinement import SCRATCH
+from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import JobSpec
 from job.jobs.targets import VmTarget
@@ -41,7 +42,7 @@ _ORDER = (State.RUNNING, State.WAITING, State.FAILED, State.CANCELLED, State.GON
 """What a job of several slices is: the first of these that one of its slices is."""
 
 
-class VmBackend(google_jobs.GoogleBackend):
+class VmBackend(google.GoogleBackend):
     """See `Backend`. A job is made in one zone; `elsewhere` is the target's next one."""
 
     engine = "Compute Engine"
@@ -53,15 +54,15 @@ class VmBackend(google_jobs.GoogleBackend):
         before = self.find(spec.name)
         for machine in before:
             if machine["status"] not in _LEAVING:
-                raise runs_already(spec.name, f"in {_zone(machine)}")
+                raise self.runs_already(spec.name, f"in {_zone(machine)}")
         self._delete(before)
-        made: list[Answer] = []
+        made: list[JsonObject] = []
         try:
             operations = []
             for manifest in manifests:
                 # Before the request: one without an answer may have been met.
                 made.append({"name": manifest["name"], "zone": self.place})
-                operations.append(self._apis.create(f"POST {self._path(self.place)}/instances", manifest))
+                operations.append(self.create(f"POST {self._path(self.place)}/instances", manifest))
             self._wait(operations)
         except BaseException as error:
             if "alreadyExists" in str(error):
@@ -75,19 +76,14 @@ class VmBackend(google_jobs.GoogleBackend):
 
     def status(self, name: str) -> JobStatus:
         """See `Backend.status`."""
-        machines = self.find(name)
-        staying = [machine for machine in machines if machine["status"] not in _LEAVING]
-        # A machine that is there knows best, and logs may be asked only so often.
-        is_complete = len(staying) == max([1, *map(_slices, machines)])
-        return vm_status(name, machines, {} if is_complete else self._last_words(name))
+        return vm_status(name, self.find(name), self._last_words(name))
 
     def jobs(self) -> list[JobStatus]:
         """See `Backend.jobs`: those that have a machine."""
-        machines: dict[str, list[Answer]] = {}
+        machines: dict[str, list[JsonObject]] = {}
         for machine in self.find():
             machines.setdefault(machine["labels"][JOB_LABEL], []).append(machine)
-        found = [vm_status(name, own, {}) for name, own in machines.items()]
-        return sorted(found, key=lambda status: status.created, reverse=True)
+        return [vm_status(name, own, {}) for name, own in machines.items()]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: every target sees all zones of its project."""
@@ -98,12 +94,12 @@ class VmBackend(google_jobs.GoogleBackend):
         machines, told = self.find(name), self._last_words(name)
         found = vm_status(name, machines, told)
         if not found.created:
-            raise MissingInputError(f"no job {name!r} in project {self.target.project}, or its output is too old")
+            raise self.unknown(name)
         docker = self._filter("gcplogs-docker-driver", "jsonPayload.container.metadata", name)
         filter_ = f"({docker}) OR ({self._filter(VM_LOG, 'labels', name)})"
         return filter_, datetime.fromisoformat(found.created), len(told) > 1 or any(map(_slices, machines))
 
-    def slice_of(self, entry: Answer) -> str:
+    def slice_of(self, entry: JsonObject) -> str:
         """See `GoogleBackend.slice_of`."""
         container = entry["jsonPayload"].get("container", {})
         return str((container.get("metadata") or entry["labels"]).get(SLICE_LABEL, "all"))
@@ -114,16 +110,16 @@ class VmBackend(google_jobs.GoogleBackend):
         # So that nobody takes it for lost, and starts it again.
         self._tell(name, _slices(machines[0]), "cancelled")
         self._delete(machines)
-        return cancelled(vm_status(name, machines, {}).state)
+        return vm_status(name, machines, {}).state.when_cancelled
 
     def describe(self, name: str) -> JsonObject:
         """See `Backend.describe`: the instances of the job."""
         return {"instances": self.known(name)}
 
-    def find(self, name: str = "") -> list[Answer]:
+    def find(self, name: str = "") -> list[JsonObject]:
         """The machines of one job, or of all, in any zone of the project."""
         request = f"GET compute/projects/{self.target.project}/aggregated/instances"
-        pages = self._apis.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
+        pages = self.pages(request, filter=f"labels.{JOB_LABEL}" + (f"={name}" if name else ":*"))
         return [one for page in pages for zone in page.get("items", {}).values() for one in zone.get("instances", ())]
 
     def _path(self, zone: str) -> str:
@@ -137,25 +133,25 @@ class VmBackend(google_jobs.GoogleBackend):
 
     def _last_words(self, name: str) -> dict[int, JobStatus]:
         since = datetime.now(UTC) - LOG_LOOK_BACK
-        return last_words(name, self._apis.log_entries(self._filter(VM_LOG, "labels", name), since))
+        return last_words(name, self.log_entries(self._filter(VM_LOG, "labels", name), since))
 
     def _tell(self, name: str, slices: int, event: str) -> None:
         """Leaves word about a job; who may not write logs may do all else."""
         labels, said = {JOB_LABEL: name, SLICES_LABEL: str(slices)}, {"message": f"ddpm-vm: {event}", "event": event}
         entry = {"logName": self._log(VM_LOG), "resource": {"type": "global"}, "labels": labels, "jsonPayload": said}
         with suppress(JobError):
-            self._apis.ask("POST logging/entries:write", {"entries": [entry]})
+            self.ask("POST logging/entries:write", {"entries": [entry]})
 
-    def _delete(self, machines: Iterable[Answer]) -> None:
+    def _delete(self, machines: Iterable[JsonObject]) -> None:
         """Deletes machines, and waits until they are gone. Those that are gone already count."""
         operations = []
         for machine in machines:
             with suppress(GoogleNotFoundError):
                 request = f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"
-                operations.append(self._apis.ask(request))
+                operations.append(self.ask(request))
         self._wait(operations)
 
-    def _wait(self, operations: Iterable[Answer]) -> None:
+    def _wait(self, operations: Iterable[JsonObject]) -> None:
         """Waits for operations on machines.
 
         Raises:
@@ -166,7 +162,7 @@ class VmBackend(google_jobs.GoogleBackend):
             for _ in self.patience(f"machine {machine}"):
                 if operation["status"] == "DONE":
                     break
-                operation = self._apis.ask(f"GET {self._path(zone)}/operations/{operation['name']}")
+                operation = self.ask(f"GET {self._path(zone)}/operations/{operation['name']}")
             if problems := operation.get("error", {}).get("errors"):
                 reason = "; ".join(f"{problem.get('code')}: {problem.get('message')}" for problem in problems)
                 status = operation.get("httpErrorStatusCode", 400)
@@ -179,7 +175,7 @@ class VmBackend(google_jobs.GoogleBackend):
     def _instance(self, spec: JobSpec, machine: Machine, number: int) -> JsonObject:
         target, zone = self.target, self.place
         labels = {JOB_LABEL: spec.name, SLICE_LABEL: str(number), SLICES_LABEL: str(spec.slices)}
-        variables = google_jobs.container_variables(spec)
+        variables = google.container_variables(spec)
         metadata = {
             "startup-script": Path(__file__).with_name("vm_start.sh").read_text(encoding="utf-8"),
             "ddpm-words": _one_a_line(_docker_words(spec, machine.gpus, number)),
@@ -197,7 +193,7 @@ class VmBackend(google_jobs.GoogleBackend):
             "diskType": f"zones/{zone}/diskTypes/{machine.disk_type}",
             "labels": spec.all_labels,
         }
-        interface: JsonObject = {**google_jobs.network_of(target, zone.rpartition("-")[0]), "nicType": "GVNIC"}
+        interface: JsonObject = {**google.network_of(target, zone.rpartition("-")[0]), "nicType": "GVNIC"}
         if len(interface) == 1:
             # Who names a network has one that reaches Google without external addresses; the default one does not.
             external = {"type": "ONE_TO_ONE_NAT", "name": "External NAT"}
@@ -228,16 +224,16 @@ class VmBackend(google_jobs.GoogleBackend):
         return instance
 
 
-def _slices(machine: Answer) -> int:
+def _slices(machine: JsonObject) -> int:
     """How many slices its job has; 0 for none."""
     return int(machine["labels"][SLICES_LABEL])
 
 
-def _zone(resource: Answer) -> str:
+def _zone(resource: JsonObject) -> str:
     return str(resource["zone"]).rpartition("/")[2]
 
 
-def last_words(name: str, entries: Iterable[Answer]) -> dict[int, JobStatus]:
+def last_words(name: str, entries: Iterable[JsonObject]) -> dict[int, JobStatus]:
     """How each slice of a job ended, or the job where it has none, as the log has it, the oldest word first.
 
     What was said before the last submission, or the start of the slice's machine, is past. A slice of which there is no
@@ -262,11 +258,11 @@ def last_words(name: str, entries: Iterable[Answer]) -> dict[int, JobStatus]:
                 if part.state is not State.CANCELLED:
                     parts[number] = replace(part, message="its machine was taken away", cause=Cause.TAKEN_AWAY)
             case "ended" | "taken":
-                parts[number] = replace(google_jobs.ended_status(name, code), created=part.created)
+                parts[number] = replace(JobStatus.of_code(name, code), created=part.created)
     return parts
 
 
-def vm_status(name: str, machines: Sequence[Answer], told: Mapping[int, JobStatus]) -> JobStatus:
+def vm_status(name: str, machines: Sequence[JsonObject], told: Mapping[int, JobStatus]) -> JobStatus:
     """How a job is going, all its slices together: by the machines that are there, and `last_words` of the others."""
     gone = JobStatus(name, State.GONE, "its machine is gone, and left no word")
     parts = [told.get(number, gone) for number in range(max([1, len(told), *map(_slices, machines)]))]
@@ -284,7 +280,7 @@ def vm_status(name: str, machines: Sequence[Answer], told: Mapping[int, JobStatu
     return replace(worst, message=message, created=created, place=places)
 
 
-def _of_machine(machine: Answer, told: JobStatus) -> JobStatus:
+def _of_machine(machine: JsonObject, told: JobStatus) -> JobStatus:
     """How a job is whose machine is there; what it told counts once that is on its way out."""
     word = machine["status"]
     told = replace(told, created=google.utc_text(machine["creationTimestamp"]), place=_zone(machine))
@@ -308,8 +304,8 @@ def _docker_words(spec: JobSpec, gpus: int, number: int) -> list[str]:
         f"--label={JOB_LABEL}={spec.name}",
         f"--label={SLICE_LABEL}={number}",
         "--env-file=/run/ddpm/environment",
-        *google_jobs.CONFINEMENT,
-        f"--mount=type=bind,source=/var/lib/ddpm,target={google_jobs.CONTAINER_SCRATCH}",
+        *google.CONTAINER_OPTIONS,
+        f"--mount=type=bind,source=/var/lib/ddpm,target={SCRATCH}",
     ]
     if gpus:
         # What `--gpus all` does elsewhere (cloud.google.com/container-optimized-os/docs/how-to/run-gpus).

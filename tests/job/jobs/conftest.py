@@ -16,7 +16,7 @@ from tests.job.jobs.submitting import TARGETS
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
     """Google's APIs on this machine, which all clients of this process and its children find; nobody is patient."""
-    from job.jobs.backends import google, google_jobs
+    from job.jobs.backends import google
 
     with google_server() as server:
         for api in ("COMPUTE", "BATCH", "LOGGING", "IAM"):
@@ -24,20 +24,21 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[GoogleServer]:
             path = "compute/v1/" if api == "COMPUTE" else ""
             monkeypatch.setenv(google.ENDPOINT_VARIABLE + api, f"{server.url}/{path}")
         monkeypatch.setattr(google, "API_RETRY_PAUSES_SECONDS", (0.01, 0.01, 0.01))
-        monkeypatch.setattr(google_jobs, "CHANGE_POLL_SECONDS", 0.01)
-        monkeypatch.setattr(google_jobs, "LOG_POLL_SECONDS", 0.05)
-        monkeypatch.setattr(google_jobs, "LOG_SETTLE_SECONDS", 0.3)
+        monkeypatch.setattr(google, "CHANGE_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(google, "LOG_POLL_SECONDS", 0.05)
+        monkeypatch.setattr(google, "LOG_SETTLE_SECONDS", 0.3)
         yield server
 
 
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]:
     """A cluster on this machine, and the kubeconfig for it in `tmp_path`; nobody is patient."""
-    from job.jobs.backends import kubernetes, kubernetes_api, kubernetes_logs
+    from job.jobs.backends import kubernetes, kubernetes_api
 
     monkeypatch.setattr(kubernetes, "GONE_POLL_SECONDS", 0.02)
-    monkeypatch.setattr(kubernetes_api, "API_RETRY_DELAYS_SECONDS", (0.01, 0.02, 0.03))
-    monkeypatch.setattr(kubernetes_logs, "PODS_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(kubernetes_api, "API_RETRIES", 3)
+    monkeypatch.setattr(kubernetes_api, "API_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(kubernetes, "PODS_POLL_SECONDS", 0.05)
     with kubernetes_server() as running:
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(running.kubeconfig()))
@@ -47,11 +48,17 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]
 
 
 @pytest.fixture
-def targets_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder with targets, and no variable that says otherwise."""
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder and a cache of the test's own, and no variable that says otherwise."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DDPM_TARGETS", raising=False)
-    monkeypatch.delenv("DDPM_BUCKET", raising=False)
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "targets.yaml").write_text(TARGETS)
+    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
+        monkeypatch.delenv(name, raising=False)
     return tmp_path
+
+
+@pytest.fixture
+def targets_folder(folder: Path) -> Path:
+    """The same, with targets."""
+    (folder / "targets.yaml").write_text(TARGETS)
+    return folder

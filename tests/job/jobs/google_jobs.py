@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from job.jobs.backends.batch import BatchBackend
-from job.jobs.backends.google_jobs import GoogleBackend
+from job.jobs.backends.google import GoogleBackend
 from job.jobs.backends.vm import VmBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, VmTarget

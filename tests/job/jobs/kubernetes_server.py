@@ -66,9 +66,9 @@ class Cluster:
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
         self._objects: dict[Key, Object] = {}
-        self._lines: dict[str, list[str | None]] = {}
-        """Of a pod, by its UID; None is a connection that breaks."""
-        self._ticks, self.is_open = 0, True
+        self._lines: dict[str, list[str]] = {}
+        """Of a pod, by its name, behind their times."""
+        self._ticks = 0
         self._lock = threading.RLock()
 
     def kubeconfig(self, **user: Any) -> Object:
@@ -120,12 +120,12 @@ class Cluster:
         threading.Timer(self.goes_after_seconds, self._let_go, (metadata["uid"],)).start()
         return self.get(plural, name, namespace)
 
-    def log(self, namespace: str, name: str, follow: bool) -> Iterator[str | None]:
+    def log(self, namespace: str, name: str) -> str:
         """The lines of a pod."""
         pod = self.get("pods", name, namespace)
         if "waiting" in pod["status"]["containerStatuses"][0]["state"]:
             raise Refusal(400, f'container "ddpm" in pod "{name}" is waiting to start')
-        return self._printed(pod["metadata"]["uid"], (namespace, "pods", name), follow)
+        return "".join(f"{line}\n" for line in self._lines[name])
 
     # What tests do.
 
@@ -182,11 +182,9 @@ class Cluster:
         """The program in a pod prints."""
         self._lines[pod] += [f"{self._now()} {line}" for line in lines]
 
-    def break_log(self, pod: str, forgotten: int = 0) -> None:
-        """Whoever reads a pod's output loses the connection here, once; its first lines may be `forgotten` then."""
-        old = self._lines[pod]
-        self._lines[pod] = old[forgotten:] if forgotten else old
-        old.append(None)
+    def forget_log(self, pod: str, count: int) -> None:
+        """A node throws the first lines of a long output away."""
+        del self._lines[pod][:count]
 
     def answer_next(self, code: int, times: int = 1, method: str = "GET") -> None:
         """Has the next `times` requests of that method answered with an error."""
@@ -200,21 +198,6 @@ class Cluster:
             self._ticks += 1
             moment = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(milliseconds=100 * self._ticks)
         return moment.isoformat(timespec="milliseconds").removesuffix("+00:00").rstrip("0").rstrip(".") + "Z"
-
-    def _printed(self, uid: str, key: Key, follow: bool) -> Iterator[str | None]:
-        lines, at = self._lines[uid], 0
-        while True:
-            pod = self._objects.get(key)
-            has_ended = pod is None or "terminated" in pod["status"]["containerStatuses"][0]["state"]
-            while at < len(lines):
-                if lines[at] is None:
-                    yield lines.pop(at)
-                    return
-                yield lines[at]
-                at += 1
-            if has_ended or not follow or not self.is_open:
-                return
-            time.sleep(0.02)
 
     def _find(self, plural: str, name: str, namespace: str) -> Object:
         if (namespace, plural, name) not in self._objects:
@@ -282,7 +265,7 @@ class _Handler(JsonHandler):
             raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
         if log:
             assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
-            self._stream(cluster.log(namespace, name, query["follow"].lower() == "true"))
+            self.say(200, cluster.log(namespace, name))
             return
         if verb == "create":
             cluster.bodies += [self.body] if plural in KINDS else []
@@ -295,20 +278,6 @@ class _Handler(JsonHandler):
             selectors = {key: value for key, value in query.items() if key.endswith("Selector")}
             answer = {"items": cluster.list(plural, namespace, **selectors)}
         self.say(200, answer)
-
-    def _stream(self, lines: Iterator[str | None]) -> None:
-        """Answers in chunks, each as soon as it is there; none ends where a line or a letter does."""
-        self.send_response(200)
-        self.send_header("Transfer-Encoding", "chunked")
-        self.end_headers()
-        for line in lines:
-            if line is None:
-                self.close_connection = True
-                return
-            data = f"{line}\n".encode()
-            for part in (data[:-2], data[-2:]):
-                self.wfile.write(f"{len(part):x}\r\n".encode() + part + b"\r\n")
-        self.wfile.write(b"0\r\n\r\n")
 
 
 def _value(thing: Object, name: str) -> Any:
@@ -327,7 +296,6 @@ def kubernetes_server() -> Iterator[Cluster]:
 
     with serving(Handler) as Handler.cluster.url:
         yield Handler.cluster
-    Handler.cluster.is_open = False
 
 
 def wait_for(what: Callable[[], object], seconds: float = 20.0) -> None:

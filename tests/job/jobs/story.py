@@ -35,9 +35,6 @@ class Story:
             self.left -= 1
         return self.left == 0
 
-    def again(self) -> list[str]:
-        return [line for line in self.told if "submitting it again" in line]
-
 
 def watched(home: base.Backend, spec: JobSpec, clock: Any) -> None:
     """Watches a job to its end. Its bucket is nowhere, unless it is a folder here."""
@@ -45,8 +42,4 @@ def watched(home: base.Backend, spec: JobSpec, clock: Any) -> None:
         for module in (watch, base):
             patch.setattr(module, "note", clock.told.append)
         bucket = "/nowhere" if "://" in spec.bucket else spec.bucket
-        watch.Watch(home, replace(spec, bucket=bucket), clock).run()
-
-
-def nothing() -> None:
-    """The watch waits."""
+        watch.Watch(home, replace(spec, bucket=bucket), clock.wait, clock.now).run()

@@ -47,7 +47,7 @@ def test_a_failure_says_why(cloud, backend):
         (65, 65, None, "bad data"),
         (137, 137, None, "killed by signal 9"),
         (50000, None, None, "does not say why"),
-        (50001, None, Cause.TAKEN_AWAY, "taken away"),
+        *((code, None, Cause.TAKEN_AWAY, "its") for code in (50001, 50002, 50003, 50006)),
         (50004, None, None, "could not be ended"),
         (50005, None, Cause.OUT_OF_TIME, "--max-hours"),
     ]:

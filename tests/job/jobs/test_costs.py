@@ -7,9 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from job.jobs.costs import Price, cost_of, load_prices
 from job.jobs.spec import JobSpec
-from job.jobs.submit import plan_lines
+from job.jobs.submit import Price, cost_of, load_prices, plan_lines
 from job.jobs.targets import Target, chosen_target, load_targets, parse_targets
 from tests.job.jobs.submitting import FOR_TRAIN, built
 

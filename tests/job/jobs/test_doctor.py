@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from job.exits import Exit, JobError
 from job.jobs import doctor
-from job.jobs.checks import Check
+from job.jobs.backends.base import Check
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
@@ -62,39 +60,21 @@ def test_a_job_finds_it_before_it_starts_anything(seaweedfs_server, aws_credenti
     boto3.client("s3", endpoint_url=seaweedfs_server).create_bucket(Bucket="readers-run")
     monkeypatch.setenv("AWS_ENDPOINT_URL", seaweedfs_server)
     succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", bucket))
-    began = time.monotonic()
     done = ddpm("train", "--dataset", "tiles", "--bucket", bucket, *settings(), AWS_ACCESS_KEY_ID="reader")
-    seconds = time.monotonic() - began
     line = refused(done, 77)
     assert "s3://readers-run/runs/tiles/" in line
     # No process of the run was started, which takes PyTorch's seconds.
     assert "rank" not in done.stderr
-    print(f"without permission: {seconds:.1f} s to exit code 77")
-    assert seconds < 10
 
 
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
-    began = time.monotonic()
-    done = ddpm("doctor", "--bucket", tmp_path / "bucket")
-    out = succeeded(done)
-    print(f"{time.monotonic() - began:.1f} s")
+    out = succeeded(ddpm("doctor", "--bucket", tmp_path / "bucket"))
     assert [line[:4] for line in out.splitlines()] == ["ok  "] * len(out.splitlines())
     assert "all-reduce" in out
     assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
     found = json.loads(succeeded(ddpm("doctor", "--no-bucket", "--json")))
     assert [check["name"] for check in found] == ["GPUs", "shared memory", "disk", "all-reduce"]
-
-
-def test_a_library_that_is_not_installed_is_named_with_what_installs_it(tmp_path):
-    targets = tmp_path / "targets.yaml"
-    targets.write_text("far: {backend: vm, project: my-project, zones: [us-east1-b], image: i, bucket: gs://bucket}")
-    code = "import sys; sys.modules['google.auth.exceptions'] = None; from job.__main__ import main; main()"
-    for words in (("doctor", "--no-bucket"), ("jobs", "list")):
-        done = ddpm(*words, "--on", "far", "--targets", targets, program=(sys.executable, "-c", code))
-        assert done.returncode == Exit.MISSING_INPUT, done.stderr
-        assert "Traceback" not in done.stderr
-        assert "pip install 'ddpm-job[google]'" in done.stdout + done.stderr
 
 
 def test_a_cache_that_cannot_be_made_and_too_little_shared_memory(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from google.cloud import compute_v1
 from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError
 from job.jobs.backends import google
 from job.jobs.backends.base import State
-from job.jobs.backends.google_jobs import quota_metric
+from job.jobs.backends.google import quota_metric
 from tests.job.jobs.google_jobs import backend_of, spec
 from tests.job.jobs.google_server import Refusal
 

@@ -15,16 +15,7 @@ from job.jobs.targets import load_targets
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.jobs.test_local import ended, spec
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder and a cache of the test's own, and no cluster."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "no-cluster"))
-    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 @pytest.fixture
@@ -56,7 +47,8 @@ def test_two_targets_of_this_machine_have_one_job(failed, folder):
     assert "no dataset" in succeeded(ddpm_here("jobs", "logs", failed))
 
 
-def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
+def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypatch):
+    monkeypatch.setenv("KUBECONFIG", str(folder / "no-cluster"))
     (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}")
     done = ddpm_here("jobs", "list")
     assert "train-none" in succeeded(done)
@@ -70,7 +62,7 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder):
 def test_what_is_asked_about_a_job_that_nobody_knows():
     for command in ("status", "logs", "cancel", "describe"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
-        assert "target 'local' knows no job 'train-nothing': `ddpm jobs list` shows those there are" in line
+        assert "no target knows a job 'train-nothing' (local): `ddpm jobs list` shows those there are" in line
         assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
         assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
         line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
@@ -100,10 +92,9 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
                 assert lines.pop(0).startswith("state       finished, as of 20")
                 assert lines.pop(0) == "exit code   0: finished"
             assert lines[0] == f"run         walk  ({uri}/runs/walk)"
-            assert lines[1].startswith("run's state finished, as of 20")
-            assert lines[2] == "images seen 312 of 312 (epoch 1.04)"
-            assert lines[3].startswith("newest      checkpoints/000001-000000000312")
-            assert lines[4].startswith("attempt 1 ")
+            assert "images seen 312 of 312 (epoch 1.04)" in lines
+            assert any(line.startswith("newest      checkpoints/000001-000000000312") for line in lines)
+            assert lines[-1].startswith("attempt 1 ")
     for name in ("train-other", "train-walk-2"):
         refused(ddpm_here("jobs", "status", name), Exit.MISSING_INPUT)
     # Its output went with the machine.

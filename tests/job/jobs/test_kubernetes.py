@@ -1,21 +1,30 @@
-"""Jobs on a cluster, by the official client and a server on this machine: sent, seen, refused and taken away."""
+"""Jobs on a cluster, by the official client and a server on this machine: sent, followed, refused and taken away."""
 
 from __future__ import annotations
 
 import json
 import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
 
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
 from job.jobs.backends import kubernetes_api
-from job.jobs.backends.base import State
+from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes import KubernetesBackend
+from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.jobs.kubernetes_server import wait_for
+from tests.job.jobs.story import Story, watched
 
 NAME = "train-celeba"
+KUBECTL = str(Path(sys.executable).with_name("kubectl"))
+TRAIN = ("submit", "train", "--dataset", "celeba", "--on", "gke")
 
 
 @pytest.fixture
@@ -36,11 +45,11 @@ def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
         backend.submit(job)
     assert server.bodies == [made for job in jobs for made in backend.render(job)]
     assert all("fieldValidation=Strict" in path for method, path in server.requests if method == "POST")
-    # Newest first; others are not listed.
+    # Others are not listed.
     server.add("jobs", {"metadata": {"name": "other", "labels": {"app": "web"}}, "spec": {}})
     server.start_pod("train-b", plural="jobsets")
-    found = [(status.name, status.state) for status in backend.jobs()]
-    assert found == [(jobs[2].name, State.WAITING), ("train-b", State.RUNNING), (NAME, State.WAITING)]
+    found = {status.name: status.state for status in backend.jobs()}
+    assert found == {jobs[2].name: State.WAITING, "train-b": State.RUNNING, NAME: State.WAITING}
 
 
 def test_a_job_from_its_beginning_to_its_end(server, backend):
@@ -108,7 +117,9 @@ def test_a_cluster_without_jobsets_says_what_installs_them(server, backend):
 def test_a_job_that_is_alive_is_not_submitted_twice_and_one_that_is_over_makes_room(server, backend):
     backend.submit(spec())
     for job in (spec(), spec(nodes=2)):
-        with pytest.raises(BadRequestError, match=r"is there and waiting .*ddpm jobs cancel train-celeba"):
+        with pytest.raises(
+            BadRequestError, match=r"train-celeba runs in namespace 'default' already.*jobs cancel train-celeba"
+        ):
             backend.submit(job)
     assert len(server.bodies) == 1
     for how, code in (("Complete", 0), ("Failed", 78)):
@@ -132,7 +143,7 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
         assert not server.names("pods")
         assert backend.cancel(NAME).startswith("was waiting, and is no more")
         wait_for(lambda: backend.status(NAME).state is State.GONE)
-        with pytest.raises(MissingInputError, match=r"no job 'train-celeba' in namespace 'default'"):
+        with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
             backend.cancel(NAME)
 
 
@@ -179,27 +190,22 @@ def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, bac
         backend.submit(spec(f"train-{code}"))
     assert len(server.names("jobs")) == 2
     server.answer_next(429, times=99)
-    with pytest.raises(BucketAwayError, match=r"answers 429: the test says 429; tried 4 times"):
+    with pytest.raises(BucketAwayError, match=r"answers 429: the test says 429"):
         backend.status(NAME)
     elsewhere(server, tmp_path, 9)
-    with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer.*tried 4 times"):
+    with pytest.raises(BucketAwayError, match=r"127.0.0.1:9, does not answer"):
         KubernetesBackend(TARGET).submit(spec())
 
 
-def test_an_answer_that_gets_lost_makes_no_second_job_and_hides_no_other(server, backend):
-    def lose(job):
-        def answer(handler):
-            server.create("default", "jobs", backend.render(job)[0])
-            handler.close_connection = True
+def test_an_answer_that_gets_lost_makes_no_second_job(server, backend):
+    def lose(handler):
+        server.create("default", "jobs", backend.render(spec())[0])
+        handler.close_connection = True
 
-        server.faults.append(("POST", answer))
-
-    lose(spec())
-    backend.submit(spec())
-    lose(spec("train-b", max_hours=2.0))
-    with pytest.raises(BadRequestError, match=r"'train-b' is there and waiting"):
-        backend.submit(spec("train-b"))
-    assert server.names("jobs") == [NAME, "train-b"]
+    server.faults.append(("POST", lose))
+    with pytest.raises(BadRequestError, match="train-celeba runs in namespace 'default' already"):
+        backend.submit(spec())
+    assert server.names("jobs") == [NAME]
     server.answer_next(503, times=4, method="POST")
     with pytest.raises(BucketAwayError, match="`ddpm jobs status train-c` says whether it arrived"):
         backend.submit(spec("train-c"))
@@ -252,3 +258,180 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
         elsewhere(server, tmp_path, silent.getsockname()[1])
         (check,) = doctor().values()
     assert "does not answer" in check.message
+
+
+def test_a_watch_leaves_alone_what_somebody_cancelled_between_two_looks(server, backend):
+    def cancel():
+        backend.cancel(NAME)
+        wait_for(lambda: backend.status(NAME).state is State.GONE)
+
+    with pytest.raises(StoppedError, match=r"train-celeba was deleted: what it saved stays"):
+        watched(backend, spec(), Story(cancel))
+    assert len(server.bodies) == 1
+
+
+def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, backend):
+    backend.submit(spec(nodes=2))
+    # A JobSet only says that one of its Jobs failed.
+    server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
+    server.end_job("part", "Failed", "DeadlineExceeded")
+    server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "jobsets")
+    assert backend.status(NAME).cause is Cause.OUT_OF_TIME
+    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    KubernetesBackend(QUEUED).submit(spec())
+    for uid, cause in (("of another job", None), (server.get("jobs", NAME, "training")["metadata"]["uid"], "it")):
+        said = "The workload is deactivated due to exceeding the maximum execution time"
+        about = {"involvedObject": {"name": NAME, "uid": uid}, "reason": "Stopped", "message": said}
+        server.add("events", {"metadata": {"name": "e"}, **about}, "training")
+        assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
+
+
+class Followed:
+    """A thread that follows a job, as `ddpm jobs logs -f` does."""
+
+    def __init__(self, backend, name=NAME):
+        self.lines = []
+        self._thread = threading.Thread(target=lambda: self.lines.extend(backend.logs(name, follow=True)), daemon=True)
+        self._thread.start()
+
+    def wait_for(self, *lines):
+        wait_for(lambda: self.lines == list(lines))
+
+    def ended(self):
+        self._thread.join(20)
+        assert not self._thread.is_alive()
+        return self.lines
+
+
+def past(backend, name=NAME):
+    return list(backend.logs(name, follow=False))
+
+
+def test_what_was_printed_until_now(server, backend):
+    with pytest.raises(MissingInputError, match="no job 'train-celeba'"):
+        past(backend)
+    backend.submit(spec())
+    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
+        past(backend)
+    first = server.start_pod(NAME, waiting={"reason": "ContainerCreating"})
+    with pytest.raises(MissingInputError, match=r"has no output, or it is gone"):
+        past(backend)
+    server.set_pod(first, running={})
+    server.print(first, "one", "two  with spaces ", "")
+    server.end_pod(first, 75)
+    server.print(server.start_pod(NAME), "grüße 🙂")
+    assert past(backend) == ["one", "two  with spaces ", "", "grüße 🙂"]
+
+
+def test_following_goes_on_in_the_pod_that_replaces_another_and_loses_no_line(server, backend):
+    backend.submit(spec())
+    followed = Followed(backend)
+    first = server.start_pod(NAME)
+    # Their times end with zeros, which are left out, and without.
+    lines = [f"line {number % 3}" for number in range(24)]
+    for line in lines:
+        server.print(first, line)
+    followed.wait_for(*lines)
+    # A node throws the first lines of a long output away, and the API is away for a moment.
+    server.answer_next(503, times=2)
+    server.forget_log(first, 20)
+    server.print(first, "saved")
+    followed.wait_for(*lines, "saved")
+    # All is asked for once, and then what is new.
+    asked = ["sinceSeconds=60" in path for _, path in server.requests if "/log" in path]
+    assert not asked[0] and asked[-1]
+    server.end_pod(first, 75)
+    second = server.start_pod(NAME)
+    server.print(second, "epoch 2")
+    followed.wait_for(*lines, "saved", "epoch 2")
+    # One that goes with its node.
+    server.remove("pods", second)
+    third = server.start_pod(NAME)
+    server.print(third, "epoch 3", "finished")
+    server.end_pod(third, 0)
+    server.end_job(NAME, "Complete")
+    assert followed.ended() == [*lines, "saved", "epoch 2", "epoch 3", "finished"]
+
+
+def test_slices_and_nodes_are_told_apart_and_none_hides_another(server, backend):
+    for job, plural, done in ((sampling(slices=2), "jobs", "Complete"), (spec(nodes=2), "jobsets", "Completed")):
+        backend.submit(job)
+        pods = [server.start_pod(job.name, index, plural) for index in (0, 1)]
+        followed = Followed(backend, job.name)
+        server.print(pods[1], "first")
+        followed.wait_for("[1] first")
+        server.print(pods[0], "second")
+        followed.wait_for("[1] first", "[0] second")
+        for pod in pods:
+            server.end_pod(pod, 0)
+        server.end_job(job.name, done, plural=plural)
+        assert followed.ended() == ["[1] first", "[0] second"]
+        assert past(backend, job.name) == ["[0] second", "[1] first"]
+
+
+def test_a_job_that_is_cancelled_is_followed_until_it_has_saved(server, backend):
+    server.goes_after_seconds = 1.0
+    backend.submit(spec())
+    pod = server.start_pod(NAME)
+    server.print(pod, "one")
+    followed = Followed(backend)
+    followed.wait_for("one")
+    backend.cancel(NAME)
+    time.sleep(0.5)
+    server.print(pod, "saved")
+    assert followed.ended() == ["one", "saved"]
+
+
+def test_following_a_job_whose_image_cannot_be_pulled_ends(server, backend):
+    backend.submit(spec())
+    server.start_pod(NAME, waiting={"reason": "ImagePullBackOff", "message": "manifest unknown"})
+    with pytest.raises(MissingInputError, match="train-celeba prints nothing: ImagePullBackOff: manifest unknown"):
+        list(backend.logs(NAME, follow=True))
+
+
+def block(name, **changes):
+    """A target of the cluster."""
+    target = {"backend": "kubernetes", "image": "registry.example.com/ddpm@sha256:0123", "bucket": "gs://bucket"}
+    return yaml.safe_dump({name: target | {"gpu_type": "nvidia-l4"} | changes})
+
+
+@pytest.fixture
+def gke(server, targets_folder):
+    """A cluster, and a working folder with a target for it."""
+    (targets_folder / "targets.yaml").write_text(block("gke"))
+    return server
+
+
+def test_two_targets_of_one_namespace_have_one_job(gke, targets_folder):
+    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", gpus=8, context="test"))
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    gke.print(gke.start_pod("train-celeba"), "epoch 1")
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 1
+    lines = succeeded(ddpm_here("jobs", "status", "train-celeba", "--bucket", targets_folder)).splitlines()
+    assert [line for line in lines if line.startswith("job ")] == ["job         train-celeba, on gke, in node-0"]
+    assert succeeded(ddpm_here("jobs", "logs", "train-celeba")) == "epoch 1\n"
+    succeeded(ddpm_here("jobs", "cancel", "train-celeba"))
+
+
+def test_a_name_in_two_namespaces_is_two_jobs(gke, targets_folder):
+    (targets_folder / "targets.yaml").write_text(block("gke") + block("gke-big", namespace="training"))
+    succeeded(ddpm_here(*TRAIN, "--yes"))
+    succeeded(ddpm_here(*TRAIN[:-1], "gke-big", "--yes"))
+    assert succeeded(ddpm_here("jobs", "list")).count("train-celeba") == 2
+    line = refused(ddpm_here("jobs", "cancel", "train-celeba"), Exit.BAD_REQUEST)
+    assert "on several targets (gke, gke-big): say which with --on" in line
+
+
+@pytest.mark.parametrize("options", [("-o", "yaml"), ("-o", "json", "--nodes", "2")], ids=["yaml", "json"])
+def test_kubectl_sends_what_a_dry_run_prints(gke, options):
+    printed = succeeded(ddpm_here(*TRAIN, "--dry-run", *options))
+    assert not gke.requests
+    # kubectl sends no token over a connection that is not encrypted.
+    gke.tokens.append("")
+    # The server has no OpenAPI document for kubectl; it checks what arrives itself.
+    words = [KUBECTL, "apply", "--validate=false", "-f", "-"]
+    done = subprocess.run(words, input=printed, env=environment(), capture_output=True, text=True, check=False)
+    assert "train-celeba created" in done.stdout, done.stderr
+    (sent,) = gke.bodies
+    assert list(sent["metadata"].pop("annotations")) == ["kubectl.kubernetes.io/last-applied-configuration"]
+    assert sent == yaml.safe_load(printed)

@@ -10,7 +10,6 @@ import yaml
 from job.exits import BadConfigError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
 from job.jobs.backends.kubernetes_api import configuration
-from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
@@ -39,7 +38,7 @@ def test_kubeconfigs_that_are_right(server, write, monkeypatch, tmp_path):
     write(server.kubeconfig(tokenFile=str(tmp_path / "token")))
     assert asked() == []
     # The context of the target, and what somebody else signs in with is nobody's business.
-    config = server.kubeconfig(exec={"command": "other"})
+    config = server.kubeconfig(exec={"command": "/nowhere"})
     config["users"].append({"name": "right", "user": {"token": "right"}})
     config["contexts"].append({"name": "right", "context": {"cluster": "test", "user": "right"}})
     write(config)
@@ -80,49 +79,23 @@ def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.1.2.3")
     monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
     with pytest.raises(BadConfigError, match="Service token file does not exist"):
-        configuration("")
+        configuration("", 0)
     for name in ("TOKEN", "CERT"):
         (tmp_path / name).write_text(name)
         monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
-    assert configuration("").host == "https://10.1.2.3:443"
+    assert configuration("", 0).host == "https://10.1.2.3:443"
     with pytest.raises(MissingInputError):
-        configuration("named")
+        configuration("named", 0)
 
 
-def program(name):
-    """What a kubeconfig says of a program that must not be run, and is not there."""
-    return {"apiVersion": "client.authentication.k8s.io/v1", "command": f"/nowhere/{name}", "interactiveMode": "Never"}
-
-
-def test_a_program_of_a_kubeconfig_is_not_run(server, write):
-    write(server.kubeconfig(exec=program("other")))
-    with pytest.raises(BadConfigError, match=r"context 'test' signs in with '.*/other', which is not run here"):
+def test_a_program_of_a_kubeconfig_signs_in_as_for_kubectl(server, write, tmp_path):
+    plugin = tmp_path / "gke-gcloud-auth-plugin"
+    kind = "client.authentication.k8s.io/v1"
+    said = {"apiVersion": kind, "kind": "ExecCredential", "status": {"token": "right"}}
+    plugin.write_text(f"#!/bin/sh\necho '{json.dumps(said)}'\n")
+    write(server.kubeconfig(exec={"apiVersion": kind, "command": str(plugin), "interactiveMode": "Never"}))
+    # It is not there, or nobody may run it.
+    with pytest.raises(NoPermissionError, match="sign in again"):
         asked()
-    write(server.kubeconfig(**{"auth-provider": {"name": "oidc", "config": {}}}))
-    with pytest.raises(BadConfigError, match=r"signs in with 'oidc'"):
-        asked()
-
-
-def test_gke_is_signed_in_to_with_googles_default_credentials(server, write, monkeypatch, tmp_path):
-    write(server.kubeconfig(exec=program("gke-gcloud-auth-plugin")))
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))
-    no_token = r"Google gives no token .*gcloud auth application-default login"
-    with pytest.raises(NoPermissionError, match=no_token):
-        asked()
-    answers = [(200, {"access_token": "right", "expires_in": 3600}), (400, {"error": "invalid_grant"})]
-
-    class Handler(JsonHandler):
-        def do_POST(self):
-            self.rfile.read(int(self.headers["Content-Length"]))
-            self.say(*answers.pop(0))
-
-    with serving(Handler) as google:
-        user = {"type": "authorized_user", "client_id": "a", "client_secret": "b", "refresh_token": "c"}
-        (tmp_path / "user.json").write_text(json.dumps(user))
-        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(tmp_path / "user.json"))
-        monkeypatch.setattr("google.oauth2.credentials._GOOGLE_OAUTH2_TOKEN_ENDPOINT", google)
-        assert asked() == []
-        with pytest.raises(NoPermissionError, match=no_token):
-            asked()
-    assert not answers
+    plugin.chmod(0o755)
+    assert asked() == []

@@ -48,7 +48,7 @@ def test_why_a_job_waits():
         ([NO_ACCOUNT], [], "CreateContainerConfigError: no account", True),
         ([EVICTED], [], "the next attempt follows; the last one: Evicted", False),
         ([GONE], [], "the next attempt follows; the last one: its node is gone", False),
-        ([ended(1, "oh\n")], [], "the next attempt follows; the last one: exit code 1 (a crash): oh", False),
+        ([ended(1, "oh\n")], [], "the next attempt follows; the last one: exit code 1 (crashed): oh", False),
     ]:
         status = observed_status(job(), pods, events)
         assert (status.state, status.message, status.cause) == (State.WAITING, message, None)
@@ -58,7 +58,12 @@ def test_why_a_job_waits():
 def test_why_a_job_failed():
     for reason, ends, code, message in [
         ("PodFailurePolicy", [ended(78, "before\nlast\n")], 78, "exit code 78 (the configuration is not valid"),
-        ("BackoffLimitExceeded", [ended(139, "x")], 139, "exit code 139 (a signal): x (BackoffLimitExceeded: said)"),
+        (
+            "BackoffLimitExceeded",
+            [ended(139, "x")],
+            139,
+            "exit code 139 (killed by signal 11): x (BackoffLimitExceeded: said)",
+        ),
         ("BackoffLimitExceeded", [ended(137, reason="OOMKilled")], 137, "exit code 137 (OOMKilled: `memory:` of the"),
         ("BackoffLimitExceeded", [], None, "BackoffLimitExceeded: said"),
         ("DeadlineExceeded", [ended(75)], 75, "DeadlineExceeded: its --max-hours are over, what it waited for a node"),

@@ -5,13 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import signal
 import socket
 import subprocess
-import time
-from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +19,9 @@ from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import load_targets
 from tests.job.command_line import DDPM, ddpm, environment, refused, settings, succeeded
+from tests.job.launching import eventually
 
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working folder and a cache of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    for name in ("DDPM_BUCKET", "DDPM_TARGETS"):
-        monkeypatch.delenv(name, raising=False)
-    return tmp_path
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local bucket with the embedded images at 16 pixels."""
-    uri = tmp_path_factory.mktemp("packed") / "bucket"
-    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
-    return uri
-
-
-@pytest.fixture
-def bucket(packed: Path, folder: Path) -> str:
-    """The test's own copy of it."""
-    return str(shutil.copytree(packed, folder / "bucket"))
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def backend() -> LocalBackend:
@@ -59,20 +33,12 @@ def spec(*argv: str, name: str = "train-a", **changes: Any) -> JobSpec:
     return JobSpec(name=name, verb="train", argv=("train", *argv), **{**words, **changes})
 
 
-def eventually(condition: Callable[[], Any], seconds: float = 100) -> Any:
-    deadline = time.monotonic() + seconds
-    while not (said := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return said
-
-
 def ended(name: str) -> JobStatus:
-    return eventually(lambda: (status := backend().status(name)).state.is_over and status)
+    return eventually(lambda: (status := backend().status(name)).state.is_over and status, 100)
 
 
-def about(uri: str, run: str) -> list[str]:
-    return ["--dataset", "tiles", "--run", run, "--bucket", uri, *settings(checkpoint__every_epochs="1")]
+def about(uri: Path, run: str) -> list[str]:
+    return ["--dataset", "tiles", "--run", run, "--bucket", str(uri), *settings(checkpoint__every_epochs="1")]
 
 
 def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bucket):
@@ -82,7 +48,7 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bu
     pid = int(backend().describe("train-long")["pid"])
     assert "train\0--dataset\0tiles" in Path(f"/proc/{pid}/cmdline").read_text()
     assert (backend().status("train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
-    eventually(lambda: list(Path(bucket).glob("runs/long/checkpoints/*/MANIFEST.json")))
+    eventually(lambda: list(bucket.glob("runs/long/checkpoints/*/MANIFEST.json")), 100)
     assert "train-long runs on this machine already" in refused(ddpm(*words), 64)
     # From another process, in another folder.
     out = succeeded(ddpm("jobs", "status", "train-long", cwd=Path("/")))
@@ -92,7 +58,7 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bu
     _, row = succeeded(ddpm("jobs", "list", "--on", "local")).splitlines()
     assert row.split()[:3] == ["train-long", "local", "running"]
     described = json.loads(succeeded(ddpm("jobs", "describe", "train-long", "-o", "json")))
-    assert (described["pid"], described["bucket"]) == (pid, bucket)
+    assert (described["pid"], described["bucket"]) == (pid, str(bucket))
 
     follower = subprocess.Popen(
         [DDPM, "jobs", "logs", "train-long", "-f"], env=environment(), stdout=subprocess.PIPE, text=True
@@ -107,16 +73,16 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bu
     assert "is over already" in refused(ddpm("jobs", "cancel", "train-long"), 64)
     assert "exit code   75: stopped by preemption" in succeeded(ddpm("jobs", "status", "train-long"))
 
-    before = len(list(Path(bucket).glob("runs/long/attempts/*")))
+    before = len(list(bucket.glob("runs/long/attempts/*")))
     words[words.index(1000)] = 2
     succeeded(ddpm(*words))
     assert (ended("train-long").state, ended("train-long").exit_code) == (State.FINISHED, 0)
-    assert len(list(Path(bucket).glob("runs/long/attempts/*"))) in (before, before + 1)
+    assert len(list(bucket.glob("runs/long/attempts/*"))) in (before, before + 1)
 
 
 def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, monkeypatch):
     monkeypatch.setenv("WANDB_API_KEY", "marked-8f3a")
-    words = ["submit", "train", "--dataset", "none", "--bucket", bucket]
+    words = ["submit", "train", "--dataset", "none", "--bucket", str(bucket)]
     assert "bucket /" in refused(ddpm(*words[:-1], "nowhere", "--detach"), 66)
     succeeded(ddpm(*words, "--detach"))
     status = ended("train-none")
@@ -129,7 +95,7 @@ def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, m
     words[3] = "tiles"
     assert "DDPM_GRACE_SECONDS='soon'" in refused(ddpm(*words, *settings()), 64)
     succeeded(ddpm(*words, *settings(), "--detach"))
-    assert (ended("train-tiles").exit_code, backend().status("train-tiles").bucket) == (64, bucket)
+    assert (ended("train-tiles").exit_code, backend().status("train-tiles").bucket) == (64, str(bucket))
     assert all(b"8f3a" not in path.read_bytes() for path in (folder / "cache").rglob("*") if path.is_file())
     # One that cannot write to its bucket can say so in its log alone.
     backend().submit(spec("--dataset", "none", "--bucket", "nowhere", name="train-b", bucket="nowhere"))
@@ -181,7 +147,7 @@ def test_two_that_submit_the_same_job_at_once_start_it_once(bucket):
 def test_a_watched_job_in_the_background_is_submitted_until_it_is_finished(bucket):
     words = [DDPM, "submit", "train", *about(bucket, "seen"), "--epochs", "1000", "--watch"]
     child = subprocess.Popen(words, env=environment(), stderr=subprocess.PIPE, text=True)
-    eventually(lambda: list(Path(bucket).glob("runs/seen/checkpoints/*/MANIFEST.json")))
+    eventually(lambda: list(bucket.glob("runs/seen/checkpoints/*/MANIFEST.json")), 100)
     child.send_signal(signal.SIGINT)
     _, err = child.communicate(timeout=60)
     assert child.returncode == 75
@@ -201,5 +167,3 @@ def test_what_nobody_submitted_is_unknown_and_this_machine_is_one():
     for question in (backend().describe, backend().cancel, lambda name: list(backend().logs(name, False))):
         with pytest.raises(MissingInputError, match="no job 'train-a'"):
             question("train-a")
-    with pytest.raises(BadRequestError, match="--nodes 2 needs several machines"):
-        backend().render(replace(spec("--dataset", "a"), nodes=2))

@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from job.exits import Exit
-from job.jobs.submit import formatted
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN
 
@@ -25,10 +24,7 @@ REFUSED = [
     ("train --dataset a --on gek", 64, "no target 'gek'; did you mean 'gke'?"),
     ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
     ("train --on gke", 2, "Missing option '--dataset'"),
-    ("train --dataset a --epochs x --on gke", 2, "Invalid value for '--epochs'"),
-    ("sample --run a extra --on gke", 2, "extra"),
     ("pack --on gke", 2, "Missing argument 'SOURCE'"),
-    ("train --dataset a --gpus -1", 2, "--gpus"),
     ("train --dataset a --nodes 0", 2, "--nodes"),
     ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
     ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
@@ -81,12 +77,6 @@ def test_each_target_of_the_example_takes_each_verb():
     for on, words in itertools.product(("container", "gke", "cluster", "vm", "batch"), jobs):
         words = ["submit", *words, "--on", on, "--targets", example, "--bucket", "gs://mine", "--dry-run"]
         assert list(yaml.safe_load_all(succeeded(ddpm_here(*words))))
-
-
-def test_nothing_is_by_reference_and_scripts_are_blocks():
-    shared = {"a": 1}
-    text = formatted([{"one": shared, "two": shared, "script": "#!/bin/sh\necho\n"}, {}])
-    assert text == "---\none:\n  a: 1\ntwo:\n  a: 1\nscript: |\n  #!/bin/sh\n  echo\n--- {}\n"
 
 
 def test_who_cannot_be_asked_must_have_said_yes():

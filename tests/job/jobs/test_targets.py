@@ -6,7 +6,6 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-import yaml
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 from job.jobs.backends.kubernetes_manifests import manifest
@@ -28,21 +27,7 @@ EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
 
 
-@pytest.fixture(autouse=True)
-def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An empty working folder, and no variable that names a file."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DDPM_TARGETS", raising=False)
-    monkeypatch.delenv("DDPM_BUCKET", raising=False)
-
-
-def test_local_and_container_are_there_without_a_file():
-    targets = load_targets()
-    assert {name: type(target) for name, target in targets.items()} == {
-        "local": LocalTarget,
-        "container": ContainerTarget,
-    }
-    assert [target.name for target in targets.values()] == ["local", "container"]
+pytestmark = pytest.mark.usefixtures("folder")
 
 
 def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
@@ -50,14 +35,8 @@ def test_the_example_has_a_valid_target_of_each_backend(tmp_path):
     targets = load_targets()
     kinds = {type(target) for target in targets.values()}
     assert kinds == {LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget}
-    assert targets["vm"].zones == ("us-central1-a", "us-central1-b", "us-east1-c")
-    assert targets["cluster"].node_selector == {"gpu": "l4"}
-    assert [targets[name].is_remote for name in ("local", "container", "gke", "vm", "batch")] == [False] * 2 + [
-        True
-    ] * 3
-    assert bucket_on("gke") == "gs://my-bucket"
-    # What is in the example is worth reading: nothing that the defaults would say anyway.
-    assert set(yaml.safe_load(EXAMPLE)) == {"local", "container", "gke", "cluster", "vm", "batch"}
+    assert [name for name, one in targets.items() if not one.is_remote] == ["local", "container"]
+    assert (bucket_on("gke"), bucket_on("local")) == ("gs://my-bucket", "./bucket")
 
 
 def test_the_option_wins_over_the_variable_and_that_over_the_working_folder(tmp_path, monkeypatch):
@@ -88,16 +67,13 @@ REFUSED = [
     (GKE, ["not valid YAML"]),
     ("[gke]", ["must be a mapping of names to targets"]),
     ("gke: kubernetes", ["target 'gke' must be a mapping of keys"]),
-    ("gke: {image: i}", ["it names no backend", "local, container, kubernetes, vm, batch"]),
-    ("gke: {backend: slurm}", ["there is no backend 'slurm'"]),
+    ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch (got '')"]),
+    ("gke: {backend: slurm}", ["(got 'slurm')"]),
     (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'; did you mean 'namespace'?"]),
     (GKE + ", zzzz: a}", ["unknown key 'zzzz'", "kubernetes has backend, image, bucket"]),
     (GKE + ", name: a}", ["unknown key 'name'"]),
     (GKE + ", gpus: many}", ["gpus: input should be a valid integer", "(got 'many')"]),
-    (GKE + ", gpus: 65}", ["gpus: input should be less than or equal to 64"]),
     (GKE + ", max_hours: 0}", ["max_hours: input should be greater than or equal to 0.017"]),
-    (GKE + ", max_hours: .nan}", ["max_hours"]),
-    (GKE + ", price_per_hour: -1}", ["price_per_hour"]),
     (GKE + ", price_per_hour: .inf}", ["price_per_hour"]),
     (GKE + ", spot: 1}", ["spot: input should be a valid boolean"]),
     (GKE + ", namespace: My_Space}", ["namespace: string should match pattern", "'My_Space'"]),
@@ -105,27 +81,20 @@ REFUSED = [
     (GKE + ", env: {lower: a}}", ["env.lower", "should match pattern"]),
     (GKE + ", env: {HF_TOKEN: a}}", ["HF_TOKEN looks like a secret", "service account"]),
     (GKE + ", env: {A: 1}}", ["env.A: input should be a valid string"]),
-    (GKE + "}\ngke: {backend: kubernetes}", ["'gke' is there twice"]),
-    ("gke: {backend: kubernetes, bucket: ./folder}", ["'./folder' is a folder of this machine", "gs://BUCKET"]),
     ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "nobody here speaks hdfs://"]),
     ("gke: {backend: kubernetes, bucket: 'gs://X'}", ["bucket:", "names no bucket"]),
     ("gke: {backend: kubernetes, image: 'a b'}", ["image: string should match pattern", "'a b'"]),
     ("Big_One: {backend: local}", ["target 'Big_One': name: string should match pattern"]),
     ("local: {backend: kubernetes}", ["target 'local' is always the local backend"]),
     ("vm: {backend: vm, project: my-project}", ["zones is needed"]),
-    ("vm: {backend: vm, project: my-project, zones: []}", ["zones:", "at least 1"]),
     ("vm: {backend: vm, project: my-project, zones: [us-east1]}", ["zones.0: string should match pattern"]),
     ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: string should match pattern"]),
     ("b: {backend: batch, region: us-east1}", ["unknown key 'region'", "mean 'regions'?"]),
-    (GKE + ", tolerations: [{key: a, tolerationSeconds: 1.5}]}", ["tolerations.0.tolerationSeconds"]),
-    (GKE + ", tolerations: [{operator: Exist}]}", ["tolerations.0.operator: input should be 'Equal' or 'Exists'"]),
     (GKE + ", tolerations: [{keys: a}]}", ["tolerations.0.keys"]),
     (GKE + ", node_selector: {a: b c}}", ["node_selector.a"]),
     (GKE + ", queue: a b}", ["queue: string should match pattern"]),
     (GKE + ", scratch: fifty}", ["scratch: 'fifty' is no size: use one like 50Gi"]),
     (GKE + ", cpus: '-1'}", ["cpus: string should match pattern"]),
-    ("a: &x {backend: local}\nb: *x", ["aliases"]),
-    ("a: !!python/object/apply:os.system [touch marker]", ["not valid YAML"]),
 ]
 
 
@@ -136,7 +105,6 @@ def test_what_is_wrong_is_named_with_the_target_and_the_key():
         assert str(refused.value).startswith("targets.yaml"), text
         assert all(part in str(refused.value) for part in parts), refused.value
         assert refused.value.exit_code == 78
-    assert not list(Path().iterdir())
     for secret in ("gs://somebody:hunter2@bucket", "s3://KEY:hunter2@bucket/folder"):
         with pytest.raises(BadConfigError) as refused:
             parse_targets(f"gke: {{backend: kubernetes, bucket: '{secret}'}}", "targets.yaml")
@@ -193,10 +161,3 @@ def test_an_unknown_target_names_the_nearest():
         chosen_target(targets, "gkee")
     with pytest.raises(BadRequestError, match=r"no target 'mars' \(there are"):
         chosen_target(targets, "mars")
-
-
-def test_the_bucket_of_a_target_wins_over_the_variable(monkeypatch):
-    Path("targets.yaml").write_text(GKE + "}")
-    assert (bucket_on("gke"), bucket_on("local")) == ("gs://bucket", "./bucket")
-    monkeypatch.setenv("DDPM_BUCKET", "gs://mine")
-    assert (bucket_on("gke"), bucket_on("local")) == ("gs://bucket", "gs://mine")

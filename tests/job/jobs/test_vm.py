@@ -91,7 +91,7 @@ def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, m
     assert re.fullmatch(r"state       gone, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
     assert lines[2] == "it says     its machine was taken away"
     # What was never there is not.
-    assert "knows no job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
+    assert "knows a job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
 
 def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypatch):

@@ -103,13 +103,6 @@ def machine(cloud, tmp_path):
     return Machine(cloud, tmp_path)
 
 
-def test_shellcheck_has_nothing_to_say():
-    shellcheck = Path(sys.executable).with_name("shellcheck")
-    words = [shellcheck, "--shell=bash", "--enable=quote-safe-variables", SCRIPT]
-    done = subprocess.run(words, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-
-
 def test_it_goes_on_in_a_unit_that_stops_the_script_alone_and_gives_it_time(machine):
     del machine.environment["RUNTIME_DIRECTORY"]
     machine.run()
