@@ -38,7 +38,7 @@ from job.data.order import Order
 from job.data.stream import LoadedBatch, stream_batches
 from job.plan import plan_run
 from job.processes import compute
-from job.processes.ranks import Ranks
+from job.processes.ranks import Ranks, build_accelerator
 from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
@@ -110,7 +110,7 @@ class OurLoop:
         sets = (*(TINY if quick else HALF_WIDTH), *NO_SAVES, f"train.precision={precision}")
         plan = plan_run(TrainRequest(DATASET, bucket, preset=PRESET, epochs=1000, sets=sets).check())
         forget_accelerator()
-        accelerator = compute.build_accelerator(precision)
+        accelerator = build_accelerator(precision)
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
         self.session = TrainingSession(plan, Ranks(accelerator), cache)

@@ -97,12 +97,11 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     index = load_index(bucket, key)
 
     from ddpm import figures
-    from job.data.cache import default_cache_dir
-    from job.data.shard_source import ChosenImages
+    from job.data.cache import ChosenImages
     from job.sampling.pictures import write_picture
 
-    images = ChosenImages(bucket, key, index, default_cache_dir())
-    labels = images.labels
+    images = ChosenImages(bucket, key, index)
+    labels = images.labels(np.arange(index.images))
     print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")

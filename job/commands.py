@@ -17,8 +17,7 @@ from job.config import EMBEDDED, pack_config
 from job.exits import BadConfigError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
-from job.processes.gpus import check_gpus, default_processes
-from job.processes.group import Group
+from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launched import is_rank
 from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption

@@ -29,11 +29,10 @@ HEARTBEATS = "DDPM_HEARTBEATS"
 """`DESCRIPTOR:RANK` of the memory that this process shares with its launcher, and its place in it."""
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-_DURATION = re.compile(
-    r"(?:(?P<d>[0-9]{1,9})d)?(?:(?P<h>[0-9]{1,9})h)?(?:(?P<m>[0-9]{1,9})m)?(?:(?P<s>[0-9]{1,9})s?)?", re.IGNORECASE
-)
-_UNITS = {"d": 86400, "h": 3600, "m": 60, "s": 1}
+_DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.IGNORECASE | re.ASCII)
+_UNIT_SECONDS = (86400, 3600, 60, 1)
 _SLICE_SECONDS = 0.1
+_LONGEST_LOOK_SECONDS = 3.0
 _MEETING_SLICE_SECONDS = 0.5
 
 
@@ -180,7 +179,8 @@ def duration_seconds(text: str, option: str) -> int:
         BadRequestError: it is none of these, or zero.
     """
     match = _DURATION.fullmatch(text.strip())
-    seconds = sum(_UNITS[unit] * int(count or 0) for unit, count in match.groupdict().items()) if match else 0
+    counts = match.groups("0") if match else ()
+    seconds = sum(int(count) * unit for count, unit in zip(counts, _UNIT_SECONDS, strict=False))
     if not seconds:
         raise BadRequestError(f"{option} {text!r}: use a duration such as 90m, 1h30m or 3600 (seconds)")
     return seconds
@@ -210,8 +210,34 @@ def _boot_clock() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
-_beats: memoryview[float] | None = None
-_beats_place = 0
+class Heartbeats:
+    """The launcher's side: when each rank last beat, in memory that all share.
+
+    Silence counts from the start: a process that never gets going is found, too.
+    """
+
+    def __init__(self, processes: int) -> None:
+        # Ranks inherit it. It is of no file system: a page of a full disk would be SIGBUS.
+        self.descriptor = os.memfd_create("ddpm-heartbeats")
+        os.ftruncate(self.descriptor, 8 * processes)
+        self._times = memoryview(mmap.mmap(self.descriptor, 0)).cast("d")
+        self._counts_from = self._looked = time.monotonic()
+
+    def silent_seconds(self) -> list[float]:
+        """For how long each rank has been silent, to the microsecond; to be called every second or so.
+
+        It counts anew when the launcher did not run itself: a suspended laptop, a migrated VM or Ctrl-Z stops all
+        processes alike, and none of them hangs for that.
+        """
+        now = time.monotonic()
+        if now - self._looked > _LONGEST_LOOK_SECONDS:
+            self._counts_from = now
+        self._looked = now
+        return [now - max(beaten, self._counts_from) for beaten in self._times]
+
+
+_own_beat: memoryview[float] | None = None
+"""The place of this process in the memory that it shares with its launcher."""
 
 
 def beat() -> None:
@@ -221,15 +247,15 @@ def beat() -> None:
     of a loop that does the work, and while waiting for something that may rightly take long. Not from a thread whose
     only task is to beat: that would go on in a process whose work hangs.
     """
-    if _beats is not None:
-        _beats[_beats_place] = time.monotonic()
+    if _own_beat is not None:
+        _own_beat[0] = time.monotonic()
 
 
 def connect_heartbeat() -> None:
     """Lets `beat` reach the launcher that started this process, if one did."""
-    global _beats, _beats_place
+    global _own_beat
     if place := os.environ.pop(HEARTBEATS, ""):
         descriptor, rank = map(int, place.split(":"))
-        _beats, _beats_place = memoryview(mmap.mmap(descriptor, 0)).cast("d"), rank
+        _own_beat = memoryview(mmap.mmap(descriptor, 0)).cast("d")[rank:]
         os.close(descriptor)
         beat()

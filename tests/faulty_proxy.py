@@ -25,10 +25,8 @@ class Fault(StrEnum):
     """What may happen to a request."""
 
     TOO_MANY = "429"
-    TOO_MANY_FOR_NOW = "429 with Retry-After"
     BROKEN = "500"
     UNAVAILABLE = "503"
-    UNAVAILABLE_FOR_NOW = "503 with Retry-After"
     RESET = "reset before the request is passed on"
     LOST_ANSWER = "reset after the server has answered"
     SILENCE = "no byte of an answer"
@@ -37,13 +35,7 @@ class Fault(StrEnum):
     SHORT_CHUNKS = "chunks that break off"
 
 
-_STATUS = {
-    Fault.TOO_MANY: (429, ""),
-    Fault.TOO_MANY_FOR_NOW: (429, "Retry-After: 1\r\n"),
-    Fault.BROKEN: (500, ""),
-    Fault.UNAVAILABLE: (503, ""),
-    Fault.UNAVAILABLE_FOR_NOW: (503, "Retry-After: 1\r\n"),
-}
+_STATUS = {Fault.TOO_MANY: 429, Fault.BROKEN: 500, Fault.UNAVAILABLE: 503}
 _BODIES = {
     "json": '{"error": {"code": %d, "message": "a bad day", "errors": []}}',
     "xml": "<?xml version='1.0'?><Error><Code>BadDay</Code><Message>%d, a bad day</Message></Error>",
@@ -248,12 +240,10 @@ class FaultyProxy:
             return fault
 
     def _refusal(self, request: Request, fault: Fault) -> bytes:
-        status, header = _STATUS[fault]
-        body = b""
-        if request.method != "HEAD":
-            body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % status).encode()
-        head = f"HTTP/1.1 {status} No\r\n{header}Content-Length: {len(body)}\r\n\r\n"
-        return head.encode() + body
+        body = (_BODIES["json" if "/storage/v1/" in request.target else "xml"] % _STATUS[fault]).encode()
+        if request.method == "HEAD":
+            body = b""
+        return f"HTTP/1.1 {_STATUS[fault]} No\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
 
     def _ask(self, server: HTTPConnection, request: Request) -> Answer:
         for attempt in range(2):

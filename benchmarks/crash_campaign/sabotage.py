@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -52,15 +53,18 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
     session.Order = lambda shard_images, seed, block_images: order(shard_images, seed + trace.fence - 1, block_images)
 
 
-def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
-    def read_image(this: Any, shard: int, row: int, file: Any) -> Any:
-        offset, size_bytes, _, _ = this.table(shard)[row].tolist()
-        file.seek(offset)
-        return this.decode_image(file.read(size_bytes))
+def _shard_hash_unchecked(cache: Any, trace: Any) -> None:
+    def verified(this: Any, shard: int, incoming: Path) -> Path:
+        (store, key), path = this.place(shard), incoming / this.index.shards[shard].name
+        store.download(key, path)
+        return path
 
     # The checksum of each image would find out as well.
-    shard_source.ShardSource.check = lambda this, shard, path, table: None
-    shard_source.ShardSource._read_image = read_image
+    def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
+        file.seek(record[0])
+        return cache.decode(file.read(record[1]), this.index.channels, this.index.size)
+
+    cache.ShardSource.verified, cache.ShardSource.read_image = verified, read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
@@ -68,5 +72,5 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("fence-ignored", "job.runs.lease"): _fence_ignored,
     ("position-off-by-one", "job.train"): _position_off_by_one,
     ("order-drawn-anew", "job.train"): _order_drawn_anew,
-    ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
+    ("shard-hash-unchecked", "job.data.cache"): _shard_hash_unchecked,
 }

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
-from job.stop import NEVER, Stop
-
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -21,8 +19,7 @@ def in_order(
     function: Callable[[Item], Result],
     items: Iterable[Item],
     window: int,
-    stop: Stop = NEVER,
-    doing: str = "",
+    check: Callable[[], object] = bool,
 ) -> Iterator[Result]:
     """`pool.map` that takes items only `window` ahead of what it yields, so that memory does not grow with them.
 
@@ -31,19 +28,15 @@ def in_order(
         function: is the work.
         items: taken one by one.
         window: how many results are on their way at a time.
-        stop: asked for each result, and while it is waited for.
-        doing: what is stopped, for `Stop.check`.
-
-    Raises:
-        StoppedError: this process is to stop.
+        check: called for each result, and while it is waited for; raises if this process is to stop.
     """
     waiting: deque[Future[Result]] = deque()
 
     def first() -> Result:
         future = waiting.popleft()
-        stop.check(doing)
+        check()
         while not wait([future], timeout=STOP_POLL_SECONDS).done:
-            stop.check(doing)
+            check()
         return future.result()
 
     try:

@@ -19,7 +19,6 @@ ORDER_VERSION = "feistel-1"
 
 # Fewer are enough for thousands of images; blocks of three to six show a bias below twenty.
 _FEISTEL_ROUNDS = 20
-_EPOCHS_HELD = 4
 
 Int64s = npt.NDArray[np.int64]
 UInt32s = npt.NDArray[np.uint32]
@@ -80,21 +79,12 @@ class Order:
     def _block(self) -> int:
         return min(self.block_images or self.images, self.images)
 
-    @cached_property
-    def _layouts(self) -> dict[int, tuple[Int64s, Int64s, Int64s]]:
-        return {}
-
     def _layout(self, epoch: int) -> tuple[Int64s, Int64s, Int64s]:
         """The shards as they lie end to end in an epoch, where each ends, and what makes a place there an index."""
-        if (layout := self._layouts.get(epoch)) is None:
-            images = np.array(self.shard_images, dtype=np.int64)
-            shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
-            ends = np.cumsum(images[shards])
-            layout = shards, ends, np.cumsum(images)[shards] - ends
-            if len(self._layouts) >= _EPOCHS_HELD:
-                self._layouts.clear()
-            self._layouts[epoch] = layout
-        return layout
+        images = np.array(self.shard_images, dtype=np.int64)
+        shards = np.argsort(_key(self.seed, epoch, 0, np.arange(len(images))), kind="stable")
+        ends = np.cumsum(images[shards])
+        return shards, ends, np.cumsum(images)[shards] - ends
 
 
 def _shuffled(offsets: Int64s, sizes: Int64s, keys: UInt64s) -> Int64s:

@@ -22,42 +22,27 @@ import logging
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
-from pydantic import BaseModel, ConfigDict
 
 from job.config import pack_config
+from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.shards import (
-    INDEX,
-    PACKING,
-    REJECTS,
-    SHARD_BYTES,
-    DatasetIndex,
-    Digests,
-    Record,
-    Shard,
-    ShardWriter,
-    dataset_key,
-    deleting,
-    load_index,
-    shard_name,
-    validated_dataset_name,
-)
-from job.data.sources import Sample, no_images, open_source, printable, survey
+from job.data.sources import Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError, ObjectMissingError, Store, is_remote
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store import ObjectExistsError, ObjectMissingError, Store
+from job.store.files import os_errors, scratch_folder
+
+Reject = dict[str, str]
+"""A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
@@ -100,13 +85,11 @@ class PackRequest:
         Raises:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
-        validated_dataset_name(self.name)
+        shards.validated_dataset_name(self.name)
         preset = pack_config(self.name)
         size = preset.size if self.size is None and preset else self.size
         if size is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
-        if printable(self.licence) != self.licence:
-            raise BadRequestError(f"--licence {self.licence!r}: a note is one line of plain text")
         checked = replace(
             self,
             size=size,
@@ -130,8 +113,8 @@ def pack(
     *,
     stop: Stop = NEVER,
     progress: Callable[[int, int, int], None] = lambda done, total, images: None,
-    shard_bytes: int = SHARD_BYTES,
-) -> DatasetIndex:
+    shard_bytes: int = shards.SHARD_BYTES,
+) -> shards.DatasetIndex:
     """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
 
     Args:
@@ -154,46 +137,35 @@ def pack(
     """
     request = request.check()
     assert request.size is not None
-    key = dataset_key(request.name, request.size)
-    if bucket.exists(f"{key}/{INDEX}"):
-        there = load_index(bucket, key)
+    key = shards.dataset_key(request.name, request.size)
+    if bucket.exists(f"{key}/{shards.INDEX}"):
+        there = shards.load_index(bucket, key)
         raise BadRequestError(
             f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: {deleting(bucket, key)}"
+            f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
-    way: type[_Packing] = _InPlace if request.tars else _Copying
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
+        way = _InPlace if request.tars else _Copying
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
-        # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind one
-        # that found another's in its place, so of two attempts at different things one goes on.
-        upload: Future[None] | None = None
-        for entry in packing.made():
-            if upload is not None:
+        try:
+            # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
+            # one that found another's in its place, so of two attempts at different things one goes on.
+            upload: Future[object] = uploader.submit(bool)
+            for entry in packing.made():
                 upload.result()
-            upload = uploader.submit(packing.add, entry)
-        if upload is not None:
+                upload = uploader.submit(packing.add, entry)
             upload.result()
-    packing.commit()
-    return load_index(bucket, key)
-
-
-class Reject(BaseModel):
-    """A line of `rejects.jsonl`: an image that was left out, and why."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    reason: str
-
-    def __str__(self) -> str:
-        return f"{self.name!r} {self.reason}"
+            packing.commit()
+        except ObjectExistsError:
+            raise packing.is_otherwise() from None
+    return shards.load_index(bucket, key)
 
 
 class PackedShard(Sealed):
     """The entry of a shard: it is in the bucket whole, and this is what went into it."""
 
     parameters_sha256: str
-    shard: Shard
+    shard: shards.Shard
     rejects: tuple[Reject, ...]
     """Those met since the shard before."""
     read: int
@@ -204,13 +176,12 @@ class PackedShard(Sealed):
     """Of tars that stay in place: the largest number of a class in this one."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Checked:
-    """A sample that was decoded: what the dataset needs of it, or why it is left out."""
+    """A sample that was decoded: why it is left out, or what is copied of it; and the hash of what is copied from."""
 
-    name: str
+    sample: Sample
     reason: str = ""
-    record: Record = (-1, -1, -1, -1)
     png: bytes = b""
     sha256: bytes = b""
 
@@ -234,13 +205,12 @@ class _Packing(abc.ABC):
     """What is packed, for messages."""
     source: str = ""
     source_sha256: str = ""
-    codecs: str = ""
     classes: tuple[str, ...] = ()
+    has_classes: bool = False
 
     def __post_init__(self) -> None:
         self.recipe = self.request.recipe(channels=3)
         self.dataset = self.bucket.sub(self.key)
-        self.doing = f"while packing {self.dataset.uri}"
         parameters = {**self._survey(), **asdict(self.recipe), "codecs": codec_versions()}
         self.parameters_sha256 = hashlib.sha256(json.dumps(parameters, sort_keys=True).encode()).hexdigest()
 
@@ -252,9 +222,6 @@ class _Packing(abc.ABC):
     def made(self) -> Iterator[PackedShard]:
         """Makes the shards that are not vouched for; once they are exhausted, `commit` knows all."""
 
-    @abc.abstractmethod
-    def _check(self, sample: Sample) -> _Checked: ...
-
     @property
     def images(self) -> int:
         """In finished shards."""
@@ -264,33 +231,30 @@ class _Packing(abc.ABC):
         """Uploads a finished shard and vouches for it.
 
         Raises:
-            BadRequestError: something else lies in its place.
+            ObjectExistsError: something else lies in its place.
         """
-        with self._creating():
-            for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
-                # A tar that is to stay where it is has no copy here.
-                if path.exists():
-                    self.dataset.upload(path, path.name)
-                    path.unlink()
-            self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
+        for path in (self.folder / entry.shard.name, self.folder / entry.shard.offsets_name):
+            # A tar that is to stay where it is has no copy here.
+            if path.exists():
+                self.dataset.upload(path, path.name)
+                path.unlink()
+        self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
 
     def commit(self) -> None:
         """Creates the index, which makes the dataset exist, and clears the entries away.
 
         Raises:
             BadDataError: there are no images, or none that can be used.
-            BadRequestError: something else lies in its place, or somebody has deleted what was packed.
+            ObjectExistsError: something else lies in its place.
         """
-        if not self.packed and not self.rejects:
-            raise no_images(self.where)
         if not self.packed:
-            raise BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
-        # An equal attempt that was faster has cleared the entries away, and its index is the same.
-        first = next(self._vouched(), None)
-        if (first is None or first.shard != self.packed[0].shard) and not self.dataset.exists(INDEX):
-            raise self._is_otherwise("was deleted, or is packed otherwise, since this began")
-        rejects = "".join(f"{reject.model_dump_json()}\n" for reject in self.rejects).encode()
-        index = DatasetIndex(
+            none_usable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
+            raise none_usable if self.rejects else no_images(self.where)
+        # Somebody may have deleted it all; an equal attempt that was faster has cleared the entries away.
+        if not any(self.dataset.exists(key) for key in (_entry_key(self.packed[0].shard.name), shards.INDEX)):
+            raise self.is_otherwise()
+        rejects = "".join(f"{json.dumps(reject)}\n" for reject in self.rejects).encode()
+        index = shards.DatasetIndex(
             name=self.request.name,
             size=self.recipe.size,
             channels=self.recipe.channels,
@@ -300,50 +264,60 @@ class _Packing(abc.ABC):
             licence=self.request.licence,
             source=self.source,
             source_sha256=self.source_sha256,
-            codecs=self.codecs,
+            codecs=codec_versions(),
             rejected_images=len(self.rejects),
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
-        with self._creating():
-            if rejects:
-                self.dataset.create(REJECTS, rejects)
-            self.dataset.create(INDEX, index.to_json())
-        for entry in self.dataset.list(PACKING):
+        if rejects:
+            self.dataset.create(shards.REJECTS, rejects)
+        self.dataset.create(shards.INDEX, index.to_json())
+        for entry in self.dataset.list(shards.PACKING):
             self.dataset.delete(entry.key)
 
-    def _vouched(self) -> Iterator[PackedShard]:
-        """The shards that are there, from the first one on."""
+    def _reused(self) -> Iterator[PackedShard]:
+        """The shards that are there, from the first one on; each counts as packed when the next one is asked for."""
         for number in count():
             try:
-                entry = PackedShard.load(self.dataset, _entry_key(shard_name(number)))
+                entry = PackedShard.load(self.dataset, _entry_key(shards.shard_name(number)))
             except (ObjectMissingError, BadDataError):
                 return
             if entry.parameters_sha256 != self.parameters_sha256:
-                raise self._is_otherwise()
+                raise self.is_otherwise()
             yield entry
+            self.packed.append(entry)
+            self._reject(*entry.rejects)
 
-    def _is_otherwise(self, why: str = "") -> BadRequestError:
+    def is_otherwise(self) -> BadRequestError:
         """The error that something else lies here."""
-        why = why or "holds what was begun from other images or with other parameters, or is packed by another process"
         return BadRequestError(
-            f"{self.dataset.uri} {why}: choose another name, or {deleting(self.bucket, self.key)} "
-            "and type this command again"
+            f"{self.dataset.uri} holds what was begun from other images than {self.where} has now, or with other "
+            "parameters, or is packed by another process, or was deleted meanwhile: choose another name, or "
+            f"{shards.deleting(self.bucket, self.key)} and type this command again"
         )
 
-    @contextmanager
-    def _creating(self) -> Iterator[None]:
+    def _check(self, sample: Sample) -> _Checked:
+        checked, copies = _Checked(sample), not self.request.tars
+        if copies:
+            checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
-            yield
-        except ObjectExistsError:
-            raise self._is_otherwise() from None
+            if self.has_classes and sample.label < 0:
+                raise RejectedImageError("has no class: a .cls with a number beside it")
+            pixels = prepare(sample.content, self.recipe)
+            checked.png = encode_png(pixels) if copies else b""
+        except RejectedImageError as error:
+            checked.reason = str(error)
+        return checked
+
+    def _check_stop(self) -> None:
+        self.stop.check(f"while packing {self.dataset.uri}")
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
         threads = os.cpu_count() or 1
         with ThreadPoolExecutor(threads) as workers:
-            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self.stop, self.doing):
+            for checked in in_order(workers, self._check, samples, _IMAGES_PER_THREAD * threads, self._check_stop):
                 if checked.reason:
-                    self._reject(Reject(name=checked.name, reason=checked.reason))
+                    self._reject({"name": checked.sample.name, "reason": checked.reason})
                 yield checked
 
     def _reject(self, *rejects: Reject) -> None:
@@ -356,13 +330,10 @@ class _Packing(abc.ABC):
 
     def _first_rejects(self) -> str:
         more = len(self.rejects) - _NAMED_REJECTS
-        return "; ".join(map(str, self.rejects[:_NAMED_REJECTS])) + (f"; and {more} more" if more > 0 else "")
+        named = "; ".join(f"{reject['name']!r} {reject['reason']}" for reject in self.rejects[:_NAMED_REJECTS])
+        return f"{named}; and {more} more" if more > 0 else named
 
-    def _reuse(self, entry: PackedShard) -> None:
-        self.packed.append(entry)
-        self._reject(*entry.rejects)
-
-    def _finished(self, shard: Shard, offsets: bytes, **read: Any) -> PackedShard:
+    def _finished(self, shard: shards.Shard, offsets: bytes, **read: Any) -> PackedShard:
         with os_errors(self.folder):
             (self.folder / shard.offsets_name).write_bytes(offsets)
         told = sum(len(before.rejects) for before in self.packed)
@@ -388,18 +359,18 @@ class _Copying(_Packing):
 
     def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()
-        for entry in self._vouched():
+        for entry in self._reused():
             self._check_unchanged(entry, islice(entries, entry.read - self._read_images))
-            self._reuse(entry)
-        writer: ShardWriter | None = None
-        for checked in self._checked(Sample(name, content) for name, content in entries):
-            self._read(checked.name, checked.sha256)
+        writer: shards.ShardWriter | None = None
+        samples = (Sample(name, content, self._found.label(name)) for name, content in entries)
+        for checked in self._checked(samples):
+            self._read(checked.sample.name, checked.sha256)
             if not checked.reason:
                 with os_errors(self.folder):
-                    writer = writer or ShardWriter(self.folder / shard_name(len(self.packed)))
+                    writer = writer or shards.ShardWriter(self.folder / shards.shard_name(len(self.packed)))
                     key = f"{self._read_images - 1 - len(self.rejects):09d}"
-                    writer.add(key, checked.png, self._found.label(checked.name))
-            if writer is not None and writer.size_bytes >= self.shard_bytes:
+                    writer.add(key, checked.png, checked.sample.label)
+            if writer is not None and writer.digests.size_bytes >= self.shard_bytes:
                 yield self._closed(writer)
                 writer = None
         if writer is not None:
@@ -408,24 +379,17 @@ class _Copying(_Packing):
 
     def _polled(self, names: Iterable[str]) -> Iterator[str]:
         for name in names:
-            self.stop.check(self.doing)
+            self._check_stop()
             yield name
-
-    def _check(self, sample: Sample) -> _Checked:
-        sha256 = hashlib.sha256(sample.content).digest()
-        try:
-            return _Checked(sample.name, png=encode_png(prepare(sample.content, self.recipe)), sha256=sha256)
-        except RejectedImageError as error:
-            return _Checked(sample.name, str(error), sha256=sha256)
 
     def _check_unchanged(self, entry: PackedShard, entries: Iterable[tuple[str, bytes]]) -> None:
         for name, content in entries:
-            self.stop.check(self.doing)
+            self._check_stop()
             self._read(name, hashlib.sha256(content).digest())
         # A shard that is not full was the last.
         is_last = entry.shard.bytes < self.shard_bytes
         if self._sha256.hexdigest() != entry.source_sha256 or (is_last and self._found.images > self._read_images):
-            raise self._is_otherwise(f"was begun before {self.where} changed")
+            raise self.is_otherwise()
 
     def _read(self, name: str, content_sha256: bytes) -> None:
         """The length keeps names and contents apart, whatever they are."""
@@ -433,7 +397,7 @@ class _Copying(_Packing):
         self._read_images += 1
         self.progress(self._read_images, self._found.images, self._read_images - len(self.rejects))
 
-    def _closed(self, writer: ShardWriter) -> PackedShard:
+    def _closed(self, writer: shards.ShardWriter) -> PackedShard:
         with os_errors(writer.path):
             finished = writer.finish()
         return self._finished(*finished, read=self._read_images, source_sha256=self._sha256.hexdigest())
@@ -446,31 +410,26 @@ class _InPlace(_Packing):
         self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
-        self.codecs = codec_versions()
-        here = next((tar.uri for tar in self._tars if not is_remote(tar.uri)), "")
-        if here and is_remote(self.bucket.uri):
-            logging.getLogger(__name__).warning(
-                f"{here} is a file of this machine: jobs on others will find the dataset in {self.bucket.uri}, not it"
-            )
-        self._has_classes = self._first_has_a_class() if self.request.classes is None else self.request.classes
-        return {"has_classes": self._has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
+        first_has_one = (sample.label >= 0 for tar in self._tars for sample in tar.samples())
+        self.has_classes = next(first_has_one, False) if self.request.classes is None else self.request.classes
+        return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 
     def made(self) -> Iterator[PackedShard]:
-        for entry in self._vouched():
-            self._reuse(entry)
-        done_tars = self.packed[-1].read if self.packed else 0
+        done_tars = max((entry.read for entry in self._reused()), default=0)
         total_bytes, done_bytes = (sum(tar.bytes for tar in self._tars[:end]) for end in (None, done_tars))
         for number, tar in enumerate(self._tars[done_tars:], start=done_tars + 1):
-            digests = Digests()
-            records: list[Record] = []
+            digests = shards.Digests()
+            records: list[shards.Record] = []
             for checked in self._checked(tar.samples(digests)):
                 if not checked.reason:
-                    records.append(checked.record)
+                    sample = checked.sample
+                    label, checksum = sample.label if self.has_classes else -1, google_crc32c.value(sample.content)
+                    records.append((sample.offset, len(sample.content), label, checksum))
                 self.progress(done_bytes + digests.size_bytes, total_bytes, self.images + len(records))
             done_bytes += tar.bytes
             # A tar without one good image is no shard; what was rejected in it is told with the next one.
             if records:
-                finished = digests.shard(shard_name(len(self.packed)), records, tar.uri)
+                finished = digests.shard(shards.shard_name(len(self.packed)), records, tar.uri)
                 yield self._finished(*finished, read=number, highest_label=max(label for _, _, label, _ in records))
         highest_label = max((entry.highest_label for entry in self.packed), default=-1)
         # One mistyped number would give the network a hundred thousand classes.
@@ -482,21 +441,6 @@ class _InPlace(_Packing):
         self.classes = tuple(map(str, range(highest_label + 1)))
         self.source_sha256 = hashlib.sha256("".join(entry.shard.sha256 for entry in self.packed).encode()).hexdigest()
 
-    def _first_has_a_class(self) -> bool:
-        samples = (sample for tar in self._tars for sample in tar.samples())
-        return next((sample.label >= 0 for sample in samples), False)
-
-    def _check(self, sample: Sample) -> _Checked:
-        label = sample.label if self._has_classes else -1
-        if self._has_classes and label < 0:
-            return _Checked(sample.name, "has no class: a .cls with a number beside it")
-        try:
-            prepare(sample.content, self.recipe)
-        except RejectedImageError as error:
-            return _Checked(sample.name, str(error))
-        record = (sample.offset, len(sample.content), label, google_crc32c.value(sample.content))
-        return _Checked(sample.name, record=record)
-
 
 def _entry_key(shard: str) -> str:
-    return f"{PACKING}/{shard.removesuffix('.tar')}.json"
+    return f"{shards.PACKING}/{shard.removesuffix('.tar')}.json"

@@ -18,7 +18,6 @@ import re
 import shlex
 import tarfile
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -57,7 +56,6 @@ class Shard(BaseModel):
     name: str = Field(pattern=r"^shard-\d{5}\.tar$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    crc32c: str = Field(pattern=r"^[0-9a-f]{8}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     uri: str = Field(default="", pattern=rf"^({TAR_URI})?$")
@@ -70,17 +68,15 @@ class Shard(BaseModel):
 
 
 class Digests:
-    """Size, SHA-256 and CRC-32C of bytes that go by."""
+    """Size and SHA-256 of bytes that go by."""
 
     def __init__(self) -> None:
-        self.size_bytes = 0
-        self._sha256, self._crc32c = hashlib.sha256(), 0
+        self.size_bytes, self._sha256 = 0, hashlib.sha256()
 
     def update(self, data: bytes) -> None:
         """Takes the next bytes into account."""
         self.size_bytes += len(data)
         self._sha256.update(data)
-        self._crc32c = google_crc32c.extend(self._crc32c, data)
 
     def shard(self, name: str, records: Sequence[Record], uri: str = "") -> tuple[Shard, bytes]:
         """What the index says of the tar whose bytes these were, and the table of its images."""
@@ -89,7 +85,6 @@ class Digests:
             name=name,
             bytes=self.size_bytes,
             sha256=self._sha256.hexdigest(),
-            crc32c=f"{self._crc32c:08x}",
             images=len(records),
             offsets_sha256=hashlib.sha256(offsets).hexdigest(),
             uri=uri,
@@ -103,36 +98,29 @@ class ShardWriter:
     def __init__(self, path: Path) -> None:
         """`path` is the file to write; its name is the shard's."""
         self.path = path
-        self._file, self._digests = path.open("wb"), Digests()
+        self.digests = Digests()
+        """Of what was written up to now."""
+        self._file = path.open("wb")
         self._records: list[Record] = []
-
-    @property
-    def size_bytes(self) -> int:
-        """Size up to now."""
-        return self._digests.size_bytes
 
     def add(self, key: str, png: bytes, label: int) -> None:
         """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
-        self._add_file(f"{key}.png", png)
-        if label >= 0:
-            self._add_file(f"{key}.cls", str(label).encode())
+        self._records.append((self.digests.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
+        files = {f"{key}.png": png} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % tarfile.BLOCKSIZE))
 
     def finish(self) -> tuple[Shard, bytes]:
         """Ends the file and returns its record and its offset table."""
         self._write(bytes(2 * tarfile.BLOCKSIZE))
         self._file.close()
-        return self._digests.shard(self.path.name, self._records)
-
-    def _add_file(self, name: str, content: bytes) -> None:
-        header = tarfile.TarInfo(name)
-        header.size = len(content)
-        padding = bytes(-len(content) % tarfile.BLOCKSIZE)
-        self._write(header.tobuf(tarfile.USTAR_FORMAT) + content + padding)
+        return self.digests.shard(self.path.name, self._records)
 
     def _write(self, data: bytes) -> None:
         self._file.write(data)
-        self._digests.update(data)
+        self.digests.update(data)
 
 
 def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
@@ -145,12 +133,7 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
     for row, (offset, size_bytes, _, checksum) in enumerate(table.tolist()):
         file.seek(offset)
         if google_crc32c.value(file.read(size_bytes)) != checksum:
-            file.seek(offset - tarfile.BLOCKSIZE)
-            header, name = file.read(tarfile.BLOCKSIZE), ""
-            # It may be damaged as well.
-            with suppress(tarfile.HeaderError):
-                name = f" ({tarfile.TarInfo.frombuf(header, 'ascii', 'backslashreplace').name!r})"
-            return f"the first damaged image is {row}{name}, at byte {offset}"
+            return f"the first damaged image is {row}, at byte {offset}"
     return "all its images are whole, but not what lies between them"
 
 
@@ -169,7 +152,7 @@ class DatasetIndex(Sealed):
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
-    codecs: str = Field(default="", description="of foreign shards: versions of what decoded them when indexed")
+    codecs: str = Field(default="", description="versions of what decoded the images")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
     @property
@@ -237,16 +220,12 @@ def load_index(bucket: Store, key: str) -> DatasetIndex:
     where = f"{key}/{INDEX}"
     try:
         index = DatasetIndex.load(bucket, where)
+        if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
+            raise BadDataError(f"{bucket.uri_of(where)} belongs to {place}")
     except ObjectMissingError:
-        raise MissingInputError(
-            f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack SOURCE NAME`"
-        ) from None
+        raise MissingInputError(f"no dataset at {bucket.uri}/{key}: pack it with `ddpm data pack`") from None
     except BadDataError as error:
         raise BadDataError(f"{error}: restore it, or {deleting(bucket, key)} and pack it again") from None
-    if (place := f"{DATASETS}/{index.name}-{index.size}") != key:
-        raise BadDataError(
-            f"{bucket.uri_of(where)} belongs to {place}: restore it, or {deleting(bucket, key)} and pack it again"
-        )
     return index
 
 
@@ -276,11 +255,10 @@ def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinishe
         if (match := re.fullmatch(re.escape(name) + r"-(\d+)", folder))
         and (unfinished or bucket.exists(f"{DATASETS}/{folder}/{INDEX}"))
     )
-    if size is not None and size in sizes:
-        return dataset_key(name, size)
-    if size is None and len(sizes) == 1:
-        return dataset_key(name, sizes[0])
-    if size is None and sizes:
+    found = [there for there in sizes if size in (there, None)]
+    if len(found) == 1:
+        return dataset_key(name, found[0])
+    if found:
         raise BadRequestError(
             f"dataset {name!r} lies in {bucket.uri} at sizes {', '.join(map(str, sizes))}: choose one with --size N "
             "(of ddpm train: --set data.size=N)"

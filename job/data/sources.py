@@ -12,24 +12,23 @@ import io
 import lzma
 import os
 import re
-import stat
 import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
-from urllib.parse import quote, unquote
+from urllib.parse import quote
 
 from job.data.ahead import in_order
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
-from job.store import Retry, Store, is_remote, open_store
+from job.store import Entry, Retry, Store, is_remote, open_store
 
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
@@ -44,14 +43,12 @@ SPLITS = frozenset({"train", "training", "test", "testing", "val", "valid", "val
 Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
 
-_DEFLATE_LIMIT = 1032
-"""The most that deflate can expand (https://zlib.net/zlib_tech.html)."""
 _SKIPPED_BYTES = 1 << 20
 _BUCKET_READERS = 16
-_GZIP_MAGIC = b"\x1f\x8b"
+_NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
+_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_IS_LINK = "is a link or a device: do not trust this archive"
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 
 
@@ -143,15 +140,15 @@ class Source:
             return member.name, member.read()
 
 
-def folder_source(path: Path, bucket: str = "") -> Source:
-    """A local folder, in the order of its relative paths, without hidden files; `path` may itself be a link.
+def folder_source(root: Path, bucket: str = "") -> Source:
+    """A local folder, in the order of its relative paths, without hidden files.
 
     What is packed must not become a source: a `bucket` below is left out.
 
     Raises:
         BadRequestError: the folder is itself the bucket.
     """
-    root, packed_to = path.resolve(), Path(bucket).resolve() if bucket.startswith("/") else None
+    packed_to = Path(bucket).resolve() if bucket.startswith("/") else None
     if packed_to == root:
         raise BadRequestError(f"{root} is both SOURCE and bucket: choose another --bucket")
 
@@ -166,42 +163,34 @@ def folder_source(path: Path, bucket: str = "") -> Source:
             if child.is_dir(follow_symlinks=False):
                 yield from below(path, f"{name}/")
             elif is_image(child.name) or child.is_dir():
-                if child.is_symlink() and not path.resolve().is_relative_to(root):
-                    raise _refused(name, "is a link that leaves the folder: put a copy in its place")
                 # Following a link to a folder could go round in circles.
-                if not child.is_file():
-                    raise _refused(
-                        name, "is a broken link, a link to a folder, or no regular file: put a copy in its place"
-                    )
+                if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
+                    raise _refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
                 yield Member(name, partial(_read_file, path))
 
-    is_below = packed_to is not None and packed_to.is_dir() and packed_to.is_relative_to(root)
+    is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
     return Source(str(root), partial(below, root, ""), note=note)
 
 
 def _bucket_members(store: Store) -> Iterator[Member]:
     """A folder in a bucket, in key order. Each image costs a request: archives are read much faster."""
-    for entry in store.list():
-        if is_image(entry.key) and entry.size_bytes > ENTRY_BYTES:
-            raise _refused(
-                entry.key, f"has {entry.size_bytes} bytes, more than the {ENTRY_BYTES} that an image may have"
-            )
-        yield Member(entry.key, lambda key=entry.key: store.read(key).data)  # type: ignore[misc]
+
+    def read(entry: Entry) -> bytes:
+        _check_size(entry.size_bytes)
+        return store.read(entry.key).data
+
+    return (Member(entry.key, partial(read, entry)) for entry in store.list())
 
 
 def _zip_members(opener: Opener) -> Iterator[Member]:
     """A zip archive, in the order of its directory."""
     with opener() as file:
-        limit_bytes = _limit_bytes(file)
+        _, limit_bytes = _unpacked(file)
         with zipfile.ZipFile(file) as archive:
             if sum(info.file_size for info in archive.infolist()) > limit_bytes:
                 raise RefusedError(_EXPANDS)
             for info in archive.infolist():
-                if info.flag_bits & 1:
-                    raise _refused(info.filename, "is encrypted: unpack it with its password, and pack the folder")
-                if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-                    raise _refused(info.filename, _IS_LINK)
                 if not info.is_dir():
                     yield Member(info.filename, partial(_read_zipped, archive, info))
 
@@ -231,7 +220,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
                 content = cast(IO[bytes], archive.extractfile(member))
                 yield Member(member.name, partial(_read_exactly, content, member.size), member.offset_data)
             elif not member.isdir():
-                raise _refused(member.name, _IS_LINK)
+                raise _refused(member.name, "is a link or a device: do not trust this archive")
         stream.finish()
 
 
@@ -239,9 +228,10 @@ class _TarStream:
     """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
 
     def __init__(self, file: BinaryIO, digests: Digests | None) -> None:
-        """What is unpacked is read in full, as is everything with `digests`; else, what nobody wants is skipped."""
-        self._limit_bytes, self._file = _limit_bytes(file), _gunzipped(file)
-        self._skips = self._file is file and digests is None
+        """With `digests` everything is read; else, what nobody wants is skipped."""
+        self._file, self._limit_bytes = _unpacked(file)
+        if digests is not None and self._file is not file:
+            raise RefusedError("is compressed: pack it with `ddpm data pack`, or unpack it to a plain .tar")
         self._digests, self._position, self._last_block = digests, 0, b""
 
     def tell(self) -> int:
@@ -252,7 +242,9 @@ class _TarStream:
         """Goes forward to `position`."""
         if position < self._position:
             raise tarfile.ReadError(f"a header that leads back to byte {position}")
-        if self._skips:
+        if position > self._limit_bytes:
+            raise RefusedError(_EXPANDS)
+        if self._digests is None:
             self._position = self._file.seek(position)
         while self._position < position:
             if not self.read(min(position - self._position, _SKIPPED_BYTES)):
@@ -290,8 +282,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None) -> Iterator[Me
     Its images become PGM files in a folder per class; without labels there are no classes.
     """
     with open_images() as raw:
-        size_bytes, file = raw.seek(0, io.SEEK_END), _gunzipped(raw)
-        limit_bytes = size_bytes if file is raw else size_bytes * _DEFLATE_LIMIT
+        file, limit_bytes = _unpacked(raw)
         magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
         pixels = height * width
         if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
@@ -306,7 +297,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None) -> Iterator[Me
 
 def _idx_labels(opener: Opener, count: int) -> bytes:
     with opener() as raw:
-        file = _gunzipped(raw)
+        file, _ = _unpacked(raw)
         if struct.unpack(">2I", _read_exactly(file, 8)) != (0x801, count):
             raise RefusedError("does not go with its labels, which are for another number of images")
         return _read_exactly(file, count)
@@ -322,34 +313,35 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
 
     Raises:
         MissingInputError: it is not there.
-        BadRequestError: a URI that no store speaks, a folder with several MNIST sets and none for training, or one
-            that is itself `bucket`.
+        BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
     if is_remote(source):
         return _in_bucket(source, retry)
-    path = Path(unquote(source[7:]) if source.lower().startswith("file://") else source)
-    # Of a user who is not there, `~nobody` is a name like any other.
-    with suppress(RuntimeError):
-        path = path.expanduser()
+    path = Path(open_store(source).uri).resolve()
+    folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
+
+    def opened(name: str) -> BinaryIO:
+        return (folder / name).open("rb")
+
     with refusing(repr(source)):
-        if path.is_dir():
-            return _mnist(path, _files(path)) or folder_source(path, bucket)
-        if not path.is_file():
-            raise MissingInputError(f"there is nothing at {source!r}: give a folder or an archive of images")
-        path = path.resolve()
-        return _mnist(path.parent, _files(path.parent), path.name) or _archive(str(path), _opener(path))
+        if chosen and not path.is_file():
+            raise MissingInputError(_NOTHING_AT.format(source))
+        if found := _mnist(folder, [there.name for there in folder.iterdir()], opened, chosen):
+            return found
+        return _archive(str(path), partial(opened, chosen)) if chosen else folder_source(path, bucket)
 
 
 def _in_bucket(uri: str, retry: Retry | None) -> Source:
     folder, _, name = uri.rpartition("/")
     if name and not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(name):
-        files = _objects(parent) if _IDX_NAME.fullmatch(name) else {}
-        return _mnist(parent.uri, files, name) or _archive(uri, partial(parent.open, name))
+        names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
+        return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))
     store = open_store(uri, retry)
-    if next(iter(store.list()), None) is None:
-        raise MissingInputError(f"there is nothing at {uri}: give a folder or an archive of images")
-    return _mnist(uri, _objects(store)) or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
+    if not (names := [entry.key for entry in store.list()]):
+        raise MissingInputError(_NOTHING_AT.format(uri))
+    found = _mnist(uri, names, store.open)
+    return found or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
 
 
 def _archive(where: str, opener: Opener) -> Source:
@@ -358,32 +350,18 @@ def _archive(where: str, opener: Opener) -> Source:
     return Source(where, partial(_zip_members if is_zip else tar_members, opener))
 
 
-def _files(folder: Path) -> dict[str, Opener]:
-    return {path.name: _opener(path) for path in folder.iterdir()}
-
-
-def _opener(path: Path) -> Opener:
-    return lambda: path.open("rb")
-
-
-def _objects(folder: Store) -> dict[str, Opener]:
-    return {entry.key: partial(folder.open, entry.key) for entry in folder.list()}
-
-
-def _mnist(folder: object, files: dict[str, Opener], chosen: str = "") -> Source | None:
-    """The MNIST set `chosen` of a folder's files, or else the one for training; None without any."""
-    sets = sorted(name for name in files if _IDX_NAME.fullmatch(name) and "images" in name)
-    train = [name for name in sets if "train" in name]
+def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryIO], chosen: str = "") -> Source | None:
+    """The MNIST set `chosen` of a folder's files, or else the first one for training; None without any."""
+    sets = sorted(name for name in names if _IDX_NAME.fullmatch(name) and "images" in name)
     if not sets or (chosen and not _IDX_NAME.fullmatch(chosen)):
         return None
-    if not chosen and not train and len(sets) > 1:
-        raise BadRequestError(f"{folder} holds several MNIST sets: give one of {', '.join(sets)} as SOURCE")
-    name = chosen or (train or sets)[0]
-    labels = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    name = chosen or next((name for name in sets if "train" in name), sets[0])
+    wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
+    labels = [partial(opened, there) for there in names if there.removesuffix(".gz") == wanted]
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
     return Source(
         f"{folder}/{name}",
-        partial(_idx_members, files[name], files.get(labels) or files.get(f"{labels}.gz")),
+        partial(_idx_members, partial(opened, name), labels[0] if labels else None),
         channels=1,
         note=f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else "",
     )
@@ -466,11 +444,9 @@ def refusing(where: str) -> Iterator[None]:
         raise MissingInputError(f"{where} is not there (any more)") from None
     except PermissionError:
         raise NoPermissionError(f"{where} may not be read by this user: change its permissions") from None
-    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error) as error:
+    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError.
+    except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError) as error:
         raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
-    # zipfile raises RuntimeError and ValueError for directories that make no sense, gzip EOFError, bz2 OSError.
-    except (EOFError, OSError, RuntimeError, ValueError) as error:
-        raise BadDataError(f"{where} cannot be read ({error}): get it again") from None
 
 
 def path_parts(name: str) -> tuple[str, ...]:
@@ -503,12 +479,16 @@ def _refused(name: str, problem: str) -> RefusedError:
 
 def _read_exactly(file: IO[bytes], size: int) -> bytes:
     """The next `size` bytes, which must be there; no header is trusted with more memory than an image may take."""
-    if size > ENTRY_BYTES:
-        raise RefusedError(f"unpacks to {size} bytes, more than the {ENTRY_BYTES} that an image may have")
+    _check_size(size)
     content = file.read(size)
     if len(content) != size:
         raise RefusedError(f"has {len(content)} bytes where {size} were promised: it is truncated or damaged")
     return content
+
+
+def _check_size(size: int) -> None:
+    if size > ENTRY_BYTES:
+        raise RefusedError(f"has {size} bytes, more than the {ENTRY_BYTES} that an image may have")
 
 
 def _read_file(path: Path) -> bytes:
@@ -516,15 +496,10 @@ def _read_file(path: Path) -> bytes:
         return _read_exactly(file, os.fstat(file.fileno()).st_size)
 
 
-def _gunzipped(file: BinaryIO) -> BinaryIO:
+def _unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
+    """What is in a file that may be gzipped, and how many bytes may come out of it."""
+    limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
     file.seek(0)
-    is_gzipped = file.read(len(_GZIP_MAGIC)) == _GZIP_MAGIC
+    is_gzipped = file.read(2) == b"\x1f\x8b"
     file.seek(0)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file
-
-
-def _limit_bytes(archive: BinaryIO) -> int:
-    """How much may come out of an archive."""
-    limit_bytes = max(ENTRY_BYTES, EXPANSION * archive.seek(0, io.SEEK_END))
-    archive.seek(0)
-    return limit_bytes
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file, limit_bytes

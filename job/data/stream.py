@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-import time
+from collections import deque
 from collections.abc import Iterator
-from queue import Empty, Queue
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
@@ -73,13 +73,12 @@ def stream_batches(
     """
 
     def batches() -> Iterator[LoadedBatch]:
-        has_labels = with_labels and cache.index.classes
         slots = _slots(order, batch_size_images, first_image, last_image, rank, world_size)
         for first, indices, numbers in slots:
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
             cache.read(indices, out=images.numpy())
-            labels = torch.from_numpy(cache.labels(indices)) if has_labels else None
+            labels = torch.from_numpy(cache.labels(indices)) if with_labels and cache.index.classes else None
             if labels is not None and pin_memory:
                 labels = labels.pin_memory()
             yield LoadedBatch(first, numbers, images.permute(0, 3, 1, 2), labels)
@@ -93,63 +92,42 @@ class BatchStream(Iterator[LoadedBatch]):
     def __init__(self, batches: Iterator[LoadedBatch], stop: Stop) -> None:
         """See `stream_batches`."""
         self._batches, self._stop = batches, stop
-        self._ready: Queue[LoadedBatch | BaseException | None] = Queue(PREFETCH_BATCHES)
-        self._closed = threading.Event()
-        self._has_ended = self._was_stopped = False
-        self._thread: threading.Thread | None = None
+        self._reader = ThreadPoolExecutor(1, "batches")
+        self._coming: deque[Future[LoadedBatch | None]] = deque()
+        self._is_closed = False
 
     def __next__(self) -> LoadedBatch:
         """The next batch, which is waited for."""
-        self._start()
-        item = None
-        while not self._closed.is_set():
-            try:
-                item = self._ready.get(timeout=_LOOK_SECONDS)
-                break
-            except Empty:
-                self._stop()
-        if isinstance(item, LoadedBatch):
-            return item
+        self._read_ahead(PREFETCH_BATCHES + 1)
+        if not self._coming:
+            raise StopIteration
+        coming = self._coming.popleft()
+        while not coming.done() and not wait([coming], _LOOK_SECONDS).done:
+            self._stop()
+        if coming.exception() is None and (batch := coming.result()) is not None:
+            return batch
         self.close()
-        raise StopIteration if item is None else item
+        raise coming.exception() or StopIteration
 
     def holds(self, count: int) -> bool:
         """Whether the next `count` batches are here, or all that there will be; waits for none.
 
         One that a stop kept from coming is not here.
         """
-        self._start()
-        # The error of a stop, which lies behind the last batch, may be in there as well.
-        return self._has_ended or self._ready.qsize() - self._was_stopped >= count
+        self._read_ahead(PREFETCH_BATCHES)
+        coming = islice(self._coming, count)
+        return all(batch.done() and not isinstance(batch.exception(), StoppedError) for batch in coming)
 
     def close(self) -> None:
         """Ends the thread; a batch that it is reading is waited for, but not one whose shard does not come."""
-        self._closed.set()
-        over = time.monotonic() + _LAST_BATCH_SECONDS
-        while self._thread is not None and self._thread.is_alive() and time.monotonic() < over:
-            # It may be waiting for room.
-            while not self._ready.empty():
-                self._ready.get_nowait()
-            self._thread.join(_LOOK_SECONDS / 10)
-            self._stop()
+        self._is_closed = True
+        self._reader.shutdown(wait=False, cancel_futures=True)
+        wait([batch for batch in self._coming if not batch.cancelled()], _LAST_BATCH_SECONDS)
+        self._coming.clear()
 
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._read, name="batches", daemon=True)
-            self._thread.start()
-
-    def _read(self) -> None:
-        try:
-            for batch in self._batches:
-                self._ready.put(batch)
-                if self._closed.is_set():
-                    return
-            self._has_ended = True
-            self._ready.put(None)
-        except BaseException as error:
-            self._was_stopped = isinstance(error, StoppedError)
-            self._has_ended = not self._was_stopped
-            self._ready.put(error)
+    def _read_ahead(self, count: int) -> None:
+        while len(self._coming) < count and not self._is_closed:
+            self._coming.append(self._reader.submit(next, self._batches, None))
 
 
 def _slots(

@@ -11,11 +11,11 @@ from functools import partial
 from pathlib import Path
 
 from job.data.ahead import in_order
-from job.data.shard_source import ShardSource
+from job.data.cache import ShardSource
 from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 _IMAGES_AHEAD = 256
 
@@ -49,15 +49,14 @@ def verify_dataset(
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
         for number, shard in enumerate(index.shards):
-            table = None
+            images: list[tuple[int, Record]] = []
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
-                table = source.read_table(number)
+                images += enumerate(source.read_table(number).tolist())
             with _noting(problems, source.uri(number)):
-                check = partial(_image_problem, source, number, source.verified(number, folder, table))
-                images = enumerate([] if table is None else table.tolist())
-                for row, problem in enumerate(in_order(workers, check, images, _IMAGES_AHEAD), start=1):
-                    problems += problem
-                    progress(int(source.starts[number]) + row, index.images)
+                check = partial(_image_problems, source, number, source.verified(number, folder))
+                for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
+                    problems += found
+                    progress(int(source.starts[number]) + row + 1, index.images)
             (folder / shard.name).unlink(missing_ok=True)
         source.close()
     return problems
@@ -73,15 +72,12 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _image_problem(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
+def _image_problems(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
     """What is wrong with an image of a shard that is whole."""
-    row, record = image
-    try:
-        with path.open("rb") as file:
-            source.read_image(shard, row, record, file)
-    except BadDataError as error:
-        return [str(error)]
-    return []
+    problems: list[str] = []
+    with _noting(problems, source.uri(shard)), path.open("rb") as file:
+        source.read_image(shard, *image, file)
+    return problems
 
 
 def _others(dataset: Store, index: DatasetIndex) -> list[str]:

@@ -16,7 +16,7 @@ from job.jobs.command_line import ParsedCommand
 from job.jobs.spec import JobSpec, job_name, stop_after
 from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
-from job.processes.gpus import GPUS
+from job.processes.group import GPUS
 from job.requests import SampleRequest, TrainRequest
 from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS

@@ -23,10 +23,9 @@ from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Check
 from job.jobs.targets import Target
-from job.processes.gpus import local_gpus
+from job.processes.group import local_gpus
 from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store.files import os_errors, scratch_folder
 
 DOCTOR_FOLDER = "doctor"
 """Of the bucket: where an object is tried out, and deleted again."""

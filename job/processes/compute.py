@@ -1,24 +1,15 @@
-"""The hardware a process runs on: device, precision, memory layout, and the Accelerate object that knows them."""
+"""The hardware a process runs on: device, precision, memory layout."""
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 from collections.abc import Callable
-from contextlib import AbstractContextManager, suppress
-from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from contextlib import AbstractContextManager
+from typing import Any, Literal
 
 import torch
 
 from ddpm.unet import UNet
 from job.config import RunConfig
-from job.processes.group import rendezvous_seconds
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 
 def best_precision() -> Literal["fp32", "bf16"]:
@@ -29,42 +20,11 @@ def best_precision() -> Literal["fp32", "bf16"]:
     return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
-    """Joins the process group, if there is one, and picks this process's device.
-
-    Args:
-        precision: `fp32` or `bf16`.
-        deterministic: ask for bit-equal kernels.
-    """
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
-
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
-    return Accelerator(
-        cpu=not torch.cuda.is_available(),
-        mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=rendezvous_seconds())),
-        ],
-    )
-
-
 def describe_device(device: torch.device) -> str:
     """`NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, but for the number of processes."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    is_gpu = device.type == "cuda"
+    name = torch.cuda.get_device_name(device) if is_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, torch {torch.__version__}"
-
-
-def _cpu_name() -> str:
-    with suppress(OSError):
-        if match := re.search(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            return match[1].strip()
-    return platform.machine() or "CPU"
 
 
 def build_network(config: RunConfig, device: torch.device) -> UNet:

@@ -10,24 +10,22 @@ for whatever code a rank ended with, kill what has not saved within 30 s of a si
 
 from __future__ import annotations
 
-import ctypes
 import os
+import re
 import selectors
 import signal
 import socket
 import subprocess
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from enum import Enum, auto
 
 from job.exits import TABLE, Exit
 from job.processes.group import Group
-from job.processes.heartbeat import Heartbeats
 from job.processes.launched import LAUNCHED, LOST_PEER
-from job.processes.relay import STDERR, RankOutput, say
-from job.stop import HEARTBEATS, STOP_SIGNALS, handle_stop_signals, ignore_stop_signals
+from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
 HANG_SECONDS = 600.0
 """After so long without a heartbeat a rank counts as hung, unless another limit is given."""
@@ -37,7 +35,14 @@ CAUSE_SECONDS = 3.0
 """How long a rank that lost a peer may be earlier to end than the peer, whose own end must show first."""
 DUMP_SECONDS = 1.0
 
-_PR_SET_CHILD_SUBREAPER = 36
+_STDERR = 2
+_TAIL_LINES = 20
+_LINE_BYTES = 8192
+_PIPE_BYTES = 1 << 20
+"""More than a pipe holds: one read takes all that a dead rank has left behind."""
+_ERROR = re.compile(rb"ddpm: ")
+_BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate called|  what\(\): |Exception raised from ")
+"""Lines with which torch's C++ side accompanies the end of a process group, a screenful per rank."""
 
 
 def launch(command: Sequence[str], processes: int, hang_after_seconds: float = HANG_SECONDS) -> int:
@@ -58,7 +63,7 @@ def launch(command: Sequence[str], processes: int, hang_after_seconds: float = H
     """
     code, why = _Launch(Group.of(processes), hang_after_seconds).run(command)
     if why:
-        say(f"ddpm: {why}")
+        _say(f"ddpm: {why}")
     return code
 
 
@@ -72,17 +77,42 @@ class _End(Enum):
     FAILED = auto()
 
 
-@dataclass
 class _Rank:
-    number: int
-    """In the whole group."""
-    local: int
-    """Among those of this node."""
-    process: subprocess.Popen[bytes]
-    output: RankOutput | None = None
-    """None if it has a terminal, or the launcher's own stderr, to itself."""
-    code: int = 0
-    end: _End | None = None
+    """A process, and what it prints if it has no terminal, or the launcher's own stderr, to itself.
+
+    The first one of this machine speaks for all; lines of others begin with `[rank 1] `. Their errors are kept back
+    until it is known which of them was the cause, and so is what a distributed backend prints while it goes down.
+    """
+
+    def __init__(self, number: int, local: int, process: subprocess.Popen[bytes]) -> None:
+        """Its `number` is in the whole group, `local` is the one among those of this node."""
+        self.number, self.local, self.process = number, local, process
+        self.code = 0
+        self.end: _End | None = None
+        self.pipe = process.stdout or process.stderr
+        self._unfinished, self._tail = b"", deque[bytes](maxlen=_TAIL_LINES)
+        if self.pipe:
+            os.set_blocking(self.pipe.fileno(), False)
+
+    def show(self, *, is_last: bool = False) -> bool:
+        """Shows the lines that have come, the last ones of a dead rank also without an end; whether more may come."""
+        data, may_come = b"", True
+        with suppress(BlockingIOError):
+            may_come = bool(data := os.read(self.pipe.fileno(), _PIPE_BYTES) if self.pipe else b"")
+        *lines, self._unfinished = (self._unfinished + data).split(b"\n")
+        if self._unfinished and (is_last or not may_come or len(self._unfinished) > _LINE_BYTES):
+            lines.append(self._unfinished)
+            self._unfinished = b""
+        self._tail += lines
+        shown = [line for line in lines if not _BACKEND_NOISE.match(line)]
+        if self.local:
+            shown = [b"[rank %d] %b" % (self.number, line) for line in shown if not _ERROR.match(line)]
+        _show(shown)
+        return may_come
+
+    def tail(self) -> list[str]:
+        """The last lines, also those that were not shown."""
+        return [line.decode(errors="replace") for line in self._tail]
 
 
 class _Launch:
@@ -111,8 +141,6 @@ class _Launch:
             signal.signal(signal.SIGCHLD, lambda number, frame: None)
             handle_stop_signals(lambda number, frame: None)
             self._selector.register(woken, selectors.EVENT_READ, lambda: self._forward(woken.recv(4096)))
-            # What a rank leaves behind comes to this process, which must reap it, also where it is not PID 1.
-            ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1)
             try:
                 for number in range(self._group.processes):
                     self._start(command, number)
@@ -129,26 +157,21 @@ class _Launch:
 
     def _start(self, command: Sequence[str], local: int) -> None:
         """Starts a rank; from the main thread, for the parent-death signal comes when the thread that forked ends."""
-        environment = {
-            **os.environ,
-            LAUNCHED: str(os.getpid()),
-            HEARTBEATS: self._heartbeats.place(local),
-            **self._group.environment(local),
-        }
+        in_group = self._group.environment(local)
+        heartbeat = f"{self._heartbeats.descriptor}:{local}"
         # One that is alone has the streams to itself; the first of several draws its progress on a terminal itself.
-        has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(STDERR))
+        has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(_STDERR))
         process = subprocess.Popen(
             command,
-            env=environment,
+            env={**os.environ, LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, **in_group},
             pass_fds=[self._heartbeats.descriptor],
             stdout=subprocess.PIPE if local else None,
             stderr=None if has_stderr else subprocess.STDOUT if local else subprocess.PIPE,
         )
-        rank = _Rank(self._group.first_rank + local, local, process)
+        rank = _Rank(int(in_group.get("RANK", 0)), local, process)
         self._ranks.append(rank)
-        if pipe := process.stdout or process.stderr:
-            rank.output = output = RankOutput(pipe, rank.number, speaks=local == 0)
-            self._selector.register(output, selectors.EVENT_READ, lambda: self._show(output))
+        if rank.pipe:
+            self._selector.register(rank.pipe, selectors.EVENT_READ, lambda: self._show(rank))
 
     def _listen(self, seconds: float) -> None:
         """Waits for signals and output, and passes them on."""
@@ -161,10 +184,10 @@ class _Launch:
                 self._stop_signals.append(number)
                 self._send(number)
 
-    def _show(self, output: RankOutput) -> None:
-        output.take()
-        if output.has_ended:
-            self._selector.unregister(output)
+    def _show(self, rank: _Rank) -> None:
+        # What a rank left behind may hold its pipe open for ever.
+        if rank.pipe and not rank.show():
+            self._selector.unregister(rank.pipe)
 
     def _living(self) -> list[_Rank]:
         return [rank for rank in self._ranks if rank.end is None]
@@ -181,8 +204,7 @@ class _Launch:
                 for rank in self._living():
                     if rank.process.pid == child[0]:
                         rank.code = rank.process.returncode = os.waitstatus_to_exitcode(child[1])
-                        if rank.output is not None:
-                            rank.output.take(is_last=True)
+                        rank.show(is_last=True)
                         rank.end = self._end_of(rank)
                         self._ended.append(rank)
 
@@ -196,9 +218,11 @@ class _Launch:
         is_consequence = {
             LOST_PEER: True,
             # NCCL's watchdog aborts a process whose peers are gone.
-            -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in _tail(rank)),
+            -signal.SIGABRT: any("ProcessGroupNCCL" in line for line in rank.tail()),
             -signal.SIGTERM: self._told_to_end,
             -signal.SIGKILL: self._killed,
+            # Asked for its stacks when it was past showing them.
+            -signal.SIGUSR1: True,
         }
         return _End.CONSEQUENCE if is_consequence.get(rank.code) else _End.FAILED
 
@@ -226,20 +250,19 @@ class _Launch:
             return
         import psutil
 
-        states = {rank.local: psutil.Process(rank.process.pid).status() for rank in living}
         # The first one to fall silent: the others soon wait for it. One that is stopped may have had the last word.
-        stopped = [rank for rank in living if states[rank.local] == psutil.STATUS_STOPPED]
-        first = max(stopped or living, key=lambda rank: silent_seconds[rank.local])
+        states = {rank: psutil.Process(rank.process.pid).status() for rank in living}
+        first = max(living, key=lambda rank: (states[rank] == psutil.STATUS_STOPPED, silent_seconds[rank.local]))
         self._hang = (
-            f"{self._name(first)} hung: no sign of life for {silent_seconds[first.local]:.0f} s "
-            f"({states[first.local]}); --hang-after sets the limit. The stacks of all processes are above"
+            f"{self._name(first)} hung: no sign of life for {silent_seconds[first.local]:.0f} s ({states[first]}); "
+            "--hang-after sets the limit. The stacks of all processes are above"
         )
         self._dump_stacks()
         self._kill()
 
     def _dump_stacks(self) -> None:
         for rank in self._living():
-            say(f"ddpm: stacks of {self._name(rank)}:")
+            _say(f"ddpm: stacks of {self._name(rank)}:")
             os.kill(rank.process.pid, signal.SIGUSR1)
             # A stopped process would keep the signal for later.
             os.kill(rank.process.pid, signal.SIGCONT)
@@ -275,7 +298,7 @@ class _Launch:
             # What ends all ranks alike, rank 0 has said; one that ends with a code of the table has said why.
             if self._ranks[0].code == rank.code:
                 return ""
-            said = [line.removeprefix("ddpm: ") for line in _tail(rank) if line.startswith("ddpm: ")]
+            said = [line.removeprefix("ddpm: ") for line in rank.tail() if line.startswith("ddpm: ")]
             return f"{what}: {said[-1] if said else TABLE[Exit(rank.code)].text}"
         if rank.code < 0:
             hint = ", as the kernel does when memory runs out" if rank.code == -signal.SIGKILL else ""
@@ -287,12 +310,22 @@ class _Launch:
             return ""
         else:
             what += f", with exit code {rank.code}"
-        lines = _tail(rank)
-        return "\n    ".join([f"{what}{'; its last lines:' if lines else ''}", *lines])
+        return "\n    ".join([f"{what}{'; its last lines:' if rank.tail() else ''}", *rank.tail()])
 
     def _name(self, rank: _Rank) -> str:
         return f"rank {rank.number} of {self._group.world_size}" if self._group.world_size > 1 else "the process"
 
 
-def _tail(rank: _Rank) -> list[str]:
-    return rank.output.tail() if rank.output is not None else []
+def _say(text: str) -> None:
+    """Prints a line of the launcher's own."""
+    _show([text.encode(errors="backslashreplace")])
+
+
+def _show(lines: list[bytes]) -> None:
+    # A progress bar may stand in the line: what comes out takes its place, and the bar is drawn anew below.
+    begin = b"\r\x1b[2K" if os.isatty(_STDERR) and os.environ.get("TERM") != "dumb" else b""
+    data = b"".join(begin + line + b"\n" for line in lines)
+    # A terminal or a pipe that went away must not end a run.
+    with suppress(OSError):
+        while data:
+            data = data[os.write(_STDERR, data) :]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -37,35 +36,22 @@ class ProcessIdentity(BaseModel):
     @classmethod
     def of_this_process(cls) -> ProcessIdentity:
         """The process that asks."""
-        return cls.of_child(os.getpid())
-
-    @classmethod
-    def of_child(cls, pid: int) -> ProcessIdentity:
-        """A child of the process that asks, which has not been waited for: its number cannot be another's yet."""
-        host = socket.gethostname()
+        host, pid = socket.gethostname(), os.getpid()
         with suppress(OSError):
-            stat = _stat(pid)
             # A container that was given its host's /proc would look up its own numbers among the host's.
-            if stat is not None and Path("/proc/self").readlink() == Path(str(os.getpid())):
+            if Path("/proc/self").readlink() == Path(str(pid)):
+                start_ticks = int(_stat(pid)[_START])
                 namespace = str(Path("/proc/self/ns/pid").readlink())
                 boot_id = _BOOT_ID.read_text().strip()
-                return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=int(stat[_START]))
+                return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=start_ticks)
         return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
-
-    def send(self, number: int) -> bool:
-        """Sends a signal to this very process; False if it has ended, or lives where it cannot be told for certain."""
-        if not self._is_of_here():
-            return False
-        with suppress(ProcessLookupError), os.fdopen(os.pidfd_open(self.pid)) as process:
-            # Whoever has the number now keeps it while this is asked: the descriptor names a process, not a number.
-            if not self.certainly_dead():
-                signal.pidfd_send_signal(process.fileno(), number)
-                return True
-        return False
 
     def certainly_dead(self) -> bool:
         """Whether this very process has ended; False whenever that cannot be known from here."""
-        if not self._is_of_here():
+        here = ProcessIdentity.of_this_process()
+        # Clones of one virtual machine share their boot id, but seldom their name.
+        place = (self.host, self.boot_id, self.pid_namespace)
+        if not self.boot_id or place != (here.host, here.boot_id, here.pid_namespace):
             return False
         try:
             os.kill(self.pid, 0)
@@ -74,20 +60,12 @@ class ProcessIdentity(BaseModel):
         except ProcessLookupError:
             return True
         # A /proc that hides the processes of other users shows nothing here, which proves nothing.
-        stat = _stat(self.pid)
-        return stat is not None and (stat[_STATE] in _DEAD_STATES or int(stat[_START]) != self.start_ticks)
-
-    def _is_of_here(self) -> bool:
-        here = ProcessIdentity.of_this_process()
-        # Clones of one virtual machine share their boot id, but seldom their name.
-        place = (self.host, self.boot_id, self.pid_namespace)
-        return bool(self.boot_id) and place == (here.host, here.boot_id, here.pid_namespace)
+        with suppress(OSError):
+            stat = _stat(self.pid)
+            return stat[_STATE] in _DEAD_STATES or int(stat[_START]) != self.start_ticks
+        return False
 
 
-def _stat(pid: int) -> list[bytes] | None:
+def _stat(pid: int) -> list[bytes]:
     """What `/proc/PID/stat` says after the process's name, which may itself hold spaces and parentheses."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
-    except OSError:
-        return None
-    return fields if len(fields) > _START else None
+    return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()

@@ -12,13 +12,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from job.processes import compute
 from job.processes.group import rendezvous_seconds
 from job.stop import NEVER, Stop
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
-    from torch.distributed import Work
 
 T = TypeVar("T")
 
@@ -32,10 +30,9 @@ class Ranks:
 
     def __init__(self, accelerator: Accelerator, stop: Stop = NEVER) -> None:
         """Collective. `stop` is asked while this process waits for others: waiting must not be taken for hanging."""
-        self.accelerator = accelerator
+        self.accelerator, self._stop = accelerator, stop
         self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
         self.is_main = accelerator.is_main_process
-        self._stop = stop
         # NCCL would need device tensors, and would give up after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
@@ -47,12 +44,21 @@ class Ranks:
         if self._group is None:
             return work()
         outcome: tuple[Any, BaseException | None] = (None, None)
+        data = torch.empty(0, dtype=torch.uint8)
         if self.is_main:
             try:
                 outcome = (work(), None)
             except Exception as failure:
                 outcome = (None, failure)
-        result, error = self._broadcast(outcome)
+            data = torch.frombuffer(bytearray(_pickled(outcome)), dtype=torch.uint8)
+        size = torch.tensor([len(data)])
+        self._wait(dist.broadcast(size, src=0, group=self._group, async_op=True))
+        data.resize_(int(size))
+        self._wait(dist.broadcast(data, src=0, group=self._group, async_op=True))
+        if not self.is_main:
+            # These bytes come from a process of this run that is connected to this one, never from a bucket.
+            outcome = pickle.loads(data.numpy().tobytes())  # noqa: S301
+        result, error = outcome
         if error is not None:
             raise error
         return cast(T, result)
@@ -65,17 +71,7 @@ class Ranks:
         self._wait(dist.all_reduce(sums, group=self._group, async_op=True))
         return tuple(sums.tolist())
 
-    def _broadcast(self, value: Any) -> Any:
-        # These bytes come from a process of this run that is connected to this one, never from a bucket.
-        data = torch.frombuffer(bytearray(_pickled(value)), dtype=torch.uint8) if self.is_main else None
-        size = torch.tensor([0 if data is None else len(data)])
-        self._wait(dist.broadcast(size, src=0, group=self._group, async_op=True))
-        if data is None:
-            data = torch.empty(int(size), dtype=torch.uint8)
-        self._wait(dist.broadcast(data, src=0, group=self._group, async_op=True))
-        return value if self.is_main else pickle.loads(data.numpy().tobytes())  # noqa: S301
-
-    def _wait(self, work: Any) -> None:
+    def _wait(self, work: dist.Work) -> None:
         while not work.is_completed():
             self._stop()
             time.sleep(_COLLECTIVE_POLL_SECONDS)
@@ -86,7 +82,33 @@ def meet(stop: Stop, precision: str = "fp32", deterministic: bool = False) -> Ra
     """The processes of this run, once they have met; one that is to stop before that ends at once. Collective."""
     patience_seconds = rendezvous_seconds() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
     with stop.waiting(patience_seconds):
-        return Ranks(compute.build_accelerator(precision, deterministic), stop)
+        return Ranks(build_accelerator(precision, deterministic), stop)
+
+
+def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
+    """Joins the process group, if there is one, and picks this process's device.
+
+    Args:
+        precision: `fp32` or `bf16`.
+        deterministic: ask for bit-equal kernels.
+    """
+    # It takes its time, in which `meet` says that this process is alive.
+    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+    elif torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = True
+    return Accelerator(
+        cpu=not torch.cuda.is_available(),
+        mixed_precision="bf16" if precision == "bf16" else "no",
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
+            InitProcessGroupKwargs(timeout=timedelta(seconds=rendezvous_seconds())),
+        ],
+    )
 
 
 class Agreement:
@@ -96,9 +118,8 @@ class Agreement:
     """
 
     def __init__(self, world_size: int, flags: int) -> None:
-        self._world_size = world_size
-        self._flags = flags
-        self._pending: tuple[Work, torch.Tensor] | None = None
+        self._world_size, self._flags = world_size, flags
+        self._pending: tuple[dist.Work, torch.Tensor] | None = None
         if world_size > 1:
             # NCCL would need a device tensor, and reading it would wait for the device.
             self._group = dist.new_group(backend="gloo")

@@ -27,7 +27,7 @@ from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, pla
 from job.runs.records import NamedObject, RunRecord, attempt_id
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 LATEST_KEY = ObjectKind.LATEST.value
 PARALLEL_DOWNLOADS = 4

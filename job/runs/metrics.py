@@ -15,7 +15,7 @@ from job.exits import BadDataError
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
 from job.store import Store
-from job.store.scratch import scratch_folder
+from job.store.files import scratch_folder
 
 Row = dict[str, Any]
 

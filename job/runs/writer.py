@@ -30,8 +30,7 @@ from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
 from job.runs.samples import put_picture
 from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
 from job.store import Store
-from job.store.files import os_errors
-from job.store.scratch import scratch_folder
+from job.store.files import os_errors, scratch_folder
 
 Tensors = dict[str, dict[str, Tensor]]
 """By group and name."""

@@ -11,8 +11,7 @@ import torch
 from ddpm import figures, randomness
 from ddpm.schedule import make_schedule
 from job.config import DiffusionConfig
-from job.data.cache import default_cache_dir
-from job.data.shard_source import ChosenImages
+from job.data.cache import ChosenImages
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
 from job.requests import check_output, parse_numbers
@@ -51,7 +50,7 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     if len(steps) > index.images:
         raise BadRequestError(f"--timesteps has {len(steps)} entries, but {index.name} only {index.images} images")
     chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)
-    images = ChosenImages(bucket, key, index, default_cache_dir()).read(chosen)
+    images = ChosenImages(bucket, key, index).read(chosen)
     x_start = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
     noise = randomness.sampling_noise(
         torch.arange(len(steps)), schedule.num_timesteps, tuple(x_start.shape[1:]), x_start.device

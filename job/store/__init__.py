@@ -9,21 +9,11 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from job.exits import BadRequestError
-from job.store.base import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
+from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
 
-__all__ = [
-    "Blob",
-    "ConflictError",
-    "Entry",
-    "ObjectExistsError",
-    "ObjectMissingError",
-    "Retry",
-    "Store",
-    "check_uri",
-    "is_remote",
-    "open_store",
-]
+__all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
+"""What lies in the modules below and is imported from here."""
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
@@ -86,11 +76,11 @@ def _local_root(uri: str) -> Path:
     """The folder that a path or a `file://` URI names."""
     _, separator, rest = uri.partition("://")
     path = unquote(rest.removeprefix("localhost")) if separator else uri
-    if not path or "\0" in path or (separator and not path.startswith("/")):
-        raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
+    # There may be no such user as in `~user`.
     with suppress(RuntimeError):
-        return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
-    raise BadRequestError(f"{uri!r} names no folder: this user has no home here")
+        if path and "\0" not in path and (path.startswith("/") or not separator):
+            return Path(os.path.normpath((Path(path) if separator else Path(path).expanduser()).absolute()))
+    raise BadRequestError(f"{uri!r} names no folder: use file:///PATH or a path")
 
 
 def _bucket_of(uri: str) -> tuple[str, str, str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import io
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, Self, TypeVar
 
 from job.exits import BadRequestError, JobError, MissingInputError
 from job.stop import NEVER, Stop
-from job.store.files import os_errors
+from job.store.files import os_errors, temporary_beside
 from job.store.retry import Retry
 
 T = TypeVar("T")
@@ -76,10 +77,9 @@ class Store(abc.ABC):
     retry: Retry
     """Tries again while the bucket is away; `store.retry(work)` does several operations again as one."""
 
-    def __init__(self, uri: str, retry: Retry | None = None) -> None:
-        """The whole bucket; without `retry` operations give up soon."""
-        self.uri = uri.rstrip("/") or "/"
-        self.retry = retry or Retry()
+    def __init__(self, uri: str, retry: Retry) -> None:
+        """The whole bucket."""
+        self.uri, self.retry = uri.rstrip("/") or "/", retry
         self._prefix = ""
 
     def uri_of(self, key: str) -> str:
@@ -111,10 +111,7 @@ class Store(abc.ABC):
         Raises:
             ObjectExistsError: an object with other content has this key.
         """
-        version = self._attempt(self._written, validated_new_key(key), data, "")
-        if version is None:
-            raise ObjectExistsError(f"{self.uri_of(key)} exists already: somebody else was first")
-        return version
+        return self._created(key, io.BytesIO(data))
 
     def replace(self, key: str, data: bytes, version: str) -> str:
         """Writes over exactly `version` of an object (compare-and-swap) and returns the new version.
@@ -124,26 +121,26 @@ class Store(abc.ABC):
         Raises:
             ConflictError: the object is gone or has another version.
         """
-        new_version = self._attempt(self._written, validated_new_key(key), data, version)
+        new_version = self._attempt(self._written, validated_new_key(key), io.BytesIO(data), version)
         if new_version is None:
             raise ConflictError(f"{self.uri_of(key)} has changed or is gone: somebody else wrote it")
         return new_version
 
     def put(self, key: str, data: bytes) -> None:
         """Writes an object whatever was there before, atomically. Only for hints, status and reports."""
-        self._attempt(self._write, validated_new_key(key), data, None)
+        self._attempt(self._written, validated_new_key(key), io.BytesIO(data), None)
 
     def upload(self, path: Path, key: str) -> None:
         """Copies a finished local file to a fresh key, verified by crc32c end to end.
 
         The object appears whole or not at all, also when this process dies half-way. As in `create`, a conflict with
-        an object of the same size and crc32c counts as success, so that whoever died after an upload can repeat it.
+        an object of the same content counts as success, so that whoever died after an upload can repeat it.
 
         Raises:
             ObjectExistsError: an object with other content has this key.
         """
-        if not self._attempt(self._upload, validated_new_key(key), path):
-            raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: somebody else was first")
+        with os_errors(path), path.open("rb") as file:
+            self._created(key, file)
 
     def download(self, key: str, path: Path) -> None:
         """Copies an object to a local file (temporary name, then rename), making its folder if need be.
@@ -211,31 +208,45 @@ class Store(abc.ABC):
         """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""
         return None
 
-    def _written(self, key: str, data: bytes, over: str) -> str | None:
-        written = self._write(key, data, over)
-        if written is None:
+    def _created(self, key: str, content: BinaryIO) -> str:
+        version = self._attempt(self._written, validated_new_key(key), content, "")
+        if version is None:
+            raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: somebody else was first")
+        return version
+
+    def _written(self, key: str, content: BinaryIO, over: str | None) -> str | None:
+        content.seek(0)
+        version = self._write(key, content, over)
+        if version is None:
             # A write whose answer was lost is refused when it is repeated.
+            content.seek(0)
+            equal: list[bool] = []
             with suppress(ObjectMissingError):
-                there = self.read(key)
-                return there.version if there.data == data else None
-        return written
+                there = self._attempt(self._fetch, key, lambda data: equal.append(content.read(len(data)) == data))
+                return there if all(equal) and not content.read(1) else None
+        return version
+
+    def _read(self, key: str) -> Blob:
+        content = io.BytesIO()
+        version = self._fetch(key, content.write)
+        return Blob(content.getvalue(), version)
+
+    def _download(self, key: str, path: Path) -> None:
+        with temporary_beside(path) as (temporary, file):
+            self._fetch(key, file.write)
+            file.flush()
+            temporary.replace(path)
 
     @abc.abstractmethod
-    def _read(self, key: str) -> Blob: ...
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
+        """Streams the content, verified, to `consume`; returns the version."""
 
     @abc.abstractmethod
-    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
+    def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         """Writes over this version, where nothing is if it is empty, or over anything if it is None.
 
         Returns the new version; None if something else is there.
         """
-
-    @abc.abstractmethod
-    def _upload(self, key: str, path: Path) -> bool:
-        """Whether the file's content is there now; False if something else is."""
-
-    @abc.abstractmethod
-    def _download(self, key: str, path: Path) -> None: ...
 
     @abc.abstractmethod
     def _open(self, key: str) -> BinaryIO: ...

@@ -2,7 +2,7 @@
 
 A file is written under a hidden temporary name beside its place and then linked or renamed into it. Its writer holds a
 lock on it all the while, so a temporary file that nobody locks belongs to a process that died, and may go. So it is
-with temporary folders (`job.store.scratch`).
+with temporary folders.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ COPY_BYTES = 1 << 20
 _ATTEMPTS = 100
 _TEMPORARY = ".tmp-"
 _LOCK = ".lock"
+_SCRATCH = "ddpm-tmp-"
 _swept: set[Path] = set()
 
 
@@ -78,13 +80,13 @@ def temporary_beside(path: Path) -> Iterator[tuple[Path, BinaryIO]]:
         with suppress(FileNotFoundError):
             _make_folder(folder)
             temporary.touch(exist_ok=False)
-        if (descriptor := locked_descriptor(temporary)) is not None:
+        if (descriptor := _locked_descriptor(temporary)) is not None:
             break
     else:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     with os.fdopen(descriptor, "w+b") as file:
         try:
-            sweep_once(folder, _TEMPORARY)
+            _sweep_once(folder, _TEMPORARY)
             yield temporary, file
         finally:
             temporary.unlink(missing_ok=True)
@@ -97,29 +99,20 @@ def folder_lock(folder: Path) -> Iterator[None]:
     Raises:
         BucketAwayError: somebody else held it all the time, such as a process that was suspended.
     """
-    if not folder.is_dir():
-        # It would be made.
-        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
+    # One that is missing would be made.
+    os.close(os.open(folder, os.O_RDONLY | os.O_DIRECTORY))
     path = folder / _LOCK
-    lock = FileLock(path, timeout=LOCK_SECONDS, poll_interval=LOCK_POLL_SECONDS)
     try:
-        lock.acquire()
+        with FileLock(path, timeout=LOCK_SECONDS, poll_interval=LOCK_POLL_SECONDS):
+            try:
+                yield
+            finally:
+                # Or no folder would ever be empty. Who waits for this very file finds it gone, and makes another.
+                path.unlink(missing_ok=True)
     except Timeout:
         raise BucketAwayError(
             f"{path} was locked by another process for {LOCK_SECONDS:g} s: `fuser {path}` names it; wake or end it"
         ) from None
-    try:
-        yield
-    finally:
-        # Or no folder would ever be empty. Who waits for this very file finds out that it is gone, and makes another.
-        path.unlink(missing_ok=True)
-        lock.release()
-
-
-def sync_file(file: BinaryIO) -> None:
-    """Returns when everything written to `file` is on the disk."""
-    file.flush()
-    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -131,17 +124,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def crc32c_of(file: BinaryIO, copy_to: BinaryIO | None = None) -> int:
-    """CRC-32C (RFC 3720, section 12.1) of the rest of `file`, which is copied on the way if asked."""
+def crc32c_of(file: BinaryIO) -> int:
+    """CRC-32C (RFC 3720, section 12.1) of the rest of `file`."""
     checksum = 0
     while block := file.read(COPY_BYTES):
         checksum = google_crc32c.extend(checksum, block)
-        if copy_to is not None:
-            copy_to.write(block)
     return checksum
 
 
-def locked_descriptor(path: Path) -> int | None:
+@contextmanager
+def scratch_folder(purpose: str) -> Iterator[Path]:
+    """An empty folder of this process on the local disk, with `purpose` in its name; gone when the context ends.
+
+    Raises:
+        FileNotFoundError: there is no folder for temporary files, or no space in any; see `job.exits.ending_of`.
+        DiskFullError: no space is left by now.
+    """
+    parent = Path(tempfile.gettempdir())
+    with os_errors("the folder for temporary files (TMPDIR)"):
+        _sweep_once(parent, _SCRATCH)
+        descriptor = None
+        while descriptor is None:
+            folder = Path(tempfile.mkdtemp(prefix=f"{_SCRATCH}{purpose}-", dir=parent))
+            descriptor = _locked_descriptor(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(descriptor)
+
+
+def _locked_descriptor(path: Path) -> int | None:
     """Locks a temporary file or folder that was just made, until the descriptor is closed or its process dies.
 
     None if it is gone, or if somebody who sweeps was faster: it is to be made anew.
@@ -162,7 +175,7 @@ def locked_descriptor(path: Path) -> int | None:
     return None
 
 
-def sweep_once(folder: Path, prefix: str) -> None:
+def _sweep_once(folder: Path, prefix: str) -> None:
     """Sweeps a folder that this process has not swept yet, which keeps it cheap."""
     if folder not in _swept:
         _swept.add(folder)

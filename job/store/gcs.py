@@ -13,8 +13,7 @@ import secrets
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 # Without this every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
@@ -22,17 +21,16 @@ os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
 import google.auth
 import requests
 import urllib3
-from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed, from_http_response
+from google.api_core.exceptions import GoogleAPIError, NotFound, from_http_response
 from google.auth.credentials import AnonymousCredentials
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import AuthorizedSession
 from google.cloud import storage
-from google.cloud.storage.exceptions import DataCorruption
 from requests.adapters import HTTPAdapter
 
 from job.exits import JobError, NoPermissionError
 from job.store.base import Entry
-from job.store.remote import CONNECTIONS, ByteRange, Head, RemoteStore, cause, content_type, damaged, one_line
+from job.store.remote import CONNECTIONS, ByteRange, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -40,10 +38,9 @@ _BLOCK_BYTES = 64 << 10
 """Is on its way within seconds on the slowest of networks."""
 
 _UNREACHABLE = (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)
-_CLIENT = (GoogleAPIError, GoogleAuthError, DataCorruption, *_UNREACHABLE)
+_CLIENT = (GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
 _GOOGLE_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
 _DAMAGED = "doesn't match calculated CRC32C"
-_MESSAGE = re.compile(r'"message": *"([^"]+)"')
 _REQUEST = re.compile(r"^\d{3} [A-Z]+ \S+: ")
 
 
@@ -73,10 +70,10 @@ class GcsStore(RemoteStore):
         self._bucket = self._client.bucket(bucket)
         self._was_seen = threading.Event()
 
-    def _head(self, key: str) -> Head:
+    def _head(self, key: str) -> tuple[int, str]:
         blob = self._blob(key)
         blob.reload(**self._once)
-        return Head(blob.size, str(blob.generation), blob.crc32c)
+        return blob.size, str(blob.generation)
 
     def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
         with self._session.get(
@@ -93,39 +90,25 @@ class GcsStore(RemoteStore):
             raise damaged(self.uri_of(key))
         return answer.headers["X-Goog-Generation"]
 
-    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
-        blob, condition = self._blob(key), {} if over is None else {"if_generation_match": int(over or 0)}
-        try:
-            blob.upload_from_string(data, content_type=content_type(key), checksum="crc32c", **condition, **self._once)
-        except PreconditionFailed:
-            return None
-        return str(blob.generation)
-
-    def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
-        about = {"name": self._prefix + key, "contentType": content_type(key), "crc32c": crc32c}
-        body = _TwoParts(about, file, size_bytes, partial(self.retry.is_under_way, self.uri_of(key)))
+    def _send(self, key: str, content: Watched, over: str | None) -> str | None:
+        # Google refuses what arrives with another checksum.
+        about = {"name": self._prefix + key, "contentType": content_type(key), "crc32c": content.crc32c}
+        body = _TwoParts(about, content)
         answer = self._session.post(
             f"{self._client.api_endpoint}/upload/storage/v1{self._bucket.path}/o",
-            params={"uploadType": "multipart", "ifGenerationMatch": "0"},
+            params={"uploadType": "multipart"} | ({} if over is None else {"ifGenerationMatch": over or "0"}),
             headers={"Content-Type": f"multipart/related; boundary={body.boundary}"},
             data=body,
             timeout=self.retry.silence_seconds,
         )
-        if answer.status_code == PreconditionFailed.code:
-            return False
-        sent = _checked(answer).json()
-        # Google has compared, too.
-        if sent["crc32c"] != crc32c:
-            self._blob(key).delete(if_generation_match=int(sent["generation"]), **self._once)
-            raise damaged(self.uri_of(key))
-        return True
+        return None if answer.status_code == 412 else str(_checked(answer).json()["generation"])
 
     def _list(self, prefix: str) -> Sequence[Entry]:
-        blobs = self._pages("items(name,size)", prefix)
+        blobs = self._pages(prefix, fields="items(name,size),nextPageToken")
         return [Entry(blob.name.removeprefix(self._prefix), blob.size) for blob in blobs]
 
     def _folders(self, prefix: str) -> Sequence[str]:
-        pages = self._pages("prefixes", prefix, delimiter="/")
+        pages = self._pages(prefix, fields="prefixes,nextPageToken", delimiter="/")
         # The prefixes are gathered while the items, of which none are asked for, go by.
         list(pages)
         return [folder.removeprefix(self._prefix + prefix).removesuffix("/") for folder in pages.prefixes]
@@ -133,14 +116,8 @@ class GcsStore(RemoteStore):
     def _delete(self, key: str) -> None:
         self._blob(key).delete(**self._once)
 
-    def _pages(self, fields: str, prefix: str, **arguments: Any) -> Any:
-        return self._client.list_blobs(
-            self._bucket.name,
-            prefix=self._prefix + prefix,
-            fields=f"{fields},nextPageToken",
-            **arguments,
-            **self._once,
-        )
+    def _pages(self, prefix: str, **asked: Any) -> Any:
+        return self._client.list_blobs(self._bucket.name, prefix=self._prefix + prefix, **asked, **self._once)
 
     @property
     def _once(self) -> dict[str, Any]:
@@ -156,7 +133,7 @@ class GcsStore(RemoteStore):
             # Who may not list cannot tell. Nor may the role that trains read a bucket's own metadata.
             with suppress(*_UNREACHABLE, GoogleAuthError, GoogleAPIError):
                 try:
-                    any(self._client.list_blobs(self._bucket.name, max_results=1, **self._once))
+                    any(self._pages("", max_results=1))
                 except NotFound:
                     return False
                 self._was_seen.set()
@@ -165,11 +142,10 @@ class GcsStore(RemoteStore):
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, _CLIENT):
             return None
-        if isinstance(error, DataCorruption) or _DAMAGED in str(error):
+        if _DAMAGED in str(error):
             return damaged(uri)
         code = getattr(error, "code", None)
-        said = _MESSAGE.search(str(error))
-        reason = one_line(said[1] if said else _REQUEST.sub("", str(error))) if code else cause(error)
+        reason = one_line(_REQUEST.sub("", str(error))) if code else cause(error)
         if isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError)):
             return self._no_credentials(reason)
         if code == 404 and not self._bucket_exists():
@@ -185,9 +161,9 @@ class GcsStore(RemoteStore):
 
 
 class _TwoParts:
-    """The body of an upload: what the object is, and the content of a file, read while it is sent."""
+    """The body of an upload: what the object is, and its content, read while it is sent."""
 
-    def __init__(self, about: dict[str, str], file: BinaryIO, size_bytes: int, report: Callable[[], None]) -> None:
+    def __init__(self, about: dict[str, str], content: Watched) -> None:
         # No file holds it.
         self.boundary = secrets.token_hex(16)
         parts = ("application/json", json.dumps(about)), (about["contentType"], "")
@@ -195,17 +171,16 @@ class _TwoParts:
             f"\r\n--{self.boundary}\r\nContent-Type: {kind}\r\n\r\n{text}" for kind, text in parts
         ).encode()
         self._after = f"\r\n--{self.boundary}--".encode()
-        self._file, self._size_bytes, self._report = file, size_bytes, report
+        self._content = content
 
     def __len__(self) -> int:
-        return len(self._before) + self._size_bytes + len(self._after)
+        return len(self._before) + self._content.size_bytes + len(self._after)
 
     def __iter__(self) -> Iterator[bytes]:
         # It is sent again if the credentials had to be refreshed.
-        self._file.seek(0)
+        self._content.seek(0)
         yield self._before
-        while block := self._file.read(_BLOCK_BYTES):
-            self._report()
+        while block := self._content.read(_BLOCK_BYTES):
             yield block
         yield self._after
 

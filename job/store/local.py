@@ -4,23 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.store.base import Blob, Entry, ObjectMissingError, Store, is_key
-from job.store.files import (
-    crc32c_of,
-    folder_lock,
-    os_errors,
-    sweep_temporaries,
-    sync_file,
-    sync_folder,
-    temporary_beside,
-)
+from job.exits import BadRequestError, MissingInputError
+from job.store.base import Entry, ObjectMissingError, Store, is_key
+from job.store.files import COPY_BYTES, folder_lock, os_errors, sweep_temporaries, sync_folder, temporary_beside
 from job.store.retry import Retry
 
 
@@ -32,9 +25,9 @@ class LocalStore(Store):
     """
 
     def __init__(self, root: Path, retry: Retry | None = None) -> None:
-        """Opens the folder `root`, an absolute path."""
+        """Opens the folder `root`, an absolute path; without `retry` operations give up soon."""
         self._root = root
-        super().__init__(str(root), retry)
+        super().__init__(str(root), retry or Retry())
 
     @property
     def _folder(self) -> Path:
@@ -49,49 +42,38 @@ class LocalStore(Store):
                     if folder != str(self._root):
                         Path(folder).rmdir()
 
-    def _read(self, key: str) -> Blob:
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         # An open file is never written again, so that bytes and version belong together.
         with self._open(key) as file:
-            data = file.read()
-        return Blob(data, _version_of(data))
+            return _copied(file, consume)
 
-    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
+    def _download(self, key: str, path: Path) -> None:
+        # Without its version, which would take longer than the copy.
+        with self._open(key) as source, temporary_beside(path) as (temporary, file):
+            shutil.copyfileobj(source, file, COPY_BYTES)
+            file.flush()
+            temporary.replace(path)
+
+    def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         path = self._path(key)
         # Its folder would be made.
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
-            file.write(data)
-            sync_file(file)
-            if over == "":
-                return _version_of(data) if _linked(temporary, path) else None
-            with suppress(ObjectMissingError), folder_lock(path.parent):
-                if over is None or self._read(key).version == over:
-                    temporary.replace(path)
-                    sync_folder(path.parent)
-                    return _version_of(data)
-        return None
-
-    def _upload(self, key: str, path: Path) -> bool:
-        target = self._path(key)
-        with os_errors(path):
-            source = path.open("rb")
-        with source, os_errors(target), temporary_beside(target) as (temporary, file):
-            checksum = crc32c_of(source, copy_to=file)
-            sync_file(file)
-            file.seek(0)
-            if crc32c_of(file) != checksum:
-                raise BadDataError(f"{target}: the copy of {path} is damaged: check the disk")
-            if _linked(temporary, target):
-                return True
-            with self._open(key) as there:
-                return os.fstat(there.fileno()).st_size == file.tell() and crc32c_of(there) == checksum
-
-    def _download(self, key: str, path: Path) -> None:
-        with self._open(key) as source, temporary_beside(path) as (temporary, file):
-            crc32c_of(source, copy_to=file)
+            version = _copied(content, file.write)
             file.flush()
-            temporary.replace(path)
+            os.fsync(file.fileno())
+            with suppress(FileExistsError, ObjectMissingError):
+                if over == "":
+                    path.hardlink_to(temporary)
+                    sync_folder(path.parent)
+                    return version
+                with folder_lock(path.parent):
+                    if over is None or self._read(key).version == over:
+                        temporary.replace(path)
+                        sync_folder(path.parent)
+                        return version
+        return None
 
     def _open(self, key: str) -> BinaryIO:
         path = self._path(key)
@@ -160,15 +142,10 @@ def _children(folder: Path) -> Sequence[os.DirEntry[str]]:
             return []
 
 
-def _version_of(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
-
-
-def _linked(temporary: Path, path: Path) -> bool:
-    """Gives a finished file its name for good; False if the name is taken."""
-    try:
-        path.hardlink_to(temporary)
-    except FileExistsError:
-        return False
-    sync_folder(path.parent)
-    return True
+def _copied(content: BinaryIO, consume: Callable[[bytes], object]) -> str:
+    """Hands the rest of a file to `consume`, and returns its version."""
+    digest = hashlib.sha256()
+    while block := content.read(COPY_BYTES):
+        digest.update(block)
+        consume(block)
+    return digest.hexdigest()

@@ -9,26 +9,17 @@ import mimetypes
 import os
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.store.base import Blob, ObjectMissingError, Store
-from job.store.files import COPY_BYTES, crc32c_of, temporary_beside
+from job.store.base import ObjectMissingError, Store
+from job.store.files import COPY_BYTES, crc32c_of
 
 CONNECTIONS = 64
 _READ_AHEAD_BYTES = 8 << 20
 _REASON_CHARACTERS = 200
-
-
-class Head(NamedTuple):
-    """What a bucket says of an object without its content."""
-
-    size_bytes: int
-    version: str
-    crc32c: str | None
 
 
 class ByteRange(NamedTuple):
@@ -54,7 +45,8 @@ class RemoteStore(Store):
     """The command that makes the bucket."""
 
     @abc.abstractmethod
-    def _head(self, key: str) -> Head: ...
+    def _head(self, key: str) -> tuple[int, str]:
+        """Size in bytes, and version."""
 
     @abc.abstractmethod
     def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
@@ -65,38 +57,21 @@ class RemoteStore(Store):
         """
 
     @abc.abstractmethod
-    def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
-        """Writes an object where nothing is; False if something is."""
+    def _send(self, key: str, content: Watched, over: str | None) -> str | None:
+        """As `_write`."""
 
-    def _read(self, key: str) -> Blob:
-        content = io.BytesIO()
-        version = self._fetch(key, content.write)
-        return Blob(content.getvalue(), version)
-
-    def _download(self, key: str, path: Path) -> None:
-        with temporary_beside(path) as (temporary, file):
-            self._fetch(key, file.write)
-            file.flush()
-            temporary.replace(path)
+    def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
+        return self._send(key, Watched(content, partial(self.retry.is_under_way, self.uri_of(key))), over)
 
     def _open(self, key: str) -> BinaryIO:
-        there = self._head(key)
-        ranges = _Ranges(partial(self._attempt, self._part, key, there.version), there.size_bytes)
+        size_bytes, version = self._head(key)
+        ranges = _Ranges(partial(self._attempt, self._part, key, version), size_bytes)
         return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
         content = io.BytesIO()
         self._fetch(key, content.write, ByteRange(version, start, stop))
         return content.getvalue()
-
-    def _upload(self, key: str, path: Path) -> bool:
-        with path.open("rb") as file:
-            crc32c, size_bytes = encoded(crc32c_of(file)), file.tell()
-            file.seek(0)
-            if self._send_file(key, file, size_bytes, crc32c):
-                return True
-        there = self._head(key)
-        return (there.size_bytes, there.crc32c) == (size_bytes, crc32c)
 
     def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, str]:
         """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
@@ -108,7 +83,7 @@ class RemoteStore(Store):
             size_bytes += len(block)
             checksum = google_crc32c.extend(checksum, block)
             consume(block)
-        return size_bytes, encoded(checksum)
+        return size_bytes, _encoded(checksum)
 
     def _told_by_status(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
         """What an answer means, or that there was none; `permission` is the one that is lacking, if that is known."""
@@ -125,6 +100,25 @@ class RemoteStore(Store):
         return MissingInputError(f"no bucket {self._bucket_uri}: check the name, or make it with `{self._make}`")
 
 
+class Watched:
+    """Content on its way up, with its size and checksum; `report` is called at each read but those of the first block.
+
+    So what fits into a block is sent to the end, as it is read to the end.
+    """
+
+    def __init__(self, content: BinaryIO, report: Callable[[], None]) -> None:
+        self._content, self._report = content, report
+        self.seek, self.tell = content.seek, content.tell
+        self.crc32c, self.size_bytes = _encoded(crc32c_of(content)), content.tell()
+        self.seek(0)
+
+    def read(self, size_bytes: int = -1) -> bytes:
+        """The next bytes."""
+        if self.tell() >= COPY_BYTES:
+            self._report()
+        return self._content.read(size_bytes)
+
+
 class _Ranges(io.RawIOBase):
     """A seekable file over a function that fetches the bytes from `start` to `stop`."""
 
@@ -138,14 +132,9 @@ class _Ranges(io.RawIOBase):
     def seekable(self) -> bool:
         return True
 
-    def tell(self) -> int:
-        return self._position
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        if origin + offset < 0:
-            raise ValueError(f"negative seek position {origin + offset}")
-        self._position = origin + offset
+        self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
@@ -189,6 +178,6 @@ def content_type(key: str) -> str:
     return mimetypes.guess_type(key)[0] or "application/octet-stream"
 
 
-def encoded(crc32c: int) -> str:
+def _encoded(crc32c: int) -> str:
     """The checksum as both buckets write it."""
     return base64.b64encode(crc32c.to_bytes(4, "big")).decode()

@@ -99,17 +99,16 @@ class Retry:
                 # The silence counts that an attempt waited for, but not what it did before.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
                 left_seconds = away_since + self.limit_seconds - now
-                if self.stop():
+                if left_seconds > 0 and not self.stop():
+                    self._outage.began(error, asked_at)
+                # Many processes may have lost the same bucket.
+                jittered_seconds = pause_seconds * random.uniform(0.5, 1)  # noqa: S311
+                if self.stop.sleep(min(jittered_seconds, left_seconds)):
                     raise StoppedError(f"stopped while the bucket was away ({error})") from error
                 if left_seconds <= 0:
                     raise BucketAwayError(
                         f"{error} (tried for {now - away_since:.0f} s in all); the same command goes on from here"
                     ) from error
-                self._outage.began(error, asked_at)
-                # Many processes may have lost the same bucket.
-                jittered_seconds = pause_seconds * random.uniform(0.5, 1)  # noqa: S311
-                if self.stop.sleep(min(jittered_seconds, left_seconds)):
-                    raise StoppedError(f"stopped while the bucket was away ({error})") from error
                 pause_seconds = min(2 * pause_seconds, LONGEST_PAUSE_SECONDS)
             else:
                 self._outage.ended()

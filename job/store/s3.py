@@ -12,19 +12,18 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.session
-import google_crc32c
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
 
 from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
-from job.store.remote import CONNECTIONS, ByteRange, Head, RemoteStore, cause, content_type, damaged, encoded, one_line
+from job.store.files import COPY_BYTES
+from job.store.remote import CONNECTIONS, ByteRange, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
@@ -42,7 +41,7 @@ class S3Store(RemoteStore):
         """Finds credentials and endpoint as the AWS command line does, but sends nothing to the bucket yet.
 
         Raises:
-            NoPermissionError: there are no credentials.
+            NoPermissionError: the profile does not exist.
             BadRequestError: the endpoint or another setting makes no sense.
         """
         super().__init__(f"s3://{bucket}", retry)
@@ -62,8 +61,6 @@ class S3Store(RemoteStore):
         )
         session = botocore.session.Session()
         try:
-            if session.get_credentials() is None:
-                raise self._no_credentials("none were found")
             self._client = session.create_client("s3", config=config)
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError
@@ -74,14 +71,14 @@ class S3Store(RemoteStore):
                 "http://localhost:9000"
             ) from None
 
-    def _head(self, key: str) -> Head:
+    def _head(self, key: str) -> tuple[int, str]:
         try:
             answer = self._client.head_object(**self._named(key))
         except boto.ClientError:
             # A HEAD request is answered with a bare number; this one says what it means.
             self._client.get_object(**self._named(key))["Body"].close()
             raise
-        return Head(answer["ContentLength"], answer["ETag"], answer["Metadata"].get(_CRC32C))
+        return answer["ContentLength"], answer["ETag"]
 
     def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
         which = {"IfMatch": part.version, "Range": part.header} if part else {}
@@ -97,26 +94,19 @@ class S3Store(RemoteStore):
             raise damaged(self.uri_of(key))
         return str(answer["ETag"])
 
-    def _write(self, key: str, data: bytes, over: str | None) -> str | None:
-        condition = {} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}
-        return self._send(key, data, encoded(google_crc32c.value(data)), **condition)
-
-    def _send_file(self, key: str, file: BinaryIO, size_bytes: int, crc32c: str) -> bool:
-        watched = _Watched(file, partial(self.retry.is_under_way, self.uri_of(key)))
-        return self._send(key, watched, crc32c, IfNoneMatch="*") is not None
-
-    def _send(self, key: str, body: bytes | _Watched, crc32c: str, **condition: str) -> str | None:
+    def _send(self, key: str, content: Watched, over: str | None) -> str | None:
         try:
             answer = self._client.put_object(
                 **self._named(key),
-                Body=body,
+                **({} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}),
+                # A file is announced first, and waits for an answer.
+                Body=content if content.size_bytes > COPY_BYTES else content.read(),
                 ContentType=content_type(key),
-                ChecksumCRC32C=crc32c,
-                Metadata={_CRC32C: crc32c},
-                **condition,
+                ChecksumCRC32C=content.crc32c,
+                Metadata={_CRC32C: content.crc32c},
             )
         except boto.ClientError as error:
-            if _code(error) == "PreconditionFailed" or ("IfMatch" in condition and _code(error) == "NoSuchKey"):
+            if _code(error) == "PreconditionFailed" or (over and _code(error) == "NoSuchKey"):
                 return None
             raise
         return str(answer["ETag"])
@@ -186,28 +176,14 @@ class S3Store(RemoteStore):
                 return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
             case "ConditionalRequestConflict" | "IncompleteBody" | "OperationAborted" | "RequestTimeout" | "SlowDown":
                 return self._told_by_status(uri, None, reason)
-        if status in (401, 403):
-            action = _ACTION.search(str(error))
-            return self._told_by_status(uri, status, code, action[0] if action else "")
-        return self._told_by_status(uri, status, reason)
+        action = _ACTION.search(str(error))
+        return self._told_by_status(uri, status, code if status in (401, 403) else reason, action[0] if action else "")
 
     def _no_credentials(self, reason: str) -> NoPermissionError:
         return NoPermissionError(
             f"{self._bucket_uri}: no usable AWS credentials ({reason}): run `aws configure` or `aws sso login`, set "
             "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine or pod a role"
         )
-
-
-class _Watched:
-    """A file on its way up that calls `report` at each read."""
-
-    def __init__(self, file: BinaryIO, report: Callable[[], None]) -> None:
-        self._file, self._report = file, report
-        self.seek, self.tell = file.seek, file.tell
-
-    def read(self, size_bytes: int = -1) -> bytes:
-        self._report()
-        return self._file.read(size_bytes)
 
 
 def _code(error: boto.ClientError) -> str:

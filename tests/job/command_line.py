@@ -76,6 +76,19 @@ def started(*words: object, cwd: Path | None = None, **variables: str) -> subpro
     )
 
 
+def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: str) -> subprocess.Popen[str]:
+    """A command in a process group of its own; its stderr is a pipe."""
+    return subprocess.Popen(
+        [*program, *map(str, words)],
+        env=environment(**variables),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
     """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes."""
     out, err, code = io.StringIO(), io.StringIO(), 0

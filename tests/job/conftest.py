@@ -13,8 +13,9 @@ from accelerate.state import AcceleratorState
 from job.data.pack import PackRequest, pack
 from job.plan import plan_run
 from job.requests import TrainRequest
-from job.store import open_store
+from job.store import open_store, retry
 from job.train import run_training
+from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import NETWORK
 
 
@@ -25,6 +26,24 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DDPM_CACHE", str(folder))
         yield folder
+
+
+@pytest.fixture(params=["gs", "s3"])
+def remote_bucket(request: pytest.FixtureRequest) -> str:
+    """`gs://NAME` or `s3://NAME`, fresh and empty, on a real server."""
+    return str(request.getfixturevalue("gcs_bucket" if request.param == "gs" else "seaweedfs_bucket"))
+
+
+@pytest.fixture
+def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """What lies between that bucket and its clients, who lose a second with a silent connection, and try again soon."""
+    limits = {"FIRST_PAUSE_SECONDS": 0.05, "LONGEST_PAUSE_SECONDS": 0.2, "SILENCE_SECONDS": 1.0}
+    for name, seconds in limits.items():
+        monkeypatch.setattr(retry, name, seconds)
+    is_gs = remote_bucket.startswith("gs://")
+    with FaultyProxy(request.getfixturevalue("gcs_server" if is_gs else "seaweedfs_server")) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST" if is_gs else "AWS_ENDPOINT_URL", proxy.url)
+        yield proxy
 
 
 @pytest.fixture(scope="session")

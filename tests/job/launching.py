@@ -34,7 +34,7 @@ def work(seconds):
 _LAUNCHER = """
 import sys
 from job.processes import launcher
-launcher.GRACE_SECONDS = 1.0
+launcher.GRACE_SECONDS = 2.0
 sys.exit(launcher.launch([sys.executable, "-P", "rank.py"], {processes}, {hang_after_seconds}))
 """
 
@@ -47,7 +47,7 @@ def start(
     before: tuple[str, ...] = (),
     **options: Any,
 ) -> subprocess.Popen[str]:
-    """Launches ranks in `folder` that execute `rank_code`; the grace for stragglers is a second."""
+    """Launches ranks in `folder` that execute `rank_code`; the grace for stragglers is two seconds."""
     (folder / "rank.py").write_text(_PROLOGUE + textwrap.dedent(rank_code))
     program = _LAUNCHER.format(processes=processes, hang_after_seconds=hang_after_seconds)
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}

@@ -8,7 +8,6 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
 
-MAINTENANCE = "instance/maintenance-event"
 PREEMPTED = "instance/preempted"
 _PATH = "/computeMetadata/v1/"
 
@@ -27,8 +26,7 @@ class MetadataServer:
         self.requests: list[str] = []
         self.odd: Answer | None = None
         """What answers instead, while it is set."""
-        self.sends_etags = True
-        self._values = {PREEMPTED: ("FALSE", 0), MAINTENANCE: ("NONE", 0)}
+        self._values = {PREEMPTED: ("FALSE", 0)}
         self._changed = threading.Condition()
 
     def set(self, resource: str, value: str) -> None:
@@ -63,7 +61,7 @@ class MetadataServer:
         value, etag = self._wait(resource, query.get("last_etag", [""])[0], seconds)
         # Who asked may be gone by now.
         with suppress(OSError):
-            send(request, value, {"ETag": etag} if self.sends_etags else {})
+            send(request, value, {"ETag": etag})
 
 
 def send(request: BaseHTTPRequestHandler, text: str, headers: dict[str, str], code: int = 200) -> None:

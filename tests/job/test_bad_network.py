@@ -7,7 +7,7 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 
@@ -42,29 +42,10 @@ SETTINGS = settings(
 )
 
 
-@pytest.fixture(params=["gs", "s3"])
-def proxied(
-    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Iterator[tuple[FaultyProxy, str]]:
-    """A bucket behind a proxy, which clients are sent to."""
-    if request.param == "gs":
-        server, bucket = request.getfixturevalue("gcs_server"), request.getfixturevalue("gcs_bucket")
-    else:
-        request.getfixturevalue("aws_credentials")
-        server, bucket = use_seaweedfs(request, monkeypatch)
-    # A silent connection costs a second.
-    monkeypatch.setattr(retry, "SILENCE_SECONDS", 1.0)
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A new one, so that everything is downloaded."""
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    with FaultyProxy(server) as proxy:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST" if request.param == "gs" else "AWS_ENDPOINT_URL", proxy.url)
-        yield proxy, bucket
-
-
-def use_seaweedfs(request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> tuple[str, str]:
-    from tests.conftest import _new_s3_bucket, _use_s3_server
-
-    server = _use_s3_server("seaweedfs", request, patch)
-    return server, _new_s3_bucket(server)
 
 
 def patient(bucket: str) -> Store:
@@ -103,21 +84,20 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
     return dataset_id, open_store(str(folder)).sub("runs/walk")
 
 
-@pytest.mark.parametrize("proxied", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.parametrize("remote_bucket", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
 def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
-    undisturbed: tuple[str, Store], proxied: tuple[FaultyProxy, str]
+    undisturbed: tuple[str, Store], proxy: FaultyProxy, remote_bucket: str
 ) -> None:
-    proxy, bucket = proxied
     dataset_id, quiet = undisturbed
     proxy.rate = 0.1
-    assert pack_tiles(patient(bucket)) == dataset_id
-    assert "every shard" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
-    train(bucket, EPOCHS // 2)
-    train(bucket, EPOCHS)
-    words = ("--run", "walk", "--bucket", bucket, "--checkpoints", "2,4", "--seeds", "0-3", "--no-nearest")
+    assert pack_tiles(patient(remote_bucket)) == dataset_id
+    assert "every shard" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", remote_bucket))
+    train(remote_bucket, EPOCHS // 2)
+    train(remote_bucket, EPOCHS)
+    words = ("--run", "walk", "--bucket", remote_bucket, "--checkpoints", "2,4", "--seeds", "0-3", "--no-nearest")
     pictures = succeeded(ddpm_here("sample", *words)).splitlines()
     proxy.rate = 0.0
-    run = patient(bucket).sub("runs/walk")
+    run = patient(remote_bucket).sub("runs/walk")
     assert learnt(run) == learnt(quiet)
     assert [ref.images_seen for ref in list_checkpoints(run)] == [ref.images_seen for ref in list_checkpoints(quiet)]
     assert len(pictures) == 3
@@ -145,16 +125,15 @@ def meanwhile(work: Callable[[], None]) -> threading.Thread:
 
 
 @pytest.mark.parametrize(
-    ("proxied", "away_seconds"),
+    ("remote_bucket", "away_seconds"),
     [("gs", 6.0), *(pytest.param(kind, 60.0, marks=pytest.mark.slow) for kind in ("gs", "s3"))],
-    indirect=["proxied"],
+    indirect=["remote_bucket"],
 )
 def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
-    proxied: tuple[FaultyProxy, str], away_seconds: float, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, remote_bucket: str, away_seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy, bucket = proxied
-    pack_tiles(patient(bucket))
-    run = patient(bucket).sub("runs/walk")
+    pack_tiles(patient(remote_bucket))
+    run = patient(remote_bucket).sub("runs/walk")
     away, steps = [0.0, 0.0], list[int]()
     after_step = TrainingSession._after_step
 
@@ -177,7 +156,7 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
 
     beside = meanwhile(go_away)
     more = ("--set", f"checkpoint.keep_every_epochs={KEPT_EPOCHS}", "--set", "sample.every_epochs=10")
-    done = ddpm_here(*train_words(bucket, MANY_EPOCHS), *more)
+    done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), *more)
     beside.join()
     assert done.returncode == Exit.STOPPED, done.stderr
     assert done.stderr.count("trying again for up to 900 s") == done.stderr.count("the bucket is back after") >= 1
@@ -195,13 +174,12 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proxied", ["gs"], indirect=True)
+@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
 def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
-    proxied: tuple[FaultyProxy, str], monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, remote_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proxy, bucket = proxied
-    pack_tiles(patient(bucket))
-    run = patient(bucket).sub("runs/walk")
+    pack_tiles(patient(remote_bucket))
+    run = patient(remote_bucket).sub("runs/walk")
 
     def go_away() -> None:
         eventually(lambda: newest(run) > 0, 60)
@@ -209,11 +187,11 @@ def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
 
     beside = threading.Thread(target=go_away)
     beside.start()
-    done = ddpm_here(*train_words(bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="3")
+    done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), DDPM_AWAY_SECONDS="3")
     beside.join()
     assert "trying again for up to 3 s" in done.stderr
     line = refused(done, Exit.BUCKET_AWAY)
-    assert f"ddpm: {bucket}/runs/walk" in line
+    assert f"ddpm: {remote_bucket}/runs/walk" in line
     assert "Connection refused" in line
     assert "s in all)" in line
 
@@ -222,22 +200,23 @@ def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
     monkeypatch.setattr(lease, "EXPIRE_SECONDS", 2.0)
     saved = newest(run)
     beside = meanwhile(lambda: eventually(lambda: newest(run) > saved, 60))
-    done = ddpm_here(*train_words(bucket, MANY_EPOCHS))
+    done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS))
     beside.join()
     assert done.returncode == Exit.STOPPED, done.stderr
     assert max(list_checkpoints(run)).fence == 2
 
 
 @pytest.mark.parametrize(
-    ("proxied", "processes"), [("gs", 1), pytest.param("s3", 2, marks=pytest.mark.slow)], indirect=["proxied"]
+    ("remote_bucket", "processes"),
+    [("gs", 1), pytest.param("s3", 2, marks=pytest.mark.slow)],
+    indirect=["remote_bucket"],
 )
 def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
-    proxied: tuple[FaultyProxy, str], processes: int
+    proxy: FaultyProxy, remote_bucket: str, processes: int
 ) -> None:
-    proxy, bucket = proxied
-    pack_tiles(patient(bucket))
-    run = patient(bucket).sub("runs/walk")
-    child = started(*train_words(bucket, MANY_EPOCHS), "--processes", processes, DDPM_GRACE_SECONDS="6")
+    pack_tiles(patient(remote_bucket))
+    run = patient(remote_bucket).sub("runs/walk")
+    child = started(*train_words(remote_bucket, MANY_EPOCHS), "--processes", processes, DDPM_GRACE_SECONDS="6")
     eventually(lambda: newest(run) > 0, 120)
     proxy.hang()
     time.sleep(1)
@@ -245,19 +224,18 @@ def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
     said, _ = child.communicate(timeout=60)
     assert child.returncode == Exit.BUCKET_AWAY, said
     assert "Traceback" not in said
-    assert f"{bucket}/runs/walk did not take the last checkpoint in the 6 s (DDPM_GRACE_SECONDS)" in said
+    assert f"{remote_bucket}/runs/walk did not take the last checkpoint in the 6 s (DDPM_GRACE_SECONDS)" in said
     proxy.come_back()
-    assert "is finished" in train(bucket, 1)
+    assert "is finished" in train(remote_bucket, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("proxied", ["gs"], indirect=True)
-def test_waiting_for_a_checkpoint_is_no_hang(proxied: tuple[FaultyProxy, str]) -> None:
-    proxy, bucket = proxied
-    pack_tiles(patient(bucket))
-    train(bucket, 1)
+@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
+def test_waiting_for_a_checkpoint_is_no_hang(proxy: FaultyProxy, remote_bucket: str) -> None:
+    pack_tiles(patient(remote_bucket))
+    train(remote_bucket, 1)
     proxy.inject(Fault.UNAVAILABLE, r"^GET [^\n]*safetensors", times=10_000)
-    child = started(*train_words(bucket, 2), "--hang-after", "6")
+    child = started(*train_words(remote_bucket, 2), "--hang-after", "6")
     eventually(lambda: proxy.injected[Fault.UNAVAILABLE] > 0, 60)
     time.sleep(15)
     assert child.poll() is None
@@ -267,24 +245,23 @@ def test_waiting_for_a_checkpoint_is_no_hang(proxied: tuple[FaultyProxy, str]) -
 
 
 @pytest.mark.parametrize(
-    ("proxied", "processes", "told"),
+    ("remote_bucket", "processes", "told"),
     [
         pytest.param("gs", 2, "launcher", marks=pytest.mark.slow),
         ("gs", 2, "a rank"),
         pytest.param("s3", 1, "launcher", marks=pytest.mark.slow),
     ],
-    indirect=["proxied"],
+    indirect=["remote_bucket"],
 )
 def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
-    proxied: tuple[FaultyProxy, str], processes: int, told: str
+    proxy: FaultyProxy, remote_bucket: str, processes: int, told: str
 ) -> None:
     """One process may have the images of the next step and the other not: none begins it, and all save."""
-    proxy, bucket = proxied
-    pack_tiles(patient(bucket), shard_bytes=SHARD_BYTES // 3)
-    run = patient(bucket).sub("runs/walk")
+    pack_tiles(patient(remote_bucket), shard_bytes=SHARD_BYTES // 3)
+    run = patient(remote_bucket).sub("runs/walk")
     cache = settings(data__cache_gigabytes=str(3 * SHARD_BYTES / 1e9), data__shuffle_block_images="32")
     more = settings(train__batch_size="8", sample__every_epochs="0")
-    child = started(*train_words(bucket, MANY_EPOCHS), *cache, *more, "--processes", processes)
+    child = started(*train_words(remote_bucket, MANY_EPOCHS), *cache, *more, "--processes", processes)
     eventually(lambda: newest(run) > 0, 120)
     proxy.inject(Fault.SILENCE, r"^GET [^\n]*shard-", times=1000)
     eventually(lambda: proxy.injected[Fault.SILENCE] > 0, 60)
@@ -298,11 +275,10 @@ def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(
     assert f"after {newest(run):,} images; everything is saved" in said
 
 
-@pytest.mark.parametrize(("proxied", "how"), [("gs", "hang"), ("s3", "refuse")], indirect=["proxied"])
-def test_packing_is_stopped_though_the_bucket_is_away(proxied: tuple[FaultyProxy, str], how: str) -> None:
-    proxy, bucket = proxied
+@pytest.mark.parametrize(("remote_bucket", "how"), [("gs", "hang"), ("s3", "refuse")], indirect=["remote_bucket"])
+def test_packing_is_stopped_though_the_bucket_is_away(proxy: FaultyProxy, remote_bucket: str, how: str) -> None:
     proxy.hang()
-    child = started("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
+    child = started("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", remote_bucket)
     eventually(lambda: proxy.connections > 0, 60)
     if how == "refuse":
         proxy.refuse()
@@ -314,10 +290,9 @@ def test_packing_is_stopped_though_the_bucket_is_away(proxied: tuple[FaultyProxy
 
 
 def test_a_write_whose_answer_is_lost_is_no_conflict_with_itself(
-    proxied: tuple[FaultyProxy, str], tmp_path: Path
+    proxy: FaultyProxy, remote_bucket: str, tmp_path: Path
 ) -> None:
-    proxy, bucket = proxied
-    store = open_store(bucket)
+    store = open_store(remote_bucket)
     small, large = tmp_path / "small", tmp_path / "large"
     small.write_bytes(secrets.token_bytes(1000))
     large.write_bytes(secrets.token_bytes(9 << 20))

@@ -13,6 +13,7 @@ import pytest
 
 from job.exits import BadRequestError, StoppedError
 from job.stop import STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
+from job.store.retry import AWAY_VARIABLE, away_limit_seconds
 from tests.job.command_line import environment
 from tests.job.launching import eventually
 
@@ -34,6 +35,17 @@ def test_durations():
     for text in bad:
         with pytest.raises(BadRequestError, match="90m, 1h30m or 3600"):
             print(text, duration_seconds(text, "--stop-after"))
+
+
+def test_seconds_that_the_environment_says(monkeypatch):
+    monkeypatch.delenv(AWAY_VARIABLE, raising=False)
+    assert away_limit_seconds() == 900
+    monkeypatch.setenv(AWAY_VARIABLE, "12.5")
+    assert away_limit_seconds() == 12.5
+    for text in ("-1", "inf", "nan", "soon"):
+        monkeypatch.setenv(AWAY_VARIABLE, text)
+        with pytest.raises(BadRequestError, match=f"{AWAY_VARIABLE}={text!r}: give the seconds"):
+            away_limit_seconds()
 
 
 def test_a_deadline_reaches_what_is_installed_later_and_the_first_one_stays(installed):

@@ -25,7 +25,7 @@ from job.jobs.backends.base import FOLLOW_POLL_SECONDS, Backend, Check, JobStatu
 from job.jobs.backends.confinement import IMAGE_USER, SCRATCH, docker_options, scratch_variables
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import ContainerTarget, Target
-from job.processes.gpus import local_gpus
+from job.processes.group import local_gpus
 from job.progress import note
 
 OWN_IMAGE = "localhost/"

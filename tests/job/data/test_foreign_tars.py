@@ -3,10 +3,6 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +15,9 @@ from job.data.pack import PackRequest, pack
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedError
-from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.stop import Stop
 from job.store import Store, open_store
-from tests.job.command_line import ddpm_here, environment, refused, settings, succeeded
+from tests.job.command_line import ddpm_here, settings, succeeded
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
 
 KEY = "datasets/laion-16"
@@ -150,8 +145,8 @@ def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, buck
             there.delete(entry.key)
 
 
-def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_path, gcs_bucket):
-    """With room for all images, and with room for three shards, which is what a block needs: the same weights."""
+def test_a_bucket_trains_from_tars_in_another(tmp_path, gcs_bucket):
+    """With room for three shards, which is what a block needs."""
     # Images take less in these than when they are decoded at 40 pixels.
     compact_tars = write_tars(tmp_path / "theirs", [{"__key__": f"{n:09d}", "jpg": jpeg(n, 44, 40)} for n in range(34)])
     theirs, ours = f"{gcs_bucket}/theirs", f"{gcs_bucket}/ours"
@@ -160,29 +155,14 @@ def test_a_bucket_trains_from_tars_in_another_whatever_fits_the_local_disk(tmp_p
     out = succeeded(ddpm_here("data", "index", theirs, "laion", "--size", 40, "--bucket", ours, **cache))
     assert "34 colour, 40×40 pixels, in 4 shards" in out
     assert f"from {theirs}/00000.tar and 3 more, crop center, lanczos filter, at each reading" in out
-    weights = set()
-    for run, cache_gigabytes in (("decoded", "32"), ("shards", "0.000125")):
-        words = ["--dataset", "laion", "--run", run, "--bucket", ours, "--epochs", 2]
-        changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
-        words += settings(train__batch_size="17", data__cache_gigabytes=cache_gigabytes, **changes)
-        out = succeeded(ddpm_here("train", *words, **cache))
-        assert f"Run '{run}' is finished: 2 epochs, 68 images seen." in out
-        store = open_store(f"{ours}/runs/{run}")
-        manifest = load_manifest(store, list_checkpoints(store)[-1])
-        assert manifest.images_seen == 68
-        weights.add(tuple(file.sha256 for file in manifest.files))
-    assert len(weights) == 1
+    changes = {"sample__images": "1", "sample__steps": "1", "data__shuffle_block_images": "8"}
+    changes |= {"train__batch_size": "17", "data__cache_gigabytes": "0.000125"}
+    words = ["--dataset", "laion", "--run", "small", "--bucket", ours, "--epochs", 2, *settings(**changes)]
+    assert "Run 'small' is finished: 2 epochs, 68 images seen." in succeeded(ddpm_here("train", *words, **cache))
     assert len(list((tmp_path / "cache").rglob("shards/*.tar"))) in (2, 3)
     assert " 34 " in succeeded(ddpm_here("data", "list", "--bucket", ours))
     assert "contact sheet" in succeeded(ddpm_here("data", "show", "laion", "--bucket", ours, **cache))
     assert "as it was" in succeeded(ddpm_here("data", "verify", "laion", "--bucket", ours, **cache))
-    # One of the tars changes later.
-    content = bytearray((compact_tars / "00001.tar").read_bytes())
-    content[700] ^= 1
-    open_store(theirs).put("00001.tar", bytes(content))
-    words = ["--dataset", "laion", "--run", "later", "--bucket", ours, *settings()]
-    line = refused(ddpm_here("train", *words, DDPM_CACHE=str(tmp_path / "other")), Exit.BAD_DATA)
-    assert f"{theirs}/00001.tar holds other bytes than were indexed" in line
 
 
 def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
@@ -218,18 +198,18 @@ def test_one_sample_is_one_image(tmp_path, bucket):
     np.testing.assert_array_equal(got, pixels(bucket, "datasets/packed-16", tmp_path / "cache"))
 
 
-KILLED = """
-import os, signal, sys
-from job.data.pack import PackRequest, pack
-from job.store import open_store
-def die(done, total, images):
-    if images == 25:
-        os.kill(os.getpid(), signal.SIGKILL)
-pack(open_store(sys.argv[1]), PackRequest("", "laion", 16, tars=(sys.argv[2],)), progress=die)
-"""
+@pytest.mark.parametrize(
+    "names", [("IMG.1.png", "IMG.2.png"), ("a.left.png", "a.right.png"), ("a.jpg", "a.1.jpg"), ("a.1.jpg", "a.jpg")]
+)
+def test_no_image_is_lost_because_its_name_has_dots(tmp_path, bucket, names):
+    tar = tar_of(tmp_path / "a.tar", [("0.jpg", jpeg(0)), *((name, jpeg(n)) for n, name in enumerate(names))])
+    with pytest.raises(BadDataError, match=r"a\.tar: '.*' and '.*' would be one sample") as error:
+        indexed(bucket, tar)
+    assert all(repr(name) in str(error.value) for name in names)
+    assert pack(bucket, PackRequest(str(tar), "packed", 16)).images == 3
 
 
-def test_a_stopped_or_killed_indexing_goes_on_with_the_next_tar(tmp_path, tars):
+def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
     straight = tmp_path / "straight"
     indexed(open_store(str(straight)), tars)
     for stop_at in (3, 17, 30):
@@ -237,17 +217,13 @@ def test_a_stopped_or_killed_indexing_goes_on_with_the_next_tar(tmp_path, tars):
         with pytest.raises(StoppedError):
             indexed(bucket, tars, stop_at=stop_at)
         assert not bucket.exists(f"{KEY}/index.json")
+        if stop_at == 17:
+            # What was begun with other tars or parameters stands in nobody's way who deletes it.
+            with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {bucket.uri}`"):
+                indexed(bucket, tars, crop="squash")
         indexed(bucket, tars, read=read)
         assert read[0] == stop_at // 10 * 10 + 1
         assert snapshot(Path(bucket.uri)) == snapshot(straight)
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-c", KILLED, str(killed), str(tars)]
-    assert subprocess.run(command, env=environment(), check=False).returncode == -signal.SIGKILL
-    # What was begun with other tars or parameters stands in nobody's way who deletes it.
-    with pytest.raises(BadRequestError, match=f"`ddpm data delete laion --size 16 --bucket {killed}`"):
-        indexed(open_store(str(killed)), tars, crop="squash")
-    indexed(open_store(str(killed)), tars)
-    assert snapshot(killed) == snapshot(straight)
 
 
 def test_a_tar_that_changes_later_is_named(tmp_path, tars):
@@ -302,29 +278,8 @@ def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
     assert "10000×10000 pixels, more than the limit" in lines[-1]["reason"]
     assert len(pixels(bucket, KEY, tmp_path / "cache")) == 26
     assert verify_dataset(bucket, KEY) == []
-    small = open_store(str(tmp_path / "small"))
-    with pytest.raises(BadDataError, match=r"more than --max-bad=8 .*'00000.tar/000000003.jpg' .*and 6 more: see to"):
-        indexed(small, *words, max_bad=8)
     with pytest.raises(BadDataError, match="none of its images can be used"):
         indexed(open_store(str(tmp_path / "none")), bad)
-
-
-def test_tars_of_strangers_are_refused_as_in_packing(tmp_path, tars):
-    path, whole = tmp_path / "a.tar", (tars / "00000.tar").read_bytes()
-    link = tarfile.TarInfo("2.jpg")
-    link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-    for content, part in [
-        ([("1.jpg", jpeg(1)), ("../up.jpg", jpeg(2))], "leads out of it, '../up.jpg'"),
-        ([("a.txt", b"x"), ("a.json", b"{}")], "holds no images: none of its names ends in .bmp"),
-        (link.tobuf() + bytes(1024), "'2.jpg', which is a link or a device"),
-        *((whole[:cut], ".tar") for cut in (511, 700, 20_000)),
-    ]:
-        path.write_bytes(content) if isinstance(content, bytes) else tar_of(path, content)
-        bucket = open_store(str(tmp_path / "bucket"))
-        with pytest.raises(BadDataError) as error:
-            indexed(bucket, path)
-        assert str(path) in str(error.value) and part in str(error.value), (part, error.value)
-        assert not bucket.exists(f"{KEY}/index.json")
 
 
 def test_words_that_mean_no_tars(tmp_path):
@@ -333,21 +288,17 @@ def test_words_that_mean_no_tars(tmp_path):
     folder_of(tmp_path / "texts", [("read.me", b"hello")])
     tar_of(tmp_path / "a.tar.gz", [("1.jpg", jpeg(1))])
     tar_of(tmp_path / "a.tar", [("1.jpg", jpeg(1))])
-    (tmp_path / "a.zip.tar").write_bytes(b"PK\x03\x04" + bytes(2000))
+    tar_of(tmp_path / "no-images.tar", [("a.txt", b"x"), ("a.json", b"{}")])
     for word, code, part in [
-        ("nowhere.tar", 66, "nothing at"),
-        ("nowhere", 66, "nothing at"),
-        ("empty", 66, "nothing at"),
-        ("{x}.tar", 66, "nothing at"),
-        ("texts", 65, "holds no .tar"),
-        ("a.tar.gz", 64, "is compressed"),
-        ("a.zip.tar", 64, "is compressed"),
+        ("nowhere.tar", 66, "no object at"),
+        ("{nowhere,a}.tar", 66, "nothing at"),
+        ("nowhere", 66, "is no folder"),
+        ("empty", 66, "holds no .tar"),
+        ("texts", 66, "holds no .tar"),
+        ("no-images.tar", 65, "holds no images: none of its names ends in .bmp"),
+        ("a.tar.gz", 65, "is compressed: pack it"),
         ("{1..", 64, "{00000..00099}"),
         ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),
-        ("{0..999999}.tar", 64, "more than 100,000"),
-        ("{0..999999999999}.tar", 64, "more than 100,000"),
-        ("{1..99999}{1..99999}.tar", 64, "more than 100,000"),
-        ("{a,b}" * 60, 64, "more than 100,000"),
         ("{a,a}.tar", 64, "named twice"),
         ("ftp://host/a.tar", 64, "nobody here speaks"),
     ]:

@@ -150,11 +150,9 @@ def test_damaged_files_are_rejected_and_nothing_else():
 
 def test_a_recipe_that_means_nothing_is_refused():
     for change, message in [
-        ({"size": 0}, "--size 0"),
         ({"crop": "middle"}, "--crop 'middle'"),
         ({"crop": "center:0"}, "--crop 'center:0'"),
         ({"crop": "1,2,3"}, "--crop '1,2,3'"),
-        ({"crop": "-1,2,3,4"}, "--crop '-1,2,3,4'"),
         ({"resize_filter": "nearest"}, "'nearest': use lanczos, bicubic, bilinear, box"),
         ({"channels": 4}, "4 channels"),
     ]:
@@ -164,15 +162,12 @@ def test_a_recipe_that_means_nothing_is_refused():
 
 def test_what_is_no_packed_image_is_said():
     image = picture(5, 16, 16)
-    got = decode(memoryview(encoded(image)), 3)
+    got = decode(encoded(image), 3, 16)
     assert (got.dtype, got.flags.c_contiguous) == (np.uint8, True)
     np.testing.assert_array_equal(got, np.asarray(image))
-    moving = encoded(image, "GIF", save_all=True, append_images=[picture(6, 16, 16)])
-    for file, size, message in [
-        *((file, 0, "an image is damaged") for file in (b"", b"no image", encoded(picture(5))[:90])),
-        (encoded(image), 15, "it is 16×16 pixels in a dataset of 15×15"),
-        (encoded(Image.new("1", (10_000, 10_000))), 0, "more than the limit"),
-        (moving, 0, "an animation"),
+    for file, message in [
+        *((file, "an image is damaged, or no PNG") for file in (b"", jpeg(1), encoded(picture(5, 16, 16))[:90])),
+        (encoded(picture(5, 16, 15)), "it is 16×15 pixels in a dataset of 16×16"),
     ]:
         with pytest.raises(BadDataError, match=message):
-            decode(file, 3, size)
+            decode(file, 3, 16)

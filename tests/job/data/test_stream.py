@@ -92,14 +92,6 @@ def test_any_number_of_processes_from_any_image_sees_the_same(cache, expected):
             assert seen == {number: expected[number] for number in range(first, end)}
 
 
-def test_a_stopped_run_goes_on_at_its_image_number(cache, expected):
-    with closing(stream(cache, 0, 3 * IMAGES)) as stopped:
-        before = list(islice(stopped, 5))
-    after = list(stream(cache, before[-1].first_image + BATCH, 3 * IMAGES))
-    assert hashes(before + after) == {number: expected[number] for number in range(112)}
-    assert [batch.first_image for batch in before + after] == list(range(0, 3 * IMAGES, BATCH))
-
-
 def test_ends_at_the_first_boundary_at_or_after_the_last_image_or_never(cache):
     ends = [(0, 16, [0, 8]), (0, 17, [0, 8, 16]), (3, 12, [3, 11]), (16, 16, []), (24, 16, []), (0, 1, [0])]
     for first, last, boundaries in ends:
@@ -139,7 +131,7 @@ class Reader:
 
 
 def threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "batches"]
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
 
 def has_ended() -> bool:
@@ -154,16 +146,16 @@ def test_reads_ahead_so_far_and_no_farther_and_ends_when_it_is_closed(cache):
     batches = stream(reader, 0, None)
     assert threads() == []
     next(batches)
-    deadline, ahead = time.monotonic() + 10, PREFETCH_BATCHES + 2
+    deadline, ahead = time.monotonic() + 10, PREFETCH_BATCHES + 1
     while reader.batches < ahead and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.1)
-    # One was taken, those are ready, one waits for room.
+    # One was taken, those are ready.
     assert reader.batches == ahead
     batches.close()
-    assert threads() == []
+    assert has_ended()
     assert len(list(stream(cache, 0, 100))) == 13
-    assert threads() == []
+    assert has_ended()
 
 
 def test_a_batch_that_does_not_come_is_not_waited_for(cache):
@@ -190,5 +182,5 @@ def test_an_error_comes_in_its_place_and_with_its_type(cache):
     batches, taken = stream(reader, 0, None), []
     with pytest.raises(BadDataError, match=r"shard-00001\.tar is rotten"):
         taken.extend(batch.first_image for batch in batches)
-    assert threads() == []
+    assert has_ended()
     assert taken == list(range(0, 6 * BATCH, BATCH))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
-from importlib import resources
 from pathlib import Path
 
 import pytest
 
-from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, environment, settings
+from tests.job.command_line import DDPM, settings, start_ddpm
 from tests.job.launching import eventually
 
 ON_AND_ON = ("--epochs", 10_000, "--set", "checkpoint.every_minutes=0.005")
@@ -24,10 +23,9 @@ class Place:
         bucket: a folder, with the dataset `tiles`.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, tiles: Path, folder: Path) -> None:
         self.bucket, self._cache = folder / "bucket", folder / "cache"
-        source = resources.files("job") / "datasets" / "landscape-sample.zip"
-        pack(open_store(str(self.bucket)), PackRequest(str(source), "tiles", size=16))
+        shutil.copytree(tiles, self.bucket)
 
     def run(self, name: str) -> Store:
         """The folder of a run."""
@@ -36,17 +34,9 @@ class Place:
     def started(
         self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
     ) -> subprocess.Popen[str]:
-        """A command that trains, in a process group of its own; its stderr is a pipe."""
+        """A command that trains."""
         options = ("train", "--dataset", "tiles", "--run", run, "--bucket", self.bucket, *settings(), *words)
-        return subprocess.Popen(
-            [*program, *map(str, options)],
-            env=environment(DDPM_CACHE=str(self._cache), **variables),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        return start_ddpm(*options, program=program, DDPM_CACHE=str(self._cache), **variables)
 
     def begun(
         self, run: str, *words: object, program: tuple[str, ...] = (DDPM,), **variables: str
@@ -59,5 +49,5 @@ class Place:
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    return Place(tmp_path_factory.mktemp("place"))
+def place(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    return Place(tiles, tmp_path_factory.mktemp("place"))

@@ -11,9 +11,7 @@ import time
 import pytest
 
 from job import stop as stop_module
-from job.processes import heartbeat
-from job.processes.heartbeat import Heartbeats
-from job.stop import HEARTBEATS, Stop, beat, connect_heartbeat
+from job.stop import HEARTBEATS, Heartbeats, Stop, beat, connect_heartbeat
 from tests.job.launching import children, ended, is_gone, ready_pids, start
 
 
@@ -21,8 +19,7 @@ from tests.job.launching import children, ended, is_gone, ready_pids, start
 def connected(monkeypatch):
     """The launcher's side of two ranks, of which this process is the second."""
     heartbeats = Heartbeats(2)
-    monkeypatch.setattr(stop_module, "_beats", None)
-    monkeypatch.setattr(stop_module, "_beats_place", 0)
+    monkeypatch.setattr(stop_module, "_own_beat", None)
     # The descriptor is a rank's own once it was inherited.
     monkeypatch.setenv(HEARTBEATS, f"{os.dup(heartbeats.descriptor)}:1")
     connect_heartbeat()
@@ -38,7 +35,7 @@ def test_silence_is_counted_per_rank_from_the_start_and_ends_with_a_beat(connect
     assert silent >= 0.2 > beating
     # Time in which the launcher itself did not run does not count.
     now = time.monotonic()
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: now + 8 * 3600)
+    monkeypatch.setattr(stop_module.time, "monotonic", lambda: now + 8 * 3600)
     assert connected.silent_seconds() == [0, 0]
 
 
@@ -62,25 +59,21 @@ def test_a_hung_job_ends_with_71_and_the_stacks_of_all_ranks(tmp_path):
         threading.Event().wait()
     threading.Thread(target=time.sleep, args=[600], name="another", daemon=True).start()
     ready(); all_ready()
-    if rank == int(os.environ.get("WORLD_SIZE", 1)) - 1:
+    if rank == 1:
         stuck()
     work(0.5)
     waiting_for_the_other()
     """
-    for processes, name in ((1, "the process"), (2, "rank 1 of 2")):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        child = start(folder, code, processes, hang_after_seconds=3)
-        ranks = ready_pids(folder, processes)
-        found, out, err = ended(child)
-        assert (found, out) == (71, "")
-        assert re.search(rf"ddpm: {name} hung: no sign of life for \d s \(sleeping\); --hang-after sets the limit", err)
-        # The main thread's stack and the other thread's.
-        assert err.count("Current thread") == err.count("in stuck") + err.count("in waiting_for_the_other") == processes
-        assert err.count("Thread 0x") >= processes
-        for rank in range(processes):
-            assert f"ddpm: stacks of {f'rank {rank} of 2' if processes == 2 else name}:" in err
-        assert all(map(is_gone, ranks))
+    child = start(tmp_path, code, hang_after_seconds=3)
+    ranks = ready_pids(tmp_path)
+    found, out, err = ended(child)
+    assert (found, out) == (71, "")
+    assert re.search(r"ddpm: rank 1 of 2 hung: no sign of life for \d s \(sleeping\); --hang-after sets the limit", err)
+    # The main thread's stack and the other thread's.
+    assert (err.count("in stuck"), err.count("in waiting_for_the_other"), err.count("Current thread")) == (1, 1, 2)
+    assert err.count("Thread 0x") >= 2
+    assert all(f"ddpm: stacks of rank {rank} of 2:" in err for rank in range(2))
+    assert all(map(is_gone, ranks))
 
 
 def test_who_beats_or_was_suspended_with_all_others_does_not_hang(tmp_path):
@@ -103,18 +96,6 @@ def test_who_beats_or_was_suspended_with_all_others_does_not_hang(tmp_path):
     for name, (*_, expected) in cases.items():
         code, _, err = ended(begun[name])
         assert code == expected, (name, err)
-
-
-@pytest.mark.slow
-def test_waiting_for_others_is_no_hang_but_nobody_waits_alone(tmp_path):
-    rank = """
-    from job.stop import Stop
-    with Stop().install(signals=False).waiting(60 if "RANK" in os.environ else 0):
-        time.sleep(6)
-    """
-    for processes, code in ((1, 71), (2, 0)):
-        (tmp_path / str(processes)).mkdir()
-        assert ended(start(tmp_path / str(processes), rank, processes, hang_after_seconds=2))[0] == code
 
 
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(place):

@@ -1,6 +1,7 @@
 """Real processes: ranks that fail, hang on, leave orphans and are killed, under a launcher that is a program itself."""
 
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from job.exits import JobError, MissingInputError, retried
-from job.processes import gpus
+from job.processes import group
 from tests.job.command_line import environment
 from tests.job.launching import children, ended, eventually, is_gone, ready_pids, start
 
@@ -65,16 +66,16 @@ def test_the_first_failure_is_the_exit_code_and_ends_the_others(started):
 
 def test_a_consequence_is_not_taken_for_the_cause(started):
     cases = [
-        # how rank 1 ends, and rank 0 half a second later; the whole
-        ("sys.exit(68)", "sys.exit(70)", 70),
-        ("sys.exit(68)", "os.kill(os.getpid(), 9)", 137),
-        ("print('[rank0]:[E1 ProcessGroupNCCL.cpp:1] timeout', flush=True); os.abort()", "sys.exit(70)", 70),
-        ("sys.exit(68)", "sys.exit(68)", 1),
-        ("sys.exit(68)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", 1),
-        ("sys.exit(75)", "sys.exit(69)", 69),
-        ("sys.exit(75)", "sys.exit(68)", 75),
-        ("sys.exit(75)", "sys.exit(0)", 75),
-        ("sys.exit(0)", "sys.exit(70)", 70),
+        # how rank 1 ends, at once, and rank 0 half a second later; the whole
+        ("os._exit(68)", "os._exit(70)", 70),
+        ("os._exit(68)", "os.kill(os.getpid(), 9)", 137),
+        ("print('[rank0]:[E1 ProcessGroupNCCL.cpp:1] timeout', flush=True); os.abort()", "os._exit(70)", 70),
+        ("os._exit(68)", "os._exit(68)", 1),
+        ("os._exit(68)", "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)", 1),
+        ("os._exit(75)", "os._exit(69)", 69),
+        ("os._exit(75)", "os._exit(68)", 75),
+        ("os._exit(75)", "os._exit(0)", 75),
+        ("os._exit(0)", "os._exit(70)", 70),
     ]
     begun = []
     for number, (first, then, _) in enumerate(cases):
@@ -146,65 +147,113 @@ def test_ranks_die_with_their_launcher(tmp_path):
     assert "the launcher of this process is gone" in done.stderr
 
 
-def test_orphans_are_reaped_and_neither_steal_a_status_nor_hold_anybody_up(tmp_path):
-    code = """
-    subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 & echo $! > long"])
-    print("last words", file=sys.stderr, flush=True)
-    ready(); all_ready()
-    while not Path("go").exists():
-        time.sleep(0.02)
-    # What it left behind holds its pipe open.
-    os._exit(9 if rank else 68)
-    """
-    child = start(tmp_path, code, stderr=(tmp_path / "log").open("w"))
-    ranks = ready_pids(tmp_path)
-    (orphan, *_) = eventually(lambda: (tmp_path / "long").read_text().split())
-    eventually(lambda: len(children(child.pid)) == 4)
-    assert int(orphan) in children(child.pid)
-    assert not any(map(is_gone, children(child.pid)))
-    left = set(children(child.pid)) - set(ranks)
-    os.kill(int(orphan), signal.SIGKILL)
-    eventually(lambda: int(orphan) not in children(child.pid))
-    (tmp_path / "go").touch()
-    assert child.wait(30) == 9
-    assert "its last lines:\n    last words\n" in (tmp_path / "log").read_text()
-    for pid in left - {int(orphan)}:
-        os.kill(pid, signal.SIGKILL)
-
-
 def test_as_process_1_of_a_container(tmp_path):
     """A signal that process 1 does not ask for never arrives, and all orphans of the container are its children."""
     before = ("unshare", "--user", "--map-root-user", "--pid", "--fork", "--kill-child", "--mount-proc")
-    code = 'assert os.getppid() == 1\nsubprocess.run(["sh", "-c", "sleep 0.1 &"])\n' + STOPS
-    child = start(tmp_path, code, before=before)
+    orphans = 'subprocess.run(["sh", "-c", "for i in 1 2 3 4 5; do sleep 0.3 & done; sleep 600 &"])'
+    child = start(tmp_path, f"assert os.getppid() == 1\n{orphans}\n{STOPS}", before=before)
     ready_pids(tmp_path)
     (launcher,) = children(child.pid)
-    eventually(lambda: len(children(launcher)) == 2)
+    # The ranks, and what each left behind that still lives, and holds its pipe open.
+    eventually(lambda: len(children(launcher)) == 4)
     os.kill(launcher, signal.SIGTERM)
     assert ended(child) == (75, "", "")
 
 
 def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, tmp_path):
-    monkeypatch.setattr(gpus, "DRIVER", tmp_path)
-    monkeypatch.setattr(gpus, "_cuda", lambda: ("13.0", 1))
+    monkeypatch.setattr(group, "DRIVER", tmp_path)
+    monkeypatch.setattr(group, "_cuda", lambda: ("13.0", 1))
     for given in ("", "0", "1"):
-        monkeypatch.setenv(gpus.GPUS, given)
-        gpus.check_gpus()
-    monkeypatch.setenv(gpus.GPUS, "8")
+        monkeypatch.setenv(group.GPUS, given)
+        group.check_gpus()
+    monkeypatch.setenv(group.GPUS, "8")
     # Another machine may have what this one lost.
     with pytest.raises(JobError, match="was given 8 GPUs, and PyTorch sees 1: did one fail, or is the driver") as lost:
-        gpus.check_gpus()
+        group.check_gpus()
     assert retried(lost.value.exit_code) == "bounded"
     monkeypatch.undo()
     # No machine would have these.
-    monkeypatch.setenv(gpus.GPUS, "1")
+    monkeypatch.setenv(group.GPUS, "1")
     (tmp_path / "there").mkdir()
     for driver, words in (("there", "the image has a PyTorch for CPUs"), ("gone", "there is no NVIDIA driver")):
-        monkeypatch.setattr(gpus, "DRIVER", tmp_path / driver)
-        gpus._cuda.cache_clear()
+        monkeypatch.setattr(group, "DRIVER", tmp_path / driver)
+        group._cuda.cache_clear()
         with pytest.raises(MissingInputError, match=f"was given 1 GPU, and PyTorch sees 0: {words}"):
-            gpus.check_gpus()
-    gpus._cuda.cache_clear()
+            group.check_gpus()
+    group._cuda.cache_clear()
+
+
+def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
+    code = """
+    names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    assert not names & os.environ.keys()
+    print(input(), flush=True)
+    print("as it is", end="", file=sys.stderr, flush=True)
+    os.abort()
+    """
+    child = start(tmp_path, code, 1, stdin=subprocess.PIPE)
+    out, err = child.communicate("to the rank\n", timeout=30)
+    assert (child.returncode, out) == (134, "to the rank\n")
+    assert err == "as it isddpm: the process failed: killed by SIGABRT\n"
+
+
+def test_output_comes_live_and_says_whose_it_is(tmp_path):
+    code = r"""
+    print(f"out of {rank}", flush=True)
+    sys.stderr.write(f"live from {rank}\nlast without an end")
+    sys.stderr.flush()
+    if rank:
+        print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise", flush=True)
+        print("[rank1]:[W1 ProcessGroupNCCL.cpp:1] more noise", flush=True)
+        print("as it is", flush=True)
+    ready()
+    while not Path("go").exists():
+        time.sleep(0.02)
+    """
+    child = start(tmp_path, code)
+    ready_pids(tmp_path)
+    live = [child.stderr.readline() for _ in range(5)]
+    live.remove("live from 0\n")
+    assert live == [
+        "[rank 1] out of 1\n",
+        "[rank 1] live from 1\n",
+        "[rank 1] last without an end[rank1]:[W1 ProcessGroupNCCL.cpp:1] noise\n",
+        "[rank 1] as it is\n",
+    ]
+    assert child.poll() is None
+    (tmp_path / "go").touch()
+    # `communicate` would not see what `readline` has taken from the pipe already.
+    assert child.stderr.read() == "last without an end\n"
+    assert child.stdout.read() == "out of 0\n"
+    assert child.wait(30) == 0
+
+
+def test_rank_0_keeps_the_terminal_for_its_bar(tmp_path):
+    """What others print takes the place of the bar's line instead of being written into it."""
+    ours, theirs = pty.openpty()
+    code = """
+    if rank == 0:
+        assert sys.stderr.isatty()
+        print("a bar", end="", file=sys.stderr, flush=True)
+        ready()
+    while not Path("0.ready").exists():
+        time.sleep(0.01)
+    if rank == 1:
+        assert not sys.stderr.isatty()
+        print("a note", file=sys.stderr)
+    """
+    child = start(tmp_path, code, stderr=theirs, env=environment(TERM="xterm"))
+    assert child.wait(30) == 0
+    assert os.read(ours, 4096) == b"a bar\r\x1b[2K[rank 1] a note\r\n"
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_a_reader_that_is_gone_ends_nothing(tmp_path):
+    child = start(tmp_path, "print('x' * 100_000, file=sys.stderr); Path(f'{rank}.done').touch()")
+    child.stderr.close()
+    assert child.wait(30) == 0
+    assert all((tmp_path / f"{rank}.done").exists() for rank in range(2))
 
 
 def test_the_launcher_does_not_import_torch():

@@ -1,120 +1,102 @@
-"""Several nodes of one job, each with a launcher of its own: who they are, and that they learn what one node does."""
+"""Several nodes of one job, here launchers of one machine: who they are, and that they learn what one node does."""
 
 from __future__ import annotations
 
 import signal
 import socket
 import time
-from importlib import resources
-from pathlib import Path
 
 import pytest
 
-from job.data.pack import PackRequest, pack
 from job.exits import BadRequestError
-from job.processes.group import PORT, Group, interface_to
+from job.processes.group import Group
 from job.runs.checkpoints import list_checkpoints, load_manifest
-from job.store import open_store
-from tests.job.leases import eventually
-from tests.job.nodes import Nodes
+from tests.job.launching import eventually
+
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}
 
 
 def test_the_environment_says_who_a_node_is():
-    spellings = [
-        ("PET_NNODES", "PET_NODE_RANK", "PET_MASTER_ADDR", "PET_MASTER_PORT"),
-        ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT"),
-        ("NNODES", "JOB_COMPLETION_INDEX", "MASTER_ADDR", ""),
-    ]
-    for names in spellings:
-        environment = dict(zip(names, ("3", "2", "node-0.job", "1234"), strict=True))
-        group = Group.of(4, environment)
-        assert group == Group(4, nodes=3, node=2, address="node-0.job", port=1234 if names[3] else PORT)
-        variables = group.environment(1)
-        place = {"RANK": "9", "LOCAL_RANK": "1", "WORLD_SIZE": "12", "LOCAL_WORLD_SIZE": "4"}
-        assert variables | place == variables
+    group = Group.of(4, TWO)
+    assert group == Group(4, nodes=2, node=1, address="node-0.job", port=1234)
+    place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    assert group.environment(1).items() >= (place | {"MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}).items()
     # A machine that is alone is told nothing.
     assert Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0) == {}
     assert Group.of(2, {}).address == "127.0.0.1"
-
-
-def test_what_makes_no_group_is_named():
-    two = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a"}
-    wrong = {
-        "MASTER_ADDR is not set": {"NNODES": "2", "NODE_RANK": "0"},
-        "NODE_RANK or JOB_COMPLETION_INDEX is not set": {"NNODES": "2", "MASTER_ADDR": "a"},
-        "NODE_RANK='2': give a number from 0 to 1": two | {"NODE_RANK": "2"},
-        "NNODES='0': give a number from 1 to 1024": {"NNODES": "0"},
-        "NNODES='two'": {"NNODES": "two"},
-        "NNODES='²'": {"NNODES": "²"},
-        "NNODES='1025'": {"NNODES": "1025"},
-        "MASTER_PORT='65536'": two | {"MASTER_PORT": "65536"},
-    }
-    for named, environment in wrong.items():
+    for named, wrong in {
+        **{f"'{name}' makes no group": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
+        "'NODE_RANK' makes no group": {"NNODES": "2"},
+        "NODE_RANK=2, NNODES=2 makes no group": TWO | {"NODE_RANK": "2"},
+        "'two' makes no group": {"NNODES": "two"},
+    }.items():
         with pytest.raises(BadRequestError, match=named):
-            Group.of(1, environment)
-
-
-def test_the_interface_that_leads_to_a_node():
-    assert [interface_to(address) for address in ("127.0.0.1", "localhost", "nowhere.invalid")] == ["lo", "lo", ""]
+            Group.of(1, wrong)
 
 
 @pytest.fixture
-def nodes(tmp_path: Path) -> Nodes:
+def together(place):
+    """Starts a run on two nodes of one process each."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
-    source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(tmp_path / "bucket")), PackRequest(str(source), "tiles", size=16))
-    return Nodes(tmp_path, "127.0.0.1", port)
+        port = str(listener.getsockname()[1])
+
+    def together(run, epochs, *words):
+        variables = TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        words = ("--epochs", epochs, "--set", "checkpoint.every_epochs=1", *words)
+        return [place.started(run, *words, **variables | {"NODE_RANK": str(node)}) for node in range(2)]
+
+    return together
+
+
+def codes(nodes):
+    """How they end, and what the first one said."""
+    said = [node.communicate(timeout=120)[1] for node in nodes]
+    return [node.returncode for node in nodes], said[0]
 
 
 @pytest.mark.slow
-def test_two_nodes_learn_to_the_bit_what_two_processes_of_one_do(nodes):
-    one = nodes.alone("alone", 2)
-    two = nodes.together("together", 2)
-    assert [node.wait(120) for node in two] == [0, 0], nodes.said(two)
-    assert one.wait(120) == 0
-    runs = [open_store(str(nodes.bucket)).sub(f"runs/{name}") for name in ("alone", "together")]
-    manifests = [load_manifest(run, max(list_checkpoints(run))) for run in runs]
-    assert [manifest.world_size for manifest in manifests] == [2, 2]
-    alone, together = ({file.name: file.sha256 for file in manifest.files} for manifest in manifests)
-    assert alone == together
-
-
-@pytest.mark.slow
-def test_a_node_that_is_preempted_stops_all_and_they_go_on_together(nodes):
-    run = open_store(str(nodes.bucket)).sub("runs/walk")
-    together = nodes.together("walk", 10_000)
+def test_a_node_that_is_preempted_stops_all_and_they_learn_together_what_two_processes_of_one_do(place, together):
+    run = place.run("walk")
+    nodes = together("walk", 10_000)
     eventually(lambda: list_checkpoints(run), 200)
-    together[1].send_signal(signal.SIGTERM)
-    assert [node.wait(60) for node in together] == [75, 75], nodes.said(together)
+    nodes[1].send_signal(signal.SIGTERM)
+    found, said = codes(nodes)
+    assert found == [75, 75], said
     stopped_at = max(list_checkpoints(run)).images_seen
-    together = nodes.together("walk", stopped_at // 299 + 1)
-    assert [node.wait(60) for node in together] == [0, 0], nodes.said(together)
-    assert max(list_checkpoints(run)).images_seen > stopped_at
-    # One that dies ends the others.
-    together = nodes.together("walk", 10_000)
+    epochs = stopped_at // 299 + 1
+    alone = place.started("alone", "--epochs", epochs, "--set", "checkpoint.every_epochs=1", "--processes", 2)
+    found, said = codes([*together("walk", epochs), alone])
+    assert found == [0, 0, 0], said
     newest = max(list_checkpoints(run))
+    assert newest.images_seen > stopped_at
+    learnt = [load_manifest(run, max(list_checkpoints(run))) for run in (run, place.run("alone"))]
+    assert [(there.world_size, {file.name: file.sha256 for file in there.files}) for there in learnt] == [
+        (2, {file.name: file.sha256 for file in learnt[0].files})
+    ] * 2
+    # One that dies ends the others.
+    nodes = together("walk", 10_000)
     eventually(lambda: max(list_checkpoints(run)) > newest, 200)
-    together[1].kill()
-    assert together[0].wait(60) not in (0, 75), nodes.said(together)
+    nodes[1].kill()
+    found, said = codes(nodes)
+    assert found[0] not in (0, 75), said
 
 
 @pytest.mark.slow
-def test_a_node_that_waits_for_another_can_be_stopped_keeps_to_its_deadline_and_is_not_taken_for_hung(nodes):
-    (waiting, other) = nodes.together("walk", 2)
+def test_a_node_that_waits_for_another_can_be_stopped_keeps_to_its_deadline_and_is_not_taken_for_hung(place, together):
+    (waiting, other) = together("waits", 2)
     other.kill()
-    other.wait()
     # Long enough to have begun to wait.
     time.sleep(8)
-    assert waiting.poll() is None, nodes.said([waiting])
+    assert waiting.poll() is None, codes([waiting])
     waiting.send_signal(signal.SIGTERM)
-    assert waiting.wait(10) == 75, nodes.said([waiting])
-    assert not (nodes.bucket / "runs/walk/lease.json").exists()
+    found, said = codes([waiting])
+    assert found == [75], said
+    assert not place.run("waits").exists("lease.json")
     began = time.monotonic()
-    (waiting, other) = nodes.together("walk", 2, "--stop-after", "40s", "--hang-after", "20")
+    (waiting, other) = together("waits", 2, "--stop-after", "40s", "--hang-after", "20")
     other.kill()
-    other.wait()
-    assert waiting.wait(70) == 75, nodes.said([waiting])
+    found, said = codes([waiting])
+    assert found == [75], said
     assert 40 <= time.monotonic() - began < 50
-    assert "stopped by its deadline (--stop-after) before it began" in nodes.said([waiting])
+    assert "stopped by its deadline (--stop-after) before it began" in said

@@ -22,7 +22,8 @@ import pytest
 from google.cloud import storage
 
 from job.exits import BadRequestError, Exit, MissingInputError
-from job.store import Blob, ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
+from job.store.base import Blob, Entry
 
 LARGE_BYTES = 9 << 20
 """More than one read of a stream, and more than google-cloud-storage sends in a single request."""
@@ -194,14 +195,12 @@ def test_keys(store: Store, tmp_path: Path) -> None:
         "upload": lambda key: store.upload(file, key),
     }
     calls: dict[str, Callable[[str], object]] = writes | {
-        "uri_of": store.uri_of,
         "sub": store.sub,
         "read": store.read,
         "replace": lambda key: store.replace(key, b"1", "1"),
         "download": lambda key: store.download(key, out),
         "open": store.open,
         "delete": store.delete,
-        "exists": store.exists,
         "list": lambda key: (key and list(store.list(key))) or store.uri_of(key),
         "folders": lambda key: (key and store.folders(key)) or store.uri_of(key),
     }
