@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import read_status
 from job.store import open_store
-from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 from tests.job.some_images import encoded, picture, zip_of
 
 IMAGES = [(f"{number}.png", encoded(picture(number))) for number in range(12)]
@@ -34,6 +35,20 @@ def packed(bucket: Path, folder: Path) -> list[object]:
     source = zip_of(folder / "images.zip", IMAGES)
     succeeded(ddpm_here("data", "pack", source, "few", "--size", 16, "--bucket", bucket))
     return ["--dataset", "few", "--bucket", bucket, *settings(**SMALLEST)]
+
+
+def test_a_full_disk_while_packing(small_disk, tmp_path):
+    filling = filled(small_disk, 64 << 10)
+    bucket, temporary = tmp_path / "bucket", {"TMPDIR": str(small_disk)}
+    words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", bucket)
+    line = refused(ddpm(*words, **temporary), Exit.DISK_FULL)
+    assert str(small_disk) in line
+    assert "No space left on device: free some space" in line
+    assert not list(bucket.rglob("index.json"))
+    assert not list(small_disk.glob("ddpm-*"))
+    filling.unlink()
+    succeeded(ddpm(*words, **temporary))
+    assert verify_dataset(open_store(str(bucket)), "datasets/mine-16") == []
 
 
 def test_a_full_disk_while_training(small_disk, tmp_path):
