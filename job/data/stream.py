@@ -27,13 +27,11 @@ class LoadedBatch(NamedTuple):
     """This process's part of one global batch.
 
     Attributes:
-        first_image: number of the global batch's first image.
         image_numbers: int64 [b].
         images: uint8 [b, C, H, W], channels_last in memory.
         labels: int64 [b], or None without classes.
     """
 
-    first_image: int
     image_numbers: Int64s
     images: torch.Tensor
     labels: torch.Tensor | None
@@ -81,7 +79,7 @@ def stream_batches(
             labels = torch.from_numpy(cache.labels(indices)) if with_labels and cache.index.classes else None
             if labels is not None and pin_memory:
                 labels = labels.pin_memory()
-            yield LoadedBatch(first, numbers, images.permute(0, 3, 1, 2), labels)
+            yield LoadedBatch(numbers, images.permute(0, 3, 1, 2), labels)
 
     return BatchStream(batches(), stop)
 

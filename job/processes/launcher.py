@@ -40,7 +40,6 @@ _TAIL_LINES = 20
 _LINE_BYTES = 8192
 _PIPE_BYTES = 1 << 20
 """More than a pipe holds: one read takes all that a dead rank has left behind."""
-_ERROR = re.compile(rb"ddpm: ")
 _BACKEND_NOISE = re.compile(rb"\[rank\d+\]:\[[A-Z]\d|frame #\d+: |terminate called|  what\(\): |Exception raised from ")
 """Lines with which torch's C++ side accompanies the end of a process group, a screenful per rank."""
 
@@ -106,7 +105,7 @@ class _Rank:
         self._tail += lines
         shown = [line for line in lines if not _BACKEND_NOISE.match(line)]
         if self.local:
-            shown = [b"[rank %d] %b" % (self.number, line) for line in shown if not _ERROR.match(line)]
+            shown = [b"[rank %d] %b" % (self.number, line) for line in shown if not line.startswith(b"ddpm: ")]
         _show(shown)
         return may_come
 

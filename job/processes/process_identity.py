@@ -9,8 +9,6 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field
 
-_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
-_DEAD_STATES = b"ZXx"
 _STATE, _START = 0, 19
 """Fields 3 and 22 of `/proc/PID/stat` (proc_pid_stat(5)), counted from the end of the process's name."""
 
@@ -42,7 +40,7 @@ class ProcessIdentity(BaseModel):
             if Path("/proc/self").readlink() == Path(str(pid)):
                 start_ticks = int(_stat(pid)[_START])
                 namespace = str(Path("/proc/self/ns/pid").readlink())
-                boot_id = _BOOT_ID.read_text().strip()
+                boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
                 return cls(host=host, pid=pid, boot_id=boot_id, pid_namespace=namespace, start_ticks=start_ticks)
         return cls(host=host, pid=pid, boot_id="", pid_namespace="", start_ticks=0)
 
@@ -62,7 +60,8 @@ class ProcessIdentity(BaseModel):
         # A /proc that hides the processes of other users shows nothing here, which proves nothing.
         with suppress(OSError):
             stat = _stat(self.pid)
-            return stat[_STATE] in _DEAD_STATES or int(stat[_START]) != self.start_ticks
+            # A zombie, or dead.
+            return stat[_STATE] in b"ZXx" or int(stat[_START]) != self.start_ticks
         return False
 
 

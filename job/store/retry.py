@@ -98,9 +98,8 @@ class Retry:
                 left_seconds = away_since + self.limit_seconds - now
                 if left_seconds > 0 and not self.stop():
                     self._outage.began(error, asked_at)
-                # Many processes may have lost the same bucket.
-                jittered_seconds = pause_seconds * random.uniform(0.5, 1)  # noqa: S311
-                if self.stop.sleep(min(jittered_seconds, left_seconds)):
+                # Many processes may have lost the same bucket: not all of them are to ask at once.
+                if self.stop.sleep(min(pause_seconds * random.uniform(0.5, 1), left_seconds)):  # noqa: S311
                     raise StoppedError(f"stopped while the bucket was away ({error})") from error
                 if left_seconds <= 0:
                     raise BucketAwayError(

@@ -298,12 +298,11 @@ def test_blocks_that_the_budget_cannot_hold_are_refused_with_the_way_out(dataset
 
 
 def test_the_cache_has_a_default_place(monkeypatch, tmp_path):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    for name in ("XDG_CACHE_HOME", "DDPM_CACHE"):
-        monkeypatch.delenv(name, raising=False)
-    assert default_cache_dir() == Path("/home/somebody/.cache/ddpm")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/var/cache/somebody")
-    assert default_cache_dir() == Path("/var/cache/somebody/ddpm")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("DDPM_CACHE", "scratch")
-    assert default_cache_dir() == tmp_path / "scratch"
+    places = {"HOME": ("/home/us", "/home/us/.cache/ddpm"), "XDG_CACHE_HOME": ("/var/us", "/var/us/ddpm")}
+    places["DDPM_CACHE"] = ("scratch", str(tmp_path / "scratch"))
+    for name in places:
+        monkeypatch.delenv(name, raising=False)
+    for name, (value, place) in places.items():
+        monkeypatch.setenv(name, value)
+        assert str(default_cache_dir()) == place
