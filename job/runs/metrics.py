@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from job.exits import BadDataError
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
@@ -18,6 +20,13 @@ from job.store import Store
 from job.store.files import scratch_folder
 
 Row = dict[str, Any]
+
+
+class _Line(BaseModel, extra="allow"):
+    """A row as it is read back: numbers by name, at a moment of the run."""
+
+    __pydantic_extra__: dict[str, int | float | None]
+    images_seen: int
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef) -> dict[str, bytes]:
@@ -44,15 +53,22 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
     """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
 
     Raises:
-        BadDataError: an object is missing or rotten; the message names it.
+        BadDataError: an object is missing or rotten, or holds no rows; the message names it.
     """
     rows: list[Row] = []
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
-                rows += map(json.loads, segment.read(run).splitlines())
+                rows += _rows_in(segment.read(run), run.uri_of(segment.key))
             except BadDataError as error:
                 if warn is None:
                     raise
                 warn(f"going on without rows of the metrics: {error}")
     return rows
+
+
+def _rows_in(lines: bytes, uri: str) -> list[Row]:
+    try:
+        return [_Line.model_validate_json(line).model_dump() for line in lines.splitlines()]
+    except ValidationError:
+        raise BadDataError(f"{uri} holds no rows of metrics, though a checkpoint vouches for it") from None
