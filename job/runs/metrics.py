@@ -53,22 +53,16 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
     """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
 
     Raises:
-        BadDataError: an object is missing or rotten, or holds no rows; the message names it.
+        BadDataError: an object is missing or rotten; the message names it.
+        ValidationError: one holds no rows, though a checkpoint vouches for it.
     """
     rows: list[Row] = []
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
-                rows += _rows_in(segment.read(run), run.uri_of(segment.key))
-            except BadDataError as error:
+                rows += [_Line.model_validate_json(line).model_dump() for line in segment.read(run).splitlines()]
+            except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise
-                warn(f"going on without rows of the metrics: {error}")
+                warn(f"going on without the rows of {run.uri_of(segment.key)}: {error}")
     return rows
-
-
-def _rows_in(lines: bytes, uri: str) -> list[Row]:
-    try:
-        return [_Line.model_validate_json(line).model_dump() for line in lines.splitlines()]
-    except ValidationError:
-        raise BadDataError(f"{uri} holds no rows of metrics, though a checkpoint vouches for it") from None
