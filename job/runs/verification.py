@@ -149,9 +149,8 @@ class _Verification:
                 self._bad(key, f"is missing, though {by} names it")
             return
         # A picture may have been drawn anew since the run was listed.
-        if sha256 in sha256s or run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
-            return
-        self._bad(key, f"is rotten, or was put there by something else: nothing in {by} has its SHA-256")
+        if sha256 not in sha256s and not run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
+            self._bad(key, f"is rotten, or was put there by something else: nothing in {by} has its SHA-256")
 
     def _look_at_config(self) -> RunConfig | None:
         """The configuration with what was changed later, if that is known."""

@@ -128,9 +128,8 @@ class SampleSet:
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""
-        drawing = self.drawing
-        pieces = f"{drawing.pieces:,} piece{'s' * (drawing.pieces > 1)}"
-        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({drawing.count:,} images in {pieces}; {note})"
+        pieces = f"{self.drawing.pieces:,} piece{'s' * (self.drawing.pieces > 1)}"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.drawing.count:,} images in {pieces}; {note})"
 
     def _load(self, kind: type[AboutDrawing], key: str) -> AboutDrawing | None:
         """A record if it is there and about this drawing."""
