@@ -69,11 +69,6 @@ class Latest(Sealed):
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
 
-    @property
-    def ref(self) -> CheckpointRef:
-        """What it names."""
-        return CheckpointRef.parse(self.checkpoint.removeprefix(f"{CHECKPOINTS}/"))
-
 
 def commit_manifest(run: Store, manifest: Manifest) -> None:
     """The commit: creates the manifest once, after all its objects are there."""
@@ -107,15 +102,13 @@ def load_manifest(run: Store, ref: CheckpointRef) -> Manifest:
 
 
 def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
-    """What is wrong if `LATEST` names a checkpoint newer than all that are there, which are `refs`; or nothing.
-
-    Raises:
-        BadDataError: `LATEST` is rotten.
-    """
+    """What is wrong if `LATEST` names a checkpoint newer than all that are there, which are `refs`, or is rotten."""
     try:
-        ref = Latest.load(run, LATEST_KEY).ref
+        ref = CheckpointRef.parse(Latest.load(run, LATEST_KEY).checkpoint.removeprefix(f"{CHECKPOINTS}/"))
     except ObjectMissingError:
         return ""
+    except BadDataError as error:
+        return str(error)
     # One that is older was retired after somebody was killed, or replaced, before saying what came after it.
     if (refs and ref <= max(refs)) or run.exists(ref.manifest_key):
         return ""
@@ -143,12 +136,9 @@ def newest_good(
         BadDataError: there are checkpoints, but none of them verifies.
     """
     refs, problems = list_checkpoints(run), list[str]()
-    try:
-        if lost := lost_manifest(run, refs):
-            problems.append(lost)
-            warn(f"set aside a checkpoint: {lost}")
-    except BadDataError as error:
-        warn(f"{error}; the manifests tell which checkpoint is the newest")
+    if lost := lost_manifest(run, refs):
+        problems.append(lost)
+        warn(f"{lost}; the manifests that are there tell which checkpoint is the newest")
     with ExitStack() as stack:
         for ref in reversed(refs):
             try:

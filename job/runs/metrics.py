@@ -11,6 +11,8 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from job.exits import BadDataError
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
@@ -18,6 +20,13 @@ from job.store import Store
 from job.store.files import scratch_folder
 
 Row = dict[str, Any]
+
+
+class _Line(BaseModel, extra="allow"):
+    """A row as it is read back: numbers by name, at a moment of the run."""
+
+    __pydantic_extra__: dict[str, int | float | None]
+    images_seen: int
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef) -> dict[str, bytes]:
@@ -45,14 +54,15 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
 
     Raises:
         BadDataError: an object is missing or rotten; the message names it.
+        ValidationError: one holds no rows, though a checkpoint vouches for it.
     """
     rows: list[Row] = []
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
-                rows += map(json.loads, segment.read(run).splitlines())
-            except BadDataError as error:
+                rows += [_Line.model_validate_json(line).model_dump() for line in segment.read(run).splitlines()]
+            except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise
-                warn(f"going on without rows of the metrics: {error}")
+                warn(f"going on without the rows of {run.uri_of(segment.key)}: {error}")
     return rows

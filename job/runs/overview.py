@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
 from job.exits import BadDataError, BadRequestError
@@ -15,7 +16,7 @@ from job.store import Store, open_store
 if TYPE_CHECKING:
     from rich.table import Table
 
-STALE_SECONDS = 120.0
+STALE = timedelta(seconds=120)
 """A run that calls itself running but has not said so for this long was cut off."""
 PIPE_COLUMNS = 1000
 """Width where no terminal sets one: nothing is cut short that another program may look for."""
@@ -113,8 +114,8 @@ def state_of(status: Status) -> str:
     """The state as a person should read it: a run that fell silent while running was cut off."""
     if status.state != "running":
         return status.state
-    is_fresh = records.seconds_since(status.updated) < STALE_SECONDS
-    return "running" if is_fresh else "cut off (the same command goes on)"
+    silent = datetime.now(UTC) - datetime.fromisoformat(status.updated)
+    return "running" if silent < STALE else "cut off (the same command goes on)"
 
 
 def describe_outputs(run: Store) -> str:

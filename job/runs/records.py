@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 import uuid
-from calendar import timegm
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Self
@@ -27,10 +26,8 @@ from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
-UTC = "%Y-%m-%dT%H:%M:%SZ"
 MOMENT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
 """How `utc_now` says it."""
-_RUN_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 
 
 def validated_run_name(name: str) -> str:
@@ -39,7 +36,7 @@ def validated_run_name(name: str) -> str:
     Raises:
         BadRequestError: it cannot.
     """
-    if not _RUN_NAME.fullmatch(name):
+    if not re.fullmatch(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", name):
         raise BadRequestError(f"{name!r} cannot be a run's name: use up to 63 lower-case letters, digits, inner '-'")
     return name
 
@@ -311,12 +308,7 @@ def read_status(run: Store) -> Status | None:
 
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC, to the second."""
-    return time.strftime(UTC, time.gmtime())
-
-
-def seconds_since(moment: str) -> float:
-    """How long ago a moment was, as `utc_now` says it."""
-    return time.time() - timegm(time.strptime(moment, UTC))
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def check_writable(run: Store) -> None:

@@ -100,9 +100,9 @@ def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> st
     )
 
 
-def denoising_key(label: str, how: str = "") -> str:
-    """Where the way from noise to image lies, as a GIF; `how` it was drawn is named where that is not the run's way."""
-    return ObjectKind.PICTURE.key(name=f"denoising-{label}{f'-{how}' if how else ''}", picture="gif")
+def denoising_key(label: str) -> str:
+    """Where the way from noise to image lies, as a GIF that was drawn in the run's own way."""
+    return ObjectKind.PICTURE.key(name=f"denoising-{label}", picture="gif")
 
 
 class Drawing(Part):

@@ -7,7 +7,7 @@ attempts left behind, which harms nobody, and what is no part of a run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ HASHERS = 4
 PARALLEL_READS = 16
 """Small objects that are read at a time."""
 
-RECORD_TYPES: dict[ObjectKind, type[Sealed]] = {
+RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.ATTEMPT: Attempt,
     ObjectKind.LEASE: LeaseRecord,
     ObjectKind.STATUS: Status,
@@ -104,7 +104,7 @@ class _Verification:
         self._look_for_strangers(self._sizes.keys() - names.keys() - left.keys())
         bar = Progress(f"verifying {self._name}", total=len(names), unit="objects")
         with bar, ThreadPoolExecutor(HASHERS) as pool:
-            for done, _ in enumerate(pool.map(lambda key: self._compare(names, key), names), 1):
+            for done, _ in enumerate(pool.map(self._compare, names, names.values()), 1):
                 bar.update(done)
         return Findings(
             sorted(self._problems.values()),
@@ -113,7 +113,7 @@ class _Verification:
             {key: self._sizes[key] for key in sorted(left)},
         )
 
-    def _keys(self, *kinds: ObjectKind) -> list[str]:
+    def _keys(self, *kinds: ObjectKind | None) -> list[str]:
         return [key for key, place in self._places.items() if place.kind in kinds]
 
     def _all(self, kind: type[SealedRecord]) -> dict[str, SealedRecord]:
@@ -131,17 +131,15 @@ class _Verification:
         del self._records[key]
 
     def _load(self, key: str) -> None:
-        kind = self._places[key].kind
-        assert kind
         with suppress(ObjectMissingError):
             try:
-                self._records[key] = RECORD_TYPES[kind].load(self._run, key)
+                self._records[key] = RECORD_TYPES[self._places[key].kind].load(self._run, key)
             except BadDataError as error:
                 self._problems[key] = str(error)
 
-    def _compare(self, names: Mapping[str, _Named], key: str) -> None:
+    def _compare(self, key: str, named: _Named) -> None:
         """Compares an object with what others say about it."""
-        (by, sha256s), run = names[key], self._run
+        (by, sha256s), run = named, self._run
         try:
             with run.open(key) as file:
                 sha256 = sha256_of(file)
@@ -151,13 +149,7 @@ class _Verification:
                 self._bad(key, f"is missing, though {by} names it")
             return
         # A picture may have been drawn anew since the run was listed.
-        if sha256 in sha256s or run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
-            return
-        if owner := next((other for other, name in names.items() if sha256 in name.sha256s), ""):
-            self._bad(key, f"holds what belongs to {owner}")
-        elif sha256s:
-            self._bad(key, f"is rotten or cut off: its SHA-256 is not the one in {by}")
-        else:
+        if sha256 not in sha256s and not run.exists(ObjectKind.PROVENANCE.key(of=key, sha256=sha256)):
             self._bad(key, f"is rotten, or was put there by something else: nothing in {by} has its SHA-256")
 
     def _look_at_config(self) -> RunConfig | None:
@@ -252,10 +244,8 @@ class _Verification:
         # Whoever was killed after the very first one had not said so yet.
         if len(refs) > 1:
             self._missing(LATEST_KEY, "there are checkpoints")
-        # One that is rotten has been told.
-        with suppress(BadDataError):
-            if lost := lost_manifest(self._run, refs):
-                self._problems[LATEST_KEY] = lost
+        if lost := lost_manifest(self._run, refs):
+            self._problems[LATEST_KEY] = lost
         if config is None:
             return
         dataset_images = records.dataset_images_of(self._bucket, config)

@@ -45,13 +45,13 @@ SAVES_PER_CADENCE = 10
 SHORTEST_CADENCE_MINUTES = 1.0
 
 
-def plan_parts(tensors: Tensors, part_bytes: int = PART_BYTES) -> Tensors:
-    """Cuts each group into files of about `part_bytes`: by file name, what it holds. A large tensor has its own."""
+def plan_parts(tensors: Tensors) -> Tensors:
+    """Cuts each group into files of about `PART_BYTES`: by file name, what it holds. A large tensor has its own."""
     parts: Tensors = {}
     for group, named in tensors.items():
         number = size_bytes = 0
         for name, tensor in named.items():
-            if size_bytes and size_bytes + tensor.nbytes > part_bytes:
+            if size_bytes and size_bytes + tensor.nbytes > PART_BYTES:
                 number, size_bytes = number + 1, 0
             parts.setdefault(f"{group}-{number:02d}.safetensors", {})[name] = tensor
             size_bytes += tensor.nbytes
@@ -71,11 +71,6 @@ class HostCopy:
             flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
             views = zip(named.items(), flat.split(sizes), strict=True)
             self.host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
-
-    @property
-    def bytes(self) -> int:
-        """Size of one checkpoint, headers aside."""
-        return sum(tensor.nbytes for named in self.host.values() for tensor in named.values())
 
     def copy(self) -> None:
         """Copies the live values; when it returns, training may go on."""
@@ -270,7 +265,9 @@ class CheckpointWriter:
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
                 if self._pictures and not (self._queued and self._stop.reason):
-                    self._put_picture()
+                    put_picture(self._run, *self._pictures[0])
+                    with self._change():
+                        del self._pictures[0]
                 else:
                     self._retire(self._commit())
         except BaseException as error:
@@ -283,11 +280,6 @@ class CheckpointWriter:
             while not (self._queued or self._pictures or self._closing.reason):
                 self._changed.wait()
             return not self._closing.reason
-
-    def _put_picture(self) -> None:
-        put_picture(self._run, *self._pictures[0])
-        with self._change():
-            del self._pictures[0]
 
     def _commit(self) -> CheckpointRef:
         """Commits what is queued: its files, its small objects, a last look at the lease, the manifest."""
@@ -348,11 +340,12 @@ class CheckpointWriter:
 
     def _measure(self) -> None:
         """Has saves made more often if one does not fit into the grace of a preemption."""
-        data = os.urandom(min(PROBE_BYTES, self._copy.bytes))
+        size_bytes = sum(tensor.nbytes for named in self._copy.host.values() for tensor in named.values())
+        data = os.urandom(min(PROBE_BYTES, size_bytes))
         key, began = ObjectKind.PROBE.key(unique=uuid.uuid4().hex), time.monotonic()
         try:
             self._run.create(key, data)
-            seconds = (time.monotonic() - began) * self._copy.bytes / len(data)
+            seconds = (time.monotonic() - began) * size_bytes / len(data)
             self._run.delete(key)
         except JobError as error:
             self._note(f"could not measure how long a save takes: {error}")

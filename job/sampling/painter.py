@@ -82,7 +82,7 @@ class Painter:
             # Every process counts the batches of the first one, which has the most.
             for start in range(0, len(seeds[::world_size]), batch_size_images):
                 if some := mine[start : start + batch_size_images]:
-                    made.append(self._generate(some, sampling, self._check_agreed))
+                    made.append(self.draw_alone(some, sampling, self._check_agreed))
                 else:
                     for _ in range(steps):
                         self._check_agreed()
@@ -98,14 +98,6 @@ class Painter:
             images[other::world_size] = drawn
         return images
 
-    def draw_alone(self, seeds: Sequence[int], sampling: Sampling) -> np.ndarray:
-        """A batch on this process, whatever the others do: uint8 [n, H, W, C].
-
-        Raises:
-            StoppedError: this process was asked to stop.
-        """
-        return self._generate(seeds, sampling, self._check_stopped)
-
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
         shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
@@ -116,7 +108,7 @@ class Painter:
             if t in shown[:-1]:
                 frames.append(figures.to_uint8(x_t))
 
-        frames.append(self._generate(seeds, sampling, keep))
+        frames.append(self.draw_alone(seeds, sampling, keep))
         return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
 
     @property
@@ -125,12 +117,20 @@ class Painter:
         assert data.size is not None and data.channels is not None
         return data.size, data.size, data.channels
 
-    def _generate(
-        self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None]
+    def draw_alone(
+        self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
     ) -> np.ndarray:
-        """One batch: uint8 [n, H, W, C]; seed k is of class k mod classes, if any.
+        """A batch on this process, whatever the others do: uint8 [n, H, W, C].
 
-        `callback` gets every step's timestep, x_t and predicted x_0.
+        Seed k is of class k mod classes, if there are any.
+
+        Args:
+            seeds: of the images.
+            sampling: how they are drawn.
+            callback: gets every step's timestep, x_t and predicted x_0; without one a stop is heard.
+
+        Raises:
+            StoppedError: this process was asked to stop.
         """
         height, width, channels = self._image_shape
         classes = self.config.model.num_classes
@@ -144,7 +144,7 @@ class Painter:
             (channels, height, width),
             numbers % classes if classes else None,
             self.autocast,
-            callback,
+            callback or self._check_stopped,
         )
         return figures.to_uint8(images)
 

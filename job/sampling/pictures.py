@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ddpm import figures, randomness
-from ddpm.schedule import make_schedule
+from ddpm.schedule import NoiseSchedule, make_schedule
 from job.config import DiffusionConfig
 from job.data.cache import chosen_images
 from job.data.shards import find_dataset, load_index
@@ -25,9 +25,7 @@ def schedule_picture(kind: str, num_timesteps: int, output: Path) -> None:
     Raises:
         BadRequestError: there is no such schedule, or nothing can be written to `output`.
     """
-    _known_schedule(kind)
-    check_output(output)
-    schedule = make_schedule(kind, num_timesteps)  # type: ignore[arg-type]
+    schedule = _checked_schedule(kind, num_timesteps, output)
     write_picture(output, figures.schedule_figure(schedule.betas.numpy(), schedule.alphas_cumprod.numpy(), kind))
     print(output)
 
@@ -39,9 +37,7 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
         BadRequestError: there is no such schedule, timestep or number of images, or nothing can be written to `output`.
         MissingInputError: there is no such dataset.
     """
-    _known_schedule(kind)
-    check_output(output)
-    steps, schedule = parse_numbers(timesteps, "--timesteps"), make_schedule(kind, 1000)  # type: ignore[arg-type]
+    schedule, steps = _checked_schedule(kind, 1000, output), parse_numbers(timesteps, "--timesteps")
     if max(steps) >= schedule.num_timesteps:
         raise BadRequestError(f"--timesteps: {max(steps)} is not in 0 to {schedule.num_timesteps - 1}")
     bucket = open_store(bucket_uri)
@@ -63,10 +59,12 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
         print(path)
 
 
-def _known_schedule(kind: str) -> None:
+def _checked_schedule(kind: str, num_timesteps: int, output: Path) -> NoiseSchedule:
     kinds = get_args(DiffusionConfig.model_fields["schedule"].annotation)
     if kind not in kinds:
         raise BadRequestError(f"there is no schedule {kind!r} (there are: {', '.join(kinds)})")
+    check_output(output)
+    return make_schedule(kind, num_timesteps)  # type: ignore[arg-type]
 
 
 def write_picture(path: Path, data: bytes) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -80,10 +79,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
     index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
-    if request.checkpoints == "latest":
-        with suppress(BadDataError):
-            if lost := lost_manifest(run, checkpoints):
-                note(f"{lost}: drawing from the checkpoint before")
+    if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
+        note(f"{lost}; drawing from the newest checkpoint that is there")
     return SamplePlan(request, bucket, run, index, config, sample, tuple(checkpoints))
 
 

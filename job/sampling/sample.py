@@ -105,7 +105,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
     missing = [number for number in numbers if number not in committed]
     to_make = sum(len(drawing.seeds(number)) for number in missing)
     there_before = sum(len(drawing.seeds(number)) for number in numbers) - to_make
-    made, began = 0, time.monotonic()
+    made = "0 made"
     # Each process for itself: one that commits its last piece may outlive the others.
     with reading(plan.run, sample_set.ref) as renew:
         if missing:
@@ -118,12 +118,11 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
                     # What the others have drawn by now is about as much.
                     bar.update(there_before + min(to_make, done * ranks.world_size))
 
-                made = _draw_pieces(plan, painter, sample_set, missing, advance)
-        seconds = time.monotonic() - began
+                if count := _draw_pieces(plan, painter, sample_set, missing, advance):
+                    made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
 
         def finish() -> None:
-            rate = f" at {made / seconds:.2f} images/s" if made else ""
-            note = f"{made:,} made{rate}, {there_before:,} there before"
+            note = f"{made}, {there_before:,} there before"
             if to_come := drawing.pieces - len(sample_set.committed()):
                 pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
                 print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")

@@ -19,6 +19,7 @@ import uuid
 from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from typing import TypeVar
 
@@ -95,18 +96,6 @@ class SampleSet:
         places = places_in(self.run, self.key(ObjectKind.RECORD).rpartition("/")[0]).values()
         return {place.piece for place in places} & {*range(self.drawing.pieces)}
 
-    def record(self, number: int) -> PieceRecord:
-        """The record of a piece.
-
-        Raises:
-            BadDataError: it is rotten or missing.
-            BadRequestError: it is about another drawing.
-        """
-        record = self._load(PieceRecord, key := self.key(ObjectKind.RECORD, number))
-        if record is None:
-            raise BadDataError(f"{self.run.uri_of(key)} is missing: type the same again")
-        return record
-
     def index(self) -> BatchIndex | None:
         """The index, if all pieces are there.
 
@@ -125,10 +114,12 @@ class SampleSet:
         Raises:
             BadDataError: something is rotten or missing; the message says what to delete.
         """
-        pieces = list[NamedObject]()
+        pieces, keys = list[NamedObject](), [self.key(ObjectKind.RECORD, n) for n in range(self.drawing.pieces)]
         with ThreadPoolExecutor(TRANSFERS) as pool:
-            for record in pool.map(self.record, range(self.drawing.pieces)):
+            for key, record in zip(keys, pool.map(partial(self._load, PieceRecord), keys), strict=True):
                 stop.check("while the records were read")
+                if record is None:
+                    raise BadDataError(f"{self.run.uri_of(key)} is missing: type the same again")
                 pieces.append(record.in_index)
         index = BatchIndex(drawing=self.drawing, pieces=tuple(pieces))
         self._check_files(index)
@@ -137,9 +128,8 @@ class SampleSet:
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""
-        drawing = self.drawing
-        pieces = f"{drawing.pieces:,} piece{'s' * (drawing.pieces > 1)}"
-        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({drawing.count:,} images in {pieces}; {note})"
+        pieces = f"{self.drawing.pieces:,} piece{'s' * (self.drawing.pieces > 1)}"
+        return f"{self.run.uri_of(self.key(ObjectKind.INDEX))}  ({self.drawing.count:,} images in {pieces}; {note})"
 
     def _load(self, kind: type[AboutDrawing], key: str) -> AboutDrawing | None:
         """A record if it is there and about this drawing."""
@@ -168,16 +158,12 @@ class SampleSet:
             found["/".join(entry.key.split("/")[:3])] += entry.size_bytes
         wrong = [number for number, piece in enumerate(index.pieces) if found[piece.key] != piece.size_bytes]
         if wrong:
+            record_key, index_key = self.key(ObjectKind.RECORD, wrong[0]), self.key(ObjectKind.INDEX)
             raise BadDataError(
                 f"{self.run.uri_of(index.pieces[wrong[0]].key)} is missing or not as its record says "
-                f"({len(wrong)} such); {self._how_to_repeat(wrong[0])}"
+                f"({len(wrong)} such); delete it, {self.run.uri_of(record_key)} and {self.run.uri_of(index_key)}, as "
+                "far as they are there, and the same command makes this piece again"
             )
-
-    def _how_to_repeat(self, number: int) -> str:
-        others = " and ".join(
-            self.run.uri_of(key) for key in (self.key(ObjectKind.RECORD, number), self.key(ObjectKind.INDEX))
-        )
-        return f"delete it, {others}, as far as they are there, and the same command makes this piece again"
 
 
 def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:

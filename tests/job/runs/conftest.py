@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator
 from importlib import resources
 from pathlib import Path
 
 import pytest
-import torch
 
 from job.data.pack import PackRequest, pack
 from job.runs.checkpoints import list_checkpoints
@@ -21,16 +19,7 @@ from tests.job.runs.whole_runs import content_hash, train
 
 
 @pytest.fixture(scope="session")
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other's core make a small network a slow one."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session")
-def bucket(tmp_path_factory: pytest.TempPathFactory, one_thread: None) -> Path:
+def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
     folder = tmp_path_factory.mktemp("rot")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"

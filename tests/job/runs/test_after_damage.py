@@ -10,6 +10,7 @@ from job.exits import BadDataError, Exit
 from job.requests import SampleRequest
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import read_rows
+from job.runs.records import NamedObject
 from job.sampling.plan import plan_sampling
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -88,17 +89,24 @@ def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again
     copy.delete(again.manifest_key)
     done = ddpm_here(*sample)
     assert f"{copy.uri}/{again.manifest_key} is missing" in done.stderr
-    assert "drawing from the checkpoint before" in done.stderr
+    assert "drawing from the newest checkpoint that is there" in done.stderr
 
 
 def test_a_run_that_goes_on_without_older_metrics_learns_what_an_undisturbed_one_does(copy, store, tmp_path):
     undisturbed, newest = store.sub("runs/undisturbed"), max(list_checkpoints(copy))
-    lost = load_manifest(copy, newest).metrics[0]
-    lost_rows = read_rows(copy, [lost])
-    copy.put(lost.key, DAMAGES["bit in the middle"](copy.read(lost.key).data))
+    manifest = load_manifest(copy, newest)
+    rotten, gone, foreign = lost = [named for named in manifest.metrics if named.key.startswith("metrics/")][:3]
+    lost_rows = read_rows(copy, lost)
+    copy.put(rotten.key, DAMAGES["bit in the middle"](copy.read(rotten.key).data))
+    copy.delete(gone.key)
+    # What a checkpoint vouches for may be another program's.
+    copy.put(foreign.key, b'{"loss": "low"}\n')
+    vouched = {foreign.key: NamedObject.of(foreign.key, b'{"loss": "low"}\n')}
+    metrics = tuple(vouched.get(named.key, named) for named in manifest.metrics)
+    copy.put(newest.manifest_key, manifest.model_copy(update={"metrics": metrics}).to_json())
     done = train(tmp_path, "r", 5)
     succeeded(done)
-    assert f"{copy.uri}/{lost.key}" in done.stderr
+    assert [f"{copy.uri}/{named.key}" in done.stderr for named in lost] == [True] * 3
     last = [max(list_checkpoints(of)) for of in (copy, undisturbed)]
     assert last[0].images_seen == last[1].images_seen > newest.images_seen
     assert content_hash(copy, last[0]) == content_hash(undisturbed, last[1])

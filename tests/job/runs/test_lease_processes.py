@@ -120,11 +120,7 @@ def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(run: Store, s
         taken(run, wait_seconds=0.8)
     assert 0.8 <= time.monotonic() - began < 10
     assert record_in(run)["process"]["pid"] == holder.pid
-
-
-def test_who_waits_takes_the_run_when_its_holder_gives_it_back(run: Store, start: Start):
-    holder = start(run, **QUICK)
-    assert holder.took() == 1
+    # Who waits takes the run when its holder gives it back.
     threading.Timer(1.0, holder.tell).start()
     notes: Notes = []
     began = time.monotonic()

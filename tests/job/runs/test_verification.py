@@ -77,7 +77,13 @@ def test_what_belongs_to_another_run_is_named(store, run, keys):
     run.delete(theirs)
 
 
-def test_what_is_no_part_of_a_run_is_named(store, run):
+def test_what_is_no_part_of_a_run_is_named_and_what_killed_attempts_left_is_no_problem(store, run):
+    left = {
+        "checkpoints/000002-000000099999/model-00.safetensors",
+        "metrics/000002-000000099999.jsonl",
+        "tensorboard/events.out.tfevents.000002-000000099999",
+        "probe/0123",
+    }
     strangers = [
         "notes.txt",
         f"{list_checkpoints(run)[0].key}/extra-00.safetensors",
@@ -85,15 +91,19 @@ def test_what_is_no_part_of_a_run_is_named(store, run):
         "samples/photo.jpg",
         "attempts/one.json",
         "reading/somebody.json",
+        "config.yaml.bak",
+        f"provenance/config.yaml/{'a' * 64}.json",
     ]
-    for key in [*strangers, "samples/photo.png"]:
-        run.create(key, b"x")
-    found = verify_run(store, "r").problems
-    for key in [*strangers, "samples/photo.png"]:
+    created = [*strangers, *left, "samples/photo.png"]
+    for key in created:
+        run.create(key, b"half")
+    findings = verify_run(store, "r")
+    for key in created:
         run.delete(key)
+    assert findings.leftovers == dict.fromkeys(left, 4)
     expected = [f"{run.uri_of(key)} is no part of the run: move it elsewhere, or delete it" for key in strangers]
     unknown = f"{run.uri}/samples/photo.png is rotten, or was put there by something else: nothing in "
-    assert found == sorted([*expected, f"{unknown}provenance/samples/photo.png has its SHA-256"])
+    assert findings.problems == sorted([*expected, f"{unknown}provenance/samples/photo.png has its SHA-256"])
 
 
 def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
@@ -113,22 +123,6 @@ def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
     record, picture = written[:2]
     assert (located(record).of, picture) == (key, key)
     run.delete(record)
-
-
-def test_what_killed_attempts_leave_is_no_problem(store, run):
-    left = {
-        "checkpoints/000002-000000099999/model-00.safetensors",
-        "metrics/000002-000000099999.jsonl",
-        "tensorboard/events.out.tfevents.000002-000000099999",
-        "probe/0123",
-    }
-    for key in left:
-        run.create(key, b"half")
-    findings = verify_run(store, "r")
-    for key in left:
-        run.delete(key)
-    assert findings.problems == []
-    assert findings.leftovers == dict.fromkeys(left, 4)
 
 
 def test_the_command_ends_with_65_and_names_all(bucket, run):

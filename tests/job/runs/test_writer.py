@@ -16,7 +16,6 @@ from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef
 from job.runs.metrics import read_rows
 from job.runs.retention import reading
-from job.runs.writer import plan_parts
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, Store, open_store, retry
 from job.store.local import LocalStore
@@ -69,7 +68,7 @@ def committed_images(run: Store) -> list[int]:
 
 def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
-    monkeypatch.setattr(writer_module, "plan_parts", lambda host: plan_parts(host, 12_000))
+    monkeypatch.setattr(writer_module, "PART_BYTES", 12_000)
     writer = writer_of(held(run), tensors)
     for images_seen in (8, 16):
         writer.save(images_seen, [])
