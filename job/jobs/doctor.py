@@ -15,9 +15,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from http.client import HTTPConnection, HTTPException, HTTPSConnection
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
@@ -115,17 +113,16 @@ def _list(store: Store) -> str:
 
 def _compare_clocks(uri: str) -> str:
     """By the Date that a bucket's server puts on every answer."""
+    # Every client of a bucket brings it.
+    import urllib3
+
     variable, usual = _SERVERS[uri.partition("://")[0].lower()]
     server = os.environ.get(variable) or usual
-    parts = urlsplit(server if "://" in server else f"http://{server}")
-    kind = HTTPSConnection if parts.scheme == "https" else HTTPConnection
+    url = server if "://" in server else f"http://{server}"
     try:
-        connection = kind(parts.hostname or "", parts.port, timeout=CLOCK_ANSWER_SECONDS)
-        connection.request("HEAD", "/")
-        said = parsedate_to_datetime(connection.getresponse().headers.get("Date", ""))
-        connection.close()
-        seconds = (datetime.now(UTC) - said).total_seconds()
-    except (OSError, HTTPException, ValueError, TypeError):
+        answer = urllib3.request("HEAD", url, retries=False, timeout=CLOCK_ANSWER_SECONDS)
+        seconds = (datetime.now(UTC) - parsedate_to_datetime(answer.headers.get("Date", ""))).total_seconds()
+    except (urllib3.exceptions.HTTPError, ValueError, TypeError):
         return "not known: the bucket's server does not tell the time"
     if abs(seconds) > CLOCK_SECONDS:
         said_of = f"{abs(seconds):.0f} s {'ahead of' if seconds > 0 else 'behind'} the bucket's"

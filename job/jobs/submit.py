@@ -113,7 +113,7 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tupl
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
     elif isinstance(target, KubernetesTarget):
-        what = "waiting for nodes included" if spec.machines > 1 else "waiting for a node included"
+        what = "waiting for nodes included"
         how = f"for all attempts together, {what}, then Kubernetes ends it"
         if target.queue:
             how = f"for all attempts together, {what}, then its queue stops it for good"
@@ -143,15 +143,14 @@ def load_prices() -> list[Price]:
     return [Price(**row) for row in parse_yaml(text)["prices"]]
 
 
-def cost_of(spec: JobSpec, target: Target, prices: Sequence[Price] | None = None) -> str:
+def cost_of(spec: JobSpec, target: Target) -> str:
     """The most that `spec` can cost on `target`, with where that figure comes from: a target's own price wins."""
     about, source = ", as the target says,", ""
     per_hour = target.price_per_hour
     if per_hour is None:
         if not isinstance(target, GoogleTarget):
             return "price unknown"
-        table = load_prices() if prices is None else prices
-        rows = {row.region: row for row in table if row.machine_type == target.machine_type}
+        rows = {row.region: row for row in load_prices() if row.machine_type == target.machine_type}
         if not all(region in rows for region in target.all_regions):
             return "price unknown"
         # It may end up in any of them.
@@ -193,10 +192,7 @@ def formatted(manifests: Sequence[JsonObject], output: str = "") -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML for people: scripts as blocks, and nothing by reference."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    """YAML for people: scripts as blocks."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

@@ -272,14 +272,6 @@ class Backend(abc.ABC):
             MissingInputError: there is no such job.
         """
 
-    @abc.abstractmethod
-    def describe(self, name: str) -> JsonObject:
-        """What the engine itself holds about the job.
-
-        Raises:
-            MissingInputError: there is no such job.
-        """
-
     def checks(self) -> Iterable[Check]:
         """For `ddpm doctor`: looks at what a job would need of the engine. Says what is wrong instead of raising it."""
         return ()

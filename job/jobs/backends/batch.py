@@ -105,11 +105,6 @@ class BatchBackend(google.GoogleBackend):
             self.ask(f"POST batch/{found['name']}:cancel", {})
         return _job_state(found).when_cancelled
 
-    def describe(self, name: str) -> JsonObject:
-        """See `Backend.describe`: the job, and its tasks."""
-        found = self.known(name)[0]
-        return {**found, "tasks": self._tasks(found)}
-
     def find(self, name: str) -> list[JsonObject]:
         """The jobs of this name, one for each region: first one that is not over, else the newest."""
         found = []

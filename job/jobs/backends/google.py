@@ -232,10 +232,8 @@ class GoogleBackend(Backend):
         """See `Backend.render`: the bodies of the requests that make the job in the place of this backend."""
         target = self.target
         if not _IMAGE.fullmatch(spec.image):
-            raise BadRequestError(
-                f"image {spec.image!r}: set image in the target to one that machines can pull (`make push-image`), "
-                "such as us-central1-docker.pkg.dev/PROJECT/ddpm/ddpm:latest"
-            )
+            how = "set image in the target to one that machines can pull (`make push-image`)"
+            raise BadRequestError(f"image {spec.image!r}: {how}")
         for word in (*spec.argv, *spec.env.values()):
             if "\n" in word:
                 raise BadRequestError(f"{word!r} has a line break, which no word or variable of a job may have")

@@ -24,7 +24,7 @@ Object = dict[str, Any]
 Key = tuple[str, str, str]
 """Namespace, resource and name."""
 SERVED = {
-    "v1": ("pods", "events", "serviceaccounts", "resourcequotas"),
+    "v1": ("pods", "events", "serviceaccounts"),
     "batch/v1": ("jobs",),
     "jobset.x-k8s.io/v1alpha2": ("jobsets",),
     "kueue.x-k8s.io/v1beta2": ("localqueues",),

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from job.jobs import submit
 from job.jobs.spec import JobSpec
 from job.jobs.submit import Price, cost_of, load_prices, plan_lines
 from job.jobs.targets import Target, chosen_target, load_targets, parse_targets
@@ -55,7 +56,7 @@ def test_a_person_is_told_what_the_hours_mean_there():
     again = "; what --watch submits again has what is left of them"
     together = "10 hours for all attempts together, "
     for on, changes, limit in (
-        ("gke", {}, together + "waiting for a node included, then Kubernetes ends it"),
+        ("gke", {}, together + "waiting for nodes included, then Kubernetes ends it"),
         (
             "gke",
             {"nodes": 2},
@@ -72,7 +73,7 @@ def test_a_person_is_told_what_the_hours_mean_there():
             assert lines["limit"] == f"{limit}{again * is_watched}; what is saved stays (--max-hours)"
 
 
-def test_a_cost_has_a_source_or_there_is_none():
+def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
     source, more = "; https://example.com/prices, 2026-01-31", "; machines that start or go cost some minutes more"
     priced, nodes = ", price_per_hour: 1.5", {"nodes": 2}
     slices = {"verb": "sample", "argv": ("sample",), "slices": 4}
@@ -95,7 +96,8 @@ def test_a_cost_has_a_source_or_there_is_none():
         (target("kubernetes", priced), nodes, [], unbounded),
         (target("kubernetes", priced + ", queue: gpus"), nodes, [], "at most $30.00"),
     ):
-        cost = cost_of(replace(SPEC, **changes), there, prices)
+        monkeypatch.setattr(submit, "load_prices", lambda: prices)  # noqa: B023
+        cost = cost_of(replace(SPEC, **changes), there)
         assert cost.startswith(said) or (changes == {"spot": True} and said in cost), cost
 
 
