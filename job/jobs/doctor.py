@@ -147,8 +147,7 @@ def _measure_shared_memory(gpus: int) -> str:
     size_bytes = shutil.disk_usage(folder).total if folder.is_dir() else 0
     said = f"{size_bytes / 2**20:,.0f} MiB in /dev/shm"
     if gpus > 1 and size_bytes < SHARED_MEMORY_BYTES:
-        wanted = f"{SHARED_MEMORY_BYTES / 2**30:g} GiB"
-        raise JobError(f"{said}: give the container {wanted} (--shm-size, or an emptyDir in memory)", Exit.DISK_FULL)
+        raise JobError(f"{said}: give the container {SHARED_MEMORY_BYTES >> 30} GiB (--shm-size)", Exit.DISK_FULL)
     return said
 
 
@@ -177,8 +176,7 @@ def _sum_over_processes(gpus: int) -> str:
     if done.returncode:
         raise JobError(f"{last}: {remedy}", Exit.HUNG)
     if gpus and not last.startswith("nccl"):
-        wheel = "install PyTorch for CUDA, as this one computes on the CPU"
-        raise JobError(f"PyTorch sees none of {gpus} GPUs ({last}): {wheel}", Exit.MISSING_INPUT)
+        raise JobError(f"PyTorch sees none of {gpus} GPUs ({last}): install PyTorch for CUDA", Exit.MISSING_INPUT)
     return f"{world_size} process{'es' * (world_size > 1)} by {last}"
 
 
@@ -189,5 +187,4 @@ def _output_of(command: list[str], remedy: str, **variables: str) -> subprocess.
             command, env=environment, capture_output=True, text=True, check=False, timeout=PROGRAM_SECONDS
         )
     except subprocess.TimeoutExpired:
-        said = f"{Path(command[0]).name} does not answer within {PROGRAM_SECONDS:g} s"
-        raise JobError(f"{said}: {remedy}", Exit.HUNG) from None
+        raise JobError(f"{Path(command[0]).name} does not answer: {remedy}", Exit.HUNG) from None

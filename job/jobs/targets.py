@@ -16,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from job import DEFAULT_BUCKET
 from job.config_input import parse_yaml
-from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.exits import BadConfigError, BadRequestError
 from job.store import check_uri
 from job.store.files import os_errors
 
@@ -70,7 +70,6 @@ _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
 _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
 _Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
-_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
 _Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
 _Size = Annotated[str, AfterValidator(_size)]
@@ -140,7 +139,7 @@ class KubernetesTarget(Target):
     """Kueue's local queue; empty for none."""
     cluster: Literal["gke", "plain"] = "gke"
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[_LabelKey, _LabelValue] | None = None
+    node_selector: dict[str, _LabelValue] | None = None
     """Instead of what `cluster` and the GPU type give."""
     tolerations: list[dict[str, str | int]] | None = None
     """Instead of what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
@@ -178,8 +177,7 @@ class GoogleTarget(Target):
     @property
     def places(self) -> tuple[str, ...]:
         """The zones or regions where a job may run."""
-        found: tuple[str, ...] = getattr(self, "zones" if self.backend == "vm" else "regions")
-        return found
+        return tuple(getattr(self, "zones" if self.backend == "vm" else "regions"))
 
     @property
     def all_regions(self) -> tuple[str, ...]:
@@ -221,13 +219,10 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     variable = os.environ.get(TARGETS_VARIABLE)
     file = path or Path(variable or TARGETS_FILE)
     option = "--targets " if path else f"{TARGETS_VARIABLE} " if variable else ""
-    try:
-        with os_errors(f"{option}{file}"):
-            text = file.read_bytes()
-    except MissingInputError:
-        if not option:
+    with os_errors(f"{option}{file}"):
+        if not option and not file.exists():
             return targets
-        raise
+        text = file.read_bytes()
     return targets | parse_targets(text, str(file))
 
 

@@ -142,7 +142,6 @@ class ContainerBackend(Backend):
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""
         command = self._prepared(spec)
         sys.stdout.flush()
-        sys.stderr.flush()
         os.execvp(command[0], command)  # noqa: S606
 
     def submit(self, spec: JobSpec) -> None:
@@ -226,8 +225,7 @@ class ContainerBackend(Backend):
     def _look_for_image(self) -> str:
         image = self.target.image
         if not self._has_image(image):
-            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{self.engine} pull {image}"
-            raise MissingInputError(f"{image} is not on this machine: `{how}` brings it; submitting does so, too")
+            raise MissingInputError(f"{image} is not on this machine: submitting a job builds or pulls it")
         return image
 
     def _prepared(self, spec: JobSpec) -> list[str]:
@@ -298,11 +296,9 @@ class ContainerBackend(Backend):
         try:
             return subprocess.run(words, check=False, stdin=subprocess.DEVNULL, text=True, errors="replace", **options)
         except FileNotFoundError:
-            how = "`apt-get install podman`, or `dnf` or `brew`, brings an engine"
-            raise MissingInputError(f"{words[0]} is not installed: {how}") from None
+            raise MissingInputError(f"{words[0]} is not installed: `apt-get install podman` brings an engine") from None
         except subprocess.TimeoutExpired as error:
-            said = f"`{' '.join(words[:2])}` did not answer within {error.timeout:g} s"
-            raise BucketAwayError(f"{said}: see to the engine") from None
+            raise BucketAwayError(f"{words[0]} did not answer within {error.timeout:g} s: see to it") from None
 
 
 def _container_status(found: dict[str, Any]) -> JobStatus:
@@ -312,13 +308,9 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
     started = str(state.get("StartedAt", "")).startswith("2")
     # Nanoseconds are more than datetime reads.
     made = datetime.fromisoformat(re.sub(r"\.\d+", "", found["Created"])).astimezone(UTC)
-    status = JobStatus(
-        name=found["Name"].removeprefix("/"),
-        state=State.RUNNING,
-        attempts=int(started),
-        created=made.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        bucket=labels.get(BUCKET_LABEL, ""),
-    )
+    name, created = found["Name"].removeprefix("/"), made.strftime("%Y-%m-%dT%H:%M:%SZ")
+    bucket = labels.get(BUCKET_LABEL, "")
+    status = JobStatus(name, State.RUNNING, attempts=int(started), created=created, bucket=bucket)
     if said not in _OVER:
         return status
     if not started:

@@ -66,8 +66,7 @@ class ClusterApi:
     def get(self, kind: Kind, name: str) -> JsonObject | None:
         """An object; None if there is none of this name, or no such kind."""
         with suppress(NoSuchObjectError):
-            found: JsonObject = self._objects("get", kind, name)
-            return found
+            return dict(self._objects("get", kind, name))
         return None
 
     def knows(self, kind: Kind) -> bool:
@@ -106,8 +105,7 @@ class ClusterApi:
     def read(self, call: str, *names: str, **options: Any) -> JsonObject:
         """What a method of the client's CoreV1Api reads in the namespace, such as `list_namespaced_pod`."""
         answer = self._ask("CoreV1Api", call, *names, self.namespace, _preload_content=False, **options)
-        parsed: JsonObject = json.loads(answer.data)
-        return parsed
+        return dict(json.loads(answer.data))
 
     def may(self, verb: str, group: str, resource: str, part: str = "") -> bool:
         """Whether these credentials are allowed to do it in the namespace."""

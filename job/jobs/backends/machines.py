@@ -114,6 +114,5 @@ def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
     if machine_type.startswith("n1-") and gpus in _EXTRA.get(gpu_type, ()):
         return Machine(machine_type, gpu_type, gpus, extra=True)
     has = f"has {count} {bundled}" if count else "has no GPUs of its own"
-    asked = f"asks for {gpus} {gpu_type or bundled or 'of no named type'}"
-    types = "|".join(_GPU_TYPES)
-    raise BadRequestError(f"{machine_type} {has}, and the job {asked}: use another machine_type, or --gpu-type {types}")
+    wrong, types = f"{machine_type} {has}, not {gpus} {gpu_type or bundled}".strip(), "|".join(_GPU_TYPES)
+    raise BadRequestError(f"{wrong}: use another machine_type, or --gpu-type {types}")

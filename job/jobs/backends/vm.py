@@ -142,8 +142,7 @@ class VmBackend(google.GoogleBackend):
         operations = []
         for machine in machines:
             with suppress(GoogleNotFoundError):
-                request = f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"
-                operations.append(self.ask(request))
+                operations.append(self.ask(f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"))
         self._wait(operations)
 
     def _wait(self, operations: Iterable[JsonObject]) -> None:

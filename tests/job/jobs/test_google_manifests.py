@@ -50,7 +50,7 @@ def test_a_request_is_what_is_kept_and_the_service_takes_it(engine, case):
 @both
 def test_what_could_not_run_is_refused_before_anything_is_sent(engine):
     for job, changes, message in [
-        (spec(gpus=8), {}, "has 1 nvidia-l4, and the job asks for 8 nvidia-l4: use another machine_type"),
+        (spec(gpus=8), {}, "has 1 nvidia-l4, not 8 nvidia-l4: use another machine_type"),
         (spec(gpus=8, gpu_type="nvidia-tesla-t4"), {"machine_type": "n1-standard-8"}, "no GPUs of its own"),
         (spec(gpu_type="nvidia-l5"), {}, "--gpu-type nvidia-a100-80gb|"),
         (spec(image=""), {}, "set image in the target"),
