@@ -54,15 +54,10 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
 
 def test_a_person_is_told_what_the_hours_mean_there():
     again = "; what --watch submits again has what is left of them"
-    together = "10 hours for all attempts together, "
+    together, waiting = "10 hours for all attempts together, ", "waiting for nodes included, then Kubernetes ends it"
     for on, changes, limit in (
-        ("gke", {}, together + "waiting for nodes included, then Kubernetes ends it"),
-        (
-            "gke",
-            {"nodes": 2},
-            "10 hours from each start of the group, waiting for nodes included, then Kubernetes ends it; preemptions "
-            "start it without bound",
-        ),
+        ("gke", {}, together + waiting),
+        ("gke", {"nodes": 2}, f"10 hours from each start of the group, {waiting}; preemptions start it without bound"),
         ("queued", {"nodes": 2}, together + "waiting for nodes included, then its queue stops it for good"),
         ("vm", {}, together + "then the engine ends it"),
         ("batch", {}, "10 hours for each attempt of a task, of which there may be 11, then Batch ends it"),
@@ -81,7 +76,6 @@ def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
     unbounded = "2 × $1.5 per hour, as the target says, for as long as it runs: nothing bounds that"
     for there, changes, prices, said in (
         (target("vm"), {}, [], "price unknown"),
-        (target("vm", ", machine_type: g2-standard-4"), {}, [EAST], "price unknown"),
         (target("kubernetes"), {}, [EAST], "price unknown"),
         (target("vm"), {}, [EAST], f"at most $5.00 (1 × $0.5 per hour × 10 hours{source})"),
         (target("vm"), {"spot": True}, [EAST], "$0.5 per hour on demand, and spot costs less, × 10 hours"),

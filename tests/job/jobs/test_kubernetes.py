@@ -18,7 +18,7 @@ from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes import KubernetesBackend
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
-from tests.job.jobs.kubernetes_server import wait_for
+from tests.job.launching import eventually
 
 NAME = "train-celeba"
 KUBECTL = str(Path(sys.executable).with_name("kubectl"))
@@ -140,7 +140,7 @@ def test_cancelling_ends_the_pods_in_order_and_room_is_made_when_they_are_gone(s
         backend.submit(job)
         assert not server.names("pods")
         assert backend.cancel(NAME).startswith("was waiting, and is no more")
-        wait_for(lambda: backend.status(NAME).state is State.GONE)
+        eventually(lambda: backend.status(NAME).state is State.GONE)
         # By which a watch knows that somebody deleted it.
         assert backend.keeps_ended
         with pytest.raises(MissingInputError, match="'gke' knows no job 'train-celeba'"):
@@ -254,7 +254,7 @@ class Followed:
         self._thread.start()
 
     def wait_for(self, *lines):
-        wait_for(lambda: self.lines == list(lines))
+        eventually(lambda: self.lines == list(lines))
 
     def ended(self):
         self._thread.join(20)

@@ -41,11 +41,6 @@ def test_kubeconfigs_that_are_right(server, write, tmp_path):
     config["contexts"].append({"name": "right", "context": {"cluster": "test", "user": "right"}})
     write(config)
     assert asked("right") == []
-    # A proxy needs nobody to sign in.
-    server.tokens.append("")
-    config["contexts"].append({"name": "proxy", "context": {"cluster": "test"}})
-    write(config)
-    assert asked("proxy") == []
 
 
 def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from job.exits import BadRequestError, MissingInputError
+from job.exits import BadRequestError
 from job.jobs.backends.base import JobStatus, State
 from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
@@ -161,11 +161,3 @@ def test_a_watched_job_in_the_background_is_submitted_until_it_is_finished(bucke
     done = ddpm(*words[1:])
     assert done.returncode == 0, done.stderr
     assert "train-seen is finished" in done.stderr
-
-
-def test_what_nobody_submitted_is_unknown_and_this_machine_is_one():
-    assert backend().status("train-a").state is State.GONE
-    assert backend().jobs() == []
-    for question in (backend().cancel, lambda name: list(backend().logs(name, False))):
-        with pytest.raises(MissingInputError, match="no job 'train-a'"):
-            question("train-a")
