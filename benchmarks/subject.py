@@ -9,8 +9,7 @@ import numpy as np
 from PIL import Image
 
 from ddpm.unet import UNet
-from job.config import RunConfig
-from job.config_input import draft, parse_sets
+from job.config import RunConfig, draft, parse_sets
 from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
 from job.store import open_store

@@ -39,9 +39,10 @@ from job.data.stream import LoadedBatch, stream_batches
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks, build_accelerator
+from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
-from job.session import TrainingSession
+from job.train import TrainingSession
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
@@ -125,6 +126,7 @@ class OurLoop:
             last_image=None,
         )
         self.session.batches = self._stream
+        self.session.bar = Progress("training")
         # Nothing is to be saved.
         self.session.writer = SimpleNamespace(overdue=False, troubled=False, rows=[])  # type: ignore[assignment]
         self._batches = self._timed_batches()

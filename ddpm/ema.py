@@ -1,7 +1,5 @@
 """Averaged weights: the ones to sample from."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 
@@ -48,25 +46,3 @@ class EMA:
         """Overwrite the module's parameters with the average."""
         parameters = dict(model.named_parameters())
         torch._foreach_copy_([parameters[name] for name in self.shadow], list(self.shadow.values()))
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The averages by parameter name: the tensors themselves, not copies."""
-        return dict(self.shadow)
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over averages of the same names and shapes; device and memory layout stay as they are.
-
-        Raises:
-            ValueError: when a name is missing or unknown, or a shape differs.
-        """
-        missing, unknown = self.shadow.keys() - state.keys(), state.keys() - self.shadow.keys()
-        if missing or unknown:
-            raise ValueError(f"the averaged weights do not fit: missing {sorted(missing)}, unknown {sorted(unknown)}")
-        for name, average in self.shadow.items():
-            if state[name].shape != average.shape:
-                raise ValueError(
-                    f"the averaged weight {name} has shape {list(state[name].shape)}, not {list(average.shape)}"
-                )
-        for name, average in self.shadow.items():
-            average.copy_(state[name])

@@ -1,7 +1,7 @@
 """`ddpm`, also as `python -m job`; what the launcher starts begins here.
 
-Process 1 of a container does not even notice a signal that it has no handler for. So there is one before anything else
-is imported, which takes half a second, and longer in an image that was never read before.
+Process 1 of a container does not even notice a signal that it has no handler for. So there is one before anything
+large is imported, which takes half a second, and longer in an image that was never read before.
 """
 
 import os
@@ -10,7 +10,8 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+from job.stop import handle_stop_signals, ignore_stop_signals
+
 _LAST_SECONDS = 5
 _is_ending = False
 
@@ -19,21 +20,12 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     """Ends this process, with a progress bar to close and a temporary folder to remove; its work has not begun yet."""
     global _is_ending
     _is_ending = True
-    for other in _STOP_SIGNALS:
-        signal.signal(other, signal.SIG_IGN)
+    ignore_stop_signals()
     os.write(2, f"ddpm: stopped by {signal.Signals(number).name}; the same command begins again\n".encode())
     # The exception may be lost in a module that is imported with `except`, or in a callback of the interpreter's.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
     raise SystemExit(75)
-
-
-def _handle_signals() -> None:
-    # A rank ends at a signal that comes before its work: its launcher knows what that means.
-    if "DDPM_LAUNCHED" not in os.environ:
-        for number in _STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, _end)
 
 
 def _open_closed_streams() -> None:
@@ -45,7 +37,9 @@ def _open_closed_streams() -> None:
 
 def main() -> None:
     """Entry point; ends with a code of the table in `job.exits`, or 1 after a crash."""
-    _handle_signals()
+    # A rank ends at a signal that comes before its work: its launcher knows what that means.
+    if "DDPM_LAUNCHED" not in os.environ:
+        handle_stop_signals(_end)
     _open_closed_streams()
     try:
         from job.processes.launched import attach

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config_input import pack_config
+from job.config import pack_config
 from job.data.shards import CONTACT_SHEET, DATASETS, INDEX, DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import Progress, note

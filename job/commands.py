@@ -13,13 +13,13 @@ from dataclasses import replace
 from importlib import resources
 from typing import TYPE_CHECKING
 
-from job.config_input import EMBEDDED, pack_config
+from job.config import EMBEDDED, pack_config
 from job.exits import BadConfigError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
 from job.processes.launched import is_rank
-from job.processes.launcher import HANG_SECONDS, launch
+from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest
@@ -33,9 +33,7 @@ if TYPE_CHECKING:
     from job.data.pack import PackRequest
 
 
-def train_command(
-    request: TrainRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
-) -> None:
+def train_command(request: TrainRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
     """Trains or goes on; says where everything lies when the run is finished.
 
     Args:
@@ -73,9 +71,7 @@ def train_command(
                 _say_finished(plan, "is finished")
 
 
-def sample_command(
-    request: SampleRequest, processes: int | None, *, hang_after_seconds: float = HANG_SECONDS, stop_after: str = ""
-) -> None:
+def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
     """Samples, and says where the pictures lie; arguments are those of `train_command`.
 
     Raises:
@@ -87,9 +83,7 @@ def sample_command(
             from job.sampling.sample import run_sampling
 
             run_sampling(plan, stop)
-            return
-        sets = plan_sets(plan)
-        if sets and all(sample_set.index() for sample_set in sets):
+        elif (sets := plan_sets(plan)) and all(sample_set.index() for sample_set in sets):
             for sample_set in sets:
                 print(sample_set.describe("complete already"))
         else:
@@ -150,6 +144,7 @@ def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: in
 
 
 def _launch(processes: int, hang_after_seconds: float) -> None:
+    """Runs this very command line once more in each process: there `is_rank()` is true, and the work begins."""
     check_gpus()
     # -P: a job.py in the working folder must not stand in for the program.
     if code := launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds):
@@ -159,9 +154,8 @@ def _launch(processes: int, hang_after_seconds: float) -> None:
 def _say_finished(plan: Plan, what: str) -> None:
     from job.runs.overview import describe_outputs
 
-    images_seen = plan.images_seen
+    images_seen, outputs = plan.images_seen, describe_outputs(plan.run)
     epochs = max(plan.config.train.epochs, images_seen // plan.index.images)
-    outputs = describe_outputs(plan.run)
     # All is done: that nobody reads it is no failure.
     with suppress(OSError):
         print(f"Run {plan.request.run!r} {what}: {epochs:,} epoch{'s' * (epochs > 1)}, {images_seen:,} images seen.")

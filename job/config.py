@@ -1,17 +1,22 @@
-"""What a run is made of: which keys exist, what is valid, and what an attempt may change. Numbers are in `presets/`.
+"""What a run is made of: which keys exist, what is valid, what an attempt may change, and where the values come from.
 
 A configuration is resolved once, when a run begins: preset ← dataset ← `--config FILE` ← `--set key=value`. It is then
-stored with the run and is the base of every later attempt.
+stored with the run and is the base of every later attempt. Numbers are in `presets/`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import difflib
+from collections import Counter
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, TextIO
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
-from job.exits import BadConfigError
+from job.exits import BadConfigError, BadRequestError, MissingInputError
 
 
 def _split(value: Any) -> Any:
@@ -31,14 +36,6 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
-    @field_validator("*", mode="before")
-    @classmethod
-    def _is_no_number(cls, value: Any, info: Any) -> Any:
-        """YAML has many words for true and false, and Python takes these for 1 and 0."""
-        if isinstance(value, bool) and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError("true and false mean nothing here")
-        return value
-
 
 class DataConfig(Section):
     """Which images, in which order."""
@@ -51,11 +48,6 @@ class DataConfig(Section):
     shuffle_block_images: int = Field(0, ge=0, description="shuffle within blocks of this many images; 0: all of them")
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, description="local disk that a node may use for this dataset")
-
-    @property
-    def cache_bytes(self) -> int:
-        """The same in bytes."""
-        return int(self.cache_gigabytes * 1e9)
 
 
 class ModelConfig(Section):
@@ -170,10 +162,10 @@ class RunConfig(Section):
             raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
         stride = timesteps // steps
         if self.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
+            first, fitting = (steps - 1) * stride, f"{timesteps // stride} or {timesteps // (stride + 1)}"
             raise ValueError(
-                f"sample.steps={steps} with sample.spacing=leading would begin at t={(steps - 1) * stride} of "
-                f"{timesteps}, where images are no noise yet: use {timesteps // stride} or "
-                f"{timesteps // (stride + 1)} steps, or another spacing"
+                f"sample.steps={steps} with sample.spacing=leading would begin at t={first} of {timesteps}, where "
+                f"images are no noise yet: use {fitting} steps, or another spacing"
             )
         return self
 
@@ -190,15 +182,8 @@ class RunConfig(Section):
         return validated(self.flat() | changes)
 
 
-FREE = (
-    "train.epochs",
-    "train.micro_batch_size",
-    "train.compile",
-    "data.cache_gigabytes",
-    "checkpoint",
-    "sample",
-    "log",
-)
+FREE = {"train.epochs", "train.micro_batch_size", "train.compile", "data.cache_gigabytes"}
+FREE_SECTIONS = {"checkpoint", "sample", "log"}
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 
 
@@ -213,25 +198,21 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _nest(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        *sections, leaf = key.split(".")
-        node = nested
-        for section in sections:
-            node = node.setdefault(section, {})
-        node[leaf] = value
-    return nested
-
-
 def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     """A `RunConfig` from dotted keys; `where` they come from is named if something is wrong.
 
     Raises:
         BadConfigError: naming each bad key, what is wrong with it, and its value.
     """
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        section, _, leaf = key.partition(".")
+        if leaf:
+            nested.setdefault(section, {}).update({leaf: value})
+        else:
+            nested[section] = value
     try:
-        return RunConfig.model_validate(_nest(flat))
+        return RunConfig.model_validate(nested)
     except ValidationError as error:
         problems = [
             f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()} (got {problem['input']!r})"
@@ -243,10 +224,6 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
-def _is_free(key: str) -> bool:
-    return key in FREE or key.split(".")[0] in FREE or key == "preset"
-
-
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
     """What this attempt changes about its run.
 
@@ -256,7 +233,9 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     before = stored.flat()
     changes = {key: value for key, value in wanted.flat().items() if before[key] != value and key != "preset"}
     fixed = [
-        f"{key}: the run has {before[key]}, asked for {value}" for key, value in changes.items() if not _is_free(key)
+        f"{key}: the run has {before[key]}, asked for {value}"
+        for key, value in changes.items()
+        if key not in FREE and key.split(".")[0] not in FREE_SECTIONS
     ]
     if fixed:
         raise BadConfigError(
@@ -265,3 +244,134 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
             f"(ddpm runs delete {run} --yes)"
         )
     return changes
+
+
+class PackConfig(Section):
+    """A preset's `pack` section: what its dataset looks like when packed under the preset's name."""
+
+    size: int = Field(ge=1)
+    crop: str = "center"
+    resize_filter: str = "lanczos"
+    licence: str = ""
+    fetch: str = Field("", description="where a person gets the images")
+
+
+EMBEDDED = "landscape-sample"
+"""The dataset that comes with the program, and the preset that others begin with."""
+
+CHOSEN_ELSEWHERE = {"preset": "--preset", "data.dataset": "--dataset", "data.dataset_id": "--dataset"}
+"""Keys that a person does not set, and the option that does."""
+
+
+def presets() -> list[str]:
+    """Names of the presets that come with the program."""
+    return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """YAML with each key once and without aliases: they can make a small file refer to itself, or be gigabytes."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        mapping = super().construct_mapping(node, deep)
+        if len(mapping) < len(node.value):
+            # The last one would win without a word.
+            ((twice, _),) = Counter(str(key.value) for key, _ in node.value).most_common(1)
+            raise yaml.YAMLError(f"{twice!r} is there twice, below line {node.start_mark.line + 1}")
+        return mapping
+
+
+def parse_yaml(text: str | bytes | TextIO) -> Any:
+    """Plain data from YAML; a file is read no further than it makes sense.
+
+    Raises:
+        yaml.YAMLError: not YAML, or with aliases, or a key that is there twice, or nested too deeply.
+    """
+    try:
+        return yaml.load(text, _PlainLoader)  # noqa: S506 -- a SafeLoader
+    except RecursionError:
+        raise yaml.YAMLError("nested too deeply") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        # What a tag or the look of a value promised: 2020-99-99, !!int x, a number of thousands of digits.
+        raise yaml.YAMLError(f"not the value it seems to be: {error}") from None
+
+
+def _load_yaml(text: str | TextIO, where: str) -> dict[str, Any]:
+    try:
+        document = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(document, dict | None):
+        raise BadConfigError(f"{where} must be a mapping of sections such as `train:`")
+    return document or {}
+
+
+def _preset(name: str) -> dict[str, Any]:
+    if name not in presets():
+        close = difflib.get_close_matches(name, presets(), n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise BadRequestError(f"there is no preset {name!r}{hint} (there are: {', '.join(presets())})")
+    return _load_yaml((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+
+
+def pack_config(name: str) -> PackConfig | None:
+    """How the dataset `name` is packed, if a preset of that name says so."""
+    return PackConfig.model_validate(_preset(name)["pack"]) if name in presets() else None
+
+
+def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    keys = list(RunConfig().flat())
+    for key in flat:
+        if key not in keys:
+            leaf = key.rsplit(".", 1)[-1]
+            close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
+            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
+            raise BadConfigError(f"{where}: unknown key {key!r}{hint}")
+        if key in CHOSEN_ELSEWHERE:
+            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]} NAME")
+    return flat
+
+
+def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
+    """`["train.batch_size=64"]` → `{"train.batch_size": 64}`; values are read as YAML.
+
+    Raises:
+        BadConfigError: no `=`, an unknown key, or a value that is not YAML.
+    """
+    flat: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise BadConfigError(f"--set {assignment!r}: write it as key=value, for example train.batch_size=64")
+        try:
+            flat[key.strip()] = parse_yaml(text)
+        except yaml.YAMLError:
+            raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+    return _only_known(flat, "--set")
+
+
+def read_config_file(path: Path | None) -> dict[str, Any]:
+    """Dotted keys of a user's YAML file; empty without one.
+
+    Raises:
+        MissingInputError: no such file.
+        BadConfigError: not YAML, or unknown keys.
+    """
+    if path is None:
+        return {}
+    try:
+        with path.open(encoding="utf-8") as file:
+            values = _load_yaml(file, str(path))
+    except OSError as error:
+        raise MissingInputError(f"--config {path}: {error.strerror}") from None
+    return _only_known(flatten(values), str(path))
+
+
+def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
+    """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+    base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    return validated({**base, "preset": preset, **changes})

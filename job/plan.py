@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import RunConfig, changed_for_attempt
-from job.config_input import draft
+from job.config import RunConfig, changed_for_attempt, draft
 from job.data.shards import DatasetIndex, find_dataset, load_index
-from job.exits import BadConfigError, BadRequestError, LostRunError
-from job.progress import note_once
+from job.exits import BadConfigError, BadRequestError
+from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import is_there, list_checkpoints
@@ -48,18 +47,6 @@ class Plan:
         checkpoints = list_checkpoints(self.run)
         return max(checkpoints).images_seen if checkpoints else 0
 
-    def computing_in(self, precision: str) -> Plan:
-        """The same for processes that compute in `precision`, which a new run then does for good.
-
-        Raises:
-            LostRunError: the run has come into being meanwhile, and computes in another.
-        """
-        if self.is_new:
-            return replace(self, config=self.config.updated({"train.precision": precision}))
-        if self.config.train.precision != precision:
-            raise LostRunError(f"{self.run.uri} was begun by another attempt meanwhile: the same command goes on")
-        return self
-
     def is_finished(self) -> bool:
         """Whether nothing is left to be learnt."""
         status = records.read_status(self.run)
@@ -80,7 +67,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
     """
-    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
     if stored is None:

@@ -1,4 +1,4 @@
-"""Progress of anything that takes longer than two seconds: a live bar on a terminal, a line every 30 s elsewhere."""
+"""Progress of what takes longer than two seconds: a live bar on a terminal, elsewhere lines 30 s apart at least."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
-from types import TracebackType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -27,23 +26,19 @@ _bars: rich_progress.Progress | None = None
 
 
 def note(text: str) -> None:
-    """Prints a line on stderr, above the bars if there are any."""
+    """Prints a line on stderr, above the bars if there are any. Of several processes the first one speaks for all."""
     # A terminal or a pipe that went away must not end a run.
     with suppress(OSError):
+        if not _is_first():
+            return
         if (bars := _bars) is not None and not bars.disable:
             bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
             print(text, file=sys.stderr, flush=True)
 
 
-def note_once(text: str) -> None:
-    """As `note`, for what all processes of a group would say alike: the first one does."""
-    if os.environ.get("RANK", "0") == "0":
-        note(text)
-
-
 class Progress:
-    """How far something is, on stderr.
+    """How far something is, on stderr; of several processes the first one shows it.
 
         with Progress("packing", total=24_000, unit="images") as bar:
             bar.update(done, loss="0.0213", epoch="3/80")
@@ -52,24 +47,18 @@ class Progress:
     other.
     """
 
-    def __init__(self, title: str, *, total: int | None = None, unit: str = "images", disable: bool = False) -> None:
+    def __init__(self, title: str, *, total: int | None = None, unit: str = "images", start: int = 0) -> None:
         """Prepares a bar; nothing is shown before it is entered.
 
         Args:
             title: what is going on, in a word or two.
             total: when it will be done, in `unit`; None while that is not known.
             unit: what is counted, in the plural.
-            disable: show nothing at all, notes included; for all processes but the first.
+            start: what was done before, such as by an earlier attempt: rates count from there.
         """
-        self._title, self._total, self._unit, self._disable = title, total, unit, disable
-        self._start = self._done = 0
-        self._over = threading.Event()
+        self._title, self._total, self._unit, self._start = title, total, unit, start
+        self._began = self._line_due = 0.0
         self._task: rich_progress.Task | None = None
-
-    def started_at(self, done: int) -> Progress:
-        """Sets what was done before, such as by an earlier attempt, and returns the bar: rates count from here."""
-        self._start = self._done = done
-        return self
 
     def update(self, done: int, *, total: int | None = None, **fields: str) -> None:
         """Notes what is done by now; what comes late from another thread does not turn it back.
@@ -80,55 +69,47 @@ class Progress:
             **fields: what to show beside it, such as `loss="0.0213"`; each stays until it is replaced.
         """
         with _lock:
-            self._done = max(self._done, done)
-            if _bars is not None and self._task is not None:
-                self._task.fields.update(fields)
-                _bars.update(self._task.id, completed=self._done, total=total)
-
-    def note(self, text: str) -> None:
-        """Prints a line, above the bars if there are any."""
-        if not self._disable:
-            note(text)
+            if _bars is None or self._task is None:
+                return
+            self._task.fields.update(fields)
+            _bars.update(self._task.id, completed=max(done, self._task.completed), total=total)
+            if _bars.disable and time.monotonic() >= self._line_due:
+                self._line_due = time.monotonic() + LINE_SECONDS
+                note(f"{self._title}: {_details(self._task, ' · ')}")
 
     def __enter__(self) -> Progress:
-        if not self._disable:
-            global _bars
-            with _lock:
+        global _bars
+        with _lock:
+            if _is_first():
                 if _bars is None:
                     _bars = _new_bars()
                     _bars.start()
-                _bars.add_task(self._title, total=self._total, completed=self._done, unit=self._unit)
+                _bars.add_task(self._title, total=self._total, completed=self._start, unit=self._unit)
                 self._task = _bars.tasks[-1]
-                if _bars.disable:
-                    threading.Thread(target=self._print_lines, args=(self._task,), daemon=True).start()
         self._began = time.monotonic()
+        self._line_due = self._began + LINE_SECONDS
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         global _bars
         if self._task is None:
             return
         with _lock, suppress(OSError):
-            self._over.set()
+            task, self._task = self._task, None
             assert _bars is not None
-            _bars.remove_task(self._task.id)
+            _bars.remove_task(task.id)
             if not _bars.tasks:
                 bars, _bars = _bars, None
                 bars.stop()
         seconds = time.monotonic() - self._began
         if seconds >= QUIET_SECONDS:
             stopped = "" if kind is None else "stopped at "
-            took = f"{self._title}: {stopped}{_counts(self._task)} in {_duration(seconds)}"
-            note(" · ".join(filter(None, (took, _rate_text((self._done - self._start) / seconds, self._unit)))))
+            took = f"{self._title}: {stopped}{_counts(task)} in {_duration(seconds)}"
+            note(" · ".join(filter(None, (took, _rate_text((task.completed - self._start) / seconds, self._unit)))))
 
-    def _print_lines(self, task: rich_progress.Task) -> None:
-        while not self._over.wait(LINE_SECONDS):
-            line = f"{self._title}: {_details(task, ' · ')}"
-            with _lock:
-                if not self._over.is_set():
-                    note(line)
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _new_bars() -> rich_progress.Progress:
@@ -161,9 +142,8 @@ def _details(task: rich_progress.Task, beside: str) -> str:
     percent = f"{min(100, int(task.percentage))} %" if task.total else ""
     left = f"ETA {_duration(task.time_remaining)}" if task.time_remaining is not None else ""
     how_far = filter(None, (percent, _counts(task), _rate_text(task.speed or 0.0, task.fields["unit"]), left))
-    # A copy: another thread may add to them.
-    fields = dict(task.fields)
-    more = (f"{name.replace('_', ' ')} {value}" for name, value in fields.items() if name != "unit")
+    # Of a copy: another thread may add to them.
+    more = (f"{name.replace('_', ' ')} {value}" for name, value in dict(task.fields).items() if name != "unit")
     return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))
 
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
-from job.config import SampleConfig
-from job.config_input import EMBEDDED, draft, parse_sets, presets, read_config_file
+from job.config import EMBEDDED, SampleConfig, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadRequestError
 from job.runs import records
@@ -102,13 +101,14 @@ class SampleRequest:
             )
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
-        many = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
-        pictures = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
-        for option, is_chosen in (many if self.count is None else pictures).items():
-            if is_chosen and self.count is None:
-                raise BadRequestError(f"{option} is about many images: say how many with --count")
-            if is_chosen:
-                raise BadRequestError(f"{option} is about pictures: leave it out, or --count, which takes --first-seed")
+        if self.count is None:
+            unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
+            why = "is about many images: say how many with --count"
+        else:
+            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
+            why = "is about pictures: leave it out, or --count, which takes --first-seed"
+        if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
+            raise BadRequestError(f"{chosen[0]} {why}")
         _ = self.slice_of
         return self
 

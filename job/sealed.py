@@ -48,11 +48,8 @@ class Sealed(Part):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problem = error.errors()[0]
-            field = ".".join(map(str, problem["loc"])) or "document"
-            raise BadDataError(
-                f"{uri} is of another version of the program ({field}: {problem['msg'].lower()})"
-            ) from None
+            problem = " ".join(str(error.errors(include_url=False)[0]).split())
+            raise BadDataError(f"{uri} is of another version of the program ({problem})") from None
 
     @classmethod
     def load(cls, store: Store, key: str) -> Self:

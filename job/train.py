@@ -1,20 +1,51 @@
-"""`ddpm train`: begins a run or goes on with it. There is no resume flag; the same command does both."""
+"""`ddpm train` on one process: begins a run or goes on with it. There is no resume flag; the same command does both.
+
+`run_training` meets the other processes, takes the run, and hands both to a `TrainingSession`: the state on the device,
+and what is due after each step. Everything that decides what is learnt happens in `ddpm.training`. Here it is connected
+to a bucket: which images come in, when a checkpoint goes out, who is told how it goes. Methods that are collective must
+be called by all processes at the same step; a decision that only one of them could make is therefore agreed on before
+anybody acts on it.
+"""
 
 from __future__ import annotations
 
-from ddpm.training import NonFiniteError
-from job.data.cache import default_cache_dir, open_cache
-from job.exits import NotANumberError
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from ddpm import figures, training
+from ddpm.ema import ema_decay
+from ddpm.epochs import crosses, epochs_completed_by
+from ddpm.objective import Objective
+from ddpm.schedule import make_schedule
+from job.config import RunConfig
+from job.data.cache import ImageCache, default_cache_dir, open_cache
+from job.data.order import Order
+from job.data.stream import stream_batches
+from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
-from job.processes.ranks import Ranks, meet
+from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress, note
-from job.runs import records
+from job.requests import GIF_SEEDS
+from job.runs import metrics, records
+from job.runs.checkpoints import Manifest, newest_good
+from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.records import Attempt
-from job.session import TrainingSession
+from job.runs.retention import Retention
+from job.runs.samples import LOSS_FIGURE, denoising_key, label_of, run_grid_key
+from job.runs.writer import CheckpointWriter, HeldRun
+from job.sampling.painter import Painter, sampling_of
+from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
 
+ANOTHER_PROCESS = "another process"
+"""Why a process stops that was not asked itself."""
+_STARVED_POLL_SECONDS = 0.02
 _EXIT_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
@@ -38,25 +69,26 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     precision = plan.config.train.precision
     if precision == "auto":
         precision = compute.best_precision()
+    # What this machine computes in, a new run does for good.
+    request = replace(plan.request, changes=plan.request.changes | {"train.precision": precision})
     ranks = meet(stop, precision, plan.config.train.deterministic)
     lease: Lease | None = None
 
-    def take() -> int:
+    def take() -> None:
         nonlocal lease
-        lease = Lease.take(plan.run, records.highest_fence(plan.run), plan.request.wait_seconds, stop, note)
-        return lease.fence
+        lease = Lease.take(plan.run, records.highest_fence(plan.run), request.wait_seconds, stop, note)
 
     try:
-        fence = ranks.on_main(take)
-        plan = plan_run(plan.request, stop).computing_in(precision)
-        attempt = ranks.on_main(lambda: _begin(plan, fence, ranks, lease.holder if lease else ""))
-        with Progress("reading images", total=plan.index.images, disable=not ranks.is_main) as bar:
+        ranks.on_main(take)
+        plan = plan_run(request, stop)
+        attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
+        with Progress("reading images", total=plan.index.images) as bar:
             images = open_cache(
                 plan.bucket,
                 records.dataset_key_of(plan.config),
                 plan.index,
                 cache_dir=default_cache_dir(),
-                budget_bytes=plan.config.data.cache_bytes,
+                budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
                 progress=lambda done, total: bar.update(done),
                 stop=stop,
             )
@@ -64,7 +96,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         with session.restored(attempt, lease):
             session.train()
             session.finish()
-    except NonFiniteError as error:
+    except training.NonFiniteError as error:
         raise NotANumberError(
             f"{error}; what {plan.run.uri} holds is from before. It would happen again at the same image: "
             "start another run with a lower train.learning_rate, or with train.precision=fp32"
@@ -76,13 +108,303 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     return plan
 
 
-def _begin(plan: Plan, fence: int, ranks: Ranks, holder: str) -> Attempt:
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     """Writes down the run, if it is new, and this attempt; says what is otherwise than in the one before."""
+    assert lease is not None
     if plan.is_new:
         records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
-    attempt = records.record_attempt(plan.run, fence, plan.changes, ranks.world_size, device, holder)
+    attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     return attempt
+
+
+def settings_of(config: RunConfig) -> training.Settings:
+    """The loop's settings from a run's configuration."""
+    return training.Settings(
+        batch_size_images=config.train.batch_size,
+        micro_batch_size_images=config.train.micro_batch_size,
+        learning_rate=config.train.learning_rate,
+        warmup_images=config.train.warmup_images,
+        clip_norm=config.train.clip_norm,
+        ema_decay=config.ema.decay,
+        ema_warmup=config.ema.warmup,
+        seed=config.train.seed,
+        flip=config.data.flip,
+        dropout=config.model.dropout,
+    )
+
+
+class TrainingSession:
+    """Every process makes the same decisions at the same step; only the main one writes."""
+
+    writer: CheckpointWriter
+    """On the main process alone, as are the lease and the status, while the session is `restored`."""
+
+    def __init__(self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER) -> None:
+        """Builds the network and its state on this process's device. Collective."""
+        self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
+        self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
+        self.settings, self.hooks = settings_of(self.config), training.Hooks(after_step=self._after_step)
+        self.retention = Retention(self.config, self.dataset_images)
+        device = ranks.accelerator.device
+        model = compute.build_network(self.config, device)
+        self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
+        if self.config.train.compile and device.type == "cuda":
+            model.compile()
+        self.network = ranks.accelerator.prepare_model(model)
+        self.agreement = Agreement(ranks.world_size, flags=4)
+        self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
+        self.last_row: metrics.Row = {}
+        self.saved_images = -1
+        self.logged_at, self.logged_images = time.monotonic(), 0
+
+    @contextmanager
+    def restored(self, attempt: records.Attempt, lease: Lease | None) -> Iterator[None]:
+        """The session with the newest checkpoint that verifies loaded, if there is one; ends all writing on leaving.
+
+        Args:
+            attempt: this attempt.
+            lease: held by the main process; none on the others.
+        """
+        aside: set[CheckpointRef] = set()
+        manifest = self._restore(aside)
+        if lease is None:
+            yield
+            return
+        self.attempt, self.lease = attempt, lease
+        held = HeldRun(self.plan.run, self.retention, attempt, lease)
+        saved_metrics = manifest.metrics if manifest else ()
+        self.writer = CheckpointWriter(held, self.state.tensors(), saved_metrics, aside, self.stop, note)
+        self.status = records.StatusReporter(self.plan.run, self._status, note)
+        try:
+            yield
+        except LostRunError:
+            # The run's status is the other attempt's now, and nothing more of this one is to arrive.
+            with suppress(JobError):
+                self.writer.close(wait=False)
+            raise
+        except BaseException as error:
+            # Whatever went wrong here, a checkpoint on its way is a good one: it arrives before that is told.
+            try:
+                self._close("stopped" if isinstance(error, StoppedError) else "failed")
+            except JobError as second:
+                if second is not error:
+                    note(f"while ending: {second}")
+            raise
+        else:
+            self._close("finished")
+
+    def _close(self, state: str) -> None:
+        try:
+            self.writer.close(wait=True)
+        finally:
+            # The lease is to be given back as well.
+            self.status.close(state, min(records.STATUS_CLOSE_SECONDS, self.stop.seconds_left() / 2))
+
+    def _restore(self, aside: set[CheckpointRef]) -> Manifest | None:
+        """Loads the newest checkpoint, once for all processes, if there is one. Damaged ones go into `aside`."""
+        tensors = self.state.tensors()
+
+        def load() -> Manifest | None:
+            with newest_good(self.plan.run, note, aside) as restored:
+                if restored is None:
+                    return None
+                restored.copy_into(tensors)
+                return restored.manifest
+
+        manifest = self.ranks.on_main(load)
+        if manifest is None:
+            return None
+        if dist.is_initialized():
+            for named in tensors.values():
+                for tensor in named.values():
+                    dist.broadcast(tensor, src=0)
+        self.state.resume_at(manifest.images_seen, self.batch_size)
+        if self.ranks.is_main:
+            # The others begin at zero: the sums are added up over processes.
+            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums))
+        self.saved_images = self.logged_images = manifest.images_seen
+        return manifest
+
+    def train(self) -> None:
+        """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
+        config, state, accelerator = self.config, self.state, self.ranks.accelerator
+        shard_images = tuple(shard.images for shard in self.plan.index.shards)
+        self.batches = stream_batches(
+            self.images,
+            Order(shard_images, config.train.seed, config.data.shuffle_block_images),
+            batch_size_images=self.batch_size,
+            first_image=state.images_seen,
+            last_image=self.plan.target_images,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            pin_memory=accelerator.device.type == "cuda",
+            with_labels=bool(config.model.num_classes),
+            stop=self.stop,
+        )
+        schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
+        objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        self.logged_at = time.monotonic()
+        with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
+            if self._is_grid_due(state.images_seen):
+                # The attempt that saved this checkpoint may not have got that far.
+                key = run_grid_key(config, self.dataset_images, state.images_seen)
+                if self.ranks.on_main(lambda: not self.plan.run.exists(key)):
+                    self._draw_grid()
+            with closing(self.batches):
+                # Each step tells the step after next whether anybody lacks its batch.
+                if self._can_all_begin(2):
+                    training.train(state, self.network, self.batches, objective, self.settings, accelerator, self.hooks)
+                self.agreement.finish()
+                # Before the stream is closed, which may take its time while a shard does not come.
+                self._save()
+            stopped = state.images_seen < self.plan.target_images
+            if stopped:
+                self.stop.request(ANOTHER_PROCESS)
+            self.ranks.on_main(lambda: self.writer.wait())
+        if stopped:
+            raise StoppedError(
+                f"stopped by {self.stop.reason} after {state.images_seen:,} images; everything is saved, and the same "
+                "command goes on from there"
+            )
+
+    def _can_all_begin(self, steps: int) -> bool:
+        """Waits until every process has the batches of so many steps; False if one is to stop before. Collective.
+
+        A step that only some processes can begin never ends, and what was learnt before it could not be saved.
+        """
+        while True:
+            lacking, stopping = self.ranks.sum(not self.batches.holds(steps), self.stop())
+            if stopping:
+                self.stop.request(ANOTHER_PROCESS)
+            if not lacking or stopping:
+                return not lacking
+            time.sleep(_STARVED_POLL_SECONDS)
+
+    def _after_step(self, state: training.TrainState) -> bool:
+        """Does what is due; whether all processes stop.
+
+        What any process raised in the step before, all of them see in this one, so that each does the same.
+        """
+        images, config, is_main = state.images_seen, self.config, self.ranks.is_main
+        stopping, save_now, troubled, starved = self.agreement.exchange(
+            self.stop(),
+            is_main and self.writer.overdue,
+            is_main and self.writer.troubled,
+            not self.batches.holds(2),
+        )
+        if troubled:
+            self.ranks.on_main(lambda: self.writer.raise_trouble())
+        if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
+            self._log()
+        if stopping:
+            self.stop.request(ANOTHER_PROCESS)
+        # Before images are waited for, which may never come.
+        is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
+        if stopping or save_now or is_due or self.retention.keeps(images):
+            self._save()
+        stopping = stopping or (starved and not self._can_all_begin(1))
+        if not stopping and self._is_grid_due(images):
+            try:
+                self._draw_grid()
+            except StoppedError:
+                # On every process at once, between two steps: what was learnt is saved as after any other.
+                self.stop.request(ANOTHER_PROCESS)
+                stopping = True
+        self._show(images)
+        return stopping
+
+    def _log(self) -> None:
+        training.check_finite(self.state)
+        state, now = self.state, time.monotonic()
+        losses = training.loss_row(state.log.reduced())
+        state.log.sums.zero_()
+        self.last_row = {
+            "images_seen": state.images_seen,
+            "epoch": round(state.images_seen / self.dataset_images, 4),
+            **losses,
+            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, self.settings),
+            "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
+            "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
+            "time": round(time.time(), 3),
+        }
+        if self.ranks.is_main:
+            self.writer.rows.append(self.last_row)
+        self.logged_at, self.logged_images = now, state.images_seen
+
+    def _save(self) -> None:
+        """Queues a checkpoint of this moment, unless there is one; collective."""
+        images_seen = self.state.images_seen
+        if images_seen == self.saved_images:
+            return
+        training.check_finite(self.state)
+        loss_sums = self.state.log.reduced().tolist()
+        self.saved_images = images_seen
+        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums))
+
+    def _draw_grid(self) -> Painter:
+        """Makes the sample grid of this moment from the averaged weights; collective."""
+        config, images_seen = self.config, self.state.images_seen
+        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
+        self.state.ema.copy_to(painter.network)
+        seeds, sample = range(config.sample.images), config.sample
+        drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
+
+        def publish() -> None:
+            learnt = self.images if sample.nearest else None
+            grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
+            self.writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
+
+        self.ranks.on_main(publish)
+        return painter
+
+    def _is_grid_due(self, images_seen: int) -> bool:
+        """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""
+        every = self.config.sample.every_epochs
+        return bool(every) and images_seen < self.plan.target_images and self._completes_epoch(images_seen, every)
+
+    def _completes_epoch(self, images_seen: int, every: int) -> bool:
+        """Whether this is the end of an epoch, of each `every`-th one."""
+        epochs = epochs_completed_by(images_seen, self.dataset_images, self.batch_size)
+        return any(epoch % every == 0 for epoch in epochs)
+
+    def finish(self) -> None:
+        """Makes the last pictures; collective."""
+        painter, images_seen = self._draw_grid(), self.state.images_seen
+
+        def publish() -> None:
+            label = label_of(images_seen, self.dataset_images, self.batch_size)
+            gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
+            self.writer.put(denoising_key(label), gif, images_seen=images_seen)
+            rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, note)
+            self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
+            self.writer.wait()
+
+        self.ranks.on_main(publish)
+
+    def _show(self, images_seen: int) -> None:
+        """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""
+        epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
+        shown = {"loss": f"{self.last_row['loss']:.4f}"} if "loss" in self.last_row else {}
+        shown["epoch"] = f"{epoch:.1f}/{self.config.train.epochs}"
+        shown["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
+        self.bar.update(images_seen, total=self.plan.target_images, **shown)
+
+    def _status(self, state: str) -> records.Status:
+        # Whoever slept and was replaced must not say on waking how the run was going then.
+        self.lease.confirm()
+        images_seen = self.state.images_seen
+        return records.Status(
+            state=state,
+            fence=self.attempt.fence,
+            attempt=self.attempt.id,
+            images_seen=images_seen,
+            target_images=self.plan.target_images,
+            epoch=round(images_seen / self.dataset_images, 3),
+            loss=self.last_row.get("loss"),
+            images_per_second=self.last_row.get("images_per_second"),
+            updated=records.utc_now(),
+        )

@@ -174,7 +174,7 @@ class Watched:
                 self._watch_sampling(module.Painter, "_check_stopped")
             case "job.runs.checkpoints":
                 self._watch_restoring(module)
-            case "job.session":
+            case "job.train":
                 self._watch_session(module)
             case "ddpm.randomness":
                 self._keep_drawn(module, "training_timesteps")

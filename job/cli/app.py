@@ -4,13 +4,14 @@ import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, NoReturn
 
 import typer
 
+from job import __version__
 from job.cli import data, doctor, figure, jobs, runs, sample, submit, train
-from job.exits import Exit, ending_of
-from job.processes.launched import LOST_PEER, is_launched, is_rank, lost_peer
+from job.exits import ending_of
+from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
 app = typer.Typer(
     name="ddpm",
@@ -29,14 +30,9 @@ app.add_typer(submit.app, name="submit")
 app.add_typer(jobs.app, name="jobs")
 app.command("doctor")(doctor.doctor)
 
-SAID_BY_RANK_0 = (Exit.STOPPED, Exit.NOT_A_NUMBER)
-"""How all ranks end together, for the same reason."""
-
 
 def _print_version(show: bool) -> None:
     if show:
-        from job import __version__
-
         typer.echo(f"ddpm {__version__}")
         raise typer.Exit
 
@@ -61,21 +57,12 @@ def main() -> None:
         run()
     except SystemExit as end:
         for stream in (sys.stdout, sys.stderr):
-            _flush(stream)
-        if not isinstance(end.code, int | None) or not (end.code or is_rank()):
-            raise
+            # Nobody may take it any more.
+            with suppress(OSError):
+                stream.flush()
         # The interpreter would wait for threads, of which one may be asking a bucket that keeps silent; and those of a
         # process group that is no more would abort it, so that the code would be SIGABRT.
-        os._exit(end.code or 0)
-
-
-def _flush(stream: TextIO) -> None:
-    """What nobody takes any more is dropped: at its end the interpreter would try again, and end with 120."""
-    try:
-        stream.flush()
-    except OSError:
-        with suppress(OSError, ValueError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        os._exit(ending_of(end)[0])
 
 
 def run() -> None:
@@ -100,12 +87,10 @@ def run() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    rank = os.environ.get("RANK", "0")
     # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
+    rank = os.environ.get("RANK", "0")
+    who = "ddpm" if rank == "0" or is_launched() else f"ddpm (rank {rank})"
     # Whoever read it may be gone; the code is what engines decide by.
     with suppress(OSError):
-        if rank == "0" or is_launched():
-            print(f"ddpm: {message}", file=sys.stderr)
-        elif code not in SAID_BY_RANK_0:
-            print(f"ddpm (rank {rank}): {message}", file=sys.stderr)
+        print(f"{who}: {message}", file=sys.stderr)
     raise SystemExit(int(code))

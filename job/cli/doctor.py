@@ -4,15 +4,13 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import Targets
+from job.cli.options import OnTarget, Targets
 
 
 def doctor(
-    on: Annotated[
-        str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")
-    ] = "local",
+    on: OnTarget = "local",
     bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
+        str, typer.Option(metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
     ] = "",
     no_bucket: Annotated[bool, typer.Option("--no-bucket", help="Look at no bucket.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, at the end.")] = False,

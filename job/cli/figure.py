@@ -6,15 +6,12 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import BucketUri, Dataset, RunOption, Size
+from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, RunOption, Size
 
 app = typer.Typer(
     help="Pictures that explain: the schedule, noised images, the denoising.\n\nExample: ddpm figure schedule",
     no_args_is_help=True,
 )
-
-TIMESTEPS = "962,237,38,39,988,559,299,226,985,791,859,485"
-
 
 Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")]
@@ -24,7 +21,7 @@ Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Wh
 def figure_schedule(
     kind: Schedule = "linear",
     timesteps: Annotated[
-        int, typer.Option("--timesteps", metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
+        int, typer.Option(metavar="N", min=2, max=1_000_000, help="Number of diffusion steps T.")
     ] = 1000,
     output: Picture = Path("schedule.png"),
 ) -> None:
@@ -41,8 +38,8 @@ def figure_schedule(
 def figure_noising(
     dataset: Dataset,
     timesteps: Annotated[
-        str, typer.Option("--timesteps", metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
-    ] = TIMESTEPS,
+        str, typer.Option(metavar="LIST", help="One timestep (0 to 999) per image, comma-separated.")
+    ] = "962,237,38,39,988,559,299,226,985,791,859,485",
     kind: Schedule = "linear",
     size: Size = None,
     output: Picture = Path("noising.png"),
@@ -60,7 +57,7 @@ def figure_noising(
 @app.command("denoising")
 def figure_denoising(
     run: RunOption,
-    seeds: Annotated[str, typer.Option("--seeds", metavar="LIST", help="One image each, such as 0-11, up to 12.")] = "",
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="One image each, such as 0-11, up to 12.")] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Make a GIF of a run's network turning noise into images.
@@ -72,4 +69,5 @@ def figure_denoising(
     from job.commands import sample_command
     from job.requests import SampleRequest
 
-    sample_command(SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False), processes=1)
+    request = SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False)
+    sample_command(request, 1, DEFAULT_HANG_AFTER, stop_after="")

@@ -14,7 +14,7 @@ app = typer.Typer(
 
 JobName = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
 OnOneTarget = Annotated[
-    str, typer.Option("--on", metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
+    str, typer.Option(metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
 ]
 
 
@@ -34,9 +34,7 @@ def status(
     job: JobName,
     on: OnOneTarget = "",
     targets: Targets = None,
-    bucket: Annotated[
-        str, typer.Option("--bucket", metavar="URI", help="Where its run lies. Default: the target's bucket.")
-    ] = "",
+    bucket: Annotated[str, typer.Option(metavar="URI", help="Where its run lies. Default: the target's bucket.")] = "",
 ) -> None:
     """Show how a job is going, also when its machine is gone.
 

@@ -8,33 +8,27 @@ import typer
 BucketUri = Annotated[
     str,
     typer.Option(
-        "--bucket",
         metavar="URI",
         envvar="DDPM_BUCKET",
         help="Where datasets and runs lie: gs://NAME[/PREFIX], s3://NAME[/PREFIX] or a local folder.",
         show_envvar=True,
     ),
 ]
-RunOption = Annotated[str, typer.Option("--run", metavar="NAME", help="Name of the run, such as celeba.")]
-Dataset = Annotated[str, typer.Option("--dataset", metavar="NAME", help="Name of a packed dataset, such as celeba.")]
-Size = Annotated[
-    int | None, typer.Option("--size", metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")
-]
-Processes = Annotated[
-    int | None, typer.Option("--processes", metavar="N", min=1, max=64, help="Default: one per GPU, or one.")
-]
+RunOption = Annotated[str, typer.Option(metavar="NAME", help="Name of the run, such as celeba.")]
+Dataset = Annotated[str, typer.Option(metavar="NAME", help="Name of a packed dataset, such as celeba.")]
+Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
+Processes = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Default: one per GPU, or one.")]
 HangAfter = Annotated[
     float,
-    typer.Option(
-        "--hang-after", metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never."
-    ),
+    typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never."),
 ]
 StopAfter = Annotated[
     str,
-    typer.Option("--stop-after", metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m."),
+    typer.Option(metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m."),
 ]
+OnTarget = Annotated[str, typer.Option(metavar="TARGET", help="Where: local, container, or a name of the file.")]
 Targets = Annotated[
-    Path | None, typer.Option("--targets", metavar="FILE", help="Default: that of DDPM_TARGETS, else ./targets.yaml.")
+    Path | None, typer.Option(metavar="FILE", help="Default: that of DDPM_TARGETS, else ./targets.yaml.")
 ]
 Certain = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="yaml or json.")]

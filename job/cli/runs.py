@@ -55,7 +55,7 @@ def runs_prune(
     run: RunName,
     keep_last: Annotated[
         int | None,
-        typer.Option("--keep-last", metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last."),
+        typer.Option(metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
     bucket: BucketUri = DEFAULT_BUCKET,

@@ -11,34 +11,28 @@ from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, HangAfter, Processes,
 def ddpm_sample(
     run: RunOption,
     checkpoints: Annotated[
-        str, typer.Option("--checkpoints", metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
+        str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
     ] = "latest",
-    seeds: Annotated[
-        str, typer.Option("--seeds", metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")
-    ] = "",
-    sampler: Annotated[str, typer.Option("--sampler", metavar="NAME", help="ddpm or ddim. Default: the run's.")] = "",
-    steps: Annotated[int | None, typer.Option("--steps", metavar="N", min=1, help="Default: the run's.")] = None,
+    seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
+    sampler: Annotated[str, typer.Option(metavar="NAME", help="ddpm or ddim. Default: the run's.")] = "",
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: the run's.")] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights instead of the averaged ones.")] = False,
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
     ] = None,
-    precision: Annotated[
-        str, typer.Option("--precision", metavar="NAME", help="fp32 or bf16. Default: the run's.")
-    ] = "",
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", metavar="N", min=1, help="Images at a time and process.")
-    ] = None,
+    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32 or bf16. Default: the run's.")] = "",
+    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
     count: Annotated[
         int | None,
-        typer.Option("--count", metavar="IMAGES", min=1, max=10**9, help="Save so many images, one per seed."),
+        typer.Option(metavar="IMAGES", min=1, max=10**9, help="Save so many images, one per seed."),
     ] = None,
-    save: Annotated[str, typer.Option("--save", metavar="KIND", help="shards (tar files; the default) or png.")] = "",
+    save: Annotated[str, typer.Option(metavar="KIND", help="shards (tar files; the default) or png.")] = "",
     slice_: Annotated[
         str, typer.Option("--slice", metavar="I/N", help="Every N-th piece of them: slices may run side by side.")
     ] = "",
     first_seed: Annotated[
-        int | None, typer.Option("--first-seed", metavar="K", min=0, max=10**17, help="Of the first image. Default: 0.")
+        int | None, typer.Option(metavar="K", min=0, max=10**17, help="Of the first image. Default: 0.")
     ] = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
@@ -67,4 +61,4 @@ def ddpm_sample(
 
     pictures = (seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
     request = SampleRequest(run, bucket, checkpoints, *pictures, count, save, slice_, first_seed)
-    sample_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)
+    sample_command(request, processes, hang_after, stop_after)

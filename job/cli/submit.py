@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from job.cli import data, sample, train
-from job.cli.options import Output, Targets
+from job.cli.options import OnTarget, Output, Targets
 
 if TYPE_CHECKING:
     from job.jobs.command_line import ParsedCommand
@@ -20,85 +20,55 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-_VERBS: dict[Verb, tuple[tuple[str, ...], Callable[..., None]]] = {
-    "train": (("train",), train.ddpm_train),
-    "sample": (("sample",), sample.ddpm_sample),
-    "pack": (("data", "pack"), data.data_pack),
+_VERBS: dict[Verb, tuple[str, Callable[..., None], str]] = {
+    "train": ("train", train.ddpm_train, "train --dataset celeba --on gke --gpus 8 --max-hours 48"),
+    "sample": ("sample", sample.ddpm_sample, "sample --run celeba --count 50000 --slices 4 --on gke"),
+    "pack": ("data pack", data.data_pack, "pack gs://photos/all.zip mine --size 64 --on gke"),
 }
-"""The command of each verb, and what it calls."""
-_HELP: dict[Verb, str] = {
-    "train": """Start `ddpm train` with the options that follow.
-
-    See `ddpm train --help` for them. A run that is there is gone on with.
-
-    Examples:
-
-        ddpm submit train --dataset landscape-sample --on local --detach
-
-        ddpm submit train --dataset celeba --on gke --gpus 8 --max-hours 48
-    """,
-    "sample": """Start `ddpm sample` with the options that follow.
-
-    See `ddpm sample --help` for them.
-
-    Example: ddpm submit sample --run celeba --count 50000 --slices 4 --on gke
-    """,
-    "pack": """Start `ddpm data pack` with the words that follow.
-
-    See `ddpm data pack --help` for them. Elsewhere SOURCE must be a URI.
-
-    Example: ddpm submit pack gs://photos/all.zip mine --size 64 --on gke
-    """,
-}
-
-OnTarget = Annotated[
-    str, typer.Option("--on", metavar="TARGET", help="Where: local, container, or a name of the file.")
-]
-Gpus = Annotated[
-    int | None, typer.Option("--gpus", metavar="N", min=0, help="GPUs of each machine. Default: the target's.")
-]
-Nodes = Annotated[int, typer.Option("--nodes", metavar="N", min=1, help="Machines that train together.")]
-GpuType = Annotated[str, typer.Option("--gpu-type", metavar="TYPE", help="Such as nvidia-l4. Default: the target's.")]
-Spot = Annotated[
-    bool | None,
-    typer.Option(
-        "--spot/--on-demand", help="Whether the machines may be taken away. Default: the target's.", show_default=False
-    ),
-]
-MaxHours = Annotated[
-    float | None,
-    typer.Option(
-        "--max-hours", metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."
-    ),
-]
-Slices = Annotated[
-    int, typer.Option("--slices", metavar="N", min=0, help="Sample --count images on so many machines side by side.")
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")]
-StayAndWatch = Annotated[
-    bool, typer.Option("--watch", help="Stay, and submit it again where the engine gives up or has no machine.")
-]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
-Detach = Annotated[bool, typer.Option("--detach", help="Return at once; the job goes on in the background.")]
+"""The command of each verb, what it calls, and an example."""
 
 
 def _add_verb(verb: Verb) -> None:
-    @app.command(verb, help=_HELP[verb], context_settings={"ignore_unknown_options": True, "allow_extra_args": True})
+    command, _, example = _VERBS[verb]
+
+    @app.command(
+        verb,
+        help=f"Start `ddpm {command}` with the words that follow: see its --help.\n\nExample: ddpm submit {example}",
+        context_settings={"ignore_unknown_options": True, "allow_extra_args": True},
+    )
     def submit_verb(
         context: typer.Context,
         on: OnTarget = "local",
-        gpus: Gpus = None,
-        nodes: Nodes = 1,
-        gpu_type: GpuType = "",
-        spot: Spot = None,
-        max_hours: MaxHours = None,
-        slices: Slices = 0,
+        gpus: Annotated[
+            int | None, typer.Option(metavar="N", min=0, help="GPUs of each machine. Default: the target's.")
+        ] = None,
+        nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that train together.")] = 1,
+        gpu_type: Annotated[str, typer.Option(metavar="TYPE", help="Such as nvidia-l4. Default: the target's.")] = "",
+        spot: Annotated[
+            bool | None,
+            typer.Option(
+                "--spot/--on-demand",
+                help="Whether the machines may be taken away. Default: the target's.",
+                show_default=False,
+            ),
+        ] = None,
+        max_hours: Annotated[
+            float | None,
+            typer.Option(metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."),
+        ] = None,
+        slices: Annotated[
+            int, typer.Option(metavar="N", min=0, help="Sample --count images on so many machines side by side.")
+        ] = 0,
         targets: Targets = None,
-        dry_run: DryRun = False,
+        dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
         output: Output = "",
-        watch: StayAndWatch = False,
-        yes: Yes = False,
-        detach: Detach = False,
+        watch: Annotated[
+            bool, typer.Option("--watch", help="Stay, and submit it again where the engine gives up or has no machine.")
+        ] = False,
+        yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+        detach: Annotated[
+            bool, typer.Option("--detach", help="Return at once; the job goes on in the background.")
+        ] = False,
     ) -> None:
         from job.jobs.building import Resources
         from job.jobs.submit import SubmitOptions, submit
@@ -120,7 +90,7 @@ def parsed(verb: Verb, words: Sequence[str]) -> ParsedCommand:
     """
     from job.jobs.command_line import ParsedCommand
 
-    path, function = _VERBS[verb]
+    command_words, function, _ = _VERBS[verb]
     alone = typer.Typer(add_completion=False)
     alone.command()(function)
     command: Any = typer.main.get_command(alone)
@@ -128,7 +98,7 @@ def parsed(verb: Verb, words: Sequence[str]) -> ParsedCommand:
         each.name: () if each.param_type_name == "argument" else (each.opts[0], *each.secondary_opts)
         for each in command.params
     }
-    with command.make_context(f"ddpm {' '.join(path)}", list(words)) as context:
+    with command.make_context(f"ddpm {command_words}", list(words)) as context:
         sources = {name: context.get_parameter_source(name) for name in context.params}
         given = frozenset(name for name, source in sources.items() if source and source.name == "COMMANDLINE")
-        return ParsedCommand(verb, path, options, dict(context.params), given)
+        return ParsedCommand(verb, tuple(command_words.split()), options, dict(context.params), given)

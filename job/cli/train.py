@@ -11,21 +11,21 @@ from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, HangAfter, P
 
 def ddpm_train(
     dataset: Dataset,
-    run: Annotated[str, typer.Option("--run", metavar="NAME", help="Default: the dataset's name.")] = "",
+    run: Annotated[str, typer.Option(metavar="NAME", help="Default: the dataset's name.")] = "",
     epochs: Annotated[
-        int | None, typer.Option("--epochs", metavar="N", min=1, help="Up to this many passes over the dataset.")
+        int | None, typer.Option(metavar="N", min=1, help="Up to this many passes over the dataset.")
     ] = None,
     preset: Annotated[
         str,
-        typer.Option("--preset", metavar="NAME", help="Settings to begin with. Default: the dataset's own."),
+        typer.Option(metavar="NAME", help="Settings to begin with. Default: the dataset's own."),
     ] = "",
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64.")
     ] = None,
-    config: Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A YAML file with settings.")] = None,
+    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with settings.")] = None,
     processes: Processes = None,
     wait: Annotated[
-        float, typer.Option("--wait", metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")
+        float, typer.Option(metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")
     ] = 0.0,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
@@ -43,4 +43,4 @@ def ddpm_train(
     from job.requests import TrainRequest
 
     request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait)
-    train_command(request, processes, hang_after_seconds=hang_after, stop_after=stop_after)
+    train_command(request, processes, hang_after, stop_after)

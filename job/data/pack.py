@@ -29,7 +29,7 @@ from typing import Any
 
 import google_crc32c
 
-from job.config_input import pack_config
+from job.config import pack_config
 from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars

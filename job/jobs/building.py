@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from job.config_input import EMBEDDED, parse_sets, read_config_file
+from job.config import EMBEDDED, parse_sets, read_config_file
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from job.config_input import parse_yaml
+from job.config import parse_yaml
 from job.exits import BadRequestError, MissingInputError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import JsonObject, NoCapacityError

@@ -15,7 +15,7 @@ import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job import DEFAULT_BUCKET
-from job.config_input import parse_yaml
+from job.config import parse_yaml
 from job.exits import BadConfigError, BadRequestError
 from job.store import check_uri
 from job.store.files import os_errors

@@ -17,8 +17,7 @@ import yaml
 from pydantic import Field
 
 from job.code_version import code_version
-from job.config import RunConfig, flatten, validated
-from job.config_input import parse_yaml
+from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in

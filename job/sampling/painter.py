@@ -76,7 +76,7 @@ class Painter:
         mine = list(seeds[rank::world_size])
         steps = len(sampling.timesteps(self.schedule.num_timesteps))
         made = [np.empty((0, *self._image_shape), np.uint8)]
-        with Progress(title, total=len(seeds), unit="images", disable=rank != 0) as bar:
+        with Progress(title, total=len(seeds)) as bar:
             # Every process counts the batches of the first one, which has the most.
             for start in range(0, len(seeds[::world_size]), batch_size_images):
                 if some := mine[start : start + batch_size_images]:

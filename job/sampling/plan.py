@@ -9,7 +9,7 @@ from typing import Literal
 from job.config import RunConfig, SampleConfig
 from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError
-from job.progress import note_once
+from job.progress import note
 from job.requests import SampleRequest
 from job.runs import records
 from job.runs.checkpoints import choose, load_manifest, lost_manifest
@@ -66,13 +66,13 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
     """
-    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note_once))
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
     config = records.existing_config(bucket, request.run)
     try:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
-        note_once(f"{error}; drawing as the run began")
+        note(f"{error}; drawing as the run began")
     sampler = request.sampler or config.sample.sampler
     # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
     steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else config.diffusion.timesteps)
@@ -83,7 +83,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if request.checkpoints == "latest":
         with suppress(BadDataError):
             if lost := lost_manifest(run, checkpoints):
-                note_once(f"{lost}: drawing from the checkpoint before")
+                note(f"{lost}: drawing from the checkpoint before")
     return SamplePlan(request, bucket, run, index, config, sample, tuple(checkpoints))
 
 

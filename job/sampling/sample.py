@@ -64,7 +64,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
             records.dataset_key_of(plan.config),
             plan.index,
             cache_dir=default_cache_dir(),
-            budget_bytes=plan.config.data.cache_bytes,
+            budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
             stop=painter.stop,
         )
     grids: list[tuple[str, np.ndarray]] = []
@@ -111,8 +111,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
         if missing:
             painter.load(plan.run, sample_set.ref, plan.weights)
             began = time.monotonic()
-            bar = Progress(sample_set.name, total=there_before + to_make, disable=not ranks.is_main)
-            with bar.started_at(there_before):
+            with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
                 def advance(done: int) -> None:
                     renew()

@@ -46,17 +46,6 @@ def test_min_snr_loss_is_the_same_for_both_predictions(kind: str) -> None:
         torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
 
 
-def test_min_snr_weights_by_hand() -> None:
-    snr = torch.tensor([SCHEDULE.alpha_bar(t) / (1 - SCHEDULE.alpha_bar(t)) for t in TIMESTEPS.tolist()])
-    assert snr[1] > 5 > snr[2] > snr[3]
-    epsilon, v = (Objective(SCHEDULE, prediction, 5.0).weights(TIMESTEPS) for prediction in ("epsilon", "v"))
-    assert epsilon[0].item() == pytest.approx(5 / 9999, rel=1e-5)
-    assert v[0].item() == pytest.approx(5 / 10000, rel=1e-5)
-    assert epsilon[2:].tolist() == [1, 1, 1, 1]
-    torch.testing.assert_close(v[2:], snr[2:] / (snr[2:] + 1))
-    assert Objective(SCHEDULE, "v").weights(TIMESTEPS).tolist() == [1] * 6
-
-
 def test_half_precision_network_gives_float32_losses_and_gradients() -> None:
     network = nn.Conv2d(3, 3, 1)
 

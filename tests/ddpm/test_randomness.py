@@ -158,40 +158,6 @@ def test_smaller_images_see_the_beginning_of_the_same_stream() -> None:
     assert torch.equal(large[:, :35], small)
 
 
-def test_noise_is_standard_normal() -> None:
-    noise = training_noise(3, torch.arange(200), (3, 32, 32), "cpu").double().flatten()
-    count = noise.numel()
-    assert noise.mean().abs() < 4 / count**0.5
-    assert noise.var().item() == pytest.approx(1, abs=4 * (2 / count) ** 0.5)
-    assert (noise**3).mean().abs() < 4 * (15 / count) ** 0.5
-    assert (noise**4).mean().item() == pytest.approx(3, abs=4 * (96 / count) ** 0.5)
-    # Kolmogorov-Smirnov against the normal distribution; 1.95/√n has a probability of 0.001.
-    cumulative = torch.special.ndtr(noise.sort().values)
-    steps = torch.arange(1, count + 1, dtype=torch.float64) / count
-    assert (cumulative - steps).abs().max() < 1.95 / count**0.5
-    assert 4.2 < noise.abs().max() < 6.8
-
-
-def test_values_images_seeds_and_purposes_are_uncorrelated() -> None:
-    shape, numbers = (3, 32, 32), torch.arange(64)
-    noise = training_noise(5, numbers, shape, "cpu").flatten(1).double()
-    limit = 5 / noise.numel() ** 0.5
-    for lag in (1, 2, 3, 4, 8):
-        assert (noise[:, lag:] * noise[:, :-lag]).mean().abs() < limit * 1.1
-    others = {
-        "next image": training_noise(5, numbers + 1, shape, "cpu"),
-        "upper half of the image number": training_noise(5, numbers + 2**32, shape, "cpu"),
-        "next seed": training_noise(6, numbers, shape, "cpu"),
-        "upper half of the seed": training_noise(5 + 2**32, numbers, shape, "cpu"),
-        "sampling, the image's number as its seed": sampling_noise(numbers, 5, shape, "cpu"),
-        "sampling, the run's seed": sampling_noise(torch.full((64,), 5), 0, shape, "cpu"),
-    }
-    for name, other in others.items():
-        other = other.flatten(1).double()
-        assert (noise * other).mean().abs() < limit, name
-        assert (noise.square() * other.square()).mean().item() == pytest.approx(1, abs=5 * limit), name
-
-
 def test_timesteps_are_uniform() -> None:
     num_timesteps, count = 1000, 1_000_000
     timesteps = training_timesteps(11, torch.arange(count), num_timesteps)

@@ -128,49 +128,6 @@ def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip:
         assert_close(x_0, expected, rtol=1e-3, atol=1e-3)
 
 
-class TestGaussianData:
-    """For data ~ N(μ, s²) the best denoiser is linear and known, so a sampler must give back μ and s."""
-
-    mean, std = 0.3, 0.2
-
-    def denoiser(self, schedule: NoiseSchedule) -> Callable[[Tensor, int], Tensor]:
-        def denoise(x_t: Tensor, t: int) -> Tensor:
-            alpha_bar = schedule.alpha_bar(t)
-            gain = math.sqrt(alpha_bar) * self.std**2 / (alpha_bar * self.std**2 + 1 - alpha_bar)
-            return self.mean + gain * (x_t - math.sqrt(alpha_bar) * self.mean)
-
-        return denoise
-
-    def x_T(self, schedule: NoiseSchedule, z: Tensor) -> Tensor:
-        """The quantiles z of x_T's distribution, which DDIM carries to the quantiles z of the data's."""
-        alpha_bar = schedule.alpha_bar(T - 1)
-        return math.sqrt(alpha_bar) * self.mean + math.sqrt(alpha_bar * self.std**2 + 1 - alpha_bar) * z
-
-    @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
-    def test_ddim_carries_quantiles_to_quantiles(self, make: Callable[[], NoiseSchedule]) -> None:
-        schedule = make()
-        z = torch.tensor([-2.0, -1.0, 0.0, 1.0, 2.0]).view(1, 1, 1, 5)
-        errors = []
-        for steps in (10, 100, 1000):
-            grid = timestep_grid(T, steps, "trailing")
-            x_0 = sample_ddim(self.denoiser(schedule), self.x_T(schedule, z), schedule, grid, no_noise)
-            errors.append((x_0 - (self.mean + self.std * z)).abs().max().item())
-        # A first-order method: ten times the steps, a tenth of the error.
-        assert errors[2] < 0.004
-        assert 8 < errors[1] / errors[2] < 12
-        assert 7 < errors[0] / errors[1] < 12
-
-    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
-    def test_ancestral_gives_the_data_back(self, variance: str) -> None:
-        schedule, generator = linear_schedule(), torch.Generator().manual_seed(0)
-        shape = (1, 1, 100, 100)
-        x_T = self.x_T(schedule, torch.randn(shape, generator=generator))
-        grid, draw = timestep_grid(T, T, "leading"), lambda t: torch.randn(shape, generator=generator)
-        x_0 = sample_ancestral(self.denoiser(schedule), x_T, schedule, grid, draw, variance)
-        assert x_0.mean().item() == pytest.approx(self.mean, abs=4 * self.std / 100)
-        assert x_0.std().item() == pytest.approx(self.std, rel=0.03)
-
-
 class TestContract:
     def test_noise_is_asked_for_where_it_is_used_and_every_step_is_shown_with_its_estimate(self) -> None:
         for sample, choice, expected in (

@@ -36,25 +36,11 @@ ACCEPTED = {
     ("CKV_GCP_65", CLUSTER): "needs a Google Workspace with groups of its own",
     ("CKV_GCP_66", CLUSTER): "images are built by hand; an attestor would need a pipeline of its own",
 }
-MISTAKES = {
-    "CKV_GCP_114": ("storage.tf", '"enforced"', '"inherited"'),
-    "CKV_GCP_29": ("storage.tf", "uniform_bucket_level_access = true", "uniform_bucket_level_access = false"),
-    "CKV_GCP_74": ("network.tf", "private_ip_google_access = true", "private_ip_google_access = false"),
-    "CKV_GCP_25": ("cluster.tf", "private_cluster_config { enable_private_nodes = true }", ""),
-    "CKV_GCP_117": ("identity.tf", "roles/container.defaultNodeServiceAccount", "roles/editor"),
-}
 
 
-def test_nothing_but_what_is_accepted_and_planted_mistakes_are_noticed(tmp_path):
-    planted = dict(FILES)
-    for file, there, mistake in MISTAKES.values():
-        assert there in planted[file]
-        planted[file] = planted[file].replace(there, mistake)
-    # Both in one go: checkov takes seconds to start.
-    for name, texts in (("ours", FILES), ("planted", planted)):
-        (tmp_path / name).mkdir()
-        for file, text in texts.items():
-            (tmp_path / name / file).write_text(text)
+def test_nothing_but_what_is_accepted(tmp_path):
+    for file, text in FILES.items():
+        (tmp_path / file).write_text(text)
     (tmp_path / "everything.tfvars").write_text(EVERYTHING)
     command = [CHECKOV, "-d", tmp_path, "--var-file", tmp_path / "everything.tfvars", "--framework", "terraform"]
     command += ["--quiet", "--compact", "--skip-download", "-o", "json"]
@@ -62,8 +48,4 @@ def test_nothing_but_what_is_accepted_and_planted_mistakes_are_noticed(tmp_path)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
     assert report["summary"]["parsing_errors"] == 0 and report["summary"]["passed"] > 60
-    found: dict[str, set[tuple[str, str]]] = {"ours": set(), "planted": set()}
-    for check in report["results"]["failed_checks"]:
-        found[check["file_path"].split("/")[1]].add((check["check_id"], check["resource"]))
-    assert found["ours"] == set(ACCEPTED)
-    assert {check for check, _ in found["planted"] - set(ACCEPTED)} >= set(MISTAKES)
+    assert {(check["check_id"], check["resource"]) for check in report["results"]["failed_checks"]} == set(ACCEPTED)

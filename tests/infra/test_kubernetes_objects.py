@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,10 +30,6 @@ KEYS = {
     "LocalQueue": {"clusterQueue"},
 }
 STRATEGY, PREEMPTION = ("BestEffortFIFO", "StrictFIFO"), ("Never", "LowerPriority", "LowerOrNewerEqualPriority")
-RULES = (
-    "{extends: default, rules: {line-length: {max: 120}, document-start: disable, "
-    "comments: {min-spaces-from-content: 1}}}"
-)
 
 
 def of_kind(kind: str) -> dict[str, dict[str, Any]]:
@@ -71,10 +65,3 @@ def test_queues_lead_to_flavours_with_a_quota_for_all_that_jobs_ask_for():
     for flavor in group["flavors"]:
         assert [quota["name"] for quota in flavor["resources"]] == group["coveredResources"]
         assert all(re.fullmatch(r"\d+(Ki|Mi|Gi|Ti)?", str(quota["nominalQuota"])) for quota in flavor["resources"])
-
-
-def test_yamllint():
-    paths = (ROOT / "infra/kubernetes/kueue.yaml", ROOT / "job/jobs/targets.example.yaml")
-    words = [sys.executable, "-m", "yamllint", "--strict", "-d", RULES, *map(str, paths)]
-    done = subprocess.run(words, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout

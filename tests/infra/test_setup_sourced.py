@@ -95,20 +95,6 @@ def test_from_another_folder_and_in_a_strict_shell(place, shell):
     done = place.bash(script, shell=shell)
     assert done.returncode == 0, done.stderr
     assert f"{BUCKET} in {place.folder}\n" in done.stdout
-    # A caller who wants to go on says so, as with every command.
-    place.answer(("services enable", "", 9))
-    done = place.bash(
-        first + f'source "my checkout/setup.sh" {" ".join(CLOUD)} || echo "went on after $?"', shell=shell
-    )
-    assert done.stdout.endswith("went on after 9\n")
-
-
-def test_a_program_that_stays_in_the_background_holds_nobody_up(place, shell):
-    make = place.programs / "make"
-    (place.programs / "sleep").symlink_to(str(shutil.which("sleep")))
-    script = f'source ./setup.sh {" ".join(CLOUD)} >out 2>&1; echo "$DDPM_BUCKET"; kill $(cat pid)'
-    make.write_text("#!/usr/bin/env bash\nsleep 600 >/dev/null 2>&1 & echo $! > pid\n")
-    assert place.bash(script, shell=shell).stdout == f"{BUCKET}\n"
 
 
 def test_another_shell_is_told_which_to_use_and_zsh_may_run_it(place):

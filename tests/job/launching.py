@@ -10,6 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 _PROLOGUE = """
 from job.processes.launched import attach
 attach()
@@ -76,15 +78,7 @@ def ready_pids(folder: Path, processes: int = 2) -> list[int]:
 
 def children(pid: int) -> list[int]:
     """Process ids of the children of a process, dead ones that nobody has reaped included."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue
-        if int(fields[1]) == pid:
-            found.append(int(stat.parent.name))
-    return found
+    return [child.pid for child in psutil.process_iter(["ppid"]) if child.info["ppid"] == pid]
 
 
 def is_gone(pid: int) -> bool:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Callable
 from typing import Any
 
 from job.processes.process_identity import ProcessIdentity
@@ -12,6 +10,7 @@ from job.runs import lease as lease_module
 from job.runs.lease import LEASE_KEY, Lease
 from job.stop import NEVER
 from job.store import Store
+from tests.job.launching import eventually as eventually
 
 QUICK = {"RENEW_SECONDS": 0.1, "AGAIN_SECONDS": 0.05, "WATCH_SECONDS": 0.05}
 """The expiry stays as it is, so that a machine that is busy elsewhere makes no holder look dead."""
@@ -24,13 +23,6 @@ def taken(run: Store, floor: int = 0, wait_seconds: float = 0, notes: Notes | No
 
 def record_in(run: Store) -> dict[str, Any]:
     return json.loads(run.read(LEASE_KEY).data)
-
-
-def eventually(condition: Callable[[], object], seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it never came about"
-        time.sleep(0.01)
 
 
 def by_somebody_elsewhere(run: Store, fence: int = 4, since: str = "2031-01-01T00:00:00Z") -> bytes:

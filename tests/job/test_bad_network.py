@@ -19,8 +19,8 @@ from job.exits import Exit
 from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
-from job.session import TrainingSession
 from job.store import ConflictError, ObjectExistsError, Retry, Store, open_store, retry
+from job.train import TrainingSession
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
 from tests.job.launching import children

@@ -131,25 +131,6 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
     assert "EPOCHS=4" in out
 
 
-def test_several_checkpoints_are_compared(bucket):
-    run = run_of(bucket, "walk")
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 600]
-    words = ("sample", "--run", "walk", "--checkpoints", "1,2", "--seeds", "0-3", "--gif", "--bucket", bucket)
-    keys = [
-        "samples/epoch-0001-ddim-4-seeds-0-3.png",
-        "samples/denoising-epoch-0001-ddim-4-seeds-0-3.gif",
-        "samples/epoch-0002-ddim-4-seeds-0-3.png",
-        "samples/denoising-epoch-0002-ddim-4-seeds-0-3.gif",
-        "samples/comparison-1-2-ddim-4-seeds-0-3.png",
-    ]
-    printed = [line.split()[0] for line in succeeded(ddpm_here(*words)).splitlines()]
-    assert printed == [run.uri_of(key) for key in keys]
-    one, two, both = (picture_at(run, key) for key in (keys[0], keys[2], keys[4]))
-    assert np.abs(np.asarray(one, np.int16) - np.asarray(two, np.int16)).max() > 0
-    left, right = np.array_split(np.asarray(both, np.int16)[:, : both.width // 2 * 2], 2, axis=1)
-    assert 0 < np.abs(left - right).mean() < np.abs(np.roll(left, 96, axis=1) - right).mean()
-
-
 def test_runs_are_listed_and_shown(bucket):
     _, row = succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()
     assert row.split()[:4] == ["walk", "finished", "2.0", "600/600"]

@@ -1,35 +1,16 @@
-import pytest
 import yaml
 
-from job.config import changed_for_attempt, flatten, validated
-from job.config_input import draft, pack_config, parse_sets, presets, read_config_file
-from job.data.shards import DatasetIndex, Shard
-from job.exits import BadConfigError
-from job.plan import follow_dataset
-
-
-def index(size=32, channels=3, classes=("a", "b"), images=10):
-    shard = Shard(name="shard-00000.tar", bytes=1, sha256="0" * 64, images=images, offsets_sha256="0" * 64)
-    return DatasetIndex(
-        name="mine",
-        size=size,
-        channels=channels,
-        classes=classes,
-        crop="center",
-        resize_filter="lanczos",
-        source="mine.zip",
-        source_sha256="0" * 64,
-        shards=(shard,),
-    )
+from job.config import draft, flatten, pack_config, parse_sets, presets, read_config_file, validated
+from job.data.pack import PackRequest
+from job.requests import TrainRequest, parse_numbers
 
 
 def test_every_preset_is_valid_and_survives_being_stored():
     for name in presets():
         config = draft(name, {})
         assert validated(flatten(yaml.safe_load(config.to_yaml())), "stored") == config
-        packed = pack_config(name)
-        assert packed is not None
-        assert follow_dataset(config, index(packed.size, classes=())).data.size == packed.size
+        assert (packed := pack_config(name)) is not None
+        assert config.updated({"data.size": packed.size}).data.size == packed.size
 
 
 def test_presets_have_the_published_networks():
@@ -49,26 +30,19 @@ def test_later_layers_win(tmp_path):
     assert config.train.learning_rate == 2e-4
 
 
-def test_size_channels_and_classes_follow_the_dataset():
-    config = follow_dataset(draft("landscape-sample", {}), index())
-    assert (config.data.size, config.data.channels, config.model.num_classes) == (32, 3, 2)
-    assert config.data.dataset_id == index().dataset_id
-    unconditional = follow_dataset(draft("landscape-sample", {"model.num_classes": 0}), index())
-    assert unconditional.model.num_classes == 0
-    grey = follow_dataset(draft("landscape-sample", {}), index(channels=1, classes=()))
-    assert (grey.data.channels, grey.model.num_classes) == (1, 0)
+def test_numbers_and_ranges():
+    assert parse_numbers("0-3,7, 9-9", "--seeds") == [0, 1, 2, 3, 7, 9]
 
 
-def test_an_attempt_may_change_cadence_but_not_what_is_learnt():
-    stored = follow_dataset(draft("landscape-sample", {}), index())
+def test_a_training_request_is_checked_without_a_bucket():
+    request = TrainRequest("my_photos.v2", "gs://nowhere", epochs=3).check()
+    assert request.run == "my-photos-v2"
+    assert request.changes == {"train.epochs": 3}
+    assert request.preset_name == "landscape-sample"
+    assert TrainRequest("celeba", "x").check().preset_name == "celeba"
 
-    changes = {"train.epochs": 99, "checkpoint.every_minutes": 2.0, "train.micro_batch_size": 2}
-    longer = stored.updated(changes)
-    assert changed_for_attempt(stored, longer, "r") == changes
-    other = stored.updated({"train.batch_size": 4, "train.seed": 5})
-    with pytest.raises(BadConfigError) as caught:
-        changed_for_attempt(stored, other, "r")
-    message = str(caught.value)
-    assert "train.batch_size: the run has 8, asked for 4" in message
-    assert "train.seed: the run has 0, asked for 5" in message
-    assert "--run" in message
+
+def test_packing_follows_the_preset_of_the_name():
+    request = PackRequest("x.zip", "celeba").check()
+    assert (request.size, request.crop, request.resize_filter) == (64, "25,57,128,128", "bilinear")
+    assert PackRequest("x.zip", "celeba", size=32, crop="squash").check().crop == "squash"

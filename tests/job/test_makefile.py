@@ -14,7 +14,7 @@ import pytest
 
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.job.command_line import environment, settings
+from tests.job.command_line import environment, settings, succeeded
 from tests.job.some_images import jpeg, zip_of
 
 CHECKOUT = Path(__file__).parents[2]
@@ -56,11 +56,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
         return done
 
     yield make
-
-
-def succeeded(done: subprocess.CompletedProcess[str]) -> str:
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def bucket_of(done: subprocess.CompletedProcess[str]) -> Path:
@@ -154,3 +149,21 @@ def test_jobs_go_where_on_says(make, tmp_path):
     assert "SOURCE 'photos' is a path of this machine" in done.stderr
     done = make("submit-train", f"BUCKET={tmp_path}", *there, "ARGS=--dry-run")
     assert "which jobs on 'far' cannot see" in done.stderr
+
+
+HOSTILE = """'; touch {m}; '$(touch {m})$(shell touch {m})"$$(touch {m})"#`touch {m}`
+touch {m}"""
+
+
+def test_neither_make_nor_its_shell_sees_what_its_variables_hold(make, tmp_path):
+    hostile = HOSTILE.format(m=tmp_path / "marker")
+    names = ("DATASET", "RUN", "SOURCE", "BUCKET", "SIZE", "EPOCHS", "ON", "TARGETS")
+    # -i: whatever one line of a recipe says, make goes on with the next.
+    for verb in ("submit-train", "sample", "pack"):
+        done = make("-i", verb, *(f"{name}={hostile}" for name in names), f"ARGS=--set train.seed={hostile}")
+        assert "ddpm: " in done.stderr or "Error: " in done.stderr
+        assert "not found" not in done.stderr and "Syntax error" not in done.stderr
+    assert not (tmp_path / "marker").exists()
+    name = 'it\'s a "b" $HOME #1\\c'
+    done = make("train", f"DATASET={name}", f"BUCKET={tmp_path}")
+    assert f"ddpm: {name!r} cannot be a dataset's name" in done.stderr

@@ -56,14 +56,6 @@ def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
         done = (ddpm if words is train else ddpm_here)(*words, **variables)
         succeeded(done)
         printed.append(done.stdout + done.stderr)
-    for words in (
-        ["train", "--dataset", "other"],
-        ["sample", "--run", "other"],
-        ["train", "--dataset", "a", "--set", "x"],
-    ):
-        done = ddpm_here(*words, "--bucket", bucket, **variables)
-        assert done.returncode in (Exit.MISSING_INPUT, Exit.BAD_CONFIG)
-        printed.append(done.stdout + done.stderr)
     assert [secret for text in printed for secret in told(text)] == []
     store = open_store(bucket)
     keys = [entry.key for entry in store.list()]
@@ -99,10 +91,7 @@ def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path):
     ):
         for words in (
             ["data", "list", "--bucket", uri],
-            ["train", "--dataset", "a", "--bucket", uri],
-            ["sample", "--run", "a", "--bucket", uri],
             ["data", "pack", uri, "a", "--size", 8, "--bucket", bucket],
-            ["data", "index", uri, "a", "--size", 8, "--bucket", bucket],
             ["data", "ensure", "a", "--source", uri, "--bucket", bucket],
         ):
             done = ddpm_here(*words)

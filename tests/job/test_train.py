@@ -1,9 +1,7 @@
 """Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing."""
 
-import hashlib
 import json
 import shutil
-import signal
 import sys
 from itertools import count
 from pathlib import Path
@@ -12,25 +10,17 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
-from ddpm import randomness
-from ddpm.training import prepare_images
-from job.config_input import draft
-from job.data.cache import open_cache
-from job.data.order import Order
-from job.data.shards import load_index
-from job.data.stream import stream_batches
 from job.exits import BadConfigError, NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
-from job.session import settings_of
 from job.store import open_store
 from job.train import run_training
-from tests.job.command_line import NETWORK, ddpm, settings, started, succeeded
-from tests.job.launching import eventually
+from tests.job.command_line import NETWORK
 from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
@@ -73,8 +63,6 @@ def final_state(run):
     ref = max(list_checkpoints(run))
     tensors = {}
     with opened(run, ref, GROUPS) as restored:
-        from safetensors.torch import load_file
-
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
@@ -119,16 +107,6 @@ def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_sta
     assert changes == [{"train.epochs": 2}, {"train.epochs": 3, "log.every_images": 48}]
 
 
-def test_a_finished_run_leaves_everything_a_person_wants(walked):
-    run = run_of(walked, "walk")
-    assert [ref.images_seen for ref in list_checkpoints(run)] == [312, 912]
-    pictures = {"samples/epoch-0003-ddim-4.png", "samples/denoising-epoch-0003.gif", "figures/loss.png"}
-    records = {"config.yaml", "status.json", "LATEST", "attempts/000001.json"}
-    assert pictures | records <= {entry.key for entry in run.list()}
-    status = read_status(run)
-    assert (status.state, status.images_seen, status.target_images) == ("finished", 912, 912)
-
-
 def test_the_picture_of_an_epoch_at_whose_end_a_run_was_stopped_is_drawn_by_the_next_attempt(train, packed):
     run, every_epoch = run_of(packed, "pictured"), {"sample__every_epochs": 1, "checkpoint__every_epochs": 1}
     with pytest.raises(StoppedError):
@@ -147,41 +125,6 @@ def test_micro_batches_change_nothing_but_rounding(train, packed):
         if name.startswith("model."):
             torch.testing.assert_close(five[name], one[name], rtol=1e-3, atol=1e-5)
     assert [row["loss"] for row in rows_five] == pytest.approx([row["loss"] for row in rows_one], rel=1e-5)
-
-
-def test_every_split_sees_the_same_images_and_noise_in_each_global_batch(packed):
-    bucket = open_store(str(packed))
-    index = load_index(bucket, "datasets/tiles-16")
-    flipped = settings_of(draft("landscape-sample", {"data.size": 16, "data.flip": True, "train.seed": 7}))
-
-    def hashes(world_size, budget_bytes, micro):
-        cache_dir = packed / f"cache-{budget_bytes}"
-        cache = open_cache(bucket, "datasets/tiles-16", index, cache_dir=cache_dir, budget_bytes=budget_bytes)
-        order = Order(tuple(shard.images for shard in index.shards), 7, 0)
-        batches = {}
-        for rank in range(world_size):
-            stream = stream_batches(
-                cache, order, batch_size_images=10, first_image=20, last_image=700, rank=rank, world_size=world_size
-            )
-            for number, batch in enumerate(stream):
-                for start in range(0, len(batch.image_numbers), micro):
-                    part = slice(start, start + micro)
-                    numbers = torch.from_numpy(batch.image_numbers[part])
-                    x = prepare_images(batch.images[part], numbers, flipped)
-                    noise = randomness.training_noise(7, numbers, (3, 16, 16), "cpu")
-                    timesteps = randomness.training_timesteps(7, numbers, 1000)
-                    for i, n in enumerate(numbers.tolist()):
-                        content = x[i].contiguous().numpy().tobytes() + noise[i].numpy().tobytes()
-                        content += bytes(str((n, int(timesteps[i]), int(batch.labels[part][i]))), "ascii")
-                        batches.setdefault(number, {})[n] = hashlib.sha256(content).hexdigest()
-        return batches
-
-    expected = hashes(1, 10**9, 10)
-    assert len(expected) == 68
-    assert all(len(batch) == 10 for batch in expected.values())
-    assert hashes(2, 10**9, 3) == expected
-    assert hashes(3, 10**9, 10) == expected
-    assert hashes(3, 150_000, 2) == expected
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkpoint(train, packed):
@@ -212,23 +155,3 @@ def test_settings_reach_the_training(train, packed):
     assert [row["images_seen"] for row in rows] == [312, 600]
     name = "optimizer.exp_avg_sq.conv_in.weight"
     assert not torch.equal(usual[name], forgetful[name])
-
-
-def test_a_signal_saves_and_the_same_command_goes_on(packed):
-    run = run_of(packed, "signal")
-
-    def words(epochs):
-        options = ("--run", "signal", "--epochs", epochs, "--processes", 2, *settings(checkpoint__every_epochs="1"))
-        return ("train", "--dataset", "tiles", "--bucket", packed, *options)
-
-    child = started(*words(40))
-    eventually(lambda: list_checkpoints(run) or child.poll() is not None)
-    child.send_signal(signal.SIGTERM)
-    output, _ = child.communicate(timeout=60)
-    assert child.returncode == 75, output
-    assert "Traceback" not in output
-    assert read_status(run).state == "stopped"
-    stopped_at = max(list_checkpoints(run)).images_seen
-    epochs = stopped_at // 299 + 1
-    assert "is finished: " in succeeded(ddpm(*words(epochs)))
-    assert max(list_checkpoints(run)).images_seen > stopped_at

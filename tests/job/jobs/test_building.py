@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from job.cli.submit import parsed
-from job.config_input import parse_yaml, read_config_file
+from job.config import parse_yaml, read_config_file
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name

@@ -52,7 +52,7 @@ program.main()
 """
 CAUGHT = """
 import job.__main__ as program, os, signal, time
-program._handle_signals()
+program.handle_stop_signals(program._end)
 try:
     os.kill(os.getpid(), signal.SIGTERM)
 except BaseException:
