@@ -138,7 +138,7 @@ class KubernetesBackend(Backend):
             check = Check.of(name, look)
             # Who may submit jobs need not be allowed to see these.
             is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
-            yield Check(name, True, f"not looked at: {check.message}") if is_hidden else check
+            yield Check(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
         yield Check.of_image(self.target.image)
 
     def _all_named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:
