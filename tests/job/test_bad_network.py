@@ -124,13 +124,10 @@ def meanwhile(work: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-@pytest.mark.parametrize(
-    ("remote_bucket", "away_seconds"),
-    [("gs", 6.0), *(pytest.param(kind, 60.0, marks=pytest.mark.slow) for kind in ("gs", "s3"))],
-    indirect=["remote_bucket"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("remote_bucket", ["gs"], indirect=True)
 def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
-    proxy: FaultyProxy, remote_bucket: str, away_seconds: float, monkeypatch: pytest.MonkeyPatch
+    proxy: FaultyProxy, remote_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pack_tiles(patient(remote_bucket))
     run = patient(remote_bucket).sub("runs/walk")
@@ -147,7 +144,7 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
         eventually(lambda: newest(run) > 0, 60)
         with proxy.away():
             away[0], before = time.time(), len(steps)
-            time.sleep(away_seconds)
+            time.sleep(60)
             # A machine that is busy elsewhere gets more time; training that stands still gets it in vain.
             eventually(lambda: len(steps) >= before + STEPS_WHILE_AWAY, 60)
             away[1] = time.time()
@@ -244,13 +241,10 @@ def test_waiting_for_a_checkpoint_is_no_hang(proxy: FaultyProxy, remote_bucket: 
     assert child.returncode == Exit.FINISHED, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("remote_bucket", "processes", "told"),
-    [
-        pytest.param("gs", 2, "launcher", marks=pytest.mark.slow),
-        ("gs", 2, "a rank"),
-        pytest.param("s3", 1, "launcher", marks=pytest.mark.slow),
-    ],
+    [("gs", 2, "launcher"), ("gs", 2, "a rank"), ("s3", 1, "launcher")],
     indirect=["remote_bucket"],
 )
 def test_a_preemption_while_a_shard_does_not_come_saves_the_last_step(

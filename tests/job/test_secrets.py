@@ -38,7 +38,7 @@ def told(text: str | bytes) -> list[str]:
     return [secret for secret in (SECRET, PRIVATE_KEY, *MARKED.values()) if secret.encode() in data]
 
 
-@pytest.mark.parametrize("bucket_uri", ["gs", "s3-seaweedfs"], indirect=True)
+@pytest.mark.parametrize("bucket_uri", ["gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
     bucket = bucket_uri
     cache = tmp_path / "cache"
