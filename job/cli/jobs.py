@@ -1,10 +1,10 @@
-"""`ddpm jobs`: list, status, logs, cancel, describe."""
+"""`ddpm jobs`: list, status, logs, cancel."""
 
 from typing import Annotated
 
 import typer
 
-from job.cli.options import Output, Targets
+from job.cli.options import Targets
 
 app = typer.Typer(
     help="Jobs that were submitted: how they are going, what they print, and how to stop them.\n\n"
@@ -72,14 +72,3 @@ def cancel(job: JobName, on: OnOneTarget = "", targets: Targets = None) -> None:
     from job.jobs.overview import Search, cancel_job
 
     cancel_job(job, Search(on, targets))
-
-
-@app.command()
-def describe(job: JobName, on: OnOneTarget = "", targets: Targets = None, output: Output = "") -> None:
-    """Print what the engine itself holds about a job.
-
-    Example: ddpm jobs describe train-celeba --on gke -o json
-    """
-    from job.jobs.overview import Search, describe_job
-
-    describe_job(job, Search(on, targets), output)

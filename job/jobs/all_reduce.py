@@ -23,8 +23,7 @@ def _sum(rank: int, meeting: str, world_size: int) -> None:
     device, backend = ("cuda", "nccl") if torch.cuda.is_available() else ("cpu", "gloo")
     if device == "cuda":
         torch.cuda.set_device(rank)
-    url = f"file://{meeting}"
-    dist.init_process_group(backend, init_method=url, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=rank, world_size=world_size, timeout=TIMEOUT)
     value = torch.full((1,), float(rank + 1), device=device)
     dist.all_reduce(value)
     dist.destroy_process_group()

@@ -119,10 +119,8 @@ def _check_resources(command: ParsedCommand, target: Target, resources: Resource
     if target.is_remote and not target.image:
         raise BadConfigError(f"target {target.name!r} has no `image:`, which its machines would run")
     if target.is_remote and option and not _selects_by_type(target):
-        raise BadRequestError(
-            f"{option} decides nothing on {target.name!r}, which chooses nodes by `node_selector:` alone: leave it "
-            "out, or use a target for those nodes"
-        )
+        chooses = f"{target.name!r}, which chooses nodes by `node_selector:` alone"
+        raise BadRequestError(f"{option} decides nothing on {chooses}: leave it out")
     if not target.is_remote and option not in ("", "--on-demand"):
         raise BadRequestError(f"{option} is about machines in a cloud, and {target.name!r} is this one: leave it out")
 
@@ -137,10 +135,8 @@ def _seen(what: str, uri: str, target: Target) -> str:
     if is_remote(uri):
         return uri
     if target.is_remote:
-        raise BadRequestError(
-            f"{what} {uri!r} is a path of this machine, which jobs on {target.name!r} cannot see: use a URI, such as "
-            "gs://NAME"
-        )
+        here = f"{what} {uri!r} is a path of this machine"
+        raise BadRequestError(f"{here}, which jobs on {target.name!r} cannot see: use a URI, such as gs://NAME")
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 

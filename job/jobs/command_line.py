@@ -10,11 +10,8 @@ from job.data.pack import PackRequest
 from job.jobs.spec import Verb
 from job.requests import SampleRequest, TrainRequest
 
-_REQUESTS: dict[Verb, type[TrainRequest | SampleRequest | PackRequest]] = {
-    "train": TrainRequest,
-    "sample": SampleRequest,
-    "pack": PackRequest,
-}
+AnyRequest = TrainRequest | SampleRequest | PackRequest
+_REQUESTS: dict[Verb, type[AnyRequest]] = {"train": TrainRequest, "sample": SampleRequest, "pack": PackRequest}
 _REQUEST_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 """Parameters that a request calls otherwise."""
 
@@ -42,7 +39,7 @@ class ParsedCommand:
         """The same, with these parameters given as well; one that is None is left out."""
         return replace(self, values={**self.values, **values}, given=self.given | set(values))
 
-    def request(self) -> TrainRequest | SampleRequest | PackRequest:
+    def request(self) -> AnyRequest:
         """What is asked for, not checked yet."""
         kind = _REQUESTS[self.verb]
         values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}

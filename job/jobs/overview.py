@@ -12,7 +12,6 @@ from job.exits import BadRequestError, JobError, MissingInputError, meaning
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Backend, JobStatus, State
 from job.jobs.spec import is_about, validated_job_name
-from job.jobs.submit import formatted
 from job.jobs.targets import Target, chosen_target, load_targets
 from job.outcome import read_outcome
 from job.progress import note
@@ -147,15 +146,6 @@ def cancel_job(name: str, search: Search) -> None:
     """
     backend = search.the_one(name)
     print(f"{name} on {backend.target.name} {backend.cancel(name)}")
-
-
-def describe_job(name: str, search: Search, output: str) -> None:
-    """Prints what the engine itself holds about a job.
-
-    Raises:
-        MissingInputError: no target knows it.
-    """
-    print(formatted([search.the_one(name).describe(name)], output), end="")
 
 
 def _print_status(status: JobStatus, target: str) -> None:

@@ -109,10 +109,8 @@ def stop_after(hours: float) -> str:
 def validated_job_name(name: str) -> str:
     """Returns `name` if every backend can call a job so."""
     if not (_JOB_NAME.fullmatch(name) and len(name) <= NAME_CHARACTERS):
-        raise BadRequestError(
-            f"{name!r} cannot be a job's name: use at most {NAME_CHARACTERS} lower-case letters, digits and '-', "
-            "beginning with a letter"
-        )
+        wanted = f"at most {NAME_CHARACTERS} lower-case letters, digits and '-', beginning with a letter"
+        raise BadRequestError(f"{name!r} cannot be a job's name: use {wanted}")
     return name
 
 

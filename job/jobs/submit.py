@@ -38,13 +38,6 @@ class SubmitOptions:
     yes: bool = False
     detach: bool = False
 
-    def __post_init__(self) -> None:
-        """Refuses options that do not go together."""
-        if self.output and not self.dry_run:
-            raise BadRequestError(f"-o {self.output} is the format of --dry-run: add that, or leave it out")
-        if self.dry_run and self.watch:
-            raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
-
 
 def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Resources, options: SubmitOptions) -> None:
     """Submits `command` to the target `on`; on this machine, in the foreground, this process becomes it.
@@ -55,6 +48,10 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
         MissingInputError: a file is missing, or a library.
         JobError: what the engine says; see `Backend`.
     """
+    if options.output and not options.dry_run:
+        raise BadRequestError(f"-o {options.output} is the format of --dry-run: add that, or leave it out")
+    if options.dry_run and options.watch:
+        raise BadRequestError("--dry-run sends nothing that --watch could watch: leave one of them out")
     target = chosen_target(load_targets(targets), on)
     spec = spec_of(command, target, resources)
     with backend_for(target) as backend:
@@ -113,13 +110,13 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tupl
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
     elif isinstance(target, KubernetesTarget):
-        what = "waiting for nodes included" if spec.machines > 1 else "waiting for a node included"
-        how = f"for all attempts together, {what}, then Kubernetes ends it"
+        how = "for all attempts together, waiting for nodes included, then Kubernetes ends it"
         if target.queue:
-            how = f"for all attempts together, {what}, then its queue stops it for good"
+            how = "for all attempts together, waiting for nodes included, then its queue stops it for good"
         elif spec.nodes > 1:
             attempts = None
-            how = f"from each start of the group, {what}, then Kubernetes ends it; preemptions start it without bound"
+            how = "from each start of the group, waiting for nodes included, then Kubernetes ends it; "
+            how += "preemptions start it without bound"
     else:
         how = "for all attempts together, then the engine ends it"
     again = "; what --watch submits again has what is left of them" if is_watched else ""
@@ -143,15 +140,14 @@ def load_prices() -> list[Price]:
     return [Price(**row) for row in parse_yaml(text)["prices"]]
 
 
-def cost_of(spec: JobSpec, target: Target, prices: Sequence[Price] | None = None) -> str:
+def cost_of(spec: JobSpec, target: Target) -> str:
     """The most that `spec` can cost on `target`, with where that figure comes from: a target's own price wins."""
     about, source = ", as the target says,", ""
     per_hour = target.price_per_hour
     if per_hour is None:
         if not isinstance(target, GoogleTarget):
             return "price unknown"
-        table = load_prices() if prices is None else prices
-        rows = {row.region: row for row in table if row.machine_type == target.machine_type}
+        rows = {row.region: row for row in load_prices() if row.machine_type == target.machine_type}
         if not all(region in rows for region in target.all_regions):
             return "price unknown"
         # It may end up in any of them.
@@ -193,10 +189,7 @@ def formatted(manifests: Sequence[JsonObject], output: str = "") -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """YAML for people: scripts as blocks, and nothing by reference."""
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
+    """YAML for people: scripts as blocks."""
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:

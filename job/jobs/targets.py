@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job import DEFAULT_BUCKET
 from job.config import parse_yaml
-from job.exits import BadConfigError, BadRequestError, MissingInputError
+from job.exits import BadConfigError, BadRequestError
 from job.store import check_uri
 from job.store.files import os_errors
 
@@ -49,11 +49,16 @@ def size_bytes(text: str) -> int:
 
 def _not_secret(variable: str) -> str:
     if _SECRET.search(variable) and not _NO_SECRET.fullmatch(variable):
-        raise ValueError(
-            f"{variable} looks like a secret, which lists and logs would show: give the job's service account access "
-            "instead"
-        )
+        raise ValueError(f"{variable} looks like a secret, which lists would show: use the job's service account")
     return variable
+
+
+def _uri(text: str) -> str:
+    try:
+        check_uri(text)
+    except BadRequestError as error:
+        raise ValueError(str(error)) from None
+    return text
 
 
 def _size(text: str) -> str:
@@ -65,7 +70,6 @@ _Zone = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+-[a-z]$")]
 _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
 _Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
-_LabelKey = Annotated[str, Field(pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
 _Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
 _Size = Annotated[str, AfterValidator(_size)]
@@ -83,7 +87,7 @@ class Target(BaseModel):
     backend: Literal["local", "container", "kubernetes", "vm", "batch"]
     image: str = Field("", pattern=r"^\S*$")
     """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
-    bucket: str = ""
+    bucket: Annotated[str, AfterValidator(_uri)] = ""
     """Where datasets and runs lie, unless `--bucket` says otherwise."""
     gpus: int = Field(1, ge=0, le=64)
     """Per node, unless `--gpus` says otherwise."""
@@ -99,15 +103,6 @@ class Target(BaseModel):
     def usual_bucket(self) -> str:
         """Where datasets and runs lie if nobody says otherwise; the target's own bucket wins over `DDPM_BUCKET`."""
         return self.bucket or os.environ.get("DDPM_BUCKET", "") or DEFAULT_BUCKET
-
-    @field_validator("bucket")
-    @classmethod
-    def _is_one(cls, uri: str) -> str:
-        try:
-            check_uri(uri)
-        except BadRequestError as error:
-            raise ValueError(str(error)) from None
-        return uri
 
 
 class LocalTarget(Target):
@@ -133,18 +128,6 @@ class ContainerTarget(Target):
     """`host` for a bucket server on this machine's loopback; empty is the engine's default."""
 
 
-class Toleration(BaseModel):
-    """As Kubernetes has it (kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-    key: str = ""
-    operator: Literal["Equal", "Exists"] = "Equal"
-    value: str = ""
-    effect: Literal["", "NoSchedule", "PreferNoSchedule", "NoExecute"] = ""
-    tolerationSeconds: int | None = None  # noqa: N815 -- Kubernetes' own name
-
-
 class KubernetesTarget(Target):
     """A Kubernetes cluster, as the current kubeconfig or `context` names it."""
 
@@ -156,10 +139,10 @@ class KubernetesTarget(Target):
     """Kueue's local queue; empty for none."""
     cluster: Literal["gke", "plain"] = "gke"
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""
-    node_selector: dict[_LabelKey, _LabelValue] | None = None
+    node_selector: dict[str, _LabelValue] | None = None
     """Instead of what `cluster` and the GPU type give."""
-    tolerations: list[Toleration] | None = None
-    """Instead of what `cluster` and `spot` give."""
+    tolerations: list[dict[str, str | int]] | None = None
+    """Instead of what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
     machine_type: str = ""
@@ -194,8 +177,7 @@ class GoogleTarget(Target):
     @property
     def places(self) -> tuple[str, ...]:
         """The zones or regions where a job may run."""
-        found: tuple[str, ...] = getattr(self, "zones" if self.backend == "vm" else "regions")
-        return found
+        return tuple(getattr(self, "zones" if self.backend == "vm" else "regions"))
 
     @property
     def all_regions(self) -> tuple[str, ...]:
@@ -237,13 +219,10 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     variable = os.environ.get(TARGETS_VARIABLE)
     file = path or Path(variable or TARGETS_FILE)
     option = "--targets " if path else f"{TARGETS_VARIABLE} " if variable else ""
-    try:
-        with os_errors(f"{option}{file}"):
-            text = file.read_bytes()
-    except MissingInputError:
-        if not option:
+    with os_errors(f"{option}{file}"):
+        if not option and not file.exists():
             return targets
-        raise
+        text = file.read_bytes()
     return targets | parse_targets(text, str(file))
 
 
@@ -307,9 +286,6 @@ def _hint(word: str, known: Iterable[str]) -> str:
 
 def _problem(problem: ErrorDetails) -> str:
     """What pydantic says of one value, beginning with its key."""
-    key, what = ".".join(map(str, problem["loc"])), problem["msg"]
-    if problem["type"] == "missing":
-        return f"{key} is needed"
-    if problem["type"] == "value_error":
-        return f"{key}{': ' * bool(key)}{what.removeprefix('Value error, ')}"
-    return f"{key}: {what[:1].lower() + what[1:]} (got {problem['input']!r})"
+    key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+    got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    return f"{key}: {what}{got}"

@@ -42,8 +42,7 @@ class JobEndedError(JobError):
     """A job that ended otherwise than well. This program ends with its code, also where that is a crash's."""
 
     def __init__(self, message: str, code: int | None) -> None:
-        super().__init__(message)
-        self.exit_code = CRASHED if code is None else code  # type: ignore[assignment]
+        super().__init__(message, CRASHED if code is None else code)  # type: ignore[arg-type]
 
 
 @dataclass
@@ -124,8 +123,7 @@ class Watch:
                     continue
                 if hopeless:
                     return replace(status, state=State.GONE, cause=hopeless)
-                minutes = ELSEWHERE_SECONDS / 60
-                note(f"{self.spec.name} has waited for a machine for {minutes:g} minutes: trying elsewhere")
+                note(f"{self.spec.name} has waited for {ELSEWHERE_SECONDS / 60:g} minutes: trying elsewhere")
                 self._here = self._here.elsewhere() or self.home
                 self._submit()
                 waited, looked_at = 0.0, self.now()

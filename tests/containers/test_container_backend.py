@@ -98,7 +98,7 @@ def test_in_the_background_it_is_listed_followed_and_cancelled(place):
     assert "everything is saved" in out
     status = backend().status("train-behind")
     assert (status.state, status.exit_code) == (State.CANCELLED, 75)
-    assert json.loads(json.dumps(backend().describe("train-behind")))["Config"]["Labels"]["ddpm-bucket"] == str(place)
+    assert backend().status("train-behind").bucket == str(place)
     backend().cancel("train-behind")
     assert backend().status("train-behind").state is State.GONE
     assert "66" not in str(refused(ddpm("jobs", "logs", "train-behind", *HERE), 66))

@@ -27,6 +27,5 @@ def backend_for(target: Target) -> Iterator[Backend]:
     except ImportError as error:
         if not extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise
-        raise MissingInputError(
-            f"target {target.name!r} needs more than is installed ({error}): pip install 'ddpm-job[{extra}]'"
-        ) from None
+        lacking = f"target {target.name!r} needs more than is installed ({error})"
+        raise MissingInputError(f"{lacking}: pip install 'ddpm-job[{extra}]'") from None

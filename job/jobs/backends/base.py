@@ -164,8 +164,6 @@ class Check:
         """About the image of a target elsewhere: only the machines there can see whether its registry has it."""
         if not image:
             return cls("image", False, "the target names none", "set its `image:`")
-        if image.startswith("localhost/"):
-            return cls("image", False, f"{image} is on this machine alone", "`make push-image`, and set `image:`")
         return cls("image", True, f"{image}: not checked here; a job whose image is not there says so")
 
 
@@ -267,14 +265,6 @@ class Backend(abc.ABC):
         """Ends the job as a preemption would (it saves first), and removes what it had made for it.
 
         Returns: what that was for this job; see `State.when_cancelled`.
-
-        Raises:
-            MissingInputError: there is no such job.
-        """
-
-    @abc.abstractmethod
-    def describe(self, name: str) -> JsonObject:
-        """What the engine itself holds about the job.
 
         Raises:
             MissingInputError: there is no such job.

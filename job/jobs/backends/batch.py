@@ -105,11 +105,6 @@ class BatchBackend(google.GoogleBackend):
             self.ask(f"POST batch/{found['name']}:cancel", {})
         return _job_state(found).when_cancelled
 
-    def describe(self, name: str) -> JsonObject:
-        """See `Backend.describe`: the job, and its tasks."""
-        found = self.known(name)[0]
-        return {**found, "tasks": self._tasks(found)}
-
     def find(self, name: str) -> list[JsonObject]:
         """The jobs of this name, one for each region: first one that is not over, else the newest."""
         found = []
@@ -147,14 +142,13 @@ class BatchBackend(google.GoogleBackend):
             "runAsNonRoot": True,
             "taskSpec": _task(spec, machine),
         }
-        return [
-            {
-                "labels": spec.all_labels,
-                "taskGroups": [group],
-                "allocationPolicy": self._allocation(spec, machine),
-                "logsPolicy": {"destination": "CLOUD_LOGGING"},
-            }
-        ]
+        made = {
+            "labels": spec.all_labels,
+            "taskGroups": [group],
+            "allocationPolicy": self._allocation(spec, machine),
+            "logsPolicy": {"destination": "CLOUD_LOGGING"},
+        }
+        return [made]
 
     def _allocation(self, spec: JobSpec, machine: Machine) -> JsonObject:
         target = self.target
@@ -252,8 +246,7 @@ def _is_being_ended(found: JsonObject) -> bool:
 
 def _status_events(found: JsonObject) -> list[JsonObject]:
     """Of a job or a task, the oldest first."""
-    events: list[JsonObject] = found["status"].get("statusEvents", [])
-    return events
+    return list(found["status"].get("statusEvents", ()))
 
 
 def _region(found: JsonObject) -> str:

@@ -63,8 +63,6 @@ def credential_files(scheme: str) -> dict[str, Path]:
 
 def _mount(path: Path, inside: str, *options: str) -> str:
     """A value of `--mount`."""
-    if set('",') & set(f"{path}{inside}"):
-        raise BadRequestError(f"{str(path)!r} cannot be mounted in a container: use a path without commas and quotes")
     return ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))
 
 
@@ -144,7 +142,6 @@ class ContainerBackend(Backend):
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""
         command = self._prepared(spec)
         sys.stdout.flush()
-        sys.stderr.flush()
         os.execvp(command[0], command)  # noqa: S606
 
     def submit(self, spec: JobSpec) -> None:
@@ -179,7 +176,7 @@ class ContainerBackend(Backend):
         told, words = 0, [self.engine, "logs", *(["--follow"] if follow else []), name]
         while True:
             # Asked before reading, so that nothing is missed that was printed in between.
-            is_over = not follow or _container_status(self.describe(name)).state.is_over
+            is_over = not follow or self._known(name).state.is_over
             with subprocess.Popen(
                 words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
             ) as process:
@@ -197,18 +194,12 @@ class ContainerBackend(Backend):
 
     def cancel(self, name: str) -> str:
         """Has the job save and end; a container that is over already is removed, with what it printed."""
-        status = _container_status(self.describe(name))
+        status = self._known(name)
         if status.state.is_over:
             self._asked("rm", "--force", name)
         else:
             self._asked("stop", "--time", str(STOP_SECONDS), name, seconds=STOP_SECONDS + ENGINE_ANSWER_SECONDS)
         return status.state.when_cancelled
-
-    def describe(self, name: str) -> JsonObject:
-        """What the engine's `inspect` tells."""
-        if found := self._inspect(name):
-            return found
-        raise self.unknown(name)
 
     def checks(self) -> Iterator[Check]:
         """Whether there are an engine and an image, and what the container itself finds on this machine."""
@@ -234,18 +225,15 @@ class ContainerBackend(Backend):
     def _look_for_image(self) -> str:
         image = self.target.image
         if not self._has_image(image):
-            how = f"make image IMAGE={image}" if image.startswith(OWN_IMAGE) else f"{self.engine} pull {image}"
-            raise MissingInputError(f"{image} is not on this machine: `{how}` brings it; submitting does so, too")
+            raise MissingInputError(f"{image} is not on this machine: submitting a job builds or pulls it")
         return image
 
     def _prepared(self, spec: JobSpec) -> list[str]:
         """The command, when all is there that it needs."""
         command, found = self.render(spec)[0]["command"], self._inspect(spec.name)
         if spec.bucket.startswith("s3://") and "AWS_SECRET_ACCESS_KEY" in os.environ and not credential_files("s3"):
-            raise NoPermissionError(
-                "AWS_SECRET_ACCESS_KEY is not handed to a container, since every list of containers would show it: "
-                "write the credentials into ~/.aws/credentials (`aws configure`)"
-            )
+            why = "AWS_SECRET_ACCESS_KEY is not handed to a container, whose variables everybody can list"
+            raise NoPermissionError(f"{why}: write the credentials into ~/.aws/credentials (`aws configure`)")
         if spec.gpus and not self.gpus:
             note("this machine has no NVIDIA GPU: the container computes on the CPU")
         if found and not _container_status(found).state.is_over:
@@ -279,6 +267,11 @@ class ContainerBackend(Backend):
     def _has_image(self, image: str) -> bool:
         return self._ask("image", "inspect", "--format", "{{.Id}}", image).returncode == 0
 
+    def _known(self, name: str) -> JobStatus:
+        if found := self._inspect(name):
+            return _container_status(found)
+        raise self.unknown(name)
+
     def _inspect(self, name: str) -> dict[str, Any] | None:
         answer = self._ask("container", "inspect", name)
         if not answer.returncode:
@@ -303,13 +296,9 @@ class ContainerBackend(Backend):
         try:
             return subprocess.run(words, check=False, stdin=subprocess.DEVNULL, text=True, errors="replace", **options)
         except FileNotFoundError:
-            is_any = words[0] == self.engine and not self.target.engine
-            missing = "neither podman nor docker is installed" if is_any else f"{words[0]} is not installed"
-            how = "`apt-get install podman`, `dnf install podman` or `brew install podman` brings an engine"
-            raise MissingInputError(f"{missing}: {how}") from None
+            raise MissingInputError(f"{words[0]} is not installed: `apt-get install podman` brings an engine") from None
         except subprocess.TimeoutExpired as error:
-            said = f"`{' '.join(words[:2])}` did not answer within {error.timeout:g} s"
-            raise BucketAwayError(f"{said}: see to the engine") from None
+            raise BucketAwayError(f"{words[0]} did not answer within {error.timeout:g} s: see to it") from None
 
 
 def _container_status(found: dict[str, Any]) -> JobStatus:
@@ -319,13 +308,9 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
     started = str(state.get("StartedAt", "")).startswith("2")
     # Nanoseconds are more than datetime reads.
     made = datetime.fromisoformat(re.sub(r"\.\d+", "", found["Created"])).astimezone(UTC)
-    status = JobStatus(
-        name=found["Name"].removeprefix("/"),
-        state=State.RUNNING,
-        attempts=int(started),
-        created=made.strftime("%Y-%m-%dT%H:%M:%SZ"),
-        bucket=labels.get(BUCKET_LABEL, ""),
-    )
+    name, created = found["Name"].removeprefix("/"), made.strftime("%Y-%m-%dT%H:%M:%SZ")
+    bucket = labels.get(BUCKET_LABEL, "")
+    status = JobStatus(name, State.RUNNING, attempts=int(started), created=created, bucket=bucket)
     if said not in _OVER:
         return status
     if not started:

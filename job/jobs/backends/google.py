@@ -132,12 +132,6 @@ def _refusal_text(answer: Any) -> str:
     return " ".join(dict.fromkeys(words))
 
 
-def _innermost(error: BaseException) -> str:
-    while inner := error.__cause__ or error.__context__:
-        error = inner
-    return str(error) or type(error).__name__
-
-
 def utc_text(at: str) -> str:
     """A time of an API as ISO 8601 in UTC, to the second."""
     return datetime.fromisoformat(at).astimezone(UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
@@ -215,12 +209,11 @@ class GoogleBackend(Backend):
             session = requests.Session() if endpoint.scheme == "http" else _authorized_session()
             answer = session.request(method, url, params=query, json=body, timeout=timeout_seconds)
             if answer.ok:
-                found: JsonObject = answer.json()
-                return found
+                return dict(answer.json())
         except (requests.RequestException, TransportError) as error:
-            raise refusal(None, _innermost(error), request, self.target.project) from error
+            raise refusal(None, str(error), request, self.target.project) from error
         except GoogleAuthError as error:
-            said = f"{request}: no usable Google credentials ({_innermost(error)})"
+            said = f"{request}: no usable Google credentials ({error})"
             raise NoPermissionError(f"{said}: {LOGIN}") from error
         raise refusal(answer.status_code, _refusal_text(answer), request, self.target.project)
 
@@ -232,10 +225,8 @@ class GoogleBackend(Backend):
         """See `Backend.render`: the bodies of the requests that make the job in the place of this backend."""
         target = self.target
         if not _IMAGE.fullmatch(spec.image):
-            raise BadRequestError(
-                f"image {spec.image!r}: set image in the target to one that machines can pull (`make push-image`), "
-                "such as us-central1-docker.pkg.dev/PROJECT/ddpm/ddpm:latest"
-            )
+            how = "set image in the target to one that machines can pull (`make push-image`)"
+            raise BadRequestError(f"image {spec.image!r}: {how}")
         for word in (*spec.argv, *spec.env.values()):
             if "\n" in word:
                 raise BadRequestError(f"{word!r} has a line break, which no word or variable of a job may have")

@@ -7,19 +7,10 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import dropwhile
 
-from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
-from job.jobs.backends import kubernetes_status
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
+from job.jobs.backends import kubernetes_api, kubernetes_status
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
-from job.jobs.backends.kubernetes_api import (
-    JOB_KIND,
-    JOB_SET_KIND,
-    LOCAL_QUEUES,
-    ClusterApi,
-    Kind,
-    NoSuchObjectError,
-    ObjectConflictError,
-)
-from job.jobs.backends.kubernetes_manifests import GPU_RESOURCE, manifest
+from job.jobs.backends.kubernetes_manifests import manifest
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
@@ -32,10 +23,8 @@ LOG_OVERLAP_SECONDS = 60
 """What was printed so long ago may not have been read yet."""
 JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the Jobs that a JobSet makes."""
-GOOGLE_ACCOUNT_ANNOTATION = "iam.gke.io/gcp-service-account"
-_INSTALL = (
-    "kubectl apply --server-side -f https://github.com/kubernetes-sigs/{}/releases/latest/download/manifests.yaml"
-)
+_RELEASE = "https://github.com/kubernetes-sigs/{}/releases/latest/download/manifests.yaml"
+_INSTALL = f"kubectl apply --server-side -f {_RELEASE}"
 _CHECKED_RIGHTS = (("create", "batch", "jobs"), ("delete", "batch", "jobs"), ("get", "", "pods", "log"))
 
 
@@ -48,7 +37,7 @@ class KubernetesBackend(Backend):
     def __init__(self, target: Target) -> None:
         """Connects to nothing yet."""
         super().__init__(target)
-        self._api = ClusterApi(self.target)
+        self._api = kubernetes_api.ClusterApi(self.target)
 
     def render(self, spec: JobSpec) -> list[JsonObject]:
         """A Job, or a JobSet for several nodes; `kubectl apply -f` takes it as well."""
@@ -57,8 +46,8 @@ class KubernetesBackend(Backend):
     def submit(self, spec: JobSpec) -> None:
         """Sends it; a job of that name that is over makes room."""
         (made,) = self.render(spec)
-        kind = JOB_SET_KIND if made["kind"] == "JobSet" else JOB_KIND
-        if kind == JOB_SET_KIND and not self._api.knows(JOB_SET_KIND):
+        kind = kubernetes_api.KINDS[made["kind"]]
+        if spec.nodes > 1 and not self._api.knows(kind):
             install = _INSTALL.format("jobset")
             raise MissingInputError(f"{self._api.host} knows no JobSets, which --nodes {spec.nodes} needs: {install}")
         with suppress(NoPermissionError):
@@ -72,11 +61,9 @@ class KubernetesBackend(Backend):
             self._wait_until_gone(there, spec.name)
         try:
             self._api.create(kind, made)
-        except ObjectConflictError:
+        except kubernetes_api.ObjectConflictError:
             # Somebody was faster, or the first answer of several was lost.
             raise self.runs_already(spec.name, where) from None
-        except BucketAwayError as error:
-            raise BucketAwayError(f"{error}; `ddpm jobs status {spec.name}` says whether it arrived") from None
 
     def status(self, name: str) -> JobStatus:
         """How it is going; a job that was deleted, or that is over for a day, is gone."""
@@ -88,7 +75,7 @@ class KubernetesBackend(Backend):
         pods: dict[str, list[JsonObject]] = {}
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
-        jobs = self._api.all_with(JOB_KIND, selector) + self._api.all_with(JOB_SET_KIND, selector)
+        jobs = [job for kind in kubernetes_api.KINDS.values() for job in self._api.all_with(kind, selector)]
         return [kubernetes_status.observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
@@ -119,8 +106,7 @@ class KubernetesBackend(Backend):
             if is_last and last:
                 return
             if is_last:
-                rest = "its run's folder in the bucket has the rest"
-                raise MissingInputError(f"{name} has no output, or it is gone with its node: {rest}")
+                raise MissingInputError(f"{name} has no output, or it is gone with its node: see its run's folder")
             if status.cause is Cause.NO_IMAGE:
                 raise MissingInputError(f"{name} prints nothing: {status.message}")
             time.sleep(PODS_POLL_SECONDS)
@@ -129,7 +115,7 @@ class KubernetesBackend(Backend):
         """What a pod printed after the time `last`; its whole output if that is empty."""
         since = {"since_seconds": LOG_OVERLAP_SECONDS} if last else {}
         # One has not begun, or its output is gone with its node; that of the others is not.
-        with suppress(NoSuchObjectError, BadRequestError, BucketAwayError):
+        with suppress(kubernetes_api.NoSuchObjectError, BadRequestError, BucketAwayError):
             # A time may have lost the zeros at its end.
             lines = self._api.log(pod["metadata"]["name"], **since)
             return dropwhile(lambda line: line.partition(" ")[0].rstrip("Z") <= last.rstrip("Z"), lines)
@@ -142,85 +128,61 @@ class KubernetesBackend(Backend):
             self._api.delete(kind, name, there["metadata"]["uid"])
         return status.message if status.state is State.CANCELLED else status.state.when_cancelled
 
-    def describe(self, name: str) -> JsonObject:
-        """The object, its pods and their events."""
-        (_, job), pods = self._named(name)[0], self._pods(name)
-        events = [event for about in (job, *pods) for event in self._api.events(about["metadata"]["name"])]
-        for thing in (job, *pods, *events):
-            thing["metadata"].pop("managedFields", None)
-        return {"job": job, "pods": pods, "events": events}
-
     def checks(self) -> Iterator[Check]:
-        """Rights, account, JobSets, queue, quota and image; the rest is left out where the cluster does not answer."""
+        """Rights, account, queue and image; the rest is left out where the cluster does not answer."""
         self._api.is_hurried = True
-        for name, look in (
-            ("cluster", self._look_at_rights),
-            ("service account", self._look_for_account),
-            ("JobSets", self._look_for_job_sets),
-            ("queue", self._look_for_queue),
-            ("GPU quota", self._look_at_quota),
-        ):
-            try:
-                yield Check(name, True, look())
-            except JobError as error:
-                if name == "cluster":
-                    yield Check.of_error(name, error)
-                    return
-                # Who may submit jobs need not be allowed to see all of these.
-                is_hidden = isinstance(error, NoPermissionError)
-                yield Check(name, True, f"not looked at: {error}") if is_hidden else Check.of_error(name, error)
+        yield (cluster := Check.of("cluster", self._look_at_rights))
+        if not cluster.passed:
+            return
+        for name, look in (("service account", self._look_for_account), ("queue", self._look_for_queue)):
+            check = Check.of(name, look)
+            # Who may submit jobs need not be allowed to see these.
+            is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
+            yield Check(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
         yield Check.of_image(self.target.image)
 
-    def _all_named(self, name: str) -> list[tuple[Kind, JsonObject]]:
-        found = [(kind, self._api.get(kind, name)) for kind in (JOB_KIND, JOB_SET_KIND)]
+    def _all_named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:
+        found = [(kind, self._api.get(kind, name)) for kind in kubernetes_api.KINDS.values()]
         return [(kind, job) for kind, job in found if job is not None]
 
-    def _named(self, name: str) -> list[tuple[Kind, JsonObject]]:
+    def _named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:
         """See `_all_named`; there is one at least."""
         if found := self._all_named(name):
             return found
         raise self.unknown(name)
-
-    def _pods(self, name: str) -> list[JsonObject]:
-        return self._api.pods(f"ddpm-job={name}")
 
     def _look(self, name: str) -> tuple[JobStatus, list[JsonObject]]:
         """How a job is going, and its pods."""
         found = self._all_named(name)
         if not found:
             return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self.target.namespace!r}"), []
-        job, pods = found[0][1], self._pods(name)
+        job, pods = found[0][1], self._api.pods(f"ddpm-job={name}")
         events, parts = [], []
         if kubernetes_status.is_over(job):
-            parts = self._api.all_with(JOB_KIND, f"{JOB_SET_LABEL}={name}")
+            parts = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
         elif not pods or kubernetes_status.is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             uid = job["metadata"]["uid"]
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
         return kubernetes_status.observed_status(job, pods, events, parts), pods
 
-    def _wait_until_gone(self, kind: Kind, name: str) -> None:
+    def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS
         while self._api.get(kind, name) is not None:
             if time.monotonic() > until:
                 look = f"`kubectl -n {self.target.namespace} get pods -l ddpm-job={name}`"
-                raise BadRequestError(
-                    f"the old job {name!r} is being deleted and its pods do not end: look with {look}"
-                )
+                raise BadRequestError(f"the old job {name!r} is being deleted, and its pods do not end: see {look}")
             time.sleep(GONE_POLL_SECONDS)
 
     def _look_for_queue(self) -> str:
         """Says that the target's queue is there: one that is not would never let a job go."""
-        queue, namespace = self.target.queue, self.target.namespace
+        queue = self.target.queue
         if not queue:
             return "none is set"
-        if any(self._api.get(kind, queue) for kind in LOCAL_QUEUES):
+        if any(self._api.get(kind, queue) for kind in kubernetes_api.LOCAL_QUEUES):
             return f"{queue} is there"
-        look, install = f"`kubectl -n {namespace} get localqueues`", _INSTALL.format("kueue")
-        raise MissingInputError(
-            f"there is no LocalQueue {queue!r} in namespace {namespace!r}: {look} shows those there are, once Kueue is "
-            f"installed ({install})"
-        )
+        missing = f"there is no LocalQueue {queue!r} in namespace {self.target.namespace!r}"
+        raise MissingInputError(f"{missing}: create it, once Kueue is installed ({_INSTALL.format('kueue')})")
 
     def _look_at_rights(self) -> str:
         where = f"in namespace {self.target.namespace!r}"
@@ -233,28 +195,8 @@ class KubernetesBackend(Backend):
     def _look_for_account(self) -> str:
         name, namespace = self.target.service_account, self.target.namespace
         try:
-            account = self._api.read("read_namespaced_service_account", name)
-        except NoSuchObjectError:
+            self._api.read("read_namespaced_service_account", name)
+        except kubernetes_api.NoSuchObjectError:
             make = f"`kubectl -n {namespace} create serviceaccount {name}`"
-            raise MissingInputError(
-                f"there is no service account {name!r} in namespace {namespace!r}, so that no pod would start: {make}"
-            ) from None
-        bound = account["metadata"].get("annotations", {}).get(GOOGLE_ACCOUNT_ANNOTATION)
-        return f"{name} acts as {bound or 'itself: the bucket must be granted to it'}"
-
-    def _look_for_job_sets(self) -> str:
-        if not self._api.knows(JOB_SET_KIND):
-            return f"not installed; only --nodes needs them ({_INSTALL.format('jobset')})"
-        allowed = self._api.may("create", "jobset.x-k8s.io", "jobsets")
-        return "installed" if allowed else "installed; these credentials may not create them, which only --nodes needs"
-
-    def _look_at_quota(self) -> str:
-        gpus = f"requests.{GPU_RESOURCE}"
-        for quota in self._api.read("list_namespaced_resource_quota")["items"]:
-            hard, used = (quota.get("status", {}).get(field, {}).get(gpus) for field in ("hard", "used"))
-            if hard is not None and int(hard) - int(used or 0) < self.target.gpus:
-                raise BadRequestError(
-                    f"{used or 0} of the {hard} GPUs of namespace {self.target.namespace!r} are taken, and a job asks "
-                    f"for {self.target.gpus} (quota {quota['metadata']['name']!r}): wait, or ask for more"
-                )
-        return "no ResourceQuota of the namespace stands in the way"
+            raise MissingInputError(f"no service account {name!r} in namespace {namespace!r}: {make}") from None
+        return f"{name} is there"

@@ -24,16 +24,12 @@ DOCTOR_TIMEOUT_SECONDS = 3.0
 """Of a call for which somebody waits."""
 _BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
 _NEEDED_RIGHTS = "get, list, create and delete of jobs and jobsets, and get and list of pods, pods/log and events"
-_KUBECONFIG_HINT = (
-    "`gcloud container clusters get-credentials CLUSTER --location LOCATION` writes one for GKE, KUBECONFIG names "
-    "another file, and `context:` of the target another of its contexts"
-)
+_KUBECONFIG_HINT = "`gcloud container clusters get-credentials` writes one, and `context:` of the target is one of its"
 
 
 Kind = tuple[str, str, str]
 """Group, version and plural of a resource of the API."""
-JOB_KIND: Kind = ("batch", "v1", "jobs")
-JOB_SET_KIND: Kind = ("jobset.x-k8s.io", "v1alpha2", "jobsets")
+KINDS: dict[str, Kind] = {"Job": ("batch", "v1", "jobs"), "JobSet": ("jobset.x-k8s.io", "v1alpha2", "jobsets")}
 LOCAL_QUEUES: tuple[Kind, ...] = tuple(("kueue.x-k8s.io", beta, "localqueues") for beta in ("v1beta2", "v1beta1"))
 
 
@@ -70,8 +66,7 @@ class ClusterApi:
     def get(self, kind: Kind, name: str) -> JsonObject | None:
         """An object; None if there is none of this name, or no such kind."""
         with suppress(NoSuchObjectError):
-            found: JsonObject = self._objects("get", kind, name)
-            return found
+            return dict(self._objects("get", kind, name))
         return None
 
     def knows(self, kind: Kind) -> bool:
@@ -110,8 +105,7 @@ class ClusterApi:
     def read(self, call: str, *names: str, **options: Any) -> JsonObject:
         """What a method of the client's CoreV1Api reads in the namespace, such as `list_namespaced_pod`."""
         answer = self._ask("CoreV1Api", call, *names, self.namespace, _preload_content=False, **options)
-        parsed: JsonObject = json.loads(answer.data)
-        return parsed
+        return dict(json.loads(answer.data))
 
     def may(self, verb: str, group: str, resource: str, part: str = "") -> bool:
         """Whether these credentials are allowed to do it in the namespace."""
@@ -192,8 +186,6 @@ def _said_by(error: Any) -> str:
 def configuration(context: str, retries: int) -> Any:
     """A `kubernetes.client.Configuration` for a context of the kubeconfig; empty is its current one.
 
-    Without a kubeconfig it is the account of the pod that this process is in.
-
     Raises:
         MissingInputError: there is no kubeconfig.
         BadConfigError: it is not valid, or has no such context.
@@ -215,12 +207,9 @@ def configuration(context: str, retries: int) -> Any:
     paths = os.environ.get("KUBECONFIG") or "~/.kube/config"
     try:
         merged = KubeConfigMerger(paths).config
-        if merged is not None:
-            KubeConfigLoader(merged, active_context=context or None, config_base_path=None).load_and_set(made)
-        elif context or "KUBERNETES_SERVICE_HOST" not in os.environ:
+        if merged is None:
             raise MissingInputError(f"there is no kubeconfig at {paths}: {_KUBECONFIG_HINT}")
-        else:
-            config.load_incluster_config(client_configuration=made)
+        KubeConfigLoader(merged, active_context=context or None, config_base_path=None).load_and_set(made)
     except (config.ConfigException, yaml.YAMLError, OSError, AttributeError, KeyError, TypeError, ValueError) as error:
         said = " ".join(str(error).split())
         raise BadConfigError(f"the kubeconfig {paths} cannot be used: {said}; {_KUBECONFIG_HINT}") from None

@@ -50,10 +50,8 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
     is_set = spec.nodes > 1
     pod_name = f"{spec.name}{f'-{NODE_JOB}-0' * is_set}-{spec.machines - 1}-abcde"
     if len(pod_name) > LONGEST_POD_NAME:
-        raise BadRequestError(
-            f"the pods of {spec.name!r} would have names of {len(pod_name)} characters, and {LONGEST_POD_NAME} is the "
-            "most: choose a shorter --run"
-        )
+        long = f"names of {len(pod_name)} characters, and {LONGEST_POD_NAME} is the most"
+        raise BadRequestError(f"the pods of {spec.name!r} would have {long}: choose a shorter --run")
     labels, waits = spec.all_labels, {}
     if target.queue:
         # A Job's own deadline begins anew when a queue stops and starts it; the queue's limit does not.
@@ -189,7 +187,7 @@ def _placement(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     if target.node_selector is not None:
         selector = dict(target.node_selector)
     if target.tolerations is not None:
-        tolerations = [toleration.model_dump(exclude_unset=True) for toleration in target.tolerations]
+        tolerations = list(target.tolerations)
     parts = {"nodeSelector": selector, "affinity": affinity, "tolerations": tolerations}
     return {field: value for field, value in parts.items() if value}
 
@@ -236,10 +234,7 @@ def _share_of_node(spec: JobSpec, target: KubernetesTarget) -> tuple[str, str]:
     gpus = bundled[0] if bundled else max(target.gpus, 1)
     about = f"nodes of target {target.name!r} are {target.machine_type}"
     if spec.gpus > gpus:
-        raise BadRequestError(
-            f"--gpus {spec.gpus}: {about}, with {gpus}: ask for at most so many, or for more --nodes, or set the "
-            "target's machine_type"
-        )
+        raise BadRequestError(f"--gpus {spec.gpus}: {about}, with {gpus}: ask for at most so many, or more --nodes")
     if shape is None or shape[0] < 2:
         raise BadRequestError(f"{about}, whose room for jobs is not known here: set cpus and memory of the target")
     # GKE and its own pods need the rest (kubernetes-engine/docs/concepts/plan-node-sizes).

@@ -38,7 +38,6 @@ class LocalRecord:
     """A job in the background; `process_began`, in seconds since 1970, tells it from a later process of its number."""
 
     name: str
-    argv: list[str]
     bucket: str
     created: str
     pid: int
@@ -93,7 +92,7 @@ class LocalBackend(Backend):
                         start_new_session=True,
                     )
                 began = psutil.Process(child.pid).create_time()
-                record = LocalRecord(spec.name, list(spec.argv), spec.bucket, created, child.pid, began)
+                record = LocalRecord(spec.name, spec.bucket, created, child.pid, began)
                 (folder / f"{spec.name}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
 
     def status(self, name: str) -> JobStatus:
@@ -132,10 +131,6 @@ class LocalBackend(Backend):
         with suppress(psutil.NoSuchProcess):
             process.terminate()
         return State.RUNNING.when_cancelled
-
-    def describe(self, name: str) -> JsonObject:
-        """The job's record, and where its output is."""
-        return {**asdict(self._known(name)), "log": str(_log_path(name))}
 
     def _known(self, name: str) -> LocalRecord:
         if record := _record(name):

@@ -114,21 +114,5 @@ def machine_for(machine_type: str, gpu_type: str, gpus: int) -> Machine:
     if machine_type.startswith("n1-") and gpus in _EXTRA.get(gpu_type, ()):
         return Machine(machine_type, gpu_type, gpus, extra=True)
     has = f"has {count} {bundled}" if count else "has no GPUs of its own"
-    asked = gpu_type or bundled
-    raise BadRequestError(
-        f"{machine_type} {has}, and the job asks for {gpus} {asked or 'of no named type'}: {_way_out(asked, gpus)}"
-    )
-
-
-def _way_out(gpu_type: str, gpus: int) -> str:
-    """What to write instead: the smallest machine with these GPUs, or what there is."""
-    machines = {count: f"n1-standard-{max(8, 4 * count)}" for count in _EXTRA.get(gpu_type, ())}
-    for name, family in _FAMILIES.items():
-        if family.gpu_type == gpu_type != "":
-            for end, count in family.gpus.items():
-                machines.setdefault(count, f"{name}-{end}")
-    if gpus in machines:
-        return f"set machine_type: {machines[gpus]} in the target"
-    if machines:
-        return f"there are machines with {', '.join(map(str, sorted(machines)))} {gpu_type}: choose --gpus so"
-    return f"use --gpu-type {'|'.join(_GPU_TYPES)}"
+    wrong, types = f"{machine_type} {has}, not {gpus} {gpu_type or bundled}".strip(), "|".join(_GPU_TYPES)
+    raise BadRequestError(f"{wrong}: use another machine_type, or --gpu-type {types}")

@@ -30,11 +30,10 @@ VM_LOG = "ddpm-jobs"
 JOB_LABEL, SLICE_LABEL, SLICES_LABEL = "ddpm-job", "ddpm-slice", "ddpm-slices"
 LOG_LOOK_BACK = timedelta(days=30)
 """As long as Cloud Logging keeps entries, unless it was told otherwise."""
-_BEING_MADE = {"PROVISIONING", "STAGING", "PENDING", "REPAIRING"}
 _SWITCHED_OFF = {"TERMINATED", "STOPPED", "SUSPENDED"}
 _LEAVING = {"STOPPING", "PENDING_STOP", "SUSPENDING", "DEPROVISIONING", *_SWITCHED_OFF}
 _MACHINE_STATES = {
-    **dict.fromkeys(_BEING_MADE, (State.WAITING, "the machine is being made")),
+    **dict.fromkeys(("PROVISIONING", "STAGING", "PENDING", "REPAIRING"), (State.WAITING, "the machine is being made")),
     **dict.fromkeys(_LEAVING, (State.RUNNING, "its machine is being taken away")),
 }
 """Of a job that has not said how it ended; with a machine in any other state it runs."""
@@ -112,10 +111,6 @@ class VmBackend(google.GoogleBackend):
         self._delete(machines)
         return vm_status(name, machines, {}).state.when_cancelled
 
-    def describe(self, name: str) -> JsonObject:
-        """See `Backend.describe`: the instances of the job."""
-        return {"instances": self.known(name)}
-
     def find(self, name: str = "") -> list[JsonObject]:
         """The machines of one job, or of all, in any zone of the project."""
         request = f"GET compute/projects/{self.target.project}/aggregated/instances"
@@ -147,8 +142,7 @@ class VmBackend(google.GoogleBackend):
         operations = []
         for machine in machines:
             with suppress(GoogleNotFoundError):
-                request = f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"
-                operations.append(self.ask(request))
+                operations.append(self.ask(f"DELETE {self._path(_zone(machine))}/instances/{machine['name']}"))
         self._wait(operations)
 
     def _wait(self, operations: Iterable[JsonObject]) -> None:

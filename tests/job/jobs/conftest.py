@@ -43,7 +43,6 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cluster]
         path = tmp_path / "kubeconfig"
         path.write_text(yaml.safe_dump(running.kubeconfig()))
         monkeypatch.setenv("KUBECONFIG", str(path))
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield running
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import re
 import threading
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -21,10 +20,8 @@ from tests.job.jobs.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import schema_problems
 
 Object = dict[str, Any]
-Key = tuple[str, str, str]
-"""Namespace, resource and name."""
 SERVED = {
-    "v1": ("pods", "events", "serviceaccounts", "resourcequotas"),
+    "v1": ("pods", "events", "serviceaccounts"),
     "batch/v1": ("jobs",),
     "jobset.x-k8s.io/v1alpha2": ("jobsets",),
     "kueue.x-k8s.io/v1beta2": ("localqueues",),
@@ -65,7 +62,8 @@ class Cluster:
         """A method, and what answers its next request instead; each is used once."""
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
-        self._objects: dict[Key, Object] = {}
+        self._objects: dict[tuple[str, str, str], Object] = {}
+        """By namespace, resource and name."""
         self._lines: dict[str, list[str]] = {}
         """Of a pod, by its name, behind their times."""
         self._ticks = 0
@@ -296,11 +294,3 @@ def kubernetes_server() -> Iterator[Cluster]:
 
     with serving(Handler) as Handler.cluster.url:
         yield Handler.cluster
-
-
-def wait_for(what: Callable[[], object], seconds: float = 20.0) -> None:
-    """Returns when `what` is true, and fails if that takes too long."""
-    until = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < until, "it did not come"
-        time.sleep(0.02)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from job.jobs import submit
 from job.jobs.spec import JobSpec
 from job.jobs.submit import Price, cost_of, load_prices, plan_lines
 from job.jobs.targets import Target, chosen_target, load_targets, parse_targets
@@ -53,15 +54,10 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
 
 def test_a_person_is_told_what_the_hours_mean_there():
     again = "; what --watch submits again has what is left of them"
-    together = "10 hours for all attempts together, "
+    together, waiting = "10 hours for all attempts together, ", "waiting for nodes included, then Kubernetes ends it"
     for on, changes, limit in (
-        ("gke", {}, together + "waiting for a node included, then Kubernetes ends it"),
-        (
-            "gke",
-            {"nodes": 2},
-            "10 hours from each start of the group, waiting for nodes included, then Kubernetes ends it; preemptions "
-            "start it without bound",
-        ),
+        ("gke", {}, together + waiting),
+        ("gke", {"nodes": 2}, f"10 hours from each start of the group, {waiting}; preemptions start it without bound"),
         ("queued", {"nodes": 2}, together + "waiting for nodes included, then its queue stops it for good"),
         ("vm", {}, together + "then the engine ends it"),
         ("batch", {}, "10 hours for each attempt of a task, of which there may be 11, then Batch ends it"),
@@ -72,7 +68,7 @@ def test_a_person_is_told_what_the_hours_mean_there():
             assert lines["limit"] == f"{limit}{again * is_watched}; what is saved stays (--max-hours)"
 
 
-def test_a_cost_has_a_source_or_there_is_none():
+def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
     source, more = "; https://example.com/prices, 2026-01-31", "; machines that start or go cost some minutes more"
     priced, nodes = ", price_per_hour: 1.5", {"nodes": 2}
     slices = {"verb": "sample", "argv": ("sample",), "slices": 4}
@@ -80,7 +76,6 @@ def test_a_cost_has_a_source_or_there_is_none():
     unbounded = "2 × $1.5 per hour, as the target says, for as long as it runs: nothing bounds that"
     for there, changes, prices, said in (
         (target("vm"), {}, [], "price unknown"),
-        (target("vm", ", machine_type: g2-standard-4"), {}, [EAST], "price unknown"),
         (target("kubernetes"), {}, [EAST], "price unknown"),
         (target("vm"), {}, [EAST], f"at most $5.00 (1 × $0.5 per hour × 10 hours{source})"),
         (target("vm"), {"spot": True}, [EAST], "$0.5 per hour on demand, and spot costs less, × 10 hours"),
@@ -95,7 +90,8 @@ def test_a_cost_has_a_source_or_there_is_none():
         (target("kubernetes", priced), nodes, [], unbounded),
         (target("kubernetes", priced + ", queue: gpus"), nodes, [], "at most $30.00"),
     ):
-        cost = cost_of(replace(SPEC, **changes), there, prices)
+        monkeypatch.setattr(submit, "load_prices", lambda: prices)  # noqa: B023
+        cost = cost_of(replace(SPEC, **changes), there)
         assert cost.startswith(said) or (changes == {"spot": True} and said in cost), cost
 
 

@@ -46,12 +46,6 @@ def test_nobody_is_logged_in(tmp_path, monkeypatch, recwarn):
     assert not recwarn
 
 
-def test_credentials_go_to_no_server_in_plain_http(cloud, monkeypatch):
-    # It would be asked for if they were looked for.
-    monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/nowhere")
-    backend_of("vm").status("celeba")
-
-
 def test_refusals_are_errors_that_a_person_can_act_on(cloud):
     disabled = "Batch API has not been used in project my-project before or it is disabled. Enable it by visiting …"
     needed = "Required 'compute.instances.create' permission for 'projects/my-project/zones/us-central1-a/instances/x'"
@@ -105,7 +99,7 @@ def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud,
     assert "iam-admin/quotas?project=my-project" in failed["GPU quota, everywhere"].remedy
     assert failed["service account"].exit_code is Exit.MISSING_INPUT and len(failed) == 2
     (machine,) = backend_of(engine, gpus=2).checks()
-    assert not machine.passed and "g2-standard-24" in machine.remedy
+    assert not machine.passed and "another machine_type" in machine.remedy
     cloud.denied["(aggregated|jobs)"] = Refusal(403, "Permission 'x.y.list' denied")
     (api,) = backend_of(engine).checks()
     assert (api.passed, api.exit_code) == (False, Exit.NO_PERMISSION)
@@ -115,7 +109,6 @@ def test_the_names_of_quotas_are_those_of_the_api():
     for gpu, spot, metric in [
         ("nvidia-l4", True, "PREEMPTIBLE_NVIDIA_L4_GPUS"),
         ("nvidia-tesla-t4", False, "NVIDIA_T4_GPUS"),
-        ("nvidia-tesla-a100", True, "PREEMPTIBLE_NVIDIA_A100_GPUS"),
         ("nvidia-a100-80gb", False, "NVIDIA_A100_80GB_GPUS"),
         ("nvidia-h100-80gb", True, "PREEMPTIBLE_NVIDIA_H100_GPUS"),
     ]:

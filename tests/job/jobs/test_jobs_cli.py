@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -60,21 +59,13 @@ def test_an_engine_that_does_not_answer_hides_no_other(failed, folder, monkeypat
 
 
 def test_what_is_asked_about_a_job_that_nobody_knows():
-    for command in ("status", "logs", "cancel", "describe"):
+    for command in ("status", "logs", "cancel"):
         line = refused(ddpm_here("jobs", command, "train-nothing", "--on", "local"), Exit.MISSING_INPUT)
         assert "no target knows a job 'train-nothing' (local): `ddpm jobs list` shows those there are" in line
         assert "no target 'mars'" in refused(ddpm_here("jobs", command, "train-a", "--on", "mars"), Exit.BAD_REQUEST)
         assert "cannot be a job's name" in refused(ddpm_here("jobs", command, "../a"), Exit.BAD_REQUEST)
         line = refused(ddpm_here("jobs", command, "train-a", "--targets", "no.yaml"), Exit.MISSING_INPUT)
         assert "--targets no.yaml: No such file" in line
-
-
-def test_a_description_is_what_the_engine_holds(failed):
-    as_yaml = yaml.safe_load(succeeded(ddpm_here("jobs", "describe", failed, "--on", "local")))
-    as_json = json.loads(succeeded(ddpm_here("jobs", "describe", failed, "--on", "local", "-o", "json")))
-    assert as_yaml == as_json
-    assert as_yaml["argv"][:4] == ["train", "--dataset", "none", "--bucket"]
-    assert "use yaml or json" in refused(ddpm_here("jobs", "describe", failed, "-o", "xml"), Exit.BAD_REQUEST)
 
 
 def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):

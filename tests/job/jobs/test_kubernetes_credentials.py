@@ -9,7 +9,6 @@ import yaml
 
 from job.exits import BadConfigError, MissingInputError, NoPermissionError
 from job.jobs.backends.kubernetes import KubernetesBackend
-from job.jobs.backends.kubernetes_api import configuration
 from tests.job.jobs.kubernetes_jobs import TARGET
 
 
@@ -19,8 +18,7 @@ def write(tmp_path, monkeypatch):
     path = tmp_path / "kubeconfig"
     monkeypatch.setenv("KUBECONFIG", str(path))
     monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("KUBERNETES_SERVICE_HOST", "GOOGLE_APPLICATION_CREDENTIALS"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
 
     def write(content):
         path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
@@ -33,7 +31,7 @@ def asked(context=""):
     return KubernetesBackend(TARGET.model_copy(update={"context": context})).jobs()
 
 
-def test_kubeconfigs_that_are_right(server, write, monkeypatch, tmp_path):
+def test_kubeconfigs_that_are_right(server, write, tmp_path):
     (tmp_path / "token").write_text("right")
     write(server.kubeconfig(tokenFile=str(tmp_path / "token")))
     assert asked() == []
@@ -43,11 +41,6 @@ def test_kubeconfigs_that_are_right(server, write, monkeypatch, tmp_path):
     config["contexts"].append({"name": "right", "context": {"cluster": "test", "user": "right"}})
     write(config)
     assert asked("right") == []
-    # A proxy needs nobody to sign in.
-    server.tokens.append("")
-    config["contexts"].append({"name": "proxy", "context": {"cluster": "test"}})
-    write(config)
-    assert asked("proxy") == []
 
 
 def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_path):
@@ -71,21 +64,6 @@ def test_what_is_wrong_with_a_kubeconfig_is_told_in_a_line(server, write, tmp_pa
     write(server.kubeconfig(token="wrong"))
     with pytest.raises(NoPermissionError, match="sign in again"):
         asked()
-
-
-def test_a_pod_uses_its_account(write, monkeypatch, tmp_path):
-    from kubernetes.config import incluster_config
-
-    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.1.2.3")
-    monkeypatch.setenv("KUBERNETES_SERVICE_PORT", "443")
-    with pytest.raises(BadConfigError, match="Service token file does not exist"):
-        configuration("", 0)
-    for name in ("TOKEN", "CERT"):
-        (tmp_path / name).write_text(name)
-        monkeypatch.setattr(incluster_config, f"SERVICE_{name}_FILENAME", str(tmp_path / name))
-    assert configuration("", 0).host == "https://10.1.2.3:443"
-    with pytest.raises(MissingInputError):
-        configuration("named", 0)
 
 
 def test_a_program_of_a_kubeconfig_signs_in_as_for_kubectl(server, write, tmp_path):

@@ -135,6 +135,8 @@ def test_where_a_job_runs():
     taint = {"key": "ddpm-capacity", "operator": "Equal", "value": "on-demand", "effect": "NoSchedule"}
     assert "nodeSelector" not in without and without["tolerations"] == [taint]
     assert "google" not in str(pod_of(manifest(spec(), TARGET.model_copy(update={"cluster": "plain"}))))
+    own = [{"key": "a", "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": 60}]
+    assert pod_of(manifest(spec(), TARGET.model_copy(update={"tolerations": own})))["tolerations"] == own
 
 
 def test_a_gpu_that_gke_does_not_have_is_refused_and_not_waited_for():

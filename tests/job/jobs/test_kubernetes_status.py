@@ -76,14 +76,6 @@ def test_why_a_job_failed():
         assert status.message.startswith(message)
 
 
-def test_a_job_set_fails_for_what_one_of_its_jobs_failed_for():
-    job_set = job(("Failed", "FailJobSetFailurePolicyAction"), made=manifest(spec(nodes=2), TARGET), restarts=2)
-    assert observed_status(job_set, []).cause is None
-    part = {"status": {"conditions": [{"type": "Failed", "status": "True", "reason": "DeadlineExceeded"}]}}
-    status = observed_status(job_set, [ended(75)], parts=[part])
-    assert (status.cause, status.retried, status.attempts) == (Cause.OUT_OF_TIME, "never", 3)
-
-
 def test_an_image_that_cannot_be_pulled_is_named():
     for reason in ("ErrImagePull", "ImagePullBackOff", "InvalidImageName"):
         without = pod(waiting={"reason": reason, "message": "manifest unknown"})

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from job.exits import BadRequestError, MissingInputError
+from job.exits import BadRequestError
 from job.jobs.backends.base import JobStatus, State
 from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
@@ -37,6 +37,10 @@ def ended(name: str) -> JobStatus:
     return eventually(lambda: (status := backend().status(name)).state.is_over and status, 100)
 
 
+def record_of(name: str) -> Path:
+    return Path(os.environ["DDPM_CACHE"], "jobs", socket.gethostname(), f"{name}.json")
+
+
 def about(uri: Path, run: str) -> list[str]:
     return ["--dataset", "tiles", "--run", run, "--bucket", str(uri), *settings(checkpoint__every_epochs="1")]
 
@@ -45,7 +49,7 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bu
     words = ["submit", "train", *about(bucket, "long"), "--epochs", 1000, "--on", "local", "--detach"]
     out = succeeded(ddpm(*words))
     assert out.startswith("train-long is submitted: `ddpm jobs logs train-long --on local -f` follows it")
-    pid = int(backend().describe("train-long")["pid"])
+    pid = int(json.loads(record_of("train-long").read_bytes())["pid"])
     assert "train\0--dataset\0tiles" in Path(f"/proc/{pid}/cmdline").read_text()
     assert (backend().status("train-long").state, os.getsid(pid)) == (State.RUNNING, pid)
     eventually(lambda: list(bucket.glob("runs/long/checkpoints/*/MANIFEST.json")), 100)
@@ -57,8 +61,6 @@ def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bu
     assert re.search(r"^attempt 1 +20.*, 1 × ", out, re.MULTILINE)
     _, row = succeeded(ddpm("jobs", "list", "--on", "local")).splitlines()
     assert row.split()[:3] == ["train-long", "local", "running"]
-    described = json.loads(succeeded(ddpm("jobs", "describe", "train-long", "-o", "json")))
-    assert (described["pid"], described["bucket"]) == (pid, str(bucket))
 
     follower = subprocess.Popen(
         [DDPM, "jobs", "logs", "train-long", "-f"], env=environment(), stdout=subprocess.PIPE, text=True
@@ -105,10 +107,10 @@ def test_a_job_that_fails_says_why_in_its_bucket_or_in_its_log(bucket, folder, m
     assert "nowhere is no folder" in "\n".join(backend().logs("train-b", True))
 
 
-def test_a_number_that_another_process_has_now_is_nobody(folder):
+def test_a_number_that_another_process_has_now_is_nobody():
     """A job that was killed, whose record names a process that is none of its own."""
     backend().submit(spec("--dataset", "a"))
-    path = folder / f"cache/jobs/{socket.gethostname()}/train-a.json"
+    path = record_of("train-a")
     record = json.loads(path.read_bytes())
     os.kill(record["pid"], signal.SIGKILL)
     status = ended("train-a")
@@ -159,11 +161,3 @@ def test_a_watched_job_in_the_background_is_submitted_until_it_is_finished(bucke
     done = ddpm(*words[1:])
     assert done.returncode == 0, done.stderr
     assert "train-seen is finished" in done.stderr
-
-
-def test_what_nobody_submitted_is_unknown_and_this_machine_is_one():
-    assert backend().status("train-a").state is State.GONE
-    assert backend().jobs() == []
-    for question in (backend().describe, backend().cancel, lambda name: list(backend().logs(name, False))):
-        with pytest.raises(MissingInputError, match="no job 'train-a'"):
-            question("train-a")

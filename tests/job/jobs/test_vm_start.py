@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from job.jobs.backends import vm as module
 from job.jobs.backends.base import Cause, State
 from tests.job.jobs.google_jobs import backend_of, metadata_of, spec
 from tests.job.jobs.google_server import Refusal
+from tests.job.launching import eventually
 
 SCRIPT = Path(module.__file__).with_name("vm_start.sh")
 TOOLS = ("docker", "docker-credential-gcr", "cos-extensions", "mount", "systemctl", "systemd-run", "chown", "sleep")
@@ -80,10 +80,8 @@ class Machine:
 
     def stopped(self, **tools: str) -> None:
         """The machine is switched off, once the container, or what holds in its place, is up."""
-        process, end = self.begun(**tools), time.monotonic() + 20
-        while not (self.folder / "container").exists():
-            assert time.monotonic() < end
-            time.sleep(0.02)
+        process = self.begun(**tools)
+        eventually((self.folder / "container").exists)
         process.send_signal(signal.SIGTERM)
         self.ended(process)
 

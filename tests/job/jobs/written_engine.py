@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 
+import pytest
+
 from job.exits import JobError
+from job.jobs import watch
+from job.jobs.backends import base
 from job.jobs.backends.base import Backend, Cause, JobStatus, JsonObject, NoCapacityError, State
 from job.jobs.spec import JobSpec
 from job.jobs.targets import parse_targets
-from tests.job.jobs.story import watched
+from job.jobs.watch import Watch
 
 VM = parse_targets("vm: {backend: vm, project: my-project, zones: [us-east1-b], image: i}", "f")["vm"]
 SPEC = JobSpec("train-a", "train", ("train", "--dataset", "a"), "i", "gs://bucket", run="a", max_hours=2.0)
@@ -54,8 +58,12 @@ class Engine:
         return self.seconds > NOON.timestamp() + 30 * 86400
 
     def watch(self, *places: str, spec: JobSpec = SPEC) -> Engine:
-        """Watches a job on it to the end."""
-        watched(Place(self, places or ("a",)), spec, self)
+        """Watches a job on it to the end. Its bucket is nowhere, unless it is a folder here."""
+        bucket = "/nowhere" if "://" in spec.bucket else spec.bucket
+        with pytest.MonkeyPatch.context() as patch:
+            for module in (watch, base):
+                patch.setattr(module, "note", self.told.append)
+            Watch(Place(self, places or ("a",)), replace(spec, bucket=bucket), self.wait, self.now).run()
         return self
 
 
@@ -113,6 +121,3 @@ class Place(Backend):
             raise self.engine.cancelling.pop(0)
         self.engine.cancelled.append(self.name)
         return "was told to stop"
-
-    def describe(self, name: str) -> JsonObject:
-        return {}
