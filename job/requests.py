@@ -87,18 +87,15 @@ class SampleRequest:
             BadRequestError: an unknown sampler or precision, a list that is none, or options that exclude each other.
         """
         records.validated_run_name(self.run)
-        samplers = get_args(SampleConfig.model_fields["sampler"].annotation)
         for option, value, known in (
-            ("--sampler", self.sampler, samplers),
+            ("--sampler", self.sampler, get_args(SampleConfig.model_fields["sampler"].annotation)),
             ("--precision", self.precision, ("fp32", "bf16")),
             ("--save", self.save, ("shards", "png")),
         ):
             if value and value not in known:
                 raise BadRequestError(f"{option} {value!r}: use {' or '.join(known)}")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
-            raise BadRequestError(
-                f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80,490, or latest, or all"
-            )
+            raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
         if self.count is None:
@@ -136,10 +133,8 @@ def check_output(path: Path) -> None:
     Raises:
         BadRequestError: it does not end in .png, is a folder, or would be in a folder that is not there.
     """
-    if path.suffix.lower() != ".png":
-        raise BadRequestError(f"--output {path}: pictures are PNG files, so let its name end in .png")
-    if path.is_dir() or not path.parent.is_dir():
-        raise BadRequestError(f"--output {path}: name a file in a folder that is there")
+    if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
+        raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
 
 
 def parse_numbers(text: str, option: str) -> list[int]:
@@ -151,11 +146,9 @@ def parse_numbers(text: str, option: str) -> list[int]:
     numbers: list[int] = []
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
-        if not match:
+        if not match or int(match[2] or match[1]) < int(match[1]):
             raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])
-        if last < first:
-            raise BadRequestError(f"{option} {text!r}: the range {word.strip()} runs backwards")
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")
         numbers += range(first, last + 1)

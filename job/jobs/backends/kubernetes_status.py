@@ -103,8 +103,7 @@ def _state_and_cause(
         ended = _end_of(pods[-1])
         how = _ending_in_words(ended) if ended else pods[-1].get("status", {}).get("reason") or "its node is gone"
         return State.WAITING, f"the next attempt follows; the last one: {how}", None
-    warnings = [event for event in events if event.get("type") == "Warning"]
-    if warnings:
+    if warnings := [event for event in events if event.get("type") == "Warning"]:
         return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}", None
     return State.WAITING, "has no pod yet", None
 

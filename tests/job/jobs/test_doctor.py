@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
-from job.exits import Exit, JobError
+from job.exits import Exit
 from job.jobs import doctor
 from job.jobs.backends.base import Check
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
-from tests.job.jobs.answering import JsonHandler, serving
 
 
 def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypatch):
     checks = list(doctor.bucket_checks(bucket_uri))
     assert [check.name for check in checks if not check.passed] == []
-    clock = ["clock"] * ("://" in bucket_uri)
-    assert [check.name for check in checks] == ["credentials", "bucket write", "bucket list", *clock]
+    assert [check.name for check in checks] == ["credentials", "bucket write", "bucket list"]
     if "://" in bucket_uri:
         assert not list(open_store(bucket_uri).list("doctor"))
 
@@ -77,22 +73,6 @@ def test_a_cache_that_cannot_be_made_and_too_little_shared_memory(tmp_path, monk
         assert (found["shared memory"].passed, found["shared memory"].exit_code) == shared_memory
     assert (found["disk"].passed, found["disk"].exit_code) == (False, Exit.BAD_REQUEST)
     assert found["GPUs"].message == "2 × L4 (name, driver, memory)"
-
-
-def test_a_clock_that_is_wrong(monkeypatch):
-    class Server(JsonHandler):
-        def do_HEAD(self):
-            self.send_response_only(403)
-            self.send_header("Date", "Wed, 25 Nov 2020 10:00:00 GMT")
-            self.end_headers()
-
-    with serving(Server) as url:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        with pytest.raises(JobError, match="ahead of the bucket's: set it by NTP"):
-            doctor._compare_clocks("gs://bucket")
-    # A server that is away is the bucket's business.
-    monkeypatch.setenv("STORAGE_EMULATOR_HOST", "127.0.0.1:9")
-    assert "not known" in doctor._compare_clocks("gs://bucket")
 
 
 def test_the_code_is_that_of_the_first_failure(capsys):
