@@ -84,7 +84,8 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Store]:
     return dataset_id, open_store(str(folder)).sub("runs/walk")
 
 
-@pytest.mark.parametrize("remote_bucket", ["gs", pytest.param("s3", marks=pytest.mark.slow)], indirect=True)
+@pytest.mark.slow
+@pytest.mark.parametrize("remote_bucket", ["gs", "s3"], indirect=True)
 def test_every_tenth_request_goes_wrong_and_nothing_comes_out_differently(
     undisturbed: tuple[str, Store], proxy: FaultyProxy, remote_bucket: str
 ) -> None:

@@ -70,11 +70,11 @@ def bucket(gcs_server: str) -> str:
     name = f"test-{secrets.token_hex(6)}"
     storage.Client(project="test").create_bucket(name)
     uri = f"gs://{name}/some/folder"
-    out = succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
+    out = succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
     assert f"{uri}/datasets/tiles-16" in out
     assert "299 colour, 16×16 pixels" in out
-    for epochs, said in ((1, "1 epoch, 312 images"), (2, "2 epochs, 600 images")):
-        out = succeeded(ddpm("train", *about(uri, "walk"), "--epochs", epochs))
+    for how, epochs, said in ((ddpm_here, 1, "1 epoch, 312 images"), (ddpm, 2, "2 epochs, 600 images")):
+        out = succeeded(how("train", *about(uri, "walk"), "--epochs", epochs))
         assert out.startswith(f"Run 'walk' is finished: {said} seen.\n")
     return uri
 

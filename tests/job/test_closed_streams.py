@@ -7,13 +7,11 @@ import subprocess
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
-from tests.job.command_line import DDPM, ddpm_here, environment, settings, succeeded
+from tests.job.command_line import DDPM, environment, settings
 
 
-def test_a_run_is_trained(tmp_path):
-    succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", tmp_path))
-    words = ("train", "--dataset", "tiles", "--bucket", tmp_path, "--epochs", 1, "--processes", 2, *settings())
+def test_a_run_is_trained(bucket):
+    words = ("train", "--dataset", "tiles", "--bucket", bucket, "--epochs", 1, *settings())
     command = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", DDPM, *map(str, words)]
-    variables = environment(DDPM_CACHE=str(tmp_path / "cache"))
-    assert subprocess.run(command, env=variables, check=False, timeout=120).returncode == Exit.FINISHED
-    assert [ref.images_seen for ref in list_checkpoints(open_store(str(tmp_path)).sub("runs/tiles"))] == [312]
+    assert subprocess.run(command, env=environment(), check=False, timeout=120).returncode == Exit.FINISHED
+    assert [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/tiles"))] == [312]

@@ -11,7 +11,7 @@ import yaml
 from job.exits import Exit
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets
-from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.jobs.test_local import ended, spec
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -72,7 +72,7 @@ def test_a_job_whose_machine_is_gone_has_its_story_still(folder, gcs_bucket):
     uri = str(gcs_bucket)
     succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
     words = ["train", "--dataset", "tiles", "--run", "walk", "--epochs", 1, "--bucket", uri, *settings()]
-    succeeded(ddpm(*words, DDPM_JOB="train-walk"))
+    succeeded(ddpm_here(*words, DDPM_JOB="train-walk"))
     # As told by a target that has its bucket, and by a person who knows where it was.
     (folder / "targets.yaml").write_text(yaml.safe_dump({"local": {"bucket": uri}}))
     for name in ("train-walk", "sample-walk-0123abcd"):

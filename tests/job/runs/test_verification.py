@@ -36,8 +36,9 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
 
 def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys):
     wrong = {}
+    one_of_each_kind = {located(key).kind: key for key in keys}.values()
     for name, damage in DAMAGES.items():
-        for key in keys:
+        for key in keys if name in ("gone", "bit in the middle") else one_of_each_kind:
             expected = [] if name == "gone" and NEVER_MISSED.fullmatch(key) else [key]
             if name == "gone" and (place := located(key)).kind is ObjectKind.PROVENANCE:
                 # Nobody misses the record of what was drawn over, or can tell a picture without one from a stranger's.

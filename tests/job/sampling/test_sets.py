@@ -121,6 +121,7 @@ def test_slices_side_by_side_make_what_one_process_makes(bucket, far):
     assert [f"{made} made at" in out for out, made in zip(outputs, (36, 32, 32), strict=True)] == [True] * 3
 
 
+@pytest.mark.slow
 def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     images = set_of(bucket, 96, steps=25)
     child = started(*words(bucket, 96, *SLOW))
