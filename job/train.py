@@ -154,7 +154,8 @@ class TrainingSession:
         self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
         if self.config.train.compile and device.type == "cuda":
             model.compile()
-        self.network = ranks.accelerator.prepare_model(model)
+        # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
+        self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.last_row: metrics.Row = {}

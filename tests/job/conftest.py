@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from filelock import FileLock
 
 from job.data.pack import PackRequest, pack
 from job.plan import plan_run
@@ -46,19 +48,41 @@ def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytes
         yield proxy
 
 
+MadeOnce = Callable[[str, Callable[[Path], object]], Path]
+
+
 @pytest.fixture(scope="session")
-def tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> MadeOnce:
+    """Gives a folder that the first of the test processes fills and the others find; not to be changed."""
+
+    def made_once(name: str, fill: Callable[[Path], object]) -> Path:
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+        with FileLock(f"{folder}.lock"):
+            if not folder.exists():
+                half = folder.with_suffix(".half")
+                fill(half)
+                half.rename(folder)
+        return folder
+
+    return made_once
+
+
+@pytest.fixture(scope="session")
+def tiles(made_once: MadeOnce) -> Path:
     """A local bucket with the embedded images as dataset `tiles`, 299 at 16 pixels; not to be changed."""
-    folder = tmp_path_factory.mktemp("tiles")
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
-    pack(open_store(str(folder)), PackRequest(str(source), "tiles", 16))
-    return folder
+
+    def fill(folder: Path) -> None:
+        folder.mkdir()
+        pack(open_store(str(folder)), PackRequest(str(source), "tiles", 16))
+
+    return made_once("tiles", fill)
 
 
 @pytest.fixture(scope="session")
-def walked(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def walked(tiles: Path, made_once: MadeOnce) -> Path:
     """The same with a run `walk` of three epochs, of which the first and the last are kept; not to be changed."""
-    folder = shutil.copytree(tiles, tmp_path_factory.mktemp("walked") / "bucket")
     sets = [f"{key}={value}" for key, value in NETWORK.items()]
     sets += [
         "checkpoint.keep_last=1",
@@ -67,9 +91,13 @@ def walked(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.warmup_images=0",
         "sample.nearest=false",
     ]
-    AcceleratorState._reset_state(reset_partial_state=True)
-    run_training(plan_run(TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets)).check()))
-    return folder
+
+    def fill(folder: Path) -> None:
+        shutil.copytree(tiles, folder)
+        AcceleratorState._reset_state(reset_partial_state=True)
+        run_training(plan_run(TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets)).check()))
+
+    return made_once("walked", fill)
 
 
 @pytest.fixture

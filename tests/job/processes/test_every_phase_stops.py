@@ -80,6 +80,7 @@ def saved(run: Store, said: str) -> None:
 # --- training
 
 
+@pytest.mark.slow
 def test_training_by_two_group_signals(place):
     process = place.begun("group", "--processes", 2)
     saved(place.run("group"), said := stopped_by(by_group(signal.SIGTERM), process))

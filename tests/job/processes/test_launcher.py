@@ -260,6 +260,7 @@ def test_the_launcher_does_not_import_torch():
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_a_killed_rank_of_a_real_run_is_named_and_not_buried(place):
     child = place.begun("killed", "--processes", 2)
     ranks = sorted(children(child.pid))

@@ -15,13 +15,18 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
+from tests.job.conftest import MadeOnce
 from tests.job.runs.whole_runs import content_hash, train
 
 
 @pytest.fixture(scope="session")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bucket(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
-    folder = tmp_path_factory.mktemp("rot")
+    return shutil.copytree(made_once("whole-runs", _fill), tmp_path_factory.mktemp("rot") / "bucket")
+
+
+def _fill(folder: Path) -> None:
+    folder.mkdir()
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
     pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
@@ -34,7 +39,6 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)
         run.create(ObjectKind.READER.key(checkpoint=ref, unique=f"{number:032x}"), reader.to_json())
-    return folder
 
 
 @pytest.fixture(scope="session")

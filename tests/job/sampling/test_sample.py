@@ -66,6 +66,7 @@ def test_bf16_differs_a_little_between_batch_sizes(draw):
         assert 0 < np.abs(images - fp32).mean() < BF16_LEVELS
 
 
+@pytest.mark.slow
 def test_processes_share_the_seeds_out_and_draw_the_same(bucket, sample):
     (name, alone), *_ = sample(seeds="0-6", precision="fp32").items()
     words = ("--run", "walk", "--seeds", "0-6", "--precision", "fp32", "--processes", 2)

@@ -259,7 +259,9 @@ def race_in_child(uri: str, child: int) -> list[bool]:
     return won
 
 
-@pytest.mark.parametrize("bucket_uri", ["local", "gs", "s3-seaweedfs"], indirect=True)
+@pytest.mark.parametrize(
+    "bucket_uri", ["local", "gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True
+)
 def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(store: Store) -> None:
     """Not on moto: it compares and then writes, with a thread for each request and no lock."""
     store.create("counter", b"0")
@@ -287,6 +289,11 @@ for number in range(10_000):
 """
 
 
+@pytest.mark.parametrize(
+    "bucket_uri",
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs"))],
+    indirect=True,
+)
 def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Path) -> None:
     sizes = {"small": 50_000, "large": LARGE_BYTES, "status": 50_000}
     rng = random.Random(0)
