@@ -224,7 +224,7 @@ def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scal
     if not frames:
         raise ValueError("there are no frames to animate")
     scale = scale or _scale(frames[0])
-    pictures = []
+    pictures, palette = [], _palette(frames[0])
     for index, images in enumerate(frames):
         grid = image_grid(images, columns, scale=scale)
         # The bar also keeps equal frames apart, which the GIF writer would merge into one.
@@ -233,7 +233,9 @@ def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scal
         end = 2 + (grid.width - 5) * (index + 1) // len(frames)
         ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
         # One palette each, for noise and samples share few colours; dithering would look like noise that is left.
-        pictures.append(canvas.quantize(palette=_palette(images), dither=Image.Dither.NONE))
+        if images is not frames[max(index - 1, 0)]:
+            palette = _palette(images)
+        pictures.append(canvas.quantize(palette=palette, dither=Image.Dither.NONE))
     file = BytesIO()
     pictures[0].save(file, "GIF", save_all=True, append_images=pictures[1:], duration=1000 // fps, loop=0)
     return file.getvalue()

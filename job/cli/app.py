@@ -10,7 +10,7 @@ import typer
 
 from job import __version__
 from job.cli import data, doctor, figure, jobs, runs, sample, submit, train
-from job.exits import ending_of
+from job.exits import Exit, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
 app = typer.Typer(
@@ -92,5 +92,7 @@ def _fail(message: str, code: int) -> NoReturn:
     who = "ddpm" if rank == "0" or is_launched() else f"ddpm (rank {rank})"
     # Whoever read it may be gone; the code is what engines decide by.
     with suppress(OSError):
-        print(f"{who}: {message}", file=sys.stderr)
+        # That all were stopped is said once.
+        if who == "ddpm" or code != Exit.STOPPED:
+            print(f"{who}: {message}", file=sys.stderr)
     raise SystemExit(int(code))

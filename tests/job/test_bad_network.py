@@ -233,9 +233,9 @@ def test_waiting_for_a_checkpoint_is_no_hang(proxy: FaultyProxy, remote_bucket: 
     pack_tiles(patient(remote_bucket))
     train(remote_bucket, 1)
     proxy.inject(Fault.UNAVAILABLE, r"^GET [^\n]*safetensors", times=10_000)
-    child = started(*train_words(remote_bucket, 2), "--hang-after", "6")
+    child = started(*train_words(remote_bucket, 2), "--hang-after", "12")
     eventually(lambda: proxy.injected[Fault.UNAVAILABLE] > 0, 60)
-    time.sleep(15)
+    time.sleep(26)
     assert child.poll() is None
     proxy.forget()
     said, _ = child.communicate(timeout=120)
