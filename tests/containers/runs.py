@@ -25,6 +25,7 @@ def assert_equal(run: Store, other: Store) -> None:
         status = read_status(each)
         assert status is not None
         assert status.state == "finished"
-    found, expected = (load_manifest(each, max(list_checkpoints(each))).files for each in (run, other))
+    manifests = (load_manifest(each, max(list_checkpoints(each))) for each in (run, other))
+    found, expected = ([(file.name, file.sha256) for file in manifest.files] for manifest in manifests)
     assert len(found) >= 3
     assert found == expected
