@@ -47,5 +47,5 @@ def test_nothing_but_what_is_accepted(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     report = json.loads(done.stdout)
-    assert report["summary"]["parsing_errors"] == 0 and report["summary"]["passed"] > 60
+    assert report["summary"]["parsing_errors"] == 0 and report["summary"]["passed"] > 30
     assert {(check["check_id"], check["resource"]) for check in report["results"]["failed_checks"]} == set(ACCEPTED)
