@@ -102,7 +102,7 @@ test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 4 --dist loadfile $(ARGS)
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
-	@tests/install.sh podman runc mmdebstrap ip
+	@tests/install.sh podman runc mmdebstrap
 	.venv/bin/pytest -m containers tests/containers --timeout=1200 $(ARGS)
 
 test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells

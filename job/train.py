@@ -92,6 +92,8 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
                 progress=lambda done, total: bar.update(done),
                 stop=stop,
             )
+        # The network waits for all processes and says nothing meanwhile, which would look like a hang.
+        ranks.sum(0)
         session = TrainingSession(plan, ranks, images, stop)
         with session.restored(attempt, lease):
             session.train()

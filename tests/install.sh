@@ -11,6 +11,5 @@ fi
 apt-get update --quiet --quiet
 # What Podman recommends (its network and its own runtime) is needed; what mmdebstrap recommends is not.
 case $missing in *podman*) DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet podman buildah;; esac
-# shellcheck disable=SC2046  # one word per tool
-DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends \
-    $(echo "$missing" | sed 's/\bip\b/iproute2/')
+# shellcheck disable=SC2086  # one word per tool
+DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends $missing

@@ -1,5 +1,6 @@
 """The application: puts the nouns together and turns errors into one line and an exit code."""
 
+import atexit
 import os
 import sys
 from contextlib import suppress
@@ -56,6 +57,8 @@ def main() -> None:
     try:
         run()
     except SystemExit as end:
+        # Libraries clear away what they left for the end, such as a cluster's key in a temporary file.
+        atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             # Nobody may take it any more.
             with suppress(OSError):

@@ -111,9 +111,8 @@ class ShardSource:
         """Opens the stores of the shards of the dataset at `key`, and touches none of them.
 
         Raises:
-            BadDataError: the index says of its images what cannot be.
-            BadRequestError: a URI that no store speaks.
-            NoPermissionError: no credentials for its bucket were found.
+            BadRequestError: a URI that no store speaks, or a recipe that makes no sense.
+            NoPermissionError: no credentials for its bucket were found, as far as that is known before asking it.
         """
         self.index, self.folder, self.stop = index, folder, stop
         self.threads = threads or os.cpu_count() or 1

@@ -52,7 +52,7 @@ class ForeignTar:
         tar = split_uri(self.key)[1]
         for _, files in groupby(self._files(digests), key=lambda file: file[0]):
             image: Sample | None = None
-            label, has_plain_name, is_numbered, names = -1, False, False, list[str]()
+            label, plain_names, is_numbered, names = -1, 0, False, list[str]()
             for _, suffix, member in files:
                 is_plain = f".{suffix}" in SUFFIXES
                 with refusing(f"{self.uri}: entry {member.name!r}"):
@@ -60,13 +60,13 @@ class ForeignTar:
                         names.append(member.name)
                         is_numbered |= suffix[0].isdigit()
                         # `photo.jpg` is meant where there is a `photo.mask.png` as well.
-                        if image is None or (is_plain and not has_plain_name):
+                        if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
-                            has_plain_name = is_plain
+                        plain_names += is_plain
                     elif suffix == "cls" and (match := _CLASS.fullmatch(member.read())):
                         label = int(match[1])
             # `photo.1.jpg` is no part of a `photo.jpg`.
-            if len(names) > 1 and (is_numbered or not has_plain_name):
+            if len(names) > 1 and (is_numbered or plain_names != 1):
                 raise BadDataError(
                     f"{self.uri}: {names[0]!r} and {names[1]!r} would be one sample, for its key ends at the first dot "
                     "of a name, and one image would be lost: rename them, or pack the tar with `ddpm data pack`"

@@ -178,7 +178,7 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
 
 @functools.cache
 def _decoder() -> Callable[..., Any]:
-    """The `decode_image` of torchvision, of which importing the package would take a second more."""
+    """The `decode_png` of torchvision, of which importing the package would take a second more."""
     import torch
 
     spec = importlib.util.find_spec("torchvision")

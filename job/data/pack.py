@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -128,6 +129,7 @@ def pack(
             have numbers that are larger than there are images.
         StoppedError: `stop` said so.
         DiskFullError: there is no space for shards on their way to the bucket.
+        NoPermissionError: the credentials do not allow to write, or to read.
     """
     request = request.check()
     assert request.size is not None
@@ -141,6 +143,7 @@ def pack(
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         way = _InPlace if request.tars else _Copying
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
+        packing.dataset.check_writable(f"{shards.PACKING}/{uuid.uuid4().hex}")
         try:
             # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
             # one that found another's in its place, so of two attempts at different things one goes on.
@@ -244,8 +247,14 @@ class _Packing(abc.ABC):
         if not self.packed:
             none_usable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise none_usable if self.rejects else no_images(self.where)
-        # Somebody may have deleted it all; an equal attempt that was faster has cleared the entries away.
-        if not any(self.dataset.exists(key) for key in (_entry_key(self.packed[0].shard.name), shards.INDEX)):
+        # Somebody may have deleted it all, and packed something else since.
+        first = self.packed[0]
+        try:
+            is_ours = self.dataset.read(_entry_key(first.shard.name)).data == first.to_json()
+        except ObjectMissingError:
+            # An equal attempt that was faster has cleared the entries away.
+            is_ours = self.dataset.exists(shards.INDEX)
+        if not is_ours:
             raise self.is_otherwise()
         rejects = "".join(f"{json.dumps(reject)}\n" for reject in self.rejects).encode()
         index = shards.DatasetIndex(

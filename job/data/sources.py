@@ -186,7 +186,7 @@ def _zip_members(opener: Opener) -> Iterator[Member]:
     with opener() as file:
         _, limit_bytes = _unpacked(file)
         with zipfile.ZipFile(file) as archive:
-            if sum(info.file_size for info in archive.infolist()) > limit_bytes:
+            if sum(info.file_size for info in archive.infolist() if is_image(info.filename)) > limit_bytes:
                 raise RefusedError(_EXPANDS)
             for info in archive.infolist():
                 if not info.is_dir():
@@ -288,6 +288,9 @@ def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iter
         for number in range(count):
             folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
             yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
+        file.seek(16 + count * pixels)
+        if file.read(1):
+            raise RefusedError(f"holds more than the {count} images of its header: get it again")
 
 
 def _idx_labels(opener: Opener, count: int) -> bytes:

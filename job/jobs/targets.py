@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from job import DEFAULT_BUCKET
 from job.config import parse_yaml
 from job.exits import BadConfigError, BadRequestError
-from job.store import check_uri
+from job.store import check_uri, is_remote
 from job.store.files import os_errors
 
 if TYPE_CHECKING:
@@ -274,9 +274,12 @@ def _target(name: str, block: Any, where: str) -> Target:
         raise BadConfigError(f"{where}: {said}")
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
-        return model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
+        target = model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
     except ValidationError as error:
         raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
+    if target.is_remote and target.bucket and not is_remote(target.bucket):
+        raise BadConfigError(f"{where}: bucket: {target.bucket!r} is a folder of this machine: use gs:// or s3://")
+    return target
 
 
 def _hint(word: str, known: Iterable[str]) -> str:

@@ -312,15 +312,8 @@ def utc_now() -> str:
 
 
 def check_writable(run: Store) -> None:
-    """Writes and deletes a few bytes: what a lease and every save need is known before anything that takes time.
-
-    Raises:
-        NoPermissionError: the credentials do not allow one of the two; the message names the object.
-        JobError: the bucket is not there, or is away.
-    """
-    key = ObjectKind.PROBE.key(unique=uuid.uuid4().hex)
-    run.create(key, uuid.uuid4().bytes)
-    run.delete(key)
+    """See `Store.check_writable`: a lease and every save need both."""
+    run.check_writable(ObjectKind.PROBE.key(unique=uuid.uuid4().hex))
 
 
 class StatusReporter:

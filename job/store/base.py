@@ -113,6 +113,15 @@ class Store(abc.ABC):
         """
         return self._created(key, io.BytesIO(data))
 
+    def check_writable(self, key: str) -> None:
+        """Writes and deletes a few bytes at a key of their own: what is forbidden is known before anything is computed.
+
+        Raises:
+            NoPermissionError: the credentials do not allow one of the two; the message names the object.
+        """
+        self.create(key, b"writable?")
+        self.delete(key)
+
     def replace(self, key: str, data: bytes, version: str) -> str:
         """Writes over exactly `version` of an object (compare-and-swap) and returns the new version.
 
@@ -131,7 +140,7 @@ class Store(abc.ABC):
         self._attempt(self._written, validated_new_key(key), io.BytesIO(data), None)
 
     def upload(self, path: Path, key: str) -> None:
-        """Copies a finished local file to a fresh key, verified by crc32c end to end.
+        """Copies a finished local file to a fresh key; a bucket verifies its crc32c.
 
         The object appears whole or not at all, also when this process dies half-way. As in `create`, a conflict with
         an object of the same content counts as success, so that whoever died after an upload can repeat it.

@@ -30,7 +30,15 @@ _CRC32C = "ddpm-crc32c"
 _LISTINGS_AT_ONCE = 16
 
 _NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
-_LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
+_LOCKED_OUT = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.ProfileNotFound,
+    boto.SSOError,
+    boto.TokenRetrievalError,
+)
+_NOT_AS_THOUGHT = ("PreconditionFailed", "412")
+"""Of a conditional write; the second from servers that only send a status."""
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
@@ -103,7 +111,7 @@ class S3Store(RemoteStore):
                 Metadata={_CRC32C: content.crc32c},
             )
         except boto.ClientError as error:
-            if _code(error) == "PreconditionFailed" or (over and _code(error) == "NoSuchKey"):
+            if _code(error) in _NOT_AS_THOUGHT or (over and _code(error) == "NoSuchKey"):
                 return None
             raise
         return str(answer["ETag"])
@@ -169,7 +177,7 @@ class S3Store(RemoteStore):
                 return NoPermissionError(f"{uri}: refused, for this machine's clock is wrong ({code}): set it")
             case "BadDigest" | "XAmzContentSHA256Mismatch" | "XAmzContentChecksumMismatch":
                 return damaged(uri)
-            case "PreconditionFailed":
+            case "PreconditionFailed" | "412":
                 return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
             case "ConditionalRequestConflict" | "IncompleteBody" | "OperationAborted" | "RequestTimeout" | "SlowDown":
                 return self._told_by_status(uri, None, reason)

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 WHEEL = "cdktn-provider-google==21.1.0"
-PROVIDER_VERSION = (8, 7)
 FOLDER = Path(__file__).parents[2] / ".venv/provider-schema"
 _SMALL = "google-8.7.json"
 _META = {"count", "for_each", "depends_on", "provider", "lifecycle", "provisioner", "connection"}

@@ -21,6 +21,7 @@ from PIL import Image
 
 import job
 from job.cli.app import app
+from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
 from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, started, succeeded
@@ -221,3 +222,10 @@ def test_a_terminal_that_cannot_show_a_character_shows_its_escape(tmp_path):
     out = succeeded(ddpm(*words, PYTHONIOENCODING="ascii"))
     assert "3 colour, 16\\xd716 pixels" in out
     assert "made     from caf%E9.zip" in out
+
+
+def test_what_libraries_leave_for_the_end_is_cleared_away():
+    program = "import atexit; atexit.register(print, 'cleared away'); from job.cli.app import main; main()"
+    for words, code in (("--version", Exit.FINISHED), ("--nonsense", Exit.USAGE)):
+        done = subprocess.run([sys.executable, "-c", program, words], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout.splitlines()[-1]) == (code, "cleared away")

@@ -61,6 +61,8 @@ class Cause(StrEnum):
     """It ran for its `max_hours`."""
     NO_IMAGE = "no image"
     """It has a machine, which costs, and its image cannot be pulled."""
+    STUCK = "stuck"
+    """It could not be ended, and may still hold its run."""
 
 
 @dataclass(frozen=True)
@@ -158,6 +160,13 @@ class Check:
             return cls(name, True, look())
         except JobError as error:
             return cls.of_error(name, error)
+
+    @classmethod
+    def unless_hidden(cls, name: str, look: Callable[[], str]) -> Check:
+        """As `of`; it passes where these credentials may not look, which who may submit jobs need not be allowed to."""
+        check = cls.of(name, look)
+        is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
+        return cls(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
 
     @classmethod
     def of_image(cls, image: str) -> Check:

@@ -40,7 +40,7 @@ _RESERVED: dict[int, tuple[str, Cause | None]] = {
     50001: ("its spot machine was taken away", Cause.TAKEN_AWAY),
     50002: ("its machine stopped answering", Cause.TAKEN_AWAY),
     50003: ("its machine restarted", Cause.TAKEN_AWAY),
-    50004: ("it could not be ended", None),
+    50004: ("it could not be ended", Cause.STUCK),
     50005: ("it ran longer than --max-hours", Cause.OUT_OF_TIME),
     50006: ("its machine was made anew", Cause.TAKEN_AWAY),
 }

@@ -311,7 +311,8 @@ def _container_status(found: dict[str, Any]) -> JobStatus:
     name, created = found["Name"].removeprefix("/"), made.strftime("%Y-%m-%dT%H:%M:%SZ")
     bucket = labels.get(BUCKET_LABEL, "")
     status = JobStatus(name, State.RUNNING, attempts=int(started), created=created, bucket=bucket)
-    if said not in _OVER:
+    # One that cannot be started stays as it was made.
+    if said not in _OVER and (started or not state.get("Error")):
         return status
     if not started:
         return replace(status, state=State.FAILED, message=state.get("Error") or "it did not start")

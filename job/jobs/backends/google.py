@@ -304,18 +304,20 @@ class GoogleBackend(Backend):
             return
         if target.gpus:
             regions = [f"/regions/{region}" for region in target.all_regions]
-            metric = quota_metric(target.gpu_type, target.spot)
+            metric = quota_metric(self._machine().gpu_type, target.spot)
             yield Check.of("GPU quota", lambda: self._quota(metric, regions))
             # A project has a quota over all regions besides that of each: 0 in a new one.
             yield Check.of("GPU quota, everywhere", lambda: self._quota("GPUS_ALL_REGIONS", [""]))
         if target.service_account:
-            yield Check.of("service account", self._account_is_there)
+            yield Check.unless_hidden("service account", self._account_is_there)
         yield Check.of_image(target.image)
 
     def _engine_answers(self) -> str:
-        jobs, target = self.jobs(), self.target
-        machine_for(target.machine_type, target.gpu_type, target.gpus)
-        return f"project {target.project} answers; {len(jobs)} jobs"
+        jobs, _ = self.jobs(), self._machine()
+        return f"project {self.target.project} answers; {len(jobs)} jobs"
+
+    def _machine(self) -> Machine:
+        return machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)
 
     def _quota(self, metric: str, places: Sequence[str]) -> str:
         """Whether one of the places, regions or all of them, has the GPUs of a job left."""

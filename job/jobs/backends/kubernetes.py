@@ -5,9 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from datetime import datetime
 from itertools import dropwhile
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, MissingInputError, NoPermissionError
 from job.jobs.backends import kubernetes_api, kubernetes_status
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_manifests import manifest
@@ -70,7 +71,7 @@ class KubernetesBackend(Backend):
         return self._look(name)[0]
 
     def jobs(self) -> list[JobStatus]:
-        """All jobs with this program's label, newest first."""
+        """All jobs with this program's label."""
         selector = f"app={LABEL_PREFIX}"
         pods: dict[str, list[JsonObject]] = {}
         for pod in self._api.pods(selector):
@@ -113,7 +114,11 @@ class KubernetesBackend(Backend):
 
     def _new_lines(self, pod: JsonObject, last: str) -> Iterator[str]:
         """What a pod printed after the time `last`; its whole output if that is empty."""
-        since = {"since_seconds": LOG_OVERLAP_SECONDS} if last else {}
+        since = {}
+        if last:
+            # Whoever reads may have paused for long.
+            age_seconds = time.time() - datetime.fromisoformat(last).timestamp()
+            since = {"since_seconds": max(int(age_seconds), 0) + LOG_OVERLAP_SECONDS}
         # One has not begun, or its output is gone with its node; that of the others is not.
         with suppress(kubernetes_api.NoSuchObjectError, BadRequestError, BucketAwayError):
             # A time may have lost the zeros at its end.
@@ -134,11 +139,8 @@ class KubernetesBackend(Backend):
         yield (cluster := Check.of("cluster", self._look_at_rights))
         if not cluster.passed:
             return
-        for name, look in (("service account", self._look_for_account), ("queue", self._look_for_queue)):
-            check = Check.of(name, look)
-            # Who may submit jobs need not be allowed to see these.
-            is_hidden = not check.passed and check.exit_code is Exit.NO_PERMISSION
-            yield Check(name, True, f"not looked at: {check.message}: {check.remedy}") if is_hidden else check
+        yield Check.unless_hidden("service account", self._look_for_account)
+        yield Check.unless_hidden("queue", self._look_for_queue)
         yield Check.of_image(self.target.image)
 
     def _all_named(self, name: str) -> list[tuple[kubernetes_api.Kind, JsonObject]]:

@@ -191,9 +191,9 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
 
 
 def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, undisturbed):
-    # Three objects for each of four shards; the index; the entries of the four to delete.
+    # Three objects for each of four shards; the index; the entries of the four to delete. Before them, a probe.
     for number in range(12 + 1 + 4):
-        bucket, writes = tmp_path / str(number), count()
+        bucket, writes = tmp_path / str(number), count(-2)
 
         def dying(original, number=number, writes=writes):
             return lambda *arguments: interrupted() if next(writes) == number else original(*arguments)
@@ -251,7 +251,13 @@ def test_what_somebody_deletes_meanwhile_is_not_committed(tmp_path, source, monk
         for entry in list(dataset.list()):
             dataset.delete(entry.key)
 
-    before(monkeypatch, "upload", "shard-00003.tar", delete)
-    with pytest.raises(BadRequestError, match="was deleted meanwhile"):
-        packed(tmp_path, source)
-    assert not dataset.exists("index.json")
+    def replace() -> None:
+        delete()
+        packed(tmp_path, source, crop="squash")
+
+    for happening in (delete, replace):
+        before(monkeypatch, "upload", "shard-00003.tar", happening)
+        with pytest.raises(BadRequestError, match="was deleted meanwhile"):
+            packed(tmp_path, source)
+        assert dataset.exists("index.json") == (happening is replace)
+    assert verify_dataset(open_store(str(tmp_path)), KEY) == []

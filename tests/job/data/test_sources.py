@@ -120,6 +120,11 @@ def test_bombs_do_not_go_off(tmp_path, monkeypatch):
     for make, name in [*ARCHIVES[:2], (folder_of, "a")]:
         path = make(tmp_path / name, [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))])
         assert f"entry 'large.png' has {limit + 1} bytes, more than the {limit}" in refusal(path)
+    # What is not read may be as large as it likes.
+    beside = deflated(tmp_path / "beside.zip", 1, 100)
+    with zipfile.ZipFile(beside, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("masks.npy", bytes(64 << 20))
+    assert list(open_source(str(beside)).names()) == ["0.png"]
     # One whose directory is honest, and one of whom nothing is known before it is unpacked.
     tar = tar_of(tmp_path / "a.tgz", [("1.jpg", jpeg(1)), ("zeros.bin", bytes(64 << 20))])
     for path in (deflated(tmp_path / "b.zip", 100, limit), tar):
@@ -209,6 +214,7 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
         (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is no whole MNIST image file"),
         (idx(images[:0]), labels[:0], "is no whole MNIST image file"),
         (idx(images), labels[:-1], "does not go with its labels"),
+        (idx(images) + b"0", labels, "holds more than the"),
     ]:
         mnist(tmp_path, "train", images, its_labels, gz)
         file.write_bytes(gzip.compress(content) if gz else content)

@@ -118,12 +118,14 @@ class Cluster:
         threading.Timer(self.goes_after_seconds, self._let_go, (metadata["uid"],)).start()
         return self.get(plural, name, namespace)
 
-    def log(self, namespace: str, name: str) -> str:
-        """The lines of a pod."""
+    def log(self, namespace: str, name: str, since_seconds: float) -> str:
+        """The lines of a pod that are no older."""
         pod = self.get("pods", name, namespace)
         if "waiting" in pod["status"]["containerStatuses"][0]["state"]:
             raise Refusal(400, f'container "ddpm" in pod "{name}" is waiting to start')
-        return "".join(f"{line}\n" for line in self._lines[name])
+        oldest = datetime.now(UTC) - timedelta(seconds=since_seconds)
+        lines = [line for line in self._lines[name] if datetime.fromisoformat(line.partition(" ")[0]) >= oldest]
+        return "".join(f"{line}\n" for line in lines)
 
     # What tests do.
 
@@ -263,7 +265,7 @@ class _Handler(JsonHandler):
             raise Refusal(403, f'User "somebody" cannot {verb} resource "{resource}"')
         if log:
             assert (query["container"], query["timestamps"].lower()) == ("ddpm", "true"), query
-            self.say(200, cluster.log(namespace, name))
+            self.say(200, cluster.log(namespace, name, float(query.get("sinceSeconds", 1e9))))
             return
         if verb == "create":
             cluster.bodies += [self.body] if plural in KINDS else []

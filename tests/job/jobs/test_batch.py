@@ -48,7 +48,7 @@ def test_a_failure_says_why(cloud, backend):
         (137, 137, None, "killed by signal 9"),
         (50000, None, None, "does not say why"),
         *((code, None, Cause.TAKEN_AWAY, "its") for code in (50001, 50002, 50003, 50006)),
-        (50004, None, None, "could not be ended"),
+        (50004, None, Cause.STUCK, "could not be ended"),
         (50005, None, Cause.OUT_OF_TIME, "--max-hours"),
     ]:
         cloud.batch.tasks.clear()

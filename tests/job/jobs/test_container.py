@@ -138,6 +138,12 @@ def test_without_an_engine(tmp_path, monkeypatch):
     assert ContainerBackend(TARGET).render(spec())[0]["command"][0] == "podman"
 
 
+def test_an_image_that_cannot_be_pulled(engine):
+    backend = engine("Error: no such container train-celeba", 1)
+    with pytest.raises(MissingInputError, match="could not be pulled: check its name, and log in with `podman login`"):
+        backend.submit(spec(image="registry.example.com/ddpm:1"))
+
+
 @pytest.fixture
 def engine(tmp_path, monkeypatch):
     """A stand-in for an engine that answers what docker or podman were seen to answer, on stdout or with an error."""
@@ -171,6 +177,8 @@ def test_the_engines_words_are_translated(engine):
         ({"Status": "exited", "ExitCode": 78}, State.FAILED, 78, "configuration is not valid"),
         ({"Status": "exited", "ExitCode": 137, "OOMKilled": True}, State.FAILED, 137, "memory"),
         ({"Status": "exited", "ExitCode": 1}, State.FAILED, 1, "crashed"),
+        ({"Status": "created", "ExitCode": 0, **never}, State.RUNNING, None, ""),
+        ({"Status": "created", "ExitCode": 127, **never, "Error": "no gpu"}, State.FAILED, None, "no gpu"),
         ({"Status": "exited", "ExitCode": 127, **never, "Error": "no gpu"}, State.FAILED, None, "no gpu"),
     ):
         status = engine(inspected(**said)).status("train-celeba")

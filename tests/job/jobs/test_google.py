@@ -98,6 +98,10 @@ def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud,
     assert failed["GPU quota, everywhere"].exit_code is Exit.BAD_REQUEST
     assert "iam-admin/quotas?project=my-project" in failed["GPU quota, everywhere"].remedy
     assert failed["service account"].exit_code is Exit.MISSING_INPUT and len(failed) == 2
+    cloud.denied["serviceAccounts"] = Refusal(403, "Permission 'iam.serviceAccounts.get' denied")
+    found = {check.name: check for check in backend_of(engine, machine_type="a2-highgpu-1g", gpu_type="").checks()}
+    assert found["service account"].message.startswith("not looked at: ") and found["service account"].passed
+    assert found["GPU quota"].message.startswith("PREEMPTIBLE_NVIDIA_A100_GPUS: ")
     (machine,) = backend_of(engine, gpus=2).checks()
     assert not machine.passed and "another machine_type" in machine.remedy
     cloud.denied["(aggregated|jobs)"] = Refusal(403, "Permission 'x.y.list' denied")

@@ -66,6 +66,7 @@ REFUSED = [
     (GKE + ", env: {HF_TOKEN: a}}", ["HF_TOKEN looks like a secret", "service account"]),
     (GKE + ", env: {A: 1}}", ["env.A: Input should be a valid string"]),
     ("gke: {backend: kubernetes, bucket: 'hdfs://x/y'}", ["bucket:", "nobody here speaks hdfs://"]),
+    ("gke: {backend: kubernetes, bucket: 'gs:/bucket'}", ["bucket:", "'gs:/bucket' is a folder of this machine"]),
     ("gke: {backend: kubernetes, image: 'a b'}", ["image: String should match pattern", "'a b'"]),
     ("Big_One: {backend: local}", ["target 'Big_One': name: String should match pattern"]),
     ("local: {backend: kubernetes}", ["target 'local' is always the local backend"]),

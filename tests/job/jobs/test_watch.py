@@ -235,7 +235,7 @@ def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited
 
 
 def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():
-    for keeps_ended in (0.0, DAY):
+    for keeps_ended in (False, True):
         engine = stops(Engine([G, R, (R, 7200.0), W, G], keeps_ended=keeps_ended), "has used its 2 hours")
         assert engine.cancelled == ["a"]
     # Made three days ago, preempted once: it may have run for most of them, or for minutes.

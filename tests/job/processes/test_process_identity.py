@@ -59,9 +59,12 @@ def test_this_process_is_alive_and_began_when_the_kernel_says(start: Start):
     assert before - 1 <= identity.start_ticks <= ticks_now() + 1
 
 
-def test_dead_is_who_was_killed_and_not_who_was_stopped(start: Start):
+def test_dead_is_who_was_killed_and_not_who_was_stopped_or_may_not_be_asked(start: Start, monkeypatch):
     child, identity = start()
     assert identity.pid == child.pid
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(PermissionError()))
+        assert not identity.certainly_dead()
     for number, state, is_dead in ((signal.SIGSTOP, "T", False), (signal.SIGKILL, "Z", True)):
         child.send_signal(number)
         while state_of(child.pid) != state:

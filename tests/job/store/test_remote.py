@@ -212,25 +212,37 @@ def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, fil
 
 
 class RefusingAtOnce(BaseHTTPRequestHandler):
-    """Answers to an upload before the content is there, and closes the connection on which it comes."""
+    """Answers to an upload before the content is there, and closes the connection on which it comes; to S3 barely."""
 
     def do_POST(self) -> None:
         self.send_error(412)
 
+    def do_PUT(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(412)
+        self.end_headers()
+
     def do_GET(self) -> None:
         body = b"" if "/download/" in self.path else b"{}"
         self.send_response(200 if body else 404)
+        self.send_header("ETag", '"theirs"')
+        self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
 
 
-def test_a_refusal_before_the_content_is_sent_is_a_conflict(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_before_the_content_is_sent_and_one_without_words_are_conflicts(
+    file: Path, monkeypatch: pytest.MonkeyPatch, aws_credentials: None
+) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
     with ThreadingHTTPServer(("127.0.0.1", 0), RefusingAtOnce) as server:
         threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
         with pytest.raises(ObjectExistsError, match="somebody else was first"):
             open_store("gs://bucket", Retry(2)).upload(file, "key")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        with pytest.raises(ObjectExistsError, match="somebody else was first"):
+            open_store("s3://bucket", Retry(2)).create("key", b"content")
         server.shutdown()
 
 

@@ -1,0 +1,68 @@
+"""`--watch` of jobs on servers that speak for the engines: what each of them tells means to it what it should."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.exits import Exit, StoppedError
+from job.jobs.backends.kubernetes import KubernetesBackend
+from job.jobs.watch import JobEndedError, Watch
+from tests.job.jobs import google_jobs, kubernetes_jobs
+
+
+def watched(backend, job, *happenings):
+    """Watches a job to its end; after each look, and in each pause, the next thing happens on the engine."""
+    following = iter(happenings)
+    Watch(backend, job, lambda seconds: bool(next(following)())).run()
+    assert next(following, None) is None
+
+
+def nothing():
+    """A pause passes."""
+
+
+def test_a_vm_that_is_taken_away_is_made_again_until_its_job_is_finished(cloud):
+    def runs():
+        cloud.compute.set_status("celeba", "RUNNING")
+
+    def ends(code):
+        cloud.logging.ended("celeba", code)
+        cloud.compute.vanish()
+
+    watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(75), nothing, runs, lambda: ends(0))
+    assert len(cloud.made("POST .*/instances")) == 2
+    with pytest.raises(JobEndedError, match="ended with 65, which would come again"):
+        watched(google_jobs.backend_of("vm"), google_jobs.spec(), runs, lambda: ends(65))
+
+
+def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
+    def becomes(state, *codes):
+        cloud.batch.end_task("celeba", *codes)
+        cloud.batch.move("celeba", state)
+
+    def runs():
+        becomes("RUNNING")
+
+    backend, job = google_jobs.backend_of("batch"), google_jobs.spec()
+    lost = [lambda: becomes("FAILED", *[50001] * 10), nothing, runs]
+    watched(backend, job, runs, *lost * 6, lambda: becomes("SUCCEEDED", 0))
+    with pytest.raises(JobEndedError, match="could not be ended"):
+        watched(backend, job, runs, lambda: becomes("FAILED", 50004))
+
+
+def test_a_job_on_a_cluster_is_submitted_again_unless_somebody_deleted_it(server):
+    name, pods = "train-celeba", []
+
+    def runs():
+        pods.append(server.start_pod(name))
+
+    def ends(code, *how):
+        server.end_pod(pods.pop(), code)
+        server.end_job(name, *how)
+
+    backend, job = KubernetesBackend(kubernetes_jobs.TARGET), kubernetes_jobs.spec()
+    crashed = [lambda: ends(137, "Failed", "BackoffLimitExceeded"), nothing, runs]
+    watched(backend, job, runs, *crashed, lambda: ends(0, "Complete"))
+    with pytest.raises(StoppedError, match="was deleted") as stopped:
+        watched(backend, job, runs, lambda: server.remove("jobs", name))
+    assert stopped.value.exit_code is Exit.STOPPED
