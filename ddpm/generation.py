@@ -75,5 +75,6 @@ def generate(
         if sampling.sampler == "ddim":
             sample = samplers.sample_ddim(denoise, x_T, schedule, timesteps, noise_at, sampling.eta, callback)
         else:
+            assert sampling.sampler == "ddpm", sampling.sampler
             sample = samplers.sample_ancestral(denoise, x_T, schedule, timesteps, noise_at, sampling.variance, callback)
     return sample.clamp(-1, 1)

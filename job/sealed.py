@@ -48,8 +48,9 @@ class Sealed(Part):
         try:
             return cls.model_validate(document)
         except ValidationError as error:
-            problem = " ".join(str(error.errors(include_url=False)[0]).split())
-            raise BadDataError(f"{uri} is of another version of the program ({problem})") from None
+            first = error.errors()[0]
+            field = ".".join(map(str, first["loc"]))
+            raise BadDataError(f"{uri} is of another version of the program ({field}: {first['msg']})") from None
 
     @classmethod
     def load(cls, store: Store, key: str) -> Self:

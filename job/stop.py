@@ -52,7 +52,7 @@ class Stop:
         self.reason = ""
         if grace_seconds is None:
             which = "between a preemption notice and the end"
-            grace_seconds = seconds_of(GRACE_VARIABLE, SPOT_GRACE_SECONDS, which)
+            grace_seconds = seconds_of(GRACE_VARIABLE, SPOT_GRACE_SECONDS, which, least=1.0)
         self.grace_seconds = grace_seconds
         self._asked_at = self._deadline = float("inf")
         self._is_installed = False
@@ -141,15 +141,15 @@ class Stop:
         self.install()
 
 
-def seconds_of(variable: str, default: float, which: str) -> float:
+def seconds_of(variable: str, default: float, which: str, least: float = 0.0) -> float:
     """The seconds that a variable of the environment holds, or `default`; `which` says what they are, for people.
 
     Raises:
-        BadRequestError: it holds no such number.
+        BadRequestError: it holds no such number, or less than `least`.
     """
     text = os.environ.get(variable) or str(default)
     with suppress(ValueError):
-        if 0 <= float(text) < float("inf"):
+        if least <= float(text) < float("inf"):
             return float(text)
     raise BadRequestError(f"{variable}={text!r}: give the seconds {which}, such as {default:g}")
 

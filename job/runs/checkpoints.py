@@ -214,14 +214,14 @@ class Restored:
         """
         from safetensors import SafetensorError, safe_open
 
-        for group, paths in self.files.items():
-            missing = set(tensors[group])
-            for path in paths:
+        for group, wanted in tensors.items():
+            missing = set(wanted)
+            for path in self.files.get(group, []):
                 where = f"{self.manifest.ref.key}/{path.name}"
                 try:
                     with safe_open(path, framework="pt") as file:
                         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping
-                            target, value = tensors[group].get(name), file.get_tensor(name)
+                            target, value = wanted.get(name), file.get_tensor(name)
                             if target is None or target.shape != value.shape:
                                 raise BadDataError(f"{where}: tensor {name!r} does not fit this configuration")
                             target.copy_(value)

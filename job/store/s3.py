@@ -30,13 +30,7 @@ _CRC32C = "ddpm-crc32c"
 _LISTINGS_AT_ONCE = 16
 
 _NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
-_LOCKED_OUT = (
-    boto.NoCredentialsError,
-    boto.PartialCredentialsError,
-    boto.ProfileNotFound,
-    boto.SSOError,
-    boto.TokenRetrievalError,
-)
+_LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
 _NOT_AS_THOUGHT = ("PreconditionFailed", "412")
 """Of a conditional write; the second from servers that only send a status."""
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
@@ -151,7 +145,7 @@ class S3Store(RemoteStore):
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if isinstance(error, boto.ClientError):
             return self._refusal(error, uri)
-        if isinstance(error, _LOCKED_OUT):
+        if isinstance(error, (*_LOCKED_OUT, boto.TokenRetrievalError)):
             return self._no_credentials(type(error).__name__)
         if isinstance(error, ResponseParserError):
             # The answer itself is in its words.

@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 
 import pytest
 
 from job.exits import BadRequestError, StoppedError
-from job.stop import STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
+from job.stop import GRACE_VARIABLE, STOP_AT, STOP_SIGNALS, Stop, deadline, duration_seconds
 from job.store.retry import AWAY_VARIABLE, away_limit_seconds
 from tests.job.command_line import environment
 from tests.job.launching import eventually
@@ -42,6 +43,9 @@ def test_seconds_that_the_environment_says(monkeypatch):
     assert away_limit_seconds() == 900
     monkeypatch.setenv(AWAY_VARIABLE, "12.5")
     assert away_limit_seconds() == 12.5
+    monkeypatch.setenv(GRACE_VARIABLE, "0")
+    with pytest.raises(BadRequestError, match="give the seconds between a preemption notice and the end"):
+        Stop()
     for text in ("-1", "inf", "nan", "soon"):
         monkeypatch.setenv(AWAY_VARIABLE, text)
         with pytest.raises(BadRequestError, match=f"{AWAY_VARIABLE}={text!r}: give the seconds"):
@@ -85,6 +89,13 @@ def test_sleeping_ends_when_somebody_asks(installed):
     assert stop.sleep(600)
     assert stop.sleep(600)
     assert stop.reason == "an alarm"
+
+
+def test_waiting_for_others_is_no_hang(installed, monkeypatch):
+    beating = []
+    monkeypatch.setattr("job.stop.beat", lambda: beating.append(threading.current_thread().name))
+    with installed().waiting(60):
+        eventually(lambda: "until-all-have-met" in beating, 10)
 
 
 def test_sighup_stops_except_under_nohup_and_no_signal_on_the_way_out_changes_the_code():

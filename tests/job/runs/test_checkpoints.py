@@ -40,6 +40,10 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(an
         assert restored.manifest.images_seen == 80
     assert [key in warning for warning in warnings] == [True]
     assert aside == {CheckpointRef(1, 160)}
+    # Who came later knows better, also with less.
+    write(run, (2, 40))
+    with newest_good(run, pytest.fail) as restored:
+        assert restored.manifest.ref == CheckpointRef(2, 40)
 
 
 def test_tensors_that_do_not_fit_and_a_manifest_of_another_place_are_refused(run):
@@ -49,6 +53,8 @@ def test_tensors_that_do_not_fit_and_a_manifest_of_another_place_are_refused(run
             restored.copy_into({"model": {"conv.weight": torch.zeros(8, 4, 3, 3), "conv.bias": torch.zeros(9)}})
         with pytest.raises(BadDataError, match=r"extra"):
             restored.copy_into({"model": {**live_tensors()["model"], "extra": torch.zeros(1)}})
+        with pytest.raises(BadDataError, match=r"is in no ema file"):
+            restored.copy_into({"ema": live_tensors()["ema"]})
     run.create(CheckpointRef(2, 80).manifest_key, run.read(CheckpointRef(1, 80).manifest_key).data)
     with pytest.raises(BadDataError, match="is not in its place"):
         load_manifest(run, CheckpointRef(2, 80))

@@ -8,7 +8,7 @@ import re
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
 from job.runs.layout import ObjectKind, located
-from job.runs.samples import put_picture
+from job.runs.samples import BatchIndex, put_picture
 from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -56,6 +56,11 @@ def test_whatever_is_swapped_is_named_and_nothing_else(store, run, keys):
         with swapped(run, one, other):
             found[one, other] = blamed(store)
     assert len(found) > 20
+    # One that is about fewer pieces, such as another set's.
+    (key,) = [key for key in keys if located(key).kind is ObjectKind.INDEX]
+    index = BatchIndex.load(run, key)
+    with damaged(run, key, lambda data: index.model_copy(update={"pieces": index.pieces[:-1]}).to_json()):
+        assert blamed(store) == [key]
     # One name is enough to find the other; most say so themselves.
     assert {pair: names for pair, names in found.items() if names != list(pair)} == {}
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import struct
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from tensorboardX.proto.event_pb2 import Event
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs import writer as writer_module
@@ -146,18 +148,34 @@ def test_a_checkpoint_stays_while_it_is_read_or_the_bucket_cannot_delete(run):
     assert committed_images(run) == [120]
 
 
+def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
+    """Step, name and value of each in a file of TensorBoard's: length, checksum, event, checksum, and so on."""
+    while data:
+        (size,) = struct.unpack_from("<Q", data)
+        event, data = Event.FromString(data[12 : 12 + size]), data[16 + size :]
+        yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
+
+
 def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run):
     go_on = threading.Event()
     run.hooks["upload"] = lambda key: go_on.wait(30)
     writer = writer_of(held(run, checkpoint__keep_epochs=(1,)), live_tensors())
     writer.save(24, [])
     eventually(lambda: writer._committing and not writer._reading_host)
-    for images_seen in (30, 36, 48):
-        writer.save(images_seen, [])
+    rows = [{"images_seen": images_seen, "time": 1.0, "loss": images_seen / 7} for images_seen in (30, 36, 48, 72)]
+    for row in rows[:3]:
+        writer.rows.append(row)
+        writer.save(row["images_seen"], [])
     threading.Timer(0.3, go_on.set).start()
+    writer.rows.append(rows[3])
     writer.save(72, [])
     writer.close(wait=True)
     assert committed_images(run) == [24, 48, 72]
+    # What they say of metrics is there, for people's tools as well.
+    metrics = load_manifest(run, max(list_checkpoints(run))).metrics
+    assert read_rows(run, metrics) == rows
+    events = [event for named in metrics if "events" in named.key for event in scalars(named.read(run))]
+    assert events == [(row["images_seen"], "loss", pytest.approx(row["loss"])) for row in rows]
 
 
 def test_nobody_waits_for_retirement_but_the_end(run):

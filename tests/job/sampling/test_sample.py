@@ -16,6 +16,7 @@ from job.exits import StoppedError
 from job.requests import SampleRequest
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
+from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
@@ -100,7 +101,7 @@ def test_a_picture_s_name_says_what_it_shows(sample):
     assert np.abs(averaged - raw).mean() > 2
 
 
-def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
+def test_several_checkpoints_give_one_picture_of_the_same_seeds(bucket, sample):
     pictures = sample(checkpoints="1, 3", seeds="0-3")
     assert list(pictures) == [
         "epoch-0001-ddim-4-seeds-0-3.png",
@@ -110,6 +111,7 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(sample):
     assert list(sample(checkpoints="all", seeds="0-3"))[-1] == "comparison-all-ddim-4-seeds-0-3.png"
     left, right = np.split(np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[:, 1:], 2, axis=1)
     assert np.abs(left - right).mean() > 10
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
 @pytest.mark.parametrize("steps", [4, 50])

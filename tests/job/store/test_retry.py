@@ -90,6 +90,16 @@ def test_the_limit_counts_from_the_first_failure(opened: Opened, proxy: FaultyPr
             store.read("key")
     with proxy.away(), pytest.raises(BucketAwayError, match="tried for 0 s"):
         opened(limit_seconds=0).read("key")
+    # A transfer that was under way for longer than the limit and then breaks off has only begun to wait.
+    endings = [BucketAwayError("it broke off"), None]
+
+    def transfer() -> None:
+        time.sleep(0.6)
+        if error := endings.pop(0):
+            raise error
+
+    Retry(0.5)(transfer)
+    assert endings == []
 
 
 def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:
