@@ -14,9 +14,9 @@ from PIL import Image
 from job.data.shards import load_index
 from job.exits import StoppedError
 from job.requests import SampleRequest
+from job.runs.verification import verify_run
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
-from job.runs.verification import verify_run
 from job.store import Store, open_store
 from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
