@@ -105,7 +105,6 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         stdout=subprocess.PIPE,
         text=True,
     )
-    assert holder.stdout is not None
     assert holder.stdout.readline() == "ready\n", "this machine lets nobody mount a tmpfs"
     yield Path(f"/proc/{holder.pid}/root{folder}")
     holder.kill()

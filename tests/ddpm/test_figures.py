@@ -13,7 +13,6 @@ from PIL import Image
 
 from ddpm import figures
 
-WHITE = (255, 255, 255)
 INK = (64, 64, 64)
 
 

@@ -59,7 +59,6 @@ def _jsii(wheel: Path) -> dict[str, Any]:
             for member in tar:
                 if member.name in ("package/.jsii", "package/.jsii.gz"):
                     content = tar.extractfile(member)
-                    assert content is not None
                     data = content.read()
                     return dict(json.loads(gzip.decompress(data) if member.name.endswith(".gz") else data))
     raise AssertionError(f"{wheel} has no description of its types")

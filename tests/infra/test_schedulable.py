@@ -41,7 +41,6 @@ class Pool(NamedTuple):
 def allocatable(machine_type: str, disk_gigabytes: int) -> dict[str, float]:
     """What GKE leaves to pods (cloud.google.com/kubernetes-engine/docs/concepts/plan-node-sizes)."""
     shape = Machine(machine_type).shape
-    assert shape is not None
     cpus, gibibytes = shape[0], shape[1] / 1024 / 0.85
     steps = ((1, 0.06), (1, 0.01), (2, 0.005), (cpus, 0.0025))
     memory_steps = ((4, 0.25), (4, 0.2), (8, 0.1), (112, 0.06), (gibibytes, 0.02))

@@ -9,16 +9,12 @@ from importlib import resources
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from filelock import FileLock
 
 from job.data.pack import PackRequest, pack
-from job.plan import plan_run
-from job.requests import TrainRequest
 from job.store import open_store, retry
-from job.train import run_training
 from tests.faulty_proxy import FaultyProxy
-from tests.job.command_line import NETWORK
+from tests.job.command_line import ddpm_here, settings, succeeded
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -83,19 +79,13 @@ def tiles(made_once: MadeOnce) -> Path:
 @pytest.fixture(scope="session")
 def walked(tiles: Path, made_once: MadeOnce) -> Path:
     """The same with a run `walk` of three epochs, of which the first and the last are kept; not to be changed."""
-    sets = [f"{key}={value}" for key, value in NETWORK.items()]
-    sets += [
-        "checkpoint.keep_last=1",
-        "checkpoint.keep_epochs=1",
-        "train.learning_rate=0.01",
-        "train.warmup_images=0",
-        "sample.nearest=false",
-    ]
+    kept = {"checkpoint__keep_last": "1", "checkpoint__keep_epochs": "1", "sample__nearest": "false"}
+    sets = settings(train__learning_rate="0.01", train__warmup_images="0", **kept)
 
     def fill(folder: Path) -> None:
         shutil.copytree(tiles, folder)
-        AcceleratorState._reset_state(reset_partial_state=True)
-        run_training(plan_run(TrainRequest("tiles", str(folder), run="walk", epochs=3, sets=tuple(sets)).check()))
+        words = ("--dataset", "tiles", "--run", "walk", "--bucket", folder, "--epochs", 3)
+        succeeded(ddpm_here("train", *words, *sets))
 
     return made_once("walked", fill)
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from pathlib import Path
 
 from job.store import Store
 
@@ -29,6 +30,14 @@ DAMAGES: dict[str, Callable[[bytes], bytes] | None] = {
     "gone": None,
 }
 """By name: what becomes of an object's bytes; none if nothing is left."""
+
+
+def flip_a_bit(path: Path, at: int | None = None) -> Path:
+    """Of a file: in its middle, unless it is said in which byte."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 if at is None else at] ^= 1
+    path.write_bytes(data)
+    return path
 
 
 @contextmanager

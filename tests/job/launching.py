@@ -84,6 +84,6 @@ def children(pid: int) -> list[int]:
 def is_gone(pid: int) -> bool:
     """Whether a process has ended; what is left of it may wait for its parent."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
-    except OSError:
+        return psutil.Process(pid).status() in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    except psutil.NoSuchProcess:
         return True

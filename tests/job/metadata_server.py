@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, urlsplit
+
+from tests.job.answering import JsonHandler, serving
 
 PREEMPTED = "instance/preempted"
 _PATH = "/computeMetadata/v1/"
 
-Answer = Callable[[BaseHTTPRequestHandler], None]
+Answer = Callable[[JsonHandler], None]
 
 
 class MetadataServer:
@@ -21,8 +22,8 @@ class MetadataServer:
     `timeout_sec` (cloud.google.com/compute/docs/metadata/querying-metadata).
     """
 
-    def __init__(self, port: int) -> None:
-        self.host = f"127.0.0.1:{port}"
+    def __init__(self, host: str) -> None:
+        self.host = host
         self.requests: list[str] = []
         self.odd: Answer | None = None
         """What answers instead, while it is set."""
@@ -47,7 +48,7 @@ class MetadataServer:
     def _etag(self, resource: str) -> str:
         return f"etag-of-{resource}-{self._values[resource][1]}"
 
-    def _answer(self, request: BaseHTTPRequestHandler) -> None:
+    def answer(self, request: JsonHandler) -> None:
         self.requests.append(request.path)
         if self.odd is not None:
             self.odd(request)
@@ -61,38 +62,17 @@ class MetadataServer:
         value, etag = self._wait(resource, query.get("last_etag", [""])[0], seconds)
         # Who asked may be gone by now.
         with suppress(OSError):
-            send(request, value, {"ETag": etag})
-
-
-def send(request: BaseHTTPRequestHandler, text: str, headers: dict[str, str], code: int = 200) -> None:
-    """Answers a request."""
-    request.send_response(code)
-    for name, value in headers.items():
-        request.send_header(name, value)
-    request.send_header("Content-Length", str(len(text.encode())))
-    request.end_headers()
-    request.wfile.write(text.encode())
+            request.say(200, value, ETag=etag)
 
 
 @contextmanager
 def metadata_server() -> Iterator[MetadataServer]:
     """A server that answers while the context lasts."""
 
-    class Handler(BaseHTTPRequestHandler):
+    class Handler(JsonHandler):
         def do_GET(self) -> None:
-            known._answer(self)
+            known.answer(self)
 
-        def log_message(self, format: str, *arguments: object) -> None:
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        # Requests that wait when the test is over are not waited for.
-        server.daemon_threads, server.block_on_close = True, False
-        known = MetadataServer(server.server_port)
-        thread = threading.Thread(target=server.serve_forever, args=[0.05])
-        thread.start()
-        try:
-            yield known
-        finally:
-            server.shutdown()
-            thread.join()
+    with serving(Handler) as url:
+        known = MetadataServer(url.removeprefix("http://"))
+        yield known

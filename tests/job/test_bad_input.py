@@ -4,28 +4,18 @@ half-made is left that a later command would take for whole.
 
 from __future__ import annotations
 
-import json
-import shutil
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-
-import pytest
 
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.store import open_store
+from tests.job.answering import JsonHandler, serving
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+from tests.job.damages import flip_a_bit
 from tests.job.some_images import encoded, picture, zip_of
 
 Rows = list[tuple[str, int, list[str]]]
 """What is typed, the exit code, and what the line says."""
-
-
-@pytest.fixture(scope="module")
-def bucket(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A local bucket with the embedded images at 16 pixels as `tiles`, and a run `walk` of three epochs."""
-    return shutil.copytree(walked, tmp_path_factory.mktemp("bad-input") / "bucket")
 
 
 def everything(folder: Path) -> dict[Path, bytes]:
@@ -118,41 +108,24 @@ def test_a_bucket_that_is_not_there(tmp_path, gcs_server):
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-class Forbidding(BaseHTTPRequestHandler):
+class Forbidding(JsonHandler):
     """Answers as Google does when an account lacks a permission."""
 
     def do_GET(self) -> None:
-        self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        self.rfile.read(int(self.headers.get("Content-Length") or 0))
         message = "me@example.com does not have storage.objects.list access to the Google Cloud Storage bucket."
-        body = json.dumps({"error": {"code": 403, "message": message, "errors": []}}).encode()
-        self.send_response(403)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
+        self.say(403, {"error": {"code": 403, "message": message, "errors": []}})
 
     do_POST = do_GET
 
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
 
 def test_no_permission():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Forbidding)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    variables = {"STORAGE_EMULATOR_HOST": f"http://127.0.0.1:{server.server_port}"}
-    commands = (
-        "data list",
-        "data pack landscape-sample a --size 8",
-        "train --dataset a",
-        "sample --run a",
-        "runs show a",
-    )
-    for words in commands:
-        line = refused(ddpm_here(*words.split(), "--bucket", "gs://theirs", **variables), Exit.NO_PERMISSION)
-        assert all(part in line for part in ("gs://theirs", "storage.objects.list", "roles/storage.objectUser")), line
-    server.shutdown()
-    server.server_close()
+    pack = "data pack landscape-sample a --size 8"
+    with serving(Forbidding) as url:
+        for words in ("data list", pack, "train --dataset a", "sample --run a", "runs show a"):
+            done = ddpm_here(*words.split(), "--bucket", "gs://theirs", STORAGE_EMULATOR_HOST=url)
+            line = refused(done, Exit.NO_PERMISSION)
+            assert all(part in line for part in ("gs://theirs", "objects.list", "roles/storage.objectUser")), line
 
 
 UNFIT: Rows = [
@@ -211,13 +184,10 @@ def test_a_dataset_without_a_source_says_what_to_type(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_rotten_checkpoints_are_named_and_not_used(walked, tmp_path):
-    bucket = shutil.copytree(walked, tmp_path / "bucket")
+def test_rotten_checkpoints_are_named_and_not_used(bucket):
     run, rotten = open_store(str(bucket)).sub("runs/walk"), []
     for ref in list_checkpoints(run):
-        path = Path(run.uri_of(load_manifest(run, ref).files[0].key))
-        path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
-        rotten.append(path)
+        rotten.append(flip_a_bit(Path(run.uri_of(load_manifest(run, ref).files[0].key))))
     for words in (["train", "--dataset", "tiles", "--run", "walk"], ["sample", "--run", "walk", "--raw"]):
         done = ddpm_here(*words, "--epochs" if words[0] == "train" else "--steps", 4, DDPM_BUCKET=str(bucket))
         assert done.returncode == Exit.BAD_DATA

@@ -60,7 +60,6 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
 
 def bucket_of(done: subprocess.CompletedProcess[str]) -> Path:
     match = re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", done.stdout, re.MULTILINE)
-    assert match is not None
     return Path(match[1])
 
 
@@ -69,7 +68,6 @@ def test_help_lists_every_verb(make):
     assert out == succeeded(make("help"))
     listed = re.findall(r"^  make (\S+) +(\S.*)$", out, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
-    assert phony is not None
     assert [verb for verb, _ in listed] == phony[1].split()
     assert all(
         variable in out

@@ -39,7 +39,6 @@ def test_the_bucket_says_that_a_job_runs_and_how_it_ended(bucket, monkeypatch):
         try:
             with outcome_written(bucket):
                 running = read_outcome(NAME, bucket)
-                assert running is not None
                 assert (running.state, running.exit_code) == ("running", None), error
                 # What this process starts is no job.
                 assert JOB not in os.environ
@@ -48,7 +47,6 @@ def test_the_bucket_says_that_a_job_runs_and_how_it_ended(bucket, monkeypatch):
         except BaseException as raised:
             assert raised is error
         outcome = read_outcome(NAME, bucket)
-        assert outcome is not None
         assert (outcome.state, outcome.exit_code) == (state, code), error
         assert outcome.message.startswith(message), error
 
@@ -76,7 +74,6 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
     for machine, code in ((0, 0), (1, 0), (2, 0), (1, 75), (0, 69), (2, 64)):
         end(machine, code)
         outcome = read_outcome(NAME, bucket)
-        assert outcome is not None
         told.append((outcome.state, outcome.exit_code))
     running, finished = ("running", None), ("finished", 0)
     assert told == [running, running, finished, ("stopped", 75), ("failed", 69), ("failed", 64)]
@@ -84,7 +81,6 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
     path = tmp_path / "bucket/jobs/train-celeba/2-of-3.json"
     path.write_text(path.read_text().replace("64", "0"))
     outcome = read_outcome(NAME, bucket)
-    assert outcome is not None
     assert outcome.exit_code == 69
 
 
@@ -104,9 +100,7 @@ def test_commands_say_how_they_ended(tmp_path):
     for name, code, words in refusals:
         said = refused(ddpm_here(*words, *bucket, **{JOB: name}), code)
         outcome = read_outcome(name, str(tmp_path / "bucket"))
-        assert outcome is not None, name
         assert (outcome.state, outcome.exit_code, outcome.message) == ("failed", code, said.removeprefix("ddpm: "))
         assert (outcome.machine, outcome.machines) == ((1, 3) if name == "no-run" else (0, 1))
     finished = read_outcome("packed", str(tmp_path / "bucket"))
-    assert finished is not None
     assert (finished.state, finished.exit_code) == ("finished", 0)

@@ -19,6 +19,7 @@ from job.data.order import Order
 from job.data.shards import OFFSETS_DTYPE
 from job.exits import BadConfigError, BadDataError, BucketAwayError, DiskFullError, Exit, StoppedError
 from job.stop import Stop
+from tests.job.damages import flip_a_bit
 from tests.job.launching import eventually
 from tests.job.small_dataset import KEY, FarStore, SmallDataset, write_dataset
 
@@ -57,12 +58,6 @@ def assert_equal(cache: ImageCache, dataset: SmallDataset, indices: np.ndarray |
     indices = np.arange(dataset.index.images) if indices is None else np.asarray(indices)
     np.testing.assert_array_equal(cache.read(indices), dataset.pixels[indices])
     np.testing.assert_array_equal(cache.labels(indices), dataset.labels[indices])
-
-
-def flip_a_bit(path: Path, place: int) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= 1
-    path.write_bytes(data)
 
 
 def test_images_and_labels_come_back_in_any_order_from_any_bucket(bucket_uri, tmp_path):

@@ -18,6 +18,7 @@ from job.exits import BadDataError, BadRequestError, Exit, JobError, StoppedErro
 from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.job.damages import flip_a_bit
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
 
 KEY = "datasets/laion-16"
@@ -221,16 +222,12 @@ def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
 
 
 def test_a_tar_that_changes_later_is_named(tmp_path, tars):
-    def flipped(tar: Path) -> None:
-        content = tar.read_bytes()
-        tar.write_bytes(content[:1000] + bytes([content[1000] ^ 1]) + content[1001:])
-
     def became_a_pipe(tar: Path) -> None:
         # An index is written by anybody: one that names a pipe must not hang a reader.
         tar.unlink()
         os.mkfifo(tar)
 
-    codes = {flipped: Exit.BAD_DATA, Path.unlink: Exit.MISSING_INPUT, became_a_pipe: Exit.MISSING_INPUT}
+    codes = {flip_a_bit: Exit.BAD_DATA, Path.unlink: Exit.MISSING_INPUT, became_a_pipe: Exit.MISSING_INPUT}
     for change, code in codes.items():
         folder = tmp_path / str(change)
         theirs, bucket = shutil.copytree(tars, folder / "theirs"), open_store(str(folder / "bucket"))

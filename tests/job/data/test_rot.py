@@ -16,7 +16,7 @@ from job.data.verify import verify_dataset
 from job.exits import BadDataError, Exit, MissingInputError
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
-from tests.job.damages import DAMAGES, damaged, pairs, swapped
+from tests.job.damages import DAMAGES, damaged, flip_a_bit, pairs, swapped
 from tests.job.small_dataset import FarStore, write_dataset
 from tests.job.some_images import encoded, jpeg, picture, tar_of, zip_of
 
@@ -193,10 +193,8 @@ def test_an_image_that_rots_in_the_cache_while_it_is_used_is_fetched_anew(gcs_bu
     cache = ShardCache(source := ShardSource(store, KEY, index, tmp_path / "cache"), 1 << 30)
     whole, path = cache.read(np.arange(8)), tmp_path / "cache" / "shards" / "shard-00000.tar"
     for offset, size_bytes, *_ in source.records.tolist():
-        content = bytearray(path.read_bytes())
         # Nothing in a JPEG tells that a bit of it flipped.
-        content[offset + size_bytes * 3 // 4] ^= 1
-        path.write_bytes(content)
+        flip_a_bit(path, offset + size_bytes * 3 // 4)
         np.testing.assert_array_equal(cache.read(np.arange(8)), whole)
         assert path.read_bytes() == (tmp_path / "a.tar").read_bytes()
     cache.close()

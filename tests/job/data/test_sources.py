@@ -19,6 +19,7 @@ from job.data.images import Recipe, prepare
 from job.data.sources import open_source, survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import open_store
+from tests.job.damages import flip_a_bit
 from tests.job.some_images import folder_of, idx, jpeg, mnist, tar_of, zip_of
 
 # As `unzip -l` shows the archives that people download, shortened.
@@ -168,17 +169,11 @@ def test_truncation_and_damage_show_as_a_clear_error_and_nothing_else(tmp_path, 
 
 
 def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
-    def flipped(path: Path, at: int) -> Path:
-        data = bytearray(path.read_bytes())
-        data[at] ^= 255
-        path.write_bytes(data)
-        return path
-
     archive = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1)), ("2.jpg", jpeg(2))])
-    flipped(archive, archive.read_bytes().index(jpeg(2)) + 300)
+    flip_a_bit(archive, archive.read_bytes().index(jpeg(2)) + 300)
     assert "a.zip: entry '2.jpg' is truncated or damaged (Bad CRC-32" in refusal(archive)
     # Behind the last entry.
-    assert "CRC check failed" in refusal(flipped(tar_of(tmp_path / "a.tgz", FILES), -6))
+    assert "CRC check failed" in refusal(flip_a_bit(tar_of(tmp_path / "a.tgz", FILES), -6))
     for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)):
         (tmp_path / "a").write_bytes(content)
         assert "a is no archive that can be packed" in refusal(tmp_path / "a"), content[:20]

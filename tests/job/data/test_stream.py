@@ -59,7 +59,6 @@ def hashes(batches: list[LoadedBatch]) -> dict[int, str]:
     """Hash of what each image number of the run showed."""
     seen = {}
     for batch in batches:
-        assert batch.labels is not None
         for number, image, label in zip(batch.image_numbers.tolist(), batch.images, batch.labels, strict=True):
             assert number not in seen
             seen[number] = hashlib.sha256(image.numpy().tobytes() + bytes([int(label)])).hexdigest()

@@ -18,7 +18,7 @@ from google.cloud import batch_v1, compute_v1
 from google.cloud.logging_v2 import types as logging_v2
 from google.protobuf import json_format
 
-from tests.job.jobs.answering import JsonHandler, serving
+from tests.job.answering import JsonHandler, serving
 
 Json = dict[str, Any]
 TOKEN = "token-of-the-machine"

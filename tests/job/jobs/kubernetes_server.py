@@ -16,7 +16,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.job.jobs.answering import JsonHandler, serving
+from tests.job.answering import JsonHandler, serving
 from tests.job.jobs.kubernetes_jobs import schema_problems
 
 Object = dict[str, Any]

@@ -10,7 +10,7 @@ import pytest
 from job.processes import preemption
 from job.stop import Stop
 from tests.job.launching import eventually
-from tests.job.metadata_server import PREEMPTED, metadata_server, send
+from tests.job.metadata_server import PREEMPTED, metadata_server
 
 
 @pytest.fixture
@@ -62,8 +62,8 @@ def cut_short(request):
 
 ODD_ANSWERS = {
     "unavailable": lambda request: request.send_error(503),
-    "hotel": lambda request: send(request, "<html>log in to the hotel's network</html>", {"ETag": "1"}),
-    "does not know how to wait": lambda request: send(request, "FALSE", {}),
+    "hotel": lambda request: request.say(200, "<html>log in to the hotel's network</html>", ETag="1"),
+    "does not know how to wait": lambda request: request.say(200, "FALSE"),
     "cut short": cut_short,
 }
 

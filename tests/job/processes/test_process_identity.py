@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from job.processes.process_identity import ProcessIdentity
@@ -30,7 +31,6 @@ def start() -> Iterator[Start]:
         command, pipes = [*wrapper, sys.executable, "-c", CHILD], {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
         child = subprocess.Popen(command, text=True, start_new_session=True, **pipes)
         children.append(child)
-        assert child.stdout is not None
         return child, ProcessIdentity.model_validate_json(child.stdout.readline())
 
     yield started
@@ -38,10 +38,6 @@ def start() -> Iterator[Start]:
         if child.poll() is None:
             os.killpg(child.pid, signal.SIGKILL)
         child.communicate()
-
-
-def state_of(pid: int) -> str:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
 def ticks_now() -> float:
@@ -65,9 +61,9 @@ def test_dead_is_who_was_killed_and_not_who_was_stopped_or_may_not_be_asked(star
     with monkeypatch.context() as patch:
         patch.setattr(os, "kill", lambda pid, number: (_ for _ in ()).throw(PermissionError()))
         assert not identity.certainly_dead()
-    for number, state, is_dead in ((signal.SIGSTOP, "T", False), (signal.SIGKILL, "Z", True)):
+    for number, state, is_dead in ((signal.SIGSTOP, "stopped", False), (signal.SIGKILL, "zombie", True)):
         child.send_signal(number)
-        while state_of(child.pid) != state:
+        while psutil.Process(child.pid).status() != state:
             time.sleep(0.01)
         # A process that nobody has reaped yet writes no more.
         assert identity.certainly_dead() == is_dead

@@ -52,6 +52,12 @@ def run(store: Store) -> Store:
 
 
 @pytest.fixture
+def new_run(tmp_path: Path) -> Store:
+    """One in a folder."""
+    return open_store(str(tmp_path)).sub("runs/r")
+
+
+@pytest.fixture
 def any_run(bucket_uri: str) -> Store:
     """An empty run in each kind of bucket."""
     return open_store(bucket_uri).sub("runs/r")

@@ -7,14 +7,8 @@ from job.exits import BadDataError, MissingInputError
 from job.runs.checkpoints import LATEST_KEY, choose, list_checkpoints, load_manifest, newest_good, opened
 from job.runs.layout import CheckpointRef
 from job.runs.retention import delete_checkpoint
-from job.store import open_store
 from tests.job.damages import DAMAGES
 from tests.job.runs.held import live_tensors, write
-
-
-@pytest.fixture
-def run(tmp_path):
-    return open_store(str(tmp_path)).sub("runs/r")
 
 
 def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(any_run):
@@ -46,33 +40,33 @@ def test_a_checkpoint_comes_back_bit_for_bit_and_a_damaged_one_is_passed_over(an
         assert restored.manifest.ref == CheckpointRef(2, 40)
 
 
-def test_tensors_that_do_not_fit_and_a_manifest_of_another_place_are_refused(run):
-    write(run, (1, 80))
-    with opened(run, CheckpointRef(1, 80), ("model",)) as restored:
+def test_tensors_that_do_not_fit_and_a_manifest_of_another_place_are_refused(new_run):
+    write(new_run, (1, 80))
+    with opened(new_run, CheckpointRef(1, 80), ("model",)) as restored:
         with pytest.raises(BadDataError, match=r"conv\.bias"):
             restored.copy_into({"model": {"conv.weight": torch.zeros(8, 4, 3, 3), "conv.bias": torch.zeros(9)}})
         with pytest.raises(BadDataError, match=r"extra"):
             restored.copy_into({"model": {**live_tensors()["model"], "extra": torch.zeros(1)}})
         with pytest.raises(BadDataError, match=r"is in no ema file"):
             restored.copy_into({"ema": live_tensors()["ema"]})
-    run.create(CheckpointRef(2, 80).manifest_key, run.read(CheckpointRef(1, 80).manifest_key).data)
+    new_run.create(CheckpointRef(2, 80).manifest_key, new_run.read(CheckpointRef(1, 80).manifest_key).data)
     with pytest.raises(BadDataError, match="is not in its place"):
-        load_manifest(run, CheckpointRef(2, 80))
+        load_manifest(new_run, CheckpointRef(2, 80))
 
 
-def test_choosing_names_what_there_is(run):
+def test_choosing_names_what_there_is(new_run):
     # The highest fence wins, and without a manifest there is nothing.
-    write(run, (1, 48), (1, 80), (2, 80), (1, 96), (1, 112))
-    run.delete(CheckpointRef(1, 112).manifest_key)
+    write(new_run, (1, 48), (1, 80), (2, 80), (1, 96), (1, 112))
+    new_run.delete(CheckpointRef(1, 112).manifest_key)
     refs = [CheckpointRef(1, 48), CheckpointRef(2, 80), CheckpointRef(1, 96)]
     for words, expected in {"1,2": refs[:2], "2,2": refs[1:2], "all": refs, "latest": refs[1:2]}.items():
-        assert choose(run, words, 40, 16) == expected, words
+        assert choose(new_run, words, 40, 16) == expected, words
     with pytest.raises(MissingInputError, match=r"epoch 7.*there are: 1, 2"):
-        choose(run, "7", 40, 16)
-    for ref in list_checkpoints(run):
-        delete_checkpoint(run, ref)
+        choose(new_run, "7", 40, 16)
+    for ref in list_checkpoints(new_run):
+        delete_checkpoint(new_run, ref)
     with pytest.raises(BadDataError, match=r"no checkpoint any more: .*LATEST names it"):
-        choose(run, "latest", 40, 16)
-    run.delete(LATEST_KEY)
+        choose(new_run, "latest", 40, 16)
+    new_run.delete(LATEST_KEY)
     with pytest.raises(MissingInputError, match=r"no checkpoint yet"):
-        choose(run, "latest", 40, 16)
+        choose(new_run, "latest", 40, 16)

@@ -34,11 +34,6 @@ def soon_expired(quick: None, monkeypatch: pytest.MonkeyPatch) -> float:
     return 0.6
 
 
-@pytest.fixture
-def run(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path)).sub("runs/one")
-
-
 class BadDay(LocalStore):
     """A folder that can be away, and lose an answer after it has written."""
 
@@ -79,35 +74,35 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
     assert time.monotonic() - began < lease_module.EXPIRE_SECONDS / 2
 
 
-def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replaced(run: Store, soon_expired: float):
+def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replaced(new_run: Store, soon_expired: float):
     """Whatever it says about the time, and whether or not anybody can read it."""
-    intact = by_somebody_elsewhere(run, fence=4)
+    intact = by_somebody_elsewhere(new_run, fence=4)
     for fence, (content, said) in enumerate(
         (
-            (by_somebody_elsewhere(run, fence=8, since="1999-12-31T23:59:59Z"), "process 77 on 'far-away'"),
-            (by_somebody_elsewhere(run, fence=9, since="2031-01-01T00:00:00Z"), "process 77 on 'far-away'"),
+            (by_somebody_elsewhere(new_run, fence=8, since="1999-12-31T23:59:59Z"), "process 77 on 'far-away'"),
+            (by_somebody_elsewhere(new_run, fence=9, since="2031-01-01T00:00:00Z"), "process 77 on 'far-away'"),
             (b"", "damaged"),
             (intact.replace(b'"fence": 4', b'"fence": 5'), "damaged"),
             (b'{"fence": 99999999, "released": true}', "damaged"),
         ),
         9,
     ):
-        run.put(LEASE_KEY, content)
+        new_run.put(LEASE_KEY, content)
         notes: Notes = []
         began = time.monotonic()
-        lease = taken(run, floor=fence - 1, notes=notes)
+        lease = taken(new_run, floor=fence - 1, notes=notes)
         assert time.monotonic() - began >= soon_expired
-        assert lease.fence == record_in(run)["fence"] == fence
-        assert [said in note and run.uri in note for note in notes] == [True, True]
+        assert lease.fence == record_in(new_run)["fence"] == fence
+        assert [said in note and new_run.uri in note for note in notes] == [True, True]
         assert "silent" in notes[1]
         lease.close()
 
 
-def test_a_race_won_by_somebody_who_then_dies_is_not_lost_for_ever(run: Store, soon_expired: float):
-    by_somebody_elsewhere(run, fence=4, since="2031-01-01T00:00:00Z")
-    threading.Timer(0.3, by_somebody_elsewhere, [run, 5, "2031-01-01T00:00:01Z"]).start()
+def test_a_race_won_by_somebody_who_then_dies_is_not_lost_for_ever(new_run: Store, soon_expired: float):
+    by_somebody_elsewhere(new_run, fence=4, since="2031-01-01T00:00:00Z")
+    threading.Timer(0.3, by_somebody_elsewhere, [new_run, 5, "2031-01-01T00:00:01Z"]).start()
     began = time.monotonic()
-    lease = taken(run)
+    lease = taken(new_run)
     assert time.monotonic() - began >= 0.3 + soon_expired
     assert lease.fence == 6
     lease.close()

@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +15,7 @@ import pytest
 from job.exits import Exit, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
-from job.store import Store, open_store
+from job.store import Store
 from tests.job.leases import QUICK, Notes, record_in, taken
 
 CHILD = """
@@ -73,11 +72,6 @@ Start = Callable[..., Child]
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Store:
-    return open_store(str(tmp_path)).sub("runs/one")
-
-
-@pytest.fixture
 def start() -> Iterator[Start]:
     children: list[Child] = []
 
@@ -91,40 +85,40 @@ def start() -> Iterator[Start]:
         child.process.communicate()
 
 
-def test_after_kill_9_on_the_same_machine_nobody_waits(run: Store, start: Start):
-    holder = start(run)
+def test_after_kill_9_on_the_same_machine_nobody_waits(new_run: Store, start: Start):
+    holder = start(new_run)
     assert holder.took() == 1
     holder.process.kill()
     holder.process.wait()
     notes: Notes = []
     began = time.monotonic()
-    lease = taken(run, notes=notes)
+    lease = taken(new_run, notes=notes)
     assert time.monotonic() - began < lease_module.RENEW_SECONDS
     assert lease.fence == 2
     assert [f"process {holder.pid}" in notes[0], notes[0].endswith("is dead"), len(notes)] == [True, True, 1]
     lease.close()
 
 
-def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(run: Store, start: Start):
-    holder = start(run, **QUICK)
+def test_who_finds_a_living_holder_ends_with_76_and_says_who_it_is(new_run: Store, start: Start):
+    holder = start(new_run, **QUICK)
     assert holder.took() == 1
-    since = record_in(run)["since"]
+    since = record_in(new_run)["since"]
     with pytest.raises(LostRunError) as caught:
-        taken(run)
+        taken(new_run)
     assert caught.value.exit_code == Exit.LOST_RUN == 76
     host = ProcessIdentity.of_this_process().host
-    assert f"{run.uri} is held by process {holder.pid} on {host!r} since {since} (fence 1)" in str(caught.value)
+    assert f"{new_run.uri} is held by process {holder.pid} on {host!r} since {since} (fence 1)" in str(caught.value)
     assert "--wait" in str(caught.value)
     began = time.monotonic()
     with pytest.raises(LostRunError, match="is alive"):
-        taken(run, wait_seconds=0.8)
+        taken(new_run, wait_seconds=0.8)
     assert 0.8 <= time.monotonic() - began < 10
-    assert record_in(run)["process"]["pid"] == holder.pid
+    assert record_in(new_run)["process"]["pid"] == holder.pid
     # Who waits takes the run when its holder gives it back.
     threading.Timer(1.0, holder.tell).start()
     notes: Notes = []
     began = time.monotonic()
-    lease = taken(run, wait_seconds=60, notes=notes)
+    lease = taken(new_run, wait_seconds=60, notes=notes)
     assert 1.0 <= time.monotonic() - began < 20
     assert lease.fence == 2
     assert [f"held by process {holder.pid}" in notes[0], "given back" in notes[-1], len(notes)] == [True, True, 2]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from job.runs.checkpoints import list_checkpoints
@@ -42,27 +44,16 @@ When it wakes, its main thread might notice first, and end it without the commit
 """
 
 
-@pytest.fixture
-def place(tmp_path) -> Path:
-    succeeded(ddpm("data", "pack", "landscape-sample", "tiles", "--size", "16", "--bucket", tmp_path / "bucket"))
-    return tmp_path
-
-
-def words(place: Path, epochs: int) -> list[str]:
-    bucket = str(place / "bucket")
-    return ["train", "--dataset", "tiles", "--bucket", bucket, "--epochs", str(epochs), *settings()]
-
-
-def is_stopped(pid: int) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+def words(bucket: Path, epochs: int) -> list[str]:
+    return ["train", "--dataset", "tiles", "--bucket", str(bucket), "--epochs", str(epochs), *settings()]
 
 
 @pytest.mark.slow
-def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place):
-    run, freeze = open_store(str(place / "bucket")).sub("runs/tiles"), place / "freeze"
-    hooks = hooked(place / "hooks", job__runs__writer=FREEZE)
+def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(tiles, tmp_path):
+    bucket, freeze = shutil.copytree(tiles, tmp_path / "bucket"), tmp_path / "freeze"
+    run, hooks = open_store(str(bucket)).sub("runs/tiles"), hooked(tmp_path / "hooks", job__runs__writer=FREEZE)
     sleeper = subprocess.Popen(
-        [DDPM, *words(place, 10_000), "--set", "checkpoint.every_minutes=0.01"],
+        [DDPM, *words(bucket, 10_000), "--set", "checkpoint.every_minutes=0.01"],
         env=environment(PYTHONPATH=hooks, FREEZE=str(freeze)),
         stderr=subprocess.PIPE,
         text=True,
@@ -71,7 +62,7 @@ def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place)
     (rank,) = children(sleeper.pid)
 
     # Without --wait: refused.
-    second = subprocess.Popen([DDPM, *words(place, 10_000)], env=environment(), stderr=subprocess.PIPE, text=True)
+    second = subprocess.Popen([DDPM, *words(bucket, 10_000)], env=environment(), stderr=subprocess.PIPE, text=True)
     assert "watching for up to 20 s whether it is alive" in next(line for line in second.stderr if "is held by" in line)
     found = time.monotonic()
     line = second.stderr.read()
@@ -84,10 +75,10 @@ def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place)
 
     # With --wait: it has the run when its holder fell silent.
     freeze.touch()
-    eventually(lambda: is_stopped(rank), 60)
+    eventually(lambda: psutil.Process(rank).status() == psutil.STATUS_STOPPED)
     silent = time.monotonic()
     epochs = max(list_checkpoints(run)).images_seen // 299 + 2
-    waited = ddpm(*words(place, epochs), "--wait", 300)
+    waited = ddpm(*words(bucket, epochs), "--wait", 300)
     assert waited.returncode == 0, waited.stderr
     assert time.monotonic() - silent >= EXPIRE_SECONDS
     assert re.search(rf"took .*runs/tiles over: process {rank} .* was silent for 2\d s", waited.stderr)
@@ -109,7 +100,7 @@ def test_a_sleeping_holder_is_replaced_and_its_late_manifest_harms_nobody(place)
 
     # Nobody takes what it wrote for the state of the run.
     assert max(list_checkpoints(run)) == newest
-    assert "is finished already" in succeeded(ddpm(*words(place, epochs)))
-    succeeded(ddpm(*words(place, epochs + 1)))
+    assert "is finished already" in succeeded(ddpm(*words(bucket, epochs)))
+    succeeded(ddpm(*words(bucket, epochs + 1)))
     assert max(list_checkpoints(run)).fence == 3
     assert max(list_checkpoints(run)).images_seen > newest.images_seen

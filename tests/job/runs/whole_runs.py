@@ -11,8 +11,6 @@ from job.runs.layout import CheckpointRef
 from job.store import Store
 from tests.job.command_line import ddpm_here, settings
 
-GROUPS = ("model", "ema", "optimizer")
-
 
 def train(bucket: Path, run: str, epochs: int, **changes: str):
     words = ("train", "--dataset", "tiles", "--run", run, "--epochs", epochs, "--bucket", bucket)
@@ -43,7 +41,6 @@ def resumed(run: Store) -> tuple[CheckpointRef, list[str], str]:
     """What an attempt would go on from: the checkpoint, the keys that warnings name, and the content."""
     warnings: list[str] = []
     with newest_good(run, warnings.append) as restored:
-        assert restored is not None
         ref = restored.manifest.ref
         files = sorted(path for paths in restored.files.values() for path in paths)
         content = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()

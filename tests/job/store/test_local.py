@@ -303,7 +303,6 @@ with scratch_folder("save") as folder:
 
 def holder() -> tuple[subprocess.Popen[str], Path]:
     child = subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True)
-    assert child.stdout is not None
     return child, Path(child.stdout.readline().strip())
 
 

@@ -8,10 +8,9 @@ import re
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import boto3
@@ -22,6 +21,7 @@ from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingI
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
 from tests.faulty_proxy import Fault, FaultyProxy, Request
+from tests.job.answering import serving
 from tests.servers import SECRET
 
 LARGE_BYTES = 17 << 20
@@ -235,15 +235,13 @@ def test_a_refusal_before_the_content_is_sent_and_one_without_words_are_conflict
     file: Path, monkeypatch: pytest.MonkeyPatch, aws_credentials: None
 ) -> None:
     file.write_bytes(bytes(LARGE_BYTES))
-    with ThreadingHTTPServer(("127.0.0.1", 0), RefusingAtOnce) as server:
-        threading.Thread(target=server.serve_forever, args=[0.05], daemon=True).start()
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{server.server_port}")
+    with serving(RefusingAtOnce) as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
         with pytest.raises(ObjectExistsError, match="somebody else was first"):
             open_store("gs://bucket", Retry(2)).upload(file, "key")
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("AWS_ENDPOINT_URL", url)
         with pytest.raises(ObjectExistsError, match="somebody else was first"):
             open_store("s3://bucket", Retry(2)).create("key", b"content")
-        server.shutdown()
 
 
 def test_a_missing_bucket_is_no_missing_object(remote_bucket: str, file: Path) -> None:

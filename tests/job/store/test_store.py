@@ -301,7 +301,6 @@ def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Pat
     for attempt in range(attempts):
         command = [sys.executable, "-c", WRITER, store.uri, str(large_file), str(attempt)]
         with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
             assert writer.stdout.readline() == b"ready\n"
             time.sleep(rng.uniform(0.0, 0.1 if attempts == 6 else 0.5))
             while attempt == attempts - 1 and not keys(store, "large"):

@@ -21,12 +21,12 @@ class JsonHandler(BaseHTTPRequestHandler):
         """What was sent; None if nothing was."""
         return json.loads(self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "null")
 
-    def say(self, code: int, answer: Any) -> None:
+    def say(self, code: int, answer: Any, **headers: str) -> None:
         """Sends a whole answer; a string as it is."""
         data = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
         self.send_response(code)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(data)))
+        for name, value in {"Content-Type": "application/json", "Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name, value)
         self.end_headers()
         self.wfile.write(data)
 
