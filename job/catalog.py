@@ -77,10 +77,7 @@ def list_datasets(bucket_uri: str) -> None:
             f"{sum(shard.bytes for shard in index.shards):,}",
             index.licence or "-",
         )
-    if table.row_count:
-        print_table(table)
-    else:
-        print(f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
+    print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
 def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None) -> None:

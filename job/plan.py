@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
 from job.config import RunConfig, changed_for_attempt, draft
@@ -17,16 +18,40 @@ from job.stop import NEVER, Stop
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
+if TYPE_CHECKING:
+    from job.data.cache import ImageCache
+
 
 @dataclass(frozen=True)
-class Plan:
-    """A run before this attempt touches it. Its stores wait for a bucket that is away."""
+class FoundRun:
+    """A run and its dataset. The stores wait for a bucket that is away."""
 
-    request: TrainRequest
     bucket: Store
     run: Store
     index: DatasetIndex
     config: RunConfig
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Those that the network learns."""
+        return self.index.classes if self.config.model.num_classes else ()
+
+    def opened_images(self, stop: Stop, progress: Callable[[int, int], None] = lambda done, total: None) -> ImageCache:
+        """The dataset's images, as far as the run's share of this node's cache holds them; see `open_cache`."""
+        from job.data.cache import default_cache_dir, open_cache
+
+        key, folder = records.dataset_key_of(self.config), default_cache_dir()
+        size_bytes = int(self.config.data.cache_gigabytes * 1e9)
+        return open_cache(
+            self.bucket, key, self.index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
+        )
+
+
+@dataclass(frozen=True)
+class Plan(FoundRun):
+    """A run before this attempt touches it."""
+
+    request: TrainRequest
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
     is_new: bool
@@ -35,11 +60,6 @@ class Plan:
     def target_images(self) -> int:
         """`images_seen` at which the run is finished."""
         return images_at_epoch(self.config.train.epochs, self.index.images, self.config.train.batch_size)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Those that the network learns."""
-        return self.index.classes if self.config.model.num_classes else ()
 
     @property
     def images_seen(self) -> int:
@@ -86,7 +106,7 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    return Plan(request, bucket, run, index, config, changes, is_new=stored is None)
+    return Plan(bucket, run, index, config, request, changes, is_new=stored is None)
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:

@@ -23,7 +23,7 @@ from ddpm.epochs import crosses, epochs_completed_by
 from ddpm.objective import Objective
 from ddpm.schedule import make_schedule
 from job.config import RunConfig
-from job.data.cache import ImageCache, default_cache_dir, open_cache
+from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
@@ -83,15 +83,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         plan = plan_run(request, stop)
         attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
         with Progress("reading images", total=plan.index.images) as bar:
-            images = open_cache(
-                plan.bucket,
-                records.dataset_key_of(plan.config),
-                plan.index,
-                cache_dir=default_cache_dir(),
-                budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
-                progress=lambda done, total: bar.update(done),
-                stop=stop,
-            )
+            images = plan.opened_images(stop, lambda done, total: bar.update(done))
         # The network waits for all processes and says nothing meanwhile, which would look like a hang.
         ranks.sum(0)
         session = TrainingSession(plan, ranks, images, stop)

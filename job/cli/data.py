@@ -160,12 +160,7 @@ def data_verify(name: DatasetName, size: Size = None, bucket: BucketUri = DEFAUL
 
 
 @app.command("delete")
-def data_delete(
-    name: DatasetName,
-    size: Size = None,
-    yes: Certain = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
-) -> None:
+def data_delete(name: DatasetName, size: Size = None, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Delete a dataset, or what is left of one that was never finished.
 
     Example: ddpm data delete mine --size 64 --yes

@@ -19,12 +19,10 @@ Dataset = Annotated[str, typer.Option(metavar="NAME", help="Name of a packed dat
 Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
 Processes = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Default: one per GPU, or one.")]
 HangAfter = Annotated[
-    float,
-    typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never."),
+    float, typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never.")
 ]
 StopAfter = Annotated[
-    str,
-    typer.Option(metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m."),
+    str, typer.Option(metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m.")
 ]
 OnTarget = Annotated[str, typer.Option(metavar="TARGET", help="Where: local, container, or a name of the file.")]
 Targets = Annotated[

@@ -54,8 +54,7 @@ def runs_verify(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
 def runs_prune(
     run: RunName,
     keep_last: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last."),
+        int | None, typer.Option(metavar="N", min=1, help="Of the newest. Default: the run's checkpoint.keep_last.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
     bucket: BucketUri = DEFAULT_BUCKET,
@@ -72,11 +71,7 @@ def runs_prune(
 
 
 @app.command("delete")
-def runs_delete(
-    run: RunName,
-    yes: Certain = False,
-    bucket: BucketUri = DEFAULT_BUCKET,
-) -> None:
+def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Delete a run: its checkpoints, pictures and metrics, or what is left of one.
 
     Refused while somebody trains it or samples from it.

@@ -16,8 +16,7 @@ def ddpm_train(
         int | None, typer.Option(metavar="N", min=1, help="Up to this many passes over the dataset.")
     ] = None,
     preset: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Settings to begin with. Default: the dataset's own."),
+        str, typer.Option(metavar="NAME", help="Settings to begin with. Default: the dataset's own.")
     ] = "",
     sets: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64.")

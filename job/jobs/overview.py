@@ -90,11 +90,8 @@ def list_jobs(search: Search) -> None:
         code = "-" if status.exit_code is None else str(status.exit_code)
         numbers = (str(status.attempts or "-"), code, status.created or "-", status.place or "-")
         table.add_row(status.name, backend.target.name, status.state.value, *numbers, status.message)
-    if table.row_count:
-        print_table(table)
-    else:
-        where = f"on {search.on}" if search.on else "on any target"
-        print(f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
+    where = f"on {search.on}" if search.on else "on any target"
+    print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
 def show_job(name: str, search: Search, bucket: str) -> None:
@@ -103,14 +100,14 @@ def show_job(name: str, search: Search, bucket: str) -> None:
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
     """
-    is_known = False
-    for backend, status in search.find(name):
+    found = search.find(name)
+    for backend, status in found:
         uri = bucket or status.bucket or backend.target.usual_bucket
         _print_status(status.informed(uri), backend.target.name)
         _print_run(_run_of(name, uri), uri)
-        is_known = True
-    if is_known:
+    if found:
         return
+    is_known = False
     # Its machine is gone; what it said is where it was.
     for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
         outcome, run = read_outcome(name, uri), _run_of(name, uri)

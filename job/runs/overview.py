@@ -43,10 +43,7 @@ def list_runs(bucket_uri: str) -> None:
             seen = f"{status.images_seen:,}/{status.target_images:,}"
             cells = [state_of(status), f"{status.epoch:.1f}", seen, *_loss_and_speed(status)]
         table.add_row(name, *cells, f"{max(refs).images_seen:,}" if refs else "-")
-    if table.row_count:
-        print_table(table)
-    else:
-        print(f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
+    print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
 
 def _loss_and_speed(status: Status) -> list[str]:
@@ -55,10 +52,13 @@ def _loss_and_speed(status: Status) -> list[str]:
     return ["-" if value is None else format(value, how) for value, how in shown]
 
 
-def print_table(table: Table) -> None:
-    """Prints a table as wide as the terminal, or as it needs to be."""
+def print_table(table: Table, without_rows: str) -> None:
+    """Prints a table as wide as the terminal, or as it needs to be; one that has no rows in words."""
     from rich.console import Console
 
+    if not table.row_count:
+        print(without_rows)
+        return
     # A licence may hold what Rich would read as [/MARKUP].
     console = Console(markup=False, emoji=False)
     if not console.is_terminal:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from job.config import RunConfig, SampleConfig
-from job.data.shards import DatasetIndex, load_index
+from job.config import SampleConfig
+from job.data.shards import load_index
 from job.exits import BadDataError
+from job.plan import FoundRun
 from job.progress import note
 from job.requests import SampleRequest
 from job.runs import records
@@ -16,19 +17,15 @@ from job.runs.layout import CheckpointRef
 from job.runs.samples import Drawing, how_drawn, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import Retry, Store, open_store
+from job.store import Retry, open_store
 from job.store.retry import away_limit_seconds
 
 
 @dataclass(frozen=True)
-class SamplePlan:
+class SamplePlan(FoundRun):
     """A run, and what of it is to be drawn."""
 
     request: SampleRequest
-    bucket: Store
-    run: Store
-    index: DatasetIndex
-    config: RunConfig
     sample: SampleConfig
     """The run's own section, but for what the request chose."""
     checkpoints: tuple[CheckpointRef, ...]
@@ -42,11 +39,6 @@ class SamplePlan:
     def weights(self) -> Literal["ema", "model"]:
         """The group of tensors to draw from."""
         return "model" if self.request.raw else "ema"
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Those that the network knows."""
-        return self.index.classes if self.config.model.num_classes else ()
 
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
@@ -81,7 +73,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
-    return SamplePlan(request, bucket, run, index, config, sample, tuple(checkpoints))
+    return SamplePlan(bucket, run, index, config, request, sample, tuple(checkpoints))
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:

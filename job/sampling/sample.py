@@ -16,13 +16,12 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm import figures
-from job.data.cache import ImageCache, default_cache_dir, open_cache
+from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.processes.launched import lost_peer
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
-from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import file_words, how_drawn, put_picture
@@ -59,14 +58,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
     if sample.nearest and request.grid and is_main:
-        training = open_cache(
-            plan.bucket,
-            records.dataset_key_of(plan.config),
-            plan.index,
-            cache_dir=default_cache_dir(),
-            budget_bytes=int(plan.config.data.cache_gigabytes * 1e9),
-            stop=painter.stop,
-        )
+        training = plan.opened_images(painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:

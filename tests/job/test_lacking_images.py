@@ -44,8 +44,8 @@ lacking, going_on = threading.Event(), threading.Event()
 
 @pytest.fixture
 def plan(tiles: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
-    opened = train.open_cache
-    monkeypatch.setattr(train, "open_cache", lambda *words, **options: Lacking(opened(*words, **options)))
+    opened = Plan.opened_images
+    monkeypatch.setattr(Plan, "opened_images", lambda *words: Lacking(opened(*words)))
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     lacking.clear()
     going_on.clear()
