@@ -300,22 +300,32 @@ def parse_yaml(text: str | bytes | TextIO) -> Any:
         raise yaml.YAMLError(f"not the value it seems to be: {error}") from None
 
 
-def _load_yaml(text: str | TextIO, where: str) -> dict[str, Any]:
+def parse_mapping(text: str | bytes | TextIO, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+    """A YAML file that is a mapping `of` something, or empty; `where` it lies is named if it is neither.
+
+    Raises:
+        BadConfigError: it is something else, or not valid.
+    """
     try:
         document = parse_yaml(text)
     except yaml.YAMLError as error:
         raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(document, dict | None):
-        raise BadConfigError(f"{where} must be a mapping of sections such as `train:`")
+        raise BadConfigError(f"{where} must be a mapping of {of}")
     return document or {}
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a word that is not known; nothing if none is like it."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _preset(name: str) -> dict[str, Any]:
     if name not in presets():
-        close = difflib.get_close_matches(name, presets(), n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise BadRequestError(f"there is no preset {name!r}{hint} (there are: {', '.join(presets())})")
-    return _load_yaml((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
+        there = f"(there are: {', '.join(presets())})"
+        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, presets())} {there}")
+    return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def pack_config(name: str) -> PackConfig | None:
@@ -365,7 +375,7 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
         return {}
     try:
         with path.open(encoding="utf-8") as file:
-            values = _load_yaml(file, str(path))
+            values = parse_mapping(file, str(path))
     except OSError as error:
         raise MissingInputError(f"--config {path}: {error.strerror}") from None
     return _only_known(flatten(values), str(path))

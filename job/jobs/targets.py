@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job import DEFAULT_BUCKET
-from job.config import parse_yaml
+from job.config import did_you_mean, parse_mapping
 from job.exits import BadConfigError, BadRequestError
 from job.store import check_uri, is_remote
 from job.store.files import os_errors
@@ -232,14 +229,7 @@ def parse_targets(text: str | bytes, where: str) -> dict[str, Target]:
     Raises:
         BadConfigError: naming the target and the key.
     """
-    try:
-        document = parse_yaml(text)
-    except yaml.YAMLError as error:
-        raise BadConfigError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-    if document is None:
-        return {}
-    if not isinstance(document, dict):
-        raise BadConfigError(f"{where} must be a mapping of names to targets, such as `gke: {{backend: kubernetes}}`")
+    document = parse_mapping(text, where, "names to targets, such as `gke: {backend: kubernetes}`")
     return {str(name): _target(str(name), block, f"{where}: target {str(name)!r}") for name, block in document.items()}
 
 
@@ -250,7 +240,8 @@ def chosen_target(targets: dict[str, Target], name: str) -> Target:
         BadRequestError: there is none; the message names those there are.
     """
     if name not in targets:
-        raise BadRequestError(f"there is no target {name!r}{_hint(name, targets)} (there are: {', '.join(targets)})")
+        there = f"(there are: {', '.join(targets)})"
+        raise BadRequestError(f"there is no target {name!r}{did_you_mean(name, targets)} {there}")
     return targets[name]
 
 
@@ -270,7 +261,7 @@ def _target(name: str, block: Any, where: str) -> Target:
     model = _BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
     if unknown := next((str(key) for key in block if key not in keys), ""):
-        said = f"unknown key {unknown!r}{_hint(unknown, keys)} ({backend} has {', '.join(keys)})"
+        said = f"unknown key {unknown!r}{did_you_mean(unknown, keys)} ({backend} has {', '.join(keys)})"
         raise BadConfigError(f"{where}: {said}")
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
@@ -280,11 +271,6 @@ def _target(name: str, block: Any, where: str) -> Target:
     if target.is_remote and target.bucket and not is_remote(target.bucket):
         raise BadConfigError(f"{where}: bucket: {target.bucket!r} is a folder of this machine: use gs:// or s3://")
     return target
-
-
-def _hint(word: str, known: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _problem(problem: ErrorDetails) -> str:
