@@ -60,9 +60,9 @@ def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def seaweedfs_bucket(aws_credentials: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+def seaweedfs_bucket(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """`s3://NAME` of a fresh, empty bucket."""
-    return _new_s3_bucket(_use_s3_server("seaweedfs", request, monkeypatch))
+    return _s3_bucket("seaweedfs", request, monkeypatch)
 
 
 @pytest.fixture
@@ -82,8 +82,7 @@ def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, 
     if kind == "gs":
         return str(request.getfixturevalue("gcs_bucket"))
     if kind == "s3":
-        request.getfixturevalue("aws_credentials")
-        return _new_s3_bucket(_use_s3_server(server, request, monkeypatch))
+        return _s3_bucket(server, request, monkeypatch)
     folder = tmp_path / "bucket"
     folder.mkdir()
     return str(folder)
@@ -111,15 +110,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     holder.wait()
 
 
-def _use_s3_server(name: str, request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> str:
-    url = str(request.getfixturevalue(f"{name}_server"))
-    patch.setenv("AWS_ENDPOINT_URL", url)
-    return url
-
-
-def _new_s3_bucket(url: str) -> str:
+def _s3_bucket(server: str, request: pytest.FixtureRequest, patch: pytest.MonkeyPatch) -> str:
+    """A new one, on a server that clients find from now on."""
     import boto3
 
-    name = f"test-{secrets.token_hex(6)}"
+    request.getfixturevalue("aws_credentials")
+    name, url = f"test-{secrets.token_hex(6)}", str(request.getfixturevalue(f"{server}_server"))
+    patch.setenv("AWS_ENDPOINT_URL", url)
     boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
     return f"s3://{name}"

@@ -9,16 +9,13 @@ from job.stop import SPOT_GRACE_SECONDS, Stop
 
 
 class StopWhen(Stop):
-    """Stops as soon as `condition` is true, which is looked at whenever somebody asks; counts how often in `asked`."""
+    """Stops as soon as `condition` is true, which is looked at whenever somebody asks."""
 
-    def __init__(
-        self, condition: Callable[[], bool] = lambda: False, grace_seconds: float = SPOT_GRACE_SECONDS
-    ) -> None:
-        super().__init__(grace_seconds)
-        self._condition, self.asked = condition, 0
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        super().__init__(SPOT_GRACE_SECONDS)
+        self._condition = condition
 
     def __call__(self) -> bool:
-        self.asked += 1
         if not self.reason and self._condition():
             self.request("a test")
         return super().__call__()

@@ -74,8 +74,8 @@ def bucket(gcs_server: str) -> str:
     out = succeeded(ddpm_here("data", "pack", "landscape-sample", "tiles", "--size", 16, "--bucket", uri))
     assert f"{uri}/datasets/tiles-16" in out
     assert "299 colour, 16×16 pixels" in out
-    for how, epochs, said in ((ddpm_here, 1, "1 epoch, 312 images"), (ddpm, 2, "2 epochs, 600 images")):
-        out = succeeded(how("train", *about(uri, "walk"), "--epochs", epochs))
+    for epochs, said in ((1, "1 epoch, 312 images"), (2, "2 epochs, 600 images")):
+        out = succeeded(ddpm_here("train", *about(uri, "walk"), "--epochs", epochs))
         assert out.startswith(f"Run 'walk' is finished: {said} seen.\n")
     return uri
 
@@ -187,7 +187,7 @@ def test_a_dataset_is_packed_only_if_it_is_not_there(tmp_path):
     photos = folder_of(tmp_path / "photos", [(f"{n}.jpg", jpeg(n)) for n in range(6)])
     words = ("data", "ensure", "mine", "--bucket", tmp_path / "bucket", "--source", photos)
     # Without a preset or a size it is made for the network of the preset it will be trained with.
-    assert "6 colour, 32×32 pixels" in succeeded(ddpm(*words))
+    assert "6 colour, 32×32 pixels" in succeeded(ddpm_here(*words))
     assert succeeded(ddpm_here(*words)) == ""
     assert "6 colour, 16×16 pixels" in succeeded(ddpm_here(*words, "--size", 16))
     assert succeeded(ddpm_here(*words)) == ""
@@ -201,7 +201,7 @@ def test_listings_show_text_and_leave_out_what_other_people_put_there(local):
         (Path(local) / name).parent.mkdir(parents=True, exist_ok=True)
         (Path(local) / name).write_text("mine")
     assert "My_Notes" not in succeeded(ddpm_here("runs", "list", *place))
-    out = succeeded(ddpm("data", "list", DDPM_BUCKET=local, COLUMNS="40"))
+    out = succeeded(ddpm_here("data", "list", DDPM_BUCKET=local, COLUMNS="40"))
     assert ["tiles", "16", "299"] in [line.split()[:3] for line in out.splitlines()]
     assert licence in succeeded(ddpm_here("data", "list", *place, COLUMNS="200"))
 

@@ -58,21 +58,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     yield make
 
 
-def bucket_of(done: subprocess.CompletedProcess[str]) -> Path:
-    match = re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", done.stdout, re.MULTILINE)
-    return Path(match[1])
-
-
 def test_help_lists_every_verb(make):
     out = succeeded(make())
     assert out == succeeded(make("help"))
     listed = re.findall(r"^  make (\S+) +(\S.*)$", out, re.MULTILINE)
     phony = re.search(r"^\.PHONY: (.*)$", (CHECKOUT / "Makefile").read_text(), re.MULTILINE)
     assert [verb for verb, _ in listed] == phony[1].split()
-    assert all(
-        variable in out
-        for variable in ("DATASET=", "SOURCE=", "RUN=", "BUCKET=", "EPOCHS=", "ON=", "TARGETS=", "ARGS=")
-    )
+    for variable in ("DATASET=", "SOURCE=", "RUN=", "BUCKET=", "EPOCHS=", "ON=", "TARGETS=", "ARGS="):
+        assert variable in out
 
 
 def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make):
@@ -84,11 +77,10 @@ def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make)
 
 
 def test_submit_train_packs_trains_and_says_where_everything_lies(make):
-    done = make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}")
-    out = succeeded(done)
+    out = succeeded(make("submit-train", "SIZE=16", "EPOCHS=1", f"ARGS={SMALL}"))
     assert "299 colour, 16×16 pixels" in out
     assert "Run 'landscape-sample' is finished: 1 epoch, 312 images seen." in out
-    bucket = bucket_of(done)
+    bucket = Path(re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", out, re.MULTILINE)[1])
     assert (bucket.name, bucket.parent.name) == ("bucket", "checkout")
     pictures = [Path(path) for path in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
     assert {path.name for path in pictures} == {"epoch-0001-ddim-4.png", "denoising-epoch-0001.gif", "loss.png"}

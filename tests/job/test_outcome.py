@@ -9,7 +9,7 @@ import pytest
 
 from job.exits import BucketAwayError, LostRunError, StoppedError
 from job.outcome import JOB, outcome_written, read_outcome
-from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, refused, succeeded
 
 NAME = "train-celeba"
 
@@ -87,7 +87,7 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
 def test_commands_say_how_they_ended(tmp_path):
     bucket = ("--bucket", str(tmp_path / "bucket"))
     pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", *bucket)
-    succeeded(ddpm(*pack, **{JOB: "packed"}))
+    succeeded(ddpm_here(*pack, **{JOB: "packed"}))
     refusals = [
         ("no-source", 66, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8")),
         ("no-crop", 64, ("data", "pack", str(tmp_path / "no"), "other", "--size", "8", "--crop", "middle")),

@@ -12,7 +12,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from job.exits import BadConfigError, NotANumberError, StoppedError
+from job.exits import NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
@@ -136,12 +136,6 @@ def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkp
         assert caught.value.exit_code == 70
         assert [ref.images_seen for ref in list_checkpoints(run)] == [24]
         assert read_status(run).state == "failed"
-
-
-def test_a_run_refuses_another_configuration(walked):
-    request = TrainRequest("tiles", str(walked), run="walk", epochs=4, sets=("train.seed=1",))
-    with pytest.raises(BadConfigError, match=r"train\.seed: the run has 0, asked for 1"):
-        plan_run(request.check())
 
 
 def test_settings_reach_the_training(train, packed):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from job.jobs.backends.batch import BatchBackend
@@ -11,7 +10,6 @@ from job.jobs.backends.vm import VmBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, VmTarget
 
-GOLDEN = Path(__file__).with_name("golden")
 BUCKET = "gs://bucket"
 ZONES, REGIONS = ("us-central1-a", "us-east1-c"), ("us-central1", "us-east1")
 COMMON: dict[str, Any] = {

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
 from job.cli.submit import parsed
+from job.jobs.backends.base import JsonObject
 from job.jobs.building import Resources, spec_of
 from job.jobs.spec import JobSpec
+from job.jobs.submit import formatted
 from job.jobs.targets import chosen_target, load_targets
 
 TARGETS = """
@@ -19,7 +25,17 @@ queued: {backend: kubernetes, image: i, bucket: gs://bucket, queue: gpus}
 batch: {backend: batch, project: my-project, regions: [us-east1], image: registry/ddpm:1, bucket: gs://bucket}
 """
 FOR_TRAIN = ["--dataset", "celeba"]
+REWRITE = "DDPM_REWRITE_GOLDEN"
 
 
 def built(verb: str, words: list[str], on: str = "gke", **resources) -> JobSpec:
     return spec_of(parsed(verb, words), chosen_target(load_targets(), on), Resources(**resources))
+
+
+def assert_kept(engine: str, case: str, made: list[JsonObject], cases: Iterable[str]) -> None:
+    """What is rendered is what a file beside the tests holds, one for each of the cases."""
+    path = Path(__file__).with_name("golden") / engine / f"{case}.yaml"
+    if os.environ.get(REWRITE):
+        path.write_text(formatted(made))
+    assert path.read_text() == formatted(made), f"{REWRITE}=1 writes {path} anew, if that is meant"
+    assert sorted(other.stem for other in path.parent.glob("*")) == sorted(cases)

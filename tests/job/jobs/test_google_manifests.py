@@ -5,18 +5,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 
 import pytest
 from google.cloud import batch_v1, compute_v1
 
 from job.exits import BadRequestError, Exit
-from job.jobs.submit import formatted
-from tests.job.jobs.google_jobs import GOLDEN, backend_of, metadata_of, sampling, spec
+from tests.job.jobs.google_jobs import backend_of, metadata_of, sampling, spec
 from tests.job.jobs.google_server import parsed
+from tests.job.jobs.submitting import assert_kept
 
-REWRITE = "DDPM_REWRITE_GOLDEN"
 both = pytest.mark.parametrize("engine", ["vm", "batch"])
 WHOLE = "one-gpu-spot"
 """The case whose file has the whole script of a VM."""
@@ -40,11 +38,7 @@ def test_a_request_is_what_is_kept_and_the_service_takes_it(engine, case):
         for item in one.get("metadata", {}).get("items", ()):
             if item["key"] == "startup-script" and case != WHOLE:
                 item["value"] = f"as in {WHOLE}.yaml"
-    path = GOLDEN / engine / f"{case}.yaml"
-    if os.environ.get(REWRITE):
-        path.write_text(formatted(made))
-    assert path.read_text() == formatted(made), f"{REWRITE}=1 writes {path} anew, if that is meant"
-    assert sorted(path.stem for path in (GOLDEN / engine).glob("*")) == sorted(JOBS)
+    assert_kept(engine, case, made, JOBS)
 
 
 @both

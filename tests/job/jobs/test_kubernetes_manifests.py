@@ -5,21 +5,17 @@
 
 from __future__ import annotations
 
-import os
 import re
-from pathlib import Path
 
 import pytest
-import yaml
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.processes.group import Group
 from job.stop import GRACE_VARIABLE as GRACE
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, schema_problems, spec
+from tests.job.jobs.submitting import assert_kept
 
-GOLDEN = Path(__file__).with_name("golden") / "kubernetes"
-REWRITE = "DDPM_REWRITE_GOLDEN"
 VERSIONS = ("1.31", "1.34", "1.37")
 """Of Kubernetes: the first where all fields are stable, one in the middle, and the newest that the schemas know."""
 CASES = {
@@ -38,12 +34,8 @@ CASES = {
 def test_a_manifest_is_what_is_kept_and_schemas_take_it(case):
     job, target = CASES[case]
     made = manifest(job, target)
-    path = GOLDEN / f"{case}.yaml"
-    if os.environ.get(REWRITE):
-        path.write_text(yaml.safe_dump(made, sort_keys=False, width=120))
-    assert yaml.safe_load(path.read_text()) == made, f"{REWRITE}=1 writes {path} anew, if that is meant"
+    assert_kept("kubernetes", case, [made], CASES)
     assert [schema_problems(made, version) for version in VERSIONS] == [[]] * len(VERSIONS)
-    assert sorted(other.stem for other in GOLDEN.glob("*")) == sorted(CASES)
 
 
 def job_of(made):

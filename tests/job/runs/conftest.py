@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 
 from job.data.pack import PackRequest, pack
+from job.runs import lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import Reader
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import MadeOnce
+from tests.job.leases import QUICK
 from tests.job.runs.whole_runs import content_hash, train
 
 
@@ -55,6 +57,13 @@ def run(store: Store) -> Store:
 def new_run(tmp_path: Path) -> Store:
     """One in a folder."""
     return open_store(str(tmp_path)).sub("runs/r")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process renews and looks often, and waits for the real expiry."""
+    for name, value in QUICK.items():
+        monkeypatch.setattr(lease, name, value)
 
 
 @pytest.fixture

@@ -18,14 +18,7 @@ from job.runs.lease import LEASE_KEY
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore
-from tests.job.leases import QUICK, Notes, by_somebody_elsewhere, eventually, record_in, taken
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process renews and looks often, and waits for the real expiry."""
-    for name, value in QUICK.items():
-        monkeypatch.setattr(lease_module, name, value)
+from tests.job.leases import Notes, by_somebody_elsewhere, eventually, record_in, taken
 
 
 @pytest.fixture

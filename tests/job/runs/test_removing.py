@@ -8,7 +8,6 @@ import pytest
 
 from job.exits import Exit, StoppedError
 from job.processes.process_identity import ProcessIdentity
-from job.runs import lease as lease_module
 from job.runs import records, retention
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
@@ -18,7 +17,7 @@ from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
-from tests.job.leases import QUICK, taken
+from tests.job.leases import taken
 from tests.job.runs.held import small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
@@ -166,9 +165,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
     assert names == ["piece-00001.tar", "piece-00003.tar", "piece-00001.json"]
 
 
-def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, monkeypatch):
-    for name, seconds in QUICK.items():
-        monkeypatch.setattr(lease_module, name, seconds)
+def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):
     before = everything(run)
     lease = taken(run, FENCE)
     try:
