@@ -24,6 +24,7 @@ from tests.job.command_line import NETWORK
 from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
+SMALL |= {"model.layers_per_level": "1"}
 GROUPS = ("model", "ema", "optimizer")
 
 
@@ -141,11 +142,11 @@ def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkp
 def test_settings_reach_the_training(train, packed):
     """No classes are learnt from a dataset that has some; a row a epoch, however rare; other moments of Adam."""
     settings = {"model__num_classes": 0, "log__every_images": 1_000_000}
-    train("usual", epochs=2, **settings)
-    train("forgetful", epochs=2, train__adam_betas="0.5,0.9", train__adam_eps=1e-4, **settings)
+    train("usual", epochs=1, **settings)
+    train("forgetful", epochs=1, train__adam_betas="0.5,0.9", train__adam_eps=1e-4, **settings)
     (_, usual, rows), (ref, forgetful, _) = (final_state(run_of(packed, name)) for name in ("usual", "forgetful"))
-    assert ref.images_seen == 600
+    assert ref.images_seen == 312
     assert not any("class" in name for name in usual)
-    assert [row["images_seen"] for row in rows] == [312, 600]
+    assert [row["images_seen"] for row in rows] == [312]
     name = "optimizer.exp_avg_sq.conv_in.weight"
     assert not torch.equal(usual[name], forgetful[name])
