@@ -149,4 +149,5 @@ def test_settings_reach_the_training(train, packed):
     assert not any("class" in name for name in usual)
     assert [row["images_seen"] for row in rows] == [312]
     name = "optimizer.exp_avg_sq.conv_in.weight"
-    assert not torch.equal(usual[name], forgetful[name])
+    # After thirteen steps from zero these are three quarters of the mean, and the usual ones a hundredth.
+    assert forgetful[name].mean() > 10 * usual[name].mean()
