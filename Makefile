@@ -106,7 +106,7 @@ test: $(TESTED) ## Install what the tests need and run them
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
 	@tests/install.sh podman runc mmdebstrap
-	.venv/bin/pytest -m containers tests/containers --timeout=1200 $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile -m containers tests/containers --timeout=1200 $(ARGS)
 
 test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells
 	@tests/install.sh zsh
