@@ -34,6 +34,9 @@ SAMPLE    = sample --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET)
 PACKING   = $(IN_BUCKET) $(if $(SIZE),--size $(call quoted,$(SIZE)))
 PACK      = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) $(PACKING)
 
+# Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
+export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: help setup submit-train submit-sample submit-pack train sample pack image push-image image-size locks test test-containers test-infra infra infra-destroy lint bench crash-test clean
 
 help: ## List the verbs and their variables
@@ -103,17 +106,19 @@ test: $(TESTED) ## Install what the tests need and run them
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
 	@tests/install.sh podman runc mmdebstrap
-	.venv/bin/pytest -m containers tests/containers --timeout=1200 $(ARGS)
+	.venv/bin/pytest -n 2 --dist loadfile -m containers tests/containers --timeout=1200 $(ARGS)
 
 test-infra: $(INFRA) ## Check infra/ against the provider's schema and checkov, and setup.sh in real shells
 	@tests/install.sh zsh
 	.venv/bin/pytest -m infra tests/infra $(ARGS)
 
-$(INFRA): $(TESTED)
-	test -x .venv/checkov/bin/pip || $(PYTHON) -m venv .venv/checkov
-	.venv/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
+$(INFRA): $(TESTED) .venv/checkov/bin/checkov
 	.venv/bin/python -m tests.infra.provider_schema .venv/provider-schema
 	@touch $@
+
+.venv/checkov/bin/checkov:
+	$(PYTHON) -m venv .venv/checkov
+	.venv/checkov/bin/pip install --quiet --disable-pip-version-check 'checkov==3.3.30'
 
 infra: ## Make or change what jobs need on Google Cloud: ARGS='--project ID --region us-central1 --gke'
 	./setup.sh --infra-only $(call each_quoted,$(ARGS))

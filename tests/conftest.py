@@ -75,10 +75,15 @@ def gcs_bucket(gcs_server: str) -> str:
     return f"gs://{name}"
 
 
-@pytest.fixture(params=["local", "gs", "s3-seaweedfs", pytest.param("s3-moto", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "gs", "s3-seaweedfs"])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
-    kind, _, server = request.param.partition("-")
+    return new_bucket(request.param, request, monkeypatch, tmp_path)
+
+
+def new_bucket(which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """A fresh, empty bucket: `local`, `gs`, `s3-seaweedfs` or `s3-moto`."""
+    kind, _, server = which.partition("-")
     if kind == "gs":
         return str(request.getfixturevalue("gcs_bucket"))
     if kind == "s3":

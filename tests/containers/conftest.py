@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.containers.podman import IMAGE, build_image, podman, settings
 from tests.job.command_line import ddpm, succeeded
@@ -19,19 +21,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def image() -> Iterator[str]:
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The real Dockerfile's image; podman finds its settings in the environment of all that the tests start."""
+    base = tmp_path_factory.getbasetemp()
+    built = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "image-is-built"
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings().items():
             patch.setenv(name, value)
         for name in ("DDPM_BUCKET", "DDPM_TARGETS", "TORCH"):
             patch.delenv(name, raising=False)
-        build_image()
+        # By the first of the test processes.
+        with FileLock(f"{built}.lock"):
+            if not built.exists():
+                # What failed tests left behind.
+                podman("pod", "rm", "--all", "--force", "--time", "0", check=False)
+                podman("rm", "--all", "--force", "--time", "0", check=False)
+                podman("volume", "rm", "--all", "--force", check=False)
+                build_image()
+                built.touch()
         yield IMAGE
-        # What failed tests left behind.
-        podman("pod", "rm", "--all", "--force", "--time", "0", check=False)
-        podman("rm", "--all", "--force", "--time", "0", check=False)
-        podman("volume", "rm", "--all", "--force", check=False)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import math
 from collections.abc import Callable
 from itertools import pairwise, product
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -56,6 +55,8 @@ class TestGrid:
             assert timestep_grid(num_timesteps, num_timesteps, spacing) == list(range(num_timesteps))[::-1]
 
     def test_equals_diffusers(self) -> None:
+        import diffusers
+
         for spacing, steps in product(("leading", "trailing"), (1, 2, 7, 10, 16, 50, 100, 250, 999, 1000)):
             scheduler = diffusers.DDIMScheduler(timestep_spacing=spacing)
             scheduler.set_timesteps(steps)
@@ -75,6 +76,8 @@ class TestGrid:
 class TestStep:
     @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
     def test_ancestral_equals_diffusers(self, make: Callable[[], NoiseSchedule], variance: str) -> None:
+        import diffusers
+
         schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
         scheduler = judge(diffusers.DDPMScheduler, schedule, variance_type=variance)
         for t, t_prev in ((999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)):
@@ -85,6 +88,8 @@ class TestStep:
 
     @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
     def test_ddim_equals_diffusers(self, make: Callable[[], NoiseSchedule], eta: float) -> None:
+        import diffusers
+
         schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
         scheduler = judge(diffusers.DDIMScheduler, schedule, set_alpha_to_one=True)
         for t, steps in ((999, 1000), (999, 50), (500, 4), (40, 50), (1, 1000), (0, 1000)):
@@ -103,6 +108,8 @@ def smooth_network(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tenso
 @pytest.mark.parametrize(("prediction", "clip"), [("epsilon", True), ("epsilon", False), ("v", True), ("v", False)])
 def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip: bool) -> None:
     """Unchanged diffusers, whose tables are float32: three digits less."""
+    import diffusers
+
     schedule, ddim = linear_schedule(), sampler == "ddim"
     denoise = make_denoiser(smooth_network, schedule, prediction, clip=clip)
     config = {

@@ -1,6 +1,5 @@
 """Schedules against published values and diffusers, the forward process, and the conversions."""
 
-import diffusers
 import pytest
 import torch
 
@@ -47,6 +46,8 @@ def test_derived_tables_keep_their_digits() -> None:
 
 @pytest.mark.parametrize("kind", ["linear", "cosine"])
 def test_betas_forward_process_and_velocity_equal_diffusers(kind: str) -> None:
+    import diffusers
+
     for num_timesteps in (7, T, 4000):
         judge = diffusers.DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=DIFFUSERS_NAMES[kind])
         schedule = make_schedule(kind, num_timesteps)

@@ -1,6 +1,5 @@
 """The network against published sizes and against diffusers with the same weights."""
 
-import diffusers
 import pytest
 import torch
 
@@ -12,8 +11,10 @@ def small(**changes: object) -> UNet:
     return UNet(**{**sizes, **changes})
 
 
-def small_judge(channels: int = 3, num_classes: int | None = None) -> diffusers.UNet2DModel:
+def small_judge(channels: int = 3, num_classes: int | None = None) -> torch.nn.Module:
     """diffusers' network with the settings that make it Ho et al.'s, of the size of `small`."""
+    import diffusers
+
     return diffusers.UNet2DModel(
         sample_size=16,
         in_channels=channels,

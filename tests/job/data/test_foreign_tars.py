@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import webdataset
+from PIL import Image
 
 from job.data.cache import open_cache
 from job.data.foreign_tars import find_tars
@@ -22,7 +23,7 @@ from tests.job.damages import flip_a_bit
 from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
 
 KEY = "datasets/laion-16"
-BOMB = encoded(picture(0).resize((1, 1)).resize((10_000, 10_000)).convert("1"), "PNG")
+BOMB = encoded(Image.new("1", (10_000, 10_000)), "PNG")
 
 
 def samples_of(count: int = 34, kind: str = "jpg", **more: object) -> list[dict[str, object]]:

@@ -11,11 +11,10 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from importlib import import_module
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from google.cloud import batch_v1, compute_v1
-from google.cloud.logging_v2 import types as logging_v2
 from google.protobuf import json_format
 
 from tests.job.answering import JsonHandler, serving
@@ -35,9 +34,12 @@ class Refusal(Exception):
         self.body = {"error": {"code": status, "message": message, "errors": errors}}
 
 
-def parsed(body: Any, message_type: Any) -> Any:
+def parsed(body: Any, message_type: str) -> Any:
     """A body as the message that it must be: unknown fields, wrong types and unknown words are refused."""
-    message = message_type.pb(message_type())
+    module, _, name = message_type.rpartition(".")
+    # Not before one is needed: they take seconds, and most test processes need none.
+    kind = getattr(import_module(f"google.cloud.{module}"), name)
+    message = kind.pb(kind())
     try:
         json_format.ParseDict(body, message)
     except json_format.ParseError as error:
@@ -45,7 +47,7 @@ def parsed(body: Any, message_type: Any) -> Any:
     return message
 
 
-def answered(answer: Json, message_type: Any) -> Json:
+def answered(answer: Json, message_type: str) -> Json:
     """An answer that a service could give: whoever asks reads no field that the proto does not have."""
     parsed(answer, message_type)
     return answer
@@ -80,9 +82,9 @@ class Compute:
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Json | None:
         if match := re.fullmatch(rf"/compute/v1/projects/{PROJECT}(/regions/[^/]+)?", path):
             quotas = [{"metric": name, "limit": free + 1, "usage": 1.0} for name, free in self.free_gpus.items()]
-            return answered({"quotas": quotas}, compute_v1.Region if match[1] else compute_v1.Project)
+            return answered({"quotas": quotas}, "compute_v1.Region" if match[1] else "compute_v1.Project")
         if path == f"/compute/v1/projects/{PROJECT}/aggregated/instances":
-            return answered(self._aggregated(query["filter"]), compute_v1.InstanceAggregatedList)
+            return answered(self._aggregated(query["filter"]), "compute_v1.InstanceAggregatedList")
         match = re.fullmatch(rf"/compute/v1/projects/{PROJECT}/zones/([^/]+)/(instances|operations)/?(.*)", path)
         if not match:
             return None
@@ -90,9 +92,9 @@ class Compute:
         if kind == "operations":
             finished, change = self._operations[name]
             change()
-            return answered(finished, compute_v1.Operation)
+            return answered(finished, "compute_v1.Operation")
         if method == "POST":
-            return self._insert(zone, json_format.MessageToDict(parsed(body, compute_v1.Instance)))
+            return self._insert(zone, json_format.MessageToDict(parsed(body, "compute_v1.Instance")))
         if (zone, name) not in self.instances:
             raise Refusal(404, f"The resource '{path}' was not found", "notFound")
         self.set_status(name, "STOPPING")
@@ -114,7 +116,7 @@ class Compute:
         name, place = f"operation-{len(self._operations)}", f"projects/{PROJECT}/zones/{zone}"
         operation = {"name": name, "zone": place, "targetLink": f"{place}/instances/{machine}"}
         self._operations[name] = {**operation, "status": "DONE", **end}, change
-        return answered({**operation, "status": "RUNNING"}, compute_v1.Operation)
+        return answered({**operation, "status": "RUNNING"}, "compute_v1.Operation")
 
     def _aggregated(self, filter_: str) -> Json:
         match = re.fullmatch(r"labels\.ddpm-job(?:=([a-z0-9-]+)|:\*)", filter_)
@@ -162,20 +164,20 @@ class Batch:
             return None
         parent, name, part = match.groups()
         if name is None and method == "POST":
-            return self._create(f"{parent}/{query['jobId']}", parsed(body, batch_v1.Job))
+            return self._create(f"{parent}/{query['jobId']}", parsed(body, "batch_v1.Job"))
         if name is None:
             found = [job for full, job in self.jobs.items() if full.startswith(f"{parent}/")]
-            return answered({"jobs": found}, batch_v1.ListJobsResponse)
+            return answered({"jobs": found}, "batch_v1.ListJobsResponse")
         full = parent + name
         if full not in self.jobs:
             raise Refusal(404, f"Resource '{full}' was not found")
         if part == ":cancel":
             self.move(name[1:], "CANCELLED")
         elif part:
-            return answered({"tasks": self.tasks.get(full, [])}, batch_v1.ListTasksResponse)
+            return answered({"tasks": self.tasks.get(full, [])}, "batch_v1.ListTasksResponse")
         elif method == "DELETE":
             return self.jobs.pop(full) and {}
-        return answered(self.jobs[full], batch_v1.Job)
+        return answered(self.jobs[full], "batch_v1.Job")
 
     def _create(self, full: str, job: Any) -> Json:
         if full in self.jobs:
@@ -195,7 +197,7 @@ class Logging:
     def write(self, **entry: Any) -> None:
         """An entry as the API would hold it; what is missing is filled in."""
         entry = {"timestamp": now(), "insertId": f"entry-{len(self.entries)}", "resource": {"type": "global"}} | entry
-        self.entries.append(answered(entry, logging_v2.LogEntry))
+        self.entries.append(answered(entry, "logging_v2.types.LogEntry"))
 
     def printed(self, name: str, text: str, index: int = 0, ago_seconds: float = 0.0) -> None:
         """A line of a container, as docker's own driver for Cloud Logging writes it."""
@@ -216,20 +218,20 @@ class Logging:
 
     def answer(self, method: str, path: str, query: dict[str, str], body: Any) -> Json | None:
         if path == "/v2/entries:write":
-            common = json_format.MessageToDict(parsed(body, logging_v2.WriteLogEntriesRequest))
+            common = json_format.MessageToDict(parsed(body, "logging_v2.types.WriteLogEntriesRequest"))
             for entry in common.pop("entries"):
                 self.write(**{**common, **entry})
             return {}
         if path != "/v2/entries:list":
             return None
-        asked = json_format.MessageToDict(parsed(body, logging_v2.ListLogEntriesRequest))
+        asked = json_format.MessageToDict(parsed(body, "logging_v2.types.ListLogEntriesRequest"))
         assert asked["resourceNames"] == [f"projects/{PROJECT}"]
         found = [entry for entry in self.entries if _matches(entry, asked["filter"])]
         assert asked["orderBy"] == "timestamp asc"
         found.sort(key=lambda entry: datetime.fromisoformat(entry["timestamp"]))
         start, end = (int(asked.get("pageToken", 0)) + size for size in (0, asked["pageSize"]))
         more = {"nextPageToken": str(end)} if end < len(found) else {}
-        return answered({"entries": found[start:end], **more}, logging_v2.ListLogEntriesResponse)
+        return answered({"entries": found[start:end], **more}, "logging_v2.types.ListLogEntriesResponse")
 
 
 def _matches(entry: Json, filter_: str) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 
 import kubernetes_validate
 import kubernetes_validate.utils
-from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
 
 from job.jobs.spec import JobSpec
 from job.jobs.targets import KubernetesTarget
@@ -41,6 +40,8 @@ def schema_problems(made: dict[str, Any], version: str = "1.34") -> list[str]:
     """What the schemas of a version of Kubernetes say against a Job or a JobSet; empty if it is right."""
     found = []
     if made["kind"] == "JobSet":
+        from kubeflow_trainer_api.models import JobsetV1alpha2JobSet
+
         try:
             model = JobsetV1alpha2JobSet.from_dict(made)
             # These models leave out what they do not know instead of refusing it.

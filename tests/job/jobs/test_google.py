@@ -6,7 +6,6 @@ import re
 import socket
 
 import pytest
-from google.cloud import compute_v1
 
 from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError
 from job.jobs.backends import google
@@ -110,6 +109,8 @@ def test_the_doctor_looks_at_the_api_the_quotas_the_account_and_the_image(cloud,
 
 
 def test_the_names_of_quotas_are_those_of_the_api():
+    from google.cloud import compute_v1
+
     for gpu, spot, metric in [
         ("nvidia-l4", True, "PREEMPTIBLE_NVIDIA_L4_GPUS"),
         ("nvidia-tesla-t4", False, "NVIDIA_T4_GPUS"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 
 import pytest
-from google.cloud import batch_v1, compute_v1
 
 from job.exits import BadRequestError, Exit
 from tests.job.jobs.google_jobs import backend_of, metadata_of, sampling, spec
@@ -34,7 +33,7 @@ def test_a_request_is_what_is_kept_and_the_service_takes_it(engine, case):
     job, changes = JOBS[case]
     made = backend_of(engine, **changes).render(job)
     for one in made:
-        parsed(one, compute_v1.Instance if engine == "vm" else batch_v1.Job)
+        parsed(one, "compute_v1.Instance" if engine == "vm" else "batch_v1.Job")
         for item in one.get("metadata", {}).get("items", ()):
             if item["key"] == "startup-script" and case != WHOLE:
                 item["value"] = f"as in {WHOLE}.yaml"

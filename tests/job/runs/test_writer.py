@@ -218,7 +218,7 @@ def test_a_person_is_warned_and_saving_follows(tiles, tmp_path):
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
     found = {}
     for name, seconds in (("enough", 30), ("short", 2)):
-        words = ("--dataset", "tiles", "--run", name, "--bucket", bucket, "--epochs", 5, *settings(), *rarely)
+        words = ("--dataset", "tiles", "--run", name, "--bucket", bucket, "--epochs", 3, *settings(), *rarely)
         done = ddpm("train", *words, **{"PYTHONPATH": hooks, GRACE_VARIABLE: str(seconds)})
         assert done.returncode == 0, done.stderr
         warnings = re.findall(r"a save takes about .*", done.stderr)

@@ -24,9 +24,16 @@ from google.cloud import storage
 from job.exits import BadRequestError, Exit, MissingInputError
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store, open_store
 from job.store.base import Blob, Entry
+from tests.conftest import new_bucket
 
 LARGE_BYTES = 9 << 20
 """More than one read of a stream, and more than google-cloud-storage sends in a single request."""
+
+
+@pytest.fixture(params=["local", "gs", "s3-seaweedfs", pytest.param("s3-moto", marks=pytest.mark.slow)])
+def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Here alone, one of another S3 server as well."""
+    return new_bucket(request.param, request, monkeypatch, tmp_path)
 
 
 @pytest.fixture
