@@ -102,18 +102,24 @@ class Place:
         return self.bash('./setup.sh "$@"', *words, **variables)
 
 
+def git(folder: Path, *words: str) -> str:
+    command = ["git", "-c", "user.name=tests", "-c", "user.email=tests@example.com", *words]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+
+
+def copy_checkout(folder: Path, but: tuple[str, ...] = ()) -> None:
+    """All files that git knows, or would take, but those in folders of these names."""
+    for name in git(CHECKOUT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
+        if (CHECKOUT / name).is_file() and not name.startswith(but):
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(CHECKOUT / name, folder / name)
+
+
 def make_place(folder: Path) -> Place:
     """A copy of the checkout in a folder with a space in its name, whose programs are all recorded."""
     place = Place(folder)
     place.programs.mkdir(parents=True)
-    listing = subprocess.run(
-        ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"],
-        cwd=CHECKOUT, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    for name in filter(None, listing.split("\0")):
-        if (CHECKOUT / name).is_file() and not name.startswith("tests/"):
-            (place.checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(CHECKOUT / name, place.checkout / name)
+    copy_checkout(place.checkout, but=("tests/",))
     program = _PROGRAM.format(python=sys.executable, folder=str(folder))
     for name in PROGRAMS:
         _write_program(place.programs / name, program)

@@ -40,6 +40,11 @@ def settings(**changes: str) -> list[str]:
     return [word for key, value in chosen.items() for word in ("--set", f"{key}={value}")]
 
 
+def about(bucket: str | Path, run: str) -> list[str]:
+    """Options of a run on the embedded images with a checkpoint at the end of each epoch."""
+    return ["--dataset", "tiles", "--run", run, "--bucket", str(bucket), *settings(checkpoint__every_epochs="1")]
+
+
 def environment(**changes: str) -> dict[str, str]:
     """What a child process sees: one thread, so that tests beside each other do not wait for each other."""
     # Under `make test` the variables of that make, its level among them, would reach the makes that tests start.

@@ -55,6 +55,11 @@ def tar_of(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
     return path
 
 
+def files_in(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
 def folder_of(path: Path, files: Iterable[tuple[str, bytes]]) -> Path:
     """A folder with these files."""
     for name, content in files:

@@ -12,14 +12,10 @@ from job.store import open_store
 from tests.job.answering import JsonHandler, serving
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.some_images import encoded, picture, zip_of
+from tests.job.some_images import encoded, files_in, picture, zip_of
 
 Rows = list[tuple[str, int, list[str]]]
 """What is typed, the exit code, and what the line says."""
-
-
-def everything(folder: Path) -> dict[Path, bytes]:
-    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 MEANINGLESS: Rows = [
@@ -147,16 +143,16 @@ UNFIT: Rows = [
 
 
 def test_what_is_not_there_or_does_not_fit(bucket):
-    before = everything(bucket)
+    before = files_in(bucket)
     for words, code, parts in UNFIT:
         line = refused(ddpm_here(*words.format(bucket=bucket).split(), DDPM_BUCKET=str(bucket)), code)
         assert all(part.format(bucket=bucket) in line for part in parts), (words, line)
-        assert everything(bucket) == before, words
+        assert files_in(bucket) == before, words
 
 
 def test_what_the_launcher_sees_before_it_starts_anybody(bucket):
     """As people start it: the line and the code reach the shell."""
-    before, variables = everything(bucket), {"DDPM_BUCKET": str(bucket)}
+    before, variables = files_in(bucket), {"DDPM_BUCKET": str(bucket)}
     train = ("train", "--dataset", "tiles", "--run", "new")
     line = refused(ddpm(*train, "--processes", 3, "--set", "train.batch_size=2", **variables), Exit.BAD_CONFIG)
     assert "3 processes cannot share train.batch_size=2" in line
@@ -164,7 +160,7 @@ def test_what_the_launcher_sees_before_it_starts_anybody(bucket):
     for words in (train, ("sample", "--run", "walk")):
         line = refused(ddpm(*words, DDPM_GPUS="1", **variables), Exit.MISSING_INPUT)
         assert "this job was given 1 GPU, and PyTorch sees 0" in line
-    assert everything(bucket) == before
+    assert files_in(bucket) == before
 
 
 def test_a_dataset_without_a_source_says_what_to_type(tmp_path, monkeypatch):
@@ -239,10 +235,10 @@ def test_a_dataset_goes_only_when_one_is_certain(tmp_path):
     assert "no dataset" in refused(ddpm_here("data", "delete", *about_it), Exit.MISSING_INPUT)
     succeeded(ddpm_here("data", "pack", archive, *about_it))
     refused(ddpm_here("data", "pack", archive, *about_it), Exit.BAD_REQUEST)
-    there = everything(bucket)
+    there = files_in(bucket)
     assert "add --yes" in refused(ddpm_here("data", "delete", *about_it), Exit.BAD_REQUEST)
-    assert everything(bucket) == there
+    assert files_in(bucket) == there
     assert "deleted" in succeeded(ddpm_here("data", "delete", *about_it, "--yes"))
-    assert everything(bucket) == {}
+    assert files_in(bucket) == {}
     succeeded(ddpm_here("data", "pack", archive, *about_it))
-    assert everything(bucket) == there
+    assert files_in(bucket) == there

@@ -24,7 +24,7 @@ from job.cli.app import app
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.store import Store, open_store
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, settings, started, succeeded
+from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, started, succeeded
 from tests.job.launching import eventually
 from tests.job.some_images import folder_of, jpeg, zip_of
 
@@ -84,10 +84,6 @@ def bucket(gcs_server: str) -> str:
 def local(tiles: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A local bucket with the embedded images at 16 pixels."""
     return str(shutil.copytree(tiles, tmp_path_factory.mktemp("local") / "bucket"))
-
-
-def about(uri: str, run: str) -> list[str]:
-    return ["--dataset", "tiles", "--run", run, "--bucket", uri, *settings(checkpoint__every_epochs="1")]
 
 
 def run_of(uri: str, name: str) -> Store:

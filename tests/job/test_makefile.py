@@ -14,18 +14,13 @@ import pytest
 
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
+from tests.infra.recorded import CHECKOUT, copy_checkout, git
 from tests.job.command_line import ddpm_here, environment, settings, succeeded
 from tests.job.some_images import jpeg, zip_of
 
-CHECKOUT = Path(__file__).parents[2]
 SMALL = shlex.join(settings())
 
 Make = Callable[..., subprocess.CompletedProcess[str]]
-
-
-def git(folder: Path, *words: str) -> str:
-    command = ["git", "-c", "user.name=tests", "-c", "user.email=tests@example.com", *words]
-    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +28,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Make]:
     """Runs `make` in a committed copy of the checkout, whose `.venv` has nothing to install."""
     folder = tmp_path_factory.mktemp("make")
     checkout = folder / "checkout"
-    for name in git(CHECKOUT, "ls-files", "--cached", "--others", "--exclude-standard", "-z").split("\0"):
-        if name and (CHECKOUT / name).is_file():
-            (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-            (checkout / name).write_bytes((CHECKOUT / name).read_bytes())
+    copy_checkout(checkout)
     git(checkout, "init", "--quiet")
     git(checkout, "add", "--all")
     git(checkout, "commit", "--quiet", "--message", "copy")

@@ -40,9 +40,7 @@ def told(text: str | bytes) -> list[str]:
 
 @pytest.mark.parametrize("bucket_uri", ["gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True)
 def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
-    bucket = bucket_uri
-    cache = tmp_path / "cache"
-    variables = {"DDPM_CACHE": str(cache)}
+    bucket, cache = bucket_uri, tmp_path / "cache"
     images = folder_of(tmp_path / "images", [(f"{n}.png", encoded(picture(n, 12, 12))) for n in range(12)])
     train = ["train", "--dataset", "small", "--bucket", bucket, "--epochs", 2, *settings(train__batch_size="12")]
     printed = []
@@ -53,7 +51,7 @@ def test_a_run_tells_no_secret_to_anybody(bucket_uri, secrets, tmp_path):
         ["runs", "show", "small", "--bucket", bucket],
     ):
         # The run itself in processes of its own, as people start it.
-        done = (ddpm if words is train else ddpm_here)(*words, **variables)
+        done = (ddpm if words is train else ddpm_here)(*words, DDPM_CACHE=str(cache))
         succeeded(done)
         printed.append(done.stdout + done.stderr)
     assert [secret for text in printed for secret in told(text)] == []

@@ -25,7 +25,6 @@ from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
 SMALL |= {"model.layers_per_level": "1"}
-GROUPS = ("model", "ema", "optimizer")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +62,7 @@ def final_state(run):
     """All tensors of the newest checkpoint, and the metric rows without the clock."""
     ref = max(list_checkpoints(run))
     tensors = {}
-    with opened(run, ref, GROUPS) as restored:
+    with opened(run, ref) as restored:
         for group, paths in restored.files.items():
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}

@@ -20,7 +20,7 @@ from job.stop import Stop
 from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
 from tests.job.damages import flip_a_bit
-from tests.job.some_images import encoded, folder_of, jpeg, picture, tar_of
+from tests.job.some_images import encoded, files_in, folder_of, jpeg, picture, tar_of
 
 KEY = "datasets/laion-16"
 BOMB = encoded(Image.new("1", (10_000, 10_000)), "PNG")
@@ -76,10 +76,6 @@ def uploaded(folder: Path, uri: str) -> None:
         store.upload(path, path.name)
 
 
-def snapshot(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def tars(tmp_path_factory) -> Path:
     return write_tars(tmp_path_factory.mktemp("theirs") / "laion", samples_of())
@@ -106,9 +102,9 @@ def test_the_images_are_those_that_packing_would_have_given(tmp_path):
 
 
 def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_they_are(tmp_path, bucket, tars):
-    before = snapshot(tars)
+    before = files_in(tars)
     index = indexed(bucket, tars)
-    names = set(snapshot(tmp_path / "bucket" / KEY))
+    names = set(files_in(tmp_path / "bucket" / KEY))
     assert names == {"index.json", *(f"shard-0000{n}.offsets" for n in range(4))}
     assert [shard.uri for shard in index.shards] == [f"{tars}/0000{n}.tar" for n in range(4)]
     with pytest.raises(BadRequestError, match="is there already: 34 images"):
@@ -120,7 +116,7 @@ def test_the_same_tars_give_the_same_dataset_however_they_are_named_and_stay_as_
     assert indexed(open_store(str(tmp_path / "other")), tars, crop="squash").dataset_id != index.dataset_id
     succeeded(ddpm_here("data", "delete", "laion", "--yes", "--bucket", bucket.uri))
     assert not (tmp_path / "bucket" / KEY).exists()
-    assert snapshot(tars) == before
+    assert files_in(tars) == before
 
 
 def test_tars_in_any_bucket_are_read_where_they_lie(tmp_path, tars, bucket, bucket_uri):
@@ -219,7 +215,7 @@ def test_a_stopped_indexing_goes_on_with_the_next_tar(tmp_path, tars):
                 indexed(bucket, tars, crop="squash")
         indexed(bucket, tars, read=read)
         assert read[0] == stop_at // 10 * 10 + 1
-        assert snapshot(Path(bucket.uri)) == snapshot(straight)
+        assert files_in(Path(bucket.uri)) == files_in(straight)
 
 
 def test_a_tar_that_changes_later_is_named(tmp_path, tars):

@@ -22,18 +22,14 @@ BATCH = 8
 
 
 @pytest.fixture(scope="module")
-def root(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("stream")
-
-
-@pytest.fixture(scope="module")
-def dataset(root) -> SmallDataset:
+def dataset(tmp_path_factory) -> SmallDataset:
+    root = tmp_path_factory.mktemp("stream")
     return write_dataset(str(root / "bucket"), root, SHARD_IMAGES, size=64, grain=8)
 
 
 @pytest.fixture(params=[DecodedCache, ShardCache])
-def cache(request, dataset, root, tmp_path):
-    far = FarStore(root / "bucket")
+def cache(request, dataset, tmp_path):
+    far = FarStore(Path(dataset.bucket.uri))
     shard_bytes = sum(shard.bytes for shard in dataset.index.shards)
     budget_bytes = dataset.index.decoded_bytes if request.param is DecodedCache else shard_bytes * 19 // 20
     cache = open_cache(far, KEY, dataset.index, cache_dir=tmp_path, budget_bytes=budget_bytes)

@@ -167,11 +167,10 @@ class Cluster:
         """Puts the container of a pod into a state: `waiting`, `running` or `terminated`."""
         self.change("pods", name, containerStatuses=[{"name": "ddpm", "state": state}])
 
-    def end_pod(self, name: str, code: int, message: str = "", reason: str = "Error") -> None:
+    def end_pod(self, name: str, code: int, message: str = "") -> None:
         """The program in a pod ends."""
-        self.set_pod(
-            name, terminated={"exitCode": code, "reason": reason, "message": message, "finishedAt": self._now()}
-        )
+        ended = {"exitCode": code, "reason": "Error", "message": message, "finishedAt": self._now()}
+        self.set_pod(name, terminated=ended)
 
     def remove(self, plural: str, name: str, namespace: str = "default") -> None:
         """An object goes, as a pod with its node."""

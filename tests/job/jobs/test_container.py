@@ -107,8 +107,7 @@ def test_gpus_if_there_are_any():
         found = [w for pair in itertools.pairwise(command) for w in pair if pair[0] in ("--device", "--gpus")]
         assert found == words
 
-
-def test_more_gpus_than_this_machine_has():
+    # More than this machine has.
     with pytest.raises(BadRequestError, match="--gpus 3: this machine has 2"):
         command_of(spec(gpus=3), 2)
 

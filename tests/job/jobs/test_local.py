@@ -18,7 +18,7 @@ from job.jobs.backends.base import JobStatus, State
 from job.jobs.backends.local import LocalBackend
 from job.jobs.spec import JobSpec
 from job.jobs.targets import load_targets
-from tests.job.command_line import DDPM, ddpm, ddpm_here, environment, refused, settings, succeeded
+from tests.job.command_line import DDPM, about, ddpm, ddpm_here, environment, refused, settings, succeeded
 from tests.job.launching import eventually
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -39,10 +39,6 @@ def ended(name: str) -> JobStatus:
 
 def record_of(name: str) -> Path:
     return Path(os.environ["DDPM_CACHE"], "jobs", socket.gethostname(), f"{name}.json")
-
-
-def about(uri: Path, run: str) -> list[str]:
-    return ["--dataset", "tiles", "--run", run, "--bucket", str(uri), *settings(checkpoint__every_epochs="1")]
 
 
 def test_a_job_in_the_background_is_known_and_can_be_stopped_and_gone_on_with(bucket):

@@ -24,7 +24,6 @@ REFUSED = [
     ("train --dataset a --on gek", 64, "no target 'gek'; did you mean 'gke'?"),
     ("train --dataset a --epoch 3 --on gke", 2, "No such option: --epoch"),
     ("train --on gke", 2, "Missing option '--dataset'"),
-    ("pack --on gke", 2, "Missing argument 'SOURCE'"),
     ("train --dataset a --on gke -o xml --dry-run", 64, "-o xml: use yaml or json"),
     ("train --dataset a --on gke -o json", 64, "-o json is the format of --dry-run"),
     ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),

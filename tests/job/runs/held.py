@@ -7,6 +7,7 @@ import torch
 
 from job.config import RunConfig, validated
 from job.exits import LostRunError
+from job.runs.checkpoints import list_checkpoints
 from job.runs.records import Attempt
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
@@ -68,6 +69,11 @@ def save(writer: CheckpointWriter, *images_seen: int) -> None:
         writer.rows.append({"images_seen": images, "loss": 0.5, "time": 0.0})
         writer.save(images, [[1.5, 0.1], [3.0, 4.0]])
         writer.wait()
+
+
+def committed_images(run: Store) -> list[int]:
+    """How many images each checkpoint has seen."""
+    return [ref.images_seen for ref in list_checkpoints(run)]
 
 
 def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, **changes: object) -> Tensors:

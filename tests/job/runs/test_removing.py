@@ -18,7 +18,7 @@ from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
-from tests.job.runs.held import small_config, write
+from tests.job.runs.held import committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 
@@ -51,10 +51,6 @@ def delete(bucket: Path, *words: object):
     return ddpm_here("runs", "delete", "r", "--bucket", bucket, *words)
 
 
-def left(run: Store) -> list[int]:
-    return [ref.images_seen for ref in list_checkpoints(run)]
-
-
 def everything(run: Store) -> dict[str, bytes]:
     """But for the lease, which pruning takes and gives back."""
     return {entry.key: run.read(entry.key).data for entry in run.list() if entry.key != LEASE_KEY}
@@ -78,7 +74,7 @@ def test_a_dry_run_says_what_would_go_and_why_and_then_it_goes(bucket, run):
     assert everything(run).keys() == {key for key in before if not key.startswith(tuple(keys))}
     assert "there is nothing to prune" in succeeded(prune(bucket))
     succeeded(prune(bucket, "--keep-last", 1))
-    assert left(run) == [80]
+    assert committed_images(run) == [80]
     assert records.highest_fence(run) == FENCE
 
 
@@ -89,7 +85,7 @@ def test_epochs_that_the_run_keeps_stay(bucket, run, tmp_path):
     write_dataset(str(bucket), tmp_path, (5, 3, 7, 1, 6))
     # 22 images an epoch, 16 a batch: the second ends with image 48.
     succeeded(prune(bucket))
-    assert left(run) == [48, 80]
+    assert committed_images(run) == [48, 80]
 
 
 def test_the_newest_one_that_verifies_stays_whatever_the_rules_say(bucket, run):
@@ -99,7 +95,7 @@ def test_the_newest_one_that_verifies_stays_whatever_the_rules_say(bucket, run):
         run.put(key, DAMAGES["bit in the middle"](run.read(key).data))
     done = prune(bucket, "--keep-last", 1)
     succeeded(done)
-    assert left(run) == [refs[0].images_seen, 80]
+    assert committed_images(run) == [refs[0].images_seen, 80]
     assert done.stderr.count("set aside checkpoint") == len(refs) - 1
     run.put(refs[0].manifest_key, b"{}")
     before = everything(run)
@@ -110,13 +106,13 @@ def test_the_newest_one_that_verifies_stays_whatever_the_rules_say(bucket, run):
 def test_what_is_being_read_stays(bucket, run):
     with reading(run, CheckpointRef(1, 32)):
         succeeded(prune(bucket))
-        assert left(run) == [32, 64, 80]
+        assert committed_images(run) == [32, 64, 80]
     # One that was killed, and one that nobody can read, hold nothing for ever.
     said_to_read(run, CheckpointRef(1, 32), until=1.0)
     run.create("reading/000001-000000000032-0.json", b"{}")
     assert being_read(run) == set()
     succeeded(prune(bucket))
-    assert left(run) == [64, 80]
+    assert committed_images(run) == [64, 80]
 
 
 def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):

@@ -20,13 +20,13 @@ from job.runs.layout import CheckpointRef
 from job.runs.metrics import read_rows
 from job.runs.retention import reading
 from job.stop import GRACE_VARIABLE
-from job.store import Retry, Store, open_store, retry
+from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
-from tests.job.runs.held import held, live_tensors, save, writer_of
+from tests.job.runs.held import committed_images, held, live_tensors, save, writer_of
 
 
 class Watched(LocalStore):
@@ -63,10 +63,6 @@ def refusing(error: Exception) -> Callable[[str], None]:
         raise error
 
     return refuse
-
-
-def committed_images(run: Store) -> list[int]:
-    return [ref.images_seen for ref in list_checkpoints(run)]
 
 
 def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run, monkeypatch):

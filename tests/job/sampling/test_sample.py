@@ -17,7 +17,7 @@ from job.requests import SampleRequest
 from job.runs.verification import verify_run
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
-from job.store import Store, open_store
+from job.store import open_store
 from tests.job.command_line import ddpm, succeeded
 from tests.job.stops import stop_after
 
@@ -27,13 +27,9 @@ BF16_LEVELS = 1.0
 
 
 @pytest.fixture
-def run(bucket: Path) -> Store:
-    return open_store(str(bucket)).sub("runs/walk")
-
-
-@pytest.fixture
-def sample(bucket: Path, run: Store, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Image.Image]]:
+def sample(bucket: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Image.Image]]:
     """Samples in this process and returns the pictures it named."""
+    run = open_store(str(bucket)).sub("runs/walk")
 
     def sample(**options) -> dict[str, Image.Image]:
         AcceleratorState._reset_state(reset_partial_state=True)
