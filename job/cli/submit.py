@@ -57,7 +57,7 @@ def _add_verb(verb: Verb) -> None:
             typer.Option(metavar="H", help="It is ended after so long; the plan says by whom. Default: the target's."),
         ] = None,
         slices: Annotated[
-            int, typer.Option(metavar="N", min=0, help="Sample --count images on so many machines side by side.")
+            int, typer.Option(metavar="N", min=0, max=1000, help="Sample --count images on so many machines at once.")
         ] = 0,
         targets: Targets = None,
         dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be sent, and send nothing.")] = False,
