@@ -204,11 +204,8 @@ def test_a_bucket_that_stays_away_ends_training_and_the_same_command_goes_on(
     assert max(list_checkpoints(run)).fence == 2
 
 
-@pytest.mark.parametrize(
-    ("remote_bucket", "processes"),
-    [("gs", 1), pytest.param("s3", 2, marks=pytest.mark.slow)],
-    indirect=["remote_bucket"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("remote_bucket", "processes"), [("gs", 1), ("s3", 2)], indirect=["remote_bucket"])
 def test_a_preemption_while_the_bucket_keeps_silent_ends_in_time(
     proxy: FaultyProxy, remote_bucket: str, processes: int
 ) -> None:

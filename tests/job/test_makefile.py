@@ -96,6 +96,7 @@ def test_what_is_mistyped_is_told_before_hours_of_packing(make, tmp_path):
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_names_with_spaces_dots_and_sizes_pass_through(make, tmp_path):
     source = zip_of(tmp_path / "my photos.zip", [(f"{n}.jpg", jpeg(n)) for n in range(12)])
     bucket = tmp_path / "my bucket"

@@ -141,6 +141,7 @@ np.save(root / f"{os.getpid()}.npy", cache.read(np.arange(index.images)))
 """
 
 
+@pytest.mark.slow
 def test_processes_share_the_work_and_go_on_where_one_was_killed(tmp_path):
     dataset = write_dataset(str(tmp_path / "bucket"), tmp_path, (4,) * 20)
 

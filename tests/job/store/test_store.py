@@ -267,7 +267,9 @@ def race_in_child(uri: str, child: int) -> list[bool]:
 
 
 @pytest.mark.parametrize(
-    "bucket_uri", ["local", "gs", pytest.param("s3-seaweedfs", marks=pytest.mark.slow)], indirect=True
+    "bucket_uri",
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs"))],
+    indirect=True,
 )
 def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(store: Store) -> None:
     """Not on moto: it compares and then writes, with a thread for each request and no lock."""
