@@ -200,7 +200,7 @@ def refusal(request: Request, status: int, code: str, message: str) -> bytes:
 def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
     for status, code, message, error, words in REFUSALS[remote_bucket[:2]]:
         proxy.instead = lambda request, said=(status, code, message): refusal(request, *said)
-        store = open_store(remote_bucket, Retry(0.5 if error is BucketAwayError else 10))
+        store = open_store(remote_bucket, Retry(3 if error is BucketAwayError else 10))
         calls = every_call(store, file)
         if code == "ConditionalRequestConflict":
             calls = calls[1:5]
