@@ -195,7 +195,7 @@ class _Verification:
             opening, index = self._records.get(drawing_key), self._records.get(index_key)
             if isinstance(opening, Opening) and record.drawing != opening.drawing:
                 self._bad(key, f"is about another drawing than {drawing_key}")
-            if isinstance(index, BatchIndex) and (record.in_index,) != index.pieces[record.number :][:1]:
+            if isinstance(index, BatchIndex) and record.in_index not in index.pieces[record.number : record.number + 1]:
                 self._bad(index_key, "does not say what the records of its pieces say")
         for key, index in self._all(BatchIndex).items():
             batch = self._places[key].batch

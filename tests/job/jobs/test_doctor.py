@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 
+import pytest
+
+from job.data import pack
 from job.exits import Exit
 from job.jobs import doctor
 from job.jobs.backends.base import Check
@@ -39,6 +42,10 @@ def test_a_job_finds_it_before_it_starts_anything(seaweedfs_bucket, monkeypatch)
     checks = {check.name: check for check in doctor.bucket_checks(seaweedfs_bucket)}
     assert (checks["bucket write"].passed, checks["bucket write"].exit_code) == (False, Exit.NO_PERMISSION)
     assert seaweedfs_bucket in checks["bucket write"].message and checks["bucket list"].passed
+    # Nor is an image prepared of a dataset that cannot be written.
+    monkeypatch.setattr(pack, "prepare", lambda *image: pytest.fail("an image was prepared"))
+    words = ("data", "pack", "landscape-sample", "mine", "--size", 16, "--bucket", seaweedfs_bucket)
+    assert f"{seaweedfs_bucket}/datasets/mine-16/packing/" in refused(ddpm_here(*words), 77)
 
 
 def test_this_machine(tmp_path, monkeypatch):

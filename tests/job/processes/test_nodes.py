@@ -11,6 +11,7 @@ import pytest
 from job.exits import BadRequestError
 from job.processes.group import Group
 from job.runs.checkpoints import list_checkpoints, load_manifest
+from tests.job.hooked import hooked
 from tests.job.launching import eventually
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}
@@ -41,8 +42,8 @@ def together(place):
         listener.bind(("127.0.0.1", 0))
         port = str(listener.getsockname()[1])
 
-    def together(run, epochs, *words):
-        variables = TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    def together(run, epochs, *words, **more):
+        variables = more | TWO | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         words = ("--epochs", epochs, "--set", "checkpoint.every_epochs=1", *words)
         return [place.started(run, *words, **variables | {"NODE_RANK": str(node)}) for node in range(2)]
 
@@ -80,6 +81,25 @@ def test_a_node_that_is_preempted_stops_all_and_they_learn_together_what_two_pro
     nodes[1].kill()
     found, said = codes(nodes)
     assert found[0] not in (0, 75), said
+
+
+OPENS_SLOWLY = """
+import os
+opened_images = FoundRun.opened_images
+
+def slowly(plan, stop, *more):
+    stop.sleep(24 * int(os.environ["NODE_RANK"]))
+    return opened_images(plan, stop, *more)
+
+FoundRun.opened_images = slowly
+"""
+
+
+@pytest.mark.slow
+def test_a_node_whose_images_are_there_is_not_taken_for_hung_while_another_decodes(together, tmp_path):
+    hooks = hooked(tmp_path / "hooks", job__plan=OPENS_SLOWLY)
+    found, said = codes(together("decodes", 1, "--hang-after", "12", PYTHONPATH=hooks))
+    assert found == [0, 0], said
 
 
 @pytest.mark.slow
