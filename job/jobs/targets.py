@@ -208,7 +208,7 @@ class BatchTarget(GoogleTarget):
 
 
 _CLASSES = (LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget)
-_BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
+BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
 
 
 def load_targets(path: Path | None = None) -> dict[str, Target]:
@@ -263,11 +263,11 @@ def _target(name: str, block: Any, where: str) -> Target:
     if not isinstance(block, dict):
         raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
     backend = str(block.get("backend", name if name in BUILT_IN else ""))
-    if backend not in _BY_BACKEND:
-        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(_BY_BACKEND)} (got {backend!r})")
+    if backend not in BY_BACKEND:
+        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(BY_BACKEND)} (got {backend!r})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    model = _BY_BACKEND[backend]
+    model = BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
     if unknown := next((str(key) for key in block if key not in keys), ""):
         said = f"unknown key {unknown!r}{did_you_mean(unknown, keys)} ({backend} has {', '.join(keys)})"
@@ -295,6 +295,7 @@ def _check_printable(value: Any, where: str) -> None:
     for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(value, dict) and not isinstance(key, str):
             raise BadConfigError(f"{where}: the key {key} is no text: put it in quotes")
+        _check_printable(key, where)
         _check_printable(each, f"{where}.{key}")
 
 
