@@ -141,7 +141,7 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.settings, self.hooks = settings_of(self.config), training.Hooks(after_step=self._after_step)
+        self.settings, self.hooks = settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
         self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
@@ -151,6 +151,7 @@ class TrainingSession:
         # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
         self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
+        self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.last_row: metrics.Row = {}
         self.saved_images = -1
@@ -220,7 +221,7 @@ class TrainingSession:
         self.state.resume_at(manifest.images_seen, self.batch_size)
         if self.ranks.is_main:
             # The others begin at zero: the sums are added up over processes.
-            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums))
+            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums, dtype=torch.float64))
         self.saved_images = self.logged_images = manifest.images_seen
         return manifest
 
@@ -254,6 +255,7 @@ class TrainingSession:
                 if self._can_all_begin(2):
                     training.train(state, self.network, self.batches, objective, self.settings, accelerator, self.hooks)
                 self.agreement.finish()
+                self.agreement_in_step.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
             stopped = state.images_seen < self.plan.target_images
@@ -278,6 +280,13 @@ class TrainingSession:
             if not lacking or stopping:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
+
+    def _leaves_step(self) -> bool:
+        """Whether all processes leave the step that they are in, in which any of them was asked to stop."""
+        (stopping,) = self.agreement_in_step.exchange(self.stop())
+        if stopping:
+            self.stop.request(ANOTHER_PROCESS)
+        return stopping
 
     def _after_step(self, state: training.TrainState) -> bool:
         """Does what is due; whether all processes stop.

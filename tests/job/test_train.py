@@ -35,16 +35,16 @@ def packed(tiles, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(packed):
-    """Trains in this process; `stop_after` steps ask it to stop."""
+    """Trains in this process; it is asked to stop after so many steps, or so many questions `asked_by` another."""
 
-    def train(run, *, epochs=None, stop_after=None, **changes):
+    def train(run, *, epochs=None, stop_after=None, asked_by="_after_step", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         steps = count()
 
         def is_enough() -> bool:
             # Whoever waits asks, too, as often as it happens to wait.
-            after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
-            return stop_after is not None and after_a_step and next(steps) >= stop_after
+            is_asked = sys._getframe(2).f_code.co_name == asked_by
+            return stop_after is not None and is_asked and next(steps) >= stop_after
 
         keys = {name.replace("__", "."): value for name, value in changes.items()}
         sets = tuple(f"{key}={value}" for key, value in (SMALL | keys if epochs else keys).items())
@@ -86,6 +86,18 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed):
     assert rows_a == rows_b
     assert [row["images_seen"] for row in rows_a] == list(range(72, 600, 72))
     assert all(np.isfinite(row["loss"]) for row in rows_a)
+
+
+def test_a_step_that_was_left_has_not_been(train, packed):
+    train("whole", epochs=1, train__micro_batch_size=4)
+    with pytest.raises(StoppedError, match="after 72 images"):
+        # In the midst of the fourth step, between the fourth and the fifth of its six micro-batches.
+        train("left", epochs=1, train__micro_batch_size=4, stop_after=3 * 5 + 3, asked_by="_leaves_step")
+    train("left", epochs=1, train__micro_batch_size=4)
+    (_, whole, rows_whole), (ref, left, rows_left) = (final_state(run_of(packed, name)) for name in ("whole", "left"))
+    assert (ref.fence, ref.images_seen) == (2, 312)
+    assert all(torch.equal(whole[name], left[name]) for name in whole)
+    assert rows_whole == rows_left
 
 
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_stay(train, packed):
