@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from job.jobs.backends.base import Cause, State
-from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import observed_status
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 
@@ -94,10 +94,71 @@ def test_a_queue_holds_a_job_and_may_stop_it_for_good():
     assert observed_status(job(suspended), []).message == "is suspended: Job suspended"
     stop = event("Stopped", "The workload is deactivated due to exceeding the maximum execution time", "Normal")
     status = observed_status(job(suspended, made=queued), [ended(75)], [event("Started", "", "Normal"), stop])
-    assert (status.state, status.cause) == (State.WAITING, Cause.OUT_OF_TIME)
-    assert status.message.startswith("its --max-hours are over: after `ddpm jobs cancel train-celeba`")
+    assert (status.state, status.cause) == (State.FAILED, Cause.OUT_OF_TIME)
+    assert status.message.startswith("its --max-hours are over")
     again = [stop, event("Started", "Admitted", "Normal")]
     assert observed_status(job(suspended, made=queued), [ended(75)], again).cause is None
+
+
+def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
+    def told(active=True, **conditions):
+        """The state, cause and message of a job with a Workload of these conditions: status, reason and message."""
+        names = ("status", "reason", "message")
+        listed = [{"type": kind, **dict(zip(names, words, strict=True))} for kind, words in conditions.items()]
+        workload = {"spec": {"active": active}, "status": {"conditions": listed}}
+        held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
+        status = observed_status(held, [], [], [workload])
+        return status.state, status.cause, status.message
+
+    deactivated = "The workload is deactivated due to exceeding the maximum"
+    for active, conditions, state, cause, message in [
+        (True, {}, State.WAITING, None, "waits in the queue 'gpus': Job suspended"),
+        (
+            True,
+            {"QuotaReserved": ("False", "Pending", "insufficient\nunused quota")},
+            State.WAITING,
+            None,
+            "waits in the queue 'gpus': Pending: insufficient unused quota",
+        ),
+        (
+            True,
+            {"QuotaReserved": ("False", "ExceedsMaxQuota", "request (8) > maximum capacity (4)")},
+            State.WAITING,
+            None,
+            "waits in the queue 'gpus': ExceedsMaxQuota: request (8) > maximum capacity (4); it can never run so: ask",
+        ),
+        # One that was let go again.
+        (True, {"Evicted": ("True", "Preempted", "for another")}, State.WAITING, None, "waits in the queue 'gpus'"),
+        (
+            False,
+            {"Evicted": ("True", "DeactivatedDueToRequeuingLimitExceeded", f"{deactivated} number of requeuings")},
+            State.CANCELLED,
+            None,
+            f"its queue 'gpus' lets it run no more: {deactivated} number of requeuings",
+        ),
+        (False, {}, State.CANCELLED, None, "its queue 'gpus' lets it run no more: somebody deactivated it"),
+        (
+            False,
+            {"Evicted": ("True", "Deactivated", f"{deactivated} execution time")},
+            State.FAILED,
+            Cause.OUT_OF_TIME,
+            "its --max-hours are over",
+        ),
+    ]:
+        found = told(active, **conditions)
+        assert found[:2] == (state, cause) and found[2].startswith(message), found
+
+
+def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end():
+    lost = [ended(74, "no space left")]
+    status = observed_status(job(failedIndexes="0,3"), [*lost, RUNNING])
+    assert (status.state, status.message) == (
+        State.RUNNING,
+        "failed slices: 0,3; an attempt before: exit code 74 (the local disk is full): no space left",
+    )
+    over = observed_status(job(("Failed", "FailedIndexes", "said"), failedIndexes="0"), lost)
+    assert (over.state, over.exit_code) == (State.FAILED, 74)
+    assert over.message.startswith("failed slices: 0; exit code 74 (the local disk is full): no space left")
 
 
 def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
@@ -106,3 +167,7 @@ def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
     # Pods that are gone are in the counts.
     assert observed_status(job(failed=3), [RUNNING]).attempts == 4
     assert observed_status(job(("Complete",), succeeded=1), [ended(75), ended(0)]).attempts == 2
+    # Of a group each pod that stopped by itself has had another after it, without a restart of all.
+    group = manifest(spec(nodes=2), TARGET)
+    first, second = ({**RUNNING, "metadata": {"annotations": {INDEX_ANNOTATION: index}}} for index in "01")
+    assert observed_status(job(made=group, restarts=1), [first, second, first, second]).attempts == 3
