@@ -101,64 +101,35 @@ def test_a_queue_holds_a_job_and_may_stop_it_for_good():
 
 
 def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
-    def told(active=True, **conditions):
-        """The state, cause and message of a job with a Workload of these conditions: status, reason and message."""
-        names = ("status", "reason", "message")
-        listed = [{"type": kind, **dict(zip(names, words, strict=True))} for kind, words in conditions.items()]
-        workload = {"spec": {"active": active}, "status": {"conditions": listed}}
-        held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
-        status = observed_status(held, [], [], [workload])
-        return status.state, status.cause, status.message
-
-    deactivated = "The workload is deactivated due to exceeding the maximum"
-    for active, conditions, state, cause, message in [
-        (True, {}, State.WAITING, None, "waits in the queue 'gpus': Job suspended"),
-        (
-            True,
-            {"QuotaReserved": ("False", "Pending", "insufficient\nunused quota")},
-            State.WAITING,
-            None,
-            "waits in the queue 'gpus': Pending: insufficient unused quota",
-        ),
-        (
-            True,
-            {"QuotaReserved": ("False", "ExceedsMaxQuota", "request (8) > maximum capacity (4)")},
-            State.WAITING,
-            None,
-            "waits in the queue 'gpus': ExceedsMaxQuota: request (8) > maximum capacity (4); it can never run so: ask",
-        ),
-        # One that was let go again.
-        (True, {"Evicted": ("True", "Preempted", "for another")}, State.WAITING, None, "waits in the queue 'gpus'"),
-        (
-            False,
-            {"Evicted": ("True", "DeactivatedDueToRequeuingLimitExceeded", f"{deactivated} number of requeuings")},
-            State.CANCELLED,
-            None,
-            f"its queue 'gpus' lets it run no more: {deactivated} number of requeuings",
-        ),
-        (False, {}, State.CANCELLED, None, "its queue 'gpus' lets it run no more: somebody deactivated it"),
-        (
-            False,
-            {"Evicted": ("True", "Deactivated", f"{deactivated} execution time")},
-            State.FAILED,
-            Cause.OUT_OF_TIME,
-            "its --max-hours are over",
-        ),
+    held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
+    waiting, stopped = "waits in the queue 'gpus': ", "its queue 'gpus' lets it run no more: "
+    gave_up, never = "The workload is deactivated due to exceeding the maximum ", "; it can never run so: ask for less"
+    for active, kind, reason, said, state, message in [
+        (True, "QuotaReserved", "Pending", "no\nquota", State.WAITING, f"{waiting}Pending: no quota"),
+        (True, "QuotaReserved", "ExceedsMaxQuota", "8 > 4", State.WAITING, f"{waiting}ExceedsMaxQuota: 8 > 4{never}"),
+        # One that was let go again, and one of which nothing is known.
+        (True, "Evicted", "Preempted", "for another", State.WAITING, f"{waiting}Job suspended"),
+        (None, "", "", "", State.WAITING, f"{waiting}Job suspended"),
+        (False, "", "", "", State.CANCELLED, f"{stopped}somebody deactivated it"),
+        (False, "Evicted", "Deactivated", f"{gave_up}number", State.CANCELLED, f"{stopped}{gave_up}number"),
+        (False, "Evicted", "Deactivated", f"{gave_up}execution time", State.FAILED, "its --max-hours are over"),
     ]:
-        found = told(active, **conditions)
-        assert found[:2] == (state, cause) and found[2].startswith(message), found
+        condition = {"type": kind, "status": str(kind == "Evicted"), "reason": reason, "message": said}
+        workload = {"spec": {"active": active}, "status": {"conditions": [condition]}}
+        status = observed_status(held, [], [], [workload])
+        assert status.state is state and status.message.startswith(message), status
+        assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
 
 
 def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end():
-    lost = [ended(74, "no space left")]
-    status = observed_status(job(failedIndexes="0,3"), [*lost, RUNNING])
-    assert (status.state, status.message) == (
-        State.RUNNING,
-        "failed slices: 0,3; an attempt before: exit code 74 (the local disk is full): no space left",
-    )
-    over = observed_status(job(("Failed", "FailedIndexes", "said"), failedIndexes="0"), lost)
-    assert (over.state, over.exit_code) == (State.FAILED, 74)
-    assert over.message.startswith("failed slices: 0; exit code 74 (the local disk is full): no space left")
+    lost, over = [ended(74, "no space left")], ("Failed", "FailedIndexes", "said")
+    how = "exit code 74 (the local disk is full): no space left"
+    for conditions, pods, state, message in (
+        ([], [*lost, RUNNING], State.RUNNING, f"failed slices: 0,3; an attempt before: {how}"),
+        ([over], lost, State.FAILED, f"failed slices: 0,3; {how} (FailedIndexes: said)"),
+    ):
+        status = observed_status(job(*conditions, failedIndexes="0,3"), pods)
+        assert (status.state, status.message, status.exit_code) == (state, message, 74)
 
 
 def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
