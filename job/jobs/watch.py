@@ -150,7 +150,7 @@ class Watch:
         name, code, rule = self.spec.name, status.exit_code, status.retried
         if status.state is State.CANCELLED:
             raise self._ended_by_somebody(f"was cancelled ({status.message})" if status.message else "was cancelled")
-        # By who deletes it, it is told to stop as well.
+        # Who deletes it has it stop, and so it says 75.
         is_deleted = status.state is State.GONE and status.cause is None and code in (None, Exit.STOPPED)
         if is_deleted and self._here.keeps_ended:
             raise self._ended_by_somebody(_GONE)

@@ -170,12 +170,13 @@ class KubernetesBackend(Backend):
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
         events, others = [], []
         if kubernetes_status.is_over(job):
-            others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
+            if job.get("kind") == "JobSet":
+                others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
         elif not pods or kubernetes_status.is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
             of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
-            others = [one for kind in kubernetes_api.WORKLOADS for one in self._api.all_with(kind, of_job)]
+            others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
         return kubernetes_status.observed_status(job, pods, events, others)
 
     def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:

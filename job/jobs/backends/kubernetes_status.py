@@ -28,7 +28,7 @@ def observed_status(
         others: of a JobSet that is over its Jobs; of one that a queue holds the queue's Workload, if it can be seen.
     """
     state, message, cause = _state_and_cause(job, pods, events, others)
-    if state is not State.FINISHED and (numbers := job.get("status", {}).get("failedIndexes")):
+    if state not in (State.FINISHED, State.CANCELLED) and (numbers := job.get("status", {}).get("failedIndexes")):
         message = "; ".join(filter(None, (f"failed slices: {numbers}", message)))
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
     running = [pod for pod in placed if is_running(pod)]
@@ -118,7 +118,8 @@ def _why_suspended(
     if _queue_ended_it(events) or (is_deactivated and _QUEUE_HOURS_OVER in evicted):
         return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
     if is_deactivated:
-        return State.CANCELLED, f"its queue {queue!r} lets it run no more: {evicted or 'somebody deactivated it'}", None
+        why = f"its queue {queue!r} lets it run no more: {evicted or 'somebody deactivated it'}"
+        return State.CANCELLED, f"{why}; the same command submits it again", None
     pending = _condition(workload, "QuotaReserved", status="False") or {}
     said = ": ".join(filter(None, (pending.get("reason"), _in_a_line(pending.get("message")))))
     if pending.get("reason") == "ExceedsMaxQuota":
