@@ -10,8 +10,10 @@ import typer
 import yaml
 from hypothesis import strategies as st
 
+from job.cli.submit import parsed
 from job.exits import Exit
 from job.jobs.targets import BY_BACKEND
+from job.stop import deadline
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here
 
@@ -65,7 +67,7 @@ def commands(draw):
 
 
 def submitted(name: str, text: bytes, words: list[str]) -> None:
-    """A dry run refuses as it may, or prints what has no option of an engine but this program's own."""
+    """A dry run refuses as it may, or prints a command that its job takes, and no option of an engine but our own."""
     Path("t").write_bytes(text)
     done = ddpm_here("submit", *words, "--on", name, "--targets", "t", "--dry-run")
     if done.returncode in REFUSALS:
@@ -75,7 +77,7 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
         return
     assert done.returncode == 0, done.stderr
     for made in yaml.safe_load_all(done.stdout):
-        rest = made["command"][2:] if name == "container" else []
+        rest = made["command"][2 if name == "container" else 0 :] if name in ("container", "local") else []
         for item in made.get("metadata", {}).get("items", ()) if name == "vm" else ():
             rest = item["value"].splitlines() if item["key"] == "ddpm-words" else rest
         while rest and rest[0].startswith("-"):
@@ -84,7 +86,12 @@ def submitted(name: str, text: bytes, words: list[str]) -> None:
             assert option in (OF_ONE.split() if is_one else OF_TWO_WORDS), option
             value = value if is_one else rest.pop(0)
             assert option != "--mount" or " ".join(part.split("=")[0] for part in value.split(",")) in MOUNTS, value
-        assert not rest or rest[1] in ("train", "sample", "data"), rest
+        if rest:
+            again = parsed(words[0], rest[3 if words[0] == "pack" else 2 :])
+            assert again.command == tuple(rest[1 : len(again.command) + 1])
+            again.request().check()
+            with deadline(again.values["stop_after"] or ""):
+                pass
 
 
 @examples(few=10, many=3000)
