@@ -269,7 +269,7 @@ def _target(name: str, block: Any, where: str) -> Target:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
     model = BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
-    if unknown := next((str(key) for key in block if key not in keys), ""):
+    for unknown in (str(key) for key in block if key not in keys):
         said = f"unknown key {unknown!r}{did_you_mean(unknown, keys)} ({backend} has {', '.join(keys)})"
         raise BadConfigError(f"{where}: {said}")
     for key, value in block.items():

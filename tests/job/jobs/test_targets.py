@@ -59,6 +59,7 @@ REFUSED = [
     ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch (got '')"]),
     (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'; did you mean 'namespace'?"]),
     (GKE + ", name: a}", ["unknown key 'name'"]),
+    (GKE + ", '': a}", ["target 'gke': unknown key ''"]),
     (GKE + ", gpus: many}", ["gpus: Input should be a valid integer", "(got 'many')"]),
     (GKE + ", max_hours: 0}", ["max_hours: Input should be greater than or equal to 0.017"]),
     (GKE + ", price_per_hour: .inf}", ["price_per_hour"]),
