@@ -303,7 +303,7 @@ def parse_yaml(text: str | bytes) -> Any:
         raise yaml.YAMLError(f"not the value it seems to be: {error}") from None
 
 
-def parse_mapping(text: str | bytes, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
     """A YAML file that is a mapping `of` something, or empty; `where` it lies is named if it is neither.
 
     Raises:
@@ -324,7 +324,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else ""
 
 
-def read_settings(path: Path) -> bytes:
+def read_settings(path: Path) -> str:
     """A file that somebody wrote by hand, such as `targets.yaml`.
 
     Raises:
@@ -335,7 +335,8 @@ def read_settings(path: Path) -> bytes:
         text = file.read(MOST_SETTINGS_BYTES + 1)
     if len(text) > MOST_SETTINGS_BYTES:
         raise BadConfigError(f"{path} has more than {MOST_SETTINGS_BYTES >> 10} KiB: is it the file that you mean?")
-    return text
+    # What is no text is no YAML either, which says so.
+    return text.decode(errors="surrogateescape")
 
 
 def _preset(name: str) -> dict[str, Any]:

@@ -232,7 +232,7 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     return targets | parse_targets(text, str(file))
 
 
-def parse_targets(text: str | bytes, where: str) -> dict[str, Target]:
+def parse_targets(text: str, where: str) -> dict[str, Target]:
     """The targets of a file's `text`; `where` is the file.
 
     Raises:
@@ -291,7 +291,7 @@ def _check_printable(value: Any, where: str) -> None:
         BadConfigError: what is not.
     """
     if isinstance(value, str) and not value.isprintable():
-        raise BadConfigError(f"{where}: {value!r} has characters that cannot be printed: leave them out")
+        raise BadConfigError(f"{where}: {value!r:.200} has characters that cannot be printed: leave them out")
     for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
         if isinstance(value, dict) and not isinstance(key, str):
             raise BadConfigError(f"{where}: the key {key} is no text: put it in quotes")
@@ -302,6 +302,6 @@ def _check_printable(value: Any, where: str) -> None:
 def _problem(problem: ErrorDetails) -> str:
     """What pydantic says of one value, beginning with its key."""
     key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
+    got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r:.200})"
     # A rule between keys names them itself.
     return f"{key}: {what}{got}".removeprefix(": ")
