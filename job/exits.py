@@ -1,6 +1,7 @@
 """The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
 
 import errno
+import re
 import sys
 from enum import IntEnum
 from typing import Self
@@ -152,7 +153,7 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         case PermissionError():
             said = f"permission denied{_at(error)}: give this user access, or choose another place"
             return int(Exit.NO_PERMISSION), said
-        case RuntimeError() | MemoryError():
+        case RuntimeError() | MemoryError() | ImportError() | OSError():
             return CRASHED, _out_of_memory(error)
     return CRASHED, ""
 
@@ -161,16 +162,20 @@ def _at(error: OSError) -> str:
     return f" at {error.filename}" if error.filename else ""
 
 
-def _out_of_memory(error: RuntimeError | MemoryError) -> str:
+def _out_of_memory(error: Exception) -> str:
     """What to say if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    # Said by the kernel and the dynamic loader, where a limit such as `ulimit -v` leaves no room for the program itself.
+    said = re.search(r"(\S+\.so\S* )?(Cannot allocate memory|failed to map segment|can't start new thread)", text)
+    if said and "can't allocate memory" not in text:
+        return f"memory ran out on the machine ({said[0]}): give it more, or this process a higher limit (`ulimit -a`)"
     # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
     said_so = "can't allocate memory" in text or "could not create a primitive" in text
     if not (is_gpu or isinstance(error, MemoryError) or said_so):
         return ""
-    said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
+    what = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
     return (
-        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{said}: train with a smaller train.micro_batch_size, "
+        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{what}: train with a smaller train.micro_batch_size, "
         "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
     )

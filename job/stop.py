@@ -31,6 +31,8 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.IGNORECASE | re.ASCII)
 _UNIT_SECONDS = (86400, 3600, 60, 1)
+_SHOWN = 100
+"""Characters of a variable that a message repeats."""
 _SLICE_SECONDS = 0.1
 _LONGEST_LOOK_SECONDS = 3.0
 _MEETING_SLICE_SECONDS = 0.5
@@ -63,7 +65,8 @@ class Stop:
         Without `signals` these end the process, as they did before, until `waiting` is over.
         """
         self._is_installed = True
-        self._deadline = float(os.environ.get(STOP_AT, "inf"))
+        if os.environ.get(STOP_AT):
+            self._deadline = seconds_of(STOP_AT, 0.0, "of this machine's clock at which to stop")
         if signals:
             handle_stop_signals(lambda number, frame: self.request(signal.Signals(number).name))
             # On its way out the interpreter restores the default actions: a second signal would change the exit code.
@@ -151,7 +154,21 @@ def seconds_of(variable: str, default: float, which: str, least: float = 0.0) ->
     with suppress(ValueError):
         if least <= float(text) < float("inf"):
             return float(text)
-    raise BadRequestError(f"{variable}={text!r}: give the seconds {which}, such as {default:g}")
+    raise BadRequestError(f"{variable}={text[:_SHOWN]!r}: give the seconds {which}, such as {default:g}")
+
+
+def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000) -> int:
+    """The whole number that a variable of the environment holds, or `default`; whoever starts processes sets such.
+
+    Raises:
+        BadRequestError: it holds no such number, or one that is not from `least` to `most`.
+    """
+    text = os.environ.get(variable, "").strip() or str(default)
+    if text.isascii() and text.isdecimal() and len(text) < _SHOWN and least <= int(text) <= most:
+        return int(text)
+    raise BadRequestError(
+        f"{variable}={text[:_SHOWN]!r}: a number from {least} to {most:,} is expected; unset it, or see to what sets it"
+    )
 
 
 NEVER = Stop(SPOT_GRACE_SECONDS)
@@ -196,7 +213,7 @@ def deadline(stop_after: str) -> Iterator[None]:
         BadRequestError: `stop_after` is no duration.
     """
     seconds = duration_seconds(stop_after, "--stop-after") if stop_after else 0
-    if not seconds or STOP_AT in os.environ:
+    if not seconds or os.environ.get(STOP_AT):
         yield
         return
     os.environ[STOP_AT] = str(_boot_clock() + seconds)

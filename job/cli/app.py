@@ -92,7 +92,7 @@ def run() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
     rank = os.environ.get("RANK", "0")
-    who = "ddpm" if rank == "0" or is_launched() else f"ddpm (rank {rank})"
+    who = "ddpm" if rank == "0" or not rank.isdecimal() or is_launched() else f"ddpm (rank {rank})"
     # Whoever read it may be gone; the code is what engines decide by.
     with suppress(OSError):
         # That all were stopped is said once.

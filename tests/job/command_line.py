@@ -94,8 +94,11 @@ def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: 
     )
 
 
-def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes."""
+def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes.
+
+    Variables that are None are not there.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     AcceleratorState._reset_state(reset_partial_state=True)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -105,7 +108,7 @@ def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[s
         patch.delenv("DDPM_BUCKET", raising=False)
         patch.setenv(LAUNCHED, str(os.getppid()))
         for name, value in variables.items():
-            patch.setenv(name, value)
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
         try:
             run()
         except SystemExit as end:
