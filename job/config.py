@@ -8,28 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal, TextIO
 
 import yaml
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    ValidationInfo,
-    ValidatorFunctionWrapHandler,
-    field_validator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 
 def _split(value: Any) -> Any:
@@ -59,8 +46,8 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _is_meant(cls, value: Any, check: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
-        field = cls.model_fields[info.field_name or ""]
+    def _is_meant(cls, value: Any, check: Callable[[Any], Any], info: Any) -> Any:
+        field = cls.model_fields[info.field_name]
         # To Python a switch is a number: `on` would be 1.
         if field.annotation is not bool and any(isinstance(part, bool) for part in _parts(value)):
             raise ValueError("a switch such as on or true is not what it takes")
@@ -258,18 +245,12 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {_said(problem).lower()} (got {_shown(problem['input'])})"
-            if problem["loc"]
-            # A rule between keys, which names them itself.
-            else _said(problem)
-            for problem in error.errors()
-        ]
+        problems = []
+        for problem in error.errors():
+            key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            # A rule between keys names them itself.
+            problems.append(f"{key}: {what.lower()} (got {_shown(problem['input'])})" if key else what)
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
-
-
-def _said(problem: ErrorDetails) -> str:
-    return problem["msg"].removeprefix("Value error, ")
 
 
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
@@ -323,9 +304,8 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
         node = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and node.tag.endswith((":int", ":float")):
-            if len(node.value) > NUMBER_CHARACTERS:
-                raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
+        if node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > NUMBER_CHARACTERS:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
         return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

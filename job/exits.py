@@ -143,7 +143,9 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         case SystemExit():
             return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
         case JobError():
-            return int(error.exit_code), str(error)
+            # A terminal would take some of what came from outside for commands.
+            said = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in str(error))
+            return int(error.exit_code), said
         case OSError() if "No usable temporary directory" in str(error):
             said = "no folder for temporary files can be written: free some space, or set TMPDIR"
             return int(Exit.DISK_FULL), said
@@ -166,7 +168,7 @@ def _out_of_memory(error: Exception) -> str:
     """What to say if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # Said by the kernel and the dynamic loader, where a limit such as `ulimit -v` leaves no room for the program itself.
+    # Said by the kernel and the loader, where a limit such as `ulimit -v` leaves no room for the program itself.
     said = re.search(r"(\S+\.so\S* )?(Cannot allocate memory|failed to map segment|can't start new thread)", text)
     if said and "can't allocate memory" not in text:
         return f"memory ran out on the machine ({said[0]}): give it more, or this process a higher limit (`ulimit -a`)"

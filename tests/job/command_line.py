@@ -46,11 +46,8 @@ def about(bucket: str | Path, run: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """What a child process sees: one thread, so that tests beside each other do not wait for each other."""
-    # Under `make test` the variables of that make, its level among them, would reach the makes that tests start.
-    private = {"DDPM_BUCKET", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
-    inherited = {name: value for name, value in os.environ.items() if name not in private}
-    return {**inherited, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
+    """What a child process sees: what is left by `tests/conftest.py`, and a wide terminal."""
+    return {**os.environ, "COLUMNS": "200", **changes}
 
 
 def ddpm(

@@ -22,11 +22,10 @@ def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypa
         assert not list(open_store(bucket_uri).list("doctor"))
 
 
-def test_it_looks_at_the_bucket_that_a_job_would_use(tmp_path, monkeypatch):
+def test_it_looks_at_the_bucket_that_a_job_would_use(folder, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
+    (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
     for words in ("", "--on gke", "--on gke --bucket gs://third", "--no-bucket"):
         succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
     assert looked == ["gs://other", "gs://mine", "gs://third", ""]
