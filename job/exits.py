@@ -155,6 +155,8 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         case PermissionError():
             said = f"permission denied{_at(error)}: give this user access, or choose another place"
             return int(Exit.NO_PERMISSION), said
+        case OSError(errno=errno.ENAMETOOLONG | errno.ENOTDIR | errno.EISDIR | errno.ELOOP):
+            return int(Exit.BAD_REQUEST), f"{error.strerror}{_at(error)}: choose another path"
         case RuntimeError() | MemoryError() | ImportError() | OSError():
             return CRASHED, _out_of_memory(error)
     return CRASHED, ""

@@ -87,14 +87,16 @@ class Stop:
         if not self.reason:
             self._asked_at, self.reason = time.monotonic(), reason
 
-    def check(self, what: str) -> None:
+    def check(self, what: str, then: str = "the same command goes on") -> None:
         """Raises if this process is to stop; `what` goes on after "stopped by SIGTERM", such as "while packing".
+
+        `then` is what is left of the work so far.
 
         Raises:
             StoppedError: it is.
         """
         if self():
-            raise StoppedError(f"stopped by {self.reason} {what}; the same command goes on")
+            raise StoppedError(f"stopped by {self.reason} {what}; {then}")
 
     def sleep(self, seconds: float) -> bool:
         """Sleeps so long, or until this process is to stop; whether it is.

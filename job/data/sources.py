@@ -16,10 +16,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
@@ -30,7 +31,7 @@ from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.store import Entry, Retry, Store, is_remote, open_store
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
 EXPANSION = 200
@@ -98,6 +99,8 @@ class Source:
         channels: what its images are packed to unless somebody chooses.
         note: what a person should know about how the source was understood.
         readers: how many files may be read at a time.
+        split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
+        skipped: by suffix, how many files `names` has passed over, for they are no images.
     """
 
     where: str
@@ -105,6 +108,8 @@ class Source:
     channels: int = 3
     note: str = ""
     readers: int = 0
+    split: str = ""
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def name(self) -> str:
@@ -118,11 +123,17 @@ class Source:
                 parts = path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
-                yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
+                if not self.split or self.split == next((part for part in map(str.lower, parts) if part in SPLITS), ""):
+                    yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
 
     def names(self) -> Iterator[str]:
         """Relative paths of the images, in order; reads no more than that takes."""
-        return (member.name for member in self.members() if is_image(member.name))
+        self.skipped.clear()
+        for member in self.members():
+            if is_image(member.name):
+                yield member.name
+            elif not is_litter(member.name):
+                self.skipped[Path(member.name).suffix.lower() or "without a suffix"] += 1
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
@@ -165,6 +176,8 @@ def folder_source(root: Path, bucket: str = "") -> Source:
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
                     raise _refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
                 yield Member(name, partial(_read_file, path))
+            elif child.is_file():
+                yield Member(name, bytes)
 
     is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
@@ -395,13 +408,17 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
         folders.add(path_parts(name)[:-1])
     if not images:
         raise no_images(where)
-    found, depth = _class_folders(folders)
+    found, depth, splits = _class_folders(folders)
     if classes and not found:
         raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    note = ""
-    if classes is None and not found and len([folder for folder in folders if folder]) > 1:
-        note = f"{where}: some images lie beside the folders of others, so the folders are not taken for classes"
-    return Survey(images, () if classes is False else found, depth, note)
+    notes = []
+    if splits:
+        named = f"{' and '.join(sorted(splits))} are packed together, as one dataset"
+        notes.append(f"{where}: {named}; `ddpm data pack --split {max(splits).lower()}` would pack {max(splits)} alone")
+    inner = {tuple(part for part in folder if part not in splits) for folder in folders}
+    if classes is None and not found and len([folder for folder in inner if folder]) > 1:
+        notes.append(f"{where}: some images lie beside the folders of others, so the folders are not taken for classes")
+    return Survey(images, () if classes is False else found, depth, "\n".join(notes))
 
 
 def no_images(where: str) -> BadDataError:
@@ -409,15 +426,18 @@ def no_images(where: str) -> BadDataError:
     return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
 
 
-def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
+def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int, set[str]]:
+    """The classes, how many folders lie above them, and which of these are splits."""
+    splits: set[str] = set()
     while True:
         levels = enumerate(zip(*folders, strict=False))
         depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, folders)))
         if any(len(folder) == depth for folder in folders):
-            return (), 0
+            return (), 0, splits
         first = {folder[depth] for folder in folders}
         if not all(name.lower() in SPLITS for name in first):
-            return tuple(sorted(first)), depth
+            return tuple(sorted(first)), depth, splits
+        splits |= first
         folders = {(*folder[:depth], "", *folder[depth + 1 :]) for folder in folders}
 
 

@@ -86,8 +86,9 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
     if (scheme := scheme.lower()) not in ("gs", "s3"):
+        first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         raise BadRequestError(
-            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET or a path"
+            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://BUCKET, s3://BUCKET or a path"
         )
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):
