@@ -85,6 +85,13 @@ def show_run(bucket_uri: str, name: str) -> None:
         labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
         print(f"newest      {newest.key}, {newest.images_seen:,} images seen")
         print(f"checkpoints {len(refs)}: {', '.join(labels)}")
+    for fence in records.attempt_fences(run):
+        try:
+            attempt = records.load_attempt(run, fence)
+            where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
+            print(f"attempt {fence:<3} {attempt.started} on {where}")
+        except BadDataError as error:
+            print(f"attempt {fence:<3} cannot be read: {error}")
     print(describe_outputs(run))
 
 

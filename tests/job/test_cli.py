@@ -140,6 +140,7 @@ def test_runs_are_listed_and_shown(bucket):
     assert "images seen 600 of 600" in out
     assert re.search(r"newest +checkpoints/00000[12]-000000000600,", out)
     assert "checkpoints 2: epoch 1, epoch 2" in out
+    assert len(re.findall(r"^attempt [12]   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)) == 2
 
 
 def test_images_are_noised(local, tmp_path):
