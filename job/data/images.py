@@ -100,7 +100,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
         width, height = image.size
         if width * height > PIXEL_LIMIT:
-            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT}")
+            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
         image.load()
         image = ImageOps.exif_transpose(image)
         if min(image.size) < recipe.min_side:

@@ -145,7 +145,7 @@ def pack(
     if bucket.exists(f"{key}/{shards.INDEX}"):
         there = shards.load_index(bucket, key)
         raise BadRequestError(
-            f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
+            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop {there.crop}. "
             f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:

@@ -265,7 +265,7 @@ class _TarStream:
         """The next bytes."""
         # A header may claim any length for itself, and tarfile would believe it.
         if size > ENTRY_BYTES:
-            raise tarfile.ReadError(f"a block of {size} bytes")
+            raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
@@ -294,7 +294,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iter
         magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
         pixels = height * width
         if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
-            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count} of {height} × {width})")
+            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count:,} of {height} × {width})")
         labels = _idx_labels(open_labels, count) if open_labels else b""
         digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
         header = b"P5 %d %d 255\n" % (width, height)
@@ -303,7 +303,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iter
             yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
         file.seek(16 + count * pixels)
         if file.read(1):
-            raise RefusedError(f"holds more than the {count} images of its header: get it again")
+            raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
 
 
 def _idx_labels(opener: Opener, count: int) -> bytes:
@@ -496,13 +496,13 @@ def _read_exactly(file: IO[bytes], size: int) -> bytes:
     _check_size(size)
     content = file.read(size)
     if len(content) != size:
-        raise RefusedError(f"has {len(content)} bytes where {size} were promised: it is truncated or damaged")
+        raise RefusedError(f"has {len(content):,} bytes where {size:,} were promised: it is truncated or damaged")
     return content
 
 
 def _check_size(size: int) -> None:
     if size > ENTRY_BYTES:
-        raise RefusedError(f"has {size} bytes, more than the {ENTRY_BYTES} that an image may have")
+        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
 
 
 def _read_file(path: Path) -> bytes:
