@@ -169,6 +169,9 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
     if index.licence:
         lines.append(f"licence  {index.licence}")
+    if index.skipped:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
+        lines.append(f"skipped  what is no image that can be read: {kinds}")
     return "\n".join(lines)
 
 

@@ -108,12 +108,8 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
             def progress(done: int, total: int, images: int) -> None:
                 bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
 
-            skipped: dict[str, int] = {}
-            index = pack(bucket, request, stop=stop, progress=progress, skipped=skipped.update)
+            index = pack(bucket, request, stop=stop, progress=progress)
         print(describe_dataset(index, bucket))
-        if skipped:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(skipped.items()))
-            print(f"skipped  {sum(skipped.values()):,} that are no images it can read: {kinds}")
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:

@@ -33,10 +33,6 @@ Beta = Annotated[float, Field(ge=0, lt=1)]
 
 LARGEST = 10**9
 """Of a number whose field has no limit of its own: nobody means more, and arithmetic with 1e300 overflows."""
-NUMBER_CHARACTERS = 100
-"""Longest that a number may be written: Python neither prints nor compares one of thousands of digits in good time."""
-SHOWN_CHARACTERS = 200
-"""As much of a value as a message repeats."""
 
 
 class Section(BaseModel):
@@ -65,7 +61,7 @@ def _parts(value: Any) -> Any:
 def _shown(value: object) -> str:
     """A value for a message: in a line, however long it is."""
     text = repr(value)
-    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 class DataConfig(Section):
@@ -304,7 +300,8 @@ class _PlainLoader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
         node = super().compose_node(parent, index)
-        if node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > NUMBER_CHARACTERS:
+        # Python does not print a number of thousands of digits.
+        if node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > 100:
             raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
         return node
 

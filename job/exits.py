@@ -170,16 +170,18 @@ def _out_of_memory(error: Exception) -> str:
     """What to say if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # Said by the kernel and the loader, where a limit such as `ulimit -v` leaves no room for the program itself.
-    said = re.search(r"(\S+\.so\S* )?(Cannot allocate memory|failed to map segment|can't start new thread)", text)
-    if said and "can't allocate memory" not in text:
-        return f"memory ran out on the machine ({said[0]}): give it more, or this process a higher limit (`ulimit -a`)"
-    # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
-    said_so = "can't allocate memory" in text or "could not create a primitive" in text
-    if not (is_gpu or isinstance(error, MemoryError) or said_so):
+    # PyTorch says it of the host's memory in a bare RuntimeError, oneDNN in words that say nothing of memory, and the
+    # kernel and the loader where a limit such as `ulimit -v` leaves no room for the program itself.
+    words = (
+        r"can(no|')t allocate memory|could not create a primitive|(\S+\.so\S* )?failed to map segment|start new thread"
+    )
+    said = re.search(words, text, re.IGNORECASE)
+    if not (is_gpu or isinstance(error, MemoryError) or said):
         return ""
-    what = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
+    text = said[0] if said and isinstance(error, ImportError) else text.removeprefix("CUDA out of memory. ")
+    what = f" ({text.split('. ')[0 if is_gpu else -1]})" if text else ""
+    place, allow = ("GPU", "") if is_gpu else ("machine", "allow more (`ulimit -a`), or ")
     return (
-        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{what}: train with a smaller train.micro_batch_size, "
-        "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
+        f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
+        "rounding and nothing else; what was saved is there, and the same command goes on from it"
     )

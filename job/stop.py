@@ -31,8 +31,6 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 _DURATION = re.compile(r"(?:(\d{1,9})d)?(?:(\d{1,9})h)?(?:(\d{1,9})m)?(?:(\d{1,9})s?)?", re.IGNORECASE | re.ASCII)
 _UNIT_SECONDS = (86400, 3600, 60, 1)
-_SHOWN = 100
-"""Characters of a variable that a message repeats."""
 _SLICE_SECONDS = 0.1
 _LONGEST_LOOK_SECONDS = 3.0
 _MEETING_SLICE_SECONDS = 0.5
@@ -156,7 +154,7 @@ def seconds_of(variable: str, default: float, which: str, least: float = 0.0) ->
     with suppress(ValueError):
         if least <= float(text) < float("inf"):
             return float(text)
-    raise BadRequestError(f"{variable}={text[:_SHOWN]!r}: give the seconds {which}, such as {default:g}")
+    raise BadRequestError(f"{variable}={text[:100]!r}: give the seconds {which}, such as {default:g}")
 
 
 def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000) -> int:
@@ -166,11 +164,9 @@ def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000)
         BadRequestError: it holds no such number, or one that is not from `least` to `most`.
     """
     text = os.environ.get(variable, "").strip() or str(default)
-    if text.isascii() and text.isdecimal() and len(text) < _SHOWN and least <= int(text) <= most:
+    if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
         return int(text)
-    raise BadRequestError(
-        f"{variable}={text[:_SHOWN]!r}: a number from {least} to {most:,} is expected; unset it, or see to what sets it"
-    )
+    raise BadRequestError(f"{variable}={text[:100]!r}: unset it, or give a number from {least} to {most:,}")
 
 
 NEVER = Stop(SPOT_GRACE_SECONDS)

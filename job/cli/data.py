@@ -27,8 +27,7 @@ MinSide = Annotated[
     int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
 ]
 SourceArgument = Annotated[
-    str,
-    typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or the gs:// or s3:// of one."),
+    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files; gs:// and s3:// too.")
 ]
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Only the folder train, test, val … of SOURCE.")]
 Tars = Annotated[

@@ -90,9 +90,7 @@ class PackRequest:
         """
         shards.validated_dataset_name(self.name)
         if self.split not in ("", *SPLITS):
-            raise BadRequestError(
-                f"--split {self.split!r}: folders that divide a dataset are {', '.join(sorted(SPLITS))}"
-            )
+            raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
@@ -114,7 +112,6 @@ def pack(
     *,
     stop: Stop = NEVER,
     progress: Callable[[int, int, int], None] = lambda done, total, images: None,
-    skipped: Callable[[dict[str, int]], object] = lambda kinds: None,
     shard_bytes: int = shards.SHARD_BYTES,
 ) -> shards.DatasetIndex:
     """Makes `bucket/datasets/NAME-SIZE`, or goes on where an earlier attempt was interrupted.
@@ -124,7 +121,6 @@ def pack(
         request: what is packed.
         stop: asked at each image.
         progress: called with how much was read and is to be read (images, or bytes of `tars`), and the images so far.
-        skipped: called with how many files of each suffix are left out, for they are no images.
         shard_bytes: a shard is closed when it has reached this size.
 
     Returns:
@@ -150,7 +146,7 @@ def pack(
         )
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         way = _InPlace if request.tars else _Copying
-        packing = way(bucket, key, request, folder, stop, progress, skipped, shard_bytes)
+        packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
         packing.dataset.check_writable(f"{shards.PACKING}/{uuid.uuid4().hex}")
         try:
             # Each shard is uploaded while the next is packed, which waits when that cannot follow: none is begun behind
@@ -202,10 +198,7 @@ class _Packing(abc.ABC):
     """Where finished shards lie on their way to the bucket."""
     stop: Stop
     progress: Callable[[int, int, int], None]
-    skipped: Callable[[dict[str, int]], object]
     shard_bytes: int
-    kept_images: int = 0
-    """In shards that the bucket has and that are vouched for."""
     packed: list[PackedShard] = field(default_factory=list)
     rejects: list[Reject] = field(default_factory=list)
 
@@ -215,6 +208,7 @@ class _Packing(abc.ABC):
     source_sha256: str = ""
     classes: tuple[str, ...] = ()
     has_classes: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = self.request.recipe(channels=3)
@@ -247,7 +241,6 @@ class _Packing(abc.ABC):
                 self.dataset.upload(path, path.name)
                 path.unlink()
         self.dataset.create(_entry_key(entry.shard.name), entry.to_json())
-        self.kept_images += entry.shard.images
 
     def commit(self) -> None:
         """Creates the index, which makes the dataset exist, and clears the entries away.
@@ -281,6 +274,7 @@ class _Packing(abc.ABC):
             source_sha256=self.source_sha256,
             codecs=codec_versions(),
             rejected_images=len(self.rejects),
+            skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
@@ -299,7 +293,6 @@ class _Packing(abc.ABC):
                 return
             if entry.parameters_sha256 != self.parameters_sha256:
                 raise self.is_otherwise()
-            self.kept_images += entry.shard.images
             yield entry
             self.packed.append(entry)
             self._reject(*entry.rejects)
@@ -326,12 +319,11 @@ class _Packing(abc.ABC):
         return checked
 
     def _check_stop(self) -> None:
-        then = "the same command goes on"
-        if self.kept_images:
-            then += f" behind the {self.kept_images:,} images whose shards are in the bucket"
-        elif not self.packed:
-            then = "no shard is full yet, so the same command begins again"
-        self.stop.check(f"while packing {self.dataset.uri}", then)
+        # The last one may still be on its way.
+        kept = sum(entry.shard.images for entry in self.packed[:-1])
+        then = "the same command goes on" + f" behind the {kept:,} images whose shards are in the bucket" * bool(kept)
+        begins = "no shard is full yet, so the same command begins again"
+        self.stop.check(f"while packing {self.dataset.uri}", then if self.packed else begins)
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
         threads = os.cpu_count() or 1
@@ -368,15 +360,14 @@ class _Copying(_Packing):
     """Images are decoded, prepared and written into shards as PNG."""
 
     def _survey(self) -> dict[str, Any]:
-        split = self.request.split
-        whole = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
-        self._source = replace(whole, split=self.request.split)
-        self.where = f"{whole.where}, split {split}" if split else whole.where
-        self.source = f"{whole.name}, split {split}" if split else whole.name
+        self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
+        if split := self.request.split:
+            self._source = replace(self._source, split=split, where=f"{self._source.where}, split {split}")
+        self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
             logging.getLogger(__name__).warning(remark)
-        self.skipped(self._source.skipped)
+        self.skipped = dict(sorted(self._source.skipped.items()))
         self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
         return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}

@@ -43,6 +43,7 @@ Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
 
 _SKIPPED_BYTES = 1 << 20
+_SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
@@ -133,7 +134,9 @@ class Source:
             if is_image(member.name):
                 yield member.name
             elif not is_litter(member.name):
-                self.skipped[Path(member.name).suffix.lower() or "without a suffix"] += 1
+                suffix = Path(member.name).suffix.lower()
+                is_named = suffix in self.skipped or (suffix and len(self.skipped) < _SUFFIXES_NAMED)
+                self.skipped[suffix if is_named else "other"] += 1
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
@@ -408,11 +411,11 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
         folders.add(path_parts(name)[:-1])
     if not images:
         raise no_images(where)
-    found, depth, splits = _class_folders(folders)
+    found, depth = _class_folders(folders)
     if classes and not found:
         raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    notes = []
-    if splits:
+    notes, divided = [], {part for folder in folders for part in folder if part.lower() in SPLITS}
+    if len(splits := divided.difference(found)) > 1:
         named = f"{' and '.join(sorted(splits))} are packed together, as one dataset"
         notes.append(f"{where}: {named}; `ddpm data pack --split {max(splits).lower()}` would pack {max(splits)} alone")
     inner = {tuple(part for part in folder if part not in splits) for folder in folders}
@@ -426,18 +429,15 @@ def no_images(where: str) -> BadDataError:
     return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
 
 
-def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int, set[str]]:
-    """The classes, how many folders lie above them, and which of these are splits."""
-    splits: set[str] = set()
+def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
     while True:
         levels = enumerate(zip(*folders, strict=False))
         depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, folders)))
         if any(len(folder) == depth for folder in folders):
-            return (), 0, splits
+            return (), 0
         first = {folder[depth] for folder in folders}
         if not all(name.lower() in SPLITS for name in first):
-            return tuple(sorted(first)), depth, splits
-        splits |= first
+            return tuple(sorted(first)), depth
         folders = {(*folder[:depth], "", *folder[depth + 1 :]) for folder in folders}
 
 

@@ -140,8 +140,7 @@ def _measure_temporary() -> str:
 def _free_bytes(folder: Path, variable: str) -> int:
     """Of a folder in which a shard can be written: only that finds a quota."""
     with os_errors(f"{folder}, which {variable} moves"):
-        if variable == "DDPM_CACHE":
-            folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as file:
             os.posix_fallocate(file.fileno(), 0, SHARD_BYTES)
         return shutil.disk_usage(folder).free

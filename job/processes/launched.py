@@ -21,7 +21,6 @@ LAUNCHED = "DDPM_LAUNCHED"
 LOST_PEER = 68
 """Exit code of a rank that ended only because another one went away. It never leaves the launcher."""
 
-_MOST_PROCESSES = 1_000_000
 _PR_SET_PDEATHSIG = 1
 _PEER_IS_AWAY = re.compile(
     r"(?i)(closed|reset) by peer|broken pipe|timed out|connection (refused|was likely closed)|ncclRemoteError"
@@ -44,7 +43,7 @@ def is_rank() -> bool:
         return False
     for number, among in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if number in os.environ:
-            count_of(number, 0, most=count_of(among, _MOST_PROCESSES, least=1) - 1)
+            count_of(number, 0, most=count_of(among, 1 << 16, least=1) - 1)
     count_of("MASTER_PORT", 1, least=1, most=65_535)
     return True
 

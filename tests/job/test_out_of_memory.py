@@ -48,7 +48,7 @@ def test_on_the_machine(tmp_path):
 
 def test_a_limit_that_leaves_no_room_for_the_program_itself(tmp_path):
     said = refused(ddpm("data", "list", "--bucket", tmp_path, program=("prlimit", "--as=60000000", DDPM)), 1)
-    assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): give it more, or .* limit", said)
+    assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): allow more \(`ulimit -a`\)", said)
 
 
 def test_as_it_is_said(monkeypatch, capsys):
@@ -57,10 +57,10 @@ def test_as_it_is_said(monkeypatch, capsys):
         "memory ran out on the GPU (Tried to allocate 2.00 GiB)": torch.OutOfMemoryError(gpu),
         "memory ran out on the machine:": MemoryError(),
         "memory ran out on the machine (could not create a primitive)": RuntimeError("could not create a primitive"),
-        "memory ran out on the machine (Cannot allocate memory): give": OSError(
+        "memory ran out on the machine ([Errno 12] Cannot allocate memory): allow more": OSError(
             errno.ENOMEM, os.strerror(errno.ENOMEM)
         ),
-        "memory ran out on the machine (can't start new thread): give": RuntimeError("can't start new thread"),
+        "memory ran out on the machine (can't start new thread): allow more": RuntimeError("can't start new thread"),
     }
     monkeypatch.setattr(sys, "argv", ["ddpm"])
     for said, error in errors.items():

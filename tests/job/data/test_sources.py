@@ -280,7 +280,7 @@ def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, m
     ]
     source = open_source(str(make(tmp_path / name, [(one, b"x") for one in sorted(images + others)])))
     for split, found, skipped in [
-        ("", images, {".heic": 2, ".txt": 1, "without a suffix": 1}),
+        ("", images, {".heic": 2, ".txt": 1, "other": 1}),
         ("train", images[:2], {".heic": 2}),
         ("test", images[2:], {".txt": 1}),
         ("val", [], {}),
