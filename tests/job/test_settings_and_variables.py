@@ -92,6 +92,8 @@ WRONG = [
 
 
 def test_variables_that_mean_nothing(tmp_path):
+    nothing = ("data", "pack", tmp_path / "no.zip", "a", "--size", 8, "--bucket", tmp_path)
+    assert "nothing at" in refused(ddpm_here(*nothing, COLUMNS="²", LINES="0"), Exit.MISSING_INPUT)
     for variables, named in WRONG:
         chosen = dict(one.split("=") for one in variables.split())
         done = ddpm_here("train", "--dataset", "a", "--bucket", tmp_path, DDPM_LAUNCHED=None, **chosen)
