@@ -42,7 +42,7 @@ export PYTHONDONTWRITEBYTECODE =
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo
-	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-URI RUN=name"
+	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-gs://-or-s3:// RUN=name"
 	@echo "           BUCKET=./bucket|gs://name EPOCHS=n SIZE=pixels ARGS='--set train.batch_size=64'"
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"

@@ -193,7 +193,7 @@ def contact_sheet(
     if labels is None:
         return _framed(image_grid(images, columns, 4, scale))
     if len(labels) != len(images):
-        raise ValueError(f"{len(labels)} labels for {len(images)} images")
+        raise ValueError(f"{len(labels):,} labels for {len(images):,} images")
     classes, counts = np.unique(np.asarray(labels), return_counts=True)
     columns = min(columns, int(counts.max()))
     groups, captions = [], []

@@ -163,7 +163,7 @@ class NonFiniteError(ArithmeticError):
     """A gradient was not a finite number; `images_seen` says before which step."""
 
     def __init__(self, images_seen: int) -> None:
-        super().__init__(f"the gradient was not a finite number after {images_seen} images")
+        super().__init__(f"the gradient was not a finite number after {images_seen:,} images")
         self.images_seen = images_seen
 
 

@@ -10,6 +10,7 @@ import sys
 from types import FrameType
 from typing import NoReturn
 
+from job.exits import ending_of
 from job.stop import handle_stop_signals, ignore_stop_signals
 
 _LAST_SECONDS = 5
@@ -49,11 +50,16 @@ def main() -> None:
         from job.cli import app
 
         app.main()
-    except BaseException:
+    except BaseException as error:
         # A library that was being imported may have made another exception of it.
         if _is_ending:
             os._exit(75)
-        raise
+        # What `app` does with errors, before there is one.
+        code, said = ending_of(error)
+        if not said:
+            raise
+        print(f"ddpm: {said}", file=sys.stderr)
+        raise SystemExit(code) from None
 
 
 if __name__ == "__main__":

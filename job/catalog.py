@@ -71,9 +71,9 @@ def list_datasets(bucket_uri: str) -> None:
             index.name,
             str(index.size),
             f"{index.images:,}",
-            str(len(index.classes) or "-"),
+            f"{len(index.classes):,}" if index.classes else "-",
             index.crop,
-            str(len(index.shards)),
+            f"{len(index.shards):,}",
             f"{sum(shard.bytes for shard in index.shards):,}",
             index.licence or "-",
         )
@@ -126,7 +126,7 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
     if problems:
-        raise BadDataError(f"{bucket.uri}/{key} has {len(problems)} problems: " + "; ".join(problems))
+        raise BadDataError(f"{bucket.uri}/{key} has {len(problems):,} problems: " + "; ".join(problems))
     print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
 
 
@@ -154,7 +154,7 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """A dataset in a few lines."""
-    shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards)} shards"
+    shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards):,} shards"
     kind = "grey" if index.channels == 1 else "colour"
     lines = [
         f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
@@ -169,6 +169,9 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
     if index.licence:
         lines.append(f"licence  {index.licence}")
+    if index.skipped:
+        kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
+        lines.append(f"skipped  what is no image that can be read: {kinds}")
     return "\n".join(lines)
 
 

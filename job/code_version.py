@@ -1,9 +1,12 @@
-"""Which code did something: the package's version, and a hash of its sources, which people change without a release."""
+"""Which code this is: the package's version, a hash of its sources, and how what it lacks is installed."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import shlex
 from functools import cache
+from importlib.metadata import distribution
 from pathlib import Path
 
 from job import __version__
@@ -20,3 +23,15 @@ def code_version() -> str:
         source = path.read_bytes()
         sha256.update(f"{path.relative_to(root)}\0{len(source)}\0".encode() + source)
     return f"{__version__}+{sha256.hexdigest()[:8]}"
+
+
+def how_to_install(extra: str) -> str:
+    """What to type for the libraries of an extra of this package: no index has it, so it comes from where this did."""
+    root = Path(__file__).parents[1]
+    if (root / "Makefile").exists():
+        return f"make -C {shlex.quote(str(root))} setup EXTRAS={extra}"
+    # As pip and uv write it (packaging.python.org/specifications/direct-url).
+    origin = json.loads(distribution("ddpm-job").read_text("direct_url.json") or "{}")
+    where, vcs = origin.get("url", "file:///PATH/TO/ITS/WHEEL.whl"), origin.get("vcs_info")
+    where = f"{vcs['vcs']}+{where}@{vcs['commit_id']}" if vcs else where
+    return f"pip install 'ddpm-job[{extra}] @ {where}'"

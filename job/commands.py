@@ -25,7 +25,7 @@ from job.progress import Progress, note
 from job.requests import SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
-from job.stop import Stop, deadline
+from job.stop import Stop, count_of, deadline
 from job.store import Retry, open_store
 from job.store.retry import away_limit_seconds
 
@@ -51,7 +51,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         plan = plan_run(request.check(), stop)
         # A rank must not ask a process of its own how many GPUs there are.
         processes = 1 if is_rank() else processes or default_processes()
-        world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes * here.nodes
+        world_size = count_of("WORLD_SIZE", 1) if is_rank() else processes * here.nodes
         check_world_size(world_size, plan.config.train.batch_size)
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():

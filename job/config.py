@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 
@@ -31,10 +31,37 @@ Counts = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_spl
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+LARGEST = 10**9
+"""Of a number whose field has no limit of its own: nobody means more, and arithmetic with 1e300 overflows."""
+
+
 class Section(BaseModel):
-    """A group of keys: nothing unknown, no infinity, never changed."""
+    """A group of keys: nothing unknown, no infinity, no number beyond reason, never changed."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _is_meant(cls, value: Any, check: Callable[[Any], Any], info: Any) -> Any:
+        field = cls.model_fields[info.field_name]
+        # To Python a switch is a number: `on` would be 1.
+        if field.annotation is not bool and any(isinstance(part, bool) for part in _parts(value)):
+            raise ValueError("a switch such as on or true is not what it takes")
+        checked = check(value)
+        has_limit = any(hasattr(rule, "le") or hasattr(rule, "lt") for rule in field.metadata)
+        if not has_limit and any(isinstance(part, int | float) and part > LARGEST for part in _parts(checked)):
+            raise ValueError(f"input should be less than or equal to {LARGEST:,}")
+        return checked
+
+
+def _parts(value: Any) -> Any:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+def _shown(value: object) -> str:
+    """A value for a message: in a line, however long it is."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}…"
 
 
 class DataConfig(Section):
@@ -214,13 +241,11 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        problems = [
-            f"{'.'.join(map(str, problem['loc']))}: {problem['msg'].lower()} (got {problem['input']!r})"
-            if problem["loc"]
-            # A rule between keys, which names them itself.
-            else problem["msg"].removeprefix("Value error, ")
-            for problem in error.errors()
-        ]
+        problems = []
+        for problem in error.errors():
+            key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            # A rule between keys names them itself.
+            problems.append(f"{key}: {what.lower()} (got {_shown(problem['input'])})" if key else what)
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
@@ -277,7 +302,11 @@ class _PlainLoader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             raise yaml.YAMLError(f"aliases (*{self.peek_event().anchor}) are not supported")
-        return super().compose_node(parent, index)
+        node = super().compose_node(parent, index)
+        # Python does not print a number of thousands of digits.
+        if node is not None and node.tag.endswith((":int", ":float")) and len(node.value) > 100:
+            raise yaml.YAMLError(f"a number of {len(node.value):,} characters")
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         mapping = super().construct_mapping(node, deep)
@@ -358,7 +387,7 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
             leaf = key.rsplit(".", 1)[-1]
             close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
-            raise BadConfigError(f"{where}: unknown key {key!r}{hint}")
+            raise BadConfigError(f"{where}: unknown key {_shown(key)}{hint}")
         if key in CHOSEN_ELSEWHERE:
             raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]} NAME")
     return flat
@@ -374,11 +403,11 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise BadConfigError(f"--set {assignment!r}: write it as key=value, for example train.batch_size=64")
+            raise BadConfigError(f"--set {_shown(assignment)}: write it as key=value, for example train.batch_size=64")
         try:
             flat[key.strip()] = parse_yaml(text)
         except yaml.YAMLError:
-            raise BadConfigError(f"--set {assignment!r}: the value is not valid YAML") from None
+            raise BadConfigError(f"--set {_shown(assignment)}: the value is not valid YAML") from None
     return _only_known(flat, "--set")
 
 

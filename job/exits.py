@@ -1,6 +1,7 @@
 """The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
 
 import errno
+import re
 import sys
 from enum import IntEnum
 from typing import Self
@@ -142,7 +143,9 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         case SystemExit():
             return error.code if isinstance(error.code, int) else CRASHED if error.code else 0, ""
         case JobError():
-            return int(error.exit_code), str(error)
+            # A terminal would take some of what came from outside for commands.
+            said = "".join(one if one.isprintable() or one == "\n" else ascii(one)[1:-1] for one in str(error))
+            return int(error.exit_code), said
         case OSError() if "No usable temporary directory" in str(error):
             said = "no folder for temporary files can be written: free some space, or set TMPDIR"
             return int(Exit.DISK_FULL), said
@@ -152,7 +155,9 @@ def ending_of(error: BaseException) -> tuple[int, str]:
         case PermissionError():
             said = f"permission denied{_at(error)}: give this user access, or choose another place"
             return int(Exit.NO_PERMISSION), said
-        case RuntimeError() | MemoryError():
+        case OSError(errno=errno.ENAMETOOLONG | errno.ENOTDIR | errno.EISDIR | errno.ELOOP):
+            return int(Exit.BAD_REQUEST), f"{error.strerror}{_at(error)}: choose another path"
+        case RuntimeError() | MemoryError() | ImportError() | OSError():
             return CRASHED, _out_of_memory(error)
     return CRASHED, ""
 
@@ -161,16 +166,22 @@ def _at(error: OSError) -> str:
     return f" at {error.filename}" if error.filename else ""
 
 
-def _out_of_memory(error: RuntimeError | MemoryError) -> str:
+def _out_of_memory(error: Exception) -> str:
     """What to say if memory ran out, here or on the GPU; empty for any other error."""
     torch, text = sys.modules.get("torch"), " ".join(str(error).split())
     is_gpu = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    # PyTorch says it of the host's memory in a bare RuntimeError, and oneDNN in words that say nothing of memory.
-    said_so = "can't allocate memory" in text or "could not create a primitive" in text
-    if not (is_gpu or isinstance(error, MemoryError) or said_so):
+    # PyTorch says it of the host's memory in a bare RuntimeError, oneDNN in words that say nothing of memory, and the
+    # kernel and the loader where a limit such as `ulimit -v` leaves no room for the program itself.
+    words = (
+        r"can(no|')t allocate memory|could not create a primitive|(\S+\.so\S* )?failed to map segment|start new thread"
+    )
+    said = re.search(words, text, re.IGNORECASE)
+    if not (is_gpu or isinstance(error, MemoryError) or said):
         return ""
-    said = f" ({text.removeprefix('CUDA out of memory. ').split('. ')[-1 if not is_gpu else 0]})" if text else ""
+    text = said[0] if said and isinstance(error, ImportError) else text.removeprefix("CUDA out of memory. ")
+    what = f" ({text.split('. ')[0 if is_gpu else -1]})" if text else ""
+    place, allow = ("GPU", "") if is_gpu else ("machine", "allow more (`ulimit -a`), or ")
     return (
-        f"memory ran out on the {'GPU' if is_gpu else 'machine'}{said}: train with a smaller train.micro_batch_size, "
-        "which changes rounding and nothing else; what was saved is there, and the same command goes on from it"
+        f"memory ran out on the {place}{what}: {allow}train with a smaller train.micro_batch_size, which changes "
+        "rounding and nothing else; what was saved is there, and the same command goes on from it"
     )

@@ -63,7 +63,8 @@ class Stop:
         Without `signals` these end the process, as they did before, until `waiting` is over.
         """
         self._is_installed = True
-        self._deadline = float(os.environ.get(STOP_AT, "inf"))
+        if os.environ.get(STOP_AT):
+            self._deadline = seconds_of(STOP_AT, 0.0, "of this machine's clock at which to stop")
         if signals:
             handle_stop_signals(lambda number, frame: self.request(signal.Signals(number).name))
             # On its way out the interpreter restores the default actions: a second signal would change the exit code.
@@ -84,14 +85,16 @@ class Stop:
         if not self.reason:
             self._asked_at, self.reason = time.monotonic(), reason
 
-    def check(self, what: str) -> None:
+    def check(self, what: str, then: str = "the same command goes on") -> None:
         """Raises if this process is to stop; `what` goes on after "stopped by SIGTERM", such as "while packing".
+
+        `then` is what is left of the work so far.
 
         Raises:
             StoppedError: it is.
         """
         if self():
-            raise StoppedError(f"stopped by {self.reason} {what}; the same command goes on")
+            raise StoppedError(f"stopped by {self.reason} {what}; {then}")
 
     def sleep(self, seconds: float) -> bool:
         """Sleeps so long, or until this process is to stop; whether it is.
@@ -151,7 +154,19 @@ def seconds_of(variable: str, default: float, which: str, least: float = 0.0) ->
     with suppress(ValueError):
         if least <= float(text) < float("inf"):
             return float(text)
-    raise BadRequestError(f"{variable}={text!r}: give the seconds {which}, such as {default:g}")
+    raise BadRequestError(f"{variable}={text[:100]!r}: give the seconds {which}, such as {default:g}")
+
+
+def count_of(variable: str, default: int, least: int = 0, most: int = 1_000_000) -> int:
+    """The whole number that a variable of the environment holds, or `default`; whoever starts processes sets such.
+
+    Raises:
+        BadRequestError: it holds no such number, or one that is not from `least` to `most`.
+    """
+    text = os.environ.get(variable, "").strip() or str(default)
+    if re.fullmatch("[0-9]{1,9}", text) and least <= int(text) <= most:
+        return int(text)
+    raise BadRequestError(f"{variable}={text[:100]!r}: unset it, or give a number from {least} to {most:,}")
 
 
 NEVER = Stop(SPOT_GRACE_SECONDS)
@@ -196,7 +211,7 @@ def deadline(stop_after: str) -> Iterator[None]:
         BadRequestError: `stop_after` is no duration.
     """
     seconds = duration_seconds(stop_after, "--stop-after") if stop_after else 0
-    if not seconds or STOP_AT in os.environ:
+    if not seconds or os.environ.get(STOP_AT):
         yield
         return
     os.environ[STOP_AT] = str(_boot_clock() + seconds)

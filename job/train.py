@@ -371,9 +371,11 @@ class TrainingSession:
         if images_seen == self.saved_images:
             return
         training.check_finite(self.state)
-        loss_sums = self.state.log.reduced().tolist()
+        loss_sums = self.state.log.reduced()
+        # A run that is stopped before its first row has a loss all the same.
+        self.last_row = self.last_row or training.loss_row(loss_sums)
         self.saved_images = images_seen
-        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums))
+        self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums.tolist()))
 
     def _draw_grid(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""

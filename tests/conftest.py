@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import secrets
+import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,8 +17,26 @@ import pytest
 
 from tests.servers import SECRET, fake_gcs_server, moto, seaweedfs
 
+# Nothing of whoever runs the tests reaches them or their children: no variable, target, credential, cluster or cache.
+# Of a make that runs them, its level among others would reach the makes that tests start.
+_THEIRS = re.compile(
+    r"(DDPM(?!_TEST)|AWS|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
+    r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|\w+_proxy",
+    re.IGNORECASE,
+)
+for name in filter(_THEIRS.fullmatch, list(os.environ)):
+    del os.environ[name]
+if "PYTEST_XDIST_WORKER" not in os.environ:
+    # What takes seconds to make and says nothing of anybody stays: the list of fonts.
+    os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))
+    os.environ["HOME"] = tempfile.mkdtemp(prefix="ddpm-tests-home-")
+    atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
+_NO_TARGETS = Path(os.environ["HOME"], "no-targets.yaml")
+_NO_TARGETS.touch()
+# A targets.yaml in the checkout, where tests begin, is not theirs.
+os.environ["DDPM_TARGETS"] = str(_NO_TARGETS)
 # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # Under nohup, or behind a script's `&`, children would inherit that these are ignored. Those that are caught are theirs
 # again, and still end nothing here.
@@ -49,11 +71,7 @@ def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the S3 servers' owner, and none of whoever runs the tests."""
-    for variable in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
-        monkeypatch.delenv(variable, raising=False)
-    for variable in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
-        monkeypatch.setenv(variable, os.devnull)
+    """Those of the S3 servers' owner."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "owner")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")

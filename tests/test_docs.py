@@ -43,6 +43,13 @@ def test_the_number_of_points_of_the_campaign():
     assert f"`ARGS=--list` shows the {len(POINTS)})" in FAULTS
 
 
+def test_thousands_are_written_in_one_way():
+    """But for what is typed, such as `train.batch_size=1024 images`."""
+    counted = r"(?<!=)\{[^{}:]+\} (?:images|bytes|objects|problems|shards|entries|jobs)(?!/s)\b"
+    sources = {path: path.read_text() for room in ("ddpm", "job") for path in (ROOT / room).rglob("*.py")}
+    assert [(path.name, found) for path, text in sources.items() for found in re.findall(counted, text)] == []
+
+
 def test_the_exit_codes_that_people_read_are_those_of_the_program():
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
     assert rows == [(str(int(code)), meaning.text, meaning.retried) for code, meaning in TABLE.items()]

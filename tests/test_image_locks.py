@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from importlib.metadata import requires
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -11,6 +12,7 @@ from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKER = CHECKOUT / "docker"
+PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 
 
 def locked(name: str) -> dict[str, list[str]]:
@@ -22,14 +24,27 @@ def locked(name: str) -> dict[str, list[str]]:
 
 
 def test_all_that_the_program_needs_is_locked_in_versions_it_allows():
-    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
-    extras = project["optional-dependencies"]
+    extras = PROJECT["optional-dependencies"]
     have = {**locked("requirements.txt"), **locked("requirements-torch-cuda.txt")}
-    for text in [*project["dependencies"], *extras["gs"], *extras["s3"]]:
+    for text in [*PROJECT["dependencies"], *extras["gs"], *extras["s3"]]:
         needed = Requirement(text)
         versions = have.get(canonicalize_name(needed.name), [])
         assert versions, f"{text} is in no lock: make locks"
         assert all(needed.specifier.contains(version) for version in versions), f"{text}, not {versions}: make locks"
+
+
+def test_an_extra_that_is_added_later_takes_what_the_others_have():
+    """pip looks at what it is asked for: a limit that one extra's library has on another, all have that share it."""
+    takes: dict[str, dict[str, bool]] = {}
+    for extra in ("gs", "s3", "kubernetes", "google"):
+        for own in map(Requirement, PROJECT["optional-dependencies"][extra]):
+            theirs = [Requirement(text) for text in requires(own.name) or ()]
+            for one in [own, *theirs]:
+                if one.marker is None or any(one.marker.evaluate({"extra": name}) for name in ["", *own.extras]):
+                    taken = takes.setdefault(canonicalize_name(one.name), {})
+                    taken[extra] = taken.get(extra, True) and one.specifier.contains("999")
+    assert takes.keys() >= {"python-dateutil", "google-auth", "botocore"}
+    assert [name for name, by_extra in takes.items() if len({*by_extra.values()}) > 1] == []
 
 
 def test_both_images_have_the_same_pytorch():

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import re
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -74,6 +75,10 @@ def run() -> None:
     Raises:
         SystemExit: the exit code.
     """
+    for size in ("COLUMNS", "LINES"):
+        # Rich would end with a traceback at a size such as ², or of thousands of digits.
+        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(size, "80")):
+            del os.environ[size]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
@@ -92,7 +97,7 @@ def run() -> None:
 def _fail(message: str, code: int) -> NoReturn:
     # The launcher shows what a rank said if that one was the cause, and rank 0's in any case.
     rank = os.environ.get("RANK", "0")
-    who = "ddpm" if rank == "0" or is_launched() else f"ddpm (rank {rank})"
+    who = "ddpm" if rank == "0" or not rank.isdecimal() or is_launched() else f"ddpm (rank {rank})"
     # Whoever read it may be gone; the code is what engines decide by.
     with suppress(OSError):
         # That all were stopped is said once.

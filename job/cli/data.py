@@ -27,8 +27,9 @@ MinSide = Annotated[
     int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or the URI of one.")
+    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files; gs:// and s3:// too.")
 ]
+Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Only the folder train, test, val … of SOURCE.")]
 Tars = Annotated[
     list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; gs://, s3:// or local.")
 ]
@@ -46,6 +47,7 @@ def data_pack(
     licence: Licence = "",
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
+    split: Split = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
@@ -62,7 +64,8 @@ def data_pack(
     from job.commands import pack_command
     from job.data.pack import PackRequest
 
-    request = PackRequest(source, name, size, crop, resize_filter, channels, classes, licence, max_bad, min_side)
+    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split)
+    request = PackRequest(source, name, *options)
     pack_command(request, bucket, stop_after)
 
 

@@ -26,7 +26,7 @@ PIXEL_LIMIT = 89_478_485
 """Pillow's own limit (a quarter of a gigabyte as RGB), beyond which a file of a few kilobytes may be a bomb."""
 
 # Ghostscript and other interpreters that Pillow can call are no place for strangers' files.
-_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "BMP", "GIF", "TIFF", "PPM")
 _PNG_MAGIC = b"\x89PNG\r\n\x1a\n"
 _NO_PACKED_IMAGE = "an image is damaged, or no PNG"
 _CROP = re.compile(r"center|center:(?P<side>[1-9]\d{0,5})|squash|(?P<box>\d{1,6},\d{1,6},[1-9]\d{0,5},[1-9]\d{0,5})")
@@ -100,7 +100,7 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
         image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
         width, height = image.size
         if width * height > PIXEL_LIMIT:
-            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT}")
+            raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
         image.load()
         image = ImageOps.exif_transpose(image)
         if min(image.size) < recipe.min_side:
@@ -142,7 +142,7 @@ def encode_png(pixels: np.ndarray) -> bytes:
 
 def codec_versions() -> str:
     """Versions of the decoders and encoders, which decide the bytes of a packed image."""
-    libraries = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "libtiff")
+    libraries = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "avif", "libtiff")
     return " ".join([f"pillow {features.version('pil')}", *(f"{name} {features.version(name)}" for name in libraries)])
 
 

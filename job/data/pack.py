@@ -35,7 +35,7 @@ from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.sources import Sample, no_images, open_source, survey
+from job.data.sources import SPLITS, Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
@@ -65,6 +65,7 @@ class PackRequest:
         licence: a note to keep with the dataset.
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
+        split: pack only what lies in this folder of those that divide the source, such as `train`.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
     """
 
@@ -78,6 +79,7 @@ class PackRequest:
     licence: str = ""
     max_bad: int = 100
     min_side: int | None = None
+    split: str = ""
     tars: tuple[str, ...] = ()
 
     def check(self) -> PackRequest:
@@ -87,6 +89,8 @@ class PackRequest:
             BadRequestError: a value that means nothing, or no size and no preset to take it from.
         """
         shards.validated_dataset_name(self.name)
+        if self.split not in ("", *SPLITS):
+            raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
@@ -137,7 +141,7 @@ def pack(
     if bucket.exists(f"{key}/{shards.INDEX}"):
         there = shards.load_index(bucket, key)
         raise BadRequestError(
-            f"{bucket.uri}/{key} is there already: {there.images} images of {there.source}, crop {there.crop}. "
+            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop {there.crop}. "
             f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
@@ -204,6 +208,7 @@ class _Packing(abc.ABC):
     source_sha256: str = ""
     classes: tuple[str, ...] = ()
     has_classes: bool = False
+    skipped: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.recipe = self.request.recipe(channels=3)
@@ -269,6 +274,7 @@ class _Packing(abc.ABC):
             source_sha256=self.source_sha256,
             codecs=codec_versions(),
             rejected_images=len(self.rejects),
+            skipped=self.skipped,
             rejects_sha256=hashlib.sha256(rejects).hexdigest() if rejects else "",
             shards=tuple(entry.shard for entry in self.packed),
         )
@@ -313,7 +319,11 @@ class _Packing(abc.ABC):
         return checked
 
     def _check_stop(self) -> None:
-        self.stop.check(f"while packing {self.dataset.uri}")
+        # The last one may still be on its way.
+        kept = sum(entry.shard.images for entry in self.packed[:-1])
+        then = "the same command goes on" + f" behind the {kept:,} images whose shards are in the bucket" * bool(kept)
+        begins = "no shard is full yet, so the same command begins again"
+        self.stop.check(f"while packing {self.dataset.uri}", then if self.packed else begins)
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
         threads = os.cpu_count() or 1
@@ -351,10 +361,13 @@ class _Copying(_Packing):
 
     def _survey(self) -> dict[str, Any]:
         self._source = open_source(self.request.source, self.bucket.uri, self.bucket.retry.elsewhere())
+        if split := self.request.split:
+            self._source = replace(self._source, split=split, where=f"{self._source.where}, split {split}")
         self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
         for remark in filter(None, (self._source.note, self._found.note)):
             logging.getLogger(__name__).warning(remark)
+        self.skipped = dict(sorted(self._source.skipped.items()))
         self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
         return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}

@@ -152,6 +152,7 @@ class DatasetIndex(Sealed):
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
+    skipped: dict[str, int] = Field(default={}, description="by suffix, how many files were no images")
     codecs: str = Field(default="", description="versions of what decoded the images")
     shards: tuple[Shard, ...] = Field(min_length=1)
 

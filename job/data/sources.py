@@ -16,10 +16,11 @@ import struct
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
@@ -30,7 +31,7 @@ from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.store import Entry, Retry, Store, is_remote, open_store
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
 EXPANSION = 200
@@ -42,6 +43,7 @@ Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
 
 _SKIPPED_BYTES = 1 << 20
+_SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
@@ -98,6 +100,8 @@ class Source:
         channels: what its images are packed to unless somebody chooses.
         note: what a person should know about how the source was understood.
         readers: how many files may be read at a time.
+        split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
+        skipped: by suffix, how many files `names` has passed over, for they are no images.
     """
 
     where: str
@@ -105,6 +109,8 @@ class Source:
     channels: int = 3
     note: str = ""
     readers: int = 0
+    split: str = ""
+    skipped: Counter[str] = field(default_factory=Counter)
 
     @property
     def name(self) -> str:
@@ -118,11 +124,19 @@ class Source:
                 parts = path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
-                yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
+                if not self.split or self.split == next((part for part in map(str.lower, parts) if part in SPLITS), ""):
+                    yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
 
     def names(self) -> Iterator[str]:
         """Relative paths of the images, in order; reads no more than that takes."""
-        return (member.name for member in self.members() if is_image(member.name))
+        self.skipped.clear()
+        for member in self.members():
+            if is_image(member.name):
+                yield member.name
+            elif not is_litter(member.name):
+                suffix = Path(member.name).suffix.lower()
+                is_named = suffix in self.skipped or (suffix and len(self.skipped) < _SUFFIXES_NAMED)
+                self.skipped[suffix if is_named else "other"] += 1
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
@@ -165,6 +179,8 @@ def folder_source(root: Path, bucket: str = "") -> Source:
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
                     raise _refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
                 yield Member(name, partial(_read_file, path))
+            elif child.is_file():
+                yield Member(name, bytes)
 
     is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
@@ -252,7 +268,7 @@ class _TarStream:
         """The next bytes."""
         # A header may claim any length for itself, and tarfile would believe it.
         if size > ENTRY_BYTES:
-            raise tarfile.ReadError(f"a block of {size} bytes")
+            raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
         if self._position > self._limit_bytes:
@@ -281,7 +297,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iter
         magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
         pixels = height * width
         if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
-            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count} of {height} × {width})")
+            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count:,} of {height} × {width})")
         labels = _idx_labels(open_labels, count) if open_labels else b""
         digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
         header = b"P5 %d %d 255\n" % (width, height)
@@ -290,7 +306,7 @@ def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iter
             yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
         file.seek(16 + count * pixels)
         if file.read(1):
-            raise RefusedError(f"holds more than the {count} images of its header: get it again")
+            raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
 
 
 def _idx_labels(opener: Opener, count: int) -> bytes:
@@ -398,10 +414,14 @@ def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Sur
     found, depth = _class_folders(folders)
     if classes and not found:
         raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    note = ""
-    if classes is None and not found and len([folder for folder in folders if folder]) > 1:
-        note = f"{where}: some images lie beside the folders of others, so the folders are not taken for classes"
-    return Survey(images, () if classes is False else found, depth, note)
+    notes, divided = [], {part for folder in folders for part in folder if part.lower() in SPLITS}
+    if len(splits := divided.difference(found)) > 1:
+        named = f"{' and '.join(sorted(splits))} are packed together, as one dataset"
+        notes.append(f"{where}: {named}; `ddpm data pack --split {max(splits).lower()}` would pack {max(splits)} alone")
+    inner = {tuple(part for part in folder if part not in splits) for folder in folders}
+    if classes is None and not found and len([folder for folder in inner if folder]) > 1:
+        notes.append(f"{where}: some images lie beside the folders of others, so the folders are not taken for classes")
+    return Survey(images, () if classes is False else found, depth, "\n".join(notes))
 
 
 def no_images(where: str) -> BadDataError:
@@ -476,13 +496,13 @@ def _read_exactly(file: IO[bytes], size: int) -> bytes:
     _check_size(size)
     content = file.read(size)
     if len(content) != size:
-        raise RefusedError(f"has {len(content)} bytes where {size} were promised: it is truncated or damaged")
+        raise RefusedError(f"has {len(content):,} bytes where {size:,} were promised: it is truncated or damaged")
     return content
 
 
 def _check_size(size: int) -> None:
     if size > ENTRY_BYTES:
-        raise RefusedError(f"has {size} bytes, more than the {ENTRY_BYTES} that an image may have")
+        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
 
 
 def _read_file(path: Path) -> bytes:

@@ -15,6 +15,7 @@ from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+from job.data.shards import SHARD_BYTES
 from job.exits import Exit, JobError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Check
@@ -66,6 +67,7 @@ def machine_checks() -> Iterator[Check]:
     yield Check.of("GPUs", _ask_nvidia_smi)
     yield Check.of("shared memory", partial(_measure_shared_memory, gpus))
     yield Check.of("disk", _measure_disk)
+    yield Check.of("temporary files", _measure_temporary)
     yield Check.of("all-reduce", partial(_sum_over_processes, gpus))
 
 
@@ -122,14 +124,26 @@ def _measure_disk() -> str:
     from job.data.cache import default_cache_dir
 
     folder, budget = default_cache_dir(), DataConfig.model_fields["cache_gigabytes"].default
-    with os_errors(f"{folder}, which DDPM_CACHE moves"):
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        free_bytes = shutil.disk_usage(folder).free
+    free_bytes = _free_bytes(folder, "DDPM_CACHE")
     said = f"{free_bytes / 1e9:.1f} GB free for images in {folder}; they take at most {budget:g} GB"
     if free_bytes < FREE_DISK_BYTES:
         raise JobError(f"{said}: free some, or set DDPM_CACHE to another disk", Exit.DISK_FULL)
     return said
+
+
+def _measure_temporary() -> str:
+    # tempfile would take another folder in the place of one that is full or not there.
+    folder = Path(os.environ.get("TMPDIR") or "/tmp")  # noqa: S108
+    return f"{_free_bytes(folder, 'TMPDIR') / 1e9:.1f} GB free in {folder}"
+
+
+def _free_bytes(folder: Path, variable: str) -> int:
+    """Of a folder in which a shard can be written: only that finds a quota."""
+    with os_errors(f"{folder}, which {variable} moves"):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            os.posix_fallocate(file.fileno(), 0, SHARD_BYTES)
+        return shutil.disk_usage(folder).free
 
 
 def _sum_over_processes(gpus: int) -> str:

@@ -15,7 +15,6 @@ from job.jobs.spec import is_about, validated_job_name
 from job.jobs.targets import Target, chosen_target, load_targets
 from job.outcome import read_outcome
 from job.progress import note
-from job.runs import records
 from job.runs.layout import RUNS
 from job.runs.overview import print_table, show_run
 from job.stop import handle_stop_signals
@@ -181,8 +180,3 @@ def _print_run(name: str, bucket_uri: str) -> None:
         return
     with suppress(MissingInputError):
         show_run(bucket_uri, name)
-    run = records.run_store(open_store(bucket_uri), name)
-    for fence in records.attempt_fences(run):
-        attempt = records.load_attempt(run, fence)
-        where = f"{attempt.host}, {attempt.world_size} × {attempt.device}"
-        print(f"attempt {fence:<3} {attempt.started} on {where}, code {attempt.code_version}")

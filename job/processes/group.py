@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import socket
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from job.exits import BadRequestError, Exit, JobError, MissingInputError
+from job.stop import count_of
 from job.store.retry import away_limit_seconds
 
 MEETING_SECONDS = 600.0
@@ -30,6 +32,8 @@ DRIVER = Path("/proc/driver/nvidia")
 CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
 """`QUOTA PERIOD` in microseconds, in a container (docs.kernel.org/admin-guide/cgroup-v2.html)."""
 
+PLACES = re.compile(r"(LOCAL_)?(RANK|WORLD_SIZE)|(MPI_LOCALR|PMI_R)ANK.*|(PMI|OMPI_COMM_WORLD|MV2_COMM_WORLD)_\w+")
+"""Variables in which launchers, ours and others, tell a process its place in a group."""
 _LISTENING_PORTS = range(10_000, 32_768)
 """Below those that the kernel gives to connections: one of these would be taken before a rank listens."""
 
@@ -71,7 +75,10 @@ class Group:
             node = int(environment["NODE_RANK"])
             if not 0 <= node < nodes:
                 raise ValueError(f"NODE_RANK={node}, NNODES={nodes}")
-            return cls(processes, nodes, node, environment["MASTER_ADDR"], int(environment["MASTER_PORT"]))
+            port = int(environment["MASTER_PORT"])
+            if not 0 < port < 65_536:
+                raise ValueError(f"MASTER_PORT={port}")
+            return cls(processes, nodes, node, environment["MASTER_ADDR"], port)
         except (KeyError, ValueError) as error:
             raise BadRequestError(
                 f"{error} makes no group: with NNODES, a node needs NODE_RANK and the first one's MASTER_ADDR and _PORT"
@@ -137,16 +144,15 @@ def check_gpus() -> None:
         MissingInputError: this machine has no driver for them, or this PyTorch no CUDA.
         JobError: it sees fewer (71), such as on a machine whose GPU failed: another machine may have them all.
     """
-    given = os.environ.get(GPUS, "")
-    if not given.isdecimal() or int(given) == 0:
+    if not (given := count_of(GPUS, 0)):
         return
     cuda, seen = _cuda()
-    said = f"this job was given {given} GPU{'s' * (given != '1')}, and PyTorch sees {seen}"
+    said = f"this job was given {given} GPU{'s' * (given != 1)}, and PyTorch sees {seen}"
     if not DRIVER.exists():
         raise MissingInputError(f"{said}: there is no NVIDIA driver on this machine")
     if not cuda:
         raise MissingInputError(f"{said}: the image has a PyTorch for CPUs; `make image TORCH=cuda` builds the other")
-    if seen < int(given):
+    if seen < given:
         raise JobError(
             f"{said}: did one fail, or is the driver too old for CUDA {cuda}? `nvidia-smi` there says more", Exit.HUNG
         )

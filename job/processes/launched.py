@@ -13,7 +13,8 @@ import re
 import signal
 import sys
 
-from job.stop import connect_heartbeat
+from job.exits import BadRequestError
+from job.stop import connect_heartbeat, count_of
 
 LAUNCHED = "DDPM_LAUNCHED"
 """Process id of the launcher, in the environment of the ranks it started."""
@@ -33,8 +34,18 @@ def is_launched() -> bool:
 
 
 def is_rank() -> bool:
-    """Whether this process is to do the work itself: one that our launcher, torchrun or accelerate started."""
-    return is_launched() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+    """Whether this process is to do the work itself: one that our launcher, torchrun or accelerate started.
+
+    Raises:
+        BadRequestError: the variables that tell such a process its place make no sense.
+    """
+    if not (is_launched() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()):
+        return False
+    for number, among in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
+        if number in os.environ:
+            count_of(number, 0, most=count_of(among, 1 << 16, least=1) - 1)
+    count_of("MASTER_PORT", 1, least=1, most=65_535)
+    return True
 
 
 def attach() -> None:
@@ -46,8 +57,8 @@ def attach() -> None:
     if not is_launched():
         return
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != int(os.environ[LAUNCHED]):
-        raise SystemExit("ddpm: the launcher of this process is gone")
+    if str(os.getppid()) != os.environ[LAUNCHED]:
+        raise BadRequestError(f"the launcher of this process is gone; without {LAUNCHED} it would need none")
     # Until `Stop` takes over, Ctrl-C is to end this process like SIGTERM does, without a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     faulthandler.register(signal.SIGUSR1, all_threads=True)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from enum import Enum, auto
 
 from job.exits import TABLE, Exit
-from job.processes.group import Group
+from job.processes.group import PLACES, Group
 from job.processes.launched import LAUNCHED, LOST_PEER
 from job.stop import HEARTBEATS, STOP_SIGNALS, Heartbeats, handle_stop_signals, ignore_stop_signals
 
@@ -158,11 +158,13 @@ class _Launch:
         """Starts a rank; from the main thread, for the parent-death signal comes when the thread that forked ends."""
         in_group = self._group.environment(local)
         heartbeat = f"{self._heartbeats.descriptor}:{local}"
+        # What is left of another launcher would tell it of a group that is not there.
+        inherited = {name: value for name, value in os.environ.items() if not PLACES.fullmatch(name)}
         # One that is alone has the streams to itself; the first of several draws its progress on a terminal itself.
         has_stderr = local == 0 and (self._group.world_size == 1 or os.isatty(_STDERR))
         process = subprocess.Popen(
             command,
-            env={**os.environ, LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, **in_group},
+            env={**inherited, LAUNCHED: str(os.getpid()), HEARTBEATS: heartbeat, **in_group},
             pass_fds=[self._heartbeats.descriptor],
             stdout=subprocess.PIPE if local else None,
             stderr=None if has_stderr else subprocess.STDOUT if local else subprocess.PIPE,

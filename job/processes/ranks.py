@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from job.processes.group import rendezvous_seconds
-from job.stop import NEVER, Stop
+from job.stop import NEVER, Stop, count_of
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -80,7 +80,7 @@ class Ranks:
 
 def meet(stop: Stop, precision: str = "fp32", deterministic: bool = False) -> Ranks:
     """The processes of this run, once they have met; one that is to stop before that ends at once. Collective."""
-    patience_seconds = rendezvous_seconds() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0.0
+    patience_seconds = rendezvous_seconds() if count_of("WORLD_SIZE", 1) > 1 else 0.0
     with stop.waiting(patience_seconds):
         return Ranks(build_accelerator(precision, deterministic), stop)
 

@@ -198,8 +198,8 @@ class Lease:
             # A holder that just fell silent is not waited for in vain: it either comes back or expires.
             if over and watch.is_renewed and watch.silent_seconds < 2 * RENEW_SECONDS:
                 raise LostRunError(
-                    f"{run.uri} is held by {watch.who}, which is alive: stop it first, or have "
-                    "`ddpm train --wait SECONDS` wait for it"
+                    f"{run.uri} is held by {watch.who}, which is alive: stop it first (`ddpm jobs cancel`, if it was "
+                    "submitted), or have `ddpm train --wait SECONDS` wait for it"
                 )
             if told != watch.who:
                 told = watch.who

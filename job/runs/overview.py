@@ -48,7 +48,7 @@ def list_runs(bucket_uri: str) -> None:
 
 def _loss_and_speed(status: Status) -> list[str]:
     """Before the first row of the metrics nobody knows them."""
-    shown = ((status.loss, ".4f"), (status.images_per_second, ".1f"))
+    shown = ((status.loss, ".4f"), (status.images_per_second, ",.1f"))
     return ["-" if value is None else format(value, how) for value, how in shown]
 
 
@@ -84,7 +84,14 @@ def show_run(bucket_uri: str, name: str) -> None:
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
         labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
         print(f"newest      {newest.key}, {newest.images_seen:,} images seen")
-        print(f"checkpoints {len(refs)}: {', '.join(labels)}")
+        print(f"checkpoints {len(refs):,}: {', '.join(labels)}")
+    for fence in records.attempt_fences(run):
+        try:
+            attempt = records.load_attempt(run, fence)
+            where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
+            print(f"attempt {fence:<3} {attempt.started} on {where}")
+        except BadDataError as error:
+            print(f"attempt {fence:<3} cannot be read: {error}")
     print(describe_outputs(run))
 
 
@@ -106,7 +113,7 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
         left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
         print(f"{uri}: {left} that killed attempts left behind harm nobody: `ddpm runs prune {name}` deletes them")
     if count := len(findings.problems):
-        raise BadDataError(f"{uri}: {count} problem{'s' * (count > 1)} in {looked_at}; each is named above")
+        raise BadDataError(f"{uri}: {count:,} problem{'s' * (count > 1)} in {looked_at}; each is named above")
     print(f"{uri}: {looked_at}: all as they were written")
 
 

@@ -44,7 +44,7 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     key = find_dataset(bucket, dataset, size)
     index = load_index(bucket, key)
     if len(steps) > index.images:
-        raise BadRequestError(f"--timesteps has {len(steps)} entries, but {index.name} only {index.images} images")
+        raise BadRequestError(f"--timesteps has {len(steps):,} entries, but {index.name} only {index.images:,} images")
     chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)
     images = chosen_images(bucket, key, index).read(chosen)
     x_start = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
+from job.code_version import how_to_install
 from job.exits import BadRequestError
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
@@ -48,9 +49,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
             store = S3Store(bucket, retry)
     except ModuleNotFoundError as error:
-        raise BadRequestError(
-            f"{scheme}:// needs more than is installed ({error}): pip install 'ddpm-job[{scheme}]'"
-        ) from None
+        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
     return store.sub(prefix) if prefix else store
 
 
@@ -87,8 +86,9 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
     if (scheme := scheme.lower()) not in ("gs", "s3"):
+        first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         raise BadRequestError(
-            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; use gs://BUCKET, s3://BUCKET or a path"
+            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://BUCKET, s3://BUCKET or a path"
         )
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket):

@@ -46,11 +46,8 @@ def about(bucket: str | Path, run: str) -> list[str]:
 
 
 def environment(**changes: str) -> dict[str, str]:
-    """What a child process sees: one thread, so that tests beside each other do not wait for each other."""
-    # Under `make test` the variables of that make, its level among them, would reach the makes that tests start.
-    private = {"DDPM_BUCKET", "ARGS", "MAKEFLAGS", "MAKELEVEL", "MAKEOVERRIDES", "MFLAGS"}
-    inherited = {name: value for name, value in os.environ.items() if name not in private}
-    return {**inherited, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **changes}
+    """What a child process sees: what is left by `tests/conftest.py`, and a wide terminal."""
+    return {**os.environ, "COLUMNS": "200", **changes}
 
 
 def ddpm(
@@ -94,8 +91,11 @@ def start_ddpm(*words: object, program: tuple[str, ...] = (DDPM,), **variables: 
     )
 
 
-def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes."""
+def ddpm_here(*words: object, **variables: str | None) -> subprocess.CompletedProcess[str]:
+    """Like `ddpm`, in this process as if a launcher had started it: spares the seconds that importing torch takes.
+
+    Variables that are None are not there.
+    """
     out, err, code = io.StringIO(), io.StringIO(), 0
     AcceleratorState._reset_state(reset_partial_state=True)
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -105,7 +105,7 @@ def ddpm_here(*words: object, **variables: str) -> subprocess.CompletedProcess[s
         patch.delenv("DDPM_BUCKET", raising=False)
         patch.setenv(LAUNCHED, str(os.getppid()))
         for name, value in variables.items():
-            patch.setenv(name, value)
+            patch.delenv(name, raising=False) if value is None else patch.setenv(name, value)
         try:
             run()
         except SystemExit as end:

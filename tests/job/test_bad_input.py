@@ -42,6 +42,11 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set train.batch_size=-8", 78, ["train.batch_size", "greater than", "got -8"]),
     ("train --dataset a --set train.learning_rate=.nan", 78, ["train.learning_rate", "finite"]),
     ("train --dataset a --set train.seed=[", 78, ["'train.seed=['", "not valid YAML"]),
+    ("train --dataset a --set train.batch_size=on", 78, ["train.batch_size", "a switch such as on", "got True"]),
+    ("train --dataset a --set model.channel_mults=[on,2]", 78, ["model.channel_mults", "a switch such as on"]),
+    ("train --dataset a --set data.cache_gigabytes=1e300", 78, ["data.cache_gigabytes", "1,000,000,000", "'1e300'"]),
+    ("train --dataset a --set diffusion.min_snr_gamma=1e300", 78, ["diffusion.min_snr_gamma", "1,000,000,000"]),
+    (f"train --dataset a --set train.epochs=0x{'f' * 9999}", 78, ["'train.epochs=0xff", "not valid YAML"]),
     ("train --dataset a --set data.size=33", 78, ["data.size=33", "multiple of 4", "fewer levels"]),
     ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.channels=32", "groups=7"]),
     ("train --dataset a --set model.channels=5 --set model.norm_groups=1", 78, ["model.channels=5 must be even"]),
@@ -187,6 +192,8 @@ def test_rotten_checkpoints_are_named_and_not_used(bucket):
         assert done.returncode == Exit.BAD_DATA
         assert "Traceback" not in done.stderr
         assert f"{rotten[-1]} is rotten" in done.stderr.splitlines()[-1]
+    flip_a_bit(bucket / "runs/walk/attempts/000001.json")
+    assert "attempt 1   cannot be read: " in succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
 
 
 def test_rotten_descriptions_are_named(tmp_path):

@@ -131,7 +131,7 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
 def test_runs_are_listed_and_shown(bucket):
     _, row = succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()
     assert row.split()[:4] == ["walk", "finished", "2.0", "600/600"]
-    loss, rate, newest = map(float, row.split()[4:])
+    loss, rate, newest = map(float, row.replace(",", "").split()[4:])
     assert 0 < loss < 2
     assert rate > 1
     assert newest == 600
@@ -140,6 +140,7 @@ def test_runs_are_listed_and_shown(bucket):
     assert "images seen 600 of 600" in out
     assert re.search(r"newest +checkpoints/00000[12]-000000000600,", out)
     assert "checkpoints 2: epoch 1, epoch 2" in out
+    assert len(re.findall(r"^attempt [12]   20\d\d-.* on .*, 1 × .*, code 0\.", out, re.MULTILINE)) == 2
 
 
 def test_images_are_noised(local, tmp_path):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import os
+import re
 import sys
 from unittest.mock import Mock
 
@@ -9,7 +12,7 @@ import pytest
 import torch
 
 from job.cli import app
-from tests.job.command_line import ddpm, refused, settings, succeeded
+from tests.job.command_line import DDPM, ddpm, refused, settings, succeeded
 from tests.job.hooked import hooked
 
 LITTLE_MEMORY = """
@@ -43,12 +46,21 @@ def test_on_the_machine(tmp_path):
     succeeded(ddpm(*words, "--set", "train.micro_batch_size=16", **variables))
 
 
+def test_a_limit_that_leaves_no_room_for_the_program_itself(tmp_path):
+    said = refused(ddpm("data", "list", "--bucket", tmp_path, program=("prlimit", "--as=60000000", DDPM)), 1)
+    assert re.search(r"ran out on the machine \(\S+\.so\S* failed to map segment\): allow more \(`ulimit -a`\)", said)
+
+
 def test_as_it_is_said(monkeypatch, capsys):
     gpu = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of …"
     errors = {
         "memory ran out on the GPU (Tried to allocate 2.00 GiB)": torch.OutOfMemoryError(gpu),
         "memory ran out on the machine:": MemoryError(),
         "memory ran out on the machine (could not create a primitive)": RuntimeError("could not create a primitive"),
+        "memory ran out on the machine ([Errno 12] Cannot allocate memory): allow more": OSError(
+            errno.ENOMEM, os.strerror(errno.ENOMEM)
+        ),
+        "memory ran out on the machine (can't start new thread): allow more": RuntimeError("can't start new thread"),
     }
     monkeypatch.setattr(sys, "argv", ["ddpm"])
     for said, error in errors.items():

@@ -137,6 +137,12 @@ def test_the_picture_of_an_epoch_at_whose_end_a_run_was_stopped_is_drawn_by_the_
     assert run.exists("samples/epoch-0001-ddim-4.png")
 
 
+def test_a_run_that_is_stopped_before_its_first_row_shows_a_loss(train, packed):
+    with pytest.raises(StoppedError):
+        train("soon", epochs=1, stop_after=3, log__every_images=299)
+    assert 0 < read_status(run_of(packed, "soon")).loss < 3
+
+
 def test_micro_batches_change_nothing_but_rounding(train, packed):
     train("one", epochs=1)
     train("five", epochs=1, train__micro_batch_size=5)
@@ -148,7 +154,7 @@ def test_micro_batches_change_nothing_but_rounding(train, packed):
 
 
 def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkpoint(train, packed):
-    explosive = {"train__learning_rate": 1e30, "train__warmup_images": 0, "checkpoint__every_minutes": 1e-9}
+    explosive = {"train__learning_rate": 1e9, "train__warmup_images": 0, "checkpoint__every_minutes": 1e-9}
     run = run_of(packed, "explodes")
     for _ in range(2):
         with pytest.raises(NotANumberError, match="not a finite number") as caught:

@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from job.code_version import how_to_install
 from job.exits import MissingInputError
 from job.jobs.backends.base import Backend
 from job.jobs.targets import Target
@@ -28,4 +29,4 @@ def backend_for(target: Target) -> Iterator[Backend]:
         if not extra or (error.name or "").partition(".")[0] in ("job", "ddpm"):
             raise
         lacking = f"target {target.name!r} needs more than is installed ({error})"
-        raise MissingInputError(f"{lacking}: pip install 'ddpm-job[{extra}]'") from None
+        raise MissingInputError(f"{lacking}: {how_to_install(extra)}") from None

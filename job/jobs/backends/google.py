@@ -313,7 +313,7 @@ class GoogleBackend(Backend):
 
     def _engine_answers(self) -> str:
         jobs, _ = self.jobs(), self._machine()
-        return f"project {self.target.project} answers; {len(jobs)} jobs"
+        return f"project {self.target.project} answers; {len(jobs):,} jobs"
 
     def _machine(self) -> Machine:
         return machine_for(self.target.machine_type, self.target.gpu_type, self.target.gpus)

@@ -279,7 +279,7 @@ def test_words_that_mean_no_tars(tmp_path):
         ("nowhere", 66, "is no folder"),
         ("empty", 66, "holds no .tar"),
         ("texts", 66, "holds no .tar"),
-        ("no-images.tar", 65, "holds no images: none of its names ends in .bmp"),
+        ("no-images.tar", 65, "holds no images: none of its names ends in .avif"),
         ("a.tar.gz", 65, "is compressed: pack it"),
         ("{1..", 64, "{00000..00099}"),
         ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),

@@ -112,7 +112,7 @@ def test_bad_images_are_rejected_with_the_reason():
         (b"not an image", {}, "is damaged from its beginning, or no image"),
         (jpeg(1)[:-200], {}, "cannot be decoded.*truncated"),
         (encoded(picture(1))[:-500], {}, "cannot be decoded.*(truncated|ended)"),
-        (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89478485"),
+        (encoded(Image.new("1", (10_000, 10_000))), {}, "10000×10000 pixels, more than the limit of 89,478,485"),
         (encoded(Image.new("1", (20_000, 20_000))), {}, "cannot be decoded: Image size .* exceeds limit"),
         (encoded(picture(1, 1, 1)), {}, "1×1 pixels, under 4 on its shorter side"),
         (encoded(picture(1, 60, 3)), {}, "60×3 pixels, under 4 on its shorter side"),

@@ -19,6 +19,7 @@ from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.stop import Stop
 from job.store import open_store
 from job.store.local import LocalStore
+from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.packing import FILES, KEY, SHARD_BYTES, committed, objects, packed, written
 from tests.job.some_images import encoded, folder_of, jpeg, mnist, picture, tar_of, zip_of
 
@@ -98,6 +99,23 @@ def test_rejected_images_are_counted_named_and_bounded(tmp_path):
         load_index(open_store(str(tmp_path / "bad")), KEY)
 
 
+def test_a_person_is_told_of_what_is_skipped_and_merged(tmp_path, caplog):
+    """As a telephone and an exercise leave them; what Pillow reads is packed."""
+    files = [(f"{split}/{kind}/1.png", encoded(picture(1))) for split in ("train", "test") for kind in ("cats", "dogs")]
+    files += [("train/cats/2.avif", encoded(picture(2), "AVIF")), ("train/cats/3.heic", b"x"), ("test/notes.txt", b"x")]
+    words = ("data", "pack", zip_of(tmp_path / "a.zip", files), "--size", 8, "--bucket", tmp_path / "bucket")
+    out = succeeded(ddpm_here(*words, "both")).splitlines()
+    assert out[1].startswith("images   5 colour") and "rejects" not in str(out)
+    assert out[-1] == "skipped  what is no image that can be read: 1 .heic, 1 .txt"
+    assert "test and train are packed together, as one dataset; `ddpm data pack --split train`" in caplog.messages[0]
+    caplog.clear()
+    out = succeeded(ddpm_here(*words, "one", "--split", "train")).splitlines()
+    assert out[1].startswith("images   3 colour") and not caplog.messages
+    assert "from a.zip, split train, crop" in str(out) and out[-1].endswith("no image that can be read: 1 .heic")
+    assert "split val holds no images" in refused(ddpm_here(*words, "none", "--split", "val"), 65)
+    assert "--split 'cats'" in refused(ddpm_here(*words, "none", "--split", "cats"), 64)
+
+
 def test_bad_requests_touch_nothing(tmp_path, gcs_bucket, source, monkeypatch):
     other = zip_of(tmp_path / "a.zip", [("1.jpg", jpeg(1))])
     cases = [({"crop": "middle"}, 64), ({"classes": True}, 64), ({"source": "nowhere.zip"}, 66)]
@@ -119,7 +137,11 @@ def test_a_stopped_packing_goes_on_and_decodes_nothing_twice(tmp_path, source, u
     """From a bucket to a bucket."""
     open_store(gcs_bucket).upload(source, "in/pets.zip")
     theirs = f"{gcs_bucket}/in/pets.zip"
-    with pytest.raises(StoppedError, match="the same command goes on") as error:
+    with pytest.raises(StoppedError, match="no shard is full yet, so the same command begins again") as error:
+        packed(gcs_bucket, theirs, stop_at=3)
+    with pytest.raises(
+        StoppedError, match=r"the same command goes on behind the \d\d images whose shards are"
+    ) as error:
         packed(gcs_bucket, theirs, stop_at=40)
     assert error.value.exit_code == 75
     there = objects(gcs_bucket)

@@ -8,6 +8,7 @@ import tarfile
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,7 +57,23 @@ def test_archives_as_downloaded(tmp_path):
         names = names_in_zip([folder + name for name in LANDSCAPE] + LITTER)
         assert names == [folder + name for name in LANDSCAPE]
         assert (survey(names, "landscape").classes, survey(names, "landscape").images) == ((), 5)
-    suffixes = ["jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "ppm", "pgm", "jpe", "jfif", "JPG", "Png"]
+    suffixes = [
+        "avif",
+        "jpg",
+        "jpeg",
+        "png",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "jpe",
+        "jfif",
+        "JPG",
+        "Png",
+    ]
     good = [f"a/1.{suffix}" for suffix in suffixes]
     bad = ["a/.1.jpg", ".a/1.jpg", "__MACOSX/a/1.jpg", "a/Thumbs.db", "a/1.txt", "a/jpg", "a/1.jpg.part", "a/1.jpg/"]
     assert names_in_zip(good + bad) == good
@@ -120,7 +137,7 @@ def test_bombs_do_not_go_off(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "ENTRY_BYTES", limit := 1 << 20)
     for make, name in [*ARCHIVES[:2], (folder_of, "a")]:
         path = make(tmp_path / name, [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))])
-        assert f"entry 'large.png' has {limit + 1} bytes, more than the {limit}" in refusal(path)
+        assert f"entry 'large.png' has {limit + 1:,} bytes, more than the {limit:,}" in refusal(path)
     # What is not read may be as large as it likes.
     beside = deflated(tmp_path / "beside.zip", 1, 100)
     with zipfile.ZipFile(beside, "a", zipfile.ZIP_DEFLATED) as archive:
@@ -140,7 +157,7 @@ def test_no_header_is_believed(tmp_path):
     assert "'0.png' is truncated or damaged (Bad CRC-32" in refusal(tmp_path / "a.zip")
     first, long, back = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("././@LongLink"), tarfile.TarInfo("2.jpg")
     long.type, long.size, back.size = tarfile.GNUTYPE_LONGNAME, 8 << 30, -1024
-    for header, part in [(long, "a block of 8589934592 bytes"), (back, "get it again")]:
+    for header, part in [(long, "a block of 8,589,934,592 bytes"), (back, "get it again")]:
         blocks = first.tobuf(tarfile.GNU_FORMAT) + header.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "a.tar").write_bytes(blocks + bytes(4096))
         assert part in refusal(tmp_path / "a.tar")
@@ -222,10 +239,20 @@ def test_classes_are_the_first_folders_that_tell_images_apart():
         (["cats/1.jpg", "dogs/1.jpg"], ("cats", "dogs"), ""),
         (["dogs/1.jpg", "cats/tabby/1.jpg", "cats/2.jpg"], ("cats", "dogs"), ""),
         (["data/set/cats/1.jpg", "data/set/dogs/1.jpg"], ("cats", "dogs"), ""),
-        (["train/cats/1.jpg", "train/dogs/1.jpg", "test/dogs/2.jpg"], ("cats", "dogs"), ""),
-        (["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"], ("cats", "dogs"), ""),
+        (
+            ["train/cats/1.jpg", "train/dogs/1.jpg", "test/dogs/2.jpg"],
+            ("cats", "dogs"),
+            "test and train are packed together",
+        ),
+        (
+            ["x/Train/a/cats/1.jpg", "x/Val/a/dogs/1.jpg"],
+            ("cats", "dogs"),
+            "`ddpm data pack --split val` would pack Val",
+        ),
+        (["train/cats/1.jpg", "test/2.jpg"], (), "test and train are packed together"),
+        (["train/cats/1.jpg", "train/dogs/3.jpg", "test/2.jpg"], (), lie_beside),
         (["train/1.jpg", "faces/2.jpg"], ("faces", "train"), ""),
-        (["train/1.jpg", "test/2.jpg"], (), lie_beside),
+        (["train/1.jpg", "test/2.jpg"], (), "test and train are packed together"),
         (["cats/1.jpg", "cats/2.jpg"], (), ""),
         (["cats/1.jpg", "dogs/1.jpg", "preview.jpg"], (), lie_beside),
         (["cats/1.jpg", "cats/young/2.jpg"], (), lie_beside),
@@ -240,12 +267,36 @@ def test_classes_are_the_first_folders_that_tell_images_apart():
                 survey(names, "here", classes=True)
 
 
+@pytest.mark.parametrize(("make", "name"), [*ARCHIVES, (folder_of, "a")])
+def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, make, name):
+    images = ["set/Train/cats/1.jpg", "set/Train/test/2.jpg", "set/test/cats/3.jpg"]
+    others = [
+        "set/Train/a.HEIC",
+        "set/Train/b.heic",
+        "set/test/c.txt",
+        "set/README",
+        "set/.DS_Store",
+        "__MACOSX/._1.heic",
+    ]
+    source = open_source(str(make(tmp_path / name, [(one, b"x") for one in sorted(images + others)])))
+    for split, found, skipped in [
+        ("", images, {".heic": 2, ".txt": 1, "other": 1}),
+        ("train", images[:2], {".heic": 2}),
+        ("test", images[2:], {".txt": 1}),
+        ("val", [], {}),
+    ]:
+        part = replace(source, split=split)
+        # Looked at twice, nothing counts twice.
+        assert list(part.names()) == list(part.names()) == [one for one, _ in part.entries()] == found
+        assert part.skipped == skipped
+
+
 def test_no_images_and_no_source_are_errors(tmp_path):
     (tmp_path / "a").mkdir()
     for make, name in [*ARCHIVES, (folder_of, "a")]:
         for files in ([], [("readme.txt", b"x")]):
             source = open_source(str(make(tmp_path / name, files)))
-            with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .bmp, .gif, .jfif"):
+            with pytest.raises(BadDataError, match=r"holds no images: none of its names ends in .avif, .bmp, .gif"):
                 survey(source.names(), source.where)
     for missing in ("nowhere", "nowhere.zip", "file:///nowhere/a.zip", "~/nowhere/at/all"):
         assert "nothing at" in refusal(missing, MissingInputError)

@@ -22,11 +22,10 @@ def test_a_bucket_of_each_kind_passes_and_is_left_as_it_was(bucket_uri, monkeypa
         assert not list(open_store(bucket_uri).list("doctor"))
 
 
-def test_it_looks_at_the_bucket_that_a_job_would_use(tmp_path, monkeypatch):
+def test_it_looks_at_the_bucket_that_a_job_would_use(folder, monkeypatch):
     looked: list[str] = []
     monkeypatch.setattr(doctor, "checks_of", lambda target, uri: looked.append(uri) or ())
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
+    (folder / "targets.yaml").write_text("gke: {backend: kubernetes, image: i, bucket: gs://mine}")
     for words in ("", "--on gke", "--on gke --bucket gs://third", "--no-bucket"):
         succeeded(ddpm_here("doctor", *words.split(), DDPM_BUCKET="gs://other"))
     assert looked == ["gs://other", "gs://mine", "gs://third", ""]
@@ -51,13 +50,24 @@ def test_a_job_finds_it_before_it_starts_anything(seaweedfs_bucket, monkeypatch)
 def test_this_machine(tmp_path, monkeypatch):
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "not/yet"))
     found = json.loads(succeeded(ddpm("doctor", "--bucket", tmp_path / "bucket", "--json")))
-    names = ["credentials", "bucket write", "bucket list", "GPUs", "shared memory", "disk", "all-reduce"]
+    names = [
+        "credentials",
+        "bucket write",
+        "bucket list",
+        "GPUs",
+        "shared memory",
+        "disk",
+        "temporary files",
+        "all-reduce",
+    ]
     assert [(check["name"], check["passed"]) for check in found] == [(name, True) for name in names]
     assert not (tmp_path / "bucket").exists() or not [*(tmp_path / "bucket").iterdir()]
 
 
-def test_a_cache_that_cannot_be_made_and_too_little_shared_memory(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_made_and_too_little_shared_memory_and_disk(small_disk, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
+    # Where Python would silently take another.
+    monkeypatch.setenv("TMPDIR", str(small_disk))
     monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "file" / "cache"))
     monkeypatch.setattr(doctor, "SHARED_MEMORY_BYTES", 1 << 60)
     monkeypatch.setattr(doctor, "_sum_over_processes", lambda gpus: f"{gpus} of them")
@@ -71,6 +81,8 @@ def test_a_cache_that_cannot_be_made_and_too_little_shared_memory(tmp_path, monk
         found = {check.name: check for check in doctor.machine_checks()}
         assert (found["shared memory"].passed, found["shared memory"].exit_code) == shared_memory
     assert (found["disk"].passed, found["disk"].exit_code) == (False, Exit.BAD_REQUEST)
+    assert (found["temporary files"].passed, found["temporary files"].exit_code) == (False, Exit.DISK_FULL)
+    assert f"{small_disk}, which TMPDIR moves: No space left" in found["temporary files"].message
     assert found["GPUs"].message == "2 × L4 (name, driver, memory)"
 
 

@@ -75,29 +75,27 @@ def test_what_an_earlier_job_of_that_name_said_is_past(cloud, backend, state):
     assert state() == (State.GONE, None)
 
 
-def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_a_machine_that_is_gone_leaves_its_job_known(cloud, backend, folder):
     text = f"vm: {{backend: vm, project: my-project, zones: [{ZONES[0]}], image: i, bucket: gs://bucket}}"
-    (tmp_path / "targets.yaml").write_text(text)
+    (folder / "targets.yaml").write_text(text)
     backend.submit(spec())
     cloud.logging.printed("celeba", "epoch 1")
     cloud.logging.ended("celeba", 75, event="taken")
     cloud.compute.vanish()
     lines = succeeded(ddpm_here("jobs", "logs", "celeba", "--on", "vm")).splitlines()
     assert lines == ["ddpm-vm: submitted", "epoch 1", "ddpm-vm: ended with code 75"]
-    lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", tmp_path)).splitlines()
+    lines = succeeded(ddpm_here("jobs", "status", "celeba", "--on", "vm", "--bucket", folder)).splitlines()
     assert re.fullmatch(r"state       gone, submitted 20\d\d-\d\d-\d\dT\d\d:\d\d:\d\dZ", lines[1])
     assert lines[2] == "it says     its machine was taken away"
     # What was never there is not.
     assert "knows a job" in refused(ddpm_here("jobs", "logs", "nobody", "--on", "vm"), Exit.MISSING_INPUT)
 
 
-def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+def test_targets_of_one_project_have_one_job(cloud, backend, folder):
     places = {"one": ("vm", "zones", ZONES[0]), "two": ("vm", "zones", ZONES[1])}
     places |= {"first": ("batch", "regions", REGIONS[0]), "both": ("batch", "regions", ", ".join(REGIONS))}
     line = "{}: {{backend: {}, project: my-project, {}: [{}], image: i, bucket: gs://bucket}}\n"
-    (tmp_path / "targets.yaml").write_text("".join(line.format(name, *words) for name, words in places.items()))
+    (folder / "targets.yaml").write_text("".join(line.format(name, *words) for name, words in places.items()))
     for name, one in (
         ("celeba", backend),
         ("batched", backend_of("batch")),
@@ -105,7 +103,7 @@ def test_targets_of_one_project_have_one_job(cloud, backend, tmp_path, monkeypat
     ):
         one.submit(spec(name))
         assert succeeded(ddpm_here("jobs", "list")).count(f"{name} ") == 1
-        assert "waiting" in succeeded(ddpm_here("jobs", "status", name, "--bucket", tmp_path))
+        assert "waiting" in succeeded(ddpm_here("jobs", "status", name, "--bucket", folder))
         succeeded(ddpm_here("jobs", "cancel", name))
 
 

@@ -185,12 +185,14 @@ def test_a_job_whose_gpus_are_not_there_does_not_begin_on_the_cpu(monkeypatch, t
 def test_one_rank_learns_of_no_group_and_has_the_streams_to_itself(tmp_path):
     code = """
     names = {"RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    names |= {"OMPI_COMM_WORLD_SIZE", "PMI_RANK"}
     assert not names & os.environ.keys()
     print(input(), flush=True)
     print("as it is", end="", file=sys.stderr, flush=True)
     os.abort()
     """
-    child = start(tmp_path, code, 1, stdin=subprocess.PIPE)
+    left = environment(LOCAL_RANK="abc", WORLD_SIZE="-1", OMPI_COMM_WORLD_SIZE="4", PMI_RANK="1")
+    child = start(tmp_path, code, 1, stdin=subprocess.PIPE, env=left)
     out, err = child.communicate("to the rank\n", timeout=30)
     assert (child.returncode, out) == (134, "to the rank\n")
     assert err == "as it isddpm: the process failed: killed by SIGABRT\n"

@@ -258,6 +258,10 @@ def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     for uri, words in [
+        (
+            "https://host/a.zip?s=1",
+            "'https://host/a.zip?…': nobody here speaks https://; download it first (curl -LO), or use",
+        ),
         ("az://bucket", "nobody here speaks az://; use gs://BUCKET, s3://BUCKET or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -17,11 +18,13 @@ import boto3
 import pytest
 from google.cloud import storage
 
+import job
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, NoPermissionError
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.base import Entry
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
+from tests.job.command_line import environment
 from tests.servers import SECRET
 
 LARGE_BYTES = 17 << 20
@@ -341,19 +344,33 @@ print(stream.read(5))
     assert (child.stdout, child.stderr) == (b"b'01234'\n", b"")
 
 
-def test_without_its_library_the_extra_of_a_bucket_is_named(tmp_path: Path) -> None:
+def test_without_its_library_it_is_said_how_to_get_it(tmp_path: Path) -> None:
+    """The program is installed without a checkout: of a wheel, of a repository, and nobody knows how."""
+    shutil.copytree(Path(job.__file__).parent, tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    info = tmp_path / "ddpm_job-0.1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ddpm-job\nVersion: 0.1.0\n")
+    wheel, git = "file:///w/ddpm_job-0.1.0-py3-none-any.whl", {"vcs": "git", "commit_id": "abc"}
+    origins = [{"url": wheel, "archive_info": {}}, {"url": "https://host/it", "vcs_info": git}, {}]
     script = f"""
-import sys
+import sys, json
+from pathlib import Path
 sys.modules["google.cloud.storage"] = sys.modules["botocore"] = None
 from job.exits import BadRequestError
 from job.store import open_store
-open_store({str(tmp_path)!r}).create("key", b"1")
-for uri in ("gs://bucket", "s3://bucket"):
+open_store("bucket").create("key", b"1")
+for uri, origin in zip(("gs://bucket", "s3://bucket", "s3://bucket"), {origins!r}):
+    Path({str(info)!r}, "direct_url.json").write_text(json.dumps(origin))
     try:
         open_store(uri)
     except BadRequestError as error:
         print(error)
 """
-    child = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
-    assert re.findall(r"pip install '(.*?)'", child.stdout) == ["ddpm-job[gs]", "ddpm-job[s3]"]
+    words, place = [sys.executable, "-P", "-c", script], environment(PYTHONPATH=str(tmp_path))
+    child = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path, env=place)
+    assert re.findall(r"\): (.*)", child.stdout) == [
+        f"pip install 'ddpm-job[gs] @ {wheel}'",
+        "pip install 'ddpm-job[s3] @ git+https://host/it@abc'",
+        "pip install 'ddpm-job[s3] @ file:///PATH/TO/ITS/WHEEL.whl'",
+    ]
     assert child.stderr == ""
