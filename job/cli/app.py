@@ -2,7 +2,6 @@
 
 import atexit
 import os
-import re
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -75,10 +74,6 @@ def run() -> None:
     Raises:
         SystemExit: the exit code.
     """
-    for size in ("COLUMNS", "LINES"):
-        # Rich would end with a traceback at a size such as ², or of thousands of digits.
-        if not re.fullmatch("[1-9][0-9]{0,4}", os.environ.get(size, "80")):
-            del os.environ[size]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
