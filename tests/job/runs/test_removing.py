@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -152,7 +153,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
             # A sampler has committed the next one since it was found, and another has begun.
             run.create(f"{BATCH}/records/piece-00001.json", b"{}")
         if key.endswith("piece-00002.tar"):
-            said_to_read(run, CheckpointRef(2, 80), until=1e12)
+            said_to_read(run, CheckpointRef(2, 80), until=time.time() + 99)
         delete_one(store, key)
 
     monkeypatch.setattr(LocalStore, "delete", deleted_while_sampled)
