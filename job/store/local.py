@@ -61,6 +61,7 @@ class LocalStore(Store):
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
+            self._was_there.set()
             version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())

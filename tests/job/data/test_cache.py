@@ -120,6 +120,18 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
             assert sorted(far.downloads) == fetched_again, name
 
 
+def test_what_is_written_over_while_it_is_read_teaches_nothing(dataset, far, tmp_path, caplog):
+    images, order = tmp_path / "cache" / dataset.index.dataset_id / "images", [5, 8, 8, 23]
+    cache = opened(far, dataset, tmp_path / "cache")
+    assert_equal(cache, dataset, order)
+    flip_a_bit(images, 64 * 64 * 3 * 8)
+    for _ in range(2):
+        assert_equal(cache, dataset, order)
+    cache.close()
+    assert [str(images) in record.message for record in caplog.records] == [True]
+    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
+
+
 OPEN_AND_SAVE = """
 import os, signal, sys
 from pathlib import Path
