@@ -24,7 +24,7 @@ from job.store.retry import Retry
 T = TypeVar("T")
 
 READ_BYTES = 1 << 28
-"""Largest object that is held in memory: the table of 13 million images, or the largest image file that is packed."""
+"""Largest object that is held in memory: the table of 13 million images, or the largest image that is packed."""
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"

@@ -137,12 +137,10 @@ class S3Store(RemoteStore):
         self._client.delete_object(**self._named(key))
 
     def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
-        for page in self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=start, **arguments
-        ):
-            # What is no listing has nothing in it, and would be an empty one.
-            _ = page["IsTruncated"]
-            yield page
+        paginator = self._client.get_paginator("list_objects_v2")
+        pages = paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments)
+        # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
+        return (page for page in pages if page["IsTruncated"] is not None)
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
