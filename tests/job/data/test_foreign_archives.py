@@ -9,6 +9,7 @@ import tarfile
 import zipfile
 from pathlib import Path
 
+import pytest
 from hypothesis import strategies as st
 
 from job.data.pack import PackRequest, pack
@@ -77,6 +78,7 @@ ZIPS = st.builds(zip_bytes, st.lists(MEMBER, max_size=4), METHODS)
 ARCHIVES = st.one_of(TARS, TARS, TARS.map(gzip.compress), ZIPS, st.binary(max_size=2000))
 
 
+@pytest.mark.filterwarnings("ignore:Duplicate name")
 @examples(few=20, many=4000)
 def test_whatever_is_packed_makes_a_dataset_or_a_line(tmp_path: Path, count: int) -> None:
     path, bucket = tmp_path / "a.tar", tmp_path / "bucket"
