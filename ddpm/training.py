@@ -5,7 +5,7 @@ The loop receives hooks and an iterable of batches, so that it can be read, test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -21,6 +21,8 @@ from ddpm.ema import EMA, ema_decay
 from ddpm.objective import Objective
 
 QUARTILES = 4
+LOSS_QUANTUM = 2.0**-32
+"""What a logged loss is rounded to: float64 sums of such numbers are exact (below 2²¹), in whatever order and parts."""
 
 
 class Batch(Protocol):
@@ -58,18 +60,19 @@ class Settings:
 class LossLog:
     """Loss sums since the last row of the log, overall and by timestep quartile, kept on the device.
 
-    `sums` is float32 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
+    `sums` is float64 [2, 1 + QUARTILES]: loss sums in the first row, image counts in the second.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(2, 1 + QUARTILES, device=device)
+        self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
 
     def add(self, losses: Tensor, timesteps: Tensor, num_timesteps: int) -> None:
         """Counts per-image `losses` [b] at `timesteps` [b]; no host synchronisation."""
         quartiles = timesteps * QUARTILES // num_timesteps
-        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).float()
-        member = torch.cat([torch.ones_like(losses)[None], member])
-        self.sums += torch.stack([member @ losses, member.sum(dim=1)])
+        member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
+        member = torch.cat([torch.ones_like(member[:1]), member])
+        rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
+        self.sums += torch.stack([member @ rounded, member.sum(dim=1)])
 
     def reduced(self) -> Tensor:
         """The sums over all processes; a collective call where there are several."""
@@ -170,6 +173,9 @@ class Hooks:
 
     after_step: Callable[[TrainState], bool]
     """Saves, logs and samples as due; returns whether to stop."""
+    leaves_step: Callable[[], bool] = lambda: False
+    """Asked between two micro-batches, equally often on every process: whether all leave the step that they are in,
+    which then has not been."""
 
 
 def create_state(
@@ -187,10 +193,10 @@ def learning_rate_at(images_seen: int, settings: Settings) -> float:
     return settings.learning_rate * min(1.0, (images_seen + settings.batch_size_images) / settings.warmup_images)
 
 
-def micro_batches(count: int, size: int | None) -> Iterator[slice]:
+def micro_batches(count: int, size: int | None) -> list[slice]:
     """Cuts `count` images into slices of at most `size`."""
     size = size or count
-    return (slice(start, min(start + size, count)) for start in range(0, count, size))
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 def train(
@@ -202,7 +208,7 @@ def train(
     accelerator: Any,
     hooks: Hooks,
 ) -> None:
-    """Trains until `batches` ends or a hook says stop.
+    """Trains until `batches` ends or a hook says stop; the state is that of the last whole step then.
 
     Args:
         state: updated in place; its `model` holds the parameters.
@@ -221,13 +227,20 @@ def train(
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; this makes each image weigh 1/batch, also when slots are unequal.
     weight = accelerator.num_processes / settings.batch_size_images
+    micro_batch_size = settings.micro_batch_size_images
     parameters = list(state.model.parameters())
+    # Of the process with the fewest images: one that asked more often would wait for an answer for ever.
+    questions = len(micro_batches(settings.batch_size_images // accelerator.num_processes, micro_batch_size))
     network.train()
     for batch in batches:
         numbers = torch.from_numpy(batch.image_numbers).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        for part in micro_batches(len(numbers), settings.micro_batch_size_images):
+        measured: list[tuple[Tensor, Tensor]] = []
+        for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
+            if 0 < question < questions and hooks.leaves_step():
+                state.model.zero_grad()
+                return
             x_start = prepare_images(images[part], numbers[part], settings).contiguous(memory_format=layout)
             timesteps = randomness.training_timesteps(settings.seed, numbers[part], num_timesteps)
             noise = randomness.training_noise(settings.seed, numbers[part], tuple(x_start.shape[1:]), device)
@@ -237,7 +250,9 @@ def train(
             with nullcontext() if last else accelerator.no_sync(network):
                 losses = objective.losses(network, x_start, timesteps, noise, None if labels is None else labels[part])
                 accelerator.backward(losses.sum() * weight)
-            state.log.add(losses.detach(), timesteps, num_timesteps)
+            measured.append((losses.detach(), timesteps))
+        for losses, timesteps in measured:
+            state.log.add(losses, timesteps, num_timesteps)
         norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)

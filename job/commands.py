@@ -146,6 +146,7 @@ def _command_on(bucket_uri: str, stop_after: str, machine: int = 0, machines: in
 def _launch(processes: int, hang_after_seconds: float) -> None:
     """Runs this very command line once more in each process: there `is_rank()` is true, and the work begins."""
     check_gpus()
+    note("loading PyTorch" + (f" in {processes} processes" if processes > 1 else ""))
     # -P: a job.py in the working folder must not stand in for the program.
     if code := launch([sys.executable, "-P", "-m", "job", *sys.argv[1:]], processes, hang_after_seconds):
         raise SystemExit(code)

@@ -93,6 +93,9 @@ def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
                 found.append(Outcome.load(bucket, entry.key))
     if not found:
         return None
+    # Submitted for another number of machines than before, it is another job of this name.
+    newest = max(found, key=lambda one: one.updated)
+    found = [one for one in found if one.machines == newest.machines]
     worst = max(found, key=lambda one: (_SEVERITIES.index(one.state), severity(retried(one.exit_code or 0))))
     if worst.state == "finished" and len(found) < worst.machines:
         # The others have not begun yet.

@@ -19,8 +19,8 @@ LINE_SECONDS = 30.0
 """Between two lines where stderr is no terminal."""
 QUIET_SECONDS = 2.0
 """What is over sooner leaves no line behind."""
-RATE_SECONDS = 60.0
-"""The rate and the time left are those of the last minute: a slow start or a pause does not spoil them for long."""
+RATE_SECONDS = 30.0
+"""The rate and the time left are those of the last half minute: what was before does not spoil them for long."""
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _lock = threading.RLock()
@@ -87,7 +87,7 @@ class Progress:
         self._began = self._line_due = 0.0
         self._task: rich_progress.Task | None = None
 
-    def update(self, done: int, *, total: int | None = None, **fields: str) -> None:
+    def update(self, done: float, *, total: int | None = None, **fields: str) -> None:
         """Notes what is done by now; what comes late from another thread does not turn it back.
 
         Args:
@@ -111,7 +111,8 @@ class Progress:
                 if _bars is None:
                     _bars = _new_bars()
                     _bars.start()
-                _bars.add_task(self._title, total=self._total, completed=self._start, unit=self._unit)
+                begun: dict[str, Any] = {"completed": self._start, "before": self._start, "unit": self._unit}
+                _bars.add_task(self._title, total=self._total, **begun)
                 self._task = _bars.tasks[-1]
         self._began = time.monotonic()
         self._line_due = self._began + LINE_SECONDS
@@ -130,9 +131,10 @@ class Progress:
                 bars.stop()
         seconds = time.monotonic() - self._began
         if seconds >= QUIET_SECONDS:
-            stopped = "" if kind is None else "stopped at "
-            took = f"{self._title}: {stopped}{_counts(task)} in {_duration(seconds)}"
-            note(" · ".join(filter(None, (took, _rate_text((task.completed - self._start) / seconds, self._unit)))))
+            done, stopped = task.completed - self._start, "" if kind is None else "stopped after "
+            took = f"{self._title}: {stopped}{done:,.0f} {self._unit} in {_duration(seconds)}"
+            in_all = f"{_of_total(task)} in all" if done != (task.total or task.completed) else ""
+            note(" · ".join(filter(None, (took, _rate_text(done / seconds, self._unit), in_all))))
 
 
 def _is_first() -> bool:
@@ -167,16 +169,20 @@ def _new_bars() -> rich_progress.Progress:
 def _details(task: rich_progress.Task, beside: str) -> str:
     """How far it is, how fast, and how long it will take; what else is to be shown comes after `beside`."""
     percent = f"{min(100, int(task.percentage))} %" if task.total else ""
-    left = f"ETA {_duration(task.time_remaining)}" if task.time_remaining is not None else ""
-    how_far = filter(None, (percent, _counts(task), _rate_text(task.speed or 0.0, task.fields["unit"]), left))
+    # Of all time where one update takes longer than what the rate is measured in.
+    rate = task.speed or (task.completed - task.fields["before"]) / (task.elapsed or 1)
+    left = f"ETA {_duration(task.remaining / rate)}" if rate > 0 and task.remaining is not None else ""
+    counts = f"{_of_total(task)} {task.fields['unit']}"
+    how_far = filter(None, (percent, counts, _rate_text(rate, task.fields["unit"]), left))
     # Of a copy: another thread may add to them.
-    more = (f"{name.replace('_', ' ')} {value}" for name, value in dict(task.fields).items() if name != "unit")
+    fields = dict(task.fields).items()
+    more = (f"{name.replace('_', ' ')} {value}" for name, value in fields if name not in ("unit", "before"))
     return beside.join(filter(None, (" · ".join(how_far), " · ".join(more))))
 
 
-def _counts(task: rich_progress.Task) -> str:
+def _of_total(task: rich_progress.Task) -> str:
     of_total = f"/{task.total:,.0f}" if task.total and task.total != task.completed else ""
-    return f"{task.completed:,.0f}{of_total} {task.fields['unit']}"
+    return f"{task.completed:,.0f}{of_total}"
 
 
 def _rate_text(rate: float, unit: str) -> str:

@@ -45,6 +45,8 @@ from job.stop import NEVER, Stop
 
 ANOTHER_PROCESS = "another process"
 """Why a process stops that was not asked itself."""
+SLOW_FACTOR, SLOW_SECONDS = 5, 10.0
+"""A step that takes so many times as long as it could is slow; a person hears of it when so much was lost by that."""
 _STARVED_POLL_SECONDS = 0.02
 _EXIT_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
@@ -141,7 +143,7 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.settings, self.hooks = settings_of(self.config), training.Hooks(after_step=self._after_step)
+        self.settings, self.hooks = settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
         self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
         model = compute.build_network(self.config, device)
@@ -151,10 +153,13 @@ class TrainingSession:
         # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
         self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
+        self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.last_row: metrics.Row = {}
         self.saved_images = -1
         self.logged_at, self.logged_images = time.monotonic(), 0
+        self.step_began, self.waited_seconds = time.monotonic(), 0.0
+        self.best_images_per_second = self.lost_seconds = 0.0
 
     @contextmanager
     def restored(self, attempt: records.Attempt, lease: Lease | None) -> Iterator[None]:
@@ -166,6 +171,9 @@ class TrainingSession:
         """
         aside: set[CheckpointRef] = set()
         manifest = self._restore(aside)
+        images_seen, number = self.state.images_seen, attempt.fence
+        begins = f"going on from epoch {images_seen / self.dataset_images:.1f}" if manifest else "beginning"
+        note(f"{begins}, image {images_seen:,}, attempt {number}")
         if lease is None:
             yield
             return
@@ -220,7 +228,7 @@ class TrainingSession:
         self.state.resume_at(manifest.images_seen, self.batch_size)
         if self.ranks.is_main:
             # The others begin at zero: the sums are added up over processes.
-            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums))
+            self.state.log.sums.copy_(torch.tensor(manifest.loss_sums, dtype=torch.float64))
         self.saved_images = self.logged_images = manifest.images_seen
         return manifest
 
@@ -242,7 +250,7 @@ class TrainingSession:
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
-        self.logged_at = time.monotonic()
+        self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
             if self._is_grid_due(state.images_seen):
                 # The attempt that saved this checkpoint may not have got that far.
@@ -254,6 +262,7 @@ class TrainingSession:
                 if self._can_all_begin(2):
                     training.train(state, self.network, self.batches, objective, self.settings, accelerator, self.hooks)
                 self.agreement.finish()
+                self.agreement_in_step.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
                 self._save()
             stopped = state.images_seen < self.plan.target_images
@@ -279,6 +288,13 @@ class TrainingSession:
                 return not lacking
             time.sleep(_STARVED_POLL_SECONDS)
 
+    def _leaves_step(self) -> bool:
+        """Whether all processes leave the step that they are in, in which any of them was asked to stop."""
+        (stopping,) = self.agreement_in_step.exchange(self.stop())
+        if stopping:
+            self.stop.request(ANOTHER_PROCESS)
+        return stopping
+
     def _after_step(self, state: training.TrainState) -> bool:
         """Does what is due; whether all processes stop.
 
@@ -291,6 +307,7 @@ class TrainingSession:
             is_main and self.writer.troubled,
             not self.batches.holds(2),
         )
+        self._say_if_slow()
         if troubled:
             self.ranks.on_main(lambda: self.writer.raise_trouble())
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
@@ -301,10 +318,13 @@ class TrainingSession:
         is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
         if stopping or save_now or is_due or self.retention.keeps(images):
             self._save()
+        self.step_began = time.monotonic()
         stopping = stopping or (starved and not self._can_all_begin(1))
+        self.waited_seconds = time.monotonic() - self.step_began
         if not stopping and self._is_grid_due(images):
             try:
                 self._draw_grid()
+                self.step_began = time.monotonic()
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
                 self.stop.request(ANOTHER_PROCESS)
@@ -312,10 +332,25 @@ class TrainingSession:
         self._show(images)
         return stopping
 
+    def _say_if_slow(self) -> None:
+        """Says once that seconds were lost in steps much slower than the best row of the log, and why it may be."""
+        step_seconds = time.monotonic() - self.step_began
+        usual_seconds = self.batch_size / (self.best_images_per_second or 1e-9)
+        if step_seconds < SLOW_FACTOR * usual_seconds:
+            return
+        self.lost_seconds += step_seconds - usual_seconds
+        if self.lost_seconds > SLOW_SECONDS:
+            # Once is enough.
+            self.lost_seconds = float("-inf")
+            cause = compute.why_slow(step_seconds, self.waited_seconds)
+            note(f"a step took {step_seconds:.1f} s, and {usual_seconds:.1f} s when it went well: {cause}")
+
     def _log(self) -> None:
         training.check_finite(self.state)
         state, now = self.state, time.monotonic()
         losses = training.loss_row(state.log.reduced())
+        rate = (state.images_seen - self.logged_images) / (now - self.logged_at)
+        self.best_images_per_second = max(self.best_images_per_second, rate)
         state.log.sums.zero_()
         self.last_row = {
             "images_seen": state.images_seen,
@@ -323,7 +358,7 @@ class TrainingSession:
             **losses,
             "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, self.settings),
             "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
-            "images_per_second": round((state.images_seen - self.logged_images) / (now - self.logged_at), 2),
+            "images_per_second": round(rate, 2),
             "time": round(time.time(), 3),
         }
         if self.ranks.is_main:
@@ -385,7 +420,7 @@ class TrainingSession:
         epoch, every = images_seen / self.dataset_images, self.config.checkpoint.every_epochs
         shown = {"loss": f"{self.last_row['loss']:.4f}"} if "loss" in self.last_row else {}
         shown["epoch"] = f"{epoch:.1f}/{self.config.train.epochs}"
-        shown["next_checkpoint"] = f"epoch {(int(epoch) // every + 1) * every}"
+        shown["next_checkpoint"] = f"epoch {min((int(epoch) // every + 1) * every, self.config.train.epochs)}"
         self.bar.update(images_seen, total=self.plan.target_images, **shown)
 
     def _status(self, state: str) -> records.Status:

@@ -8,7 +8,6 @@ import json
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isclose
 from typing import Any
 
 from PIL import Image, ImageSequence
@@ -20,9 +19,6 @@ from job.runs.metrics import Row, read_rows
 from job.store import Store
 
 GROUPS = ("model", "ema", "optimizer")
-SUMS_TOLERANCE = 1e-5
-"""Relative, for sums of losses that two processes add up: a checkpoint between two rows of the log changes the order
-in which float32 numbers are added. With one process they must be equal."""
 MEASURED = ("images_per_second", "time")
 """What no two runs have in common in their metrics."""
 
@@ -159,18 +155,18 @@ def lost_images(history: History, ending: Ending) -> int:
     return len(set(range(ending.ref[1])) - {number for number, _ in history.effective(ending.ref)})
 
 
-def differences(history: History, ending: Ending, reference: History, undisturbed: Ending, processes: int) -> list[str]:
+def differences(history: History, ending: Ending, reference: History, undisturbed: Ending) -> list[str]:
     """What a disturbed run ended with that the undisturbed one did not, causes first; nothing if all is well."""
     found = _image_differences(history.effective(ending.ref), dict(reference.effective(undisturbed.ref)))
     for group in GROUPS:
         ours, theirs = ending.hashes[group], undisturbed.hashes[group]
         if ours != theirs:
             found.append(f"the final {group} tensors differ: {ours[:16]}… instead of {theirs[:16]}…")
-    found += _row_differences(ending.rows, undisturbed.rows, processes)
-    if not _sums_agree(ending.loss_sums, undisturbed.loss_sums, processes):
+    found += _row_differences(ending.rows, undisturbed.rows)
+    if ending.loss_sums != undisturbed.loss_sums:
         found.append(f"the last manifest's loss sums differ: {ending.loss_sums} instead of {undisturbed.loss_sums}")
     for images_seen in sorted(history.sums.keys() & reference.sums.keys()):
-        if not _sums_agree(history.sums[images_seen], reference.sums[images_seen], processes):
+        if history.sums[images_seen] != reference.sums[images_seen]:
             found.append(f"the loss sums committed at {images_seen} images differ from the undisturbed run's")
             break
     pictures = ending.pictures
@@ -203,7 +199,7 @@ def _image_differences(effective: list[tuple[int, str]], expected: dict[int, str
     return found
 
 
-def _row_differences(rows: list[Row], expected: list[Row], processes: int) -> list[str]:
+def _row_differences(rows: list[Row], expected: list[Row]) -> list[str]:
     places, wanted = ([row["images_seen"] for row in some] for some in (rows, expected))
     found = []
     if doubled := [place for place, count in Counter(places).items() if count > 1]:
@@ -216,18 +212,7 @@ def _row_differences(rows: list[Row], expected: list[Row], processes: int) -> li
         return found
     for row, other in zip(rows, expected, strict=True):
         for name in row.keys() | other.keys():
-            if name not in MEASURED and not _agree(row.get(name), other.get(name), name, processes):
+            if name not in MEASURED and row.get(name) != other.get(name):
                 place = row["images_seen"]
                 return [f"the metrics at {place} images have {name} {row.get(name)} instead of {other.get(name)}"]
     return []
-
-
-def _agree(value: Any, other: Any, name: str, processes: int) -> bool:
-    if processes > 1 and name.startswith("loss") and value is not None and other is not None:
-        return isclose(value, other, rel_tol=SUMS_TOLERANCE)
-    return bool(value == other)
-
-
-def _sums_agree(sums: list[list[float]], others: list[list[float]], processes: int) -> bool:
-    pairs = zip((x for row in sums for x in row), (x for row in others for x in row), strict=True)
-    return all(_agree(value, other, "loss", processes) for value, other in pairs)

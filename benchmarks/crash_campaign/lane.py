@@ -100,7 +100,7 @@ class Lane:
         self._note_pace(training)
         ending, history = read_ending(run.store), run.history
         self.tally.undisturbed_hash = ending.weights_sha256
-        for problem in differences(history, ending, history, ending, work.processes):
+        for problem in differences(history, ending, history, ending):
             self._fail(f"undisturbed: {problem}")
         if lost_images(history, ending) or history.repeated_images:
             raise BrokenError("undisturbed training does not see every image once")
@@ -341,7 +341,7 @@ class Lane:
             self._fail(f"{run.name}: checkpoint {unexpected[0]} was set aside, and nobody had damaged it")
         if unseen := sorted(planted - aside):
             self._fail(f"{run.name}: checkpoint {unseen[0]} was damaged, and nobody noticed")
-        problems = differences(history, ending, undisturbed.history, undisturbed.ending, self._work.processes)
+        problems = differences(history, ending, undisturbed.history, undisturbed.ending)
         for problem in [*problems, *run.written_after_loss()]:
             self._fail(f"{run.name}: {problem}")
         self._tell(

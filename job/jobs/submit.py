@@ -110,12 +110,12 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tupl
         attempts = 1 + MAX_RETRIES
         how = f"for each attempt of a task, of which there may be {attempts}, then Batch ends it"
     elif isinstance(target, KubernetesTarget):
-        how = "for all attempts together, waiting for nodes included, then Kubernetes ends it"
+        how = "for all attempts together, waiting for nodes and pauses included, then Kubernetes ends it"
         if target.queue:
-            how = "for all attempts together, waiting for nodes included, then its queue stops it for good"
+            how = "for all attempts together, waiting for nodes and pauses included, then its queue stops it for good"
         elif spec.nodes > 1:
             attempts = None
-            how = "from each start of the group, waiting for nodes included, then Kubernetes ends it; "
+            how = "from each start of the group, waiting for nodes and pauses included, then Kubernetes ends it; "
             how += "preemptions start it without bound"
     else:
         how = "for all attempts together, then the engine ends it"

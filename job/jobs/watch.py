@@ -36,6 +36,7 @@ SHORTEST_HOURS = 1 / 60
 SLACK_HOURS = 0.1
 """What may be left of `max_hours`, as seen from here, of a job that its engine ended for having had them. More is left
 where the engine counts the time without a machine as well."""
+_GONE = "is gone, deleted by somebody or over for longer than its engine remembers, and its bucket says no more"
 
 
 class JobEndedError(JobError):
@@ -89,9 +90,11 @@ class Watch:
         while (status := self._follow()).state is not State.FINISHED:
             self._judge(status)
             self._pause()
-            # Somebody may have removed what failed.
+            # Somebody may have removed what failed, and finished it elsewhere while this machine slept.
             if status.state is State.FAILED and self._here.keeps_ended and self._ask().state is State.GONE:
-                raise self._ended_by_somebody("deleted")
+                if self._informed(JobStatus(self.spec.name, State.GONE)).state is State.FINISHED:
+                    break
+                raise self._ended_by_somebody(_GONE)
             self._submit()
         note(f"{self.spec.name} is finished")
 
@@ -103,12 +106,12 @@ class Watch:
             status = self._ask()
             passed, looked_at = self.now() - looked_at, self.now()
             # A machine may have come, or come and gone, between two looks.
-            if status.state.is_over or status.costs or before.costs or status.cause is Cause.OUT_OF_TIME:
+            if status.state.is_over or status.costs or before.costs:
                 self._seen_seconds += passed
             if self._seen_seconds - seen_before > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
-                return status.informed(self.spec.bucket, self._outcome_before)
+                return self._informed(status)
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
                 place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
                 note(f"{self.spec.name} is {status.state.value}{place}{said}")
@@ -134,7 +137,7 @@ class Watch:
         if without_image_seconds > NO_IMAGE_SECONDS:
             return Cause.NO_IMAGE
         # Of hours that were not seen nobody knows, and so they are no reason to end a job.
-        is_out_of_time = status.cause is Cause.OUT_OF_TIME or self._hours_left(self._seen_seconds) < SHORTEST_HOURS
+        is_out_of_time = self._hours_left(self._seen_seconds) < SHORTEST_HOURS
         return Cause.OUT_OF_TIME if is_out_of_time and not status.costs else None
 
     def _judge(self, status: JobStatus) -> None:
@@ -146,9 +149,11 @@ class Watch:
         """
         name, code, rule = self.spec.name, status.exit_code, status.retried
         if status.state is State.CANCELLED:
-            raise self._ended_by_somebody("cancelled")
-        if status.state is State.GONE and status.cause is None and code is None and self._here.keeps_ended:
-            raise self._ended_by_somebody("deleted")
+            raise self._ended_by_somebody(f"was cancelled ({status.message})" if status.message else "was cancelled")
+        # Who deletes it has it stop, and so it says 75.
+        is_deleted = status.state is State.GONE and status.cause is None and code in (None, Exit.STOPPED)
+        if is_deleted and self._here.keeps_ended:
+            raise self._ended_by_somebody(_GONE)
         how = f"ended with {code}" if code is not None else "is gone" if status.state is State.GONE else "failed"
         said = f": {status.message}" if status.message else ""
         if status.cause is Cause.NO_IMAGE:
@@ -194,6 +199,9 @@ class Watch:
             self._sleep(WATCH_POLL_SECONDS)
         return status
 
+    def _informed(self, status: JobStatus) -> JobStatus:
+        return status.informed(self.spec.bucket, self._outcome_before)
+
     def _ask(self) -> JobStatus:
         return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")
 
@@ -224,4 +232,4 @@ class Watch:
             raise StoppedError(f"no longer watching {name}, which goes on: `ddpm jobs cancel {name}` would stop it")
 
     def _ended_by_somebody(self, how: str) -> StoppedError:
-        return StoppedError(f"{self.spec.name} was {how}: what it saved stays, and the same command goes on")
+        return StoppedError(f"{self.spec.name} {how}: what it saved stays, and the same command goes on")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Literal
 
 import torch
@@ -20,9 +21,22 @@ def best_precision() -> Literal["fp32", "bf16"]:
 
 def describe_device(device: torch.device) -> str:
     """`NVIDIA H100 80GB HBM3, torch 2.9.1`: all that rounding depends on, but for the number of processes."""
-    is_gpu = device.type == "cuda"
-    name = torch.cuda.get_device_name(device) if is_gpu else f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        # Each thread adds up a part.
+        name = f"{torch.get_num_threads()}-thread CPU with {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, torch {torch.__version__}"
+
+
+def why_slow(step_seconds: float, waited_seconds: float) -> str:
+    """The likely cause of a step that took so long, of which it waited for images, and what to look at."""
+    cores, load = os.cpu_count() or 1, os.getloadavg()[0]
+    if waited_seconds > step_seconds / 2:
+        return "it waited for images, so the bucket or the disk of the cache is slow"
+    if load > 1.5 * cores:
+        return f"{load:.0f} threads want the {cores} cores of this machine; `top` shows whose they are"
+    return "look for a throttled processor or GPU (`nvidia-smi -q -d PERFORMANCE`) and for swapped memory (`vmstat 1`)"
 
 
 def build_network(config: RunConfig, device: torch.device) -> UNet:

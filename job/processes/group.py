@@ -27,6 +27,8 @@ minutes, not in the hours that backends default to. One that waits for the bucke
 GPUS = "DDPM_GPUS"
 """How many GPUs of each machine the job was given; whoever starts it there says so."""
 DRIVER = Path("/proc/driver/nvidia")
+CPU_LIMIT = Path("/sys/fs/cgroup/cpu.max")
+"""`QUOTA PERIOD` in microseconds, in a container (docs.kernel.org/admin-guide/cgroup-v2.html)."""
 
 _LISTENING_PORTS = range(10_000, 32_768)
 """Below those that the kernel gives to connections: one of these would be taken before a rank listens."""
@@ -81,12 +83,16 @@ class Group:
         return self.nodes * self.processes
 
     def environment(self, number: int) -> dict[str, str]:
-        """Variables of this node's process `number`; none for a process that is alone, which needs no group."""
+        """Variables of this node's process `number`; of the group nothing for one that is alone."""
+        threads = {
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.processes)),
+            # Threads that spin while they wait for each other are in their own way where others use the cores, too.
+            "OMP_WAIT_POLICY": "PASSIVE",
+        }
+        threads |= {name: os.environ[name] for name in threads if name in os.environ}
         if self.world_size == 1:
-            return {}
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
-        return {
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
+            return threads
+        return threads | {
             "RANK": str(self.node * self.processes + number),
             "LOCAL_RANK": str(number),
             "WORLD_SIZE": str(self.world_size),
@@ -94,6 +100,16 @@ class Group:
             "MASTER_ADDR": self.address,
             "MASTER_PORT": str(self.port),
         }
+
+
+def usable_cores() -> int:
+    """How many cores this process may use at once: those it is bound to, or what its container is given of them."""
+    cores = len(os.sched_getaffinity(0))
+    # Without a limit the quota is "max".
+    with suppress(OSError, ValueError):
+        quota, period = map(int, CPU_LIMIT.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores
 
 
 def _free_port() -> int:

@@ -15,7 +15,7 @@ from ddpm.generation import Sampling, generate
 from ddpm.schedule import make_schedule
 from ddpm.unet import UNet
 from job.config import RunConfig, SampleConfig
-from job.exits import BadDataError, StoppedError
+from job.exits import BadDataError, NotANumberError, StoppedError
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
@@ -78,15 +78,22 @@ class Painter:
         mine = list(seeds[rank::world_size])
         steps = len(sampling.timesteps(self.schedule.num_timesteps))
         made = [np.empty((0, *self._image_shape), np.uint8)]
+        # Every process counts the batches of the first one, which has the most.
+        starts, steps_done = range(0, len(seeds[::world_size]), batch_size_images), 0
+
+        def after_step(*_: Any) -> None:
+            nonlocal steps_done
+            self._check_agreed()
+            steps_done += 1
+            bar.update(len(seeds) * steps_done / (len(starts) * steps))
+
         with Progress(title, total=len(seeds)) as bar:
-            # Every process counts the batches of the first one, which has the most.
-            for start in range(0, len(seeds[::world_size]), batch_size_images):
+            for start in starts:
                 if some := mine[start : start + batch_size_images]:
-                    made.append(self.draw_alone(some, sampling, self._check_agreed))
+                    made.append(self.draw_alone(some, sampling, after_step))
                 else:
                     for _ in range(steps):
-                        self._check_agreed()
-                bar.update(min(len(seeds), (start + len(some)) * world_size))
+                        after_step()
             self._agreement.finish()
         part = np.concatenate(made)
         if world_size == 1:
@@ -131,6 +138,7 @@ class Painter:
 
         Raises:
             StoppedError: this process was asked to stop.
+            NotANumberError: a pixel is none.
         """
         height, width, channels = self._image_shape
         classes = self.config.model.num_classes
@@ -146,6 +154,9 @@ class Painter:
             self.autocast,
             callback or self._check_stopped,
         )
+        # As uint8 it would be a black picture like any other.
+        if not images.isfinite().all():
+            raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
         return figures.to_uint8(images)
 
     def _check_stopped(self, *_: Any) -> None:

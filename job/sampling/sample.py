@@ -105,7 +105,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
             began = time.monotonic()
             with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
-                def advance(done: int) -> None:
+                def advance(done: float) -> None:
                     renew()
                     # What the others have drawn by now is about as much.
                     bar.update(there_before + min(to_make, done * ranks.world_size))
@@ -127,7 +127,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
 
 
 def _draw_pieces(
-    plan: SamplePlan, painter: Painter, sample_set: SampleSet, missing: list[int], advance: Callable[[int], None]
+    plan: SamplePlan, painter: Painter, sample_set: SampleSet, missing: list[int], advance: Callable[[float], None]
 ) -> int:
     """Draws this process's share of the missing pieces; how many images all processes have committed then.
 
@@ -136,24 +136,32 @@ def _draw_pieces(
         painter: with the weights.
         sample_set: where they belong.
         missing: the numbers of the pieces.
-        advance: told how many images this process has drawn by now.
+        advance: told how many images this process has drawn by now, after each step of a batch.
 
     Raises:
         StoppedError: what was drawn is saved, in whole pieces.
     """
-    ranks, stop, batch_size, done = painter.ranks, painter.stop, plan.sample.batch_size, 0
-    writer = PieceWriter(sample_set, stop)
+    ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
+    writer, sampling = PieceWriter(sample_set, stop), sampling_of(plan.sample)
+    steps, some, image_steps = len(sampling.timesteps(painter.schedule.num_timesteps)), range(0), 0
+
+    def after_step(*_: object) -> None:
+        nonlocal image_steps
+        stop.check("while sampling")
+        image_steps += len(some)
+        advance(image_steps / steps)
+
     try:
         try:
             for number in missing[ranks.rank :: ranks.world_size]:
                 seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
                 if plan.run.exists(sample_set.key(ObjectKind.RECORD, number)):
-                    advance(done := done + len(seeds))
+                    image_steps += len(seeds) * steps
                     continue
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
                 for start in range(0, len(seeds), batch_size):
-                    parts.append(painter.draw_alone(seeds[start : start + batch_size], sampling_of(plan.sample)))
-                    advance(done := done + len(parts[-1]))
+                    some = seeds[start : start + batch_size]
+                    parts.append(painter.draw_alone(some, sampling, after_step))
                 images = np.concatenate(parts)
                 if number == 0:
                     shown = plan.sample.images

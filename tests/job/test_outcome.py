@@ -8,7 +8,7 @@ import os
 import pytest
 
 from job.exits import BucketAwayError, LostRunError, StoppedError
-from job.outcome import JOB, outcome_written, read_outcome
+from job.outcome import JOB, Outcome, outcome_written, read_outcome
 from tests.job.command_line import ddpm_here, refused, succeeded
 
 NAME = "train-celeba"
@@ -82,6 +82,11 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
     path.write_text(path.read_text().replace("64", "0"))
     outcome = read_outcome(NAME, bucket)
     assert outcome.exit_code == 69
+    # Submitted for one machine now, it is another job.
+    alone = Outcome(state="finished", exit_code=0, updated="2100-01-01T00:00:00Z")
+    path.with_name("0-of-1.json").write_bytes(alone.to_json())
+    outcome = read_outcome(NAME, bucket)
+    assert (outcome.state, outcome.machines) == ("finished", 1)
 
 
 def test_commands_say_how_they_ended(tmp_path):

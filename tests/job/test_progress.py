@@ -79,7 +79,26 @@ with Progress("packing", start=1_000_000) as bar:
         r" · loss 0\.0213 · next checkpoint soon"
     )
     assert all(300 <= float(re.fullmatch(pattern, line)[1].replace(",", "")) <= 1000 for line in lines[1:]), lines
-    assert re.fullmatch(r"packing: 1,001,200/1,002,000 images in 0:00:0\d · [\d,.]+ images/s", last)
+    counts = r"1,200 images in 0:00:0\d · [\d,.]+ images/s · 1,001,200/1,002,000 in all"
+    assert re.fullmatch(rf"packing: {counts}", last)
+
+
+def test_the_rate_is_that_of_the_last_updates_or_of_all_where_one_takes_long():
+    script = """
+job.progress.RATE_SECONDS = 0.5
+with Progress("quick", total=10_000) as bar:
+    for i in range(8):
+        time.sleep(0.1)
+        bar.update(5000 + i)
+with Progress("slow", total=100, start=50) as bar:
+    for i in range(2):
+        time.sleep(0.8)
+        bar.update(50.5 + i)
+"""
+    lines = run_piped(SOON + script).stderr.splitlines()
+    (*_, quick, _), (*_, slow, _) = ([line for line in lines if line.startswith(name)] for name in ("quick", "slow"))
+    assert 5 < float(re.search(r" ([\d.]+) images/s · ETA", quick)[1]) < 11, quick
+    assert 0.5 < float(re.search(r"51 % · 52/100 images · ([\d.]+) images/s · ETA 0:00:[45]\d", slow)[1]) < 1, slow
 
 
 def test_an_error_passes_through_and_the_last_line_says_where():
@@ -98,7 +117,8 @@ with Progress("quiet", total=500) as bar:
 """
     result = run_piped(SOON + script)
     last = result.stderr.splitlines()[-1]
-    assert re.fullmatch(r"training: stopped at 120/500 images in 0:00:0\d · \d+ images/s", last)
+    pattern = r"training: stopped after 120 images in 0:00:0\d · \d+ images/s · 120/500 in all"
+    assert re.fullmatch(pattern, last)
     assert result.stdout == "as it was\n"
 
 
@@ -133,7 +153,8 @@ with Progress("over soon") as bar:
     above, sampling, training = screen_after(written)
     assert above == "checkpoint [red]saved[/red] " + "x" * 60
     assert sampling.startswith("sampling: 64 images in 0:00:0")
-    assert re.fullmatch(r"training: 22,000/24,000 images in 0:00:0\d · \d+,\d+ images/s", training)
+    counts = r"16,000 images in 0:00:0\d · \d+,\d+ images/s · 22,000/24,000 in all"
+    assert re.fullmatch(rf"training: {counts}", training)
     drawn = re.sub(r"\x1b\[[?0-9;]*[A-Za-z]", "", written)
     assert drawn.count("━") > 40
     assert "loss 0.02135 · epoch 3/80 · path yyy" in drawn and "yyy…" in drawn

@@ -1,8 +1,10 @@
 """Whole runs of a small network on the embedded images: resuming, splitting, stopping, failing."""
 
 import json
+import re
 import shutil
 import sys
+import time
 from itertools import count
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
+from ddpm import training
 from job.exits import NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
@@ -35,16 +38,16 @@ def packed(tiles, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def train(packed):
-    """Trains in this process; `stop_after` steps ask it to stop."""
+    """Trains in this process; it is asked to stop after so many steps, or so many questions `asked_by` another."""
 
-    def train(run, *, epochs=None, stop_after=None, **changes):
+    def train(run, *, epochs=None, stop_after=None, asked_by="_after_step", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         steps = count()
 
         def is_enough() -> bool:
             # Whoever waits asks, too, as often as it happens to wait.
-            after_a_step = sys._getframe(2).f_code.co_name == "_after_step"
-            return stop_after is not None and after_a_step and next(steps) >= stop_after
+            is_asked = sys._getframe(2).f_code.co_name == asked_by
+            return stop_after is not None and is_asked and next(steps) >= stop_after
 
         keys = {name.replace("__", "."): value for name, value in changes.items()}
         sets = tuple(f"{key}={value}" for key, value in (SMALL | keys if epochs else keys).items())
@@ -72,7 +75,7 @@ def final_state(run):
     return ref, tensors, rows
 
 
-def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed):
+def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, capsys):
     train("a", epochs=2, model__dropout=0.1)
     for stop_after in (5, 9):
         with pytest.raises(StoppedError):
@@ -81,11 +84,28 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed):
     (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, name)) for name in "ab")
     assert ref_a.images_seen == ref_b.images_seen == 600
     assert (ref_a.fence, ref_b.fence) == (1, 3)
+    said = [line for line in capsys.readouterr().err.splitlines() if "attempt" in line]
+    assert said[:2] == ["beginning, image 0, attempt 1"] * 2
+    assert said[2:] == [
+        f"going on from epoch {at}" for at in ("0.5, image 144, attempt 2", "1.3, image 384, attempt 3")
+    ]
     assert tensors_a.keys() == tensors_b.keys()
     assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
     assert rows_a == rows_b
     assert [row["images_seen"] for row in rows_a] == list(range(72, 600, 72))
     assert all(np.isfinite(row["loss"]) for row in rows_a)
+
+
+def test_a_step_that_was_left_has_not_been(train, packed):
+    train("whole", epochs=1, train__micro_batch_size=4)
+    with pytest.raises(StoppedError, match="after 72 images"):
+        # In the midst of the fourth step, between the fourth and the fifth of its six micro-batches.
+        train("left", epochs=1, train__micro_batch_size=4, stop_after=3 * 5 + 3, asked_by="_leaves_step")
+    train("left", epochs=1, train__micro_batch_size=4)
+    (_, whole, rows_whole), (ref, left, rows_left) = (final_state(run_of(packed, name)) for name in ("whole", "left"))
+    assert (ref.fence, ref.images_seen) == (2, 312)
+    assert all(torch.equal(whole[name], left[name]) for name in whole)
+    assert rows_whole == rows_left
 
 
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_stay(train, packed):
@@ -136,6 +156,22 @@ def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkp
         assert caught.value.exit_code == 70
         assert [ref.images_seen for ref in list_checkpoints(run)] == [24]
         assert read_status(run).state == "failed"
+
+
+def test_steps_that_take_much_longer_than_they_could_are_told_once(train, monkeypatch, capsys):
+    draw = training.randomness.training_noise
+
+    def training_noise(seed, image_numbers, shape, device):
+        time.sleep(2.0 * (image_numbers[0] in (216, 240)))
+        return draw(seed, image_numbers, shape, device)
+
+    monkeypatch.setattr(training.randomness, "training_noise", training_noise)
+    monkeypatch.setattr("job.train.SLOW_SECONDS", 1.0)
+    monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
+    train("slow", epochs=1)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]
+    pattern = r"a step took 2\.\d s, and 0\.\d s when it went well: 99 threads want the \d+ cores of this machine; .*"
+    assert re.fullmatch(pattern, said)
 
 
 def test_settings_reach_the_training(train, packed):

@@ -56,7 +56,7 @@ class KubernetesBackend(Backend):
             self._look_for_queue()
         where = f"in namespace {self.target.namespace!r}"
         for there, old in self._all_named(spec.name):
-            if not (kubernetes_status.is_over(old) or kubernetes_status.is_being_deleted(old)):
+            if not self._observed(old, self._pods_of(spec.name)).state.is_over:
                 raise self.runs_already(spec.name, where)
             self._api.delete(there, spec.name, old["metadata"]["uid"])
             self._wait_until_gone(there, spec.name)
@@ -77,7 +77,7 @@ class KubernetesBackend(Backend):
         for pod in self._api.pods(selector):
             pods.setdefault(pod["metadata"]["labels"].get("ddpm-job", ""), []).append(pod)
         jobs = [job for kind in kubernetes_api.KINDS.values() for job in self._api.all_with(kind, selector)]
-        return [kubernetes_status.observed_status(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
+        return [self._observed(job, pods.get(job["metadata"]["name"], [])) for job in jobs]
 
     def identity(self, status: JobStatus) -> tuple[str, ...]:
         """See `Backend.identity`: two contexts may be one cluster."""
@@ -129,9 +129,10 @@ class KubernetesBackend(Backend):
     def cancel(self, name: str) -> str:
         """Deletes it: its pods get SIGTERM and their grace period, in which they save."""
         status, _ = self._look(name)
-        for kind, there in self._named(name):
+        found = self._named(name)
+        for kind, there in found:
             self._api.delete(kind, name, there["metadata"]["uid"])
-        return status.message if status.state is State.CANCELLED else status.state.when_cancelled
+        return status.message if kubernetes_status.is_being_deleted(found[0][1]) else status.state.when_cancelled
 
     def checks(self) -> Iterator[Check]:
         """Rights, account, queue and image; the rest is left out where the cluster does not answer."""
@@ -158,15 +159,25 @@ class KubernetesBackend(Backend):
         found = self._all_named(name)
         if not found:
             return JobStatus(name, State.GONE, f"there is no job {name!r} in namespace {self.target.namespace!r}"), []
-        job, pods = found[0][1], self._api.pods(f"ddpm-job={name}")
-        events, parts = [], []
+        pods = self._pods_of(name)
+        return self._observed(found[0][1], pods), pods
+
+    def _pods_of(self, name: str) -> list[JsonObject]:
+        return self._api.pods(f"ddpm-job={name}")
+
+    def _observed(self, job: JsonObject, pods: list[JsonObject]) -> JobStatus:
+        """How a job is going, with what others say about it where it does not say that itself."""
+        name, uid = job["metadata"]["name"], job["metadata"]["uid"]
+        events, others = [], []
         if kubernetes_status.is_over(job):
-            parts = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
+            if job.get("kind") == "JobSet":
+                others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
         elif not pods or kubernetes_status.is_suspended(job):
             # A quota or a missing service account keeps the controller from making pods, and only events say so.
-            uid = job["metadata"]["uid"]
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
-        return kubernetes_status.observed_status(job, pods, events, parts), pods
+            of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
+            others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
+        return kubernetes_status.observed_status(job, pods, events, others)
 
     def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import cached_property
 from typing import Any
 
@@ -23,14 +23,20 @@ API_CONNECT_SECONDS, API_READ_SECONDS = 5.0, 30.0
 DOCTOR_TIMEOUT_SECONDS = 3.0
 """Of a call for which somebody waits."""
 _BUSY_STATUSES = (408, 429, 500, 502, 503, 504)
-_NEEDED_RIGHTS = "get, list, create and delete of jobs and jobsets, and get and list of pods, pods/log and events"
+_NEEDED_RIGHTS = "get, list, create and delete of jobs (--nodes: jobsets), get and list of pods, pods/log and events"
 _KUBECONFIG_HINT = "`gcloud container clusters get-credentials` writes one, and `context:` of the target is one of its"
 
 
 Kind = tuple[str, str, str]
 """Group, version and plural of a resource of the API."""
 KINDS: dict[str, Kind] = {"Job": ("batch", "v1", "jobs"), "JobSet": ("jobset.x-k8s.io", "v1alpha2", "jobsets")}
-LOCAL_QUEUES: tuple[Kind, ...] = tuple(("kueue.x-k8s.io", beta, "localqueues") for beta in ("v1beta2", "v1beta1"))
+LOCAL_QUEUES, WORKLOADS = (
+    [("kueue.x-k8s.io", beta, plural) for beta in ("v1beta2", "v1beta1")] for plural in ("localqueues", "workloads")
+)
+_OPTIONAL = [KINDS["JobSet"], *WORKLOADS]
+"""Who submits plain Jobs need not be allowed to see these."""
+JOB_UID_LABEL = "kueue.x-k8s.io/job-uid"
+"""On the Workload that Kueue makes of a Job or a JobSet, and which says what the queue does about it."""
 
 
 class NoSuchObjectError(MissingInputError):
@@ -64,8 +70,8 @@ class ClusterApi:
         self._objects("create", kind, manifest, field_validation="Strict")
 
     def get(self, kind: Kind, name: str) -> JsonObject | None:
-        """An object; None if there is none of this name, or no such kind."""
-        with suppress(NoSuchObjectError):
+        """An object; None if there is none of this name, or no such kind, or an optional one that one may not see."""
+        with suppress(NoSuchObjectError), _tolerant(kind):
             return dict(self._objects("get", kind, name))
         return None
 
@@ -77,8 +83,8 @@ class ClusterApi:
         return False
 
     def all_with(self, kind: Kind, selector: str) -> list[JsonObject]:
-        """The objects with these labels; none if there is no such kind."""
-        with suppress(NoSuchObjectError):
+        """The objects with these labels; none if there is no such kind, or an optional one that one may not see."""
+        with suppress(NoSuchObjectError), _tolerant(kind):
             return list(self._objects("list", kind, label_selector=selector)["items"])
         return []
 
@@ -172,6 +178,10 @@ class ClusterApi:
     def _away(self, how: str) -> BucketAwayError:
         ask = "is it there, and is this machine allowed to reach it?"
         return BucketAwayError(f"the API of the cluster, {self.host}, {how}: {ask}")
+
+
+def _tolerant(kind: Kind) -> AbstractContextManager[None]:
+    return suppress(NoPermissionError) if kind in _OPTIONAL else nullcontext()
 
 
 def _said_by(error: Any) -> str:

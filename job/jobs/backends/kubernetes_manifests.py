@@ -67,17 +67,22 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
 
 
 def _job_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    limits = {"backoffLimit": RETRIES}
+    limits, on_fatal = {"backoffLimit": RETRIES}, "FailJob"
     if spec.slices:
         # More than half of the slices failing for good is no accident: the rest need not cost money.
-        limits = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": spec.slices // 2}
-    return {**_pods(spec, target, on_stop="Ignore"), **limits}
+        limits, on_fatal = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": spec.slices // 2}, "FailIndex"
+    rules = [_on_codes("Ignore", "In", "always"), _on_codes(on_fatal, "In", "never")]
+    return {**_pods(spec, target, "Ignore", *rules), **limits}
 
 
 def _job_set_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     """A group that is restarted as a whole: when one rank is gone, the others can only wait for it."""
-    # Any pod that ends makes its Job fail, and the Job's message says by which rule.
-    node_job = {**_pods(spec, target, on_stop="FailJob"), "backoffLimit": 0}
+    # A pod that is taken away or fails makes its Job fail, and the Job's message says by which rule. One that stops by
+    # itself is made anew by the Job, which pauses and counts: a JobSet does not pause. So it is with those that stop
+    # together with one that is taken away: that one's word, which may come seconds later, still decides.
+    rules = [_on_codes("FailJob", "NotIn", "always")]
+    limits = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": 0}
+    node_job = {**_pods(spec, target, "FailJob", *rules), **limits}
     return {
         "network": {"enableDNSHostnames": True, "subdomain": spec.name, "publishNotReadyAddresses": True},
         "coordinator": {"replicatedJob": NODE_JOB, "jobIndex": 0, "podIndex": 0},
@@ -93,21 +98,20 @@ def _job_set_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
 
 def _restart_rules() -> list[dict[str, Any]]:
     """What becomes of a JobSet whose Job failed; what no rule here matches is restarted, and counted."""
-    stopped, fatal = (
-        f".* failed with exit code ({'|'.join(map(str, _codes(retried)))}) .*" for retried in ("always", "never")
-    )
     taken_away = ".* has condition DisruptionTarget .*"
+    fatal = f".* failed with exit code ({'|'.join(map(str, _codes('never')))}) .*"
     uncounted = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
     final = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return [
-        {"name": "stopped", **uncounted, "onJobFailureMessagePatterns": [taken_away, stopped]},
+        {"name": "taken-away", **uncounted, "onJobFailureMessagePatterns": [taken_away]},
         {"name": "fatal", **final, "onJobFailureMessagePatterns": [fatal]},
         {"name": "deadline", **final, "onJobFailureReasons": ["DeadlineExceeded"]},
     ]
 
 
-def _pods(spec: JobSpec, target: KubernetesTarget, on_stop: str) -> dict[str, Any]:
-    """The part of a Job that says which pods it has; `on_stop` is what happens when one is taken away or stops."""
+def _pods(spec: JobSpec, target: KubernetesTarget, when_taken_away: str, *rules: JsonObject) -> dict[str, Any]:
+    """The part of a Job that says which pods it has, and by which rules one that ends is followed by another."""
+    taken_away = {"action": when_taken_away, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]}
     return {
         "completionMode": "Indexed",
         "completions": spec.machines,
@@ -115,19 +119,13 @@ def _pods(spec: JobSpec, target: KubernetesTarget, on_stop: str) -> dict[str, An
         "activeDeadlineSeconds": spec.max_seconds,
         # Two pods of one index would fight for the lease.
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {
-            "rules": [
-                {"action": on_stop, "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
-                _on_codes(on_stop, "always"),
-                _on_codes("FailJob", "never"),
-            ]
-        },
+        "podFailurePolicy": {"rules": [taken_away, *rules]},
         "template": {"metadata": {"labels": spec.all_labels}, "spec": _pod(spec, target)},
     }
 
 
-def _on_codes(action: str, retried: str) -> dict[str, Any]:
-    codes = {"containerName": CONTAINER, "operator": "In", "values": _codes(retried)}
+def _on_codes(action: str, operator: str, retried: str) -> dict[str, Any]:
+    codes = {"containerName": CONTAINER, "operator": operator, "values": _codes(retried)}
     return {"action": action, "onExitCodes": codes}
 
 

@@ -11,11 +11,13 @@ from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, 
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""
-_OUT_OF_TIME = "DeadlineExceeded"
+_OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
+"""How a Job says that its hours are over, and how Kueue does."""
+_HOURS_OVER = "its --max-hours are over, what it waited for a node included; the same command goes on"
 
 
 def observed_status(
-    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), parts: Sequence[JsonObject] = ()
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), others: Sequence[JsonObject] = ()
 ) -> JobStatus:
     """How a Job or a JobSet is going.
 
@@ -23,9 +25,11 @@ def observed_status(
         job: the object, as the API gives it.
         pods: its pods, oldest first.
         events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
-        parts: the Jobs of a JobSet; asked only when that is over.
+        others: of a JobSet that is over its Jobs; of one that a queue holds the queue's Workload, if it can be seen.
     """
-    state, message, cause = _state_and_cause(job, pods, events, parts)
+    state, message, cause = _state_and_cause(job, pods, events, others)
+    if state not in (State.FINISHED, State.CANCELLED) and (numbers := job.get("status", {}).get("failedIndexes")):
+        message = "; ".join(filter(None, (f"failed slices: {numbers}", message)))
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
     running = [pod for pod in placed if is_running(pod)]
     ended = _decisive_end(pods) if state is State.FAILED else next(reversed(_failures(pods)), None)
@@ -73,7 +77,7 @@ def index_of(pod: JsonObject) -> int:
 
 
 def _state_and_cause(
-    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], parts: Sequence[JsonObject]
+    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject], others: Sequence[JsonObject]
 ) -> tuple[State, str, Cause | None]:
     """State, message and cause."""
     if is_being_deleted(job):
@@ -82,16 +86,12 @@ def _state_and_cause(
         return State.FINISHED, "", None
     if (failed := _condition(job, "Failed")) is not None:
         # A JobSet says only that one of its Jobs failed.
-        reasons = {(_condition(one, "Failed") or {}).get("reason") for one in (job, *parts)}
-        return State.FAILED, _why_failed(failed, pods), Cause.OUT_OF_TIME if _OUT_OF_TIME in reasons else None
+        all_failed = filter(None, (_condition(one, "Failed") for one in (job, *others)))
+        if any(one.get("reason") == _OUT_OF_TIME for one in all_failed):
+            return State.FAILED, f"{_OUT_OF_TIME}: {_HOURS_OVER}", Cause.OUT_OF_TIME
+        return State.FAILED, _why_failed(failed, pods), None
     if is_suspended(job):
-        if _queue_ended_it(events):
-            after = f"after `ddpm jobs cancel {job['metadata']['name']}` the same command goes on"
-            return State.WAITING, f"its --max-hours are over: {after}", Cause.OUT_OF_TIME
-        queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
-        said = (_condition(job, "Suspended") or {}).get("message", "")
-        why = f"waits in the queue {queue!r}" if queue else "is suspended"
-        return State.WAITING, f"{why}: {said}" if said else why, None
+        return _why_suspended(job, events, next(iter(others), {}))
     living = [pod for pod in pods if not has_ended(pod)]
     if any(is_running(pod) for pod in living):
         return State.RUNNING, _how_running(living, pods), None
@@ -106,6 +106,27 @@ def _state_and_cause(
     if warnings := [event for event in events if event.get("type") == "Warning"]:
         return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}", None
     return State.WAITING, "has no pod yet", None
+
+
+def _why_suspended(
+    job: JsonObject, events: Sequence[JsonObject], workload: JsonObject
+) -> tuple[State, str, Cause | None]:
+    """What becomes of a job that a queue, or somebody, holds."""
+    queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
+    is_deactivated = workload.get("spec", {}).get("active") is False
+    evicted = _in_a_line((_condition(workload, "Evicted") or {}).get("message"))
+    if _queue_ended_it(events) or (is_deactivated and _QUEUE_HOURS_OVER in evicted):
+        return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
+    if is_deactivated:
+        why = f"its queue {queue!r} lets it run no more: {evicted or 'somebody deactivated it'}"
+        return State.CANCELLED, f"{why}; the same command submits it again", None
+    pending = _condition(workload, "QuotaReserved", status="False") or {}
+    said = ": ".join(filter(None, (pending.get("reason"), _in_a_line(pending.get("message")))))
+    if pending.get("reason") == "ExceedsMaxQuota":
+        said += "; it can never run so: ask for less, or for more quota"
+    said = said or (_condition(job, "Suspended") or {}).get("message", "")
+    why = f"waits in the queue {queue!r}" if queue else "is suspended"
+    return State.WAITING, f"{why}: {said}" if said else why, None
 
 
 def _condition(thing: JsonObject, *types: str, status: str = "True") -> Any:
@@ -136,7 +157,9 @@ def _node_of(pod: JsonObject) -> str:
 def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     status = job.get("status", {})
     if job.get("kind") == "JobSet":
-        return int(status.get("restarts") or 0) + bool(pods)
+        # A pod that stopped by itself is followed by another without a restart.
+        indexes = [index_of(pod) for pod in pods]
+        return int(status.get("restarts") or 0) + max(map(indexes.count, indexes), default=0)
     # Pods that are gone are in the counts; of those that wait for a node there may be one for each slice.
     ended = sum(int(status.get(field) or 0) for field in ("succeeded", "failed"))
     placed = [pod for pod in pods if _node_of(pod)]
@@ -150,7 +173,7 @@ def _queue_ended_it(events: Sequence[JsonObject]) -> bool:
     See pkg/controller/jobframework/reconciler.go of Kueue, which passes the workload's reason on as an event.
     """
     stops = [event.get("message", "") for event in events if event.get("reason") in ("Stopped", "Started")]
-    return bool(stops) and "maximum execution time" in stops[-1]
+    return bool(stops) and _QUEUE_HOURS_OVER in stops[-1]
 
 
 def _failures(pods: Sequence[JsonObject]) -> list[JsonObject]:
@@ -166,8 +189,6 @@ def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
 
 def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
     reason, said = condition.get("reason", ""), _in_a_line(condition.get("message"))
-    if reason == _OUT_OF_TIME:
-        return f"{_OUT_OF_TIME}: its --max-hours are over, what it waited for a node included; the same command goes on"
     why = reason if reason == "PodFailurePolicy" else f"{reason}: {said}"
     ended = _decisive_end(pods)
     return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"

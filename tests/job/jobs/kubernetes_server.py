@@ -24,7 +24,7 @@ SERVED = {
     "v1": ("pods", "events", "serviceaccounts"),
     "batch/v1": ("jobs",),
     "jobset.x-k8s.io/v1alpha2": ("jobsets",),
-    "kueue.x-k8s.io/v1beta2": ("localqueues",),
+    "kueue.x-k8s.io/v1beta2": ("localqueues", "workloads"),
     "authorization.k8s.io/v1": ("selfsubjectaccessreviews",),
 }
 KINDS = {"jobs": "Job", "jobsets": "JobSet"}

@@ -54,11 +54,12 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
 
 def test_a_person_is_told_what_the_hours_mean_there():
     again = "; what --watch submits again has what is left of them"
-    together, waiting = "10 hours for all attempts together, ", "waiting for nodes included, then Kubernetes ends it"
+    together, until = "10 hours for all attempts together, ", "waiting for nodes and pauses included, then"
+    waiting = f"{until} Kubernetes ends it"
     for on, changes, limit in (
         ("gke", {}, together + waiting),
         ("gke", {"nodes": 2}, f"10 hours from each start of the group, {waiting}; preemptions start it without bound"),
-        ("queued", {"nodes": 2}, together + "waiting for nodes included, then its queue stops it for good"),
+        ("queued", {"nodes": 2}, f"{together}{until} its queue stops it for good"),
         ("vm", {}, together + "then the engine ends it"),
         ("batch", {}, "10 hours for each attempt of a task, of which there may be 11, then Batch ends it"),
     ):

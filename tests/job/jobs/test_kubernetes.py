@@ -171,6 +171,19 @@ def test_no_permission_names_what_is_needed(server, backend):
     assert not server.names("jobs")
 
 
+def test_rights_that_a_job_does_not_need_are_not_asked_for(server):
+    for resource in ("jobsets", "workloads"):
+        server.forbidden |= {(verb, resource) for verb in ("get", "list", "create", "delete")}
+    backend = KubernetesBackend(TARGET)
+    backend.submit(spec())
+    server.change("jobs", NAME, conditions=[{"type": "Suspended", "status": "True"}])
+    assert [status.state for status in backend.jobs()] == [backend.status(NAME).state] == [State.WAITING]
+    backend.cancel(NAME)
+    eventually(lambda: backend.status(NAME).state is State.GONE)
+    with pytest.raises(NoPermissionError, match=r"cannot list resource .jobsets"):
+        backend.submit(spec(nodes=2))
+
+
 def test_an_api_that_is_busy_or_away_is_asked_again_but_not_for_ever(server, backend, tmp_path):
     for code in (429, 503):
         server.answer_next(code, times=2)
@@ -235,7 +248,9 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
     server.add("jobs", {"metadata": {"name": "part", "labels": {"jobset.sigs.k8s.io/jobset-name": NAME}}})
     server.end_job("part", "Failed", "DeadlineExceeded")
     server.end_job(NAME, "Failed", "FailJobSetFailurePolicyAction", "jobsets")
-    assert backend.status(NAME).cause is Cause.OUT_OF_TIME
+    for status in (backend.status(NAME), *backend.jobs()):
+        assert status.cause is Cause.OUT_OF_TIME
+        assert status.message.startswith("DeadlineExceeded: its --max-hours are over")
     server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
     KubernetesBackend(QUEUED).submit(spec())
     for uid, cause in (("of another job", None), (server.get("jobs", NAME, "training")["metadata"]["uid"], "it")):
@@ -243,6 +258,32 @@ def test_what_ended_a_job_for_its_hours_is_looked_for_where_it_is_said(server, b
         about = {"involvedObject": {"name": NAME, "uid": uid}, "reason": "Stopped", "message": said}
         server.add("events", {"metadata": {"name": "e"}, **about}, "training")
         assert KubernetesBackend(QUEUED).status(NAME).cause is (cause and Cause.OUT_OF_TIME)
+
+
+def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
+    backend = KubernetesBackend(QUEUED)
+    server.add("localqueues", {"metadata": {"name": "gpus"}}, "training")
+    for job, plural in ((spec(), "jobs"), (spec("train-b", nodes=2), "jobsets")):
+        backend.submit(job)
+        uid = server.get(plural, job.name, "training")["metadata"]["uid"]
+        label = {"labels": {"kueue.x-k8s.io/job-uid": uid}}
+        pending = {"type": "QuotaReserved", "status": "False", "reason": "ExceedsMaxQuota", "message": "8 > 4"}
+        workload = {"metadata": {"name": job.name, **label}, "spec": {"active": True}}
+        server.add("workloads", {**workload, "status": {"conditions": [pending]}}, "training")
+        found = {status.name: status for status in backend.jobs()}[job.name]
+        assert found == backend.status(job.name)
+        assert found.state is State.WAITING and "ExceedsMaxQuota: 8 > 4; it can never run so" in found.message
+        with pytest.raises(BadRequestError, match="runs in namespace 'training' already"):
+            backend.submit(job)
+        # One that the queue gave up makes room.
+        server.add("workloads", {**workload, "spec": {"active": False}}, "training")
+        assert backend.status(job.name).state is State.CANCELLED
+        backend.submit(job)
+        made = server.get(plural, job.name, "training")["metadata"]
+        assert made["uid"] != uid and backend.status(job.name).state is State.WAITING
+    workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
+    server.add("workloads", {**workload, "spec": {"active": False}}, "training")
+    assert backend.cancel("train-b").startswith("was cancelled already")
 
 
 class Followed:

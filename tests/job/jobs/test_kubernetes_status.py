@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from job.jobs.backends.base import Cause, State
-from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import observed_status
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
 
@@ -94,10 +94,42 @@ def test_a_queue_holds_a_job_and_may_stop_it_for_good():
     assert observed_status(job(suspended), []).message == "is suspended: Job suspended"
     stop = event("Stopped", "The workload is deactivated due to exceeding the maximum execution time", "Normal")
     status = observed_status(job(suspended, made=queued), [ended(75)], [event("Started", "", "Normal"), stop])
-    assert (status.state, status.cause) == (State.WAITING, Cause.OUT_OF_TIME)
-    assert status.message.startswith("its --max-hours are over: after `ddpm jobs cancel train-celeba`")
+    assert (status.state, status.cause) == (State.FAILED, Cause.OUT_OF_TIME)
+    assert status.message.startswith("its --max-hours are over")
     again = [stop, event("Started", "Admitted", "Normal")]
     assert observed_status(job(suspended, made=queued), [ended(75)], again).cause is None
+
+
+def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
+    held = job(("Suspended", "", "Job suspended"), made=manifest(spec(), QUEUED))
+    waiting, stopped = "waits in the queue 'gpus': ", "its queue 'gpus' lets it run no more: "
+    gave_up, never = "The workload is deactivated due to exceeding the maximum ", "; it can never run so: ask for less"
+    for active, kind, reason, said, state, message in [
+        (True, "QuotaReserved", "Pending", "no\nquota", State.WAITING, f"{waiting}Pending: no quota"),
+        (True, "QuotaReserved", "ExceedsMaxQuota", "8 > 4", State.WAITING, f"{waiting}ExceedsMaxQuota: 8 > 4{never}"),
+        # One that was let go again, and one of which nothing is known.
+        (True, "Evicted", "Preempted", "for another", State.WAITING, f"{waiting}Job suspended"),
+        (None, "", "", "", State.WAITING, f"{waiting}Job suspended"),
+        (False, "", "", "", State.CANCELLED, f"{stopped}somebody deactivated it"),
+        (False, "Evicted", "Deactivated", f"{gave_up}number", State.CANCELLED, f"{stopped}{gave_up}number"),
+        (False, "Evicted", "Deactivated", f"{gave_up}execution time", State.FAILED, "its --max-hours are over"),
+    ]:
+        condition = {"type": kind, "status": str(kind == "Evicted"), "reason": reason, "message": said}
+        workload = {"spec": {"active": active}, "status": {"conditions": [condition]}}
+        status = observed_status(held, [], [], [workload])
+        assert status.state is state and status.message.startswith(message), status
+        assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
+
+
+def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end():
+    lost, over = [ended(74, "no space left")], ("Failed", "FailedIndexes", "said")
+    how = "exit code 74 (the local disk is full): no space left"
+    for conditions, pods, state, message in (
+        ([], [*lost, RUNNING], State.RUNNING, f"failed slices: 0,3; an attempt before: {how}"),
+        ([over], lost, State.FAILED, f"failed slices: 0,3; {how} (FailedIndexes: said)"),
+    ):
+        status = observed_status(job(*conditions, failedIndexes="0,3"), pods)
+        assert (status.state, status.message, status.exit_code) == (state, message, 74)
 
 
 def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
@@ -106,3 +138,7 @@ def test_attempts_are_pods_that_had_a_node_and_one_that_waits_for_one():
     # Pods that are gone are in the counts.
     assert observed_status(job(failed=3), [RUNNING]).attempts == 4
     assert observed_status(job(("Complete",), succeeded=1), [ended(75), ended(0)]).attempts == 2
+    # Of a group each pod that stopped by itself has had another after it, without a restart of all.
+    group = manifest(spec(nodes=2), TARGET)
+    first, second = ({**RUNNING, "metadata": {"annotations": {INDEX_ANNOTATION: index}}} for index in "01")
+    assert observed_status(job(made=group, restarts=1), [first, second, first, second]).attempts == 3

@@ -67,7 +67,7 @@ def test_codes_and_causes_are_tried_again_as_the_table_says():
 def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
     spec = replace(SPEC, bucket=str(tmp_path))
 
-    def follow(*words: str, ending=G) -> Engine:
+    def follow(*words: str, ending=G, answers=()) -> Engine:
         """What each attempt says before its end, as `state code why`; the first is there before."""
         told = list(words)
 
@@ -79,11 +79,17 @@ def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
 
         (tmp_path / "jobs/train-a/0-of-1.json").unlink(missing_ok=True)
         say()
-        return Engine([G, R, ending], at_submission=say).watch(spec=spec)
+        return Engine([*answers] or [G, R, ending], at_submission=say, keeps_ended=bool(answers)).watch(spec=spec)
 
     # A VM is gone, and its job had finished; whether it could say in time that it was taken away or not.
     for ending in (G, TAKEN):
         assert follow("", "finished 0", ending=ending).told[-1] == "train-a is finished"
+    # Its engine remembered it for a day, and the machine that watches slept: before its end, or after a failure.
+    for answers in ([G, R, (G, 2 * DAY)], [G, R, 137, (G, 2 * DAY)]):
+        assert follow("", "finished 0", answers=answers).told[-1] == "train-a is finished"
+    # Who deletes it has it stop.
+    with pytest.raises(StoppedError, match="deleted by somebody"):
+        follow("", "stopped 75", "finished 0", answers=[G, R, G, F])
         with pytest.raises(JobEndedError, match="ended with 78, which would come again: no such key") as ended:
             follow("", "failed 78 no such key", ending=ending)
         assert ended.value.exit_code == 78
@@ -107,8 +113,9 @@ def test_pauses_grow_to_a_limit_and_shrink_after_a_steady_run():
 
 def test_what_somebody_cancelled_or_deleted_is_left_alone():
     assert len(stops(Engine([G, R, C]), "was cancelled").submitted) == 1
+    stops(Engine([G, R, JobStatus("train-a", C, "its queue")]), r"was cancelled \(its queue\): what it saved stays")
     for answers, submissions in (([G, R, G], 1), ([R, G], 0), ([G, 137, G], 1)):
-        engine = stops(Engine(answers, keeps_ended=True), "train-a was deleted: what it saved stays")
+        engine = stops(Engine(answers, keeps_ended=True), "train-a is gone, deleted by somebody or over for longer")
         assert len(engine.submitted) == submissions
     # Who failed and is there still is tried again.
     assert len(Engine([G, 137, 137, F], keeps_ended=True).watch().submitted) == 2
@@ -217,21 +224,14 @@ def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited
         ([G, W, (Cause.OUT_OF_TIME, 9000.0)], 1),
     ):
         assert len(stops(Engine(answers), "has used its 2 hours").submitted) == submissions
-    # A queue stops a job for good, and keeps it.
-    kept = JobStatus("train-a", W, "stopped", cause=Cause.OUT_OF_TIME)
-    for ending, engine in (
-        ([Cause.OUT_OF_TIME], Engine([])),
-        ([kept, G], Engine([], keeps_ended=True)),
-        ([kept, G], Engine([], keeps_ended=True, cancelling=[BucketAwayError("away"), BadRequestError("gone")])),
-    ):
-        looks = 2 if engine.keeps_ended else 1
-        engine.answers = [G, *WAITED, *ending, R, (R, 1800.0), *[75] * looks, R, F]
-        engine.watch()
+    for keeps_ended in (False, True):
+        looks = 2 if keeps_ended else 1
+        ending = [Cause.OUT_OF_TIME] * looks
+        engine = Engine([G, *WAITED, *ending, R, (R, 1800.0), *[75] * looks, R, F], keeps_ended=keeps_ended).watch()
         first, second, third = (hours for _, hours in engine.submitted)
         assert first == 2.0 and second > 1.97 and 1.4 < third < 1.5, ending
         assert "train-a had a machine for less than its 2 hours; submitting it again" in engine.told
-    engine = stops(Engine([G, R, (R, 7000.0), kept, G], keeps_ended=True), "has used its 2 hours")
-    assert (engine.cancelled, len(engine.submitted)) == (["a"], 1)
+    stops(Engine([G, R, (R, 7000.0), Cause.OUT_OF_TIME], keeps_ended=True), "has used its 2 hours")
 
 
 def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():

@@ -63,6 +63,6 @@ def test_a_job_on_a_cluster_is_submitted_again_unless_somebody_deleted_it(server
     backend, job = KubernetesBackend(kubernetes_jobs.TARGET), kubernetes_jobs.spec()
     crashed = [lambda: ends(137, "Failed", "BackoffLimitExceeded"), nothing, runs]
     watched(backend, job, runs, *crashed, lambda: ends(0, "Complete"))
-    with pytest.raises(StoppedError, match="was deleted") as stopped:
+    with pytest.raises(StoppedError, match="deleted by somebody") as stopped:
         watched(backend, job, runs, lambda: server.remove("jobs", name))
     assert stopped.value.exit_code is Exit.STOPPED

@@ -22,6 +22,7 @@ from tests.job.hooked import hooked
 from tests.job.launching import eventually
 from tests.job.metadata_server import PREEMPTED, metadata_server
 from tests.job.packing import FILES, KEY, objects, packed, written
+from tests.job.processes.conftest import ON_AND_ON
 from tests.job.some_images import zip_of
 
 LIMIT_SECONDS = 10
@@ -85,6 +86,37 @@ def test_training_by_a_preemption_notice(place):
         process = place.begun("notice", GCE_METADATA_HOST=server.host)
         saved(place.run("notice"), said := stopped_by(lambda process: server.set(PREEMPTED, "TRUE"), process))
     assert "the machine's notice instance/preempted=TRUE" in said
+
+
+SLOW_STEP = """
+import os, time
+from pathlib import Path
+draw = randomness.training_noise
+
+def training_noise(seed, image_numbers, *where):
+    if image_numbers[0] >= 96:
+        Path(os.environ["IN_STEP"]).touch()
+        time.sleep(1)
+    return draw(seed, image_numbers, *where)
+
+randomness.training_noise = training_noise
+"""
+
+
+def test_a_step_of_many_micro_batches(place, tmp_path):
+    """Of two processes, in a step that takes longer than what counts as a hang."""
+    began, hooks = tmp_path / "began", hooked(tmp_path / "hooks", ddpm__training=SLOW_STEP)
+    batch = settings(train__batch_size="48", train__micro_batch_size="1")
+    words = (*ON_AND_ON, "--processes", 2, "--hang-after", 10, *batch)
+    process = place.started("long-steps", *words, PYTHONPATH=hooks, IN_STEP=str(began))
+    eventually(lambda: began.exists() or process.poll() is not None, 120)
+    time.sleep(11)
+    asked = time.monotonic()
+    said = stopped_by(lambda process: process.send_signal(signal.SIGTERM), process)
+    assert time.monotonic() - asked < 8, "the rest of the step takes 13 s"
+    saved(place.run("long-steps"), said)
+    assert "stopped by SIGTERM after 96 images" in said
+    assert said.startswith("loading PyTorch in 2 processes\nbeginning, image 0, attempt 1\n")
 
 
 # --- sampling

@@ -22,8 +22,9 @@ def test_the_environment_says_who_a_node_is():
     assert group == Group(4, nodes=2, node=1, address="node-0.job", port=1234)
     place = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     assert group.environment(1).items() >= (place | {"MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}).items()
-    # A machine that is alone is told nothing.
-    assert Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0) == {}
+    # A machine that is alone is told of no others.
+    alone = Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0)
+    assert alone.keys() == {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
     assert Group.of(2, {}).address == "127.0.0.1"
     for named, wrong in {
         **{f"'{name}' makes no group": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
@@ -33,6 +34,24 @@ def test_the_environment_says_who_a_node_is():
     }.items():
         with pytest.raises(BadRequestError, match=named):
             Group.of(1, wrong)
+
+
+def test_threads_are_as_many_as_a_process_has_cores_and_do_not_spin(tmp_path, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
+    monkeypatch.setattr("job.processes.group.CPU_LIMIT", tmp_path / "cpu.max")
+    for limit, processes, threads in (
+        ("", 2, 32),
+        ("max 100000", 1, 64),
+        ("850000 100000", 2, 4),
+        ("50000 100000", 1, 1),
+    ):
+        (tmp_path / "cpu.max").write_text(limit)
+        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        assert Group(processes).environment(0).items() >= environment.items()
+    # A person knows better.
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert Group(2).environment(1)["OMP_NUM_THREADS"] == "7"
 
 
 @pytest.fixture

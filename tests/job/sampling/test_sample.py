@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +13,10 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.data.shards import load_index
-from job.exits import StoppedError
+from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
 from job.runs.verification import verify_run
+from job.sampling.painter import Painter
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import grid_png, run_sampling
 from job.store import open_store
@@ -61,6 +63,28 @@ def test_bf16_differs_a_little_between_batch_sizes(draw):
     for images in bf16.values():
         assert np.abs(images - bf16[64]).mean() < BF16_LEVELS
         assert 0 < np.abs(images - fp32).mean() < BF16_LEVELS
+
+
+def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
+    monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
+    draw(range(7), 4, steps=5)
+    run_sampling(plan_sampling(SampleRequest("walk", str(bucket), count=7, steps=5).check()))
+    shown = re.findall(r"(?m)^(\w+)\S*: (\d+) % · (\d)", capsys.readouterr().err)
+    whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
+    assert [line for line in shown if line[0] == "test"] == whole
+    assert [int(line[1]) for line in shown if line[0] == "epoch"] == [20, 40, 60, 80, 100]
+
+
+def test_what_is_no_number_is_no_picture(draw, monkeypatch):
+    load = Painter.load
+
+    def load_damaged(painter, *what):
+        load(painter, *what)
+        painter.network.conv_out.bias[0] = float("nan")
+
+    monkeypatch.setattr(Painter, "load", load_damaged)
+    with pytest.raises(NotANumberError, match="draw from an earlier checkpoint"):
+        draw(SEEDS, 4)
 
 
 @pytest.mark.slow
