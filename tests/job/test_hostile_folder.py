@@ -91,20 +91,22 @@ def forged(data: bytes, at: int, value: Any) -> bytes:
 
 def harm(path: Path, how: tuple[str, Any]) -> None:
     kind, value = how
-    before = path.read_bytes() if path.is_file() else b'{\n "fence": 1\n}\n'
-    if kind in ("folder", "pipe") and path.is_file():
-        path.unlink()
+    if path.exists() and not path.is_file():
+        # Harmed already; the test would wait at a pipe.
+        return
+    before = path.read_bytes() if path.exists() else b'{\n "fence": 1\n}\n'
     path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
     match kind:
-        case "folder" if not path.exists():
+        case "folder":
             path.mkdir()
-        case "pipe" if not path.exists():
+        case "pipe":
             os.mkfifo(path)
-        case "bytes" if not path.is_dir():
+        case "bytes":
             path.write_bytes(value)
-        case "forged" if not path.is_dir():
+        case "forged":
             path.write_bytes(forged(before, *value))
-        case "sealed" if not path.is_dir():
+        case "sealed":
             path.write_bytes(sealed(value))
 
 
