@@ -300,13 +300,13 @@ main() {
     # One a line: of two assignments in one command only the last may fail.
     bucket=$(output bucket "gs://$project-$name-runs")
     data=$(output data_bucket "gs://$project-$name-data")
-    output targets '' >"$scratch/text"
-    write_targets <"$scratch/text"
     if ((!infra_only)); then
       bind_cluster
       install
       push_image
     fi
+    cloud_targets >"$scratch/text"
+    write_targets <"$scratch/text"
   fi
   if ((!infra_only)); then
     add_dataset landscape "$landscape" "$data"

@@ -122,10 +122,23 @@ bind_cluster() {
   run kubectl --context "gke_${project}_${zone}_$cluster_name" apply -f "$scratch/account.yaml"
 }
 
+image_by_tag() { output image "${region:-us-central1}-docker.pkg.dev/$project/$name/ddpm:latest"; }
+
+# The targets, whose jobs have one image for all their attempts: what the tag means now, if there is anything yet.
+cloud_targets() {
+  local text full digest=''
+  text=$(output targets '') && full=$(image_by_tag) || return
+  # podman's own record of it differs from what the registry has.
+  ((dry_run)) || digest=$(gcloud artifacts docker images describe "$full" --format='value(image_summary.digest)' 2>/dev/null) || digest=''
+  digest=${full%:*}@$digest
+  [[ $digest != *@sha256:* ]] || text=${text//"$full"/$digest}
+  printf '%s\n' "$text"
+}
+
 push_image() {
   local full
   ((image)) || return 0
-  full=$(output image "${region:-us-central1}-docker.pkg.dev/$project/$name/ddpm:latest")
+  full=$(image_by_tag)
   begin "building and pushing $full"
   # A token on the standard input is in no list of processes.
   if ((dry_run)); then

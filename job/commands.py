@@ -14,7 +14,7 @@ from importlib import resources
 from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
-from job.exits import BadConfigError, MissingInputError
+from job.exits import MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
@@ -22,7 +22,7 @@ from job.processes.launched import is_rank
 from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
-from job.requests import SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, deadline
@@ -52,11 +52,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         # A rank must not ask a process of its own how many GPUs there are.
         processes = 1 if is_rank() else processes or default_processes()
         world_size = int(os.environ.get("WORLD_SIZE", "1")) if is_rank() else processes * here.nodes
-        if world_size > plan.config.train.batch_size:
-            raise BadConfigError(
-                f"{world_size} processes cannot share train.batch_size={plan.config.train.batch_size} images: "
-                "use fewer with --processes N"
-            )
+        check_world_size(world_size, plan.config.train.batch_size)
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():
             _say_finished(plan, "is finished already")

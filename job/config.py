@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal, TextIO
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -259,6 +259,9 @@ class PackConfig(Section):
 EMBEDDED = "landscape-sample"
 """The dataset that comes with the program, and the preset that others begin with."""
 
+MOST_SETTINGS_BYTES = 1 << 18
+"""Of a file with settings or targets."""
+
 CHOSEN_ELSEWHERE = {"preset": "--preset", "data.dataset": "--dataset", "data.dataset_id": "--dataset"}
 """Keys that a person does not set, and the option that does."""
 
@@ -285,8 +288,8 @@ class _PlainLoader(yaml.SafeLoader):
         return mapping
 
 
-def parse_yaml(text: str | bytes | TextIO) -> Any:
-    """Plain data from YAML; a file is read no further than it makes sense.
+def parse_yaml(text: str | bytes) -> Any:
+    """Plain data from YAML.
 
     Raises:
         yaml.YAMLError: not YAML, or with aliases, or a key that is there twice, or nested too deeply.
@@ -300,7 +303,7 @@ def parse_yaml(text: str | bytes | TextIO) -> Any:
         raise yaml.YAMLError(f"not the value it seems to be: {error}") from None
 
 
-def parse_mapping(text: str | bytes | TextIO, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
+def parse_mapping(text: str, where: str, of: str = "sections such as `train:`") -> dict[str, Any]:
     """A YAML file that is a mapping `of` something, or empty; `where` it lies is named if it is neither.
 
     Raises:
@@ -319,6 +322,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message about a word that is not known; nothing if none is like it."""
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def read_settings(path: Path) -> str:
+    """A file that somebody wrote by hand, such as `targets.yaml`.
+
+    Raises:
+        OSError: it cannot be read.
+        BadConfigError: it is longer than such a file can be; /dev/zero never ends.
+    """
+    with path.open("rb") as file:
+        text = file.read(MOST_SETTINGS_BYTES + 1)
+    if len(text) > MOST_SETTINGS_BYTES:
+        raise BadConfigError(f"{path} has more than {MOST_SETTINGS_BYTES >> 10} KiB: is it the file that you mean?")
+    # What is no text is no YAML either, which says so.
+    return text.decode(errors="surrogateescape")
 
 
 def _preset(name: str) -> dict[str, Any]:
@@ -374,8 +392,7 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     try:
-        with path.open(encoding="utf-8") as file:
-            values = parse_mapping(file, str(path))
+        values = parse_mapping(read_settings(path), str(path))
     except OSError as error:
         raise MissingInputError(f"--config {path}: {error.strerror}") from None
     return _only_known(flatten(values), str(path))

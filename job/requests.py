@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from job.config import EMBEDDED, SampleConfig, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
-from job.exits import BadRequestError
+from job.exits import BadConfigError, BadRequestError
 from job.runs import records
 
 GIF_SEEDS = 12
@@ -129,6 +129,17 @@ class SampleRequest:
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
             )
         return int(match[1]), int(match[2])
+
+
+def check_world_size(processes: int, batch_size: int) -> None:
+    """Returns if so many processes can share a batch.
+
+    Raises:
+        BadConfigError: there are more of them than images in it.
+    """
+    if processes > batch_size:
+        shared = f"{processes} processes cannot share train.batch_size={batch_size} images"
+        raise BadConfigError(f"{shared}: use fewer with --processes N")
 
 
 def check_output(path: Path) -> None:

@@ -22,7 +22,7 @@ HangAfter = Annotated[
     float, typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never.")
 ]
 StopAfter = Annotated[
-    str, typer.Option(metavar="DURATION", help="Save and end with code 75 after so long, such as 1h30m.")
+    str, typer.Option(metavar="DURATION", help="Save, and end with 75 after so long, such as 1h30m; a job for good.")
 ]
 OnTarget = Annotated[str, typer.Option(metavar="TARGET", help="Where: local, container, or a name of the file.")]
 Targets = Annotated[

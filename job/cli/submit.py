@@ -40,9 +40,9 @@ def _add_verb(verb: Verb) -> None:
         context: typer.Context,
         on: OnTarget = "local",
         gpus: Annotated[
-            int | None, typer.Option(metavar="N", min=0, help="GPUs of each machine. Default: the target's.")
+            int | None, typer.Option(metavar="N", min=0, max=64, help="GPUs of each machine. Default: the target's.")
         ] = None,
-        nodes: Annotated[int, typer.Option(metavar="N", min=1, help="Machines that train together.")] = 1,
+        nodes: Annotated[int, typer.Option(metavar="N", min=1, max=1000, help="Machines that train together.")] = 1,
         gpu_type: Annotated[str, typer.Option(metavar="TYPE", help="Such as nvidia-l4. Default: the target's.")] = "",
         spot: Annotated[
             bool | None,

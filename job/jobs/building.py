@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from job.config import EMBEDDED, parse_sets, read_config_file
+from job.config import EMBEDDED, draft, parse_sets, read_config_file
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
@@ -17,9 +17,9 @@ from job.jobs.spec import JobSpec, job_name, stop_after
 from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
 from job.processes.group import GPUS
-from job.requests import SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest, check_world_size
 from job.runs.lease import EXPIRE_SECONDS
-from job.stop import SPOT_GRACE_SECONDS
+from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_uri, is_remote
 
 WAIT_MARGIN_SECONDS = 30.0
@@ -54,6 +54,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         MissingInputError: a file that was named is not there.
     """
     _check_resources(command, target, resources)
+    command, resources = _limited(command, target, resources)
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
     bucket = _seen("bucket", uri, target)
     command = command.with_values(bucket=bucket)
@@ -61,10 +62,17 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     match request:
         case TrainRequest():
             run = subject = request.run
+            # Without that word a run that is there has the batch it began with.
+            if "train.batch_size" in request.changes:
+                gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
+                batch_size = draft(request.preset_name, request.changes).train.batch_size
+                check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
             command = _training(command, request, target)
         case SampleRequest():
             run = subject = request.run
             if resources.slices:
+                if request.slice:
+                    raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
                 replace(request, slice=f"0/{resources.slices}").check()
         case PackRequest():
             run, subject = "", request.name
@@ -102,6 +110,17 @@ def wait_seconds(target: Target) -> float:
     """
     grace = float(getattr(target, "grace_seconds", SPOT_GRACE_SECONDS))
     return math.ceil(EXPIRE_SECONDS + grace + WAIT_MARGIN_SECONDS)
+
+
+def _limited(command: ParsedCommand, target: Target, resources: Resources) -> tuple[ParsedCommand, Resources]:
+    """`--stop-after` as the job's limit: one that ended itself with 75 would be started again."""
+    if not (text := command.values["stop_after"]):
+        return command, resources
+    seconds = duration_seconds(text, "--stop-after")
+    if not (60 if target.is_remote else 0) <= seconds <= 720 * 3600:
+        raise BadRequestError(f"--stop-after {text}: a job on {target.name!r} lasts for at least 1m and at most 720h")
+    limit = min(seconds / 3600, resources.hours_on(target))
+    return command.with_values(stop_after=None), replace(resources, max_hours=limit)
 
 
 def _check_resources(command: ParsedCommand, target: Target, resources: Resources) -> None:
@@ -162,6 +181,6 @@ def _on_this_machine(command: ParsedCommand, target: Target, resources: Resource
     if target.backend == "local" and resources.gpus and "processes" not in command.given:
         command = command.with_values(processes=resources.gpus)
     # There is no engine that would end it.
-    if (hours := resources.hours_on(target)) < math.inf and "stop_after" not in command.given:
+    if (hours := resources.hours_on(target)) < math.inf:
         command = command.with_values(stop_after=stop_after(hours))
     return command

@@ -75,9 +75,8 @@ class JobSpec:
         """The same job, by the same name, with another limit; also where it keeps to that itself."""
         if max_hours == self.max_hours:
             return self
-        old, new = stop_after(self.max_hours), stop_after(max_hours)
         words = pairwise(("", *self.argv))
-        argv = (new if (option, word) == ("--stop-after", old) else word for option, word in words)
+        argv = (stop_after(max_hours) if option == "--stop-after" else word for option, word in words)
         return replace(self, max_hours=max_hours, argv=tuple(argv))
 
     @property

@@ -152,7 +152,8 @@ def cost_of(spec: JobSpec, target: Target) -> str:
             return "price unknown"
         # It may end up in any of them.
         dearest = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
-        per_hour, source = dearest.dollars_per_hour, f"; {dearest.source}, {dearest.date}"
+        per_hour = dearest.dollars_per_hour
+        source = f", without disk, address and traffic; {dearest.source}, {dearest.date}"
         about = " on demand, and spot costs less," if spec.spot else ""
     attempts = limit_of(spec, target)[0]
     words = f"{spec.machines} × ${per_hour:g} per hour{about}"

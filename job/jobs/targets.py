@@ -9,10 +9,10 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from job import DEFAULT_BUCKET
-from job.config import did_you_mean, parse_mapping
+from job.config import did_you_mean, parse_mapping, read_settings
 from job.exits import BadConfigError, BadRequestError
 from job.store import check_uri, is_remote
 from job.store.files import os_errors
@@ -68,6 +68,9 @@ _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
 _Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+_Image = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@-]{0,400})?$")]
+_Word = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@,=-]{0,400})?$")]
+"""Part of a command or of a path there: it can be neither an option nor another place."""
 _Variable = Annotated[str, Field(pattern=r"^[A-Z][A-Z0-9_]*$"), AfterValidator(_not_secret)]
 _Size = Annotated[str, AfterValidator(_size)]
 
@@ -82,13 +85,13 @@ class Target(BaseModel):
     name: str = Field("", pattern=r"^([a-z]([a-z0-9-]{0,61}[a-z0-9])?)?$")
     """Its key in the file."""
     backend: Literal["local", "container", "kubernetes", "vm", "batch"]
-    image: str = Field("", pattern=r"^\S*$")
+    image: _Image = ""
     """By tag, `REGISTRY/NAME:TAG`, or by digest, `REGISTRY/NAME@sha256:…`."""
     bucket: Annotated[str, AfterValidator(_uri)] = ""
     """Where datasets and runs lie, unless `--bucket` says otherwise."""
     gpus: int = Field(1, ge=0, le=64)
     """Per node, unless `--gpus` says otherwise."""
-    gpu_type: str = ""
+    gpu_type: _LabelValue = ""
     spot: bool = True
     max_hours: float = Field(24.0, ge=0.017, le=720)
     price_per_hour: float | None = Field(None, ge=0)
@@ -116,12 +119,12 @@ class ContainerTarget(Target):
 
     is_remote = False
     backend: Literal["container"] = "container"
-    image: str = "localhost/ddpm:latest"
+    image: _Image = "localhost/ddpm:latest"
     engine: Literal["", "podman", "docker"] = ""
     spot: bool = False
-    memory: str = ""
+    memory: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?[bkmgBKMG]?)?$")
     """Limit, such as `16g`; empty is none."""
-    network: str = ""
+    network: _Word = ""
     """`host` for a bucket server on this machine's loopback; empty is the engine's default."""
 
 
@@ -142,7 +145,7 @@ class KubernetesTarget(Target):
     """Instead of what `cluster` and `spot` give; the cluster refuses fields that it does not know."""
     grace_seconds: int = Field(15, ge=5, le=600)
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
-    machine_type: str = ""
+    machine_type: _LabelValue = ""
     """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
     cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
     """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
@@ -163,13 +166,19 @@ class GoogleTarget(Target):
     """What targets on Google Cloud have in common."""
 
     project: _Project
-    service_account: str = ""
+    service_account: _Word = ""
     """E-mail address of the account the job runs as."""
-    network: str = ""
-    subnetwork: str = ""
-    machine_type: str = "g2-standard-8"
-    gpu_type: str = "nvidia-l4"
+    network: _Word = ""
+    subnetwork: _Word = ""
+    machine_type: _LabelValue = "g2-standard-8"
+    gpu_type: _LabelValue = "nvidia-l4"
     boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
+
+    @model_validator(mode="after")
+    def _subnetwork_is_there(self) -> GoogleTarget:
+        if (match := re.search(r"regions/([^/]+)", self.subnetwork)) and {*self.all_regions} != {match[1]}:
+            raise ValueError(f"subnetwork: it is in {match[1]}, and machines may be in {', '.join(self.all_regions)}")
+        return self
 
     @property
     def places(self) -> tuple[str, ...]:
@@ -199,7 +208,7 @@ class BatchTarget(GoogleTarget):
 
 
 _CLASSES = (LocalTarget, ContainerTarget, KubernetesTarget, VmTarget, BatchTarget)
-_BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
+BY_BACKEND = {get_args(model.model_fields["backend"].annotation)[0]: model for model in _CLASSES}
 
 
 def load_targets(path: Path | None = None) -> dict[str, Target]:
@@ -219,11 +228,11 @@ def load_targets(path: Path | None = None) -> dict[str, Target]:
     with os_errors(f"{option}{file}"):
         if not option and not file.exists():
             return targets
-        text = file.read_bytes()
+        text = read_settings(file)
     return targets | parse_targets(text, str(file))
 
 
-def parse_targets(text: str | bytes, where: str) -> dict[str, Target]:
+def parse_targets(text: str, where: str) -> dict[str, Target]:
     """The targets of a file's `text`; `where` is the file.
 
     Raises:
@@ -254,15 +263,17 @@ def _target(name: str, block: Any, where: str) -> Target:
     if not isinstance(block, dict):
         raise BadConfigError(f"{where} must be a mapping of keys such as `backend:`")
     backend = str(block.get("backend", name if name in BUILT_IN else ""))
-    if backend not in _BY_BACKEND:
-        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(_BY_BACKEND)} (got {backend!r})")
+    if backend not in BY_BACKEND:
+        raise BadConfigError(f"{where}: `backend:` must be one of {', '.join(BY_BACKEND)} (got {backend!r})")
     if name in BUILT_IN and backend != name:
         raise BadConfigError(f"{where} is always the {name} backend: choose another name for one on {backend}")
-    model = _BY_BACKEND[backend]
+    model = BY_BACKEND[backend]
     keys = [key for key in model.model_fields if key != "name"]
-    if unknown := next((str(key) for key in block if key not in keys), ""):
+    for unknown in (str(key) for key in block if key not in keys):
         said = f"unknown key {unknown!r}{did_you_mean(unknown, keys)} ({backend} has {', '.join(keys)})"
         raise BadConfigError(f"{where}: {said}")
+    for key, value in block.items():
+        _check_printable(value, f"{where}: {key}")
     try:
         # Through JSON, whose arrays may be tuples where YAML's lists would not be.
         target = model.model_validate_json(json.dumps({**block, "backend": backend, "name": name}, default=str))
@@ -273,8 +284,24 @@ def _target(name: str, block: Any, where: str) -> Target:
     return target
 
 
+def _check_printable(value: Any, where: str) -> None:
+    """Returns if all text in a value can be a word, a label or a line on a terminal, and all keys are text.
+
+    Raises:
+        BadConfigError: what is not.
+    """
+    if isinstance(value, str) and not value.isprintable():
+        raise BadConfigError(f"{where}: {value!r:.200} has characters that cannot be printed: leave them out")
+    for key, each in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        if isinstance(value, dict) and not isinstance(key, str):
+            raise BadConfigError(f"{where}: the key {key} is no text: put it in quotes")
+        _check_printable(key, where)
+        _check_printable(each, f"{where}.{key}")
+
+
 def _problem(problem: ErrorDetails) -> str:
     """What pydantic says of one value, beginning with its key."""
     key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
-    got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r})"
-    return f"{key}: {what}{got}"
+    got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r:.200})"
+    # A rule between keys names them itself.
+    return f"{key}: {what}{got}".removeprefix(": ")

@@ -148,7 +148,8 @@ class Watch:
             StoppedError: somebody stopped it, or its hours are used up.
         """
         name, code, rule = self.spec.name, status.exit_code, status.retried
-        if status.state is State.CANCELLED:
+        # Its own deadline ends it as somebody would.
+        if status.state is State.CANCELLED and self._hours_left() >= SHORTEST_HOURS:
             raise self._ended_by_somebody(f"was cancelled ({status.message})" if status.message else "was cancelled")
         # Who deletes it has it stop, and so it says 75.
         is_deleted = status.state is State.GONE and status.cause is None and code in (None, Exit.STOPPED)
@@ -175,7 +176,7 @@ class Watch:
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
         self._outcome_before = read_outcome(self.spec.name, self.spec.bucket)
-        spec = self.spec.lasting(max(self._hours_left(), SHORTEST_HOURS))
+        spec = self.spec.lasting(max(self._hours_left(), min(SHORTEST_HOURS, self.spec.max_hours)))
         while True:
             try:
                 self._here = self._retry(lambda: self._here.submit_where_possible(spec), "trying again")

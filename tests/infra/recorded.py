@@ -20,6 +20,7 @@ SYSTEM = "bash sh zsh env sed cat mktemp dirname rm tail head cksum tr cut mv mk
 TOKEN = "ya29.secret-token"
 PROJECT = "my-project"
 IMAGE = f"us-central1-docker.pkg.dev/{PROJECT}/ddpm/ddpm:latest"
+DIGEST = f"sha256:{'ab' * 32}"
 BUCKET, DATA = f"gs://{PROJECT}-ddpm-runs", f"gs://{PROJECT}-ddpm-data"
 TARGETS = f"vm:\n  backend: vm\n  project: {PROJECT}\n  zones: [us-central1-a]\n  image: {IMAGE}\n  bucket: {BUCKET}"
 
@@ -53,11 +54,12 @@ ANSWERS: list[tuple[str, str, int]] = [
     ("output -raw targets", TARGETS, 0),
     ("output -raw cluster", "ddpm us-central1-a", 0),
     ("output -raw kubernetes_account", "kind: ServiceAccount", 0),
+    ("images describe", DIGEST, 0),
     ("ddpm data ensure", "", 66),
 ]
 """What a program prints, and its exit code, by a part of its command line; the first that fits counts."""
 _QUERIES = ("auth list", "auth application-default", "auth print-access", "config get-value", "buckets describe")
-_QUERIES += ("output -raw", "show -json", "data ensure")
+_QUERIES += ("output -raw", "show -json", "data ensure", "images describe")
 
 
 @dataclass

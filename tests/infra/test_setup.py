@@ -9,7 +9,7 @@ import shlex
 import pytest
 
 from job.jobs.targets import parse_targets
-from tests.infra.recorded import BUCKET, DATA, IMAGE, PROJECT, TARGETS, TOKEN, Place, make_place
+from tests.infra.recorded import BUCKET, DATA, DIGEST, IMAGE, PROJECT, TARGETS, TOKEN, Place, make_place
 
 EVERYTHING = ("--project", PROJECT, "--region", "us-central1", "--gke", "--yes")
 
@@ -80,7 +80,8 @@ def test_what_comes_out_of_it(place):
     target = place.checkout / "targets.yaml"
     assert shlex.split(done.stdout.splitlines()[-1]) == ["export", f"DDPM_BUCKET={BUCKET}", f"DDPM_TARGETS={target}"]
     written = target.read_text()
-    assert written.split("\n", 1)[1] == TARGETS + "\n"
+    pushed = f"{IMAGE.removesuffix(':latest')}@{DIGEST}"
+    assert written.split("\n", 1)[1] == TARGETS.replace(IMAGE, pushed) + "\n"
     assert list(parse_targets(written, "targets.yaml")) == ["vm"]
     assert TOKEN not in str(place.calls()) and TOKEN not in done.stdout + done.stderr, "in no list of processes"
     assert (place.folder / "standard-input").read_text().strip() == TOKEN
@@ -200,6 +201,12 @@ def test_destroying_leaves_the_buckets_and_says_what_they_need(place):
     done = place.setup("--project", PROJECT, "--destroy", "--yes")
     assert done.returncode == 0 and "nothing is there" in done.stdout
     assert place.calls() == []
+
+
+def test_before_anything_was_pushed_targets_have_the_tag(place):
+    place.answer(("images describe", "", 1))
+    assert place.setup(*EVERYTHING, "--infra-only").returncode == 0
+    assert f"image: {IMAGE}\n" in (place.checkout / "targets.yaml").read_text()
 
 
 def test_an_edited_targets_file_stays_and_a_person_is_told(place):

@@ -62,7 +62,9 @@ def credential_files(scheme: str) -> dict[str, Path]:
 
 
 def _mount(path: Path, inside: str, *options: str) -> str:
-    """A value of `--mount`."""
+    """A value of `--mount`; a path with a comma would be further options, and podman before 4.1 knows no quotes."""
+    if re.search(r'[,"\r\n]', f"{path}{inside}"):
+        raise BadRequestError(f"{str(path)!r} has a comma, quote or line break: no container can mount it; rename it")
     return ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))
 
 

@@ -66,15 +66,19 @@ retry() {
   for ((attempt = 1; attempt <= count; attempt++)); do
     "$@" &
     wait $! && return
+    ((attempt < count)) || return
     sleep $((attempt * 10)) &
     wait $!
   done
-  return 1
 }
+
+# Ends a command after so many SECONDS, whatever it makes of signals: a machine that hangs is paid for.
+# shellcheck disable=SC2329 # `retry` calls it
+within() { timeout --kill-after=10 "$@"; }
 
 install_driver() {
   say "installing the GPU driver"
-  retry 3 timeout 600 cos-extensions install gpu -- -version=latest &&
+  retry 3 within 600 cos-extensions install gpu -- -version=latest &&
     # /var lets nothing be executed.
     mount --bind /var/lib/nvidia /var/lib/nvidia && mount -o remount,exec /var/lib/nvidia
 }
@@ -87,7 +91,7 @@ pull() {
   case $registry in
     *.pkg.dev | gcr.io | *.gcr.io) docker-credential-gcr configure-docker --registries="$registry" ;;
   esac
-  retry 5 docker pull --quiet "$image"
+  retry 5 within 1200 docker pull --quiet "$image"
 }
 
 project=$(known project/project-id)
@@ -100,8 +104,8 @@ chown 10001:10001 "$STATE_DIRECTORY"
 
 trap 'event=taken; end 75 "the machine was taken away before the job began"' TERM
 log=(--log-driver=gcplogs '--log-opt=labels=ddpm-job,ddpm-slice')
-if ! say "started" '"event": "started"'; then
-  echo "ddpm-vm: this machine's account lacks roles/logging.logWriter: what the job prints stays on this machine"
+if ! retry 3 say "started" '"event": "started"'; then
+  echo "ddpm-vm: Cloud Logging takes nothing, as without roles/logging.logWriter: what the job prints stays on this machine"
   log=(--log-driver=local)
 fi
 if ((gpus)); then

@@ -3,7 +3,7 @@
 
 Links of their names point here. `FAKE_TOOLS` is a folder: `calls` is where the calls go, as JSON lines; a file of a
 tool's name, such as `docker-run`, holds a word for each of its calls: an exit code, or `hold:CODE` for a container that
-ends with it when it is told to stop.
+ends with it when it is told to stop, or `deaf` for what hangs and hears no signal but SIGKILL.
 """
 
 import json
@@ -31,6 +31,9 @@ def main() -> int:
     own = FOLDER / tool
     word, *rest = own.read_text().split() if own.exists() else ["0"]
     own.write_text(" ".join(rest or [word]))
+    if word == "deaf":
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        time.sleep(60)
     if word.startswith("hold:"):
         hold()
     return int(word.removeprefix("hold:"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 
 import pytest
 import yaml
@@ -165,10 +166,23 @@ def test_this_machine_has_no_engine_that_ends_a_job():
     argv = built("train", FOR_TRAIN, "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "2"
     assert argv[argv.index("--stop-after") + 1] == "5400s"
-    argv = built("train", [*FOR_TRAIN, "--processes", "1", "--stop-after", "1h"], "local", gpus=2, max_hours=1.5).argv
+    argv = built("train", [*FOR_TRAIN, "--processes", "1"], "local", gpus=2, max_hours=1.5).argv
     assert argv[argv.index("--processes") + 1] == "1"
-    assert argv[argv.index("--stop-after") + 1] == "1h"
     assert "--stop-after" not in built("train", FOR_TRAIN, "local").argv
+
+
+def test_a_job_that_is_to_stop_is_limited_instead_of_ending_with_75_and_being_started_again():
+    for verb, words in (
+        ("train", FOR_TRAIN),
+        ("sample", ["--run", "r"]),
+        ("pack", ["gs://abc/b.zip", "b", "--size", "8"]),
+    ):
+        for given, hours, limit in (("12s", None, 1 / 300), ("90m", None, 1.5), ("90m", 4, 1.5), ("5h", 4, 4)):
+            for on in ("local", "container", *["gke", "vm", "batch"] * (given != "12s")):
+                spec = built(verb, [*words, "--stop-after", given], on, max_hours=hours)
+                own = [word for option, word in pairwise(spec.argv) if option == "--stop-after"]
+                assert spec.max_hours == limit, (verb, on, given)
+                assert own == ([f"{limit * 3600:g}s"] if on in ("local", "container") else []), (verb, on, given)
 
 
 REFUSED = [
@@ -188,6 +202,20 @@ REFUSED = [
     ("train --dataset a", "gke", {"slices": 2}, BadRequestError, "--slices 2 is for sampling"),
     ("sample --run r", "gke", {"slices": 2}, BadRequestError, "--slice is about many images"),
     ("sample --run r", "gke", {"nodes": 2}, BadRequestError, "--nodes 2 is for training"),
+    ("sample --run r --count 9 --slice 0/2", "gke", {"slices": 2}, BadRequestError, "leave one of them out"),
+    *[
+        (f"train --dataset a --stop-after {given}", "gke", {}, BadRequestError, f"--stop-after {said}")
+        for given, said in (("nan", "'nan'"), ("0", "'0'"), ("x", "'x'"), ("59s", "59s: a job on"), ("31d", "31d: a"))
+    ],
+    *[
+        (f"{words} --set train.batch_size={images}", on, resources, BadConfigError, f"={images} images: use fewer with")
+        for words, images, on, resources in (
+            ("train --dataset a --processes 2", 1, "local", {}),
+            ("train --dataset a --processes 2", 7, "gke", {"nodes": 4}),
+            ("train --dataset a", 7, "plain", {}),
+            ("train --dataset a", 7, "gke", {"gpus": 2, "nodes": 4}),
+        )
+    ],
     ("pack a.zip b --size 8", "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
     ("pack https://a/b.zip b --size 8", "gke", {}, BadRequestError, "nobody here speaks https"),
 ]
@@ -199,3 +227,6 @@ def test_what_no_machine_could_do_is_refused_here():
         with pytest.raises(error, match=re.escape(part)) as refusal:
             built(verb, rest, on, **resources)
         assert "secret" not in str(refusal.value), words
+    # A run that is there has a batch of its own, whatever its preset says.
+    assert built("train", [*FOR_TRAIN, "--processes", "64"], nodes=4)
+    assert built("train", [*FOR_TRAIN, "--set", "train.batch_size=1"])

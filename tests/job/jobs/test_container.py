@@ -92,6 +92,10 @@ def test_files_of_this_machine_are_mounted_and_are_the_user_s(tmp_path, targets_
         path = targets_folder / source
         assert (f"type=bind,source={path},destination={path},readonly" in mounts) == bool(source), words
         assert len(mounts) == (3 if source else 2)
+    # What would be further options of the mount.
+    for folder in ("a,destination=/etc", 'a"b', "a\nb"):
+        with pytest.raises(BadRequestError, match="no container can mount it"):
+            command_of(spec(str(tmp_path / folder)))
 
 
 def test_gpus_if_there_are_any():

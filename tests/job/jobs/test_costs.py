@@ -70,7 +70,8 @@ def test_a_person_is_told_what_the_hours_mean_there():
 
 
 def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
-    source, more = "; https://example.com/prices, 2026-01-31", "; machines that start or go cost some minutes more"
+    source = ", without disk, address and traffic; https://example.com/prices, 2026-01-31"
+    more = "; machines that start or go cost some minutes more"
     priced, nodes = ", price_per_hour: 1.5", {"nodes": 2}
     slices = {"verb": "sample", "argv": ("sample",), "slices": 4}
     dearest = f"at most $82.50 (1 × $0.75 per hour × 11 attempts × 10 hours{source}{more})"
@@ -101,4 +102,4 @@ def test_every_price_that_is_shipped_has_a_source_and_a_day_and_is_found():
         assert price.source.startswith("https://") and price.dollars_per_hour > 0, price
         assert isinstance(price.date, datetime.date), price
     central = target("vm").model_copy(update={"zones": ("us-central1-a",)})
-    assert cost_of(SPEC, central).startswith("at most $8.54 (1 × $0.853624 per hour × 10 hours; https://")
+    assert cost_of(SPEC, central).startswith("at most $8.54 (1 × $0.853624 per hour × 10 hours, without disk, address")

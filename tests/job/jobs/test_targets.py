@@ -12,6 +12,7 @@ from job.jobs.targets import bucket_on, load_targets, parse_targets, size_bytes
 
 EXAMPLE = (resources.files("job.jobs") / "targets.example.yaml").read_text()
 GKE = "gke: {backend: kubernetes, image: i, bucket: gs://bucket"
+VM = "backend: vm, project: my-project, zones: [us-east1-b]"
 
 
 pytestmark = pytest.mark.usefixtures("folder")
@@ -41,6 +42,8 @@ def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
     Path("b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadConfigError, match="is not valid YAML"):
         load_targets(Path("b"))
+    with pytest.raises(BadConfigError, match="/dev/zero has more than 256 KiB: is it the file that you mean"):
+        load_targets(Path("/dev/zero"))
     Path("f").mkdir()
     with pytest.raises(BadRequestError, match="f: Is a directory"):
         load_targets(Path("f"))
@@ -56,6 +59,7 @@ REFUSED = [
     ("gke: {image: i}", ["`backend:` must be one of local, container, kubernetes, vm, batch (got '')"]),
     (GKE + ", namspace: a}", ["target 'gke'", "unknown key 'namspace'; did you mean 'namespace'?"]),
     (GKE + ", name: a}", ["unknown key 'name'"]),
+    (GKE + ", '': a}", ["target 'gke': unknown key ''"]),
     (GKE + ", gpus: many}", ["gpus: Input should be a valid integer", "(got 'many')"]),
     (GKE + ", max_hours: 0}", ["max_hours: Input should be greater than or equal to 0.017"]),
     (GKE + ", price_per_hour: .inf}", ["price_per_hour"]),
@@ -78,6 +82,21 @@ REFUSED = [
     (GKE + ", queue: a b}", ["queue: String should match pattern"]),
     (GKE + ", scratch: fifty}", ["scratch: 'fifty' is no size: use one like 50Gi"]),
     (GKE + ", cpus: '-1'}", ["cpus: String should match pattern"]),
+    ("c: {backend: container, image: --privileged}", ["image: String should match pattern", "'--privileged'"]),
+    *[
+        (f"c: {{backend: container, {key}: '--privileged'}}", [f"{key}: String should match pattern"])
+        for key in ("memory", "network", "gpu_type")
+    ],
+    *[
+        (f"v: {{{VM}, {key}: ../../x}}", [f"{key}: String should match pattern"])
+        for key in ("network", "subnetwork", "service_account", "machine_type", "gpu_type")
+    ],
+    (f"v: {{{VM}, subnetwork: projects/p/regions/us-west1/subnetworks/s}}", [": subnetwork: it is in us-west1, and"]),
+    (GKE + ', env: {A: "a\\0b"}}', ["env.A: 'a\\x00b' has characters that cannot be printed"]),
+    (GKE + ', context: "\\e[31m"}', ["context: '\\x1b[31m' has characters"]),
+    (GKE + ", env: {2020-01-01: a}}", ["env: the key 2020-01-01 is no text: put it in quotes"]),
+    (GKE + ", node_selector: {1: a}}", ["node_selector: the key 1 is no text"]),
+    (GKE + ", tolerations: [{1: a}]}", ["tolerations.0: the key 1 is no text"]),
 ]
 
 

@@ -10,6 +10,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from job.exits import Exit
@@ -31,6 +32,11 @@ printf '%s\n' "$@" >>"$FAKE_TOOLS/arguments"
 exec /usr/bin/curl "${words[@]}"
 """
 """It finds Google's hosts on this machine."""
+TIMEOUT = """#!/bin/bash
+[[ $1 == --kill-after=* ]] && kill=--kill-after=.2 && shift
+exec /usr/bin/timeout $kill .3 "${@:2}"
+"""
+"""It is in a hurry."""
 
 
 class Machine:
@@ -72,8 +78,10 @@ class Machine:
     def ended(self, process: subprocess.Popen) -> str:
         code = process.wait(timeout=60)
         # What systemd does in the end with all that is left of a unit.
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+        for left in psutil.pids():
+            with suppress(ProcessLookupError):
+                if os.getsid(left) == process.pid:
+                    os.kill(left, signal.SIGKILL)
         output = process.communicate()[0]
         assert code == 0, output
         return output
@@ -168,6 +176,16 @@ def test_what_is_missing_ends_the_job_after_some_attempts(machine, tools, code, 
     assert len(machine.cloud.made("DELETE")) == 1
     assert any(words in line for line in machine.backend.logs("celeba", False))
     assert machine.state() == (State.FAILED, code)
+
+
+def test_one_write_that_fails_loses_nothing_and_what_hangs_is_ended(machine, tmp_path):
+    machine.cloud.refusals = [Refusal(401, "Request had invalid authentication credentials")]
+    (tmp_path / "tools/timeout").write_text(TIMEOUT)
+    (tmp_path / "tools/timeout").chmod(0o755)
+    machine.run(cos_extensions="deaf 0", docker_pull="deaf 0")
+    (run,) = machine.calls("docker", "run")
+    assert "--log-driver=gcplogs" in run
+    assert machine.state() == (State.FINISHED, 0)
 
 
 def test_a_cpu_job_installs_no_driver_and_credentials_go_to_googles_registries_alone(cloud, tmp_path):

@@ -251,6 +251,8 @@ def test_a_job_that_ends_itself_has_what_is_left_of_its_hours():
     spec = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "7200s"))
     assert spec.lasting(0.5).argv == (*SPEC.argv, "--stop-after", "1800s")
     assert spec.lasting(0.5).max_hours == 0.5
-    # What a person wrote stays.
-    own = replace(SPEC, argv=(*SPEC.argv, "--stop-after", "3600s"))
-    assert own.lasting(0.5).argv == own.argv
+    # On this machine its own deadline ends it as somebody would who cancels it.
+    for hours in (2.0, 1 / 300):
+        ends = Engine([G, R, (R, hours * 3600), C])
+        engine = stops(ends, f"has used its {hours:g} hours: the same command", spec=replace(spec, max_hours=hours))
+        assert engine.submitted == [("a", hours)]

@@ -1,0 +1,114 @@
+"""Whatever `targets.yaml` and the words of `ddpm submit` say: one line and a code of the table, or a job alone."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import typer
+import yaml
+from hypothesis import strategies as st
+
+from job.cli.submit import parsed
+from job.exits import Exit
+from job.jobs.targets import BY_BACKEND
+from job.stop import deadline
+from tests.fuzzing import examples, search
+from tests.job.command_line import ddpm_here
+
+pytestmark = pytest.mark.usefixtures("folder")
+
+GOOGLE = {"project": "my-project", "image": "i:1", "bucket": "gs://bucket"}
+VALID = {
+    "local": {"backend": "local", "bucket": "gs://bucket"},
+    "container": {"backend": "container", "bucket": "gs://bucket", "engine": "podman"},
+    "gke": {"backend": "kubernetes", "image": "registry/ddpm:1", "bucket": "gs://bucket", "gpu_type": "nvidia-l4"},
+    "vm": {"backend": "vm", "zones": ["us-east1-b"], **GOOGLE},
+    "batch": {"backend": "batch", "regions": ["us-east1"], **GOOGLE},
+}
+REFUSALS = (Exit.USAGE, Exit.BAD_REQUEST, Exit.MISSING_INPUT, Exit.BAD_CONFIG)
+NASTY = ["--privileged", "-v/:/host", "a,destination=/etc", "./a,b", "a b", "../..", "$(id)", "é", "x" * 500, ""]
+NASTY += ["1e999", "nan", "0", "-1", "us-east1", "projects/p/regions/r/s", "a\0b", "\x1b[31m", "\n--privileged"]
+SCALARS = st.sampled_from(NASTY) | st.text(max_size=8) | st.integers() | st.floats() | st.booleans() | st.none()
+SCALARS |= st.binary(max_size=4) | st.dates()
+KEYS = SCALARS | st.sampled_from(["A", "HF_TOKEN", "key", "operator"])
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+WORDS = st.sampled_from(NASTY[:-3] + "1 2 90m 12s 1h bf16 0-3 0/2 train.batch_size=1 fp32".split())  # noqa: SIM905
+BEGIN = {"train": ["--dataset", "a"], "sample": ["--run", "a"], "pack": ["gs://abc/b.zip", "a", "--size", "8"]}
+OPTIONS = {
+    "train": "dataset run set processes stop-after epochs preset wait bucket",
+    "sample": "run count slice seeds checkpoints stop-after precision save",
+    "pack": "size crop licence stop-after max-bad bucket",
+}
+RESOURCES = "gpus nodes gpu-type max-hours slices config output".split()  # noqa: SIM905
+OF_TWO_WORDS = "--name --label --pull --shm-size --mount --env --memory --network --userns --security-opt".split()  # noqa: SIM905
+OF_ONE = "--stop-timeout --read-only --tmpfs --user --cap-drop --security-opt --hostname --label --env-file --ipc"
+OF_ONE += " --ulimit --mount --volume --device"
+MOUNTS = ("type source destination", "type source destination readonly", "type source target")
+
+
+@st.composite
+def changed_targets(draw):
+    """A target that is valid but for some of its keys."""
+    name = draw(st.sampled_from([*VALID]))
+    keys = st.sampled_from([*BY_BACKEND[VALID[name]["backend"]].model_fields, "nmae"]) | SCALARS
+    block = VALID[name] | draw(st.dictionaries(keys, VALUES, min_size=1, max_size=2))
+    return name, yaml.safe_dump({name: block}, allow_unicode=True).encode("utf-8", "surrogatepass")
+
+
+@st.composite
+def commands(draw):
+    """A verb, and some options of it with any values."""
+    verb = draw(st.sampled_from([*BEGIN]))
+    options = st.sampled_from([*OPTIONS[verb].split(), *RESOURCES])
+    chosen = draw(st.lists(st.tuples(options, WORDS), max_size=3))
+    return [verb, *BEGIN[verb], *(f"--{option}={word}" for option, word in chosen)]
+
+
+def submitted(name: str, text: bytes, words: list[str]) -> None:
+    """A dry run refuses as it may, or prints a command that its job takes, and no option of an engine but our own."""
+    Path("t").write_bytes(text)
+    done = ddpm_here("submit", *words, "--on", name, "--targets", "t", "--dry-run")
+    if done.returncode in REFUSALS:
+        told = done.stderr.rstrip("\n")
+        assert told.startswith("Usage: ") or (told.startswith("ddpm: ") and len(told.splitlines()) == 1), told
+        assert not set(told) & set(map(chr, range(32))) - {"\n"}, told
+        return
+    assert done.returncode == 0, done.stderr
+    for made in yaml.safe_load_all(done.stdout):
+        rest = made["command"][2 if name == "container" else 0 :] if name in ("container", "local") else []
+        for item in made.get("metadata", {}).get("items", ()) if name == "vm" else ():
+            rest = item["value"].splitlines() if item["key"] == "ddpm-words" else rest
+        while rest and rest[0].startswith("-"):
+            option, equals, value = rest.pop(0).partition("=")
+            is_one = equals or option == "--read-only"
+            assert option in (OF_ONE.split() if is_one else OF_TWO_WORDS), option
+            value = value if is_one else rest.pop(0)
+            assert option != "--mount" or " ".join(part.split("=")[0] for part in value.split(",")) in MOUNTS, value
+        if rest:
+            again = parsed(words[0], rest[3 if words[0] == "pack" else 2 :])
+            assert again.command == tuple(rest[1 : len(again.command) + 1])
+            again.request().check()
+            with deadline(again.values["stop_after"] or ""):
+                pass
+
+
+@examples(few=10, many=3000)
+def test_any_targets_and_any_words_are_refused_in_a_line_or_give_a_job_and_no_more(count, monkeypatch):
+    # Most of the time would go into making the same parser of commands.
+    monkeypatch.setattr(typer.main, "get_command", lru_cache(2)(typer.main.get_command))
+
+    @search(count, changed_targets(), commands())
+    def check(target, words):
+        submitted(*target, words)
+
+    @search(count, st.sampled_from([*VALID]), commands())
+    def check_words(name, words):
+        submitted(name, yaml.safe_dump({name: VALID[name]}).encode(), words)
+
+    whole = yaml.safe_dump(VALID).encode()
+
+    @search(count, st.integers(0, len(whole)), st.integers(0, 40), st.binary(max_size=20), st.sampled_from([*VALID]))
+    def check_bytes(start, length, put, name):
+        submitted(name, whole[:start] + put + whole[start + length :], ["train", "--dataset", "a"])
