@@ -140,9 +140,9 @@ class SampleConfig(Section):
     spacing: Literal["leading", "trailing", "quadratic"] = "trailing"
     eta: float = Field(0.0, ge=0, le=1)
     variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
-    images: int = Field(64, ge=1, description="images of the grid made at the end and every `every_epochs`")
+    images: int = Field(64, ge=1, le=10_000, description="images of the grid made at the end and every `every_epochs`")
     every_epochs: int = Field(0, ge=0, description="0: only at the end")
-    batch_size: int = Field(64, ge=1)
+    batch_size: int = Field(64, ge=1, le=10_000)
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 
 

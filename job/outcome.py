@@ -64,7 +64,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
     def write(code: int | None, message: str = "") -> None:
         states: dict[int | None, Any] = {None: "running", Exit.FINISHED: "finished", Exit.STOPPED: "stopped"}
         state, now = states.get(code, "failed"), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        message = message[:LONGEST_MESSAGE]
+        message = " ".join(message.split())[:LONGEST_MESSAGE]
         outcome = Outcome(state=state, exit_code=code, updated=now, message=message, machine=machine, machines=machines)
         # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.
         with suppress(JobError):

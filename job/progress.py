@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import threading
 import time
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 if TYPE_CHECKING:
     from rich import progress as rich_progress
@@ -20,9 +22,34 @@ QUIET_SECONDS = 2.0
 RATE_SECONDS = 30.0
 """The rate and the time left are those of the last half minute: what was before does not spoil them for long."""
 
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _lock = threading.RLock()
 _bars: rich_progress.Progress | None = None
 """All bars of this process: two displays on one terminal would overwrite each other."""
+
+
+def printable(text: str) -> str:
+    """Text from outside as one line that a terminal shows and does not obey.
+
+    Bytes that are not UTF-8, control characters and marks of direction become `%XX`. In names, backslashes would be
+    taken for separators of folders, and what follows them for names of classes.
+
+    Raises:
+        UnicodeError: it is no text.
+    """
+    return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), text)
+
+
+def all_printable(document: Any) -> Any:
+    """The same for all texts in what was read as JSON or YAML; whoever reads such from a bucket passes it through."""
+    match document:
+        case str():
+            return printable(document)
+        case list():
+            return [all_printable(value) for value in document]
+        case dict():
+            return {all_printable(key): all_printable(value) for key, value in document.items()}
+    return document
 
 
 def note(text: str) -> None:

@@ -16,6 +16,8 @@ from job.runs import records
 GIF_SEEDS = 12
 """Images of a GIF, at most."""
 MAX_NUMBERS = 10_000
+MAX_COUNT = 25_600_000
+"""Images of `--count`: the five digits in a piece's name can count 100,000, of 256 images."""
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
@@ -98,6 +100,8 @@ class SampleRequest:
             raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
             parse_numbers(self.seeds, "--seeds")
+        if self.count is not None and not 1 <= self.count <= MAX_COUNT:
+            raise BadRequestError(f"--count {self.count}: at most {MAX_COUNT:,}; --first-seed goes on from there")
         if self.count is None:
             unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
             why = "is about many images: say how many with --count"

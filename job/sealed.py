@@ -9,6 +9,7 @@ from typing import Any, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from job.exits import BadDataError
+from job.progress import all_printable, printable
 from job.store.base import Store
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
@@ -41,15 +42,17 @@ class Sealed(Part):
             document = json.loads(data)
             # Bytes are compared as well: `1e-5` and `1E-5` are one bit and no value apart.
             intact = document["sha256"] == _digest_of(document) and _bytes(document) == data
+            shown = all_printable(document)
         except (ValueError, TypeError, KeyError, RecursionError):
             intact = False
         if not intact:
             raise BadDataError(f"{uri} is rotten: it does not match its own SHA-256")
         try:
-            return cls.model_validate(document)
+            record = cls.model_validate(document)
+            return record if shown == document else cls.model_validate(shown)
         except ValidationError as error:
             first = error.errors()[0]
-            field = ".".join(map(str, first["loc"]))
+            field = printable(".".join(map(str, first["loc"])))
             raise BadDataError(f"{uri} is of another version of the program ({field}: {first['msg']})") from None
 
     @classmethod

@@ -24,7 +24,7 @@ def ddpm_sample(
     precision: Annotated[str, typer.Option(metavar="NAME", help="fp32 or bf16. Default: the run's.")] = "",
     batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
     count: Annotated[
-        int | None, typer.Option(metavar="IMAGES", min=1, max=10**9, help="Save so many images, one per seed.")
+        int | None, typer.Option(metavar="IMAGES", min=1, help="Save so many images, one per seed.")
     ] = None,
     save: Annotated[str, typer.Option(metavar="KIND", help="shards (tar files; the default) or png.")] = "",
     slice_: Annotated[

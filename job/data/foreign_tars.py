@@ -13,12 +13,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import groupby, islice
+from itertools import groupby
+from math import prod
 
 from braceexpand import braceexpand
 
 from job.data.shards import TAR_URI, Digests, split_uri
-from job.data.sources import SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
+from job.data.sources import BAD_CLASS, SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import Retry, Store, open_store
 
@@ -27,6 +28,8 @@ MOST_TARS = 100_000
 
 _SAMPLE_KEY = re.compile(r"((?:.*/)?[^./][^./]*)\.([^/]*)")
 _CLASS = re.compile(rb"\s*(\d{1,5})\s*")
+_RANGE = re.compile(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?$")
+_TOO_MANY = f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards"
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,9 @@ class ForeignTar:
                         if image is None or (is_plain and not plain_names):
                             image = Sample(f"{tar}/{member.name}", member.read(), offset=member.offset)
                         plain_names += is_plain
-                    elif suffix == "cls" and (match := _CLASS.fullmatch(member.read())):
-                        label = int(match[1])
+                    elif suffix == "cls":
+                        match = _CLASS.fullmatch(member.read())
+                        label = int(match[1]) if match else BAD_CLASS
             # `photo.1.jpg` is no part of a `photo.jpg`.
             if len(names) > 1 and (is_numbered or plain_names != 1):
                 raise BadDataError(
@@ -101,15 +105,21 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
                 raise BadRequestError(f"{tar.uri!r} has bytes in its name that no index can hold: rename it")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:
-                raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")
+                raise BadRequestError(_TOO_MANY)
     return list(tars.values())
 
 
 def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
     try:
-        uris = list(islice(braceexpand(word, escape=False), MOST_TARS + 1))
-    except (ValueError, RecursionError):
-        raise BadRequestError(f"{word!r}: write a pattern as {{00000..00099}} or {{a,b}}") from None
+        # braceexpand would hold all that numbers of twelve digits name, and all that lies in braces within others.
+        choices = prod(map(_choices, re.findall(r"\{([^{}]*)\}", word)))
+        if re.search(r"\{[^{}]*\{", word):
+            raise ValueError
+        uris = list(braceexpand(word, escape=False)) if choices <= MOST_TARS else []
+    except ValueError:
+        raise BadRequestError(f"{word!r}: write a pattern as {{00000..00099}} or {{a,b}}, one beside another") from None
+    if not uris:
+        raise BadRequestError(f"{word!r}: {_TOO_MANY}")
     listed: dict[str, dict[str, ForeignTar]] = {}
     for uri in uris:
         folder, name = split_uri(uri) if "/" in uri else (".", uri)
@@ -126,6 +136,13 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
             if name not in listed[folder]:
                 raise MissingInputError(f"there is nothing at {uri}")
             yield listed[folder][name]
+
+
+def _choices(braces: str) -> int:
+    """How many words braces stand for."""
+    if found := _RANGE.match(braces):
+        return abs(int(found[2]) - int(found[1])) // (int(found[3] or 0) or 1) + 1
+    return braces.count(",") + 1
 
 
 def _tars_below(store: Store) -> Iterator[ForeignTar]:

@@ -35,7 +35,7 @@ from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.sources import SPLITS, Sample, no_images, open_source, survey
+from job.data.sources import BAD_CLASS, SPLITS, Sample, no_images, open_source, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop
@@ -311,7 +311,8 @@ class _Packing(abc.ABC):
             checked.sha256 = hashlib.sha256(sample.content).digest()
         try:
             if self.has_classes and sample.label < 0:
-                raise RejectedImageError("has no class: a .cls with a number beside it")
+                what = "a .cls that is no number from 0 to 99999" if sample.label == BAD_CLASS else "no .cls beside it"
+                raise RejectedImageError(f"has {what}; --no-classes leaves classes out")
             pixels = prepare(sample.content, self.recipe)
             checked.png = encode_png(pixels) if copies else b""
         except RejectedImageError as error:
@@ -422,7 +423,7 @@ class _InPlace(_Packing):
         self._tars = find_tars(self.request.tars, self.bucket.retry.elsewhere())
         first, others = self._tars[0].uri, len(self._tars) - 1
         self.where = self.source = f"{first} and {others} more" if others else first
-        first_has_one = (sample.label >= 0 for tar in self._tars for sample in tar.samples())
+        first_has_one = (sample.label != -1 for tar in self._tars for sample in tar.samples())
         self.has_classes = next(first_has_one, False) if self.request.classes is None else self.request.classes
         return {"has_classes": self.has_classes, "tars": [[tar.uri, tar.bytes] for tar in self._tars]}
 

@@ -24,16 +24,17 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
-from urllib.parse import quote
 
 from job.data.ahead import in_order
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
+from job.progress import printable
 from job.store import Entry, Retry, Store, is_remote, open_store
 
 SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
+BAD_CLASS = -2
 EXPANSION = 200
 """How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
@@ -48,7 +49,6 @@ _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
 
 
@@ -78,7 +78,7 @@ class Sample:
     Attributes:
         name: of its file.
         content: its encoded bytes.
-        label: its class; -1 without one.
+        label: its class; -1 without one, `BAD_CLASS` if that is no number of a class.
         offset: where they begin in a tar that stays in place.
     """
 
@@ -230,6 +230,8 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
         while (member := archive.next()) is not None:
             # Otherwise tarfile remembers every header, and memory grows with the archive.
             archive.members.clear()  # type: ignore[attr-defined]
+            if member.size < 0:
+                raise _refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
             if member.isreg() and not member.issparse():
                 content = cast(IO[bytes], archive.extractfile(member))
                 yield Member(member.name, partial(_read_exactly, content, member.size), member.offset_data)
@@ -267,7 +269,7 @@ class _TarStream:
     def read(self, size: int) -> bytes:
         """The next bytes."""
         # A header may claim any length for itself, and tarfile would believe it.
-        if size > ENTRY_BYTES:
+        if not 0 <= size <= ENTRY_BYTES:
             raise tarfile.ReadError(f"a block of {size:,} bytes")
         self._last_block = self._file.read(size)
         self._position += len(self._last_block)
@@ -458,8 +460,9 @@ def refusing(where: str) -> Iterator[None]:
         raise MissingInputError(f"{where} is not there (any more)") from None
     except PermissionError:
         raise NoPermissionError(f"{where} may not be read by this user: change its permissions") from None
-    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError.
-    except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError) as error:
+    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError;
+    # tarfile IndexError for a sparse file that is cut off, and OverflowError for a size beyond all machines.
+    except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
         raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
 
 
@@ -477,14 +480,6 @@ def is_image(name: str) -> bool:
 def is_litter(name: str) -> bool:
     """Whether an operating system or program put it there: hidden files, and the resource forks of macOS."""
     return any(part.startswith(".") or part == "__MACOSX" for part in path_parts(name))
-
-
-def printable(name: str) -> str:
-    """The name as one line of valid Unicode: bytes that are not UTF-8, and control characters, become `%XX`.
-
-    Backslashes would be taken for separators of folders, and what follows them for names of classes.
-    """
-    return _UNPRINTABLE.sub(lambda match: quote(match[0], errors="surrogateescape"), name)
 
 
 def _refused(name: str, problem: str) -> RefusedError:

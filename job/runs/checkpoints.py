@@ -124,6 +124,11 @@ def is_there(run: Store, ref: CheckpointRef) -> bool:
     return False
 
 
+def newest_sound(run: Store, refs: list[CheckpointRef]) -> CheckpointRef | None:
+    """The newest of these checkpoints that `is_there`: what lies beside them may be anybody's."""
+    return next((ref for ref in sorted(refs, reverse=True) if is_there(run, ref)), None)
+
+
 @contextmanager
 def newest_good(
     run: Store, warn: Callable[[str], None], aside: set[CheckpointRef] | None = None

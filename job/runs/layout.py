@@ -19,6 +19,8 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 MAX_IMAGES_SEEN = 10**12 - 1
 """What the twelve digits in a checkpoint's name can count."""
+MAX_FENCE = 10**6 - 1
+"""What the six before them can."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -137,7 +139,8 @@ def places_in(run: Store, *folders: str) -> dict[str, Located]:
 def _pattern(kind: ObjectKind) -> re.Pattern[str]:
     literals = re.split(r"\{(\w+)[^}]*\}", kind.value)
     parts = (f"(?P<{part}>{_FIELDS[part]})" if i % 2 else re.escape(part) for i, part in enumerate(literals))
-    return re.compile("".join(parts))
+    # Other scripts have digits, too.
+    return re.compile("".join(parts), re.ASCII)
 
 
 _PATTERNS = [(kind, _pattern(kind)) for kind in ObjectKind]

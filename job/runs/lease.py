@@ -19,7 +19,7 @@ from pydantic import Field
 
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
-from job.runs.layout import ObjectKind
+from job.runs.layout import MAX_FENCE, ObjectKind
 from job.runs.records import MOMENT, utc_now
 from job.sealed import Sealed
 from job.stop import Stop
@@ -41,8 +41,7 @@ _SWAPS = 5
 class LeaseRecord(Sealed):
     """The content of `lease.json`."""
 
-    # A checkpoint's folder has six digits for it.
-    fence: int = Field(ge=1, lt=10**6)
+    fence: int = Field(ge=1, le=MAX_FENCE)
     holder: str
     renewal: int = Field(ge=0)
     """Goes up with every write, so that no two are alike: a store tells its own lost answers by the content."""
@@ -172,6 +171,7 @@ class Lease:
 
         Raises:
             LostRunError: the holder lives; the message names it.
+            BadDataError: something bears the last fence there is, or what lies there is no object.
             StoppedError: `stop` said so.
             BucketAwayError: the lease cannot be read or written.
         """
@@ -180,8 +180,15 @@ class Lease:
             stop.check(f"before {run.uri} could be taken")
             watch.look()
             if why := watch.why_free():
+                last = max(floor, watch.record.fence if watch.record else 0)
+                if last >= MAX_FENCE:
+                    where = f"an attempt or a checkpoint of {run.uri}" if last == floor else run.uri_of(LEASE_KEY)
+                    raise BadDataError(
+                        f"{where} has fence {last}, the last there is, which no run comes to: delete it"
+                        " (`ddpm runs verify` names what is damaged)"
+                    )
                 record = LeaseRecord(
-                    fence=max(floor, watch.record.fence if watch.record else 0) + 1,
+                    fence=last + 1,
                     holder=uuid.uuid4().hex,
                     renewal=0,
                     released=False,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from job.exits import BadDataError, BadRequestError
 from job.runs import records
-from job.runs.checkpoints import by_progress, list_checkpoints
+from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
 from job.runs.records import Status, read_status, run_store
@@ -37,12 +37,12 @@ def list_runs(bucket_uri: str) -> None:
         if all(entry.key == LEASE_KEY for entry in run.list()):
             # All that is left of a run that was deleted.
             continue
-        refs, status = list_checkpoints(run), read_status(run)
+        newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
         cells = ["not started", *"----"]
         if status is not None:
             seen = f"{status.images_seen:,}/{status.target_images:,}"
             cells = [state_of(status), f"{status.epoch:.1f}", seen, *_loss_and_speed(status)]
-        table.add_row(name, *cells, f"{max(refs).images_seen:,}" if refs else "-")
+        table.add_row(name, *cells, f"{newest.images_seen:,}" if newest else "-")
     print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
 
@@ -80,10 +80,11 @@ def show_run(bucket_uri: str, name: str) -> None:
         loss, speed = _loss_and_speed(status)
         print(f"loss        {loss}\nspeed       {speed} images/s")
     if refs := by_progress(list_checkpoints(run)):
-        newest, dataset_images = refs[max(refs)], records.dataset_images_of(bucket, config)
+        newest, dataset_images = newest_sound(run, [*refs.values()]), records.dataset_images_of(bucket, config)
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
         labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
-        print(f"newest      {newest.key}, {newest.images_seen:,} images seen")
+        seen = f"{newest.key}, {newest.images_seen:,} images seen" if newest else "none that can be read"
+        print(f"newest      {seen}")
         print(f"checkpoints {len(refs):,}: {', '.join(labels)}")
     for fence in records.attempt_fences(run):
         try:

@@ -19,6 +19,7 @@ from job.code_version import code_version
 from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
 from job.exits import BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
+from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
 from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
@@ -66,8 +67,8 @@ def load_config(run: Store) -> RunConfig | None:
     if attempt and attempt.config_sha256 != hashlib.sha256(data).hexdigest():
         raise BadDataError(f"{uri} is not as attempt {attempt.fence} found it, or another run's. {what_to_do}")
     try:
-        return validated(flatten(parse_yaml(data)), uri)
-    except (yaml.YAMLError, AttributeError, JobError) as error:
+        return validated(flatten(all_printable(parse_yaml(data))), uri)
+    except (yaml.YAMLError, AttributeError, UnicodeError, JobError) as error:
         raise BadDataError(f"{uri} is no configuration, or another version's ({error}). {what_to_do}") from None
 
 

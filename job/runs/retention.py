@@ -17,17 +17,20 @@ from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.data.shards import load_index
 from job.exits import BadDataError, BadRequestError, LostRunError
+from job.processes.process_identity import ProcessIdentity
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
+from job.runs.layout import CHECKPOINTS, MAX_FENCE, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.lease import LEASE_KEY, Lease, load_lease
 from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
 T = TypeVar("T")
 READING_SECONDS = 3600.0
-"""A reader that was killed holds its checkpoint no longer than this."""
+"""A reader that was killed on another machine holds its checkpoint no longer than this."""
+_CLOCKS_SECONDS = 900.0
+"""How far the clocks of two machines may be apart."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Reader(records.RunRecord):
     checkpoint: str
     until: float
     """Seconds since 1970; minutes of difference between clocks do no harm. Who says so longer was killed."""
+    process: ProcessIdentity | None = None
 
     def is_at(self, place: Located) -> bool:
         """In one of the places of its checkpoint."""
@@ -75,7 +79,8 @@ def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
     def renew() -> None:
         nonlocal said_at
         if time.monotonic() - said_at > READING_SECONDS / 4:
-            run.put(key, Reader(checkpoint=ref.key, until=time.time() + READING_SECONDS).to_json())
+            until, process = time.time() + READING_SECONDS, ProcessIdentity.of_this_process()
+            run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
             said_at = time.monotonic()
 
     renew()
@@ -86,11 +91,14 @@ def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
 
 
 def being_read(run: Store) -> set[CheckpointRef]:
-    """The checkpoints that somebody reads. A word that is rotten, or too old to be believed, holds nothing."""
+    """The checkpoints that somebody reads. A word that is rotten, too old, or of a dead process, holds nothing."""
     refs = set()
     for key, place in places_in(run, ObjectKind.READER.folder).items():
         with suppress(BadDataError, ObjectMissingError):
-            if Reader.load(run, key).until > time.time():
+            reader = Reader.load(run, key)
+            left_seconds = reader.until - time.time()
+            is_dead = reader.process is not None and reader.process.certainly_dead()
+            if 0 < left_seconds < READING_SECONDS + _CLOCKS_SECONDS and not is_dead:
                 refs.add(place.checkpoint)
     return refs
 
@@ -273,9 +281,15 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
             f"{run.uri} has {len(entries):,} objects of {size_bytes:,} bytes, its checkpoints and pictures among them: "
             "add --yes to delete them for good"
         )
-    with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
+    # Whatever bears the last fence goes as well.
+    floor = min(records.highest_fence(run), MAX_FENCE - 1)
+    with closing(Lease.take(run, floor, 0.0, stop, note)) as lease:
         if read := being_read(run):
-            raise LostRunError(f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it")
+            raise LostRunError(
+                f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it. One that was "
+                f"killed on another machine holds it for up to {READING_SECONDS / 60:g} minutes, or until {run.uri}/"
+                f"{ObjectKind.READER.folder} is deleted"
+            )
         # Listed anew, for whoever held the run before may have written since.
         keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
         for key in _while_held("deleting", keys, lease, stop):

@@ -42,15 +42,13 @@ PIECES_WANTED = 64
 SMALLEST_PIECE_IMAGES = 16
 LARGEST_PIECE_IMAGES = 256
 """What a process that is killed has drawn in vain is at most two of these: one on its way, one half drawn."""
-MOST_PIECES = 100_000
 TRANSFERS = 16
 ARRIVAL_POLL_SECONDS = 0.05
 
 
 def piece_images(count: int) -> int:
     """Images of a piece: a function of `count` alone, so that a job may go on in other slices, batches or processes."""
-    wanted = min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
-    return max(wanted, ceil(count / MOST_PIECES))
+    return min(max(ceil(count / PIECES_WANTED), SMALLEST_PIECE_IMAGES), LARGEST_PIECE_IMAGES)
 
 
 @dataclass(frozen=True)

@@ -16,12 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
-from job.exits import BadRequestError, JobError, MissingInputError
+from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.stop import NEVER, Stop
 from job.store.files import os_errors, temporary_beside
 from job.store.retry import Retry
 
 T = TypeVar("T")
+
+READ_BYTES = 1 << 28
+"""Largest object that is held in memory: the table of 13 million images, or the largest image that is packed."""
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -99,7 +102,11 @@ class Store(abc.ABC):
         return other
 
     def read(self, key: str) -> Blob:
-        """The whole object and its version. For small objects: it is held in memory."""
+        """The whole object and its version. For small objects: it is held in memory, up to `READ_BYTES`.
+
+        Raises:
+            BadDataError: it is larger.
+        """
         return self._attempt(self._read, validated_key(key))
 
     def create(self, key: str, data: bytes) -> str:
@@ -237,7 +244,13 @@ class Store(abc.ABC):
 
     def _read(self, key: str) -> Blob:
         content = io.BytesIO()
-        version = self._fetch(key, content.write)
+
+        def consume(data: bytes) -> None:
+            if content.tell() + len(data) > READ_BYTES:
+                raise BadDataError(f"{self.uri_of(key)} has more than {READ_BYTES:,} bytes: no such object is so large")
+            content.write(data)
+
+        version = self._fetch(key, consume)
         return Blob(content.getvalue(), version)
 
     def _download(self, key: str, path: Path) -> None:

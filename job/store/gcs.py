@@ -73,7 +73,7 @@ class GcsStore(RemoteStore):
     def _head(self, key: str) -> tuple[int, str]:
         blob = self._blob(key)
         blob.reload(**self._once)
-        return blob.size, str(blob.generation)
+        return int(blob.size), str(blob.generation)
 
     def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
         with self._session.get(
@@ -140,8 +140,8 @@ class GcsStore(RemoteStore):
         return True
 
     def _told(self, error: Exception, uri: str) -> JobError | None:
-        if not isinstance(error, _CLIENT):
-            return None
+        if not isinstance(error, _CLIENT) or isinstance(error, requests.JSONDecodeError):
+            return super()._told(error, uri)
         if _DAMAGED in str(error):
             return damaged(uri)
         code = getattr(error, "code", None)

@@ -6,12 +6,13 @@ import hashlib
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from job.exits import BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, BucketAwayError, MissingInputError
 from job.store.base import Entry, ObjectMissingError, Store, is_key
 from job.store.files import COPY_BYTES, folder_lock, os_errors, sweep_temporaries, sync_folder, temporary_beside
 from job.store.retry import Retry
@@ -26,7 +27,7 @@ class LocalStore(Store):
 
     def __init__(self, root: Path, retry: Retry | None = None) -> None:
         """Opens the folder `root`, an absolute path; without `retry` operations give up soon."""
-        self._root = root
+        self._root, self._was_there = root, threading.Event()
         super().__init__(str(root), retry or Retry())
 
     @property
@@ -60,6 +61,7 @@ class LocalStore(Store):
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
+            self._was_there.set()
             version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())
@@ -73,6 +75,8 @@ class LocalStore(Store):
                         temporary.replace(path)
                         sync_folder(path.parent)
                         return version
+            if path.exists() and not path.is_file():
+                raise BadDataError(f"{path} is a folder or a pipe, where an object belongs: move it away")
         return None
 
     def _open(self, key: str) -> BinaryIO:
@@ -108,6 +112,7 @@ class LocalStore(Store):
                 folder.rmdir()
 
     def _path(self, key: str) -> Path:
+        self._check_there()
         path = self._folder / key
         if not self._inside(path):
             raise BadRequestError(f"{path} leads out of {self._root} through a symbolic link: open its target instead")
@@ -119,7 +124,15 @@ class LocalStore(Store):
     def _no_root(self) -> str:
         return f"{self._root} is no folder: check the path; it is made when something is first written to it"
 
+    def _check_there(self) -> None:
+        """Raises `BucketAwayError` if the root has gone since this store found it: it is not made a second time."""
+        if self._root.is_dir():
+            self._was_there.set()
+        elif self._was_there.is_set():
+            raise BucketAwayError(f"{self._root} is gone, and all that was in it: mount it again, or restore it")
+
     def _existing(self, prefix: str) -> Path:
+        self._check_there()
         if not self._root.is_dir():
             raise MissingInputError(self._no_root())
         return self._path(prefix.removesuffix("/")) if prefix else self._folder

@@ -66,7 +66,8 @@ class S3Store(RemoteStore):
                 raise ValueError
         except (boto.BotoCoreError, ValueError) as error:
             # Its own words may repeat a password.
-            raise self._told(error, self.uri) or BadRequestError(
+            told = self._told(error, self.uri) if isinstance(error, boto.BotoCoreError) else None
+            raise told or BadRequestError(
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
 
@@ -137,7 +138,9 @@ class S3Store(RemoteStore):
 
     def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
         paginator = self._client.get_paginator("list_objects_v2")
-        return iter(paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments))
+        pages = paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments)
+        # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
+        return (page for page in pages if page["IsTruncated"] is not None)
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
@@ -154,7 +157,7 @@ class S3Store(RemoteStore):
             return self._told_by_status(uri, None, cause(error))
         if isinstance(error, boto.BotoCoreError):
             return BadRequestError(f"{uri}: cannot be asked for ({cause(error)}): check the AWS settings")
-        return None
+        return super()._told(error, uri)
 
     def _refusal(self, error: boto.ClientError, uri: str) -> JobError:
         """What S3's word for an error means, or else its number."""

@@ -64,6 +64,8 @@ MEANINGLESS: Rows = [
     ("train --dataset a --config {twice}", 78, ["twice.yaml", "'epochs' is there twice"]),
     ("train --dataset a --config {binary}", 78, ["binary.yaml is not valid YAML"]),
     ("train --dataset a --config /dev/zero", 78, ["/dev/zero has more than 256 KiB: is it the file that you mean?"]),
+    ("sample --run a --count 25600001", 64, ["--count 25600001: at most 25,600,000"]),
+    ("train --dataset a --set sample.images=10001", 78, ["sample.images", "10000"]),
     ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards or png"]),
     ("sample --run a --count 5 --slice 2/2", 64, ["--slice '2/2'", "from 0 to n-1"]),
     ("sample --run a --first-seed 0", 64, ["--first-seed", "how many with --count"]),

@@ -109,7 +109,7 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
     for name, damage, fetched_again in [
         ("a bit of an image", lambda: flip_a_bit(folder / "images", 64 * 64 * 3 * 8), SHARDS[2:3]),
         ("images that end early", lambda: os.truncate(folder / "images", 64 * 64 * 3 * 17), SHARDS[4:]),
-        ("a short record", lambda: os.truncate(folder / "filled", 12), SHARDS[1:]),
+        ("a short record", lambda: os.truncate(folder / "filled", 8 * SHARD_IMAGES[0] + 4), SHARDS[1:]),
         ("downloads that were left", leave_downloads, SHARDS),
     ]:
         opened(far, dataset, tmp_path / "cache")
@@ -118,6 +118,18 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
         for _ in range(2):
             assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
             assert sorted(far.downloads) == fetched_again, name
+
+
+def test_what_is_written_over_while_it_is_read_teaches_nothing(dataset, far, tmp_path, caplog):
+    images, order = tmp_path / "cache" / dataset.index.dataset_id / "images", [5, 8, 8, 23]
+    cache = opened(far, dataset, tmp_path / "cache")
+    assert_equal(cache, dataset, order)
+    flip_a_bit(images, 64 * 64 * 3 * 8)
+    for _ in range(2):
+        assert_equal(cache, dataset, order)
+    cache.close()
+    assert [str(images) in record.message for record in caplog.records] == [True]
+    assert_equal(opened(far, dataset, tmp_path / "cache"), dataset)
 
 
 OPEN_AND_SAVE = """

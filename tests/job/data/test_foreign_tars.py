@@ -164,8 +164,14 @@ def test_classes_are_the_numbers_in_cls_files(tmp_path, bucket):
     mistyped = write_tars(tmp_path / "mistyped", samples_of(12, cls=lambda n: b"%d" % (n + 7 * (n == 5))))
     with pytest.raises(BadDataError, match="says class 12, of 12 images"):
         indexed(open_store(str(tmp_path / "mistyped-bucket")), mistyped)
-    without = indexed(open_store(str(tmp_path / "without")), tars, classes=False)
-    assert without.classes == ()
+    # What webdataset's users write for "not known" is no reason to forget the classes of all.
+    unknown = write_tars(tmp_path / "unknown", samples_of(12, cls=lambda n: b"%d" % (n % 3 - 1)))
+    there = indexed(open_store(str(tmp_path / "unknown-bucket")), unknown)
+    assert (there.images, there.rejected_images, there.classes) == (8, 4, ("0", "1"))
+    with pytest.raises(BadDataError, match=r"has a \.cls that is no number .*; --no-classes leaves classes out"):
+        indexed(open_store(str(tmp_path / "0")), unknown, max_bad=3)
+    without = indexed(open_store(str(tmp_path / "without")), unknown, classes=False)
+    assert (without.images, without.classes) == (12, ())
     # The dataset that packing writes is read as well, its classes with it.
     images = folder_of(tmp_path / "images", [(f"{'ab'[n % 2]}/{n}.jpg", jpeg(n)) for n in range(10)])
     pack(bucket, PackRequest(str(images), "packed", 16))
@@ -282,6 +288,10 @@ def test_words_that_mean_no_tars(tmp_path):
         ("no-images.tar", 65, "holds no images: none of its names ends in .avif"),
         ("a.tar.gz", 65, "is compressed: pack it"),
         ("{1..", 64, "{00000..00099}"),
+        ("{{0..9},a}.tar", 64, "one beside another"),
+        ("{0..999999999999}.tar", 64, "more than 100,000 tars"),
+        ("{0..99999999999999999999}.tar", 64, "more than 100,000 tars"),
+        ("{0..999}{a,b}{999..0..2}.tar", 64, "more than 100,000 tars"),
         ("{" * 5000 + "}" * 5000, 64, "{00000..00099}"),
         ("{a,a}.tar", 64, "named twice"),
         ("ftp://host/a.tar", 64, "nobody here speaks"),

@@ -157,10 +157,21 @@ def test_no_header_is_believed(tmp_path):
     assert "'0.png' is truncated or damaged (Bad CRC-32" in refusal(tmp_path / "a.zip")
     first, long, back = tarfile.TarInfo("1.jpg"), tarfile.TarInfo("././@LongLink"), tarfile.TarInfo("2.jpg")
     long.type, long.size, back.size = tarfile.GNUTYPE_LONGNAME, 8 << 30, -1024
-    for header, part in [(long, "a block of 8,589,934,592 bytes"), (back, "get it again")]:
+    text, far, cut = tarfile.TarInfo("x.txt"), tarfile.TarInfo("pax"), tarfile.TarInfo("sparse.jpg")
+    text.size, far.size, far.type, cut.type = -1, -(2**70), tarfile.XHDTYPE, tarfile.GNUTYPE_SPARSE
+    for header, part in [
+        (long, "a block of 8,589,934,592 bytes"),
+        (back, "a size of -1,024 bytes"),
+        (text, "'x.txt', which has a size of -1 bytes"),
+        (far, f"a block of {-(2**70):,} bytes"),
+    ]:
         blocks = first.tobuf(tarfile.GNU_FORMAT) + header.tobuf(tarfile.GNU_FORMAT)
         (tmp_path / "a.tar").write_bytes(blocks + bytes(4096))
         assert part in refusal(tmp_path / "a.tar")
+    sparse = bytearray(cut.tobuf(tarfile.GNU_FORMAT))
+    sparse[482], sparse[148:156] = 1, b"%06o\0 " % (sum(sparse) + 1 + 8 * 32 - sum(sparse[148:156]))
+    (tmp_path / "a.tar").write_bytes(sparse)
+    assert "is truncated or damaged" in refusal(tmp_path / "a.tar")
 
 
 @pytest.mark.parametrize(("make", "name"), ARCHIVES)

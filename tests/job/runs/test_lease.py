@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from job.exits import BucketAwayError, LostRunError
+from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs import lease as lease_module
 from job.runs.lease import LEASE_KEY
@@ -65,6 +65,19 @@ def test_who_takes_a_lease_is_above_the_floor_and_fences_only_grow(any_run: Stor
     assert fences == [7, 8, 11, 12, 13]
     assert notes == []
     assert time.monotonic() - began < lease_module.EXPIRE_SECONDS / 2
+
+
+def test_nobody_has_a_fence_after_the_last(new_run: Store):
+    by_somebody_elsewhere(new_run, fence=lease_module.MAX_FENCE)
+    new_run.put(LEASE_KEY, lease_module.load_lease(new_run).model_copy(update={"released": True}).to_json())
+    with pytest.raises(BadDataError, match=f"{new_run.uri_of(LEASE_KEY)} has fence 999999, the last there is"):
+        taken(new_run)
+    new_run.delete(LEASE_KEY)
+    with pytest.raises(BadDataError, match=r"an attempt or a checkpoint of .* has fence 999999"):
+        taken(new_run, lease_module.MAX_FENCE)
+    Path(new_run.uri_of(LEASE_KEY)).mkdir(parents=True)
+    with pytest.raises(BadDataError, match="where an object belongs"):
+        taken(new_run)
 
 
 def test_a_lease_that_stands_still_is_watched_by_ones_own_clock_and_then_replaced(new_run: Store, soon_expired: float):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -152,7 +154,7 @@ def test_a_piece_that_is_taken_up_in_the_middle_of_pruning_stays(bucket, run, mo
             # A sampler has committed the next one since it was found, and another has begun.
             run.create(f"{BATCH}/records/piece-00001.json", b"{}")
         if key.endswith("piece-00002.tar"):
-            said_to_read(run, CheckpointRef(2, 80), until=1e12)
+            said_to_read(run, CheckpointRef(2, 80), until=time.time() + 99)
         delete_one(store, key)
 
     monkeypatch.setattr(LocalStore, "delete", deleted_while_sampled)
@@ -174,6 +176,24 @@ def test_nothing_goes_while_somebody_trains_or_samples(bucket, run, quick):
         assert "somebody samples from" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
     assert everything(run) == before
     assert load_lease(run).released
+
+
+def test_what_a_killed_sampler_said_is_not_waited_for(bucket, run):
+    """On its own machine; nor what says that somebody reads for ever."""
+    with subprocess.Popen(["sleep", "60"]) as child:
+        here = ProcessIdentity.of_this_process()
+        ticks = int(Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        process, until = here.model_copy(update={"pid": child.pid, "start_ticks": ticks}), time.time() + 3000
+        said = Reader(checkpoint=CheckpointRef(2, 80).key, until=until, process=process)
+        run.put(f"reading/{CheckpointRef(2, 80)}-{'1' * 32}.json", said.to_json())
+        said_to_read(run, CheckpointRef(2, 64), until=1e300)
+        assert being_read(run) == {CheckpointRef(2, 80)}
+        assert "or until" in refused(delete(bucket, "--yes"), Exit.LOST_RUN)
+        child.kill()
+    assert being_read(run) == set()
+    run.create("checkpoints/999999-000000000000/MANIFEST.json", b"garbage")
+    assert "999999" in refused(prune(bucket), Exit.BAD_DATA)
+    succeeded(delete(bucket, "--yes"))
 
 
 def test_only_who_is_certain_deletes_and_the_same_name_begins_anew_with_a_higher_fence(bucket, run, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from pathlib import Path
 
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
@@ -123,8 +124,8 @@ def test_a_picture_that_is_drawn_anew_is_never_without_its_record(store, run):
             super().put(key, data)
             written.append(key)
 
-    put_picture(Killed(run.uri), key, b"GIF89a", ref)
-    put_picture(Killed(run.uri), key, before, ref)
+    put_picture(Killed(Path(run.uri)), key, b"GIF89a", ref)
+    put_picture(Killed(Path(run.uri)), key, before, ref)
     assert blamed(store) == []
     record, picture = written[:2]
     assert (located(record).of, picture) == (key, key)

@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from job import exits
-from job.exits import BadRequestError, BucketAwayError, DiskFullError, Exit, MissingInputError, NoPermissionError
+from job.exits import (
+    BadDataError,
+    BadRequestError,
+    BucketAwayError,
+    DiskFullError,
+    Exit,
+    MissingInputError,
+    NoPermissionError,
+)
 from job.store import ObjectMissingError, Retry, Store, files, open_store
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
@@ -150,6 +158,32 @@ def test_what_is_no_key_or_no_file_is_no_object(store: Store, bucket: Path) -> N
     for read in (store.read, store.open):
         with pytest.raises(ObjectMissingError, match="pipe"):
             read("a/pipe")
+    for name in ("a/pipe", "a/empty"):
+        with pytest.raises(BadDataError, match=f"{name} is a folder or a pipe, where an object belongs"):
+            store.create(name, b"1")
+
+
+def test_what_no_memory_should_hold_is_not_read(store: Store, bucket: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.store.base.READ_BYTES", 1 << 20)
+    store.create("object", b"1")
+    os.truncate(bucket / "object", 1 << 40)
+    with pytest.raises(BadDataError, match="object has more than 1,048,576 bytes"):
+        store.read("object")
+
+
+def test_a_bucket_that_was_removed_is_away_and_not_made_anew(bucket: Path) -> None:
+    notes: list[str] = []
+    store = open_store(str(bucket), Retry(0.05, note=notes.append))
+    store.create("runs/a", b"1")
+    below = store.sub("runs")
+    bucket.rename(bucket.with_name("elsewhere"))
+    for call in (lambda: below.put("b", b"1"), lambda: below.create("c", b"1"), lambda: below.read("a"), below.list):
+        with pytest.raises(BucketAwayError, match=f"{bucket} is gone"):
+            call()
+    assert not bucket.exists()
+    bucket.with_name("elsewhere").rename(bucket)
+    below.put("b", b"1")
+    assert "is back after" in notes[-1]
 
 
 def test_delete_takes_empty_folders_along(store: Store, bucket: Path) -> None:

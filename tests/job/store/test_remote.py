@@ -214,6 +214,16 @@ def test_refusals_are_told_in_a_line(proxy: FaultyProxy, remote_bucket: str, fil
     assert [path.name for path in file.parent.iterdir()] == ["file"]
 
 
+def test_an_answer_that_is_no_bucket_s_is_none(proxy: FaultyProxy, remote_bucket: str, file: Path) -> None:
+    """From what stands between, such as a proxy that wants a password; least of all it means that nothing is there."""
+    for body in (b"", b"<html></html>", b"[]"):
+        head = f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+        proxy.instead = lambda request, answer=head + body: answer
+        calls = every_call(open_store(remote_bucket, Retry(0.3)), file)
+        del calls[-2]  # Whether something was deleted nobody is told.
+        refused(calls, BucketAwayError, "the bucket is away")
+
+
 class RefusingAtOnce(BaseHTTPRequestHandler):
     """Answers to an upload before the content is there, and closes the connection on which it comes; to S3 barely."""
 

@@ -1,0 +1,102 @@
+"""Archives of strangers, damaged and forged in any way: a dataset, or one line that says why not."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import shutil
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+from hypothesis import strategies as st
+
+from job.data.pack import PackRequest, pack
+from job.exits import Exit, JobError
+from job.progress import printable
+from job.store import open_store
+from tests.fuzzing import examples, search
+from tests.job.some_images import encoded, picture
+
+PNG = encoded(picture(0, 8, 8))
+NAMES = ("1.png", "a/1.png", "b/2.png", "b/2.cls", "x.txt", "3.a.png", "c/", "../1.png", "\x1b[2J.png", "d\udcff.png")
+SIZES = st.one_of(st.integers(-2048, 4096), st.sampled_from([-(2**70), -(2**63), 2**31, 2**62, 2**64, 2**70]))
+KINDS = st.sampled_from([*b"0000000\x0012345678DKLNSVxgMX"]).map(lambda number: bytes([number]))
+CONTENTS = st.one_of(st.just(PNG), st.sampled_from([b"", b"0", b"-1", b"7", b"99999", b"cat"]), st.binary(max_size=600))
+RECORDS = st.dictionaries(
+    st.sampled_from(["size", "path", "linkpath", "mtime", "hdrcharset", "GNU.sparse.size", "GNU.sparse.map", "x"])
+    | st.sampled_from(["GNU.sparse.major", "GNU.sparse.minor", "GNU.sparse.name", "GNU.sparse.realsize"]),
+    st.sampled_from(["-1", "-512", "1", "0", "9" * 30, "nan", "a.png", "1,2", "", "\udcff", "BINARY"]),
+    max_size=3,
+)
+MEMBER = st.tuples(st.sampled_from(NAMES), KINDS, st.none() | SIZES, CONTENTS, RECORDS)
+DAMAGES = st.lists(st.tuples(st.integers(0, 1 << 12), st.integers(0, 255)), max_size=3)
+CUTS = st.none() | st.integers(0, 1 << 13)
+
+
+def header(name: str, kind: bytes, size: int) -> bytes:
+    """A header with any size: in base 256, as GNU writes what eleven octal digits cannot say."""
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    block = bytearray(info.tobuf(tarfile.GNU_FORMAT, errors="surrogateescape")[-512:])
+    if not 0 <= size < 8**11:
+        block[124:136] = (size % 2**88 | (0xFF if size < 0 else 0x80) << 88).to_bytes(12)
+    else:
+        block[124:136] = b"%011o\0" % size
+    block[148:156] = b" " * 8
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def tar_bytes(members: list, end: int) -> bytes:
+    out = b""
+    for name, kind, size, content, records in members:
+        padded = content + bytes(-len(content) % 512)
+        if records:
+            lines = b""
+            for key, value in records.items():
+                line = f" {key}={value}\n".encode(errors="surrogateescape")
+                digits = len(str(len(line) + 2))
+                lines += b"%d" % (len(line) + digits) + line
+            out += header("pax", b"x", len(lines)) + lines + bytes(-len(lines) % 512)
+        out += header(name, kind, len(content) if size is None else size) + padded
+    return out + bytes(end)
+
+
+def zip_bytes(members: list, method: int) -> bytes:
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", method) as archive:
+        for name, _, _, content, _ in members:
+            archive.writestr(zipfile.ZipInfo(name.encode(errors="replace").decode()), content, method)
+    return file.getvalue()
+
+
+TARS = st.builds(tar_bytes, st.lists(MEMBER, max_size=5), st.sampled_from([1024, 1024, 512, 0, 10240]))
+METHODS = st.sampled_from([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+ZIPS = st.builds(zip_bytes, st.lists(MEMBER, max_size=4), METHODS)
+ARCHIVES = st.one_of(TARS, TARS, TARS.map(gzip.compress), ZIPS, st.binary(max_size=2000))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@examples(few=20, many=4000)
+def test_whatever_is_packed_makes_a_dataset_or_a_line(tmp_path: Path, count: int) -> None:
+    path, bucket = tmp_path / "a.tar", tmp_path / "bucket"
+
+    @search(count, ARCHIVES, DAMAGES, CUTS)
+    def check(data: bytes, damages: list[tuple[int, int]], cut: int | None) -> None:
+        harmed = bytearray(data[:cut])
+        for at, value in damages:
+            if harmed:
+                harmed[at % len(harmed)] = value
+        path.write_bytes(harmed)
+        for request in (PackRequest(str(path), "x", 8), PackRequest("", "x", 8, tars=(str(path),))):
+            shutil.rmtree(bucket, ignore_errors=True)
+            try:
+                index = pack(open_store(str(bucket)), request)
+            except JobError as error:
+                assert error.exit_code in (Exit.BAD_DATA, Exit.BAD_REQUEST)
+                assert len(str(error).splitlines()) == 1
+            else:
+                assert index.images <= len(harmed) // 8
+                assert all(name == printable(name) for name in (index.source, *index.classes))

@@ -1,0 +1,177 @@
+"""What anybody may have put into a bucket: whatever an object holds, a command ends as it should, and says why."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import strategies as st
+
+from job.exits import TABLE
+from job.progress import printable
+from tests.fuzzing import examples, search
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+RUN = "runs/walk"
+ESCAPE = "\x1b]0;owned\x07\x1b[2J"
+FENCE_AND_IMAGES = "000001-000000000912"
+OBJECTS = [
+    *(f"{RUN}/{name}" for name in ("status.json", "lease.json", "LATEST", "config.yaml", "attempts/000001.json")),
+    f"{RUN}/checkpoints/{FENCE_AND_IMAGES}/MANIFEST.json",
+    f"{RUN}/metrics/{FENCE_AND_IMAGES}.jsonl",
+    f"{RUN}/tensorboard/events.out.tfevents.{FENCE_AND_IMAGES}",
+    f"{RUN}/checkpoints/{FENCE_AND_IMAGES}/ema-00.safetensors",
+    f"{RUN}/samples/epoch-0003-ddim-4-0-3/index.json",
+    f"{RUN}/samples/epoch-0003-ddim-4-0-3/drawing.json",
+    f"{RUN}/samples/epoch-0003-ddim-4-0-3/records/piece-00000.json",
+    *(f"datasets/tiles-16/{name}" for name in ("index.json", "shard-00000.offsets")),
+]
+STRANGERS = [
+    f"{RUN}/checkpoints/999999-000000000000/MANIFEST.json",
+    f"{RUN}/checkpoints/000002-999999999999/MANIFEST.json",
+    f"{RUN}/checkpoints/٠٠٠٠٠٢-٠٠٠٠٠٠٠٠٠٩١٢/MANIFEST.json",
+    *(f"{RUN}/attempts/{fence}.json" for fence in ("000000", "000002", "999999")),
+    f"{RUN}/reading/{FENCE_AND_IMAGES}-{'0' * 32}.json",
+    "datasets/other-16/index.json",
+    "runs/other/status.json",
+]
+READING = (
+    "runs list",
+    "runs show walk",
+    "runs verify walk",
+    "runs prune walk --dry-run",
+    "data list",
+    "data show tiles",
+)
+WRITING = (
+    *("sample --run walk --seeds 0 --no-nearest", "sample --run walk --count 3", "runs prune walk"),
+    *("runs delete walk --yes", "data verify tiles", "train --dataset tiles --run walk --epochs 4"),
+)
+VALUES: Any = st.recursive(
+    st.sampled_from([None, True, 0, -1, 10**6, 999_999, 2**63, 10**400, 1e308, "", "nan", ESCAPE, "../../x", "\ud800"])
+    | st.sampled_from([float("nan"), float("inf"), "9" * 5000, "2026-99-99T99:99:99Z", "٢٠٢٦-٠١-٠١T٠٠:٠٠:٠٠Z"])
+    | st.integers()
+    | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
+    max_leaves=4,
+)
+
+
+def sealed(document: Any) -> bytes:
+    """With the hash that makes it whole."""
+    if isinstance(document, dict):
+        content = {key: value for key, value in document.items() if key != "sha256"}
+        document["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def forged(data: bytes, at: int, value: Any) -> bytes:
+    """A record of the right keys, of which one holds something else; and its hash is right."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        lines = data.decode(errors="replace").splitlines()
+        lines[at % len(lines)] = f"{lines[at % len(lines)].partition(':')[0]}: {json.dumps(value)}"
+        return "\n".join(lines).encode()
+    places = [(document, key) for key in document] if isinstance(document, dict) else []
+    for inner in [*places]:
+        if isinstance(child := document[inner[1]], dict | list) and child:
+            deeper = child[0] if isinstance(child, list) and isinstance(child[0], dict) else child
+            places += [(deeper, key) for key in (deeper if isinstance(deeper, dict) else range(len(deeper)))]
+    if places:
+        holder, key = places[at % len(places)]
+        holder[key] = value
+    return sealed(document)
+
+
+def harm(path: Path, how: tuple[str, Any]) -> None:
+    kind, value = how
+    if path.exists() and not path.is_file():
+        # Harmed already; the test would wait at a pipe.
+        return
+    before = path.read_bytes() if path.exists() else b'{\n "fence": 1\n}\n'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.unlink(missing_ok=True)
+    match kind:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "bytes":
+            path.write_bytes(value)
+        case "forged":
+            path.write_bytes(forged(before, *value))
+        case "sealed":
+            path.write_bytes(sealed(value))
+
+
+KINDS = st.one_of(
+    st.tuples(st.just("folder"), st.none()),
+    st.tuples(st.just("pipe"), st.none()),
+    st.tuples(
+        st.just("bytes"), st.sampled_from([b"", b"{}", b"[" * 10_000, b'"' + b"\xff" * 9]) | st.binary(max_size=99)
+    ),
+    st.tuples(st.just("forged"), st.tuples(st.integers(0, 60), VALUES)),
+    st.tuples(st.just("forged"), st.tuples(st.integers(0, 60), VALUES)),
+    st.tuples(st.just("forged"), st.tuples(st.integers(0, 60), VALUES)),
+    st.tuples(st.just("sealed"), VALUES),
+)
+HARM = st.lists(st.tuples(st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS]), KINDS), min_size=1, max_size=2)
+COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.sampled_from(WRITING))
+
+
+@pytest.fixture(scope="module")
+def sampled(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a few images of its last checkpoint."""
+    folder = shutil.copytree(walked, tmp_path_factory.mktemp("sampled") / "bucket")
+    assert ddpm_here("sample", "--run", "walk", "--count", 3, "--bucket", folder).returncode == 0
+    return folder
+
+
+def test_what_others_wrote_is_shown_and_not_obeyed(bucket: Path, tmp_path: Path) -> None:
+    """Nor is what nobody can read taken for the newest checkpoint."""
+    run, index = bucket / RUN, bucket / "datasets/tiles-16/index.json"
+    for path, changes in (
+        (run / "status.json", {"state": ESCAPE}),
+        (index, {"licence": f"{ESCAPE}\n", "source": ESCAPE, "crop": ESCAPE}),
+    ):
+        path.write_bytes(sealed(json.loads(path.read_bytes()) | changes))
+    (run / "checkpoints/000002-000000000999").mkdir()
+    (run / "checkpoints/000002-000000000999/MANIFEST.json").write_text("garbage")
+    commands = ("runs list", "runs show walk", "data list", f"data show tiles -o {tmp_path}/sheet.png")
+    told = [succeeded(ddpm_here(*words.split(), "--bucket", bucket)) for words in commands]
+    assert all("%1B]0;owned%07%1B[2J" in out and "\x1b" not in out for out in told)
+    assert told[0].rstrip().endswith(" 912")
+    assert "newest      checkpoints/000001-000000000912, 912 images seen" in told[1]
+    config = (run / "config.yaml").read_text().replace("preset:", '"\\e[2J": 1\npreset:')
+    (run / "config.yaml").write_text(config)
+    (run / "attempts/000001.json").unlink()
+    assert "%1B[2J" in refused(ddpm_here("runs", "show", "walk", "--bucket", bucket), 65)
+
+
+@examples(few=4, many=1500)
+def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
+    sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    monkeypatch.setattr("job.runs.lease.EXPIRE_SECONDS", 0.3)
+    monkeypatch.setattr("job.runs.lease.WATCH_SECONDS", 0.05)
+    bucket = tmp_path / "bucket"
+
+    @search(count, HARM, COMMANDS)
+    def check(harms: list[tuple[str, tuple[str, Any]]], commands: tuple[str, ...]) -> None:
+        shutil.rmtree(bucket, ignore_errors=True)
+        shutil.copytree(sampled, bucket)
+        for name, how in harms:
+            harm(bucket / name, how)
+        for words in commands:
+            done = ddpm_here(*words.split(), "--bucket", bucket)
+            assert done.returncode in TABLE
+            said = [line for line in done.stderr.splitlines() if line.startswith("ddpm")]
+            assert len(said) == (done.returncode != 0), done.stderr
+            for line in [*done.stdout.split("\n"), *done.stderr.split("\n")]:
+                assert line.expandtabs() == printable(line.expandtabs())
