@@ -58,12 +58,6 @@ def _parts(value: Any) -> Any:
     return value if isinstance(value, list | tuple) else [value]
 
 
-def _shown(value: object) -> str:
-    """A value for a message: in a line, however long it is."""
-    text = repr(value)
-    return text if len(text) <= 200 else f"{text[:200]}…"
-
-
 class DataConfig(Section):
     """Which images, in which order."""
 
@@ -245,7 +239,7 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
         for problem in error.errors():
             key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
             # A rule between keys names them itself.
-            problems.append(f"{key}: {what.lower()} (got {_shown(problem['input'])})" if key else what)
+            problems.append(f"{key}: {what.lower()} (got {problem['input']!r:.200})" if key else what)
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
@@ -387,7 +381,7 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
             leaf = key.rsplit(".", 1)[-1]
             close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
-            raise BadConfigError(f"{where}: unknown key {_shown(key)}{hint}")
+            raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
         if key in CHOSEN_ELSEWHERE:
             raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]} NAME")
     return flat
@@ -403,11 +397,11 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
     for assignment in assignments:
         key, equals, text = assignment.partition("=")
         if not equals:
-            raise BadConfigError(f"--set {_shown(assignment)}: write it as key=value, for example train.batch_size=64")
+            raise BadConfigError(f"--set {assignment!r:.200}: write it as key=value, for example train.batch_size=64")
         try:
             flat[key.strip()] = parse_yaml(text)
         except yaml.YAMLError:
-            raise BadConfigError(f"--set {_shown(assignment)}: the value is not valid YAML") from None
+            raise BadConfigError(f"--set {assignment!r:.200}: the value is not valid YAML") from None
     return _only_known(flat, "--set")
 
 

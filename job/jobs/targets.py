@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job import DEFAULT_BUCKET
 from job.config import did_you_mean, parse_mapping, read_settings
@@ -174,12 +174,6 @@ class GoogleTarget(Target):
     gpu_type: _LabelValue = "nvidia-l4"
     boot_disk_gigabytes: int = Field(100, ge=30, le=2000)
 
-    @model_validator(mode="after")
-    def _subnetwork_is_there(self) -> GoogleTarget:
-        if (match := re.search(r"regions/([^/]+)", self.subnetwork)) and {*self.all_regions} != {match[1]}:
-            raise ValueError(f"subnetwork: it is in {match[1]}, and machines may be in {', '.join(self.all_regions)}")
-        return self
-
     @property
     def places(self) -> tuple[str, ...]:
         """The zones or regions where a job may run."""
@@ -303,5 +297,4 @@ def _problem(problem: ErrorDetails) -> str:
     """What pydantic says of one value, beginning with its key."""
     key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
     got = "" if problem["type"] in ("missing", "value_error") else f" (got {problem['input']!r:.200})"
-    # A rule between keys names them itself.
-    return f"{key}: {what}{got}".removeprefix(": ")
+    return f"{key}: {what}{got}"

@@ -72,12 +72,9 @@ class Group:
             nodes = int(environment.get("NNODES", "1"))
             if nodes == 1:
                 return cls(processes, port=_free_port() if processes > 1 else 0)
-            node = int(environment["NODE_RANK"])
-            if not 0 <= node < nodes:
-                raise ValueError(f"NODE_RANK={node}, NNODES={nodes}")
-            port = int(environment["MASTER_PORT"])
-            if not 0 < port < 65_536:
-                raise ValueError(f"MASTER_PORT={port}")
+            node, port = int(environment["NODE_RANK"]), int(environment["MASTER_PORT"])
+            if not (0 <= node < nodes and 0 < port < 65_536):
+                raise ValueError(f"NODE_RANK={node}, NNODES={nodes}, MASTER_PORT={port}")
             return cls(processes, nodes, node, environment["MASTER_ADDR"], port)
         except (KeyError, ValueError) as error:
             raise BadRequestError(
@@ -91,15 +88,15 @@ class Group:
 
     def environment(self, number: int) -> dict[str, str]:
         """Variables of this node's process `number`; of the group nothing for one that is alone."""
-        threads = {
-            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.processes)),
+        threads = max(1, usable_cores() // self.processes)
+        variables = {
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             # Threads that spin while they wait for each other are in their own way where others use the cores, too.
-            "OMP_WAIT_POLICY": "PASSIVE",
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
         }
-        threads |= {name: os.environ[name] for name in threads if name in os.environ}
         if self.world_size == 1:
-            return threads
-        return threads | {
+            return variables
+        return variables | {
             "RANK": str(self.node * self.processes + number),
             "LOCAL_RANK": str(number),
             "WORLD_SIZE": str(self.world_size),

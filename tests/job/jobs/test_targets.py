@@ -91,7 +91,6 @@ REFUSED = [
         (f"v: {{{VM}, {key}: ../../x}}", [f"{key}: String should match pattern"])
         for key in ("network", "subnetwork", "service_account", "machine_type", "gpu_type")
     ],
-    (f"v: {{{VM}, subnetwork: projects/p/regions/us-west1/subnetworks/s}}", [": subnetwork: it is in us-west1, and"]),
     (GKE + ', env: {A: "a\\0b"}}', ["env.A: 'a\\x00b' has characters that cannot be printed"]),
     (GKE + ', context: "\\e[31m"}', ["context: '\\x1b[31m' has characters"]),
     (GKE + ", env: {2020-01-01: a}}", ["env: the key 2020-01-01 is no text: put it in quotes"]),

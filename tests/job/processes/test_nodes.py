@@ -29,7 +29,7 @@ def test_the_environment_says_who_a_node_is():
     for named, wrong in {
         **{f"'{name}' makes no group": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
         "'NODE_RANK' makes no group": {"NNODES": "2"},
-        "NODE_RANK=2, NNODES=2 makes no group": TWO | {"NODE_RANK": "2"},
+        "NODE_RANK=2, NNODES=2, MASTER_PORT=1234 makes no group": TWO | {"NODE_RANK": "2"},
         "'two' makes no group": {"NNODES": "two"},
     }.items():
         with pytest.raises(BadRequestError, match=named):
