@@ -98,7 +98,7 @@ def test_variables_that_mean_nothing(tmp_path):
         assert named in refused(done, Exit.BAD_REQUEST), variables
 
 
-@examples(few=30, many=3_000)
+@examples(few=30, many=600)
 def test_whatever_variables_hold(count, tmp_path, monkeypatch):
     """Each command ends before it begins its work, for there is none."""
     monkeypatch.chdir(tmp_path)
