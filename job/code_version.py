@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import shlex
+import sys
 from functools import cache
-from importlib.metadata import distribution
 from pathlib import Path
 
 from job import __version__
@@ -28,10 +27,6 @@ def code_version() -> str:
 def how_to_install(extra: str) -> str:
     """What to type for the libraries of an extra of this package: no index has it, so it comes from where this did."""
     root = Path(__file__).parents[1]
-    if (root / "Makefile").exists():
-        return f"make -C {shlex.quote(str(root))} setup EXTRAS={extra}"
-    # As pip and uv write it (packaging.python.org/specifications/direct-url).
-    origin = json.loads(distribution("ddpm-job").read_text("direct_url.json") or "{}")
-    where, vcs = origin.get("url", "file:///PATH/TO/ITS/WHEEL.whl"), origin.get("vcs_info")
-    where = f"{vcs['vcs']}+{where}@{vcs['commit_id']}" if vcs else where
-    return f"pip install 'ddpm-job[{extra}] @ {where}'"
+    is_checkout = (root / "pyproject.toml").exists()
+    what = ["--editable", f"{root}[{extra}]"] if is_checkout else [f"ddpm-job[{extra}] @ file:///PATH/TO/ITS/WHEEL.whl"]
+    return shlex.join([sys.executable, "-m", "pip", "install", *what])

@@ -21,7 +21,7 @@ from tests.servers import SECRET, fake_gcs_server, moto, seaweedfs
 # Of a make that runs them, its level among others would reach the makes that tests start.
 _THEIRS = re.compile(
     r"(DDPM(?!_TEST)|AWS|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
-    r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|\w+_proxy",
+    r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|FORCE_COLOR|TTY_\w+|\w+_proxy",
     re.IGNORECASE,
 )
 for name in filter(_THEIRS.fullmatch, list(os.environ)):

@@ -320,11 +320,8 @@ class _Packing(abc.ABC):
         return checked
 
     def _check_stop(self) -> None:
-        # The last one may still be on its way.
-        kept = sum(entry.shard.images for entry in self.packed[:-1])
-        then = "the same command goes on" + f" behind the {kept:,} images whose shards are in the bucket" * bool(kept)
-        begins = "no shard is full yet, so the same command begins again"
-        self.stop.check(f"while packing {self.dataset.uri}", then if self.packed else begins)
+        then = "the same command goes on behind the last shard that is full, or begins again before the first"
+        self.stop.check(f"while packing {self.dataset.uri}", then)
 
     def _checked(self, samples: Iterable[Sample]) -> Iterator[_Checked]:
         threads = os.cpu_count() or 1

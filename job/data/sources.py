@@ -135,7 +135,7 @@ class Source:
                 yield member.name
             elif not is_litter(member.name):
                 suffix = Path(member.name).suffix.lower()
-                is_named = suffix in self.skipped or (suffix and len(self.skipped) < _SUFFIXES_NAMED)
+                is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
                 self.skipped[suffix if is_named else "other"] += 1
 
     def entries(self) -> Iterator[tuple[str, bytes]]:

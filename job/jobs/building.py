@@ -53,8 +53,11 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         BadConfigError: a setting that is not valid, or a target that lacks what jobs need.
         MissingInputError: a file that was named is not there.
     """
+    if text := command.values["stop_after"]:
+        # As the job's limit: one that ended itself with 75 would be started again.
+        hours = min(duration_seconds(text, "--stop-after") / 3600, resources.hours_on(target))
+        command, resources = command.with_values(stop_after=None), replace(resources, max_hours=hours)
     _check_resources(command, target, resources)
-    command, resources = _limited(command, target, resources)
     uri = str(command.values["bucket"]) if "bucket" in command.given else target.usual_bucket
     bucket = _seen("bucket", uri, target)
     command = command.with_values(bucket=bucket)
@@ -112,22 +115,12 @@ def wait_seconds(target: Target) -> float:
     return math.ceil(EXPIRE_SECONDS + grace + WAIT_MARGIN_SECONDS)
 
 
-def _limited(command: ParsedCommand, target: Target, resources: Resources) -> tuple[ParsedCommand, Resources]:
-    """`--stop-after` as the job's limit: one that ended itself with 75 would be started again."""
-    if not (text := command.values["stop_after"]):
-        return command, resources
-    seconds = duration_seconds(text, "--stop-after")
-    if not (60 if target.is_remote else 0) <= seconds <= 720 * 3600:
-        raise BadRequestError(f"--stop-after {text}: a job on {target.name!r} lasts for at least 1m and at most 720h")
-    limit = min(seconds / 3600, resources.hours_on(target))
-    return command.with_values(stop_after=None), replace(resources, max_hours=limit)
-
-
 def _check_resources(command: ParsedCommand, target: Target, resources: Resources) -> None:
     spot = "" if resources.spot is None else "--spot" if resources.spot else "--on-demand"
     option = f"--gpu-type {resources.gpu_type}" if resources.gpu_type else spot
     if resources.max_hours is not None and not 1 / 60 <= resources.max_hours <= 720:
-        raise BadRequestError(f"--max-hours {resources.max_hours:g}: use at least a minute (0.017) and at most 720")
+        given = f"--max-hours {resources.max_hours:g}, or --stop-after"
+        raise BadRequestError(f"{given}: a job lasts for at least a minute (0.017) and at most 720 hours")
     if resources.nodes > 1 and target.backend != "kubernetes":
         several = f"--nodes {resources.nodes} needs several machines that train together, and {target.name!r} has none"
         raise BadRequestError(f"{several}: use a kubernetes target, or one machine with more GPUs (--gpus 8)")

@@ -122,7 +122,7 @@ class ContainerTarget(Target):
     image: _Image = "localhost/ddpm:latest"
     engine: Literal["", "podman", "docker"] = ""
     spot: bool = False
-    memory: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?[bkmgBKMG]?)?$")
+    memory: _Word = ""
     """Limit, such as `16g`; empty is none."""
     network: _Word = ""
     """`host` for a bucket server on this machine's loopback; empty is the engine's default."""

@@ -90,10 +90,8 @@ class Watch:
         while (status := self._follow()).state is not State.FINISHED:
             self._judge(status)
             self._pause()
-            # Somebody may have removed what failed, and finished it elsewhere while this machine slept.
+            # Somebody may have removed what failed.
             if status.state is State.FAILED and self._here.keeps_ended and self._ask().state is State.GONE:
-                if self._informed(JobStatus(self.spec.name, State.GONE)).state is State.FINISHED:
-                    break
                 raise self._ended_by_somebody(_GONE)
             self._submit()
         note(f"{self.spec.name} is finished")
@@ -111,7 +109,7 @@ class Watch:
             if self._seen_seconds - seen_before > STEADY_SECONDS:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
-                return self._informed(status)
+                return status.informed(self.spec.bucket, self._outcome_before)
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
                 place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
                 note(f"{self.spec.name} is {status.state.value}{place}{said}")
@@ -176,7 +174,7 @@ class Watch:
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
         self._outcome_before = read_outcome(self.spec.name, self.spec.bucket)
-        spec = self.spec.lasting(max(self._hours_left(), min(SHORTEST_HOURS, self.spec.max_hours)))
+        spec = self.spec.lasting(max(self._hours_left(), SHORTEST_HOURS))
         while True:
             try:
                 self._here = self._retry(lambda: self._here.submit_where_possible(spec), "trying again")
@@ -199,9 +197,6 @@ class Watch:
         while not (status := self._ask()).state.is_over:
             self._sleep(WATCH_POLL_SECONDS)
         return status
-
-    def _informed(self, status: JobStatus) -> JobStatus:
-        return status.informed(self.spec.bucket, self._outcome_before)
 
     def _ask(self) -> JobStatus:
         return self._retry(lambda: self._here.status(self.spec.name), "the job goes on meanwhile")

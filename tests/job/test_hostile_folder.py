@@ -121,7 +121,8 @@ KINDS = st.one_of(
     st.tuples(st.just("forged"), st.tuples(st.integers(0, 60), VALUES)),
     st.tuples(st.just("sealed"), VALUES),
 )
-HARM = st.lists(st.tuples(st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS]), KINDS), min_size=1, max_size=2)
+NAMES = st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS])
+HARM = st.lists(st.tuples(NAMES, KINDS), min_size=1, max_size=2, unique_by=lambda one: one[0])
 COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.sampled_from(WRITING))
 
 

@@ -56,7 +56,7 @@ class LocalRecord:
         status = JobStatus(self.name, State.RUNNING, attempts=1, created=self.created, bucket=self.bucket)
         if self.process() is not None:
             return status
-        why = f"its process ended, or was killed, without a word to its bucket: see `ddpm jobs logs {self.name}`"
+        why = f"its process ended, or was killed: see `ddpm jobs logs {self.name}`"
         status = replace(status, state=State.GONE, message=why).informed(self.bucket)
         return status if status.exit_code is None else replace(status, state=State.of_code(status.exit_code))
 

@@ -114,5 +114,5 @@ def test_a_library_that_is_missing_is_named_with_its_extra(tmp_path):
     for on, extra in (("gke", "kubernetes"), ("vm", "google")):
         words = ["submit", "train", *FOR_TRAIN, "--on", on]
         line = refused(ddpm(*words, "--yes", program=program), Exit.MISSING_INPUT)
-        assert line.endswith(f"make -C {Path(job.__file__).parents[1]} setup EXTRAS={extra}")
+        assert line.endswith(f" -m pip install --editable '{Path(job.__file__).parents[1]}[{extra}]'")
     assert "celeba" in succeeded(ddpm(*words, "--dry-run", program=program))

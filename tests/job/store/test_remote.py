@@ -355,22 +355,15 @@ print(stream.read(5))
 
 
 def test_without_its_library_it_is_said_how_to_get_it(tmp_path: Path) -> None:
-    """The program is installed without a checkout: of a wheel, of a repository, and nobody knows how."""
+    """Where the program is installed without a checkout."""
     shutil.copytree(Path(job.__file__).parent, tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
-    info = tmp_path / "ddpm_job-0.1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: ddpm-job\nVersion: 0.1.0\n")
-    wheel, git = "file:///w/ddpm_job-0.1.0-py3-none-any.whl", {"vcs": "git", "commit_id": "abc"}
-    origins = [{"url": wheel, "archive_info": {}}, {"url": "https://host/it", "vcs_info": git}, {}]
-    script = f"""
-import sys, json
-from pathlib import Path
+    script = """
+import sys
 sys.modules["google.cloud.storage"] = sys.modules["botocore"] = None
 from job.exits import BadRequestError
 from job.store import open_store
 open_store("bucket").create("key", b"1")
-for uri, origin in zip(("gs://bucket", "s3://bucket", "s3://bucket"), {origins!r}):
-    Path({str(info)!r}, "direct_url.json").write_text(json.dumps(origin))
+for uri in ("gs://bucket", "s3://bucket"):
     try:
         open_store(uri)
     except BadRequestError as error:
@@ -379,8 +372,6 @@ for uri, origin in zip(("gs://bucket", "s3://bucket", "s3://bucket"), {origins!r
     words, place = [sys.executable, "-P", "-c", script], environment(PYTHONPATH=str(tmp_path))
     child = subprocess.run(words, check=True, capture_output=True, text=True, cwd=tmp_path, env=place)
     assert re.findall(r"\): (.*)", child.stdout) == [
-        f"pip install 'ddpm-job[gs] @ {wheel}'",
-        "pip install 'ddpm-job[s3] @ git+https://host/it@abc'",
-        "pip install 'ddpm-job[s3] @ file:///PATH/TO/ITS/WHEEL.whl'",
+        f"{sys.executable} -m pip install 'ddpm-job[{extra}] @ file:///PATH/TO/ITS/WHEEL.whl'" for extra in ("gs", "s3")
     ]
     assert child.stderr == ""
