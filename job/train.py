@@ -154,7 +154,6 @@ class TrainingSession:
         self.network = ranks.accelerator.prepare_model(model, device_placement=False)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
-        self.agreement_on_painting = Agreement(ranks.world_size, flags=1)
         self.last_row: metrics.Row = {}
         self.saved_images = -1
         self.logged_at, self.logged_images = time.monotonic(), 0
@@ -336,6 +335,8 @@ class TrainingSession:
         """Says once that seconds were lost in steps much slower than the best row of the log, and why it may be."""
         step_seconds = time.monotonic() - self.step_began
         usual_seconds = self.batch_size / (self.best_images_per_second or 1e-9)
+        # A hiccup now and then is none.
+        self.lost_seconds *= 0.99
         if step_seconds < SLOW_FACTOR * usual_seconds:
             return
         self.lost_seconds += step_seconds - usual_seconds
@@ -380,7 +381,7 @@ class TrainingSession:
     def _draw_grid(self) -> Painter:
         """Makes the sample grid of this moment from the averaged weights; collective."""
         config, images_seen = self.config, self.state.images_seen
-        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_on_painting)
+        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_in_step)
         self.state.ema.copy_to(painter.network)
         seeds, sample = range(config.sample.images), config.sample
         drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")

@@ -344,15 +344,15 @@ class ImageCache:
 class DecodedCache(ImageCache):
     """All images as one memory-mapped array [N, H, W, C] in `images`, filled shard by shard.
 
-    `filled` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is there. Whatever a killed process or a
-    power failure leaves in the two files, the checksums find it out and it is mended. Each image that is read is
+    `checksums` holds a little-endian uint64 per image, 2^32 + its CRC-32C once it is there. Whatever a killed process
+    or a power failure leaves in the two files, the checksums find it out and it is mended. Each image that is read is
     compared as well, at about a microsecond: who else writes to the cache meanwhile costs speed, and teaches nothing.
     """
 
     def __init__(self, source: ShardSource, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Checks what is there and decodes what is missing; one process does, others wait. Raises as `open_cache`."""
         super().__init__(source)
-        self._images_path, self._filled_path = source.folder / "images", source.folder / "filled"
+        self._images_path, self._filled_path = source.folder / "images", source.folder / "checksums"
         try:
             if self._missing():
                 with source.lock():
@@ -558,5 +558,5 @@ def _allocate(path: Path, size_bytes: int) -> None:
 
 
 def _checksums(images: Uint8s) -> list[int]:
-    """What `filled` says of them."""
+    """What is noted of them."""
     return [_IS_FILLED | google_crc32c.value(image) for image in images]

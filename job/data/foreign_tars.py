@@ -20,6 +20,7 @@ from braceexpand import braceexpand
 from job.data.shards import TAR_URI, Digests, split_uri
 from job.data.sources import BAD_CLASS, SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
 from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.progress import printable
 from job.store import Retry, Store, open_store
 
 MOST_TARS = 100_000
@@ -98,8 +99,8 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
         for tar in _tars_at(word, retry):
             if tar.uri in tars:
                 raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
-            if not re.fullmatch(TAR_URI, tar.uri) or re.search("[\ud800-\udfff]", tar.uri):
-                raise BadRequestError(f"{tar.uri!r} has bytes in its name that no index can hold: rename it")
+            if not re.fullmatch(TAR_URI, tar.uri) or printable(tar.uri) != tar.uri:
+                raise BadRequestError(f"{tar.uri!r} has characters in its name that no index can hold: rename it")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:
                 raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")

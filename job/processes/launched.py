@@ -39,7 +39,7 @@ def is_rank() -> bool:
     Raises:
         BadRequestError: the variables that tell such a process its place make no sense.
     """
-    if not (is_launched() or {"RANK", "WORLD_SIZE"} <= os.environ.keys()):
+    if not (is_launched() or {"RANK", "WORLD_SIZE", "MASTER_ADDR"} <= os.environ.keys()):
         return False
     for number, among in (("RANK", "WORLD_SIZE"), ("LOCAL_RANK", "LOCAL_WORLD_SIZE")):
         if number in os.environ:

@@ -80,7 +80,7 @@ def show_run(bucket_uri: str, name: str) -> None:
         loss, speed = _loss_and_speed(status)
         print(f"loss        {loss}\nspeed       {speed} images/s")
     if refs := by_progress(list_checkpoints(run)):
-        newest, dataset_images = newest_sound(run, [*refs.values()]), records.dataset_images_of(bucket, config)
+        newest, dataset_images = newest_sound(run, list_checkpoints(run)), records.dataset_images_of(bucket, config)
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
         labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
         seen = f"{newest.key}, {newest.images_seen:,} images seen" if newest else "none that can be read"

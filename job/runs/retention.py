@@ -29,8 +29,6 @@ from job.store import ObjectMissingError, Store, open_store
 T = TypeVar("T")
 READING_SECONDS = 3600.0
 """A reader that was killed on another machine holds its checkpoint no longer than this."""
-_CLOCKS_SECONDS = 900.0
-"""How far the clocks of two machines may be apart."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +94,8 @@ def being_read(run: Store) -> set[CheckpointRef]:
     for key, place in places_in(run, ObjectKind.READER.folder).items():
         with suppress(BadDataError, ObjectMissingError):
             reader = Reader.load(run, key)
-            left_seconds = reader.until - time.time()
             is_dead = reader.process is not None and reader.process.certainly_dead()
-            if 0 < left_seconds < READING_SECONDS + _CLOCKS_SECONDS and not is_dead:
+            if reader.until > time.time() and not is_dead:
                 refs.add(place.checkpoint)
     return refs
 

@@ -23,8 +23,8 @@ from job.store.retry import Retry
 
 T = TypeVar("T")
 
-READ_BYTES = 1 << 28
-"""Largest object that is held in memory: the table of 13 million images, or the largest image that is packed."""
+READ_BYTES = 1 << 30
+"""Largest object that is held in memory: more than a piece of 256 images of 1,024 pixels."""
 
 _NEW_KEY = re.compile(r"[A-Za-z0-9][A-Za-z0-9._=+-]*(/[A-Za-z0-9][A-Za-z0-9._=+-]*)*")
 _ANY = r"[^/\\\x00-\x1f\x7f-\x9f\ud800-\udfff]"
@@ -237,9 +237,13 @@ class Store(abc.ABC):
             # A write whose answer was lost is refused when it is repeated.
             content.seek(0)
             equal: list[bool] = []
-            with suppress(ObjectMissingError):
+            try:
                 there = self._attempt(self._fetch, key, lambda data: equal.append(content.read(len(data)) == data))
-                return there if all(equal) and not content.read(1) else None
+            except ObjectMissingError:
+                # Whoever was first has deleted it since, such as an equal packer that is done.
+                content.seek(0)
+                return self._write(key, content, over)
+            return there if all(equal) and not content.read(1) else None
         return version
 
     def _read(self, key: str) -> Blob:

@@ -6,7 +6,6 @@ import hashlib
 import os
 import shutil
 import stat
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -27,7 +26,9 @@ class LocalStore(Store):
 
     def __init__(self, root: Path, retry: Retry | None = None) -> None:
         """Opens the folder `root`, an absolute path; without `retry` operations give up soon."""
-        self._root, self._was_there = root, threading.Event()
+        self._root = root
+        # Shared with the stores of its folders.
+        self._inode: dict[str, int] = {}
         super().__init__(str(root), retry or Retry())
 
     @property
@@ -61,7 +62,6 @@ class LocalStore(Store):
         if over and not path.exists():
             return None
         with temporary_beside(path) as (temporary, file):
-            self._was_there.set()
             version = _copied(content, file.write)
             file.flush()
             os.fsync(file.fileno())
@@ -125,10 +125,9 @@ class LocalStore(Store):
         return f"{self._root} is no folder: check the path; it is made when something is first written to it"
 
     def _check_there(self) -> None:
-        """Raises `BucketAwayError` if the root has gone since this store found it: it is not made a second time."""
-        if self._root.is_dir():
-            self._was_there.set()
-        elif self._was_there.is_set():
+        """Raises `BucketAwayError` if the root is no longer the folder that was found first: removed, or unmounted."""
+        inode = self._root.stat().st_ino if self._root.is_dir() else None
+        if inode != (self._inode.setdefault("root", inode) if inode else self._inode.get("root")):
             raise BucketAwayError(f"{self._root} is gone, and all that was in it: mount it again, or restore it")
 
     def _existing(self, prefix: str) -> Path:

@@ -225,7 +225,7 @@ def test_what_the_local_cache_holds_is_never_executed(trained, tmp_path, marker)
 
     before = pixels()
     held = [path for path in cache_dir.rglob("*") if path.is_file()]
-    assert {"images", "filled", "offsets"} <= {path.name for path in held}
+    assert {"images", "checksums", "offsets"} <= {path.name for path in held}
     for payload in PAYLOADS:
         for path in held:
             path.write_bytes(payload(marker))

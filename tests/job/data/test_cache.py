@@ -102,14 +102,14 @@ def test_what_is_damaged_is_made_anew_and_nothing_else(dataset, far, tmp_path):
     folder = tmp_path / "cache" / dataset.index.dataset_id
 
     def leave_downloads() -> None:
-        (folder / "filled").unlink()
+        (folder / "checksums").unlink()
         (folder / "incoming" / SHARDS[0]).write_bytes(b"half of it")
         (folder / "incoming" / ".tmp-0123").write_bytes(b"less than half of it")
 
     for name, damage, fetched_again in [
         ("a bit of an image", lambda: flip_a_bit(folder / "images", 64 * 64 * 3 * 8), SHARDS[2:3]),
         ("images that end early", lambda: os.truncate(folder / "images", 64 * 64 * 3 * 17), SHARDS[4:]),
-        ("a short record", lambda: os.truncate(folder / "filled", 8 * SHARD_IMAGES[0] + 4), SHARDS[1:]),
+        ("a short record", lambda: os.truncate(folder / "checksums", 8 * SHARD_IMAGES[0] + 4), SHARDS[1:]),
         ("downloads that were left", leave_downloads, SHARDS),
     ]:
         opened(far, dataset, tmp_path / "cache")

@@ -170,7 +170,7 @@ def test_the_damaged_image_is_named(bucket, store, dataset, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("kind", "kept"), [("decoded", {"images", "filled", "offsets"}), ("shards", {"shard-.tar", "offsets"})]
+    ("kind", "kept"), [("decoded", {"images", "checksums", "offsets"}), ("shards", {"shard-.tar", "offsets"})]
 )
 def test_what_rots_in_a_cache_is_made_anew(bucket, store, pixels, tmp_path, kind, kept):
     far, cache = FarStore(bucket), tmp_path / "cache"

@@ -176,7 +176,13 @@ def test_a_bucket_that_was_removed_is_away_and_not_made_anew(bucket: Path) -> No
     store = open_store(str(bucket), Retry(0.05, note=notes.append))
     store.create("runs/a", b"1")
     below = store.sub("runs")
+    assert below.read("a").data == b"1"
     bucket.rename(bucket.with_name("elsewhere"))
+    # As where a disk was mounted: nothing goes to the folder below it.
+    bucket.mkdir()
+    with pytest.raises(BucketAwayError):
+        below.put("b", b"1")
+    bucket.rmdir()
     for call in (lambda: below.put("b", b"1"), lambda: below.create("c", b"1"), lambda: below.read("a"), below.list):
         with pytest.raises(BucketAwayError, match=f"{bucket} is gone"):
             call()
