@@ -91,8 +91,8 @@ class Group:
         threads = max(1, usable_cores() // self.processes)
         variables = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
-            # Threads that spin while they wait for each other are in their own way where others use the cores, too.
-            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "PASSIVE"),
+            # Threads that spin for long while they wait for each other are in their own way where others use the cores.
+            "GOMP_SPINCOUNT": os.environ.get("GOMP_SPINCOUNT", "10000"),
         }
         if self.world_size == 1:
             return variables

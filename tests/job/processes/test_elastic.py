@@ -79,10 +79,8 @@ def batch_losses(rows, first, last):
     return [sum(rows[number][1] for number in batch) / BATCH_IMAGES for batch in batches]
 
 
-@pytest.mark.parametrize(
-    ("precision", "bound", "stages"),
-    [("fp32", 1e-5, STAGES), pytest.param("bf16", 1e-2, STAGES[:2], marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "bound", "stages"), [("fp32", 1e-5, STAGES), ("bf16", 1e-2, STAGES[:2])])
 def test_two_then_one_then_three_processes_learn_what_one_does(place, started, tmp_path, precision, bound, stages):
     alone = started(f"alone-{precision}", 0, precision, 1, stages[-1][1] + 50)
     stopped_at, name = [0], f"moving-{precision}"

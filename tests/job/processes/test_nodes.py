@@ -24,7 +24,7 @@ def test_the_environment_says_who_a_node_is():
     assert group.environment(1).items() >= (place | {"MASTER_ADDR": "node-0.job", "MASTER_PORT": "1234"}).items()
     # A machine that is alone is told of no others.
     alone = Group.of(1, {"NODE_RANK": "7", "MASTER_ADDR": "elsewhere"}).environment(0)
-    assert alone.keys() == {"OMP_NUM_THREADS", "OMP_WAIT_POLICY"}
+    assert alone.keys() == {"OMP_NUM_THREADS", "GOMP_SPINCOUNT"}
     assert Group.of(2, {}).address == "127.0.0.1"
     for named, wrong in {
         **{f"'{name}' makes no group": {key: TWO[key] for key in TWO if key != name} for name in TWO if name[0] != "N"},
@@ -36,7 +36,7 @@ def test_the_environment_says_who_a_node_is():
             Group.of(1, wrong)
 
 
-def test_threads_are_as_many_as_a_process_has_cores_and_do_not_spin(tmp_path, monkeypatch):
+def test_threads_are_as_many_as_a_process_has_cores_and_spin_briefly(tmp_path, monkeypatch):
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr("os.sched_getaffinity", lambda pid: set(range(64)))
     monkeypatch.setattr("job.processes.group.CPU_LIMIT", tmp_path / "cpu.max")
@@ -47,7 +47,7 @@ def test_threads_are_as_many_as_a_process_has_cores_and_do_not_spin(tmp_path, mo
         ("50000 100000", 1, 1),
     ):
         (tmp_path / "cpu.max").write_text(limit)
-        environment = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {"OMP_NUM_THREADS": str(threads), "GOMP_SPINCOUNT": "10000"}
         assert Group(processes).environment(0).items() >= environment.items()
     # A person knows better.
     monkeypatch.setenv("OMP_NUM_THREADS", "7")

@@ -57,7 +57,7 @@ def far(bucket: Path, gcs_bucket: str) -> str:
 
 
 def test_pieces_hold_every_seed_once(walked):
-    for count in (1, 16, 17, 1000, 5000, 50_000, 10**6, MAX_COUNT):
+    for count in (1, 17, 5000, MAX_COUNT):
         drawing = set_of(walked, count, first_seed=7).drawing
         first, last = drawing.seeds(0), drawing.seeds(drawing.pieces - 1)
         assert (first[0], last[-1]) == (7, 7 + count - 1)
