@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 THEIRS = (
     "RANK LOCAL_RANK WORLD_SIZE NNODES NODE_RANK MASTER_ADDR MASTER_PORT KUBECONFIG AWS_PROFILE AWS_ENDPOINT_URL_S3 "
     "GOOGLE_APPLICATION_CREDENTIALS STORAGE_EMULATOR_HOST CLOUDSDK_CONFIG GCE_METADATA_HOST XDG_CACHE_HOME DDPM_BUCKET "
@@ -21,6 +23,7 @@ print(json.dumps([targets, dict(os.environ), os.path.expanduser("~")]))
 """
 
 
+@pytest.mark.slow
 def test_nothing_of_whoever_runs_them_reaches_them(tmp_path):
     (tmp_path / "targets.yaml").write_text("local: {bucket: gs://theirs}\ngke: {backend: kubernetes, image: i}\n")
     variables = {"PATH": "/usr/bin:/bin", "PYTHONPATH": str(Path(__file__).parents[1]), "HOME": str(tmp_path)}
