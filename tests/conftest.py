@@ -24,19 +24,21 @@ _THEIRS = re.compile(
     r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|FORCE_COLOR|TTY_\w+|\w+_proxy",
     re.IGNORECASE,
 )
-for name in filter(_THEIRS.fullmatch, list(os.environ)):
-    del os.environ[name]
-if "PYTEST_XDIST_WORKER" not in os.environ:
+# Once: children that import this, such as spawned ones, are to see what a test gives them.
+if "DDPM_TESTS" not in os.environ:
+    os.environ["DDPM_TESTS"] = "see nothing of whoever runs them"
+    for name in filter(_THEIRS.fullmatch, list(os.environ)):
+        del os.environ[name]
     # What takes seconds to make and says nothing of anybody stays: the list of fonts.
     os.environ.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))
     os.environ["HOME"] = tempfile.mkdtemp(prefix="ddpm-tests-home-")
     atexit.register(shutil.rmtree, os.environ["HOME"], ignore_errors=True)
-_NO_TARGETS = Path(os.environ["HOME"], "no-targets.yaml")
-_NO_TARGETS.touch()
-# A targets.yaml in the checkout, where tests begin, is not theirs.
-os.environ["DDPM_TARGETS"] = str(_NO_TARGETS)
-# Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
-os.environ["OMP_NUM_THREADS"] = "1"
+    no_targets = Path(os.environ["HOME"], "no-targets.yaml")
+    no_targets.touch()
+    # A targets.yaml in the checkout, where tests begin, is not theirs.
+    os.environ["DDPM_TARGETS"] = str(no_targets)
+    # Test processes beside each other would spin for each other's cores. It must stand before torch is first imported.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 # Under nohup, or behind a script's `&`, children would inherit that these are ignored. Those that are caught are theirs
 # again, and still end nothing here.

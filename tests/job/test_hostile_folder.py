@@ -155,7 +155,7 @@ def test_what_others_wrote_is_shown_and_not_obeyed(bucket: Path, tmp_path: Path)
     assert "%1B[2J" in refused(ddpm_here("runs", "show", "walk", "--bucket", bucket), 65)
 
 
-@examples(few=4, many=150)
+@examples(few=4, many=60)
 def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:

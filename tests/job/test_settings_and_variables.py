@@ -39,7 +39,7 @@ def in_one_line(error: JobError, codes: set[int]) -> None:
     assert said.isprintable() and 20 < len(said) < 20_000, said
 
 
-@examples(few=100, many=5_000)
+@examples(few=100, many=2_000)
 def test_whatever_is_set(count):
     @search(count, ASSIGNMENTS)
     def check(assignments):
@@ -98,7 +98,7 @@ def test_variables_that_mean_nothing(tmp_path):
         assert named in refused(done, Exit.BAD_REQUEST), variables
 
 
-@examples(few=30, many=600)
+@examples(few=30, many=200)
 def test_whatever_variables_hold(count, tmp_path, monkeypatch):
     """Each command ends before it begins its work, for there is none."""
     monkeypatch.chdir(tmp_path)
