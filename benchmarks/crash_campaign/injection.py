@@ -171,7 +171,7 @@ class Watched:
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
             case "job.sampling.painter":
                 self._watch_sampling(module.Painter, "_check_agreed")
-                self._watch_sampling(module.Painter, "_check_stopped")
+                self._watch_sampling(module.Painter, "check_stopped")
             case "job.runs.checkpoints":
                 self._watch_restoring(module)
             case "job.train":

@@ -111,7 +111,7 @@ class Painter:
         frames: list[np.ndarray] = []
 
         def keep(t: int, x_t: torch.Tensor, x_start: torch.Tensor) -> None:
-            self._check_stopped()
+            self.check_stopped()
             if t in shown[:-1]:
                 frames.append(figures.to_uint8(x_t))
 
@@ -152,14 +152,15 @@ class Painter:
             (channels, height, width),
             numbers % classes if classes else None,
             self.autocast,
-            callback or self._check_stopped,
+            callback or self.check_stopped,
         )
         # As uint8 it would be a black picture like any other.
         if not images.isfinite().all():
             raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
         return figures.to_uint8(images)
 
-    def _check_stopped(self, *_: Any) -> None:
+    def check_stopped(self, *_: Any) -> None:
+        """Raises `StoppedError` if this process was asked to stop, whatever the others do."""
         self.stop.check("while sampling")
 
     def _check_agreed(self, *_: Any) -> None:

@@ -147,7 +147,7 @@ def _draw_pieces(
 
     def after_step(*_: object) -> None:
         nonlocal image_steps
-        stop.check("while sampling")
+        painter.check_stopped()
         image_steps += len(some)
         advance(image_steps / steps)
 
