@@ -77,7 +77,7 @@ class TrainConfig(Section):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images per forward pass and process")
+    micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images at a time and process; none: all")
     learning_rate: float = Field(2e-4, gt=0, le=LARGEST)
     warmup_images: int = Field(0, ge=0, le=LARGEST, description="linear warm-up of the learning rate")
     adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = (0.9, 0.999)

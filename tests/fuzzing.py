@@ -1,10 +1,16 @@
 """Property tests: a few fixed examples in `make test`, many random ones among the slow tests."""
 
+import resource
+import time
 from collections.abc import Callable
+from functools import wraps
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis.strategies import SearchStrategy
+
+MOST_SECONDS, MOST_BYTES = 20.0, 1 << 30
+"""Of one example, on a busy machine; and of the memory by which all of them together let this process grow."""
 
 
 def examples(few: int, many: int) -> pytest.MarkDecorator:
@@ -14,7 +20,7 @@ def examples(few: int, many: int) -> pytest.MarkDecorator:
 
 
 def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[[Callable[..., object]], object]:
-    """Calls what it decorates with so many examples; up to `few` of them are the same in every run."""
+    """Calls what it decorates with so many examples, in bounded time and memory; up to `few` are the same each time."""
     always = settings(
         max_examples=count,
         derandomize=count <= few,
@@ -23,4 +29,21 @@ def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
-    return lambda check: always(given(*strategies)(check))()
+
+    def bounded(check: Callable[..., object]) -> object:
+        @wraps(check)
+        def timed(*example: object) -> None:
+            began = time.monotonic()
+            check(*example)
+            assert time.monotonic() - began < MOST_SECONDS
+
+        before = _peak_bytes()
+        always(given(*strategies)(timed))()
+        assert _peak_bytes() - before < MOST_BYTES
+        return None
+
+    return bounded
+
+
+def _peak_bytes() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10

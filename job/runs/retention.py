@@ -27,8 +27,9 @@ from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
 T = TypeVar("T")
-READING_SECONDS = 3600.0
-"""A reader that was killed on another machine holds its checkpoint no longer than this."""
+READING_SECONDS = 900.0
+"""A reader that was killed on another machine holds its checkpoint no longer than this; it covers clocks that differ by
+minutes, and a step of sampling, after which it is said again."""
 
 
 @dataclass(frozen=True)
