@@ -249,6 +249,10 @@ class TrainingSession:
         )
         schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
         objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        if self.ranks.world_size > 1:
+            slots = len(range(self.ranks.rank, self.batch_size, self.ranks.world_size))
+            images = min(slots, config.train.micro_batch_size or slots)
+            compute.settle_buckets(self.network, config, images, accelerator.device)
         self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
             if self._is_grid_due(state.images_seen):

@@ -6,6 +6,7 @@ import os
 from typing import Literal
 
 import torch
+from torch import nn
 
 from ddpm.unet import UNet
 from job.config import RunConfig
@@ -27,6 +28,21 @@ def describe_device(device: torch.device) -> str:
         # Each thread adds up a part.
         name = f"{torch.get_num_threads()}-thread CPU with {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, torch {torch.__version__}"
+
+
+def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:
+    """Has DDP lay out its buckets as it will keep them, by a pass whose gradients are dropped. Collective.
+
+    It does so after the first pass of an attempt. Sums over three processes and more depend on the layout, and so a run
+    that was resumed would be rounded otherwise than one that was not. With as many images as a step has: for another
+    number of them the network would be compiled once more.
+    """
+    size, channels = config.data.size, config.data.channels
+    assert size is not None and channels is not None
+    zeros = torch.zeros(images, dtype=torch.int64, device=device)
+    x = torch.zeros(images, channels, size, size, device=device)
+    network(x, zeros, zeros if config.model.num_classes else None).sum().backward()
+    network.zero_grad()
 
 
 def why_slow(step_seconds: float, waited_seconds: float) -> str:

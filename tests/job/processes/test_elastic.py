@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 
 from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.metrics import read_rows
 from tests.job.command_line import settings
 from tests.job.hooked import hooked
 
@@ -77,6 +78,24 @@ def batch_losses(rows, first, last):
     """Mean loss of each global batch between two image numbers."""
     batches = (range(start, start + BATCH_IMAGES) for start in range(first, last, BATCH_IMAGES))
     return [sum(rows[number][1] for number in batch) / BATCH_IMAGES for batch in batches]
+
+
+@pytest.mark.slow
+def test_three_processes_that_were_stopped_learn_to_the_bit_what_others_do(place, started):
+    ended = started("whole", 0, "fp32", 3, 10**9, "--epochs", 2)
+    stopped(started("parted", 0, "fp32", 3, 200, "--epochs", 2))
+    assert started("parted", 1, "fp32", 3, 10**9, "--epochs", 2).wait(250) == ended.wait(250) == 0
+
+    def result(name):
+        run = place.run(name)
+        ref = max(list_checkpoints(run))
+        losses = [row["loss"] for row in read_rows(run, load_manifest(run, ref).metrics)]
+        groups = ("model", "ema", "optimizer")
+        return ref.fence, losses, [run.read(f"{ref.key}/{group}-00.safetensors").data for group in groups]
+
+    whole, parted = result("whole"), result("parted")
+    assert (whole[0], parted[0]) == (1, 2)
+    assert whole[1:] == parted[1:]
 
 
 @pytest.mark.slow
