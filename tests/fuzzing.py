@@ -32,9 +32,9 @@ def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[
 
     def bounded(check: Callable[..., object]) -> object:
         @wraps(check)
-        def timed(*example: object) -> None:
+        def timed(**example: object) -> None:
             began = time.monotonic()
-            check(*example)
+            check(**example)
             assert time.monotonic() - began < MOST_SECONDS
 
         before = _peak_bytes()
