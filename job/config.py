@@ -45,7 +45,7 @@ class DataConfig(Section):
     dataset: str = ""
     dataset_id: str = ""
     size: int | None = Field(None, ge=1, le=LARGEST, description="pixels; follows the dataset")
-    channels: int | None = Field(None, description="follows the dataset")
+    channels: int | None = Field(None, ge=1, le=3, description="follows the dataset")
     flip: bool = Field(True, description="mirror half of the images, drawn per image number")
     shuffle_block_images: int = Field(0, ge=0, le=LARGEST, description="shuffle within blocks of so many; 0: of all")
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
@@ -273,6 +273,13 @@ def presets() -> list[str]:
 
 class _PlainLoader(yaml.SafeLoader):
     """YAML with each key once and without aliases: they can make a small file refer to itself, or be gigabytes."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        value = super().construct_object(node, deep)
+        if isinstance(value, int) and value.bit_length() > 64:
+            # Thousands of hexadecimal digits would be one that no message can repeat.
+            raise yaml.YAMLError("a number is beyond 64 bits")
+        return value
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
