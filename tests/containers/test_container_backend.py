@@ -121,13 +121,11 @@ def test_the_container_is_confined(place):
 
 
 def test_what_only_the_container_finds_has_its_code(place):
-    """A batch that the processes cannot share is found by the launcher in the container."""
-    done = ddpm("submit", *training("wide", place), "--processes", 25, *HERE)
-    assert "25 processes cannot share" in refused(done, 78)
-    assert inspected("train-wide")["ExitCode"] == 78
-    assert backend().status("train-wide").state is State.FAILED
+    """A dataset that the bucket does not have is found by the program in the container."""
     done = ddpm("submit", "train", "--dataset", "nowhere", "--bucket", place, *HERE)
     assert "nowhere" in refused(done, 66)
+    assert inspected("train-nowhere")["ExitCode"] == 66
+    assert backend().status("train-nowhere").state is State.FAILED
 
 
 def test_an_image_that_is_not_there_is_built_from_the_checkout(place):
