@@ -19,8 +19,8 @@ from benchmarks.measuring import Figure, Turns, take_turns
 from benchmarks.resume import resumptions
 from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
+from job import method
 from job.config import RunConfig
-from job.processes import compute
 from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import Lease
 from job.runs.records import create_config, record_attempt
@@ -38,7 +38,7 @@ def measure(quick: bool) -> list[Figure]:
     """Saves Ho et al.'s CIFAR-10 network, 572 MB with averages and moments, to a folder and to an object server."""
     sets, cpu = TINY if quick else (), torch.device("cpu")
     config = run_config(sets)
-    state = create_state(compute.build_network(config, cpu), cpu).tensors()
+    state = create_state(method.build_network(config, cpu), cpu, method.settings_of(config)).tensors()
     megabytes = sum(tensor.nbytes for named in state.values() for tensor in named.values()) / 1e6
     with TemporaryDirectory(prefix="ddpm-bench-") as name, object_server(Path(name)):
         blocked, committed = saves(open_store(f"{name}/run"), config, state, 1 if quick else 7)

@@ -28,7 +28,7 @@ def measure(quick: bool) -> list[Figure]:
     painter = Painter(config, ranks, precision, NEVER, Agreement(1, flags=1))
     pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)
-    sampling = Sampling("ddim", steps, "leading", 0.0, "fixed_large")
+    sampling = Sampling("ddim", steps, "leading")
     turns = take_turns(
         "drawing images",
         lambda: painter.draw(range(batch_size), sampling, batch_size, "our turn"),

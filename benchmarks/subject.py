@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import nn
 
-from ddpm.unet import UNet
 from job.config import RunConfig, draft, parse_sets
 from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
@@ -44,7 +44,7 @@ def pack_noise(bucket_uri: str, folder: Path, size: int, shard_bytes: int = 16 <
     return pack(open_store(bucket_uri), request, shard_bytes=shard_bytes)
 
 
-def diffusers_twin(network: UNet, config: RunConfig) -> Any:
+def diffusers_twin(network: nn.Module, config: RunConfig) -> Any:
     """The same network as a diffusers `UNet2DModel` at its defaults: fp32, contiguous, equal weights."""
     from diffusers import UNet2DModel
 

@@ -29,9 +29,8 @@ from benchmarks.subject import (
     pack_noise,
     write_noise,
 )
-from ddpm.objective import Objective
-from ddpm.schedule import make_schedule
 from ddpm.training import train
+from job import method
 from job.config import RunConfig
 from job.data.cache import open_cache
 from job.data.order import Order
@@ -116,8 +115,7 @@ class OurLoop:
         self.session = TrainingSession(plan, Ranks(accelerator), cache)
         self.wait_seconds: list[float] = []
         config = plan.config
-        schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps)
-        self._objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        self._objective = method.objective_of(config)
         self._stream: Any = stream_batches(
             cache,
             Order(tuple(shard.images for shard in plan.index.shards), config.train.seed),
@@ -149,7 +147,7 @@ class OurLoop:
         session = self.session
         shape = (session.batch_size, 3, SIZE, SIZE)
         with FlopCounterMode(display=False) as counter:
-            session.state.model(torch.randn(shape), torch.zeros(shape[0], dtype=torch.int64)).sum().backward()
+            session.state.model(torch.randn(shape), torch.zeros(shape[0])).sum().backward()
         return counter.get_total_flops()
 
     def close(self) -> None:

@@ -1,26 +1,27 @@
 """Averaged weights: the ones to sample from."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 
-def ema_decay(images_seen: int, batch_size_images: int, decay: float, warmup: bool) -> float:
-    """Decay of the average for one update, a function of progress alone.
+@dataclass(frozen=True)
+class AverageSettings:
+    """How fast the average forgets."""
 
-    Args:
-        images_seen: images seen so far, the present batch included.
-        batch_size_images: the global batch size.
-        decay: the decay that is reached in the end.
-        warmup: whether to begin with min(decay, (1+n)/(10+n)) after n batches, as latent-diffusion does, so that the
-            random initial weights are forgotten early.
+    decay: float
+    """Of the old average in one update, as it is reached in the end."""
+    warmup: bool
+    """Whether to begin with min(decay, (1 + n)/(10 + n)) after n batches, as latent-diffusion does, so that the random
+    initial weights are forgotten early."""
 
-    Returns:
-        The factor on the old average.
-    """
-    if not warmup:
-        return decay
-    n = images_seen / batch_size_images
-    return min(decay, (1 + n) / (10 + n))
+    def decay_at(self, images_seen: int, batch_size_images: int) -> float:
+        """The factor on the old average, for the update after `images_seen` images, the present batch included."""
+        if not self.warmup:
+            return self.decay
+        n = images_seen / batch_size_images
+        return min(self.decay, (1 + n) / (10 + n))
 
 
 class EMA:

@@ -205,15 +205,13 @@ def contact_sheet(
     return _framed(image_grid(np.concatenate(groups), columns, 4, scale, row_labels=captions))
 
 
-def denoising_timesteps(timesteps: Sequence[int], frames: int = 20) -> list[int]:
-    """Choose steps of a sampling grid to show: evenly spaced, from the first, still noise, to the last, the sample.
+def shown_evaluations(evaluations: int, frames: int = 20) -> list[int]:
+    """Choose evaluations of a network to show, by number from 0: evenly spaced from the first to the last.
 
-    There are exactly `frames` of them, without repetition, or all steps where the grid has fewer.
+    There are exactly `frames` of them, without repetition, or all where there are fewer.
     """
-    if not timesteps:
-        raise ValueError("the sampling grid has no steps")
-    count, last = min(frames, len(timesteps)), len(timesteps) - 1
-    return [timesteps[last - index * last // max(1, count - 1)] for index in reversed(range(count))]
+    count, last = min(frames, evaluations), evaluations - 1
+    return [last - index * last // max(1, count - 1) for index in reversed(range(count))]
 
 
 def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scale: int | None = None) -> bytes:

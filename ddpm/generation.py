@@ -3,78 +3,126 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddpm import randomness, samplers
-from ddpm.schedule import NoiseSchedule, Prediction
+from ddpm.grids import Grid, make_grid
+from ddpm.objective import UNCONDITIONAL, Condition, Network
+from ddpm.prediction import Prediction
+from ddpm.process import Point, Process
+from ddpm.samplers import Denoiser, Variance
+
+Callback = Callable[[Point[float], Tensor, Tensor], None]
+"""Called at every evaluation of the network with (point, x_t, the estimated x_0)."""
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How images are drawn. `eta` is DDIM's (0: deterministic); `variance` is the ancestral sampler's."""
 
-    sampler: Literal["ddpm", "ddim"]
+    sampler: str
     steps: int
-    spacing: Literal["leading", "trailing", "quadratic"]
-    eta: float
-    variance: Literal["fixed_small", "fixed_large"]
+    grid: Grid
+    eta: float = 0.0
+    variance: Variance = "fixed_large"
+    clip: bool = True
+    """Whether the estimated x_0 is clipped to [-1, 1] (as Ho et al.'s code does)."""
 
-    def timesteps(self, num_timesteps: int) -> list[int]:
-        """The descending grid of timesteps."""
-        return samplers.timestep_grid(num_timesteps, self.steps, self.spacing)
+    def points(self, process: Process) -> list[Point[float]]:
+        """The points to visit, the clean image included."""
+        return make_grid(process, self.steps, self.grid)
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is asked for one image."""
+        return self.steps
+
+
+def make_denoiser(
+    network: Network,
+    process: Process,
+    prediction: Prediction,
+    condition: Condition = UNCONDITIONAL,
+    clip: bool = True,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    callback: Callback | None = None,
+) -> Denoiser:
+    """Turn a network into a denoiser.
+
+    Args:
+        network: the network, in evaluation mode.
+        process: the one it was trained with.
+        prediction: what its output means.
+        condition: what else it is told.
+        clip: see `Sampling`.
+        autocast: context for the network alone, such as bf16 autocast; all other arithmetic is fp32.
+        callback: see `Callback`.
+
+    Returns:
+        A function (x_t, point) → x_0, float32, without gradients.
+    """
+
+    @torch.no_grad()
+    def denoise(x_t: Tensor, point: Point[float]) -> Tensor:
+        t = torch.full((len(x_t),), point.t, dtype=torch.float32, device=x_t.device)
+        with autocast():
+            output = network(process.input_scale(point.sigma) * x_t, t, condition).float()
+        x_start = prediction.x_start(output, x_t, point)
+        if clip:
+            x_start = x_start.clamp(-1, 1)
+        if callback is not None:
+            callback(point, x_t, x_start)
+        return x_start
+
+    return denoise
 
 
 def generate(
-    network: nn.Module,
-    schedule: NoiseSchedule,
+    network: Network,
+    process: Process,
     prediction: Prediction,
     sampling: Sampling,
     seeds: Tensor,
     shape: tuple[int, int, int],
-    labels: Tensor | None = None,
-    autocast: Callable[[], AbstractContextManager[None]] | None = None,
-    callback: Callable[[int, Tensor, Tensor], None] | None = None,
+    condition: Condition = UNCONDITIONAL,
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
+    callback: Callback | None = None,
 ) -> Tensor:
     """Draws one image per seed.
 
     Args:
-        network: predicts ε or v; on the device of `seeds`, in eval mode.
-        schedule: the forward process it was trained with, on the same device.
-        prediction: what it predicts.
+        network: on the device of `seeds`, in eval mode.
+        process: the one it was trained with.
+        prediction: what its output means.
         sampling: the sampler and its grid.
-        seeds: int64 [B]. Image k depends on seeds[k] (and labels[k]) alone.
+        seeds: int64 [B]. Image k depends on seeds[k] (and what the condition says of it) alone.
         shape: (C, H, W).
-        labels: int64 [B] for class-conditional networks.
-        autocast: context for the network alone, such as bf16 autocast; the sampler's arithmetic is fp32 always.
-        callback: called as (t, x_t, x_start) with float32 [B, C, H, W] at every step.
+        condition: what else the network is told.
+        autocast: see `make_denoiser`.
+        callback: see `Callback`.
 
     Returns:
         float32 [B, C, H, W] in [-1, 1].
     """
-    device, num_timesteps = seeds.device, schedule.num_timesteps
+    device, points = seeds.device, sampling.points(process)
 
     def noise_at(draw: int) -> Tensor:
-        return randomness.sampling_noise(seeds, draw, shape, device)
+        noise = randomness.sampling_noise(seeds, draw, shape, device)
+        return noise.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else noise
 
-    def predict(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        if autocast is None:
-            return network(x, timesteps, labels)
-        with autocast():
-            return network(x, timesteps, labels).float()
-
-    denoise = samplers.make_denoiser(predict, schedule, prediction, labels)
-    x_T, timesteps = noise_at(num_timesteps), sampling.timesteps(num_timesteps)
-    if device.type == "cuda":
-        x_T = x_T.contiguous(memory_format=torch.channels_last)
+    denoise = make_denoiser(network, process, prediction, condition, sampling.clip, autocast, callback)
+    # A process that keeps the variance ends at unit variance, one that lets it explode at σ.
+    x = max(1.0, points[0].sigma) * noise_at(0)
     with torch.inference_mode():
-        if sampling.sampler == "ddim":
-            sample = samplers.sample_ddim(denoise, x_T, schedule, timesteps, noise_at, sampling.eta, callback)
-        else:
-            assert sampling.sampler == "ddpm", sampling.sampler
-            sample = samplers.sample_ancestral(denoise, x_T, schedule, timesteps, noise_at, sampling.variance, callback)
-    return sample.clamp(-1, 1)
+        return _SAMPLERS[sampling.sampler](sampling)(denoise, x, points, noise_at).clamp(-1, 1)
+
+
+_SAMPLERS: dict[str, Callable[[Sampling], samplers.Sampler]] = {
+    "ddpm": lambda chosen: partial(samplers.ancestral, variance=chosen.variance),
+    "ddim": lambda chosen: partial(samplers.ddim, eta=chosen.eta),
+}

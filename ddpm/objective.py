@@ -1,69 +1,139 @@
-"""The training loss: what the network predicts, and how much each timestep counts."""
+"""The training loss: at which points of a process, what the network predicts there, how much each of them counts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from ddpm.schedule import NoiseSchedule, Prediction
+from ddpm import randomness
+from ddpm.prediction import Prediction
+from ddpm.process import Point, Process
 
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t [B, C, H, W], timesteps int64 [B], labels int64 [B] or None) → prediction [B, C, H, W]."""
+QUARTILES = 4
+Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"]
+"""What the squared error counts: `plain` as it is at the output; the others say it on the error of x_0."""
+
+
+class Condition(NamedTuple):
+    """What a network is told beside the point."""
+
+    labels: Tensor | None = None
+    """Class indices, int64 [B]; none for a network without classes."""
+
+
+UNCONDITIONAL = Condition()
+
+Network = Callable[[Tensor, Tensor, Condition], Tensor]
+"""(x_t at the scale that the process says [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How points are drawn, as a function of the image's number alone."""
+
+    kind: Literal["uniform", "log_normal"] = "uniform"
+    """Evenly over the process, or with a normal ln(σ/α): log-normal σ on EDM's (Karras et al. 2022, table 1), which is
+    a logit-normal σ on a rectified flow (Esser et al. 2024, section 3.1)."""
+    mean: float = -1.2
+    """Of ln(σ/α)."""
+    std: float = 1.2
+    stratified: bool = False
+    """Whether image i of a batch draws from its i-th part: (i + u)/batch, which every split over processes keeps."""
+
+
+class Drawn(NamedTuple):
+    """A point for each image of a batch and what goes with it, float32 [B] each."""
+
+    t: Tensor
+    alpha: Tensor
+    sigma: Tensor
+    input_scale: Tensor
+    """What x_t is multiplied with for the network."""
+    weight: Tensor
+    """Of the squared error at the output."""
+    quartile: Tensor
+    """0 for the quarter of the draws with the least noise, 3 for that with the most."""
 
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """Denoising loss of Ho et al. 2020 (equation 14) for ε- or v-prediction, optionally with the min-SNR weight.
+    """The squared error of a network's output at drawn points of a process.
 
     All of it is float32; autocast, if any, belongs around the network alone.
     """
 
-    schedule: NoiseSchedule
+    process: Process
     prediction: Prediction
-    min_snr_gamma: float | None = None
-    """γ of Hang et al. 2023; None weighs all timesteps alike."""
+    weighting: Weighting = "plain"
+    gamma: float = 5.0
+    """γ of min-SNR and soft min-SNR."""
+    draws: Draws = Draws()
 
     def __post_init__(self) -> None:
-        if self.prediction not in get_args(Prediction):
-            raise ValueError(f"unknown prediction {self.prediction!r}: choose epsilon or v")
+        if self.weighting not in get_args(Weighting):
+            raise ValueError(f"unknown weighting {self.weighting!r}: choose one of {', '.join(get_args(Weighting))}")
+        last = self.process.numbered(torch.tensor([self.process.num_timesteps - 1]))
+        if self.prediction.kind == "epsilon" and not last.alpha.all():
+            raise ValueError("no image can be told from a prediction of epsilon where the process leaves none of it")
+
+    def draw(self, seed: int, image_numbers: Tensor, batch_size_images: int) -> Tensor:
+        """Draws a point for each image, in float64 and rounded once.
+
+        Args:
+            seed: the run's seed.
+            image_numbers: int64 [B], on the host.
+            batch_size_images: of the global batch, which begins at a multiple of that.
+
+        Returns:
+            float32 [6, B] on the host, for `Drawn`: one table is sent to the device at once.
+        """
+        u = randomness.training_uniforms(seed, image_numbers)
+        if self.draws.stratified:
+            u = (image_numbers % batch_size_images + u) / batch_size_images
+        if self.draws.kind == "uniform":
+            point = self.process.uniform(u)
+        else:
+            point = self.process.with_ratio((self.draws.mean + self.draws.std * torch.special.ndtri(u)).exp())
+        scale = self.process.input_scale(point.sigma)
+        return torch.stack([*point, scale, self.weights(point), (u * QUARTILES).floor()]).float()
 
     def losses(
-        self, model: Network, x_start: Tensor, timesteps: Tensor, noise: Tensor, labels: Tensor | None = None
+        self, network: Network, x_start: Tensor, noise: Tensor, drawn: Drawn, condition: Condition = UNCONDITIONAL
     ) -> Tensor:
         """Noise the images, run the network, compare.
 
         Args:
-            model: the network.
+            network: see `Network`.
             x_start: images [B, C, H, W] in [-1, 1].
-            timesteps: int64 [B].
             noise: standard normal ε, float32 [B, C, H, W].
-            labels: class indices, int64 [B], for a network with classes.
+            drawn: a point for each image.
+            condition: what else the network is told.
 
         Returns:
             float32 [B]: each image's squared error, averaged over its pixels and weighted.
         """
-        x_t = self.schedule.add_noise(x_start, noise, timesteps)
-        target = noise if self.prediction == "epsilon" else self.schedule.velocity(x_start, noise, timesteps)
-        output = model(x_t, timesteps, labels).float()
-        return self.weights(timesteps) * (output - target).square().mean(dim=(1, 2, 3))
+        alpha, sigma, scale = (row.view(-1, 1, 1, 1) for row in (drawn.alpha, drawn.sigma, drawn.input_scale))
+        x_t = alpha * x_start + sigma * noise
+        target = self.prediction.target(x_start, noise, Point(drawn.t, alpha, sigma))
+        output = network(scale * x_t, drawn.t, condition).float()
+        return drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
 
-    def weights(self, timesteps: Tensor) -> Tensor:
-        """Weight of each timestep's squared error at the network's output (Hang et al. 2023, section 3.4).
+    def weights(self, point: Point[Tensor]) -> Tensor:
+        """The weight of the squared error at the output, float64 [B].
 
-        min(SNR, γ) on the error of x_0, which is 1/SNR of the error of ε and 1/(SNR+1) of the error of v.
-
-        Args:
-            timesteps: int64 [B].
-
-        Returns:
-            float32 [B].
+        On the error of x_0 it is SNR, min(SNR, γ) (Hang et al. 2023, equation 7), SNR γ/(SNR + γ) (Crowson et al.
+        2024, section 4.2) or λ (Karras et al. 2022, table 1).
         """
-        snr = self.schedule.snr[timesteps]
-        if self.min_snr_gamma is None:
-            return torch.ones_like(snr)
-        if self.prediction == "epsilon":
-            # Not min(SNR, γ) / SNR: an SNR that underflows to 0 would make it 0/0.
-            return (self.min_snr_gamma / snr).clamp(max=1)
-        return snr.clamp(max=self.min_snr_gamma) / (snr + 1)
+        if self.weighting == "plain":
+            return torch.ones_like(point.sigma)
+        snr = (point.alpha / point.sigma).square()
+        factor = self.prediction.error_factor(point)
+        if self.weighting == "snr":
+            return snr / factor
+        if self.weighting == "min_snr":
+            return snr.clamp(max=self.gamma) / factor
+        if self.weighting == "soft_min_snr":
+            return snr * self.gamma / (snr + self.gamma) / factor
+        return (snr + self.prediction.sigma_data**-2) / factor

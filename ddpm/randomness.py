@@ -31,7 +31,7 @@ class Purpose(IntEnum):
     """What a draw is for; part of its counter. Renumbering would change the noise of every run that is resumed."""
 
     TRAINING_NOISE = 0
-    TIMESTEP = 1
+    POINT = 1
     FLIP = 2
     DROPOUT = 3
     SAMPLING_NOISE = 4
@@ -57,7 +57,7 @@ def sampling_noise(seeds: Tensor, draw: int, shape: Sequence[int], device: torch
 
     Args:
         seeds: int64 [B], one seed per image.
-        draw: which of the image's draws: the timestep for that step's noise, num_timesteps for x_T.
+        draw: which of the image's draws: 0 for the noise that sampling begins with, then as the sampler asks.
         shape: (C, H, W) of one image.
         device: where the noise is wanted.
 
@@ -67,18 +67,17 @@ def sampling_noise(seeds: Tensor, draw: int, shape: Sequence[int], device: torch
     return _normals(Purpose.SAMPLING_NOISE, draw, seeds, shape, device)
 
 
-def training_timesteps(seed: int, image_numbers: Tensor, num_timesteps: int) -> Tensor:
-    """Timesteps drawn uniformly from 0..num_timesteps-1; the probability of each is exact to 2⁻³².
+def training_uniforms(seed: int, image_numbers: Tensor) -> Tensor:
+    """Where between 0 and 1 the point of each image is drawn from.
 
     Args:
         seed: the run's seed.
         image_numbers: int64 [B], the images' numbers in the run.
-        num_timesteps: T, below 2³¹.
 
     Returns:
-        int64 [B] on the device of `image_numbers`.
+        float64 [B], multiples of 2⁻³³ that are neither 0 nor 1, on the device of `image_numbers`.
     """
-    return (_first_word(Purpose.TIMESTEP, image_numbers, seed) * num_timesteps) >> 32
+    return (_first_word(Purpose.POINT, image_numbers, seed).double() + 0.5) * 2.0**-32
 
 
 def training_flips(seed: int, image_numbers: Tensor) -> Tensor:

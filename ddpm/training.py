@@ -14,13 +14,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim.adam import adam
 
 from ddpm import randomness
-from ddpm.ema import EMA, ema_decay
-from ddpm.objective import Objective
+from ddpm.ema import EMA, AverageSettings
+from ddpm.objective import QUARTILES, Condition, Drawn, Objective
+from ddpm.optimizer import Adam, OptimizerSettings
 
-QUARTILES = 4
 LOSS_QUANTUM = 2.0**-32
 """What a logged loss is rounded to: float64 sums of such numbers are exact (below 2²¹), in whatever order and parts."""
 
@@ -47,11 +46,8 @@ class Settings:
 
     batch_size_images: int
     micro_batch_size_images: int | None
-    learning_rate: float
-    warmup_images: int
-    clip_norm: float
-    ema_decay: float
-    ema_warmup: bool
+    optimizer: OptimizerSettings
+    average: AverageSettings
     seed: int
     flip: bool
     dropout: float
@@ -66,9 +62,8 @@ class LossLog:
     def __init__(self, device: torch.device) -> None:
         self.sums = torch.zeros(2, 1 + QUARTILES, dtype=torch.float64, device=device)
 
-    def add(self, losses: Tensor, timesteps: Tensor, num_timesteps: int) -> None:
-        """Counts per-image `losses` [b] at `timesteps` [b]; no host synchronisation."""
-        quartiles = timesteps * QUARTILES // num_timesteps
+    def add(self, losses: Tensor, quartiles: Tensor) -> None:
+        """Counts per-image `losses` [b] of these `quartiles` [b]; no host synchronisation."""
         member = (quartiles == torch.arange(QUARTILES, device=quartiles.device)[:, None]).double()
         member = torch.cat([torch.ones_like(member[:1]), member])
         rounded = (losses.double() / LOSS_QUANTUM).round() * LOSS_QUANTUM
@@ -87,43 +82,6 @@ def loss_row(sums: Tensor) -> dict[str, float]:
     names = ["loss", *(f"loss_q{i}" for i in range(QUARTILES))]
     totals, counts = sums.tolist()
     return {name: total / count for name, total, count in zip(names, totals, counts, strict=True) if count}
-
-
-class Adam:
-    """Kingma, Ba 2015 (algorithm 1), by PyTorch's fused kernel; gradients that are none are left alone.
-
-    `torch.optim.Adam` would do the same, but importing the compiler that it asks about takes more than a second.
-    """
-
-    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], betas: tuple[float, float], eps: float):
-        self._parameters = dict(named_parameters)
-        self._betas, self._eps = betas, eps
-        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
-        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
-        self.steps = {name: torch.zeros((), device=p.device) for name, p in self._parameters.items()}
-
-    @torch.no_grad()
-    def step(self, learning_rate: float) -> None:
-        """Updates the parameters from their gradients, and then lets go of these."""
-        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
-        adam(
-            [self._parameters[name] for name in names],
-            [grad for name in names if (grad := self._parameters[name].grad) is not None],
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
-            [],
-            [self.steps[name] for name in names],
-            fused=True,
-            amsgrad=False,
-            beta1=self._betas[0],
-            beta2=self._betas[1],
-            lr=learning_rate,
-            weight_decay=0.0,
-            eps=self._eps,
-            maximize=False,
-        )
-        for parameter in self._parameters.values():
-            parameter.grad = None
 
 
 @dataclass
@@ -178,19 +136,10 @@ class Hooks:
     which then has not been."""
 
 
-def create_state(
-    model: nn.Module, device: torch.device, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
-) -> TrainState:
-    """A fresh state on `device`, where the model is; `betas` and `eps` are Adam's."""
-    optimizer = Adam(model.named_parameters(), betas, eps)
+def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
+    """A fresh state on `device`, where the model is."""
+    optimizer = Adam(model.named_parameters(), settings.optimizer)
     return TrainState(model, EMA(model), optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
-
-
-def learning_rate_at(images_seen: int, settings: Settings) -> float:
-    """Linear warm-up to a constant, for the step that begins after `images_seen` images."""
-    if not settings.warmup_images:
-        return settings.learning_rate
-    return settings.learning_rate * min(1.0, (images_seen + settings.batch_size_images) / settings.warmup_images)
 
 
 def micro_batches(count: int, size: int | None) -> list[slice]:
@@ -219,11 +168,11 @@ def train(
         accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
         hooks: see `Hooks`.
 
-    Each image's noise, timestep and flip depend on its number alone, and its loss weighs 1/batch in the gradient, so
+    Each image's noise, point and flip depend on its number alone, and its loss weighs 1/batch in the gradient, so
     the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per micro-batch,
     seeded by its first image number; they are the one thing that depends on the split.
     """
-    device, num_timesteps = accelerator.device, objective.schedule.num_timesteps
+    device = accelerator.device
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     # DDP averages gradients over processes; this makes each image weigh 1/batch, also when slots are unequal.
     weight = accelerator.num_processes / settings.batch_size_images
@@ -233,33 +182,33 @@ def train(
     questions = len(micro_batches(settings.batch_size_images // accelerator.num_processes, micro_batch_size))
     network.train()
     for batch in batches:
-        numbers = torch.from_numpy(batch.image_numbers).to(device, non_blocking=True)
+        on_host = torch.from_numpy(batch.image_numbers)
+        numbers = on_host.to(device, non_blocking=True)
+        points = objective.draw(settings.seed, on_host, settings.batch_size_images).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
-        measured: list[tuple[Tensor, Tensor]] = []
+        losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
             x_start = prepare_images(images[part], numbers[part], settings).contiguous(memory_format=layout)
-            timesteps = randomness.training_timesteps(settings.seed, numbers[part], num_timesteps)
             noise = randomness.training_noise(settings.seed, numbers[part], tuple(x_start.shape[1:]), device)
             if settings.dropout:
                 torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                losses = objective.losses(network, x_start, timesteps, noise, None if labels is None else labels[part])
+                condition = Condition(None if labels is None else labels[part])
+                losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition)
                 accelerator.backward(losses.sum() * weight)
-            measured.append((losses.detach(), timesteps))
-        for losses, timesteps in measured:
-            state.log.add(losses, timesteps, num_timesteps)
-        norm = nn.utils.clip_grad_norm_(parameters, settings.clip_norm, foreach=True)
+            losses_of_parts.append(losses.detach())
+        state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
+        norm = nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm, foreach=True)
         bad = (state.first_nonfinite < 0) & ~torch.isfinite(norm)
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
-        state.optimizer.step(learning_rate_at(state.images_seen, settings))
+        state.optimizer.step(settings.optimizer.learning_rate_at(state.images_seen, settings.batch_size_images))
         state.images_seen += settings.batch_size_images
-        decay = ema_decay(state.images_seen, settings.batch_size_images, settings.ema_decay, settings.ema_warmup)
-        state.ema.update(state.model, decay)
+        state.ema.update(state.model, settings.average.decay_at(state.images_seen, settings.batch_size_images))
         if hooks.after_step(state):
             return
 

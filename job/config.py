@@ -52,9 +52,10 @@ class DataConfig(Section):
     cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk that a node may use for the images")
 
 
-class ModelConfig(Section):
+class UNetConfig(Section):
     """The U-Net of Ho et al. (2020), appendix B."""
 
+    kind: Literal["unet"] = "unet"
     channels: int = Field(128, ge=4, le=4096)
     channel_mults: Mults = Field((1, 2, 2, 2), min_length=1, max_length=12)
     attention_sizes: Counts = (16,)
@@ -63,14 +64,54 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1)
     num_classes: int | None = Field(None, ge=0, le=LARGEST, description="follows the dataset; 0: unconditional")
 
+    def check(self, size: int | None) -> None:
+        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        halvings = len(self.channel_mults) - 1
+        # Without a size yet, any will do.
+        if (size or 0) % 2**halvings:
+            raise ValueError(
+                f"data.size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+                f"model.channel_mults need: pack at a multiple of {2**halvings}, or use fewer levels"
+            )
+        if self.channels % self.norm_groups:
+            raise ValueError(
+                f"model.channels={self.channels} cannot be split into model.norm_groups={self.norm_groups} groups"
+            )
+        if self.channels % 2:
+            raise ValueError(f"model.channels={self.channels} must be even, for sines and cosines of the timestep")
+
 
 class DiffusionConfig(Section):
-    """The forward process and what the network predicts."""
+    """The process, what the network predicts, and how much each point counts."""
 
-    schedule: Literal["linear", "cosine"] = "linear"
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"] = "linear"
     timesteps: int = Field(1000, ge=2, le=10_000)
-    prediction: Literal["epsilon", "v"] = "epsilon"
-    min_snr_gamma: float | None = Field(None, gt=0, le=LARGEST, description="none: unweighted")
+    zero_terminal_snr: bool = Field(False, description="rescale the betas so that the last timestep is pure noise")
+    sigma_min: float = Field(0.002, gt=0, le=LARGEST, description="of edm")
+    sigma_max: float = Field(80.0, gt=0, le=LARGEST, description="of edm")
+    sigma_data: float = Field(0.5, gt=0, le=LARGEST, description="standard deviation of the images, for edm")
+    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = "epsilon"
+    weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"] = Field(
+        "plain", description="plain: the squared error as it is; the others say what it counts on x_0"
+    )
+    gamma: float = Field(5.0, gt=0, le=LARGEST, description="of min_snr and soft_min_snr")
+    draws: Literal["uniform", "log_normal"] = Field("uniform", description="of the points, or of their sigma/alpha")
+    draws_mean: float = Field(-1.2, ge=-100, le=100, description="of ln(sigma/alpha)")
+    draws_std: float = Field(1.2, gt=0, le=100)
+    stratified: bool = Field(False, description="each image of a batch draws from its own part")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> DiffusionConfig:
+        if self.zero_terminal_snr and self.schedule in ("edm", "flow"):
+            raise ValueError(f"diffusion.zero_terminal_snr rescales betas, and schedule={self.schedule} has none")
+        if self.prediction == "epsilon" and (self.zero_terminal_snr or self.schedule == "flow"):
+            raise ValueError(
+                "diffusion.prediction=epsilon says nothing about the image where only noise is left, as "
+                f"{'zero_terminal_snr' if self.zero_terminal_snr else 'schedule=flow'} has it: use v, x0 or flow"
+            )
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"diffusion.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
+        return self
 
 
 class TrainConfig(Section):
@@ -107,14 +148,42 @@ class CheckpointConfig(Section):
     keep_epochs: Counts = ()
 
 
-class SampleConfig(Section):
-    """Defaults of `ddpm sample`, and the pictures that training makes."""
+OPTIONS_OF = {"ddpm": ("variance",), "ddim": ("eta",)}
+"""The samplers, and what only some of them take."""
+
+
+class Drawing(Section):
+    """All that decides the picture of a seed, beside the weights' own checkpoint."""
 
     sampler: Literal["ddpm", "ddim"] = "ddim"
     steps: int = Field(100, ge=1, le=LARGEST)
-    spacing: Literal["leading", "trailing", "quadratic"] = "trailing"
-    eta: float = Field(0.0, ge=0, le=1)
-    variance: Literal["fixed_small", "fixed_large"] = "fixed_large"
+    grid: Literal["leading", "trailing", "linspace", "quadratic", "karras"] = "trailing"
+    eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
+    variance: Literal["fixed_small", "fixed_large"] = Field("fixed_large", description="of ddpm")
+    clip: bool = Field(True, description="keep the estimated image within [-1, 1]")
+    weights: Literal["ema", "model"] = Field("ema", description="averaged or raw")
+    precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: that of the training")
+
+    @property
+    def drawing(self) -> Drawing:
+        """This part alone, with the values of options that its sampler does not take as they are by default."""
+        unused = {option for options in OPTIONS_OF.values() for option in options} - {*OPTIONS_OF[self.sampler]}
+        return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))
+
+    def name(self, own: Drawing) -> str:
+        """Part of a picture's name: sampler and steps, then where this differs from the run's `own`."""
+        ours, theirs = self.drawing.model_dump(), own.drawing.model_dump()
+        words = [
+            f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{str(value).lower()}"
+            for key, value in ours.items()
+            if key not in ("sampler", "steps") and value != theirs[key]
+        ]
+        return "-".join([self.sampler, str(self.steps), *words])
+
+
+class SampleConfig(Drawing):
+    """Defaults of `ddpm sample`, and the pictures that training makes."""
+
     images: int = Field(64, ge=1, le=10_000, description="images of the grid made at the end and every `every_epochs`")
     every_epochs: int = Field(0, ge=0, le=LARGEST, description="0: only at the end")
     batch_size: int = Field(64, ge=1, le=10_000)
@@ -132,7 +201,7 @@ class RunConfig(Section):
 
     preset: str = ""
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
-    model: ModelConfig = ModelConfig()  # type: ignore[call-arg]
+    model: UNetConfig = UNetConfig()  # type: ignore[call-arg]
     diffusion: DiffusionConfig = DiffusionConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
     ema: EmaConfig = EmaConfig()  # type: ignore[call-arg]
@@ -142,19 +211,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _network_fits(self) -> RunConfig:
-        model, halvings = self.model, len(self.model.channel_mults) - 1
-        # Without a size yet, any will do.
-        if (self.data.size or 0) % 2**halvings:
-            raise ValueError(
-                f"data.size={self.data.size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
-                f"model.channel_mults need: pack at a multiple of {2**halvings}, or use fewer levels"
-            )
-        if model.channels % model.norm_groups:
-            raise ValueError(
-                f"model.channels={model.channels} cannot be split into model.norm_groups={model.norm_groups} groups"
-            )
-        if model.channels % 2:
-            raise ValueError(f"model.channels={model.channels} must be even, for sines and cosines of the timestep")
+        self.model.check(self.data.size)
         return self
 
     @model_validator(mode="after")
@@ -163,11 +220,11 @@ class RunConfig(Section):
         if steps > timesteps:
             raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
         stride = timesteps // steps
-        if self.sample.spacing == "leading" and stride < 0.9 * timesteps / steps:
+        if self.sample.grid == "leading" and stride < 0.9 * timesteps / steps:
             first, fitting = (steps - 1) * stride, f"{timesteps // stride} or {timesteps // (stride + 1)}"
             raise ValueError(
-                f"sample.steps={steps} with sample.spacing=leading would begin at t={first} of {timesteps}, where "
-                f"images are no noise yet: use {fitting} steps, or another spacing"
+                f"sample.steps={steps} with sample.grid=leading would begin at t={first} of {timesteps}, where "
+                f"images are no noise yet: use {fitting} steps, or another grid"
             )
         return self
 

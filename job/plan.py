@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
-from job.config import RunConfig, changed_for_attempt, draft
+from job.config import Drawing, RunConfig, changed_for_attempt, draft
 from job.data.shards import DatasetIndex, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
 from job.progress import note
@@ -30,6 +30,8 @@ class FoundRun:
     run: Store
     index: DatasetIndex
     config: RunConfig
+    own: Drawing
+    """How the run drew when it began: what differs is in the name of a picture."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -106,7 +108,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    return Plan(bucket, run, index, config, request, changes, is_new=stored is None)
+    own = (stored or config).sample
+    return Plan(bucket, run, index, config, own, request, changes, is_new=stored is None)
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:

@@ -6,7 +6,9 @@ import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
+
+from pydantic import ValidationError
 
 from job.config import EMBEDDED, SampleConfig, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
@@ -62,19 +64,15 @@ class TrainRequest:
 
 @dataclass(frozen=True)
 class SampleRequest:
-    """Options of `ddpm sample`; empty ones follow the run's configuration."""
+    """Options of `ddpm sample`; what is not chosen follows the run's configuration."""
 
     run: str
     bucket: str
     checkpoints: str = "latest"
     seeds: str = ""
-    sampler: str = ""
-    steps: int | None = None
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """Keys of the run's section `sample`, and other values for them."""
     gif: bool = False
-    raw: bool = False
-    nearest: bool | None = None
-    precision: str = ""
-    batch_size: int | None = None
     count: int | None = None
     """Draws so many images in pieces, instead of pictures."""
     save: str = ""
@@ -89,13 +87,14 @@ class SampleRequest:
             BadRequestError: an unknown sampler or precision, a list that is none, or options that exclude each other.
         """
         records.validated_run_name(self.run)
-        for option, value, known in (
-            ("--sampler", self.sampler, get_args(SampleConfig.model_fields["sampler"].annotation)),
-            ("--precision", self.precision, ("fp32", "bf16")),
-            ("--save", self.save, ("shards", "png")),
-        ):
-            if value and value not in known:
-                raise BadRequestError(f"{option} {value!r}: use {' or '.join(known)}")
+        try:
+            SampleConfig(**self.chosen)
+        except ValidationError as error:
+            first = error.errors()[0]
+            option, value = str(first["loc"][0]).replace("_", "-"), first["input"]
+            raise BadRequestError(f"--{option} {value!r}: {first['msg'].lower()}") from None
+        if self.save not in ("", "shards", "png"):
+            raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
             raise BadRequestError(f"--checkpoints {self.checkpoints!r}: use epochs such as 30,80, or latest, or all")
         if self.seeds:
@@ -106,7 +105,7 @@ class SampleRequest:
             unfit = {"--save": self.save, "--slice": self.slice, "--first-seed": self.first_seed is not None}
             why = "is about many images: say how many with --count"
         else:
-            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.nearest}
+            unfit = {"--seeds": self.seeds, "--gif": self.gif, "--nearest": self.chosen.get("nearest")}
             why = "is about pictures: leave it out, or --count, which takes --first-seed"
         if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
             raise BadRequestError(f"{chosen[0]} {why}")

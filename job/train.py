@@ -18,11 +18,8 @@ import torch
 import torch.distributed as dist
 
 from ddpm import figures, training
-from ddpm.ema import ema_decay
 from ddpm.epochs import crosses, epochs_completed_by
-from ddpm.objective import Objective
-from ddpm.schedule import make_schedule
-from job.config import RunConfig
+from job import method
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
@@ -37,9 +34,9 @@ from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.retention import Retention
-from job.runs.samples import LOSS_FIGURE, denoising_key, label_of, run_grid_key
+from job.runs.samples import LOSS_FIGURE, denoising_key, grid_key, label_of
 from job.runs.writer import CheckpointWriter, HeldRun
-from job.sampling.painter import Painter, sampling_of
+from job.sampling.painter import Painter
 from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
 
@@ -117,22 +114,6 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     return attempt
 
 
-def settings_of(config: RunConfig) -> training.Settings:
-    """The loop's settings from a run's configuration."""
-    return training.Settings(
-        batch_size_images=config.train.batch_size,
-        micro_batch_size_images=config.train.micro_batch_size,
-        learning_rate=config.train.learning_rate,
-        warmup_images=config.train.warmup_images,
-        clip_norm=config.train.clip_norm,
-        ema_decay=config.ema.decay,
-        ema_warmup=config.ema.warmup,
-        seed=config.train.seed,
-        flip=config.data.flip,
-        dropout=config.model.dropout,
-    )
-
-
 class TrainingSession:
     """Every process makes the same decisions at the same step; only the main one writes."""
 
@@ -143,11 +124,11 @@ class TrainingSession:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.settings, self.hooks = settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
+        self.settings, self.hooks = method.settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
         self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
-        model = compute.build_network(self.config, device)
-        self.state = training.create_state(model, device, self.config.train.adam_betas, self.config.train.adam_eps)
+        model = method.build_network(self.config, device)
+        self.state = training.create_state(model, device, self.settings)
         if self.config.train.compile and device.type == "cuda":
             model.compile()
         # It is where it belongs; asking whether its parameters are sharded would import a second's worth of modules.
@@ -247,19 +228,16 @@ class TrainingSession:
             with_labels=bool(config.model.num_classes),
             stop=self.stop,
         )
-        schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(accelerator.device)
-        objective = Objective(schedule, config.diffusion.prediction, config.diffusion.min_snr_gamma)
+        objective = method.objective_of(config)
         if self.ranks.world_size > 1:
             slots = len(range(self.ranks.rank, self.batch_size, self.ranks.world_size))
             images = min(slots, config.train.micro_batch_size or slots)
             compute.settle_buckets(self.network, config, images, accelerator.device)
         self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
-            if self._is_grid_due(state.images_seen):
-                # The attempt that saved this checkpoint may not have got that far.
-                key = run_grid_key(config, self.dataset_images, state.images_seen)
-                if self.ranks.on_main(lambda: not self.plan.run.exists(key)):
-                    self._draw_grid()
+            # The attempt that saved this checkpoint may not have got that far.
+            if self._is_grid_due(state.images_seen) and self.ranks.on_main(self._lacks_grid):
+                self._draw_grid()
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
@@ -361,8 +339,10 @@ class TrainingSession:
             "images_seen": state.images_seen,
             "epoch": round(state.images_seen / self.dataset_images, 4),
             **losses,
-            "learning_rate": training.learning_rate_at(state.images_seen - self.batch_size, self.settings),
-            "ema_decay": ema_decay(state.images_seen, self.batch_size, self.config.ema.decay, self.config.ema.warmup),
+            "learning_rate": self.settings.optimizer.learning_rate_at(
+                state.images_seen - self.batch_size, self.batch_size
+            ),
+            "ema_decay": self.settings.average.decay_at(state.images_seen, self.batch_size),
             "images_per_second": round(rate, 2),
             "time": round(time.time(), 3),
         }
@@ -382,18 +362,30 @@ class TrainingSession:
         self.saved_images = images_seen
         self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums.tolist()))
 
+    def _lacks_grid(self) -> bool:
+        return not self.plan.run.exists(self._grid_key())
+
+    def _grid_key(self) -> str:
+        """Where the sample grid of this moment lies."""
+        label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
+        return grid_key(label, self.config.sample.name(self.plan.own))
+
     def _draw_grid(self) -> Painter:
-        """Makes the sample grid of this moment from the averaged weights; collective."""
+        """Makes the sample grid of this moment; collective."""
         config, images_seen = self.config, self.state.images_seen
-        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_in_step)
-        self.state.ema.copy_to(painter.network)
         seeds, sample = range(config.sample.images), config.sample
-        drawn = painter.draw(seeds, sampling_of(sample), sample.batch_size, "sampling")
+        precision = config.train.precision if sample.precision == "auto" else sample.precision
+        painter = Painter(config, self.ranks, precision, self.stop, self.agreement_in_step)
+        if sample.weights == "ema":
+            self.state.ema.copy_to(painter.network)
+        else:
+            painter.network.load_state_dict(self.state.model.state_dict())
+        drawn = painter.draw(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish() -> None:
             learnt = self.images if sample.nearest else None
             grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
-            self.writer.put(run_grid_key(config, self.dataset_images, images_seen), grid, images_seen=images_seen)
+            self.writer.put(self._grid_key(), grid, images_seen=images_seen)
 
         self.ranks.on_main(publish)
         return painter
@@ -414,8 +406,9 @@ class TrainingSession:
 
         def publish() -> None:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
-            gif = painter.denoising_gif(range(GIF_SEEDS), sampling_of(self.config.sample))
-            self.writer.put(denoising_key(label), gif, images_seen=images_seen)
+            sample = self.config.sample
+            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(sample))
+            self.writer.put(denoising_key(label, sample.name(self.plan.own)), gif, images_seen=images_seen)
             rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, note)
             self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
             self.writer.wait()

@@ -128,7 +128,7 @@ DEFINITIONS = (
     "images repeated: trained on again by a later attempt, because what was learnt from them was not saved.",
     "recovery: from the start of a process after a kill to the end of its first step, imports included.",
     "weights: SHA-256 over all tensors of the newest checkpoint: model, averaged weights, moments of the optimiser.",
-    "Compared as well: learning rate, losses and all other metrics, loss sums of manifests, pixels, noise and timestep",
+    "Compared as well: learning rate, losses and all other metrics, loss sums of manifests, pixels, noise and point",
     "of every image, pictures, packed shards, saved samples. All of it is equal to the bit.",
     f"The lease is renewed every {RENEW_SECONDS:g} s and expires after {EXPIRE_SECONDS:g} s, not 5 and 20.",
 )  # fmt: skip

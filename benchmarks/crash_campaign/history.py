@@ -194,7 +194,7 @@ def _image_differences(effective: list[tuple[int, str]], expected: dict[int, str
     if beyond := sorted(counts.keys() - expected.keys()):
         found.append(_named(beyond, "image", "is beyond the end of the run", "are beyond the end of the run"))
     if other := sorted(number for number, digest in effective if expected.get(number, digest) != digest):
-        what = "other pixels, noise or timesteps than undisturbed"
+        what = "other pixels, noise or points than undisturbed"
         found.append(_named(other, "image", f"had {what}", f"had {what}"))
     return found
 

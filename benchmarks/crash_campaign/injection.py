@@ -176,11 +176,8 @@ class Watched:
                 self._watch_restoring(module)
             case "job.train":
                 self._watch_session(module)
-            case "ddpm.randomness":
-                self._keep_drawn(module, "training_timesteps")
-                self._keep_drawn(module, "training_noise")
             case "ddpm.training":
-                self._keep_drawn(module, "prepare_images")
+                self._keep_drawn(module)
         sabotage.apply(self._broken, module, self._trace)
 
     def _around(self, op: str, uri: str, data: bytes, work: Callable[[], Any]) -> Any:
@@ -248,21 +245,22 @@ class Watched:
 
         session.restored, session._after_step = watched_restored, watched_after_step
 
-    def _keep_drawn(self, module: ModuleType, name: str) -> None:
-        """Keeps what goes into a micro-batch: its images come first, then their timesteps and noise."""
-        draw = getattr(module, name)
+    def _keep_drawn(self, module: ModuleType) -> None:
+        """Keeps what goes into a micro-batch: the numbers of its images, and their pixels, noise and points."""
+        draw, losses = module.randomness.training_noise, module.Objective.losses
 
-        def kept(*args: Any) -> Any:
-            drawn = draw(*args)
-            if name == "prepare_images":
-                self._drawn.append((args[1].tolist(), []))
-            self._drawn[-1][1].append(drawn)
-            return drawn
+        def kept_noise(seed: int, image_numbers: Any, *args: Any) -> Any:
+            self._drawn.append((image_numbers.tolist(), []))
+            return draw(seed, image_numbers, *args)
 
-        setattr(module, name, kept)
+        def kept_losses(objective: Any, network: Any, x_start: Any, noise: Any, drawn: Any, *args: Any) -> Any:
+            self._drawn[-1][1].extend([x_start, noise, *drawn])
+            return losses(objective, network, x_start, noise, drawn, *args)
+
+        module.randomness.training_noise, module.Objective.losses = kept_noise, kept_losses
 
     def _digests(self) -> list[list[Any]]:
-        """Of each image that went into this step: its number, and a hash of its pixels, timestep and noise."""
+        """Of each image that went into this step: its number, and a hash of its pixels, noise and point."""
         digests = []
         for numbers, tensors in self._drawn:
             arrays = [tensor.contiguous().numpy() for tensor in tensors]

@@ -13,7 +13,7 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear or cosine.")]
+Schedule = Annotated[str, typer.Option("--schedule", metavar="NAME", help="linear, scaled_linear, cosine or sigmoid.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", metavar="PNG", help="Where to write it.")]
 
 

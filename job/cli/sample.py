@@ -14,14 +14,22 @@ def ddpm_sample(
         str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
     ] = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Annotated[str, typer.Option(metavar="NAME", help="ddpm or ddim. Default: the run's.")] = "",
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Default: the run's.")] = None,
+    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddpm or ddim.")] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(metavar="NAME", help="leading, trailing, linspace, quadratic or karras.")
+    ] = None,
+    eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
+    variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large, of ddpm.")] = None,
+    clip: Annotated[
+        bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema (averaged) or model (raw).")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
-    raw: Annotated[bool, typer.Option("--raw", help="Use the raw weights instead of the averaged ones.")] = False,
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
     ] = None,
-    precision: Annotated[str, typer.Option(metavar="NAME", help="fp32 or bf16. Default: the run's.")] = "",
     batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
     count: Annotated[
         int | None, typer.Option(metavar="IMAGES", min=1, help="Save so many images, one per seed.")
@@ -40,8 +48,9 @@ def ddpm_sample(
 ) -> None:
     """Draw images from a run's checkpoints.
 
-    Image k depends on its seed alone. A grid for each checkpoint goes into the run's folder in the bucket, and for
-    several checkpoints one picture with them side by side.
+    Image k depends on its seed alone. How it is drawn follows the run's own section `sample` where no option says
+    otherwise; a picture's name says where it does not. A grid for each checkpoint goes into the run's folder in the
+    bucket, and for several checkpoints one picture with them side by side.
 
     With --count the images themselves are saved, in pieces of up to 256. A command that was stopped or killed goes on
     when it is given again, with other slices or processes if you like, and makes no piece twice. While the run still
@@ -58,6 +67,18 @@ def ddpm_sample(
     from job.commands import sample_command
     from job.requests import SampleRequest
 
-    pictures = (seeds, sampler, steps, gif, raw, nearest, precision, batch_size)
-    request = SampleRequest(run, bucket, checkpoints, *pictures, count, save, slice_, first_seed)
+    options = {
+        "sampler": sampler,
+        "steps": steps,
+        "grid": grid,
+        "eta": eta,
+        "variance": variance,
+        "clip": clip,
+        "weights": weights,
+        "precision": precision,
+        "nearest": nearest,
+        "batch_size": batch_size,
+    }
+    chosen = {key: value for key, value in options.items() if value is not None}
+    request = SampleRequest(run, bucket, checkpoints, seeds, chosen, gif, count, save, slice_, first_seed)
     sample_command(request, processes, hang_after, stop_after)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from ddpm.unet import UNet
+from ddpm.objective import Condition
 from job.config import RunConfig
 
 
@@ -39,9 +39,9 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
     """
     size, channels = config.data.size, config.data.channels
     assert size is not None and channels is not None
-    zeros = torch.zeros(images, dtype=torch.int64, device=device)
     x = torch.zeros(images, channels, size, size, device=device)
-    network(x, zeros, zeros if config.model.num_classes else None).sum().backward()
+    labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None
+    network(x, torch.zeros(images, device=device), Condition(labels)).sum().backward()
     network.zero_grad()
 
 
@@ -53,19 +53,3 @@ def why_slow(step_seconds: float, waited_seconds: float) -> str:
     if load > 1.5 * cores:
         return f"{load:.0f} threads want the {cores} cores of this machine; `top` shows whose they are"
     return "look for a throttled processor or GPU (`nvidia-smi -q -d PERFORMANCE`) and for swapped memory (`vmstat 1`)"
-
-
-def build_network(config: RunConfig, device: torch.device) -> UNet:
-    """The U-Net of a resolved configuration, initialised from the run's seed, in the layout that suits the device."""
-    assert config.data.size is not None and config.data.channels is not None
-    torch.manual_seed(config.train.seed)
-    network = UNet(
-        image_size=config.data.size,
-        in_channels=config.data.channels,
-        **config.model.model_dump(exclude={"num_classes"}),
-        num_classes=config.model.num_classes or 0,
-    ).to(device)
-    if device.type == "cuda":
-        # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
-        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return network

@@ -20,10 +20,10 @@ from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
-from job.config import RunConfig
+from job.config import Drawing
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import NamedObject, RunRecord, attempt_id
-from job.sealed import SHA256_PATTERN, Part, Sealed
+from job.sealed import SHA256_PATTERN, Sealed
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
@@ -76,15 +76,6 @@ def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> s
     return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
 
 
-def how_drawn(sampler: str, steps: int, *, raw: bool = False, precision: str = "", seeds: str = "") -> str:
-    """All that decides the images of a checkpoint, as part of a name: `ddim-100-raw-seeds-0-63`.
-
-    `precision` is named where it is not the run's own.
-    """
-    how = f"{sampler}-{steps}{'-raw' if raw else ''}{f'-{precision}' if precision else ''}"
-    return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
-
-
 def file_words(numbers: str, comma: str) -> str:
     """A list of numbers as part of a name, with another `comma`; its hash where it is long."""
     words = "".join(numbers.split()).replace(",", comma)
@@ -92,31 +83,21 @@ def file_words(numbers: str, comma: str) -> str:
     return words if len(words) <= 80 else hashlib.sha256(words.encode()).hexdigest()[:16]
 
 
-def run_grid_key(config: RunConfig, dataset_images: int, images_seen: int) -> str:
-    """Where a run's standard grid of a moment lies."""
-    label = label_of(images_seen, dataset_images, config.train.batch_size)
-    return ObjectKind.PICTURE.key(
-        name=f"{label}-{how_drawn(config.sample.sampler, config.sample.steps)}", picture="png"
-    )
+def grid_key(label: str, how: str) -> str:
+    """Where a grid of a moment lies; `how` it was drawn is a `Drawing.name`."""
+    return ObjectKind.PICTURE.key(name=f"{label}-{how}", picture="png")
 
 
-def denoising_key(label: str) -> str:
-    """Where the way from noise to image lies, as a GIF that was drawn in the run's own way."""
-    return ObjectKind.PICTURE.key(name=f"denoising-{label}", picture="gif")
+def denoising_key(label: str, how: str) -> str:
+    """Where the way from noise to image lies, as a GIF."""
+    return ObjectKind.PICTURE.key(name=f"denoising-{label}-{how}", picture="gif")
 
 
-class Drawing(Part):
-    """All that decides the images, and how they are cut into pieces."""
+class NumberedDrawing(Drawing):
+    """All that decides the images of a batch, and how they are cut into pieces."""
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
-    weights: Literal["ema", "model"]
-    sampler: str
-    steps: int = Field(ge=1)
-    spacing: str
-    eta: float
-    variance: str
-    precision: str
     size: int = Field(gt=0)
     channels: int = Field(ge=1, le=3)
     classes: tuple[str, ...]
@@ -139,7 +120,7 @@ class Drawing(Part):
 class Opening(Sealed):
     """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
 
-    drawing: Drawing
+    drawing: NumberedDrawing
 
 
 class PieceRecord(RunRecord):
@@ -147,7 +128,7 @@ class PieceRecord(RunRecord):
 
     number: int = Field(ge=0)
     files: tuple[NamedObject, ...] = Field(min_length=1)
-    drawing: Drawing
+    drawing: NumberedDrawing
     attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
     """Without this, two that make the same piece in the same second could both take themselves for the first."""
     created: str
@@ -170,5 +151,5 @@ class PieceRecord(RunRecord):
 class BatchIndex(Sealed):
     """All pieces in order. It depends on them alone: whoever sees the last piece first writes the same bytes."""
 
-    drawing: Drawing
+    drawing: NumberedDrawing
     pieces: tuple[NamedObject, ...]

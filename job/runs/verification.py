@@ -13,7 +13,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
 
-from job.config import RunConfig
+from job.config import Drawing, RunConfig
 from job.exits import BadDataError
 from job.progress import Progress
 from job.runs import records, samples
@@ -88,6 +88,8 @@ class _Verification:
         self._places = {key: located(key) for key in self._sizes}
         self._records: dict[str, Sealed] = {}
         """Those that are sound, in their place and this run's."""
+        self._own = Drawing()  # type: ignore[call-arg]
+        """How the run drew when it began."""
         self._problems: dict[str, str] = {}
         """By key, the first that was found."""
 
@@ -164,6 +166,7 @@ class _Verification:
             if len(self._keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(self._sizes):
                 self._missing(CONFIG_KEY, "there are other objects of the run")
             return None
+        self._own = config.sample
         sha256 = records.hash_of_config(self._run)
         for key, attempt in self._all(Attempt).items():
             if attempt.config_sha256 != sha256:
@@ -258,6 +261,6 @@ class _Verification:
         status = self._records.get(STATUS_KEY)
         if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
             images_seen, batch_size = status.images_seen, config.train.batch_size
-            gif = samples.denoising_key(samples.label_of(images_seen, dataset_images, batch_size))
-            for key in (samples.run_grid_key(config, dataset_images, images_seen), gif, samples.LOSS_FIGURE):
+            label, how = samples.label_of(images_seen, dataset_images, batch_size), config.sample.name(self._own)
+            for key in (samples.grid_key(label, how), samples.denoising_key(label, how), samples.LOSS_FIGURE):
                 self._missing(key, "the run is finished")

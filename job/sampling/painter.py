@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -11,12 +13,12 @@ import torch
 import torch.distributed as dist
 
 from ddpm import figures
-from ddpm.generation import Sampling, generate
-from ddpm.schedule import make_schedule
-from ddpm.unet import UNet
-from job.config import RunConfig, SampleConfig
+from ddpm.generation import Callback, Sampling, generate
+from ddpm.objective import Condition
+from ddpm.process import Point
+from job import method
+from job.config import RunConfig
 from job.exits import BadDataError, NotANumberError, StoppedError
-from job.processes import compute
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
 from job.runs.checkpoints import opened
@@ -27,11 +29,6 @@ from job.store import Store
 GIF_FRAMES = 20
 
 
-def sampling_of(sample: SampleConfig) -> Sampling:
-    """The sampler of a configuration's section."""
-    return Sampling(sample.sampler, sample.steps, sample.spacing, sample.eta, sample.variance)
-
-
 class Painter:
     """A network in eval mode and all that is needed to draw from it on the processes there are."""
 
@@ -39,10 +36,10 @@ class Painter:
         """`agreement` has one flag: being stopped, which all processes must be at the same step."""
         self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
         self.device = ranks.accelerator.device
-        self.network: UNet = compute.build_network(config, self.device).eval().requires_grad_(False)
-        self.schedule = make_schedule(config.diffusion.schedule, config.diffusion.timesteps).to(self.device)
+        self.network = method.build_network(config, self.device).eval().requires_grad_(False)
+        self.process, self.prediction = method.process_of(config), method.prediction_of(config)
         bf16 = partial(torch.autocast, self.device.type, torch.bfloat16)
-        self.autocast = bf16 if precision == "bf16" else None
+        self.autocast = bf16 if precision == "bf16" else nullcontext
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
         """Reads the weights of a checkpoint, `ema` or `model`, once for all processes. Collective.
@@ -76,24 +73,24 @@ class Painter:
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
         mine = list(seeds[rank::world_size])
-        steps = len(sampling.timesteps(self.schedule.num_timesteps))
+        evaluations = sampling.evaluations
         made = [np.empty((0, *self._image_shape), np.uint8)]
         # Every process counts the batches of the first one, which has the most.
-        starts, steps_done = range(0, len(seeds[::world_size]), batch_size_images), 0
+        starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
 
-        def after_step(*_: Any) -> None:
-            nonlocal steps_done
+        def after_evaluation(*_: Any) -> None:
+            nonlocal done
             self._check_agreed()
-            steps_done += 1
-            bar.update(len(seeds) * steps_done / (len(starts) * steps))
+            done += 1
+            bar.update(len(seeds) * done / (len(starts) * evaluations))
 
         with Progress(title, total=len(seeds)) as bar:
             for start in starts:
                 if some := mine[start : start + batch_size_images]:
-                    made.append(self.draw_alone(some, sampling, after_step))
+                    made.append(self.draw_alone(some, sampling, after_evaluation))
                 else:
-                    for _ in range(steps):
-                        after_step()
+                    for _ in range(evaluations):
+                        after_evaluation()
             self._agreement.finish()
         part = np.concatenate(made)
         if world_size == 1:
@@ -107,13 +104,15 @@ class Painter:
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
-        shown = figures.denoising_timesteps(sampling.timesteps(self.schedule.num_timesteps), GIF_FRAMES)
+        evaluations = itertools.count()
+        shown = figures.shown_evaluations(sampling.evaluations, GIF_FRAMES)
         frames: list[np.ndarray] = []
 
-        def keep(t: int, x_t: torch.Tensor, x_start: torch.Tensor) -> None:
+        def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
             self.check_stopped()
-            if t in shown[:-1]:
-                frames.append(figures.to_uint8(x_t))
+            if next(evaluations) in shown[:-1]:
+                # At the variance of the images, so that noise does not hide all but black and white.
+                frames.append(figures.to_uint8(x_t / max(1.0, point.sigma)))
 
         frames.append(self.draw_alone(seeds, sampling, keep))
         return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
@@ -124,9 +123,7 @@ class Painter:
         assert data.size is not None and data.channels is not None
         return data.size, data.size, data.channels
 
-    def draw_alone(
-        self, seeds: Sequence[int], sampling: Sampling, callback: Callable[[int, Any, Any], None] | None = None
-    ) -> np.ndarray:
+    def draw_alone(self, seeds: Sequence[int], sampling: Sampling, callback: Callback | None = None) -> np.ndarray:
         """A batch on this process, whatever the others do: uint8 [n, H, W, C].
 
         Seed k is of class k mod classes, if there are any.
@@ -134,7 +131,7 @@ class Painter:
         Args:
             seeds: of the images.
             sampling: how they are drawn.
-            callback: gets every step's timestep, x_t and predicted x_0; without one a stop is heard.
+            callback: gets every evaluation's point, x_t and predicted x_0; without one a stop is heard.
 
         Raises:
             StoppedError: this process was asked to stop.
@@ -145,12 +142,12 @@ class Painter:
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
         images = generate(
             self.network,
-            self.schedule,
-            self.config.diffusion.prediction,
+            self.process,
+            self.prediction,
             sampling,
             numbers,
             (channels, height, width),
-            numbers % classes if classes else None,
+            Condition(numbers % classes if classes else None),
             self.autocast,
             callback or self.check_stopped,
         )

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import torch
 
 from ddpm import figures, randomness
-from ddpm.schedule import NoiseSchedule, make_schedule
-from job.config import DiffusionConfig
+from ddpm.process import TABLES, VariancePreserving
 from job.data.cache import chosen_images
 from job.data.shards import find_dataset, load_index
 from job.exits import BadRequestError
@@ -48,10 +46,9 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)
     images = chosen_images(bucket, key, index).read(chosen)
     x_start = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-    noise = randomness.sampling_noise(
-        torch.arange(len(steps)), schedule.num_timesteps, tuple(x_start.shape[1:]), x_start.device
-    )
-    noised = schedule.add_noise(x_start, noise, torch.tensor(steps))
+    noise = randomness.sampling_noise(torch.arange(len(steps)), 0, tuple(x_start.shape[1:]), x_start.device)
+    _, alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in schedule.numbered(torch.tensor(steps)))
+    noised = alpha * x_start + sigma * noise
     figure = figures.noising_figure(images, noised, steps)
     beside = {part: output.with_name(f"{output.stem}-{part}{output.suffix}") for part in ("original", "noised")}
     for part, path in {"combined": output, **beside}.items():
@@ -59,12 +56,11 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
         print(path)
 
 
-def _checked_schedule(kind: str, num_timesteps: int, output: Path) -> NoiseSchedule:
-    kinds = get_args(DiffusionConfig.model_fields["schedule"].annotation)
-    if kind not in kinds:
-        raise BadRequestError(f"there is no schedule {kind!r} (there are: {', '.join(kinds)})")
+def _checked_schedule(kind: str, num_timesteps: int, output: Path) -> VariancePreserving:
+    if kind not in TABLES:
+        raise BadRequestError(f"there is no schedule {kind!r} of betas (there are: {', '.join(TABLES)})")
     check_output(output)
-    return make_schedule(kind, num_timesteps)  # type: ignore[arg-type]
+    return TABLES[kind](num_timesteps)
 
 
 def write_picture(path: Path, data: bytes) -> None:

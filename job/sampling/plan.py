@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-from job.config import SampleConfig
+from job.config import OPTIONS_OF, SampleConfig
 from job.data.shards import load_index
-from job.exits import BadDataError
+from job.exits import BadDataError, BadRequestError
 from job.plan import FoundRun
 from job.progress import note
 from job.requests import SampleRequest
 from job.runs import records
 from job.runs.checkpoints import choose, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
-from job.runs.samples import Drawing, how_drawn, label_of
+from job.runs.samples import NumberedDrawing, file_words, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import Retry, open_store
@@ -33,12 +32,8 @@ class SamplePlan(FoundRun):
     @property
     def precision(self) -> str:
         """What the network computes in."""
-        return self.request.precision or self.config.train.precision
-
-    @property
-    def weights(self) -> Literal["ema", "model"]:
-        """The group of tensors to draw from."""
-        return "model" if self.request.raw else "ema"
+        chosen = self.sample.precision
+        return self.config.train.precision if chosen == "auto" else chosen
 
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
@@ -46,8 +41,8 @@ class SamplePlan(FoundRun):
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
-        precision = "" if self.precision == self.config.train.precision else self.precision
-        return how_drawn(self.sample.sampler, self.sample.steps, raw=self.request.raw, precision=precision, seeds=seeds)
+        how = self.sample.name(self.own)
+        return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
 def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
@@ -56,24 +51,31 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has.
+        BadRequestError: an option that its sampler does not take.
     """
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
-    config = records.existing_config(bucket, request.run)
+    config = stored = records.existing_config(bucket, request.run)
     try:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note(f"{error}; drawing as the run began")
-    sampler = request.sampler or config.sample.sampler
-    # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-    steps = request.steps or (config.sample.steps if sampler == config.sample.sampler else config.diffusion.timesteps)
-    chosen = {"sampler": sampler, "steps": steps, "batch_size": request.batch_size, "nearest": request.nearest}
-    sample = config.updated({f"sample.{key}": value for key, value in chosen.items() if value is not None}).sample
+    chosen = request.chosen
+    if chosen.get("precision") == config.train.precision:
+        chosen["precision"] = "auto"
+    if chosen.get("sampler", config.sample.sampler) != config.sample.sampler and chosen["sampler"] == "ddpm":
+        # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
+        chosen.setdefault("steps", config.diffusion.timesteps)
+    sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
+    for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
+        if option not in OPTIONS_OF[sample.sampler]:
+            takers = " and ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
+            raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
     index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
-    return SamplePlan(bucket, run, index, config, request, sample, tuple(checkpoints))
+    return SamplePlan(bucket, run, index, config, stored.sample, request, sample, tuple(checkpoints))
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:
@@ -88,14 +90,11 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
         return []
     first_seed, save = request.first_seed or 0, request.save or "shards"
     sets = []
-    sampling = plan.sample.model_dump(include={"sampler", "steps", "spacing", "eta", "variance"})
     for ref in plan.checkpoints:
-        drawing = Drawing(
+        drawing = NumberedDrawing(
+            **plan.sample.drawing.model_copy(update={"precision": plan.precision}).model_dump(),
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            weights=plan.weights,
-            **sampling,
-            precision=plan.precision,
             size=plan.index.size,
             channels=plan.index.channels,
             classes=plan.classes,

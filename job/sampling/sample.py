@@ -1,9 +1,9 @@
 """`ddpm sample`, and the grids that training makes: pictures in the run's folder, or with `--count` images themselves.
 
 RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the averaged weights
-            epoch-0080-ddpm-1000-seeds-0-63.png  other samplers, steps, weights or seeds are in the name
+            epoch-0080-ddim-50-eta-1-seeds-0-63.png  whatever differs from the run's own way is in the name
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
-            denoising-epoch-0080.gif             20 frames from noise to image
+            denoising-epoch-0080-ddim-100.gif    20 frames from noise to image
             epoch-0080-ddim-100-0-50000/         see `sets`
 """
 
@@ -18,14 +18,15 @@ import numpy as np
 from ddpm import figures
 from job.data.cache import ImageCache
 from job.exits import StoppedError
+from job.method import sampling_of
 from job.processes.launched import lost_peer
 from job.processes.ranks import Agreement, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
-from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import reading
-from job.runs.samples import file_words, how_drawn, put_picture
-from job.sampling.painter import Painter, sampling_of
+from job.runs.samples import denoising_key, file_words, grid_key, put_picture
+from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet
 from job.stop import NEVER, Stop
@@ -53,38 +54,36 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else range(sample.images)
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
-    how, usual = plan.how(request.seeds), plan.config.sample
-    gif_how = "" if how == how_drawn(usual.sampler, usual.steps) else plan.how(request.seeds and gif_words)
+    how, usual, sampling = plan.how(request.seeds), plan.config.sample, sampling_of(sample)
     layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
     if sample.nearest and request.grid and is_main:
         training = plan.opened_images(painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
-    def publish(ref: CheckpointRef, name: str, picture: bytes, note: str = "") -> None:
-        key = f"{SAMPLES}/{name}"
+    def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
         put_picture(plan.run, key, picture, ref)
         print(f"{plan.run.uri_of(key)}{note}")
 
     for ref in plan.checkpoints:
         label = plan.label(ref)
         with reading(plan.run, ref):
-            painter.load(plan.run, ref, plan.weights)
+            painter.load(plan.run, ref, sample.weights)
         if request.grid:
             began = time.monotonic()
-            images = painter.draw(seeds, sampling_of(sample), sample.batch_size, label)
+            images = painter.draw(seeds, sampling, sample.batch_size, label)
             if is_main:
                 rate = len(seeds) / (time.monotonic() - began)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
                 grid = grid_png(images, seeds, plan.classes, training, painter.stop)
-                publish(ref, f"{label}-{how}{layout}.png", grid, f"  ({rate:.2f} images/s)")
+                publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
-            gif = painter.denoising_gif(gif_seeds, sampling_of(sample))
-            publish(ref, f"denoising-{label}{gif_how and f'-{gif_how}'}.gif", gif)
+            gif = painter.denoising_gif(gif_seeds, sampling)
+            publish(ref, denoising_key(label, plan.how(request.seeds and gif_words)), gif)
     if len(grids) > 1:
-        name = f"comparison-{file_words(request.checkpoints, '-')}-{how}.png"
-        publish(max(plan.checkpoints), name, figures.png(figures.comparison(grids)))
+        key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
+        publish(max(plan.checkpoints), key, figures.png(figures.comparison(grids)))
 
 
 def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
@@ -101,7 +100,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
     # Each process for itself: one that commits its last piece may outlive the others.
     with reading(plan.run, sample_set.ref) as renew:
         if missing:
-            painter.load(plan.run, sample_set.ref, plan.weights)
+            painter.load(plan.run, sample_set.ref, plan.sample.weights)
             began = time.monotonic()
             with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
@@ -136,32 +135,32 @@ def _draw_pieces(
         painter: with the weights.
         sample_set: where they belong.
         missing: the numbers of the pieces.
-        advance: told how many images this process has drawn by now, after each step of a batch.
+        advance: told how many images this process has drawn by now, after each evaluation of a batch.
 
     Raises:
         StoppedError: what was drawn is saved, in whole pieces.
     """
     ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
     writer, sampling = PieceWriter(sample_set, stop), sampling_of(plan.sample)
-    steps, some, image_steps = len(sampling.timesteps(painter.schedule.num_timesteps)), range(0), 0
+    evaluations, some, evaluated_images = sampling.evaluations, range(0), 0
 
-    def after_step(*_: object) -> None:
-        nonlocal image_steps
+    def after_evaluation(*_: object) -> None:
+        nonlocal evaluated_images
         painter.check_stopped()
-        image_steps += len(some)
-        advance(image_steps / steps)
+        evaluated_images += len(some)
+        advance(evaluated_images / evaluations)
 
     try:
         try:
             for number in missing[ranks.rank :: ranks.world_size]:
                 seeds, parts = sample_set.drawing.seeds(number), list[np.ndarray]()
                 if plan.run.exists(sample_set.key(ObjectKind.RECORD, number)):
-                    image_steps += len(seeds) * steps
+                    evaluated_images += len(seeds) * evaluations
                     continue
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
                 for start in range(0, len(seeds), batch_size):
                     some = seeds[start : start + batch_size]
-                    parts.append(painter.draw_alone(some, sampling, after_step))
+                    parts.append(painter.draw_alone(some, sampling, after_evaluation))
                 images = np.concatenate(parts)
                 if number == 0:
                     shown = plan.sample.images

@@ -31,7 +31,7 @@ from job.exits import BadDataError, BadRequestError, StoppedError
 from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.records import NamedObject
-from job.runs.samples import BatchIndex, Drawing, Opening, PieceRecord
+from job.runs.samples import BatchIndex, NumberedDrawing, Opening, PieceRecord
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -58,7 +58,7 @@ class SampleSet:
     run: Store
     name: str
     ref: CheckpointRef
-    drawing: Drawing
+    drawing: NumberedDrawing
 
     @property
     def folder(self) -> Store:
@@ -234,7 +234,7 @@ class PieceWriter:
         self.made_images += pending.result()
 
 
-def _shard(drawing: Drawing, seeds: range, pngs: list[bytes]) -> bytes:
+def _shard(drawing: NumberedDrawing, seeds: range, pngs: list[bytes]) -> bytes:
     """A tar that webdataset can read: `000003072.png`, and `000003072.cls` where there are classes."""
     file, classes = io.BytesIO(), len(drawing.classes)
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:

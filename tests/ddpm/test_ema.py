@@ -4,11 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from ddpm.ema import EMA, ema_decay
+from ddpm.ema import EMA, AverageSettings
 
 
 def test_decay_warms_up_with_batches_seen() -> None:
-    assert ema_decay(0, 128, 0.9999, warmup=False) == 0.9999
+    assert AverageSettings(0.9999, warmup=False).decay_at(0, 128) == 0.9999
     for images_seen, expected in (
         (0, 1 / 10),
         (64, 1.5 / 10.5),
@@ -16,7 +16,7 @@ def test_decay_warms_up_with_batches_seen() -> None:
         (128 * 90, 0.91),
         (128 * 10**6, 0.9999),
     ):
-        assert ema_decay(images_seen, 128, 0.9999, warmup=True) == pytest.approx(expected), images_seen
+        assert AverageSettings(0.9999, warmup=True).decay_at(images_seen, 128) == pytest.approx(expected), images_seen
 
 
 def test_average_starts_as_a_copy_and_follows_the_recurrence() -> None:

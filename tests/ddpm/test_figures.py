@@ -193,15 +193,12 @@ def test_a_contact_sheet_groups_classes_beside_their_names():
 
 
 def test_twenty_different_steps_are_shown_or_all_there_are():
-    for steps in (1, 2, 19, 20, 21, 25, 39, 50, 100, 999, 1000):
-        grid = list(range(steps - 1, -1, -1))
-        shown = figures.denoising_timesteps(grid)
-        strides = [before - after for before, after in pairwise(shown)] or [1]
-        assert (len(shown), shown[0], shown[-1]) == (min(20, steps), steps - 1, 0)
+    for evaluations in (1, 2, 19, 20, 21, 25, 39, 50, 100, 999, 1000):
+        shown = figures.shown_evaluations(evaluations)
+        strides = [after - before for before, after in pairwise(shown)] or [1]
+        assert (len(shown), shown[0] if evaluations > 1 else 0, shown[-1]) == (min(20, evaluations), 0, evaluations - 1)
         assert min(strides) > 0 and max(strides) - min(strides) <= 1
-        assert figures.denoising_timesteps(grid, frames=1) == [0]
-    with pytest.raises(ValueError, match="no steps"):
-        figures.denoising_timesteps([])
+        assert figures.shown_evaluations(evaluations, frames=1) == [evaluations - 1]
 
 
 def gif_frames(data: bytes) -> list[np.ndarray]:

@@ -1,84 +1,185 @@
-"""The loss against its definition, and the weights against what they mean for x_0."""
+"""The loss against its definition, weights against what they mean for x_0, draws against their distributions."""
+
+import math
+from itertools import product
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from ddpm.objective import Objective
-from ddpm.schedule import linear_schedule, make_schedule
+from ddpm.objective import Condition, Drawn, Draws, Objective
+from ddpm.prediction import Prediction
+from ddpm.process import Point, Process, RectifiedFlow, VarianceExploding, linear_schedule, make_process
 
-SCHEDULE = linear_schedule()
-TIMESTEPS = torch.tensor([0, 129, 130, 259, 700, 999])
+LINEAR = linear_schedule()
 X_START, NOISE, OUTPUT = torch.randn(3, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+NUMBERS = torch.arange(6)
+POSSIBLE = [
+    ("linear", "epsilon", "plain"),
+    ("cosine", "v", "min_snr"),
+    ("sigmoid", "x0", "snr"),
+    ("edm", "edm", "plain"),
+    ("edm", "v", "edm"),
+    ("flow", "flow", "soft_min_snr"),
+]
 
 
-@pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_loss_is_the_mean_squared_error_of_what_the_network_makes_of_x_t(prediction: str) -> None:
-    labels = torch.tensor([5, 4, 3, 2, 1, 0])
-    target = NOISE if prediction == "epsilon" else SCHEDULE.velocity(X_START, NOISE, TIMESTEPS)
+def objective(schedule: str, prediction: str, weighting: str = "plain", **options: object) -> Objective:
+    return Objective(make_process(schedule), Prediction(prediction), weighting, **options)
+
+
+@pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
+def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
+    schedule: str, prediction: str, weighting: str
+) -> None:
+    learnt, condition = objective(schedule, prediction, weighting), Condition(torch.tensor([5, 4, 3, 2, 1, 0]))
+    drawn = Drawn(*learnt.draw(3, NUMBERS, 6))
+    point = Point(drawn.t, drawn.alpha.view(-1, 1, 1, 1), drawn.sigma.view(-1, 1, 1, 1))
+    scale = learnt.process.input_scale(point.sigma)
+    target = Prediction(prediction).target(X_START, NOISE, point)
     for output in (OUTPUT, target):
 
-        def network(x_t: Tensor, timesteps: Tensor, given: Tensor | None, output: Tensor = output) -> Tensor:
-            assert torch.equal(x_t, SCHEDULE.add_noise(X_START, NOISE, TIMESTEPS))
-            assert timesteps is TIMESTEPS and given is labels
+        def network(x_t: Tensor, t: Tensor, given: Condition, output: Tensor = output) -> Tensor:
+            torch.testing.assert_close(x_t, scale * (point.alpha * X_START + point.sigma * NOISE))
+            assert t is drawn.t and given is condition
             return output
 
-        losses = Objective(SCHEDULE, prediction).losses(network, X_START, TIMESTEPS, NOISE, labels)
-        expected = [nn.functional.mse_loss(output[i], target[i]).item() for i in range(6)]
-        assert losses.tolist() == pytest.approx(expected, rel=1e-6)
+        losses = learnt.losses(network, X_START, NOISE, drawn, condition)
+        expected = [
+            w * nn.functional.mse_loss(output[i], target[i]).item() for i, w in enumerate(drawn.weight.tolist())
+        ]
+        assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+        assert losses.dtype == torch.float32
 
 
-@pytest.mark.parametrize("kind", ["linear", "cosine"])
-def test_min_snr_loss_is_the_same_for_both_predictions(kind: str) -> None:
-    """Both weights are min(SNR, γ) times the squared error of x_0."""
-    schedule, gamma = make_schedule(kind, 1000), 5.0
-    timesteps = torch.tensor([20, 129, 130, 259, 600, 800])
-    x_estimate = X_START + 0.1 * OUTPUT
-    x_t = schedule.add_noise(X_START, NOISE, timesteps)
-    implied_noise = schedule.noise_from(x_estimate, x_t, timesteps)
-    implied = {"epsilon": implied_noise, "v": schedule.velocity(x_estimate, implied_noise, timesteps)}
+def test_weights_are_said_on_x_start_whatever_is_predicted() -> None:
+    """Equal errors of x_0 cost the same by every prediction; plain ones cost what the output's error is."""
+    gamma = 5.0
+    for process in (LINEAR, VarianceExploding(), RectifiedFlow()):
+        point = process.numbered(torch.tensor([20, 129, 400, 700]))
+        snr = (point.alpha / point.sigma).square()
+        expected = {
+            "snr": snr,
+            "min_snr": snr.clamp(max=gamma),
+            "soft_min_snr": snr * gamma / (snr + gamma),
+            "edm": (point.sigma**2 + 0.25 * point.alpha**2) / (0.5 * point.sigma * point.alpha) ** 2,
+        }
+        if process is LINEAR:
+            expected["edm"] = snr + 4
+        for (weighting, on_x_start), kind in product(expected.items(), ("epsilon", "x0", "v", "flow", "edm")):
+            if isinstance(process, RectifiedFlow) and (kind == "epsilon" or weighting == "edm"):
+                continue
+            learnt = Objective(process, Prediction(kind), weighting, gamma)
+            found = learnt.weights(point) * learnt.prediction.error_factor(point)
+            torch.testing.assert_close(found, on_x_start, rtol=1e-9, atol=0, msg=f"{process} {weighting} {kind}")
+    plain = Objective(LINEAR, Prediction("v")).weights(LINEAR.numbered(torch.arange(1000)))
+    assert plain.tolist() == [1.0] * 1000
 
-    snr = torch.tensor([schedule.alpha_bar(t) / (1 - schedule.alpha_bar(t)) for t in timesteps.tolist()])
-    expected = snr.clamp(max=gamma) * (x_estimate - X_START).square().mean(dim=(1, 2, 3))
-    for prediction, output in implied.items():
-        objective = Objective(schedule, prediction, gamma)
-        losses = objective.losses(lambda x, t, y, output=output: output, X_START, timesteps, NOISE)
-        torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-6)
+
+def test_published_weights_on_the_output() -> None:
+    """Hang et al. 2023, section 3.4, for ε and v; Karras et al. 2022, table 1: F is weighted by one."""
+    point = LINEAR.numbered(torch.tensor([20, 300, 900]))
+    snr = (point.alpha / point.sigma).square()
+    for kind, expected in (("epsilon", snr.clamp(max=5) / snr), ("v", snr.clamp(max=5) / (snr + 1))):
+        torch.testing.assert_close(Objective(LINEAR, Prediction(kind), "min_snr").weights(point), expected)
+    edm = VarianceExploding().numbered(torch.tensor([20, 300, 900]))
+    weights = Objective(VarianceExploding(), Prediction("edm"), "edm").weights(edm)
+    torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
 
 
-def test_half_precision_network_gives_float32_losses_and_gradients() -> None:
-    network = nn.Conv2d(3, 3, 1)
+def test_draws_follow_their_distributions() -> None:
+    count = 50_000
+    for process, draws, quantile_of in (
+        (VarianceExploding(), Draws("log_normal"), lambda d: torch.special.ndtr((d.sigma.log() + 1.2) / 1.2)),
+        (RectifiedFlow(), Draws("uniform"), lambda d: d.sigma),
+        (RectifiedFlow(), Draws("log_normal", 0, 1), lambda d: torch.special.ndtr((d.sigma / d.alpha).log())),
+        (LINEAR, Draws("log_normal", 0, 0.5), lambda d: torch.special.ndtr((d.sigma / d.alpha).log() / 0.5)),
+        (LINEAR, Draws("uniform"), lambda d: (d.t + 0.5) / 1000),
+    ):
+        drawn = Drawn(*Objective(process, Prediction("v"), draws=draws).draw(1, torch.arange(count), 128))
+        quantiles, even = quantile_of(drawn), (torch.arange(count) + 0.5) / count
+        # Kolmogorov and Smirnov's bound for one draw in 1,500.
+        assert (quantiles.sort().values - even).abs().max() < 2 / count**0.5, draws
+        assert (drawn.quartile == (quantiles * 4).floor()).float().mean() > 0.999, draws
 
-    def autocast(x: Tensor, timesteps: Tensor, labels: Tensor | None) -> Tensor:
-        assert x.dtype == torch.float32
-        with torch.autocast("cpu", torch.bfloat16):
-            output = network(x)
-        assert output.dtype == torch.bfloat16
-        return output
 
-    losses = Objective(SCHEDULE, "v", 5.0).losses(autocast, X_START, TIMESTEPS, NOISE)
-    assert losses.dtype == torch.float32
-    losses.mean().backward()
-    assert network.weight.grad.dtype == torch.float32
-    assert network.weight.grad.abs().min() > 0
+def test_stratified_draws_spread_each_batch_and_depend_on_the_image_alone() -> None:
+    batch = 32
+    for process, draws in ((RectifiedFlow(), Draws(stratified=True)), (LINEAR, Draws("log_normal", stratified=True))):
+        learnt = Objective(process, Prediction("v"), draws=draws)
+        whole = learnt.draw(7, torch.arange(64 * batch), batch)
+        for rank in range(3):
+            assert torch.equal(learnt.draw(7, torch.arange(64 * batch)[rank::3], batch), whole[:, rank::3])
+        if draws.kind == "uniform":
+            sigma = whole[2].view(64, batch)
+            assert torch.equal((sigma * batch).floor(), torch.arange(batch).float().expand(64, batch))
+            # The mean of a batch strays a batch's size less than that of independent draws.
+            assert sigma.mean(dim=1).std().item() == pytest.approx((1 / 12 / batch) ** 0.5 / batch, rel=0.3)
+
+
+@pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
+def test_half_precision_networks_give_float32_losses_and_gradients_that_agree(
+    schedule: str, prediction: str, weighting: str
+) -> None:
+    learnt, gradients = objective(schedule, prediction, weighting), {}
+    drawn = Drawn(*learnt.draw(0, NUMBERS, 6))
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        network = nn.Conv2d(3, 3, 1)
+
+        def autocast(x: Tensor, t: Tensor, condition: Condition, network=network, enabled=enabled) -> Tensor:
+            assert x.dtype == t.dtype == torch.float32
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                return network(x)
+
+        losses = learnt.losses(autocast, X_START, NOISE, drawn)
+        assert losses.dtype == torch.float32
+        losses.mean().backward()
+        gradients[enabled] = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
+    assert (gradients[True] - gradients[False]).norm() < 0.02 * gradients[False].norm()
+
+
+@pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
+def test_gradients_are_those_of_finite_differences(schedule: str, prediction: str, weighting: str) -> None:
+    learnt = objective(schedule, prediction, weighting)
+    drawn = Drawn(*learnt.draw(0, NUMBERS[:2], 6).double())
+    x_start, noise = X_START[:2, :1, :2, :2].double(), NOISE[:2, :1, :2, :2].double()
+
+    class Double(Tensor):
+        """A network's answer of this kind stays in double precision."""
+
+        def float(self) -> Tensor:  # type: ignore[override]
+            return self
+
+    def loss(weight: Tensor) -> Tensor:
+        def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+            return (x * weight + weight.sin()).as_subclass(Double)
+
+        return learnt.losses(network, x_start, noise, drawn).as_subclass(Tensor)
+
+    assert torch.autograd.gradcheck(loss, torch.tensor(0.7, dtype=torch.float64, requires_grad=True))
 
 
 def test_losses_never_wait_for_the_device() -> None:
     """On the meta device any look at a value raises."""
-    objective = Objective(SCHEDULE.to("meta"), "v", 5.0)
-    images, timesteps = torch.empty(6, 3, 8, 8, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
-    assert objective.losses(lambda x, t, y: x, images, timesteps, images).shape == (6,)
+    learnt = objective("cosine", "v", "min_snr")
+    drawn, images = Drawn(*learnt.draw(0, NUMBERS, 6).to("meta")), torch.empty(6, 3, 8, 8, device="meta")
+    assert learnt.losses(lambda x, t, condition: x, images, images, drawn).shape == (6,)
 
 
-def test_an_snr_that_underflows_leaves_the_weights_finite() -> None:
-    schedule = make_schedule("linear", 20_000)
-    assert schedule.snr.min() == 0
-    for prediction in ("epsilon", "v"):
-        weights = Objective(schedule, prediction, 5.0).weights(torch.arange(20_000))
+def test_weights_are_finite_however_little_signal_is_left() -> None:
+    """In float32 the SNR at the end of 20,000 timesteps is 0, and 0/0 no number."""
+    point = linear_schedule(20_000).numbered(torch.arange(20_000))
+    for kind in ("epsilon", "v"):
+        weights = Objective(linear_schedule(20_000), Prediction(kind), "min_snr").weights(point).float()
         assert torch.isfinite(weights).all()
-        assert prediction == "v" or weights[-1] == 1
+        assert kind == "v" or math.isclose(weights[-1], 1)
 
 
-def test_unknown_prediction_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'eps'.*epsilon or v"):
-        Objective(SCHEDULE, "eps")
+def test_impossible_objectives_are_refused() -> None:
+    processes: list[Process] = [RectifiedFlow(), LINEAR.with_zero_terminal_snr()]
+    for process in processes:
+        with pytest.raises(ValueError, match="epsilon where the process leaves none"):
+            Objective(process, Prediction("epsilon"))
+    with pytest.raises(ValueError, match=r"'p2'.*plain.*edm"):
+        objective("linear", "v", "p2")

@@ -15,7 +15,7 @@ from ddpm.randomness import (
     sampling_noise,
     training_flips,
     training_noise,
-    training_timesteps,
+    training_uniforms,
 )
 
 ONES = 0xFFFFFFFF
@@ -113,7 +113,7 @@ def test_noise_is_pinned() -> None:
     assert noise.numpy().astype("<f4").tobytes().hex() == PINNED_TRAINING
     noise = sampling_noise(torch.tensor([42, -1]), 1000, (1, 1, 2), "cpu")
     assert noise.numpy().astype("<f4").tobytes().hex() == PINNED_SAMPLING
-    assert training_timesteps(42, torch.arange(8), 1000).tolist() == PINNED_TIMESTEPS
+    assert (training_uniforms(42, torch.arange(8)) * 1000).long().tolist() == PINNED_TIMESTEPS
     assert training_flips(42, torch.arange(8)).int().tolist() == PINNED_FLIPS
     assert dropout_seed(42, 128) == PINNED_DROPOUT
 
@@ -123,12 +123,12 @@ def test_draws_do_not_depend_on_the_batch(shape: tuple[int, ...]) -> None:
     numbers = torch.randperm(37, generator=torch.Generator().manual_seed(0)) + 2**33
     noise = training_noise(9, numbers, shape, "cpu")
     assert (noise.shape, noise.dtype) == ((37, *shape), torch.float32)
-    timesteps, flips = training_timesteps(9, numbers, 1000), training_flips(9, numbers)
-    assert (timesteps.dtype, flips.dtype) == (torch.int64, torch.bool)
+    uniforms, flips = training_uniforms(9, numbers), training_flips(9, numbers)
+    assert (uniforms.dtype, flips.dtype) == (torch.float64, torch.bool)
     for micro_batch in (1, 2, 3, 5, 16):
         parts = numbers.split(micro_batch)
         assert torch.equal(torch.cat([training_noise(9, part, shape, "cpu") for part in parts]), noise)
-        assert torch.equal(torch.cat([training_timesteps(9, part, 1000) for part in parts]), timesteps)
+        assert torch.equal(torch.cat([training_uniforms(9, part) for part in parts]), uniforms)
         assert torch.equal(torch.cat([training_flips(9, part) for part in parts]), flips)
     seeds = torch.tensor([3, 2**62, 0, -5, 3])
     noise = sampling_noise(seeds, 999, shape, "cpu")
@@ -151,25 +151,23 @@ def test_noise_does_not_depend_on_threads_or_batch_at_full_size() -> None:
     assert torch.equal(torch.cat(parts), noise)
 
 
-def test_timesteps_are_uniform() -> None:
-    num_timesteps, count = 1000, 1_000_000
-    timesteps = training_timesteps(11, torch.arange(count), num_timesteps)
-    counts = timesteps.bincount(minlength=num_timesteps)
-    assert len(counts) == num_timesteps
-    chi_squared = ((counts - count / num_timesteps) ** 2 / (count / num_timesteps)).sum().item()
-    # Mean 999, standard deviation √(2 · 999).
-    assert abs(chi_squared - 999) < 4 * (2 * 999) ** 0.5
-    assert training_timesteps(11, torch.arange(100), 1).unique().tolist() == [0]
-    assert training_timesteps(11, torch.arange(10_000), 3).unique().tolist() == [0, 1, 2]
+def test_uniforms_are_uniform_and_never_an_end() -> None:
+    cells, count = 1000, 1_000_000
+    uniforms = training_uniforms(11, torch.arange(count))
+    counts = (uniforms * cells).long().bincount(minlength=cells)
+    chi_squared = ((counts - count / cells) ** 2 / (count / cells)).sum().item()
+    # 999 degrees of freedom: five standard deviations from the mean.
+    assert abs(chi_squared - 999) < 5 * (2 * 999) ** 0.5
+    assert uniforms.min() > 0 and uniforms.max() < 1
+    assert (uniforms * 2**33 % 2 == 1).all()
 
 
-def test_flips_are_fair_and_independent_of_timesteps() -> None:
+def test_flips_are_fair_and_independent_of_the_points() -> None:
     numbers = torch.arange(100_000)
     flips = training_flips(11, numbers).double()
     assert flips.mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 100_000**0.5)
     assert (flips[1:] * flips[:-1]).mean().item() == pytest.approx(0.25, abs=0.006)
-    timesteps = training_timesteps(11, numbers, 1000).double()
-    assert torch.corrcoef(torch.stack([flips, timesteps]))[0, 1].abs() < 4 / 100_000**0.5
+    assert torch.corrcoef(torch.stack([flips, training_uniforms(11, numbers)]))[0, 1].abs() < 4 / 100_000**0.5
 
 
 def test_dropout_seeds_are_distinct_and_fit_any_generator() -> None:

@@ -51,7 +51,7 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set data.size=33", 78, ["data.size=33", "multiple of 4", "fewer levels"]),
     ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.channels=32", "groups=7"]),
     ("train --dataset a --set model.channels=5 --set model.norm_groups=1", 78, ["model.channels=5 must be even"]),
-    ("train --dataset a --set sample.spacing=leading --set sample.steps=400", 78, ["t=798 of 1000", "500 or 333"]),
+    ("train --dataset a --set sample.grid=leading --set sample.steps=400", 78, ["t=798 of 1000", "500 or 333"]),
     ("train --dataset a --set preset=celeba", 78, ["preset", "--preset NAME"]),
     (f"train --dataset a --set data.size=0x{'f' * 5000}", 78, ["data.size=0xfff", "not valid YAML"]),
     ("train --dataset a --config {alias}", 78, ["alias.yaml", "aliases (*loop) are not supported"]),

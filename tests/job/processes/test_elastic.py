@@ -1,6 +1,6 @@
 """A run that changes the number of its processes, its micro-batches and its cache learns what an undisturbed one does.
 
-Real processes, watched from within: each writes down the images, the noise, the timesteps and the losses of its steps.
+Real processes, watched from within: each writes down the images, the noise, the points and the losses of its steps.
 """
 
 import json
@@ -33,9 +33,9 @@ def training_noise(seed, image_numbers, shape, device):
 def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
-def losses(self, network, x_start, timesteps, noise, labels=None):
-    found = image_losses(self, network, x_start, timesteps, noise, labels)
-    contents = map(sha256, x_start), map(sha256, noise), timesteps.tolist()
+def losses(self, network, x_start, noise, drawn, condition):
+    found = image_losses(self, network, x_start, noise, drawn, condition)
+    contents = map(sha256, x_start), map(sha256, noise), zip(*(row.tolist() for row in drawn))
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
     if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):

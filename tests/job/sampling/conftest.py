@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from accelerate.state import AcceleratorState
 
+from job.method import sampling_of
 from job.processes.ranks import Agreement, meet
 from job.requests import SampleRequest
-from job.sampling.painter import Painter, sampling_of
+from job.sampling.painter import Painter
 from job.sampling.plan import plan_sampling
 from job.stop import NEVER
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from ddpm.unet import UNet
+from ddpm.networks.unet import UNet
+from ddpm.objective import UNCONDITIONAL, Condition
 
 
 def small(**changes: object) -> UNet:
@@ -68,18 +69,19 @@ def test_forward_and_names_equal_diffusers(channels: int, num_classes: int) -> N
     randomise(network)
     judge.load_state_dict(network.state_dict(), strict=True)
     labels = torch.tensor([0, 4, 2, 2]) if num_classes else None
+    condition = Condition(labels)
     x, timesteps = inputs(channels)
     network.eval()
     judge.eval()
     with torch.no_grad():
-        ours, theirs = network(x, timesteps, labels), judge(x, timesteps, labels).sample
+        ours, theirs = network(x, timesteps, condition), judge(x, timesteps, labels).sample
     assert ours.std() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
     randomise(judge, seed=2)
     network.load_state_dict(judge.state_dict(), strict=True)
     with torch.no_grad():
-        again = network(x, timesteps, labels)
+        again = network(x, timesteps, condition)
     assert (again - ours).abs().max() > 0.1
     torch.testing.assert_close(again, judge(x, timesteps, labels).sample, rtol=0, atol=1e-5)
 
@@ -159,10 +161,10 @@ def test_compiles_as_one_graph() -> None:
     network = small(num_classes=3, channel_mults=(1, 2), layers_per_level=1)
     randomise(network)
     x, timesteps = inputs()
-    labels = torch.tensor([0, 1, 2, 0])
-    expected = network(x, timesteps, labels)
+    condition = Condition(torch.tensor([0, 1, 2, 0]))
+    expected = network(x, timesteps, condition)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x, timesteps, labels), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(compiled(x, timesteps, condition), expected, rtol=0, atol=1e-5)
 
 
 def test_dropout_acts_in_training_alone() -> None:
@@ -182,9 +184,9 @@ def test_dropout_acts_in_training_alone() -> None:
 def test_labels_must_match_the_network() -> None:
     x, timesteps = inputs()
     with pytest.raises(ValueError, match="num_classes"):
-        small(num_classes=5)(x, timesteps)
+        small(num_classes=5)(x, timesteps, UNCONDITIONAL)
     with pytest.raises(ValueError, match="num_classes"):
-        small()(x, timesteps, torch.tensor([0, 0, 0, 0]))
+        small()(x, timesteps, Condition(torch.tensor([0, 0, 0, 0])))
 
 
 def test_impossible_networks_are_refused() -> None:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.objective import UNCONDITIONAL, Condition
+
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
@@ -68,13 +70,13 @@ class UNet(nn.Module):
         self.conv_norm_out = _group_norm(norm_groups, width)
         self.conv_out = _initialised(nn.Conv2d(width, in_channels, 3, padding=1), zero=True)
 
-    def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
 
         Args:
             x: x_t, [B, C, H, W], of any size that the levels divide.
-            timesteps: int64 [B].
-            labels: class indices, int64 [B]; given exactly when the network has classes.
+            t: timesteps, whole or between, [B].
+            condition: has labels exactly when the network has classes.
 
         Returns:
             [B, C, H, W].
@@ -82,11 +84,11 @@ class UNet(nn.Module):
         Raises:
             ValueError: for labels without classes, or classes without labels.
         """
-        if (labels is None) != (self.class_embedding is None):
+        if (condition.labels is None) != (self.class_embedding is None):
             raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
-        embedding = self.time_embedding(timesteps)
+        embedding = self.time_embedding(t)
         if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(labels)
+            embedding = embedding + self.class_embedding(condition.labels)
         # Every residual block projects the activated embedding: activate it once.
         embedding = F.silu(embedding)
 
@@ -232,25 +234,25 @@ class TimestepEmbedding(nn.Module):
         self.linear_1 = _initialised(nn.Linear(width, embedding_width))
         self.linear_2 = _initialised(nn.Linear(embedding_width, embedding_width))
 
-    def forward(self, timesteps: Tensor) -> Tensor:
-        """int64 [B] to [B, E]."""
-        features = sinusoids(timesteps, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+    def forward(self, t: Tensor) -> Tensor:
+        """[B] to [B, E]."""
+        features = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(features)))
 
 
-def sinusoids(timesteps: Tensor, width: int) -> Tensor:
+def sinusoids(t: Tensor, width: int) -> Tensor:
     """Sines, then cosines, of t at width/2 frequencies from 1 down to 1/10000 (Vaswani et al. 2017, as in Ho et al.).
 
     Args:
-        timesteps: int64 [B].
+        t: [B].
         width: even, at least 4.
 
     Returns:
         float32 [B, width].
     """
     half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=timesteps.device) / (half - 1)
-    angles = timesteps[:, None].float() * torch.exp(-math.log(10_000) * exponents)
+    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
+    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 

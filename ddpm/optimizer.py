@@ -1,0 +1,63 @@
+"""The optimiser: Adam, and the learning rate as a function of images seen."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.optim.adam import adam
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """How the weights follow their gradients."""
+
+    learning_rate: float
+    warmup_images: int = 0
+    """Over which the learning rate grows linearly; 0 for none."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    clip_norm: float = 1.0
+    """Limit of the gradient's global L2 norm."""
+
+    def learning_rate_at(self, images_seen: int, batch_size_images: int) -> float:
+        """Of the step that begins after `images_seen` images."""
+        if not self.warmup_images:
+            return self.learning_rate
+        return self.learning_rate * min(1.0, (images_seen + batch_size_images) / self.warmup_images)
+
+
+class Adam:
+    """Kingma & Ba 2015 (algorithm 1), by PyTorch's fused kernel; gradients that are none are left alone.
+
+    `torch.optim.Adam` would do the same, but importing the compiler that it asks about takes more than a second.
+    """
+
+    def __init__(self, named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings) -> None:
+        self._parameters, self._settings = dict(named_parameters), settings
+        self.exp_avg = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        self.exp_avg_sq = {name: torch.zeros_like(p, requires_grad=False) for name, p in self._parameters.items()}
+        self.steps = {name: torch.zeros((), device=p.device) for name, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Updates the parameters from their gradients, and then lets go of these."""
+        names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
+        adam(
+            [self._parameters[name] for name in names],
+            [grad for name in names if (grad := self._parameters[name].grad) is not None],
+            [self.exp_avg[name] for name in names],
+            [self.exp_avg_sq[name] for name in names],
+            [],
+            [self.steps[name] for name in names],
+            fused=True,
+            amsgrad=False,
+            beta1=self._settings.betas[0],
+            beta2=self._settings.betas[1],
+            lr=learning_rate,
+            weight_decay=0.0,
+            eps=self._settings.eps,
+            maximize=False,
+        )
+        for parameter in self._parameters.values():
+            parameter.grad = None

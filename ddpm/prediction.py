@@ -1,0 +1,56 @@
+"""What a network's output means: q x_0 + p ε, whichever of ε, x_0, v, the flow or EDM's F it was trained for.
+
+With x_t = α x_0 + σ ε this is one linear system, so one line recovers x_0 and one factor relates the errors.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from ddpm.process import Number, Point
+
+PredictionKind = Literal["epsilon", "x0", "v", "flow", "edm"]
+"""ε (Ho et al. 2020), x_0, v (Salimans & Ho 2022), ε - x_0 (Liu et al. 2023), F (Karras et al. 2022)."""
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """A meaning of the output. Points are of floats, or of tensors that broadcast against the images."""
+
+    kind: PredictionKind
+    sigma_data: float = 0.5
+    """The images' standard deviation, for `edm`."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(PredictionKind):
+            raise ValueError(f"unknown prediction {self.kind!r}: choose one of {', '.join(get_args(PredictionKind))}")
+
+    def coefficients(self, point: Point[Number]) -> tuple[Number | float, Number | float]:
+        """(q, p) at a point; those of F are Karras et al. 2022, table 1, for any α."""
+        if self.kind == "epsilon":
+            return 0.0, 1.0
+        if self.kind == "x0":
+            return 1.0, 0.0
+        if self.kind == "v":
+            return -point.sigma, point.alpha
+        if self.kind == "flow":
+            return -1.0, 1.0
+        signal = point.alpha * self.sigma_data
+        inverse_root = (point.sigma**2 + signal**2) ** -0.5
+        return point.sigma * inverse_root / self.sigma_data, -signal * inverse_root
+
+    def target(self, x_start: Tensor, noise: Tensor, point: Point[Number]) -> Tensor:
+        """What the output should be, of the images' shape [B, C, H, W]."""
+        q, p = self.coefficients(point)
+        return q * x_start + p * noise
+
+    def x_start(self, output: Tensor, x_t: Tensor, point: Point[Number]) -> Tensor:
+        """The x_0 that an output for x_t implies, float32 [B, C, H, W]; none can be told from ε where α is 0."""
+        q, p = self.coefficients(point)
+        return (p * x_t - point.sigma * output) / (p * point.alpha - point.sigma * q)
+
+    def error_factor(self, point: Point[Number]) -> Number | float:
+        """|output - target|² over |x̂_0 - x_0|²: SNR for ε, SNR + 1 for v, EDM's λ for F."""
+        q, p = self.coefficients(point)
+        return (q - p * point.alpha / point.sigma) ** 2

@@ -1,0 +1,264 @@
+"""Processes: the way from an image to noise, as points (t, α, σ) with x_t = α x_0 + σ ε.
+
+A point is all that an objective or a sampler needs to know of a process, so they serve DDPM, EDM and rectified flow
+alike. Points are computed in float64 on the host and rounded once: no step waits for the device, 1 - ᾱ, as small as
+4e-5, keeps its digits, and half precision never touches them (bfloat16 makes 1 of the first ten ᾱ of the linear one).
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Generic, Literal, NamedTuple, Protocol, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Number = TypeVar("Number", float, Tensor)
+
+Schedule = Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"]
+"""The first four keep the variance; `edm` lets it explode; `flow` goes straight from the image to noise."""
+
+
+class Point(NamedTuple, Generic[Number]):
+    """A place on the way, of numbers for a sampler and of tensors [B] for a batch of images."""
+
+    t: Number
+    """What the network is told."""
+    alpha: Number
+    """What is left of the image; 0 for pure noise."""
+    sigma: Number
+    """The noise's standard deviation; 0 for the clean image."""
+
+
+CLEAN = Point(-1.0, 1.0, 0.0)
+"""Where sampling ends. No network is asked there."""
+
+
+class Process(Protocol):
+    """T numbered points of growing noise, and all points between them."""
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+
+    def numbered(self, numbers: Tensor) -> Point[Tensor]:
+        """The points of these numbers, int64 [B] in 0..T-1; float64 [B]."""
+
+    def uniform(self, u: Tensor) -> Point[Tensor]:
+        """Points spread evenly over the way, for u in (0, 1), float64 [B]."""
+
+    def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
+        """The points where σ/α is `ratio`, float64 [B]."""
+
+    def input_scale(self, sigma: Number) -> Number:
+        """What x_t is multiplied with for the network, at points of these σ."""
+
+
+@dataclass(frozen=True, eq=False)
+class VariancePreserving:
+    """α² + σ² = 1, by a table of ᾱ_t = α² (Ho et al. 2020); its `betas` and `alphas_cumprod` are float64 [T]."""
+
+    betas: Tensor
+    alphas_cumprod: Tensor
+
+    @classmethod
+    def from_betas(cls, betas: Tensor) -> "VariancePreserving":
+        """Build the table.
+
+        Args:
+            betas: float64 [T], each in (0, 1); the last may be 1.
+
+        Raises:
+            ValueError: for another β, or none.
+        """
+        if betas.numel() == 0 or not bool(((betas > 0) & (betas <= 1)).all()) or bool((betas[:-1] == 1).any()):
+            raise ValueError("a noise schedule needs at least one timestep, and every beta between 0 and 1")
+        return cls(betas.double(), (1 - betas.double()).cumprod(0))
+
+    @property
+    def num_timesteps(self) -> int:
+        """T."""
+        return len(self.betas)
+
+    def numbered(self, numbers: Tensor) -> Point[Tensor]:
+        """The number itself is t."""
+        alphas_cumprod = self.alphas_cumprod[numbers]
+        return Point(numbers.double(), alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt())
+
+    def uniform(self, u: Tensor) -> Point[Tensor]:
+        """Whole timesteps, as the network will see them when all are visited."""
+        return self.numbered((u * self.num_timesteps).long())
+
+    def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
+        """T lies between whole timesteps, in proportion to ln(σ/α), as in k-diffusion; none lies beyond the table."""
+        known = ((1 - self.alphas_cumprod) / self.alphas_cumprod).log() / 2
+        t = torch.from_numpy(np.interp(ratio.log().numpy(), known.numpy(), np.arange(self.num_timesteps)))
+        alpha = (1 + ratio.square()).rsqrt()
+        return Point(t, alpha, ratio * alpha)
+
+    def input_scale(self, sigma: Number) -> Number:
+        """1: x_t has the variance of the images."""
+        return sigma * 0 + 1
+
+    def with_zero_terminal_snr(self) -> "VariancePreserving":
+        """√ᾱ shifted and scaled so that nothing is left of the image at T-1 (Lin et al. 2024, algorithm 1)."""
+        roots = self.alphas_cumprod.sqrt()
+        alphas_cumprod = ((roots - roots[-1]) * roots[0] / (roots[0] - roots[-1])).square()
+        before = torch.cat([torch.ones(1, dtype=torch.float64), alphas_cumprod[:-1]])
+        return VariancePreserving(1 - alphas_cumprod / before, alphas_cumprod)
+
+
+@dataclass(frozen=True)
+class VarianceExploding:
+    """α = 1 (Karras et al. 2022, table 1). The network is told ln(σ)/4, and sees x_t at unit variance."""
+
+    num_timesteps: int = 1000
+    """Numbered points, evenly spaced in ln σ."""
+    sigma_min: float = 0.002
+    sigma_max: float = 80.0
+    sigma_data: float = 0.5
+    """The images' standard deviation."""
+
+    def numbered(self, numbers: Tensor) -> Point[Tensor]:
+        """From σ_min to σ_max."""
+        return self.uniform(numbers.double() / (self.num_timesteps - 1))
+
+    def uniform(self, u: Tensor) -> Point[Tensor]:
+        """Evenly in ln σ."""
+        return self.with_ratio(self.sigma_min * (self.sigma_max / self.sigma_min) ** u)
+
+    def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
+        """σ is the ratio."""
+        return Point(ratio.log() / 4, torch.ones_like(ratio), ratio)
+
+    def input_scale(self, sigma: Number) -> Number:
+        """c_in = 1/√(σ² + σ_data²)."""
+        return (sigma**2 + self.sigma_data**2) ** -0.5
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """α = 1 - σ: a straight line (Liu et al. 2023; Lipman et al. 2023). The network is told 1000 σ."""
+
+    num_timesteps: int = 1000
+    """Numbered points, evenly spaced in σ; the last is pure noise."""
+
+    def numbered(self, numbers: Tensor) -> Point[Tensor]:
+        """σ from 1/T to 1."""
+        return self.uniform((numbers.double() + 1) / self.num_timesteps)
+
+    def uniform(self, u: Tensor) -> Point[Tensor]:
+        """σ is u."""
+        return Point(1000 * u, 1 - u, u)
+
+    def with_ratio(self, ratio: Tensor) -> Point[Tensor]:
+        """σ = r/(1 + r), so that a normal ln(σ/α) is a logit-normal σ (Esser et al. 2024, section 3.1)."""
+        return self.uniform(ratio / (1 + ratio))
+
+    def input_scale(self, sigma: Number) -> Number:
+        """1, as is usual."""
+        return sigma * 0 + 1
+
+
+def linear_schedule(num_timesteps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> VariancePreserving:
+    """Evenly spaced β (Ho et al. 2020, section 4). The ends are not rescaled when T is not 1000.
+
+    Raises:
+        ValueError: for fewer than one timestep or a β outside (0, 1).
+    """
+    betas = torch.linspace(beta_start, beta_end, max(num_timesteps, 0), dtype=torch.float64)
+    return VariancePreserving.from_betas(betas)
+
+
+def scaled_linear_schedule(
+    num_timesteps: int = 1000, beta_start: float = 0.00085, beta_end: float = 0.012
+) -> VariancePreserving:
+    """Evenly spaced √β, which latent-diffusion's code calls linear (Rombach et al. 2022).
+
+    Raises:
+        ValueError: for fewer than one timestep or a β outside (0, 1).
+    """
+    ends = math.sqrt(beta_start), math.sqrt(beta_end)
+    return VariancePreserving.from_betas(torch.linspace(*ends, max(num_timesteps, 0), dtype=torch.float64).square())
+
+
+def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float = 0.999) -> VariancePreserving:
+    """ᾱ(u) ∝ cos²(π/2 · (u+s)/(1+s)), u = t/T, with β_t = 1 - ᾱ((t+1)/T)/ᾱ(t/T) (Nichol & Dhariwal 2021, equation 17).
+
+    Args:
+        num_timesteps: T.
+        s: offset that keeps the first β from vanishing.
+        max_beta: cap on β, reached at the last timestep only.
+
+    Raises:
+        ValueError: for fewer than one timestep.
+    """
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / max(num_timesteps, 1)
+    return _from_curve(((u + s) / (1 + s) * math.pi / 2).cos().square(), max_beta)
+
+
+def sigmoid_schedule(
+    num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
+) -> VariancePreserving:
+    """ᾱ(u) = 1 at the start to 0 at the end of a sigmoid's stretch (Jabri et al. 2023, algorithm 1), β as in `cosine`.
+
+    Args:
+        num_timesteps: T.
+        start: where on the sigmoid u = 0 lies.
+        end: where u = 1 lies.
+        tau: temperature; lucidrains' default is 1.
+        max_beta: cap on β, reached at the last timestep only.
+
+    Raises:
+        ValueError: for fewer than one timestep.
+    """
+    u = torch.arange(num_timesteps + 1, dtype=torch.float64) / max(num_timesteps, 1)
+    stretch = ((u * (end - start) + start) / tau).sigmoid()
+    return _from_curve((stretch[-1] - stretch) / (stretch[-1] - stretch[0]), max_beta)
+
+
+TABLES = {
+    "linear": linear_schedule,
+    "scaled_linear": scaled_linear_schedule,
+    "cosine": cosine_schedule,
+    "sigmoid": sigmoid_schedule,
+}
+"""The processes that are a table of β, by name."""
+
+
+def make_process(
+    schedule: Schedule,
+    num_timesteps: int = 1000,
+    *,
+    zero_terminal_snr: bool = False,
+    sigma_min: float = 0.002,
+    sigma_max: float = 80.0,
+    sigma_data: float = 0.5,
+) -> Process:
+    """The process of this name with its paper's constants; the sigmas are those of `edm`.
+
+    Raises:
+        ValueError: for an unknown name, fewer than one timestep, or `zero_terminal_snr` without a table of ᾱ.
+    """
+    if schedule == "edm":
+        process: Process = VarianceExploding(num_timesteps, sigma_min, sigma_max, sigma_data)
+    elif schedule == "flow":
+        process = RectifiedFlow(num_timesteps)
+    elif schedule in TABLES:
+        table = TABLES[schedule](num_timesteps)
+        return table.with_zero_terminal_snr() if zero_terminal_snr else table
+    else:
+        raise ValueError(f"unknown schedule {schedule!r}: choose one of {', '.join([*TABLES, 'edm', 'flow'])}")
+    if zero_terminal_snr:
+        raise ValueError(f"zero_terminal_snr rescales a table of betas, which the process {schedule!r} does not have")
+    return process
+
+
+def _from_curve(alphas_cumprod: Tensor, max_beta: float) -> VariancePreserving:
+    """From ᾱ at the T + 1 ends of the timesteps, float64, with a cap on β."""
+    return VariancePreserving.from_betas((1 - alphas_cumprod[1:] / alphas_cumprod[:-1]).clamp(max=max_beta))
+
+
+def points_of(points: Point[Tensor]) -> list[Point[float]]:
+    """A batch of points as a list for a sampler."""
+    return [Point(*numbers) for numbers in zip(*(part.tolist() for part in points), strict=True)]

@@ -1,0 +1,143 @@
+"""Processes against published values, diffusers and lucidrains' formulas; points against each other."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from ddpm.process import (
+    CLEAN,
+    TABLES,
+    Point,
+    RectifiedFlow,
+    VarianceExploding,
+    VariancePreserving,
+    cosine_schedule,
+    linear_schedule,
+    make_process,
+    points_of,
+    scaled_linear_schedule,
+    sigmoid_schedule,
+)
+
+T = 1000
+# ᾱ_t computed with 40 decimal digits.
+GOLDEN = {
+    "linear": {
+        0: 0.9999,
+        9: 0.99810520478583461889,
+        38: 0.98150702538185392691,
+        237: 0.55624462176401216186,
+        499: 0.07858724288177823734,
+        962: 8.4079528429874446911e-5,
+        999: 4.0358297653756833148e-5,
+    },
+    "cosine": {0: 0.999958715775178, 499: 0.49384359044063775, 999: 2.4287669070348567e-9},
+}
+ALL = ("linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow")
+
+
+def numbers(*chosen: int) -> Tensor:
+    return torch.tensor(chosen)
+
+
+def test_golden_values() -> None:
+    for name, expected in GOLDEN.items():
+        point = make_process(name, T).numbered(torch.tensor(list(expected)))
+        assert point.t.tolist() == list(expected)
+        for found, alpha_bar in zip(point.alpha.square().tolist(), expected.values(), strict=True):
+            assert found == pytest.approx(alpha_bar, rel=1e-12), name
+    snr = (lambda point: (point.alpha / point.sigma) ** 2)(linear_schedule().numbered(torch.arange(T)))
+    assert (int((snr >= 5).sum()), int((snr >= 1).sum())) == (130, 259)
+
+
+def test_noise_keeps_its_digits() -> None:
+    """1 - ᾱ at t = 0 is 1e-4; computed from a float32 ᾱ it would be off by 1e-4 of itself."""
+    first, last = points_of(linear_schedule().numbered(numbers(0, T - 1)))
+    assert first.sigma == pytest.approx(1e-2, rel=1e-12)
+    assert first.sigma / first.alpha == pytest.approx(0.0100005000375, rel=1e-10)
+    assert last.sigma / last.alpha == pytest.approx(157.4, rel=1e-3)
+
+
+def test_tables_equal_diffusers() -> None:
+    import diffusers
+
+    names = {"linear": "linear", "scaled_linear": "scaled_linear", "cosine": "squaredcos_cap_v2"}
+    for (name, theirs), num_timesteps in ((pair, n) for pair in names.items() for n in (7, T, 4000)):
+        ends = {"beta_start": 0.00085, "beta_end": 0.012} if name == "scaled_linear" else {}
+        judge = diffusers.DDPMScheduler(num_train_timesteps=num_timesteps, beta_schedule=theirs, **ends)
+        schedule = TABLES[name](num_timesteps)
+        assert schedule.num_timesteps == num_timesteps
+        torch.testing.assert_close(schedule.betas.float(), judge.betas, rtol=2e-6, atol=1e-7, msg=name)
+    judge = diffusers.DDIMScheduler(rescale_betas_zero_snr=True)
+    rescaled = linear_schedule().with_zero_terminal_snr()
+    torch.testing.assert_close(rescaled.betas.float(), judge.betas, rtol=1e-3, atol=1e-6)
+    assert points_of(rescaled.numbered(numbers(T - 1))) == [Point(T - 1, 0.0, 1.0)]
+    assert rescaled.alphas_cumprod[0] == pytest.approx(0.9999, rel=1e-12)
+
+
+def test_sigmoid_is_the_curve_of_its_paper() -> None:
+    """ᾱ at the ends of the timesteps, but for the last, whose β is capped."""
+    schedule, stretch = sigmoid_schedule(T), [1 / (1 + math.exp(-(6 * (t + 1) / T - 3))) for t in range(-1, T)]
+    for t in (0, 1, 500, 998):
+        expected = (stretch[-1] - stretch[t + 1]) / (stretch[-1] - stretch[0])
+        assert schedule.alphas_cumprod[t].item() == pytest.approx(expected, rel=1e-9)
+    assert schedule.betas[-1] == 0.999
+
+
+def test_every_process_goes_from_the_image_to_noise_and_finds_its_own_points() -> None:
+    for name in ALL:
+        process = make_process(name, T)
+        point = process.numbered(torch.arange(T))
+        ratio = point.sigma / point.alpha
+        assert all(part.dtype == torch.float64 for part in point)
+        assert (ratio.diff() > 0).all() and (point.t.diff() > 0).all(), name
+        # That of pure noise cannot be given as a number.
+        some = slice(0, T - (name == "flow"), 37)
+        for found, known in zip(process.with_ratio(ratio[some]), point, strict=True):
+            torch.testing.assert_close(found, known[some], rtol=1e-9, atol=1e-9, msg=name)
+        between = process.with_ratio(torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+        torch.testing.assert_close(between.sigma / between.alpha, torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64))
+        u = torch.tensor([1e-9, 0.25, 0.999999], dtype=torch.float64)
+        assert (process.uniform(u).t.diff() > 0).all(), name
+    assert CLEAN.alpha == 1 and CLEAN.sigma == 0
+
+
+def test_what_the_network_is_told_lies_between_timesteps_as_in_diffusers() -> None:
+    import diffusers
+
+    schedule, judge = linear_schedule(), diffusers.EulerDiscreteScheduler()
+    sigmas = ((1 - judge.alphas_cumprod) / judge.alphas_cumprod).double().sqrt()
+    ratio = torch.tensor([0.02, 0.3, 1.7, 40.0], dtype=torch.float64)
+    expected = judge._sigma_to_t(ratio.numpy(), sigmas.log().numpy())
+    assert schedule.with_ratio(ratio).t.tolist() == pytest.approx(expected.tolist(), abs=0.02)
+    beyond = schedule.with_ratio(torch.tensor([1e-6, 1e6], dtype=torch.float64))
+    assert beyond.t.tolist() == [0, T - 1]
+
+
+def test_edm_and_flow_are_as_their_papers_say() -> None:
+    edm = VarianceExploding(T, sigma_min=0.002, sigma_max=80.0, sigma_data=0.5)
+    first, last = points_of(edm.numbered(numbers(0, T - 1)))
+    assert (first.sigma, last.sigma) == (pytest.approx(0.002), pytest.approx(80))
+    assert last == Point(pytest.approx(math.log(80) / 4), 1.0, pytest.approx(80))
+    assert edm.input_scale(1.2) == pytest.approx(1 / 1.3)
+    assert edm.uniform(torch.tensor([0.5], dtype=torch.float64)).sigma.item() == pytest.approx(0.4)
+    flow = RectifiedFlow(T)
+    assert points_of(flow.numbered(numbers(249, T - 1))) == [Point(250, 0.75, 0.25), Point(1000, 0, 1)]
+    for process in (flow, linear_schedule()):
+        assert process.input_scale(0.3) == 1
+
+
+def test_impossible_processes_are_refused() -> None:
+    for make, message in (
+        (lambda: linear_schedule(0), "at least one timestep"),
+        (lambda: cosine_schedule(0), "at least one timestep"),
+        (lambda: scaled_linear_schedule(10, beta_end=1.5), "between 0 and 1"),
+        (lambda: VariancePreserving.from_betas(torch.tensor([0.1, torch.nan])), "between 0 and 1"),
+        (lambda: VariancePreserving.from_betas(torch.tensor([1.0, 0.1])), "between 0 and 1"),
+        (lambda: make_process("laplace"), r"'laplace'.*linear.*flow"),
+        (lambda: make_process("edm", zero_terminal_snr=True), "'edm' does not have"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
