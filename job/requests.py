@@ -78,7 +78,7 @@ class SampleRequest:
     save: str = ""
     slice: str = ""
     first_seed: int | None = None
-    grid: bool = True
+    with_grid: bool = True
 
     def check(self) -> SampleRequest:
         """Returns the request if its words are known.

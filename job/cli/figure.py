@@ -69,5 +69,5 @@ def figure_denoising(
     from job.commands import sample_command
     from job.requests import SampleRequest
 
-    request = SampleRequest(run, bucket, seeds=seeds, gif=True, grid=False)
+    request = SampleRequest(run, bucket, seeds=seeds, gif=True, with_grid=False)
     sample_command(request, 1, DEFAULT_HANG_AFTER, stop_after="")

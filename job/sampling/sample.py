@@ -57,7 +57,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
     how, usual, sampling = plan.how(request.seeds), plan.config.sample, sampling_of(sample)
     layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
-    if sample.nearest and request.grid and is_main:
+    if sample.nearest and request.with_grid and is_main:
         training = plan.opened_images(painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
@@ -69,7 +69,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
         label = plan.label(ref)
         with reading(plan.run, ref):
             painter.load(plan.run, ref, sample.weights)
-        if request.grid:
+        if request.with_grid:
             began = time.monotonic()
             images = painter.draw(seeds, sampling, sample.batch_size, label)
             if is_main:

@@ -24,8 +24,8 @@ MEANINGLESS: Rows = [
     ("train --dataset a/b", 64, ["'a/b'", "dataset's name", "lower-case letters"]),
     ("train --dataset a --run ../a", 64, ["'../a'", "run's name"]),
     ("train --dataset a --preset landscap", 64, ["'landscap'", "did you mean 'landscape'?"]),
-    ("sample --run a --sampler euler", 64, ["--sampler 'euler'", "ddpm or ddim"]),
-    ("sample --run a --precision fp16", 64, ["'fp16'", "fp32 or bf16"]),
+    ("sample --run a --sampler euler", 64, ["--sampler 'euler'", "'ddpm' or 'ddim'"]),
+    ("sample --run a --precision fp16", 64, ["--precision 'fp16'", "'fp32' or 'bf16'"]),
     ("sample --run a --seeds 3-1", 64, ["--seeds '3-1'", "such as 0-63"]),
     ("sample --run a --seeds 0-99999", 64, ["--seeds", "at most 10,000"]),
     ("sample --run a --checkpoints newest", 64, ["--checkpoints 'newest'", "30,80, or latest, or all"]),
@@ -34,7 +34,7 @@ MEANINGLESS: Rows = [
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
     ("data show a -o sheet.jpg", 64, ["sheet.jpg", "ends in .png"]),
-    ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, cosine"]),
+    ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, scaled_linear"]),
     ("figure noising --dataset a --timesteps 1000", 64, ["1000 is not in 0 to 999"]),
     ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "a folder that is there"]),
     ("train --dataset a --set train.batchsize=8", 78, ["'train.batchsize'", "did you mean 'train.batch_size'?"]),
@@ -47,7 +47,10 @@ MEANINGLESS: Rows = [
         78,
         ["cache_gigabytes", "equal to 1000000000", "'1e300'"],
     ),
-    ("train --dataset a --set diffusion.min_snr_gamma=1e300", 78, ["diffusion.min_snr_gamma", "equal to 1000000000"]),
+    ("train --dataset a --set diffusion.gamma=1e300", 78, ["diffusion.gamma", "equal to 1000000000"]),
+    ("train --dataset a --set diffusion.schedule=flow --set diffusion.prediction=epsilon", 78, ["only noise is left"]),
+    ("train --dataset a --set diffusion.schedule=edm --set diffusion.zero_terminal_snr=on", 78, ["rescales betas"]),
+    ("train --dataset a --set diffusion.sigma_min=90", 78, ["sigma_min=90", "below sigma_max=80"]),
     ("train --dataset a --set data.size=33", 78, ["data.size=33", "multiple of 4", "fewer levels"]),
     ("train --dataset a --set data.size=32 --set model.norm_groups=7", 78, ["model.channels=32", "groups=7"]),
     ("train --dataset a --set model.channels=5 --set model.norm_groups=1", 78, ["model.channels=5 must be even"]),
@@ -191,7 +194,7 @@ def test_rotten_checkpoints_are_named_and_not_used(bucket):
     run, rotten = open_store(str(bucket)).sub("runs/walk"), []
     for ref in list_checkpoints(run):
         rotten.append(flip_a_bit(Path(run.uri_of(load_manifest(run, ref).files[0].key))))
-    for words in (["train", "--dataset", "tiles", "--run", "walk"], ["sample", "--run", "walk", "--raw"]):
+    for words in (["train", "--dataset", "tiles", "--run", "walk"], ["sample", "--run", "walk", "--weights", "model"]):
         done = ddpm_here(*words, "--epochs" if words[0] == "train" else "--steps", 4, DDPM_BUCKET=str(bucket))
         assert done.returncode == Exit.BAD_DATA
         assert "Traceback" not in done.stderr

@@ -115,7 +115,7 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
     run = run_of(bucket, "walk")
     assert f"checkpoints {run.uri}/checkpoints\n" in out
     keys = [uri.removeprefix(f"{run.uri}/") for uri in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
-    assert {"samples/epoch-0002-ddim-4.png", "samples/denoising-epoch-0002.gif", "figures/loss.png"} <= set(keys)
+    assert {"samples/epoch-0002-ddim-4.png", "samples/denoising-epoch-0002-ddim-4.gif", "figures/loss.png"} <= set(keys)
     for key in keys:
         assert len(picture_at(run, key).convert("RGB").getcolors(1 << 24)) > 10
     config = yaml.safe_load(run.read("config.yaml").data)

@@ -75,7 +75,7 @@ def test_submit_train_packs_trains_and_says_where_everything_lies(make):
     bucket = Path(re.search(r"^checkpoints (.*)/runs/[^/]*/checkpoints$", out, re.MULTILINE)[1])
     assert (bucket.name, bucket.parent.name) == ("bucket", "checkout")
     pictures = [Path(path) for path in re.findall(r"^picture +(.*)$", out, re.MULTILINE)]
-    assert {path.name for path in pictures} == {"epoch-0001-ddim-4.png", "denoising-epoch-0001.gif", "loss.png"}
+    assert {path.name for path in pictures} == {"epoch-0001-ddim-4.png", "denoising-epoch-0001-ddim-4.gif", "loss.png"}
     assert all(path.stat().st_size > 1000 for path in pictures)
 
     out = succeeded(make("submit-train"))

@@ -24,7 +24,7 @@ def test_what_is_written_down_is_read_again():
     for verb, words in (
         ("train", ["--dataset", "a", "--set", "x=1", "--set", "y=[1, 2]", "--wait", "30", "--epochs", "3"]),
         ("train", ["--dataset", "a", "--config", "some where.yaml", "--hang-after", "0.5", "--stop-after", "1h"]),
-        ("sample", ["--run", "r", "--gif", "--raw", "--no-nearest", "--steps", "4"]),
+        ("sample", ["--run", "r", "--gif", "--weights", "model", "--no-nearest", "--steps", "4"]),
         ("sample", ["--run", "r", "--nearest", "--checkpoints", "30,80", "--seeds", "0-3"]),
         ("sample", ["--run", "r", "--count", "10", "--slice", "0/2", "--checkpoints=-1"]),
         ("pack", ["a folder", "name", "--size", "8", "--no-classes", "--licence", "it's mine"]),

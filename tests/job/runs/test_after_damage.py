@@ -84,7 +84,9 @@ def test_a_finished_run_whose_newest_checkpoint_is_another_run_s_learns_it_again
         # The next time it is cut off.
         path = tmp_path / "runs/r" / again.key / "model-00.safetensors"
         path.write_bytes(path.read_bytes()[:-1])
-    assert "`ddpm runs show r` lists the other checkpoints" in refused(ddpm_here(*sample, "--raw"), Exit.BAD_DATA)
+    assert "`ddpm runs show r` lists the other checkpoints" in refused(
+        ddpm_here(*sample, "--weights", "model"), Exit.BAD_DATA
+    )
     # Without the manifest the one before is drawn from.
     copy.delete(again.manifest_key)
     done = ddpm_here(*sample)

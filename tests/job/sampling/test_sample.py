@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from job.config import SampleConfig
 from job.data.shards import load_index
 from job.exits import NotANumberError, StoppedError
 from job.requests import SampleRequest
@@ -36,7 +37,8 @@ def sample(bucket: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., di
     def sample(**options) -> dict[str, Image.Image]:
         AcceleratorState._reset_state(reset_partial_state=True)
         capsys.readouterr()
-        run_sampling(plan_sampling(SampleRequest("walk", str(bucket), **options).check()))
+        chosen = {key: options.pop(key) for key in SampleConfig.model_fields.keys() & options.keys()}
+        run_sampling(plan_sampling(SampleRequest("walk", str(bucket), chosen=chosen, **options).check()))
         named = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
         keys = [uri.removeprefix(f"{run.uri}/samples/") for uri in named]
         return {key: Image.open(io.BytesIO(run.read(f"samples/{key}").data)) for key in keys}
@@ -68,7 +70,7 @@ def test_bf16_differs_a_little_between_batch_sizes(draw):
 def test_each_step_shows_on_the_bar(bucket, draw, monkeypatch, capsys):
     monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
     draw(range(7), 4, steps=5)
-    run_sampling(plan_sampling(SampleRequest("walk", str(bucket), count=7, steps=5).check()))
+    run_sampling(plan_sampling(SampleRequest("walk", str(bucket), chosen={"steps": 5}, count=7).check()))
     shown = re.findall(r"(?m)^(\w+)\S*: (\d+) % · (\d)", capsys.readouterr().err)
     whole = [("test", str(10 * step), str(round(0.7 * step))) for step in range(1, 10)] + [("test", "100", "7")]
     assert [line for line in shown if line[0] == "test"] == whole
@@ -101,23 +103,26 @@ def test_a_picture_s_name_says_what_it_shows(sample):
     """What differs does not overwrite each other; what is the run's own way anyway changes no name."""
     names = {
         "epoch-0003-ddim-4.png": {},
-        "epoch-0003-ddim-4-raw.png": {"raw": True},
+        "epoch-0003-ddim-4-weights-model.png": {"weights": "model"},
+        "epoch-0003-ddim-4-eta-0.5.png": {"eta": 0.5},
+        "epoch-0003-ddim-4-grid-quadratic-clip-false.png": {"grid": "quadratic", "clip": False},
+        "epoch-0003-ddpm-4-variance-fixed_small.png": {"sampler": "ddpm", "steps": 4, "variance": "fixed_small"},
         "epoch-0003-ddim-5.png": {"steps": 5},
         "epoch-0003-ddim-4-seeds-0_3.png": {"seeds": "0, 3"},
         "epoch-0003-ddim-4-seeds-0-3.png": {"seeds": "0-3"},
         "epoch-0003-ddpm-4.png": {"sampler": "ddpm", "steps": 4},
         # The run's steps are meant for its own sampler.
         "epoch-0003-ddpm-50-seeds-0.png": {"sampler": "ddpm", "seeds": "0"},
-        "epoch-0003-ddim-4-bf16.png": {"precision": "bf16"},
+        "epoch-0003-ddim-4-precision-bf16.png": {"precision": "bf16"},
         "epoch-0003-ddim-4-nearest.png": {"nearest": True},
-        "denoising-epoch-0003.gif": {"gif": True, "grid": False},
-        "denoising-epoch-0003-ddim-4-seeds-0-3.gif": {"gif": True, "grid": False, "seeds": "0-3"},
+        "denoising-epoch-0003-ddim-4.gif": {"gif": True, "with_grid": False},
+        "denoising-epoch-0003-ddim-4-seeds-0-3.gif": {"gif": True, "with_grid": False, "seeds": "0-3"},
     }
     assert {name: list(sample(**options)) for name, options in names.items()} == {name: [name] for name in names}
     usual = {"precision": "fp32", "nearest": False, "sampler": "ddim", "steps": 4, "checkpoints": "3"}
     assert list(sample(**usual)) == ["epoch-0003-ddim-4.png"]
     assert max(map(len, sample(seeds=",".join(map(str, range(1000, 1100)))))) < 60
-    averaged, raw = (np.asarray(next(iter(sample(raw=raw).values())), np.int16) for raw in (False, True))
+    averaged, raw = (np.asarray(next(iter(sample(weights=weights).values())), np.int16) for weights in ("ema", "model"))
     assert np.abs(averaged - raw).mean() > 2
 
 
@@ -136,7 +141,7 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(bucket, sample):
 
 @pytest.mark.parametrize("steps", [4, 50])
 def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, draw, steps):
-    ((_, gif),) = sample(gif=True, grid=False, steps=steps).items()
+    ((_, gif),) = sample(gif=True, with_grid=False, steps=steps).items()
     assert (gif.n_frames, gif.info["loop"]) == (20, 0)
     frames = []
     for number in range(20):

@@ -15,6 +15,7 @@ import pytest
 import webdataset
 from PIL import Image
 
+from job.config import SampleConfig
 from job.exits import BadRequestError
 from job.requests import MAX_COUNT, SampleRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest
@@ -38,7 +39,9 @@ def words(bucket: object, count: int, *more: object) -> tuple[object, ...]:
 
 
 def set_of(bucket: object, count: int, **options) -> SampleSet:
-    (images,) = plan_sets(plan_sampling(SampleRequest("walk", str(bucket), count=count, **options).check()))
+    chosen = {key: options.pop(key) for key in SampleConfig.model_fields.keys() & options.keys()}
+    request = SampleRequest("walk", str(bucket), chosen=chosen, count=count, **options)
+    (images,) = plan_sets(plan_sampling(request.check()))
     return images
 
 
@@ -92,9 +95,9 @@ def test_shards_hold_the_image_of_each_seed(bucket, draw):
 
 
 def test_png_files_hold_the_image_of_each_seed(bucket):
-    succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--raw")))
-    images = set_of(bucket, 20, save="png", raw=True)
-    assert images.folder.uri.endswith("/epoch-0003-ddim-4-raw-0-20-png")
+    succeeded(ddpm_here(*words(bucket, 20, "--save", "png", "--weights", "model")))
+    images = set_of(bucket, 20, save="png", weights="model")
+    assert images.folder.uri.endswith("/epoch-0003-ddim-4-weights-model-0-20-png")
     folder, index = Path(images.folder.uri), images.index()
     paths = sorted(folder.glob("piece-*/*.png"))
     assert [str(path.relative_to(folder)) for path in paths] == [
