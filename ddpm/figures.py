@@ -27,6 +27,7 @@ Images = NDArray[np.uint8]
 _WHITE, _INK, _FAINT, _INK_HEX = (255, 255, 255), (64, 64, 64), (168, 168, 168), "#404040"
 _CURVES = {
     "loss": ("#22437c", "loss"),
+    "val_loss": ("#111111", "held out"),
     "loss_q0": ("#8fd0b5", "t in 1st quarter"),
     "loss_q1": ("#3fa7c4", "2nd"),
     "loss_q2": ("#e6a04d", "3rd"),
@@ -273,7 +274,9 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
     from matplotlib.ticker import EngFormatter, LogLocator
 
     figure, axes = _figure(width_inches=9.6)
-    latest = dict(sorted({row["images_seen"]: row for row in rows}.items()))
+    latest: dict[float, dict[str, float]] = {}
+    for row in sorted(rows, key=lambda row: row["images_seen"]):
+        latest.setdefault(row["images_seen"], {}).update(row)
     x = np.array(list(latest), dtype=np.float64)
     lowest, highest = inf, -inf
     for key, (color, text) in _CURVES.items():

@@ -165,6 +165,8 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     ]
     if index.classes:
         lines.append(f"classes  {', '.join(index.classes)}")
+    if index.held_out:
+        lines.append(f"held out {index.held_out}-{index.size}, on which its runs log val_loss")
     if index.rejected_images:
         lines.append(f"rejects  {index.rejected_images:,}, named in rejects.jsonl beside the shards")
     if index.licence:

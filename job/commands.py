@@ -90,7 +90,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
     from job.catalog import describe_dataset
-    from job.data.pack import pack
+    from job.data.pack import is_whole, pack
 
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
     with _command_on(bucket_uri, stop_after) as stop:
@@ -99,13 +99,18 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
-        with Progress(f"{title} {request.name}", unit=unit) as bar:
+        for part in request.parts():
+            if part.held and is_whole(bucket, part):
+                # The same command goes on where it was interrupted.
+                continue
+            with Progress(f"{title} {part.name}", unit=unit) as bar:
 
-            def progress(done: int, total: int, images: int) -> None:
-                bar.update(done // units, total=total // units, **({"images": f"{images:,}"} if request.tars else {}))
+                def progress(done: int, total: int, images: int, bar: Progress = bar) -> None:
+                    shown = {"images": f"{images:,}"} if request.tars else {}
+                    bar.update(done // units, total=total // units, **shown)
 
-            index = pack(bucket, request, stop=stop, progress=progress)
-        print(describe_dataset(index, bucket))
+                index = pack(bucket, part, stop=stop, progress=progress)
+            print(describe_dataset(index, bucket))
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:

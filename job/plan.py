@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
 from job.config import Drawing, RunConfig, changed_for_attempt, draft
-from job.data.shards import DatasetIndex, find_dataset, load_index
+from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
 from job.exits import BadConfigError, BadRequestError
 from job.progress import note
 from job.requests import TrainRequest
@@ -38,14 +38,19 @@ class FoundRun:
         """Those that the network learns."""
         return self.index.classes if self.config.model.num_classes else ()
 
-    def opened_images(self, stop: Stop, progress: Callable[[int, int], None] = lambda done, total: None) -> ImageCache:
-        """The dataset's images, as far as the run's share of this node's cache holds them; see `open_cache`."""
+    def opened_images(
+        self,
+        stop: Stop,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        index: DatasetIndex | None = None,
+    ) -> ImageCache:
+        """A dataset's images, the run's own unless told otherwise, as far as this node's cache holds them."""
         from job.data.cache import default_cache_dir, open_cache
 
-        key, folder = records.dataset_key_of(self.config), default_cache_dir()
-        size_bytes = int(self.config.data.cache_gigabytes * 1e9)
+        index, folder = index or self.index, default_cache_dir()
+        key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
         return open_cache(
-            self.bucket, key, self.index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
+            self.bucket, key, index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
         )
 
 
@@ -57,6 +62,8 @@ class Plan(FoundRun):
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
     is_new: bool
+    held_out: DatasetIndex | None
+    """Images that are not learnt, if the dataset has some and the run looks at them."""
 
     @property
     def target_images(self) -> int:
@@ -108,8 +115,10 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
-    own = (stored or config).sample
-    return Plan(bucket, run, index, config, own, request, changes, is_new=stored is None)
+    own, held_out = (stored or config).sample, None
+    if index.held_out and config.log.validate_epochs:
+        held_out = load_index(bucket, dataset_key(index.held_out, index.size))
+    return Plan(bucket, run, index, config, own, request, changes, stored is None, held_out)
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:

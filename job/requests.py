@@ -151,6 +151,18 @@ def check_output(path: Path) -> None:
         raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
 
 
+def share_of(text: str) -> float:
+    """`"5%"` → 0.05; nothing is 0.
+
+    Raises:
+        BadRequestError: it is no share.
+    """
+    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", text)
+    if text and not match:
+        raise BadRequestError(f"--hold-out {text!r}: use a share such as 5% or 0.5%")
+    return float(match[1]) / 100 if match else 0.0
+
+
 def parse_numbers(text: str, option: str) -> list[int]:
     """`"0-3,7"` → `[0, 1, 2, 3, 7]`.
 

@@ -39,6 +39,7 @@ from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter
 from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
+from job.validation import validation_row
 
 ANOTHER_PROCESS = "another process"
 """Why a process stops that was not asked itself."""
@@ -83,9 +84,10 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))
+            held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
         # The network waits for all processes and says nothing meanwhile, which would look like a hang.
         ranks.sum(0)
-        session = TrainingSession(plan, ranks, images, stop)
+        session = TrainingSession(plan, ranks, images, stop, held_out)
         with session.restored(attempt, lease):
             session.train()
             session.finish()
@@ -120,9 +122,12 @@ class TrainingSession:
     writer: CheckpointWriter
     """On the main process alone, as are the lease and the status, while the session is `restored`."""
 
-    def __init__(self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER) -> None:
+    def __init__(
+        self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER, held_out: ImageCache | None = None
+    ) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
+        self.held_out, self.objective = held_out, method.objective_of(self.config)
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
         self.settings, self.hooks = method.settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
         self.retention = Retention(self.config, self.dataset_images)
@@ -228,7 +233,6 @@ class TrainingSession:
             with_labels=bool(config.model.num_classes),
             stop=self.stop,
         )
-        objective = method.objective_of(config)
         if self.ranks.world_size > 1:
             slots = len(range(self.ranks.rank, self.batch_size, self.ranks.world_size))
             images = min(slots, config.train.micro_batch_size or slots)
@@ -236,12 +240,16 @@ class TrainingSession:
         self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
             # The attempt that saved this checkpoint may not have got that far.
+            if self._is_validation_due(state.images_seen) and self.ranks.on_main(self._lacks_validation):
+                self._validate()
             if self._is_grid_due(state.images_seen) and self.ranks.on_main(self._lacks_grid):
                 self._draw_grid()
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
-                    training.train(state, self.network, self.batches, objective, self.settings, accelerator, self.hooks)
+                    training.train(
+                        state, self.network, self.batches, self.objective, self.settings, accelerator, self.hooks
+                    )
                 self.agreement.finish()
                 self.agreement_in_step.finish()
                 # Before the stream is closed, which may take its time while a shard does not come.
@@ -293,6 +301,12 @@ class TrainingSession:
             self.ranks.on_main(lambda: self.writer.raise_trouble())
         if crosses(images, self.batch_size, min(config.log.every_images, self.dataset_images)):
             self._log()
+        if not stopping and self._is_validation_due(images):
+            try:
+                self._validate()
+                self.step_began = time.monotonic()
+            except StoppedError:
+                stopping = True
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
@@ -361,6 +375,27 @@ class TrainingSession:
         self.last_row = self.last_row or training.loss_row(loss_sums)
         self.saved_images = images_seen
         self.ranks.on_main(lambda: self.writer.save(images_seen, loss_sums.tolist()))
+
+    def _is_validation_due(self, images_seen: int) -> bool:
+        every, is_last = self.config.log.validate_epochs, images_seen == self.plan.target_images
+        return self.held_out is not None and (is_last or self._completes_epoch(images_seen, every))
+
+    def _lacks_validation(self) -> bool:
+        rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics[-2:], note)
+        return not any("val_loss" in row and row["images_seen"] == self.state.images_seen for row in rows)
+
+    def _validate(self) -> None:
+        """Logs the loss of the averaged weights on held-out images; collective."""
+        assert self.held_out is not None
+        config, images_seen = self.config, self.state.images_seen
+        painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_in_step)
+        self.state.ema.copy_to(painter.network)
+        losses = validation_row(
+            painter, self.held_out, self.objective, config.log.validate_images, config.sample.batch_size
+        )
+        if self.ranks.is_main:
+            epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
+            self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **losses, "time": now})
 
     def _lacks_grid(self) -> bool:
         return not self.plan.run.exists(self._grid_key())

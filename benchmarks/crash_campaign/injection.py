@@ -170,7 +170,7 @@ class Watched:
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES
             case "job.sampling.painter":
-                self._watch_sampling(module.Painter, "_check_agreed")
+                self._watch_sampling(module.Painter, "check_agreed")
                 self._watch_sampling(module.Painter, "check_stopped")
             case "job.runs.checkpoints":
                 self._watch_restoring(module)

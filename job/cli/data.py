@@ -30,6 +30,7 @@ SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files; gs:// and s3:// too.")
 ]
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Only the folder train, test, val … of SOURCE.")]
+HoldOut = Annotated[str, typer.Option("--hold-out", metavar="SHARE", help="Keep such a share apart, such as 5%.")]
 Tars = Annotated[
     list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; gs://, s3:// or local.")
 ]
@@ -48,23 +49,26 @@ def data_pack(
     max_bad: MaxBad = 100,
     min_side: MinSide = None,
     split: Split = "",
+    hold_out: HoldOut = "",
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Pack images into a dataset in the bucket. A NAME with a preset takes size and crop from it.
 
-    The SOURCE landscape-sample comes with the program.
+    The SOURCE landscape-sample comes with the program. With --hold-out a share of the images, chosen by their names,
+    becomes the dataset NAME-held-out: no run of NAME learns from it, and each logs its loss on it as val_loss.
 
     Examples:
 
         ddpm data pack img_align_celeba.zip celeba --bucket gs://my-bucket
 
-        ddpm data pack ~/photos mine --size 64
+        ddpm data pack ~/photos mine --size 64 --hold-out 5%
     """
     from job.commands import pack_command
     from job.data.pack import PackRequest
+    from job.requests import share_of
 
-    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split)
+    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, share_of(hold_out))
     request = PackRequest(source, name, *options)
     pack_command(request, bucket, stop_after)
 

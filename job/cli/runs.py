@@ -1,4 +1,4 @@
-"""`ddpm runs`: list, show, verify, prune, delete."""
+"""`ddpm runs`: list, show, compare, verify, prune, delete."""
 
 from typing import Annotated
 
@@ -35,6 +35,25 @@ def runs_show(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     from job.runs.overview import show_run
 
     show_run(bucket, run)
+
+
+@app.command("compare")
+def runs_compare(
+    first: RunName,
+    second: Annotated[str, typer.Argument(metavar="OTHER", help="Name of the run to compare it with.")],
+    since_epoch: Annotated[float, typer.Option(metavar="EPOCH", min=0, help="Leave out what was before.")] = 0.0,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Compare the losses of two runs of one seed, image by image.
+
+    Such runs see the same images with the same noise at the same steps, so that luck cancels out: the error beside the
+    difference is what is left of it. By quarter of the draws, from least to most noise, and on held-out images.
+
+    Example: ddpm runs compare celeba celeba-v --since-epoch 10
+    """
+    from job.runs.comparison import compare_runs
+
+    compare_runs(bucket, first, second, since_epoch)
 
 
 @app.command("verify")

@@ -45,6 +45,7 @@ from job.store.files import os_errors, scratch_folder
 Reject = dict[str, str]
 """A line of `rejects.jsonl`: the `name` of an image that was left out, and the `reason`."""
 
+MOST_HELD_OUT = 0.5
 _NAMED_REJECTS = 3
 _IMAGES_PER_THREAD = 16
 
@@ -66,6 +67,8 @@ class PackRequest:
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
         split: pack only what lies in this folder of those that divide the source, such as `train`.
+        hold_out: the share of the images that become a dataset of their own, which no run learns from.
+        held: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
     """
 
@@ -80,6 +83,8 @@ class PackRequest:
     max_bad: int = 100
     min_side: int | None = None
     split: str = ""
+    hold_out: float = 0.0
+    held: bool = False
     tars: tuple[str, ...] = ()
 
     def check(self) -> PackRequest:
@@ -91,6 +96,8 @@ class PackRequest:
         shards.validated_dataset_name(self.name)
         if self.split not in ("", *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
+        if not 0 <= self.hold_out <= MOST_HELD_OUT:
+            raise BadRequestError(f"--hold-out {self.hold_out:.0%}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
@@ -98,6 +105,15 @@ class PackRequest:
         checked = replace(self, **{option: getattr(self, option) or getattr(preset, option) for option in follow})
         checked.recipe(channels=3)
         return checked
+
+    @property
+    def held_out(self) -> str:
+        """Name of the dataset of what is held out; empty if nothing is."""
+        return f"{self.name}-held-out" if self.hold_out and not self.held else ""
+
+    def parts(self) -> list[PackRequest]:
+        """What is packed one after the other, of a request that is checked: what is held out comes first."""
+        return [*([replace(self, name=self.held_out, held=True).check()] if self.held_out else []), self]
 
     def recipe(self, channels: int) -> Recipe:
         """What is done to each image of a source with so many channels; of a request that is checked."""
@@ -160,6 +176,24 @@ def pack(
         except ObjectExistsError:
             raise packing.is_otherwise() from None
     return shards.load_index(bucket, key)
+
+
+def is_whole(bucket: Store, held: PackRequest) -> bool:
+    """Whether what is held out is there, from an attempt that was interrupted before all of the rest was.
+
+    Raises:
+        BadRequestError: another share was held out.
+    """
+    assert held.size is not None
+    key = shards.dataset_key(held.name, held.size)
+    if not bucket.exists(f"{key}/{shards.INDEX}"):
+        return False
+    if (there := shards.load_index(bucket, key)).hold_out != held.hold_out:
+        raise BadRequestError(
+            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.hold_out:.3%}: images of one would be "
+            f"learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+        )
+    return True
 
 
 class PackedShard(Sealed):
@@ -272,6 +306,8 @@ class _Packing(abc.ABC):
             licence=self.request.licence,
             source=self.source,
             source_sha256=self.source_sha256,
+            held_out=self.request.held_out,
+            hold_out=self.request.hold_out,
             codecs=codec_versions(),
             rejected_images=len(self.rejects),
             skipped=self.skipped,
@@ -363,12 +399,26 @@ class _Copying(_Packing):
             self._source = replace(self._source, split=split, where=f"{self._source.where}, split {split}")
         self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
+        if share := self.request.hold_out:
+            # Classes are those of all images, whichever part has none of some.
+            self._source = replace(self._source, hold_out=share, held=self.request.held)
+            images = sum(1 for _ in self._polled(self._source.names()))
+            if not images:
+                part = "all images" if not self.request.held else "no image"
+                raise BadRequestError(f"--hold-out {share:.1%} of {self._found.images:,} images holds {part} out")
+            self._found = replace(self._found, images=images)
         for remark in filter(None, (self._source.note, self._found.note)):
             logging.getLogger(__name__).warning(remark)
         self.skipped = dict(sorted(self._source.skipped.items()))
         self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
-        return {"shard_bytes": self.shard_bytes, "classes": self.classes, "class_depth": self._found.depth}
+        parts = (self.request.hold_out, self.request.held)
+        return {
+            "shard_bytes": self.shard_bytes,
+            "classes": self.classes,
+            "class_depth": self._found.depth,
+            "part": parts,
+        }
 
     def made(self) -> Iterator[PackedShard]:
         entries = self._source.entries()

@@ -150,6 +150,8 @@ class DatasetIndex(Sealed):
     licence: str = ""
     source: str = Field(description="base name of what was packed")
     source_sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="over the names and contents of all entries read")
+    held_out: str = Field(default="", description="name of the dataset of the images that were held out")
+    hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
     skipped: dict[str, int] = Field(default={}, description="by suffix, how many files were no images")

@@ -8,6 +8,7 @@ terabytes mean that an archive is not what its user takes it for.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import io
 import lzma
 import os
@@ -101,6 +102,8 @@ class Source:
         note: what a person should know about how the source was understood.
         readers: how many files may be read at a time.
         split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
+        hold_out: which share of the images is kept apart.
+        held: takes only those, not the others.
         skipped: by suffix, how many files `names` has passed over, for they are no images.
     """
 
@@ -110,6 +113,8 @@ class Source:
     note: str = ""
     readers: int = 0
     split: str = ""
+    hold_out: float = 0.0
+    held: bool = False
     skipped: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -132,7 +137,8 @@ class Source:
         self.skipped.clear()
         for member in self.members():
             if is_image(member.name):
-                yield member.name
+                if self._takes(member.name):
+                    yield member.name
             elif not is_litter(member.name):
                 suffix = Path(member.name).suffix.lower()
                 is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
@@ -140,12 +146,17 @@ class Source:
 
     def entries(self) -> Iterator[tuple[str, bytes]]:
         """Relative paths and contents of the images, in order."""
-        images = (member for member in self.members() if is_image(member.name))
+        images = (member for member in self.members() if is_image(member.name) and self._takes(member.name))
         if not self.readers:
             yield from map(self._load, images)
             return
         with ThreadPoolExecutor(self.readers) as pool:
             yield from in_order(pool, self._load, images, window=2 * self.readers)
+
+    def _takes(self, name: str) -> bool:
+        """By its name alone, so that an image stays on its side when others come or go."""
+        drawn = int.from_bytes(hashlib.sha256(name.encode()).digest()[:8], "big") / 2**64
+        return (drawn < self.hold_out) == self.held
 
     def _load(self, member: Member) -> tuple[str, bytes]:
         with refusing(f"{self.where}: entry {member.name!r}"):

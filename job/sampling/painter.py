@@ -34,7 +34,7 @@ class Painter:
 
     def __init__(self, config: RunConfig, ranks: Ranks, precision: str, stop: Stop, agreement: Agreement) -> None:
         """`agreement` has one flag: being stopped, which all processes must be at the same step."""
-        self.config, self.ranks, self.stop, self._agreement = config, ranks, stop, agreement
+        self.config, self.ranks, self.stop, self.agreement = config, ranks, stop, agreement
         self.device = ranks.accelerator.device
         self.network = method.build_network(config, self.device).eval().requires_grad_(False)
         self.process, self.prediction = method.process_of(config), method.prediction_of(config)
@@ -65,6 +65,11 @@ class Painter:
             for parameter in self.network.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
+    def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
+        """The network's output under its autocast."""
+        with self.autocast():
+            return self.network(x, t, condition)
+
     def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> np.ndarray:
         """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
 
@@ -80,7 +85,7 @@ class Painter:
 
         def after_evaluation(*_: Any) -> None:
             nonlocal done
-            self._check_agreed()
+            self.check_agreed()
             done += 1
             bar.update(len(seeds) * done / (len(starts) * evaluations))
 
@@ -91,7 +96,7 @@ class Painter:
                 else:
                     for _ in range(evaluations):
                         after_evaluation()
-            self._agreement.finish()
+            self.agreement.finish()
         part = np.concatenate(made)
         if world_size == 1:
             return part
@@ -160,8 +165,9 @@ class Painter:
         """Raises `StoppedError` if this process was asked to stop, whatever the others do."""
         self.stop.check("while sampling")
 
-    def _check_agreed(self, *_: Any) -> None:
-        (stopping,) = self._agreement.exchange(self.stop())
+    def check_agreed(self, doing: str = "while sampling") -> None:
+        """Raises `StoppedError` on all processes at once if any was asked to stop. Collective."""
+        (stopping,) = self.agreement.exchange(self.stop())
         if stopping:
-            self._agreement.finish()
-            raise StoppedError("stopped while sampling; the same command begins again")
+            self.agreement.finish()
+            raise StoppedError(f"stopped {doing}; the same command begins again")

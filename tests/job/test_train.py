@@ -23,7 +23,7 @@ from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.store import open_store
 from job.train import run_training
-from tests.job.command_line import NETWORK
+from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
 from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
@@ -40,7 +40,7 @@ def packed(tiles, tmp_path_factory) -> Path:
 def train(packed):
     """Trains in this process; it is asked to stop after so many steps, or so many questions `asked_by` another."""
 
-    def train(run, *, epochs=None, stop_after=None, asked_by="_after_step", **changes):
+    def train(run, *, dataset="tiles", epochs=None, stop_after=None, asked_by="_after_step", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         steps = count()
 
@@ -51,7 +51,7 @@ def train(packed):
 
         keys = {name.replace("__", "."): value for name, value in changes.items()}
         sets = tuple(f"{key}={value}" for key, value in (SMALL | keys if epochs else keys).items())
-        request = TrainRequest("tiles", str(packed), run=run, epochs=epochs, sets=sets)
+        request = TrainRequest(dataset, str(packed), run=run, epochs=epochs, sets=sets)
         run_training(plan_run(request.check()), StopWhen(is_enough))
 
     return train
@@ -71,7 +71,8 @@ def final_state(run):
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
         rows = read_rows(run, restored.manifest.metrics)
     for row in rows:
-        del row["time"], row["images_per_second"]
+        del row["time"]
+        row.pop("images_per_second", None)
     return ref, tensors, rows
 
 
@@ -106,6 +107,41 @@ def test_a_step_that_was_left_has_not_been(train, packed):
     assert (ref.fence, ref.images_seen) == (2, 312)
     assert all(torch.equal(whole[name], left[name]) for name in whole)
     assert rows_whole == rows_left
+
+
+def test_held_out_images_are_looked_at_and_not_learnt_however_often_a_run_stops(train, packed, capsys):
+    words = ("data", "pack", "landscape-sample", "parted", "--size", 16, "--hold-out", "20%", "--bucket", packed)
+    succeeded(ddpm_here(*words))
+    options = {"dataset": "parted", "sample__batch_size": 16, "train__batch_size": 32}
+    train("watched", epochs=2, **options)
+    with pytest.raises(StoppedError):
+        # At the second batch of the first look.
+        train("stopped", epochs=2, stop_after=1, asked_by="check_agreed", **options)
+    train("stopped", epochs=2, **options)
+    train("unwatched", epochs=2, log__validate_epochs=0, **options)
+    (_, watched, rows), (ref, stopped, rows_stopped), (_, unwatched, rows_without) = (
+        final_state(run_of(packed, name)) for name in ("watched", "stopped", "unwatched")
+    )
+    assert ref.fence == 2
+    assert all(torch.equal(watched[name], other[name]) for other in (stopped, unwatched) for name in watched)
+    assert rows == rows_stopped
+    looks = [row for row in rows if "val_loss" in row]
+    assert [row for row in rows if row not in looks] == rows_without
+    assert [round(row["epoch"], 1) for row in looks] == [1.0, 2.1]
+    assert all(0 < row[f"val_loss_q{quarter}"] < 2 for row in looks for quarter in range(4))
+
+    # A run whose averages forget at once is another by that alone, which pairs tell with little error.
+    train("other", epochs=2, ema__decay=0, ema__warmup="false", **options)
+    capsys.readouterr()
+    compare = ("runs", "compare", "watched", "--bucket", packed)
+    said = succeeded(ddpm_here(*compare, "other"))
+    assert "ema.decay: 0.99 and 0.0" in said
+    losses = {words[0]: words[1:] for words in map(str.split, said.splitlines()) if len(words) == 5}
+    assert losses["loss"][2:] == ["0", "0"]
+    assert "val_loss" not in losses, "two looks are too few for an error"
+    assert "of at least 3" in refused(ddpm_here(*compare, "other", "--since-epoch", 2), 66)
+    train("seeded", epochs=1, train__seed=1, **options)
+    assert "train.seed is 0 and 1" in refused(ddpm_here(*compare, "seeded"), 64)
 
 
 def test_more_epochs_go_on_as_if_they_had_been_asked_for_at_once_and_changes_stay(train, packed):

@@ -71,6 +71,39 @@ def test_the_same_images_are_the_same_dataset_whatever_they_lie_in(tmp_path, sou
     assert objects(tmp_path / "bucket-0") == undisturbed
 
 
+def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
+    words = ("data", "pack", source, "small", "--size", 16, "--bucket", tmp_path, "--hold-out")
+    said = succeeded(ddpm_here(*words, "20%"))
+    assert "held out small-held-out-16, on which its runs log val_loss" in said
+    store, parts = open_store(str(tmp_path)), {}
+    for name in ("small", "small-held-out"):
+        index = load_index(store, f"datasets/{name}-16")
+        assert index.classes == ("cats", "dogs")
+        urls = [str(tmp_path / f"datasets/{name}-16" / shard.name) for shard in index.shards]
+        parts[name] = {(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)}
+        assert len(parts[name]) == index.images
+    assert 4 <= len(parts["small-held-out"]) <= 20
+    whole = packed(tmp_path / "whole", source)
+    urls = [str(tmp_path / "whole" / KEY / shard.name) for shard in whole.shards]
+    everything = [(sample["cls"], sample["png"]) for sample in webdataset.WebDataset(urls, shardshuffle=False)]
+    assert parts["small"] | parts["small-held-out"] == {*everything}
+    assert not parts["small"] & parts["small-held-out"]
+
+    # An image stays on its side when others go, and the command goes on where it was interrupted.
+    before, fewer = objects(tmp_path), zip_of(tmp_path / "fewer.zip", FILES[::2])
+    (tmp_path / KEY / "index.json").unlink()
+    succeeded(ddpm_here(*words, "20%"))
+    assert objects(tmp_path) == before
+    succeeded(ddpm_here("data", "pack", fewer, "few", "--size", 16, "--bucket", tmp_path, "--hold-out", "20%"))
+    assert load_index(store, "datasets/few-held-out-16").images <= len(parts["small-held-out"])
+    assert "--hold-out" in refused(ddpm_here(*words, "20"), 64)
+    assert "at most 50%" in refused(ddpm_here(*words, "51%"), 64)
+    (tmp_path / KEY / "index.json").unlink()
+    assert "holds 20.000% out, and not 10.000%" in refused(ddpm_here(*words, "10%"), 64)
+    none = ddpm_here("data", "pack", fewer, "none", "--size", 16, "--bucket", tmp_path, "--hold-out", "0.001%")
+    assert "holds no image out" in refused(none, 64)
+
+
 def test_mnist_is_packed_grey(tmp_path, digits):
     mnist(tmp_path / "mnist", "train", *digits, gz=True)
     index = packed(tmp_path, tmp_path / "mnist", size=28)

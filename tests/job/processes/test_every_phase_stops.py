@@ -29,13 +29,13 @@ LIMIT_SECONDS = 10
 TELL = """
 import os
 from pathlib import Path
-check_agreed = Painter._check_agreed
+check_agreed = Painter.check_agreed
 
 def tell_and_check(painter, *step):
     Path(os.environ["SAMPLING"]).touch()
     check_agreed(painter, *step)
 
-Painter._check_agreed = tell_and_check
+Painter.check_agreed = tell_and_check
 """
 Process = subprocess.Popen[str]
 

@@ -1,0 +1,57 @@
+"""The loss on images that no run learns from, at points and with noise that are the same for all runs, always."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from ddpm import randomness
+from ddpm.objective import Condition, Drawn, Objective
+from ddpm.training import LossLog, loss_row
+from job.data.cache import ImageCache
+from job.runs.metrics import Row
+from job.sampling.painter import Painter
+
+SEED = 2**63
+"""Of the points and the noise; a run's own seed is smaller."""
+
+
+def validation_row(painter: Painter, images: ImageCache, objective: Objective, count: int, batch_size: int) -> Row:
+    """The mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
+
+    The points are spread evenly over the draws, so that the row strays less than one of as many learnt images.
+
+    Args:
+        painter: with the weights.
+        images: the held-out images.
+        objective: what is learnt.
+        count: images that are looked at, at most.
+        batch_size: images at a time and process.
+
+    Raises:
+        StoppedError: on all processes at the same batch, when any of them was asked to stop.
+    """
+    numbers = np.linspace(0, images.index.images - 1, min(count, images.index.images)).astype(np.int64)
+    # Which image gets which part of the draws must not go by the order of the images, which goes by class.
+    strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
+    spread = replace(objective, draws=replace(objective.draws, stratified=True))
+    points = spread.draw(SEED, strata, len(numbers))
+    log, classes = LossLog(painter.device), painter.config.model.num_classes
+    rank, world_size = painter.ranks.rank, painter.ranks.world_size
+    # Every process asks as often as the first one, which has the most.
+    for start in range(0, len(numbers[::world_size]), batch_size):
+        painter.check_agreed("while validating")
+        places = np.arange(len(numbers))[rank::world_size][start : start + batch_size]
+        if not len(places):
+            continue
+        pixels = torch.from_numpy(images.read(numbers[places])).to(painter.device).permute(0, 3, 1, 2)
+        noise = randomness.training_noise(SEED, torch.from_numpy(places), tuple(pixels.shape[1:]), painter.device)
+        labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
+        drawn = Drawn(*points[:, places].to(painter.device))
+        with torch.inference_mode():
+            losses = objective.losses(painter.predict, pixels / 127.5 - 1, noise, drawn, Condition(labels))
+        log.add(losses, drawn.quartile)
+    painter.agreement.finish()
+    return {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
