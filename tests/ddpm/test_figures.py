@@ -278,7 +278,7 @@ def test_the_loss_curve_is_straight_where_the_loss_decays_exponentially():
 
 
 def test_quartiles_are_thin_lines_of_their_own_and_epochs_a_second_axis():
-    levels = {"loss": 0.5, "loss_q0": 0.9, "loss_q1": 0.7, "loss_q2": 0.3, "loss_q3": 0.1}
+    levels = {"loss": 0.5, "val_loss": 0.6, "loss_q0": 0.9, "loss_q1": 0.7, "loss_q2": 0.3, "loss_q3": 0.1}
     rows = [{"images_seen": 640 * i} | levels for i in range(1, 50)]
     plot = opened(figures.loss_figure(rows))
     heights = {}
