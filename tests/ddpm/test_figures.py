@@ -287,7 +287,7 @@ def test_quartiles_are_thin_lines_of_their_own_and_epochs_a_second_axis():
         line = near(plot[:380, 300:800], rgb, 12)
         assert line.any(axis=0).all() and (line.sum(axis=0) <= (4 if name == "loss" else 2)).all()
         heights[name] = np.nonzero(line)[0].mean()
-    assert sorted(heights, key=lambda name: heights[name]) == ["loss_q0", "loss_q1", "loss", "loss_q2", "loss_q3"]
+    assert sorted(heights, key=lambda name: heights[name]) == sorted(levels, key=lambda name: -levels[name])
     with_epochs = opened(figures.loss_figure(rows, epoch_images=3200))
     above = np.s_[:25, 400:600]
     assert near(with_epochs[above], INK).any() and not near(plot[above], INK).any(), "the label of the second axis"
