@@ -130,6 +130,11 @@ class SampleRequest:
         return int(match[1]), int(match[2])
 
 
+def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Of the options of `ddpm sample` those that are keys of the section `sample`, as far as they were given."""
+    return {key: options[key] for key in SampleConfig.model_fields if options.get(key) is not None}
+
+
 def check_world_size(processes: int, batch_size: int) -> None:
     """Returns if so many processes can share a batch.
 
@@ -149,18 +154,6 @@ def check_output(path: Path) -> None:
     """
     if path.suffix.lower() != ".png" or path.is_dir() or not path.parent.is_dir():
         raise BadRequestError(f"--output {path}: name a file that ends in .png, in a folder that is there")
-
-
-def share_of(text: str) -> float:
-    """`"5%"` → 0.05; nothing is 0.
-
-    Raises:
-        BadRequestError: it is no share.
-    """
-    match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", text)
-    if text and not match:
-        raise BadRequestError(f"--hold-out {text!r}: use a share such as 5% or 0.5%")
-    return float(match[1]) / 100 if match else 0.0
 
 
 def parse_numbers(text: str, option: str) -> list[int]:

@@ -66,9 +66,8 @@ def data_pack(
     """
     from job.commands import pack_command
     from job.data.pack import PackRequest
-    from job.requests import share_of
 
-    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, share_of(hold_out))
+    options = (size, crop, resize_filter, channels, classes, licence, max_bad, min_side, split, hold_out)
     request = PackRequest(source, name, *options)
     pack_command(request, bucket, stop_after)
 

@@ -65,20 +65,7 @@ def ddpm_sample(
         ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
     """
     from job.commands import sample_command
-    from job.requests import SampleRequest
+    from job.requests import SampleRequest, chosen_of
 
-    options = {
-        "sampler": sampler,
-        "steps": steps,
-        "grid": grid,
-        "eta": eta,
-        "variance": variance,
-        "clip": clip,
-        "weights": weights,
-        "precision": precision,
-        "nearest": nearest,
-        "batch_size": batch_size,
-    }
-    chosen = {key: value for key, value in options.items() if value is not None}
-    request = SampleRequest(run, bucket, checkpoints, seeds, chosen, gif, count, save, slice_, first_seed)
+    request = SampleRequest(run, bucket, checkpoints, seeds, chosen_of(locals()), gif, count, save, slice_, first_seed)
     sample_command(request, processes, hang_after, stop_after)

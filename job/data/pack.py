@@ -20,6 +20,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -67,7 +68,7 @@ class PackRequest:
         max_bad: how many images may be rejected.
         min_side: reject images with a shorter side under this many pixels; None is half of `size`.
         split: pack only what lies in this folder of those that divide the source, such as `train`.
-        hold_out: the share of the images that become a dataset of their own, which no run learns from.
+        hold_out: the share of the images that become a dataset of their own, which no run learns from, such as `5%`.
         held: whether this is the part that is held out.
         tars: instead of `source`: tars that stay where they are, as URIs, patterns or folders, see `find_tars`.
     """
@@ -83,7 +84,7 @@ class PackRequest:
     max_bad: int = 100
     min_side: int | None = None
     split: str = ""
-    hold_out: float = 0.0
+    hold_out: str = ""
     held: bool = False
     tars: tuple[str, ...] = ()
 
@@ -96,8 +97,8 @@ class PackRequest:
         shards.validated_dataset_name(self.name)
         if self.split not in ("", *SPLITS):
             raise BadRequestError(f"--split {self.split!r}: it is one of {', '.join(sorted(SPLITS))}")
-        if not 0 <= self.hold_out <= MOST_HELD_OUT:
-            raise BadRequestError(f"--hold-out {self.hold_out:.0%}: at most {MOST_HELD_OUT:.0%}, such as 5%")
+        if self.share > MOST_HELD_OUT:
+            raise BadRequestError(f"--hold-out {self.hold_out}: at most {MOST_HELD_OUT:.0%}, such as 5%")
         preset = pack_config(self.name) or (PackConfig(size=self.size) if self.size else None)
         if preset is None:
             raise BadRequestError(f"--size is needed: {self.name!r} has no preset to take it from (try --size 64)")
@@ -107,9 +108,21 @@ class PackRequest:
         return checked
 
     @property
+    def share(self) -> float:
+        """Of what is held out; 0 for nothing.
+
+        Raises:
+            BadRequestError: `hold_out` is none.
+        """
+        match = re.fullmatch(r"\s*([0-9]{1,3}(?:\.[0-9]{1,9})?)\s*%\s*", self.hold_out)
+        if self.hold_out and not match:
+            raise BadRequestError(f"--hold-out {self.hold_out!r}: use a share such as 5% or 0.5%")
+        return float(match[1]) / 100 if match else 0.0
+
+    @property
     def held_out(self) -> str:
         """Name of the dataset of what is held out; empty if nothing is."""
-        return f"{self.name}-held-out" if self.hold_out and not self.held else ""
+        return f"{self.name}-held-out" if self.share and not self.held else ""
 
     def parts(self) -> list[PackRequest]:
         """What is packed one after the other, of a request that is checked: what is held out comes first."""
@@ -188,9 +201,9 @@ def is_whole(bucket: Store, held: PackRequest) -> bool:
     key = shards.dataset_key(held.name, held.size)
     if not bucket.exists(f"{key}/{shards.INDEX}"):
         return False
-    if (there := shards.load_index(bucket, key)).hold_out != held.hold_out:
+    if (there := shards.load_index(bucket, key)).hold_out != held.share:
         raise BadRequestError(
-            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.hold_out:.3%}: images of one would be "
+            f"{bucket.uri}/{key} holds {there.hold_out:.3%} out, and not {held.share:.3%}: images of one would be "
             f"learnt by the other. Choose another name, or delete it first: {shards.deleting(bucket, key)}"
         )
     return True
@@ -307,7 +320,7 @@ class _Packing(abc.ABC):
             source=self.source,
             source_sha256=self.source_sha256,
             held_out=self.request.held_out,
-            hold_out=self.request.hold_out,
+            hold_out=self.request.share,
             codecs=codec_versions(),
             rejected_images=len(self.rejects),
             skipped=self.skipped,
@@ -399,7 +412,7 @@ class _Copying(_Packing):
             self._source = replace(self._source, split=split, where=f"{self._source.where}, split {split}")
         self.where, self.source = self._source.where, self._source.name
         self._found = survey(self._polled(self._source.names()), self.where, self.request.classes)
-        if share := self.request.hold_out:
+        if share := self.request.share:
             # Classes are those of all images, whichever part has none of some.
             self._source = replace(self._source, hold_out=share, held=self.request.held)
             images = sum(1 for _ in self._polled(self._source.names()))
@@ -412,7 +425,7 @@ class _Copying(_Packing):
         self.skipped = dict(sorted(self._source.skipped.items()))
         self.recipe, self.classes = self.request.recipe(self._source.channels), self._found.classes
         self._read_images, self._sha256 = 0, hashlib.sha256()
-        parts = (self.request.hold_out, self.request.held)
+        parts = (self.request.share, self.request.held)
         return {
             "shard_bytes": self.shard_bytes,
             "classes": self.classes,

@@ -8,7 +8,7 @@ from typing import Any
 
 from job.data.pack import PackRequest
 from job.jobs.spec import Verb
-from job.requests import SampleRequest, TrainRequest
+from job.requests import SampleRequest, TrainRequest, chosen_of
 
 AnyRequest = TrainRequest | SampleRequest | PackRequest
 _REQUESTS: dict[Verb, type[AnyRequest]] = {"train": TrainRequest, "sample": SampleRequest, "pack": PackRequest}
@@ -45,6 +45,8 @@ class ParsedCommand:
         values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}
         if kind is TrainRequest:
             values["sets"] = tuple(values["sets"] or ())
+        elif kind is SampleRequest:
+            values["chosen"] = chosen_of(values)
         return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
 
     def argv(self) -> tuple[str, ...]:

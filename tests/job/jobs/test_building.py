@@ -39,6 +39,11 @@ def test_what_is_written_down_is_read_again():
         assert (again, again.request(), again.argv()) == (first, first.request(), argv), words
 
 
+def test_what_a_job_is_to_draw_is_known_before_it_is_submitted():
+    words = ["--run", "r", "--steps", "4", "--no-nearest", "--eta", "0.5", "--grid", "karras"]
+    assert parsed("sample", words).request().chosen == {"steps": 4, "nearest": False, "eta": 0.5, "grid": "karras"}
+
+
 def test_only_what_was_typed_is_written_down_in_one_order(monkeypatch):
     monkeypatch.setenv("DDPM_BUCKET", "gs://of-the-environment")
     command = parsed("train", ["--dataset", "a"])
