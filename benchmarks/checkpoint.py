@@ -80,7 +80,7 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
     create_config(run, config)
     attempt = record_attempt(run, lease.fence, {}, 1, "cpu", lease.holder)
     held = HeldRun(run, Retention(config, 10**6), attempt, lease)
-    writer = CheckpointWriter(held, state, [], set(), NEVER, print)
+    writer = CheckpointWriter(held, state, None, set(), NEVER, print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []

@@ -1,7 +1,9 @@
 """The optimiser: Adam, and the learning rate as a function of images seen."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import nn
@@ -15,21 +17,34 @@ class OptimizerSettings:
     learning_rate: float
     warmup_images: int = 0
     """Over which the learning rate grows linearly; 0 for none."""
+    learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = "constant"
+    """How it falls: as 1/√images from `decay_images` on (Karras et al. 2024), or along half
+    a cosine from the end of the warm-up until there is none at `decay_images`."""
+    decay_images: int = 0
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
+    weight_decay: float = 0.0
+    """What a step at a learning rate of 1 would take off each weight."""
     clip_norm: float = 1.0
     """Limit of the gradient's global L2 norm."""
 
     def learning_rate_at(self, images_seen: int, batch_size_images: int) -> float:
         """Of the step that begins after `images_seen` images."""
-        if not self.warmup_images:
-            return self.learning_rate
-        return self.learning_rate * min(1.0, (images_seen + batch_size_images) / self.warmup_images)
+        rate = self.learning_rate
+        if self.warmup_images:
+            rate *= min(1.0, (images_seen + batch_size_images) / self.warmup_images)
+        if self.learning_rate_decay == "inverse_root":
+            rate /= math.sqrt(max(images_seen / self.decay_images, 1.0))
+        elif self.learning_rate_decay == "cosine":
+            done = (images_seen - self.warmup_images) / (self.decay_images - self.warmup_images)
+            rate *= (1 + math.cos(math.pi * min(max(done, 0.0), 1.0))) / 2
+        return rate
 
 
 class Adam:
     """Kingma & Ba 2015 (algorithm 1), by PyTorch's fused kernel; gradients that are none are left alone.
 
+    With weight decay it is AdamW (Loshchilov & Hutter 2019, algorithm 2), as PyTorch has it: lr · decay is taken off.
     `torch.optim.Adam` would do the same, but importing the compiler that it asks about takes more than a second.
     """
 
@@ -51,11 +66,12 @@ class Adam:
             [],
             [self.steps[name] for name in names],
             fused=True,
+            decoupled_weight_decay=True,
             amsgrad=False,
             beta1=self._settings.betas[0],
             beta2=self._settings.betas[1],
             lr=learning_rate,
-            weight_decay=0.0,
+            weight_decay=self._settings.weight_decay,
             eps=self._settings.eps,
             maximize=False,
         )

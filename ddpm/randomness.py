@@ -35,6 +35,8 @@ class Purpose(IntEnum):
     FLIP = 2
     DROPOUT = 3
     SAMPLING_NOISE = 4
+    AUGMENT = 5
+    CROP = 6
 
 
 def training_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
@@ -91,6 +93,14 @@ def training_flips(seed: int, image_numbers: Tensor) -> Tensor:
         bool [B] on the device of `image_numbers`, each true with probability 1/2.
     """
     return _first_word(Purpose.FLIP, image_numbers, seed) >= 1 << 31
+
+
+def augmentation_uniforms(purpose: Purpose, seed: int, image_numbers: Tensor, count: int) -> Tensor:
+    """What decides what is done to each image, by `AUGMENT` or `CROP`: as `training_uniforms`, float64 [B, count]."""
+    blocks = torch.arange(math.ceil(count / 4), device=image_numbers.device)
+    words = philox((blocks, int(purpose), *_halves(image_numbers[:, None])), _halves(seed))
+    flat = torch.stack([torch.as_tensor(word) for word in words], dim=-1).flatten(1)
+    return (flat[:, :count].double() + 0.5) * 2.0**-32
 
 
 def dropout_seed(seed: int, first_image_number: int) -> int:

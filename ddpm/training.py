@@ -5,7 +5,7 @@ The loop receives hooks and an iterable of batches, so that it can be read, test
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ddpm import randomness
-from ddpm.ema import EMA, AverageSettings
+from ddpm.augment import Augmentation
+from ddpm.ema import EMA, Profile
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, OptimizerSettings
 
@@ -47,9 +48,10 @@ class Settings:
     batch_size_images: int
     micro_batch_size_images: int | None
     optimizer: OptimizerSettings
-    average: AverageSettings
+    averages: Mapping[str, Profile]
+    """By name, such as `ema`; each takes as much memory as the weights, in fp32."""
     seed: int
-    flip: bool
+    augmentation: Augmentation
     dropout: float
 
 
@@ -89,7 +91,8 @@ class TrainState:
     """Everything that changes while training, on the device."""
 
     model: nn.Module
-    ema: EMA
+    averages: dict[str, EMA]
+    """By name."""
     optimizer: Adam
     log: LossLog
     images_seen: int = 0
@@ -106,7 +109,7 @@ class TrainState:
         }
         return {
             "model": {name: parameter.detach() for name, parameter in named.items()},
-            "ema": dict(self.ema.shadow),
+            **{name: dict(average.shadow) for name, average in self.averages.items()},
             "optimizer": moments,
         }
 
@@ -139,7 +142,8 @@ class Hooks:
 def create_state(model: nn.Module, device: torch.device, settings: Settings) -> TrainState:
     """A fresh state on `device`, where the model is."""
     optimizer = Adam(model.named_parameters(), settings.optimizer)
-    return TrainState(model, EMA(model), optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
+    averages = {name: EMA(model) for name in settings.averages}
+    return TrainState(model, averages, optimizer, LossLog(device), first_nonfinite=torch.tensor(-1, device=device))
 
 
 def micro_batches(count: int, size: int | None) -> list[slice]:
@@ -168,7 +172,7 @@ def train(
         accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
         hooks: see `Hooks`.
 
-    Each image's noise, point and flip depend on its number alone, and its loss weighs 1/batch in the gradient, so
+    Each image's noise, point and augmentation depend on its number alone, and its loss weighs 1/batch in the gradient:
     the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per micro-batch,
     seeded by its first image number; they are the one thing that depends on the split.
     """
@@ -186,19 +190,21 @@ def train(
         numbers = on_host.to(device, non_blocking=True)
         points = objective.draw(settings.seed, on_host, settings.batch_size_images).to(device, non_blocking=True)
         images = batch.images.to(device, non_blocking=True)
+        drawn = settings.augmentation.draw(settings.seed, on_host, images.shape[-1]).to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
         losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
-            x_start = prepare_images(images[part], numbers[part], settings).contiguous(memory_format=layout)
+            x_start, done = settings.augmentation.apply(images[part], drawn[part])
+            x_start = x_start.contiguous(memory_format=layout)
             noise = randomness.training_noise(settings.seed, numbers[part], tuple(x_start.shape[1:]), device)
             if settings.dropout:
                 torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                condition = Condition(None if labels is None else labels[part])
+                condition = Condition(None if labels is None else labels[part], augmentation=done)
                 losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition)
                 accelerator.backward(losses.sum() * weight)
             losses_of_parts.append(losses.detach())
@@ -208,18 +214,11 @@ def train(
         state.first_nonfinite = torch.where(bad, state.images_seen, state.first_nonfinite)
         state.optimizer.step(settings.optimizer.learning_rate_at(state.images_seen, settings.batch_size_images))
         state.images_seen += settings.batch_size_images
-        state.ema.update(state.model, settings.average.decay_at(state.images_seen, settings.batch_size_images))
+        for name, profile in settings.averages.items():
+            decay = profile.decay_at(state.images_seen, settings.batch_size_images)
+            state.averages[name].update(state.model, decay)
         if hooks.after_step(state):
             return
-
-
-def prepare_images(images: Tensor, image_numbers: Tensor, settings: Settings) -> Tensor:
-    """uint8 [b, C, H, W] → float32 in [-1, 1] (x/127.5 − 1, as Ho et al.), mirrored by image number."""
-    x = images.float() / 127.5 - 1
-    if not settings.flip:
-        return x
-    flips = randomness.training_flips(settings.seed, image_numbers)
-    return torch.where(flips[:, None, None, None], x.flip(-1), x)
 
 
 def check_finite(state: TrainState) -> None:

@@ -7,6 +7,7 @@ stored with the run and is the base of every later attempt. Numbers are in `pres
 from __future__ import annotations
 
 import difflib
+import re
 from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
@@ -23,7 +24,7 @@ def _split(value: Any) -> Any:
     """Lets `--set model.channel_mults=1,2,2` stand for a list."""
     if isinstance(value, str):
         return [part for part in value.replace(" ", "").split(",") if part]
-    return [value] if isinstance(value, int) else value
+    return [value] if isinstance(value, int | float) else value
 
 
 LARGEST = 10**9
@@ -31,6 +32,27 @@ LARGEST = 10**9
 Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_split)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], BeforeValidator(_split)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+SMALLEST_STD, LARGEST_STD = 0.001, 0.28
+"""Of a power-function average: at 1/√12 all weights would count alike."""
+Stds = Annotated[tuple[Annotated[float, Field(ge=SMALLEST_STD, le=LARGEST_STD)], ...], BeforeValidator(_split)]
+
+
+def average_name(std: float) -> str:
+    """What the power-function average of this std is called."""
+    return f"ema-{std:g}"
+
+
+def _weights(value: Any) -> Any:
+    """`ema-0.10` is `ema-0.1`."""
+    if value in ("ema", "model"):
+        return value
+    if not isinstance(value, str) or not re.fullmatch(r"ema-0\.[0-9]{1,6}", value):
+        raise ValueError("input should be 'ema', 'model', or with a std of ema.stds or `ddpm ema`, such as 'ema-0.05'")
+    return average_name(float(value.removeprefix("ema-")))
+
+
+Weights = Annotated[str, BeforeValidator(_weights)]
 
 
 class Section(BaseModel):
@@ -47,9 +69,19 @@ class DataConfig(Section):
     size: int | None = Field(None, ge=1, le=LARGEST, description="pixels; follows the dataset")
     channels: int | None = Field(None, ge=1, le=3, description="follows the dataset")
     flip: bool = Field(True, description="mirror half of the images, drawn per image number")
+    crop_scale: Annotated[tuple[Share, Share], BeforeValidator(_split)] = Field(
+        (1.0, 1.0), description="share of an image's area, from and to, that a random box has which is enlarged to all"
+    )
+    augment: float = Field(0.0, ge=0, le=1, description="probability of each transform of EDM, told to the network")
     shuffle_block_images: int = Field(0, ge=0, le=LARGEST, description="shuffle within blocks of so many; 0: of all")
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
     cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk that a node may use for the images")
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> DataConfig:
+        if self.crop_scale[0] > self.crop_scale[1]:
+            raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
+        return self
 
 
 class UNetConfig(Section):
@@ -121,8 +153,13 @@ class TrainConfig(Section):
     micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images at a time and process; none: all")
     learning_rate: float = Field(2e-4, gt=0, le=LARGEST)
     warmup_images: int = Field(0, ge=0, le=LARGEST, description="linear warm-up of the learning rate")
+    learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = "constant"
+    decay_images: int = Field(
+        0, ge=0, le=LARGEST, description="where inverse_root begins, where cosine reaches 0; fixed, unlike epochs"
+    )
     adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = (0.9, 0.999)
     adam_eps: float = Field(1e-8, gt=0, le=LARGEST)
+    weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="AdamW's, times the learning rate per step; 0: Adam")
     clip_norm: float = Field(1.0, gt=0, le=LARGEST, description="limit of the gradient's global L2 norm")
     epochs: int = Field(1, ge=1, le=1_000_000)
     seed: int = Field(0, ge=0, lt=2**63)
@@ -130,12 +167,49 @@ class TrainConfig(Section):
     deterministic: bool = Field(False, description="bit-equal results on one kind of GPU, at some speed")
     compile: bool = Field(True, description="torch.compile on CUDA")
 
+    @model_validator(mode="after")
+    def _ends_after_it_begins(self) -> TrainConfig:
+        after = self.warmup_images if self.learning_rate_decay == "cosine" else 0
+        if self.learning_rate_decay != "constant" and self.decay_images <= after:
+            raise ValueError(
+                f"train.learning_rate_decay={self.learning_rate_decay} needs train.decay_images, in images"
+                + ", beyond train.warmup_images" * bool(after)
+            )
+        return self
+
 
 class EmaConfig(Section):
-    """Averaged weights."""
+    """Averaged weights: `ema`, and one called ema-STD for each of `stds`. Each takes 4 bytes a weight on every GPU."""
 
-    decay: float = Field(0.9999, ge=0, lt=1, description="per optimiser step")
-    warmup: bool = Field(True, description="min(decay, (1 + step) / (10 + step))")
+    decay: float = Field(
+        0.9999, ge=0, lt=1, description="of ema, per optimiser step; a half-life of H images is 0.5^(batch_size/H)"
+    )
+    warmup: Literal["none", "ratio", "power", "edm"] = Field(
+        "ratio",
+        description="at step n at most: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
+        "edm: a half-life of a twentieth of the steps so far",
+    )
+    inv_gamma: float = Field(1.0, gt=0, le=LARGEST, description="of warmup=power")
+    power: float = Field(2 / 3, gt=0, le=LARGEST, description="of warmup=power")
+    stds: Stds = Field(
+        (), description="more averages, of EDM2's power functions of relative standard deviation, such as 0.05,0.10"
+    )
+    snapshot_epochs: int = Field(
+        0, ge=0, le=LARGEST, description="keep these in half precision every so many epochs, for `ddpm ema`; 0: never"
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the power-function averages."""
+        return tuple(map(average_name, self.stds))
+
+    @model_validator(mode="after")
+    def _is_possible(self) -> EmaConfig:
+        if len({*self.names}) < len(self.stds):
+            raise ValueError("ema.stds has one of them twice")
+        if self.snapshot_epochs and not self.stds:
+            raise ValueError("ema.snapshot_epochs keeps the averages of ema.stds: say which, such as 0.05,0.10")
+        return self
 
 
 class CheckpointConfig(Section):
@@ -161,7 +235,7 @@ class Drawing(Section):
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
     variance: Literal["fixed_small", "fixed_large"] = Field("fixed_large", description="of ddpm")
     clip: bool = Field(True, description="keep the estimated image within [-1, 1]")
-    weights: Literal["ema", "model"] = Field("ema", description="averaged or raw")
+    weights: Weights = Field("ema", description="ema, ema-STD (averaged) or model (raw)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: that of the training")
 
     @property
@@ -243,7 +317,7 @@ class RunConfig(Section):
         return validated(self.flat() | changes)
 
 
-FREE = {"train.epochs", "train.micro_batch_size", "train.compile", "data.cache_gigabytes"}
+FREE = {"train.epochs", "train.micro_batch_size", "train.compile", "data.cache_gigabytes", "ema.snapshot_epochs"}
 FREE_SECTIONS = {"checkpoint", "sample", "log"}
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 
 from ddpm import networks, training
+from ddpm.augment import Augmentation
+from ddpm.ema import Exponential, PowerFunction
 from ddpm.generation import Sampling
 from ddpm.objective import Draws, Objective
 from ddpm.prediction import Prediction
@@ -18,6 +20,7 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     assert config.data.size is not None and config.data.channels is not None
     torch.manual_seed(config.train.seed)
     options = config.model.model_dump() | {"num_classes": config.model.num_classes or 0}
+    options["augmentation_labels"] = settings_of(config).augmentation.labels
     size, channels = config.data.size, config.data.channels
     network = networks.build(image_size=size, in_channels=channels, out_channels=channels, **options).to(device)
     if device.type == "cuda":
@@ -53,20 +56,24 @@ def objective_of(config: RunConfig) -> Objective:
 
 def settings_of(config: RunConfig) -> training.Settings:
     """How it is learnt."""
-    train = config.train
+    train, ema = config.train, config.ema
+    average = Exponential(ema.decay, ema.warmup, ema.inv_gamma, ema.power)
     return training.Settings(
         batch_size_images=train.batch_size,
         micro_batch_size_images=train.micro_batch_size,
         optimizer=training.OptimizerSettings(
             learning_rate=train.learning_rate,
             warmup_images=train.warmup_images,
+            learning_rate_decay=train.learning_rate_decay,
+            decay_images=train.decay_images,
             betas=train.adam_betas,
             eps=train.adam_eps,
+            weight_decay=train.weight_decay,
             clip_norm=train.clip_norm,
         ),
-        average=training.AverageSettings(decay=config.ema.decay, warmup=config.ema.warmup),
+        averages={"ema": average, **dict(zip(ema.names, map(PowerFunction, ema.stds), strict=True))},
         seed=train.seed,
-        flip=config.data.flip,
+        augmentation=Augmentation(config.data.flip, config.data.crop_scale, config.data.augment),
         dropout=config.model.dropout,
     )
 

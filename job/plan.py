@@ -114,6 +114,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     config = follow_dataset(config, index)
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
+    if config.sample.weights not in (there := ("ema", "model", *config.ema.names)):
+        raise BadConfigError(f"sample.weights={config.sample.weights} is none that training has ({', '.join(there)})")
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
     own, held_out = (stored or config).sample, None
     if index.held_out and config.log.validate_epochs:

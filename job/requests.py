@@ -91,8 +91,8 @@ class SampleRequest:
             SampleConfig(**self.chosen)
         except ValidationError as error:
             first = error.errors()[0]
-            option, value = str(first["loc"][0]).replace("_", "-"), first["input"]
-            raise BadRequestError(f"--{option} {value!r}: {first['msg'].lower()}") from None
+            option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
+            raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):

@@ -164,8 +164,7 @@ class TrainingSession:
             return
         self.attempt, self.lease = attempt, lease
         held = HeldRun(self.plan.run, self.retention, attempt, lease)
-        saved_metrics = manifest.metrics if manifest else ()
-        self.writer = CheckpointWriter(held, self.state.tensors(), saved_metrics, aside, self.stop, note)
+        self.writer = CheckpointWriter(held, self.state.tensors(), manifest, aside, self.stop, note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield
@@ -311,7 +310,7 @@ class TrainingSession:
             self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
         is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
-        if stopping or save_now or is_due or self.retention.keeps(images):
+        if stopping or save_now or is_due or self.retention.needs(images):
             self._save()
         self.step_began = time.monotonic()
         stopping = stopping or (starved and not self._can_all_begin(1))
@@ -356,7 +355,7 @@ class TrainingSession:
             "learning_rate": self.settings.optimizer.learning_rate_at(
                 state.images_seen - self.batch_size, self.batch_size
             ),
-            "ema_decay": self.settings.average.decay_at(state.images_seen, self.batch_size),
+            "ema_decay": self.settings.averages["ema"].decay_at(state.images_seen, self.batch_size),
             "images_per_second": round(rate, 2),
             "time": round(time.time(), 3),
         }
@@ -389,7 +388,7 @@ class TrainingSession:
         assert self.held_out is not None
         config, images_seen = self.config, self.state.images_seen
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_in_step)
-        self.state.ema.copy_to(painter.network)
+        self.state.averages["ema"].copy_to(painter.network)
         losses = validation_row(
             painter, self.held_out, self.objective, config.log.validate_images, config.sample.batch_size
         )
@@ -411,10 +410,10 @@ class TrainingSession:
         seeds, sample = range(config.sample.images), config.sample
         precision = config.train.precision if sample.precision == "auto" else sample.precision
         painter = Painter(config, self.ranks, precision, self.stop, self.agreement_in_step)
-        if sample.weights == "ema":
-            self.state.ema.copy_to(painter.network)
-        else:
+        if sample.weights == "model":
             painter.network.load_state_dict(self.state.model.state_dict())
+        else:
+            self.state.averages[sample.weights].copy_to(painter.network)
         drawn = painter.draw(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish() -> None:

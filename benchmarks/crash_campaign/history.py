@@ -14,11 +14,10 @@ from PIL import Image, ImageSequence
 
 from benchmarks.crash_campaign.processes import Event
 from job.runs.checkpoints import newest_good
-from job.runs.layout import SAMPLES, ObjectKind, places_in
+from job.runs.layout import SAMPLES, ObjectKind, located, places_in
 from job.runs.metrics import Row, read_rows
 from job.store import Store
 
-GROUPS = ("model", "ema", "optimizer")
 MEASURED = ("images_per_second", "time")
 """What no two runs have in common in their metrics."""
 
@@ -32,7 +31,7 @@ class Ending:
     ref: Ref
     """Fence and images seen of the newest checkpoint."""
     hashes: dict[str, str]
-    """SHA-256 over names, shapes and bytes of all tensors, by group."""
+    """SHA-256 over names, shapes and bytes of all tensors, by group; and of the run's snapshots."""
     loss_sums: list[list[float]]
     rows: list[Row]
     pictures: dict[str, str]
@@ -40,8 +39,8 @@ class Ending:
 
     @property
     def weights_sha256(self) -> str:
-        """One hash over all groups."""
-        return hashlib.sha256("".join(self.hashes[group] for group in GROUPS).encode()).hexdigest()
+        """One hash over all of them."""
+        return hashlib.sha256("".join(self.hashes.values()).encode()).hexdigest()
 
 
 def read_ending(run: Store) -> Ending:
@@ -55,6 +54,7 @@ def read_ending(run: Store) -> Ending:
             raise LookupError(f"{run.uri} has no checkpoint")
         hashes = {group: _sha256_of(paths) for group, paths in restored.files.items()}
         manifest = restored.manifest
+        hashes |= {f"{located(f.key).checkpoint.images_seen:,}-image {f.name}": f.sha256 for f in manifest.snapshots}
     return Ending(
         (manifest.fence, manifest.images_seen),
         hashes,
@@ -158,8 +158,8 @@ def lost_images(history: History, ending: Ending) -> int:
 def differences(history: History, ending: Ending, reference: History, undisturbed: Ending) -> list[str]:
     """What a disturbed run ended with that the undisturbed one did not, causes first; nothing if all is well."""
     found = _image_differences(history.effective(ending.ref), dict(reference.effective(undisturbed.ref)))
-    for group in GROUPS:
-        ours, theirs = ending.hashes[group], undisturbed.hashes[group]
+    for group in sorted(ending.hashes.keys() | undisturbed.hashes.keys()):
+        ours, theirs = ending.hashes.get(group, "none"), undisturbed.hashes.get(group, "none")
         if ours != theirs:
             found.append(f"the final {group} tensors differ: {ours[:16]}… instead of {theirs[:16]}…")
     found += _row_differences(ending.rows, undisturbed.rows)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 INDEX = r"/index\.json$"
 LEASE = r"/lease\.json$"
-TENSORS = r"/checkpoints/[^/]+/[a-z]+-\d+\.safetensors$"
+TENSORS = r"/checkpoints/[^/]+/[^/]+\.safetensors$"
+SNAPSHOT = r"/snapshots/"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
 PIECE = r"/piece-\d+\.tar$"
 PICTURES = r"(?<!/provenance)/samples/"
@@ -91,10 +92,11 @@ def _begin() -> list[Point]:
 
 
 def _commit() -> list[Point]:
-    staged, retired = "all local files are written, nothing is uploaded", f"^delete .*{MANIFEST}"
+    staged, retired = "all local files are written, none of the checkpoint is uploaded", f"^delete .*{MANIFEST}"
     return [
-        Point("staged", staged, "train", "upload", TENSORS, "before", nth=3, hold=True),
-        *(Point(f"upload-{k}", f"{k} of 3 files are uploaded", "train", "upload", TENSORS, nth=k) for k in (1, 2, 3)),
+        Point("staged", staged, "train", "upload", TENSORS, "before", nth=4, hold=True),
+        *(Point(f"upload-{k}", f"{k} of 4 files are uploaded", "train", "upload", TENSORS, nth=k) for k in range(1, 5)),
+        Point("snapshot", "a snapshot of the averages is uploaded, nothing names it", "train", "upload", SNAPSHOT),
         Point("metrics", "the metrics of the checkpoint are uploaded", "train", "create", "/metrics/"),
         Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, "before"),
         Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),

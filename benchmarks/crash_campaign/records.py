@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from dataclasses import dataclass, field
 
-from benchmarks.crash_campaign.history import GROUPS, Ending, History
+from benchmarks.crash_campaign.history import Ending, History
 from benchmarks.crash_campaign.processes import Invocation
 from job.exits import Exit, JobError
 from job.runs.checkpoints import list_checkpoints, opened
@@ -83,7 +83,7 @@ class Run:
         return {name for invocation in self.invocations for name in _SET_ASIDE.findall(invocation.output)}
 
     def audit(self) -> None:
-        """Every checkpoint that somebody committed must be whole, whoever was killed.
+        """Every checkpoint that somebody committed must be whole with its snapshots, whoever was killed.
 
         Raises:
             BrokenError: one is not, and nobody damaged it on purpose.
@@ -93,7 +93,9 @@ class Run:
             if ref.fence in self.zombies:
                 continue
             try:
-                with opened(self.store, ref, GROUPS):
+                with opened(self.store, ref) as restored:
+                    for snapshot in restored.manifest.snapshots:
+                        snapshot.read(self.store)
                     self.verified.add(ref)
             except JobError as error:
                 raise BrokenError(f"checkpoint {ref.key} is committed, but {error}") from None

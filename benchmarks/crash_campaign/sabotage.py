@@ -21,10 +21,7 @@ def _manifest_first(module: Any, trace: Any) -> None:
     def upload_later(writer: Any, ref: Any) -> Any:
         late.append(lambda: upload_files(writer, ref))
         with module.scratch_folder("sabotage") as folder:
-            return tuple(
-                module._write_part(folder / name, f"{ref.key}/{name}", tensors)
-                for name, tensors in writer._parts.items()
-            )
+            return tuple(module.write_part(folder / "part", key, tensors) for key, tensors in writer._files_of(ref))
 
     def commit_and_upload(run: Any, manifest: Any) -> None:
         commit_manifest(run, manifest)

@@ -24,7 +24,7 @@ def ddpm_sample(
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema (averaged) or model (raw).")] = None,
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
     nearest: Annotated[

@@ -2,6 +2,7 @@
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
                                                    MANIFEST.json              created once, last: the commit
+                                                   averages/ema-0.13.json …   what `ddpm ema` made for it: see there
     RUN/LATEST                                                                the last commit, a hint
 
 A checkpoint exists when its manifest does. The newest is the one with the highest (fence, images seen) whose objects
@@ -22,8 +23,9 @@ from typing import Any, BinaryIO
 from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
+from job.config import average_name
 from job.exits import BadDataError, MissingInputError
-from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
+from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.records import NamedObject, RunRecord, attempt_id
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -48,6 +50,8 @@ class Manifest(RunRecord):
     files: tuple[NamedObject, ...]
     metrics: tuple[NamedObject, ...] = ()
     """Of the run until here: what `job.runs.metrics` makes of the rows since the checkpoint before, and so on."""
+    snapshots: tuple[NamedObject, ...] = ()
+    """Of the run until here: power-function averages in half precision, for `ddpm ema`."""
 
     @property
     def ref(self) -> CheckpointRef:
@@ -61,7 +65,34 @@ class Manifest(RunRecord):
     @property
     def objects(self) -> dict[str, str]:
         """SHA-256 of each object that it names, by key."""
-        return {named.key: named.sha256 for named in (*self.files, *self.metrics)}
+        return {named.key: named.sha256 for named in (*self.files, *self.metrics, *self.snapshots)}
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """What it holds: `model`, `optimizer` and the averages."""
+        return tuple(dict.fromkeys(map(group_of, self.files)))
+
+
+class Average(RunRecord):
+    """An average that `ddpm ema` made for a checkpoint, with which it goes. Its existence is the commit."""
+
+    fence: int
+    attempt: str
+    """The id of the attempt that wrote the checkpoint."""
+    images_seen: int
+    std: float
+    made_of: int = Field(ge=1)
+    """Stored averages."""
+    error: float
+    """See `ddpm.ema.reconstruct`."""
+    created: str
+    code_version: str
+    files: tuple[NamedObject, ...]
+
+    def is_at(self, place: Located) -> bool:
+        """Beside its checkpoint, under its name."""
+        ref = CheckpointRef(self.fence, self.images_seen)
+        return (ref, average_name(self.std)) == (place.checkpoint, place.group)
 
 
 class Latest(Sealed):
@@ -168,11 +199,16 @@ def newest_good(
 def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iterator[Restored]:
     """The verified files of one checkpoint, or of some of its groups, on the local disk until the context ends.
 
+    A group that is not in the checkpoint itself is an average that was made for it later.
+
     Raises:
         BadDataError: it is damaged, or another run's; the message names the object.
+        ObjectMissingError: there is no such average.
     """
     manifest = load_manifest(run, ref)
     wanted = [file for file in manifest.files if not groups or group_of(file) in groups]
+    for group in set(groups) - {*manifest.groups}:
+        wanted += load_average(run, manifest, group).files
     with scratch_folder("restore") as folder:
 
         def fetch(named: NamedObject) -> Path:
@@ -193,9 +229,22 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
         yield Restored(manifest, files)
 
 
+def load_average(run: Store, manifest: Manifest, group: str) -> Average:
+    """The record of an average that was made for a checkpoint.
+
+    Raises:
+        BadDataError: it is rotten, or another run's.
+        ObjectMissingError: there is none.
+    """
+    average = Average.load(run, key := ObjectKind.AVERAGE.key(checkpoint=manifest.ref, group=group))
+    if average.attempt != manifest.attempt:
+        raise BadDataError(f"{run.uri_of(key)} was made for another run's checkpoint")
+    return average
+
+
 def group_of(file: NamedObject) -> str:
-    """Which tensors it holds: `model`, `ema` or `optimizer`."""
-    return file.name.partition("-")[0]
+    """Which tensors it holds: `model`, `optimizer` or an average, such as `ema` or `ema-0.05`."""
+    return located(file.key).group
 
 
 def sha256_of(file: BinaryIO) -> str:

@@ -60,6 +60,9 @@ class ObjectKind(Enum):
     ATTEMPT = "attempts/{fence:06d}.json"  # one per attempt, created once: its number is the attempt's fence
     MANIFEST = "checkpoints/{checkpoint}/MANIFEST.json"  # created once, last: the commit of a checkpoint
     TENSORS = "checkpoints/{checkpoint}/{group}-{number:02d}.safetensors"
+    AVERAGE = "checkpoints/{checkpoint}/averages/{group}.json"  # created once, last: the commit of a reconstruction
+    AVERAGE_TENSORS = "checkpoints/{checkpoint}/averages/{unique}/{group}-{number:02d}.safetensors"
+    SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages of then, in half precision
     METRICS = "metrics/{checkpoint}.jsonl"  # rows up to this checkpoint and since the one before
     EVENTS = "tensorboard/events.out.tfevents.{checkpoint}"  # the same rows for TensorBoard
     PICTURE = "samples/{name}.{picture}"
@@ -92,6 +95,7 @@ class Located:
     """None for what is no part of a run."""
     checkpoint: CheckpointRef = CheckpointRef(0, 0)
     fence: int = 0
+    group: str = ""
     batch: str = ""
     piece: int = -1
     of: str = ""
@@ -103,7 +107,7 @@ PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
     "fence": r"\d{6}",
-    "group": "[a-z]+",
+    "group": r"[a-z]+(?:-0\.\d+)?",
     "number": r"\d{2,}",
     "name": "[^/]+",
     "picture": "png|gif",
@@ -116,7 +120,7 @@ _FIELDS = {
 }
 """How each field is written in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
-    **dict.fromkeys(("batch", "of", "sha256"), str),
+    **dict.fromkeys(("group", "batch", "of", "sha256"), str),
     **dict.fromkeys(("fence", "piece"), int),
     "checkpoint": CheckpointRef.parse,
 }

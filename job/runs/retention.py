@@ -41,13 +41,23 @@ class Retention:
     """From this follows which epochs a checkpoint ends."""
 
     def keeps(self, images_seen: int) -> bool:
-        """Whether this is the end of an epoch whose checkpoint is never retired, and therefore always made.
+        """Whether this is the end of an epoch whose checkpoint is never retired.
 
         An epoch ends with the first batch at or after its last image.
         """
         every, chosen = self.config.checkpoint.keep_every_epochs, self.config.checkpoint.keep_epochs
         epochs = epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
         return any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
+
+    def takes_snapshot(self, images_seen: int) -> bool:
+        """Whether a checkpoint of this moment has a snapshot of the averages, and is therefore always made."""
+        every, batch_size = self.config.ema.snapshot_epochs, self.config.train.batch_size
+        epochs = epochs_completed_by(images_seen, self.dataset_images, batch_size)
+        return any(every and epoch % every == 0 for epoch in epochs)
+
+    def needs(self, images_seen: int) -> bool:
+        """Whether a checkpoint of this moment must not be left out, however long the bucket takes."""
+        return self.keeps(images_seen) or self.takes_snapshot(images_seen)
 
     def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
         """Those of the checkpoints that may go, oldest first; never the newest."""
@@ -122,6 +132,7 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
     """
     committed = {place.checkpoint for place in places.values() if place.kind is ObjectKind.MANIFEST}
     recorded = {(place.batch, place.piece) for place in places.values() if place.kind is ObjectKind.RECORD}
+    made = {(place.checkpoint, place.group) for place in places.values() if place.kind is ObjectKind.AVERAGE}
     read, left = being_read(run), dict[str, str]()
     try:
         named: Collection[str] = {key for ref in list_checkpoints(run) for key in load_manifest(run, ref).objects}
@@ -133,8 +144,12 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
         match place.kind:
             case ObjectKind.TENSORS if is_old and place.checkpoint not in committed:
                 left[key] = "an attempt that is over"
-            case ObjectKind.METRICS | ObjectKind.EVENTS if is_old and key not in named:
+            case ObjectKind.METRICS | ObjectKind.EVENTS | ObjectKind.SNAPSHOT if is_old and key not in named:
                 left[key] = "an attempt that is over"
+            case ObjectKind.AVERAGE | ObjectKind.AVERAGE_TENSORS if place.checkpoint not in read and (
+                place.checkpoint not in committed or (place.checkpoint, place.group) not in made
+            ):
+                left[key] = "`ddpm ema` that was stopped"
             case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
             case ObjectKind.READER if place.checkpoint not in read:
@@ -150,7 +165,7 @@ def sweep(run: Store, lease: Lease) -> None:
     They are over, for they cannot commit any more: files without a manifest, metrics that were logged again by the
     attempt that computed them again.
     """
-    kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.READER)
+    kinds = (ObjectKind.TENSORS, ObjectKind.METRICS, ObjectKind.EVENTS, ObjectKind.SNAPSHOT, ObjectKind.READER)
     for key in leftovers(run, places_in(run, *(kind.folder for kind in kinds)), lease.fence):
         lease.confirm()
         run.delete(key)

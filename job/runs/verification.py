@@ -17,7 +17,7 @@ from job.config import Drawing, RunConfig
 from job.exits import BadDataError
 from job.progress import Progress
 from job.runs import records, samples
-from job.runs.checkpoints import LATEST_KEY, Latest, Manifest, lost_manifest, sha256_of
+from job.runs.checkpoints import LATEST_KEY, Average, Latest, Manifest, lost_manifest, sha256_of
 from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
@@ -36,6 +36,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.STATUS: Status,
     ObjectKind.LATEST: Latest,
     ObjectKind.MANIFEST: Manifest,
+    ObjectKind.AVERAGE: Average,
     ObjectKind.READER: Reader,
     ObjectKind.PROVENANCE: Provenance,
     ObjectKind.DRAWING: Opening,
@@ -183,7 +184,7 @@ class _Verification:
             match record:
                 case Attempt(previous=int(previous)):
                     self._missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
-                case Manifest() | Status() | Provenance():
+                case Manifest() | Average() | Status() | Provenance():
                     self._missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
                     if record.attempt not in ("", ids.get(record.fence, record.attempt)):
                         self._foreign(key, f"attempt {record.fence} of this one did not write it")
@@ -213,7 +214,7 @@ class _Verification:
         names: dict[str, _Named] = {}
         for by, manifest in self._all(Manifest).items():
             names |= {key: _Named(by, [sha256]) for key, sha256 in manifest.objects.items()}
-        for by, record in self._all(PieceRecord).items():
+        for by, record in (self._all(PieceRecord) | self._all(Average)).items():
             names |= {file.key: _Named(by, [file.sha256]) for file in record.files}
         names |= {key: _Named(f"{ObjectKind.PROVENANCE.folder}/{key}", []) for key in self._keys(*PICTURES)}
         for place in self._places.values():
@@ -227,6 +228,8 @@ class _Verification:
             place, by = self._places[key], ""
             if place.kind is ObjectKind.TENSORS:
                 by = place.checkpoint.manifest_key
+            elif place.kind is ObjectKind.AVERAGE_TENSORS:
+                by = ObjectKind.AVERAGE.key(checkpoint=place.checkpoint, group=place.group)
             elif place.kind in (ObjectKind.PIECE, ObjectKind.IMAGE):
                 by = ObjectKind.RECORD.key(batch=place.batch, piece=place.piece)
             if place.kind is None or by in self._records:

@@ -11,7 +11,7 @@ import re
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from torch import Tensor
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
 from job.runs import metrics
 from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
-from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.lease import Lease
 from job.runs.records import Attempt, NamedObject, utc_now
 from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
@@ -109,7 +109,7 @@ class CheckpointWriter:
         self,
         held: HeldRun,
         live: Tensors,
-        saved_metrics: Iterable[NamedObject],
+        before: Manifest | None,
         aside: set[CheckpointRef],
         stop: Stop,
         note: Callable[[str], None],
@@ -119,12 +119,13 @@ class CheckpointWriter:
         Args:
             held: the run.
             live: the tensors to save, by group.
-            saved_metrics: of the checkpoint that was restored.
+            before: of the checkpoint that was restored, whose metrics and snapshots stay those of the run.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
             stop: asked while the main thread waits.
             note: told what a person should know.
         """
-        self.rows, self.saved_metrics = list[metrics.Row](), list(saved_metrics)
+        self.rows, self.saved_metrics = list[metrics.Row](), list(before.metrics if before else ())
+        self._snapshots = before.snapshots if before else ()
         self.retention = held.retention
         self._held, self._aside, self._stop, self._note = held, aside, stop, note
         # What is on its way when a stop is asked for is to arrive.
@@ -168,7 +169,7 @@ class CheckpointWriter:
         """Queues a checkpoint of this moment, with the metric rows since the one before.
 
         Blocks for a copy of the live tensors; for a local write that is under way; and, with the bucket away, for a
-        queued checkpoint of an epoch that is kept for good.
+        queued checkpoint of an epoch that is kept for good, or has a snapshot.
 
         Raises:
             BucketAwayError: a stop was asked for, and leaves no time for that.
@@ -190,7 +191,7 @@ class CheckpointWriter:
             metrics=tuple(self.saved_metrics),
         )
         with self._change():
-            while self._reading_host or (self._queued and self.retention.keeps(self._queued[0].images_seen)):
+            while self._reading_host or (self._queued and self.retention.needs(self._queued[0].images_seen)):
                 self._wait_a_little()
             self.raise_trouble()
             if self._queued:
@@ -287,7 +288,10 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        manifest = manifest.model_copy(update={"files": self._upload_files(manifest.ref)})
+        uploaded = self._upload_files(manifest.ref)
+        files = tuple(file for file in uploaded if located(file.key).kind is ObjectKind.TENSORS)
+        self._snapshots += tuple(file for file in uploaded if file not in files)
+        manifest = manifest.model_copy(update={"files": files, "snapshots": self._snapshots})
         for key, data in objects.items():
             self._run.create(key, data)
 
@@ -301,18 +305,27 @@ class CheckpointWriter:
             self._committing = False
         return manifest.ref
 
+    def _files_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        """What belongs to a checkpoint, by key: the host copy, and a snapshot of its averages if one is due."""
+        averages = self.retention.config.ema.names if self.retention.takes_snapshot(ref.images_seen) else ()
+        for name, tensors in self._parts.items():
+            yield f"{ref.key}/{name}", tensors
+            if name.rpartition("-")[0] in averages:
+                yield f"{ObjectKind.SNAPSHOT.folder}/{ref}/{name}", {n: t.half() for n, t in tensors.items()}
+
     def _upload_files(self, ref: CheckpointRef) -> tuple[NamedObject, ...]:
         """Uploads the host copy, which may be overwritten as soon as all of it is in local files."""
         with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
-            def upload(name: str) -> None:
-                self._run.upload(folder / name, f"{ref.key}/{name}")
-                (folder / name).unlink()
+            def upload(path: Path, key: str) -> None:
+                self._run.upload(path, key)
+                path.unlink()
 
             records, uploads = [], []
-            for name, tensors in self._parts.items():
-                records.append(_write_part(folder / name, f"{ref.key}/{name}", tensors))
-                uploads.append(pool.submit(upload, name))
+            for number, (key, tensors) in enumerate(self._files_of(ref)):
+                path = folder / f"{number}.safetensors"
+                records.append(write_part(path, key, tensors))
+                uploads.append(pool.submit(upload, path, key))
             with self._change():
                 self._reading_host = False
             for one in uploads:
@@ -361,7 +374,8 @@ class CheckpointWriter:
             )
 
 
-def _write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
+def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
+    """Writes tensors to a local file; what a record says of it once it is an object at `key`."""
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 

@@ -42,7 +42,7 @@ class Painter:
         self.autocast = bf16 if precision == "bf16" else nullcontext
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
-        """Reads the weights of a checkpoint, `ema` or `model`, once for all processes. Collective.
+        """Reads weights of a checkpoint, such as `ema` or `model`, once for all processes. Collective.
 
         Raises:
             BadDataError: it is damaged; the message names the object, and how to find another.

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from job.config import OPTIONS_OF, SampleConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError
+from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import FoundRun
 from job.progress import note
 from job.requests import SampleRequest
 from job.runs import records
-from job.runs.checkpoints import choose, load_manifest, lost_manifest
+from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
 from job.runs.samples import NumberedDrawing, file_words, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import Retry, open_store
+from job.store import ObjectMissingError, Retry, Store, open_store
 from job.store.retry import away_limit_seconds
 
 
@@ -73,9 +73,29 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
             raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
     index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
+    for ref in checkpoints if sample.weights not in ("ema", "model") else ():
+        _check_average(run, ref, sample.weights, request.run)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
     return SamplePlan(bucket, run, index, config, stored.sample, request, sample, tuple(checkpoints))
+
+
+def _check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
+    """Returns if a checkpoint has this average, or one was made for it.
+
+    Raises:
+        MissingInputError: it has none; the message says how to make it.
+    """
+    manifest = load_manifest(run, ref)
+    if group not in manifest.groups:
+        try:
+            load_average(run, manifest, group)
+        except ObjectMissingError:
+            averages = ", ".join(there for there in manifest.groups if there not in ("model", "optimizer"))
+            raise MissingInputError(
+                f"{run.uri}/{ref.key} has no weights {group} (it has {averages}): "
+                f"`ddpm ema --run {name} --std {group.removeprefix('ema-')}` makes them, if there are snapshots"
+            ) from None
 
 
 def plan_sets(plan: SamplePlan) -> list[SampleSet]:

@@ -1,14 +1,17 @@
 """The averaged weights: their formula, their precision, and who takes them over."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers.training_utils import EMAModel
+from mpmath import mp, mpf
 from torch import nn
 
-from ddpm.ema import EMA, AverageSettings
+from ddpm.ema import EMA, Exponential, PowerFunction, Stored, reconstruct
 
 
 def test_decay_warms_up_with_batches_seen() -> None:
-    assert AverageSettings(0.9999, warmup=False).decay_at(0, 128) == 0.9999
+    assert Exponential(0.9999, warmup="none").decay_at(0, 128) == 0.9999
     for images_seen, expected in (
         (0, 1 / 10),
         (64, 1.5 / 10.5),
@@ -16,7 +19,63 @@ def test_decay_warms_up_with_batches_seen() -> None:
         (128 * 90, 0.91),
         (128 * 10**6, 0.9999),
     ):
-        assert AverageSettings(0.9999, warmup=True).decay_at(images_seen, 128) == pytest.approx(expected), images_seen
+        found = Exponential(0.9999, warmup="ratio").decay_at(images_seen, 128)
+        assert found == pytest.approx(expected), images_seen
+
+
+def test_other_warm_ups_are_those_of_diffusers_and_of_edm() -> None:
+    for inv_gamma, power in ((1.0, 2 / 3), (7.0, 0.9)):
+        theirs = EMAModel([], decay=0.995, use_ema_warmup=True, inv_gamma=inv_gamma, power=power)
+        ours = Exponential(0.995, "power", inv_gamma, power)
+        for n in (1, 2, 3, 10, 500, 10**6):
+            assert ours.decay_at(24 * n, 24) == pytest.approx(theirs.get_decay(n), rel=1e-12), n
+    # A half-life of 500,000 images, and of 5 % of the images before this batch until these are 10 million.
+    for images_seen in (512, 1024, 51_200, 5_000_192, 10_000_384, 200_000_000):
+        half_life = min(500_000, 0.05 * (images_seen - 512))
+        expected = 0.5 ** (512 / half_life) if half_life else 0.0
+        found = Exponential(0.5 ** (512 / 500_000), "edm").decay_at(images_seen, 512)
+        assert found == pytest.approx(expected, rel=1e-12), images_seen
+
+
+def test_power_functions_have_the_width_that_they_are_named_by() -> None:
+    """The standard deviation of a density γ τ^γ, by its moments in 50 digits; and the two γ that the paper names."""
+    assert [PowerFunction(std).gamma for std in (0.05, 0.1)] == pytest.approx([16.97, 6.94], abs=5e-3)
+    with mp.workdps(50):
+        for std in (0.001, 0.05, 0.13, 0.28):
+            gamma = mpf(PowerFunction(std).gamma)
+            mean, square = (gamma + 1) / (gamma + 2), (gamma + 1) / (gamma + 3)
+            assert float(mp.sqrt(square - mean**2)) == pytest.approx(std, rel=1e-7), std
+
+
+def profiles(std: float, steps: int) -> np.ndarray:
+    """Row n: what the weights after each step count in the average after step n, by the recurrence; [steps, steps]."""
+    rows = np.zeros((steps, steps))
+    for step in range(steps):
+        decay = PowerFunction(std).decay_at(24 * (step + 1), 24)
+        rows[step] = decay * rows[step - 1]
+        rows[step, step] = 1 - decay
+    return rows
+
+
+def test_averages_add_up_to_those_of_other_widths_and_say_how_nearly() -> None:
+    """By the profiles themselves, step by step, where `reconstruct` integrates."""
+    total, stds = 600, (0.05, 0.1)
+    kept = {std: profiles(std, total) for std in stds}
+    for std in (0.04, 0.05, 0.07, 0.15, 0.2):
+        wanted = profiles(std, total)[-1]
+        for every, bound in ((20, 0.03), (150, 0.3)):
+            ends = [(std, step) for std in stds for step in range(every, total + 1, every)]
+            terms = np.stack([kept[std][step - 1] for std, step in ends])
+            factors, error = reconstruct([Stored(std, 24 * step) for std, step in ends], Stored(std, 24 * total))
+            found = np.linalg.norm(factors @ terms - wanted) / np.linalg.norm(wanted)
+            assert error == pytest.approx(found, rel=0.05, abs=1e-7), (std, every)
+            assert error < bound, (std, every)
+            # No factors that add up to one come nearer.
+            assert factors.sum() == pytest.approx(1, abs=1e-12)
+            heavy = np.vstack([terms.T, np.full(len(ends), 1e3)])
+            best = np.linalg.lstsq(heavy, np.append(wanted, 1e3))[0]
+            nearest = np.linalg.norm(best @ terms - wanted) / np.linalg.norm(wanted)
+            assert found == pytest.approx(nearest, rel=0.02, abs=1e-6), (std, every)
 
 
 def test_average_starts_as_a_copy_and_follows_the_recurrence() -> None:

@@ -80,6 +80,7 @@ def tiles(made_once: MadeOnce) -> Path:
 def walked(tiles: Path, made_once: MadeOnce) -> Path:
     """The same with a run `walk` of three epochs, of which the first and the last are kept; not to be changed."""
     kept = {"checkpoint__keep_last": "1", "checkpoint__keep_epochs": "1", "sample__nearest": "false"}
+    kept |= {"ema__stds": "0.1", "ema__snapshot_epochs": "1"}
     sets = settings(train__learning_rate="0.01", train__warmup_images="0", **kept)
 
     def fill(folder: Path) -> None:

@@ -26,6 +26,8 @@ OBJECTS = [
     f"{RUN}/metrics/{FENCE_AND_IMAGES}.jsonl",
     f"{RUN}/tensorboard/events.out.tfevents.{FENCE_AND_IMAGES}",
     f"{RUN}/checkpoints/{FENCE_AND_IMAGES}/ema-00.safetensors",
+    f"{RUN}/checkpoints/{FENCE_AND_IMAGES}/averages/ema-0.2.json",
+    f"{RUN}/snapshots/000001-000000000312/ema-0.1-00.safetensors",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/index.json",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/drawing.json",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/records/piece-00000.json",
@@ -50,6 +52,7 @@ READING = (
 )
 WRITING = (
     *("sample --run walk --seeds 0 --no-nearest", "sample --run walk --count 3", "runs prune walk"),
+    *("sample --run walk --seeds 0 --weights ema-0.2", "ema --run walk --std 0.2", "ema --run walk --std 0.15"),
     *("runs delete walk --yes", "data verify tiles", "train --dataset tiles --run walk --epochs 4"),
 )
 VALUES: Any = st.recursive(
@@ -128,9 +131,10 @@ COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.samp
 
 @pytest.fixture(scope="module")
 def sampled(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with a few images of its last checkpoint."""
+    """The same with a few images of its last checkpoint, and an average that was made for it."""
     folder = shutil.copytree(walked, tmp_path_factory.mktemp("sampled") / "bucket")
-    assert ddpm_here("sample", "--run", "walk", "--count", 3, "--bucket", folder).returncode == 0
+    succeeded(ddpm_here("sample", "--run", "walk", "--count", 3, "--bucket", folder))
+    succeeded(ddpm_here("ema", "--run", "walk", "--std", 0.2, "--bucket", folder))
     return folder
 
 

@@ -12,13 +12,14 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from ddpm import training
 from job.exits import NotANumberError, StoppedError
 from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.layout import located
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.store import open_store
@@ -28,6 +29,10 @@ from tests.job.stops import StopWhen
 
 SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60", "checkpoint.keep_last": "99"}
 SMALL |= {"model.layers_per_level": "1"}
+EVERYTHING = {"model__dropout": 0.1, "data__augment": 0.5, "data__crop_scale": "0.5,1", "ema__stds": "0.05,0.1"}
+EVERYTHING |= {"ema__warmup": "edm", "ema__snapshot_epochs": 1, "train__weight_decay": 0.1}
+EVERYTHING |= {"train__learning_rate_decay": "cosine", "train__decay_images": 700}
+"""What must be a function of images seen, or lie in the checkpoint."""
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +67,7 @@ def run_of(packed, name):
 
 
 def final_state(run):
-    """All tensors of the newest checkpoint, and the metric rows without the clock."""
+    """All tensors of the newest checkpoint, those of the snapshots too, and the metric rows without the clock."""
     ref = max(list_checkpoints(run))
     tensors = {}
     with opened(run, ref) as restored:
@@ -70,6 +75,10 @@ def final_state(run):
             for path in paths:
                 tensors |= {f"{group}.{name}": tensor for name, tensor in load_file(path).items()}
         rows = read_rows(run, restored.manifest.metrics)
+        for file in restored.manifest.snapshots:
+            images_seen = located(file.key).checkpoint.images_seen
+            content = load(file.read(run)).items()
+            tensors |= {f"{file.name} at {images_seen}: {name}": tensor for name, tensor in content}
     for row in rows:
         del row["time"]
         row.pop("images_per_second", None)
@@ -77,11 +86,11 @@ def final_state(run):
 
 
 def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, capsys):
-    train("a", epochs=2, model__dropout=0.1)
+    train("a", epochs=2, **EVERYTHING)
     for stop_after in (5, 9):
         with pytest.raises(StoppedError):
-            train("b", epochs=2, stop_after=stop_after, model__dropout=0.1)
-    train("b", epochs=2, model__dropout=0.1)
+            train("b", epochs=2, stop_after=stop_after, **EVERYTHING)
+    train("b", epochs=2, **EVERYTHING)
     (ref_a, tensors_a, rows_a), (ref_b, tensors_b, rows_b) = (final_state(run_of(packed, name)) for name in "ab")
     assert ref_a.images_seen == ref_b.images_seen == 600
     assert (ref_a.fence, ref_b.fence) == (1, 3)
@@ -91,6 +100,9 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, capsys)
         f"going on from epoch {at}" for at in ("0.5, image 144, attempt 2", "1.3, image 384, attempt 3")
     ]
     assert tensors_a.keys() == tensors_b.keys()
+    assert {name.partition(":")[0] for name in tensors_a} > {
+        f"ema-{std}-00.safetensors at {images_seen}" for std in (0.05, 0.1) for images_seen in (312, 600)
+    }
     assert all(torch.equal(tensors_a[name], tensors_b[name]) for name in tensors_a)
     assert rows_a == rows_b
     assert [row["images_seen"] for row in rows_a] == list(range(72, 600, 72))
@@ -180,8 +192,9 @@ def test_a_run_that_is_stopped_before_its_first_row_shows_a_loss(train, packed):
 
 
 def test_micro_batches_change_nothing_but_rounding(train, packed):
-    train("one", epochs=1)
-    train("five", epochs=1, train__micro_batch_size=5)
+    changes = EVERYTHING | {"model__dropout": 0}
+    train("one", epochs=1, **changes)
+    train("five", epochs=1, train__micro_batch_size=5, **changes)
     (_, one, rows_one), (_, five, rows_five) = (final_state(run_of(packed, name)) for name in ("one", "five"))
     for name in one:
         if name.startswith("model."):

@@ -21,6 +21,7 @@ STAGES = (
     (3, 1150, ("--set", "train.micro_batch_size=null", "--set", "data.cache_gigabytes=1")),
 )
 """Processes; at which image they are asked to stop; what else is different. All images together take 230 kB."""
+ALL_THAT_IS_DRAWN = {"data__augment": "0.3", "data__crop_scale": "0.6,1", "ema__stds": "0.1"}
 RECORD = """
 import hashlib, json, os, signal
 draw, image_losses, numbers_drawn = randomness.training_noise, Objective.losses, []
@@ -35,7 +36,8 @@ def sha256(tensor):
 
 def losses(self, network, x_start, noise, drawn, condition):
     found = image_losses(self, network, x_start, noise, drawn, condition)
-    contents = map(sha256, x_start), map(sha256, noise), zip(*(row.tolist() for row in drawn))
+    labels = condition.augmentation.tolist()
+    contents = map(sha256, x_start), map(sha256, noise), zip(*(row.tolist() for row in drawn)), labels
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
     if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):
@@ -53,7 +55,7 @@ def started(place, tmp_path):
 
     def started(run, stage, precision, processes, stop_at_image, *options):
         record, image = str(tmp_path / f"{run}-{stage}"), str(stop_at_image)
-        network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision)
+        network = settings(train__batch_size=str(BATCH_IMAGES), train__precision=precision, **ALL_THAT_IS_DRAWN)
         words = ("--epochs", 99, "--processes", processes, *network, *options)
         return place.started(run, *words, PYTHONPATH=folder, RECORD=record, STOP_AT_IMAGE=image)
 
@@ -90,7 +92,7 @@ def test_three_processes_that_were_stopped_learn_to_the_bit_what_others_do(place
         run = place.run(name)
         ref = max(list_checkpoints(run))
         losses = [row["loss"] for row in read_rows(run, load_manifest(run, ref).metrics)]
-        groups = ("model", "ema", "optimizer")
+        groups = ("model", "ema", "ema-0.1", "optimizer")
         return ref.fence, losses, [run.read(f"{ref.key}/{group}-00.safetensors").data for group in groups]
 
     whole, parted = result("whole"), result("parted")

@@ -23,7 +23,7 @@ from tests.job.runs.whole_runs import content_hash, train
 
 @pytest.fixture(scope="session")
 def bucket(made_once: MadeOnce, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run `r` of four checkpoints by two attempts, with a batch of images, and readers; how it goes on; a sister."""
+    """Run `r` of four checkpoints by two attempts, with images, averages and readers; how it goes on; a sister."""
     return shutil.copytree(made_once("whole-runs", _fill), tmp_path_factory.mktemp("rot") / "bucket")
 
 
@@ -32,11 +32,13 @@ def _fill(folder: Path) -> None:
     source = resources.files("job") / "datasets" / "landscape-sample.zip"
     pack(open_store(str(folder)), PackRequest(str(source), "tiles", size=8))
     succeeded(train(folder, "other", 1, train__seed="5"))
+    succeeded(ddpm_here("ema", "--run", "other", "--std", 0.2, "--bucket", folder))
     for epochs in (2, 4):
         succeeded(train(folder, "r", epochs))
     shutil.copytree(folder / "runs" / "r", folder / "runs" / "undisturbed")
     succeeded(train(folder, "undisturbed", 5))
     succeeded(ddpm_here("sample", "--run", "r", "--count", 20, "--bucket", folder))
+    succeeded(ddpm_here("ema", "--run", "r", "--std", 0.2, "--checkpoints", "1,4", "--bucket", folder))
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)

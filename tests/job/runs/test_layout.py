@@ -11,7 +11,19 @@ ROWS = {
     ObjectKind.LATEST: ("LATEST", {}),
     ObjectKind.ATTEMPT: ("attempts/000003.json", {"fence": 3}),
     ObjectKind.MANIFEST: ("checkpoints/000003-000000000480/MANIFEST.json", {"checkpoint": REF}),
-    ObjectKind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF}),
+    ObjectKind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF, "group": "ema"}),
+    ObjectKind.AVERAGE: (
+        "checkpoints/000003-000000000480/averages/ema-0.13.json",
+        {"checkpoint": REF, "group": "ema-0.13"},
+    ),
+    ObjectKind.AVERAGE_TENSORS: (
+        f"checkpoints/000003-000000000480/averages/{'d' * 32}/ema-0.13-02.safetensors",
+        {"checkpoint": REF, "group": "ema-0.13"},
+    ),
+    ObjectKind.SNAPSHOT: (
+        "snapshots/000003-000000000480/ema-0.05-00.safetensors",
+        {"checkpoint": REF, "group": "ema-0.05"},
+    ),
     ObjectKind.METRICS: ("metrics/000003-000000000480.jsonl", {"checkpoint": REF}),
     ObjectKind.EVENTS: ("tensorboard/events.out.tfevents.000003-000000000480", {"checkpoint": REF}),
     ObjectKind.PICTURE: ("samples/epoch-0001-ddim-4.png", {}),

@@ -120,7 +120,8 @@ def test_what_is_being_read_stays(bucket, run):
 def test_what_was_left_behind_goes_once_whoever_left_it_is_over(bucket, run):
     def orphans_of(fence: int) -> set[str]:
         place = f"{fence:06d}-000000000099"
-        return {f"checkpoints/{place}/model-00.safetensors", f"metrics/{place}.jsonl"}
+        tensors = f"checkpoints/{place}/model-00.safetensors", f"snapshots/{place}/ema-0.1-00.safetensors"
+        return {*tensors, f"metrics/{place}.jsonl"}
 
     def named(*words: object) -> set[str]:
         return {line.split()[0] for line in succeeded(prune(bucket, *words)).splitlines() if "left behind" in line}

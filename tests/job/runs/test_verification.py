@@ -16,8 +16,11 @@ from tests.job.command_line import ddpm_here, refused, succeeded
 from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import copy_objects, train
 
-NEVER_MISSED = re.compile(r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*")
-"""Pictures of the past, the index of a batch that others may still draw, readers: nobody knows that they were there."""
+NEVER_MISSED = re.compile(
+    r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|.*/averages/ema-0\.2\.json"
+)
+"""Pictures of the past, the index of a batch that others may still draw, readers, averages that were made: nobody knows
+that they were there."""
 
 
 def blamed(store: Store) -> list[str]:
@@ -88,12 +91,15 @@ def test_what_is_no_part_of_a_run_is_named_and_what_killed_attempts_left_is_no_p
     left = {
         "checkpoints/000002-000000099999/model-00.safetensors",
         "metrics/000002-000000099999.jsonl",
+        "snapshots/000002-000000099999/ema-0.1-00.safetensors",
+        f"{list_checkpoints(run)[2].key}/averages/{'0' * 32}/ema-0.2-00.safetensors",
         "tensorboard/events.out.tfevents.000002-000000099999",
         "probe/0123",
     }
     strangers = [
         "notes.txt",
         f"{list_checkpoints(run)[0].key}/extra-00.safetensors",
+        f"{list_checkpoints(run)[0].key}/averages/{'0' * 32}/ema-0.2-00.safetensors",
         "metrics/all.jsonl",
         "samples/photo.jpg",
         "attempts/one.json",

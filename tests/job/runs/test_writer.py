@@ -101,6 +101,7 @@ def test_a_failed_save_is_raised_by_every_later_call_and_leaves_no_checkpoint(ru
 
 def test_old_checkpoints_and_what_dead_attempts_left_go_and_those_of_chosen_epochs_stay(run):
     orphans = {"checkpoints/000001-000000000048/model-00.safetensors", "metrics/000001-000000000048.jsonl"}
+    orphans.add("snapshots/000001-000000000048/ema-0.1-00.safetensors")
     # One of a later attempt, which may be alive for all this one knows.
     kept = {"checkpoints/000007-000000000048/model-00.safetensors", "checkpoints/of-a-person/notes.txt"}
     for key in orphans | kept:
@@ -153,10 +154,11 @@ def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
         yield from ((event.step, value.tag, value.simple_value) for value in event.summary.value)
 
 
-def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run):
+@pytest.mark.parametrize("changes", [{"checkpoint__keep_epochs": (1,)}, {"ema__stds": 0.1, "ema__snapshot_epochs": 1}])
+def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run, changes):
     go_on = threading.Event()
     run.hooks["upload"] = lambda key: go_on.wait(30)
-    writer = writer_of(held(run, checkpoint__keep_epochs=(1,)), live_tensors())
+    writer = writer_of(held(run, **changes), live_tensors())
     writer.save(24, [])
     eventually(lambda: writer._committing and not writer._reading_host)
     rows = [{"images_seen": images_seen, "time": 1.0, "loss": images_seen / 7} for images_seen in (30, 36, 48, 72)]

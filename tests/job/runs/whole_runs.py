@@ -19,6 +19,8 @@ def train(bucket: Path, run: str, epochs: int, **changes: str):
         "checkpoint__every_epochs": "1",
         "model__channels": "4",
         "log__every_images": "144",
+        "ema__stds": "0.1",
+        "ema__snapshot_epochs": "1",
         **changes,
     }
     return ddpm_here(*words, *settings(**changes))

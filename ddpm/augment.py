@@ -1,0 +1,157 @@
+"""What becomes of an image before it is noised, as a function of its number alone.
+
+It is drawn on the host in float64 and rounded once, and done on the device in fp32, pixel by pixel: the result is the
+same to the bit for every split of a batch over processes and micro-batches.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm import randomness
+from ddpm.randomness import Purpose
+
+LABELS = 9
+SCALE_STD, STRETCH_STD, SHIFT_STD = 0.2, 0.2, 0.125
+"""Of log₂ of the factors, and of the shift as a share of the image."""
+CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is done to the images of a run."""
+
+    flip: bool = False
+    """Whether half of them are mirrored, which nobody is told."""
+    crop_scale: tuple[float, float] = (1.0, 1.0)
+    """Of `random_boxes`."""
+    probability: float = 0.0
+    """Of `random_transforms`."""
+
+    @property
+    def labels(self) -> int:
+        """How many numbers the network is told."""
+        return LABELS if self.probability else 0
+
+    def draw(self, seed: int, image_numbers: Tensor, size: int) -> Tensor:
+        """What is to be done to images of these numbers, int64 [B], and of this size in pixels.
+
+        Returns:
+            float32 [B, columns] on the host, for `apply`: one table is sent to the device at once.
+        """
+        parts = [randomness.training_flips(seed, image_numbers)[:, None].double() * self.flip]
+        if self.crop_scale != (1.0, 1.0):
+            u = randomness.augmentation_uniforms(Purpose.CROP, seed, image_numbers, 4 * CROP_TRIES)
+            parts.append(random_boxes(u.view(-1, CROP_TRIES, 4), self.crop_scale, size))
+        if self.probability:
+            u = randomness.augmentation_uniforms(Purpose.AUGMENT, seed, image_numbers, 13)
+            parts += random_transforms(u, self.probability)
+        return torch.cat(parts, dim=1).float()
+
+    def apply(self, images: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Does to uint8 images [b, C, H, W] what their rows say.
+
+        Returns:
+            float32 [b, C, H, W] in [-1, 1] (x/127.5 − 1, as Ho et al.), and what the network is told, [b, `LABELS`].
+        """
+        x = images.float() / 127.5 - 1
+        if self.crop_scale != (1.0, 1.0):
+            x = crop(x, drawn[:, 1:5])
+        if self.flip:
+            x = torch.where(drawn[:, 0, None, None, None] > 0, x.flip(-1), x)
+        if not self.probability:
+            return x, None
+        labels = drawn[:, -LABELS:]
+        return transform(x, drawn[:, -LABELS - 6 : -LABELS].view(-1, 2, 3), labels), labels
+
+
+def random_boxes(u: Tensor, scale: tuple[float, float], size: int) -> Tensor:
+    """Boxes of random area, aspect and place, as torchvision's `RandomResizedCrop` has them (Szegedy et al. 2015).
+
+    Args:
+        u: uniform in (0, 1), float64 [B, tries, 4]; the first try that fits counts, and the whole image if none does.
+        scale: of the area, as a share of the image's: from, to.
+        size: height and width of the images, in pixels.
+
+    Returns:
+        float64 [B, 4]: left, top, width and height in whole pixels.
+    """
+    area = size * size * (scale[0] + (scale[1] - scale[0]) * u[..., 0])
+    low, high = map(math.log, CROP_RATIO)
+    ratio = (low + (high - low) * u[..., 1]).exp()
+    width, height = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
+    fits = (torch.maximum(width, height) <= size) & (torch.minimum(width, height) > 0)
+    left, top = (u[..., 2] * (size - width + 1)).floor(), (u[..., 3] * (size - height + 1)).floor()
+    boxes = torch.stack([left, top, width, height], dim=-1)
+    first = boxes[torch.arange(len(u)), fits.int().argmax(dim=1)]
+    return torch.where(fits.any(dim=1)[:, None], first, torch.tensor([0.0, 0.0, size, size], dtype=u.dtype))
+
+
+def crop(x: Tensor, boxes: Tensor) -> Tensor:
+    """Each image's box [B, 4] enlarged to all of it, bilinearly; nothing beyond the box is looked at."""
+    size = x.shape[-1]
+    centres = (torch.arange(size, device=x.device) + 0.5) / size
+    first, length = boxes[:, :2, None], boxes[:, 2:, None]
+    source = torch.minimum((first + length * centres - 0.5).clamp(min=first), first + length - 1)
+    across, down = ((2 * source + 1) / size - 1).unbind(1)
+    grid = torch.stack([across[:, None, :].expand(-1, size, -1), down[:, :, None].expand(-1, -1, size)], dim=-1)
+    return F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
+    """EDM's geometric transforms (Karras et al. 2022, appendix F.2), in its order, each with this probability.
+
+    Mirrored or not (always drawn), upside down or not, scaled, rotated, stretched along some direction, shifted.
+
+    Args:
+        u: uniform in (0, 1), float64 [B, 13].
+        probability: of each but the first.
+
+    Returns:
+        float64 [B, 6]: rows of the matrix [2, 3] that leads from a place in the result to that in the mirrored image
+        where it comes from, origin in the middle and borders at ±1; and float64 [B, 9]: what the network is told, zeros
+        for what did not happen.
+    """
+    mirrored, upside_down = (u[:, :2] < 0.5).double().unbind(1)
+    happens = (u[:, 2:7] < probability).double()
+    # Uniform on ±π, and standard normal.
+    rotation, direction = ((2 * u[:, 7:9] - 1) * math.pi).unbind(1)
+    scale, stretch, right, down = torch.special.ndtri(u[:, 9:13]).unbind(1)
+    drawn = torch.stack([upside_down, scale, rotation, stretch, right, down], dim=1) * happens[:, [0, 1, 2, 3, 4, 4]]
+    upside_down, scale, rotation, stretch, right, down = drawn.unbind(1)
+    along = torch.stack([2 ** (-STRETCH_STD * stretch), 2 ** (STRETCH_STD * stretch)], dim=1)
+    # Undone in the opposite order: shift, stretch, rotation, scale.
+    turned = _rotation(direction - rotation) * along[:, None, :]
+    matrix = (turned[..., None] * _rotation(-direction)[:, None]).sum(dim=2) * 2 ** (-SCALE_STD * scale)[:, None, None]
+    shift = 2 * SHIFT_STD * torch.stack([right, down], dim=1)
+    offset = -(matrix * shift[:, None, :]).sum(dim=2, keepdim=True)
+    turn = rotation.cos() - 1, rotation.sin()
+    # Of twice the angle: by the angle itself, as the paper has it, a stretch and a squeeze along it can look alike.
+    stretched = stretch * (2 * direction).cos(), stretch * (2 * direction).sin()
+    labels = torch.stack([mirrored, upside_down, scale, *turn, *stretched, right, down], dim=1)
+    return torch.cat([matrix, offset], dim=2).flatten(1), labels
+
+
+def _rotation(angle: Tensor) -> Tensor:
+    """Matrices [B, 2, 2]."""
+    return torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], dim=1).view(-1, 2, 2)
+
+
+def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
+    """Images [B, C, H, W] as `random_transforms` says, reflected at their borders.
+
+    Where EDM's code doubles the size by a wavelet filter and interpolates bilinearly between, here one bicubic
+    interpolation does, so that what shrinks is not smoothed before. An image that is in its place stays as it is.
+    """
+    x = torch.where(labels[:, 0, None, None, None] > 0, x.flip(-1), x)
+    x = torch.where(labels[:, 1, None, None, None] > 0, x.flip(-2), x)
+    size = x.shape[-1]
+    places = (2 * torch.arange(size, device=x.device) + 1) / size - 1
+    # One rounded operation at a time, as a product of matrices may be rounded otherwise in other company.
+    m = matrices[..., None, None]
+    grid = m[:, :, 0] * places + m[:, :, 1] * places[:, None] + m[:, :, 2]
+    moved = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=False)
+    return torch.where(labels[:, 2:].any(dim=1)[:, None, None, None], moved, x)

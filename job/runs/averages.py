@@ -1,0 +1,155 @@
+"""`ddpm ema`: averages of any width, put together after training (Karras et al. 2024, section 3.2).
+
+    RUN/snapshots/000001-000000048000/ema-0.05-00.safetensors …         every `ema.snapshot_epochs`, in half precision
+    RUN/checkpoints/000002-000000096000/averages/UNIQUE/ema-0.13-00.safetensors …   made of these, uploaded first
+                                        averages/ema-0.13.json          created once, last: the commit
+
+Snapshots travel with checkpoints, as metrics do: a manifest names all of its run until then, also those of attempts
+before. They stay as long as the run. What is made of them belongs to a checkpoint, and goes with it. Who makes it holds
+no lease: it says that it reads the checkpoint, and writes under a fresh prefix.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+from ddpm.ema import Stored, reconstruct
+from job.code_version import code_version
+from job.config import RunConfig, average_name
+from job.exits import BadDataError, BadRequestError
+from job.progress import Progress, note
+from job.runs import records
+from job.runs.checkpoints import Average, Manifest, choose, group_of, load_average, load_manifest
+from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.records import NamedObject
+from job.runs.retention import reading
+from job.runs.samples import label_of
+from job.runs.writer import plan_parts, write_part
+from job.stop import Stop
+from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store.files import scratch_folder
+from job.store.retry import away_limit_seconds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class _Source(NamedTuple):
+    """An average of the run at some moment, and where it lies."""
+
+    stored: Stored
+    files: list[NamedObject]
+
+
+def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> None:
+    """Makes the average of width `std` for each chosen checkpoint that has none, and says where it lies.
+
+    Raises:
+        MissingInputError: there is no such run or checkpoint.
+        BadRequestError: the run keeps no averages of this kind.
+        BadDataError: a checkpoint is damaged.
+        StoppedError: a signal came; the same command begins the one that it was at again.
+    """
+    stop = Stop().install()
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+    run, config, group = records.run_store(bucket, name), records.existing_config(bucket, name), average_name(std)
+    if not config.ema.stds:
+        raise BadRequestError(f"run {name!r} keeps no averages to make others of: ema.stds and ema.snapshot_epochs do")
+    dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
+    for ref in choose(run, checkpoints, dataset_images, batch_size):
+        of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
+        with reading(run, ref) as renew:
+            manifest = load_manifest(run, ref)
+            if group in manifest.groups:
+                print(f"{run.uri}/{ref.key}  ({of} is in the checkpoint itself)")
+                continue
+            try:
+                average = load_average(run, manifest, group)
+            except ObjectMissingError:
+                average = _make(run, config, manifest, std, stop, renew)
+        how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
+        print(f"{run.uri_of(ObjectKind.AVERAGE.key(checkpoint=ref, group=group))}  ({of}, {how})")
+
+
+def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
+    """The averages in a checkpoint, and the snapshots before."""
+    stds = dict(zip(config.ema.names, config.ema.stds, strict=True))
+    found: dict[tuple[CheckpointRef, str], list[NamedObject]] = {}
+    own = [file for file in manifest.files if group_of(file) in stds]
+    # What the checkpoint has itself, it has in full precision.
+    before = [file for file in manifest.snapshots if located(file.key).checkpoint.images_seen < manifest.images_seen]
+    for file in (*own, *before):
+        place = located(file.key)
+        found.setdefault((place.checkpoint, place.group), []).append(file)
+    return [_Source(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
+
+
+def _make(
+    run: Store, config: RunConfig, manifest: Manifest, std: float, stop: Stop, renew: Callable[[], None]
+) -> Average:
+    """Makes an average for a checkpoint, and commits it; the one of whoever did so meanwhile, if somebody did."""
+    ref, group, unique = manifest.ref, average_name(std), uuid.uuid4().hex
+    sources = _sources(config, manifest)
+    with Progress(f"{group} of {manifest.images_seen:,} images", total=len(sources), unit="averages") as bar:
+
+        def advance(done: int) -> None:
+            stop.check("while averages were added up")
+            renew()
+            bar.update(done)
+
+        sources, tensors, error = _combined(run, sources, Stored(std, manifest.images_seen), advance)
+    files = []
+    with scratch_folder("average") as folder:
+        for number, part in enumerate(plan_parts({group: tensors}).values()):
+            key = ObjectKind.AVERAGE_TENSORS.key(checkpoint=ref, unique=unique, group=group, number=number)
+            files.append(write_part(folder / "part", key, part))
+            run.upload(folder / "part", key)
+    average = Average(
+        fence=ref.fence,
+        attempt=manifest.attempt,
+        images_seen=ref.images_seen,
+        std=std,
+        made_of=len(sources),
+        error=error,
+        created=records.utc_now(),
+        code_version=code_version(),
+        files=tuple(files),
+    )
+    try:
+        run.create(ObjectKind.AVERAGE.key(checkpoint=ref, group=group), average.to_json())
+    except ObjectExistsError:
+        for file in files:
+            run.delete(file.key)
+        return load_average(run, manifest, group)
+    return average
+
+
+def _combined(
+    run: Store, sources: list[_Source], wanted: Stored, advance: Callable[[int], None]
+) -> tuple[list[_Source], dict[str, Tensor], float]:
+    """Adds up averages: those that are sound, the sum, float32, and how far its profile is from the one wanted.
+
+    Raises:
+        BadDataError: an average of the checkpoint itself is damaged.
+    """
+    from safetensors.torch import load
+
+    factors, error = reconstruct([source.stored for source in sources], wanted)
+    total: dict[str, Tensor] = {}
+    for done, (source, factor) in enumerate(zip(sources, factors.tolist(), strict=True)):
+        advance(done)
+        try:
+            contents = [file.read(run) for file in source.files]
+        except BadDataError as damage:
+            if source.stored.images_seen == wanted.images_seen:
+                raise
+            note(f"doing without the averages of {source.stored.images_seen:,} images: {damage}")
+            return _combined(run, [other for other in sources if other is not source], wanted, advance)
+        for content in contents:
+            for name, tensor in load(content).items():
+                # Factors alternate in sign: in float32 the sum would lose what they have in common.
+                part = tensor.double() * factor
+                total[name] = total[name] + part if name in total else part
+    return sources, {name: tensor.float() for name, tensor in total.items()}, error

@@ -1,0 +1,124 @@
+"""What becomes of images, against torchvision, matrices of its own and functions that are known everywhere."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as torchvision
+
+from ddpm.augment import LABELS, Augmentation, random_boxes, random_transforms, transform
+
+ALL = Augmentation(flip=True, crop_scale=(0.5, 1.0), probability=0.5)
+SIZE = 24
+
+
+def images_of(count: int, size: int = SIZE) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, size, size), generator=generator, dtype=torch.uint8)
+
+
+def test_every_split_gives_the_same_to_the_bit() -> None:
+    """Also what nothing is done to, which is exactly the image, and its labels zeros."""
+    numbers, images = torch.arange(2**33, 2**33 + 61), images_of(61)
+    drawn = ALL.draw(7, numbers, SIZE)
+    whole, labels = ALL.apply(images, drawn)
+    for size in (1, 7):
+        for start in range(0, 61, size):
+            part = slice(start, start + size)
+            assert torch.equal(ALL.draw(7, numbers[part], SIZE), drawn[part])
+            x, told = ALL.apply(images[part], drawn[part])
+            assert torch.equal(x, whole[part]) and torch.equal(told, labels[part])
+    few = Augmentation(probability=0.1)
+    x, labels = few.apply(images, few.draw(7, numbers, SIZE))
+    untouched = ~labels.any(dim=1)
+    assert 10 < untouched.sum() < 40
+    assert torch.equal(x[untouched], images[untouched].float() / 127.5 - 1)
+    plain = Augmentation(flip=True)
+    x, none = plain.apply(images, plain.draw(7, numbers, SIZE))
+    mirrored = (x == (images.float() / 127.5 - 1).flip(-1)).flatten(1).all(dim=1)
+    assert none is None and 20 < mirrored.sum() < 41
+
+
+def test_a_crop_is_torchvision_s() -> None:
+    numbers, images = torch.arange(5000), images_of(40)
+    crops = Augmentation(crop_scale=(0.3, 0.9))
+    drawn = crops.draw(3, numbers, SIZE)
+    x, _ = crops.apply(images, drawn[:40])
+    boxes = drawn[:, 1:].int().numpy()
+    for image, found, (left, top, width, height) in zip(images, x, boxes.tolist(), strict=False):
+        expected = torchvision.resized_crop(image.float() / 127.5 - 1, top, left, height, width, [SIZE, SIZE])
+        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5)
+    torch.manual_seed(0)
+    theirs = np.array([RandomResizedCrop.get_params(images[0], (0.3, 0.9), (3 / 4, 4 / 3)) for _ in numbers])
+    # Theirs are top, left, height, width.
+    for ours, other in zip(boxes.T, theirs[:, [1, 0, 3, 2]].T, strict=True):
+        assert ours.mean() == pytest.approx(other.mean(), abs=5 * other.std() / 50)
+        assert ours.std() == pytest.approx(other.std(), rel=0.06)
+        quantiles = (0.01, 0.25, 0.5, 0.75, 0.99)
+        assert abs(np.quantile(ours, quantiles) - np.quantile(other, quantiles)).max() <= 1
+    # A wide box of all of the area does not fit; the first one that does counts.
+    unfit, fit = [0.999, 0.999, 0.5, 0.5], [0.001, 0.5, 0.999, 0.001]
+    u = torch.tensor([[unfit, unfit], [unfit, fit], [fit, unfit]], dtype=torch.float64)
+    assert random_boxes(u, (0.25, 1.0), SIZE).tolist() == [[0, 0, 24, 24], [12, 0, 12, 12], [12, 0, 12, 12]]
+
+
+def _scaled(x: float, y: float) -> np.ndarray:
+    return np.diag([x, y, 1.0])
+
+
+def _rotated(angle: float) -> np.ndarray:
+    cosine, sine = math.cos(angle), math.sin(angle)
+    return np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
+
+
+def test_transforms_are_those_of_edm_s_table_and_the_network_is_told() -> None:
+    """A smooth function in the place of an image is known beyond its pixels: the result is the function elsewhere.
+
+    The matrix is rebuilt from what the network is told, one transform at a time: what is told is what was done.
+    """
+
+    def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        return np.sin(1.3 * x + 0.4) * np.cos(0.9 * y - 0.2) + 0.3 * x
+
+    size, numbers = 64, torch.arange(200)
+    u = torch.rand(200, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    matrices, labels = random_transforms(u, 0.5)
+    places = (2 * np.arange(size) + 1) / size - 1
+    x, y = np.meshgrid(places, places)
+    images = torch.from_numpy(smooth(x, y)).float().expand(200, 1, -1, -1)
+    found = transform(images, matrices.view(-1, 2, 3).float(), labels.float())[:, 0].numpy()
+    compared = 0
+    for number in numbers.tolist():
+        flip, turn, scale, cosine, sine, along, across, right, down = labels[number].tolist()
+        stretch = math.hypot(along, across)
+        direction = _rotated(math.atan2(across, along) / 2)
+        matrix = _scaled(1 - 2 * flip, 1 - 2 * turn)
+        matrix = _scaled(2 ** (0.2 * scale), 2 ** (0.2 * scale)) @ matrix
+        matrix = _rotated(math.atan2(sine, cosine + 1)) @ matrix
+        matrix = direction @ _scaled(2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)) @ np.linalg.inv(direction) @ matrix
+        # An eighth of an image that is two wide.
+        matrix = np.array([[1, 0, right / 4], [0, 1, down / 4], [0, 0, 1]]) @ matrix
+        source_x, source_y, _ = np.linalg.inv(matrix) @ np.stack([x.ravel(), y.ravel(), np.ones(size * size)])
+        inside = (np.maximum(abs(source_x), abs(source_y)) < 1 - 4 / size).reshape(size, size)
+        expected = smooth(source_x, source_y).reshape(size, size)
+        compared += inside.sum()
+        assert abs(found[number] - expected)[inside].max(initial=0) < 4e-3, number
+    assert compared > 200 * size * size / 3
+
+
+def test_what_is_drawn_has_the_distributions_of_edm_s_table() -> None:
+    labels = Augmentation(probability=0.12).draw(1, torch.arange(50_000), SIZE)[:, -LABELS:].double()
+    shares = (labels != 0).double().mean(dim=0)
+    assert shares.tolist() == pytest.approx([0.5, 0.06, *[0.12] * 7], abs=0.008)
+    # Standard normal where they happen.
+    for column in (2, 7, 8):
+        drawn = labels[:, column][labels[:, column] != 0]
+        assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0, 1), abs=0.05), column
+    angle = torch.atan2(labels[:, 4], labels[:, 3] + 1)[labels[:, 4] != 0]
+    assert (angle.mean().item(), angle.std().item()) == pytest.approx((0, 2 * math.pi / math.sqrt(12)), abs=0.08)
+    # Each happens whatever the others do, but for the two parts of one.
+    happened = (labels[:, [0, 1, 2, 4, 5, 7]] != 0).double().T
+    assert (torch.corrcoef(happened) - torch.eye(6)).abs().max() < 0.02
