@@ -21,6 +21,10 @@ class Condition(NamedTuple):
 
     labels: Tensor | None = None
     """Class indices, int64 [B]; none for a network without classes."""
+    x_start: Tensor | None = None
+    """An estimate of x_0 [B, C, H, W] for a network with self-conditioning; without one it is zero."""
+    augmentation: Tensor | None = None
+    """What was done to the images, float32 [B, n], for a network that takes it; without it nothing was."""
 
 
 UNCONDITIONAL = Condition()

@@ -18,7 +18,8 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     assert config.data.size is not None and config.data.channels is not None
     torch.manual_seed(config.train.seed)
     options = config.model.model_dump() | {"num_classes": config.model.num_classes or 0}
-    network = networks.build(image_size=config.data.size, in_channels=config.data.channels, **options).to(device)
+    size, channels = config.data.size, config.data.channels
+    network = networks.build(image_size=size, in_channels=channels, out_channels=channels, **options).to(device)
     if device.type == "cuda":
         # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -5,22 +5,55 @@ from typing import Any
 from torch import nn
 
 
-def build(kind: str, *, image_size: int, in_channels: int, num_classes: int, **options: Any) -> nn.Module:
+def build(
+    kind: str,
+    *,
+    image_size: int,
+    in_channels: int,
+    out_channels: int,
+    num_classes: int,
+    null_class: bool = False,
+    self_conditioning: bool = False,
+    augmentation_labels: int = 0,
+    gradient_checkpointing: bool = False,
+    **options: Any,
+) -> nn.Module:
     """A network with initial weights from PyTorch's global random state.
 
     Args:
         kind: `unet`.
         image_size: height and width in pixels.
-        in_channels: of the images, in and out.
+        in_channels: of the images.
+        out_channels: as many, or twice that for a network that predicts variances as well.
         num_classes: 0 for a network without classes.
+        null_class: whether there is a class number `num_classes`, for none of them (Ho & Salimans 2022).
+        self_conditioning: whether it takes `Condition.x_start`.
+        augmentation_labels: width of `Condition.augmentation`; 0 if it takes none.
+        gradient_checkpointing: whether training keeps the ends of blocks alone and computes the rest again.
         options: what this kind of network takes beside that.
 
     Raises:
-        ValueError: there is no such network, or it does not fit the images.
+        ValueError: there is no such network, it does not fit the images, or cannot be told that.
     """
-    sizes: dict[str, Any] = {"image_size": image_size, "in_channels": in_channels, "num_classes": num_classes}
+    from ddpm.networks.layers import Block
+
+    if null_class and not num_classes:
+        raise ValueError("null_class stands for none of the classes: set num_classes")
+    sizes: dict[str, Any] = {
+        "image_size": image_size,
+        "in_channels": in_channels * (1 + self_conditioning),
+        "out_channels": out_channels,
+        "num_classes": num_classes + null_class,
+        "augmentation_labels": augmentation_labels,
+    }
+    network: nn.Module
     if kind == "unet":
         from ddpm.networks.unet import UNet
 
-        return UNet(**sizes, **options)
-    raise ValueError(f"there is no network {kind!r}")
+        network = UNet(**sizes, **options)
+    else:
+        raise ValueError(f"there is no network {kind!r}")
+    for module in network.modules():
+        if isinstance(module, Block):
+            module.recompute = gradient_checkpointing
+    return network

@@ -4,7 +4,6 @@ Parameters are named as in diffusers' `UNet2DModel`, so that exporting a checkpo
 of the timestep embedding: four times that of the first level.
 """
 
-import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -12,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddpm.networks.layers import Block, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
@@ -24,7 +24,8 @@ class UNet(nn.Module):
         self,
         *,
         image_size: int,  # height and width in pixels
-        in_channels: int = 3,  # of the images, in and out
+        in_channels: int = 3,  # of the images; twice that with self-conditioning
+        out_channels: int | None = None,  # as in_channels
         channels: int = 128,  # width of the first level, before its multiplier
         channel_mults: Sequence[int] = (1, 2, 2, 2),  # one per level; every level halves the size
         attention_sizes: Sequence[int] = (16,),  # pixels; levels of these sizes get attention, the middle always
@@ -32,6 +33,7 @@ class UNet(nn.Module):
         norm_groups: int = 32,  # of the group normalisations
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
+        augmentation_labels: int = 0,  # 0: none
     ) -> None:
         super().__init__()
         _check_architecture(image_size, channels, channel_mults, norm_groups)
@@ -46,6 +48,8 @@ class UNet(nn.Module):
         self.conv_in = _initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
+        labels = augmentation_labels
+        self.augmentation_embedding = _initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
         width = widths[0]
         skip_widths = [width]
@@ -68,7 +72,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(resnets, width, norm_groups, attention[level], upsample=level > 0))
 
         self.conv_norm_out = _group_norm(norm_groups, width)
-        self.conv_out = _initialised(nn.Conv2d(width, in_channels, 3, padding=1), zero=True)
+        self.conv_out = _initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
@@ -79,20 +83,16 @@ class UNet(nn.Module):
             condition: has labels exactly when the network has classes.
 
         Returns:
-            [B, C, H, W].
+            [B, out_channels, H, W].
 
         Raises:
-            ValueError: for labels without classes, or classes without labels.
+            ValueError: for a condition that the network does not take, or classes without labels.
         """
-        if (condition.labels is None) != (self.class_embedding is None):
-            raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
-        embedding = self.time_embedding(t)
-        if self.class_embedding is not None:
-            embedding = embedding + self.class_embedding(condition.labels)
+        told = with_labels(self.time_embedding(t), condition, self.class_embedding, self.augmentation_embedding)
         # Every residual block projects the activated embedding: activate it once.
-        embedding = F.silu(embedding)
+        embedding = F.silu(told)
 
-        skips = [self.conv_in(x)]
+        skips = [self.conv_in(with_estimate(x, condition, self.conv_in.in_channels))]
         for down_block in self.down_blocks:
             skips += down_block(skips[-1], embedding)
         h = self.mid_block(skips[-1], embedding)
@@ -161,7 +161,7 @@ class UpBlock(nn.Module):
         return h
 
 
-class ResnetBlock(nn.Module):
+class ResnetBlock(Block):
     """h + conv(dropout(silu(norm(conv(silu(norm(h))) + dense(embedding))))), a 1×1 convolution where widths differ."""
 
     def __init__(self, width_in: int, width_out: int, embedding_width: int, norm_groups: int, dropout: float) -> None:
@@ -182,7 +182,7 @@ class ResnetBlock(nn.Module):
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
-class AttentionBlock(nn.Module):
+class AttentionBlock(Block):
     """Self-attention between all pixels, one head over all channels, with a residual connection."""
 
     def __init__(self, width: int, norm_groups: int) -> None:
@@ -236,24 +236,8 @@ class TimestepEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[B] to [B, E]."""
-        features = sinusoids(t, self.linear_1.in_features).to(self.linear_1.weight.dtype)
+        features = sinusoids(t, self.linear_1.in_features, freq_shift=1).to(self.linear_1.weight.dtype)
         return self.linear_2(F.silu(self.linear_1(features)))
-
-
-def sinusoids(t: Tensor, width: int) -> Tensor:
-    """Sines, then cosines, of t at width/2 frequencies from 1 down to 1/10000 (Vaswani et al. 2017, as in Ho et al.).
-
-    Args:
-        t: [B].
-        width: even, at least 4.
-
-    Returns:
-        float32 [B, width].
-    """
-    half = width // 2
-    exponents = torch.arange(half, dtype=torch.float32, device=t.device) / (half - 1)
-    angles = t[:, None].float() * torch.exp(-math.log(10_000) * exponents)
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def _group_norm(groups: int, width: int) -> nn.GroupNorm:
@@ -266,8 +250,8 @@ def _initialised(layer: Layer, zero: bool = False) -> Layer:
         nn.init.zeros_(layer.weight)
     else:
         nn.init.xavier_uniform_(layer.weight)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 
