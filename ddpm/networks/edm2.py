@@ -122,8 +122,8 @@ class EDM2(nn.Module):
         resumes rounds them once more.
         """
         for weight in self._weights():
-            is_unit = (magnitude(weight, _fan_in(weight)) - 1).abs() < 2 * EPSILON
-            weight.copy_(torch.where(is_unit, weight, normalised(weight, _fan_in(weight))))
+            now = magnitude(weight, _fan_in(weight))
+            weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
 
 
 class ResidualBlock(Block):
@@ -197,9 +197,9 @@ class MPEmbedding(MPLinear):
 
 
 def magnitude(x: Tensor, dims: list[int]) -> Tensor:
-    """Root of the mean square over `dims`, which stay with size 1, in float32."""
-    size = math.prod(x.shape[dim] for dim in dims)
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=torch.float32) / math.sqrt(size)
+    """Root of the mean square over `dims`, which stay with size 1, in float32 at least."""
+    size, dtype = math.prod(x.shape[dim] for dim in dims), torch.promote_types(x.dtype, torch.float32)
+    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype) / math.sqrt(size)
 
 
 def normalised(x: Tensor, dims: list[int]) -> Tensor:

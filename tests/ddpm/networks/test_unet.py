@@ -60,7 +60,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            fan_in = parameter[0].numel()
+            fan_in = parameter[0].numel() if parameter.ndim else 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
 
 
