@@ -198,8 +198,9 @@ class MPEmbedding(MPLinear):
 
 def magnitude(x: Tensor, dims: list[int]) -> Tensor:
     """Root of the mean square over `dims`, which stay with size 1, in float32 at least."""
-    size, dtype = math.prod(x.shape[dim] for dim in dims), torch.promote_types(x.dtype, torch.float32)
-    return torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype) / math.sqrt(size)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    return norm * math.sqrt(norm.numel() / x.numel())
 
 
 def normalised(x: Tensor, dims: list[int]) -> Tensor:

@@ -248,7 +248,7 @@ class AttentionBlock(Block):
 
 
 class Resample(nn.Module):
-    """A 3×3 convolution: of stride 2, padded on the right and bottom alone as TensorFlow's SAME, or on pixels doubled."""
+    """A 3×3 convolution: of stride 2, padded right and below alone as TensorFlow's SAME is, or on pixels doubled."""
 
     def __init__(self, width: int, resize: Resize) -> None:
         super().__init__()

@@ -1,7 +1,20 @@
+import pytest
 import yaml
 
-from job.config import draft, flatten, pack_config, parse_sets, presets, read_config_file, validated
+from job.config import (
+    DiTConfig,
+    DomeConfig,
+    changed_for_attempt,
+    draft,
+    flatten,
+    pack_config,
+    parse_sets,
+    presets,
+    read_config_file,
+    validated,
+)
 from job.data.pack import PackRequest
+from job.exits import BadConfigError
 from job.requests import TrainRequest, parse_numbers
 
 
@@ -28,6 +41,25 @@ def test_later_layers_win(tmp_path):
     config = draft("cifar10", changes)
     assert (config.train.batch_size, config.train.seed, config.model.channel_mults) == (32, 3, (1, 2))
     assert config.train.learning_rate == 2e-4
+
+
+def test_another_network_begins_with_its_own_defaults():
+    config = draft("celeba", {"model.kind": "dit", "model.depth": 4})
+    assert config.model == DiTConfig(depth=4)
+    assert config.train == draft("celeba", {}).train
+    again = config.updated({"model.kind": "dome", "train.seed": 3})
+    assert (again.model, again.train.seed) == (DomeConfig(), 3)
+    # Said once more, it is no other.
+    assert config.updated({"model.kind": "dit"}) == config
+    assert draft("celeba", {"model.kind": "unet"}).model == draft("celeba", {}).model
+
+
+def test_what_an_attempt_may_change_about_its_network():
+    stored = draft("celeba", {})
+    changes = {"model.gradient_checkpointing": True}
+    assert changed_for_attempt(stored, stored.updated(changes), "r") == changes
+    with pytest.raises(BadConfigError, match=r"\(model.kind: the run has unet, asked for dit\)"):
+        changed_for_attempt(stored, stored.updated({"model.kind": "dit"}), "r")
 
 
 def test_numbers_and_ranges():

@@ -57,9 +57,7 @@ def test_published_sizes() -> None:
 def test_outputs_and_gradients_equal_diffusers() -> None:
     import diffusers
 
-    network = DiT(
-        image_size=24, in_channels=3, out_channels=6, patch_size=4, width=16, depth=2, heads=2, num_classes=6
-    )
+    network = DiT(image_size=24, in_channels=3, out_channels=6, patch_size=4, width=16, depth=2, heads=2, num_classes=6)
     judge = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,

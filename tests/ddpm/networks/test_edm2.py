@@ -1,4 +1,4 @@
-"""The magnitude-preserving network: published sizes, what it says of itself, and its forward pass written down again."""
+"""The magnitude-preserving network: published sizes, what it promises, and its forward pass written down again."""
 
 import math
 
