@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.layers import Block, attend, sinusoids, with_estimate, with_labels
+from ddpm.networks.layers import Block, attend, initialised, sinusoids, with_estimate, with_labels
 from ddpm.objective import UNCONDITIONAL, Condition
 
 FREQUENCIES = 256
@@ -37,27 +37,19 @@ class DiT(nn.Module):
         if width % heads or width % 4:
             raise ValueError(f"width {width} is not a multiple of 4 and of heads {heads}: change one of them")
         self.in_channels, self.patch_size = in_channels, patch_size
-        self.patches = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
-        self.linear_1, self.linear_2 = nn.Linear(FREQUENCIES, width), nn.Linear(width, width)
+        self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
+        self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         labels = augmentation_labels
-        self.augmentation_embedding = nn.Linear(labels, width, bias=False) if labels else None
-        blocks = [TransformerBlock(width, heads, dropout) for _ in range(depth)]
-        self.blocks = nn.ModuleList(blocks)
-        self.modulation = nn.Linear(width, 2 * width)
-        self.output = nn.Linear(width, patch_size**2 * out_channels)
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Conv2d):
-                # A patch is one vector of pixels.
-                nn.init.xavier_uniform_(module.weight.flatten(1))
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
+        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
+        self.modulation = initialised(nn.Linear(width, 2 * width), zero=True)
+        self.output = initialised(nn.Linear(width, patch_size**2 * out_channels), zero=True)
+        # A patch is one vector of pixels.
+        nn.init.xavier_uniform_(self.patches.weight.flatten(1))
         for embedding in (self.linear_1, self.linear_2, self.class_embedding):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
-        # Every block begins as the identity.
-        for layer in (*(block.modulation for block in blocks), self.modulation, self.output):
-            nn.init.zeros_(layer.weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
@@ -85,9 +77,13 @@ class TransformerBlock(Block):
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         super().__init__()
         self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width) for _ in range(4))
-        self.linear_1, self.linear_2 = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-        self.modulation = nn.Linear(width, 6 * width)
+        self.to_q, self.to_k, self.to_v, self.to_out = (initialised(nn.Linear(width, width)) for _ in range(4))
+        self.linear_1, self.linear_2 = (
+            initialised(nn.Linear(width, 4 * width)),
+            initialised(nn.Linear(4 * width, width)),
+        )
+        # The block begins as the identity.
+        self.modulation = initialised(nn.Linear(width, 6 * width), zero=True)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:

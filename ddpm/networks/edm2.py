@@ -54,15 +54,16 @@ class EDM2(nn.Module):
             heads = width_out // head_channels if attention else 0
             return ResidualBlock(kind, width_in, width_out, embedding_width, heads, dropout)
 
+        self.in_channels = in_channels
         # One more channel, of ones, stands for all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
         # Drawn once. They lie where the weights do, so that a checkpoint holds them, and have no gradient.
         self.frequencies = nn.Parameter(torch.randn(widths[0]), requires_grad=False)
         self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
-        self.time_embedding = MPLinear(widths[0], embedding_width)
-        self.class_embedding = MPEmbedding(num_classes, embedding_width) if num_classes else None
+        self.time_embedding = MPConv(widths[0], embedding_width, 0)
+        self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
         labels = augmentation_labels
-        self.augmentation_embedding = MPLinear(labels, embedding_width) if labels else None
+        self.augmentation_embedding = MPConv(labels, embedding_width, 0) if labels else None
 
         width = widths[0]
         skip_widths = [width]
@@ -88,8 +89,6 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
-        for weight in self._weights():
-            nn.init.normal_(weight)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
@@ -100,7 +99,7 @@ class EDM2(nn.Module):
         told = self.time_embedding(features.to(self.gain_out.dtype))
         embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
-        x = with_estimate(x, condition, self.conv_in.in_channels - 1)
+        x = with_estimate(x, condition, self.in_channels)
         skips = [self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
         for block in self.encoder:
             skips.append(block(skips[-1], embedding))
@@ -111,9 +110,6 @@ class EDM2(nn.Module):
             h = block(h if block.kind == "up" else mp_cat(h, skips.pop()), embedding)
         return self.conv_out(h) * self.gain_out
 
-    def _weights(self) -> list[Tensor]:
-        return [module.weight for module in self.modules() if isinstance(module, MPConv | MPLinear)]
-
     @torch.no_grad()
     def _force_unit_magnitude(self) -> None:
         """Algorithm 1, once before the layers instead of within each.
@@ -121,8 +117,8 @@ class EDM2(nn.Module):
         Weights of unit magnitude stay as they are to the bit, so that neither a second micro-batch nor an attempt that
         resumes rounds them once more.
         """
-        for weight in self._weights():
-            now = magnitude(weight, _fan_in(weight))
+        for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
+            now = magnitude(weight)
             weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
 
 
@@ -138,7 +134,7 @@ class ResidualBlock(Block):
         super().__init__()
         self.kind, self.heads, self.is_decoder = kind, heads, kind in ("decoder", "up")
         self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)
-        self.dense = MPLinear(embedding_width, width_out)
+        self.dense = MPConv(embedding_width, width_out, 0)
         self.gain = nn.Parameter(torch.zeros([]))
         self.dropout = nn.Dropout(dropout)
         self.conv_2 = MPConv(width_out, width_out, 3)
@@ -165,29 +161,21 @@ class ResidualBlock(Block):
         return mp_sum(x, self.to_out(attended.transpose(1, 2).unflatten(2, x.shape[2:])), RESIDUAL_BALANCE)
 
 
-class MPConv(nn.Conv2d):
-    """A convolution without bias, whose weights for each output have unit norm whatever is stored (equation 47)."""
+class MPConv(nn.Module):
+    """A convolution, or for size 0 a dense layer, whose weights of each output have unit norm (equation 47)."""
 
     def __init__(self, width_in: int, width_out: int, kernel_size: int) -> None:
-        super().__init__(width_in, width_out, kernel_size, padding=kernel_size // 2, bias=False)
+        super().__init__()
+        self.in_features = width_in
+        self.weight = nn.Parameter(torch.randn(width_out, width_in, *[kernel_size] * 2 * (kernel_size > 0)))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C', H, W]."""
-        return self._conv_forward(x, _unit_norm(self.weight), None)
+        """[B, C, H, W] to [B, C', H, W], or [B, C] to [B, C']."""
+        weight = normalised(self.weight) / math.sqrt(self.weight[0].numel())
+        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[2] // 2)
 
 
-class MPLinear(nn.Linear):
-    """A dense layer of that kind."""
-
-    def __init__(self, width_in: int, width_out: int) -> None:
-        super().__init__(width_in, width_out, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, C] to [B, C']."""
-        return F.linear(x, _unit_norm(self.weight))
-
-
-class MPEmbedding(MPLinear):
+class MPEmbedding(MPConv):
     """A dense layer of classes, one-hot at unit magnitude."""
 
     def forward(self, labels: Tensor) -> Tensor:
@@ -196,15 +184,15 @@ class MPEmbedding(MPLinear):
         return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
 
 
-def magnitude(x: Tensor, dims: list[int]) -> Tensor:
-    """Root of the mean square over `dims`, which stay with size 1, in float32 at least."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
+def magnitude(x: Tensor, dims: list[int] | None = None) -> Tensor:
+    """Root of the mean square over `dims` or all but the first, which stay with size 1, in float32 at least."""
+    dims, dtype = dims or list(range(1, x.ndim)), torch.promote_types(x.dtype, torch.float32)
     norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
     return norm * math.sqrt(norm.numel() / x.numel())
 
 
-def normalised(x: Tensor, dims: list[int]) -> Tensor:
-    """At unit magnitude over `dims`."""
+def normalised(x: Tensor, dims: list[int] | None = None) -> Tensor:
+    """At unit magnitude over `dims` or all but the first."""
     return (x / (magnitude(x, dims) + EPSILON)).to(x.dtype)
 
 
@@ -222,11 +210,3 @@ def mp_cat(a: Tensor, b: Tensor) -> Tensor:
     """Channels of both, which count alike whatever their number, at their magnitude (equation 103)."""
     half = (a.shape[1] + b.shape[1]) / 2
     return torch.cat([a * math.sqrt(half / a.shape[1]), b * math.sqrt(half / b.shape[1])], dim=1)
-
-
-def _fan_in(weight: Tensor) -> list[int]:
-    return list(range(1, weight.ndim))
-
-
-def _unit_norm(weight: Tensor) -> Tensor:
-    return normalised(weight, _fan_in(weight)) / math.sqrt(weight[0].numel())

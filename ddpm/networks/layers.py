@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ddpm.objective import Condition
 
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 Resize = Literal["down", "up"]
 
 
@@ -27,6 +28,17 @@ class Block(nn.Module):
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
+
+
+def initialised(layer: Layer, zero: bool = False) -> Layer:
+    """Ho et al.'s initial weights: uniform, with variance 2/(fan-in + fan-out); zero where a residual branch ends."""
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
 
 
 def check_levels(image_size: int, channel_mults: Sequence[int]) -> None:
@@ -75,18 +87,18 @@ def with_estimate(x: Tensor, condition: Condition, in_channels: int) -> Tensor:
     Raises:
         ValueError: for an estimate that the network does not take.
     """
-    if x.shape[1] == in_channels and condition.x_start is not None:
+    if x.shape[1] < in_channels:
+        return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
+    if condition.x_start is not None:
         raise ValueError("an estimate of x_0 goes with a network that has self_conditioning: set it, or leave this out")
-    if x.shape[1] == in_channels:
-        return x
-    return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
+    return x
 
 
 def with_labels(
     embedding: Tensor,
     condition: Condition,
     classes: nn.Module | None,
-    augmentation: nn.Linear | None = None,
+    augmentation: Any = None,
     plus: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Tensor:
     """The embedding of t [B, E] `plus` that of the class, and that of the augmentation added.

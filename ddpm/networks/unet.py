@@ -5,16 +5,23 @@ of the timestep embedding: four times that of the first level.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.layers import Block, Resize, attend, check_levels, resized, sinusoids, with_estimate, with_labels
+from ddpm.networks.layers import (
+    Block,
+    Resize,
+    attend,
+    check_levels,
+    initialised,
+    resized,
+    sinusoids,
+    with_estimate,
+    with_labels,
+)
 from ddpm.objective import UNCONDITIONAL, Condition
-
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class UNet(nn.Module):
@@ -61,11 +68,11 @@ class UNet(nn.Module):
                 raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
             return AttentionBlock(width, norm_groups, width // head_channels if head_channels else heads)
 
-        self.conv_in = _initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
+        self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
-        self.augmentation_embedding = _initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
+        self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
         width = widths[0]
         skip_widths = [width]
@@ -95,7 +102,7 @@ class UNet(nn.Module):
             self.up_blocks.append(UpBlock(resnets, attentions, resizers))
 
         self.conv_norm_out = _group_norm(norm_groups, width)
-        self.conv_out = _initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
+        self.conv_out = initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
@@ -204,12 +211,12 @@ class ResnetBlock(Block):
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
         self.norm1 = _group_norm(norm_groups, width_in)
-        self.conv1 = _initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
-        self.time_emb_proj = _initialised(nn.Linear(embedding_width, width_out * (1 + scale_shift)))
+        self.conv1 = initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
+        self.time_emb_proj = initialised(nn.Linear(embedding_width, width_out * (1 + scale_shift)))
         self.norm2 = _group_norm(norm_groups, width_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
-        self.conv_shortcut = _initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
+        self.conv2 = initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
+        self.conv_shortcut = initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
         """[B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
@@ -234,10 +241,10 @@ class AttentionBlock(Block):
         super().__init__()
         self.heads = heads
         self.group_norm = _group_norm(norm_groups, width)
-        self.to_q = _initialised(nn.Linear(width, width))
-        self.to_k = _initialised(nn.Linear(width, width))
-        self.to_v = _initialised(nn.Linear(width, width))
-        self.to_out = nn.ModuleList([_initialised(nn.Linear(width, width), zero=True)])
+        self.to_q = initialised(nn.Linear(width, width))
+        self.to_k = initialised(nn.Linear(width, width))
+        self.to_v = initialised(nn.Linear(width, width))
+        self.to_out = nn.ModuleList([initialised(nn.Linear(width, width), zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
@@ -254,7 +261,7 @@ class Resample(nn.Module):
         super().__init__()
         self.resize = resize
         stride, padding = (2, 0) if resize == "down" else (1, 1)
-        self.conv = _initialised(nn.Conv2d(width, width, 3, stride, padding))
+        self.conv = initialised(nn.Conv2d(width, width, 3, stride, padding))
 
     def forward(self, h: Tensor, _: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H', W'], whatever the embedding."""
@@ -266,8 +273,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
-        self.linear_1 = _initialised(nn.Linear(width, embedding_width))
-        self.linear_2 = _initialised(nn.Linear(embedding_width, embedding_width))
+        self.linear_1 = initialised(nn.Linear(width, embedding_width))
+        self.linear_2 = initialised(nn.Linear(embedding_width, embedding_width))
 
     def forward(self, t: Tensor) -> Tensor:
         """[B] to [B, E]."""
@@ -277,14 +284,3 @@ class TimestepEmbedding(nn.Module):
 
 def _group_norm(groups: int, width: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
-
-
-def _initialised(layer: Layer, zero: bool = False) -> Layer:
-    """Ho et al.'s initial weights: uniform, with variance 2/(fan-in + fan-out); zero where a residual branch ends."""
-    if zero:
-        nn.init.zeros_(layer.weight)
-    else:
-        nn.init.xavier_uniform_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer

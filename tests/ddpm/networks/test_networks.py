@@ -138,15 +138,17 @@ def test_computed_twice_it_is_the_same_to_the_bit_and_holds_less(kind: str) -> N
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_channels_last_and_autocast_agree_with_float32(kind: str) -> None:
-    network = build(kind).eval()
+    told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
+    network = build(kind, num_classes=3, **told).eval()
     x, t = inputs()
+    condition = Condition(torch.tensor([0, 1, 2, 0]))
     with torch.no_grad():
-        expected = network(x, t)
+        expected = network(x, t, condition)
         network.to(memory_format=torch.channels_last)
-        output = network(x.contiguous(memory_format=torch.channels_last), t)
+        output = network(x.contiguous(memory_format=torch.channels_last), t, condition)
         torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
         with torch.autocast("cpu", torch.bfloat16):
-            rounded = network(x, t)
+            rounded = network(x, t, condition)
     assert (rounded.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
 
 
