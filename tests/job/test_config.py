@@ -1,4 +1,5 @@
 import pytest
+import torch
 import yaml
 
 from job.config import (
@@ -15,6 +16,7 @@ from job.config import (
 )
 from job.data.pack import PackRequest
 from job.exits import BadConfigError
+from job.method import build_network
 from job.requests import TrainRequest, parse_numbers
 
 
@@ -32,6 +34,30 @@ def test_presets_have_the_published_networks():
     assert (celeba.model.channel_mults, pack_config("celeba").crop) == ((1, 2, 2, 2, 4), "25,57,128,128")
     assert (hq.model.channel_mults, hq.train.learning_rate) == ((1, 1, 2, 2, 4, 4), 2e-5)
     assert set(celeba.checkpoint.keep_epochs) >= {30, 80, 490}
+
+
+PARAMETERS = {
+    "celeba": (78_700_803, 0),
+    "celebahq-256": (113_673_219, 0),
+    "cifar10": (35_746_307, 0),
+    "fashion-mnist": (6_472_449, 10),
+    "flow": (62_513_667, 0),  # the paper's has fewer attention blocks: 61.8 million
+    "landscape": (35_746_307, 0),
+    "landscape-sample": (1_624_323, 0),
+    "lsun-256": (113_673_219, 0),
+}
+"""Of each preset's network with so many classes, as published where it is; see docs/networks.md."""
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_builds_its_network(name):
+    parameters, classes = PARAMETERS[name]
+    config = draft(name, {"data.channels": 1 if name == "fashion-mnist" else 3, "data.size": pack_config(name).size})
+    if classes:
+        config = config.updated({"model.num_classes": classes})
+    with torch.device("meta"):
+        network = build_network(config, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
 
 
 def test_later_layers_win(tmp_path):
