@@ -41,12 +41,12 @@ PARAMETERS = {
     "celebahq-256": (113_673_219, 0),
     "cifar10": (35_746_307, 0),
     "fashion-mnist": (6_472_449, 10),
-    "flow": (62_513_667, 0),  # the paper's has fewer attention blocks: 61.8 million
+    "flow": (62_513_667, 0),
     "landscape": (35_746_307, 0),
     "landscape-sample": (1_624_323, 0),
     "lsun-256": (113_673_219, 0),
 }
-"""Of each preset's network with so many classes, as published where it is; see docs/networks.md."""
+"""Of each preset's network with so many classes, as its source says but for what the preset's own lines name."""
 
 
 @pytest.mark.parametrize("name", presets())
