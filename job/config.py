@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -84,8 +84,21 @@ class DataConfig(Section):
         return self
 
 
-class UNetConfig(Section):
-    """The U-Net of Ho et al. (2020), appendix B."""
+class NetworkConfig(Section):
+    """What all networks have."""
+
+    kind: str
+    num_classes: int | None = Field(None, ge=0, le=LARGEST, description="follows the dataset; 0: unconditional")
+    gradient_checkpointing: bool = Field(
+        False, description="keep less in memory and compute more, for larger batches or images; the same to the bit"
+    )
+
+    def check(self, size: int | None) -> None:
+        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+
+
+class UNetConfig(NetworkConfig):
+    """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021)."""
 
     kind: Literal["unet"] = "unet"
     channels: int = Field(128, ge=4, le=4096)
@@ -93,24 +106,98 @@ class UNetConfig(Section):
     attention_sizes: Counts = (16,)
     layers_per_level: int = Field(2, ge=1, le=64)
     norm_groups: int = Field(32, ge=1, le=LARGEST)
+    heads: int = Field(1, ge=1, le=LARGEST, description="of the attention")
+    head_channels: int | None = Field(None, ge=1, le=LARGEST, description="width of a head, in the place of heads")
+    scale_shift: bool = Field(False, description="the timestep scales as well as shifts")
+    resample_in_blocks: bool = Field(False, description="residual blocks change the size, and not convolutions")
     dropout: float = Field(0.0, ge=0, lt=1)
-    num_classes: int | None = Field(None, ge=0, le=LARGEST, description="follows the dataset; 0: unconditional")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
-        halvings = len(self.channel_mults) - 1
-        # Without a size yet, any will do.
-        if (size or 0) % 2**halvings:
-            raise ValueError(
-                f"data.size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
-                f"model.channel_mults need: pack at a multiple of {2**halvings}, or use fewer levels"
-            )
+        _check_halvings(size, len(self.channel_mults) - 1)
         if self.channels % self.norm_groups:
             raise ValueError(
                 f"model.channels={self.channels} cannot be split into model.norm_groups={self.norm_groups} groups"
             )
         if self.channels % 2:
             raise ValueError(f"model.channels={self.channels} must be even, for sines and cosines of the timestep")
+        key = "head_channels" if self.head_channels else "heads"
+        _check_heads(self, size, self.head_channels or self.heads, f"model.{key}={self.head_channels or self.heads}")
+
+
+class EDM2Config(NetworkConfig):
+    """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
+
+    kind: Literal["edm2"] = "edm2"
+    channels: int = Field(192, ge=1, le=4096)
+    channel_mults: Mults = Field((1, 2, 3, 4), min_length=1, max_length=12)
+    attention_sizes: Counts = (16, 8)
+    layers_per_level: int = Field(3, ge=1, le=64)
+    head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def check(self, size: int | None) -> None:
+        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        _check_halvings(size, len(self.channel_mults) - 1)
+        _check_heads(self, size, self.head_channels, f"model.head_channels={self.head_channels}")
+
+
+class DiTConfig(NetworkConfig):
+    """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
+
+    kind: Literal["dit"] = "dit"
+    patch_size: int = Field(2, ge=1, le=LARGEST, description="pixels")
+    width: int = Field(384, ge=4, le=65536)
+    depth: int = Field(12, ge=1, le=1024, description="blocks")
+    heads: int = Field(6, ge=1, le=LARGEST, description="of the attention")
+    dropout: float = Field(0.0, ge=0, lt=1)
+
+    def check(self, size: int | None) -> None:
+        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        if (size or 0) % self.patch_size:
+            raise ValueError(f"data.size={size} is not a multiple of model.patch_size={self.patch_size}: change one")
+        if self.width % self.heads:
+            raise ValueError(f"model.width={self.width} cannot be split into model.heads={self.heads}")
+        if self.width % 4:
+            raise ValueError(f"model.width={self.width} must be a multiple of 4, for sines and cosines of two axes")
+
+
+class DomeConfig(NetworkConfig):
+    """The U-Net of dome272's and ErenGurs' ddpm."""
+
+    kind: Literal["dome"] = "dome"
+    dropout: ClassVar[float] = 0.0
+
+    def check(self, size: int | None) -> None:
+        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        if (size or 0) % 8:
+            raise ValueError(f"data.size={size} cannot be halved 3 times, as model.kind=dome does: use a multiple of 8")
+
+
+Network = Annotated[UNetConfig | EDM2Config | DiTConfig | DomeConfig, Field(discriminator="kind")]
+NETWORKS: dict[str, type[NetworkConfig]] = {
+    "unet": UNetConfig,
+    "edm2": EDM2Config,
+    "dit": DiTConfig,
+    "dome": DomeConfig,
+}
+
+
+def _check_halvings(size: int | None, halvings: int) -> None:
+    # Without a size yet, any will do.
+    if (size or 0) % 2**halvings:
+        raise ValueError(
+            f"data.size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
+            f"model.channel_mults need: pack at a multiple of {2**halvings}, or use fewer levels"
+        )
+
+
+def _check_heads(model: UNetConfig | EDM2Config, size: int | None, divisor: int, said: str) -> None:
+    widths = [model.channels * mult for mult in model.channel_mults]
+    has_attention = [(size or 0) / 2**level in model.attention_sizes for level in range(len(widths))]
+    for width in [*(width for width, has in zip(widths, has_attention, strict=True) if has), widths[-1]]:
+        if width % divisor:
+            raise ValueError(f"{width} channels, as the attention has, cannot be split into heads by {said}")
 
 
 class DiffusionConfig(Section):
@@ -277,7 +364,7 @@ class RunConfig(Section):
 
     preset: str = ""
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
-    model: UNetConfig = UNetConfig()  # type: ignore[call-arg]
+    model: Network = UNetConfig()  # type: ignore[call-arg]
     diffusion: DiffusionConfig = DiffusionConfig()  # type: ignore[call-arg]
     train: TrainConfig = TrainConfig()  # type: ignore[call-arg]
     ema: EmaConfig = EmaConfig()  # type: ignore[call-arg]
@@ -288,6 +375,17 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _network_fits(self) -> RunConfig:
         self.model.check(self.data.size)
+        return self
+
+    @model_validator(mode="after")
+    def _network_is_told_what_it_knows(self) -> RunConfig:
+        if self.model.kind == "dome" and self.data.augment:
+            raise ValueError("model.kind=dome cannot be told what data.augment did to an image: choose another network")
+        if self.model.kind == "edm2" and self.diffusion.schedule != "edm":
+            raise ValueError(
+                "model.kind=edm2 is told ln(sigma)/4, not timesteps: set diffusion.schedule=edm and "
+                "diffusion.prediction=edm, or choose another network"
+            )
         return self
 
     @model_validator(mode="after")
@@ -314,10 +412,17 @@ class RunConfig(Section):
 
     def updated(self, changes: dict[str, Any]) -> RunConfig:
         """The same with other values of some dotted keys; raises as `validated`."""
-        return validated(self.flat() | changes)
+        return validated(layered(self.flat(), changes))
 
 
-FREE = {"train.epochs", "train.micro_batch_size", "train.compile", "data.cache_gigabytes", "ema.snapshot_epochs"}
+FREE = {
+    "train.epochs",
+    "train.micro_batch_size",
+    "train.compile",
+    "data.cache_gigabytes",
+    "ema.snapshot_epochs",
+    "model.gradient_checkpointing",
+}
 FREE_SECTIONS = {"checkpoint", "sample", "log"}
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 
@@ -333,6 +438,14 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def layered(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """The changes over the base, both of dotted keys; another kind of network begins with its own defaults."""
+    kind = base.get("model.kind", "unet")
+    if changes.get("model.kind", kind) != kind:
+        base = {key: value for key, value in base.items() if not key.startswith("model.")}
+    return base | changes
+
+
 def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     """A `RunConfig` from dotted keys; `where` they come from is named if something is wrong.
 
@@ -346,14 +459,25 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
             nested.setdefault(section, {}).update({leaf: value})
         else:
             nested[section] = value
+    model = nested.setdefault("model", {})
+    if isinstance(model, dict):
+        model.setdefault("kind", "unet")
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
         problems = []
         for problem in error.errors():
-            key, what = ".".join(map(str, problem["loc"])), problem["msg"].removeprefix("Value error, ")
+            loc, what, got = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
+            if problem["type"] == "union_tag_invalid":
+                loc, what, got = ("model", "kind"), f"choose one of {', '.join(NETWORKS)}", model["kind"]
+            elif loc[0:1] == ("model",):
+                # The second is the kind, by which pydantic chose among the networks.
+                loc = (*loc[:1], *loc[2:])
+                if problem["type"] == "extra_forbidden":
+                    what = f"is no option of model.kind={model['kind']}"
+            key = ".".join(map(str, loc))
             # A rule between keys names them itself.
-            problems.append(f"{key}: {what.lower()} (got {problem['input']!r:.200})" if key else what)
+            problems.append(f"{key}: {what.lower()} (got {got!r:.200})" if key else what)
         raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
 
 
@@ -364,7 +488,11 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
         BadConfigError: a difference in a key that decides what is learnt, with both values and the way out.
     """
     before = stored.flat()
-    changes = {key: value for key, value in wanted.flat().items() if before[key] != value and key != "preset"}
+    now = wanted.flat()
+    if wanted.model.kind != stored.model.kind:
+        # Of two kinds of networks there is nothing else to compare.
+        now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
+    changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
     fixed = [
         f"{key}: the run has {before[key]}, asked for {value}"
         for key, value in changes.items()
@@ -491,8 +619,14 @@ def pack_config(name: str) -> PackConfig | None:
     return PackConfig.model_validate(_preset(name)["pack"]) if name in presets() else None
 
 
+def known_keys() -> list[str]:
+    """All dotted keys, those of every kind of network among them."""
+    of_networks = (f"model.{key}" for network in NETWORKS.values() for key in network.model_fields)
+    return list(dict.fromkeys([*RunConfig().flat(), *of_networks]))
+
+
 def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
-    keys = list(RunConfig().flat())
+    keys = known_keys()
     for key in flat:
         if key not in keys:
             leaf = key.rsplit(".", 1)[-1]
@@ -541,4 +675,4 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
     base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
-    return validated({**base, "preset": preset, **changes})
+    return validated(layered(base | {"preset": preset}, changes))

@@ -4,6 +4,14 @@ from typing import Any
 
 from torch import nn
 
+from ddpm.networks.dit import DiT
+from ddpm.networks.dome import DomeUNet
+from ddpm.networks.edm2 import EDM2
+from ddpm.networks.layers import Block
+from ddpm.networks.unet import UNet
+
+KINDS: dict[str, type[nn.Module]] = {"unet": UNet, "edm2": EDM2, "dit": DiT, "dome": DomeUNet}
+
 
 def build(
     kind: str,
@@ -21,7 +29,7 @@ def build(
     """A network with initial weights from PyTorch's global random state.
 
     Args:
-        kind: `unet`.
+        kind: one of `KINDS`.
         image_size: height and width in pixels.
         in_channels: of the images.
         out_channels: as many, or twice that for a network that predicts variances as well.
@@ -35,24 +43,21 @@ def build(
     Raises:
         ValueError: there is no such network, it does not fit the images, or cannot be told that.
     """
-    from ddpm.networks.layers import Block
-
+    if kind not in KINDS:
+        raise ValueError(f"there is no network {kind!r}: choose one of {', '.join(KINDS)}")
     if null_class and not num_classes:
         raise ValueError("null_class stands for none of the classes: set num_classes")
-    sizes: dict[str, Any] = {
-        "image_size": image_size,
-        "in_channels": in_channels * (1 + self_conditioning),
-        "out_channels": out_channels,
-        "num_classes": num_classes + null_class,
-        "augmentation_labels": augmentation_labels,
-    }
-    network: nn.Module
-    if kind == "unet":
-        from ddpm.networks.unet import UNet
-
-        network = UNet(**sizes, **options)
-    else:
-        raise ValueError(f"there is no network {kind!r}")
+    if kind == "dome" and (self_conditioning or augmentation_labels):
+        raise ValueError("the network dome is told t and the class alone, as in its checkpoints: choose unet")
+    if augmentation_labels:
+        options["augmentation_labels"] = augmentation_labels
+    network = KINDS[kind](
+        image_size=image_size,
+        in_channels=in_channels * (1 + self_conditioning),
+        out_channels=out_channels,
+        num_classes=num_classes + null_class,
+        **options,
+    )
     for module in network.modules():
         if isinstance(module, Block):
             module.recompute = gradient_checkpointing

@@ -1,13 +1,18 @@
-"""What networks have in common: sinusoids, what they are told beside t, blocks that may be computed twice."""
+"""What networks have in common: blocks that may be computed twice, sinusoids, what they are told beside t."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ddpm.objective import Condition
+
+Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
+Resize = Literal["down", "up"]
 
 
 class Block(nn.Module):
@@ -23,6 +28,40 @@ class Block(nn.Module):
         if self.recompute and self.training and torch.is_grad_enabled():
             return checkpoint(super().__call__, *args, use_reentrant=False)
         return super().__call__(*args)
+
+
+def initialised(layer: Layer, zero: bool = False) -> Layer:
+    """Ho et al.'s initial weights: uniform, with variance 2/(fan-in + fan-out); zero where a residual branch ends."""
+    if zero:
+        nn.init.zeros_(layer.weight)
+    else:
+        nn.init.xavier_uniform_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+def check_levels(image_size: int, channel_mults: Sequence[int]) -> None:
+    """Raises ValueError if images cannot be halved from level to level."""
+    halvings = len(channel_mults) - 1
+    if halvings < 0:
+        raise ValueError("channel_mults needs at least one level")
+    if image_size < 1 or image_size % 2**halvings:
+        raise ValueError(
+            f"image_size {image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of channel_mults "
+            f"{tuple(channel_mults)} need: use a multiple of {2**halvings}, or fewer levels"
+        )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Softmax attention between tokens, [B, N, C] each, in heads of C/heads channels."""
+    q, k, v = (each.unflatten(2, (heads, -1)).transpose(1, 2) for each in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def resized(x: Tensor, resize: Resize) -> Tensor:
+    """Half the size, of means of 2×2 pixels, or twice, of pixels doubled."""
+    return F.avg_pool2d(x, 2) if resize == "down" else F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
@@ -43,37 +82,38 @@ def sinusoids(t: Tensor, width: int, freq_shift: int = 0) -> Tensor:
 
 
 def with_estimate(x: Tensor, condition: Condition, in_channels: int) -> Tensor:
-    """x_t [B, C, H, W]; for a network with self-conditioning the estimate of x_0 beside it, [B, 2C, H, W].
-
-    Chen et al. 2023, "Analog bits", section 3.2: where there is no estimate yet, it is zero.
+    """x_t [B, C, H, W], and for a network of 2C `in_channels` the estimate of x_0 after it, zero where there is none.
 
     Raises:
         ValueError: for an estimate that the network does not take.
     """
-    if x.shape[1] == in_channels and condition.x_start is None:
-        return x
-    if x.shape[1] == in_channels:
+    if x.shape[1] < in_channels:
+        return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
+    if condition.x_start is not None:
         raise ValueError("an estimate of x_0 goes with a network that has self_conditioning: set it, or leave this out")
-    return torch.cat([x, torch.zeros_like(x) if condition.x_start is None else condition.x_start], dim=1)
+    return x
 
 
 def with_labels(
-    embedding: Tensor, condition: Condition, classes: nn.Module | None, augmentation: nn.Linear | None
+    embedding: Tensor,
+    condition: Condition,
+    classes: nn.Module | None,
+    augmentation: Any = None,
+    plus: Callable[[Tensor, Tensor], Tensor] = torch.add,
 ) -> Tensor:
-    """The embedding of t [B, E] plus those of the class and of the augmentation (Karras et al. 2022, appendix F.2).
+    """The embedding of t [B, E] `plus` that of the class, and that of the augmentation added.
 
     Raises:
-        ValueError: for labels without classes, classes without labels, or augmentation labels that are not taken.
+        ValueError: for labels without classes, classes without labels, or augmentation that is not taken.
     """
     if (condition.labels is None) != (classes is None):
         raise ValueError("labels go with a network that has classes: set num_classes, or leave the labels out")
     if classes is not None:
-        embedding = embedding + classes(condition.labels)
-    if augmentation is not None:
-        # An image that nothing was done to has zeros; a layer left out would have no gradient, which DDP waits for.
-        labels = condition.augmentation
-        none = embedding.new_zeros(len(embedding), augmentation.in_features)
-        embedding = embedding + augmentation(none if labels is None else labels)
-    elif condition.augmentation is not None:
-        raise ValueError("this network takes no labels of augmentation: set augmentation_labels, or leave them out")
-    return embedding
+        embedding = plus(embedding, classes(condition.labels))
+    if augmentation is None:
+        if condition.augmentation is not None:
+            raise ValueError("this network is told of no augmentation: set augmentation_labels, or leave them out")
+        return embedding
+    # A layer that is left out would have no gradient, which DDP waits for.
+    nothing_done = embedding.new_zeros(len(embedding), augmentation.in_features)
+    return embedding + augmentation(nothing_done if condition.augmentation is None else condition.augmentation)

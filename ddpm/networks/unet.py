@@ -5,20 +5,30 @@ of the timestep embedding: four times that of the first level.
 """
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddpm.networks.layers import Block, sinusoids, with_estimate, with_labels
+from ddpm.networks.layers import (
+    Block,
+    Resize,
+    attend,
+    check_levels,
+    initialised,
+    resized,
+    sinusoids,
+    with_estimate,
+    with_labels,
+)
 from ddpm.objective import UNCONDITIONAL, Condition
-
-Layer = TypeVar("Layer", nn.Conv2d, nn.Linear)
 
 
 class UNet(nn.Module):
-    """Takes noisy images and their timesteps, gives a prediction of the images' shape (Ho et al. 2020, appendix B)."""
+    """Takes noisy images and their timesteps, gives a prediction of the images' shape (Ho et al. 2020, appendix B).
+
+    `heads`, `scale_shift` and `resample_in_blocks` make it that of Dhariwal & Nichol 2021, section 3.
+    """
 
     def __init__(
         self,
@@ -31,25 +41,38 @@ class UNet(nn.Module):
         attention_sizes: Sequence[int] = (16,),  # pixels; levels of these sizes get attention, the middle always
         layers_per_level: int = 2,  # residual blocks per level on the way down; on the way up there is one more
         norm_groups: int = 32,  # of the group normalisations
+        heads: int = 1,  # of every attention, if head_channels does not say how wide they are
+        head_channels: int | None = None,  # width of a head
+        scale_shift: bool = False,  # whether the embedding scales as well as shifts, after the normalisation
+        resample_in_blocks: bool = False,  # whether residual blocks change the size, as BigGAN's, and not convolutions
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
     ) -> None:
         super().__init__()
-        _check_architecture(image_size, channels, channel_mults, norm_groups)
+        check_levels(image_size, channel_mults)
+        if channels % norm_groups:
+            raise ValueError(f"channels {channels} is not a multiple of norm_groups {norm_groups}: change one of them")
+        if channels < 4 or channels % 2:
+            raise ValueError(f"channels {channels} must be even and at least 4, for the sinusoids of the timestep")
         widths = [channels * multiplier for multiplier in channel_mults]
         last_level = len(widths) - 1
-        attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
+        has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
         embedding_width = 4 * widths[0]
 
-        def resnet(width_in: int, width_out: int) -> ResnetBlock:
-            return ResnetBlock(width_in, width_out, embedding_width, norm_groups, dropout)
+        def resnet(width_in: int, width_out: int, resize: Resize | None = None) -> ResnetBlock:
+            return ResnetBlock(width_in, width_out, embedding_width, norm_groups, dropout, scale_shift, resize)
 
-        self.conv_in = _initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
+        def attention(width: int) -> AttentionBlock:
+            if width % (head_channels or heads):
+                raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
+            return AttentionBlock(width, norm_groups, width // head_channels if head_channels else heads)
+
+        self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
-        self.augmentation_embedding = _initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
+        self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
         width = widths[0]
         skip_widths = [width]
@@ -57,11 +80,14 @@ class UNet(nn.Module):
         for level, level_width in enumerate(widths):
             resnets = [resnet(level_width if i else width, level_width) for i in range(layers_per_level)]
             width = level_width
-            downsample = level < last_level
-            skip_widths += [width] * (layers_per_level + downsample)
-            self.down_blocks.append(DownBlock(resnets, width, norm_groups, attention[level], downsample))
+            attentions = [attention(width) for _ in resnets if has_attention[level]]
+            resizers: list[nn.Module] = []
+            if level < last_level:
+                resizers = [resnet(width, width, "down") if resample_in_blocks else Resample(width, "down")]
+            skip_widths += [width] * (layers_per_level + len(resizers))
+            self.down_blocks.append(DownBlock(resnets, attentions, resizers))
 
-        self.mid_block = MidBlock([resnet(width, width), resnet(width, width)], width, norm_groups)
+        self.mid_block = MidBlock([resnet(width, width), resnet(width, width)], attention(width))
 
         self.up_blocks = nn.ModuleList()
         for level in range(last_level, -1, -1):
@@ -69,10 +95,14 @@ class UNet(nn.Module):
             for _ in range(layers_per_level + 1):
                 resnets.append(resnet(width + skip_widths.pop(), widths[level]))
                 width = widths[level]
-            self.up_blocks.append(UpBlock(resnets, width, norm_groups, attention[level], upsample=level > 0))
+            attentions = [attention(width) for _ in resnets if has_attention[level]]
+            resizers = []
+            if level > 0:
+                resizers = [resnet(width, width, "up") if resample_in_blocks else Resample(width, "up")]
+            self.up_blocks.append(UpBlock(resnets, attentions, resizers))
 
         self.conv_norm_out = _group_norm(norm_groups, width)
-        self.conv_out = _initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
+        self.conv_out = initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
@@ -105,12 +135,12 @@ class DownBlock(nn.Module):
     """One level on the way down: residual blocks, each with attention if wanted, then half the size."""
 
     def __init__(
-        self, resnets: list["ResnetBlock"], width: int, norm_groups: int, attention: bool, downsample: bool
+        self, resnets: list["ResnetBlock"], attentions: list["AttentionBlock"], downsamplers: list[nn.Module]
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(AttentionBlock(width, norm_groups) for _ in resnets if attention)
-        self.downsamplers = nn.ModuleList([Downsample(width)] if downsample else [])
+        self.attentions = nn.ModuleList(attentions)
+        self.downsamplers = nn.ModuleList(downsamplers)
 
     def forward(self, h: Tensor, embedding: Tensor) -> list[Tensor]:
         """All intermediate results, for the way up; the last one goes on to the next level."""
@@ -121,17 +151,17 @@ class DownBlock(nn.Module):
                 h = self.attentions[i](h)
             outputs.append(h)
         for downsampler in self.downsamplers:
-            outputs.append(downsampler(h))
+            outputs.append(downsampler(h, embedding))
         return outputs
 
 
 class MidBlock(nn.Module):
     """The middle, at the smallest size: residual block, attention, residual block."""
 
-    def __init__(self, resnets: list["ResnetBlock"], width: int, norm_groups: int) -> None:
+    def __init__(self, resnets: list["ResnetBlock"], attention: "AttentionBlock") -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList([AttentionBlock(width, norm_groups)])
+        self.attentions = nn.ModuleList([attention])
 
     def forward(self, h: Tensor, embedding: Tensor) -> Tensor:
         """[B, C, H, W] and [B, E] to [B, C, H, W]."""
@@ -143,12 +173,12 @@ class UpBlock(nn.Module):
     """One level on the way up: residual blocks that take the skips of the way down, then twice the size."""
 
     def __init__(
-        self, resnets: list["ResnetBlock"], width: int, norm_groups: int, attention: bool, upsample: bool
+        self, resnets: list["ResnetBlock"], attentions: list["AttentionBlock"], upsamplers: list[nn.Module]
     ) -> None:
         super().__init__()
         self.resnets = nn.ModuleList(resnets)
-        self.attentions = nn.ModuleList(AttentionBlock(width, norm_groups) for _ in resnets if attention)
-        self.upsamplers = nn.ModuleList([Upsample(width)] if upsample else [])
+        self.attentions = nn.ModuleList(attentions)
+        self.upsamplers = nn.ModuleList(upsamplers)
 
     def forward(self, h: Tensor, skips: list[Tensor], embedding: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, 2H, 2W]; takes its skips off the end of the list, which frees them when sampling."""
@@ -157,73 +187,85 @@ class UpBlock(nn.Module):
             if self.attentions:
                 h = self.attentions[i](h)
         for upsampler in self.upsamplers:
-            h = upsampler(h)
+            h = upsampler(h, embedding)
         return h
 
 
 class ResnetBlock(Block):
-    """h + conv(dropout(silu(norm(conv(silu(norm(h))) + dense(embedding))))), a 1×1 convolution where widths differ."""
+    """h + conv(dropout(silu(norm(conv(silu(norm(h))) + dense(embedding))))), a 1×1 convolution where widths differ.
 
-    def __init__(self, width_in: int, width_out: int, embedding_width: int, norm_groups: int, dropout: float) -> None:
+    With `scale_shift` the embedding says (s, b) of (1 + s) norm(…) + b; with `resize` the first convolution and the sum
+    are at the new size.
+    """
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        embedding_width: int,
+        norm_groups: int,
+        dropout: float,
+        scale_shift: bool,
+        resize: Resize | None,
+    ) -> None:
         super().__init__()
+        self.scale_shift, self.resize = scale_shift, resize
         self.norm1 = _group_norm(norm_groups, width_in)
-        self.conv1 = _initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
-        self.time_emb_proj = _initialised(nn.Linear(embedding_width, width_out))
+        self.conv1 = initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
+        self.time_emb_proj = initialised(nn.Linear(embedding_width, width_out * (1 + scale_shift)))
         self.norm2 = _group_norm(norm_groups, width_out)
         self.dropout = nn.Dropout(dropout)
-        self.conv2 = _initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
-        self.conv_shortcut = _initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
+        self.conv2 = initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
+        self.conv_shortcut = initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = h + self.time_emb_proj(embedding)[:, :, None, None]
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
+        h = F.silu(self.norm1(x))
+        if self.resize is not None:
+            h, x = (resized(each, self.resize) for each in (h, x))
+        h = self.conv1(h)
+        told = self.time_emb_proj(embedding)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = told.chunk(2, dim=1)
+            h = self.norm2(h) * (1 + scale) + shift
+        else:
+            h = self.norm2(h + told)
+        h = self.conv2(self.dropout(F.silu(h)))
         return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
 
 
 class AttentionBlock(Block):
-    """Self-attention between all pixels, one head over all channels, with a residual connection."""
+    """Self-attention between all pixels, with a residual connection."""
 
-    def __init__(self, width: int, norm_groups: int) -> None:
+    def __init__(self, width: int, norm_groups: int, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.group_norm = _group_norm(norm_groups, width)
-        self.to_q = _initialised(nn.Linear(width, width))
-        self.to_k = _initialised(nn.Linear(width, width))
-        self.to_v = _initialised(nn.Linear(width, width))
-        self.to_out = nn.ModuleList([_initialised(nn.Linear(width, width), zero=True)])
+        self.to_q = initialised(nn.Linear(width, width))
+        self.to_k = initialised(nn.Linear(width, width))
+        self.to_v = initialised(nn.Linear(width, width))
+        self.to_out = nn.ModuleList([initialised(nn.Linear(width, width), zero=True)])
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H, W]."""
         # One copy (none in channels_last), where each of the three projections would make its own.
         tokens = self.group_norm(x).flatten(2).transpose(1, 2).contiguous()
-        q, k, v = (project(tokens)[:, None] for project in (self.to_q, self.to_k, self.to_v))
-        attended = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        attended = attend(self.to_q(tokens), self.to_k(tokens), self.to_v(tokens), self.heads)
         return x + self.to_out[0](attended).transpose(1, 2).unflatten(2, x.shape[2:])
 
 
-class Downsample(nn.Module):
-    """3×3 convolution with stride 2, padded on the right and bottom alone as TensorFlow's SAME does."""
+class Resample(nn.Module):
+    """A 3×3 convolution: of stride 2, padded right and below alone as TensorFlow's SAME is, or on pixels doubled."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, resize: Resize) -> None:
         super().__init__()
-        self.conv = _initialised(nn.Conv2d(width, width, 3, stride=2))
+        self.resize = resize
+        stride, padding = (2, 0) if resize == "down" else (1, 1)
+        self.conv = initialised(nn.Conv2d(width, width, 3, stride, padding))
 
-    def forward(self, h: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, H/2, W/2]."""
-        return self.conv(F.pad(h, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Every pixel doubled, then a 3×3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = _initialised(nn.Conv2d(width, width, 3, padding=1))
-
-    def forward(self, h: Tensor) -> Tensor:
-        """[B, C, H, W] to [B, C, 2H, 2W]."""
-        return self.conv(F.interpolate(h, scale_factor=2.0, mode="nearest"))
+    def forward(self, h: Tensor, _: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C, H', W'], whatever the embedding."""
+        return self.conv(F.pad(h, (0, 1, 0, 1)) if self.resize == "down" else resized(h, "up"))
 
 
 class TimestepEmbedding(nn.Module):
@@ -231,8 +273,8 @@ class TimestepEmbedding(nn.Module):
 
     def __init__(self, width: int, embedding_width: int) -> None:
         super().__init__()
-        self.linear_1 = _initialised(nn.Linear(width, embedding_width))
-        self.linear_2 = _initialised(nn.Linear(embedding_width, embedding_width))
+        self.linear_1 = initialised(nn.Linear(width, embedding_width))
+        self.linear_2 = initialised(nn.Linear(embedding_width, embedding_width))
 
     def forward(self, t: Tensor) -> Tensor:
         """[B] to [B, E]."""
@@ -242,30 +284,3 @@ class TimestepEmbedding(nn.Module):
 
 def _group_norm(groups: int, width: int) -> nn.GroupNorm:
     return nn.GroupNorm(groups, width, eps=1e-6)
-
-
-def _initialised(layer: Layer, zero: bool = False) -> Layer:
-    """Ho et al.'s initial weights: uniform, with variance 2/(fan-in + fan-out); zero where a residual branch ends."""
-    if zero:
-        nn.init.zeros_(layer.weight)
-    else:
-        nn.init.xavier_uniform_(layer.weight)
-    if layer.bias is not None:
-        nn.init.zeros_(layer.bias)
-    return layer
-
-
-def _check_architecture(image_size: int, channels: int, channel_mults: Sequence[int], norm_groups: int) -> None:
-    """Refuse what would fail in the middle of a forward pass."""
-    halvings = len(channel_mults) - 1
-    if halvings < 0:
-        raise ValueError("channel_mults needs at least one level")
-    if image_size < 1 or image_size % 2**halvings:
-        raise ValueError(
-            f"image_size {image_size} cannot be halved {halvings} times, as the {halvings + 1} levels of channel_mults "
-            f"{tuple(channel_mults)} need: use a multiple of {2**halvings}, or fewer levels"
-        )
-    if channels % norm_groups:
-        raise ValueError(f"channels {channels} is not a multiple of norm_groups {norm_groups}: change one of them")
-    if channels < 4 or channels % 2:
-        raise ValueError(f"channels {channels} must be even and at least 4, for the sinusoids of the timestep")

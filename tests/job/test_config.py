@@ -1,7 +1,22 @@
+import pytest
+import torch
 import yaml
 
-from job.config import draft, flatten, pack_config, parse_sets, presets, read_config_file, validated
+from job.config import (
+    DiTConfig,
+    DomeConfig,
+    changed_for_attempt,
+    draft,
+    flatten,
+    pack_config,
+    parse_sets,
+    presets,
+    read_config_file,
+    validated,
+)
 from job.data.pack import PackRequest
+from job.exits import BadConfigError
+from job.method import build_network
 from job.requests import TrainRequest, parse_numbers
 
 
@@ -21,6 +36,30 @@ def test_presets_have_the_published_networks():
     assert set(celeba.checkpoint.keep_epochs) >= {30, 80, 490}
 
 
+PARAMETERS = {
+    "celeba": (78_700_803, 0),
+    "celebahq-256": (113_673_219, 0),
+    "cifar10": (35_746_307, 0),
+    "fashion-mnist": (6_472_449, 10),
+    "flow": (62_513_667, 0),
+    "landscape": (35_746_307, 0),
+    "landscape-sample": (1_624_323, 0),
+    "lsun-256": (113_673_219, 0),
+}
+"""Of each preset's network with so many classes, as its source says but for what the preset's own lines name."""
+
+
+@pytest.mark.parametrize("name", presets())
+def test_every_preset_builds_its_network(name):
+    parameters, classes = PARAMETERS[name]
+    config = draft(name, {"data.channels": 1 if name == "fashion-mnist" else 3, "data.size": pack_config(name).size})
+    if classes:
+        config = config.updated({"model.num_classes": classes})
+    with torch.device("meta"):
+        network = build_network(config, torch.device("meta"))
+    assert sum(parameter.numel() for parameter in network.parameters()) == parameters
+
+
 def test_later_layers_win(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("train:\n  batch_size: 16\n  seed: 3\n")
@@ -28,6 +67,25 @@ def test_later_layers_win(tmp_path):
     config = draft("cifar10", changes)
     assert (config.train.batch_size, config.train.seed, config.model.channel_mults) == (32, 3, (1, 2))
     assert config.train.learning_rate == 2e-4
+
+
+def test_another_network_begins_with_its_own_defaults():
+    config = draft("celeba", {"model.kind": "dit", "model.depth": 4})
+    assert config.model == DiTConfig(depth=4)
+    assert config.train == draft("celeba", {}).train
+    again = config.updated({"model.kind": "dome", "train.seed": 3})
+    assert (again.model, again.train.seed) == (DomeConfig(), 3)
+    # Said once more, it is no other.
+    assert config.updated({"model.kind": "dit"}) == config
+    assert draft("celeba", {"model.kind": "unet"}).model == draft("celeba", {}).model
+
+
+def test_what_an_attempt_may_change_about_its_network():
+    stored = draft("celeba", {})
+    changes = {"model.gradient_checkpointing": True}
+    assert changed_for_attempt(stored, stored.updated(changes), "r") == changes
+    with pytest.raises(BadConfigError, match=r"\(model.kind: the run has unet, asked for dit\)"):
+        changed_for_attempt(stored, stored.updated({"model.kind": "dit"}), "r")
 
 
 def test_numbers_and_ranges():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 
-from job.config import RunConfig, draft, parse_sets
+from job.config import draft, known_keys, parse_sets
 from job.exits import Exit, JobError, ending_of
 from job.store import open_store
 from tests.fuzzing import examples, search
@@ -27,7 +27,7 @@ WORDS = st.one_of(
     st.text(max_size=20),
 )
 VALUES = st.one_of(NUMBERS.map(str), WORDS, st.lists(NUMBERS.map(str), max_size=20).map(",".join))
-KEYS = st.one_of(st.sampled_from(list(RunConfig().flat())), st.text(max_size=12))
+KEYS = st.one_of(st.sampled_from(known_keys()), st.text(max_size=12))
 ASSIGNMENTS = st.lists(st.one_of(st.tuples(KEYS, VALUES).map("=".join), st.text(max_size=12)), min_size=1, max_size=3)
 
 

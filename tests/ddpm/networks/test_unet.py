@@ -12,26 +12,47 @@ def small(**changes: object) -> UNet:
     return UNet(**{**sizes, **changes})
 
 
-def small_judge(channels: int = 3, num_classes: int | None = None) -> torch.nn.Module:
+def small_judge(channels: int = 3, num_classes: int | None = None, **changes: object) -> torch.nn.Module:
     """diffusers' network with the settings that make it Ho et al.'s, of the size of `small`."""
     import diffusers
 
-    return diffusers.UNet2DModel(
-        sample_size=16,
-        in_channels=channels,
-        out_channels=channels,
-        block_out_channels=(8, 16, 24),
-        down_block_types=("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=2,
-        norm_num_groups=4,
-        norm_eps=1e-6,
-        attention_head_dim=None,
-        downsample_padding=0,
-        flip_sin_to_cos=False,
-        freq_shift=1,
-        num_class_embeds=num_classes,
-    )
+    settings = {
+        "sample_size": 16,
+        "in_channels": channels,
+        "out_channels": channels,
+        "block_out_channels": (8, 16, 24),
+        "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 2,
+        "norm_num_groups": 4,
+        "norm_eps": 1e-6,
+        "attention_head_dim": None,
+        "downsample_padding": 0,
+        "flip_sin_to_cos": False,
+        "freq_shift": 1,
+        "num_class_embeds": num_classes,
+        # Of the middle's attention, which has none with scale_shift unless told so.
+        "attn_norm_num_groups": 4,
+    }
+    return diffusers.UNet2DModel(**{**settings, **changes})
+
+
+RESAMPLING_JUDGE = {
+    "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D", "ResnetDownsampleBlock2D"),
+    "up_block_types": ("ResnetUpsampleBlock2D", "AttnUpBlock2D", "ResnetUpsampleBlock2D"),
+    "downsample_type": "resnet",
+    "upsample_type": "resnet",
+}
+SWITCHES = {
+    "heads": ({"head_channels": 4}, {"attention_head_dim": 4}),
+    "scale_shift": ({"scale_shift": True}, {"resnet_time_scale_shift": "scale_shift"}),
+    "resample": ({"resample_in_blocks": True}, RESAMPLING_JUDGE),
+    "all": (
+        {"heads": 2, "head_channels": 8, "scale_shift": True, "resample_in_blocks": True, "out_channels": 6},
+        {"attention_head_dim": 8, "resnet_time_scale_shift": "scale_shift", "out_channels": 6, **RESAMPLING_JUDGE},
+    ),
+}
+"""Dhariwal & Nichol's, and what diffusers calls them."""
 
 
 def randomise(network: torch.nn.Module, seed: int = 0) -> None:
@@ -39,7 +60,7 @@ def randomise(network: torch.nn.Module, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
-            fan_in = parameter[0].numel()
+            fan_in = parameter[0].numel() if parameter.ndim else 1
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / fan_in**0.5)
 
 
@@ -61,6 +82,23 @@ def test_published_sizes() -> None:
         images = torch.empty(2, 3, image_size, image_size, device="meta")
         # On the meta device any look at a value raises, so the forward pass never waits for the device.
         assert network(images, torch.zeros(2, dtype=torch.int64, device="meta")).shape == images.shape, name
+
+
+def test_sizes_published_for_the_switches() -> None:
+    """Nichol & Dhariwal 2021, section 3.4, and Dhariwal & Nichol 2021, table 4, in millions of parameters."""
+    improved = {"image_size": 64, "channel_mults": (1, 2, 3, 4), "layers_per_level": 3, "attention_sizes": (16, 8)}
+    adm = {"num_classes": 1000, "head_channels": 64, "resample_in_blocks": True, "attention_sizes": (32, 16, 8)}
+    for millions, settings in (
+        (30, {"channels": 64, **improved}),
+        (68, {"channels": 96, **improved}),
+        (121, {"channels": 128, **improved}),
+        (296, {"channels": 192, **improved, **adm}),
+        (422, {"channels": 256, "image_size": 128, "channel_mults": (1, 1, 2, 3, 4), **adm}),
+        (554, {"channels": 256, "image_size": 256, "channel_mults": (1, 1, 2, 2, 4, 4), **adm}),
+    ):
+        with torch.device("meta"):
+            network = UNet(out_channels=6, scale_shift=True, **settings)
+        assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == millions, settings
 
 
 @pytest.mark.parametrize(("channels", "num_classes"), [(3, 0), (1, 0), (3, 5)], ids=["colour", "grey", "classes"])
@@ -86,13 +124,17 @@ def test_forward_and_names_equal_diffusers(channels: int, num_classes: int) -> N
     torch.testing.assert_close(again, judge(x, timesteps, labels).sample, rtol=0, atol=1e-5)
 
 
-def test_gradients_equal_diffusers() -> None:
-    network, judge = small(), small_judge()
+@pytest.mark.parametrize("switch", [None, *SWITCHES])
+def test_outputs_and_gradients_equal_diffusers(switch: str | None) -> None:
+    ours, theirs = SWITCHES[switch] if switch else ({}, {})
+    network, judge = small(**ours), small_judge(**theirs)
     randomise(network)
-    judge.load_state_dict(network.state_dict())
+    judge.load_state_dict(network.state_dict(), strict=True)
     x, timesteps = inputs()
-    network(x, timesteps).square().mean().backward()
-    judge(x, timesteps).sample.square().mean().backward()
+    output, expected_output = network(x, timesteps), judge(x, timesteps).sample
+    torch.testing.assert_close(output, expected_output, rtol=0, atol=1e-5)
+    output.square().mean().backward()
+    expected_output.square().mean().backward()
     expected = {name: parameter.grad for name, parameter in judge.named_parameters()}
     for name, parameter in network.named_parameters():
         scale = expected[name].abs().max().item()
@@ -196,6 +238,8 @@ def test_impossible_networks_are_refused() -> None:
         ({"norm_groups": 5}, r"channels 8 is not a multiple of norm_groups 5"),
         ({"channels": 3, "norm_groups": 3}, r"channels 3 must be even and at least 4"),
         ({"channel_mults": ()}, r"at least one level"),
+        ({"heads": 3}, r"16 channels cannot be split into heads"),
+        ({"head_channels": 12}, r"16 channels cannot be split into heads"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**changes)

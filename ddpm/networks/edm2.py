@@ -1,0 +1,212 @@
+"""The magnitude-preserving U-Net of Karras et al. 2024 (EDM2, configuration G), written from the paper.
+
+Every layer keeps the variance of independent inputs, so there are neither group normalisations nor biases. Activations
+are not clipped at ±256, which guards float16 alone. In shapes, E is the width of the embedding.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddpm.networks.layers import Block, attend, check_levels, resized, with_estimate, with_labels
+from ddpm.objective import UNCONDITIONAL, Condition
+
+EPSILON = 1e-4
+RESIDUAL_BALANCE = 0.3
+"""What the end of a residual branch counts in its sum."""
+SILU_MAGNITUDE = 0.596
+"""√E[silu(x)²] for standard normal x."""
+
+Kind = Literal["encoder", "down", "decoder", "up"]
+
+
+class EDM2(nn.Module):
+    """Takes noisy images at unit variance and c_noise = ln(σ)/4 (figure 21)."""
+
+    def __init__(
+        self,
+        *,
+        image_size: int,  # height and width in pixels
+        in_channels: int,  # of the images; twice that with self-conditioning
+        out_channels: int,
+        channels: int = 128,  # width of the first level, before its multiplier
+        channel_mults: Sequence[int] = (1, 2, 3, 4),  # one per level; every level halves the size
+        attention_sizes: Sequence[int] = (16, 8),  # pixels; levels of these sizes get attention, the middle always
+        layers_per_level: int = 3,  # residual blocks per level on the way down; on the way up there is one more
+        head_channels: int = 64,  # width of a head of the attention
+        dropout: float = 0.0,  # probability, within the residual blocks
+        num_classes: int = 0,  # 0: no class conditioning
+        augmentation_labels: int = 0,  # 0: none
+    ) -> None:
+        super().__init__()
+        check_levels(image_size, channel_mults)
+        widths = [channels * multiplier for multiplier in channel_mults]
+        last_level, embedding_width = len(widths) - 1, max(widths)
+        has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
+
+        def block(kind: Kind, width_in: int, width_out: int, attention: bool = False) -> ResidualBlock:
+            if attention and width_out % head_channels:
+                raise ValueError(f"{width_out} channels cannot be split into heads of {head_channels}")
+            heads = width_out // head_channels if attention else 0
+            return ResidualBlock(kind, width_in, width_out, embedding_width, heads, dropout)
+
+        self.in_channels = in_channels
+        # One more channel, of ones, stands for all biases.
+        self.conv_in = MPConv(in_channels + 1, widths[0], 3)
+        # Drawn once. They lie where the weights do, so that a checkpoint holds them, and have no gradient.
+        self.frequencies = nn.Parameter(torch.randn(widths[0]), requires_grad=False)
+        self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
+        self.time_embedding = MPConv(widths[0], embedding_width, 0)
+        self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
+        labels = augmentation_labels
+        self.augmentation_embedding = MPConv(labels, embedding_width, 0) if labels else None
+
+        width = widths[0]
+        skip_widths = [width]
+        self.encoder = nn.ModuleList()
+        for level, level_width in enumerate(widths):
+            if level > 0:
+                self.encoder.append(block("down", width, width))
+                skip_widths.append(width)
+            for _ in range(layers_per_level):
+                self.encoder.append(block("encoder", width, level_width, has_attention[level]))
+                width = level_width
+                skip_widths.append(width)
+
+        self.middle = nn.ModuleList([block("decoder", width, width, attention) for attention in (True, False)])
+
+        self.decoder = nn.ModuleList()
+        for level in range(last_level, -1, -1):
+            for _ in range(layers_per_level + 1):
+                width_in = width + skip_widths.pop()
+                self.decoder.append(block("decoder", width_in, widths[level], has_attention[level]))
+                width = widths[level]
+            if level > 0:
+                self.decoder.append(block("up", width, width))
+        self.conv_out = MPConv(width, out_channels, 3)
+        self.gain_out = nn.Parameter(torch.zeros([]))
+
+    def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
+        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
+        if self.training:
+            self._force_unit_magnitude()
+        angles = t[:, None].float() * self.frequencies + self.phases
+        features = math.sqrt(2) * (2 * math.pi * angles).cos()
+        told = self.time_embedding(features.to(self.gain_out.dtype))
+        embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
+
+        x = with_estimate(x, condition, self.in_channels)
+        skips = [self.conv_in(torch.cat([x, torch.ones_like(x[:, :1])], dim=1))]
+        for block in self.encoder:
+            skips.append(block(skips[-1], embedding))
+        h = skips[-1]
+        for block in self.middle:
+            h = block(h, embedding)
+        for block in self.decoder:
+            h = block(h if block.kind == "up" else mp_cat(h, skips.pop()), embedding)
+        return self.conv_out(h) * self.gain_out
+
+    @torch.no_grad()
+    def _force_unit_magnitude(self) -> None:
+        """Algorithm 1, once before the layers instead of within each.
+
+        Weights of unit magnitude stay as they are to the bit, so that neither a second micro-batch nor an attempt that
+        resumes rounds them once more.
+        """
+        for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
+            now = magnitude(weight)
+            weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
+
+
+class ResidualBlock(Block):
+    """conv(dropout(silu(g · conv(silu(h))))) with g = 1 + gain · dense(embedding), then attention where `heads` > 0.
+
+    In the encoder every pixel of the input is normalised, after the 1×1 convolution that a change of width needs.
+    """
+
+    def __init__(
+        self, kind: Kind, width_in: int, width_out: int, embedding_width: int, heads: int, dropout: float
+    ) -> None:
+        super().__init__()
+        self.kind, self.heads, self.is_decoder = kind, heads, kind in ("decoder", "up")
+        self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)
+        self.dense = MPConv(embedding_width, width_out, 0)
+        self.gain = nn.Parameter(torch.zeros([]))
+        self.dropout = nn.Dropout(dropout)
+        self.conv_2 = MPConv(width_out, width_out, 3)
+        self.conv_shortcut = MPConv(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+        self.to_qkv = MPConv(width_out, 3 * width_out, 1) if heads else None
+        self.to_out = MPConv(width_out, width_out, 1) if heads else None
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """[B, C, H, W] and the activated embedding [B, E] to [B, C', H', W']."""
+        if self.kind == "down" or self.kind == "up":
+            x = resized(x, self.kind)
+        if not self.is_decoder:
+            x = normalised(self.conv_shortcut(x), [1])
+        scale = 1 + self.gain * self.dense(embedding)
+        h = self.conv_1(mp_silu(x)) * scale[:, :, None, None].to(x.dtype)
+        h = self.conv_2(self.dropout(mp_silu(h)))
+        x = mp_sum(self.conv_shortcut(x) if self.is_decoder else x, h, RESIDUAL_BALANCE)
+        if self.to_qkv is None or self.to_out is None:
+            return x
+        # Cosine attention: queries, keys and values of unit magnitude in each head.
+        qkv = self.to_qkv(x).flatten(2).transpose(1, 2).unflatten(2, (3 * self.heads, -1))
+        q, k, v = normalised(qkv, [3]).flatten(2).chunk(3, dim=2)
+        attended = attend(q, k, v, self.heads)
+        return mp_sum(x, self.to_out(attended.transpose(1, 2).unflatten(2, x.shape[2:])), RESIDUAL_BALANCE)
+
+
+class MPConv(nn.Module):
+    """A convolution, or for size 0 a dense layer, whose weights of each output have unit norm (equation 47)."""
+
+    def __init__(self, width_in: int, width_out: int, kernel_size: int) -> None:
+        super().__init__()
+        self.in_features = width_in
+        self.weight = nn.Parameter(torch.randn(width_out, width_in, *[kernel_size] * 2 * (kernel_size > 0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, C, H, W] to [B, C', H, W], or [B, C] to [B, C']."""
+        weight = normalised(self.weight) / math.sqrt(self.weight[0].numel())
+        return F.linear(x, weight) if weight.ndim == 2 else F.conv2d(x, weight, padding=weight.shape[2] // 2)
+
+
+class MPEmbedding(MPConv):
+    """A dense layer of classes, one-hot at unit magnitude."""
+
+    def forward(self, labels: Tensor) -> Tensor:
+        """int64 [B] to [B, E]."""
+        one_hot = labels[:, None] == torch.arange(self.in_features, device=labels.device)
+        return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
+
+
+def magnitude(x: Tensor, dims: list[int] | None = None) -> Tensor:
+    """Root of the mean square over `dims` or all but the first, which stay with size 1, in float32 at least."""
+    dims, dtype = dims or list(range(1, x.ndim)), torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, dim=dims, keepdim=True, dtype=dtype)
+    return norm * math.sqrt(norm.numel() / x.numel())
+
+
+def normalised(x: Tensor, dims: list[int] | None = None) -> Tensor:
+    """At unit magnitude over `dims` or all but the first."""
+    return (x / (magnitude(x, dims) + EPSILON)).to(x.dtype)
+
+
+def mp_silu(x: Tensor) -> Tensor:
+    """silu(x) at the magnitude of x (equation 81)."""
+    return F.silu(x) / SILU_MAGNITUDE
+
+
+def mp_sum(a: Tensor, b: Tensor, balance: float = 0.5) -> Tensor:
+    """(1 - balance) a + balance b at their magnitude (equation 88)."""
+    return torch.lerp(a, b, balance) / math.hypot(1 - balance, balance)
+
+
+def mp_cat(a: Tensor, b: Tensor) -> Tensor:
+    """Channels of both, which count alike whatever their number, at their magnitude (equation 103)."""
+    half = (a.shape[1] + b.shape[1]) / 2
+    return torch.cat([a * math.sqrt(half / a.shape[1]), b * math.sqrt(half / b.shape[1])], dim=1)

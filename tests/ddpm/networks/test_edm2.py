@@ -1,0 +1,197 @@
+"""The magnitude-preserving network: published sizes, what it promises, and its forward pass written down again."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddpm.networks import edm2
+from ddpm.networks.edm2 import EDM2, magnitude
+from ddpm.objective import Condition
+
+ALL = {"num_classes": 5, "augmentation_labels": 2}
+
+
+def small(**changes: object) -> EDM2:
+    torch.manual_seed(0)
+    sizes = {"image_size": 16, "in_channels": 3, "out_channels": 3, "channels": 16, "channel_mults": (1, 2)}
+    return EDM2(**{**sizes, "attention_sizes": (8,), "layers_per_level": 1, "head_channels": 8, **changes})
+
+
+def inputs(batch: int = 4) -> tuple[Tensor, Tensor, Condition]:
+    generator = torch.Generator().manual_seed(1)
+    condition = Condition(torch.tensor([0, 4, 2, 2])[:batch], augmentation=torch.randn(batch, 2, generator=generator))
+    t = torch.tensor([-1.55, -0.3, 0.2, 1.1])[:batch]
+    return torch.randn(batch, 3, 16, 16, generator=generator), t, condition
+
+
+def open_gains(network: EDM2) -> EDM2:
+    """Of the output and of the embeddings, which a fresh network has closed."""
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "gain" in name:
+                parameter.fill_(0.7)
+    return network
+
+
+def test_published_sizes() -> None:
+    """Karras et al. 2024, table 2, of ImageNet's classes on latents with four channels, in 100,000 parameters."""
+    for channels, size in ((128, 1247), (192, 2802), (256, 4978), (320, 7775), (384, 11193), (448, 15232)):
+        with torch.device("meta"):
+            network = EDM2(image_size=64, in_channels=4, out_channels=4, num_classes=1000, channels=channels)
+        assert round(sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e5) == size
+
+
+def test_operations_preserve_the_magnitude_of_independent_inputs() -> None:
+    nodes = torch.linspace(-12, 12, 100_001, dtype=torch.float64)
+    density = torch.exp(-nodes.square() / 2) / math.sqrt(2 * math.pi)
+    mean_square = torch.trapezoid(density * edm2.mp_silu(nodes).square(), nodes).item()
+    assert mean_square == pytest.approx(1, abs=2e-3)
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 400, 30, 10, 10).double()
+    for name, result in (
+        ("sum", edm2.mp_sum(a, b)),
+        ("sum of unequal parts", edm2.mp_sum(a, b, 0.3)),
+        ("cat", edm2.mp_cat(a[:, :5], b)),
+        ("normalised", edm2.normalised(7 * a, [1])),
+        ("convolution", edm2.MPConv(30, 8, 3).double()(a)[:, :, 1:-1, 1:-1]),
+        ("dense", edm2.MPConv(30, 8, 0).double()(a[:, :, 0, 0])),
+    ):
+        assert result.square().mean().sqrt().item() == pytest.approx(1, abs=0.02), name
+    # Both sides of a concatenation count alike, though one has six times the channels.
+    both = edm2.mp_cat(a[:, :5], b)
+    shares = [part.square().sum().item() for part in (both[:, :5], both[:, 5:])]
+    assert shares[0] == pytest.approx(shares[1], rel=0.01)
+
+
+def test_activations_of_a_fresh_network_have_unit_magnitude() -> None:
+    network, (x, t, condition) = open_gains(small(layers_per_level=3, channel_mults=(1, 2, 3), **ALL)), inputs()
+    magnitudes = []
+    for module in network.modules():
+        if isinstance(module, edm2.ResidualBlock):
+            module.register_forward_hook(lambda *call: magnitudes.append(call[2].square().mean().sqrt().item()))
+    with torch.no_grad():
+        output = network(x, t, condition)
+    assert len(magnitudes) == 3 * 3 + 2 + 2 + 3 * 4 + 2
+    # Neighbours are not independent, so that it is not 1 to a hair.
+    assert all(0.75 < value < 1.4 for value in magnitudes), magnitudes
+    assert output.square().mean().sqrt().item() == pytest.approx(0.7, rel=0.3)
+
+
+def test_training_brings_the_weights_back_once() -> None:
+    """A second pass, of another micro-batch or of a step that is repeated, changes no bit; sampling changes none."""
+    network, (x, t, condition) = open_gains(small(**ALL)), inputs()
+    weights = {name: module.weight for name, module in network.named_modules() if isinstance(module, edm2.MPConv)}
+    assert len(weights) == 48
+    with torch.no_grad():
+        for i, weight in enumerate(weights.values()):
+            weight.mul_(2.0 ** (i % 5 - 2) * 1.1)
+    before = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    network.eval()
+    expected = network(x, t, condition)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in network.named_parameters())
+
+    network.train()
+    output = network(x, t, condition)
+    for name, weight in weights.items():
+        assert (magnitude(weight) - 1).abs().max() < 1e-5, name
+    # What is stored plays no part in what is computed but for its direction.
+    torch.testing.assert_close(output, expected, rtol=0, atol=5e-3)
+    after = {name: parameter.clone() for name, parameter in network.named_parameters()}
+    again = network(x, t, condition)
+    assert torch.equal(again, output)
+    assert all(torch.equal(parameter, after[name]) for name, parameter in network.named_parameters())
+    others = after.keys() - {f"{name}.weight" for name in weights}
+    assert all(torch.equal(after[name], before[name]) for name in others)
+
+    # No gradient points along the weights, whose length says nothing (equation 51).
+    again.square().mean().backward()
+    for name, weight in weights.items():
+        along = (weight.grad * weight).flatten(1).sum(dim=1).norm()
+        assert along < 1e-3 * weight.grad.norm() * weight[0].norm(), name
+
+
+def test_frequencies_lie_in_the_checkpoint_and_are_never_learnt() -> None:
+    network, (x, t, condition) = open_gains(small(**ALL)), inputs()
+    network(x, t, condition).square().mean().backward()
+    unlearnt = {name for name, parameter in network.named_parameters() if parameter.grad is None}
+    assert unlearnt == {"frequencies", "phases"}
+
+
+def written_down(network: EDM2, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    """Figure 21 from the weights alone, in float64, of `small` with `ALL`."""
+    weights = {name: parameter.double() for name, parameter in network.named_parameters()}
+
+    def unit(v: Tensor, dim: int) -> Tensor:
+        return v / (v.square().mean(dim, keepdim=True).sqrt() + 1e-4)
+
+    def layer(name: str, v: Tensor) -> Tensor:
+        w = weights[f"{name}.weight"]
+        w = (unit(w.flatten(1), 1) / w[0].numel() ** 0.5).view_as(w)
+        return v @ w.T if w.ndim == 2 else F.conv2d(v, w, padding=w.shape[-1] // 2)
+
+    def silu(v: Tensor) -> Tensor:
+        return v * torch.sigmoid(v) / 0.596
+
+    def block(name: str, v: Tensor, encoder: bool = False) -> Tensor:
+        shortcut = f"{name}.conv_shortcut.weight" in weights
+        if encoder:
+            v = unit(layer(f"{name}.conv_shortcut", v) if shortcut else v, 1)
+        h = layer(f"{name}.conv_1", silu(v))
+        h = h * (1 + weights[f"{name}.gain"] * layer(f"{name}.dense", embedding))[:, :, None, None]
+        h = layer(f"{name}.conv_2", silu(h))
+        if not encoder and shortcut:
+            v = layer(f"{name}.conv_shortcut", v)
+        v = (0.7 * v + 0.3 * h) / 0.58**0.5
+        if f"{name}.to_qkv.weight" in weights:
+            B, C, H, W = v.shape
+            qkv = layer(f"{name}.to_qkv", v).view(B, 3, C // 8, 8, H * W)
+            q, k, value = unit(qkv, 3).unbind(1)
+            attended = value @ (q.transpose(2, 3) @ k / 8**0.5).softmax(3).transpose(2, 3)
+            v = (0.7 * v + 0.3 * layer(f"{name}.to_out", attended.reshape(B, C, H, W))) / 0.58**0.5
+        return v
+
+    def cat(a: Tensor, b: Tensor) -> Tensor:
+        total = a.shape[1] + b.shape[1]
+        parts = [part * (total / 2 / part.shape[1]) ** 0.5 for part in (a, b)]
+        return torch.cat(parts, dim=1)
+
+    x, t = x.double(), t.double()
+    fourier = 2**0.5 * torch.cos(2 * math.pi * (t[:, None] * weights["frequencies"] + weights["phases"]))
+    one_hot = F.one_hot(condition.labels, 5).double() * 5**0.5
+    embedding = (layer("time_embedding", fourier) + layer("class_embedding", one_hot)) / 2**0.5
+    embedding = silu(embedding + layer("augmentation_embedding", condition.augmentation.double()))
+    skips = [layer("conv_in", F.pad(x, (0, 0, 0, 0, 0, 1), value=1.0))]
+    skips.append(block("encoder.0", skips[-1], encoder=True))
+    skips.append(block("encoder.1", F.avg_pool2d(skips[-1], 2), encoder=True))
+    skips.append(block("encoder.2", skips[-1], encoder=True))
+    h = block("middle.1", block("middle.0", skips[-1]))
+    h = block("decoder.0", cat(h, skips.pop()))
+    h = block("decoder.1", cat(h, skips.pop()))
+    h = block("decoder.2", h.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3))
+    h = block("decoder.3", cat(h, skips.pop()))
+    h = block("decoder.4", cat(h, skips.pop()))
+    return layer("conv_out", h) * weights["gain_out"]
+
+
+def test_forward_is_what_the_paper_says() -> None:
+    network, (x, t, condition) = open_gains(small(**ALL)).eval(), inputs()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if name.endswith("gain"):
+                parameter.normal_()
+        expected = written_down(network, x, t, condition)
+        assert expected.std() > 0.3
+        torch.testing.assert_close(network(x, t, condition).double(), expected, rtol=0, atol=2e-5)
+
+
+def test_impossible_networks_are_refused() -> None:
+    for changes, message in (
+        ({"image_size": 15}, r"image_size 15 cannot be halved 1 times"),
+        ({"channel_mults": ()}, r"at least one level"),
+        ({"head_channels": 5}, r"32 channels cannot be split into heads of 5"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**changes)

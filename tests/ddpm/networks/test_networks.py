@@ -1,0 +1,186 @@
+"""What all kinds of networks keep: what they are told, and that activations may be computed twice."""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from ddpm import networks
+from ddpm.objective import Condition
+from tests.ddpm.networks.test_unet import randomise
+
+SMALL: dict[str, dict[str, Any]] = {
+    "unet": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "norm_groups": 4, "dropout": 0.3},
+    "edm2": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "head_channels": 8, "dropout": 0.3},
+    "dit": {"width": 16, "depth": 2, "heads": 2, "dropout": 0.3},
+    "dome": {},
+}
+TELLABLE = ("unet", "edm2", "dit")
+"""Of estimates and augmentation."""
+
+
+def build(kind: str, **changes: Any) -> nn.Module:
+    sizes = {"image_size": 16, "in_channels": 3, "out_channels": 3, "num_classes": 0}
+    network = networks.build(kind, **{**sizes, **SMALL[kind], **changes})
+    randomise(network)
+    return network
+
+
+def inputs(channels: int = 3) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(4, channels, 16, 16, generator=generator), torch.tensor([0.0, 0.2, 17.0, 999.0])
+
+
+@pytest.mark.parametrize("kind", TELLABLE)
+def test_without_an_estimate_or_augmentation_both_are_zero(kind: str) -> None:
+    network = build(kind, out_channels=6, self_conditioning=True, augmentation_labels=5).eval()
+    x, t = inputs()
+    none, ones = Condition(), torch.ones(4, 5)
+    zero = Condition(x_start=torch.zeros_like(x), augmentation=torch.zeros(4, 5))
+    output = network(x, t, none)
+    assert output.shape == (4, 6, 16, 16)
+    assert torch.equal(network(x, t, zero), output)
+    for other in (zero._replace(x_start=x), zero._replace(augmentation=ones)):
+        assert (network(x, t, other) - output).abs().max() > 0.01
+    # Each image is told its own.
+    mixed = network(x, t, zero._replace(augmentation=ones * torch.tensor([[0.0], [1.0], [0.0], [1.0]])))
+    torch.testing.assert_close(mixed[[0, 2]], output[[0, 2]], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_the_null_class_is_one_more(kind: str) -> None:
+    plain, network = build(kind, num_classes=3).eval(), build(kind, num_classes=3, null_class=True).eval()
+    x, t = inputs()
+    wide = [
+        one for one, other in zip(network.parameters(), plain.parameters(), strict=True) if one.shape != other.shape
+    ]
+    assert [sorted(parameter.shape)[0] for parameter in wide] == [4]
+    outputs = torch.stack([network(x, t, Condition(torch.full((4,), label))) for label in range(4)])
+    assert all((outputs[i] - outputs[j]).abs().max() > 1e-3 for i in range(4) for j in range(i))
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_every_weight_has_a_gradient_when_nothing_is_told(kind: str) -> None:
+    """DDP waits for one that has none."""
+    told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
+    network = build(kind, num_classes=2, **told)
+    x, t = inputs()
+    network(x, t, Condition(torch.tensor([0, 1, 0, 1]))).square().mean().backward()
+    assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_what_a_network_cannot_be_told_is_refused(kind: str) -> None:
+    x, t = inputs()
+    network = build(kind)
+    for condition, message in (
+        (Condition(torch.tensor([0, 0, 0, 0])), "num_classes"),
+        (Condition(x_start=x), "self_conditioning"),
+        (Condition(augmentation=torch.zeros(4, 2)), "augmentation_labels"),
+    ):
+        if kind == "dome" and condition.x_start is not None:
+            # It has no such input.
+            continue
+        with pytest.raises(ValueError, match=message):
+            network(x, t, condition)
+    with pytest.raises(ValueError, match="num_classes"):
+        build(kind, num_classes=5)(x, t, Condition())
+    with pytest.raises(ValueError, match="null_class stands for none of the classes"):
+        build(kind, null_class=True)
+    if kind not in TELLABLE:
+        for told in ({"self_conditioning": True}, {"augmentation_labels": 2}):
+            with pytest.raises(ValueError, match="t and the class alone"):
+                build(kind, **told)
+
+
+def test_there_is_no_other_network() -> None:
+    with pytest.raises(ValueError, match="no network 'vit': choose one of unet, edm2, dit, dome"):
+        networks.build("vit", image_size=16, in_channels=3, out_channels=3, num_classes=0)
+
+
+def held_bytes(network: nn.Module, run: Callable[[], Tensor]) -> tuple[Tensor, int]:
+    """A result, and how much beside the weights lies in memory until the backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    held: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            held[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = run()
+    return result, sum(held.values())
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_computed_twice_it_is_the_same_to_the_bit_and_holds_less(kind: str) -> None:
+    results = []
+    for again in (False, True):
+        network = build(kind, gradient_checkpointing=again, num_classes=2)
+        x, t = inputs()
+        condition = Condition(torch.tensor([0, 1, 0, 1]))
+        torch.manual_seed(5)
+        output, held = held_bytes(network, lambda: network(x, t, condition))  # noqa: B023
+        output.square().mean().backward()
+        results.append((output, {name: parameter.grad for name, parameter in network.named_parameters()}, held))
+    (output, gradients, held), (output_again, gradients_again, held_again) = results
+    assert torch.equal(output_again, output)
+    for name, gradient in gradients.items():
+        other = gradients_again[name]
+        assert (other is gradient is None) or torch.equal(other, gradient), name
+    assert held_again < 0.5 * held
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_channels_last_and_autocast_agree_with_float32(kind: str) -> None:
+    told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
+    network = build(kind, num_classes=3, **told).eval()
+    x, t = inputs()
+    condition = Condition(torch.tensor([0, 1, 2, 0]))
+    with torch.no_grad():
+        expected = network(x, t, condition)
+        network.to(memory_format=torch.channels_last)
+        output = network(x.contiguous(memory_format=torch.channels_last), t, condition)
+        torch.testing.assert_close(output, expected, rtol=0, atol=2e-5 * expected.abs().max().item())
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = network(x, t, condition)
+    assert (rounded.float() - expected).abs().mean() < 0.05 * expected.abs().mean()
+
+
+@pytest.mark.parametrize("kind", SMALL)
+def test_no_pass_waits_for_the_device(kind: str) -> None:
+    """On the meta device any look at a value raises."""
+    with torch.device("meta"):
+        network = networks.build(kind, image_size=16, in_channels=3, out_channels=6, num_classes=3, **SMALL[kind])
+        x, t, labels = torch.empty(2, 3, 16, 16), torch.empty(2), torch.empty(2, dtype=torch.int64)
+    output = network(x, t, Condition(labels))
+    output.sum().backward()
+    assert output.shape == (2, 6, 16, 16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("kind", SMALL)
+def test_compiles_as_one_graph(kind: str, again: bool) -> None:
+    network = build(kind, num_classes=3, gradient_checkpointing=again, **({} if kind == "dome" else {"dropout": 0.0}))
+    twin = copy.deepcopy(network)
+    x, t = inputs()
+    condition = Condition(torch.tensor([0, 1, 2, 0]))
+    compiled = torch.compile(twin, fullgraph=True, backend="aot_eager")
+    results = []
+    for each in (network, compiled):
+        output = each(x, t, condition)
+        output.square().mean().backward()
+        results.append(output)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+    for ours, theirs in zip(network.parameters(), twin.parameters(), strict=True):
+        # Also the weights that EDM2 brings back in place.
+        torch.testing.assert_close(theirs, ours, rtol=1e-5, atol=1e-6)
+        if ours.requires_grad:
+            scale = ours.grad.abs().max().item()
+            torch.testing.assert_close(theirs.grad, ours.grad, rtol=0, atol=1e-3 * scale + 1e-6)
