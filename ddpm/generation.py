@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -12,10 +12,11 @@ from torch import Tensor
 
 from ddpm import randomness, samplers
 from ddpm.grids import Grid, make_grid
+from ddpm.guidance import UNGUIDED, Guidance, guided
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
 from ddpm.process import Point, Process
-from ddpm.samplers import Denoiser, Variance
+from ddpm.samplers import Denoiser, NoiseAt, Sampler, Variance
 
 Callback = Callable[[Point[float], Tensor, Tensor], None]
 """Called at every evaluation of the network with (point, x_t, the estimated x_0)."""
@@ -32,6 +33,9 @@ class Sampling:
     variance: Variance = "fixed_large"
     clip: bool = True
     """Whether the estimated x_0 is clipped to [-1, 1] (as Ho et al.'s code does)."""
+    guidance: Guidance = UNGUIDED
+    labels: tuple[int, ...] = ()
+    """The classes that seeds take in turn; none: all."""
 
     def points(self, process: Process) -> list[Point[float]]:
         """The points to visit, the clean image included."""
@@ -39,7 +43,7 @@ class Sampling:
 
     @property
     def evaluations(self) -> int:
-        """How often the network is asked for one image."""
+        """How often the denoiser is asked for one image; one that is guided may ask a network for two."""
         return self.steps
 
 
@@ -51,6 +55,11 @@ def make_denoiser(
     clip: bool = True,
     autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
     callback: Callback | None = None,
+    *,
+    guidance: Guidance = UNGUIDED,
+    null_class: int | None = None,
+    worse: Network | None = None,
+    with_share: bool = False,
 ) -> Denoiser:
     """Turn a network into a denoiser.
 
@@ -58,71 +67,90 @@ def make_denoiser(
         network: the network, in evaluation mode.
         process: the one it was trained with.
         prediction: what its output means.
-        condition: what else it is told.
-        clip: see `Sampling`.
+        condition: what else it is told; an x_0 in it is replaced by each estimate (Chen et al. 2023, algorithm 2).
+        clip: see `Sampling`; after guidance.
         autocast: context for the network alone, such as bf16 autocast; all other arithmetic is fp32.
         callback: see `Callback`.
+        guidance: see there; from its own estimate without a class if there is no worse network, both in one batch.
+        null_class: the class that stands for none.
+        worse: a network that has learnt less.
+        with_share: whether the answer has the share of β as well.
 
     Returns:
         A function (x_t, point) → x_0, float32, without gradients.
     """
 
-    @torch.no_grad()
-    def denoise(x_t: Tensor, point: Point[float]) -> Tensor:
+    def answer_of(network: Network, x_t: Tensor, point: Point[float], condition: Condition) -> Tensor:
         t = torch.full((len(x_t),), point.t, dtype=torch.float32, device=x_t.device)
         with autocast():
-            output = network(process.input_scale(point.sigma) * x_t, t, condition).float()
+            answer = network(process.input_scale(point.sigma) * x_t, t, condition).float()
+        output, share = answer.tensor_split([x_t.shape[1]], dim=1)
         x_start = prediction.x_start(output, x_t, point)
+        return torch.cat([x_start, (share + 1) / 2], dim=1) if with_share else x_start
+
+    def one(x_t: Tensor, point: Point[float]) -> Tensor:
+        return answer_of(network, x_t, point, condition)
+
+    def both(x_t: Tensor, point: Point[float]) -> tuple[Tensor, Tensor]:
+        if worse is not None:
+            return one(x_t, point), answer_of(worse, x_t, point, condition)
+        assert condition.labels is not None and null_class is not None
+        without = condition._replace(labels=torch.full_like(condition.labels, null_class))
+        pairs = zip(condition, without, strict=True)
+        twice = Condition(*(None if a is None or b is None else torch.cat([a, b]) for a, b in pairs))
+        better, other = answer_of(network, torch.cat([x_t, x_t]), point, twice).chunk(2)
+        return better, other
+
+    answer_at = one if guidance.scale == 1 else guided(one, both, guidance)
+
+    @torch.no_grad()
+    def denoise(x_t: Tensor, point: Point[float]) -> Tensor:
+        nonlocal condition
+        x_start, share = answer_at(x_t, point).tensor_split([x_t.shape[1]], dim=1)
         if clip:
             x_start = x_start.clamp(-1, 1)
+        if condition.x_start is not None:
+            condition = condition._replace(x_start=x_start.clamp(-1, 1))
         if callback is not None:
             callback(point, x_t, x_start)
-        return x_start
+        return torch.cat([x_start, share], dim=1) if with_share else x_start
 
     return denoise
 
 
+Walk = Callable[[Sampler, Denoiser, Sequence[Point[float]], NoiseAt], Tensor]
+"""(sampler, denoiser, points, noise) → images: `from_noise`, or one of those in `editing`."""
+
+
+def beginning(points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+    """Noise as at the first point: of unit variance if the process keeps the variance, of σ² if it lets it explode."""
+    return max(1.0, points[0].sigma) * noise_at(0)
+
+
+def from_noise(sample: Sampler, denoise: Denoiser, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+    """New images."""
+    return sample(denoise, beginning(points, noise_at), points, noise_at)
+
+
 def generate(
-    network: Network,
-    process: Process,
-    prediction: Prediction,
-    sampling: Sampling,
-    seeds: Tensor,
-    shape: tuple[int, int, int],
-    condition: Condition = UNCONDITIONAL,
-    autocast: Callable[[], AbstractContextManager[None]] = nullcontext,
-    callback: Callback | None = None,
+    denoise: Denoiser, process: Process, sampling: Sampling, noise_at: NoiseAt, walk: Walk = from_noise
 ) -> Tensor:
-    """Draws one image per seed.
+    """Draws images, float32 [B, C, H, W] in [-1, 1]; image k depends on its noise alone (see `noise_of`)."""
+    with torch.inference_mode():
+        return walk(_SAMPLERS[sampling.sampler](sampling), denoise, sampling.points(process), noise_at).clamp(-1, 1)
 
-    Args:
-        network: on the device of `seeds`, in eval mode.
-        process: the one it was trained with.
-        prediction: what its output means.
-        sampling: the sampler and its grid.
-        seeds: int64 [B]. Image k depends on seeds[k] (and what the condition says of it) alone.
-        shape: (C, H, W).
-        condition: what else the network is told.
-        autocast: see `make_denoiser`.
-        callback: see `Callback`.
 
-    Returns:
-        float32 [B, C, H, W] in [-1, 1].
-    """
-    device, points = seeds.device, sampling.points(process)
+def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0.0) -> NoiseAt:
+    """The noise (C, H, W) of each seed, int64 [B], on their device; with the offset of the training, if any."""
 
     def noise_at(draw: int) -> Tensor:
-        noise = randomness.sampling_noise(seeds, draw, shape, device)
-        return noise.contiguous(memory_format=torch.channels_last) if device.type == "cuda" else noise
+        noise = randomness.sampling_noise(seeds, draw, shape, seeds.device, offset_noise)
+        return noise.contiguous(memory_format=torch.channels_last) if seeds.device.type == "cuda" else noise
 
-    denoise = make_denoiser(network, process, prediction, condition, sampling.clip, autocast, callback)
-    # A process that keeps the variance ends at unit variance, one that lets it explode at σ.
-    x = max(1.0, points[0].sigma) * noise_at(0)
-    with torch.inference_mode():
-        return _SAMPLERS[sampling.sampler](sampling)(denoise, x, points, noise_at).clamp(-1, 1)
+    return noise_at
 
 
-_SAMPLERS: dict[str, Callable[[Sampling], samplers.Sampler]] = {
+_SAMPLERS: dict[str, Callable[[Sampling], Sampler]] = {
     "ddpm": lambda chosen: partial(samplers.ancestral, variance=chosen.variance),
     "ddim": lambda chosen: partial(samplers.ddim, eta=chosen.eta),
 }

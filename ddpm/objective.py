@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -9,9 +10,12 @@ from torch import Tensor
 
 from ddpm import randomness
 from ddpm.prediction import Prediction
-from ddpm.process import Point, Process
+from ddpm.process import Point, Process, VariancePreserving
+from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
 
 QUARTILES = 4
+BOUND_WEIGHT = 1e-3
+"""λ of the hybrid loss (Nichol & Dhariwal 2021, equation 16), on a bound in bits per dimension as in their code."""
 Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"]
 """What the squared error counts: `plain` as it is at the output; the others say it on the error of x_0."""
 
@@ -30,7 +34,8 @@ class Condition(NamedTuple):
 UNCONDITIONAL = Condition()
 
 Network = Callable[[Tensor, Tensor, Condition], Tensor]
-"""(x_t at the scale that the process says [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]."""
+"""(x_t at the scale that the process says [B, C, H, W], t float32 [B], condition) → output [B, C, H, W]. One that
+learns the variance gives [B, 2C, H, W]; in the second half, -1 is for β̃ and 1 for β (see `variance`)."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +64,10 @@ class Drawn(NamedTuple):
     """Of the squared error at the output."""
     quartile: Tensor
     """0 for the quarter of the draws with the least noise, 3 for that with the most."""
+    on_x_start: Tensor | None = None
+    """From here on a `Posterior`, where the variance is learnt."""
+    log_small: Tensor | None = None
+    log_large: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,6 +83,8 @@ class Objective:
     gamma: float = 5.0
     """γ of min-SNR and soft min-SNR."""
     draws: Draws = Draws()
+    learned_variance: bool = False
+    """Whether the network also learns the variance of the ancestral step, by the variational bound."""
 
     def __post_init__(self) -> None:
         if self.weighting not in get_args(Weighting):
@@ -81,6 +92,13 @@ class Objective:
         last = self.process.numbered(torch.tensor([self.process.num_timesteps - 1]))
         if self.prediction.kind == "epsilon" and not last.alpha.all():
             raise ValueError("no image can be told from a prediction of epsilon where the process leaves none of it")
+        if self.learned_variance and (not isinstance(self.process, VariancePreserving) or self.draws.kind != "uniform"):
+            raise ValueError("the variance is learnt of the steps of a table of betas, at points drawn uniformly")
+
+    @cached_property
+    def _posteriors(self) -> Tensor:
+        """Of all timesteps, float64 [3, T]."""
+        return torch.stack(posteriors(*self.process.numbered(torch.arange(self.process.num_timesteps))[1:]))
 
     def draw(self, seed: int, image_numbers: Tensor, batch_size_images: int) -> Tensor:
         """Draws a point for each image, in float64 and rounded once.
@@ -91,7 +109,7 @@ class Objective:
             batch_size_images: of the global batch, which begins at a multiple of that.
 
         Returns:
-            float32 [6, B] on the host, for `Drawn`: one table is sent to the device at once.
+            float32 [6 or 9, B] on the host, for `Drawn`: one table is sent to the device at once.
         """
         u = randomness.training_uniforms(seed, image_numbers)
         if self.draws.stratified:
@@ -101,10 +119,17 @@ class Objective:
         else:
             point = self.process.with_ratio((self.draws.mean + self.draws.std * torch.special.ndtri(u)).exp())
         scale = self.process.input_scale(point.sigma)
-        return torch.stack([*point, scale, self.weights(point), (u * QUARTILES).floor()]).float()
+        steps = self._posteriors[:, point.t.long()] if self.learned_variance else ()
+        return torch.stack([*point, scale, self.weights(point), (u * QUARTILES).floor(), *steps]).float()
 
     def losses(
-        self, network: Network, x_start: Tensor, noise: Tensor, drawn: Drawn, condition: Condition = UNCONDITIONAL
+        self,
+        network: Network,
+        x_start: Tensor,
+        noise: Tensor,
+        drawn: Drawn,
+        condition: Condition = UNCONDITIONAL,
+        conditions_on_itself: bool = False,
     ) -> Tensor:
         """Noise the images, run the network, compare.
 
@@ -114,15 +139,28 @@ class Objective:
             noise: standard normal ε, float32 [B, C, H, W].
             drawn: a point for each image.
             condition: what else the network is told.
+            conditions_on_itself: whether that is to have the network's own estimate, of a first pass without gradient
+                (Chen et al. 2023, algorithm 1).
 
         Returns:
-            float32 [B]: each image's squared error, averaged over its pixels and weighted.
+            float32 [B]: each image's squared error, averaged over its pixels and weighted. Where the variance is
+            learnt, λ T times the bound's term at this step is added, whose gradient does not reach the estimate.
         """
         alpha, sigma, scale = (row.view(-1, 1, 1, 1) for row in (drawn.alpha, drawn.sigma, drawn.input_scale))
         x_t = alpha * x_start + sigma * noise
-        target = self.prediction.target(x_start, noise, Point(drawn.t, alpha, sigma))
-        output = network(scale * x_t, drawn.t, condition).float()
-        return drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
+        point, channels = Point(drawn.t, alpha, sigma), x_start.shape[1]
+        if conditions_on_itself:
+            with torch.no_grad():
+                output = network(scale * x_t, drawn.t, condition).float()[:, :channels]
+                estimate = self.prediction.x_start(output, x_t, point).clamp(-1, 1)
+            condition = condition._replace(x_start=estimate)
+        output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
+        target = self.prediction.target(x_start, noise, point)
+        losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
+        if not self.learned_variance:
+            return losses
+        estimate = self.prediction.x_start(output.detach(), x_t, point)
+        return losses + BOUND_WEIGHT * self.process.num_timesteps * _bound(drawn, x_start, estimate, (share + 1) / 2)
 
     def weights(self, point: Point[Tensor]) -> Tensor:
         """The weight of the squared error at the output, float64 [B].
@@ -141,3 +179,12 @@ class Objective:
         if self.weighting == "soft_min_snr":
             return snr * self.gamma / (snr + self.gamma) / factor
         return (snr + self.prediction.sigma_data**-2) / factor
+
+
+def _bound(drawn: Drawn, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:
+    """The bound's term at each drawn step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
+    posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
+    log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
+    kl = normal_kl(posterior.on_x_start * (x_start - estimate), posterior.log_small, log_variance)
+    last = -log_likelihood_of_levels(x_start, estimate, log_variance)
+    return bits(torch.where(drawn.t.view(-1, 1, 1, 1) == 0, last, kl))

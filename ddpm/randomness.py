@@ -37,9 +37,15 @@ class Purpose(IntEnum):
     SAMPLING_NOISE = 4
     AUGMENT = 5
     CROP = 6
+    LABEL_DROPOUT = 7
+    SELF_CONDITIONING = 8
+    TRAINING_OFFSET = 9
+    SAMPLING_OFFSET = 10
 
 
-def training_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
+def training_noise(
+    seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str, offset: float = 0.0
+) -> Tensor:
     """Standard normal noise ε for training images.
 
     Args:
@@ -47,14 +53,20 @@ def training_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], devic
         image_numbers: int64 [B], the images' numbers in the run.
         shape: (C, H, W) of one image.
         device: where the noise is wanted.
+        offset: standard deviation of what each channel is shifted by as a whole (offset noise; Guttenberg 2023).
 
     Returns:
         float32 [B, C, H, W].
     """
-    return _normals(Purpose.TRAINING_NOISE, image_numbers, seed, shape, device)
+    noise = _normals(Purpose.TRAINING_NOISE, image_numbers, seed, shape, device)
+    if offset:
+        noise += offset * _normals(Purpose.TRAINING_OFFSET, image_numbers, seed, (shape[0], 1, 1), device)
+    return noise
 
 
-def sampling_noise(seeds: Tensor, draw: int, shape: Sequence[int], device: torch.device | str) -> Tensor:
+def sampling_noise(
+    seeds: Tensor, draw: int, shape: Sequence[int], device: torch.device | str, offset: float = 0.0
+) -> Tensor:
     """Standard normal noise for sampling: an image's noise depends on its own seed and the draw alone.
 
     Args:
@@ -62,11 +74,15 @@ def sampling_noise(seeds: Tensor, draw: int, shape: Sequence[int], device: torch
         draw: which of the image's draws: 0 for the noise that sampling begins with, then as the sampler asks.
         shape: (C, H, W) of one image.
         device: where the noise is wanted.
+        offset: that of the training.
 
     Returns:
         float32 [B, C, H, W].
     """
-    return _normals(Purpose.SAMPLING_NOISE, draw, seeds, shape, device)
+    noise = _normals(Purpose.SAMPLING_NOISE, draw, seeds, shape, device)
+    if offset:
+        noise += offset * _normals(Purpose.SAMPLING_OFFSET, draw, seeds, (shape[0], 1, 1), device)
+    return noise
 
 
 def training_uniforms(seed: int, image_numbers: Tensor) -> Tensor:
@@ -101,6 +117,17 @@ def augmentation_uniforms(purpose: Purpose, seed: int, image_numbers: Tensor, co
     words = philox((blocks, int(purpose), *_halves(image_numbers[:, None])), _halves(seed))
     flat = torch.stack([torch.as_tensor(word) for word in words], dim=-1).flatten(1)
     return (flat[:, :count].double() + 0.5) * 2.0**-32
+
+
+def drops_label(seed: int, image_numbers: Tensor, probability: float) -> Tensor:
+    """Which images are learnt without their class, bool [B] on the device of `image_numbers`, int64 [B]."""
+    return _first_word(Purpose.LABEL_DROPOUT, image_numbers, seed) < probability * 2**32
+
+
+def conditions_on_itself(seed: int, batch_number: int) -> bool:
+    """Whether the network sees an estimate of its own in this batch, with probability 1/2: one coin for all ranks."""
+    word, *_ = philox((0, int(Purpose.SELF_CONDITIONING), *_halves(batch_number)), _halves(seed))
+    return int(word) >= 1 << 31
 
 
 def dropout_seed(seed: int, first_image_number: int) -> int:

@@ -14,11 +14,15 @@ from torch import Tensor
 
 from ddpm.process import Point
 
-Variance = Literal["fixed_small", "fixed_large"]
-"""Variance of an ancestral step: the posterior's β̃_t, or β_t (Ho et al. 2020, section 3.2)."""
+Variance = Literal["fixed_small", "fixed_large", "learned_range"]
+"""Variance of an ancestral step: the posterior's β̃_t, β_t (Ho et al. 2020, section 3.2), or learnt, between them."""
+
+SHARES = {"fixed_small": 0.0, "fixed_large": 1.0}
+"""How far the variance lies from β̃_t to β_t, on a logarithmic scale (Nichol & Dhariwal 2021, equation 15)."""
 
 Denoiser = Callable[[Tensor, Point[float]], Tensor]
-"""(x_t [B, C, H, W], point) → the estimated x_0, float32 [B, C, H, W]."""
+"""(x_t [B, C, H, W], point) → the estimated x_0, float32 [B, C, H, W]; for `learned_range` [B, 2C, H, W]: x_0 and the
+share of β_t."""
 
 NoiseAt = Callable[[int], Tensor]
 """Number of a draw → standard normal noise, float32 [B, C, H, W]."""
@@ -44,14 +48,14 @@ def ancestral(
     """
     draws = count(1)
     for point, after in pairwise(points):
-        x_start = denoise(x, point)
+        answer, channels = denoise(x, point), x.shape[1]
+        x_start, share = answer[:, :channels], SHARES.get(variance, answer[:, channels:])
         # q(x_t | x_s) has mean (α_t/α_s) x_s and this variance, which is β_t where no timestep is left out.
         alpha = point.alpha / after.alpha
         beta = point.sigma**2 - (alpha * after.sigma) ** 2
         x = (after.alpha * beta / point.sigma**2) * x_start + (alpha * after.sigma**2 / point.sigma**2) * x
         if after.sigma:
-            posterior = after.sigma / point.sigma if variance == "fixed_small" else 1.0
-            x = x + posterior * sqrt(beta) * noise_at(next(draws))
+            x = x + sqrt(beta) * (after.sigma / point.sigma) ** (1 - share) * noise_at(next(draws))
     return x
 
 

@@ -53,6 +53,12 @@ class Settings:
     seed: int
     augmentation: Augmentation
     dropout: float
+    label_dropout: float = 0.0
+    """Probability that an image is learnt without its class, as one of `null_class`."""
+    null_class: int = 0
+    self_conditioning: bool = False
+    offset_noise: float = 0.0
+    """Standard deviation of what the noise is shifted by in each channel: the process adds N(0, I + offset² 11ᵀ)."""
 
 
 class LossLog:
@@ -172,9 +178,9 @@ def train(
         accelerator: an `accelerate.Accelerator`, for its device, `no_sync` and `backward`.
         hooks: see `Hooks`.
 
-    Each image's noise, point and augmentation depend on its number alone, and its loss weighs 1/batch in the gradient:
-    the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per micro-batch,
-    seeded by its first image number; they are the one thing that depends on the split.
+    Each image's noise, point, augmentation and lost label depend on its number alone, and its loss weighs 1/batch in
+    the gradient: the split over processes and micro-batches changes nothing but rounding. Dropout masks are drawn per
+    micro-batch, seeded by its first image number; they are the one thing that depends on the split.
     """
     device = accelerator.device
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
@@ -192,6 +198,12 @@ def train(
         images = batch.images.to(device, non_blocking=True)
         drawn = settings.augmentation.draw(settings.seed, on_host, images.shape[-1]).to(device, non_blocking=True)
         labels = None if batch.labels is None else batch.labels.to(device, non_blocking=True)
+        if labels is not None and settings.label_dropout:
+            dropped = randomness.drops_label(settings.seed, numbers, settings.label_dropout)
+            labels = torch.where(dropped, settings.null_class, labels)
+        batch_number = state.images_seen // settings.batch_size_images
+        # The same for all images: in half of the batches there is no first pass to pay for.
+        twice = settings.self_conditioning and randomness.conditions_on_itself(settings.seed, batch_number)
         losses_of_parts: list[Tensor] = []
         for question, part in enumerate(micro_batches(len(numbers), micro_batch_size)):
             if 0 < question < questions and hooks.leaves_step():
@@ -199,13 +211,15 @@ def train(
                 return
             x_start, done = settings.augmentation.apply(images[part], drawn[part])
             x_start = x_start.contiguous(memory_format=layout)
-            noise = randomness.training_noise(settings.seed, numbers[part], tuple(x_start.shape[1:]), device)
+            shape = tuple(x_start.shape[1:])
+            noise = randomness.training_noise(settings.seed, numbers[part], shape, device, settings.offset_noise)
             if settings.dropout:
                 torch.manual_seed(randomness.dropout_seed(settings.seed, int(batch.image_numbers[part.start])))
             last = part.stop == len(numbers)
             with nullcontext() if last else accelerator.no_sync(network):
-                condition = Condition(None if labels is None else labels[part], augmentation=done)
-                losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition)
+                unseen = torch.zeros_like(x_start) if settings.self_conditioning else None
+                condition = Condition(None if labels is None else labels[part], unseen, done)
+                losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
                 accelerator.backward(losses.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)

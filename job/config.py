@@ -7,6 +7,7 @@ stored with the run and is the base of every later attempt. Numbers are in `pres
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
 
@@ -27,11 +28,27 @@ def _split(value: Any) -> Any:
     return [value] if isinstance(value, int | float) else value
 
 
+def _split_in_two(value: Any) -> Any:
+    parts = _split(value)
+    if isinstance(parts, list) and len(parts) != 2:
+        raise ValueError("two numbers, such as 0.3,5")
+    return parts
+
+
+def _grows(interval: tuple[float, float]) -> tuple[float, float]:
+    if interval[0] >= interval[1]:
+        raise ValueError("from less to more, such as 0.3,5")
+    return interval
+
+
 LARGEST = 10**9
 """Of a number without a limit of its own: nobody means more, and arithmetic with 1e300 overflows."""
 Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_split)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], BeforeValidator(_split)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], BeforeValidator(_split)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
+Ratio = Annotated[float, Field(ge=0, le=LARGEST)]
+Interval = Annotated[tuple[Ratio, Ratio], BeforeValidator(_split_in_two), AfterValidator(_grows)]
 Share = Annotated[float, Field(gt=0, le=1)]
 SMALLEST_STD, LARGEST_STD = 0.001, 0.28
 """Of a power-function average: at 1/√12 all weights would count alike."""
@@ -89,6 +106,9 @@ class NetworkConfig(Section):
 
     kind: str
     num_classes: int | None = Field(None, ge=0, le=LARGEST, description="follows the dataset; 0: unconditional")
+    label_dropout: float = Field(
+        0.0, ge=0, lt=1, description="share of the images that are learnt without their class, for guidance"
+    )
     gradient_checkpointing: bool = Field(
         False, description="keep less in memory and compute more, for larger batches or images; the same to the bit"
     )
@@ -218,6 +238,11 @@ class DiffusionConfig(Section):
     draws_mean: float = Field(-1.2, ge=-100, le=100, description="of ln(sigma/alpha)")
     draws_std: float = Field(1.2, gt=0, le=100)
     stratified: bool = Field(False, description="each image of a batch draws from its own part")
+    variance: Literal["fixed", "learned_range"] = Field(
+        "fixed", description="learned_range: the network gives the variance of a step as well, by the hybrid loss"
+    )
+    self_conditioning: bool = Field(False, description="in half of the batches it sees its own estimate of the images")
+    offset_noise: float = Field(0.0, ge=0, le=1, description="standard deviation of a shift of each channel's noise")
 
     @model_validator(mode="after")
     def _is_possible(self) -> DiffusionConfig:
@@ -228,6 +253,17 @@ class DiffusionConfig(Section):
                 "diffusion.prediction=epsilon says nothing about the image where only noise is left, as "
                 f"{'zero_terminal_snr' if self.zero_terminal_snr else 'schedule=flow'} has it: use v, x0 or flow"
             )
+        if self.variance == "learned_range":
+            reasons = {
+                f"schedule={self.schedule}": self.schedule in ("edm", "flow"),
+                f"draws={self.draws}": self.draws != "uniform",
+                f"offset_noise={self.offset_noise}": self.offset_noise > 0,
+            }
+            if why := [reason for reason, applies in reasons.items() if applies]:
+                raise ValueError(
+                    f"diffusion.variance=learned_range is about steps of a table of betas that are drawn uniformly and "
+                    f"whose noise is the same in all pixels: {why[0]} does not go with it"
+                )
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"diffusion.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
         return self
@@ -320,8 +356,13 @@ class Drawing(Section):
     steps: int = Field(100, ge=1, le=LARGEST)
     grid: Literal["leading", "trailing", "linspace", "quadratic", "karras"] = "trailing"
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
-    variance: Literal["fixed_small", "fixed_large"] = Field("fixed_large", description="of ddpm")
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = Field("fixed_large", description="of ddpm")
     clip: bool = Field(True, description="keep the estimated image within [-1, 1]")
+    guidance: float = Field(1.0, ge=0, le=LARGEST, description="away from images of no class; 1: none")
+    guidance_interval: Interval | None = Field(None, description="from and to which sigma/alpha; none: everywhere")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast that guidance adds taken back")
+    autoguidance: int = Field(0, ge=0, le=LARGEST, description="guide away from this epoch's network instead; 0: no")
+    labels: Labels = Field((), description="numbers of the classes that seeds take in turn; none: all")
     weights: Weights = Field("ema", description="ema, ema-STD (averaged) or model (raw)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: that of the training")
 
@@ -329,16 +370,15 @@ class Drawing(Section):
     def drawing(self) -> Drawing:
         """This part alone, with the values of options that its sampler does not take as they are by default."""
         unused = {option for options in OPTIONS_OF.values() for option in options} - {*OPTIONS_OF[self.sampler]}
+        if self.guidance == 1:
+            unused |= {"guidance_interval", "guidance_rescale"}
         return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))
 
     def name(self, own: Drawing) -> str:
         """Part of a picture's name: sampler and steps, then where this differs from the run's `own`."""
         ours, theirs = self.drawing.model_dump(), own.drawing.model_dump()
-        words = [
-            f"{key}-{value:g}" if isinstance(value, float) else f"{key}-{str(value).lower()}"
-            for key, value in ours.items()
-            if key not in ("sampler", "steps") and value != theirs[key]
-        ]
+        differing = {key: value for key, value in ours.items() if value != theirs[key]}
+        words = [f"{key}-{_word(value)}" for key, value in differing.items() if key not in ("sampler", "steps")]
         return "-".join([self.sampler, str(self.steps), *words])
 
 
@@ -389,6 +429,27 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _draws_what_is_learnt(self) -> RunConfig:
+        sample, classes = self.sample, self.model.num_classes
+        if self.model.label_dropout and classes == 0:
+            raise ValueError(
+                f"model.label_dropout={self.model.label_dropout:g} leaves classes out, and the network learns none: "
+                "leave it at 0, or train on a dataset with classes"
+            )
+        if sample.variance == "learned_range" and self.diffusion.variance != "learned_range":
+            raise ValueError("sample.variance=learned_range needs a network that learnt it: diffusion.variance")
+        if sample.guidance != 1 and not (self.model.label_dropout or sample.autoguidance):
+            raise ValueError(
+                f"sample.guidance={sample.guidance:g} needs a network that has also learnt images without their class "
+                "(model.label_dropout=0.1 when the run begins), or --autoguidance EPOCH"
+            )
+        if sample.autoguidance and sample.guidance == 1:
+            raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
+        if sample.labels and classes is not None and max(sample.labels) >= classes:
+            raise ValueError(f"sample.labels: there is no class {max(sample.labels)}, of the {classes} of the network")
+        return self
+
+    @model_validator(mode="after")
     def _steps_begin_at_noise(self) -> RunConfig:
         steps, timesteps = self.sample.steps, self.diffusion.timesteps
         if steps > timesteps:
@@ -413,6 +474,15 @@ class RunConfig(Section):
     def updated(self, changes: dict[str, Any]) -> RunConfig:
         """The same with other values of some dotted keys; raises as `validated`."""
         return validated(layered(self.flat(), changes))
+
+
+def _word(value: Any) -> str:
+    """A value as part of a file's name."""
+    if isinstance(value, tuple):
+        words = "_".join(map(_word, value))
+        # File systems end names at 255 bytes.
+        return words if len(words) <= 40 else hashlib.sha256(words.encode()).hexdigest()[:16]
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
 
 
 FREE = {
@@ -523,7 +593,12 @@ EMBEDDED = "landscape-sample"
 MOST_SETTINGS_BYTES = 1 << 18
 """Of a file with settings or targets."""
 
-CHOSEN_ELSEWHERE = {"preset": "--preset", "data.dataset": "--dataset", "data.dataset_id": "--dataset"}
+CHOSEN_ELSEWHERE = {
+    "preset": "--preset NAME",
+    "data.dataset": "--dataset NAME",
+    "data.dataset_id": "--dataset NAME",
+    "sample.autoguidance": "ddpm sample --autoguidance EPOCH",
+}
 """Keys that a person does not set, and the option that does."""
 
 
@@ -634,7 +709,7 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
             raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
         if key in CHOSEN_ELSEWHERE:
-            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]} NAME")
+            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]}")
     return flat
 
 

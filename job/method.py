@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import nn
 
@@ -9,6 +11,7 @@ from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction
 from ddpm.generation import Sampling
+from ddpm.guidance import Guidance
 from ddpm.objective import Draws, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
@@ -17,12 +20,19 @@ from job.config import Drawing, RunConfig
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
     """The network of a resolved configuration, initialised from the run's seed, in the layout that suits the device."""
-    assert config.data.size is not None and config.data.channels is not None
     torch.manual_seed(config.train.seed)
-    options = config.model.model_dump() | {"num_classes": config.model.num_classes or 0}
-    options["augmentation_labels"] = settings_of(config).augmentation.labels
-    size, channels = config.data.size, config.data.channels
-    network = networks.build(image_size=size, in_channels=channels, out_channels=channels, **options).to(device)
+    data, model, diffusion = config.data, config.model, config.diffusion
+    assert data.size is not None and data.channels is not None
+    options = model.model_dump(exclude={"label_dropout"}) | {"num_classes": model.num_classes or 0}
+    network = networks.build(
+        image_size=data.size,
+        in_channels=data.channels,
+        out_channels=data.channels * (2 if diffusion.variance == "learned_range" else 1),
+        null_class=model.label_dropout > 0,
+        self_conditioning=diffusion.self_conditioning,
+        augmentation_labels=settings_of(config).augmentation.labels,
+        **options,
+    ).to(device)
     if device.type == "cuda":
         # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -51,7 +61,8 @@ def objective_of(config: RunConfig) -> Objective:
     """What is learnt."""
     diffusion = config.diffusion
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
-    return Objective(process_of(config), prediction_of(config), diffusion.weighting, diffusion.gamma, draws)
+    learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
+    return Objective(process_of(config), prediction_of(config), weighting, diffusion.gamma, draws, learned)
 
 
 def settings_of(config: RunConfig) -> training.Settings:
@@ -75,9 +86,15 @@ def settings_of(config: RunConfig) -> training.Settings:
         seed=train.seed,
         augmentation=Augmentation(config.data.flip, config.data.crop_scale, config.data.augment),
         dropout=config.model.dropout,
+        label_dropout=config.model.label_dropout,
+        null_class=config.model.num_classes or 0,
+        self_conditioning=config.diffusion.self_conditioning,
+        offset_noise=config.diffusion.offset_noise,
     )
 
 
 def sampling_of(drawing: Drawing) -> Sampling:
     """How pictures are drawn."""
-    return Sampling(**drawing.model_dump(include={"sampler", "steps", "grid", "eta", "variance", "clip"}))
+    guidance = Guidance(drawing.guidance, drawing.guidance_interval or (0.0, math.inf), drawing.guidance_rescale)
+    how = drawing.model_dump(include={"sampler", "steps", "grid", "eta", "variance", "clip", "labels"})
+    return Sampling(**how, guidance=guidance)

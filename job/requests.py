@@ -10,13 +10,20 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.config import EMBEDDED, SampleConfig, draft, parse_sets, presets, read_config_file
+from job.config import EMBEDDED, SampleConfig, did_you_mean, draft, parse_sets, presets, read_config_file
 from job.data.shards import validated_dataset_name
 from job.exits import BadConfigError, BadRequestError
 from job.runs import records
 
 GIF_SEEDS = 12
 """Images of a GIF, at most."""
+MODES = {
+    "inpaint": {"image", "mask", "resamplings"},
+    "img2img": {"image", "strength"},
+    "interpolate": set[str](),
+}
+"""What is drawn instead of new images, and the options that each takes."""
+MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
 """Images of `--count`: the five digits in a piece's name can count 100,000, of 256 images."""
@@ -78,6 +85,16 @@ class SampleRequest:
     save: str = ""
     slice: str = ""
     first_seed: int | None = None
+    classes: str = ""
+    """Names or numbers of those that seeds take in turn."""
+    mode: str = ""
+    """One of `MODES`, or new images."""
+    image: str = ""
+    """Numbers of images in the dataset, or a file."""
+    mask: str = ""
+    """What of them is made up: half, centre, or what is white in a file."""
+    resamplings: int | None = None
+    strength: float | None = None
     with_grid: bool = True
 
     def check(self) -> SampleRequest:
@@ -109,8 +126,28 @@ class SampleRequest:
             why = "is about pictures: leave it out, or --count, which takes --first-seed"
         if chosen := [option for option, is_chosen in unfit.items() if is_chosen]:
             raise BadRequestError(f"{chosen[0]} {why}")
+        self._check_mode()
         _ = self.slice_of
         return self
+
+    def _check_mode(self) -> None:
+        if self.mode not in ("", *MODES):
+            raise BadRequestError(f"--mode {self.mode!r}: use {', '.join(MODES)}{did_you_mean(self.mode, MODES)}")
+        given = {"image", "mask", "resamplings", "strength"} & {key for key in vars(self) if vars(self)[key]}
+        for option in sorted(given - MODES.get(self.mode, set())):
+            modes = " and ".join(mode for mode, options in MODES.items() if option in options)
+            raise BadRequestError(f"--{option} is an option of --mode {modes}: leave it out, or choose one")
+        if "image" in MODES.get(self.mode, ()) and not self.image:
+            raise BadRequestError(f"--mode {self.mode} needs --image: numbers in the dataset such as 0-3, or a file")
+        if self.strength is not None and not 0 < self.strength <= 1:
+            raise BadRequestError(f"--strength {self.strength:g}: a share of the steps, above 0 and up to 1")
+        if self.resamplings is not None and not 1 <= self.resamplings <= MAX_RESAMPLINGS:
+            raise BadRequestError(f"--resamplings {self.resamplings}: use 1 to {MAX_RESAMPLINGS:,}")
+        new = {"--gif": self.gif, "--nearest": self.chosen.get("nearest")}
+        if self.mode and (chosen := [option for option, is_chosen in new.items() if is_chosen]):
+            raise BadRequestError(f"{chosen[0]} is about new images: leave it out, or --mode")
+        if self.mode == "interpolate" and self.count is not None:
+            raise BadRequestError("--mode interpolate makes a picture: leave --count out")
 
     @property
     def slice_of(self) -> tuple[int, int]:

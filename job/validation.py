@@ -47,7 +47,8 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
         if not len(places):
             continue
         pixels = torch.from_numpy(images.read(numbers[places])).to(painter.device).permute(0, 3, 1, 2)
-        noise = randomness.training_noise(SEED, torch.from_numpy(places), tuple(pixels.shape[1:]), painter.device)
+        shape, offset = tuple(pixels.shape[1:]), painter.config.diffusion.offset_noise
+        noise = randomness.training_noise(SEED, torch.from_numpy(places), shape, painter.device, offset)
         labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():

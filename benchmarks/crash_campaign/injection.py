@@ -254,7 +254,7 @@ class Watched:
             return draw(seed, image_numbers, *args)
 
         def kept_losses(objective: Any, network: Any, x_start: Any, noise: Any, drawn: Any, *args: Any) -> Any:
-            self._drawn[-1][1].extend([x_start, noise, *drawn])
+            self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
             return losses(objective, network, x_start, noise, drawn, *args)
 
         module.randomness.training_noise, module.Objective.losses = kept_noise, kept_losses

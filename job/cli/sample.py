@@ -24,8 +24,38 @@ def ddpm_sample(
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
     ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
+    ] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="A,B", help="Guide where sigma/alpha is from A to B, such as 0.3,5.")
+    ] = None,
+    guidance_rescale: Annotated[
+        float | None, typer.Option(metavar="0..1", help="Share of the contrast that guidance adds taken back.")
+    ] = None,
+    autoguidance: Annotated[
+        int | None, typer.Option(metavar="EPOCH", min=1, help="Guide away from that checkpoint instead.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
+    ] = "",
     weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")] = None,
     precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
+    mode: Annotated[
+        str, typer.Option(metavar="NAME", help="inpaint, img2img or interpolate, instead of new images.")
+    ] = "",
+    image: Annotated[
+        str, typer.Option(metavar="LIST|FILE", help="Of the dataset by numbers such as 0-3, or a file.")
+    ] = "",
+    mask: Annotated[
+        str, typer.Option(metavar="NAME|FILE", help="What inpaint makes up: half, centre, or what is white in a file.")
+    ] = "",
+    resamplings: Annotated[
+        int | None, typer.Option(metavar="N", help="How often inpaint walks each stretch of steps. Default: 10.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(metavar="0..1", help="Share of the steps that img2img takes. Default: 0.6.")
+    ] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
@@ -63,9 +93,28 @@ def ddpm_sample(
         ddpm sample --run celeba --sampler ddpm --steps 1000 --gif
 
         ddpm sample --run celeba --checkpoints 490 --count 50000 --slice 0/4
+
+        ddpm sample --run celeba --mode inpaint --image 0-3 --mask half
     """
     from job.commands import sample_command
     from job.requests import SampleRequest, chosen_of
 
-    request = SampleRequest(run, bucket, checkpoints, seeds, chosen_of(locals()), gif, count, save, slice_, first_seed)
+    request = SampleRequest(
+        run,
+        bucket,
+        checkpoints,
+        seeds,
+        chosen_of(locals()),
+        gif,
+        count,
+        save,
+        slice_,
+        first_seed,
+        classes,
+        mode,
+        image,
+        mask,
+        resamplings,
+        strength,
+    )
     sample_command(request, processes, hang_after, stop_after)

@@ -41,7 +41,8 @@ def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: t
     assert size is not None and channels is not None
     x = torch.zeros(images, channels, size, size, device=device)
     labels = torch.zeros(images, dtype=torch.int64, device=device) if config.model.num_classes else None
-    network(x, torch.zeros(images, device=device), Condition(labels)).sum().backward()
+    estimate = x if config.diffusion.self_conditioning else None
+    network(x, torch.zeros(images, device=device), Condition(labels, estimate)).sum().backward()
     network.zero_grad()
 
 

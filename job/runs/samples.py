@@ -13,6 +13,7 @@ piece without a record, left by a process that was killed, is as good as another
 from __future__ import annotations
 
 import hashlib
+import re
 from math import ceil
 from typing import Literal
 
@@ -20,7 +21,7 @@ from pydantic import Field
 
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
-from job.config import Drawing
+from job.config import Drawing, Section
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import NamedObject, RunRecord, attempt_id
 from job.sealed import SHA256_PATTERN, Sealed
@@ -93,11 +94,39 @@ def denoising_key(label: str, how: str) -> str:
     return ObjectKind.PICTURE.key(name=f"denoising-{label}-{how}", picture="gif")
 
 
+class Editing(Section):
+    """What is drawn instead of new images."""
+
+    mode: Literal["inpaint", "img2img", "interpolate"]
+    image: str = ""
+    """Numbers in the dataset such as 3,17, or the SHA-256 of a file."""
+    mask: str = ""
+    """Of `inpaint`: half, centre, or the SHA-256 of a file."""
+    resamplings: int = Field(default=0, ge=0, le=1000)
+    """Of `inpaint`: how often each stretch of steps is walked."""
+    strength: float = Field(default=0.0, ge=0, le=1)
+    """Of `img2img`: the share of the steps that is taken."""
+
+    @property
+    def name(self) -> str:
+        """Part of a picture's name."""
+        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
+        return "-".join([self.mode, *(f"{key}-{_in_name(value)}" for key, value in given.items())])
+
+
+def _in_name(value: object) -> str:
+    text = file_words(f"{value}", "_")
+    return text[:12] if re.fullmatch(SHA256_PATTERN, text) else text
+
+
 class NumberedDrawing(Drawing):
     """All that decides the images of a batch, and how they are cut into pieces."""
 
     checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
     checkpoint_sha256: str = Field(pattern=SHA256_PATTERN)
+    worse_sha256: str = ""
+    """Of the checkpoint that autoguidance guides away from, if it does."""
+    editing: Editing | None = None
     size: int = Field(gt=0)
     channels: int = Field(ge=1, le=3)
     classes: tuple[str, ...]

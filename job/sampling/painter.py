@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, generate
+from ddpm.generation import Callback, Sampling, Walk, from_noise, generate, make_denoiser, noise_of
 from ddpm.objective import Condition
 from ddpm.process import Point
+from ddpm.samplers import NoiseAt
 from job import method
 from job.config import RunConfig
 from job.exits import BadDataError, NotANumberError, StoppedError
@@ -29,6 +32,16 @@ from job.store import Store
 GIF_FRAMES = 20
 
 
+@dataclass(frozen=True)
+class Route:
+    """How images come about, of which this is one by one."""
+
+    evaluations: int
+    """See `Sampling.evaluations`."""
+    walk_of: Callable[[Sequence[int]], Walk] = lambda places: from_noise
+    """Of those at these places among the seeds that are drawn."""
+
+
 class Painter:
     """A network in eval mode and all that is needed to draw from it on the processes there are."""
 
@@ -37,6 +50,8 @@ class Painter:
         self.config, self.ranks, self.stop, self.agreement = config, ranks, stop, agreement
         self.device = ranks.accelerator.device
         self.network = method.build_network(config, self.device).eval().requires_grad_(False)
+        self.worse: nn.Module | None = None
+        """What autoguidance guides away from."""
         self.process, self.prediction = method.process_of(config), method.prediction_of(config)
         bf16 = partial(torch.autocast, self.device.type, torch.bfloat16)
         self.autocast = bf16 if precision == "bf16" else nullcontext
@@ -47,9 +62,17 @@ class Painter:
         Raises:
             BadDataError: it is damaged; the message names the object, and how to find another.
         """
+        self._load(self.network, run, ref, group)
 
+    def load_worse(self, run: Store, ref: CheckpointRef, group: str) -> None:
+        """Likewise, of a second network that is guided away from."""
+        if self.worse is None:
+            self.worse = method.build_network(self.config, self.device).eval().requires_grad_(False)
+            self._load(self.worse, run, ref, group)
+
+    def _load(self, network: nn.Module, run: Store, ref: CheckpointRef, group: str) -> None:
         def load() -> None:
-            tensors = {group: {name: value.detach() for name, value in self.network.named_parameters()}}
+            tensors = {group: {name: value.detach() for name, value in network.named_parameters()}}
             try:
                 with opened(run, ref, (group,)) as restored:
                     restored.copy_into(tensors)
@@ -62,7 +85,7 @@ class Painter:
 
         self.ranks.on_main(load)
         if dist.is_initialized():
-            for parameter in self.network.parameters():
+            for parameter in network.parameters():
                 dist.broadcast(parameter.detach(), src=0)
 
     def predict(self, x: torch.Tensor, t: torch.Tensor, condition: Condition) -> torch.Tensor:
@@ -70,15 +93,21 @@ class Painter:
         with self.autocast():
             return self.network(x, t, condition)
 
-    def draw(self, seeds: Sequence[int], sampling: Sampling, batch_size_images: int, title: str) -> np.ndarray:
+    def draw(
+        self,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        batch_size_images: int,
+        title: str,
+        route: Route | None = None,
+    ) -> np.ndarray:
         """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
 
         Raises:
             StoppedError: on all processes at the same step, when any of them was asked to stop.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine = list(seeds[rank::world_size])
-        evaluations = sampling.evaluations
+        mine, route = range(len(seeds))[rank::world_size], route or Route(sampling.evaluations)
         made = [np.empty((0, *self._image_shape), np.uint8)]
         # Every process counts the batches of the first one, which has the most.
         starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
@@ -87,14 +116,15 @@ class Painter:
             nonlocal done
             self.check_agreed()
             done += 1
-            bar.update(len(seeds) * done / (len(starts) * evaluations))
+            bar.update(len(seeds) * done / (len(starts) * route.evaluations))
 
         with Progress(title, total=len(seeds)) as bar:
             for start in starts:
-                if some := mine[start : start + batch_size_images]:
-                    made.append(self.draw_alone(some, sampling, after_evaluation))
+                if places := mine[start : start + batch_size_images]:
+                    some = [seeds[place] for place in places]
+                    made.append(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places)))
                 else:
-                    for _ in range(evaluations):
+                    for _ in range(route.evaluations):
                         after_evaluation()
             self.agreement.finish()
         part = np.concatenate(made)
@@ -128,38 +158,57 @@ class Painter:
         assert data.size is not None and data.channels is not None
         return data.size, data.size, data.channels
 
-    def draw_alone(self, seeds: Sequence[int], sampling: Sampling, callback: Callback | None = None) -> np.ndarray:
+    def draw_alone(
+        self,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        callback: Callback | None = None,
+        walk: Walk = from_noise,
+    ) -> np.ndarray:
         """A batch on this process, whatever the others do: uint8 [n, H, W, C].
 
-        Seed k is of class k mod classes, if there are any.
+        Seed k is of class k mod classes, of those that the sampling names or else of all, if there are any.
 
         Args:
             seeds: of the images.
             sampling: how they are drawn.
             callback: gets every evaluation's point, x_t and predicted x_0; without one a stop is heard.
+            walk: from their noise to the images.
 
         Raises:
             StoppedError: this process was asked to stop.
             NotANumberError: a pixel is none.
         """
         height, width, channels = self._image_shape
-        classes = self.config.model.num_classes
-        numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        images = generate(
+        diffusion, classes = self.config.diffusion, self.config.model.num_classes
+        shape, numbers = (channels, height, width), torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        taken = torch.tensor(sampling.labels or range(classes or 0), device=self.device)
+        denoise = make_denoiser(
             self.network,
             self.process,
             self.prediction,
-            sampling,
-            numbers,
-            (channels, height, width),
-            Condition(numbers % classes if classes else None),
+            Condition(
+                taken[numbers % len(taken)] if classes else None,
+                torch.zeros(len(numbers), *shape, device=self.device) if diffusion.self_conditioning else None,
+            ),
+            sampling.clip,
             self.autocast,
             callback or self.check_stopped,
+            guidance=sampling.guidance,
+            null_class=classes,
+            worse=self.worse,
+            with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
         )
+        images = generate(denoise, self.process, sampling, self.noise_of(numbers), walk)
         # As uint8 it would be a black picture like any other.
         if not images.isfinite().all():
             raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
         return figures.to_uint8(images)
+
+    def noise_of(self, seeds: torch.Tensor) -> NoiseAt:
+        """The noise of seeds, int64 [n] on the device."""
+        height, width, channels = self._image_shape
+        return noise_of(seeds, (channels, height, width), self.config.diffusion.offset_noise)
 
     def check_stopped(self, *_: Any) -> None:
         """Raises `StoppedError` if this process was asked to stop, whatever the others do."""

@@ -2,22 +2,53 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
-from job.config import OPTIONS_OF, SampleConfig
-from job.data.shards import load_index
+import numpy as np
+
+from job.config import OPTIONS_OF, SampleConfig, did_you_mean
+from job.data.images import Recipe, RejectedImageError, prepare
+from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import FoundRun
 from job.progress import note
-from job.requests import SampleRequest
+from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
-from job.runs.samples import NumberedDrawing, file_words, label_of
+from job.runs.samples import Editing, NumberedDrawing, file_words, label_of
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Retry, Store, open_store
 from job.store.retry import away_limit_seconds
+
+RESAMPLINGS = 10
+"""As Lugmayr et al. 2022."""
+STRENGTH = 0.6
+"""Of `img2img`, if nothing is said."""
+MOST_FILE_BYTES = 1 << 28
+"""Of an image that is given."""
+_NUMBERS = "0123456789-, "
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """What is drawn from, instead of noise alone."""
+
+    editing: Editing
+    numbers: tuple[int, ...] = ()
+    """Of images of the dataset."""
+    image: np.ndarray | None = None
+    """Of a file, uint8 [H, W, C]."""
+    unknown: np.ndarray | None = None
+    """What is to be made up, bool [H, W]."""
+
+    @property
+    def images(self) -> int:
+        """How many images are given."""
+        return len(self.numbers) or 1
 
 
 @dataclass(frozen=True)
@@ -28,6 +59,15 @@ class SamplePlan(FoundRun):
     sample: SampleConfig
     """The run's own section, but for what the request chose."""
     checkpoints: tuple[CheckpointRef, ...]
+    worse: CheckpointRef | None
+    """What autoguidance guides away from, if it does."""
+    given: Given | None
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of those that the seeds take in turn."""
+        known = super().classes
+        return tuple(known[label] for label in self.sample.labels) or known
 
     @property
     def precision(self) -> str:
@@ -41,7 +81,7 @@ class SamplePlan(FoundRun):
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
-        how = self.sample.name(self.own)
+        how = self.sample.name(self.own) + (f"-{self.given.editing.name}" if self.given else "")
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
@@ -50,8 +90,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
 
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
-        BadConfigError: more steps than the run's diffusion has.
-        BadRequestError: an option that its sampler does not take.
+        BadConfigError: more steps than the run's diffusion has, or guidance that its network has not learnt.
+        BadRequestError: an option that its sampler does not take, a class or an image that there is not.
     """
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
@@ -60,7 +100,16 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note(f"{error}; drawing as the run began")
-    chosen = request.chosen
+    key, chosen = records.dataset_key_of(config), {**request.chosen}
+    index = load_index(bucket, key)
+    given, classes = _given(request, index), index.classes if config.model.num_classes else ()
+    if request.classes:
+        chosen["labels"] = _labels(request.classes, classes)
+    elif given and given.numbers and classes:
+        from job.data.cache import chosen_images
+
+        # An image of the dataset keeps its own class.
+        chosen["labels"] = chosen_images(bucket, key, index).labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
     if chosen.get("sampler", config.sample.sampler) != config.sample.sampler and chosen["sampler"] == "ddpm":
@@ -71,13 +120,74 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         if option not in OPTIONS_OF[sample.sampler]:
             takers = " and ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
             raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
-    index = load_index(bucket, records.dataset_key_of(config))
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     for ref in checkpoints if sample.weights not in ("ema", "model") else ():
         _check_average(run, ref, sample.weights, request.run)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
-    return SamplePlan(bucket, run, index, config, stored.sample, request, sample, tuple(checkpoints))
+    worse = None
+    if sample.autoguidance:
+        (worse,) = choose(run, str(sample.autoguidance), index.images, config.train.batch_size)
+    return SamplePlan(bucket, run, index, config, stored.sample, request, sample, tuple(checkpoints), worse, given)
+
+
+def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
+    """The numbers of classes by name or number."""
+    if not classes:
+        raise BadRequestError(f"--classes {text!r}: the network of this run knows none, so leave it out")
+    labels = []
+    for word in (word.strip() for word in text.split(",")):
+        if word in classes:
+            labels.append(classes.index(word))
+        elif word.isdecimal() and int(word) < len(classes):
+            labels.append(int(word))
+        else:
+            there = did_you_mean(word, classes) or f"; there are {len(classes):,}: {', '.join(classes)}"
+            raise BadRequestError(f"--classes: there is no class {word!r}{there:.200}")
+    return tuple(labels)
+
+
+def _given(request: SampleRequest, index: DatasetIndex) -> Given | None:
+    if not request.mode:
+        return None
+    if request.mode == "interpolate":
+        return Given(Editing(mode="interpolate"))
+    numbers, image, name = tuple[int, ...](), None, request.image
+    if set(name) <= set(_NUMBERS):
+        numbers = tuple(parse_numbers(name, "--image"))
+        if max(numbers) >= index.images:
+            raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
+    else:
+        recipe = Recipe(index.size, "center", index.resize_filter, index.channels, min_side=1)
+        image, name = _read_image("--image", name, recipe)
+    if request.mode == "img2img":
+        return Given(Editing(mode="img2img", image=name, strength=request.strength or STRENGTH), numbers, image)
+    mask = request.mask or "half"
+    unknown = np.zeros((index.size, index.size), bool)
+    if mask == "half":
+        unknown[:, index.size // 2 :] = True
+    elif mask == "centre":
+        unknown[index.size // 4 : -(index.size // 4), index.size // 4 : -(index.size // 4)] = True
+    else:
+        levels, mask = _read_image("--mask", mask, Recipe(index.size, "squash", "box", 1, min_side=1))
+        unknown = levels[:, :, 0] > 127
+    if unknown.all() or not unknown.any():
+        raise BadRequestError(f"--mask {request.mask}: what is white is made up, and it has to be a part of the image")
+    editing = Editing(mode="inpaint", image=name, mask=mask, resamplings=request.resamplings or RESAMPLINGS)
+    return Given(editing, numbers, image, unknown)
+
+
+def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
+    """An image file made to fit, and the SHA-256 of the file."""
+    try:
+        with Path(path).open("rb") as file:
+            encoded = file.read(MOST_FILE_BYTES)
+        return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or "no such file"
+        raise MissingInputError(f"{option} {path}: {why}; a file has to be where the command runs") from None
+    except RejectedImageError as error:
+        raise BadDataError(f"{option} {path} {error}") from None
 
 
 def _check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
@@ -115,6 +225,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             **plan.sample.drawing.model_copy(update={"precision": plan.precision}).model_dump(),
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
+            worse_sha256=load_manifest(plan.run, plan.worse).sha256 if plan.worse else "",
+            editing=plan.given.editing if plan.given else None,
             size=plan.index.size,
             channels=plan.index.channels,
             classes=plan.classes,

@@ -4,6 +4,7 @@ RUN/samples/epoch-0080-ddim-100.png              one image per seed, from the av
             epoch-0080-ddim-50-eta-1-seeds-0-63.png  whatever differs from the run's own way is in the name
             comparison-30-80-490-ddim-100.png    the same seeds under several checkpoints
             denoising-epoch-0080-ddim-100.gif    20 frames from noise to image
+            epoch-0080-ddim-100-inpaint-image-3-mask-half-resamplings-10.png  see `editing`
             epoch-0080-ddim-100-0-50000/         see `sets`
 """
 
@@ -16,6 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm import figures
+from ddpm.generation import from_noise
 from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.method import sampling_of
@@ -26,6 +28,7 @@ from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import denoising_key, file_words, grid_key, put_picture
+from job.sampling.editing import Editor
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet
@@ -41,23 +44,31 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     """
     ranks = meet(stop)
     # A run that trains meanwhile may show each process another newest checkpoint.
-    plan = replace(plan, checkpoints=ranks.on_main(lambda: plan.checkpoints))
+    checkpoints, worse = ranks.on_main(lambda: (plan.checkpoints, plan.worse))
+    plan = replace(plan, checkpoints=checkpoints, worse=worse)
     painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1))
+    if plan.worse is not None:
+        with reading(plan.run, plan.worse):
+            painter.load_worse(plan.run, plan.worse, plan.sample.weights)
+    editor = Editor(plan, painter, sampling_of(plan.sample)) if plan.given else None
     if plan.request.count is None:
-        _draw_pictures(plan, painter)
+        _draw_pictures(plan, painter, editor)
     for sample_set in plan_sets(plan):
-        _draw_slice(plan, painter, sample_set)
+        _draw_slice(plan, painter, sample_set, editor)
 
 
-def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
+def _draw_pictures(plan: SamplePlan, painter: Painter, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
-    seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else range(sample.images)
+    usual_seeds = editor.default_seeds() if editor else range(sample.images)
+    seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
+    drawn_seeds = editor.drawn_seeds(seeds) if editor else seeds
+    route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
     how, usual, sampling = plan.how(request.seeds), plan.config.sample, sampling_of(sample)
-    layout = "" if sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
+    layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
-    if sample.nearest and request.with_grid and is_main:
+    if sample.nearest and request.with_grid and is_main and editor is None:
         training = plan.opened_images(painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 
@@ -71,12 +82,15 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
             painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
-            images = painter.draw(seeds, sampling, sample.batch_size, label)
+            images = painter.draw(drawn_seeds, sampling, sample.batch_size, label, route)
             if is_main:
-                rate = len(seeds) / (time.monotonic() - began)
+                rate = len(drawn_seeds) / (time.monotonic() - began)
                 unit, number = label.split("-")
                 grids.append((f"{unit} {int(number):,}", images))
-                grid = grid_png(images, seeds, plan.classes, training, painter.stop)
+                if editor:
+                    grid = editor.grid(images, seeds)
+                else:
+                    grid = grid_png(images, seeds, plan.classes, training, painter.stop)
                 publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
             gif = painter.denoising_gif(gif_seeds, sampling)
@@ -86,7 +100,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter) -> None:
         publish(max(plan.checkpoints), key, figures.png(figures.comparison(grids)))
 
 
-def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> None:
+def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet, editor: Editor | None) -> None:
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
     ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
     index, slices = plan.request.slice_of
@@ -109,7 +123,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
                     # What the others have drawn by now is about as much.
                     bar.update(there_before + min(to_make, done * ranks.world_size))
 
-                if count := _draw_pieces(plan, painter, sample_set, missing, advance):
+                if count := _draw_pieces(plan, painter, sample_set, editor, missing, advance):
                     made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
 
         def finish() -> None:
@@ -126,7 +140,12 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet) -> No
 
 
 def _draw_pieces(
-    plan: SamplePlan, painter: Painter, sample_set: SampleSet, missing: list[int], advance: Callable[[float], None]
+    plan: SamplePlan,
+    painter: Painter,
+    sample_set: SampleSet,
+    editor: Editor | None,
+    missing: list[int],
+    advance: Callable[[float], None],
 ) -> int:
     """Draws this process's share of the missing pieces; how many images all processes have committed then.
 
@@ -134,6 +153,7 @@ def _draw_pieces(
         plan: how they are drawn.
         painter: with the weights.
         sample_set: where they belong.
+        editor: if images are given.
         missing: the numbers of the pieces.
         advance: told how many images this process has drawn by now, after each evaluation of a batch.
 
@@ -142,7 +162,8 @@ def _draw_pieces(
     """
     ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
     writer, sampling = PieceWriter(sample_set, stop), sampling_of(plan.sample)
-    evaluations, some, evaluated_images = sampling.evaluations, range(0), 0
+    evaluations = editor.evaluations if editor else sampling.evaluations
+    some, evaluated_images = range(0), 0
 
     def after_evaluation(*_: object) -> None:
         nonlocal evaluated_images
@@ -160,7 +181,8 @@ def _draw_pieces(
                 # Within the piece: rounding depends on a batch's company, so this gives equal bytes each time.
                 for start in range(0, len(seeds), batch_size):
                     some = seeds[start : start + batch_size]
-                    parts.append(painter.draw_alone(some, sampling, after_evaluation))
+                    walk = editor.route(some).walk_of(range(len(some))) if editor else from_noise
+                    parts.append(painter.draw_alone(some, sampling, after_evaluation, walk))
                 images = np.concatenate(parts)
                 if number == 0:
                     shown = plan.sample.images

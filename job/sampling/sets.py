@@ -236,10 +236,11 @@ class PieceWriter:
 
 def _shard(drawing: NumberedDrawing, seeds: range, pngs: list[bytes]) -> bytes:
     """A tar that webdataset can read: `000003072.png`, and `000003072.cls` where there are classes."""
-    file, classes = io.BytesIO(), len(drawing.classes)
+    file = io.BytesIO()
+    labels = drawing.labels or range(len(drawing.classes))
     with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
         for seed, png in zip(seeds, pngs, strict=True):
-            members = {"png": png} | ({"cls": str(seed % classes).encode()} if classes else {})
+            members = {"png": png} | ({"cls": str(labels[seed % len(labels)]).encode()} if labels else {})
             for ending, data in members.items():
                 info = tarfile.TarInfo(f"{seed:09d}.{ending}")
                 info.size = len(data)

@@ -16,6 +16,9 @@ X_START, NOISE, OUTPUT = torch.randn(3, 6, 3, 8, 8, generator=torch.Generator().
 NUMBERS = torch.arange(6)
 POSSIBLE = [
     ("linear", "epsilon", "plain"),
+    ("linear", "epsilon", "plain with variance"),
+    ("cosine", "v", "plain with itself"),
+    ("cosine", "x0", "snr with variance and itself"),
     ("cosine", "v", "min_snr"),
     ("sigmoid", "x0", "snr"),
     ("edm", "edm", "plain"),
@@ -24,32 +27,51 @@ POSSIBLE = [
 ]
 
 
-def objective(schedule: str, prediction: str, weighting: str = "plain", **options: object) -> Objective:
-    return Objective(make_process(schedule), Prediction(prediction), weighting, **options)
+def objective(schedule: str, prediction: str, weighting: str = "plain") -> Objective:
+    """A weighting "with variance" learns that as well."""
+    learned = "variance" in weighting
+    return Objective(make_process(schedule), Prediction(prediction), weighting.split()[0], learned_variance=learned)
+
+
+def given(weighting: str) -> tuple[Condition, bool]:
+    """The condition, and whether it is to hold the network's own estimate: "with itself"."""
+    twice = "itself" in weighting
+    return Condition(NUMBERS.flip(0), torch.zeros_like(X_START) if twice else None), twice
 
 
 @pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
 def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
     schedule: str, prediction: str, weighting: str
 ) -> None:
-    learnt, condition = objective(schedule, prediction, weighting), Condition(torch.tensor([5, 4, 3, 2, 1, 0]))
+    learnt, (condition, twice) = objective(schedule, prediction, weighting), given(weighting)
     drawn = Drawn(*learnt.draw(3, NUMBERS, 6))
     point = Point(drawn.t, drawn.alpha.view(-1, 1, 1, 1), drawn.sigma.view(-1, 1, 1, 1))
     scale = learnt.process.input_scale(point.sigma)
     target = Prediction(prediction).target(X_START, NOISE, point)
     for output in (OUTPUT, target):
+        # With the posterior's variance, a perfect estimate has no divergence from it.
+        answer, told = torch.cat([output, -torch.ones_like(output)], 1), list[Condition]()
 
-        def network(x_t: Tensor, t: Tensor, given: Condition, output: Tensor = output) -> Tensor:
+        def network(x_t: Tensor, t: Tensor, given: Condition, answer: Tensor = answer, told=told) -> Tensor:
             torch.testing.assert_close(x_t, scale * (point.alpha * X_START + point.sigma * NOISE))
-            assert t is drawn.t and given is condition
-            return output
+            assert t is drawn.t and given.labels is condition.labels
+            assert torch.is_grad_enabled() == (len(told) == twice)
+            told.append(given)
+            return answer if learnt.learned_variance else answer[:, :3]
 
-        losses = learnt.losses(network, X_START, NOISE, drawn, condition)
+        losses = learnt.losses(network, X_START, NOISE, drawn, condition, twice)
         expected = [
             w * nn.functional.mse_loss(output[i], target[i]).item() for i, w in enumerate(drawn.weight.tolist())
         ]
-        assert losses.tolist() == pytest.approx(expected, rel=1e-5)
+        if output is target or not learnt.learned_variance:
+            assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
+        else:
+            assert (losses > torch.tensor(expected)).all()
         assert losses.dtype == torch.float32
+        assert told[0] is condition
+        if twice:
+            estimate = learnt.prediction.x_start(output, point.alpha * X_START + point.sigma * NOISE, point)
+            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1))
 
 
 def test_weights_are_said_on_x_start_whatever_is_predicted() -> None:
@@ -121,18 +143,18 @@ def test_stratified_draws_spread_each_batch_and_depend_on_the_image_alone() -> N
 def test_half_precision_networks_give_float32_losses_and_gradients_that_agree(
     schedule: str, prediction: str, weighting: str
 ) -> None:
-    learnt, gradients = objective(schedule, prediction, weighting), {}
+    learnt, gradients, (condition, twice) = objective(schedule, prediction, weighting), {}, given(weighting)
     drawn = Drawn(*learnt.draw(0, NUMBERS, 6))
     for enabled in (False, True):
         torch.manual_seed(0)
-        network = nn.Conv2d(3, 3, 1)
+        network = nn.Conv2d(3, 3 * (1 + learnt.learned_variance), 1)
 
         def autocast(x: Tensor, t: Tensor, condition: Condition, network=network, enabled=enabled) -> Tensor:
             assert x.dtype == t.dtype == torch.float32
             with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-                return network(x)
+                return network(x if condition.x_start is None else x + 0.3 * condition.x_start)
 
-        losses = learnt.losses(autocast, X_START, NOISE, drawn)
+        losses = learnt.losses(autocast, X_START, NOISE, drawn, condition, twice)
         assert losses.dtype == torch.float32
         losses.mean().backward()
         gradients[enabled] = torch.cat([parameter.grad.flatten() for parameter in network.parameters()])
@@ -153,7 +175,10 @@ def test_gradients_are_those_of_finite_differences(schedule: str, prediction: st
 
     def loss(weight: Tensor) -> Tensor:
         def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
-            return (x * weight + weight.sin()).as_subclass(Double)
+            if not learnt.learned_variance:
+                return (x * weight + weight.sin()).as_subclass(Double)
+            # By the bound no gradient reaches the estimate, which differences would see.
+            return torch.cat([x * 0.4, x.sin() * weight], 1).as_subclass(Double)
 
         return learnt.losses(network, x_start, noise, drawn).as_subclass(Tensor)
 
@@ -162,9 +187,13 @@ def test_gradients_are_those_of_finite_differences(schedule: str, prediction: st
 
 def test_losses_never_wait_for_the_device() -> None:
     """On the meta device any look at a value raises."""
-    learnt = objective("cosine", "v", "min_snr")
-    drawn, images = Drawn(*learnt.draw(0, NUMBERS, 6).to("meta")), torch.empty(6, 3, 8, 8, device="meta")
-    assert learnt.losses(lambda x, t, condition: x, images, images, drawn).shape == (6,)
+    images = torch.empty(6, 3, 8, 8, device="meta")
+    for learnt, parts in ((objective("cosine", "v", "min_snr"), 1), (objective("linear", "v", "snr with variance"), 2)):
+        drawn = Drawn(*learnt.draw(0, NUMBERS, 6).to("meta"))
+        losses = learnt.losses(
+            lambda x, t, condition, parts=parts: torch.cat([x] * parts, 1), images, images, drawn, given("")[0], True
+        )
+        assert losses.shape == (6,)
 
 
 def test_weights_are_finite_however_little_signal_is_left() -> None:
@@ -181,5 +210,8 @@ def test_impossible_objectives_are_refused() -> None:
     for process in processes:
         with pytest.raises(ValueError, match="epsilon where the process leaves none"):
             Objective(process, Prediction("epsilon"))
+    for process, draws in ((RectifiedFlow(), Draws()), (LINEAR, Draws("log_normal"))):
+        with pytest.raises(ValueError, match="a table of betas, at points drawn uniformly"):
+            Objective(process, Prediction("v"), draws=draws, learned_variance=True)
     with pytest.raises(ValueError, match=r"'p2'.*plain.*edm"):
         objective("linear", "v", "p2")

@@ -10,7 +10,9 @@ import torch
 from ddpm.randomness import (
     Purpose,
     _box_muller,
+    conditions_on_itself,
     dropout_seed,
+    drops_label,
     philox,
     sampling_noise,
     training_flips,
@@ -31,12 +33,16 @@ KNOWN_ANSWERS = [
     ),
 ]
 
+OFFSET_DRAWS = ((training_noise, (42, torch.tensor([2**40]))), (sampling_noise, (torch.tensor([-1]), 1000)))
 # Bytes of float32, little-endian.
 PINNED_TRAINING = "5c5e783fe8ac46bed2289e3f3b43f6bfe0e4003ddcfdf33e3e8c25bf3529d03f"
 PINNED_SAMPLING = "ec92febf3e3edabe012572bf1eda3c3f"
 PINNED_TIMESTEPS = [261, 217, 218, 999, 702, 955, 642, 998]
 PINNED_FLIPS = [1, 1, 0, 1, 0, 1, 1, 1]
 PINNED_DROPOUT = 2038940925434337306
+PINNED_OFFSETS = "0cb49dbf787749bf16b83fc09df0a7bf"
+PINNED_LOST_LABELS = [0, 1, 1, 0, 1, 1, 1, 1]
+PINNED_COINS = [0, 1, 1, 1, 0, 1, 0, 1]
 
 
 def test_philox_gives_the_known_answers_and_the_same_for_tensors() -> None:
@@ -116,6 +122,10 @@ def test_noise_is_pinned() -> None:
     assert (training_uniforms(42, torch.arange(8)) * 1000).long().tolist() == PINNED_TIMESTEPS
     assert training_flips(42, torch.arange(8)).int().tolist() == PINNED_FLIPS
     assert dropout_seed(42, 128) == PINNED_DROPOUT
+    shifted = [draw(*of, (1, 1, 2), "cpu", 1.0) for draw, of in OFFSET_DRAWS]
+    assert torch.cat(shifted).numpy().astype("<f4").tobytes().hex() == PINNED_OFFSETS
+    assert drops_label(42, torch.arange(8), 0.5).int().tolist() == PINNED_LOST_LABELS
+    assert [int(conditions_on_itself(42, number)) for number in range(8)] == PINNED_COINS
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -130,6 +140,9 @@ def test_draws_do_not_depend_on_the_batch(shape: tuple[int, ...]) -> None:
         assert torch.equal(torch.cat([training_noise(9, part, shape, "cpu") for part in parts]), noise)
         assert torch.equal(torch.cat([training_uniforms(9, part) for part in parts]), uniforms)
         assert torch.equal(torch.cat([training_flips(9, part) for part in parts]), flips)
+        assert torch.equal(torch.cat([drops_label(9, part, 0.4) for part in parts]), drops_label(9, numbers, 0.4))
+        shifted = torch.cat([training_noise(9, part, shape, "cpu", 0.3) for part in parts])
+        assert torch.equal(shifted, training_noise(9, numbers, shape, "cpu", 0.3))
     seeds = torch.tensor([3, 2**62, 0, -5, 3])
     noise = sampling_noise(seeds, 999, shape, "cpu")
     assert torch.equal(noise[0], noise[4])
@@ -168,6 +181,37 @@ def test_flips_are_fair_and_independent_of_the_points() -> None:
     assert flips.mean().item() == pytest.approx(0.5, abs=4 * 0.5 / 100_000**0.5)
     assert (flips[1:] * flips[:-1]).mean().item() == pytest.approx(0.25, abs=0.006)
     assert torch.corrcoef(torch.stack([flips, training_uniforms(11, numbers)]))[0, 1].abs() < 4 / 100_000**0.5
+
+
+def test_labels_are_lost_as_often_as_is_said_and_half_of_the_batches_condition_on_themselves() -> None:
+    numbers = torch.arange(100_000)
+    for probability in (0.1, 0.5):
+        lost = drops_label(11, numbers, probability).double()
+        bound = 4 * (probability * (1 - probability) / 100_000) ** 0.5
+        assert lost.mean().item() == pytest.approx(probability, abs=bound)
+        for other in (training_uniforms(11, numbers), training_flips(11, numbers).double()):
+            assert torch.corrcoef(torch.stack([lost, other]))[0, 1].abs() < 4 / 100_000**0.5
+    assert not drops_label(11, numbers, 0.0).any()
+    coins = [conditions_on_itself(seed, number) for seed in (0, 2**63 - 1) for number in range(5_000)]
+    assert sum(coins) / 10_000 == pytest.approx(0.5, abs=0.02)
+    assert sum(a == b for a, b in zip(coins[:5_000], coins[5_000:], strict=True)) / 5_000 == pytest.approx(
+        0.5, abs=0.03
+    )
+
+
+def test_offset_noise_has_the_covariance_that_is_said() -> None:
+    """I + offset² 11ᵀ within a channel, and nothing between channels, images or draws."""
+    offset, count = 0.5, 40_000
+    seeds = torch.arange(count)
+    for noise in (
+        training_noise(5, seeds, (2, 1, 2), "cpu", offset),
+        sampling_noise(seeds, 3, (2, 1, 2), "cpu", offset),
+    ):
+        block = torch.eye(2) + offset**2
+        assert (torch.cov(noise.flatten(1).T) - torch.block_diag(block, block)).abs().max() < 0.05
+        assert (noise[1:] * noise[:-1]).mean().abs() < 0.02
+    draws = [sampling_noise(seeds, draw, (1, 1, 1), "cpu", 3.0).flatten() for draw in (0, 1)]
+    assert torch.corrcoef(torch.stack(draws))[0, 1].abs() < 0.02
 
 
 def test_dropout_seeds_are_distinct_and_fit_any_generator() -> None:

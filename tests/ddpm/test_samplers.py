@@ -11,6 +11,7 @@ from torch.testing import assert_close
 
 from ddpm.generation import make_denoiser
 from ddpm.grids import make_grid
+from ddpm.guidance import Guidance
 from ddpm.objective import Condition
 from ddpm.prediction import Prediction
 from ddpm.process import (
@@ -52,17 +53,20 @@ def judge(kind: type, schedule: VariancePreserving, **config: object):
 
 @pytest.mark.parametrize("make", [linear_schedule, cosine_schedule])
 class TestStep:
-    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
+    @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large", "learned_range"])
     def test_ancestral_equals_diffusers(self, make: Callable[[], VariancePreserving], variance: str) -> None:
         import diffusers
 
         schedule, x_t, x_start = make(), normal(0), normal(1).clamp(-1, 1)
         scheduler = judge(diffusers.DDPMScheduler, schedule, variance_type=variance)
+        output, answer = x_start, x_start
+        if variance == "learned_range":
+            output, answer = torch.cat([x_start, normal(3)], 1), torch.cat([x_start, (normal(3) + 1) / 2], 1)
         for t, t_prev in ((999, 998), (999, 979), (500, 250), (40, 20), (2, 1), (1, 0), (0, -1)):
             scheduler.set_timesteps(timesteps=[t, t_prev] if t_prev >= 0 else [t])
-            expected = scheduler.step(x_start, t, x_t, generator=torch.Generator().manual_seed(2)).prev_sample
+            expected = scheduler.step(output, t, x_t, generator=torch.Generator().manual_seed(2)).prev_sample
             points = visited(schedule, t, t_prev)
-            step = ancestral(lambda x, point: x_start, x_t, points, lambda draw: normal(2), variance)
+            step = ancestral(lambda x, point: answer, x_t, points, lambda draw: normal(2), variance)
             assert_close(step, expected, rtol=0, atol=1e-6, msg=f"{t} to {t_prev}")
 
     @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
@@ -246,3 +250,13 @@ class TestContract:
         points = visited(schedule, 900, 3, -1)
         assert ddim(denoise, x, points, lambda draw: x, 1.0).shape == SHAPE
         assert ancestral(denoise, x, points, lambda draw: x, "fixed_large").shape == SHAPE
+        with_share = make_denoiser(
+            lambda x, t, told: torch.cat([x, x], dim=1),
+            schedule,
+            Prediction("v"),
+            Condition(torch.empty(2, dtype=torch.int64, device="meta"), x),
+            guidance=Guidance(2.0, rescale=0.5),
+            null_class=3,
+            with_share=True,
+        )
+        assert ancestral(with_share, x, points, lambda draw: x, "learned_range").shape == SHAPE

@@ -31,7 +31,9 @@ SMALL = NETWORK | {"train.warmup_images": "480", "checkpoint.every_minutes": "60
 SMALL |= {"model.layers_per_level": "1"}
 EVERYTHING = {"model__dropout": 0.1, "data__augment": 0.5, "data__crop_scale": "0.5,1", "ema__stds": "0.05,0.1"}
 EVERYTHING |= {"ema__warmup": "edm", "ema__snapshot_epochs": 1, "train__weight_decay": 0.1}
-EVERYTHING |= {"train__learning_rate_decay": "cosine", "train__decay_images": 700}
+EVERYTHING |= {"train__learning_rate_decay": "cosine", "train__decay_images": 700, "model__label_dropout": 0.3}
+EVERYTHING |= {"diffusion__self_conditioning": True, "diffusion__variance": "learned_range"}
+EVERYTHING |= {"diffusion__offset_noise": 0.1}
 """What must be a function of images seen, or lie in the checkpoint."""
 
 
@@ -251,9 +253,9 @@ def test_a_run_whose_gradient_is_not_finite_stops_and_keeps_its_last_good_checkp
 def test_steps_that_take_much_longer_than_they_could_are_told_once(train, monkeypatch, capsys):
     draw = training.randomness.training_noise
 
-    def training_noise(seed, image_numbers, shape, device):
+    def training_noise(seed, image_numbers, *how):
         time.sleep(2.0 * (image_numbers[0] in (216, 240)))
-        return draw(seed, image_numbers, shape, device)
+        return draw(seed, image_numbers, *how)
 
     monkeypatch.setattr(training.randomness, "training_noise", training_noise)
     monkeypatch.setattr("job.train.SLOW_SECONDS", 1.0)

@@ -22,22 +22,24 @@ STAGES = (
 )
 """Processes; at which image they are asked to stop; what else is different. All images together take 230 kB."""
 ALL_THAT_IS_DRAWN = {"data__augment": "0.3", "data__crop_scale": "0.6,1", "ema__stds": "0.1"}
+ALL_THAT_IS_DRAWN |= {"model__label_dropout": "0.3", "diffusion__self_conditioning": "true"}
+ALL_THAT_IS_DRAWN |= {"diffusion__offset_noise": "0.1"}
 RECORD = """
 import hashlib, json, os, signal
 draw, image_losses, numbers_drawn = randomness.training_noise, Objective.losses, []
 record = open(f"{os.environ['RECORD']}-{os.getpid()}.jsonl", "w", buffering=1)
 
-def training_noise(seed, image_numbers, shape, device):
+def training_noise(seed, image_numbers, *how):
     numbers_drawn[:] = image_numbers.tolist()
-    return draw(seed, image_numbers, shape, device)
+    return draw(seed, image_numbers, *how)
 
 def sha256(tensor):
     return hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
-def losses(self, network, x_start, noise, drawn, condition):
-    found = image_losses(self, network, x_start, noise, drawn, condition)
-    labels = condition.augmentation.tolist()
-    contents = map(sha256, x_start), map(sha256, noise), zip(*(row.tolist() for row in drawn)), labels
+def losses(self, network, x_start, noise, drawn, condition, twice):
+    found = image_losses(self, network, x_start, noise, drawn, condition, twice)
+    rows = [row.tolist() for row in (*drawn, condition.labels, condition.augmentation) if row is not None]
+    contents = map(sha256, x_start), map(sha256, noise), zip(*rows), [twice] * len(found)
     for number, *content, loss in zip(numbers_drawn, *contents, found.tolist(), strict=True):
         print(json.dumps([number, content, loss]), file=record)
     if numbers_drawn[0] >= int(os.environ["STOP_AT_IMAGE"]):

@@ -1,0 +1,94 @@
+"""Editing: walks (see `generation`) that keep something of given images, by the same denoisers, points and samplers."""
+
+from collections.abc import Sequence
+from itertools import count, pairwise
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from ddpm.generation import beginning, from_noise
+from ddpm.process import Point
+from ddpm.samplers import Denoiser, NoiseAt, Sampler
+
+
+def inpaint(
+    sample: Sampler,
+    denoise: Denoiser,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    *,
+    image: Tensor,
+    unknown: Tensor,
+    path: Sequence[int],
+) -> Tensor:
+    """Makes up what is unknown of an image (RePaint; Lugmayr et al. 2022, algorithm 1).
+
+    The sampler, theirs being `ancestral`, takes one step at a time along `path`, indices into the points of which the
+    last is the clean image (see `resampled`). The image [B, C, H, W] stays as it is where `unknown`, bool, is false.
+    """
+    noises = map(noise_at, count(1))
+    x = beginning(points, noise_at)
+    for before, after in pairwise(path):
+        point = points[after]
+        if after < before:
+            alpha = point.alpha / points[before].alpha
+            x = alpha * x + sqrt(point.sigma**2 - (alpha * points[before].sigma) ** 2) * next(noises)
+        else:
+            x = sample(denoise, x, [points[before], point], lambda _: next(noises))
+            known = point.alpha * image + point.sigma * next(noises) if point.sigma else image
+            x = torch.where(unknown, x, known)
+    return x
+
+
+def resampled(steps: int, jump: int = 10, resamplings: int = 10) -> list[int]:
+    """A way through points 0..steps, on which each stretch of `jump` but the first is walked `resamplings` times.
+
+    Without it what is made up fits its surroundings in colour, not in meaning (Lugmayr et al. 2022, section 4.2: j, r).
+    """
+    path = [0]
+    for index in range(1, steps + 1):
+        path.append(index)
+        if index > jump and (steps - index) % jump == 0:
+            path += [*range(index - jump, index + 1)] * (resamplings - 1)
+    return path
+
+
+def from_image(
+    sample: Sampler,
+    denoise: Denoiser,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    *,
+    image: Tensor,
+    strength: float,
+) -> Tensor:
+    """Begins with an image and noise, at the first of `last_points` (SDEdit; Meng et al. 2022, algorithm 1)."""
+    points = last_points(points, strength)
+    return sample(denoise, points[0].alpha * image + points[0].sigma * noise_at(0), points, noise_at)
+
+
+def last_points(points: Sequence[Point[float]], strength: float) -> Sequence[Point[float]]:
+    """The last `strength` of the steps, in (0, 1], one at least: the more of them, the less stays of an image."""
+    return points[-1 - max(1, round(strength * (len(points) - 1))) :]
+
+
+def interpolate(
+    sample: Sampler,
+    denoise: Denoiser,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    *,
+    other: NoiseAt,
+    weight: Tensor,
+) -> Tensor:
+    """From between the noises at `weight` 0 and at 1, [B], in every draw: noisy samplers change smoothly as well."""
+    return from_noise(sample, denoise, points, lambda draw: slerp(noise_at(draw), other(draw), weight))
+
+
+def slerp(first: Tensor, second: Tensor, weight: Tensor) -> Tensor:
+    """Between images along the great circle (Shoemake 1985; Song et al. 2021, eq. 67), where noise keeps its size."""
+    # Of equal noises, any small angle gives a mean.
+    angle = torch.cosine_similarity(first.flatten(1), second.flatten(1)).clamp(-1, 1).acos().clamp(min=1e-3)
+    ways = ((1 - weight) * angle).sin() / angle.sin(), (weight * angle).sin() / angle.sin()
+    return ways[0].view(-1, 1, 1, 1) * first + ways[1].view(-1, 1, 1, 1) * second

@@ -1,0 +1,51 @@
+"""Guidance: away from a worse estimate, of the network without a class or of a worse network."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import inf
+
+import torch
+from torch import Tensor
+
+from ddpm.process import Point
+from ddpm.samplers import Denoiser
+
+Pair = Callable[[Tensor, Point[float]], tuple[Tensor, Tensor]]
+"""(x_t, point) → a `Denoiser`'s answer, and a worse one."""
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How far, where and how gently an estimate is moved away from a worse one."""
+
+    scale: float = 1.0
+    """1 is the estimate itself, 0 the worse one: 1 + w of Ho & Salimans 2022, w of Karras et al. 2024."""
+    interval: tuple[float, float] = (0.0, inf)
+    """Guides where σ/α is above the first and not above the second (Kynkäänniemi et al. 2024, equation 5)."""
+    rescale: float = 0.0
+    """φ of Lin et al. 2024, equation 16: 1 gives a guided image the contrast of the one that is not."""
+
+
+UNGUIDED = Guidance()
+
+
+def guided(denoise: Denoiser, both: Pair, guidance: Guidance) -> Denoiser:
+    """Guide an estimate of x_0, which is an affine function of whatever the network predicts.
+
+    The worse estimate is that of the null class (Ho & Salimans 2022, equation 6) or that of a network that has learnt
+    less (Karras et al. 2024, equation 4). Within the interval `both` is asked, and else `denoise`. The share of β, if
+    there is one, stays that of the better estimate.
+    """
+    low, high = guidance.interval
+
+    def denoise_guided(x_t: Tensor, point: Point[float]) -> Tensor:
+        if not low < (point.sigma / point.alpha if point.alpha else inf) <= high:
+            return denoise(x_t, point)
+        (better, share), (worse, _) = (answer.tensor_split([x_t.shape[1]], dim=1) for answer in both(x_t, point))
+        estimate = worse + guidance.scale * (better - worse)
+        if guidance.rescale:
+            contrast = better.std(dim=(1, 2, 3), keepdim=True) / estimate.std(dim=(1, 2, 3), keepdim=True)
+            estimate = estimate * (guidance.rescale * contrast + 1 - guidance.rescale)
+        return torch.cat([estimate, share], dim=1)
+
+    return denoise_guided

@@ -1,0 +1,114 @@
+"""The variance of an ancestral step, and the variational bound that says what it is worth, in bits per dimension.
+
+What is learnt is where the variance lies between the posterior's and β, on a logarithmic scale: the share of β (Nichol
+& Dhariwal 2021, equation 15). The bound is a sum over the steps (equations 4 to 7) that holds for any points of any
+process: fewer of them are a bound of their own. Logarithms are natural until the last line.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Generic, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ddpm.process import Number, Point
+from ddpm.samplers import SHARES, Denoiser, NoiseAt, Variance
+
+
+class Posterior(NamedTuple, Generic[Number]):
+    """q(x_s | x_t, x_0) of a step from x_t to x_s, the next point with less noise (Ho et al. 2020, equation 7)."""
+
+    on_x_start: Number
+    """What its mean has of x_0, beside its part of x_t."""
+    log_small: Number
+    """Logarithm of its variance β̃; at the last step, where that is 0, of the one before (Nichol & Dhariwal's code)."""
+    log_large: Number
+    """Logarithm of β, the variance of q(x_t | x_s)."""
+
+
+def posteriors(alpha: Tensor, sigma: Tensor) -> Posterior[Tensor]:
+    """The step from each of N > 1 points of growing noise to the one before, the clean image at last; float64."""
+    ones, zeros = torch.ones_like(alpha[:1]), torch.zeros_like(sigma[:1])
+    alpha_before, sigma_before = torch.cat([ones, alpha[:-1]]), torch.cat([zeros, sigma[:-1]])
+    beta = sigma.square() - (alpha / alpha_before * sigma_before).square()
+    small = beta * (sigma_before / sigma).square()
+    return Posterior(
+        on_x_start=alpha_before * beta / sigma.square(),
+        log_small=torch.cat([small[1:2], small[1:]]).log(),
+        log_large=beta.log(),
+    )
+
+
+def normal_kl(difference: Tensor, log_variance: Tensor | float, other: Tensor | float) -> Tensor:
+    """KL divergence of a normal distribution from one of another mean, and of the `other` logarithm of its variance."""
+    log_ratio = log_variance - other
+    return (_exp(log_ratio) - 1 - log_ratio + difference.square() * _exp(-other)) / 2
+
+
+def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | float) -> Tensor:
+    """Log-probability that a normal distribution falls into the level of each pixel (Ho et al. 2020, equation 13).
+
+    Pixels `x` have 256 levels in [-1, 1], of which the outermost reach to infinity. It is exact as far as float32 goes:
+    Ho et al.'s code has tanh for the error function, and stops at ln 1e-12.
+    """
+    scale = _exp(-log_variance / 2)
+    z, half = (x - mean) * scale, scale / 255
+    # In the left tail, where the logarithm of a small probability keeps its digits: the distribution is symmetric.
+    upper, lower = torch.special.log_ndtr(half - z.abs()), torch.special.log_ndtr(-half - z.abs())
+    inside = upper + (-torch.expm1(lower - upper)).log()
+    darkest, brightest = torch.special.log_ndtr(half + z), torch.special.log_ndtr(half - z)
+    return torch.where(x < -1 + 1 / 255, darkest, torch.where(x > 1 - 1 / 255, brightest, inside))
+
+
+def bits(nats: Tensor) -> Tensor:
+    """Nats of each value [B, C, H, W] as bits per dimension [B]."""
+    return nats.mean(dim=(1, 2, 3)) / math.log(2)
+
+
+@torch.no_grad()
+def bits_per_dim(
+    denoise: Denoiser,
+    x_start: Tensor,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    variance: Variance = "fixed_small",
+) -> Tensor:
+    """The variational bound on -log₂ p(x_0) per dimension, with one evaluation at each point.
+
+    Args:
+        denoise: an estimate that depends on (x_t, point) alone; it has the share of β as well for `learned_range`.
+        x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
+        points: as of a sampler: at least two, and the clean image.
+        noise_at: noise of the images' shape, by the number of the point.
+        variance: of the ancestral steps.
+
+    Returns:
+        float32 [B].
+
+    Raises:
+        ValueError: for points that do not lead to the clean image.
+    """
+    *noisy, clean = points
+    if len(noisy) < 2 or clean.sigma:
+        raise ValueError("bits per dimension need two points or more, and the clean image after them")
+    _, alpha, sigma = torch.tensor(noisy[::-1], dtype=torch.float64).T
+    steps = map(Posterior[float], *(part.flip(0).tolist() for part in posteriors(alpha, sigma)))
+    first, last, channels = noisy[0], noisy[-1], x_start.shape[1]
+    # What sampling begins with has the standard deviation max(1, σ).
+    beginning = 2 * math.log(max(1.0, first.sigma))
+    total = bits(normal_kl(first.alpha * x_start, 2 * math.log(first.sigma), beginning))
+    for number, (point, posterior) in enumerate(zip(noisy, steps, strict=True)):
+        answer = denoise(point.alpha * x_start + point.sigma * noise_at(number), point)
+        estimate, share = answer[:, :channels], SHARES.get(variance, answer[:, channels:])
+        log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
+        if point is last:
+            total += bits(-log_likelihood_of_levels(x_start, estimate, log_variance))
+        else:
+            difference = posterior.on_x_start * (x_start - estimate)
+            total += bits(normal_kl(difference, posterior.log_small, log_variance))
+    return total
+
+
+def _exp(x: Tensor | float) -> Tensor | float:
+    return x.exp() if isinstance(x, Tensor) else math.exp(x)

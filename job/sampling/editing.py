@@ -1,0 +1,100 @@
+"""Images that are drawn from others, or between two seeds: their routes, and the pictures of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+
+from ddpm import editing, figures
+from ddpm.generation import Sampling, Walk
+from job.data.cache import chosen_images
+from job.exits import BadRequestError
+from job.runs import records
+from job.sampling.painter import Painter, Route
+from job.sampling.plan import SamplePlan
+
+COLUMNS = 8
+"""Images of a row: one that is given and what was made of it, or those between two seeds."""
+PAIRS = 4
+"""Rows between seeds, if nobody chooses them."""
+_HIDDEN = 128
+"""The grey of what is unknown."""
+
+
+class Editor:
+    """What a plan gives, on the device, and the routes from there.
+
+    Seed k has image k mod n of the n that are given. Between seeds there are no images.
+    """
+
+    def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
+        assert plan.given is not None
+        self._given, self._painter, self.evaluations = plan.given, painter, sampling.evaluations
+        self._editing = plan.given.editing
+        if self._editing.mode == "interpolate":
+            return
+        if plan.given.image is not None:
+            self._shown = plan.given.image[None]
+        else:
+            cache = chosen_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
+            self._shown = cache.read(np.array(plan.given.numbers))
+        self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
+        points = sampling.points(painter.process)
+        if plan.given.unknown is not None:
+            self._unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
+            self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
+            self._path = editing.resampled(len(points) - 1, resamplings=self._editing.resamplings)
+            self.evaluations = sum(after > before for before, after in pairwise(self._path))
+        else:
+            steps = len(editing.last_points(points, self._editing.strength)) - 1
+            self.evaluations = replace(sampling, steps=steps).evaluations
+
+    def default_seeds(self) -> range:
+        """Those of a picture."""
+        return range(2 * PAIRS if self._editing.mode == "interpolate" else self._given.images * (COLUMNS - 1))
+
+    def drawn_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
+        """The seeds of the images of a picture.
+
+        Raises:
+            BadRequestError: of an interpolation, if they are no pairs.
+        """
+        if self._editing.mode != "interpolate":
+            return seeds
+        if len(seeds) % 2:
+            raise BadRequestError(f"--mode interpolate goes from seed to seed: {len(seeds):,} seeds are no pairs")
+        return [seed for seed in seeds[::2] for _ in range(COLUMNS)]
+
+    def route(self, seeds: Sequence[int]) -> Route:
+        """To the images of these seeds, of a picture or a piece."""
+        return Route(self.evaluations, partial(self._walk, seeds))
+
+    def _walk(self, seeds: Sequence[int], places: Sequence[int]) -> Walk:
+        device = self._painter.device
+        if self._editing.mode == "interpolate":
+            others = torch.tensor([seeds[place // COLUMNS * 2 + 1] for place in places], device=device)
+            weight = torch.tensor([place % COLUMNS / (COLUMNS - 1) for place in places], device=device)
+            return partial(editing.interpolate, other=self._painter.noise_of(others), weight=weight)
+        image = self._images[[seeds[place] % len(self._images) for place in places]]
+        if self._editing.mode == "inpaint":
+            return partial(editing.inpaint, image=image, unknown=self._unknown, path=self._path)
+        return partial(editing.from_image, image=image, strength=self._editing.strength)
+
+    def grid(self, images: np.ndarray, seeds: Sequence[int]) -> bytes:
+        """A row for each pair of seeds, or rows for each given image, which stands first."""
+        scale = max(1, 96 // images.shape[1])
+        if self._editing.mode == "interpolate":
+            names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
+            return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names))
+        tiles: list[np.ndarray] = []
+        for number, given in enumerate(self._shown):
+            own = images[[seed % len(self._shown) == number for seed in seeds]]
+            for start in range(0, len(own), COLUMNS - 1):
+                tiles += [given, *own[start : start + COLUMNS - 1]]
+                tiles += [np.full_like(given, 255)] * (-len(tiles) % COLUMNS)
+        return figures.png(figures.image_grid(np.stack(tiles), COLUMNS, scale=scale))

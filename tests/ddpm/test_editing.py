@@ -1,0 +1,158 @@
+"""Editing against diffusers' RePaint, and normal distributions whose conditionals are known."""
+
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ddpm import editing
+from ddpm.generation import from_noise
+from ddpm.grids import make_grid
+from ddpm.process import Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule, points_of
+from ddpm.samplers import ancestral, ddim
+
+SHAPE = (2, 3, 4, 4)
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def test_the_way_of_repaint_is_diffusers_and_so_is_each_step_of_it() -> None:
+    """Published counts: T = 250, j = r = 10. Its step is DDIM's; jumps of one timestep need one noise in both."""
+    import diffusers
+
+    judge = diffusers.RePaintScheduler(eta=0.0, clip_sample=False)
+    for steps, jump, resamplings in ((250, 10, 10), (100, 10, 3), (95, 10, 2), (40, 1, 5), (10, 10, 10), (25, 7, 4)):
+        judge.set_timesteps(steps, jump, resamplings)
+        indices = (judge.timesteps // (1000 // steps)).tolist()
+        expected, before = [], steps
+        for index in indices:
+            expected += [index] if index < before else []
+            before = index
+        path = editing.resampled(steps, jump, resamplings)
+        assert [steps - 1 - start for start, end in pairwise(path) if end > start] == expected
+        assert (path[0], path[-1]) == (0, steps)
+
+    schedule, image, hidden = linear_schedule(30), normal(1).clamp(-1, 1), torch.arange(4) > 1
+    judge = diffusers.RePaintScheduler(num_train_timesteps=30, eta=0.0, clip_sample=False)
+    judge.alphas_cumprod, judge.betas, judge.final_alpha_cumprod = (
+        schedule.alphas_cumprod,
+        schedule.betas,
+        torch.ones(()).double(),
+    )
+    judge.set_timesteps(30, 1, 3)
+    expected, before, draw = normal(0), 30, 1
+    for index in judge.timesteps.tolist():
+        noise = torch.Generator().manual_seed(draw)
+        if index < before:
+            epsilon = torch.tanh(expected + index / 30)
+            expected = judge.step(epsilon, index, expected, image, (~hidden).double(), generator=noise).prev_sample
+            draw += index > 0
+        else:
+            expected = judge.undo_step(expected, before, generator=noise)
+            draw += 1
+        before = index
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        return (x - point.sigma * torch.tanh(x + point.t / 30)) / point.alpha
+
+    path = editing.resampled(30, 1, 3)
+    points = make_grid(schedule, 30, "trailing")
+    found = editing.inpaint(ddim, denoise, points, normal, image=image, unknown=hidden, path=path)
+    assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_made_up_follows_from_what_is_known() -> None:
+    """Pairs of pixels with correlation 0.9: resampling brings the mean and deviation of the second near the truth."""
+    count, std, correlation = 4000, 0.4, 0.9
+    shape, known = (count, 1, 1, 2), 0.5
+    covariance = std**2 * torch.tensor([[1, correlation], [correlation, 1]], dtype=torch.float64)
+    image = torch.full(shape, known, dtype=torch.float64)
+    hidden = torch.tensor([False, True])
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        gain = point.alpha * covariance @ (point.alpha**2 * covariance + point.sigma**2 * torch.eye(2)).inverse()
+        return x @ gain.T
+
+    for process in (cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
+        points, means = make_grid(process, 60, "trailing"), []
+        for resamplings in (1, 10):
+            path = editing.resampled(60, 5, resamplings)
+            found = editing.inpaint(
+                ancestral, denoise, points, partial(normal, shape=shape), image=image, unknown=hidden, path=path
+            )
+            assert torch.equal(found[..., 0], image[..., 0]), "what is known stays as it is"
+            means.append(found[..., 1].mean().item())
+        assert means[1] == pytest.approx(correlation * known, abs=0.03), (process, means)
+        assert means[0] < means[1] - 0.02, (process, means)
+        deviation = found[..., 1].std().item()
+        assert deviation == pytest.approx(std * (1 - correlation**2) ** 0.5, rel=0.15), process
+
+
+def test_from_an_image_less_stays_of_it_the_more_steps_are_taken() -> None:
+    """Of normal images the probability flow is known: x_0 is the quantile of where it begins."""
+    std, image = 0.4, normal(1).clamp(-1, 1)
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        return point.alpha * std**2 / ((point.alpha * std) ** 2 + point.sigma**2) * x
+
+    for process in (linear_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
+        whole = make_grid(process, 200, "trailing")
+        assert [len(editing.last_points(whole, strength)) for strength in (0.001, 0.25, 0.5, 1)] == [2, 51, 101, 201]
+        for strength in (0.25, 0.5, 0.9):
+            start, *_ = editing.last_points(whole, strength)
+            begins = start.alpha * image + start.sigma * normal(0)
+            expected = std * begins / ((start.alpha * std) ** 2 + start.sigma**2) ** 0.5
+            found = editing.from_image(ddim, denoise, whole, normal, image=image, strength=strength)
+            assert_close(found, expected, rtol=0.03, atol=0.02)
+
+
+def test_between_two_noises_lies_noise() -> None:
+    shape = (2000, 3, 4, 4)
+    first, second, weight = normal(0, shape), normal(1, shape), torch.full((2000,), 0.3, dtype=torch.float64)
+    between = editing.slerp(first, second, weight)
+    assert between.std().item() == pytest.approx(1, abs=0.01)
+    angles = [
+        torch.nn.functional.cosine_similarity(a.flatten(1), b.flatten(1)).acos()
+        for a, b in ((first, between), (first, second))
+    ]
+    norms = [x.flatten(1).norm(dim=1, keepdim=True) for x in (first, second)]
+    unit = editing.slerp(first / norms[0].view(-1, 1, 1, 1), second / norms[1].view(-1, 1, 1, 1), weight)
+    assert_close(unit.flatten(1).norm(dim=1), torch.ones(2000).double())
+    cosine = (unit.flatten(1) * first.flatten(1) / norms[0]).sum(1)
+    assert_close(cosine.acos(), 0.3 * angles[1])
+    assert_close(editing.slerp(first, first, weight), first, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampler", [ddim, partial(ddim, eta=1.0), ancestral])
+def test_interpolation_begins_and_ends_with_the_images_of_its_seeds(sampler) -> None:
+    points = make_grid(linear_schedule(), 20, "trailing")
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        return torch.tanh(x)
+
+    def other(draw: int) -> Tensor:
+        return normal(1000 + draw)
+
+    weight = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    found = editing.interpolate(sampler, denoise, points, normal, other=other, weight=weight)
+    assert_close(found[0], from_noise(sampler, denoise, points, normal)[0])
+    assert_close(found[1], from_noise(sampler, denoise, points, other)[1])
+    near = editing.interpolate(sampler, denoise, points, normal, other=other, weight=weight * 0.999 + 5e-4)
+    assert (near - found).abs().max() < 0.05
+
+
+def test_editing_never_waits_for_the_device() -> None:
+    """On the meta device any look at a value raises."""
+    x = torch.empty(SHAPE, device="meta")
+    points = points_of(linear_schedule().numbered(torch.tensor([900, 500, 100])))
+    for walk in (
+        partial(editing.inpaint, image=x, unknown=x > 0, path=editing.resampled(2, 1, 2)),
+        partial(editing.from_image, image=x, strength=0.5),
+        partial(editing.interpolate, other=lambda draw: x, weight=x[:, 0, 0, 0]),
+    ):
+        assert walk(ddim, lambda x, point: x, points, lambda draw: x).shape == SHAPE

@@ -1,0 +1,148 @@
+"""Guidance against diffusers' guiders, normal distributions whose guided score is known, and what is asked of whom."""
+
+from math import inf
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from ddpm.generation import make_denoiser
+from ddpm.guidance import Guidance, guided
+from ddpm.objective import Condition
+from ddpm.prediction import Prediction
+from ddpm.process import Point, Process, RectifiedFlow, VarianceExploding, linear_schedule, points_of
+
+SHAPE = (5, 3, 4, 4)
+LABELS = torch.tensor([0, 1, 2, 1, 0])
+NULL = 3
+
+
+def normal(seed: int) -> Tensor:
+    return torch.randn(SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def point_of(process: Process, number: int) -> Point[float]:
+    return points_of(process.numbered(torch.tensor([number])))[0]
+
+
+def test_guidance_and_its_rescaling_equal_diffusers() -> None:
+    from diffusers.guiders import ClassifierFreeGuidance
+
+    better, worse, point = normal(0), normal(1), point_of(linear_schedule(), 500)
+    for scale, rescale in ((0.0, 0.0), (1.5, 0.0), (7.5, 0.0), (7.5, 0.7), (3.0, 1.0)):
+        judge = ClassifierFreeGuidance(guidance_scale=scale, guidance_rescale=rescale)
+        judge.set_state(step=0, num_inference_steps=10, timestep=torch.tensor(900))
+        denoise = guided(lambda x, point: x, lambda x, point: (better, worse), Guidance(scale, rescale=rescale))
+        assert_close(denoise(normal(2), point), judge.forward(better, worse).pred, msg=f"{scale} {rescale}")
+
+
+def test_the_guided_estimate_is_that_of_the_guided_score() -> None:
+    """Each class is normal: whatever is predicted, the score (α x_0 - x)/σ² moves on from one through the other."""
+    mean_of, std = torch.tensor([-0.5, 0.2, 0.6, 0.0]), 0.3
+    for process, kind in ((linear_schedule(), "epsilon"), (VarianceExploding(), "edm"), (RectifiedFlow(), "flow")):
+        prediction, asked = Prediction(kind), list[int]()
+
+        def estimate(x_t: Tensor, point: Point[float], labels: Tensor) -> Tensor:
+            mean, variance = mean_of[labels].view(-1, 1, 1, 1), (point.alpha * std) ** 2 + point.sigma**2
+            return mean + point.alpha * std**2 / variance * (x_t - point.alpha * mean)
+
+        for number in (700, 300):
+            point = point_of(process, number)
+
+            def network(x: Tensor, t: Tensor, told: Condition, point=point, how=(process, prediction, asked)) -> Tensor:
+                process, prediction, asked = how
+                asked.append(len(x))
+                x_t = x / process.input_scale(point.sigma)
+                q, p = prediction.coefficients(point)
+                x_0 = estimate(x_t, point, told.labels)
+                return q * x_0 + p * (x_t - point.alpha * x_0) / point.sigma
+
+            x_t = point.alpha * 0.2 + point.sigma * normal(0)
+            denoise = make_denoiser(
+                network,
+                process,
+                prediction,
+                Condition(LABELS),
+                clip=False,
+                guidance=Guidance(3.0),
+                null_class=NULL,
+            )
+            scores = [
+                (point.alpha * estimate(x_t, point, labels) - x_t) / point.sigma**2
+                for labels in (LABELS, torch.full_like(LABELS, NULL))
+            ]
+            score = scores[1] + 3 * (scores[0] - scores[1])
+            expected = (x_t + point.sigma**2 * score) / point.alpha
+            assert_close(denoise(x_t, point), expected, rtol=1e-3, atol=1e-3)
+        assert asked == [10, 10], "both in one batch"
+
+
+def test_where_and_from_what_it_guides() -> None:
+    process, asked = linear_schedule(), list[str]()
+
+    def network_of(name: str, value: float):
+        def network(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+            asked.append(f"{name}{len(x)}")
+            null = (told.labels == NULL).float().view(-1, 1, 1, 1)
+            return torch.cat([torch.zeros_like(x) + value - 0.1 * null, torch.zeros_like(x) + 2 * value - 1], dim=1)
+
+        return network
+
+    def denoiser(guidance: Guidance, **how):
+        network, x_0 = network_of("better", 0.5), Prediction("x0")
+        return make_denoiser(network, process, x_0, Condition(LABELS), guidance=guidance, null_class=NULL, **how)
+
+    points = [point_of(process, number) for number in (900, 500, 100)]
+    ratios = [point.sigma / point.alpha for point in points]
+    worse = network_of("worse", 0.3)
+    for guidance, how, expected, who in (
+        (Guidance(2.0), {}, [0.6, 0.6, 0.6], ["better10"] * 3),
+        (Guidance(2.0, (ratios[2], ratios[1])), {}, [0.5, 0.6, 0.5], ["better5", "better10", "better5"]),
+        (Guidance(2.0, (0.0, inf)), {"worse": worse}, [0.7] * 3, ["better5", "worse5"] * 3),
+        (Guidance(9.0), {"worse": worse}, [1.0] * 3, ["better5", "worse5"] * 3),
+        (Guidance(1.0, (0.0, 1.0)), {}, [0.5] * 3, ["better5"] * 3),
+        (Guidance(0.0), {}, [0.4] * 3, ["better10"] * 3),
+    ):
+        asked.clear()
+        denoise = denoiser(guidance, **how)
+        found = [denoise(normal(0), point) for point in points]
+        for image, value in zip(found, expected, strict=True):
+            assert_close(image, torch.full(SHAPE, value), msg=f"{guidance} {how}: {image[0, 0, 0, 0]} {value}")
+        assert asked == who, guidance
+        # The share of β, (1 + v)/2, is not guided.
+        with_share = denoiser(guidance, with_share=True, **how)(normal(0), points[1])
+        assert_close(with_share[:, :3], found[1])
+        assert_close(with_share[:, 3:], torch.full(SHAPE, 0.5))
+    # Where nothing is left of the image, as at the end of a rectified flow, σ/α is infinite.
+    flow_end = point_of(RectifiedFlow(), 999)
+    answers = [
+        guided(lambda x, point: x, lambda x, point: (x, 0 * x), Guidance(2.0, (0.5, high)))(normal(0), flow_end)
+        for high in (inf, 80.0)
+    ]
+    assert_close(answers[0], 2 * normal(0))
+    assert_close(answers[1], normal(0))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_a_network_that_conditions_on_itself_sees_the_estimate_before(scale: float) -> None:
+    """Guided and clipped, as the sampler has it; zero at first; of each image its own."""
+    process, seen = linear_schedule(), list[Tensor]()
+
+    def network(x: Tensor, t: Tensor, told: Condition) -> Tensor:
+        seen.append(told.x_start)
+        return x * (0.5 + 0.2 * told.labels.view(-1, 1, 1, 1))
+
+    denoise = make_denoiser(
+        network,
+        process,
+        Prediction("x0"),
+        Condition(LABELS, torch.zeros(SHAPE)),
+        clip=False,
+        guidance=Guidance(scale),
+        null_class=NULL,
+    )
+    estimates = [denoise(3 * normal(seed), point_of(process, 500)) for seed in range(3)]
+    times = 1 if scale == 1 else 2
+    for given, before in zip(seen, [torch.zeros(SHAPE), *estimates[:-1]], strict=True):
+        assert_close(given, before.clamp(-1, 1).repeat(times, 1, 1, 1))

@@ -1,0 +1,160 @@
+"""The bound against closed forms, 50 digits, the published formulas and the entropy of a known distribution."""
+
+import math
+
+import mpmath
+import pytest
+import torch
+from torch import Tensor
+from torch.distributions import Normal, kl_divergence
+
+from ddpm.grids import make_grid
+from ddpm.objective import Condition, Drawn, Draws, Objective
+from ddpm.prediction import Prediction
+from ddpm.process import CLEAN, Point, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
+from ddpm.variance import bits_per_dim, log_likelihood_of_levels, normal_kl, posteriors
+
+SHAPE = (4, 3, 8, 8)
+
+
+def normal(seed: int, shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def levels(values: Tensor) -> Tensor:
+    """Rounded to one of 256 levels."""
+    return ((values.clamp(-1, 1) + 1) * 127.5).round() / 127.5 - 1
+
+
+def test_divergences_are_those_of_torch() -> None:
+    means, logs, others = normal(0).double(), normal(1).double(), 3 * normal(2).double()
+    expected = kl_divergence(Normal(means, (logs / 2).exp()), Normal(torch.zeros(()).double(), (others / 2).exp()))
+    torch.testing.assert_close(normal_kl(means, logs, others), expected)
+    expected = kl_divergence(Normal(means, math.exp(-0.4)), Normal(torch.zeros(()).double(), math.exp(0.15)))
+    torch.testing.assert_close(normal_kl(means, -0.8, 0.3), expected)
+
+
+def test_likelihoods_of_levels_agree_with_fifty_digits_wherever_the_mean_lies() -> None:
+    mpmath.mp.dps = 50
+    for std in (0.002, 0.01, 0.3, 5.0):
+        for level in (0, 1, 100, 254, 255):
+            x = level / 127.5 - 1
+            for off in (0.0, 0.4 / 255, -0.05, 0.4, -1.5):
+                log_variance = torch.tensor(2 * math.log(std))
+                mean = torch.tensor(x + off)
+                found = log_likelihood_of_levels(torch.tensor(x), mean, log_variance).item()
+                centre, s = mpmath.mpf(mean.item()), mpmath.exp(mpmath.mpf(log_variance.item()) / 2)
+                half = mpmath.mpf(1) / 255
+                upper = (x + half - centre) / s if level < 255 else mpmath.inf
+                lower = (x - half - centre) / s if level > 0 else -mpmath.inf
+                # In the right tail both are 1 to any number of digits.
+                upper, lower = (-lower, -upper) if lower > 0 else (upper, lower)
+                expected = float(mpmath.log(mpmath.ncdf(upper) - mpmath.ncdf(lower)))
+                assert found == pytest.approx(expected, rel=1e-3, abs=2e-4), (std, level, off)
+
+
+def test_levels_have_a_probability_of_one_together_and_gradients_of_finite_differences() -> None:
+    x = (torch.arange(256).double() / 127.5 - 1).view(1, 1, 16, 16)
+    for mean, std in ((0.1, 0.2), (-0.99, 0.02), (3.0, 1.5)):
+        total = log_likelihood_of_levels(x, torch.full_like(x, mean), torch.tensor(2 * math.log(std)).double()).exp()
+        assert total.sum().item() == pytest.approx(1, rel=1e-9)
+
+    def likelihood(log_variance: Tensor) -> Tensor:
+        return log_likelihood_of_levels(x[..., ::5], torch.full_like(x[..., ::5], 0.3), log_variance)
+
+    assert torch.autograd.gradcheck(likelihood, torch.tensor(-3.0, dtype=torch.float64, requires_grad=True))
+
+
+@pytest.mark.parametrize("schedule", [linear_schedule(), cosine_schedule()], ids=["linear", "cosine"])
+def test_steps_and_the_hybrid_loss_are_the_published_ones(schedule) -> None:
+    """Tables as in improved-diffusion's `GaussianDiffusion`, terms from torch's distributions in float64."""
+    betas, products = schedule.betas, schedule.alphas_cumprod
+    before = torch.cat([torch.ones(1).double(), products[:-1]])
+    posterior = betas * (1 - before) / (1 - products)
+    clipped = torch.cat([posterior[1:2], posterior[1:]])
+    on_x_start, on_x_t = betas * before.sqrt() / (1 - products), (1 - before) * (1 - betas).sqrt() / (1 - products)
+    steps = posteriors(*schedule.numbered(torch.arange(1000))[1:])
+    for found, expected in zip(steps, (on_x_start, clipped.log(), betas.log()), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+    learnt = Objective(schedule, Prediction("v"), draws=Draws(stratified=True), learned_variance=True)
+    drawn = Drawn(*learnt.draw(0, torch.tensor([0, 1, 400, 999]), 1000))
+    assert drawn.t.tolist() == [0, 1, 400, 999]
+    x_start, noise, weight = levels(normal(0)), normal(1), torch.tensor(0.1, requires_grad=True)
+    x_t = drawn.alpha.view(-1, 1, 1, 1) * x_start + drawn.sigma.view(-1, 1, 1, 1) * noise
+
+    def network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+        return torch.cat([x * 0.4 + weight, x.sin() * 1.5 + weight], 1)
+
+    losses = learnt.losses(network, x_start, noise, drawn)
+    output, v = network(x_t, drawn.t, Condition()).detach().double().chunk(2, dim=1)
+    x, x_0 = x_t.double(), x_start.double()
+    for i, t in enumerate((0, 1, 400, 999)):
+        alpha, sigma = products[t].sqrt(), (1 - products[t]).sqrt()
+        simple = (output[i] - (alpha * noise[i] - sigma * x_start[i])).square().mean()
+        estimate = alpha * x[i] - sigma * output[i]
+        share = (v[i] + 1) / 2
+        variance = (share * betas[t].log() + (1 - share) * clipped[t].log()).exp()
+        mean = on_x_start[t] * estimate + on_x_t[t] * x[i]
+        if t:
+            true = Normal(on_x_start[t] * x_0[i] + on_x_t[t] * x[i], posterior[t].sqrt())
+            term = kl_divergence(true, Normal(mean, variance.sqrt())).mean()
+        else:
+            # Outermost levels reach to infinity.
+            model = Normal(mean, variance.sqrt())
+            upper = torch.where(x_0[i] > 0.999, 1, model.cdf(x_0[i] + 1 / 255))
+            lower = torch.where(x_0[i] < -0.999, 0, model.cdf(x_0[i] - 1 / 255))
+            term = -(upper - lower).clamp(min=1e-300).log().mean()
+        expected = simple + 1e-3 * 1000 * term / math.log(2)
+        if t or expected < 500:
+            assert losses[i].item() == pytest.approx(expected.item(), rel=2e-4), t
+
+
+def test_the_bound_teaches_the_variance_and_not_the_estimate() -> None:
+    learnt = Objective(linear_schedule(), Prediction("epsilon"), learned_variance=True)
+    plain = Objective(linear_schedule(), Prediction("epsilon"))
+    drawn = Drawn(*learnt.draw(0, torch.arange(4), 4))
+    gradients = []
+    for objective in (learnt, plain):
+        output = (0.5 * normal(2, (4, 6, 8, 8))).requires_grad_()
+        answer = output if objective is learnt else output[:, :3]
+        objective.losses(lambda x, t, c, answer=answer: answer, levels(normal(0)), normal(1), drawn).sum().backward()
+        gradients.append(output.grad)
+    assert torch.equal(gradients[0][:, :3], gradients[1][:, :3])
+    assert (gradients[0][:, 3:].flatten(1).norm(dim=1) > 0).all()
+
+
+def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
+    """Of normal images the steps back are normal: with their variance the bound is reached, however few they are."""
+    std = 0.15
+    images = levels(std * normal(3, (32, 1, 24, 24)))
+    expected = -log_likelihood_of_levels(images.double(), torch.zeros(()), torch.tensor(2 * math.log(std)).double())
+    # Noise below a level's width would show the levels, which are no normal images.
+    exploding = VarianceExploding(sigma_min=0.02, sigma_max=20)
+    for process in (linear_schedule(), cosine_schedule(), RectifiedFlow(), exploding):
+        points = make_grid(process, 40, "trailing")
+        _, alpha, sigma = torch.tensor(points[-2::-1]).double().T
+        left = (std * sigma).square() / ((alpha * std).square() + sigma.square())
+        steps = posteriors(alpha, sigma)
+        # What is not known of x_0 adds to the posterior's variance.
+        known = torch.where(torch.arange(40) > 0, steps.log_small.exp(), 0)
+        best = (known + steps.on_x_start.square() * left).log()
+        shares = ((best - steps.log_small) / (steps.log_large - steps.log_small)).tolist()
+
+        def denoise(x: Tensor, point: Point[float], points=points, shares=shares) -> Tensor:
+            estimate = point.alpha * std**2 / ((point.alpha * std) ** 2 + point.sigma**2) * x
+            return torch.cat([estimate, torch.full_like(x, shares[-1 - points.index(point)])], dim=1)
+
+        def noise_at(number: int) -> Tensor:
+            return normal(number, images.shape)
+
+        found = bits_per_dim(denoise, images, points, noise_at, "learned_range")
+        assert found.shape == (32,)
+        assert found.mean().item() == pytest.approx(expected.mean().item() / math.log(2), abs=0.01), process
+        for variance in ("fixed_small", "fixed_large"):
+            fixed = bits_per_dim(lambda x, point: denoise(x, point)[:, :1], images, points, noise_at, variance)
+            assert (fixed > found + 0.05).all(), (process, variance)
+    with pytest.raises(ValueError, match="two points or more"):
+        bits_per_dim(denoise, images, [points[3], CLEAN], noise_at)
+    with pytest.raises(ValueError, match="the clean image after them"):
+        bits_per_dim(denoise, images, points[:-1], noise_at)

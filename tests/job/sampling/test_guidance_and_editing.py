@@ -1,0 +1,225 @@
+"""Guidance, chosen classes and editing through the command: which pictures come out, and what is refused."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from job.data.cache import chosen_images
+from job.data.shards import load_index
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
+
+
+@pytest.fixture
+def bucket(learned: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(learned, tmp_path / "bucket")
+
+
+@pytest.fixture
+def sampled(bucket: Path) -> Callable[..., dict[str, np.ndarray]]:
+    """Runs `ddpm sample` of the run `all` and returns the pictures it named, int16."""
+
+    def sampled(*words: object) -> dict[str, np.ndarray]:
+        out = succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
+        paths = [Path(line.split()[0]) for line in out.splitlines()]
+        return {path.name: np.asarray(Image.open(path), np.int16) for path in paths}
+
+    return sampled
+
+
+def images_of(bucket: Path, *numbers: int) -> np.ndarray:
+    store = open_store(str(bucket))
+    index = load_index(store, "datasets/tiles-16")
+    return chosen_images(store, "datasets/tiles-16", index).read(np.array(numbers)).astype(np.int16)
+
+
+def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:
+    """The images of a grid whose tiles are six times as large and have two pixels around each, [n, 16, 16, 3]."""
+    rows = picture.shape[0] // 98
+    return np.stack(
+        [
+            picture[2 + 98 * y : 98 + 98 * y : 6, left + 2 + 98 * x :][:, :96:6]
+            for y in range(rows)
+            for x in range(columns)
+        ]
+    )
+
+
+def test_an_image_depends_on_its_seed_alone_however_it_is_guided(draw):
+    """With all that a network can learn: half a batch without classes, the estimate before, a variance of its own."""
+    plain = draw(SEEDS, 64, run="all")
+    for chosen in (
+        {"guidance": 3.0, "guidance_interval": (0.5, 5.0), "guidance_rescale": 0.7},
+        {"guidance": 2.0, "autoguidance": 1},
+        {"sampler": "ddpm", "steps": 8, "variance": "learned_range", "guidance": 2.0},
+        {"labels": (3,)},
+    ):
+        images = draw(SEEDS, 64, run="all", **chosen)
+        assert np.abs(images - plain).mean() > 1, chosen
+        assert np.abs(draw(SEEDS, 2, run="all", **chosen) - images).max() <= 1, chosen
+    learnt, large = (
+        draw(SEEDS, 64, run="all", sampler="ddpm", steps=8, variance=variance)
+        for variance in ("learned_range", "fixed_large")
+    )
+    assert np.abs(learnt - large).mean() > 1
+    # Seeds 3 and 77 mod 5 are of this class anyway.
+    one_class = np.abs(draw(SEEDS, 64, run="all", labels=(3,)) - plain).mean(axis=(1, 2, 3))
+    assert (one_class < 0.1).tolist() == [seed % 5 == 3 for seed in SEEDS]
+
+
+def test_names_say_how_a_picture_was_guided_and_of_which_classes(sampled):
+    names = {
+        "epoch-0002-ddim-4-guidance-3-seeds-0-3.png": ("--guidance", 3),
+        "epoch-0002-ddim-4-guidance-3-guidance_interval-0.5_5-guidance_rescale-0.7-seeds-0-3.png": (
+            *("--guidance", 3, "--guidance-interval", "0.5,5", "--guidance-rescale", 0.7),
+        ),
+        "epoch-0002-ddim-4-guidance-1.5-autoguidance-1-seeds-0-3.png": ("--guidance", 1.5, "--autoguidance", 1),
+        "epoch-0002-ddpm-4-variance-learned_range-seeds-0-3.png": (
+            *("--sampler", "ddpm", "--steps", 4, "--variance", "learned_range"),
+        ),
+        "epoch-0002-ddim-4-labels-2_0-seeds-0-3.png": ("--classes", "hills, 0"),
+        # What guidance alone takes changes nothing without it.
+        "epoch-0002-ddim-4-seeds-0-3.png": ("--guidance-interval", "0.5,5"),
+    }
+    assert {name: list(sampled(*words, "--seeds", "0-3")) for name, words in names.items()} == {
+        name: [name] for name in names
+    }
+
+
+def test_saved_images_are_of_the_classes_that_were_chosen(bucket, draw):
+    words = ("--classes", "skyline,coast", "--count", 18, "--guidance", 2, "--autoguidance", 1)
+    succeeded(ddpm_here("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *words))
+    folder = bucket / "runs/all/samples/epoch-0002-ddim-4-guidance-2-autoguidance-1-labels-4_0-0-18"
+    shards = sorted(map(str, folder.glob("*.tar")))
+    samples = list(webdataset.WebDataset(shards, shardshuffle=False).decode("rgb8"))
+    assert [sample["cls"] for sample in samples] == [4, 0] * 9
+    drawn = draw(range(18), 16, run="all", guidance=2.0, autoguidance=1, labels=(4, 0))
+    assert np.abs(np.stack([sample["png"] for sample in samples]) - drawn).max() <= 1
+    assert verify_run(open_store(str(bucket)), "all").problems == []
+
+
+def test_what_is_known_of_an_image_stays_and_the_rest_depends_on_the_seed(bucket, sampled, tmp_path):
+    given, how = images_of(bucket, 3, 17), ("--resamplings", 2, "--steps", 12)
+    inpaint = ("--mode", "inpaint", *how)
+    ((name, picture),) = sampled(*inpaint, "--image", "3,17", "--seeds", "0-5").items()
+    # Each has its own class.
+    assert name == "epoch-0002-ddim-12-labels-0_0-inpaint-image-3_17-mask-half-resamplings-2-seeds-0-5.png"
+    tiles = tiles_of(picture, 8).reshape(2, 8, 16, 16, 3)
+    for own, image in zip(tiles, given, strict=True):
+        assert np.array_equal(own[0, :, :8], image[:, :8]) and (own[0, :, 8:] == 128).all()
+        assert np.array_equal(own[1:4, :, :8], image[None, :, :8].repeat(3, axis=0))
+        different = [np.abs(own[a, :, 8:] - own[b, :, 8:]).mean() for a, b in ((1, 2), (1, 3), (2, 3))]
+        assert min(different) > 2
+        assert (own[4:] == 255).all()
+    ((_, alone),) = sampled(*inpaint, "--image", "3,17", "--seeds", "4,5", "--batch-size", 1).items()
+    again = tiles_of(alone, 8).reshape(2, 8, 16, 16, 3)
+    assert np.abs(again[:, 1] - tiles[:, 3]).max() <= 1
+
+    # The same image and mask as files.
+    Image.fromarray(given[0].astype(np.uint8)).save(tmp_path / "image.png")
+    hidden = np.zeros((32, 32), np.uint8)
+    hidden[:, 16:] = 255
+    Image.fromarray(hidden).save(tmp_path / "mask.png")
+    files = ("--image", tmp_path / "image.png", "--mask", tmp_path / "mask.png", "--classes", "coast")
+    ((name, of_files),) = sampled(*inpaint, *files, "--seeds", "0,2,4").items()
+    assert name.startswith("epoch-0002-ddim-12-labels-0-inpaint-image-") and len(name) < 130
+    assert np.abs(tiles_of(of_files, 8)[1:4] - tiles[0, 1:4]).max() <= 1
+
+    # Saved in pieces, image by image the same; of another image in a folder of its own.
+    save = ("--save", "png", "--count", 18)
+    for slice_ in ("0/2", "1/2"):
+        sampled_words = ("sample", "--run", "all", "--bucket", bucket, "--precision", "fp32", *inpaint, *save)
+        succeeded(ddpm_here(*sampled_words, "--image", "3,17", "--slice", slice_))
+    (folder,) = (bucket / "runs/all/samples").glob("*-0-18-png")
+    saved = [np.asarray(Image.open(path), np.int16) for path in sorted(folder.glob("piece-*/*.png"))]
+    assert len(saved) == 18
+    for seed in range(6):
+        assert np.abs(saved[seed] - tiles[seed % 2, 1 + seed // 2]).max() <= 1
+
+
+def test_the_less_of_the_way_is_walked_the_more_stays_of_an_image(bucket, sampled):
+    given, distances = images_of(bucket, 40), []
+    for strength in (0.05, 0.3, 0.9):
+        words = ("--mode", "img2img", "--image", 40, "--strength", strength, "--steps", 20, "--seeds", "0-2")
+        ((name, picture),) = sampled(*words).items()
+        assert f"-img2img-image-40-strength-{strength:g}-seeds-0-2.png" in name
+        tiles = tiles_of(picture, 8)
+        assert np.array_equal(tiles[0], given[0])
+        distances.append(np.abs(tiles[1:4] - given).mean())
+    assert distances[0] < 12 < distances[1] < distances[2]
+
+
+def test_between_two_seeds_lie_images_that_begin_and_end_with_theirs(sampled, draw):
+    ((name, picture),) = sampled("--mode", "interpolate", "--seeds", "3,8,5,10").items()
+    assert name == "epoch-0002-ddim-4-interpolate-seeds-3_8_5_10.png"
+    rows = tiles_of(picture, 8, picture.shape[1] - 98 * 8 - 2).reshape(2, 8, 16, 16, 3)
+    ends = draw([3, 8, 5, 10], 4, run="all")
+    # Both seeds of a pair are of one class here, or they would not end with the second one's own image.
+    assert np.abs(rows[:, 0] - ends[::2]).max() <= 1
+    assert np.abs(rows[:, -1] - ends[1::2]).max() <= 1
+    steps = np.abs(np.diff(rows, axis=1)).mean(axis=(2, 3, 4))
+    whole = np.abs(rows[:, 0] - rows[:, -1]).mean(axis=(1, 2, 3))
+    assert (steps < 0.5 * whole[:, None]).all() and (steps > 0).all()
+
+
+def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    Image.new("L", (8, 8), 255).save(tmp_path / "white.png")
+    inpaint = ("--mode", "inpaint", "--image", "3")
+    refusals: tuple[tuple[str, int, str, tuple[object, ...]], ...] = (
+        ("walk", 78, "label_dropout=0.1 when the run begins", ("--guidance", 2)),
+        ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
+        ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
+        ("all", 64, "from less to more", ("--guidance-interval", "5,0.5")),
+        ("all", 64, "--guidance-interval '5': two numbers", ("--guidance-interval", "5")),
+        ("all", 64, "--guidance-rescale", ("--guidance-rescale", 2)),
+        ("all", 66, "no checkpoint of epoch 3", ("--guidance", 2, "--autoguidance", 3)),
+        ("all", 64, "did you mean 'mountain'?", ("--classes", "coast,mountan")),
+        ("all", 64, "there is no class '7'; there are 5: coast", ("--classes", "7")),
+        ("all", 64, "inpaint, img2img, interpolate; did you mean 'inpaint'?", ("--mode", "inpant")),
+        ("all", 64, "needs --image", ("--mode", "img2img")),
+        ("all", 64, "--strength is an option of --mode img2img", (*inpaint, "--strength", 0.5)),
+        ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
+        ("all", 64, "--strength 1.5", ("--mode", "img2img", "--image", 3, "--strength", 1.5)),
+        ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
+        ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
+        ("all", 64, "--gif is about new images", (*inpaint, "--gif")),
+        ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
+        ("all", 64, "3 seeds are no pairs", ("--mode", "interpolate", "--seeds", "0-2")),
+        ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
+        ("all", 66, "a file has to be where the command runs", ("--mode", "img2img", "--image", tmp_path / "no.png")),
+        ("all", 65, "is damaged from its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
+        ("all", 64, "what is white is made up", (*inpaint, "--mask", tmp_path / "white.png")),
+    )
+    for run, code, said, words in refusals:
+        line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
+        assert said in line, (words, line)
+    for code, said, changes in (
+        (78, "and the network learns none", ("model.label_dropout=0.1", "model.num_classes=0")),
+        (
+            78,
+            "draws=log_normal does not go with it",
+            ("diffusion.variance=learned_range", "diffusion.draws=log_normal"),
+        ),
+        (
+            78,
+            "schedule=flow does not go",
+            ("diffusion.variance=learned_range", "diffusion.schedule=flow", "diffusion.prediction=v"),
+        ),
+        (78, "offset_noise=0.1 does not go", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
+        (78, "is chosen with ddpm sample --autoguidance EPOCH", ("sample.autoguidance=3",)),
+        (78, "there is no class 9, of the 5", ("sample.labels=1,9",)),
+    ):
+        sets = [word for change in changes for word in ("--set", change)]
+        line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), code)
+        assert said in line, (changes, line)
