@@ -426,6 +426,11 @@ class RunConfig(Section):
                 "model.kind=edm2 is told ln(sigma)/4, not timesteps: set diffusion.schedule=edm and "
                 "diffusion.prediction=edm, or choose another network"
             )
+        if self.model.kind == "dome" and (self.diffusion.self_conditioning or self.data.augment):
+            raise ValueError(
+                "model.kind=dome is told the timestep and the class alone, as in its checkpoints: leave out "
+                "diffusion.self_conditioning and data.augment, or choose another network"
+            )
         return self
 
     @model_validator(mode="after")

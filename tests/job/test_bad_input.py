@@ -71,6 +71,12 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set model.kind=dit --set model.width=30", 78, ["model.width=30", "multiple of 4"]),
     ("train --dataset a --set model.kind=dit --set data.size=33", 78, ["data.size=33", "model.patch_size=2"]),
     ("train --dataset a --set model.kind=dome --set data.size=28", 78, ["data.size=28", "multiple of 8"]),
+    (
+        "train --dataset a --set model.kind=dome --set diffusion.self_conditioning=on",
+        78,
+        ["model.kind=dome", "diffusion.self_conditioning"],
+    ),
+    ("train --dataset a --set model.kind=dome --set data.augment=0.1", 78, ["model.kind=dome", "data.augment"]),
     ("train --dataset a --set model.kind=edm2", 78, ["ln(sigma)/4", "diffusion.schedule=edm"]),
     ("train --dataset a --set model.heads=3", 78, ["64 channels", "model.heads=3"]),
     ("train --dataset a --set data.size=16 --set model.head_channels=12", 78, ["64 channels", "head_channels=12"]),
