@@ -419,8 +419,6 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _network_is_told_what_it_knows(self) -> RunConfig:
-        if self.model.kind == "dome" and self.data.augment:
-            raise ValueError("model.kind=dome cannot be told what data.augment did to an image: choose another network")
         if self.model.kind == "edm2" and self.diffusion.schedule != "edm":
             raise ValueError(
                 "model.kind=edm2 is told ln(sigma)/4, not timesteps: set diffusion.schedule=edm and "
