@@ -148,6 +148,8 @@ class SampleRequest:
             raise BadRequestError(f"{chosen[0]} is about new images: leave it out, or --mode")
         if self.mode == "interpolate" and self.count is not None:
             raise BadRequestError("--mode interpolate makes a picture: leave --count out")
+        if self.mode == "interpolate" and self.seeds and len(parse_numbers(self.seeds, "--seeds")) % 2:
+            raise BadRequestError(f"--mode interpolate goes from seed to seed: --seeds {self.seeds} are no pairs")
 
     @property
     def slice_of(self) -> tuple[int, int]:

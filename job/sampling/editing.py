@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
+from itertools import count
 
 import numpy as np
 import torch
 
 from ddpm import editing, figures
-from ddpm.generation import Sampling, Walk
+from ddpm.generation import Sampling, Walk, generate
+from ddpm.process import Point
 from job.data.cache import chosen_images
-from job.exits import BadRequestError
 from job.runs import records
 from job.sampling.painter import Painter, Route
 from job.sampling.plan import SamplePlan
@@ -34,8 +34,8 @@ class Editor:
 
     def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
         assert plan.given is not None
-        self._given, self._painter, self.evaluations = plan.given, painter, sampling.evaluations
-        self._editing = plan.given.editing
+        self._given, self._painter = plan.given, painter
+        self._editing, self.evaluations = plan.given.editing, sampling.evaluations
         if self._editing.mode == "interpolate":
             return
         if plan.given.image is not None:
@@ -44,31 +44,35 @@ class Editor:
             cache = chosen_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
             self._shown = cache.read(np.array(plan.given.numbers))
         self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
-        points = sampling.points(painter.process)
-        if plan.given.unknown is not None:
-            self._unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
-            self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
-            self._path = editing.resampled(len(points) - 1, resamplings=self._editing.resamplings)
-            self.evaluations = sum(after > before for before, after in pairwise(self._path))
+        if plan.given.unknown is None:
+            self._edit = partial(editing.from_image, strength=self._editing.strength)
         else:
-            steps = len(editing.last_points(points, self._editing.strength)) - 1
-            self.evaluations = replace(sampling, steps=steps).evaluations
+            unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
+            path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
+            self._edit = partial(editing.inpaint, unknown=unknown, path=path)
+            self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
+        self.evaluations = self._counted(sampling)
+
+    def _counted(self, sampling: Sampling) -> int:
+        """How often a denoiser is asked on the way, whatever the sampler: by walking it with a pixel."""
+        pixel, asked = torch.zeros(1, 1, 1, 1), count()
+
+        def denoise(x: torch.Tensor, point: Point[float]) -> torch.Tensor:
+            next(asked)
+            return x
+
+        of_pixel = {"image": pixel} | ({"unknown": pixel == 0} if self._given.unknown is not None else {})
+        fixed = replace(sampling, variance="fixed_small")
+        generate(denoise, self._painter.process, fixed, lambda draw: pixel, partial(self._edit, **of_pixel))
+        return next(asked)
 
     def default_seeds(self) -> range:
         """Those of a picture."""
         return range(2 * PAIRS if self._editing.mode == "interpolate" else self._given.images * (COLUMNS - 1))
 
     def drawn_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
-        """The seeds of the images of a picture.
-
-        Raises:
-            BadRequestError: of an interpolation, if they are no pairs.
-        """
-        if self._editing.mode != "interpolate":
-            return seeds
-        if len(seeds) % 2:
-            raise BadRequestError(f"--mode interpolate goes from seed to seed: {len(seeds):,} seeds are no pairs")
-        return [seed for seed in seeds[::2] for _ in range(COLUMNS)]
+        """The seeds of the images of a picture."""
+        return [seed for seed in seeds[::2] for _ in range(COLUMNS)] if self._editing.mode == "interpolate" else seeds
 
     def route(self, seeds: Sequence[int]) -> Route:
         """To the images of these seeds, of a picture or a piece."""
@@ -80,10 +84,7 @@ class Editor:
             others = torch.tensor([seeds[place // COLUMNS * 2 + 1] for place in places], device=device)
             weight = torch.tensor([place % COLUMNS / (COLUMNS - 1) for place in places], device=device)
             return partial(editing.interpolate, other=self._painter.noise_of(others), weight=weight)
-        image = self._images[[seeds[place] % len(self._images) for place in places]]
-        if self._editing.mode == "inpaint":
-            return partial(editing.inpaint, image=image, unknown=self._unknown, path=self._path)
-        return partial(editing.from_image, image=image, strength=self._editing.strength)
+        return partial(self._edit, image=self._images[[seeds[place] % len(self._images) for place in places]])
 
     def grid(self, images: np.ndarray, seeds: Sequence[int]) -> bytes:
         """A row for each pair of seeds, or rows for each given image, which stands first."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from job.data.cache import chosen_images
 from job.data.shards import load_index
 from job.runs.verification import verify_run
 from job.store import open_store
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 
@@ -147,6 +148,21 @@ def test_what_is_known_of_an_image_stays_and_the_rest_depends_on_the_seed(bucket
         assert np.abs(saved[seed] - tiles[seed % 2, 1 + seed // 2]).max() <= 1
 
 
+def test_each_step_of_an_edit_shows_on_the_bar(bucket, monkeypatch):
+    """Processes without a batch of their own count the same steps, or the others would wait for them for ever."""
+    monkeypatch.setattr("job.progress.LINE_SECONDS", 0.0)
+    for steps, words in (
+        # Of 12 steps the last ten are walked twice.
+        (22, ("--mode", "inpaint", "--image", 0, "--resamplings", 2, "--steps", 12)),
+        (6, ("--mode", "img2img", "--image", 0, "--strength", 0.3, "--steps", 20)),
+    ):
+        words = ("sample", "--run", "all", "--bucket", bucket, "--seeds", "0-2", "--batch-size", 2, *words)
+        done = ddpm_here(*words)
+        succeeded(done)
+        shown = [int(percent) for percent in re.findall(r"(?m)^epoch-\d+: (\d+) % · ", done.stderr)]
+        assert shown == [100 * step // (2 * steps) for step in range(1, 2 * steps + 1)], words
+
+
 def test_the_less_of_the_way_is_walked_the_more_stays_of_an_image(bucket, sampled):
     given, distances = images_of(bucket, 40), []
     for strength in (0.05, 0.3, 0.9):
@@ -195,7 +211,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 64, "--resamplings 0", (*inpaint, "--resamplings", 0)),
         ("all", 64, "--gif is about new images", (*inpaint, "--gif")),
         ("all", 64, "leave --count out", ("--mode", "interpolate", "--count", 4)),
-        ("all", 64, "3 seeds are no pairs", ("--mode", "interpolate", "--seeds", "0-2")),
+        ("all", 64, "--seeds 0-2 are no pairs", ("--mode", "interpolate", "--seeds", "0-2")),
         ("all", 64, "has the images 0 to 298", ("--mode", "img2img", "--image", "0-299")),
         ("all", 66, "a file has to be where the command runs", ("--mode", "img2img", "--image", tmp_path / "no.png")),
         ("all", 65, "is damaged from its beginning", ("--mode", "img2img", "--image", tmp_path / "broken.png")),
@@ -223,3 +239,15 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         sets = [word for change in changes for word in ("--set", change)]
         line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), code)
         assert said in line, (changes, line)
+
+
+@pytest.mark.slow
+def test_processes_share_an_edit_out_and_draw_the_same(bucket, sampled):
+    inpaint = ("--mode", "inpaint", "--image", "3,17", "--resamplings", 2, "--steps", 12, "--seeds", "0-6")
+    words = (*inpaint, "--guidance", 2, "--autoguidance", 1)
+    ((name, alone),) = sampled(*words).items()
+    how = ("--run", "all", "--bucket", bucket, "--precision", "fp32", "--processes", 2)
+    (line,) = succeeded(ddpm("sample", *how, *words)).splitlines()
+    path = Path(line.split()[0])
+    assert path.name == name
+    assert np.abs(np.asarray(Image.open(path), np.int16) - alone).max() <= 1
