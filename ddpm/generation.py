@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import count
 
 import torch
 from torch import Tensor
 
 from ddpm import randomness, samplers
-from ddpm.grids import Grid, make_grid
+from ddpm.grids import Grid, make_grid, numbered_points
 from ddpm.guidance import UNGUIDED, Guidance, guided
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
@@ -24,13 +25,17 @@ Callback = Callable[[Point[float], Tensor, Tensor], None]
 
 @dataclass(frozen=True)
 class Sampling:
-    """How images are drawn. `eta` is DDIM's (0: deterministic); `variance` is the ancestral sampler's."""
+    """How images are drawn. Each option is of the samplers that take it."""
 
-    sampler: str
+    sampler: str | Sampler
+    """By its name, or somebody's own."""
     steps: int
-    grid: Grid
+    grid: Grid | tuple[int, ...]
+    """By its name, or the numbers of its points."""
     eta: float = 0.0
     variance: Variance = "fixed_large"
+    order: int = 3
+    churn: float = 0.0
     clip: bool = True
     """Whether the estimated x_0 is clipped to [-1, 1] (as Ho et al.'s code does)."""
     guidance: Guidance = UNGUIDED
@@ -39,12 +44,27 @@ class Sampling:
 
     def points(self, process: Process) -> list[Point[float]]:
         """The points to visit, the clean image included."""
+        if isinstance(self.grid, tuple):
+            return numbered_points(process, self.grid)
         return make_grid(process, self.steps, self.grid)
 
-    @property
-    def evaluations(self) -> int:
-        """How often the denoiser is asked for one image; one that is guided may ask a network for two."""
-        return self.steps
+    def solver(self, process: Process) -> Sampler:
+        """The sampler with its options."""
+        if callable(self.sampler):
+            return self.sampler
+        named: dict[str, Sampler] = {
+            "ddpm": partial(samplers.ancestral, variance=self.variance),
+            "ddim": partial(samplers.ddim, eta=self.eta),
+            "euler": samplers.ddim,
+            "euler_ancestral": partial(samplers.ddim, eta=1.0),
+            "heun": partial(samplers.heun, process=process, churn=self.churn),
+            "dpmpp_2m": samplers.dpmpp_2m,
+            "dpmpp_3m": samplers.dpmpp_3m,
+            "dpmpp_sde_2m": samplers.dpmpp_sde_2m,
+            "unipc": partial(samplers.unipc, order=self.order),
+            "ipndm": partial(samplers.ipndm, order=self.order),
+        }
+        return named[self.sampler]
 
 
 def make_denoiser(
@@ -137,7 +157,7 @@ def generate(
 ) -> Tensor:
     """Draws images, float32 [B, C, H, W] in [-1, 1]; image k depends on its noise alone (see `noise_of`)."""
     with torch.inference_mode():
-        return walk(_SAMPLERS[sampling.sampler](sampling), denoise, sampling.points(process), noise_at).clamp(-1, 1)
+        return walk(sampling.solver(process), denoise, sampling.points(process), noise_at).clamp(-1, 1)
 
 
 def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0.0) -> NoiseAt:
@@ -150,7 +170,13 @@ def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0
     return noise_at
 
 
-_SAMPLERS: dict[str, Callable[[Sampling], Sampler]] = {
-    "ddpm": lambda chosen: partial(samplers.ancestral, variance=chosen.variance),
-    "ddim": lambda chosen: partial(samplers.ddim, eta=chosen.eta),
-}
+def evaluations_of(process: Process, sampling: Sampling, walk: Walk = from_noise) -> int:
+    """How often a denoiser is asked on the way, as walked with a pixel; guidance may ask a network for two."""
+    pixel, asked = torch.zeros(1, 1, 1, 1), count()
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        next(asked)
+        return x
+
+    generate(denoise, process, replace(sampling, variance="fixed_small"), lambda draw: pixel, walk)
+    return next(asked)

@@ -7,12 +7,14 @@ of the draw, from 1; draw 0 is what sampling begins with.
 
 from collections.abc import Callable, Sequence
 from itertools import count, pairwise
-from math import sqrt
-from typing import Literal
+from math import exp, expm1, inf, log, sqrt
+from typing import Literal, NamedTuple
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from ddpm.process import Point
+from ddpm.process import Point, Process, points_of
 
 Variance = Literal["fixed_small", "fixed_large", "learned_range"]
 """Variance of an ancestral step: the posterior's β̃_t, β_t (Ho et al. 2020, section 3.2), or learnt, between them."""
@@ -29,6 +31,28 @@ NoiseAt = Callable[[int], Tensor]
 
 Sampler = Callable[[Denoiser, Tensor, Sequence[Point[float]], NoiseAt], Tensor]
 """(denoiser, x at the first point, points, noise) → x at the last point."""
+
+ADAMS_BASHFORTH = ((1.0,), (3 / 2, -1 / 2), (23 / 12, -4 / 3, 5 / 12), (55 / 24, -59 / 24, 37 / 24, -3 / 8))
+"""Weights of the last slopes, the newest first, for orders 1 to 4."""
+NOTHING_LEFT = 1e-3
+"""Where α is less, a step over σ/α would be nearly all of the way: a cosine's last one is from 20,000 to a few."""
+
+
+class Visit(NamedTuple):
+    """A point that was visited, x_t and the estimated x_0 there, [B, C, H, W] each."""
+
+    point: Point[float]
+    x: Tensor
+    x_start: Tensor
+
+    @property
+    def epsilon(self) -> Tensor:
+        """The noise in x_t; it is the slope of x/α over σ/α along the probability flow."""
+        return (self.x - self.point.alpha * self.x_start) / self.point.sigma
+
+
+Step = Callable[[Sequence[Visit], Point[float]], Tensor]
+"""(the last points that were visited, the newest first; where to go) → x there."""
 
 
 def ancestral(
@@ -88,3 +112,164 @@ def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
         if sigma_up:
             x = x + sigma_up * noise_at(next(draws))
     return x
+
+
+def heun(
+    denoise: Denoiser,
+    x: Tensor,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    process: Process,
+    churn: float = 0.0,
+    s_min: float = 0.0,
+    s_max: float = inf,
+    s_noise: float = 1.0,
+) -> Tensor:
+    """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2).
+
+    It asks twice a step. Steps to the clean image, and from where nothing is left of it, are Euler's and ask once.
+
+    Args:
+        denoise: the denoiser.
+        x: float32 [B, C, H, W], at the first point.
+        points: from that of x to where to end.
+        noise_at: the noise of each step whose point is raised; not asked for churn 0.
+        process: says where the raised points are.
+        churn: S_churn; before each of n steps σ/α is raised by the part min(churn/n, √2 - 1).
+        s_min: S_min, the least σ/α that is raised.
+        s_max: S_max, the largest.
+        s_noise: S_noise, the standard deviation of the noise that is added.
+
+    Returns:
+        x at the last point, float32 [B, C, H, W].
+    """
+    draws, raised_by = count(1), min(churn / (len(points) - 1), sqrt(2) - 1)
+    for point, after in pairwise(points):
+        if raised_by and point.alpha >= NOTHING_LEFT and s_min <= (ratio := point.sigma / point.alpha) <= s_max:
+            (raised,) = points_of(process.with_ratio(torch.tensor([ratio * (1 + raised_by)], dtype=torch.float64)))
+            added = s_noise * raised.alpha * ratio * sqrt((1 + raised_by) ** 2 - 1)
+            point, x = raised, raised.alpha / point.alpha * x + added * noise_at(next(draws))
+        start = Visit(point, x, denoise(x, point))
+        x = euler_step([start], after)
+        if after.sigma and point.alpha >= NOTHING_LEFT:
+            end = Visit(after, x, denoise(x, after))
+            x = x + _ratio_gained(point, after) / 2 * (end.epsilon - start.epsilon)
+    return x
+
+
+def dpmpp_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+    """DPM-Solver++(2M) (Lu et al. 2022, algorithm 2); see `ddim`. No noise is asked for."""
+    return _multistep(denoise, x, points, exponential_step, 2)
+
+
+def dpmpp_3m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+    """DPM-Solver++(3M): the same with a third estimate, and of third order. No noise is asked for."""
+    return _multistep(denoise, x, points, exponential_step, 3)
+
+
+def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+    """SDE-DPM-Solver++(2M) (Lu et al. 2022, section 6), whose step of first order is that of `ddim` with η = 1."""
+    draws = count(1)
+
+    def step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
+        forgotten = -expm1(2 * (_log_snr(visits[0].point) - _log_snr(after)))
+        x = exponential_step(visits, after, stochastic=True)
+        return x + after.sigma * sqrt(forgotten) * noise_at(next(draws)) if after.sigma else x
+
+    return _multistep(denoise, x, points, step, 2)
+
+
+def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 4) -> Tensor:
+    """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4. No noise is asked for.
+
+    Its weights are those of evenly spaced σ/α; on other grids its order is 2 at most.
+    """
+    return _multistep(denoise, x, points, ipndm_step, order)
+
+
+def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+    """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), whose order is one more. No noise is asked for.
+
+    What is estimated at a point also corrects the x there that it was estimated from.
+    """
+    visits: list[Visit] = []
+    x_start = denoise(x, points[0])
+    for point, after in pairwise(points):
+        visits = [Visit(point, x, x_start), *visits][:order]
+        x = exponential_step(visits, after)
+        if after is not points[-1]:
+            x_start = denoise(x, after)
+            x = exponential_step(visits, after, x_start)
+    return x
+
+
+def _multistep(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], step: Step, order: int) -> Tensor:
+    visits: list[Visit] = []
+    for point, after in pairwise(points):
+        visits = [Visit(point, x, denoise(x, point)), *visits][:order]
+        x = step(visits, after)
+    return x
+
+
+def euler_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
+    """Euler's step for x/α over σ/α, which is DDIM's: the same x_0 and the same ε."""
+    return after.alpha * visits[0].x_start + after.sigma * visits[0].epsilon
+
+
+def ipndm_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
+    """Euler's step, but with the slope that all visits together say."""
+    x, newest = euler_step(visits, after), visits[0]
+    if len(visits) == 1:
+        return x
+    weights = ADAMS_BASHFORTH[len(visits) - 1]
+    slope = sum((weight * visit.epsilon for weight, visit in zip(weights, visits, strict=True)), torch.zeros_like(x))
+    return x + _ratio_gained(newest.point, after) * (slope - newest.epsilon)
+
+
+def exponential_step(
+    visits: Sequence[Visit], after: Point[float], x_start: Tensor | None = None, stochastic: bool = False
+) -> Tensor:
+    """The integral over λ of x_0 as up to three estimates say it, before noise is added if it is `stochastic`.
+
+    It is the step of DPM-Solver++ (Lu et al. 2022, equation 9) and UniP, which are the same, and UniC with the x_0 that
+    was estimated at `after` (Zhao et al. 2023, equations 3 and 8). That of DPM-Solver++(3M) has half of its last term
+    in the authors' code and in what was made from it, which leaves it of second order.
+    """
+    # λ is infinite at the clean image and at pure noise: slopes over it are none.
+    newest, *earlier = [visits[0], *(visit for visit in visits[1:] if visit.point.alpha and after.sigma)]
+    h = _log_snr(after) - _log_snr(newest.point)
+    kept, gained = (exp(-h), -expm1(-2 * h)) if stochastic else (1.0, -expm1(-h))
+    x = after.sigma / newest.point.sigma * kept * newest.x + after.alpha * gained * newest.x_start
+    gaps = [(_log_snr(visit.point) - _log_snr(newest.point)) / h for visit in earlier]
+    others = [visit.x_start for visit in earlier]
+    if x_start is not None:
+        gaps, others = [*gaps, 1.0], [*others, x_start]
+    for weight, gap, other in zip(_slope_weights(gaps, h), gaps, others, strict=True):
+        x = x + (after.alpha * gained * weight / gap) * (other - newest.x_start)
+    return x
+
+
+def _slope_weights(gaps: Sequence[float], h: float) -> list[float]:
+    """What slopes over these gaps count, in units of h: so much that the integrals of powers of λ are right."""
+    if len(gaps) == 1:
+        # As in both papers; it differs from what would be solved for by what the order allows.
+        return [0.5]
+    integrals = [-expm1(-h)]
+    for power in range(1, len(gaps) + 1):
+        # By parts: ∫ τ^power h e^(h (τ - 1)) dτ from 0 to 1.
+        integrals.append(1 - power * integrals[-1] / h)
+    rows = np.array(gaps) ** np.arange(len(gaps))[:, None]
+    weights: list[float] = np.linalg.solve(rows, np.array(integrals[1:]) / integrals[0]).tolist()
+    return weights
+
+
+def _ratio_gained(point: Point[float], after: Point[float]) -> float:
+    """By how much σ/α grows, in units of x at `after`."""
+    return after.sigma - after.alpha * point.sigma / point.alpha
+
+
+def _log_snr(point: Point[float]) -> float:
+    """λ = ln(α/σ): half the logarithm of the SNR."""
+    if not point.alpha:
+        return -inf
+    return log(point.alpha / point.sigma) if point.sigma else inf

@@ -345,17 +345,47 @@ class CheckpointConfig(Section):
     keep_epochs: Counts = ()
 
 
-OPTIONS_OF = {"ddpm": ("variance",), "ddim": ("eta",)}
-"""The samplers, and what only some of them take."""
+OPTIONS_OF: dict[str, tuple[str, ...]] = {
+    "ddpm": ("variance",),
+    "ddim": ("eta",),
+    "euler": (),
+    "euler_ancestral": (),
+    "heun": ("churn",),
+    "dpmpp_2m": (),
+    "dpmpp_3m": (),
+    "dpmpp_sde_2m": (),
+    "unipc": ("order",),
+    "ipndm": ("order",),
+    "own": (),
+}
+"""The samplers, and what only some of them take; `own` is somebody's own, which a command names."""
+_ORDERS = {"dpmpp_2m": 2, "dpmpp_3m": 3, "dpmpp_sde_2m": 2}
+"""Of the multistep samplers that do not take it as an option."""
 
 
 class Drawing(Section):
     """All that decides the picture of a seed, beside the weights' own checkpoint."""
 
-    sampler: Literal["ddpm", "ddim"] = "ddim"
+    sampler: Literal[
+        "ddpm",
+        "ddim",
+        "euler",
+        "euler_ancestral",
+        "heun",
+        "dpmpp_2m",
+        "dpmpp_3m",
+        "dpmpp_sde_2m",
+        "unipc",
+        "ipndm",
+        "own",
+    ] = Field("ddim", description="own: `ddpm sample --sampler module:function` alone")
     steps: int = Field(100, ge=1, le=LARGEST)
-    grid: Literal["leading", "trailing", "linspace", "quadratic", "karras"] = "trailing"
+    grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "found"] = Field(
+        "trailing", description="found: on the run's own network, by `ddpm sample` alone"
+    )
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
+    order: int = Field(3, ge=1, le=4, description="of unipc and ipndm: how many estimates make a step")
+    churn: float = Field(0.0, ge=0, le=LARGEST, description="of heun: noise added before steps; EDM's S_churn")
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = Field("fixed_large", description="of ddpm")
     clip: bool = Field(True, description="keep the estimated image within [-1, 1]")
     guidance: float = Field(1.0, ge=0, le=LARGEST, description="away from images of no class; 1: none")
@@ -457,6 +487,16 @@ class RunConfig(Section):
         steps, timesteps = self.sample.steps, self.diffusion.timesteps
         if steps > timesteps:
             raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
+        order = self.sample.order if "order" in OPTIONS_OF[self.sample.sampler] else _ORDERS.get(self.sample.sampler, 1)
+        if order > steps:
+            raise ValueError(
+                f"sample.sampler={self.sample.sampler} takes {order} steps together, and sample.steps={steps}: "
+                "take more of them, a lower sample.order, or another sampler"
+            )
+        if self.sample.grid == "karras" and (self.diffusion.schedule == "flow" or self.diffusion.zero_terminal_snr):
+            raise ValueError(
+                "sample.grid=karras needs a process that leaves something of the image: choose another grid"
+            )
         stride = timesteps // steps
         if self.sample.grid == "leading" and stride < 0.9 * timesteps / steps:
             first, fitting = (steps - 1) * stride, f"{timesteps // stride} or {timesteps // (stride + 1)}"

@@ -96,5 +96,7 @@ def settings_of(config: RunConfig) -> training.Settings:
 def sampling_of(drawing: Drawing) -> Sampling:
     """How pictures are drawn."""
     guidance = Guidance(drawing.guidance, drawing.guidance_interval or (0.0, math.inf), drawing.guidance_rescale)
-    how = drawing.model_dump(include={"sampler", "steps", "grid", "eta", "variance", "clip", "labels"})
+    how = drawing.model_dump(
+        include={"sampler", "steps", "grid", "eta", "variance", "order", "churn", "clip", "labels"}
+    )
     return Sampling(**how, guidance=guidance)

@@ -116,6 +116,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
         config = config.updated({"train.precision": stored.train.precision})
     if config.sample.weights not in (there := ("ema", "model", *config.ema.names)):
         raise BadConfigError(f"sample.weights={config.sample.weights} is none that training has ({', '.join(there)})")
+    if config.sample.sampler == "own" or config.sample.grid == "found":
+        raise BadConfigError("sample.sampler=own and sample.grid=found are for `ddpm sample`: choose others to train")
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
     own, held_out = (stored or config).sample, None
     if index.held_out and config.log.validate_epochs:

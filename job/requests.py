@@ -30,6 +30,7 @@ MAX_COUNT = 25_600_000
 BATCH_TASK_INDEX = "BATCH_TASK_INDEX"
 """As the I of `--slice I/N`: the number that Google Batch gives each task, whose words are all the same."""
 
+_OWN_SAMPLER = re.compile(r"[A-Za-z_][\w.]{0,99}:[A-Za-z_]\w{0,99}", re.ASCII)
 _CHECKPOINTS = re.compile(r"latest|all|\s*[0-9]{1,9}\s*(,\s*[0-9]{1,9}\s*)*")
 
 
@@ -97,6 +98,17 @@ class SampleRequest:
     strength: float | None = None
     with_grid: bool = True
 
+    @property
+    def own_sampler(self) -> str:
+        """`module:function`, if the sampler is somebody's own."""
+        name = str(self.chosen.get("sampler"))
+        return name if ":" in name else ""
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """What was chosen as a configuration says it."""
+        return self.chosen | ({"sampler": "own"} if self.own_sampler else {})
+
     def check(self) -> SampleRequest:
         """Returns the request if its words are known.
 
@@ -105,11 +117,14 @@ class SampleRequest:
         """
         records.validated_run_name(self.run)
         try:
-            SampleConfig(**self.chosen)
+            SampleConfig(**self.keys)
         except ValidationError as error:
             first = error.errors()[0]
             option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
             raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
+        sampler = self.chosen.get("sampler")
+        if sampler == "own" or (self.own_sampler and not _OWN_SAMPLER.fullmatch(self.own_sampler)):
+            raise BadRequestError(f"--sampler {sampler!r}: one's own is module:function, such as mysamplers:midpoint")
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):

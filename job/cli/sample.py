@@ -14,12 +14,18 @@ def ddpm_sample(
         str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
     ] = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Annotated[str | None, typer.Option(metavar="NAME", help="ddpm or ddim.")] = None,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")] = None,
     grid: Annotated[
-        str | None, typer.Option(metavar="NAME", help="leading, trailing, linspace, quadratic or karras.")
+        str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
     ] = None,
     eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
+    order: Annotated[int | None, typer.Option(metavar="1..4", help="Steps that unipc or ipndm takes together.")] = None,
+    churn: Annotated[
+        float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before steps, such as 40.")
+    ] = None,
     variance: Annotated[str | None, typer.Option(metavar="NAME", help="fixed_small or fixed_large, of ddpm.")] = None,
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")

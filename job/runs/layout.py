@@ -74,6 +74,7 @@ class ObjectKind(Enum):
     GRID = "samples/{batch}/grid.png"  # the first images of a batch
     INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
     PROVENANCE = "provenance/{of}/{sha256}.json"  # where a picture of these bytes comes from
+    FOUND_GRID = "grids/found-{steps}.json"  # created once: the points that were found for so many steps
     READER = "reading/{checkpoint}-{unique}.json"  # somebody reads this checkpoint; it stays until then
     PROBE = "probe/{unique}"  # measures how long a save takes; deleted at once
 
@@ -98,6 +99,7 @@ class Located:
     group: str = ""
     batch: str = ""
     piece: int = -1
+    steps: int = 0
     of: str = ""
     sha256: str = ""
 
@@ -113,6 +115,7 @@ _FIELDS = {
     "picture": "png|gif",
     "batch": "[^/]+",
     "piece": r"\d{5}",
+    "steps": r"[1-9]\d{0,6}",
     "seed": r"\d{9,18}",
     "of": r"(?:samples|figures)/.+\.(?:png|gif)",
     "sha256": "[0-9a-f]{64}",
@@ -121,7 +124,7 @@ _FIELDS = {
 """How each field is written in a key."""
 _READ: dict[str, Callable[[str], Any]] = {
     **dict.fromkeys(("group", "batch", "of", "sha256"), str),
-    **dict.fromkeys(("fence", "piece"), int),
+    **dict.fromkeys(("fence", "piece", "steps"), int),
     "checkpoint": CheckpointRef.parse,
 }
 """Those that are read out of it again."""

@@ -127,6 +127,10 @@ class NumberedDrawing(Drawing):
     worse_sha256: str = ""
     """Of the checkpoint that autoguidance guides away from, if it does."""
     editing: Editing | None = None
+    own_sampler: str = ""
+    """`module:function`, if it is somebody's own."""
+    own_sampler_sha256: str = ""
+    """Of the file of that module."""
     size: int = Field(gt=0)
     channels: int = Field(ge=1, le=3)
     classes: tuple[str, ...]
@@ -144,6 +148,23 @@ class NumberedDrawing(Drawing):
         """The seeds of a piece."""
         first, end = self.first_seed + number * self.piece_images, self.first_seed + self.count
         return range(first, min(first + self.piece_images, end))
+
+
+class FoundGrid(RunRecord):
+    """The points that were found for so many steps. Created once: all pictures of so many steps visit the same."""
+
+    steps: int = Field(ge=1)
+    numbers: tuple[int, ...]
+    """Of the process's points, from the most noise to the least."""
+    checkpoint: str = Field(pattern=r"^checkpoints/\d{6}-\d{12}$")
+    """Whose network they were found on."""
+    weights: str
+    created: str
+    code_version: str
+
+    def is_at(self, place: Located) -> bool:
+        """In the record of its number of steps."""
+        return self.steps == len(self.numbers) == place.steps
 
 
 class Opening(Sealed):

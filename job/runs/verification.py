@@ -22,7 +22,7 @@ from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
-from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -39,6 +39,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.AVERAGE: Average,
     ObjectKind.READER: Reader,
     ObjectKind.PROVENANCE: Provenance,
+    ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.DRAWING: Opening,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: BatchIndex,

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
-from itertools import count
 
 import numpy as np
 import torch
 
 from ddpm import editing, figures
-from ddpm.generation import Sampling, Walk, generate
-from ddpm.process import Point
+from ddpm.generation import Sampling, Walk, evaluations_of
 from job.data.cache import chosen_images
 from job.runs import records
 from job.sampling.painter import Painter, Route
@@ -35,7 +32,7 @@ class Editor:
     def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
         assert plan.given is not None
         self._given, self._painter = plan.given, painter
-        self._editing, self.evaluations = plan.given.editing, sampling.evaluations
+        self._editing, self.evaluations = plan.given.editing, evaluations_of(painter.process, sampling)
         if self._editing.mode == "interpolate":
             return
         if plan.given.image is not None:
@@ -51,20 +48,9 @@ class Editor:
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
             self._edit = partial(editing.inpaint, unknown=unknown, path=path)
             self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
-        self.evaluations = self._counted(sampling)
-
-    def _counted(self, sampling: Sampling) -> int:
-        """How often a denoiser is asked on the way, whatever the sampler: by walking it with a pixel."""
-        pixel, asked = torch.zeros(1, 1, 1, 1), count()
-
-        def denoise(x: torch.Tensor, point: Point[float]) -> torch.Tensor:
-            next(asked)
-            return x
-
-        of_pixel = {"image": pixel} | ({"unknown": pixel == 0} if self._given.unknown is not None else {})
-        fixed = replace(sampling, variance="fixed_small")
-        generate(denoise, self._painter.process, fixed, lambda draw: pixel, partial(self._edit, **of_pixel))
-        return next(asked)
+        pixel = torch.zeros(1, 1, 1, 1)
+        of_pixel = {"image": pixel} | ({"unknown": pixel == 0} if plan.given.unknown is not None else {})
+        self.evaluations = evaluations_of(painter.process, sampling, partial(self._edit, **of_pixel))
 
     def default_seeds(self) -> range:
         """Those of a picture."""

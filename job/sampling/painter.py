@@ -15,10 +15,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, Walk, from_noise, generate, make_denoiser, noise_of
+from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
 from ddpm.objective import Condition
 from ddpm.process import Point
-from ddpm.samplers import NoiseAt
+from ddpm.samplers import Denoiser, NoiseAt
 from job import method
 from job.config import RunConfig
 from job.exits import BadDataError, NotANumberError, StoppedError
@@ -37,7 +37,7 @@ class Route:
     """How images come about, of which this is one by one."""
 
     evaluations: int
-    """See `Sampling.evaluations`."""
+    """See `evaluations_of`."""
     walk_of: Callable[[Sequence[int]], Walk] = lambda places: from_noise
     """Of those at these places among the seeds that are drawn."""
 
@@ -107,7 +107,7 @@ class Painter:
             StoppedError: on all processes at the same step, when any of them was asked to stop.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine, route = range(len(seeds))[rank::world_size], route or Route(sampling.evaluations)
+        mine, route = range(len(seeds))[rank::world_size], route or Route(evaluations_of(self.process, sampling))
         made = [np.empty((0, *self._image_shape), np.uint8)]
         # Every process counts the batches of the first one, which has the most.
         starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
@@ -140,7 +140,7 @@ class Painter:
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
         evaluations = itertools.count()
-        shown = figures.shown_evaluations(sampling.evaluations, GIF_FRAMES)
+        shown = figures.shown_evaluations(evaluations_of(self.process, sampling), GIF_FRAMES)
         frames: list[np.ndarray] = []
 
         def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
@@ -179,31 +179,36 @@ class Painter:
             StoppedError: this process was asked to stop.
             NotANumberError: a pixel is none.
         """
-        height, width, channels = self._image_shape
-        diffusion, classes = self.config.diffusion, self.config.model.num_classes
-        shape, numbers = (channels, height, width), torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        taken = torch.tensor(sampling.labels or range(classes or 0), device=self.device)
-        denoise = make_denoiser(
-            self.network,
-            self.process,
-            self.prediction,
-            Condition(
-                taken[numbers % len(taken)] if classes else None,
-                torch.zeros(len(numbers), *shape, device=self.device) if diffusion.self_conditioning else None,
-            ),
-            sampling.clip,
-            self.autocast,
-            callback or self.check_stopped,
-            guidance=sampling.guidance,
-            null_class=classes,
-            worse=self.worse,
-            with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
-        )
+        numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
+        denoise = self.denoiser(numbers, sampling, callback or self.check_stopped)
         images = generate(denoise, self.process, sampling, self.noise_of(numbers), walk)
         # As uint8 it would be a black picture like any other.
         if not images.isfinite().all():
             raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
         return figures.to_uint8(images)
+
+    def denoiser(self, seeds: torch.Tensor, sampling: Sampling, callback: Callback) -> Denoiser:
+        """For images of these seeds, int64 [n] on the device."""
+        height, width, channels = self._image_shape
+        diffusion, classes = self.config.diffusion, self.config.model.num_classes
+        taken = torch.tensor(sampling.labels or range(classes or 0), device=self.device)
+        start = torch.zeros(len(seeds), channels, height, width, device=self.device)
+        return make_denoiser(
+            self.network,
+            self.process,
+            self.prediction,
+            Condition(
+                taken[seeds % len(taken)] if classes else None,
+                start if diffusion.self_conditioning else None,
+            ),
+            sampling.clip,
+            self.autocast,
+            callback,
+            guidance=sampling.guidance,
+            null_class=classes,
+            worse=self.worse,
+            with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
+        )
 
     def noise_of(self, seeds: torch.Tensor) -> NoiseAt:
         """The noise of seeds, int64 [n] on the device."""

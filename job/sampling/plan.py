@@ -19,6 +19,7 @@ from job.runs import records
 from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
 from job.runs.layout import CheckpointRef
 from job.runs.samples import Editing, NumberedDrawing, file_words, label_of
+from job.sampling.own_sampler import OwnSampler
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
 from job.store import ObjectMissingError, Retry, Store, open_store
@@ -62,6 +63,7 @@ class SamplePlan(FoundRun):
     worse: CheckpointRef | None
     """What autoguidance guides away from, if it does."""
     given: Given | None
+    own_sampler: OwnSampler | None
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -81,7 +83,9 @@ class SamplePlan(FoundRun):
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
-        how = self.sample.name(self.own) + (f"-{self.given.editing.name}" if self.given else "")
+        how = self.sample.name(self.own)
+        how += f"-{self.own_sampler.name.replace(':', '.')}" if self.own_sampler else ""
+        how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
 
@@ -91,7 +95,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     Raises:
         MissingInputError: no such run, dataset or checkpoint; the message names those there are.
         BadConfigError: more steps than the run's diffusion has, or guidance that its network has not learnt.
-        BadRequestError: an option that its sampler does not take, a class or an image that there is not.
+        BadRequestError: an option that its sampler does not take, a sampler, class or image that there is not.
     """
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
@@ -100,7 +104,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note(f"{error}; drawing as the run began")
-    key, chosen = records.dataset_key_of(config), {**request.chosen}
+    key, chosen = records.dataset_key_of(config), {**request.keys}
     index = load_index(bucket, key)
     given, classes = _given(request, index), index.classes if config.model.num_classes else ()
     if request.classes:
@@ -112,14 +116,22 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         chosen["labels"] = chosen_images(bucket, key, index).labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
-    if chosen.get("sampler", config.sample.sampler) != config.sample.sampler and chosen["sampler"] == "ddpm":
-        # The run's step count is meant for its own sampler: ancestral sampling with a few steps is noise.
-        chosen.setdefault("steps", config.diffusion.timesteps)
+    if "ddpm" in {sampler := chosen.get("sampler"), config.sample.sampler} and sampler not in (
+        None,
+        config.sample.sampler,
+    ):
+        # The run's steps are meant for its own sampler: few are noise for ancestral sampling, and others need few.
+        chosen.setdefault(
+            "steps", config.diffusion.timesteps if sampler == "ddpm" else min(100, config.diffusion.timesteps)
+        )
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
     for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
         if option not in OPTIONS_OF[sample.sampler]:
             takers = " and ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
             raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
+    if sample.sampler == "own" and not request.own_sampler:
+        raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
+    own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
     for ref in checkpoints if sample.weights not in ("ema", "model") else ():
         _check_average(run, ref, sample.weights, request.run)
@@ -128,7 +140,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     worse = None
     if sample.autoguidance:
         (worse,) = choose(run, str(sample.autoguidance), index.images, config.train.batch_size)
-    return SamplePlan(bucket, run, index, config, stored.sample, request, sample, tuple(checkpoints), worse, given)
+    own = stored.sample
+    return SamplePlan(bucket, run, index, config, own, request, sample, tuple(checkpoints), worse, given, own_sampler)
 
 
 def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
@@ -227,6 +240,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.run, plan.worse).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
+            own_sampler=plan.own_sampler.name if plan.own_sampler else "",
+            own_sampler_sha256=plan.own_sampler.sha256 if plan.own_sampler else "",
             size=plan.index.size,
             channels=plan.index.channels,
             classes=plan.classes,

@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm import figures
-from ddpm.generation import from_noise
+from ddpm.generation import Sampling, evaluations_of, from_noise
 from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.method import sampling_of
@@ -29,6 +29,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import denoising_key, file_words, grid_key, put_picture
 from job.sampling.editing import Editor
+from job.sampling.found_grid import found_numbers
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet
@@ -50,14 +51,19 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
     if plan.worse is not None:
         with reading(plan.run, plan.worse):
             painter.load_worse(plan.run, plan.worse, plan.sample.weights)
-    editor = Editor(plan, painter, sampling_of(plan.sample)) if plan.given else None
+    sampling = sampling_of(plan.sample)
+    if plan.own_sampler:
+        sampling = replace(sampling, sampler=plan.own_sampler.function)
+    if plan.sample.grid == "found":
+        sampling = replace(sampling, grid=found_numbers(plan, painter))
+    editor = Editor(plan, painter, sampling) if plan.given else None
     if plan.request.count is None:
-        _draw_pictures(plan, painter, editor)
+        _draw_pictures(plan, painter, sampling, editor)
     for sample_set in plan_sets(plan):
-        _draw_slice(plan, painter, sample_set, editor)
+        _draw_slice(plan, painter, sampling, sample_set, editor)
 
 
-def _draw_pictures(plan: SamplePlan, painter: Painter, editor: Editor | None) -> None:
+def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
@@ -65,7 +71,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, editor: Editor | None) ->
     route = editor.route(seeds) if editor else None
     gif_seeds = seeds[:GIF_SEEDS] if request.seeds else range(GIF_SEEDS)
     gif_words = request.seeds if len(seeds) <= GIF_SEEDS else ",".join(map(str, gif_seeds))
-    how, usual, sampling = plan.how(request.seeds), plan.config.sample, sampling_of(sample)
+    how, usual = plan.how(request.seeds), plan.config.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
     if sample.nearest and request.with_grid and is_main and editor is None:
@@ -100,7 +106,9 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, editor: Editor | None) ->
         publish(max(plan.checkpoints), key, figures.png(figures.comparison(grids)))
 
 
-def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet, editor: Editor | None) -> None:
+def _draw_slice(
+    plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
+) -> None:
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
     ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
     index, slices = plan.request.slice_of
@@ -123,7 +131,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet, edito
                     # What the others have drawn by now is about as much.
                     bar.update(there_before + min(to_make, done * ranks.world_size))
 
-                if count := _draw_pieces(plan, painter, sample_set, editor, missing, advance):
+                if count := _draw_pieces(plan, painter, sampling, sample_set, editor, missing, advance):
                     made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
 
         def finish() -> None:
@@ -142,6 +150,7 @@ def _draw_slice(plan: SamplePlan, painter: Painter, sample_set: SampleSet, edito
 def _draw_pieces(
     plan: SamplePlan,
     painter: Painter,
+    sampling: Sampling,
     sample_set: SampleSet,
     editor: Editor | None,
     missing: list[int],
@@ -152,6 +161,7 @@ def _draw_pieces(
     Args:
         plan: how they are drawn.
         painter: with the weights.
+        sampling: likewise, as `ddpm` says it.
         sample_set: where they belong.
         editor: if images are given.
         missing: the numbers of the pieces.
@@ -161,8 +171,8 @@ def _draw_pieces(
         StoppedError: what was drawn is saved, in whole pieces.
     """
     ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
-    writer, sampling = PieceWriter(sample_set, stop), sampling_of(plan.sample)
-    evaluations = editor.evaluations if editor else sampling.evaluations
+    writer = PieceWriter(sample_set, stop)
+    evaluations = editor.evaluations if editor else evaluations_of(painter.process, sampling)
     some, evaluated_images = range(0), 0
 
     def after_evaluation(*_: object) -> None:

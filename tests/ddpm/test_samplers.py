@@ -1,8 +1,9 @@
-"""Samplers against diffusers step by step and over whole trajectories, and what they ask of whom."""
+"""Samplers against diffusers step by step and over whole trajectories, their orders, and what they ask of whom."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
+from math import expm1, log, log2, sqrt
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from ddpm.generation import make_denoiser
-from ddpm.grids import make_grid
+from ddpm.grids import make_grid, numbered_points
 from ddpm.guidance import Guidance
 from ddpm.objective import Condition
 from ddpm.prediction import Prediction
@@ -25,7 +26,7 @@ from ddpm.process import (
     linear_schedule,
     points_of,
 )
-from ddpm.samplers import ancestral, ddim
+from ddpm.samplers import Visit, ancestral, ddim, dpmpp_2m, dpmpp_3m, dpmpp_sde_2m, heun, ipndm, ipndm_step, unipc
 
 T = 1000
 SHAPE = (2, 3, 4, 4)
@@ -137,6 +138,150 @@ def test_ddim_is_euler_s_method_in_sigma_and_its_ancestral_one() -> None:
         assert_close(ddim(denoise, normal(0), points, normal, eta), expected, rtol=1e-3, atol=2e-3)
 
 
+Denoise = Callable[[Tensor, Point[float]], Tensor]
+
+
+def lambdas(process: Process, steps: int, first: float, last: float) -> list[Point[float]]:
+    """Points with evenly spaced ln(α/σ), and none that is clean."""
+    return points_of(process.with_ratio(torch.linspace(-first, -last, steps + 1, dtype=torch.float64).exp()))
+
+
+def estimate(x: Tensor, point: Point[float]) -> Tensor:
+    """Some x_0, as a function of x/α and σ/α, so that it is the same on every process."""
+    ratio = point.sigma / point.alpha
+    return torch.tanh(1.3 * (x / point.alpha).roll(1, -1) / (1 + ratio) + 0.2 * log(ratio))
+
+
+def asked(sampler: Callable[..., Tensor], points: Sequence[Point[float]], x: Tensor, denoise: Denoise) -> list[Tensor]:
+    """What a denoiser is asked, and the end."""
+    seen: list[Tensor] = []
+
+    def remembered(x: Tensor, point: Point[float]) -> Tensor:
+        seen.append(x)
+        return denoise(x, point)
+
+    end = sampler(remembered, x, points, normal)
+    return [*seen, end]
+
+
+def asked_by_diffusers(kind: type, points: Sequence[Point[float]], x: Tensor, **config: object) -> list[Tensor]:
+    """The same of a multistep scheduler of diffusers at our float64 points."""
+    scheduler = kind(num_train_timesteps=T, prediction_type="sample", **config)
+    scheduler.set_timesteps(len(points) - 1)
+    scheduler.set_begin_index(0)
+    flow, seen = config.get("use_flow_sigmas"), [x]
+    scheduler.sigmas = torch.tensor([point.sigma if flow else point.sigma / point.alpha for point in points]).double()
+    stochastic = str(config.get("algorithm_type")).startswith("sde")
+    for draw, (t, point) in enumerate(zip(scheduler.timesteps, points, strict=False), 1):
+        noise = {"variance_noise": normal(draw)} if stochastic else {}
+        seen.append(scheduler.step(estimate(seen[-1], point), t, seen[-1], **noise).prev_sample)
+    return seen
+
+
+def test_multistep_samplers_equal_diffusers() -> None:
+    """On the way to the clean image, and to another point; on a process that keeps the variance, and a flow."""
+    from diffusers import DPMSolverMultistepScheduler as DPM
+    from diffusers import UniPCMultistepScheduler as UniPC
+
+    n = 20
+    dpm = {"algorithm_type": "dpmsolver++", "solver_order": 2, "solver_type": "midpoint"}
+    without_corrector = {"solver_order": 3, "disable_corrector": list(range(n))}
+    for process, flow in ((linear_schedule(), False), (RectifiedFlow(), True)):
+        points = [*lambdas(process, n - 1, -4.5, 3.5), CLEAN]
+        x = points[0].alpha * 90 * normal(0)
+        for sampler, kind, config, different in (
+            (dpmpp_2m, DPM, dpm, 0),
+            (dpmpp_sde_2m, DPM, dpm | {"algorithm_type": "sde-dpmsolver++"}, 0),
+            (partial(unipc, order=1), UniPC, {"solver_order": 1}, 0),
+            (partial(unipc, order=2), UniPC, {"solver_order": 2}, 0),
+            # Theirs takes the last step but one at second order.
+            (partial(unipc, order=3), UniPC, {"solver_order": 3}, 2),
+            # Its predictor is DPM-Solver++(3M) with the whole of its last term.
+            (dpmpp_3m, UniPC, without_corrector, 2),
+        ):
+            ours = asked(sampler, points, x, estimate)
+            theirs = asked_by_diffusers(kind, points, x, use_flow_sigmas=flow, **config)
+            assert len(ours) == len(theirs) == n + 1
+            for step, pair in enumerate(zip(ours[: n + 1 - different], theirs, strict=False)):
+                assert_close(*pair, rtol=0, atol=2e-5, msg=f"{kind.__name__} {config}, step {step}, flow {flow}")
+
+
+def test_the_third_order_of_diffusers_dpmpp_3m_lacks_half_of_its_last_term() -> None:
+    """The paper's integral of D''/2 (λ - λ_s)² is α φ_3 h² D'', where D'' is twice what their D2 is."""
+    from diffusers import DPMSolverMultistepScheduler as DPM
+
+    points = lambdas(linear_schedule(), 3, -1.0, 1.0)
+    (x, *_), estimates = asked(dpmpp_3m, points, normal(0), estimate), []
+
+    def remembered(x: Tensor, point: Point[float]) -> Tensor:
+        estimates.append(estimate(x, point))
+        return estimates[-1]
+
+    ours = dpmpp_3m(remembered, x, points, no_noise)
+    theirs = asked_by_diffusers(DPM, points, x, solver_order=3, final_sigmas_type="sigma_min", lower_order_final=False)
+    h = 2 / 3
+    curvature = (estimates[2] - 2 * estimates[1] + estimates[0]) / 2
+    phi = 1 + expm1(-h) / h
+    assert_close(ours - theirs[-1], points[-1].alpha * (0.5 - phi / h) * curvature, rtol=1e-3, atol=1e-6)
+
+
+def test_heun_and_ipndm_equal_diffusers() -> None:
+    from diffusers import HeunDiscreteScheduler, IPNDMScheduler
+
+    points = make_grid(linear_schedule(), 20, "karras")
+    scheduler = HeunDiscreteScheduler(prediction_type="sample")
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(0)
+    ratios = torch.tensor([point.sigma / point.alpha for point in points], dtype=torch.float64)
+    scheduler.sigmas = torch.cat([ratios[:1], ratios[1:-1].repeat_interleave(2), ratios[-1:]])
+    expected = normal(0) / points[0].alpha
+    visited = [points[0], *(point for point in points[1:-1] for _ in range(2))]
+    for t, point in zip(scheduler.timesteps, visited, strict=True):
+        expected = scheduler.step(estimate(point.alpha * expected, point), t, expected).prev_sample
+    assert_close(heun(estimate, normal(0), points, no_noise, linear_schedule()), expected, rtol=0, atol=2e-5)
+
+    scheduler = IPNDMScheduler()
+    scheduler.set_timesteps(20)
+    scheduler.set_begin_index(0)
+    scheduler.alphas = torch.tensor([point.alpha for point in points], dtype=torch.float64)
+    scheduler.betas = torch.tensor([point.sigma for point in points], dtype=torch.float64)
+    expected = normal(0).double()
+    for t, point in zip(scheduler.timesteps, points, strict=False):
+        epsilon = (expected - point.alpha * estimate(expected, point)) / point.sigma
+        v = (epsilon - point.sigma * expected) / point.alpha
+        expected = scheduler.step(v, t, expected).prev_sample
+    assert_close(ipndm(estimate, normal(0).double(), points, no_noise), expected)
+
+
+def test_churn_is_that_of_the_edm_paper() -> None:
+    """Algorithm 2 as it is printed, for D(x; σ) with x/α and σ/α for x and σ."""
+    S_churn, S_min, S_max, S_noise = 8.0, 0.05, 20.0, 1.007
+    for process in (linear_schedule(), VarianceExploding(), RectifiedFlow()):
+        points = [*lambdas(process, 12, -4.0, 3.5), CLEAN]
+        t = [point.sigma / point.alpha for point in points]
+        start = points[0].sigma * normal(0).double()
+        x, draw = start / points[0].alpha, 0
+
+        def D(x: Tensor, sigma: float) -> Tensor:
+            return estimate(x, Point(0.0, 1.0, sigma))
+
+        for i in range(len(t) - 1):
+            gamma = min(S_churn / (len(t) - 1), sqrt(2) - 1) if S_min <= t[i] <= S_max else 0
+            t_hat = t[i] + gamma * t[i]
+            if gamma:
+                draw += 1
+                x = x + sqrt(t_hat**2 - t[i] ** 2) * S_noise * normal(draw)
+            d = (x - D(x, t_hat)) / t_hat
+            after = x + (t[i + 1] - t_hat) * d
+            if t[i + 1]:
+                d_after = (after - D(after, t[i + 1])) / t[i + 1]
+                after = x + (t[i + 1] - t_hat) * (d / 2 + d_after / 2)
+            x = after
+        options = {"churn": S_churn, "s_min": S_min, "s_max": S_max, "s_noise": S_noise}
+        assert_close(heun(estimate, start, points, normal, process, **options), x)
+        assert 0 < draw < len(t) - 1
+
+
 def test_ddim_with_all_noise_on_the_full_grid_is_ancestral_sampling() -> None:
     schedule = cosine_schedule(50)
     denoise = make_denoiser(smooth_network, schedule, Prediction("v"))
@@ -175,6 +320,99 @@ def test_ddim_follows_the_probability_flow_of_every_process_to_first_order() -> 
             errors.append((found - data.flow(x, points[0], CLEAN)).abs().max().item())
         for coarse, fine in pairwise(errors):
             assert coarse / fine == pytest.approx(2, rel=0.25), (process, errors)
+
+
+class Mixture:
+    """Images from three normal distributions, whose denoiser is known exactly on any process."""
+
+    means, stds, shares = torch.tensor(
+        [[-0.7, 0.1, 0.6], [0.15, 0.25, 0.1], [0.3, 0.5, 0.2]], dtype=torch.float64
+    ).unbind()
+
+    def denoise(self, x: Tensor, point: Point[float]) -> Tensor:
+        """E[x_0 | x_t]: the mean of the distributions' own, by how likely x_t is under each."""
+        variances = (point.alpha * self.stds) ** 2 + point.sigma**2
+        away = x[..., None] - point.alpha * self.means
+        likely = (self.shares.log() - variances.log() / 2 - away**2 / (2 * variances)).softmax(-1)
+        return (likely * (self.means + point.alpha * self.stds**2 / variances * away)).sum(-1)
+
+
+def refined(process: Process, steps: int) -> list[Point[float]]:
+    """Points between the same two ends for any number of steps, which may begin at pure noise."""
+    if isinstance(process, RectifiedFlow):
+        return points_of(process.uniform(torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)))
+    if isinstance(process, VariancePreserving) and not process.alphas_cumprod[-1]:
+        return numbered_points(process, [999 - 960 * i // steps for i in range(steps + 1)])[:-1]
+    return lambdas(process, steps, -4.6, 3.9)
+
+
+ORDERS = {
+    "ddim": (ddim, 1),
+    "heun": (heun, 2),
+    "dpmpp_2m": (dpmpp_2m, 2),
+    "dpmpp_3m": (dpmpp_3m, 3),
+    "unipc, order 2": (partial(unipc, order=2), 3),
+    "unipc, order 3": (unipc, 4),
+    "ipndm, order 2": (partial(ipndm, order=2), 2),
+    "ipndm, order 3": (partial(ipndm, order=3), 2),
+    "ipndm": (ipndm, 2),
+}
+
+
+def test_every_sampler_converges_with_its_order() -> None:
+    """log2 of how much smaller the error becomes with 320 steps than with 160, on a mixture of three Gaussians.
+
+    Between two points that are neither clean nor pure noise, all processes are one; the last two begin at pure noise.
+    """
+    data, worst = Mixture(), dict.fromkeys(ORDERS, 99.0)
+    noise = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200).view(-1, 1, 1, 1)
+    for process in (linear_schedule(), RectifiedFlow(), cosine_schedule().with_zero_terminal_snr()):
+        fine = refined(process, 960)
+        x = sqrt((0.5 * fine[0].alpha) ** 2 + fine[0].sigma ** 2) * noise
+        exact = unipc(data.denoise, x, fine, no_noise)
+        for name, (sampler, order) in ORDERS.items():
+            with_process = {"process": process} if sampler is heun else {}
+            errors = [
+                (sampler(data.denoise, x, refined(process, steps), no_noise, **with_process) - exact).square().mean()
+                for steps in (160, 320)
+            ]
+            measured = log2(errors[0] / errors[1]) / 2
+            assert measured > order - 0.35, (name, process, measured)
+            worst[name] = min(worst[name], measured)
+    # Not more either, on all of them: the tables say what they are.
+    assert {name: round(measured) for name, measured in worst.items()} == {n: order for n, (_, order) in ORDERS.items()}
+
+
+def test_a_step_of_ipndm_is_of_its_order_where_sigma_over_alpha_is_evenly_spaced() -> None:
+    """From points that are visited exactly: over a whole trajectory its beginning of lower order is what one sees."""
+    data, process, x = Gaussian(), VarianceExploding(), normal(0).double()
+    for order in (1, 2, 3, 4):
+        errors = []
+        for step in (0.04, 0.02):
+            ratios = 1 + step * torch.arange(-1, order, dtype=torch.float64)
+            after, *before = points_of(process.with_ratio(ratios))
+            xs = [data.flow(x, before[0], point) for point in (after, *before)]
+            visits = [Visit(point, at, data.denoise(at, point)) for point, at in zip(before, xs[1:], strict=True)]
+            errors.append(float((ipndm_step(visits, after) - xs[0]).abs().mean()))
+        assert log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.3), order
+
+
+def test_samplers_with_noise_converge_to_the_data_s_deviation_with_their_order() -> None:
+    """On a Gaussian all is linear: image b gets draw b alone, and the squares of all together are the variance."""
+    data = Gaussian()
+    data.mean = 0.0
+    for sampler, order in ((ancestral, 1), (partial(ddim, eta=1.0), 1), (dpmpp_sde_2m, 2)):
+        for process in PROCESSES:
+            errors = []
+            for steps in (80, 160):
+                points, draws = (
+                    refined(process, steps),
+                    torch.eye(steps + 1, dtype=torch.float64)[..., None, None, None],
+                )
+                first, last = (sqrt((end.alpha * data.std) ** 2 + end.sigma**2) for end in (points[0], points[-1]))
+                x = sampler(data.denoise, first * draws[0], points, draws.__getitem__)
+                errors.append(abs(float(x.square().sum().sqrt()) - last))
+            assert log2(errors[0] / errors[1]) == pytest.approx(order, abs=0.3), (sampler, process, errors)
 
 
 def test_ddim_backwards_finds_the_noise_of_an_image() -> None:

@@ -99,7 +99,7 @@ def test_commands_say_how_they_ended(tmp_path):
         ("no-dataset", 66, ("train", "--dataset", "no")),
         ("no-key", 78, ("train", "--dataset", "tiles", "--set", "x=1")),
         ("no-duration", 64, ("train", "--dataset", "tiles", "--stop-after", "soon")),
-        ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "euler")),
+        ("no-sampler", 64, ("sample", "--run", "no", "--sampler", "plms")),
         ("no-run", 66, ("sample", "--run", "no", "--count", "9", "--slice", "1/3")),
     ]
     for name, code, words in refusals:

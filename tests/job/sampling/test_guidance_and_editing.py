@@ -195,6 +195,10 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
     refusals: tuple[tuple[str, int, str, tuple[object, ...]], ...] = (
         ("walk", 78, "label_dropout=0.1 when the run begins", ("--guidance", 2)),
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
+        ("walk", 78, "takes 3 steps together, and sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
+        ("walk", 78, "takes 2 steps together, and sample.steps=1", ("--sampler", "dpmpp_2m", "--steps", 1)),
+        ("walk", 64, "--order is an option of unipc and ipndm", ("--sampler", "dpmpp_2m", "--order", 2)),
+        ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
         ("all", 64, "from less to more", ("--guidance-interval", "5,0.5")),
         ("all", 64, "--guidance-interval '5': two numbers", ("--guidance-interval", "5")),

@@ -1,0 +1,108 @@
+"""All samplers on a run's own network; the grid that is found on it; somebody's own sampler."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+OWN = """
+from ddpm.samplers import ddim
+
+def midway(denoise, x, points, noise_at):
+    return ddim(denoise, x, points, noise_at, eta=0.5)
+
+number = 3
+"""
+
+
+def files_of(run: Path, folder: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (run / folder).iterdir() if path.is_file()}
+
+
+def sampled(bucket: Path, *words: object) -> list[str]:
+    """The names of the pictures that a command made."""
+    out = succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--seeds", "0-3", *words))
+    return [Path(line.split()[0]).name for line in out.splitlines()]
+
+
+def test_samplers_without_noise_all_find_one_image(draw):
+    """That of each seed where the probability flow ends, and the better ones find it in fewer steps."""
+    exact, seeds = draw(range(8), 8, sampler="dpmpp_3m", steps=50, clip=False), range(8)
+    errors = {
+        sampler: np.abs(draw(seeds, 8, sampler=sampler, steps=12, clip=False, **options) - exact).mean()
+        for sampler, options in {
+            "ddim": {},
+            "euler": {},
+            "heun": {},
+            "dpmpp_2m": {},
+            "dpmpp_3m": {},
+            "unipc": {"order": 2},
+            "ipndm": {"order": 2},
+        }.items()
+    }
+    assert errors["euler"] == errors["ddim"] < 12
+    assert all(error < errors["ddim"] for sampler, error in errors.items() if sampler not in ("ddim", "euler")), errors
+    for noisy in ({"sampler": "euler_ancestral"}, {"sampler": "dpmpp_sde_2m"}, {"sampler": "heun", "churn": 20.0}):
+        assert np.abs(draw(seeds, 8, steps=12, **noisy) - exact).mean() > 20, noisy
+
+
+def test_a_grid_is_found_once_and_serves_all_checkpoints(bucket):
+    run, words = bucket / "runs/walk", ("--grid", "found", "--steps", 4)
+    assert sampled(bucket, *words, "--checkpoints", 3) == ["epoch-0003-ddim-4-grid-found-seeds-0-3.png"]
+    found = files_of(run, "grids")
+    numbers = json.loads(found["found-4.json"])["numbers"]
+    assert numbers[0] == 49 and numbers == sorted({*numbers}, reverse=True) and len(numbers) == 4
+    picture = files_of(run, "samples")["epoch-0003-ddim-4-grid-found-seeds-0-3.png"]
+    sampled(bucket, *words, "--checkpoints", "1,3")
+    assert files_of(run, "grids") == found
+    assert files_of(run, "samples")["epoch-0003-ddim-4-grid-found-seeds-0-3.png"] == picture
+    succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4))
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
+    shutil.copy(run / "grids/found-4.json", run / "grids/found-5.json")
+    assert "not in its place" in refused(
+        ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--grid", "found", "--steps", 5), 65
+    )
+    (problem,) = verify_run(open_store(str(bucket)), "walk").problems
+    assert "grids/found-5.json" in problem
+
+
+def test_more_steps_than_there_are_to_choose_from_are_refused(bucket):
+    assert "sample.steps=51 exceeds" in refused(
+        ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--grid", "found", "--steps", 51), 78
+    )
+
+
+def test_one_s_own_sampler(bucket, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mysamplers.py").write_text(OWN)
+    (own,) = sampled(bucket, "--sampler", "mysamplers:midway", "--steps", 5)
+    assert own == "epoch-0003-own-5-mysamplers.midway-seeds-0-3.png"
+    (ours,) = sampled(bucket, "--eta", 0.5, "--steps", 5)
+    pictures = files_of(bucket / "runs/walk", "samples")
+    assert pictures[own] == pictures[ours]
+    sampled(bucket, "--sampler", "mysamplers:midway", "--steps", 5, "--mode", "inpaint", "--image", 3)
+    with_count = ("sample", "--run", "walk", "--bucket", bucket, "--steps", 5, "--count", 4)
+    succeeded(ddpm_here(*with_count, "--sampler", "mysamplers:midway"))
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
+    (tmp_path / "mysamplers.py").write_text(OWN.replace("0.5", "0.25"))
+    assert "own_sampler_sha256" in refused(ddpm_here(*with_count, "--sampler", "mysamplers:midway"), 64)
+    for name, what in (
+        ("mysamplers:nothing", "no attribute 'nothing'"),
+        ("nothing_here:midway", "No module named 'nothing_here'"),
+        ("mysamplers:number", "no function, but int"),
+    ):
+        assert what in refused(ddpm_here(*with_count, "--sampler", name), 64)
+
+
+@pytest.mark.parametrize("key", ["sample.sampler=own", "sample.grid=found"])
+def test_no_configuration_names_what_only_a_command_can(bucket, key):
+    assert "are for `ddpm sample`" in refused(
+        ddpm_here("train", "--dataset", "tiles", "--run", "own", "--bucket", bucket, "--set", key), 78
+    )
+    assert not (bucket / "runs/own").exists()
