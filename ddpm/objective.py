@@ -1,5 +1,6 @@
 """The training loss: at which points of a process, what the network predicts there, how much each of them counts."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from ddpm import randomness
 from ddpm.prediction import Prediction
-from ddpm.process import Point, Process, VariancePreserving
+from ddpm.process import Point, Process, VariancePreserving, points_of
 from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, posteriors
 
 QUARTILES = 4
@@ -160,7 +161,44 @@ class Objective:
         if not self.learned_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)
-        return losses + BOUND_WEIGHT * self.process.num_timesteps * _bound(drawn, x_start, estimate, (share + 1) / 2)
+        posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
+        bound = _bound(posterior, drawn.t == 0, x_start, estimate, (share + 1) / 2)
+        return losses + BOUND_WEIGHT * self.process.num_timesteps * bound
+
+    @torch.no_grad()
+    def bits_per_dim(
+        self, network: Network, x_start: Tensor, noise: Tensor, numbers: Tensor, condition: Condition = UNCONDITIONAL
+    ) -> Tensor:
+        """The variational bound on -log₂ p(x_0) per dimension, of which T times one step of each image is an estimate.
+
+        The mean over all numbers is the bound of ancestral sampling over all points of any process (Ho et al. 2020,
+        equation 5), with the variance that was learnt or else β.
+
+        Args:
+            network: see `Network`.
+            x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
+            noise: standard normal ε, of that shape.
+            numbers: of the point of each image, int64 [B] in 0..T-1, on the host.
+            condition: what else the network is told.
+
+        Returns:
+            float32 [B].
+        """
+        points = self.process.numbered(numbers)
+        t, alpha, sigma = (part.float().to(x_start.device) for part in points)
+        scale = self.process.input_scale(points.sigma).float().to(x_start.device)
+        alpha, sigma, scale = (part.view(-1, 1, 1, 1) for part in (alpha, sigma, scale))
+        posterior = Posterior(*self._posteriors[:, numbers].float().to(x_start.device).view(3, -1, 1, 1, 1))
+        x_t = alpha * x_start + sigma * noise
+        output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
+        estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
+        share = (share + 1) / 2 if self.learned_variance else torch.ones_like(x_start)
+        is_last = (numbers == 0).to(x_start.device)
+        (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
+        # What sampling begins with has the standard deviation max(1, σ).
+        log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
+        before = bits(normal_kl(last.alpha * x_start, log_variance, beginning))
+        return before + self.process.num_timesteps * _bound(posterior, is_last, x_start, estimate, share)
 
     def weights(self, point: Point[Tensor]) -> Tensor:
         """The weight of the squared error at the output, float64 [B].
@@ -181,10 +219,9 @@ class Objective:
         return (snr + self.prediction.sigma_data**-2) / factor
 
 
-def _bound(drawn: Drawn, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:
-    """The bound's term at each drawn step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
-    posterior = Posterior(*(part.view(-1, 1, 1, 1) for part in drawn[6:] if part is not None))
+def _bound(posterior: Posterior[Tensor], is_last: Tensor, x_start: Tensor, estimate: Tensor, share: Tensor) -> Tensor:
+    """The bound's term at each step, bits per dimension [B] (Nichol & Dhariwal 2021, equations 5, 6 and 15)."""
     log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
     kl = normal_kl(posterior.on_x_start * (x_start - estimate), posterior.log_small, log_variance)
     last = -log_likelihood_of_levels(x_start, estimate, log_variance)
-    return bits(torch.where(drawn.t.view(-1, 1, 1, 1) == 0, last, kl))
+    return bits(torch.where(is_last.view(-1, 1, 1, 1), last, kl))

@@ -6,14 +6,12 @@ process: fewer of them are a bound of their own. Logarithms are natural until th
 """
 
 import math
-from collections.abc import Sequence
 from typing import Generic, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ddpm.process import Number, Point
-from ddpm.samplers import SHARES, Denoiser, NoiseAt, Variance
+from ddpm.process import Number
 
 
 class Posterior(NamedTuple, Generic[Number]):
@@ -64,50 +62,6 @@ def log_likelihood_of_levels(x: Tensor, mean: Tensor, log_variance: Tensor | flo
 def bits(nats: Tensor) -> Tensor:
     """Nats of each value [B, C, H, W] as bits per dimension [B]."""
     return nats.mean(dim=(1, 2, 3)) / math.log(2)
-
-
-@torch.no_grad()
-def bits_per_dim(
-    denoise: Denoiser,
-    x_start: Tensor,
-    points: Sequence[Point[float]],
-    noise_at: NoiseAt,
-    variance: Variance = "fixed_small",
-) -> Tensor:
-    """The variational bound on -log₂ p(x_0) per dimension, with one evaluation at each point.
-
-    Args:
-        denoise: an estimate that depends on (x_t, point) alone; it has the share of β as well for `learned_range`.
-        x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
-        points: as of a sampler: at least two, and the clean image.
-        noise_at: noise of the images' shape, by the number of the point.
-        variance: of the ancestral steps.
-
-    Returns:
-        float32 [B].
-
-    Raises:
-        ValueError: for points that do not lead to the clean image.
-    """
-    *noisy, clean = points
-    if len(noisy) < 2 or clean.sigma:
-        raise ValueError("bits per dimension need two points or more, and the clean image after them")
-    _, alpha, sigma = torch.tensor(noisy[::-1], dtype=torch.float64).T
-    steps = map(Posterior[float], *(part.flip(0).tolist() for part in posteriors(alpha, sigma)))
-    first, last, channels = noisy[0], noisy[-1], x_start.shape[1]
-    # What sampling begins with has the standard deviation max(1, σ).
-    beginning = 2 * math.log(max(1.0, first.sigma))
-    total = bits(normal_kl(first.alpha * x_start, 2 * math.log(first.sigma), beginning))
-    for number, (point, posterior) in enumerate(zip(noisy, steps, strict=True)):
-        answer = denoise(point.alpha * x_start + point.sigma * noise_at(number), point)
-        estimate, share = answer[:, :channels], SHARES.get(variance, answer[:, channels:])
-        log_variance = share * posterior.log_large + (1 - share) * posterior.log_small
-        if point is last:
-            total += bits(-log_likelihood_of_levels(x_start, estimate, log_variance))
-        else:
-            difference = posterior.on_x_start * (x_start - estimate)
-            total += bits(normal_kl(difference, posterior.log_small, log_variance))
-    return total
 
 
 def _exp(x: Tensor | float) -> Tensor | float:

@@ -22,6 +22,7 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
     """The mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
 
     The points are spread evenly over the draws, so that the row strays less than one of as many learnt images.
+    `val_bits_per_dim` is the variational bound, of which each image gives one step.
 
     Args:
         painter: with the weights.
@@ -38,7 +39,9 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
     strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
     spread = replace(objective, draws=replace(objective.draws, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
-    log, classes = LossLog(painter.device), painter.config.model.num_classes
+    timesteps = objective.process.num_timesteps
+    steps = ((strata + 0.5) / len(numbers) * timesteps).long()
+    log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     rank, world_size = painter.ranks.rank, painter.ranks.world_size
     # Every process asks as often as the first one, which has the most.
     for start in range(0, len(numbers[::world_size]), batch_size):
@@ -52,7 +55,11 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
         labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():
-            losses = objective.losses(painter.predict, pixels / 127.5 - 1, noise, drawn, Condition(labels))
+            x_start, condition = pixels / 127.5 - 1, Condition(labels)
+            losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
+            bits_per_dim = objective.bits_per_dim(painter.predict, x_start, noise, steps[places], condition)
         log.add(losses, drawn.quartile)
+        bits.add(bits_per_dim, drawn.quartile)
     painter.agreement.finish()
-    return {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
+    row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
+    return row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}

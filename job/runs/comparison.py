@@ -62,7 +62,13 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
         note("their losses are of different objectives: a lower one is not a better run")
     print(f"means from image {images[0]:,} to {images[-1]:,}; ± is one standard error of the mean difference")
     table = Table("", first, second, f"{second} − {first}", "±", box=None)
-    for name in ("loss", *(f"loss_q{i}" for i in range(4)), "val_loss", *(f"val_loss_q{i}" for i in range(4))):
+    for name in (
+        "loss",
+        *(f"loss_q{i}" for i in range(4)),
+        "val_loss",
+        *(f"val_loss_q{i}" for i in range(4)),
+        "val_bits_per_dim",
+    ):
         pairs = [(rows[0][seen][name], rows[1][seen][name]) for seen in images if all(name in r[seen] for r in rows)]
         if len(pairs) >= FEWEST_ROWS:
             ours, theirs = zip(*pairs, strict=True)

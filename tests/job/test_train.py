@@ -145,6 +145,7 @@ def test_held_out_images_are_looked_at_and_not_learnt_however_often_a_run_stops(
     assert [row for row in rows if row not in looks] == rows_without
     assert [round(row["epoch"], 1) for row in looks] == [1.0, 2.1]
     assert all(0 < row[f"val_loss_q{quarter}"] < 2 for row in looks for quarter in range(4))
+    assert all(1 < row["val_bits_per_dim"] < 20 for row in looks)
 
     # A run whose averages forget at once is another by that alone, which pairs tell with little error.
     train("other", epochs=2, ema__decay=0, ema__warmup="none", **options)

@@ -1,0 +1,273 @@
+"""Samplers: how their errors shrink with the steps, and how far from the exact images a run's network gets with few.
+
+    python -m benchmarks.solvers                         the orders of convergence, on a mixture of Gaussians
+    python -m benchmarks.solvers --run landscape-sample  also on the network of a run in ./bucket, beside diffusers
+
+The error on a network is the root mean square distance, in units of which black and white are two apart, to the images
+of 500 steps of UniPC for the same seeds. Every sampler and grid gets the same number of evaluations of the network.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
+from itertools import pairwise, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddpm import samplers
+from ddpm.generation import Sampling, beginning
+from ddpm.grids import find_grid, make_grid, numbered_points
+from ddpm.objective import Condition
+from ddpm.process import (
+    Point,
+    Process,
+    RectifiedFlow,
+    VariancePreserving,
+    cosine_schedule,
+    linear_schedule,
+    points_of,
+)
+from job.processes.ranks import Agreement, meet
+from job.progress import Progress
+from job.requests import SampleRequest
+from job.sampling.found_grid import CANDIDATES, IMAGES
+from job.sampling.painter import Painter
+from job.sampling.plan import plan_sampling
+from job.stop import NEVER
+
+EVALUATIONS = (5, 10, 20)
+STEPS = (40, 80, 160, 320)
+FINE = 960
+EXACT_STEPS = 500
+ORDERS: dict[str, tuple[samplers.Sampler, int]] = {
+    "ddim, euler": (samplers.ddim, 1),
+    "heun": (partial(samplers.heun, process=linear_schedule()), 2),
+    "dpmpp_2m": (samplers.dpmpp_2m, 2),
+    "dpmpp_3m": (samplers.dpmpp_3m, 3),
+    "unipc, order 2": (partial(samplers.unipc, order=2), 3),
+    "unipc, order 3": (samplers.unipc, 4),
+    "ipndm, order 2": (partial(samplers.ipndm, order=2), 2),
+    "ipndm, order 3": (partial(samplers.ipndm, order=3), 2),
+    "ipndm, order 4": (samplers.ipndm, 2),
+}
+"""Samplers without noise and their orders of convergence on any grid, by their papers."""
+
+
+class Mixture:
+    """Images from three normal distributions, whose denoiser is known exactly on any process."""
+
+    means, stds, shares = torch.tensor(
+        [[-0.7, 0.1, 0.6], [0.15, 0.25, 0.1], [0.3, 0.5, 0.2]], dtype=torch.float64
+    ).unbind()
+
+    def denoise(self, x: Tensor, point: Point[float]) -> Tensor:
+        """E[x_0 | x_t]: the mean of the distributions' own, by how likely x_t is under each."""
+        variances = (point.alpha * self.stds) ** 2 + point.sigma**2
+        away = x[..., None] - point.alpha * self.means
+        likely = (self.shares.log() - variances.log() / 2 - away**2 / (2 * variances)).softmax(-1)
+        return (likely * (self.means + point.alpha * self.stds**2 / variances * away)).sum(-1)
+
+
+def refined(process: Process, steps: int) -> list[Point[float]]:
+    """Points between the same two ends for any number of steps; some processes begin at pure noise."""
+    if isinstance(process, RectifiedFlow):
+        return points_of(process.uniform(torch.linspace(1, 0.02, steps + 1, dtype=torch.float64)))
+    if isinstance(process, VariancePreserving) and not process.alphas_cumprod[-1]:
+        return numbered_points(process, [999 - FINE * i // steps for i in range(steps + 1)])[:-1]
+    return points_of(process.with_ratio(torch.linspace(4.6, -3.9, steps + 1, dtype=torch.float64).exp()))
+
+
+def errors_by_steps(steps: Sequence[int] = STEPS) -> dict[str, dict[str, list[float]]]:
+    """Root mean square errors on the mixture, by process and sampler, for each number of steps."""
+    data = Mixture()
+    noise = torch.special.ndtri((torch.arange(200, dtype=torch.float64) + 0.5) / 200).view(-1, 1, 1, 1)
+    # Between two points that are neither clean nor pure noise, all processes are one.
+    processes = {
+        "any": linear_schedule(),
+        "flow, from pure noise": RectifiedFlow(),
+        "zero terminal SNR": cosine_schedule().with_zero_terminal_snr(),
+    }
+    found: dict[str, dict[str, list[float]]] = {}
+    for name, process in processes.items():
+        fine = refined(process, FINE)
+        x = math.hypot(0.5 * fine[0].alpha, fine[0].sigma) * noise
+        exact = samplers.unipc(data.denoise, x, fine, _no_noise)
+        found[name] = {
+            sampler: [rms(function(data.denoise, x, refined(process, n), _no_noise) - exact) for n in steps]
+            for sampler, (function, _) in ORDERS.items()
+        }
+    return found
+
+
+def orders(errors: Sequence[float]) -> list[float]:
+    """log2 of how much smaller each error is than that of half as many steps."""
+    return [math.log2(coarse / fine) for coarse, fine in pairwise(errors)]
+
+
+def rms(x: Tensor) -> float:
+    """√ of the mean of squares."""
+    return float(x.square().mean().sqrt())
+
+
+def _no_noise(draw: int) -> Tensor:
+    raise AssertionError("noise was asked for")
+
+
+Draw = Callable[[int], Tensor]
+"""Evaluations of the network for each image → images."""
+
+
+class OnNetwork:
+    """A run's network, some noise, and where the probability flow leads from there."""
+
+    def __init__(self, bucket: str, run: str, images: int) -> None:
+        plan = plan_sampling(SampleRequest(run, bucket).check())
+        self.painter = Painter(plan.config, meet(NEVER), "fp32", NEVER, Agreement(1, flags=1))
+        self.painter.load(plan.run, plan.checkpoints[0], "ema")
+        self.process, self.prediction = self.painter.process, plan.config.diffusion.prediction
+        # Others than those that the grid is found with.
+        self.seeds = torch.arange(10_000, 10_000 + images)
+        self.start = self._noise(self.seeds)
+        points = make_grid(self.process, EXACT_STEPS, "trailing")
+        self.exact = samplers.unipc(self._denoiser(self.seeds), self.start, points, _no_noise)
+
+    def _noise(self, seeds: Tensor) -> Tensor:
+        last = numbered_points(self.process, [self.process.num_timesteps - 1])
+        return beginning(last, self.painter.noise_of(seeds))
+
+    def _denoiser(self, seeds: Tensor) -> samplers.Denoiser:
+        # Clipping is no part of the differential equation.
+        return self.painter.denoiser(seeds, Sampling("ddim", 1, "trailing", clip=False), lambda *_: None)
+
+    def ways(self) -> Iterator[tuple[str, Draw]]:
+        """All ways of drawing, by name."""
+        seeds = torch.arange(IMAGES)
+        finder = self._denoiser(seeds), self._noise(seeds), self.process
+
+        @cache
+        def found(steps: int) -> tuple[int, ...]:
+            return tuple(find_grid(*finder, steps, CANDIDATES))
+
+        def ours(sampler: str, order: int, grid: Any, evaluations: int) -> Tensor:
+            # Heun's method asks twice for all but its last step.
+            steps = (evaluations + 1) // 2 if sampler == "heun" else evaluations
+            sampling = Sampling(sampler, steps, found(steps) if grid == "found" else grid, order=order)
+            points = sampling.points(self.process)
+            return sampling.solver(self.process)(self._denoiser(self.seeds), self.start, points, _no_noise)
+
+        for grid in ("trailing", "quadratic", "karras", "found"):
+            for sampler in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m"):
+                yield f"ours: {sampler}, {grid}", partial(ours, sampler, 1, grid)
+            for sampler, order in product(("unipc", "ipndm"), (2, 3)):
+                yield f"ours: {sampler} of order {order}, {grid}", partial(ours, sampler, order, grid)
+        if isinstance(self.process, VariancePreserving):
+            yield from self._theirs(self.process.betas.float().numpy())
+
+    def _theirs(self, betas: np.ndarray) -> Iterator[tuple[str, Draw]]:
+        """Schedulers of diffusers as its users choose them, each with its own arithmetic on the same betas."""
+        import diffusers
+
+        classes = self.painter.config.model.num_classes
+        condition = Condition(self.seeds % classes if classes else None)
+        output = {"epsilon": "epsilon", "v": "v_prediction", "x0": "sample"}[self.prediction]
+
+        def theirs(kind: Any, config: dict[str, Any], evaluations: int) -> Tensor:
+            scheduler = kind(trained_betas=betas, prediction_type=output, **config)
+            scheduler.set_timesteps((evaluations + 1) // 2 if kind is diffusers.HeunDiscreteScheduler else evaluations)
+            x = self.start * scheduler.init_noise_sigma
+            for t in scheduler.timesteps:
+                seen = scheduler.scale_model_input(x, t)
+                told = torch.full((len(x),), float(t))
+                x = scheduler.step(self.painter.predict(seen, told, condition), t, x).prev_sample
+            return x
+
+        kinds = {
+            "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),
+            "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 2}),
+            "DPM++ 3M": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}),
+            "UniPC of order 2": (diffusers.UniPCMultistepScheduler, {"solver_order": 2}),
+            "UniPC of order 3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}),
+            "DEIS": (diffusers.DEISMultistepScheduler, {"solver_order": 3}),
+            "Heun": (diffusers.HeunDiscreteScheduler, {}),
+        }
+        for spacing, (name, (kind, config)) in product(("leading", "trailing", "linspace"), kinds.items()):
+            yield f"diffusers: {name}, {spacing}", partial(theirs, kind, config | {"timestep_spacing": spacing})
+        for name in ("DPM++ 2M", "DPM++ 3M", "UniPC of order 2", "UniPC of order 3", "Heun"):
+            kind, config = kinds[name]
+            yield f"diffusers: {name}, karras", partial(theirs, kind, config | {"use_karras_sigmas": True})
+
+
+def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int, float]]:
+    """Root mean square distances to the exact images by way of drawing, for each number of evaluations."""
+    found: dict[str, dict[int, float]] = {}
+    with torch.inference_mode():
+        network = OnNetwork(bucket, run, images)
+        ways = dict(network.ways())
+        with Progress("drawing", total=len(ways), unit="ways") as bar:
+            for name, draw in ways.items():
+                found[name] = {evaluations: rms(draw(evaluations) - network.exact) for evaluations in EVALUATIONS}
+                bar.update(len(found))
+    return found
+
+
+def orders_png(errors: dict[str, list[float]]) -> bytes:
+    """A plot of errors over steps, both axes logarithmic."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for (name, ours), marker in zip(errors.items(), "ov^s<>D*P", strict=True):
+        axes.loglog(STEPS, ours, marker=marker, label=f"{name}: {orders(ours)[-1]:.2f}")
+    axes.set(xlabel="steps", ylabel="root mean square error", title="error on a mixture of Gaussians, and its order")
+    axes.set_xticks(STEPS, map(str, STEPS))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def main() -> None:
+    """Prints the tables, and writes them and the plot of the first."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.solvers", description=__doc__)
+    parser.add_argument("--bucket", default="./bucket")
+    parser.add_argument("--run", default="", help="whose network is drawn from; none: the orders alone")
+    parser.add_argument("--images", type=int, default=64, help="drawn by each way")
+    parser.add_argument("--output", type=Path, help="folder for the JSON and the plot")
+    asked = parser.parse_args()
+    by_steps = errors_by_steps()
+    for process, errors in by_steps.items():
+        print(f"{process:<24}{''.join(f'{n:>8} steps' for n in STEPS)}   order")
+        for sampler, ours in errors.items():
+            print(f"  {sampler:<22}{''.join(f'{error:>14.1e}' for error in ours)}   {orders(ours)[-1]:.2f}")
+    report: dict[str, Any] = {"errors_by_steps": by_steps, "steps": STEPS}
+    if asked.run:
+        report["errors_on_network"] = errors = errors_on_network(asked.bucket, asked.run, asked.images)
+        print(f"{'rms distance on the network':<36}{''.join(f'{n:>10}' for n in EVALUATIONS)}   evaluations")
+        for name, by_evaluations in errors.items():
+            print(f"{name:<36}{''.join(f'{error:>10.4f}' for error in by_evaluations.values())}")
+        for n in EVALUATIONS:
+            best = {
+                whose: min((by[n], name) for name, by in errors.items() if name.startswith(whose))
+                for whose in ("ours", "diffusers")
+            }
+            ratio = best["ours"][0] / best["diffusers"][0]
+            print(f"{n} evaluations: {best['ours'][1]} / {best['diffusers'][1]} = {ratio:.2f}")
+    if asked.output:
+        asked.output.mkdir(parents=True, exist_ok=True)
+        (asked.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
+        (asked.output / "orders.png").write_bytes(orders_png(by_steps["any"]))
+
+
+if __name__ == "__main__":
+    main()
