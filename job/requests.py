@@ -124,7 +124,7 @@ class SampleRequest:
             raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
         sampler = self.chosen.get("sampler")
         if sampler == "own" or (self.own_sampler and not _OWN_SAMPLER.fullmatch(self.own_sampler)):
-            raise BadRequestError(f"--sampler {sampler!r}: one's own is module:function, such as mysamplers:midpoint")
+            raise BadRequestError(f"--sampler {sampler!r}: one's own is module:function, such as mysamplers:walk")
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")
         if not _CHECKPOINTS.fullmatch(self.checkpoints):
