@@ -28,7 +28,7 @@ _WHITE, _INK, _FAINT, _INK_HEX = (255, 255, 255), (64, 64, 64), (168, 168, 168),
 _CURVES = {
     "loss": ("#22437c", "loss"),
     "val_loss": ("#111111", "held out"),
-    "loss_q0": ("#8fd0b5", "t in 1st quarter"),
+    "loss_q0": ("#8fd0b5", "1st quarter of the noise"),
     "loss_q1": ("#3fa7c4", "2nd"),
     "loss_q2": ("#e6a04d", "3rd"),
     "loss_q3": ("#d1603d", "4th"),

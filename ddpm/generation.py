@@ -57,7 +57,7 @@ class Sampling:
             "ddim": partial(samplers.ddim, eta=self.eta),
             "euler": samplers.ddim,
             "euler_ancestral": partial(samplers.ddim, eta=1.0),
-            "heun": partial(samplers.heun, process=process, churn=self.churn),
+            "heun": partial(samplers.heun, process=process, churn=self.churn / self.steps),
             "dpmpp_2m": samplers.dpmpp_2m,
             "dpmpp_3m": samplers.dpmpp_3m,
             "dpmpp_sde_2m": samplers.dpmpp_sde_2m,

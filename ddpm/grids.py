@@ -52,9 +52,9 @@ def numbered_points(process: Process, numbers: Sequence[int]) -> list[Point[floa
 def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candidates: int) -> list[int]:
     """Which points a sampler had best visit, found by dynamic programming (GITS: Chen et al. 2024, section 4).
 
-    A step from i to k costs what Euler's method, from where the fine trajectory is at i, misses it by at k, in units of
-    √(α² + σ²). The costs of a way are added up. What the sampler's own steps would miss depends on where it was before,
-    and costs that know that lead to ways of uneven steps, on which errors grow: in practice these are better.
+    A step from i to k costs what Euler's method, from where the fine trajectory is at i, misses it by at k. The costs
+    of a way are added up. What the sampler's own steps would miss depends on where it was before, and costs that know
+    that lead to ways of uneven steps, on which errors grow: in practice these are better.
 
     Args:
         denoise: the denoiser.
@@ -85,7 +85,6 @@ def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candid
     for i, visit in enumerate(visits):
         missed = [euler_step([visit], points[k]) - trajectory[k] for k in range(i + 1, last + 1)]
         costs[i, i + 1 :] = torch.stack([error.square().mean().sqrt() for error in missed]).cpu().numpy()
-    costs /= [math.hypot(point.alpha, point.sigma) for point in points]
     cost, came_from = costs[0], list[np.ndarray]()
     for _ in range(steps - 1):
         through = cost[:, None] + costs

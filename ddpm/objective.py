@@ -167,18 +167,25 @@ class Objective:
 
     @torch.no_grad()
     def bits_per_dim(
-        self, network: Network, x_start: Tensor, noise: Tensor, numbers: Tensor, condition: Condition = UNCONDITIONAL
+        self,
+        network: Network,
+        x_start: Tensor,
+        noise: Tensor,
+        numbers: Tensor,
+        stands_for: Tensor,
+        condition: Condition = UNCONDITIONAL,
     ) -> Tensor:
-        """The variational bound on -log₂ p(x_0) per dimension, of which T times one step of each image is an estimate.
+        """An estimate of the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
-        The mean over all numbers is the bound of ancestral sampling over all points of any process (Ho et al. 2020,
-        equation 5), with the variance that was learnt or else β.
+        The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
+        variance that was learnt or else β.
 
         Args:
             network: see `Network`.
             x_start: images of 256 levels, float32 [B, C, H, W] in [-1, 1].
             noise: standard normal ε, of that shape.
             numbers: of the point of each image, int64 [B] in 0..T-1, on the host.
+            stands_for: of how many steps it takes the place, float32 [B]; see `spread_over_steps`.
             condition: what else the network is told.
 
         Returns:
@@ -198,7 +205,7 @@ class Objective:
         # What sampling begins with has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))
         before = bits(normal_kl(last.alpha * x_start, log_variance, beginning))
-        return before + self.process.num_timesteps * _bound(posterior, is_last, x_start, estimate, share)
+        return before + stands_for.to(x_start.device) * _bound(posterior, is_last, x_start, estimate, share)
 
     def weights(self, point: Point[Tensor]) -> Tensor:
         """The weight of the squared error at the output, float64 [B].

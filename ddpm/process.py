@@ -200,7 +200,7 @@ def cosine_schedule(num_timesteps: int = 1000, s: float = 0.008, max_beta: float
 def sigmoid_schedule(
     num_timesteps: int = 1000, start: float = -3.0, end: float = 3.0, tau: float = 1.0, max_beta: float = 0.999
 ) -> VariancePreserving:
-    """ᾱ(u) = 1 at the start to 0 at the end of a sigmoid's stretch (Jabri et al. 2023, algorithm 1), β as in `cosine`.
+    """ᾱ(u) = 1 at the start to 0 at the end of a sigmoid's stretch (Jabri et al. 2023), β as in `cosine`.
 
     Args:
         num_timesteps: T.

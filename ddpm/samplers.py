@@ -87,7 +87,7 @@ def ddim(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at:
     """DDIM (Song et al. 2021, equations 12 and 16), with ε derived from x_t and the (clipped) x_0.
 
     It is Euler's method on the probability-flow ODE in σ/α, and for η = 1 Euler's ancestral one (Karras et al. 2022;
-    k-diffusion); for η = 1 on the full grid of a table of β it is `ancestral` with `fixed_small`.
+    k-diffusion), which is `ancestral` with `fixed_small`.
 
     Args:
         denoise: the denoiser.
@@ -121,11 +121,8 @@ def heun(
     noise_at: NoiseAt,
     process: Process,
     churn: float = 0.0,
-    s_min: float = 0.0,
-    s_max: float = inf,
-    s_noise: float = 1.0,
 ) -> Tensor:
-    """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2).
+    """Heun's method for x/α over σ/α, with churn (Karras et al. 2022, algorithm 2, with S_min 0, S_max ∞, S_noise 1).
 
     It asks twice a step. Steps to the clean image, and from where nothing is left of it, are Euler's and ask once.
 
@@ -135,19 +132,17 @@ def heun(
         points: from that of x to where to end.
         noise_at: the noise of each step whose point is raised; not asked for churn 0.
         process: says where the raised points are.
-        churn: S_churn; before each of n steps σ/α is raised by the part min(churn/n, √2 - 1).
-        s_min: S_min, the least σ/α that is raised.
-        s_max: S_max, the largest.
-        s_noise: S_noise, the standard deviation of the noise that is added.
+        churn: S_churn over the number of all steps: before each, σ/α is raised by this part, √2 - 1 at most.
 
     Returns:
         x at the last point, float32 [B, C, H, W].
     """
-    draws, raised_by = count(1), min(churn / (len(points) - 1), sqrt(2) - 1)
+    draws, raised_by = count(1), min(churn, sqrt(2) - 1)
     for point, after in pairwise(points):
-        if raised_by and point.alpha >= NOTHING_LEFT and s_min <= (ratio := point.sigma / point.alpha) <= s_max:
+        if raised_by and point.alpha >= NOTHING_LEFT:
+            ratio = point.sigma / point.alpha
             (raised,) = points_of(process.with_ratio(torch.tensor([ratio * (1 + raised_by)], dtype=torch.float64)))
-            added = s_noise * raised.alpha * ratio * sqrt((1 + raised_by) ** 2 - 1)
+            added = raised.alpha * ratio * sqrt((1 + raised_by) ** 2 - 1)
             point, x = raised, raised.alpha / point.alpha * x + added * noise_at(next(draws))
         start = Visit(point, x, denoise(x, point))
         x = euler_step([start], after)
@@ -179,7 +174,7 @@ def dpmpp_sde_2m(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], n
     return _multistep(denoise, x, points, step, 2)
 
 
-def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 4) -> Tensor:
+def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
     """Adams and Bashforth's method for x/α over σ/α (iPNDM: Zhang & Chen 2023), up to order 4. No noise is asked for.
 
     Its weights are those of evenly spaced σ/α; on other grids its order is 2 at most.

@@ -490,9 +490,12 @@ class RunConfig(Section):
         order = self.sample.order if "order" in OPTIONS_OF[self.sample.sampler] else _ORDERS.get(self.sample.sampler, 1)
         if order > steps:
             raise ValueError(
-                f"sample.sampler={self.sample.sampler} takes {order} steps together, and sample.steps={steps}: "
-                "take more of them, a lower sample.order, or another sampler"
+                f"sample.sampler={self.sample.sampler} is of order {order}, above sample.steps={steps}: take more "
+                "steps, a lower sample.order, or another sampler"
             )
+        if self.sample.grid == "quadratic" and self.diffusion.schedule != "linear":
+            # It begins at 0.8 T, where other processes have much of the image left.
+            raise ValueError("sample.grid=quadratic is for diffusion.schedule=linear alone: choose another grid")
         if self.sample.grid == "karras" and (self.diffusion.schedule == "flow" or self.diffusion.zero_terminal_snr):
             raise ValueError(
                 "sample.grid=karras needs a process that leaves something of the image: choose another grid"

@@ -10,6 +10,7 @@ import torch
 from ddpm import randomness
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.training import LossLog, loss_row
+from ddpm.variance import spread_over_steps
 from job.data.cache import ImageCache
 from job.runs.metrics import Row
 from job.sampling.painter import Painter
@@ -22,7 +23,7 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
     """The mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
 
     The points are spread evenly over the draws, so that the row strays less than one of as many learnt images.
-    `val_bits_per_dim` is the variational bound, of which each image gives one step.
+    `val_bits_per_dim` is the variational bound, of which each image gives one step; it is about independent noise.
 
     Args:
         painter: with the weights.
@@ -39,9 +40,9 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
     strata = randomness.training_uniforms(SEED, torch.arange(len(numbers))).argsort()
     spread = replace(objective, draws=replace(objective.draws, stratified=True))
     points = spread.draw(SEED, strata, len(numbers))
-    timesteps = objective.process.num_timesteps
-    steps = ((strata + 0.5) / len(numbers) * timesteps).long()
+    steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
+    offset = painter.config.diffusion.offset_noise
     rank, world_size = painter.ranks.rank, painter.ranks.world_size
     # Every process asks as often as the first one, which has the most.
     for start in range(0, len(numbers[::world_size]), batch_size):
@@ -50,16 +51,17 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
         if not len(places):
             continue
         pixels = torch.from_numpy(images.read(numbers[places])).to(painter.device).permute(0, 3, 1, 2)
-        shape, offset = tuple(pixels.shape[1:]), painter.config.diffusion.offset_noise
+        shape = tuple(pixels.shape[1:])
         noise = randomness.training_noise(SEED, torch.from_numpy(places), shape, painter.device, offset)
         labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():
             x_start, condition = pixels / 127.5 - 1, Condition(labels)
             losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
-            bits_per_dim = objective.bits_per_dim(painter.predict, x_start, noise, steps[places], condition)
-        log.add(losses, drawn.quartile)
-        bits.add(bits_per_dim, drawn.quartile)
+            log.add(losses, drawn.quartile)
+            if not offset:
+                at = steps[places], stands_for[places]
+                bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
-    return row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}
+    return row if offset else row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}

@@ -59,7 +59,7 @@ def compare_runs(bucket_uri: str, first: str, second: str, since_epoch: float) -
     for key, (ours, theirs) in differing.items():
         print(f"{key}: {ours} and {theirs}")
     if any(key.startswith(SAME_LOSS) for key in differing):
-        note("their losses are of different objectives: a lower one is not a better run")
+        note("their losses are of different objectives: only of val_bits_per_dim is a lower one that of a better run")
     print(f"means from image {images[0]:,} to {images[-1]:,}; ± is one standard error of the mean difference")
     table = Table("", first, second, f"{second} − {first}", "±", box=None)
     for name in (

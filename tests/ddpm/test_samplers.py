@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
+from itertools import pairwise, product
 from math import expm1, log, log2, sqrt
 
 import pytest
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
-from benchmarks.solvers import ORDERS, errors_by_steps, orders, refined
-from ddpm.generation import make_denoiser
+from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
+from ddpm.generation import Sampling, make_denoiser
 from ddpm.grids import make_grid
 from ddpm.guidance import Guidance
 from ddpm.objective import Condition
@@ -90,8 +90,10 @@ def smooth_network(x: Tensor, t: Tensor, condition: Condition) -> Tensor:
     return torch.tanh(1.3 * x.roll(1, -1) + t.view(-1, 1, 1, 1) / T - 0.4)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "fixed_small", "fixed_large"])
-@pytest.mark.parametrize(("prediction", "clip"), [("epsilon", True), ("epsilon", False), ("v", True), ("v", False)])
+@pytest.mark.parametrize(
+    ("sampler", "prediction", "clip"),
+    [("ddim", "epsilon", True), ("ddim", "v", False), ("fixed_small", "epsilon", False), ("fixed_large", "v", True)],
+)
 def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip: bool) -> None:
     """Unchanged diffusers, whose tables are float32: three digits less."""
     import diffusers
@@ -103,7 +105,7 @@ def test_whole_trajectories_equal_diffusers(sampler: str, prediction: str, clip:
         "clip_sample": clip,
         **({} if is_ddim else {"variance_type": sampler}),
     }
-    for grid, steps in (*((("trailing", 20),) if is_ddim else ()), ("leading", 30), ("leading", 1000)):
+    for grid, steps in (*((("trailing", 20),) if is_ddim else ()), ("leading", 30)):
         kind = diffusers.DDIMScheduler if is_ddim else diffusers.DDPMScheduler
         scheduler = kind(num_train_timesteps=T, timestep_spacing=grid, **config)
         scheduler.set_timesteps(steps)
@@ -251,44 +253,54 @@ def test_heun_and_ipndm_equal_diffusers() -> None:
         epsilon = (expected - point.alpha * estimate(expected, point)) / point.sigma
         v = (epsilon - point.sigma * expected) / point.alpha
         expected = scheduler.step(v, t, expected).prev_sample
-    assert_close(ipndm(estimate, normal(0).double(), points, no_noise), expected)
+    assert_close(ipndm(estimate, normal(0).double(), points, no_noise, 4), expected)
 
 
 def test_churn_is_that_of_the_edm_paper() -> None:
     """Algorithm 2 as it is printed, for D(x; σ) with x/α and σ/α for x and σ."""
-    S_churn, S_min, S_max, S_noise = 8.0, 0.05, 20.0, 1.007
+    S_churn = 2.0
     for process in (linear_schedule(), VarianceExploding(), RectifiedFlow()):
         points = [*lambdas(process, 12, -4.0, 3.5), CLEAN]
         t = [point.sigma / point.alpha for point in points]
         start = points[0].sigma * normal(0).double()
-        x, draw = start / points[0].alpha, 0
+        x = start / points[0].alpha
 
         def D(x: Tensor, sigma: float) -> Tensor:
             return estimate(x, Point(0.0, 1.0, sigma))
 
         for i in range(len(t) - 1):
-            gamma = min(S_churn / (len(t) - 1), sqrt(2) - 1) if S_min <= t[i] <= S_max else 0
-            t_hat = t[i] + gamma * t[i]
-            if gamma:
-                draw += 1
-                x = x + sqrt(t_hat**2 - t[i] ** 2) * S_noise * normal(draw)
+            t_hat = t[i] + min(S_churn / (len(t) - 1), sqrt(2) - 1) * t[i]
+            x = x + sqrt(t_hat**2 - t[i] ** 2) * normal(i + 1)
             d = (x - D(x, t_hat)) / t_hat
             after = x + (t[i + 1] - t_hat) * d
             if t[i + 1]:
                 d_after = (after - D(after, t[i + 1])) / t[i + 1]
                 after = x + (t[i + 1] - t_hat) * (d / 2 + d_after / 2)
             x = after
-        options = {"churn": S_churn, "s_min": S_min, "s_max": S_max, "s_noise": S_noise}
-        assert_close(heun(estimate, start, points, normal, process, **options), x)
-        assert 0 < draw < len(t) - 1
+        sampling = Sampling("heun", len(t) - 1, "trailing", churn=S_churn)
+        assert_close(sampling.solver(process)(estimate, start, points, normal), x)
+        # The same in one step alone, as in-painting takes them.
+        first = sampling.solver(process)(estimate, start, points[:2], normal)
+        assert_close(first, heun(estimate, start, points[:2], normal, process, S_churn / (len(t) - 1)))
 
 
-def test_ddim_with_all_noise_on_the_full_grid_is_ancestral_sampling() -> None:
-    schedule = cosine_schedule(50)
-    denoise = make_denoiser(smooth_network, schedule, Prediction("v"))
-    points = make_grid(schedule, 50, "trailing")
-    expected = ancestral(denoise, normal(0), points, normal, "fixed_small")
-    assert_close(ddim(denoise, normal(0), points, normal, 1.0), expected, rtol=1e-5, atol=1e-5)
+def test_ddim_with_all_noise_is_ancestral_sampling() -> None:
+    for process, steps in product((cosine_schedule(50), VarianceExploding()), (50, 7)):
+        points = make_grid(process, steps, "trailing")
+        expected = ancestral(estimate, normal(0), points, normal, "fixed_small")
+        assert_close(ddim(estimate, normal(0), points, normal, 1.0), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_heun_s_first_step_of_a_cosine_is_euler_s() -> None:
+    """There σ/α falls from 20,000 to a few, over which no slope says anything."""
+    data, process = Mixture(), cosine_schedule()
+    points = make_grid(process, 8, "trailing")
+    exact = unipc(data.denoise, normal(0).double(), make_grid(process, 500, "trailing"), no_noise)
+    errors = [
+        rms(f(data.denoise, normal(0).double(), points, no_noise) - exact)
+        for f in (partial(heun, process=process), ddim)
+    ]
+    assert errors[0] < 0.7 * errors[1], errors
 
 
 class Gaussian:
@@ -351,7 +363,12 @@ def test_samplers_with_noise_converge_to_the_data_s_deviation_with_their_order()
     """On a Gaussian all is linear: image b gets draw b alone, and the squares of all together are the variance."""
     data = Gaussian()
     data.mean = 0.0
-    for sampler, order in ((ancestral, 1), (partial(ddim, eta=1.0), 1), (dpmpp_sde_2m, 2)):
+    for sampler, order in (
+        (ancestral, 1),
+        (partial(ancestral, variance="fixed_large"), 1),
+        (partial(ddim, eta=1.0), 1),
+        (dpmpp_sde_2m, 2),
+    ):
         for process in PROCESSES:
             errors = []
             for steps in (80, 160):
@@ -372,20 +389,6 @@ def test_ddim_backwards_finds_the_noise_of_an_image() -> None:
         image = 0.3 + 0.4 * normal(1).double()
         noise = ddim(data.denoise, image, points, no_noise)
         assert_close(noise, data.flow(image, points[0], points[-1]), rtol=0.02, atol=0.02)
-
-
-def test_ancestral_samples_have_the_data_s_mean_and_deviation() -> None:
-    data, shape = Gaussian(), (1, 1, 200, 200)
-
-    def noise(draw: int) -> Tensor:
-        return torch.randn(shape, generator=torch.Generator().manual_seed(draw), dtype=torch.float64)
-
-    for process in PROCESSES:
-        points = make_grid(process, 200, "trailing")
-        for sample in (ancestral, partial(ancestral, variance="fixed_large"), partial(ddim, eta=1.0)):
-            x = sample(data.denoise, points[0].sigma * noise(0), points, noise)
-            assert x.mean().item() == pytest.approx(data.mean, abs=0.02), process
-            assert x.std().item() == pytest.approx(data.std, rel=0.06), process
 
 
 class TestContract:

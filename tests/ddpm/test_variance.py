@@ -11,7 +11,7 @@ from torch.distributions import Normal, kl_divergence
 from ddpm.objective import Condition, Drawn, Draws, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
-from ddpm.variance import log_likelihood_of_levels, normal_kl, posteriors
+from ddpm.variance import log_likelihood_of_levels, normal_kl, posteriors, spread_over_steps
 
 SHAPE = (4, 3, 8, 8)
 
@@ -152,7 +152,9 @@ def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
         found, of_beta = (
             torch.stack(
                 [
-                    objective.bits_per_dim(answer, images, normal(9 + n, images.shape), torch.full((32,), n))
+                    objective.bits_per_dim(
+                        answer, images, normal(9 + n, images.shape), torch.full((32,), n), torch.full((32,), float(T))
+                    )
                     for n in range(T)
                 ]
             ).mean(0)
@@ -161,3 +163,42 @@ def test_bits_per_dim_are_those_of_a_known_distribution() -> None:
         assert found.shape == (32,)
         assert found.mean().item() == pytest.approx(expected.mean().item() / math.log(2), abs=0.02), process
         assert (of_beta > found + 0.05).all(), process
+
+
+def test_few_images_are_enough_for_an_estimate_of_all_steps() -> None:
+    """Of the bound that all of 1,000 steps give, with an exact denoiser of normal images."""
+    std = 0.3
+
+    def network(x, t, condition) -> Tensor:
+        alpha, sigma = (part.float().view(-1, 1, 1, 1) for part in process.numbered(t.long())[1:])
+        return alpha * std**2 / ((alpha * std) ** 2 + sigma**2) * x
+
+    for process in (linear_schedule(), cosine_schedule(4000)):
+        objective, T, found = Objective(process, Prediction("x0")), process.num_timesteps, {}
+        for count in (15, 60, 2048, T):
+            images = levels(std * normal(3, (count, 1, 16, 16)))
+            numbers, stands_for = spread_over_steps(T, count)
+            assert numbers.min() == 0 and numbers.max() < T
+            assert stands_for.mean().item() == pytest.approx(T, rel=1e-4)
+            bits = objective.bits_per_dim(network, images, normal(4, images.shape), numbers, stands_for)
+            found[count] = bits.mean().item()
+        assert all(found[count] == pytest.approx(found[T], rel=0.1) for count in found), found
+
+
+def test_a_step_s_bits_are_the_divergences_of_torch() -> None:
+    """What is left of the image at T, and a step whose variance is not learnt and which is taken for β."""
+    process, x_0, noise = linear_schedule(30), levels(normal(0)), normal(1)
+    objective, n = Objective(process, Prediction("x0")), 20
+    _, alpha, sigma = process.numbered(torch.tensor([n, 29]))
+    unit, estimate = Normal(torch.zeros(()).double(), 1.0), (3 * normal(2))
+    before = kl_divergence(Normal(alpha[1] * x_0.double(), sigma[1]), unit).mean(dim=(1, 2, 3)) / math.log(2)
+    on_x_start, log_small, log_large = (part[n] for part in posteriors(*process.numbered(torch.arange(30))[1:]))
+    term = kl_divergence(
+        Normal(on_x_start * x_0.double(), (log_small / 2).exp()),
+        Normal(on_x_start * estimate.clamp(-1, 1).double(), (log_large / 2).exp()),
+    ).mean(dim=(1, 2, 3)) / math.log(2)
+    for stands_for in (0.0, 3.0):
+        found = objective.bits_per_dim(
+            lambda x, t, c: estimate, x_0, noise, torch.full((4,), n), torch.full((4,), stands_for)
+        )
+        torch.testing.assert_close(found, (before + stands_for * term).float(), rtol=1e-4, atol=1e-4)
