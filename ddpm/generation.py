@@ -170,13 +170,13 @@ def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0
     return noise_at
 
 
-def evaluations_of(process: Process, sampling: Sampling, walk: Walk = from_noise) -> int:
-    """How often a denoiser is asked on the way, as walked with a pixel; guidance may ask a network for two."""
-    pixel, asked = torch.zeros(1, 1, 1, 1), count()
+def evaluations_of(process: Process, sampling: Sampling, shape: tuple[int, ...], walk: Walk = from_noise) -> int:
+    """How often a denoiser is asked for an image (C, H, W), by walking with zeros; guidance may ask twice as often."""
+    image, asked = torch.zeros(1, *shape), count()
 
     def denoise(x: Tensor, point: Point[float]) -> Tensor:
         next(asked)
         return x
 
-    generate(denoise, process, replace(sampling, variance="fixed_small"), lambda draw: pixel, walk)
+    generate(denoise, process, replace(sampling, variance="fixed_small"), lambda draw: image, walk)
     return next(asked)

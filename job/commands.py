@@ -90,7 +90,7 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
     from job.catalog import describe_dataset
-    from job.data.pack import is_whole, pack
+    from job.data.pack import check_free, is_whole, pack
 
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
     with _command_on(bucket_uri, stop_after) as stop:
@@ -99,6 +99,8 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+        # Before what is held out of it.
+        check_free(bucket, request)
         for part in request.parts():
             if part.held and is_whole(bucket, part):
                 # The same command goes on where it was interrupted.

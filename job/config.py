@@ -493,16 +493,18 @@ class RunConfig(Section):
                 f"sample.sampler={self.sample.sampler} is of order {order}, above sample.steps={steps}: take more "
                 "steps, a lower sample.order, or another sampler"
             )
-        if self.sample.grid == "quadratic" and self.diffusion.schedule != "linear":
-            # It begins at 0.8 T, where other processes have much of the image left.
-            raise ValueError("sample.grid=quadratic is for diffusion.schedule=linear alone: choose another grid")
         if self.sample.grid == "karras" and (self.diffusion.schedule == "flow" or self.diffusion.zero_terminal_snr):
             raise ValueError(
                 "sample.grid=karras needs a process that leaves something of the image: choose another grid"
             )
+        if self.sample.grid == "quadratic" and (self.diffusion.schedule != "linear" or steps == 1):
+            # It begins at 0.8 T, where other processes have much of the image left.
+            raise ValueError(
+                "sample.grid=quadratic is for diffusion.schedule=linear and two steps or more: use another"
+            )
         stride = timesteps // steps
-        if self.sample.grid == "leading" and stride < 0.9 * timesteps / steps:
-            first, fitting = (steps - 1) * stride, f"{timesteps // stride} or {timesteps // (stride + 1)}"
+        if self.sample.grid == "leading" and (first := (steps - 1) * stride) < 0.8 * timesteps:
+            fitting = f"{timesteps // stride} or {timesteps // (stride + 1)}" if stride > 1 and steps > 5 else "more"
             raise ValueError(
                 f"sample.steps={steps} with sample.grid=leading would begin at t={first} of {timesteps}, where "
                 f"images are no noise yet: use {fitting} steps, or another grid"

@@ -167,12 +167,7 @@ def pack(
     request = request.check()
     assert request.size is not None
     key = shards.dataset_key(request.name, request.size)
-    if bucket.exists(f"{key}/{shards.INDEX}"):
-        there = shards.load_index(bucket, key)
-        raise BadRequestError(
-            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop {there.crop}. "
-            f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
-        )
+    check_free(bucket, request)
     with scratch_folder("pack") as folder, ThreadPoolExecutor(1, "upload") as uploader:
         way = _InPlace if request.tars else _Copying
         packing = way(bucket, key, request, folder, stop, progress, shard_bytes)
@@ -189,6 +184,22 @@ def pack(
         except ObjectExistsError:
             raise packing.is_otherwise() from None
     return shards.load_index(bucket, key)
+
+
+def check_free(bucket: Store, request: PackRequest) -> None:
+    """Returns if there is no such dataset yet.
+
+    Raises:
+        BadRequestError: there is.
+    """
+    assert request.size is not None
+    key = shards.dataset_key(request.name, request.size)
+    if bucket.exists(f"{key}/{shards.INDEX}"):
+        there = shards.load_index(bucket, key)
+        raise BadRequestError(
+            f"{bucket.uri}/{key} is there already: {there.images:,} images of {there.source}, crop {there.crop}. "
+            f"Choose another name, or delete it first: {shards.deleting(bucket, key)}"
+        )
 
 
 def is_whole(bucket: Store, held: PackRequest) -> bool:

@@ -128,9 +128,9 @@ class NumberedDrawing(Drawing):
     """Of the checkpoint that autoguidance guides away from, if it does."""
     editing: Editing | None = None
     own_sampler: str = ""
-    """`module:function`, if it is somebody's own."""
-    own_sampler_sha256: str = ""
-    """Of the file of that module."""
+    """`module:function` and the SHA-256 of the module's file, if it is somebody's own."""
+    found: tuple[int, ...] = ()
+    """The points that are visited on the grid `found`."""
     size: int = Field(gt=0)
     channels: int = Field(ge=1, le=3)
     classes: tuple[str, ...]

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ddpm import editing, figures
-from ddpm.generation import Sampling, Walk, evaluations_of
+from ddpm.generation import Sampling, Walk
 from job.data.cache import chosen_images
 from job.runs import records
 from job.sampling.painter import Painter, Route
@@ -32,7 +32,7 @@ class Editor:
     def __init__(self, plan: SamplePlan, painter: Painter, sampling: Sampling) -> None:
         assert plan.given is not None
         self._given, self._painter = plan.given, painter
-        self._editing, self.evaluations = plan.given.editing, evaluations_of(painter.process, sampling)
+        self._editing, self.evaluations = plan.given.editing, painter.evaluations_of(sampling)
         if self._editing.mode == "interpolate":
             return
         if plan.given.image is not None:
@@ -48,9 +48,9 @@ class Editor:
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
             self._edit = partial(editing.inpaint, unknown=unknown, path=path)
             self._shown = np.where(plan.given.unknown[:, :, None], np.uint8(_HIDDEN), self._shown)
-        pixel = torch.zeros(1, 1, 1, 1)
-        of_pixel = {"image": pixel} | ({"unknown": pixel == 0} if plan.given.unknown is not None else {})
-        self.evaluations = evaluations_of(painter.process, sampling, partial(self._edit, **of_pixel))
+        image = torch.zeros(1, *painter.image_shape)
+        of_image = {"image": image} | ({"unknown": image == 0} if plan.given.unknown is not None else {})
+        self.evaluations = painter.evaluations_of(sampling, partial(self._edit, **of_image))
 
     def default_seeds(self) -> range:
         """Those of a picture."""

@@ -17,16 +17,16 @@ from job.runs.layout import ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import FoundGrid
 from job.sampling.painter import Painter
-from job.sampling.plan import SamplePlan
-from job.store import ObjectExistsError, ObjectMissingError
+from job.sampling.plan import SamplePlan, found_points
+from job.store import ObjectExistsError
 
 IMAGES = 16
 """So many show how a network's ways bend: those of all images bend alike (Chen et al. 2024, section 3)."""
 CANDIDATES = 100
 
 
-def found_numbers(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
-    """The numbers of the points to visit: the run's, or else found on the newest chosen checkpoint. Collective.
+def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
+    """Finds the points to visit on the newest chosen checkpoint, for all that is drawn in so many steps. Collective.
 
     Raises:
         BadRequestError: there are more steps than points to choose from.
@@ -37,14 +37,6 @@ def found_numbers(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
     if steps > candidates:
         raise BadRequestError(f"--grid found: chooses among {candidates} points, so it takes up to {candidates} steps")
 
-    def kept() -> tuple[int, ...]:
-        try:
-            return FoundGrid.load(run, key).numbers
-        except ObjectMissingError:
-            return ()
-
-    if numbers := painter.ranks.on_main(kept):
-        return numbers
     ref = max(plan.checkpoints)
     with reading(run, ref):
         painter.load(run, ref, sample.weights)
@@ -75,7 +67,7 @@ def found_numbers(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
         try:
             run.create(key, grid.to_json())
         except ObjectExistsError:
-            return kept()
+            return found_points(run, steps, painter.process.num_timesteps)
         return grid.numbers
 
     return painter.ranks.on_main(find)

@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING
 from job.exits import BadRequestError
 
 if TYPE_CHECKING:
-    from ddpm.samplers import Sampler
+    from collections.abc import Sequence
+
+    from torch import Tensor
+
+    from ddpm.process import Point
+    from ddpm.samplers import Denoiser, NoiseAt, Sampler
 
 
 @dataclass(frozen=True)
@@ -49,3 +54,22 @@ class OwnSampler:
         if not callable(function):
             raise BadRequestError(f"--sampler {name}: it is no function, but {type(function).__name__}")
         return cls(name, function, sha256)
+
+    @property
+    def words(self) -> str:
+        """Part of a picture's name."""
+        return f"{self.name.replace(':', '.')}-{self.sha256[:8]}"
+
+    def __call__(self, denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt) -> Tensor:
+        """Calls it.
+
+        Raises:
+            BadRequestError: it gives anything but finite numbers of the shape of x.
+        """
+        import torch
+
+        drawn = self.function(denoise, x, points, noise_at)
+        if not isinstance(drawn, torch.Tensor) or drawn.shape != x.shape or not drawn.isfinite().all():
+            what = f"a tensor {[*drawn.shape]}" if isinstance(drawn, torch.Tensor) else type(drawn).__name__
+            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*x.shape]} are wanted, as x")
+        return drawn

@@ -107,8 +107,9 @@ class Painter:
             StoppedError: on all processes at the same step, when any of them was asked to stop.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
-        mine, route = range(len(seeds))[rank::world_size], route or Route(evaluations_of(self.process, sampling))
-        made = [np.empty((0, *self._image_shape), np.uint8)]
+        mine, route = range(len(seeds))[rank::world_size], route or Route(self.evaluations_of(sampling))
+        channels, height, width = self.image_shape
+        made = [np.empty((0, height, width, channels), np.uint8)]
         # Every process counts the batches of the first one, which has the most.
         starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
 
@@ -132,7 +133,7 @@ class Painter:
             return part
         parts: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(part, parts)
-        images = np.empty((len(seeds) if rank == 0 else 0, *self._image_shape), np.uint8)
+        images = np.empty((len(seeds) if rank == 0 else 0, *part.shape[1:]), np.uint8)
         for other, drawn in enumerate(parts or []):
             images[other::world_size] = drawn
         return images
@@ -140,7 +141,7 @@ class Painter:
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
         evaluations = itertools.count()
-        shown = figures.shown_evaluations(evaluations_of(self.process, sampling), GIF_FRAMES)
+        shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES)
         frames: list[np.ndarray] = []
 
         def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
@@ -153,10 +154,15 @@ class Painter:
         return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
 
     @property
-    def _image_shape(self) -> tuple[int, int, int]:
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)."""
         data = self.config.data
         assert data.size is not None and data.channels is not None
-        return data.size, data.size, data.channels
+        return data.channels, data.size, data.size
+
+    def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
+        """How often the network is asked for an image."""
+        return evaluations_of(self.process, sampling, self.image_shape, walk)
 
     def draw_alone(
         self,
@@ -189,10 +195,9 @@ class Painter:
 
     def denoiser(self, seeds: torch.Tensor, sampling: Sampling, callback: Callback) -> Denoiser:
         """For images of these seeds, int64 [n] on the device."""
-        height, width, channels = self._image_shape
         diffusion, classes = self.config.diffusion, self.config.model.num_classes
         taken = torch.tensor(sampling.labels or range(classes or 0), device=self.device)
-        start = torch.zeros(len(seeds), channels, height, width, device=self.device)
+        start = torch.zeros(len(seeds), *self.image_shape, device=self.device)
         return make_denoiser(
             self.network,
             self.process,
@@ -212,8 +217,7 @@ class Painter:
 
     def noise_of(self, seeds: torch.Tensor) -> NoiseAt:
         """The noise of seeds, int64 [n] on the device."""
-        height, width, channels = self._image_shape
-        return noise_of(seeds, (channels, height, width), self.config.diffusion.offset_noise)
+        return noise_of(seeds, self.image_shape, self.config.diffusion.offset_noise)
 
     def check_stopped(self, *_: Any) -> None:
         """Raises `StoppedError` if this process was asked to stop, whatever the others do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from job.progress import note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
 from job.runs.checkpoints import choose, load_average, load_manifest, lost_manifest
-from job.runs.layout import CheckpointRef
-from job.runs.samples import Editing, NumberedDrawing, file_words, label_of
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.samples import Editing, FoundGrid, NumberedDrawing, file_words, label_of
 from job.sampling.own_sampler import OwnSampler
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
@@ -64,6 +65,8 @@ class SamplePlan(FoundRun):
     """What autoguidance guides away from, if it does."""
     given: Given | None
     own_sampler: OwnSampler | None
+    found: tuple[int, ...]
+    """Numbers of the points to visit, once they are found."""
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -84,7 +87,7 @@ class SamplePlan(FoundRun):
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
         how = self.sample.name(self.own)
-        how += f"-{self.own_sampler.name.replace(':', '.')}" if self.own_sampler else ""
+        how += f"-{self.own_sampler.words}" if self.own_sampler else ""
         how += f"-{self.given.editing.name}" if self.given else ""
         return f"{how}-seeds-{file_words(seeds, '_')}" if seeds else how
 
@@ -129,19 +132,42 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         if option not in OPTIONS_OF[sample.sampler]:
             takers = " and ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
             raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
+    if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
+        raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")
     if sample.sampler == "own" and not request.own_sampler:
         raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
     own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
     checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
-    for ref in checkpoints if sample.weights not in ("ema", "model") else ():
-        _check_average(run, ref, sample.weights, request.run)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
     worse = None
     if sample.autoguidance:
         (worse,) = choose(run, str(sample.autoguidance), index.images, config.train.batch_size)
+    for ref in (*checkpoints, *([worse] if worse else [])) if sample.weights not in ("ema", "model") else ():
+        _check_average(run, ref, sample.weights, request.run)
+    found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     own = stored.sample
-    return SamplePlan(bucket, run, index, config, own, request, sample, tuple(checkpoints), worse, given, own_sampler)
+    return SamplePlan(
+        bucket, run, index, config, own, request, sample, tuple(checkpoints), worse, given, own_sampler, found
+    )
+
+
+def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
+    """The grid that was found for so many steps; nothing if none was yet.
+
+    Raises:
+        BadDataError: it is damaged, or not of this process.
+    """
+    key = ObjectKind.FOUND_GRID.key(steps=steps)
+    try:
+        numbers = FoundGrid.load(run, key).numbers
+    except ObjectMissingError:
+        return ()
+    except BadDataError as error:
+        raise BadDataError(f"{error}; delete it, and it is found anew") from None
+    if not all(num_timesteps > before > after for before, after in pairwise([*numbers, -1])):
+        raise BadDataError(f"{run.uri_of(key)} has other points than this run: delete it, and it is found anew")
+    return numbers
 
 
 def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
@@ -240,8 +266,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
             worse_sha256=load_manifest(plan.run, plan.worse).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
-            own_sampler=plan.own_sampler.name if plan.own_sampler else "",
-            own_sampler_sha256=plan.own_sampler.sha256 if plan.own_sampler else "",
+            own_sampler=f"{plan.own_sampler.name} {plan.own_sampler.sha256}" if plan.own_sampler else "",
+            found=plan.found,
             size=plan.index.size,
             channels=plan.index.channels,
             classes=plan.classes,

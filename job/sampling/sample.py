@@ -17,7 +17,7 @@ from dataclasses import replace
 import numpy as np
 
 from ddpm import figures
-from ddpm.generation import Sampling, evaluations_of, from_noise
+from ddpm.generation import Sampling, from_noise
 from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.method import sampling_of
@@ -29,7 +29,7 @@ from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import reading
 from job.runs.samples import denoising_key, file_words, grid_key, put_picture
 from job.sampling.editing import Editor
-from job.sampling.found_grid import found_numbers
+from job.sampling.found_grid import find_points
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, plan_sets
 from job.sampling.sets import PieceWriter, SampleSet
@@ -53,9 +53,11 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
             painter.load_worse(plan.run, plan.worse, plan.sample.weights)
     sampling = sampling_of(plan.sample)
     if plan.own_sampler:
-        sampling = replace(sampling, sampler=plan.own_sampler.function)
+        sampling = replace(sampling, sampler=plan.own_sampler)
     if plan.sample.grid == "found":
-        sampling = replace(sampling, grid=found_numbers(plan, painter))
+        # Whoever planned first may have seen none.
+        plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
+        sampling = replace(sampling, grid=plan.found)
     editor = Editor(plan, painter, sampling) if plan.given else None
     if plan.request.count is None:
         _draw_pictures(plan, painter, sampling, editor)
@@ -172,7 +174,7 @@ def _draw_pieces(
     """
     ranks, stop, batch_size = painter.ranks, painter.stop, plan.sample.batch_size
     writer = PieceWriter(sample_set, stop)
-    evaluations = editor.evaluations if editor else evaluations_of(painter.process, sampling)
+    evaluations = editor.evaluations if editor else painter.evaluations_of(sampling)
     some, evaluated_images = range(0), 0
 
     def after_evaluation(*_: object) -> None:

@@ -89,6 +89,12 @@ def test_what_is_held_out_is_a_dataset_of_its_own(tmp_path, source):
     assert parts["small"] | parts["small-held-out"] == {*everything}
     assert not parts["small"] & parts["small-held-out"]
 
+    # Of what is there already nothing is held out afterwards.
+    taken = ("data", "pack", source, "taken", "--size", 16, "--bucket", tmp_path)
+    succeeded(ddpm_here(*taken))
+    assert "is there already" in refused(ddpm_here(*taken, "--hold-out", "20%"), 64)
+    assert not (tmp_path / "datasets/taken-held-out-16").exists()
+
     # An image stays on its side when others go, and the command goes on where it was interrupted.
     before, fewer = objects(tmp_path), zip_of(tmp_path / "fewer.zip", FILES[::2])
     (tmp_path / KEY / "index.json").unlink()

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from job.runs.samples import FoundGrid
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, succeeded
@@ -16,6 +18,13 @@ from ddpm.samplers import ddim
 
 def midway(denoise, x, points, noise_at):
     return ddim(denoise, x, points, noise_at, eta=0.5)
+
+def smaller(denoise, x, points, noise_at):
+    assert x.shape[1:] == (3, 16, 16)
+    return x[..., ::2, ::2]
+
+def nothing_of_it(denoise, x, points, noise_at):
+    denoise(x, points[0])
 
 number = 3
 """
@@ -64,6 +73,12 @@ def test_a_grid_is_found_once_and_serves_all_checkpoints(bucket):
     assert files_of(run, "samples")["epoch-0003-ddim-4-grid-found-seeds-0-3.png"] == picture
     succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4))
     assert verify_run(open_store(str(bucket)), "walk").problems == []
+    # Images of one set all visit the same points.
+    (run / "grids/found-4.json").write_bytes(
+        FoundGrid.from_json(found["found-4.json"], "").model_copy(update={"numbers": (49, 30, 20, 10)}).to_json()
+    )
+    more = ("sample", "--run", "walk", "--bucket", bucket, *words, "--sampler", "unipc", "--count", 4)
+    assert "another drawing (found" in refused(ddpm_here(*more), 64)
     shutil.copy(run / "grids/found-4.json", run / "grids/found-5.json")
     assert "not in its place" in refused(
         ddpm_here("sample", "--run", "walk", "--bucket", bucket, "--grid", "found", "--steps", 5), 65
@@ -82,7 +97,7 @@ def test_one_s_own_sampler(bucket, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mysamplers.py").write_text(OWN)
     (own,) = sampled(bucket, "--sampler", "mysamplers:midway", "--steps", 5)
-    assert own == "epoch-0003-own-5-mysamplers.midway-seeds-0-3.png"
+    assert own == f"epoch-0003-own-5-mysamplers.midway-{sha256(OWN.encode()).hexdigest()[:8]}-seeds-0-3.png"
     (ours,) = sampled(bucket, "--eta", 0.5, "--steps", 5)
     pictures = files_of(bucket / "runs/walk", "samples")
     assert pictures[own] == pictures[ours]
@@ -90,12 +105,15 @@ def test_one_s_own_sampler(bucket, tmp_path, monkeypatch):
     with_count = ("sample", "--run", "walk", "--bucket", bucket, "--steps", 5, "--count", 4)
     succeeded(ddpm_here(*with_count, "--sampler", "mysamplers:midway"))
     assert verify_run(open_store(str(bucket)), "walk").problems == []
-    (tmp_path / "mysamplers.py").write_text(OWN.replace("0.5", "0.25"))
-    assert "own_sampler_sha256" in refused(ddpm_here(*with_count, "--sampler", "mysamplers:midway"), 64)
+    (tmp_path / "mysamplers.py").write_text(f"{OWN}# Another.")
+    (changed,) = sampled(bucket, "--sampler", "mysamplers:midway", "--steps", 5)
+    assert changed != own
     for name, what in (
         ("mysamplers:nothing", "no attribute 'nothing'"),
         ("nothing_here:midway", "No module named 'nothing_here'"),
         ("mysamplers:number", "no function, but int"),
+        ("mysamplers:nothing_of_it", "gave NoneType: finite numbers"),
+        ("mysamplers:smaller", "gave a tensor [1, 3, 8, 8]"),
     ):
         assert what in refused(ddpm_here(*with_count, "--sampler", name), 64)
 

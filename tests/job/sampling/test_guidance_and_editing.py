@@ -89,8 +89,6 @@ def test_names_say_how_a_picture_was_guided_and_of_which_classes(sampled):
             *("--sampler", "ddpm", "--steps", 4, "--variance", "learned_range"),
         ),
         "epoch-0002-ddim-4-labels-2_0-seeds-0-3.png": ("--classes", "hills, 0"),
-        # What guidance alone takes changes nothing without it.
-        "epoch-0002-ddim-4-seeds-0-3.png": ("--guidance-interval", "0.5,5"),
     }
     assert {name: list(sampled(*words, "--seeds", "0-3")) for name, words in names.items()} == {
         name: [name] for name in names
@@ -195,9 +193,11 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
     refusals: tuple[tuple[str, int, str, tuple[object, ...]], ...] = (
         ("walk", 78, "label_dropout=0.1 when the run begins", ("--guidance", 2)),
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
-        ("walk", 78, "takes 3 steps together, and sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
-        ("walk", 78, "takes 2 steps together, and sample.steps=1", ("--sampler", "dpmpp_2m", "--steps", 1)),
+        ("walk", 78, "is of order 3, above sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
+        ("walk", 78, "is of order 2, above sample.steps=1", ("--sampler", "dpmpp_2m", "--steps", 1)),
         ("walk", 64, "--order is an option of unipc and ipndm", ("--sampler", "dpmpp_2m", "--order", 2)),
+        ("walk", 78, "t=0 of 50", ("--grid", "leading", "--steps", 1)),
+        ("all", 64, "--guidance-rescale needs --guidance", ("--guidance-rescale", 0.7)),
         ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
         ("all", 64, "from less to more", ("--guidance-interval", "5,0.5")),

@@ -111,7 +111,7 @@ def test_a_picture_s_name_says_what_it_shows(sample):
         "epoch-0003-ddim-4.png": {},
         "epoch-0003-ddim-4-weights-model.png": {"weights": "model"},
         "epoch-0003-ddim-4-eta-0.5.png": {"eta": 0.5},
-        "epoch-0003-ddim-4-grid-quadratic-clip-false.png": {"grid": "quadratic", "clip": False},
+        "epoch-0003-ddim-4-grid-linspace-clip-false.png": {"grid": "linspace", "clip": False},
         "epoch-0003-ddpm-4-variance-fixed_small.png": {"sampler": "ddpm", "steps": 4, "variance": "fixed_small"},
         "epoch-0003-ddim-5.png": {"steps": 5},
         "epoch-0003-ddim-4-seeds-0_3.png": {"seeds": "0, 3"},
