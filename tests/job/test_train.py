@@ -113,6 +113,7 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, capsys)
     assert all(np.isfinite(row["loss"]) for row in rows_a)
 
 
+@pytest.mark.slow
 def test_a_step_that_was_left_has_not_been(train, packed):
     train("whole", epochs=1, train__micro_batch_size=4)
     with pytest.raises(StoppedError, match="after 72 images"):
@@ -125,6 +126,7 @@ def test_a_step_that_was_left_has_not_been(train, packed):
     assert rows_whole == rows_left
 
 
+@pytest.mark.slow
 def test_held_out_images_are_looked_at_and_not_learnt_however_often_a_run_stops(train, packed, capsys):
     words = ("data", "pack", "landscape-sample", "parted", "--size", 16, "--hold-out", "20%", "--bucket", packed)
     succeeded(ddpm_here(*words))
@@ -176,6 +178,7 @@ OTHER_NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHER_NETWORKS)
 def test_another_network_resumes_to_the_bit_in_the_midst_of_a_step_and_with_less_memory(train, packed, kind):
     """EDM2 changes its weights in the forward pass of a step, which is then left."""

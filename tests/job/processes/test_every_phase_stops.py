@@ -103,6 +103,7 @@ randomness.training_noise = training_noise
 """
 
 
+@pytest.mark.slow
 def test_a_step_of_many_micro_batches(place, tmp_path):
     """Of two processes, in a step that takes longer than what counts as a hang."""
     began, hooks = tmp_path / "began", hooked(tmp_path / "hooks", ddpm__training=SLOW_STEP)

@@ -37,7 +37,7 @@ def _fill(folder: Path) -> None:
         succeeded(train(folder, "r", epochs))
     shutil.copytree(folder / "runs" / "r", folder / "runs" / "undisturbed")
     succeeded(train(folder, "undisturbed", 5))
-    succeeded(ddpm_here("sample", "--run", "r", "--count", 20, "--bucket", folder))
+    succeeded(ddpm_here("sample", "--run", "r", "--grid", "found", "--count", 20, "--bucket", folder))
     succeeded(ddpm_here("ema", "--run", "r", "--std", 0.2, "--checkpoints", "1,4", "--bucket", folder))
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):

@@ -21,6 +21,7 @@ from tests.job.damages import DAMAGES, damaged
 from tests.job.runs.held import small_config
 from tests.job.runs.whole_runs import train
 
+pytestmark = pytest.mark.slow
 EPOCHS = 4
 LEARNT = {"checkpoint__keep_last": "1", "train__learning_rate": "0.003", "train__warmup_images": "0"}
 KEPT = {"ema-0.07": 5e-4, "ema-0.15": 1e-3}

@@ -38,6 +38,7 @@ ROWS = {
         f"provenance/samples/one/grid.png/{'a' * 64}.json",
         {"of": "samples/one/grid.png", "sha256": "a" * 64},
     ),
+    ObjectKind.FOUND_GRID: ("grids/found-10.json", {"steps": 10}),
     ObjectKind.READER: (f"reading/000003-000000000480-{'b' * 32}.json", {"checkpoint": REF}),
     ObjectKind.PROBE: (f"probe/{'c' * 32}", {}),
 }
