@@ -19,8 +19,8 @@ from tests.job.runs.whole_runs import copy_objects, train
 NEVER_MISSED = re.compile(
     r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|.*/averages/ema-0\.2\.json"
 )
-"""Pictures of the past, the index of a batch that others may still draw, readers, averages that were made, a grid that is found anew: nobody knows
-that they were there."""
+"""Pictures of the past, the index of a batch that others may still draw, readers, averages and grids, which are made
+anew: nobody knows that they were there."""
 
 
 def blamed(store: Store) -> list[str]:
