@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import io
 import json
 import os
 import subprocess
@@ -27,10 +26,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from torch import Tensor
 
-from benchmarks.solvers import most_steps
+from benchmarks.solvers import lines_png, most_steps
 from ddpm import training
 from ddpm.generation import Sampling, beginning, generate, make_denoiser, noise_of
 from ddpm.grids import find_grid, numbered_points
@@ -45,6 +43,7 @@ REFERENCE = 2000
 """Images that nobody learnt, which those that are drawn are compared with."""
 EVALUATIONS = (5, 10, 20, 50)
 IMAGES = Path("/usr/share/datasets/fashion-mnist")
+DDIM = Sampling("ddim", STEPS, "trailing")
 Draw = Callable[[int], Tensor]
 """Number of images → float32 [n, 1, 28, 28] in [-1, 1]."""
 
@@ -88,7 +87,12 @@ def main(words: list[str] | None = None) -> None:
         if asked.samplers and "ours-careful" in names:
             drawn = np.load(folder / "samplers.npz")
             scores["samplers"] = {way: kid(reference_features, features(drawn[way])) for way in drawn}
-            (folder / "samplers.png").write_bytes(samplers_png(scores["samplers"], scores["real images"]["kid"]))
+            lines = {
+                sampler: [1000 * scores["samplers"][f"{sampler} {n}"] for n in EVALUATIONS]
+                for sampler in dict.fromkeys(way.rpartition(" ")[0] for way in drawn)
+            }
+            png = lines_png(EVALUATIONS, lines, "evaluations of the network for each image", "KID × 1000")
+            (folder / "samplers.png").write_bytes(png)
         about = {"seconds": asked.seconds, "images": asked.images, "drawn": asked.draw, "seed": asked.seed}
         (folder / "quality.json").write_text(json.dumps(about | {"scores": scores}, indent=1) + "\n")
     print(f"{'':<28}{'KID × 1000':>12}{'images learnt':>16}")
@@ -96,24 +100,6 @@ def main(words: list[str] | None = None) -> None:
         print(f"{way:<28}{1000 * distance:>12.1f}")
     for contestant, score in scores.items():
         print(f"{contestant:<28}{1000 * score['kid']:>12.1f}{score.get('images_seen', 0):>16,}")
-
-
-def samplers_png(scores: dict[str, float], floor: float) -> bytes:
-    """A plot of KID over evaluations of the network, one line for each sampler."""
-    figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
-    axes = figure.subplots()
-    for sampler, marker in zip(dict.fromkeys(way.rpartition(" ")[0] for way in scores), "ov^s<>", strict=True):
-        values = [1000 * scores[f"{sampler} {evaluations}"] for evaluations in EVALUATIONS]
-        axes.loglog(EVALUATIONS, values, marker=marker, label=sampler)
-    axes.axhline(max(1000 * floor, 1), color="gray", linestyle=":", label="real images")
-    axes.set(xlabel="evaluations of the network for each image", ylabel="KID × 1000 (less is better)")
-    axes.set_xticks(EVALUATIONS, map(str, EVALUATIONS))
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=9)
-    file = io.BytesIO()
-    figure.savefig(file, format="png")
-    return file.getvalue()
 
 
 def real_images(folder: Path, part: str) -> np.ndarray:
@@ -184,13 +170,11 @@ class Ours:
     """What we have trained. Each call draws the next seeds."""
 
     def __init__(self, network: torch.nn.Module, config: RunConfig) -> None:
-        self.process, self._grid, self._seeds = method.process_of(config), config.sample.grid, count(0)
+        self.process, self._seeds = method.process_of(config), count(0)
         self._denoise = make_denoiser(network.eval(), self.process, method.prediction_of(config))
 
-    def __call__(self, images: int, sampling: Sampling | None = None) -> Tensor:
-        """Draws in 20 steps of DDIM, or otherwise."""
+    def __call__(self, images: int, sampling: Sampling = DDIM) -> Tensor:
         numbers = torch.tensor([next(self._seeds) for _ in range(images)])
-        sampling = sampling or Sampling("ddim", STEPS, self._grid)  # type: ignore[arg-type]
         return generate(self._denoise, self.process, sampling, noise_of(numbers, (1, SIZE, SIZE)))
 
     def ways(self) -> Iterator[tuple[str, int, Sampling]]:
@@ -290,7 +274,7 @@ def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> 
     from diffusers.training_utils import EMAModel
 
     if careful:
-        # As small as ours, with what the papers of the years since say.
+        # As small as our preset, with what the papers of the years since say.
         network = UNet2DModel(
             sample_size=SIZE,
             in_channels=1,
@@ -316,7 +300,9 @@ def _diffusers(learnt: np.ndarray, asked: argparse.Namespace, careful: bool) -> 
     size = network.config.sample_size
     scheduler: Any = DDPMScheduler(num_train_timesteps=1000, **kind)
     optimizer = torch.optim.AdamW(network.parameters(), lr=rate, betas=(0.95, 0.999), weight_decay=1e-6, eps=1e-8)
-    rates = get_scheduler("cosine", optimizer, num_warmup_steps=500, num_training_steps=10_000)
+    # The example's warm-up is longer than so short a training.
+    warmup_steps = 100 if careful else 500
+    rates = get_scheduler("cosine", optimizer, num_warmup_steps=warmup_steps, num_training_steps=10_000)
     ema = EMAModel(network.parameters(), decay=0.9999, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
     seen, ends = 0, time.process_time() + asked.seconds
     generator = np.random.default_rng(asked.seed)

@@ -15,7 +15,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache, partial
-from itertools import pairwise, product
+from itertools import cycle, pairwise, product
 from pathlib import Path
 from typing import Any
 
@@ -229,16 +229,16 @@ def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int,
     return found
 
 
-def orders_png(errors: dict[str, list[float]]) -> bytes:
-    """A plot of errors over steps, both axes logarithmic."""
+def lines_png(x: Sequence[int], lines: dict[str, Sequence[float]], xlabel: str, ylabel: str) -> bytes:
+    """A plot of lines by name, both axes logarithmic."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7.2, 4.8), dpi=100, layout="constrained")
     axes = figure.subplots()
-    for (name, ours), marker in zip(errors.items(), "ov^s<>D*P", strict=True):
-        axes.loglog(STEPS, ours, marker=marker, label=f"{name}: {orders(ours)[-1]:.2f}")
-    axes.set(xlabel="steps", ylabel="root mean square error", title="error on a mixture of Gaussians, and its order")
-    axes.set_xticks(STEPS, map(str, STEPS))
+    for (name, y), marker in zip(lines.items(), cycle("ov^s<>D*P"), strict=False):
+        axes.loglog(x, y, marker=marker, label=name)
+    axes.set(xlabel=xlabel, ylabel=ylabel)
+    axes.set_xticks(x, map(str, x))
     axes.minorticks_off()
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
@@ -274,7 +274,9 @@ def main() -> None:
     if asked.output:
         asked.output.mkdir(parents=True, exist_ok=True)
         (asked.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")
-        (asked.output / "orders.png").write_bytes(orders_png(by_steps["any"]))
+        lines = {f"{name}: order {orders(errors)[-1]:.2f}": errors for name, errors in by_steps["any"].items()}
+        png = lines_png(STEPS, lines, "steps", "root mean square error on a mixture of Gaussians")
+        (asked.output / "orders.png").write_bytes(png)
 
 
 if __name__ == "__main__":

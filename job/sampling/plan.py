@@ -119,14 +119,10 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         chosen["labels"] = chosen_images(bucket, key, index).labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
-    if "ddpm" in {sampler := chosen.get("sampler"), config.sample.sampler} and sampler not in (
-        None,
-        config.sample.sampler,
-    ):
+    usual, timesteps = config.sample.sampler, config.diffusion.timesteps
+    if (sampler := chosen.get("sampler", usual)) != usual and "ddpm" in (sampler, usual):
         # The run's steps are meant for its own sampler: few are noise for ancestral sampling, and others need few.
-        chosen.setdefault(
-            "steps", config.diffusion.timesteps if sampler == "ddpm" else min(100, config.diffusion.timesteps)
-        )
+        chosen.setdefault("steps", timesteps if sampler == "ddpm" else min(100, timesteps))
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
     for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
         if option not in OPTIONS_OF[sample.sampler]:
@@ -146,10 +142,8 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     for ref in (*checkpoints, *([worse] if worse else [])) if sample.weights not in ("ema", "model") else ():
         _check_average(run, ref, sample.weights, request.run)
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
-    own = stored.sample
-    return SamplePlan(
-        bucket, run, index, config, own, request, sample, tuple(checkpoints), worse, given, own_sampler, found
-    )
+    drawn = request, sample, tuple(checkpoints), worse, given, own_sampler, found
+    return SamplePlan(bucket, run, index, config, stored.sample, *drawn)
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
