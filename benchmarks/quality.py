@@ -167,13 +167,14 @@ def _pixels(draw: Draw, images: int) -> np.ndarray:
 
 
 class Ours:
-    """What we have trained. Each call draws the next seeds."""
+    """What we have trained."""
 
     def __init__(self, network: torch.nn.Module, config: RunConfig) -> None:
         self.process, self._seeds = method.process_of(config), count(0)
         self._denoise = make_denoiser(network.eval(), self.process, method.prediction_of(config))
 
     def __call__(self, images: int, sampling: Sampling = DDIM) -> Tensor:
+        """Images of the next seeds, float32 [n, 1, 28, 28] in [-1, 1]."""
         numbers = torch.tensor([next(self._seeds) for _ in range(images)])
         return generate(self._denoise, self.process, sampling, noise_of(numbers, (1, SIZE, SIZE)))
 
