@@ -239,7 +239,7 @@ def lines_png(x: Sequence[int], lines: dict[str, Sequence[float]], xlabel: str, 
         axes.loglog(x, y, marker=marker, label=name)
     axes.set(xlabel=xlabel, ylabel=ylabel)
     axes.set_xticks(x, map(str, x))
-    axes.minorticks_off()
+    axes.set_xticks([], minor=True)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     file = io.BytesIO()
