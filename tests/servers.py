@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from http.client import HTTPConnection
 from pathlib import Path
 
+import psutil
+
 # One volume of a bucket's own is enough, and seven would be made at its first write.
 os.environ.setdefault("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1")
 
@@ -108,15 +110,20 @@ def _free_port() -> int:
 
 
 def _answers(server: subprocess.Popen[bytes], port: int) -> bool:
-    """Whether the server answers to HTTP at all; one that only listens may still be waiting for its other parts."""
+    """Whether the server answers to HTTP at all; one that only listens may still be waiting for its other parts.
+
+    That it listens is asked as well: what answers may be the server of another test process, quicker to the port.
+    """
+    process = psutil.Process(server.pid)
     deadline = time.monotonic() + START_SECONDS
     while server.poll() is None and time.monotonic() < deadline:
         connection = HTTPConnection("127.0.0.1", port, timeout=1)
         try:
             connection.request("GET", "/")
-            if connection.getresponse().status < 500:
+            is_up = connection.getresponse().status < 500
+            if is_up and port in {at.laddr.port for at in process.net_connections("tcp") if at.status == "LISTEN"}:
                 return True
-        except OSError:
+        except (OSError, psutil.Error):
             pass
         finally:
             connection.close()

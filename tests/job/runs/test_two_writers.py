@@ -29,7 +29,8 @@ commit, check_lost, committing = commit_manifest, Lease.check_lost, threading.RL
 def commit_manifest(run, manifest):
     with committing:
         if Path(os.environ["FREEZE"]).exists():
-            os.kill(os.getpid(), signal.SIGSTOP)
+            # Sent to the process, the signal would let this thread run on for as long as another takes to get it.
+            signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
         commit(run, manifest)
 
 def check_after_commit(lease):
