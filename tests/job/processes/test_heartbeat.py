@@ -98,6 +98,7 @@ def test_who_beats_or_was_suspended_with_all_others_does_not_hang(tmp_path):
         assert code == expected, (name, err)
 
 
+@pytest.mark.slow
 def test_a_real_run_whose_rank_stands_still_ends_with_71_and_is_gone_on_with(place):
     # Starting takes seconds in which nobody beats.
     child = place.begun("hangs", "--processes", 2, "--hang-after", 20)

@@ -6,6 +6,8 @@ import hashlib
 import re
 from pathlib import Path
 
+import pytest
+
 from job.exits import Exit
 from job.runs.checkpoints import LATEST_KEY, list_checkpoints
 from job.runs.layout import ObjectKind, located
@@ -38,6 +40,7 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
     assert {located(key).kind for key in keys} == {*ObjectKind} - {ObjectKind.IMAGE, ObjectKind.PROBE}
 
 
+@pytest.mark.slow
 def test_whatever_is_damaged_is_named_and_nothing_else(store, run, keys):
     wrong = {}
     one_of_each_kind = {located(key).kind: key for key in keys}.values()
