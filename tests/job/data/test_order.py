@@ -66,6 +66,7 @@ def test_seeds_and_epochs_give_unrelated_orders():
     assert (Order((512,), 2**63).indices(np.arange(512)) != Order((512,), 0).indices(np.arange(512))).mean() > 0.9
 
 
+@pytest.mark.slow
 def test_an_image_lands_anywhere_and_independently_of_the_epoch_before():
     for images in (2, 3, 5, 7, 9, 16, 33, 63, 64, 100):
         orders = epochs_of(images, max(4000, 40 * images))

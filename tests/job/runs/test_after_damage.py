@@ -25,6 +25,7 @@ def copy(store, tmp_path):
     return open_store(str(tmp_path)).sub("runs/r")
 
 
+@pytest.mark.slow
 def test_the_next_attempt_uses_the_newest_checkpoint_that_is_whole(run, keys, contents):
     refs, wrong = sorted(contents, reverse=True), {}
     cases = [(name, (key,)) for name in DAMAGES for key in keys] + [("swapped", pair) for pair in pairs(keys)]

@@ -144,6 +144,7 @@ def test_after_a_kill_other_slices_go_on_and_make_no_piece_twice(bucket):
     assert len(images.committed()) == 6
 
 
+@pytest.mark.slow
 def test_a_stop_keeps_what_is_committed_and_processes_share_the_rest(bucket):
     images = set_of(bucket, 96, steps=25)
     typed = words(bucket, 96, *SLOW, "--processes", 2)
