@@ -2,6 +2,7 @@ from itertools import islice
 from math import factorial, sqrt
 
 import numpy as np
+import pytest
 
 from job.config import RunConfig
 from job.data.order import Order
