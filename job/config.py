@@ -130,6 +130,9 @@ class UNetConfig(NetworkConfig):
     head_channels: int | None = Field(None, ge=1, le=LARGEST, description="width of a head, in the place of heads")
     scale_shift: bool = Field(False, description="the timestep scales as well as shifts")
     resample_in_blocks: bool = Field(False, description="residual blocks change the size, and not convolutions")
+    conventions: Literal["ho", "diffusers"] = Field(
+        "ho", description="diffusers: its defaults for the timestep's sinusoids, the norms and the padding"
+    )
     dropout: float = Field(0.0, ge=0, lt=1)
 
     def check(self, size: int | None) -> None:

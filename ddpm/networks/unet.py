@@ -5,6 +5,7 @@ of the timestep embedding: four times that of the first level.
 """
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,9 @@ from ddpm.networks.layers import (
     with_labels,
 )
 from ddpm.objective import UNCONDITIONAL, Condition
+
+Conventions = Literal["ho", "diffusers"]
+"""Whose small choices, which no shape of a parameter shows: those of Ho et al.'s code, or the defaults of diffusers."""
 
 
 class UNet(nn.Module):
@@ -48,6 +52,7 @@ class UNet(nn.Module):
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        conventions: Conventions = "ho",
     ) -> None:
         super().__init__()
         check_levels(image_size, channel_mults)
@@ -63,13 +68,16 @@ class UNet(nn.Module):
         def resnet(width_in: int, width_out: int, resize: Resize | None = None) -> ResnetBlock:
             return ResnetBlock(width_in, width_out, embedding_width, norm_groups, dropout, scale_shift, resize)
 
+        def resample(width: int, resize: Resize) -> nn.Module:
+            return resnet(width, width, resize) if resample_in_blocks else Resample(width, resize, conventions)
+
         def attention(width: int) -> AttentionBlock:
             if width % (head_channels or heads):
                 raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
             return AttentionBlock(width, norm_groups, width // head_channels if head_channels else heads)
 
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
-        self.time_embedding = TimestepEmbedding(widths[0], embedding_width)
+        self.time_embedding = TimestepEmbedding(widths[0], embedding_width, conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
@@ -81,9 +89,7 @@ class UNet(nn.Module):
             resnets = [resnet(level_width if i else width, level_width) for i in range(layers_per_level)]
             width = level_width
             attentions = [attention(width) for _ in resnets if has_attention[level]]
-            resizers: list[nn.Module] = []
-            if level < last_level:
-                resizers = [resnet(width, width, "down") if resample_in_blocks else Resample(width, "down")]
+            resizers = [resample(width, "down")] if level < last_level else []
             skip_widths += [width] * (layers_per_level + len(resizers))
             self.down_blocks.append(DownBlock(resnets, attentions, resizers))
 
@@ -96,13 +102,14 @@ class UNet(nn.Module):
                 resnets.append(resnet(width + skip_widths.pop(), widths[level]))
                 width = widths[level]
             attentions = [attention(width) for _ in resnets if has_attention[level]]
-            resizers = []
-            if level > 0:
-                resizers = [resnet(width, width, "up") if resample_in_blocks else Resample(width, "up")]
+            resizers = [resample(width, "up")] if level > 0 else []
             self.up_blocks.append(UpBlock(resnets, attentions, resizers))
 
-        self.conv_norm_out = _group_norm(norm_groups, width)
+        self.conv_norm_out = nn.GroupNorm(norm_groups, width)
         self.conv_out = initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = 1e-6 if conventions == "ho" else 1e-5
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
@@ -210,10 +217,10 @@ class ResnetBlock(Block):
     ) -> None:
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
-        self.norm1 = _group_norm(norm_groups, width_in)
+        self.norm1 = nn.GroupNorm(norm_groups, width_in)
         self.conv1 = initialised(nn.Conv2d(width_in, width_out, 3, padding=1))
         self.time_emb_proj = initialised(nn.Linear(embedding_width, width_out * (1 + scale_shift)))
-        self.norm2 = _group_norm(norm_groups, width_out)
+        self.norm2 = nn.GroupNorm(norm_groups, width_out)
         self.dropout = nn.Dropout(dropout)
         self.conv2 = initialised(nn.Conv2d(width_out, width_out, 3, padding=1), zero=True)
         self.conv_shortcut = initialised(nn.Conv2d(width_in, width_out, 1)) if width_in != width_out else None
@@ -240,7 +247,7 @@ class AttentionBlock(Block):
     def __init__(self, width: int, norm_groups: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.group_norm = _group_norm(norm_groups, width)
+        self.group_norm = nn.GroupNorm(norm_groups, width)
         self.to_q = initialised(nn.Linear(width, width))
         self.to_k = initialised(nn.Linear(width, width))
         self.to_v = initialised(nn.Linear(width, width))
@@ -255,32 +262,34 @@ class AttentionBlock(Block):
 
 
 class Resample(nn.Module):
-    """A 3×3 convolution: of stride 2, padded right and below alone as TensorFlow's SAME is, or on pixels doubled."""
+    """A 3×3 convolution on pixels doubled, or of stride 2, padded right and below alone by Ho et al.'s conventions."""
 
-    def __init__(self, width: int, resize: Resize) -> None:
+    def __init__(self, width: int, resize: Resize, conventions: Conventions) -> None:
         super().__init__()
-        self.resize = resize
-        stride, padding = (2, 0) if resize == "down" else (1, 1)
+        self.resize, self.beyond = resize, conventions == "ho" and resize == "down"
+        stride, padding = 2 if resize == "down" else 1, 0 if self.beyond else 1
         self.conv = initialised(nn.Conv2d(width, width, 3, stride, padding))
 
     def forward(self, h: Tensor, _: Tensor) -> Tensor:
         """[B, C, H, W] to [B, C, H', W'], whatever the embedding."""
-        return self.conv(F.pad(h, (0, 1, 0, 1)) if self.resize == "down" else resized(h, "up"))
+        if self.resize == "up":
+            h = resized(h, "up")
+        return self.conv(F.pad(h, (0, 1, 0, 1)) if self.beyond else h)
 
 
 class TimestepEmbedding(nn.Module):
     """Two dense layers on the sinusoids of the timestep."""
 
-    def __init__(self, width: int, embedding_width: int) -> None:
+    def __init__(self, width: int, embedding_width: int, conventions: Conventions) -> None:
         super().__init__()
+        self.conventions = conventions
         self.linear_1 = initialised(nn.Linear(width, embedding_width))
         self.linear_2 = initialised(nn.Linear(embedding_width, embedding_width))
 
     def forward(self, t: Tensor) -> Tensor:
         """[B] to [B, E]."""
-        features = sinusoids(t, self.linear_1.in_features, freq_shift=1).to(self.linear_1.weight.dtype)
-        return self.linear_2(F.silu(self.linear_1(features)))
-
-
-def _group_norm(groups: int, width: int) -> nn.GroupNorm:
-    return nn.GroupNorm(groups, width, eps=1e-6)
+        width, is_ho = self.linear_1.in_features, self.conventions == "ho"
+        features = sinusoids(t, width, freq_shift=1 if is_ho else 0)
+        if not is_ho:
+            features = features.roll(width // 2, dims=1)
+        return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))

@@ -1,0 +1,341 @@
+"""Other people's checkpoints: what their configurations mean, and what they call the parameters of our networks.
+
+The parameters of `UNet` have the names of diffusers' `UNet2DModel`, those of `DomeUNet` dome272's. The functions here
+translate the rest: diffusers' configurations in both directions, and the names of older diffusers folders and of Ho et
+al.'s networks as pesser/pytorch_diffusion has them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from ddpm.process import sigmoid_schedule
+
+Options = dict[str, Any]
+"""Keyword arguments of a network, or keys of a configuration."""
+
+
+class NoCounterpartError(ValueError):
+    """Something of another code base has no counterpart here, or the other way round; the message names it."""
+
+
+_FIXED: Options = {
+    "center_input_sample": False,
+    "time_embedding_type": "positional",
+    "time_embedding_dim": None,
+    "mid_block_type": "UNetMidBlock2D",
+    "mid_block_scale_factor": 1,
+    "act_fn": "silu",
+    "add_attention": True,
+    "class_embed_type": None,
+    "num_train_timesteps": None,
+}
+"""What `UNet2DModel` takes where a configuration says nothing, and nothing else has a counterpart."""
+_CONVENTIONS: dict[str, Options] = {
+    "ho": {"norm_eps": 1e-6, "flip_sin_to_cos": False, "freq_shift": 1, "downsample_padding": 0},
+    "diffusers": {"norm_eps": 1e-5, "flip_sin_to_cos": True, "freq_shift": 0, "downsample_padding": 1},
+}
+_DEFAULTS: Options = {
+    **_FIXED,
+    **_CONVENTIONS["diffusers"],
+    "downsample_type": "conv",
+    "upsample_type": "conv",
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "norm_num_groups": 32,
+    "resnet_time_scale_shift": "default",
+    "dropout": 0.0,
+    "num_class_embeds": None,
+}
+"""All that it takes so."""
+_PREDICTIONS = {"epsilon": "epsilon", "x0": "sample", "v": "v_prediction"}
+_SCHEDULES: dict[str, tuple[str, float, float]] = {
+    "linear": ("linear", 1e-4, 0.02),
+    "scaled_linear": ("scaled_linear", 0.00085, 0.012),
+    "cosine": ("squaredcos_cap_v2", 1e-4, 0.02),
+}
+"""diffusers' name, and the β at the ends, which the cosine does not have."""
+
+
+def unet2d_config(
+    *,
+    image_size: int,
+    in_channels: int,
+    out_channels: int,
+    channels: int,
+    channel_mults: tuple[int, ...],
+    attention_sizes: tuple[int, ...],
+    layers_per_level: int,
+    norm_groups: int,
+    heads: int,
+    head_channels: int | None,
+    scale_shift: bool,
+    resample_in_blocks: bool,
+    dropout: float,
+    num_classes: int,
+    conventions: str,
+) -> Options:
+    """The `config.json` of diffusers' `UNet2DModel` that computes what `UNet` does with the same arguments.
+
+    Raises:
+        NoCounterpartError: attention of one number of heads on several widths.
+    """
+    widths = [channels * mult for mult in channel_mults]
+    has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
+    if head_channels is None and heads > 1:
+        attended = {width for width, has in zip(widths, has_attention, strict=True) if has} | {widths[-1]}
+        if len(attended) > 1:
+            raise NoCounterpartError(
+                f"diffusers' UNet2DModel gives every head the same width, and here {heads} heads share "
+                f"{' and '.join(map(str, sorted(attended)))} channels: nothing but model.head_channels can be exported"
+            )
+        head_channels = attended.pop() // heads
+    down = ["Attn" if has else "Resnet" if resample_in_blocks else "" for has in has_attention]
+    resampling = "resnet" if resample_in_blocks else "conv"
+    ends = {"": "Block2D", "Attn": "Block2D", "Resnet": "sampleBlock2D"}
+    return {
+        "_class_name": "UNet2DModel",
+        **_DEFAULTS,
+        **_CONVENTIONS[conventions],
+        "sample_size": image_size,
+        "in_channels": in_channels,
+        "out_channels": out_channels,
+        "block_out_channels": widths,
+        "down_block_types": [f"{kind}Down{ends[kind]}" for kind in down],
+        "up_block_types": [f"{kind}Up{ends[kind]}" for kind in reversed(down)],
+        "layers_per_block": layers_per_level,
+        "downsample_type": resampling,
+        "upsample_type": resampling,
+        "attention_head_dim": head_channels,
+        "norm_num_groups": norm_groups,
+        "attn_norm_num_groups": norm_groups,
+        "resnet_time_scale_shift": "scale_shift" if scale_shift else "default",
+        "dropout": dropout,
+        "num_class_embeds": num_classes or None,
+    }
+
+
+def unet_options(config: Mapping[str, Any]) -> Options:
+    """The arguments of `UNet` that compute what diffusers' `UNet2DModel` does: the inverse of `unet2d_config`.
+
+    Raises:
+        NoCounterpartError: the configuration is of another network, or says something that ours cannot be told.
+    """
+    name = config.get("_class_name", "UNet2DModel")
+    if name != "UNet2DModel":
+        raise NoCounterpartError(f"it is a {name}, and of diffusers' networks UNet2DModel alone has a counterpart")
+    said = _DEFAULTS | {key: value for key, value in config.items() if not key.startswith("_")}
+    for key, value in _FIXED.items():
+        if said[key] != value:
+            raise NoCounterpartError(f"{key}={said[key]!r} has no counterpart: {value!r} alone has")
+    conventions = [of for of, values in _CONVENTIONS.items() if values.items() <= said.items()]
+    if not conventions:
+        choices = ", ".join(f"{key}={said[key]!r}" for key in _CONVENTIONS["ho"])
+        raise NoCounterpartError(f"{choices} have no counterpart: those of Ho et al. or diffusers' defaults have")
+    try:
+        size, widths = int(said["sample_size"]), [int(width) for width in said["block_out_channels"]]
+        down = [_level(kind, said["downsample_type"]) for kind in said["down_block_types"]]
+        up = [_level(kind, said["upsample_type"]) for kind in said["up_block_types"]][::-1]
+        inside = {"in_channels": int(said["in_channels"]), "out_channels": int(said["out_channels"])}
+        multiples = [width // widths[0] for width in widths]
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise NoCounterpartError(f"it does not say what it is made of ({type(error).__name__}: {error})") from None
+    if [width // widths[0] * widths[0] for width in widths] != widths:
+        raise NoCounterpartError(f"block_out_channels={widths} have no counterpart: multiples of the first alone have")
+    groups, scale_shift = said.get("attn_norm_num_groups"), said["resnet_time_scale_shift"] == "scale_shift"
+    if groups != said["norm_num_groups"] and (groups is not None or scale_shift):
+        raise NoCounterpartError(f"attn_norm_num_groups={groups!r} has no counterpart: that of the other norms has")
+    # The last level changes no size, whatever its name says.
+    resamples = {level.in_blocks for level in (*down[:-1], *up[1:])}
+    attended = [level.has_attention for level in down]
+    if len(resamples) > 1 or attended != [level.has_attention for level in up] or len(down) != len(widths):
+        kinds = f"down_block_types={said['down_block_types']} with up_block_types={said['up_block_types']}"
+        raise NoCounterpartError(f"{kinds} have no counterpart: levels that mirror each other alone have")
+    return {
+        "image_size": size,
+        **inside,
+        "channels": widths[0],
+        "channel_mults": tuple(multiples),
+        "attention_sizes": tuple(size // 2**level for level, has in enumerate(attended) if has),
+        "layers_per_level": said["layers_per_block"],
+        "norm_groups": said["norm_num_groups"],
+        "heads": 1,
+        "head_channels": said["attention_head_dim"],
+        "scale_shift": scale_shift,
+        "resample_in_blocks": resamples == {True},
+        "dropout": said["dropout"],
+        "num_classes": said["num_class_embeds"] or 0,
+        "conventions": conventions[0],
+    }
+
+
+class _Level(NamedTuple):
+    """What the type of a block of `UNet2DModel` says."""
+
+    has_attention: bool
+    in_blocks: bool
+    """Whether residual blocks change the size."""
+
+
+def _level(kind: str, resampling: str) -> _Level:
+    match = re.fullmatch(r"(|Attn|Resnet)(?:Down|Up)(?:sample)?Block2D", kind)
+    if not match:
+        raise NoCounterpartError(f"{kind} has no counterpart")
+    return _Level(match[1] == "Attn", match[1] == "Resnet" or (match[1] == "Attn" and resampling == "resnet"))
+
+
+def ddim_scheduler_config(
+    *, schedule: str, timesteps: int, prediction: str, zero_terminal_snr: bool, clip: bool, grid: str
+) -> Options:
+    """The `scheduler_config.json` of diffusers' `DDIMScheduler` for a process, and how images are drawn by it.
+
+    Raises:
+        NoCounterpartError: diffusers has no such process, or no such prediction for it.
+    """
+    if schedule == "sigmoid":
+        betas = sigmoid_schedule(timesteps).betas.tolist()
+        named: Options = {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02, "trained_betas": betas}
+    elif schedule in _SCHEDULES:
+        name, start, end = _SCHEDULES[schedule]
+        named = {"beta_schedule": name, "beta_start": start, "beta_end": end, "trained_betas": None}
+    else:
+        raise NoCounterpartError(f"diffusion.schedule={schedule} has none among the schedulers of diffusers' pipelines")
+    if prediction not in _PREDICTIONS:
+        raise NoCounterpartError(f"diffusion.prediction={prediction} is none that diffusers' DDIMScheduler knows")
+    return {
+        "_class_name": "DDIMScheduler",
+        "num_train_timesteps": timesteps,
+        **named,
+        "prediction_type": _PREDICTIONS[prediction],
+        "rescale_betas_zero_snr": zero_terminal_snr,
+        "clip_sample": clip,
+        "clip_sample_range": 1.0,
+        "set_alpha_to_one": True,
+        "steps_offset": 0,
+        "timestep_spacing": grid if grid in ("leading", "trailing", "linspace") else "trailing",
+        "thresholding": False,
+    }
+
+
+def process_options(config: Mapping[str, Any]) -> Options:
+    """What a `scheduler_config.json` of diffusers says of the process: `schedule`, `timesteps`, `prediction`, ….
+
+    Raises:
+        NoCounterpartError: it is of another process than ours, or its network predicts something else.
+    """
+    kind = str(config.get("_class_name", "DDPMScheduler"))
+    schedules = {name: ours for ours, (name, _, _) in _SCHEDULES.items()}
+    name, betas = config.get("beta_schedule", "linear"), config.get("trained_betas")
+    if name not in schedules or betas is not None or "Flow" in kind or "EDM" in kind:
+        what = "trained_betas" if betas is not None else f"{kind} with beta_schedule={name!r}"
+        raise NoCounterpartError(f"{what} has no counterpart: beta_schedule {', '.join(schedules)} have")
+    schedule = schedules[name]
+    ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
+    if schedule != "cosine" and ends != _SCHEDULES[schedule][1:]:
+        raise NoCounterpartError(f"beta_start and beta_end {ends} have no counterpart: {_SCHEDULES[schedule][1:]} have")
+    predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
+    predicted = config.get("prediction_type", "epsilon")
+    if predicted not in predictions:
+        raise NoCounterpartError(f"prediction_type={predicted!r} has no counterpart: {', '.join(predictions)} have")
+    return {
+        "schedule": schedule,
+        "timesteps": config.get("num_train_timesteps", 1000),
+        "prediction": predictions[predicted],
+        "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
+        "variance": "learned_range" if config.get("variance_type") == "learned_range" else "fixed",
+    }
+
+
+PREFIXES = ("module.", "_orig_mod.", "ema_model.", "model.", "unet.")
+"""What wrappers put before the names of parameters: DDP, torch.compile, averages, whoever holds a network."""
+
+
+def without_prefixes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parameters under their own names; where there are averages beside the weights, the averages alone."""
+    named = dict(tensors)
+    while prefix := next((prefix for prefix in PREFIXES if any(name.startswith(prefix) for name in named)), None):
+        named = {name.removeprefix(prefix): tensor for name, tensor in named.items() if name.startswith(prefix)}
+    return named
+
+
+_LEGACY = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+_HO = (
+    (r"temb\.dense\.0\.", r"time_embedding.linear_1."),
+    (r"temb\.dense\.1\.", r"time_embedding.linear_2."),
+    (r"mid\.block_1\.", r"mid_block.resnets.0."),
+    (r"mid\.block_2\.", r"mid_block.resnets.1."),
+    (r"mid\.attn_1\.", r"mid_block.attentions.0."),
+    (r"(down|up)\.(\d+)\.block\.", r"\1_blocks.\2.resnets."),
+    (r"(down|up)\.(\d+)\.attn\.", r"\1_blocks.\2.attentions."),
+    (r"(down|up)\.(\d+)\.(down|up)sample\.conv\.", r"\1_blocks.\2.\3samplers.0.conv."),
+    (r"norm_out\.", r"conv_norm_out."),
+    (r"(.*)\.temb_proj\.", r"\1.time_emb_proj."),
+    (r"(.*)\.nin_shortcut\.", r"\1.conv_shortcut."),
+    (r"(.*attentions\.\d+)\.norm\.", r"\1.group_norm."),
+    (r"(.*attentions\.\d+)\.(q|k|v)\.", r"\1.to_\2."),
+    (r"(.*attentions\.\d+)\.proj_out\.", r"\1.to_out.0."),
+)
+"""Beginnings of names in Ho et al.'s networks, in the order in which they are replaced."""
+
+
+def with_names_of_today(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a diffusers folder, whose attention may have older names."""
+
+    def renamed(name: str) -> str:
+        where, _, end = name.rpartition(".")
+        parent, _, layer = where.rpartition(".")
+        return f"{parent}.{_LEGACY[layer]}.{end}" if ".attentions." in name and layer in _LEGACY else name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def from_ho(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of a network of Ho et al. in pesser/pytorch_diffusion's names, under those of `UNet`."""
+    levels = len({name.split(".")[1] for name in tensors if name.startswith("up.")})
+
+    def renamed(name: str) -> str:
+        for pattern, replacement in _HO:
+            name = re.sub(f"^{pattern}", replacement, name)
+        # They count the levels of the way up by their size.
+        return re.sub(r"^up_blocks\.(\d+)", lambda match: f"up_blocks.{levels - 1 - int(match[1])}", name)
+
+    named = {renamed(name): tensor for name, tensor in tensors.items()}
+    # Their projections of the attention are 1×1 convolutions.
+    return {
+        name: tensor.flatten(1) if ".to_" in name and tensor.ndim == 4 else tensor for name, tensor in named.items()
+    }
+
+
+def ho_options(tensors: Mapping[str, Tensor], image_size: int | None = None) -> Options:
+    """The arguments of `UNet` for tensors that `from_ho` has named; their shapes tell all but the size of the images.
+
+    Args:
+        tensors: by `UNet`'s names.
+        image_size: none: that at which the attention is at 16 pixels, as in all of Ho et al.'s networks.
+
+    Raises:
+        NoCounterpartError: there are no tensors of such a network, or no attention to tell the size by.
+    """
+    try:
+        channels = len(tensors["conv_in.weight"])
+        levels = len({name.split(".")[1] for name in tensors if name.startswith("down_blocks.")})
+        widths = [len(tensors[f"down_blocks.{level}.resnets.0.conv1.weight"]) for level in range(levels)]
+    except KeyError as error:
+        raise NoCounterpartError(f"the tensor {error} is not there") from None
+    attended = [level for level in range(levels) if f"down_blocks.{level}.attentions.0.to_q.weight" in tensors]
+    if image_size is None and not attended:
+        raise NoCounterpartError("nothing in it tells the size of its images: say it")
+    size = image_size or 16 * 2 ** attended[0]
+    return {
+        "image_size": size,
+        "in_channels": tensors["conv_in.weight"].shape[1],
+        "out_channels": len(tensors["conv_out.weight"]),
+        "channels": channels,
+        "channel_mults": tuple(width // channels for width in widths),
+        "attention_sizes": tuple(size // 2**level for level in attended),
+        "layers_per_level": len({name.split(".")[3] for name in tensors if name.startswith("down_blocks.0.resnets.")}),
+    }

@@ -1,0 +1,202 @@
+"""Other people's networks, with diffusers as the judge: the same weights give the same outputs in both directions."""
+
+import re
+from itertools import product
+
+import pytest
+import torch
+
+from ddpm import interop
+from ddpm.networks.unet import UNet
+from ddpm.objective import Condition
+from tests.ddpm.networks.test_unet import inputs, randomise
+
+SMALL = {
+    "image_size": 16,
+    "in_channels": 3,
+    "out_channels": 3,
+    "channels": 8,
+    "channel_mults": (1, 2, 3),
+    "attention_sizes": (8,),
+    "layers_per_level": 1,
+    "norm_groups": 4,
+    "heads": 1,
+    "head_channels": None,
+    "scale_shift": False,
+    "resample_in_blocks": False,
+    "dropout": 0.0,
+    "num_classes": 0,
+    "conventions": "ho",
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"conventions": "diffusers", "head_channels": 8, "num_classes": 5},
+        {"heads": 2, "channel_mults": (1, 2, 2)},
+        {"scale_shift": True, "resample_in_blocks": True, "head_channels": 4, "in_channels": 1, "out_channels": 2},
+        {"attention_sizes": (16, 4), "resample_in_blocks": True, "conventions": "diffusers", "layers_per_level": 2},
+    ],
+)
+def test_a_network_and_its_configuration_compute_the_same_in_diffusers(changes):
+    from diffusers import UNet2DModel
+
+    options = SMALL | changes
+    config = interop.unet2d_config(**options)
+    ours, theirs = UNet(**options).eval(), UNet2DModel.from_config(config).eval()
+    randomise(ours)
+    theirs.load_state_dict(ours.state_dict())
+    x, t = inputs(options["in_channels"])
+    labels = torch.arange(4) if options["num_classes"] else None
+    with torch.no_grad():
+        difference = ours(x, t, Condition(labels)) - theirs(x, t, labels).sample
+    assert difference.abs().max() < 2e-5
+    # Back again: whoever asks for heads by their number gets their width.
+    back = interop.unet_options(config)
+    if options["heads"] > 1:
+        assert (back["heads"], back["head_channels"]) == (1, 8)
+        back |= {"heads": options["heads"], "head_channels": None}
+    assert back == options
+    # What diffusers writes itself says the same.
+    assert interop.unet_options(theirs.config) == interop.unet_options(config)
+
+
+def test_what_diffusers_takes_by_default_is_understood():
+    from diffusers import UNet2DModel
+
+    config = {"sample_size": 16, "block_out_channels": [32, 64], "norm_num_groups": 8}
+    config |= {"down_block_types": ["DownBlock2D", "AttnDownBlock2D"], "up_block_types": ["AttnUpBlock2D", "UpBlock2D"]}
+    theirs = UNet2DModel.from_config(config).eval()
+    ours = UNet(**interop.unet_options(config | {"in_channels": 3, "out_channels": 3})).eval()
+    randomise(ours)
+    theirs.load_state_dict(ours.state_dict())
+    x, t = inputs()
+    with torch.no_grad():
+        assert (ours(x, t) - theirs(x, t).sample).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"_class_name": "UNet2DConditionModel"}, "UNet2DConditionModel"),
+        ({"act_fn": "relu"}, "act_fn='relu'"),
+        ({"time_embedding_type": "fourier"}, "time_embedding_type='fourier'"),
+        ({"freq_shift": 0}, "freq_shift=0"),
+        ({"sample_size": None}, "TypeError"),
+        ({"sample_size": [16, 32]}, "TypeError"),
+        ({"block_out_channels": []}, "down_block_types"),
+        ({"block_out_channels": [0, 0, 0]}, "ZeroDivisionError"),
+        ({"block_out_channels": [8, 12, 16]}, "block_out_channels=[8, 12, 16]"),
+        ({"block_out_channels": [8, 16]}, "down_block_types"),
+        ({"down_block_types": ["DownBlock2D", "SkipDownBlock2D", "DownBlock2D"]}, "SkipDownBlock2D"),
+        ({"down_block_types": ["ResnetDownsampleBlock2D", "AttnDownBlock2D", "DownBlock2D"]}, "down_block_types"),
+        ({"up_block_types": ["AttnUpBlock2D", "UpBlock2D", "UpBlock2D"]}, "up_block_types"),
+        ({"attn_norm_num_groups": 8}, "attn_norm_num_groups=8"),
+        ({"attn_norm_num_groups": None, "resnet_time_scale_shift": "scale_shift"}, "attn_norm_num_groups=None"),
+    ],
+)
+def test_what_has_no_counterpart_is_named(changes, named):
+    with pytest.raises(interop.NoCounterpartError, match=re.escape(named)):
+        interop.unet_options(interop.unet2d_config(**SMALL) | changes)
+
+
+def test_heads_that_diffusers_cannot_be_told_are_named():
+    with pytest.raises(interop.NoCounterpartError, match="16 and 24 channels"):
+        interop.unet2d_config(**SMALL | {"heads": 2})
+
+
+def test_older_names_of_the_attention_are_read():
+    from diffusers import UNet2DModel
+
+    theirs = UNet2DModel.from_config(interop.unet2d_config(**SMALL))
+    today = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    named = theirs.state_dict()
+    old = {re.sub("to_(?:q|k|v|out.0)", lambda match: today[match[0]], name): named[name] for name in named}
+    assert sum("query" in name for name in old) == 2 * 4
+    assert interop.with_names_of_today(old).keys() == named.keys()
+
+
+def test_the_networks_of_ho_are_read():
+    """Their names as the table of pesser/pytorch_diffusion has them, in a network of three levels."""
+    ours = UNet(**SMALL)
+    randomise(ours)
+    block = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut"}
+    attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    names = {"time_embedding.linear_1": "temb.dense.0", "time_embedding.linear_2": "temb.dense.1"}
+    names |= {"conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1"}
+    names |= {"mid_block.resnets.0": "mid.block_1", "mid_block.resnets.1": "mid.block_2"}
+    for level, i in product(range(3), range(2)):
+        for here, way, index in ((level, "down", level), (2 - level, "up", level)):
+            names[f"{way}_blocks.{here}.resnets.{i}"] = f"{way}.{index}.block.{i}"
+            names[f"{way}_blocks.{here}.attentions.{i}"] = f"{way}.{index}.attn.{i}"
+            names[f"{way}_blocks.{here}.{way}samplers.0"] = f"{way}.{index}.{way}sample"
+    theirs = {}
+    for name, tensor in ours.state_dict().items():
+        start = next((old for old in names if name.startswith(f"{old}.")), "")
+        rest = name.removeprefix(start)
+        inner = attention if "attentions" in start else block
+        for new, old in inner.items():
+            rest = rest.replace(f".{new}.", f".{old}.")
+        is_projection = "attentions" in start and tensor.ndim == 2
+        theirs[names.get(start, "") + rest] = tensor[:, :, None, None] if is_projection else tensor
+    assert {"up.1.attn.0.q.weight", "up.2.upsample.conv.bias", "down.1.block.0.nin_shortcut.weight"} <= theirs.keys()
+    found = interop.from_ho(theirs)
+    assert found.keys() == ours.state_dict().keys()
+    assert all(torch.equal(tensor, found[name]) for name, tensor in ours.state_dict().items())
+    shown = {key: SMALL[key] for key in interop.ho_options(found)} | {"image_size": 32, "attention_sizes": (16,)}
+    assert interop.ho_options(found) == shown
+    assert interop.ho_options(found, 16) == {key: SMALL[key] for key in shown}
+
+
+def test_what_wrappers_put_before_names_goes():
+    weights = {"conv_in.weight": torch.zeros(1)}
+    for before in ("", "module.", "_orig_mod.module.", "model.", "module._orig_mod.model."):
+        assert interop.without_prefixes({f"{before}{name}": tensor for name, tensor in weights.items()}) == weights
+    averaged = {f"ema_model.model.{name}": tensor for name, tensor in weights.items()}
+    others = {
+        "online_model.model.conv_in.weight": torch.ones(1),
+        "step": torch.ones(()),
+        "ema_model.betas": torch.ones(3),
+    }
+    assert interop.without_prefixes(averaged | others) == weights
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "cosine", "sigmoid"])
+def test_processes_are_those_of_diffusers(schedule):
+    from diffusers import DDIMScheduler
+
+    from ddpm.process import make_process
+
+    said = {"schedule": schedule, "timesteps": 200, "prediction": "v", "zero_terminal_snr": schedule == "linear"}
+    config = interop.ddim_scheduler_config(**said, clip=True, grid="leading")
+    theirs = DDIMScheduler.from_config(config)
+    ours = make_process(schedule, 200, zero_terminal_snr=said["zero_terminal_snr"]).alphas_cumprod
+    assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
+    if schedule == "sigmoid":
+        with pytest.raises(interop.NoCounterpartError, match="trained_betas"):
+            interop.process_options(config)
+    else:
+        assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"beta_schedule": "laplace"}, "laplace"),
+        ({"beta_end": 0.012}, "0.012"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+    ],
+)
+def test_a_process_without_a_counterpart_is_named(config, named):
+    with pytest.raises(interop.NoCounterpartError, match=named):
+        interop.process_options(config)
+
+
+def test_what_diffusers_pipelines_do_not_know_is_named():
+    said = {"timesteps": 100, "zero_terminal_snr": False, "clip": True, "grid": "trailing"}
+    for schedule, prediction, named in (("flow", "flow", "schedule=flow"), ("linear", "edm", "prediction=edm")):
+        with pytest.raises(interop.NoCounterpartError, match=named):
+            interop.ddim_scheduler_config(schedule=schedule, prediction=prediction, **said)
