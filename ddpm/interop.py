@@ -188,10 +188,10 @@ def _level(kind: str, resampling: str) -> _Level:
     return _Level(match[1] == "Attn", match[1] == "Resnet" or (match[1] == "Attn" and resampling == "resnet"))
 
 
-def ddim_scheduler_config(
-    *, schedule: str, timesteps: int, prediction: str, zero_terminal_snr: bool, clip: bool, grid: str
+def scheduler_config(
+    *, schedule: str, timesteps: int, prediction: str, zero_terminal_snr: bool, variance: str, clip: bool, grid: str
 ) -> Options:
-    """The `scheduler_config.json` of diffusers' `DDIMScheduler` for a process, and how images are drawn by it.
+    """The `scheduler_config.json` of diffusers for a process: a `DDIMScheduler`, which cannot be told learnt variances.
 
     Raises:
         NoCounterpartError: diffusers has no such process, or no such prediction for it.
@@ -206,15 +206,17 @@ def ddim_scheduler_config(
         raise NoCounterpartError(f"diffusion.schedule={schedule} has none among the schedulers of diffusers' pipelines")
     if prediction not in _PREDICTIONS:
         raise NoCounterpartError(f"diffusion.prediction={prediction} is none that diffusers' DDIMScheduler knows")
+    kind: Options = {"_class_name": "DDIMScheduler", "set_alpha_to_one": True}
+    if variance == "learned_range":
+        kind = {"_class_name": "DDPMScheduler", "variance_type": variance}
     return {
-        "_class_name": "DDIMScheduler",
+        **kind,
         "num_train_timesteps": timesteps,
         **named,
         "prediction_type": _PREDICTIONS[prediction],
         "rescale_betas_zero_snr": zero_terminal_snr,
         "clip_sample": clip,
         "clip_sample_range": 1.0,
-        "set_alpha_to_one": True,
         "steps_offset": 0,
         "timestep_spacing": grid if grid in ("leading", "trailing", "linspace") else "trailing",
         "thresholding": False,

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 INDEX = r"/index\.json$"
 LEASE = r"/lease\.json$"
-TENSORS = r"/checkpoints/[^/]+/[^/]+\.safetensors$"
+TENSORS = r"/checkpoints/[^/]+/(unet/)?[^/]+\.safetensors$"
 SNAPSHOT = r"/snapshots/"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
 PIECE = r"/piece-\d+\.tar$"

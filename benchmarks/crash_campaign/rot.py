@@ -8,14 +8,15 @@ import numpy as np
 
 from benchmarks.crash_campaign.work import DATASET_KEY
 from job.data.shards import OFFSETS_DTYPE, load_index
-from job.runs.checkpoints import group_of, load_manifest
+from job.runs.checkpoints import load_manifest
 from job.runs.layout import CheckpointRef
 from job.store import Store
 
 
 def flip_checkpoint_bit(run: Store, ref: CheckpointRef) -> str:
     """Flips the middle bit of a checkpoint's averaged weights in the bucket; returns the object's URI."""
-    (record,) = (record for record in load_manifest(run, ref).files if group_of(record) == "ema")
+    manifest = load_manifest(run, ref)
+    (record,) = (record for record in manifest.files if manifest.group_of(record) == "ema")
     data = bytearray(record.read(run))
     data[len(data) // 2] ^= 16
     run.put(record.key, bytes(data))

@@ -21,7 +21,7 @@ from job.config import RunConfig, average_name
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
-from job.runs.checkpoints import Average, Manifest, choose, group_of, load_average, load_manifest
+from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
 from job.runs.retention import reading
@@ -77,12 +77,14 @@ def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:
     """The averages in a checkpoint, and the snapshots before."""
     stds = dict(zip(config.ema.names, config.ema.stds, strict=True))
     found: dict[tuple[CheckpointRef, str], list[NamedObject]] = {}
-    own = [file for file in manifest.files if group_of(file) in stds]
     # What the checkpoint has itself, it has in full precision.
-    before = [file for file in manifest.snapshots if located(file.key).checkpoint.images_seen < manifest.images_seen]
-    for file in (*own, *before):
+    for file in manifest.files:
+        if (group := manifest.group_of(file)) in stds:
+            found.setdefault((manifest.ref, group), []).append(file)
+    for file in manifest.snapshots:
         place = located(file.key)
-        found.setdefault((place.checkpoint, place.group), []).append(file)
+        if place.checkpoint.images_seen < manifest.images_seen:
+            found.setdefault((place.checkpoint, place.group), []).append(file)
     return [_Source(Stored(stds[group], ref.images_seen), files) for (ref, group), files in found.items()]
 
 

@@ -1,6 +1,7 @@
 """Checkpoints in a bucket: how one is committed, found, verified and loaded.
 
     RUN/checkpoints/{fence:06d}-{images_seen:012d}/model-00.safetensors …     uploaded first, under a fresh prefix
+                                                   unet/ …                    the weights that draw: see `pipeline`
                                                    MANIFEST.json              created once, last: the commit
                                                    averages/ema-0.13.json …   what `ddpm ema` made for it: see there
     RUN/LATEST                                                                the last commit, a hint
@@ -38,7 +39,7 @@ PARALLEL_DOWNLOADS = 4
 class Manifest(RunRecord):
     """What was committed. Its existence is the commit."""
 
-    format: int = Field(default=1, ge=1, le=1)
+    format: int = Field(default=2, ge=2, le=2)
     fence: int = Field(ge=1)
     attempt: str
     """The id of the attempt that wrote it, which tells runs apart."""
@@ -48,6 +49,8 @@ class Manifest(RunRecord):
     loss_sums: list[list[float]]
     """What has been added up for the next row of the metrics."""
     files: tuple[NamedObject, ...]
+    drawn: str = ""
+    """Which weights lie in `unet/`, such as `ema`; none where diffusers has no such network."""
     metrics: tuple[NamedObject, ...] = ()
     """Of the run until here: what `job.runs.metrics` makes of the rows since the checkpoint before, and so on."""
     snapshots: tuple[NamedObject, ...] = ()
@@ -70,7 +73,13 @@ class Manifest(RunRecord):
     @property
     def groups(self) -> tuple[str, ...]:
         """What it holds: `model`, `optimizer` and the averages."""
-        return tuple(dict.fromkeys(map(group_of, self.files)))
+        return tuple(dict.fromkeys(filter(None, map(self.group_of, self.files))))
+
+    def group_of(self, file: NamedObject) -> str:
+        """Which tensors one of its files holds: `model`, `optimizer` or an average, such as `ema`; empty for others."""
+        place = located(file.key)
+        is_drawn = place.kind is ObjectKind.PIPELINE and file.key.endswith(".safetensors")
+        return self.drawn if is_drawn else place.group
 
 
 class Average(RunRecord):
@@ -206,9 +215,11 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
         ObjectMissingError: there is no such average.
     """
     manifest = load_manifest(run, ref)
-    wanted = [file for file in manifest.files if not groups or group_of(file) in groups]
+    # What describes the weights to others is not needed here: its damage costs no work.
+    wanted = [(file, group) for file in manifest.files if (group := manifest.group_of(file))]
+    wanted = [(file, group) for file, group in wanted if not groups or group in groups]
     for group in set(groups) - {*manifest.groups}:
-        wanted += load_average(run, manifest, group).files
+        wanted += [(file, group) for file in load_average(run, manifest, group).files]
     with scratch_folder("restore") as folder:
 
         def fetch(named: NamedObject) -> Path:
@@ -224,8 +235,9 @@ def opened(run: Store, ref: CheckpointRef, groups: tuple[str, ...] = ()) -> Iter
 
         files: dict[str, list[Path]] = {}
         with ThreadPoolExecutor(PARALLEL_DOWNLOADS) as pool:
-            for named, path in zip(wanted, pool.map(fetch, wanted), strict=True):
-                files.setdefault(group_of(named), []).append(path)
+            paths = pool.map(fetch, (file for file, _ in wanted))
+            for (_, group), path in zip(wanted, paths, strict=True):
+                files.setdefault(group, []).append(path)
         yield Restored(manifest, files)
 
 
@@ -240,11 +252,6 @@ def load_average(run: Store, manifest: Manifest, group: str) -> Average:
     if average.attempt != manifest.attempt:
         raise BadDataError(f"{run.uri_of(key)} was made for another run's checkpoint")
     return average
-
-
-def group_of(file: NamedObject) -> str:
-    """Which tensors it holds: `model`, `optimizer` or an average, such as `ema` or `ema-0.05`."""
-    return located(file.key).group
 
 
 def sha256_of(file: BinaryIO) -> str:
@@ -268,10 +275,11 @@ class Restored:
         """
         from safetensors import SafetensorError, safe_open
 
+        keys = {file.name: file.key for file in self.manifest.files}
         for group, wanted in tensors.items():
             missing = set(wanted)
             for path in self.files.get(group, []):
-                where = f"{self.manifest.ref.key}/{path.name}"
+                where = keys.get(path.name, f"{self.manifest.ref.key}/{path.name}")
                 try:
                     with safe_open(path, framework="pt") as file:
                         for name in file.keys():  # noqa: SIM118 - a safetensors handle is no mapping

@@ -60,6 +60,7 @@ class ObjectKind(Enum):
     ATTEMPT = "attempts/{fence:06d}.json"  # one per attempt, created once: its number is the attempt's fence
     MANIFEST = "checkpoints/{checkpoint}/MANIFEST.json"  # created once, last: the commit of a checkpoint
     TENSORS = "checkpoints/{checkpoint}/{group}-{number:02d}.safetensors"
+    PIPELINE = "checkpoints/{checkpoint}/{pipeline}"  # the weights that draw, and what describes them, for diffusers
     AVERAGE = "checkpoints/{checkpoint}/averages/{group}.json"  # created once, last: the commit of a reconstruction
     AVERAGE_TENSORS = "checkpoints/{checkpoint}/averages/{unique}/{group}-{number:02d}.safetensors"
     SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages of then, in half precision
@@ -104,6 +105,8 @@ class Located:
     sha256: str = ""
 
 
+OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
+"""What a manifest commits."""
 PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
 """What has a record of where it comes from."""
 _FIELDS = {
@@ -111,6 +114,8 @@ _FIELDS = {
     "fence": r"\d{6}",
     "group": r"[a-z]+(?:-0\.\d+)?",
     "number": r"\d{2,}",
+    "pipeline": r"(?:model_index|scheduler/scheduler_config|unet/config)\.json"
+    r"|unet/diffusion_pytorch_model(?:-\d{5}-of-\d{5})?\.safetensors(?:\.index\.json)?",
     "name": "[^/]+",
     "picture": "png|gif",
     "batch": "[^/]+",

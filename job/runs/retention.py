@@ -142,7 +142,7 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
     for key, place in places.items():
         is_old = place.checkpoint.fence < fence
         match place.kind:
-            case ObjectKind.TENSORS if is_old and place.checkpoint not in committed:
+            case ObjectKind.TENSORS | ObjectKind.PIPELINE if is_old and place.checkpoint not in committed:
                 left[key] = "an attempt that is over"
             case ObjectKind.METRICS | ObjectKind.EVENTS | ObjectKind.SNAPSHOT if is_old and key not in named:
                 left[key] = "an attempt that is over"

@@ -18,7 +18,7 @@ from job.exits import BadDataError
 from job.progress import Progress
 from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Latest, Manifest, lost_manifest, sha256_of
-from job.runs.layout import MAX_IMAGES_SEEN, PICTURES, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, PICTURES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
@@ -227,7 +227,7 @@ class _Verification:
         """What is no part of a run, or lies beside objects of something whole that does not name it."""
         for key in unnamed:
             place, by = self._places[key], ""
-            if place.kind is ObjectKind.TENSORS:
+            if place.kind in OF_CHECKPOINT:
                 by = place.checkpoint.manifest_key
             elif place.kind is ObjectKind.AVERAGE_TENSORS:
                 by = ObjectKind.AVERAGE.key(checkpoint=place.checkpoint, group=place.group)
@@ -258,7 +258,7 @@ class _Verification:
         dataset_images = records.dataset_images_of(self._bucket, config)
         retention = Retention(config, dataset_images)
         committed = {located(key).checkpoint for manifest in self._all(Manifest).values() for key in manifest.objects}
-        for ref in {self._places[key].checkpoint for key in left if self._places[key].kind is ObjectKind.TENSORS}:
+        for ref in {self._places[key].checkpoint for key in left if self._places[key].kind in OF_CHECKPOINT}:
             came_later = [other for other in refs if other.fence == ref.fence and other > ref]
             if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
                 self._missing(ref.manifest_key, "its files are there, and the run's rules keep it")

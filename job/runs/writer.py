@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
-from job.runs import metrics
+from job.runs import metrics, pipeline
 from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
-from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
 from job.runs.lease import Lease
 from job.runs.records import Attempt, NamedObject, utc_now
 from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
@@ -133,6 +133,9 @@ class CheckpointWriter:
         self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
+        self._descriptions = pipeline.descriptions(held.retention.config)
+        self._drawn = held.retention.config.sample.weights if self._descriptions else ""
+        self._names = self._named_for_diffusers()
         self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
@@ -188,6 +191,7 @@ class CheckpointWriter:
             world_size=attempt.world_size,
             loss_sums=loss_sums,
             files=(),
+            drawn=self._drawn,
             metrics=tuple(self.saved_metrics),
         )
         with self._change():
@@ -289,10 +293,12 @@ class CheckpointWriter:
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
         uploaded = self._upload_files(manifest.ref)
-        files = tuple(file for file in uploaded if located(file.key).kind is ObjectKind.TENSORS)
+        files = [file for file in uploaded if located(file.key).kind in OF_CHECKPOINT]
         self._snapshots += tuple(file for file in uploaded if file not in files)
-        manifest = manifest.model_copy(update={"files": files, "snapshots": self._snapshots})
-        for key, data in objects.items():
+        described = {f"{manifest.ref.key}/{name}": data for name, data in self._descriptions.items()}
+        files += [NamedObject.of(key, data) for key, data in described.items()]
+        manifest = manifest.model_copy(update={"files": tuple(files), "snapshots": self._snapshots})
+        for key, data in (objects | described).items():
             self._run.create(key, data)
 
         def commit() -> None:
@@ -305,11 +311,21 @@ class CheckpointWriter:
             self._committing = False
         return manifest.ref
 
+    def _named_for_diffusers(self) -> dict[str, str]:
+        """What the files of the weights that draw are called below a checkpoint; describes several."""
+        parts = [part for part in self._parts if self._drawn and part.rpartition("-")[0] == self._drawn]
+        names = dict(zip(parts, pipeline.weights_names(len(parts)), strict=True))
+        if len(parts) > 1:
+            where = {tensor: name.rpartition("/")[2] for part, name in names.items() for tensor in self._parts[part]}
+            size_bytes = sum(tensor.nbytes for tensor in self._copy.host[self._drawn].values())
+            self._descriptions[pipeline.INDEX] = pipeline.weights_index(size_bytes, where)
+        return names
+
     def _files_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
         """What belongs to a checkpoint, by key: the host copy, and a snapshot of its averages if one is due."""
         averages = self.retention.config.ema.names if self.retention.takes_snapshot(ref.images_seen) else ()
         for name, tensors in self._parts.items():
-            yield f"{ref.key}/{name}", tensors
+            yield f"{ref.key}/{self._names.get(name, name)}", tensors
             if name.rpartition("-")[0] in averages:
                 yield f"{ObjectKind.SNAPSHOT.folder}/{ref}/{name}", {n: t.half() for n, t in tensors.items()}
 
@@ -381,7 +397,7 @@ def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
 
     with os_errors(path):
         try:
-            save_file(tensors, path)
+            save_file(tensors, path, {"format": "pt"})
         except SafetensorError as error:
             # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
             if (match := re.search(r"os error (\d+)", str(error))) is None:

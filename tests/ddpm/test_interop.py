@@ -170,7 +170,7 @@ def test_processes_are_those_of_diffusers(schedule):
     from ddpm.process import make_process
 
     said = {"schedule": schedule, "timesteps": 200, "prediction": "v", "zero_terminal_snr": schedule == "linear"}
-    config = interop.ddim_scheduler_config(**said, clip=True, grid="leading")
+    config = interop.scheduler_config(**said, variance="fixed", clip=True, grid="leading")
     theirs = DDIMScheduler.from_config(config)
     ours = make_process(schedule, 200, zero_terminal_snr=said["zero_terminal_snr"]).alphas_cumprod
     assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
@@ -196,7 +196,7 @@ def test_a_process_without_a_counterpart_is_named(config, named):
 
 
 def test_what_diffusers_pipelines_do_not_know_is_named():
-    said = {"timesteps": 100, "zero_terminal_snr": False, "clip": True, "grid": "trailing"}
+    said = {"timesteps": 100, "zero_terminal_snr": False, "variance": "fixed", "clip": True, "grid": "trailing"}
     for schedule, prediction, named in (("flow", "flow", "schedule=flow"), ("linear", "edm", "prediction=edm")):
         with pytest.raises(interop.NoCounterpartError, match=named):
-            interop.ddim_scheduler_config(schedule=schedule, prediction=prediction, **said)
+            interop.scheduler_config(schedule=schedule, prediction=prediction, **said)

@@ -148,7 +148,7 @@ def plant_tensors(bucket: Path, content: bytes) -> None:
     vouching = {"size_bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     files = tuple(file.model_copy(update=vouching) for file in manifest.files)
     for file in files:
-        (path.parent / file.name).write_bytes(content)
+        (bucket / RUN / file.key).write_bytes(content)
     path.write_bytes(manifest.model_copy(update={"files": files}).to_json())
 
 
@@ -188,7 +188,7 @@ def plant_image(bucket: Path, content: bytes) -> None:
 def test_a_payload_that_the_records_vouch_for(trained, tmp_path, marker):
     in_memory, streamed = "data.cache_gigabytes=32", "data.cache_gigabytes=1e-6"
     for plant, said, *commands in (
-        (plant_tensors, "safetensors holds no tensors", "sample", in_memory),
+        (plant_tensors, ".safetensors holds no tensors", "sample", in_memory),
         (plant_configuration, "config.yaml", "sample", in_memory),
         (plant_offsets, "shard-00000.offsets points beyond", in_memory),
         (plant_image, "shard-00000.tar, image 7 (at byte ", in_memory, streamed),

@@ -12,6 +12,10 @@ ROWS = {
     ObjectKind.ATTEMPT: ("attempts/000003.json", {"fence": 3}),
     ObjectKind.MANIFEST: ("checkpoints/000003-000000000480/MANIFEST.json", {"checkpoint": REF}),
     ObjectKind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF, "group": "ema"}),
+    ObjectKind.PIPELINE: (
+        "checkpoints/000003-000000000480/unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        {"checkpoint": REF},
+    ),
     ObjectKind.AVERAGE: (
         "checkpoints/000003-000000000480/averages/ema-0.13.json",
         {"checkpoint": REF, "group": "ema-0.13"},
@@ -42,7 +46,15 @@ ROWS = {
     ObjectKind.READER: (f"reading/000003-000000000480-{'b' * 32}.json", {"checkpoint": REF}),
     ObjectKind.PROBE: (f"probe/{'c' * 32}", {}),
 }
-MADE_OF = {"group": "ema", "number": 0, "name": "x", "picture": "png", "seed": 3072, "unique": "d" * 32}
+MADE_OF = {
+    "pipeline": "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+    "group": "ema",
+    "number": 0,
+    "name": "x",
+    "picture": "png",
+    "seed": 3072,
+    "unique": "d" * 32,
+}
 
 
 def test_every_kind_has_a_key_that_is_read_back():

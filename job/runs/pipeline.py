@@ -1,0 +1,73 @@
+"""What diffusers reads of a checkpoint, where it lies: the weights that draw, and what describes them.
+
+    RUN/checkpoints/…/unet/diffusion_pytorch_model.safetensors   the weights of `sample.weights`, which lie nowhere else
+                      unet/config.json                          says that they are a UNet2DModel's, and of which shape
+                      scheduler/scheduler_config.json           the process, and how the run draws
+                      model_index.json                          says that this is a DDIMPipeline
+
+The first two are there if diffusers has such a network, the third if it has such a process, the last if one of its
+pipelines can draw from both without being told a class.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ddpm import interop
+from job.config import RunConfig, UNetConfig
+
+FORMAT_VERSION = "0.36.0"
+"""Of diffusers, in which all that these files say is known."""
+
+WEIGHTS = "unet/diffusion_pytorch_model"
+INDEX = f"{WEIGHTS}.safetensors.index.json"
+
+
+def descriptions(config: RunConfig) -> dict[str, bytes]:
+    """The JSON objects beside the weights, by key below the checkpoint; none if diffusers has no such network."""
+    data, model, diffusion, sample = config.data, config.model, config.diffusion, config.sample
+    if not isinstance(model, UNetConfig):
+        return {}
+    assert data.size is not None and data.channels is not None
+    is_learned = diffusion.variance == "learned_range"
+    described: dict[str, dict[str, Any]] = {}
+    try:
+        described["unet/config.json"] = interop.unet2d_config(
+            image_size=data.size,
+            in_channels=data.channels * (1 + diffusion.self_conditioning),
+            out_channels=data.channels * (1 + is_learned),
+            num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
+            **model.model_dump(exclude={"kind", "num_classes", "label_dropout", "gradient_checkpointing"}),
+        )
+        scheduler = interop.scheduler_config(
+            **diffusion.model_dump(include={"schedule", "timesteps", "prediction", "zero_terminal_snr", "variance"}),
+            clip=sample.clip,
+            grid=sample.grid,
+        )
+        described["scheduler/scheduler_config.json"] = scheduler
+        if not (model.num_classes or diffusion.self_conditioning):
+            kind = scheduler["_class_name"]
+            described["model_index.json"] = {
+                "_class_name": kind.replace("Scheduler", "Pipeline"),
+                "scheduler": ["diffusers", kind],
+                "unet": ["diffusers", "UNet2DModel"],
+            }
+    except interop.NoCounterpartError:
+        pass
+    return {
+        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | said, indent=2, sort_keys=True) + "\n").encode()
+        for key, said in described.items()
+    }
+
+
+def weights_names(parts: int) -> list[str]:
+    """What diffusers calls so many files of weights."""
+    if parts == 1:
+        return [f"{WEIGHTS}.safetensors"]
+    return [f"{WEIGHTS}-{i + 1:05d}-of-{parts:05d}.safetensors" for i in range(parts)]
+
+
+def weights_index(size_bytes: int, names: dict[str, str]) -> bytes:
+    """The JSON object that says in which of several files a tensor lies, by the tensor's name."""
+    return (json.dumps({"metadata": {"total_size": size_bytes}, "weight_map": names}, indent=2) + "\n").encode()

@@ -1,0 +1,134 @@
+"""A checkpoint where it lies, with diffusers as the judge: what it loads, and whether it draws the same pictures."""
+
+import shutil
+from itertools import product
+
+import pytest
+import torch
+
+from ddpm.generation import beginning, generate, make_denoiser, noise_of
+from ddpm.objective import UNCONDITIONAL, Condition
+from job import method
+from job.runs import writer as writer_module
+from job.runs.checkpoints import list_checkpoints, load_manifest, opened
+from job.runs.records import existing_config
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, settings, succeeded
+
+SHAPE = (3, 16, 16)
+SEEDS = torch.arange(3)
+
+
+@pytest.fixture(scope="module")
+def bucket(tiles, tmp_path_factory):
+    return shutil.copytree(tiles, tmp_path_factory.mktemp("pipeline") / "bucket")
+
+
+def trained(bucket, run, **changes):
+    """The bucket, and the folder of the last checkpoint of a run of one epoch."""
+    words = ("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket)
+    succeeded(ddpm_here(*words, *settings(sample__steps="5", **changes)))
+    store = open_store(str(bucket))
+    assert verify_run(store, run).problems == []
+    return store, max(list_checkpoints(store.sub(f"runs/{run}")))
+
+
+def network_of(store, run, ref):
+    """The weights that draw, by our own reader."""
+    config, device = existing_config(store, run), torch.device("cpu")
+    network = method.build_network(config, device).eval()
+    with opened(store.sub(f"runs/{run}"), ref, (config.sample.weights,)) as restored:
+        restored.copy_into({config.sample.weights: {name: p.detach() for name, p in network.named_parameters()}})
+    return config, network
+
+
+def drawn(config, network, condition=UNCONDITIONAL, **changes):
+    sampling = method.sampling_of(config.sample.model_copy(update=changes))
+    denoise = make_denoiser(network, method.process_of(config), method.prediction_of(config), condition)
+    return generate(denoise, method.process_of(config), sampling, noise_of(SEEDS, SHAPE))
+
+
+@pytest.mark.parametrize(("schedule", "prediction"), [("linear", "epsilon"), ("cosine", "v"), ("sigmoid", "x0")])
+def test_diffusers_draws_the_same_pictures_from_where_it_lies(bucket, monkeypatch, schedule, prediction):
+    from diffusers import DDIMPipeline
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    run = f"{schedule}-{prediction.lower()}"
+    changes = {"diffusion__schedule": schedule, "diffusion__prediction": prediction}
+    store, ref = trained(bucket, run, model__num_classes="0", **changes)
+    config, network = network_of(store, run, ref)
+    pipeline = DDIMPipeline.from_pretrained(f"{store.uri}/runs/{run}/{ref.key}", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    points = method.sampling_of(config.sample).points(method.process_of(config))
+    start = beginning(points, noise_of(SEEDS, SHAPE))
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: start)
+    for steps, same_call in product((5, 10), (True, None)):
+        theirs = pipeline(len(SEEDS), num_inference_steps=steps, use_clipped_model_output=same_call, output_type="pt")
+        ours = drawn(config, network, steps=steps) / 2 + 0.5
+        difference = (theirs.images - ours).abs().max()
+        # Its default keeps the noise of estimates that it then clips; none of these x_0 had to be clipped.
+        assert difference < 2e-6 if same_call or prediction == "x0" else difference > 1e-4
+
+
+def test_a_network_of_classes_draws_the_same_in_the_loop_of_the_documentation(bucket):
+    from diffusers import DDIMScheduler, UNet2DModel
+
+    store, ref = trained(bucket, "classes")
+    config, network = network_of(store, "classes", ref)
+    folder = f"{store.uri}/runs/classes/{ref.key}"
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet").eval()
+    scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler")
+    scheduler.set_timesteps(5)
+    x = noise_of(SEEDS, SHAPE)(0)
+    with torch.no_grad():
+        for t in scheduler.timesteps:
+            output = unet(x, t, class_labels=SEEDS).sample
+            x = scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
+    assert (x.clamp(-1, 1) - drawn(config, network, Condition(SEEDS))).abs().max() < 2e-6
+
+
+def test_large_weights_lie_in_several_files_with_an_index(bucket, monkeypatch):
+    from diffusers import UNet2DModel
+
+    monkeypatch.setattr(writer_module, "PART_BYTES", 50_000)
+    store, ref = trained(bucket, "large", ema__stds="0.1", sample__weights="ema-0.1")
+    names = [file.name for file in load_manifest(store.sub("runs/large"), ref).files]
+    assert names.count("diffusion_pytorch_model.safetensors.index.json") == 1
+    assert sum(name.startswith("diffusion_pytorch_model-0") for name in names) > 2
+    # The weights that draw lie there and nowhere else.
+    groups = {name.rpartition("-")[0] for name in names if "-" in name} - {"diffusion_pytorch_model-00001-of"}
+    assert {"model", "optimizer", "ema"} <= groups
+    assert "ema-0.1" not in groups
+    _, network = network_of(store, "large", ref)
+    theirs = UNet2DModel.from_pretrained(f"{store.uri}/runs/large/{ref.key}", subfolder="unet", local_files_only=True)
+    assert theirs.state_dict().keys() == network.state_dict().keys()
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in theirs.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "there"),
+    [
+        ({}, {"unet/config.json", "scheduler/scheduler_config.json"}),
+        ({"diffusion__schedule": "flow", "diffusion__prediction": "flow"}, {"unet/config.json"}),
+        ({"model__heads": "2", "model__attention_sizes": "16,8"}, set()),
+    ],
+)
+def test_only_what_diffusers_has_is_described(bucket, changes, there):
+    run = f"only-{len(there)}"
+    store, ref = trained(bucket, run, **changes)
+    manifest = load_manifest(store.sub(f"runs/{run}"), ref)
+    keys = {file.key.removeprefix(f"{ref.key}/") for file in manifest.files}
+    assert {key for key in keys if key.endswith(".json")} == there
+    assert ("ema-00.safetensors" in keys) == (not there)
+    assert manifest.groups == ("model", "ema", "optimizer")
+
+
+def test_learnt_variances_come_with_the_pipeline_that_knows_them(bucket):
+    from diffusers import DDPMPipeline
+
+    store, ref = trained(bucket, "learnt", model__num_classes="0", diffusion__variance="learned_range")
+    pipeline = DDPMPipeline.from_pretrained(f"{store.uri}/runs/learnt/{ref.key}", local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.scheduler.config.variance_type == "learned_range"
+    assert pipeline(2, num_inference_steps=3, output_type="np").images.shape == (2, 16, 16, 3)
