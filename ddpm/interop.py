@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from ddpm.process import sigmoid_schedule
@@ -250,6 +251,19 @@ def process_options(config: Mapping[str, Any]) -> Options:
         "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
         "variance": "learned_range" if config.get("variance_type") == "learned_range" else "fixed",
     }
+
+
+def drawing_options(config: Mapping[str, Any]) -> Options:
+    """What a `scheduler_config.json` of diffusers says of how images are drawn: `clip`, and a DDPM's `variance`."""
+    found: Options = {"clip": bool(config.get("clip_sample", True))}
+    if (variance := config.get("variance_type", "fixed_small")) in ("fixed_small", "fixed_large"):
+        found["variance"] = variance
+    return found
+
+
+def with_null_class(embeddings: Tensor) -> Tensor:
+    """Embeddings of classes [n, E] with one of zeros behind them, for images of no class: [n + 1, E]."""
+    return F.pad(embeddings, (0, 0, 0, 1))
 
 
 PREFIXES = ("module.", "_orig_mod.", "ema_model.", "model.", "unet.")

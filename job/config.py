@@ -445,6 +445,12 @@ class RunConfig(Section):
     sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
     log: LogConfig = LogConfig()  # type: ignore[call-arg]
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of what the network sees, once the dataset is known."""
+        assert self.data.size is not None and self.data.channels is not None
+        return self.data.channels, self.data.size, self.data.size
+
     @model_validator(mode="after")
     def _network_fits(self) -> RunConfig:
         self.model.check(self.data.size)
@@ -614,10 +620,12 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
         # Of two kinds of networks there is nothing else to compare.
         now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
     changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
+    # What a run that was imported computes in, the first machine that trains it decides.
+    free = FREE | ({"train.precision"} if stored.train.precision == "auto" else set())
     fixed = [
         f"{key}: the run has {before[key]}, asked for {value}"
         for key, value in changes.items()
-        if key not in FREE and key.split(".")[0] not in FREE_SECTIONS
+        if key not in free and key.split(".")[0] not in FREE_SECTIONS
     ]
     if fixed:
         raise BadConfigError(

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from ddpm.epochs import images_at_epoch
 from job.config import Drawing, RunConfig, changed_for_attempt, draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
 from job.runs.checkpoints import is_there, list_checkpoints
+from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
 from job.store import Retry, Store, open_store
 from job.store.retry import away_limit_seconds
@@ -28,15 +29,22 @@ class FoundRun:
 
     bucket: Store
     run: Store
-    index: DatasetIndex
+    index: DatasetIndex | None
+    """None for a run that was imported without a dataset."""
     config: RunConfig
     own: Drawing
     """How the run drew when it began: what differs is in the name of a picture."""
 
     @property
     def classes(self) -> tuple[str, ...]:
-        """Those that the network learns."""
-        return self.index.classes if self.config.model.num_classes else ()
+        """Those that the network knows; by number where nobody named them."""
+        count = self.config.model.num_classes or 0
+        return self.index.classes if self.index and count else tuple(map(str, range(count)))
+
+    @property
+    def dataset_images(self) -> int:
+        """Images of an epoch; without a dataset more than a run can see."""
+        return self.index.images if self.index else MAX_IMAGES_SEEN + 1
 
     def opened_images(
         self,
@@ -48,16 +56,36 @@ class FoundRun:
         from job.data.cache import default_cache_dir, open_cache
 
         index, folder = index or self.index, default_cache_dir()
+        assert index is not None
         key, size_bytes = dataset_key(index.name, index.size), int(self.config.data.cache_gigabytes * 1e9)
         return open_cache(
             self.bucket, key, index, cache_dir=folder, budget_bytes=size_bytes, progress=progress, stop=stop
         )
 
 
+def find_run(bucket_uri: str, name: str, stop: Stop = NEVER) -> FoundRun:
+    """A run that is there, as it was last changed, and its dataset; `stop` is heard while the bucket is away.
+
+    Raises:
+        MissingInputError: no such run, or no such dataset.
+        BadDataError: its configuration or the dataset's index is damaged.
+    """
+    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+    run, config = records.run_store(bucket, name), records.existing_config(bucket, name)
+    own = config.sample
+    try:
+        config = records.as_last_changed(run, config)
+    except BadDataError as error:
+        note(f"{error}; taking the run as it began")
+    index = load_index(bucket, records.dataset_key_of(config)) if config.data.dataset else None
+    return FoundRun(bucket, run, index, config, own)
+
+
 @dataclass(frozen=True)
 class Plan(FoundRun):
     """A run before this attempt touches it."""
 
+    index: DatasetIndex
     request: TrainRequest
     changes: dict[str, Any]
     """What this attempt does otherwise than the run's stored configuration says."""
@@ -101,6 +129,11 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     stored = records.load_config(run)
     if stored is None:
         config = draft(request.preset_name, request.changes)
+    elif not stored.data.dataset:
+        raise BadRequestError(
+            f"run {request.run!r} in {bucket.uri} was imported without a dataset, and can only be drawn from: import "
+            f"it once more, under another name, with --dataset {request.dataset}"
+        )
     elif stored.data.dataset != request.dataset:
         raise BadRequestError(
             f"run {request.run!r} in {bucket.uri} is about dataset {stored.data.dataset!r}: "

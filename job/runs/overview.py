@@ -73,7 +73,8 @@ def show_run(bucket_uri: str, name: str) -> None:
     bucket = open_store(bucket_uri)
     run = run_store(bucket, name)
     config = records.existing_config(bucket, name)
-    print(f"run         {name}  ({run.uri})\ndataset     {config.data.dataset}-{config.data.size}")
+    print(f"run         {name}  ({run.uri})")
+    print(f"dataset     {config.data.dataset}-{config.data.size}" if config.data.dataset else "dataset     none")
     if (status := read_status(run)) is not None:
         print(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
         print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
@@ -90,7 +91,8 @@ def show_run(bucket_uri: str, name: str) -> None:
         try:
             attempt = records.load_attempt(run, fence)
             where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
-            print(f"attempt {fence:<3} {attempt.started} on {where}")
+            imported = f"imported from {attempt.imported} " * bool(attempt.imported)
+            print(f"attempt {fence:<3} {attempt.started} {imported}on {where}")
         except BadDataError as error:
             print(f"attempt {fence:<3} cannot be read: {error}")
     print(describe_outputs(run))

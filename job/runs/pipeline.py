@@ -12,7 +12,7 @@ pipelines can draw from both without being told a class.
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, NamedTuple
 
 from ddpm import interop
 from job.config import RunConfig, UNetConfig
@@ -24,19 +24,29 @@ WEIGHTS = "unet/diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 
 
-def descriptions(config: RunConfig) -> dict[str, bytes]:
-    """The JSON objects beside the weights, by key below the checkpoint; none if diffusers has no such network."""
-    data, model, diffusion, sample = config.data, config.model, config.diffusion, config.sample
+class Described(NamedTuple):
+    """What diffusers can be told of a run."""
+
+    objects: dict[str, bytes]
+    """The JSON objects beside the weights, by key below the checkpoint; none if it has no such network."""
+    lacking: str
+    """Why that is not a whole pipeline, if it is none."""
+
+
+def described(config: RunConfig) -> Described:
+    """What diffusers reads of a run's checkpoints, beside the weights."""
+    model, diffusion, sample = config.model, config.diffusion, config.sample
     if not isinstance(model, UNetConfig):
-        return {}
-    assert data.size is not None and data.channels is not None
+        return Described({}, f"model.kind={model.kind} is no network that diffusers draws images with by itself")
+    channels, size, _ = config.image_shape
     is_learned = diffusion.variance == "learned_range"
-    described: dict[str, dict[str, Any]] = {}
+    said: dict[str, dict[str, Any]] = {}
+    lacking = ""
     try:
-        described["unet/config.json"] = interop.unet2d_config(
-            image_size=data.size,
-            in_channels=data.channels * (1 + diffusion.self_conditioning),
-            out_channels=data.channels * (1 + is_learned),
+        said["unet/config.json"] = interop.unet2d_config(
+            image_size=size,
+            in_channels=channels * (1 + diffusion.self_conditioning),
+            out_channels=channels * (1 + is_learned),
             num_classes=(model.num_classes or 0) + (model.label_dropout > 0),
             **model.model_dump(exclude={"kind", "num_classes", "label_dropout", "gradient_checkpointing"}),
         )
@@ -45,20 +55,25 @@ def descriptions(config: RunConfig) -> dict[str, bytes]:
             clip=sample.clip,
             grid=sample.grid,
         )
-        described["scheduler/scheduler_config.json"] = scheduler
-        if not (model.num_classes or diffusion.self_conditioning):
-            kind = scheduler["_class_name"]
-            described["model_index.json"] = {
-                "_class_name": kind.replace("Scheduler", "Pipeline"),
-                "scheduler": ["diffusers", kind],
+        said["scheduler/scheduler_config.json"] = scheduler
+        kind = scheduler["_class_name"].removesuffix("Scheduler")
+        if model.num_classes:
+            lacking = f"{kind}Pipeline cannot be told a class"
+        elif diffusion.self_conditioning:
+            lacking = f"{kind}Pipeline does not show the network its own estimate (diffusion.self_conditioning)"
+        else:
+            said["model_index.json"] = {
+                "_class_name": f"{kind}Pipeline",
+                "scheduler": ["diffusers", f"{kind}Scheduler"],
                 "unet": ["diffusers", "UNet2DModel"],
             }
-    except interop.NoCounterpartError:
-        pass
-    return {
-        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | said, indent=2, sort_keys=True) + "\n").encode()
-        for key, said in described.items()
+    except interop.NoCounterpartError as error:
+        lacking = str(error)
+    objects = {
+        key: (json.dumps({"_diffusers_version": FORMAT_VERSION} | values, indent=2, sort_keys=True) + "\n").encode()
+        for key, values in said.items()
     }
+    return Described(objects, lacking)
 
 
 def weights_names(parts: int) -> list[str]:

@@ -201,6 +201,8 @@ class Attempt(RunRecord):
     """What this attempt does otherwise than the run's stored configuration says."""
     config_sha256: str = Field(pattern=SHA256_PATTERN)
     """Of `config.yaml`, which is never rewritten: that of another run would not be noticed otherwise."""
+    imported: str = ""
+    """Where the checkpoint lay that it made its own, if it did not train."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
 
@@ -248,7 +250,7 @@ def highest_fence(run: Store) -> int:
 
 
 def record_attempt(
-    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str
+    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str, imported: str = ""
 ) -> Attempt:
     """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
     attempt = Attempt(
@@ -261,6 +263,7 @@ def record_attempt(
         device=device,
         changes=changes,
         config_sha256=hash_of_config(run),
+        imported=imported,
         previous=max(attempt_fences(run), default=None),
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
@@ -288,7 +291,7 @@ class Status(Sealed):
     """How a run is going. A hint for people: nothing is decided by it but whether to say that a run is finished."""
 
     state: str
-    """`running`, `finished`, `stopped` or `failed`."""
+    """`running`, `finished`, `stopped`, `failed` or `imported`."""
     fence: int
     attempt: str
     """The id of the attempt, without which another run's status would not be noticed."""

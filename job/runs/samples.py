@@ -72,8 +72,8 @@ def put_picture(run: Store, key: str, picture: bytes, ref: CheckpointRef) -> Non
 
 
 def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> str:
-    """`epoch-0080`, or `images-000012345` for a checkpoint inside an epoch."""
-    epochs = epochs_completed_by(images_seen, dataset_images, batch_size_images)
+    """`epoch-0080`, `epoch-0000` before any image was seen, or `images-000012345` for a checkpoint inside an epoch."""
+    epochs = epochs_completed_by(images_seen, dataset_images, batch_size_images) if images_seen else (0,)
     return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
 
 

@@ -133,7 +133,7 @@ class CheckpointWriter:
         self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
         self._copy = HostCopy(live)
         self._parts = plan_parts(self._copy.host)
-        self._descriptions = pipeline.descriptions(held.retention.config)
+        self._descriptions = pipeline.described(held.retention.config).objects
         self._drawn = held.retention.config.sample.weights if self._descriptions else ""
         self._names = self._named_for_diffusers()
         self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()

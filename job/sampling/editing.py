@@ -38,6 +38,7 @@ class Editor:
         if plan.given.image is not None:
             self._shown = plan.given.image[None]
         else:
+            assert plan.index is not None
             cache = chosen_images(plan.bucket, records.dataset_key_of(plan.config), plan.index)
             self._shown = cache.read(np.array(plan.given.numbers))
         self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1

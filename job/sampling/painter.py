@@ -156,9 +156,7 @@ class Painter:
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C, H, W)."""
-        data = self.config.data
-        assert data.size is not None and data.channels is not None
-        return data.channels, data.size, data.size
+        return self.config.image_shape
 
     def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
         """How often the network is asked for an image."""

@@ -11,9 +11,8 @@ import numpy as np
 
 from job.config import OPTIONS_OF, SampleConfig, did_you_mean
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.data.shards import DatasetIndex, load_index
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.plan import FoundRun
+from job.plan import FoundRun, find_run
 from job.progress import note
 from job.requests import SampleRequest, parse_numbers
 from job.runs import records
@@ -23,8 +22,7 @@ from job.runs.samples import Editing, FoundGrid, NumberedDrawing, file_words, la
 from job.sampling.own_sampler import OwnSampler
 from job.sampling.sets import SampleSet, piece_images
 from job.stop import NEVER, Stop
-from job.store import ObjectMissingError, Retry, Store, open_store
-from job.store.retry import away_limit_seconds
+from job.store import ObjectMissingError, Store
 
 RESAMPLINGS = 10
 """As Lugmayr et al. 2022."""
@@ -82,7 +80,7 @@ class SamplePlan(FoundRun):
 
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
-        return label_of(ref.images_seen, self.index.images, self.config.train.batch_size)
+        return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
@@ -100,23 +98,18 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         BadConfigError: more steps than the run's diffusion has, or guidance that its network has not learnt.
         BadRequestError: an option that its sampler does not take, a sampler, class or image that there is not.
     """
-    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
-    run = records.run_store(bucket, request.run)
-    config = stored = records.existing_config(bucket, request.run)
-    try:
-        config = records.as_last_changed(run, config)
-    except BadDataError as error:
-        note(f"{error}; drawing as the run began")
-    key, chosen = records.dataset_key_of(config), {**request.keys}
-    index = load_index(bucket, key)
-    given, classes = _given(request, index), index.classes if config.model.num_classes else ()
+    of_run = find_run(request.bucket, request.run, stop)
+    run, config, chosen = of_run.run, of_run.config, {**request.keys}
+    given, classes = _given(request, of_run), of_run.classes
     if request.classes:
         chosen["labels"] = _labels(request.classes, classes)
     elif given and given.numbers and classes:
         from job.data.cache import chosen_images
 
         # An image of the dataset keeps its own class.
-        chosen["labels"] = chosen_images(bucket, key, index).labels(np.array(given.numbers)).tolist()
+        assert of_run.index is not None
+        images = chosen_images(of_run.bucket, records.dataset_key_of(config), of_run.index)
+        chosen["labels"] = images.labels(np.array(given.numbers)).tolist()
     if chosen.get("precision") == config.train.precision:
         chosen["precision"] = "auto"
     usual, timesteps = config.sample.sampler, config.diffusion.timesteps
@@ -133,17 +126,25 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if sample.sampler == "own" and not request.own_sampler:
         raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
     own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
-    checkpoints = choose(run, request.checkpoints, index.images, config.train.batch_size)
+    checkpoints = choose(run, request.checkpoints, of_run.dataset_images, config.train.batch_size)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
     worse = None
     if sample.autoguidance:
-        (worse,) = choose(run, str(sample.autoguidance), index.images, config.train.batch_size)
+        (worse,) = choose(run, str(sample.autoguidance), of_run.dataset_images, config.train.batch_size)
     for ref in (*checkpoints, *([worse] if worse else [])) if sample.weights not in ("ema", "model") else ():
-        _check_average(run, ref, sample.weights, request.run)
+        check_average(run, ref, sample.weights, request.run)
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
-    drawn = request, sample, tuple(checkpoints), worse, given, own_sampler, found
-    return SamplePlan(bucket, run, index, config, stored.sample, *drawn)
+    return SamplePlan(
+        **vars(of_run),
+        request=request,
+        sample=sample,
+        checkpoints=tuple(checkpoints),
+        worse=worse,
+        given=given,
+        own_sampler=own_sampler,
+        found=found,
+    )
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
@@ -180,29 +181,32 @@ def _labels(text: str, classes: tuple[str, ...]) -> tuple[int, ...]:
     return tuple(labels)
 
 
-def _given(request: SampleRequest, index: DatasetIndex) -> Given | None:
+def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
     if not request.mode:
         return None
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
-    numbers, image, name = tuple[int, ...](), None, request.image
+    numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
+    channels, size, _ = of_run.config.image_shape
     if set(name) <= set(_NUMBERS):
         numbers = tuple(parse_numbers(name, "--image"))
+        if index is None:
+            raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
         if max(numbers) >= index.images:
             raise BadRequestError(f"--image {name}: {index.name} has the images 0 to {index.images - 1:,}")
     else:
-        recipe = Recipe(index.size, "center", index.resize_filter, index.channels, min_side=1)
+        recipe = Recipe(size, "center", index.resize_filter if index else "lanczos", channels, min_side=1)
         image, name = _read_image("--image", name, recipe)
     if request.mode == "img2img":
         return Given(Editing(mode="img2img", image=name, strength=request.strength or STRENGTH), numbers, image)
     mask = request.mask or "half"
-    unknown = np.zeros((index.size, index.size), bool)
+    unknown = np.zeros((size, size), bool)
     if mask == "half":
-        unknown[:, index.size // 2 :] = True
+        unknown[:, size // 2 :] = True
     elif mask == "centre":
-        unknown[index.size // 4 : -(index.size // 4), index.size // 4 : -(index.size // 4)] = True
+        unknown[size // 4 : -(size // 4), size // 4 : -(size // 4)] = True
     else:
-        levels, mask = _read_image("--mask", mask, Recipe(index.size, "squash", "box", 1, min_side=1))
+        levels, mask = _read_image("--mask", mask, Recipe(size, "squash", "box", 1, min_side=1))
         unknown = levels[:, :, 0] > 127
     if unknown.all() or not unknown.any():
         raise BadRequestError(f"--mask {request.mask}: what is white is made up, and it has to be a part of the image")
@@ -223,7 +227,7 @@ def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str
         raise BadDataError(f"{option} {path} {error}") from None
 
 
-def _check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
+def check_average(run: Store, ref: CheckpointRef, group: str, name: str) -> None:
     """Returns if a checkpoint has this average, or one was made for it.
 
     Raises:
@@ -262,8 +266,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             editing=plan.given.editing if plan.given else None,
             own_sampler=f"{plan.own_sampler.name} {plan.own_sampler.sha256}" if plan.own_sampler else "",
             found=plan.found,
-            size=plan.index.size,
-            channels=plan.index.channels,
+            size=plan.config.image_shape[1],
+            channels=plan.config.image_shape[0],
             classes=plan.classes,
             first_seed=first_seed,
             count=count,

@@ -76,7 +76,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     how, usual = plan.how(request.seeds), plan.config.sample
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
-    if sample.nearest and request.with_grid and is_main and editor is None:
+    if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
         training = plan.opened_images(painter.stop)
     grids: list[tuple[str, np.ndarray]] = []
 

@@ -118,10 +118,8 @@ def test_older_names_of_the_attention_are_read():
     assert interop.with_names_of_today(old).keys() == named.keys()
 
 
-def test_the_networks_of_ho_are_read():
-    """Their names as the table of pesser/pytorch_diffusion has them, in a network of three levels."""
-    ours = UNet(**SMALL)
-    randomise(ours)
+def ho_named(ours):
+    """The tensors of a network of three levels, by the names in the table of pesser/pytorch_diffusion."""
     block = {"time_emb_proj": "temb_proj", "conv_shortcut": "nin_shortcut"}
     attention = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
     names = {"time_embedding.linear_1": "temb.dense.0", "time_embedding.linear_2": "temb.dense.1"}
@@ -141,6 +139,13 @@ def test_the_networks_of_ho_are_read():
             rest = rest.replace(f".{new}.", f".{old}.")
         is_projection = "attentions" in start and tensor.ndim == 2
         theirs[names.get(start, "") + rest] = tensor[:, :, None, None] if is_projection else tensor
+    return theirs
+
+
+def test_the_networks_of_ho_are_read():
+    ours = UNet(**SMALL)
+    randomise(ours)
+    theirs = ho_named(ours)
     assert {"up.1.attn.0.q.weight", "up.2.upsample.conv.bias", "down.1.block.0.nin_shortcut.weight"} <= theirs.keys()
     found = interop.from_ho(theirs)
     assert found.keys() == ours.state_dict().keys()

@@ -1,0 +1,1 @@
+"""Runs from other people's checkpoints, and checkpoints for other people."""

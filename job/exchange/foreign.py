@@ -1,0 +1,287 @@
+"""Other people's checkpoints, read without running anything that is in them.
+
+A folder of diffusers says itself what it is. A `.pt` or `.safetensors` says it by the names of its tensors: Ho et al.'s
+networks as pesser/pytorch_diffusion and the DDIM authors keep them, and dome272's and ErenGurs'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ddpm import interop
+from ddpm.interop import NoCounterpartError
+from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.progress import note
+from job.store import Retry, is_remote, open_store
+from job.store.files import os_errors, scratch_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Named = dict[str, "Tensor"]
+"""Tensors by name."""
+
+FOLDERS = ("unet_ema/", "unet/", "")
+"""Where the network lies in a folder of diffusers: averages beside weights first, and flat folders last."""
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+MOST_JSON_BYTES = 1 << 24
+"""Of a configuration, or of the index of weights in several files."""
+DOME_SIZE = 64
+"""Pixels, of which the networks of dome272 and ErenGurs say nothing."""
+_DEEPEST = 3
+_DOME_SETTINGS = {
+    "sample.sampler": "ddpm",
+    "sample.steps": 1000,
+    "sample.grid": "leading",
+    "sample.variance": "fixed_large",
+    "sample.clip": False,
+}
+"""As both draw."""
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A network of others, as ours.
+
+    Attributes:
+        what: kind and origin, for people.
+        settings: dotted keys of a configuration, those of its network and process.
+        tensors: by the names of our network's parameters.
+    """
+
+    what: str
+    settings: dict[str, Any]
+    tensors: Named
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A folder or a file, wherever it lies."""
+
+    where: str
+    names: frozenset[str]
+    """Of the files in it, relative to it; empty for a file."""
+    fetch: Callable[[str], Path]
+    """A file of it on the local disk."""
+
+
+@contextmanager
+def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Foreign]:
+    """What lies at `source`; its tensors may be files until the context ends.
+
+    Args:
+        source: a path, or a URI of an object or a folder in a bucket.
+        size: height and width of its images in pixels, where the checkpoint does not say it.
+        retry: the patience with its bucket.
+
+    Raises:
+        MissingInputError: there is nothing.
+        BadDataError: it is damaged, would run something, or is of a network that has no counterpart here.
+    """
+    with _opened_source(source, retry) as found:
+        try:
+            yield _of_diffusers(found) if found.names else _of_file(found.where, found.fetch(""), size)
+        except NoCounterpartError as error:
+            raise BadDataError(f"{found.where} cannot be imported: {error}") from None
+
+
+@contextmanager
+def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
+    nothing = MissingInputError(f"nothing lies at {source}: name a folder of diffusers, a .pt or a .safetensors")
+    if not is_remote(source):
+        # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
+        path = Path(open_store(source, retry).uri)
+        with os_errors(path):
+            if not path.exists():
+                raise nothing
+            files = [file for file in path.glob("**/*") if file.is_file()] if path.is_dir() else []
+        names = frozenset(str(file.relative_to(path)) for file in files)
+        if path.is_dir() and not names:
+            raise nothing
+        yield _Source(str(path), names, lambda name: path / name if name else path)
+        return
+    folder, _, last = source.rstrip("/").rpartition("/")
+    with scratch_folder("import") as scratch:
+        if not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(last):
+
+            def fetch(name: str) -> Path:
+                parent.download(last, scratch / last)
+                return scratch / last
+
+            yield _Source(source, frozenset(), fetch)
+            return
+        store = open_store(source, retry)
+        if not (names := frozenset(entry.key for entry in store.list())):
+            raise nothing
+
+        def fetch_inside(name: str) -> Path:
+            store.download(name, scratch / name)
+            return scratch / name
+
+        yield _Source(store.uri, names, fetch_inside)
+
+
+def _of_diffusers(source: _Source) -> Foreign:
+    folder = next((folder for folder in FOLDERS if f"{folder}config.json" in source.names), None)
+    if folder is None:
+        raise BadDataError(
+            f"{source.where} is no folder of diffusers: neither unet/config.json nor config.json is in it. Of another "
+            "program name the .pt itself"
+        )
+    config = _json(source, f"{folder}config.json")
+    options = interop.unet_options(config)
+    schedulers = ("scheduler/scheduler_config.json", "scheduler_config.json")
+    scheduler = next((_json(source, name) for name in schedulers if name in source.names), None)
+    if scheduler is None:
+        note(f"{source.where} has no scheduler_config.json: taken for noise predicted over 1,000 linear timesteps")
+    settings = {f"diffusion.{key}": value for key, value in interop.process_options(scheduler or {}).items()}
+    settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler or {}).items()}
+    tensors = interop.with_names_of_today(_weights(source, folder))
+    return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors)
+
+
+def _unet_settings(options: interop.Options) -> dict[str, Any]:
+    """Of a configuration, for these arguments of `UNet`."""
+    rest = {"num_classes": 0, **options}
+    settings = {"data.size": rest.pop("image_size"), "data.channels": (channels := rest.pop("in_channels"))}
+    if (out_channels := rest.pop("out_channels")) != channels:
+        if out_channels != 2 * channels:
+            raise NoCounterpartError(f"{channels} channels in and {out_channels} out have none: as many or twice have")
+        settings["diffusion.variance"] = "learned_range"
+    return settings | {"model.kind": "unet"} | {f"model.{key}": value for key, value in rest.items()}
+
+
+def _weights(source: _Source, folder: str) -> Named:
+    """All tensors of a network of diffusers, in one file or in several with an index."""
+    for name in (f"{folder}{name}" for name in WEIGHTS):
+        if name in source.names:
+            return _averages_first(_tensors(source.where, source.fetch(name)))[0][1]
+        if f"{name}.index.json" in source.names:
+            places = _json(source, f"{name}.index.json").get("weight_map", {})
+            parts = sorted({f"{folder}{part}" for part in dict(places).values()})
+            if strangers := [part for part in parts if part not in source.names]:
+                raise BadDataError(f"{source.where}/{strangers[0]} is missing, though {name}.index.json names it")
+            loaded = [_averages_first(_tensors(source.where, source.fetch(part)))[0][1] for part in parts]
+            return {name: tensor for named in loaded for name, tensor in named.items()}
+    raise BadDataError(f"{source.where} has no weights: neither {folder}{WEIGHTS[0]} nor {folder}{WEIGHTS[1]} is in it")
+
+
+def _json(source: _Source, name: str) -> dict[str, Any]:
+    path = source.fetch(name)
+    with os_errors(path), path.open("rb") as file:
+        text = file.read(MOST_JSON_BYTES + 1)
+    try:
+        document = json.loads(text) if len(text) <= MOST_JSON_BYTES else None
+    except (ValueError, RecursionError):
+        document = None
+    if not isinstance(document, dict):
+        raise BadDataError(f"{source.where}/{name} is no JSON object such as diffusers writes")
+    return document
+
+
+def _of_file(where: str, path: Path, size: int | None) -> Foreign:
+    candidates = [(key, interop.without_prefixes(found)) for key, found in _averages_first(_tensors(where, path))]
+    for key, tensors in candidates:
+        if found := _known(tensors, size):
+            if key:
+                note(f"{where}: taking its {key}")
+            return found
+    for _, tensors in candidates:
+        if "init_conv.weight" in tensors:
+            raise NoCounterpartError(
+                "it is a Unet of lucidrains' denoising_diffusion_pytorch, whose layer init_conv, a 7×7 convolution, "
+                "has no counterpart; nor have its linear attention and its RMSNorms"
+            )
+        if any(name.startswith("down_blocks.") for name in tensors):
+            raise BadRequestError(f"{where} is of diffusers: name the folder in which it lies with its config.json")
+    named = ", ".join(list(candidates[0][1])[:3])
+    raise NoCounterpartError(f"its tensors ({named:.200}, …) are those of no network that is known here")
+
+
+def _known(tensors: Named, size: int | None) -> Foreign | None:
+    """The network that has tensors of these names; none if nobody knows it."""
+    process = {"diffusion.schedule": "linear", "diffusion.timesteps": 1000, "diffusion.prediction": "epsilon"}
+    if "temb.dense.0.weight" in tensors:
+        named = interop.from_ho(tensors)
+        return Foreign("a U-Net of Ho et al.", process | _unet_settings(interop.ho_options(named, size)), named)
+    if "inc.double_conv.0.weight" not in tensors:
+        return None
+    settings = process | _DOME_SETTINGS | {"model.kind": "dome", "model.num_classes": 0}
+    settings |= {"data.size": size or DOME_SIZE, "data.channels": tensors["inc.double_conv.0.weight"].shape[1]}
+    if (labels := tensors.get("label_emb.weight")) is not None:
+        # Without a class it adds nothing to the timestep, as a last embedding of zeros does; so it can be guided.
+        settings |= {"model.num_classes": len(labels), "model.label_dropout": 0.1}
+        tensors = tensors | {"label_emb.weight": interop.with_null_class(labels)}
+    return Foreign("a U-Net of dome272's ddpm", settings, tensors)
+
+
+def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
+    """The sets of named tensors in what was loaded, by where they lie in it."""
+    import torch
+
+    found: list[tuple[str, Named]] = []
+
+    def walk(part: Any, path: tuple[str, ...]) -> None:
+        if isinstance(part, Mapping):
+            named = {key: value for key, value in part.items() if isinstance(key, str) and torch.is_tensor(value)}
+            if named:
+                found.append((".".join(path), named))
+            inner = [(str(key), value) for key, value in part.items() if not torch.is_tensor(value)]
+        elif isinstance(part, list | tuple):
+            # The DDIM authors' list ends with the average.
+            inner = [(str(number), value) for number, value in enumerate(part)][::-1]
+        else:
+            return
+        for key, value in inner if len(path) < _DEEPEST else ():
+            walk(value, (*path, key))
+
+    walk(loaded, ())
+    if not found:
+        raise NoCounterpartError("it holds no tensors by name")
+    return sorted(found, key=lambda each: not re.search("ema|average", each[0]))
+
+
+def _tensors(where: str, path: Path) -> Any:
+    """What a file holds, with its tensors on the CPU.
+
+    Raises:
+        BadDataError: it is damaged, or would run something.
+    """
+    import torch
+    from safetensors.torch import load_file
+
+    with os_errors(path), warnings.catch_warnings(action="ignore"):
+        try:
+            if path.suffix == ".safetensors":
+                return load_file(path)
+            _check_not_compressed(path)
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError:
+            raise
+        # Readers meet broken files with anything from EOFError to AssertionError; each means the same here.
+        except Exception as error:
+            if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
+                raise BadDataError(
+                    f"{where} is a pickle that asks for {asked[1]:.100}, and what a pickle asks for runs: nothing of "
+                    "it was run. Save its tensors alone, as a state_dict, and import that"
+                ) from None
+            raise BadDataError(
+                f"{where} is cut off, damaged, or no checkpoint as torch.save or safetensors write it; nothing of it "
+                "was run"
+            ) from None
+
+
+def _check_not_compressed(path: Path) -> None:
+    """PyTorch compresses nothing: a small file that says otherwise would fill the memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                raise ValueError("it unpacks to more than it is")

@@ -1,0 +1,194 @@
+"""`ddpm import`: a run that begins with somebody else's network.
+
+It gets a configuration, an attempt that says what was imported, and one checkpoint per import: weights and averages are
+those that were read, the optimiser's moments are zero. Everything else is as in a run that was trained here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ddpm.epochs import images_at_epoch
+from job.config import LARGEST, RunConfig, draft, layered, parse_sets, validated
+from job.data.shards import find_dataset, load_index, validated_dataset_name
+from job.exchange.foreign import Foreign, opened_foreign
+from job.exits import BadConfigError, BadDataError, BadRequestError
+from job.plan import follow_dataset
+from job.processes.compute import describe_device
+from job.progress import note
+from job.runs import records
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
+from job.runs.lease import Lease
+from job.runs.retention import Retention
+from job.runs.writer import CheckpointWriter, HeldRun
+from job.stop import Stop
+from job.store import Retry, Store, open_store
+from job.store.retry import away_limit_seconds
+
+if TYPE_CHECKING:
+    from ddpm.training import TrainState
+
+
+@dataclass(frozen=True)
+class ImportRequest:
+    """What a person asked for.
+
+    Attributes:
+        source: a folder of diffusers, or a file with tensors; a path or a URI.
+        bucket: where the run is to lie.
+        run: its name.
+        dataset: what it may go on to learn from; without one it can only be drawn from.
+        size: height and width of the images in pixels, where the checkpoint does not say it.
+        epoch: which epoch of the dataset the checkpoint is the end of.
+        preset: what gives the settings that the checkpoint does not say; none: the defaults.
+        sets: assignments to dotted keys.
+    """
+
+    source: str
+    bucket: str
+    run: str
+    dataset: str = ""
+    size: int | None = None
+    epoch: int = 0
+    preset: str = ""
+    sets: tuple[str, ...] = ()
+
+    def check(self) -> dict[str, Any]:
+        """The settings asked for, by dotted keys, if the rest is sound.
+
+        Raises:
+            BadRequestError: a name that is none, or an epoch of no dataset.
+            BadConfigError: a setting that is none.
+        """
+        records.validated_run_name(self.run)
+        if self.dataset:
+            validated_dataset_name(self.dataset)
+        elif self.epoch:
+            raise BadRequestError("--epoch counts the epochs of a dataset: name it with --dataset")
+        return parse_sets(self.sets)
+
+
+def import_run(request: ImportRequest) -> None:
+    """Makes a run of a checkpoint, or adds it to a run that was imported before; says what it was and where it lies.
+
+    Raises:
+        MissingInputError: there is nothing to import, or no such dataset.
+        BadDataError: what is there is damaged, or of a network that has no counterpart here.
+        BadConfigError: the network does not fit the dataset.
+        BadRequestError: the run that is there is another, or has trained.
+        LostRunError: somebody else holds the run.
+        StoppedError: a signal came before the checkpoint was committed.
+    """
+    sets, stop = request.check(), Stop().install()
+    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
+    run = records.run_store(bucket, request.run)
+    with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
+        config, dataset_images = _config(bucket, request, foreign.settings, sets)
+        _check_run(run, request.run, config)
+        state = _state(config, foreign, request.source)
+    state.resume_at(images_at_epoch(request.epoch, dataset_images, config.train.batch_size), config.train.batch_size)
+    records.check_writable(run)
+    lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
+    try:
+        where = _commit(run, config, state, dataset_images, lease, stop, request.source)
+    finally:
+        lease.close(stop.seconds_left())
+    weights = sum(parameter.numel() for parameter in state.model.parameters())
+    print(f"{where}  ({foreign.what}, {weights:,} weights)\nTo draw from it: ddpm sample --run {request.run}")
+
+
+def _config(
+    bucket: Store, request: ImportRequest, found: dict[str, Any], sets: dict[str, Any]
+) -> tuple[RunConfig, int]:
+    """The configuration of the run, and how many images its dataset has; without one more than a run can see."""
+    if request.size not in (None, found["data.size"]):
+        raise BadConfigError(f"--size {request.size}: the checkpoint is of {found['data.size']} pixels, as it says")
+    told = found | sets
+    if sets.get("diffusion.self_conditioning"):
+        told["data.channels"] = found["data.channels"] // 2
+    if sets.get("model.label_dropout") and found["model.kind"] == "unet":
+        # The last embedding is that of no class.
+        told["model.num_classes"] = found["model.num_classes"] - 1
+    where = f"{request.source} as a run"
+    config = draft(request.preset, told) if request.preset else validated(layered(RunConfig().flat(), told), where)
+    if not request.dataset:
+        return config, MAX_IMAGES_SEEN + 1
+    index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
+    return follow_dataset(config, index), index.images
+
+
+def _check_run(run: Store, name: str, config: RunConfig) -> None:
+    """Returns if the checkpoint can become one of this run.
+
+    Raises:
+        BadRequestError: the run has another configuration, or checkpoints that were learnt here.
+    """
+    stored = records.load_config(run)
+    if stored is None:
+        return
+    others = [key for key, value in stored.flat().items() if config.flat().get(key) != value]
+    trained = [fence for fence in records.attempt_fences(run) if not records.load_attempt(run, fence).imported]
+    if others or trained:
+        why = f"has another {others[0]}" if others else f"has learnt since (attempt {trained[0]})"
+        raise BadRequestError(f"run {name!r} is there and {why}: import under another name")
+
+
+def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
+    """Weights and averages as they were read, and moments of zero.
+
+    Raises:
+        BadDataError: the tensors are not those of the network that the configuration describes, or no numbers.
+    """
+    import torch
+
+    from ddpm import training
+    from job import method
+
+    device = torch.device("cpu")
+    network = method.build_network(config, device)
+    parameters = dict(network.named_parameters())
+    for name in parameters.keys() ^ foreign.tensors.keys():
+        what = "lacks the tensor" if name in parameters else "has a tensor that such a network does not have,"
+        raise BadDataError(f"{source} says that it is {foreign.what}, and {what} {name:.200}")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            tensor = foreign.tensors[name]
+            if tensor.shape != parameter.shape:
+                shapes = f"{[*tensor.shape]} and not {[*parameter.shape]}"
+                raise BadDataError(f"{source} says that it is {foreign.what}, and its tensor {name} is {shapes}")
+            if not tensor.isfinite().all():
+                raise BadDataError(f"{source}: the tensor {name} holds what are no finite numbers")
+            parameter.copy_(tensor)
+    return training.create_state(network, device, method.settings_of(config))
+
+
+def _commit(
+    run: Store, config: RunConfig, state: TrainState, dataset_images: int, lease: Lease, stop: Stop, source: str
+) -> str:
+    """Writes the run down, if it is new, the attempt and its checkpoint; where that lies."""
+    if records.load_config(run) is None:
+        records.create_config(run, config)
+    device = describe_device(state.first_nonfinite.device)
+    attempt = records.record_attempt(run, lease.fence, {}, 1, device, lease.holder, imported=source)
+    # Whoever imports one after another wants all of them.
+    retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
+    writer = CheckpointWriter(HeldRun(run, retention, attempt, lease), state.tensors(), None, set(), stop, note)
+    try:
+        writer.save(state.images_seen, state.log.reduced().tolist())
+        writer.wait()
+    finally:
+        writer.close(wait=False)
+    status = records.Status(
+        state="imported",
+        fence=attempt.fence,
+        attempt=attempt.id,
+        images_seen=state.images_seen,
+        target_images=state.images_seen,
+        epoch=round(state.images_seen / dataset_images, 3),
+        loss=None,
+        images_per_second=None,
+        updated=records.utc_now(),
+    )
+    run.put(records.STATUS_KEY, status.to_json())
+    return f"{run.uri}/{CheckpointRef(attempt.fence, state.images_seen).key}"

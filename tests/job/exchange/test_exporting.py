@@ -1,0 +1,94 @@
+"""Checkpoints for other people, with diffusers as the judge of what they get."""
+
+import shutil
+
+import pytest
+import torch
+
+from job.exits import Exit
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+
+
+@pytest.fixture(scope="module")
+def bucket(tiles, tmp_path_factory):
+    """With a run of images, and one of classes."""
+    bucket = shutil.copytree(tiles, tmp_path_factory.mktemp("exporting") / "bucket")
+    for run, changes in (("images", {"model__num_classes": "0", "ema__stds": "0.1"}), ("classes", {})):
+        train = ("train", "--dataset", "tiles", "--run", run, "--epochs", 1, "--bucket", bucket)
+        succeeded(ddpm_here(*train, *settings(**changes)))
+    return bucket
+
+
+def export(bucket, run, to, *more):
+    return ddpm_here("export", "--run", run, "--to", to, "--bucket", bucket, *more)
+
+
+def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
+    from diffusers import DDIMPipeline
+
+    said = succeeded(export(bucket, "images", tmp_path / "out"))
+    assert f"{tmp_path}/out  (epoch-0001, weights ema, " in said
+    names = {str(path.relative_to(tmp_path / "out")) for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    unet = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert names == {"README.md", "grid.png", "model_index.json", "scheduler/scheduler_config.json", *unet}
+    card = (tmp_path / "out/README.md").read_text()
+    assert "Licence of the images: nothing is said of it." in card
+    assert "299 images of tiles" in card
+    # What the card says is what one types.
+    (code,) = (part.removeprefix("python\n") for part in card.split("```")[1::2])
+    seen: dict = {}
+    exec(
+        code.replace("this folder", str(tmp_path / "out")).replace("num_inference_steps=4", "num_inference_steps=5"),
+        seen,
+    )
+    assert isinstance(seen["pipeline"], DDIMPipeline)
+    assert len(seen["images"]) == 4
+
+
+def test_other_weights_are_those_of_their_average(bucket, tmp_path):
+    from safetensors.torch import load_file
+
+    succeeded(export(bucket, "images", tmp_path / "ema"))
+    succeeded(export(bucket, "images", tmp_path / "other", "--weights", "ema-0.10", "--checkpoint", "1"))
+    (stored,) = (bucket / "runs/images/checkpoints").glob("*/ema-0.1-00.safetensors")
+    name = "unet/diffusion_pytorch_model.safetensors"
+    exported, average = load_file(tmp_path / "other" / name), load_file(stored)
+    assert all(torch.equal(tensor, average[key]) for key, tensor in exported.items())
+    assert (tmp_path / "other" / name).read_bytes() != (tmp_path / "ema" / name).read_bytes()
+    missing = export(bucket, "images", tmp_path / "none", "--weights", "ema-0.2")
+    assert "ddpm ema --run images --std 0.2" in refused(missing, Exit.MISSING_INPUT)
+    assert not (tmp_path / "none").exists()
+
+
+def test_the_card_of_classes_has_a_loop_that_draws_them(bucket, tmp_path):
+    done = export(bucket, "classes", tmp_path / "out")
+    succeeded(done)
+    assert "DDIMPipeline cannot be told a class" in done.stderr
+    card = (tmp_path / "out/README.md").read_text()
+    seen: dict = {}
+    exec(card.split("```")[1].removeprefix("python\n").replace("this folder", str(tmp_path / "out")), seen)
+    assert seen["x"].shape == (4, 3, 16, 16)
+    assert "The classes, from 0: " in card
+    assert not (tmp_path / "out/model_index.json").exists()
+
+
+def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bucket, tmp_path):
+    small = [word for word in settings() if word.startswith(("train.", "sample."))]
+    dome = [word for setting in ("model.kind=dome", *small) for word in ("--set", setting)]
+    succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dome", "--epochs", 1, "--bucket", bucket, *dome))
+    said = refused(export(bucket, "dome", tmp_path / "dome"), Exit.BAD_REQUEST)
+    assert "model.kind=dome is no network" in said
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").write_text("mine")
+    assert "there is something" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)
+    assert "use an epoch" in refused(export(bucket, "images", tmp_path / "x", "--checkpoint", "1,2"), Exit.BAD_REQUEST)
+    assert "no run 'nope'" in refused(export(bucket, "nope", tmp_path / "x"), Exit.MISSING_INPUT)
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_disk_without_space_gets_no_half_of_an_export(bucket, small_disk):
+    (small_disk / "filler").write_bytes(bytes(1_900_000))
+    refused(export(bucket, "images", small_disk / "out"), Exit.DISK_FULL)
+    assert not [path for path in (small_disk / "out").rglob("*") if path.is_file()]
+    assert open_store(str(bucket)).exists("runs/images/LATEST")

@@ -1,0 +1,319 @@
+"""Other people's checkpoints as runs, with diffusers as the judge of what they draw."""
+
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from ddpm.generation import beginning, generate, make_denoiser, noise_of
+from ddpm.networks.dome import DomeUNet
+from ddpm.networks.unet import UNet
+from ddpm.objective import Condition
+from job import method
+from job.exits import Exit
+from job.runs.checkpoints import choose, list_checkpoints, load_manifest, opened
+from job.runs.records import existing_config, load_attempt
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.ddpm.networks.test_unet import randomise
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+SEEDS = torch.arange(3)
+LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder as diffusers writes it, of a small network by its own conventions."""
+    from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=16,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )
+    randomise(unet)
+    folder = tmp_path_factory.mktemp("diffusers") / "pipeline"
+    DDPMPipeline(unet, DDPMScheduler(variance_type="fixed_large")).save_pretrained(folder)
+    return folder
+
+
+def imported(bucket: Path, source: Path, run: str, *more: object):
+    return ddpm_here("import", source, "--run", run, "--bucket", bucket, *more)
+
+
+def network_of(bucket: Path, run: str):
+    """The configuration of an imported run, and the network with its averaged weights."""
+    store = open_store(str(bucket))
+    config = existing_config(store, run)
+    network = method.build_network(config, torch.device("cpu")).eval()
+    (ref,) = choose(store.sub(f"runs/{run}"), "latest", 1, 1)
+    with opened(store.sub(f"runs/{run}"), ref, ("ema",)) as restored:
+        restored.copy_into({"ema": {name: p.detach() for name, p in network.named_parameters()}})
+    return config, network
+
+
+def drawn(bucket: Path, run: str):
+    """Images of ten DDIM steps in [0, 1], and the noise that they begin with."""
+    config, network = network_of(bucket, run)
+    sampling = method.sampling_of(config.sample.model_copy(update={"sampler": "ddim", "steps": 10}))
+    process, noise = method.process_of(config), noise_of(SEEDS, config.image_shape)
+    denoise = make_denoiser(network, process, method.prediction_of(config), Condition(), clip=config.sample.clip)
+    return generate(denoise, process, sampling, noise) / 2 + 0.5, beginning(sampling.points(process), noise)
+
+
+def test_a_folder_of_diffusers_draws_what_it_did_there(pipeline, tmp_path, monkeypatch):
+    from diffusers import DDIMPipeline
+    from diffusers.pipelines.ddim import pipeline_ddim
+
+    assert succeeded(imported(tmp_path, pipeline, "r")).startswith(f"{tmp_path}/runs/r/checkpoints/000001-0000")
+    assert verify_run(open_store(str(tmp_path)), "r").problems == []
+    ours, start = drawn(tmp_path, "r")
+    monkeypatch.setattr(pipeline_ddim, "randn_tensor", lambda *_, **__: start)
+    judge = DDIMPipeline.from_pretrained(pipeline)
+    judge.scheduler = judge.scheduler.from_config(judge.scheduler.config, timestep_spacing="trailing")
+    judge.set_progress_bar_config(disable=True)
+    theirs = judge(len(SEEDS), num_inference_steps=10, use_clipped_model_output=True, output_type="pt").images
+    assert (theirs - ours).abs().max() < 1e-5
+    config, _ = network_of(tmp_path, "r")
+    assert (config.model.conventions, config.sample.variance, config.sample.clip) == ("diffusers", "fixed_large", True)
+    # It comes out as it went in.
+    succeeded(ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", tmp_path))
+    weights = "unet/diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "out" / weights).read_bytes() == (pipeline / weights).read_bytes()
+
+
+def flat(folder: Path) -> None:
+    for path in ("unet/config.json", "unet/diffusion_pytorch_model.safetensors", "scheduler/scheduler_config.json"):
+        (folder / path).rename(folder / Path(path).name)
+
+
+def old(folder: Path) -> None:
+    """Weights as torch.save writes them, and the attention's layers by their older names."""
+    from safetensors.torch import load_file
+
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    named = load_file(path)
+    for today, before in LEGACY.items():
+        named = {name.replace(f".{today}.", f".{before}."): tensor for name, tensor in named.items()}
+    torch.save(named, path.with_suffix(".bin"))
+    path.unlink()
+
+
+def in_parts(folder: Path) -> None:
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel.from_pretrained(folder, subfolder="unet")
+    (folder / "unet/diffusion_pytorch_model.safetensors").unlink()
+    unet.save_pretrained(folder / "unet", max_shard_size="20KB")
+    assert (folder / "unet/diffusion_pytorch_model.safetensors.index.json").exists()
+
+
+def averages_beside(folder: Path) -> None:
+    """As diffusers' training example leaves a checkpoint: the averages are what is drawn with."""
+    shutil.copytree(folder / "unet", folder / "unet_ema")
+    (folder / "unet/diffusion_pytorch_model.safetensors").write_bytes(b"not read")
+
+
+def by_links(folder: Path) -> None:
+    """As the hub's cache keeps it."""
+    folder.rename(folder.with_name("blobs"))
+    for path in [path for path in folder.with_name("blobs").rglob("*") if path.is_file()]:
+        link = folder / path.relative_to(folder.with_name("blobs"))
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(path)
+
+
+@pytest.mark.parametrize("change", [flat, old, in_parts, averages_beside, by_links])
+def test_every_kind_of_folder_gives_the_same_run(pipeline, tmp_path, change):
+    succeeded(imported(tmp_path / "bucket", pipeline, "as-it-is"))
+    folder = shutil.copytree(pipeline, tmp_path / "changed")
+    change(folder)
+    succeeded(imported(tmp_path / "bucket", folder, "changed"))
+    assert torch.equal(drawn(tmp_path / "bucket", "as-it-is")[0], drawn(tmp_path / "bucket", "changed")[0])
+
+
+def test_an_imported_run_learns_on(tiles, pipeline, tmp_path):
+    """From its own epoch, with the moments at zero; and what a bucket holds is imported as a local folder is."""
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    succeeded(imported(bucket, pipeline, "source"))
+    source = next(path for path in (bucket / "runs/source/checkpoints").iterdir() if path.is_dir())
+    learning = ("train.batch_size=24", "sample.images=4", "sample.steps=5", "checkpoint.every_epochs=1")
+    words = [word for setting in learning for word in ("--set", setting)]
+    again = ("r", "--dataset", "tiles", "--epoch", 3, *words)
+    succeeded(imported(bucket, source, *again))
+    train = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 4, "--bucket", bucket)
+    done = ddpm_here(*train)
+    succeeded(done)
+    assert "going on from epoch 3.1, image 912" in done.stderr
+    assert verify_run(open_store(str(bucket)), "r").problems == []
+    # What has learnt here is no place for another checkpoint.
+    assert "has learnt since (attempt 2)" in refused(imported(bucket, source, *again), Exit.BAD_REQUEST)
+    alone = ddpm_here("train", "--dataset", "tiles", "--run", "source", "--bucket", bucket)
+    assert "with --dataset tiles" in refused(alone, Exit.BAD_REQUEST)
+
+
+def test_epochs_of_dome_and_erengurs_are_drawn_side_by_side(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    network = DomeUNet(image_size=16, in_channels=3, out_channels=3)
+    more = (
+        "--dataset",
+        "tiles",
+        "--size",
+        16,
+        "--preset",
+        "erengurs",
+        "--set",
+        "sample.steps=2",
+        "--set",
+        "sample.grid=trailing",
+    )
+    for epoch in (30, 80, 490):
+        randomise(network)
+        torch.save({f"model.{name}": tensor for name, tensor in network.state_dict().items()}, tmp_path / "ckpt.pt")
+        succeeded(imported(bucket, tmp_path / "ckpt.pt", "seed", "--epoch", epoch, *more))
+    done = succeeded(
+        ddpm_here("sample", "--run", "seed", "--checkpoints", "30,80,490", "--seeds", "0-3", "--bucket", bucket)
+    )
+    assert "comparison-30-80-490-ddpm-2-seeds-0-3.png" in done
+    _, ours = network_of(bucket, "seed")
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        assert torch.equal(ours(x, t), network.eval()(x, t))
+    attempt = load_attempt(open_store(str(bucket)).sub("runs/seed"), 3)
+    assert attempt.imported == str(tmp_path / "ckpt.pt")
+
+
+def test_classes_of_dome_are_guided_as_there(tmp_path):
+    """There no class means that nothing is added to the timestep."""
+    network = DomeUNet(image_size=16, in_channels=3, out_channels=3, num_classes=5)
+    randomise(network)
+    torch.save(network.state_dict(), tmp_path / "ema_ckpt.pt")
+    succeeded(imported(tmp_path, tmp_path / "ema_ckpt.pt", "r", "--size", 16))
+    config, ours = network_of(tmp_path, "r")
+    assert (config.model.num_classes, config.model.label_dropout) == (5, 0.1)
+    x, t = torch.randn(2, 3, 16, 16), torch.tensor([3, 700])
+    with torch.no_grad():
+        of_class = Condition(torch.tensor([4, 0]))
+        assert torch.equal(ours(x, t, of_class), network.eval()(x, t, of_class))
+        network.label_emb = None
+        assert torch.equal(ours(x, t, Condition(torch.tensor([5, 5]))), network(x, t))
+    words = ("--run", "r", "--guidance", 2, "--steps", 2, "--grid", "trailing", "--seeds", "0-4", "--bucket", tmp_path)
+    succeeded(ddpm_here("sample", *words))
+
+
+def test_the_average_in_a_list_of_the_ddim_authors_is_taken(tmp_path):
+    """Weights, optimiser, epoch, step, average: that of `test_the_networks_of_ho_are_read` says which names."""
+    from tests.ddpm.test_interop import SMALL, ho_named
+
+    network, average = UNet(**SMALL), UNet(**SMALL)
+    randomise(network)
+    randomise(average)
+    named = [{f"module.{name}": tensor for name, tensor in ho_named(of).items()} for of in (network, average)]
+    torch.save([named[0], {"state": {}, "param_groups": []}, 3, 1000, named[1]], tmp_path / "ckpt.pth")
+    succeeded(imported(tmp_path, tmp_path / "ckpt.pth", "r", "--size", 16, "--set", "model.norm_groups=4"))
+    _, ours = network_of(tmp_path, "r")
+    assert all(torch.equal(tensor, average.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+class Payload:
+    def __init__(self, marker: Path) -> None:
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+def test_nothing_of_a_file_is_run(pipeline, tmp_path):
+    marker = tmp_path / "marker"
+    weights = DomeUNet(image_size=16, in_channels=3, out_channels=3).state_dict()
+    torch.save(Payload(marker), tmp_path / "a.pt")
+    (tmp_path / "b.ckpt").write_bytes(pickle.dumps(Payload(marker)))
+    torch.save({"model": weights, "optimizer": {"state": {0: Payload(marker)}}}, tmp_path / "c.pt")
+    folder = shutil.copytree(pipeline, tmp_path / "d")
+    old(folder)
+    torch.save({"conv_in.weight": Payload(marker)}, folder / "unet/diffusion_pytorch_model.bin")
+    for name in ("a.pt", "b.ckpt", "c.pt", "d"):
+        assert "was run" in refused(imported(tmp_path / "bucket", tmp_path / name, "r"), Exit.BAD_DATA)
+    assert not marker.exists()
+    assert not (tmp_path / "bucket").exists()
+
+
+def spoiled(folder: Path, config: dict | None = None, keep_bytes: int | None = None, tensors: dict | None = None):
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "unet/diffusion_pytorch_model.safetensors"
+    if config:
+        said = json.loads((folder / "unet/config.json").read_text())
+        (folder / "unet/config.json").write_text(json.dumps(said | config))
+    if keep_bytes is not None:
+        path.write_bytes(path.read_bytes()[:keep_bytes])
+    if tensors is not None:
+        save_file({name: tensor for name, tensor in (load_file(path) | tensors).items() if tensor is not None}, path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({"keep_bytes": 5000}, "cut off"),
+        ({"config": {"act_fn": "gelu"}}, "act_fn='gelu' has no counterpart"),
+        ({"config": {"block_out_channels": [8, 24]}}, "[16, 8, 3, 3] and not [24, 8, 3, 3]"),
+        ({"config": {"layers_per_block": 2}}, "lacks the tensor "),
+        ({"config": {"layers_per_block": 10**9}}, "layers_per_level"),
+        ({"tensors": {"conv_in.bias": None}}, "lacks the tensor conv_in.bias"),
+        ({"tensors": {"conv_in.strange": torch.zeros(3)}}, "does not have, conv_in.strange"),
+        ({"tensors": {"conv_in.bias": torch.full((8,), torch.inf)}}, "conv_in.bias holds what are no finite numbers"),
+    ],
+)
+def test_a_folder_that_is_not_what_it_says_is_refused(pipeline, tmp_path, damage, said):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    spoiled(folder, **damage)
+    done = imported(tmp_path / "bucket", folder, "r")
+    assert said in refused(done, Exit.BAD_CONFIG if "layers_per_level" in said else Exit.BAD_DATA)
+    assert not (tmp_path / "bucket").exists()
+
+
+def test_a_file_that_nobody_knows_is_refused(tmp_path):
+    lucidrains = {"ema_model.model.init_conv.weight": torch.zeros(64, 3, 7, 7), "online_model.model.x": torch.zeros(1)}
+    torch.save({"step": 1, "model": {"model.init_conv.weight": torch.zeros(1)}, "ema": lucidrains}, tmp_path / "l.pt")
+    torch.save({"fc.weight": torch.zeros(3)}, tmp_path / "o.pt")
+    torch.save({"epoch": 3}, tmp_path / "n.pt")
+    torch.save(DomeUNet(image_size=16, in_channels=3, out_channels=3).state_dict(), tmp_path / "whole.pt")
+    with zipfile.ZipFile(tmp_path / "bomb.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("a/data.pkl", bytes(10**8))
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "whole.pt").read_bytes()[: 10**6])
+    (tmp_path / "empty").mkdir()
+    for name, said, code in (
+        ("l.pt", "layer init_conv", Exit.BAD_DATA),
+        ("o.pt", "fc.weight", Exit.BAD_DATA),
+        ("n.pt", "no tensors by name", Exit.BAD_DATA),
+        ("cut.pt", "cut off", Exit.BAD_DATA),
+        ("bomb.pt", "cut off, damaged", Exit.BAD_DATA),
+        ("empty", "nothing lies at", Exit.MISSING_INPUT),
+        ("nowhere.pt", "nothing lies at", Exit.MISSING_INPUT),
+    ):
+        assert said in refused(imported(tmp_path / "bucket", tmp_path / name, "r"), code)
+    assert not (tmp_path / "bucket").exists()
+    assert "--epoch counts" in refused(imported(tmp_path, tmp_path / "whole.pt", "r", "--epoch", 3), 64)
+
+
+def test_a_bucket_is_imported_from_and_exported_to(pipeline, gcs_bucket, tmp_path):
+    store = open_store(gcs_bucket)
+    for path in [path for path in pipeline.rglob("*") if path.is_file()]:
+        store.upload(path, f"theirs/{path.relative_to(pipeline)}")
+    torch.save(DomeUNet(image_size=16, in_channels=3, out_channels=3).state_dict(), tmp_path / "dome.pt")
+    store.upload(tmp_path / "dome.pt", "files/dome.pt")
+    for source, run in (("theirs", "unet"), ("files/dome.pt", "dome")):
+        succeeded(ddpm_here("import", f"{gcs_bucket}/{source}", "--run", run, "--bucket", gcs_bucket))
+        assert len(list_checkpoints(store.sub(f"runs/{run}"))) == 1
+    succeeded(ddpm_here("export", "--run", "unet", "--to", f"{gcs_bucket}/out", "--bucket", gcs_bucket))
+    assert load_manifest(store.sub("runs/unet"), list_checkpoints(store.sub("runs/unet"))[0]).drawn == "ema"
+    assert {entry.key for entry in store.list("out")} >= {"out/README.md", "out/model_index.json"}
