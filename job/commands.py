@@ -11,10 +11,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
+from job.code_version import how_to_install
 from job.config import EMBEDDED, pack_config
-from job.exits import MissingInputError
+from job.evaluation.plan import plan_evaluation
+from job.exits import BadRequestError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
@@ -22,7 +25,7 @@ from job.processes.launched import is_rank
 from job.processes.launcher import launch
 from job.processes.preemption import watch_for_preemption
 from job.progress import Progress, note
-from job.requests import SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, count_of, deadline
@@ -84,6 +87,28 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
                 print(sample_set.describe("complete already"))
         else:
             check_writable(plan.run)
+            _launch(processes or default_processes(), hang_after_seconds)
+
+
+def evaluate_command(
+    request: EvaluateRequest, processes: int | None, hang_after_seconds: float, stop_after: str
+) -> None:
+    """Draws and scores; arguments are those of `train_command`.
+
+    Raises:
+        BadRequestError: what computes scores is not installed.
+        SystemExit: the ranks ended with another code than 0.
+    """
+    if find_spec("torch_fidelity") is None:
+        raise BadRequestError(f"scores need more than is installed (torch-fidelity): {how_to_install('evaluate')}")
+    with _command_on(request.bucket, stop_after) as stop:
+        plan = plan_evaluation(request.check(), stop)
+        if is_rank():
+            from job.evaluation.evaluate import run_evaluation
+
+            run_evaluation(plan, stop)
+        else:
+            check_writable(plan.sampling.run)
             _launch(processes or default_processes(), hang_after_seconds)
 
 

@@ -23,6 +23,8 @@ MODES = {
     "interpolate": set[str](),
 }
 """What is drawn instead of new images, and the options that each takes."""
+METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
+"""What an evaluation tells."""
 MAX_RESAMPLINGS = 1000
 MAX_NUMBERS = 10_000
 MAX_COUNT = 25_600_000
@@ -182,6 +184,59 @@ class SampleRequest:
                 f"--slice {self.slice!r}: slices are i/n with i from 0 to n-1, such as 0/4, 1/4, 2/4 and 3/4"
             )
         return int(match[1]), int(match[2])
+
+
+@dataclass(frozen=True)
+class EvaluateRequest:
+    """Options of `ddpm evaluate`; what is not chosen follows the run's configuration."""
+
+    run: str
+    bucket: str
+    checkpoints: str = "latest"
+    count: int = 5000
+    """Images that are drawn of each checkpoint."""
+    metrics: str = ",".join(METRICS)
+    """Which scores are told."""
+    extractor: str = "inception"
+    extractor_file: str = ""
+    references: int = 50_000
+    """Real images that they are compared with, at most."""
+    repeats: int = 1
+    """Sets of images, of other seeds each."""
+    classes: str = ""
+    chosen: dict[str, Any] = field(default_factory=dict)
+    """Keys of the run's section `sample`, and other values for them."""
+
+    def check(self) -> EvaluateRequest:
+        """Returns the request if its words are known.
+
+        Raises:
+            BadRequestError: as of a `SampleRequest`, or an unknown metric.
+        """
+        _ = self.chosen_metrics
+        self.sampling.check()
+        return self
+
+    @property
+    def chosen_metrics(self) -> tuple[str, ...]:
+        """The metrics by name.
+
+        Raises:
+            BadRequestError: there is no such metric.
+        """
+        chosen = tuple(dict.fromkeys(word.strip() for word in self.metrics.split(",")))
+        for metric in chosen:
+            if metric not in METRICS:
+                there = f"{did_you_mean(metric, METRICS)} (there are {', '.join(METRICS)})"
+                raise BadRequestError(f"--metrics: there is no metric {metric!r:.40}{there}")
+        return chosen
+
+    @property
+    def sampling(self) -> SampleRequest:
+        """What is to be drawn."""
+        return SampleRequest(
+            self.run, self.bucket, self.checkpoints, chosen=self.chosen, count=self.count, classes=self.classes
+        )
 
 
 def chosen_of(options: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from job import __version__
-from job.cli import data, doctor, ema, exchange, figure, jobs, runs, sample, submit, train
+from job.cli import data, doctor, ema, evaluate, exchange, figure, jobs, runs, sample, submit, train
 from job.exits import Exit, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
@@ -26,6 +26,7 @@ app.add_typer(data.app, name="data")
 app.command("train")(train.ddpm_train)
 app.command("sample")(sample.ddpm_sample)
 app.command("ema")(ema.ddpm_ema)
+app.command("evaluate")(evaluate.ddpm_evaluate)
 app.command("import")(exchange.ddpm_import)
 app.command("export")(exchange.ddpm_export)
 app.add_typer(figure.app, name="figure")

@@ -36,6 +36,8 @@ REJECTS = "rejects.jsonl"
 CONTACT_SHEET = "contact-sheet.png"
 PACKING = "packing"
 """Folder of what vouches for shards until the index does."""
+REFERENCES = "references"
+"""Folder of what pretrained networks see in the images, which evaluations keep."""
 SHARD_BYTES = 64 * 1024 * 1024
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
 """Where an image's encoded bytes lie in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""

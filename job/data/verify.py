@@ -12,7 +12,7 @@ from pathlib import Path
 
 from job.data.ahead import in_order
 from job.data.cache import ShardSource
-from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REJECTS, DatasetIndex, Record, load_index
+from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REFERENCES, REJECTS, DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
@@ -87,6 +87,7 @@ def _others(dataset: Store, index: DatasetIndex) -> list[str]:
     return [
         f"{dataset.uri_of(entry.key)} is no part of the dataset: move it elsewhere, or delete it"
         for entry in dataset.list()
-        # What clearing-up leaves of the journal when it is killed belongs to nothing any more, and harms nobody.
-        if entry.key not in named and not entry.key.startswith(f"{PACKING}/")
+        # What clearing-up leaves of the journal when it is killed belongs to nothing any more, and harms nobody; what
+        # evaluations keep says itself what it is of.
+        if entry.key not in named and not entry.key.startswith((f"{PACKING}/", f"{REFERENCES}/"))
     ]

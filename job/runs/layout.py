@@ -75,6 +75,8 @@ class ObjectKind(Enum):
     GRID = "samples/{batch}/grid.png"  # the first images of a batch
     INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
     PROVENANCE = "provenance/{of}/{sha256}.json"  # where a picture of these bytes comes from
+    FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, until the scores are there
+    SCORES = "evaluations/{batch}/scores.json"  # created once: how far they are from real images
     FOUND_GRID = "grids/found-{steps}.json"  # created once: the points that were found for so many steps
     READER = "reading/{checkpoint}-{unique}.json"  # somebody reads this checkpoint; it stays until then
     PROBE = "probe/{unique}"  # measures how long a save takes; deleted at once

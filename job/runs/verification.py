@@ -18,11 +18,12 @@ from job.exits import BadDataError
 from job.progress import Progress
 from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Latest, Manifest, lost_manifest, sha256_of
-from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, PICTURES, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, PICTURES, SAMPLES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
 from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
+from job.runs.scores import Scores
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
 
@@ -40,6 +41,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.READER: Reader,
     ObjectKind.PROVENANCE: Provenance,
     ObjectKind.FOUND_GRID: FoundGrid,
+    ObjectKind.SCORES: Scores,
     ObjectKind.DRAWING: Opening,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: BatchIndex,
@@ -207,7 +209,8 @@ class _Verification:
             recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
             for other in (ObjectKind.GRID.key(batch=batch), *recorded):
                 self._missing(other, f"{key} says that everything is there")
-        for batch in {place.batch for place in self._places.values() if place.batch}:
+        drawn = (place for place in self._places.values() if place.kind and place.kind.folder == SAMPLES)
+        for batch in {place.batch for place in drawn if place.batch}:
             self._missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
 
     def _names(self) -> dict[str, _Named]:

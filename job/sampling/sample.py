@@ -22,7 +22,7 @@ from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.method import sampling_of
 from job.processes.launched import lost_peer
-from job.processes.ranks import Agreement, meet
+from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -43,7 +43,16 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
     """
-    ranks = meet(stop)
+    plan, painter, sampling = prepared(plan, meet(stop), stop)
+    editor = Editor(plan, painter, sampling) if plan.given else None
+    if plan.request.count is None:
+        _draw_pictures(plan, painter, sampling, editor)
+    for sample_set in plan_sets(plan):
+        _draw_slice(plan, painter, sampling, sample_set, editor)
+
+
+def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> tuple[SamplePlan, Painter, Sampling]:
+    """What all processes draw, what draws it, and how. Collective."""
     # A run that trains meanwhile may show each process another newest checkpoint.
     checkpoints, worse = ranks.on_main(lambda: (plan.checkpoints, plan.worse))
     plan = replace(plan, checkpoints=checkpoints, worse=worse)
@@ -58,11 +67,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         # Whoever planned first may have seen none.
         plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
         sampling = replace(sampling, grid=plan.found)
-    editor = Editor(plan, painter, sampling) if plan.given else None
-    if plan.request.count is None:
-        _draw_pictures(plan, painter, sampling, editor)
-    for sample_set in plan_sets(plan):
-        _draw_slice(plan, painter, sampling, sample_set, editor)
+    return plan, painter, sampling
 
 
 def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:

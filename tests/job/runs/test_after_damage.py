@@ -63,7 +63,7 @@ def test_without_what_was_changed_last_nothing_is_retired(copy, tmp_path):
             assert "--set" in line
         assert list_checkpoints(copy) == before
         done = ddpm_here("sample", "--run", "r", "--seeds", "0", "--no-nearest", "--bucket", tmp_path)
-        assert "drawing as the run began" in done.stderr
+        assert "taking the run as it began" in done.stderr
         succeeded(done)
 
 

@@ -1,0 +1,126 @@
+"""How far apart two sets of images are, by their features, float32 [n, D]; drawn ones first, real ones second.
+
+Formulas are torch-fidelity's where it has them. Sums are float64, so that the same features give the same score
+whatever batches and processes they came from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+KID_SUBSETS, KID_SUBSET_IMAGES = 100, 1000
+"""Bińkowski et al. 2018, as most implementations have it."""
+PRECISION_NEIGHBOURS, DENSITY_NEIGHBOURS = 3, 5
+"""Kynkäänniemi et al. 2019, section 3; Naeem et al. 2020, section 4."""
+MOST_NEIGHBOURS_IMAGES = 10_000
+"""Of each side, in which neighbours are looked for: all pairs of distances are held."""
+PROJECTIONS, MIND_SEED = 1000, 0
+_CHUNK = 4096
+
+
+def moments(features: Tensor) -> dict[str, np.ndarray]:
+    """Mean, float64 [D], and unbiased covariance, float64 [D, D], as torch-fidelity takes them."""
+    count, total, squares = len(features), 0.0, 0.0
+    for part in features.split(_CHUNK):
+        rows = part.double().cpu()
+        total, squares = total + rows.sum(dim=0), squares + rows.T @ rows
+    assert isinstance(total, Tensor) and isinstance(squares, Tensor)
+    mean = total / count
+    return {"mu": mean.numpy(), "sigma": ((squares - count * mean[:, None] * mean) / (count - 1)).numpy()}
+
+
+def fid(drawn: Tensor, real: Tensor) -> float:
+    """The squared Fréchet distance of two Gaussians (Heusel et al. 2017, equation 6)."""
+    from torch_fidelity.metric_fid import fid_statistics_to_metric
+
+    return float(next(iter(fid_statistics_to_metric(moments(drawn), moments(real), verbose=False).values())))
+
+
+def kid(drawn: Tensor, real: Tensor) -> tuple[float, float]:
+    """The unbiased squared MMD with the kernel (x·y/D + 1)³ (Bińkowski et al. 2018, section 4) over subsets.
+
+    Returns:
+        The mean over 100 subsets of 1,000 images of each side, or of all of the smaller, and their deviation.
+    """
+    from torch_fidelity.metric_kid import kid_features_to_metric
+
+    size = min(KID_SUBSET_IMAGES, len(drawn), len(real))
+    subsets = 1 if size == len(drawn) == len(real) else KID_SUBSETS
+    options = {"kid_subsets": subsets, "kid_subset_size": size, "verbose": False, "rng_seed": 0}
+    found = kid_features_to_metric(drawn.double(), real.double(), **options)
+    return found["kernel_inception_distance_mean"], found["kernel_inception_distance_std"]
+
+
+def prdc(drawn: Tensor, real: Tensor) -> dict[str, float]:
+    """Precision and recall (Kynkäänniemi et al. 2019) and density and coverage (Naeem et al. 2020, equations 3 and 5).
+
+    Of up to 10,000 images of each side, by as many nearest neighbours as the papers take: 3 and 5.
+    """
+    from torch_fidelity.metric_prc import prc_features_to_metric
+
+    drawn, real = drawn[:MOST_NEIGHBOURS_IMAGES], real[:MOST_NEIGHBOURS_IMAGES]
+    options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "prc_batch_size": _CHUNK, "save_cpu_ram": True}
+    found = prc_features_to_metric(drawn, real, verbose=False, **options)
+    reach = torch.cdist(real, real).kthvalue(DENSITY_NEIGHBOURS + 1).values
+    inside, nearest = torch.zeros(()), torch.full_like(reach, torch.inf)
+    for part in drawn.split(_CHUNK):
+        distances = torch.cdist(part, real)
+        inside = inside + (distances <= reach).sum()
+        nearest = torch.minimum(nearest, distances.amin(dim=0))
+    return {
+        "precision": found["precision"],
+        "recall": found["recall"],
+        "density": float(inside) / (DENSITY_NEIGHBOURS * len(drawn)),
+        "coverage": (nearest <= reach).float().mean().item(),
+    }
+
+
+def mind(drawn: Tensor, real: Tensor) -> float:
+    """3 D times the squared sliced Wasserstein distance (Berthet et al. 2026, arXiv 2605.06797): 1,000 directions.
+
+    Of two sides that are not equally many, as many of the first images as the smaller has.
+    """
+    count, width = min(len(drawn), len(real)), drawn.shape[1]
+    directions = torch.randn(PROJECTIONS, width, generator=torch.Generator().manual_seed(MIND_SEED))
+    directions = directions / directions.norm(dim=1, keepdim=True)
+    total = 0.0
+    for part in directions.split(100):
+        ours, theirs = ((side[:count].cpu() @ part.T).sort(dim=0).values for side in (drawn, real))
+        total += float((ours - theirs).double().square().mean(dim=0).sum())
+    return 3 * width * total / PROJECTIONS
+
+
+def inception_score(logits: Tensor) -> tuple[float, float]:
+    """Exp of the mean divergence of p(class | image) from p(class) (Salimans et al. 2016, section 4), in ten parts.
+
+    Args:
+        logits: of the images that were drawn, [n, classes].
+
+    Returns:
+        The mean over the parts, and their deviation.
+    """
+    from torch_fidelity.metric_isc import isc_features_to_metric
+
+    found = isc_features_to_metric(logits)
+    return found["inception_score_mean"], found["inception_score_std"]
+
+
+COMPARISONS = {"fid": fid, "kid": kid, "prdc": prdc, "mind": mind}
+"""What compares two sets of features, by the words that choose them."""
+
+
+def compared(chosen: tuple[str, ...], drawn: Tensor, real: Tensor) -> Iterator[tuple[str, float]]:
+    """The scores of these comparisons, by name; deviations as `kid_std`."""
+    for metric in chosen:
+        found: Any = COMPARISONS[metric](drawn, real)
+        if isinstance(found, dict):
+            yield from found.items()
+        elif isinstance(found, tuple):
+            yield from zip((metric, f"{metric}_std"), found, strict=True)
+        else:
+            yield metric, found

