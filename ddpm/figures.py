@@ -308,6 +308,32 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
     return _plot_png(figure)
 
 
+def scores_figure(rows: Sequence[Mapping[str, float]], epoch_images: int) -> bytes:
+    """Plot scores over the epochs, a panel for each, as a PNG 480 pixels high.
+
+    Each row has `images_seen`, and scores by their names; of several about one moment the last counts. Where a row has
+    `kid_std` that is the ± of `kid`, and `real kid` is a line: that of real images.
+    """
+    latest = {row["images_seen"]: row for row in rows}
+    beside = ("images_seen", "epoch", "time")
+    found = dict.fromkeys(name for row in latest.values() for name in row)
+    names = [name for name in found if name not in beside and "_std" not in name and not name.startswith("real ")]
+    figure, panels = _figures(4.8 * max(1, len(names)), max(1, len(names)))
+    for axes, name in zip(panels, names, strict=False):
+        scored = {images / epoch_images: row for images, row in sorted(latest.items()) if name in row}
+        y = [row[name] for row in scored.values()]
+        metric, dash, extractor = name.partition("-")
+        deviations = [row.get(f"{metric}_std{dash}{extractor}", 0.0) for row in scored.values()]
+        axes.errorbar(list(scored), y, yerr=deviations, color="#22437c", marker="o", markersize=4, capsize=3)
+        if (real := [row.get(f"real {name}") for row in scored.values()][-1]) is not None:
+            axes.axhline(real, color="#d1603d", linestyle="--", label="real images")
+            axes.legend(frameon=False, labelcolor=_INK_HEX)
+        axes.set_title(name)
+        axes.set_xlabel("epoch")
+        axes.set_ylim(bottom=min(0, *y))
+    return _plot_png(figure)
+
+
 def _checked_images(images: Images) -> Images:
     if images.dtype != np.uint8 or images.ndim != 4 or not len(images) or images.shape[3] not in (1, 3):
         raise ValueError(f"expected uint8 [B, H, W, 1 or 3] with B ≥ 1, got {images.dtype} {list(images.shape)}")
@@ -375,18 +401,26 @@ def _palette(images: Images) -> Image.Image:
 
 
 def _figure(width_inches: float) -> tuple[Figure, Axes]:
+    figure, (axes,) = _figures(width_inches, 1)
+    return figure, axes
+
+
+def _figures(width_inches: float, panels: int) -> tuple[Figure, list[Axes]]:
     # Figure itself, not pyplot: no global state, no display, safe beside other threads.
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     figure = Figure(figsize=(width_inches, 4.8), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1))
-    axes = figure.add_subplot()
+    return figure, [_plain(figure.add_subplot(1, panels, 1 + panel)) for panel in range(panels)]
+
+
+def _plain(axes: Axes) -> Axes:
     axes.tick_params(colors=_INK_HEX)
     for part in (axes.title, axes.xaxis.label, axes.yaxis.label, axes.spines[:]):
         part.set_color(_INK_HEX)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="#e4e4e4", linewidth=0.8)
-    return figure, axes
+    return axes
 
 
 def _plot_png(figure: Figure) -> bytes:

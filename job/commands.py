@@ -11,13 +11,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import resources
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from job.code_version import how_to_install
 from job.config import EMBEDDED, pack_config
-from job.evaluation.plan import plan_evaluation
-from job.exits import BadRequestError, MissingInputError
+from job.evaluation.plan import check_formulas, check_scores, plan_evaluation
+from job.exits import MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
@@ -56,6 +54,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         processes = 1 if is_rank() else processes or default_processes()
         world_size = count_of("WORLD_SIZE", 1) if is_rank() else processes * here.nodes
         check_world_size(world_size, plan.config.train.batch_size)
+        check_scores(plan)
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():
             _say_finished(plan, "is finished already")
@@ -99,8 +98,7 @@ def evaluate_command(
         BadRequestError: what computes scores is not installed.
         SystemExit: the ranks ended with another code than 0.
     """
-    if find_spec("torch_fidelity") is None:
-        raise BadRequestError(f"scores need more than is installed (torch-fidelity): {how_to_install('evaluate')}")
+    check_formulas()
     with _command_on(request.bucket, stop_after) as stop:
         plan = plan_evaluation(request.check(), stop)
         if is_rank():

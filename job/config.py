@@ -346,6 +346,7 @@ class CheckpointConfig(Section):
     keep_last: int = Field(3, ge=1, le=LARGEST)
     keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="0: none beyond keep_last and keep_epochs")
     keep_epochs: Counts = ()
+    keep_best: bool = Field(False, description="also the one with the best score: the first of evaluate.metrics")
 
 
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
@@ -424,6 +425,18 @@ class SampleConfig(Drawing):
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 
 
+class EvaluateConfig(Section):
+    """Scores of what the run draws while it trains: see `ddpm evaluate`."""
+
+    every_epochs: int = Field(0, ge=0, le=LARGEST, description="0: never")
+    images: int = Field(1000, ge=12, le=1_000_000, description="drawn each time, by the section sample")
+    references: int = Field(50_000, ge=12, le=1_000_000, description="real images that they are compared with, at most")
+    metrics: Annotated[
+        tuple[Literal["fid", "kid", "prdc", "mind"], ...], BeforeValidator(_split), Field(min_length=1)
+    ] = Field(("kid", "fid"), description="the first of them says which checkpoint is the best")
+    extractor: Literal["inception", "mobilenet"] = Field("inception", description="whose features are compared")
+
+
 class LogConfig(Section):
     """Metrics."""
 
@@ -443,6 +456,7 @@ class RunConfig(Section):
     ema: EmaConfig = EmaConfig()  # type: ignore[call-arg]
     checkpoint: CheckpointConfig = CheckpointConfig()  # type: ignore[call-arg]
     sample: SampleConfig = SampleConfig()  # type: ignore[call-arg]
+    evaluate: EvaluateConfig = EvaluateConfig()  # type: ignore[call-arg]
     log: LogConfig = LogConfig()  # type: ignore[call-arg]
 
     @property
@@ -468,6 +482,14 @@ class RunConfig(Section):
                 "model.kind=dome is told the timestep and the class alone, as in its checkpoints: leave out "
                 "diffusion.self_conditioning and data.augment, or choose another network"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _knows_its_best(self) -> RunConfig:
+        if self.checkpoint.keep_best and not self.evaluate.every_epochs:
+            raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
+        if self.checkpoint.keep_best and self.evaluate.metrics[0] == "prdc":
+            raise ValueError("checkpoint.keep_best goes by the first of evaluate.metrics, and prdc is four scores")
         return self
 
     @model_validator(mode="after")
@@ -550,7 +572,7 @@ FREE = {
     "ema.snapshot_epochs",
     "model.gradient_checkpointing",
 }
-FREE_SECTIONS = {"checkpoint", "sample", "log"}
+FREE_SECTIONS = {"checkpoint", "sample", "evaluate", "log"}
 """Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,17 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.retention import Retention
-from job.runs.samples import LOSS_FIGURE, denoising_key, grid_key, label_of
+from job.runs.retention import Retention, best_images_seen
+from job.runs.samples import LOSS_FIGURE, SCORES_FIGURE, denoising_key, grid_key, label_of
+from job.runs.scores import score_name
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter
 from job.sampling.sample import grid_png
 from job.stop import NEVER, Stop
 from job.validation import validation_row
+
+if TYPE_CHECKING:
+    from job.evaluation.in_training import Judge
 
 ANOTHER_PROCESS = "another process"
 """Why a process stops that was not asked itself."""
@@ -127,6 +132,9 @@ class TrainingSession:
     ) -> None:
         """Builds the network and its state on this process's device. Collective."""
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
+        self.judge: Judge | None = None
+        self.score = score_name(self.config.evaluate.metrics[0], self.config.evaluate.extractor)
+        self.scored_rows: list[metrics.Row] = []
         self.held_out, self.objective = held_out, method.objective_of(self.config)
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
         self.settings, self.hooks = method.settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
@@ -163,7 +171,9 @@ class TrainingSession:
             yield
             return
         self.attempt, self.lease = attempt, lease
-        held = HeldRun(self.plan.run, self.retention, attempt, lease)
+        rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
+        self.scored_rows = [row for row in rows if self.score in row]
+        held = HeldRun(self.plan.run, self._retention(), attempt, lease)
         self.writer = CheckpointWriter(held, self.state.tensors(), manifest, aside, self.stop, note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
@@ -241,6 +251,8 @@ class TrainingSession:
             # The attempt that saved this checkpoint may not have got that far.
             if self._is_validation_due(state.images_seen) and self.ranks.on_main(self._lacks_validation):
                 self._validate()
+            if self._is_scoring_due(state.images_seen) and self.ranks.on_main(self._lacks_scores):
+                self._score()
             if self._is_grid_due(state.images_seen) and self.ranks.on_main(self._lacks_grid):
                 self._draw_grid()
             with closing(self.batches):
@@ -306,11 +318,18 @@ class TrainingSession:
                 self.step_began = time.monotonic()
             except StoppedError:
                 stopping = True
+        is_scored = not stopping and self._is_scoring_due(images)
+        if is_scored:
+            try:
+                self._score()
+                self.step_began = time.monotonic()
+            except StoppedError:
+                stopping = True
         if stopping:
             self.stop.request(ANOTHER_PROCESS)
         # Before images are waited for, which may never come.
         is_due = self._completes_epoch(images, config.checkpoint.every_epochs)
-        if stopping or save_now or is_due or self.retention.needs(images):
+        if stopping or save_now or is_due or is_scored or self.retention.needs(images):
             self._save()
         self.step_began = time.monotonic()
         stopping = stopping or (starved and not self._can_all_begin(1))
@@ -396,6 +415,35 @@ class TrainingSession:
             epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
             self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **losses, "time": now})
 
+    def _is_scoring_due(self, images_seen: int) -> bool:
+        every = self.config.evaluate.every_epochs
+        is_last = images_seen == self.plan.target_images
+        return bool(every) and (is_last or self._completes_epoch(images_seen, every))
+
+    def _lacks_scores(self) -> bool:
+        rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics[-2:], note)
+        return not any(self.score in row and row["images_seen"] == self.state.images_seen for row in rows)
+
+    def _score(self) -> None:
+        """Logs the scores of what the run draws, and has the best checkpoint stay; collective."""
+        from job.evaluation.in_training import Judge
+
+        self.judge = self.judge or Judge(self.plan)
+        row = self.judge.row(self._painter())
+        if self.ranks.is_main:
+            images_seen = self.state.images_seen
+            epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
+            self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **row, "time": now})
+            self.scored_rows.append(self.writer.rows[-1])
+            self.writer.retention = self._retention()
+            figure = figures.scores_figure(self.scored_rows, self.dataset_images)
+            self.writer.put(SCORES_FIGURE, figure, images_seen=images_seen)
+
+    def _retention(self) -> Retention:
+        """The run's rules, and the best checkpoint by its scores so far."""
+        best = best_images_seen(self.config, self.scored_rows)
+        return Retention(self.config, self.dataset_images, best)
+
     def _lacks_grid(self) -> bool:
         return not self.plan.run.exists(self._grid_key())
 
@@ -404,16 +452,21 @@ class TrainingSession:
         label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
         return grid_key(label, self.config.sample.name(self.plan.own))
 
-    def _draw_grid(self) -> Painter:
-        """Makes the sample grid of this moment; collective."""
-        config, images_seen = self.config, self.state.images_seen
-        seeds, sample = range(config.sample.images), config.sample
+    def _painter(self) -> Painter:
+        """What draws as the run does, with the weights of this moment."""
+        config, sample = self.config, self.config.sample
         precision = config.train.precision if sample.precision == "auto" else sample.precision
         painter = Painter(config, self.ranks, precision, self.stop, self.agreement_in_step)
         if sample.weights == "model":
             painter.network.load_state_dict(self.state.model.state_dict())
         else:
             self.state.averages[sample.weights].copy_to(painter.network)
+        return painter
+
+    def _draw_grid(self) -> Painter:
+        """Makes the sample grid of this moment; collective."""
+        sample, images_seen, painter = self.config.sample, self.state.images_seen, self._painter()
+        seeds = range(sample.images)
         drawn = painter.draw(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish() -> None:

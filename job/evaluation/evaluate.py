@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
@@ -19,15 +19,16 @@ from job.code_version import code_version
 from job.data.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.features import FeatureFolder, Named
-from job.evaluation.plan import EvaluatePlan, Evaluation
+from job.evaluation.plan import EvaluatePlan, Evaluation, reference_folder
 from job.exits import StoppedError
+from job.plan import FoundRun
 from job.processes.launched import lost_peer
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress
 from job.runs import records
 from job.runs.layout import ObjectKind
 from job.runs.retention import reading
-from job.runs.scores import About, Scores
+from job.runs.scores import About, Reference, Scores, score_name
 from job.sampling.painter import Painter
 from job.sampling.sample import prepared
 from job.stop import NEVER, Stop
@@ -58,19 +59,19 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
     if todo:
         see = plan.found.load(painter.device)
-        real = _references(plan, painter, see)
+        real = references(plan.sampling, plan.reference, painter, see)
         for evaluation in plan.evaluations():
             if evaluation.batch in todo:
                 _evaluate(evaluation, painter, sampling, see, real)
     ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
-def _references(plan: EvaluatePlan, painter: Painter, see: See) -> Named:
+def references(of_run: FoundRun, reference: Reference, painter: Painter, see: See) -> Named:
     """Features of the real images, on the main process; none on the others. Collective."""
-    folder, index, ranks = plan.reference_folder, plan.index, painter.ranks
+    folder, ranks = reference_folder(of_run, reference), painter.ranks
     if ranks.on_main(lambda: len(folder.committed())) < folder.pieces:
-        chosen = Order((index.images,), seed=0).indices(np.arange(folder.count))
-        images = plan.sampling.opened_images(painter.stop)
+        chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
+        images = of_run.opened_images(painter.stop)
 
         def make(numbers: range, advance: Callable[[float], None]) -> Named:
             parts = []
@@ -81,8 +82,8 @@ def _references(plan: EvaluatePlan, painter: Painter, see: See) -> Named:
                 advance(len(some))
             return joined(parts)
 
-        _make_pieces(folder, painter, f"looking at {index.name}", make)
-        about = About(reference=plan.reference, pieces=folder.pieces)
+        _make_pieces(folder, painter, f"looking at {reference.dataset}", make)
+        about = About(reference=reference, pieces=folder.pieces)
         with suppress(ObjectExistsError):
             ranks.on_main(lambda: folder.store.create("reference.json", about.to_json()))
     return _on_main(ranks, folder.load)
@@ -131,17 +132,8 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> dict[str, float]:
 
 def _publish(evaluation: Evaluation, drawn: Named, real: Named, bound: dict[str, float], stop: Stop) -> None:
     """Computes the scores, writes them down, and removes the features that they are of."""
-    plan, reals, images = evaluation.plan, real["features"], evaluation.images
-    count = min(len(drawn["features"]), len(reals) // 2)
-    values: dict[str, float] = {}
-    floor: dict[str, float] = {}
-    with Progress(f"scoring {images.name}", total=2 * len(COMPARED), unit="metrics") as bar:
-        pairs = ((values, drawn["features"], reals), (floor, reals[:count], reals[count:]))
-        for number, (scores, ours, theirs) in enumerate(pairs):
-            for done, metric in enumerate(COMPARED):
-                stop.check("while scoring", "what was drawn is saved, and the same command goes on")
-                scores.update(metrics.compared((metric,), ours, theirs))
-                bar.update(number * len(COMPARED) + done + 1)
+    plan, images = evaluation.plan, evaluation.images
+    values, floor, floor_images = scored(COMPARED, drawn, real, stop, f"scoring {images.name}")
     if "logits" in drawn:
         for scores, logits in ((values, drawn["logits"]), (floor, real["logits"])):
             scores["is"], scores["is_std"] = metrics.inception_score(logits)
@@ -152,7 +144,7 @@ def _publish(evaluation: Evaluation, drawn: Named, real: Named, bound: dict[str,
         reference=plan.reference,
         values=values,
         floor=floor,
-        floor_images=(count, len(reals) - count),
+        floor_images=floor_images,
         bits_per_dim_images=int(bound.get("images", 0)),
         held_out=bool(plan.index.held_out),
         batch=evaluation.batch,
@@ -163,6 +155,28 @@ def _publish(evaluation: Evaluation, drawn: Named, real: Named, bound: dict[str,
     with suppress(ObjectExistsError):
         images.run.create(ObjectKind.SCORES.key(batch=evaluation.batch), record.to_json())
     evaluation.folder.delete()
+
+
+def scored(
+    chosen: Sequence[str], drawn: Named, real: Named, stop: Stop, title: str
+) -> tuple[dict[str, float], dict[str, float], tuple[int, int]]:
+    """The scores of drawn images, those of as many real ones against the others, and how many these are.
+
+    Raises:
+        StoppedError: this process was asked to stop.
+    """
+    reals = real["features"]
+    count = min(len(drawn["features"]), len(reals) // 2)
+    values: dict[str, float] = {}
+    floor: dict[str, float] = {}
+    with Progress(title, total=2 * len(chosen), unit="metrics") as bar:
+        pairs = ((values, drawn["features"], reals), (floor, reals[:count], reals[count:]))
+        for number, (scores, ours, theirs) in enumerate(pairs):
+            for done, metric in enumerate(chosen, 1):
+                stop.check("while scoring")
+                scores.update(metrics.compared((metric,), ours, theirs))
+                bar.update(number * len(chosen) + done)
+    return values, floor, (count, len(reals) - count)
 
 
 def _make_pieces(folder: FeatureFolder, painter: Painter, title: str, make: Make) -> None:
@@ -237,7 +251,7 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             spread = stdev(of_sets) if len(of_sets) > 1 else first.values.get(f"{name}_std")
             told = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
-            lines.append(f"{extractor.score_name(name):<20}{told:>22}  {real}")
+            lines.append(f"{score_name(name, extractor.name):<20}{told:>22}  {real}")
         if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
             whose = "that nobody learnt from" if first.held_out else "that were learnt"
             lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} images {whose})")

@@ -53,13 +53,6 @@ class Extractor:
     package: str
     path: str
 
-    def score_name(self, metric: str) -> str:
-        """What a score is called: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
-        if self.name == "inception" or metric == "bpd":
-            return metric
-        words = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}
-        return f"{words.get(metric, metric)}-{self.name}"
-
 
 EXTRACTORS = {
     extractor.name: extractor

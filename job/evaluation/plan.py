@@ -5,12 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import PurePosixPath
 
+from job.code_version import how_to_install
 from job.data.shards import REFERENCES, DatasetIndex, dataset_key
-from job.evaluation.extractors import FoundExtractor, find_extractor
+from job.evaluation.extractors import Extractor, FoundExtractor, find_extractor
 from job.evaluation.features import FeatureFolder
 from job.exits import BadDataError, BadRequestError
+from job.plan import FoundRun, Plan
 from job.requests import EvaluateRequest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.scores import Reference, Scores
@@ -37,14 +40,6 @@ class EvaluatePlan:
         """Of the run's dataset."""
         assert self.sampling.index is not None
         return self.sampling.index
-
-    @property
-    def reference_folder(self) -> FeatureFolder:
-        """Features of the real images, which all runs on this dataset share."""
-        fingerprint, index = _hash_of(self.reference.model_dump()), self.index
-        name = f"{REFERENCES}/{self.reference.extractor}-{self.reference.images}-{fingerprint[:12]}"
-        store = self.sampling.bucket.sub(f"{dataset_key(index.name, index.size)}/{name}")
-        return FeatureFolder(store, fingerprint, self.reference.images, piece_images(self.reference.images))
 
     def check_metrics(self) -> None:
         """Returns if all metrics that are wanted can be told.
@@ -132,26 +127,61 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
             "import it once more, under another name, with --dataset"
         )
     found = find_extractor(request.extractor, sampling.bucket, request.extractor_file)
-    extractor, references = found.extractor, min(index.images, request.references)
+    references = min(index.images, request.references)
     if request.count < FEWEST_IMAGES or references < FEWEST_IMAGES:
         raise BadRequestError(
-            f"{request.count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} of "
-            "each at least, and say something from a thousand on"
+            f"{request.count:,} images against {references:,} real ones of {index.name}: scores need {FEWEST_IMAGES} "
+            "of each at least, and say something from a thousand on"
         )
-    reference = Reference(
+    plan = EvaluatePlan(request, sampling, found, reference_of(index, found.extractor, references))
+    plan.check_metrics()
+    return plan
+
+
+def check_formulas() -> None:
+    """Raises `BadRequestError` if what computes scores is not installed."""
+    if find_spec("torch_fidelity") is None:
+        raise BadRequestError(f"scores need more than is installed (torch-fidelity): {how_to_install('evaluate')}")
+
+
+def check_scores(plan: Plan) -> None:
+    """Returns if the scores that a run wants while it trains can be computed, or it wants none.
+
+    Raises:
+        MissingInputError: the network's weights are nowhere.
+        BadRequestError: its dataset has too few images, or what computes scores is not installed.
+    """
+    if not plan.config.evaluate.every_epochs:
+        return
+    check_formulas()
+    find_extractor(plan.config.evaluate.extractor, plan.bucket)
+    if plan.index.images < FEWEST_IMAGES:
+        raise BadRequestError(
+            f"evaluate.every_epochs: {plan.index.name} has {plan.index.images:,} images; scores need {FEWEST_IMAGES}"
+        )
+
+
+def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Reference:
+    """What is compared with: so many images of a dataset at most, as a network sees them."""
+    return Reference(
         dataset=index.name,
         dataset_id=index.dataset_id,
         size=index.size,
         crop=index.crop,
         resize_filter=index.resize_filter,
-        images=references,
+        images=min(index.images, images),
         of_images=index.images,
         extractor=extractor.name,
         extractor_sha256=extractor.sha256,
     )
-    plan = EvaluatePlan(request, sampling, found, reference)
-    plan.check_metrics()
-    return plan
+
+
+def reference_folder(of_run: FoundRun, reference: Reference) -> FeatureFolder:
+    """Features of the real images, which all runs on this dataset share."""
+    fingerprint = _hash_of(reference.model_dump())
+    name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
+    store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
+    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images))
 
 
 def _hash_of(content: object) -> str:

@@ -23,6 +23,8 @@ from job.runs import records
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
 from job.runs.layout import CHECKPOINTS, MAX_FENCE, CheckpointRef, Located, ObjectKind, located, places_in
 from job.runs.lease import LEASE_KEY, Lease, load_lease
+from job.runs.metrics import Row, read_rows
+from job.runs.scores import score_name
 from job.stop import Stop
 from job.store import ObjectMissingError, Store, open_store
 
@@ -39,15 +41,18 @@ class Retention:
     config: RunConfig
     dataset_images: int
     """From this follows which epochs a checkpoint ends."""
+    best_images_seen: int = -1
+    """By the checkpoint with the best score, if that one stays."""
 
     def keeps(self, images_seen: int) -> bool:
-        """Whether this is the end of an epoch whose checkpoint is never retired.
+        """Whether this is the best so far, or the end of an epoch whose checkpoint is never retired.
 
         An epoch ends with the first batch at or after its last image.
         """
         every, chosen = self.config.checkpoint.keep_every_epochs, self.config.checkpoint.keep_epochs
         epochs = epochs_completed_by(images_seen, self.dataset_images, self.config.train.batch_size)
-        return any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
+        is_chosen = any(epoch in chosen or (every and epoch % every == 0) for epoch in epochs)
+        return is_chosen or images_seen == self.best_images_seen
 
     def takes_snapshot(self, images_seen: int) -> bool:
         """Whether a checkpoint of this moment has a snapshot of the averages, and is therefore always made."""
@@ -62,6 +67,13 @@ class Retention:
     def retire(self, refs: Iterable[CheckpointRef]) -> list[CheckpointRef]:
         """Those of the checkpoints that may go, oldest first; never the newest."""
         return [ref for ref in sorted(refs)[: -self.config.checkpoint.keep_last] if not self.keeps(ref.images_seen)]
+
+
+def best_images_seen(config: RunConfig, rows: Iterable[Row]) -> int:
+    """Of the row of the metrics with the best score, if its checkpoint is to stay; else -1."""
+    score = score_name(config.evaluate.metrics[0], config.evaluate.extractor)
+    scored = [(row[score], row["images_seen"]) for row in rows if row.get(score) is not None]
+    return min(scored)[1] if scored and config.checkpoint.keep_best else -1
 
 
 class Reader(records.RunRecord):
@@ -247,6 +259,8 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
     if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
         with newest_good(run, note) as newest:
             stays = read | ({newest.manifest.ref} if newest else set())
+            best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
+            old = [ref for ref in old if ref.images_seen != best]
         for ref in old:
             if ref not in stays:
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))

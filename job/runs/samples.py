@@ -29,6 +29,8 @@ from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")
 
+SCORES_FIGURE = ObjectKind.FIGURE.key(name="scores", picture="png")
+
 
 class Provenance(RunRecord):
     """Where one picture comes from."""

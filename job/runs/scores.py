@@ -17,6 +17,13 @@ from job.runs.records import RunRecord
 from job.runs.samples import NumberedDrawing
 from job.sealed import SHA256_PATTERN, Part, Sealed
 
+_OTHERS = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}
+
+
+def score_name(metric: str, extractor: str) -> str:
+    """What a score is called: `fid` is Inception's alone, and MobileNetV2's is `fd-mobilenet`."""
+    return metric if extractor == "inception" or metric == "bpd" else f"{_OTHERS.get(metric, metric)}-{extractor}"
+
 
 class Reference(Part):
     """The real images, and the network that saw them."""

@@ -100,16 +100,24 @@ class Painter:
         batch_size_images: int,
         title: str,
         route: Route | None = None,
+        kept: Callable[[np.ndarray], np.ndarray] = lambda images: images,
     ) -> np.ndarray:
         """All seeds, shared out over the processes: uint8 [n, H, W, C] on the main one, none on the others. Collective.
+
+        Args:
+            seeds: of the images.
+            sampling: how they are drawn.
+            batch_size_images: at a time and process.
+            title: of the bar.
+            route: from noise to images; none: straight.
+            kept: what is handed on of each batch [n, …] instead of its images.
 
         Raises:
             StoppedError: on all processes at the same step, when any of them was asked to stop.
         """
         rank, world_size = self.ranks.rank, self.ranks.world_size
         mine, route = range(len(seeds))[rank::world_size], route or Route(self.evaluations_of(sampling))
-        channels, height, width = self.image_shape
-        made = [np.empty((0, height, width, channels), np.uint8)]
+        made: list[np.ndarray] = []
         # Every process counts the batches of the first one, which has the most.
         starts, done = range(0, len(seeds[::world_size]), batch_size_images), 0
 
@@ -123,20 +131,22 @@ class Painter:
             for start in starts:
                 if places := mine[start : start + batch_size_images]:
                     some = [seeds[place] for place in places]
-                    made.append(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places)))
+                    made.append(kept(self.draw_alone(some, sampling, after_evaluation, route.walk_of(places))))
                 else:
                     for _ in range(route.evaluations):
                         after_evaluation()
             self.agreement.finish()
-        part = np.concatenate(made)
+        # The first process has some whenever there are any; others may have none, of whatever shape.
+        part = np.concatenate(made) if made else np.empty(0)
         if world_size == 1:
             return part
         parts: list[Any] | None = [None] * world_size if rank == 0 else None
         dist.gather_object(part, parts)
-        images = np.empty((len(seeds) if rank == 0 else 0, *part.shape[1:]), np.uint8)
-        for other, drawn in enumerate(parts or []):
-            images[other::world_size] = drawn
-        return images
+        gathered = np.empty((len(seeds) if rank == 0 else 0, *part.shape[1:]), part.dtype)
+        for other, of_rank in enumerate(parts or []):
+            if len(of_rank):
+                gathered[other::world_size] = of_rank
+        return gathered
 
     def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""

@@ -1,0 +1,63 @@
+"""What a run draws while it trains, scored every few epochs: a row of its metrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from job import method
+from job.evaluation.evaluate import references, scored, seen
+from job.evaluation.extractors import find_extractor
+from job.evaluation.features import Named
+from job.evaluation.plan import reference_of
+from job.plan import Plan
+from job.progress import note
+from job.runs.metrics import Row
+from job.runs.scores import score_name
+from job.sampling.painter import Painter
+
+
+class Judge:
+    """The network that sees images, and what it saw in real ones; each is loaded when it is first needed."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._plan, self._chosen = plan, plan.config.evaluate
+        self._found = find_extractor(self._chosen.extractor, plan.bucket)
+        self._real: Named | None = None
+
+    def row(self, painter: Painter) -> Row:
+        """The scores of the painter's network by name, on the main process; none on the others. Collective.
+
+        Raises:
+            StoppedError: on all processes at once, when any of them was asked to stop.
+        """
+        plan, chosen = self._plan, self._chosen
+        if self._real is None:
+            self._see = self._found.load(painter.device)
+            reference = reference_of(plan.index, self._found.extractor, chosen.references)
+            self._real = references(plan, reference, painter, self._see)
+        sample = plan.config.sample
+
+        def features(images: np.ndarray) -> np.ndarray:
+            return seen(self._see, images, painter.device)["features"].numpy()
+
+        sampling, seeds = method.sampling_of(sample), range(chosen.images)
+        drawn = painter.draw(seeds, sampling, sample.batch_size, "drawing for scores", kept=features)
+        row: Row = {}
+
+        def score() -> None:
+            real = self._real
+            assert real is not None
+            of_drawn: Named = {"features": torch.from_numpy(drawn)}
+            values, floor, counts = scored(chosen.metrics, of_drawn, real, painter.stop, "scoring")
+            row.update({score_name(name, chosen.extractor): value for name, value in values.items()})
+            row.update({f"real {score_name(name, chosen.extractor)}": value for name, value in floor.items()})
+            told = [
+                f"{score_name(name, chosen.extractor)} {value:.4g} (real images {floor[name]:.4g})"
+                for name, value in values.items()
+                if not name.endswith("_std")
+            ]
+            note(f"{chosen.images:,} images: {', '.join(told)}; real ones are {counts[0]:,} against {counts[1]:,}")
+
+        painter.ranks.on_main(score)
+        return row

@@ -1,0 +1,88 @@
+"""Scores against other people's formulas, brute force, and what is known of Gaussians."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.linalg import sqrtm
+
+from ddpm import metrics
+
+WIDTH = 24
+
+
+def features(count, seed, shift=0.0, scale=1.0):
+    """Correlated features with a mean far from zero, as those of images are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(99))
+    return torch.randn(count, WIDTH, generator=generator) @ mixing * scale + 30 + shift
+
+
+def test_the_frechet_distance_is_that_of_pytorch_fid():
+    drawn, real = features(300, 0, shift=0.3, scale=1.2), features(400, 1)
+    of_drawn, of_real = (side.double().numpy() for side in (drawn, real))
+    roots = sqrtm(np.cov(of_drawn, rowvar=False) @ np.cov(of_real, rowvar=False))
+    difference = of_drawn.mean(axis=0) - of_real.mean(axis=0)
+    theirs = difference @ difference + np.trace(np.cov(of_drawn, rowvar=False) + np.cov(of_real, rowvar=False))
+    assert metrics.fid(drawn, real) == pytest.approx(theirs - 2 * np.trace(roots).real, rel=1e-9)
+
+
+def test_sums_do_not_depend_on_how_features_come(monkeypatch):
+    whole = metrics.moments(features(1000, 0))
+    monkeypatch.setattr(metrics, "_CHUNK", 7)
+    for name, value in metrics.moments(features(1000, 0)).items():
+        np.testing.assert_allclose(value, whole[name], rtol=1e-12, atol=1e-10)
+
+
+def test_kid_is_the_unbiased_distance_over_all_pairs_of_sets_that_are_small():
+    drawn, real = features(60, 0, shift=0.2), features(60, 1)
+
+    def kernel(a, b):
+        return (a.double() @ b.double().T / WIDTH + 1) ** 3
+
+    def within(a):
+        k = kernel(a, a)
+        return (k.sum() - k.diagonal().sum()) / (len(a) * (len(a) - 1))
+
+    brute = float(within(drawn) + within(real) - 2 * kernel(drawn, real).mean())
+    assert metrics.kid(drawn, real) == (pytest.approx(brute, rel=1e-9), 0.0)
+    # Subsets of a larger side go about the same.
+    mean, deviation = metrics.kid(drawn, features(600, 1))
+    assert deviation > 0
+    assert mean == pytest.approx(brute, abs=4 * deviation + 0.2 * abs(brute))
+
+
+def test_precision_recall_density_and_coverage_by_brute_force():
+    drawn, real = features(40, 0, shift=1.0), features(50, 1)
+    found = metrics.prdc(drawn, real)
+    across = torch.cdist(drawn, real)
+
+    def reach(a, neighbours):
+        return torch.cdist(a, a).sort(dim=1).values[:, neighbours]
+
+    assert found["precision"] == pytest.approx((across <= reach(real, 3)).any(dim=1).float().mean().item())
+    assert found["recall"] == pytest.approx((across <= reach(drawn, 3)[:, None]).any(dim=0).float().mean().item())
+    inside = across <= reach(real, 5)
+    assert found["density"] == pytest.approx(inside.sum().item() / (5 * len(drawn)))
+    assert found["coverage"] == pytest.approx(inside.any(dim=0).float().mean().item())
+    assert 0 < found["precision"] < 1
+    same = metrics.prdc(real, real)
+    assert (same["precision"], same["recall"], same["coverage"]) == (1.0, 1.0, 1.0)
+
+
+def test_mind_of_gaussians_that_are_shifted_is_three_times_the_square_of_the_shift():
+    """Along a direction u they are u·m apart, whose mean square is |m|²/D."""
+    drawn = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(0))
+    real = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(1)) + 2.0
+    assert metrics.mind(drawn, real) == pytest.approx(3 * 4.0 * WIDTH, rel=0.15)
+    assert metrics.mind(drawn, drawn) == 0.0
+
+
+def test_the_inception_score_counts_classes_that_are_told_apart():
+    logits = 50.0 * torch.eye(8).repeat(200, 1)
+    assert metrics.inception_score(logits)[0] == pytest.approx(8, rel=0.03)
+    assert metrics.inception_score(torch.zeros(100, 8)) == (pytest.approx(1), pytest.approx(0, abs=1e-9))
+
+
+def test_all_scores_by_name():
+    found = dict(metrics.compared(("kid", "prdc", "mind", "fid"), features(30, 0), features(30, 1)))
+    assert [*found] == ["kid", "kid_std", "precision", "recall", "density", "coverage", "mind", "fid"]

