@@ -41,6 +41,7 @@ class Purpose(IntEnum):
     SELF_CONDITIONING = 8
     TRAINING_OFFSET = 9
     SAMPLING_OFFSET = 10
+    LATENTS = 11
 
 
 def training_noise(
@@ -62,6 +63,11 @@ def training_noise(
     if offset:
         noise += offset * _normals(Purpose.TRAINING_OFFSET, image_numbers, seed, (shape[0], 1, 1), device)
     return noise
+
+
+def latents_noise(seed: int, image_numbers: Tensor, shape: Sequence[int], device: torch.device | str) -> Tensor:
+    """What is drawn of the encoded images of these numbers, int64 [B]: standard normal, float32 [B, C, h, w]."""
+    return _normals(Purpose.LATENTS, image_numbers, seed, shape, device)
 
 
 def sampling_noise(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from ddpm import randomness
 from ddpm.augment import Augmentation
 from ddpm.ema import EMA, Profile
+from ddpm.latents import Latents
 from ddpm.objective import QUARTILES, Condition, Drawn, Objective
 from ddpm.optimizer import Adam, OptimizerSettings
 
@@ -34,7 +35,7 @@ class Batch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """uint8 [b, C, H, W]."""
+        """uint8 [b, C, H, W]; of latents mean and log-variance, float16 [b, 2 C, h, w]."""
 
     @property
     def labels(self) -> Tensor | None:
@@ -57,6 +58,8 @@ class Settings:
     """Probability that an image is learnt without its class, as one of `null_class`."""
     null_class: int = 0
     self_conditioning: bool = False
+    latents: Latents | None = None
+    """How those are drawn, if latents are learnt."""
     offset_noise: float = 0.0
     """Standard deviation of what the noise is shifted by in each channel: the process adds N(0, I + offset² 11ᵀ)."""
 
@@ -209,7 +212,10 @@ def train(
             if 0 < question < questions and hooks.leaves_step():
                 state.model.zero_grad()
                 return
-            x_start, done = settings.augmentation.apply(images[part], drawn[part])
+            if settings.latents:
+                x_start, done = settings.latents.drawn(settings.seed, numbers[part], images[part]), None
+            else:
+                x_start, done = settings.augmentation.apply(images[part], drawn[part])
             x_start = x_start.contiguous(memory_format=layout)
             shape = tuple(x_start.shape[1:])
             noise = randomness.training_noise(settings.seed, numbers[part], shape, device, settings.offset_noise)

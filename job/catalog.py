@@ -102,6 +102,9 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     print(describe_dataset(index, bucket))
     for number, class_name in enumerate(index.classes):
         print(f"  {class_name:<20} {int((labels == number).sum()):>9,} images")
+    if encoding := index.encoding:
+        print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
+        return
     chosen = _spread(labels, len(index.classes))
     sheet = figures.png(
         figures.contact_sheet(images.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
@@ -155,10 +158,14 @@ def delete_dataset(bucket_uri: str, name: str, size: int | None, certain: bool) 
 def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
     """A dataset in a few lines."""
     shards = "1 shard" if len(index.shards) == 1 else f"{len(index.shards):,} shards"
-    kind = "grey" if index.channels == 1 else "colour"
+    what = f"{'grey' if index.channels == 1 else 'colour'}, {index.size}×{index.size} pixels"
+    if encoding := index.encoding:
+        what = (
+            f"as latents of {index.channels}×{index.size}×{index.size}, encoded from {encoding.source}-{encoding.size}"
+        )
     lines = [
         f"dataset  {index.name}-{index.size}  ({bucket.uri}/{dataset_key(index.name, index.size)})",
-        f"images   {index.images:,} {kind}, {index.size}×{index.size} pixels, in {shards}",
+        f"images   {index.images:,} {what}, in {shards}",
         f"id       {index.dataset_id}",
         f"made     from {index.source}, crop {index.crop}, {index.resize_filter} filter"
         + (", at each reading" if index.is_foreign else ""),

@@ -84,7 +84,8 @@ class DataConfig(Section):
     dataset: str = ""
     dataset_id: str = ""
     size: int | None = Field(None, ge=1, le=LARGEST, description="pixels; follows the dataset")
-    channels: int | None = Field(None, ge=1, le=3, description="follows the dataset")
+    channels: int | None = Field(None, ge=1, le=256, description="follows the dataset")
+    latents: bool = Field(False, description="whether the images are encoded; follows the dataset")
     flip: bool = Field(True, description="mirror half of the images, drawn per image number")
     crop_scale: Annotated[tuple[Share, Share], BeforeValidator(_split)] = Field(
         (1.0, 1.0), description="share of an image's area, from and to, that a random box has which is enlarged to all"
@@ -96,6 +97,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _is_possible(self) -> DataConfig:
+        if self.latents and (self.flip or self.augment or self.crop_scale != (1.0, 1.0)):
+            raise ValueError("data.flip, data.crop_scale and data.augment are about pixels: the dataset holds latents")
         if self.crop_scale[0] > self.crop_scale[1]:
             raise ValueError(f"data.crop_scale={self.crop_scale}: the smaller share comes first")
         return self
@@ -678,6 +681,7 @@ CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
+    "data.latents": "--dataset NAME",
     "sample.autoguidance": "ddpm sample --autoguidance EPOCH",
 }
 """Keys that a person does not set, and the option that does."""

@@ -42,6 +42,27 @@ class FoundRun:
         return self.index.classes if self.index and count else tuple(map(str, range(count)))
 
     @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width of the pictures that people see."""
+        if self.index and (encoding := self.index.encoding):
+            return encoding.channels, encoding.size, encoding.size
+        return self.config.image_shape
+
+    def pictures(self) -> DatasetIndex | None:
+        """The images that people see: of a dataset of latents those that were encoded.
+
+        Raises:
+            MissingInputError: they are not there any more.
+            BadDataError: others are.
+        """
+        if self.index is None or (encoding := self.index.encoding) is None:
+            return self.index
+        index = load_index(self.bucket, dataset_key(encoding.source, encoding.size))
+        if index.dataset_id != encoding.source_id:
+            raise BadDataError(f"{encoding.source}-{encoding.size} holds others than the images of {self.index.name}")
+        return index
+
+    @property
     def dataset_images(self) -> int:
         """Images of an epoch; without a dataset more than a run can see."""
         return self.index.images if self.index else MAX_IMAGES_SEEN + 1
@@ -144,6 +165,8 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     else:
         config = records.as_last_changed(run, stored).updated(request.changes)
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
+    if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
+        raise BadConfigError(f"{chosen[0]} is about pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
@@ -177,4 +200,8 @@ def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:
     if config.model.num_classes == 0:
         # A network that is to learn no classes.
         del changes["model.num_classes"]
+    if index.encoding:
+        # What presets say of pixels means nothing for latents.
+        changes |= {"data.latents": True, "sample.clip": False}
+        changes |= {"data.flip": False, "data.crop_scale": (1.0, 1.0), "data.augment": 0.0}
     return config.updated(changes)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from ddpm import figures, training
 from ddpm.epochs import crosses, epochs_completed_by
 from job import method
+from job.data.autoencoder import latents_of, load_decoder
 from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
@@ -137,9 +138,11 @@ class TrainingSession:
         self.scored_rows: list[metrics.Row] = []
         self.held_out, self.objective = held_out, method.objective_of(self.config)
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
-        self.settings, self.hooks = method.settings_of(self.config), training.Hooks(self._after_step, self._leaves_step)
+        self.settings = replace(method.settings_of(self.config), latents=latents_of(plan.index))
+        self.hooks = training.Hooks(self._after_step, self._leaves_step)
         self.retention = Retention(self.config, self.dataset_images)
         device = ranks.accelerator.device
+        self.decoder = load_decoder(plan.bucket, plan.index, device)
         model = method.build_network(self.config, device)
         self.state = training.create_state(model, device, self.settings)
         if self.config.train.compile and device.type == "cuda":
@@ -409,7 +412,12 @@ class TrainingSession:
         painter = Painter(config, self.ranks, config.train.precision, self.stop, self.agreement_in_step)
         self.state.averages["ema"].copy_to(painter.network)
         losses = validation_row(
-            painter, self.held_out, self.objective, config.log.validate_images, config.sample.batch_size
+            painter,
+            self.held_out,
+            self.objective,
+            config.log.validate_images,
+            config.sample.batch_size,
+            self.settings.latents,
         )
         if self.ranks.is_main:
             epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
@@ -456,7 +464,7 @@ class TrainingSession:
         """What draws as the run does, with the weights of this moment."""
         config, sample = self.config, self.config.sample
         precision = config.train.precision if sample.precision == "auto" else sample.precision
-        painter = Painter(config, self.ranks, precision, self.stop, self.agreement_in_step)
+        painter = Painter(config, self.ranks, precision, self.stop, self.agreement_in_step, self.decoder)
         if sample.weights == "model":
             painter.network.load_state_dict(self.state.model.state_dict())
         else:
@@ -470,12 +478,17 @@ class TrainingSession:
         drawn = painter.draw(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish() -> None:
-            learnt = self.images if sample.nearest else None
+            learnt = self._pictures() if sample.nearest else None
             grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
             self.writer.put(self._grid_key(), grid, images_seen=images_seen)
 
         self.ranks.on_main(publish)
         return painter
+
+    def _pictures(self) -> ImageCache:
+        """The images that people see."""
+        pictures = self.plan.pictures()
+        return self.images if pictures is self.plan.index else self.plan.opened_images(self.stop, index=pictures)
 
     def _is_grid_due(self, images_seen: int) -> bool:
         """Whether a grid of this moment belongs to the run; the last one is made by `finish`."""

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from ddpm import randomness
+from ddpm.latents import Latents
 from ddpm.objective import Condition, Drawn, Objective
 from ddpm.training import LossLog, loss_row
 from ddpm.variance import spread_over_steps
@@ -19,11 +20,19 @@ SEED = 2**63
 """Of the points and the noise; a run's own seed is smaller."""
 
 
-def validation_row(painter: Painter, images: ImageCache, objective: Objective, count: int, batch_size: int) -> Row:
+def validation_row(
+    painter: Painter,
+    images: ImageCache,
+    objective: Objective,
+    count: int,
+    batch_size: int,
+    latents: Latents | None = None,
+) -> Row:
     """The mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
 
     The points are spread evenly over the draws, so that the row strays less than one of as many learnt images.
-    `val_bits_per_dim` is the variational bound, of which each image gives one step; it is about independent noise.
+    `val_bits_per_dim` is the variational bound, of which each image gives one step; it is about pixels, and about
+    independent noise.
 
     Args:
         painter: with the weights.
@@ -31,6 +40,7 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
         objective: what is learnt.
         count: images that are looked at, at most.
         batch_size: images at a time and process.
+        latents: how they are drawn, if latents are learnt.
 
     Raises:
         StoppedError: on all processes at the same batch, when any of them was asked to stop.
@@ -43,6 +53,7 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     offset = painter.config.diffusion.offset_noise
+    is_bounded = not (offset or latents)
     rank, world_size = painter.ranks.rank, painter.ranks.world_size
     # Every process asks as often as the first one, which has the most.
     for start in range(0, len(numbers[::world_size]), batch_size):
@@ -50,18 +61,23 @@ def validation_row(painter: Painter, images: ImageCache, objective: Objective, c
         places = np.arange(len(numbers))[rank::world_size][start : start + batch_size]
         if not len(places):
             continue
-        pixels = torch.from_numpy(images.read(numbers[places])).to(painter.device).permute(0, 3, 1, 2)
-        shape = tuple(pixels.shape[1:])
+        stored = torch.from_numpy(images.read(numbers[places])).to(painter.device)
+        if latents:
+            moments = stored.view(torch.float16).permute(0, 3, 1, 2)
+            x_start = latents.drawn(SEED, torch.from_numpy(places).to(painter.device), moments)
+        else:
+            x_start = stored.permute(0, 3, 1, 2) / 127.5 - 1
+        shape = tuple(x_start.shape[1:])
         noise = randomness.training_noise(SEED, torch.from_numpy(places), shape, painter.device, offset)
         labels = torch.from_numpy(images.labels(numbers[places])).to(painter.device) if classes else None
         drawn = Drawn(*points[:, places].to(painter.device))
         with torch.inference_mode():
-            x_start, condition = pixels / 127.5 - 1, Condition(labels)
+            condition = Condition(labels)
             losses = objective.losses(painter.predict, x_start, noise, drawn, condition)
             log.add(losses, drawn.quartile)
-            if not offset:
+            if is_bounded:
                 at = steps[places], stands_for[places]
                 bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
-    return row if offset else row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}
+    return row if not is_bounded else row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}

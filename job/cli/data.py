@@ -104,6 +104,28 @@ def data_index(
     pack_command(PackRequest("", name, *options, tars=tuple(tars)), bucket, stop_after)
 
 
+@app.command("encode")
+def data_encode(
+    name: DatasetName,
+    autoencoder: Annotated[
+        str, typer.Option(metavar="DIR|URI", help="Folder of an AutoencoderKL of diffusers, or of its pipeline.")
+    ],
+    size: Size = None,
+    to: Annotated[str, typer.Option("--to", metavar="NAME", help="Default: the dataset's name with -latents.")] = "",
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Encode a dataset by an autoencoder: networks that learn its latents work on far fewer numbers.
+
+    Of each image mean and log-variance are kept, and the autoencoder with them: runs on the new dataset decode by
+    themselves what they draw. On a GPU if there is one. A command that was stopped goes on when it is given again.
+
+    Example: ddpm data encode celebahq-256 --autoencoder sd-vae-ft-mse --to celebahq-latents
+    """
+    from job.exchange.encoding import encode_dataset
+
+    encode_dataset(bucket, name, size, autoencoder, to)
+
+
 @app.command("ensure")
 def data_ensure(
     name: DatasetName,

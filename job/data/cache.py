@@ -26,7 +26,7 @@ import numpy.typing as npt
 from filelock import FileLock, Timeout
 
 from job.data.ahead import STOP_POLL_SECONDS, in_order
-from job.data.images import Recipe, RejectedImageError, codec_versions, decode, prepare
+from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s, Order
 from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, first_damaged, split_uri
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError
@@ -269,7 +269,8 @@ class ShardSource:
             if google_crc32c.value(encoded) == checksum:
                 if self._recipe is not None:
                     return prepare(encoded, self._recipe)
-                return decode(encoded, self.index.channels, self.index.size)
+                decoder = decode_latents if self.index.encoding else decode
+                return decoder(encoded, self.index.channels, self.index.size)
         except RejectedImageError as error:
             wrong = f"it {error}"
         except BadDataError as error:
@@ -315,7 +316,7 @@ class ImageCache:
         self._labels = source.records["label"]
 
     def read(self, indices: Int64s, out: Uint8s | None = None) -> Uint8s:
-        """Images `indices`, uint8 [b, H, W, C]; fastest in an `out` that is used again.
+        """Images `indices`, uint8 [b, H, W, C], or latents as `decode_latents`; fastest in an `out` that is used again.
 
         Raises:
             BadDataError: the bucket's shard is not what was packed, or one of its images is damaged.

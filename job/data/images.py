@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import math
 import re
 import warnings
 import zlib
@@ -174,6 +175,35 @@ def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:
     except RuntimeError:
         raise BadDataError(_NO_PACKED_IMAGE) from None
     return image.permute(1, 2, 0).numpy()
+
+
+def encode_latents(moments: np.ndarray) -> bytes:
+    """Encodes mean and log-variance, float16 [2 C, h, w], for a shard: an `.npy`."""
+    return _npy_header(moments.shape) + moments.astype("<f2").tobytes()
+
+
+def decode_latents(encoded: bytes, channels: int, size: int) -> np.ndarray:
+    """Decodes packed latents of C = `channels`.
+
+    Returns:
+        uint8 [size, size, 4 C]: the bytes of float16 [size, size, 2 C], mean and log-variance.
+
+    Raises:
+        BadDataError: the bytes are no latents, or of another shape.
+    """
+    shape = (2 * channels, size, size)
+    header, size_bytes = _npy_header(shape), 2 * math.prod(shape)
+    # A reader that went by the header would take the memory for whatever it claims, or run a pickle.
+    if len(encoded) != len(header) + size_bytes or not encoded.startswith(header):
+        raise BadDataError(f"it holds no latents of {channels} channels and {size}×{size}")
+    moments = np.frombuffer(encoded, "<f2", offset=len(header)).reshape(shape)
+    return np.ascontiguousarray(moments.transpose(1, 2, 0)).view(np.uint8)
+
+
+def _npy_header(shape: tuple[int, ...]) -> bytes:
+    file = io.BytesIO()
+    np.lib.format.write_array_header_1_0(file, {"descr": "<f2", "fortran_order": False, "shape": shape})
+    return file.getvalue()
 
 
 @functools.cache

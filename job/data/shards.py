@@ -1,7 +1,7 @@
 """The dataset format: tar shards that webdataset can read, one small offset table per shard, and an index on top.
 
     BUCKET/datasets/NAME-SIZE/index.json            written last, create-once: the dataset exists when this does
-                              shard-00000.tar       key.png and, where there are classes, key.cls
+                              shard-00000.tar       key.png (of latents key.npy) and, where there are classes, key.cls
                               shard-00000.offsets   a record of OFFSETS_DTYPE per image
                               rejects.jsonl         the images that were left out, if there are any
 
@@ -14,26 +14,29 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import shlex
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.sealed import Sealed
+from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectMissingError, Store
 
 DATASETS = "datasets"
 INDEX = "index.json"
 REJECTS = "rejects.jsonl"
 CONTACT_SHEET = "contact-sheet.png"
+AUTOENCODER = "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"
+"""What encoded latents, and decodes them."""
 PACKING = "packing"
 """Folder of what vouches for shards until the index does."""
 REFERENCES = "references"
@@ -105,10 +108,11 @@ class ShardWriter:
         self._file = path.open("wb")
         self._records: list[Record] = []
 
-    def add(self, key: str, png: bytes, label: int) -> None:
-        """Appends `key.png` and, with a class (a label of 0 or more), `key.cls`."""
-        self._records.append((self.digests.size_bytes + tarfile.BLOCKSIZE, len(png), label, google_crc32c.value(png)))
-        files = {f"{key}.png": png} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
+    def add(self, key: str, encoded: bytes, label: int, kind: str = "png") -> None:
+        """Appends `key.png`, or of another kind, and, with a class (a label of 0 or more), `key.cls`."""
+        place = self.digests.size_bytes + tarfile.BLOCKSIZE
+        self._records.append((place, len(encoded), label, google_crc32c.value(encoded)))
+        files = {f"{key}.{kind}": encoded} | ({f"{key}.cls": str(label).encode()} if label >= 0 else {})
         for name, content in files.items():
             header = tarfile.TarInfo(name)
             header.size = len(content)
@@ -139,13 +143,32 @@ def first_damaged(file: BinaryIO, table: npt.NDArray[np.void]) -> str:
     return "all its images are whole, but not what lies between them"
 
 
+class Encoding(Part):
+    """What images were encoded, by which autoencoder, and what their latents are like."""
+
+    source: str
+    """Name of the dataset of images, whose order and shards the latents have."""
+    source_id: str = Field(pattern=SHA256_PATTERN)
+    size: int = Field(gt=0)
+    """Height and width of the images, in pixels."""
+    channels: int = Field(ge=1, le=3)
+    """Of the images."""
+    mean: tuple[float, ...]
+    """Of each channel of the latents, over all images and what is drawn of each."""
+    std: tuple[float, ...]
+    hashes: tuple[str, str]
+    """SHA-256 of each of `AUTOENCODER`."""
+
+
 class DatasetIndex(Sealed):
     """What a dataset is and how it came to be: crop and filter change an FID more than most methods do."""
 
-    format: int = Field(default=1, ge=1, le=1)
+    format: int = Field(default=2, ge=2, le=2)
     name: str
-    size: int = Field(gt=0, description="height and width in pixels")
-    channels: int = Field(ge=1, le=3)
+    size: int = Field(gt=0, description="height and width in pixels, or of latents")
+    channels: int = Field(ge=1, le=256, description="that a network sees")
+    dtype: Literal["uint8", "float16"] = Field(default="uint8", description="pixels; latents: mean, log-variance")
+    encoding: Encoding | None = None
     classes: tuple[str, ...] = ()
     crop: str
     resize_filter: str
@@ -172,18 +195,28 @@ class DatasetIndex(Sealed):
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """Height, width and channels."""
-        return self.size, self.size, self.channels
+        """Height, width and channels of an image as it is kept: as bytes; of latents both moments, two bytes each."""
+        return self.size, self.size, self.channels * (4 if self.encoding else 1)
 
     @property
     def decoded_bytes(self) -> int:
-        """Size of all images as uint8."""
-        return self.images * self.size * self.size * self.channels
+        """Size of all images so."""
+        return self.images * math.prod(self.image_shape)
+
+    @model_validator(mode="after")
+    def _is_of_one_kind(self) -> DatasetIndex:
+        if (self.dtype == "float16") != (self.encoding is not None) or (not self.encoding and self.channels > 3):
+            raise ValueError("latents are float16, and images uint8 of 1 to 3 channels")
+        if self.encoding and {len(self.encoding.mean), len(self.encoding.std)} != {self.channels}:
+            raise ValueError("latents have a mean and a deviation for each channel")
+        return self
 
     @property
     def dataset_id(self) -> str:
         """SHA-256 over everything that decides what a reader sees: equal ids mean equal images in equal order."""
-        content = self.model_dump(include={"format", "size", "channels", "classes", "shards"})
+        content = self.model_dump(include={"format", "size", "channels", "dtype", "classes", "shards"})
+        if self.encoding:
+            content |= {"encoding": self.encoding.model_dump(exclude={"source"})}
         for shard in content["shards"]:
             del shard["uri"]
         if self.is_foreign:

@@ -28,7 +28,7 @@ class LoadedBatch(NamedTuple):
 
     Attributes:
         image_numbers: int64 [b].
-        images: uint8 [b, C, H, W], channels_last in memory.
+        images: uint8 [b, C, H, W], or float16 [b, 2 C, h, w] of latents; channels_last in memory.
         labels: int64 [b], or None without classes.
     """
 
@@ -76,6 +76,7 @@ def stream_batches(
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
             cache.read(indices, out=images.numpy())
+            images = images.view(torch.float16) if cache.index.encoding else images
             labels = torch.from_numpy(cache.labels(indices)) if with_labels and cache.index.classes else None
             if labels is not None and pin_memory:
                 labels = labels.pin_memory()

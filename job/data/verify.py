@@ -12,7 +12,17 @@ from pathlib import Path
 
 from job.data.ahead import in_order
 from job.data.cache import ShardSource
-from job.data.shards import CONTACT_SHEET, INDEX, PACKING, REFERENCES, REJECTS, DatasetIndex, Record, load_index
+from job.data.shards import (
+    AUTOENCODER,
+    CONTACT_SHEET,
+    INDEX,
+    PACKING,
+    REFERENCES,
+    REJECTS,
+    DatasetIndex,
+    Record,
+    load_index,
+)
 from job.exits import BadDataError
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
@@ -46,6 +56,10 @@ def verify_dataset(
         with _noting(problems, uri):
             if hashlib.sha256(dataset.read(REJECTS).data).hexdigest() != index.rejects_sha256:
                 problems.append(f"{uri} is not what was packed: restore it, or pack the dataset anew")
+    for name, sha256 in zip(AUTOENCODER, index.encoding.hashes, strict=True) if index.encoding else ():
+        with _noting(problems, dataset.uri_of(name)), dataset.open(name) as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
+                problems.append(f"{dataset.uri_of(name)} is not what encoded the images: restore it, or encode anew")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
         for number, shard in enumerate(index.shards):
@@ -83,6 +97,7 @@ def _image_problems(source: ShardSource, shard: int, path: Path, image: tuple[in
 def _others(dataset: Store, index: DatasetIndex) -> list[str]:
     """What is wrong with the objects that the index does not name."""
     named = {INDEX, CONTACT_SHEET, *([REJECTS] if index.rejected_images else [])}
+    named |= {*AUTOENCODER} if index.encoding else set()
     named |= {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
     return [
         f"{dataset.uri_of(entry.key)} is no part of the dataset: move it elsewhere, or delete it"

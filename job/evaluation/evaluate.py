@@ -71,7 +71,7 @@ def references(of_run: FoundRun, reference: Reference, painter: Painter, see: Se
     folder, ranks = reference_folder(of_run, reference), painter.ranks
     if ranks.on_main(lambda: len(folder.committed())) < folder.pieces:
         chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
-        images = of_run.opened_images(painter.stop)
+        images = of_run.opened_images(painter.stop, index=of_run.pictures())
 
         def make(numbers: range, advance: Callable[[float], None]) -> Named:
             parts = []
@@ -119,7 +119,7 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> dict[str, float]:
     """The bound on images that nobody learnt from, if there are any, else on learnt ones. Collective."""
     plan = evaluation.plan
     config, index = plan.sampling.config, plan.index
-    if config.diffusion.offset_noise:
+    if config.diffusion.offset_noise or index.encoding:
         return {}
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))

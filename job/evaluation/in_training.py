@@ -34,7 +34,9 @@ class Judge:
         plan, chosen = self._plan, self._chosen
         if self._real is None:
             self._see = self._found.load(painter.device)
-            reference = reference_of(plan.index, self._found.extractor, chosen.references)
+            pictures = plan.pictures()
+            assert pictures is not None
+            reference = reference_of(pictures, self._found.extractor, chosen.references)
             self._real = references(plan, reference, painter, self._see)
         sample = plan.config.sample
 

@@ -53,7 +53,8 @@ class EvaluatePlan:
                 f"--metrics is: {self.found.extractor.title} comes without its classes here; --extractor mobilenet has "
                 "some, and its score is told as cs-mobilenet"
             )
-        if self.request.metrics != EvaluateRequest.metrics and "bpd" in chosen and config.diffusion.offset_noise:
+        is_bounded = not (config.diffusion.offset_noise or self.index.encoding)
+        if self.request.metrics != EvaluateRequest.metrics and "bpd" in chosen and not is_bounded:
             raise BadRequestError(
                 "--metrics bpd: the bound is about independent noise, and diffusion.offset_noise is set"
             )
@@ -120,7 +121,7 @@ def plan_evaluation(request: EvaluateRequest, stop: Stop = NEVER) -> EvaluatePla
         BadConfigError: as `plan_sampling`.
     """
     sampling = plan_sampling(request.sampling, stop)
-    index = sampling.index
+    index = sampling.pictures()
     if index is None:
         raise BadRequestError(
             f"run {request.run!r} was imported without a dataset, and there is nothing to compare its images with: "

@@ -148,6 +148,25 @@ def _of_diffusers(source: _Source) -> Foreign:
     return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors)
 
 
+@contextmanager
+def opened_autoencoder(source: str, retry: Retry) -> Iterator[tuple[dict[str, Any], Named]]:
+    """Configuration and weights of an autoencoder of diffusers, or of that of a pipeline.
+
+    Raises:
+        MissingInputError: there is nothing.
+        BadDataError: it is damaged, or would run something.
+    """
+    with _opened_source(source, retry) as found:
+        folder = next((folder for folder in ("vae/", "") if f"{folder}config.json" in found.names), None)
+        if folder is None:
+            raise BadDataError(f"{found.where} is no autoencoder of diffusers: no config.json is in it")
+        try:
+            named = interop.with_names_of_today(_weights(found, folder))
+        except NoCounterpartError as error:
+            raise BadDataError(f"{found.where} is no autoencoder: {error}") from None
+        yield _json(found, f"{folder}config.json"), named
+
+
 def _unet_settings(options: interop.Options) -> dict[str, Any]:
     """Of a configuration, for these arguments of `UNet`."""
     rest = {"num_classes": 0, **options}

@@ -57,7 +57,9 @@ def described(config: RunConfig) -> Described:
         )
         said["scheduler/scheduler_config.json"] = scheduler
         kind = scheduler["_class_name"].removesuffix("Scheduler")
-        if model.num_classes:
+        if config.data.latents:
+            lacking = f"{kind}Pipeline draws pixels, and the network latents"
+        elif model.num_classes:
             lacking = f"{kind}Pipeline cannot be told a class"
         elif diffusion.self_conditioning:
             lacking = f"{kind}Pipeline does not show the network its own estimate (diffusion.self_conditioning)"

@@ -21,6 +21,7 @@ from ddpm.process import Point
 from ddpm.samplers import Denoiser, NoiseAt
 from job import method
 from job.config import RunConfig
+from job.data.autoencoder import Decoder
 from job.exits import BadDataError, NotANumberError, StoppedError
 from job.processes.ranks import Agreement, Ranks
 from job.progress import Progress
@@ -45,9 +46,21 @@ class Route:
 class Painter:
     """A network in eval mode and all that is needed to draw from it on the processes there are."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks, precision: str, stop: Stop, agreement: Agreement) -> None:
-        """`agreement` has one flag: being stopped, which all processes must be at the same step."""
+    def __init__(
+        self,
+        config: RunConfig,
+        ranks: Ranks,
+        precision: str,
+        stop: Stop,
+        agreement: Agreement,
+        decoder: Decoder | None = None,
+    ) -> None:
+        """`agreement` has one flag: being stopped, which all processes must be at the same step.
+
+        `decoder` makes pixels of what is drawn, where that are latents.
+        """
         self.config, self.ranks, self.stop, self.agreement = config, ranks, stop, agreement
+        self._pixels = decoder or figures.to_uint8
         self.device = ranks.accelerator.device
         self.network = method.build_network(config, self.device).eval().requires_grad_(False)
         self.worse: nn.Module | None = None
@@ -158,14 +171,14 @@ class Painter:
             self.check_stopped()
             if next(evaluations) in shown[:-1]:
                 # At the variance of the images, so that noise does not hide all but black and white.
-                frames.append(figures.to_uint8(x_t / max(1.0, point.sigma)))
+                frames.append(self._pixels(x_t / max(1.0, point.sigma)))
 
         frames.append(self.draw_alone(seeds, sampling, keep))
         return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)."""
+        """(C, H, W) of what the network draws."""
         return self.config.image_shape
 
     def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
@@ -199,7 +212,7 @@ class Painter:
         # As uint8 it would be a black picture like any other.
         if not images.isfinite().all():
             raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
-        return figures.to_uint8(images)
+        return self._pixels(images)
 
     def denoiser(self, seeds: torch.Tensor, sampling: Sampling, callback: Callback) -> Denoiser:
         """For images of these seeds, int64 [n] on the device."""

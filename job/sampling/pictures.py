@@ -41,6 +41,8 @@ def noising_picture(bucket_uri: str, dataset: str, size: int | None, timesteps: 
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, dataset, size)
     index = load_index(bucket, key)
+    if index.encoding:
+        raise BadRequestError(f"--dataset {dataset} holds latents, of {index.encoding.source}: name that one")
     if len(steps) > index.images:
         raise BadRequestError(f"--timesteps has {len(steps):,} entries, but {index.name} only {index.images:,} images")
     chosen = np.linspace(0, index.images - 1, len(steps)).astype(np.int64)

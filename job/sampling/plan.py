@@ -187,7 +187,9 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
     if request.mode == "interpolate":
         return Given(Editing(mode="interpolate"))
     numbers, image, name, index = tuple[int, ...](), None, request.image, of_run.index
-    channels, size, _ = of_run.config.image_shape
+    channels, size, _ = of_run.picture_shape
+    if index and index.encoding:
+        raise BadRequestError(f"--mode {request.mode} is about pixels, and {index.name} holds latents: draw new images")
     if set(name) <= set(_NUMBERS):
         numbers = tuple(parse_numbers(name, "--image"))
         if index is None:
@@ -266,8 +268,8 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             editing=plan.given.editing if plan.given else None,
             own_sampler=f"{plan.own_sampler.name} {plan.own_sampler.sha256}" if plan.own_sampler else "",
             found=plan.found,
-            size=plan.config.image_shape[1],
-            channels=plan.config.image_shape[0],
+            size=plan.picture_shape[1],
+            channels=plan.picture_shape[0],
             classes=plan.classes,
             first_seed=first_seed,
             count=count,

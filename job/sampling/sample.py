@@ -18,6 +18,7 @@ import numpy as np
 
 from ddpm import figures
 from ddpm.generation import Sampling, from_noise
+from job.data.autoencoder import load_decoder
 from job.data.cache import ImageCache
 from job.exits import StoppedError
 from job.method import sampling_of
@@ -56,7 +57,8 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> tuple[SamplePlan, Pa
     # A run that trains meanwhile may show each process another newest checkpoint.
     checkpoints, worse = ranks.on_main(lambda: (plan.checkpoints, plan.worse))
     plan = replace(plan, checkpoints=checkpoints, worse=worse)
-    painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1))
+    decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
+    painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1), decoder)
     if plan.worse is not None:
         with reading(plan.run, plan.worse):
             painter.load_worse(plan.run, plan.worse, plan.sample.weights)
@@ -82,7 +84,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
     layout = "" if editor or sample.nearest == usual.nearest else "-nearest" if sample.nearest else "-alone"
     training = None
     if sample.nearest and request.with_grid and is_main and editor is None and plan.index:
-        training = plan.opened_images(painter.stop)
+        training = plan.opened_images(painter.stop, index=plan.pictures())
     grids: list[tuple[str, np.ndarray]] = []
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:

@@ -1,0 +1,118 @@
+"""The autoencoder that lies with a dataset of latents: diffusers' `AutoencoderKL`, from JSON and safetensors alone.
+
+BUCKET/datasets/NAME-SIZE/autoencoder/config.json
+diffusion_pytorch_model.safetensors
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ddpm import figures
+from ddpm.latents import Latents
+from job.code_version import how_to_install
+from job.data.cache import default_cache_dir
+from job.data.shards import AUTOENCODER, DatasetIndex, dataset_key
+from job.exits import BadDataError, BadRequestError
+from job.store import Store
+from job.store.files import os_errors
+
+CONFIG, WEIGHTS = AUTOENCODER
+MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 12, 64, 8192
+"""Of a configuration: one beyond would build for hours before its weights do not fit."""
+
+
+class Decoder:
+    """From what a network draws to pixels."""
+
+    def __init__(self, network: nn.Module, latents: Latents, device: torch.device) -> None:
+        self._network, self._latents = network.to(device).eval().requires_grad_(False), latents
+
+    def __call__(self, x: Tensor) -> np.ndarray:
+        """Normalised latents [b, C, h, w] to uint8 [b, H, W, channels]."""
+        pixels: Tensor = self._network.decode(self._latents.restored(x.float())).sample  # type: ignore[operator]
+        return figures.to_uint8(pixels)
+
+
+def latents_of(index: DatasetIndex | None) -> Latents | None:
+    """What a dataset's latents are like, if it holds some."""
+    return Latents(index.encoding.mean, index.encoding.std) if index and index.encoding else None
+
+
+def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device) -> Decoder | None:
+    """What decodes a dataset's latents; none for images. It is fetched once for the machine.
+
+    Raises:
+        BadDataError: the autoencoder is missing, rotten, or none.
+        BadRequestError: diffusers is not installed.
+    """
+    if index is None or index.encoding is None:
+        return None
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    dataset, encoding = bucket.sub(dataset_key(index.name, index.size)), index.encoding
+    config = dataset.read(CONFIG).data
+    path = default_cache_dir() / "autoencoders" / f"{encoding.hashes[1]}.safetensors"
+    if not path.exists():
+        # Processes of a machine fetch it beside each other: the last one's is as good.
+        beside = path.with_suffix(f".{os.getpid()}")
+        dataset.download(WEIGHTS, beside)
+        with os_errors(path):
+            beside.replace(path)
+    with os_errors(path), path.open("rb") as file:
+        hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
+    if hashes != encoding.hashes:
+        path.unlink(missing_ok=True)
+        raise BadDataError(
+            f"{dataset.uri_of(WEIGHTS)}, or its configuration, is not what encoded the images: restore it, or encode"
+            " anew"
+        )
+    try:
+        network = build_autoencoder(json.loads(config), load_file(path), dataset.uri_of(CONFIG))
+    except (SafetensorError, ValueError) as error:
+        raise BadDataError(f"{dataset.uri_of(CONFIG)} is no autoencoder: {error}") from None
+    latents = latents_of(index)
+    assert latents is not None
+    return Decoder(network, latents, device)
+
+
+def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> nn.Module:
+    """Diffusers' network of this configuration, with these weights.
+
+    Raises:
+        BadDataError: it is another kind of network, or the weights are not those that it describes.
+        BadRequestError: diffusers is not installed.
+    """
+    if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise BadDataError(
+            f"{where} is a {config['_class_name']!s:.60}: of diffusers' autoencoders AutoencoderKL is read"
+        )
+    widths, layers = config.get("block_out_channels", [64]), config.get("layers_per_block", 1)
+    try:
+        is_small = len(widths) <= MOST_LEVELS and max(map(int, widths)) <= MOST_CHANNELS and int(layers) <= MOST_LAYERS
+    except (TypeError, ValueError):
+        is_small = False
+    if not is_small:
+        raise BadDataError(f"{where}: block_out_channels={widths!s:.60} with layers_per_block={layers!s:.20} is none")
+    try:
+        from diffusers import AutoencoderKL
+    except ModuleNotFoundError as error:
+        raise BadRequestError(f"latents need more than is installed ({error}): {how_to_install('latents')}") from None
+    try:
+        # Nothing is allocated for what the weights do not fill.
+        with torch.device("meta"):
+            network = AutoencoderKL.from_config(dict(config))
+        network.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+        said = " ".join(str(error).split())
+        raise BadDataError(f"{where}: its weights are not those of its configuration ({said:.200})") from None
+    return network

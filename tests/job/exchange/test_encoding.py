@@ -1,0 +1,240 @@
+"""Datasets of latents from encoding to scores, with a small autoencoder of diffusers and webdataset as judges."""
+
+import json
+import shutil
+from importlib import resources
+
+import numpy as np
+import pytest
+import torch
+
+from ddpm.generation import generate, make_denoiser, noise_of
+from ddpm.objective import Condition
+from job import method
+from job.data.autoencoder import latents_of, load_decoder
+from job.data.cache import chosen_images
+from job.data.pack import PackRequest, pack
+from job.data.shards import INDEX, PACKING, load_index
+from job.exits import Exit
+from job.runs.checkpoints import list_checkpoints, opened
+from job.runs.records import existing_config
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.stops import stop_after
+
+KEY = "datasets/tiles-latents-8"
+NAMES = ("config.json", "diffusion_pytorch_model.safetensors")
+
+
+def make_autoencoder(folder, **changes):
+    from diffusers import AutoencoderKL
+
+    torch.manual_seed(0)
+    options = {
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "block_out_channels": (8, 16),
+        "latent_channels": 4,
+        "norm_num_groups": 4,
+        **changes,
+    }
+    AutoencoderKL(**options).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory):
+    """One that nobody trained: it halves the size once, to four channels."""
+    return make_autoencoder(tmp_path_factory.mktemp("autoencoder") / "vae")
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    """A bucket with the embedded images at 16 pixels in several shards, a fifth of them held out."""
+    bucket = open_store(str(tmp_path_factory.mktemp("images") / "bucket"))
+    source = str(resources.files("job") / "datasets" / "landscape-sample.zip")
+    for part in PackRequest(source, "tiles", 16, hold_out="20%").check().parts():
+        pack(bucket, part, shard_bytes=60_000)
+    return bucket.uri
+
+
+@pytest.fixture(scope="module")
+def bucket(images, autoencoder, tmp_path_factory):
+    """The same with the latents, and a run on them."""
+    bucket = shutil.copytree(images, tmp_path_factory.mktemp("encoding") / "bucket")
+    succeeded(ddpm_here("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket))
+    words = ("train", "--dataset", "tiles-latents", "--run", "r", "--epochs", 2, "--bucket", bucket)
+    succeeded(ddpm_here(*words, *settings(model__attention_sizes="4", sample__nearest="true")))
+    return bucket
+
+
+def judge(folder):
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL.from_pretrained(folder).eval()
+
+
+def test_latents_are_the_autoencoders_in_shards_that_webdataset_reads(bucket, autoencoder):
+    import webdataset
+
+    store = open_store(str(bucket))
+    index, source = load_index(store, KEY), load_index(store, "datasets/tiles-16")
+    assert len(index.shards) == len(source.shards) > 2
+    assert (index.size, index.channels, index.dtype, index.classes) == (8, 4, "float16", source.classes)
+    pixels = chosen_images(store, "datasets/tiles-16", source).read(np.arange(source.images))
+    with torch.no_grad():
+        theirs = judge(autoencoder).encode(torch.from_numpy(pixels).permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
+    theirs = torch.cat([theirs.mean, theirs.logvar], dim=1)
+    paths = [str(bucket / KEY / shard.name) for shard in index.shards]
+    samples = list(webdataset.WebDataset(paths, shardshuffle=False, empty_check=False).decode())
+    ours = torch.from_numpy(np.stack([sample["npy"] for sample in samples])).float()
+    assert (ours - theirs).abs().max() < 2e-3
+    assert [sample["cls"] for sample in samples[:3]] == chosen_images(store, KEY, index).labels(np.arange(3)).tolist()
+    stored = chosen_images(store, KEY, index).read(np.arange(index.images)).view(np.float16)
+    assert np.array_equal(stored.transpose(0, 3, 1, 2), np.stack([sample["npy"] for sample in samples]))
+    # Measured over what is drawn.
+    drawn = latents_of(index).drawn(0, torch.arange(index.images), ours)
+    assert drawn.mean(dim=(0, 2, 3)).abs().max() < 0.05
+    assert (drawn.std(dim=(0, 2, 3)) - 1).abs().max() < 0.05
+    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
+    shown = succeeded(ddpm_here("data", "show", "tiles-latents", "--bucket", bucket))
+    assert f"{index.images} as latents of 4×8×8, encoded from tiles-16" in shown
+
+
+def test_a_run_decodes_what_it_draws(bucket, autoencoder):
+    store = open_store(str(bucket))
+    config, index = existing_config(store, "r"), load_index(store, KEY)
+    assert (config.data.flip, config.sample.clip, config.data.channels, config.data.size) == (False, False, 4, 8)
+    assert verify_run(store, "r").problems == []
+    rows = [json.loads(line) for path in (bucket / "runs/r/metrics").glob("*.jsonl") for line in path.open()]
+    held_out = [row for row in rows if "val_loss" in row]
+    assert held_out
+    assert "val_bits_per_dim" not in held_out[0]
+    network, run = method.build_network(config, torch.device("cpu")).eval(), store.sub("runs/r")
+    with opened(run, list_checkpoints(run)[-1], ("ema",)) as restored:
+        restored.copy_into({"ema": {name: p.detach() for name, p in network.named_parameters()}})
+    seeds, process = torch.arange(3), method.process_of(config)
+    denoise = make_denoiser(network, process, method.prediction_of(config), Condition(seeds), clip=False)
+    latents = generate(denoise, process, method.sampling_of(config.sample), noise_of(seeds, config.image_shape))
+    encoding = index.encoding
+    z = latents * torch.tensor(encoding.std)[:, None, None] + torch.tensor(encoding.mean)[:, None, None]
+    with torch.no_grad():
+        theirs = judge(autoencoder).decode(z).sample
+    ours = load_decoder(store, index, torch.device("cpu"))(latents)
+    assert np.abs(ours.transpose(0, 3, 1, 2) - (theirs.clamp(-1, 1) + 1).mul(127.5).numpy()).max() <= 0.51
+    succeeded(ddpm_here("sample", "--run", "r", "--count", 3, "--save", "png", "--batch-size", 3, "--bucket", bucket))
+    from PIL import Image
+
+    paths = sorted(bucket.glob("runs/r/samples/*-png/piece-00000/*.png"))
+    assert np.array_equal(np.stack([np.asarray(Image.open(path)) for path in paths]), ours)
+
+
+def test_scores_compare_with_the_images_that_were_encoded(bucket):
+    few = ("--extractor", "mobilenet", "--count", 12, "--references", 24)
+    said = succeeded(ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few))
+    assert "of tiles-16 (crop center" in said
+    assert "bpd" not in said
+    shutil.rmtree(bucket / "datasets/tiles-16/references")
+
+
+def test_what_is_about_pixels_is_refused(bucket, tmp_path):
+    train = ("train", "--dataset", "tiles-latents", "--run", "x", "--bucket", bucket)
+    assert "data.flip is about pixels" in refused(ddpm_here(*train, "--set", "data.flip=true"), Exit.BAD_CONFIG)
+    sample = ("sample", "--run", "r", "--bucket", bucket, "--mode", "img2img", "--image", "0")
+    assert "holds latents" in refused(ddpm_here(*sample), Exit.BAD_REQUEST)
+    again = ("data", "encode", "tiles-latents", "--autoencoder", tmp_path, "--bucket", bucket)
+    assert "holds latents already, of tiles" in refused(ddpm_here(*again), Exit.BAD_REQUEST)
+    done = ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket)
+    succeeded(done)
+    assert "DDIMPipeline draws pixels" in done.stderr
+
+
+def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):
+    changed = shutil.copytree(bucket, tmp_path / "bucket")
+    path = changed / KEY / "autoencoder" / NAMES[1]
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    assert "is not what encoded the images" in refused(
+        ddpm_here("data", "verify", "tiles-latents", "--bucket", changed), Exit.BAD_DATA
+    )
+    sample = ("sample", "--run", "r", "--seeds", 0, "--bucket", changed)
+    done = ddpm_here(*sample, DDPM_CACHE=str(tmp_path / "cache"))
+    assert "is not what encoded the images" in refused(done, Exit.BAD_DATA)
+
+
+def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, monkeypatch):
+    bucket = shutil.copytree(images, tmp_path / "bucket")
+    encode = ("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket)
+    with monkeypatch.context() as patch:
+        patch.setattr("job.exchange.encoding.Stop", lambda: Installed(stop_after(12)))
+        done = ddpm_here(*encode)
+    assert "goes on behind the last shard" in refused(done, Exit.STOPPED)
+    entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / PACKING).glob("*.json")}
+    assert entries
+    assert not (bucket / KEY / INDEX).exists()
+    shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
+    other = make_autoencoder(tmp_path / "other", layers_per_block=2)
+    assert "is being made by others" in refused(
+        ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
+    )
+    succeeded(ddpm_here(*encode))
+    first = bucket / KEY / "shard-00000.tar"
+    assert first.stat().st_mtime_ns == shards[first]
+    assert not (bucket / KEY / PACKING).exists() or not list((bucket / KEY / PACKING).iterdir())
+    assert "is there already" in refused(ddpm_here(*encode), Exit.BAD_REQUEST)
+    assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
+
+
+class Installed:
+    """A stop of a test in the place of one that listens to signals."""
+
+    def __init__(self, stop):
+        self._stop = stop
+
+    def install(self):
+        return self._stop
+
+
+@pytest.mark.parametrize(
+    ("changes", "said", "code"),
+    [
+        ({"in_channels": 1, "out_channels": 1}, "encodes 1 channels", Exit.BAD_CONFIG),
+        (
+            {
+                "block_out_channels": (4,) * 6,
+                "down_block_types": ("DownEncoderBlock2D",) * 6,
+                "up_block_types": ("UpDecoderBlock2D",) * 6,
+            },
+            "halves images 5 times",
+            Exit.BAD_CONFIG,
+        ),
+    ],
+)
+def test_an_autoencoder_that_does_not_fit_is_refused(images, tmp_path, changes, said, code):
+    other = make_autoencoder(tmp_path / "other", **changes)
+    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
+    assert said in refused(done, code)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"_class_name": "VQModel"}, "is a VQModel"),
+        ({"block_out_channels": [8, 10**9]}, "is none"),
+        ({"layers_per_block": 10**9}, "is none"),
+        ({"layers_per_block": 2}, "are not those of its configuration"),
+        ({"down_block_types": ["Nonsense", "Nonsense"]}, "are not those of its configuration"),
+    ],
+)
+def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tmp_path, config, said):
+    other = shutil.copytree(autoencoder, tmp_path / "other")
+    described = json.loads((other / NAMES[0]).read_text())
+    (other / NAMES[0]).write_text(json.dumps(described | config))
+    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
+    assert said in refused(done, Exit.BAD_DATA)
+    (other / NAMES[1]).write_bytes((autoencoder / NAMES[1]).read_bytes()[:2000])
+    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
+    assert "cut off" in refused(done, Exit.BAD_DATA)
+    assert not (open_store(images).exists(f"{KEY}/{INDEX}"))
