@@ -12,6 +12,8 @@ from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKER = CHECKOUT / "docker"
+IN_IMAGE = ("gs", "s3", "evaluate", "latents")
+"""The extras that jobs have."""
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 
 
@@ -26,7 +28,7 @@ def locked(name: str) -> dict[str, list[str]]:
 def test_all_that_the_program_needs_is_locked_in_versions_it_allows():
     extras = PROJECT["optional-dependencies"]
     have = {**locked("requirements.txt"), **locked("requirements-torch-cuda.txt")}
-    for text in [*PROJECT["dependencies"], *extras["gs"], *extras["s3"]]:
+    for text in [*PROJECT["dependencies"], *(text for name in IN_IMAGE for text in extras[name])]:
         needed = Requirement(text)
         versions = have.get(canonicalize_name(needed.name), [])
         assert versions, f"{text} is in no lock: make locks"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from job.cli import data, sample, train
+from job.cli import data, evaluate, sample, train
 from job.cli.options import OnTarget, Output, Targets
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ app = typer.Typer(
 _VERBS: dict[Verb, tuple[str, Callable[..., None], str]] = {
     "train": ("train", train.ddpm_train, "train --dataset celeba --on gke --gpus 8 --max-hours 48"),
     "sample": ("sample", sample.ddpm_sample, "sample --run celeba --count 50000 --slices 4 --on gke"),
+    "evaluate": ("evaluate", evaluate.ddpm_evaluate, "evaluate --run celeba --count 50000 --on gke"),
     "pack": ("data pack", data.data_pack, "pack gs://photos/all.zip mine --size 64 --on gke"),
 }
 """The command of each verb, what it calls, and an example."""

@@ -17,7 +17,7 @@ from job.jobs.spec import JobSpec, job_name, stop_after
 from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
 from job.processes.group import GPUS
-from job.requests import SampleRequest, TrainRequest, check_world_size
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.lease import EXPIRE_SECONDS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_uri, is_remote
@@ -77,6 +77,11 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
                 if request.slice:
                     raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
                 replace(request, slice=f"0/{resources.slices}").check()
+        case EvaluateRequest():
+            run = subject = request.run
+            if request.extractor_file:
+                file = _seen("--extractor-file", request.extractor_file, target)
+                command = command.with_values(extractor_file=file)
         case PackRequest():
             run, subject = "", request.name
             source = request.source if request.source == EMBEDDED else _seen("SOURCE", request.source, target)

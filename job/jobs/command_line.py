@@ -8,10 +8,15 @@ from typing import Any
 
 from job.data.pack import PackRequest
 from job.jobs.spec import Verb
-from job.requests import SampleRequest, TrainRequest, chosen_of
+from job.requests import EvaluateRequest, SampleRequest, TrainRequest, chosen_of
 
-AnyRequest = TrainRequest | SampleRequest | PackRequest
-_REQUESTS: dict[Verb, type[AnyRequest]] = {"train": TrainRequest, "sample": SampleRequest, "pack": PackRequest}
+AnyRequest = TrainRequest | SampleRequest | EvaluateRequest | PackRequest
+_REQUESTS: dict[Verb, type[AnyRequest]] = {
+    "train": TrainRequest,
+    "sample": SampleRequest,
+    "evaluate": EvaluateRequest,
+    "pack": PackRequest,
+}
 _REQUEST_FIELDS = {"config": "config_file", "wait": "wait_seconds", "slice_": "slice"}
 """Parameters that a request calls otherwise."""
 
@@ -45,7 +50,7 @@ class ParsedCommand:
         values = {_REQUEST_FIELDS.get(name, name): value for name, value in self.values.items()}
         if kind is TrainRequest:
             values["sets"] = tuple(values["sets"] or ())
-        elif kind is SampleRequest:
+        elif kind in (SampleRequest, EvaluateRequest):
             values["chosen"] = chosen_of(values)
         return kind(**{each.name: values[each.name] for each in fields(kind) if each.name in values})
 

@@ -13,7 +13,7 @@ from typing import Literal
 from job.exits import BadRequestError
 from job.store import is_remote, open_store
 
-Verb = Literal["train", "sample", "pack"]
+Verb = Literal["train", "sample", "evaluate", "pack"]
 
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
@@ -114,7 +114,7 @@ def validated_job_name(name: str) -> str:
 
 
 def job_name(verb: Verb, subject: str, argv: Sequence[str] = ()) -> str:
-    """What the job is called: `train-RUN`, or `sample-RUN-HASH` and `pack-DATASET-HASH`, of the words in `argv`.
+    """What the job is called: `train-RUN`, or `sample-RUN-HASH`, `pack-DATASET-HASH`, …, of the words in `argv`.
 
     The same words give the same name, so that a job that runs already is found and not started twice.
     """
@@ -132,4 +132,5 @@ def is_about(name: str, run: str) -> bool:
     """Whether a job of this name works on `run`."""
     if name == job_name("train", run):
         return True
-    return name[:-_HASH_CHARACTERS] == job_name("sample", run, ("words",))[:-_HASH_CHARACTERS]
+    about: tuple[Verb, ...] = ("sample", "evaluate")
+    return name[:-_HASH_CHARACTERS] in {job_name(verb, run, ("words",))[:-_HASH_CHARACTERS] for verb in about}

@@ -36,9 +36,11 @@ KEYS = SCALARS | st.sampled_from(["A", "HF_TOKEN", "key", "operator"])
 VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
 WORDS = st.sampled_from([*NASTY[:-3], "1", "2", "90m", "12s", "1h", "bf16", "0-3", "0/2", "train.batch_size=1", "fp32"])
 BEGIN = {"train": ["--dataset", "a"], "sample": ["--run", "a"], "pack": ["gs://abc/b.zip", "a", "--size", "8"]}
+BEGIN["evaluate"] = BEGIN["sample"]
 OPTIONS = {
     "train": "dataset run set processes stop-after epochs preset wait bucket",
     "sample": "run count slice seeds checkpoints stop-after precision save",
+    "evaluate": "run count checkpoints stop-after precision metrics extractor extractor-file repeats",
     "pack": "size crop licence stop-after max-bad bucket",
 }
 RESOURCES = "gpus nodes gpu-type max-hours slices config output"

@@ -27,6 +27,10 @@ def test_what_is_written_down_is_read_again():
         ("sample", ["--run", "r", "--gif", "--weights", "model", "--no-nearest", "--steps", "4"]),
         ("sample", ["--run", "r", "--nearest", "--checkpoints", "30,80", "--seeds", "0-3"]),
         ("sample", ["--run", "r", "--count", "10", "--slice", "0/2", "--checkpoints=-1"]),
+        (
+            "evaluate",
+            ["--run", "r", "--count", "99", "--metrics", "fid", "--guidance", "2", "--extractor", "mobilenet"],
+        ),
         ("pack", ["a folder", "name", "--size", "8", "--no-classes", "--licence", "it's mine"]),
         ("pack", ["a", "b", "--classes", "--channels", "1", "--max-bad", "0", "--licence=--size=3"]),
         ("pack", ["--size", "8", "--", "-a", "b"]),
@@ -42,6 +46,17 @@ def test_what_is_written_down_is_read_again():
 def test_what_a_job_is_to_draw_is_known_before_it_is_submitted():
     words = ["--run", "r", "--steps", "4", "--no-nearest", "--eta", "0.5", "--grid", "karras"]
     assert parsed("sample", words).request().chosen == {"steps": 4, "nearest": False, "eta": 0.5, "grid": "karras"}
+
+
+def test_scores_can_be_a_job_that_finds_its_networks_file_in_a_bucket():
+    words = ["--run", "celeba", "--count", "50000", "--extractor-file", "gs://theirs/inception.pt"]
+    spec = built("evaluate", words)
+    assert (spec.verb, spec.run, spec.slices, spec.gpus) == ("evaluate", "celeba", 0, built("sample", words[:4]).gpus)
+    assert spec.argv[:3] == ("evaluate", "--run", "celeba")
+    assert is_about(spec.name, "celeba")
+    assert parsed("evaluate", words).request().count == 50_000
+    with pytest.raises(BadRequestError, match="--extractor-file"):
+        built("evaluate", [*words[:4], "--extractor-file", "/home/me/inception.pt"])
 
 
 def test_only_what_was_typed_is_written_down_in_one_order(monkeypatch):
