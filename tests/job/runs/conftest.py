@@ -39,6 +39,8 @@ def _fill(folder: Path) -> None:
     succeeded(train(folder, "undisturbed", 5))
     succeeded(ddpm_here("sample", "--run", "r", "--grid", "found", "--count", 20, "--bucket", folder))
     succeeded(ddpm_here("ema", "--run", "r", "--std", 0.2, "--checkpoints", "1,4", "--bucket", folder))
+    few = ("--count", 12, "--references", 12, "--extractor", "mobilenet")
+    succeeded(ddpm_here("evaluate", "--run", "r", "--bucket", folder, *few))
     run = open_store(str(folder)).sub("runs/r")
     for number, ref in enumerate(list_checkpoints(run)[:2]):
         reader = Reader(checkpoint=ref.key, until=time.time() + 3600)

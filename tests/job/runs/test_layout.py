@@ -42,6 +42,8 @@ ROWS = {
         f"provenance/samples/one/grid.png/{'a' * 64}.json",
         {"of": "samples/one/grid.png", "sha256": "a" * 64},
     ),
+    ObjectKind.FEATURES: ("evaluations/one/piece-00012.safetensors", {"batch": "one", "piece": 12}),
+    ObjectKind.SCORES: ("evaluations/one/scores.json", {"batch": "one"}),
     ObjectKind.FOUND_GRID: ("grids/found-10.json", {"steps": 10}),
     ObjectKind.READER: (f"reading/000003-000000000480-{'b' * 32}.json", {"checkpoint": REF}),
     ObjectKind.PROBE: (f"probe/{'c' * 32}", {}),

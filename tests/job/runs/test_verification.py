@@ -19,10 +19,10 @@ from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import DESCRIPTIONS, copy_objects, train
 
 NEVER_MISSED = re.compile(
-    r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|.*/averages/ema-0\.2\.json"
+    r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json"
 )
-"""Pictures of the past, the index of a batch that others may still draw, readers, averages and grids, which are made
-anew: nobody knows that they were there."""
+"""Pictures of the past, the index of a batch that others may still draw, readers, averages, grids and scores, which are
+made anew: nobody knows that they were there."""
 
 
 def blamed(store: Store) -> list[str]:
@@ -37,7 +37,11 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
     out = succeeded(ddpm_here("runs", "verify", "r", "--bucket", bucket))
     assert f"{bucket}/runs/r: {len(keys)} objects, {findings.size_bytes:,} bytes: all as they were written" in out
     # The table has a row for each of them, and this run has each kind but what only --save png and a kill leave.
-    assert {located(key).kind for key in keys} == {*ObjectKind} - {ObjectKind.IMAGE, ObjectKind.PROBE}
+    assert {located(key).kind for key in keys} == {*ObjectKind} - {
+        ObjectKind.IMAGE,
+        ObjectKind.PROBE,
+        ObjectKind.FEATURES,
+    }
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Buckets as earlier versions wrote them, which every later one reads."""

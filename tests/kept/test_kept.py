@@ -1,0 +1,81 @@
+"""What earlier versions wrote is read: a format is a promise from its first test here on."""
+
+import json
+import shutil
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from job.data.shards import load_index
+from job.data.verify import verify_dataset
+from job.runs.records import existing_config
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, succeeded
+
+ARCHIVES = sorted(Path(__file__).parent.glob("format-*.tar.gz"))
+
+
+@pytest.fixture(scope="module", params=ARCHIVES, ids=lambda path: path.name)
+def kept(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("kept")
+    with tarfile.open(request.param) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "bucket"
+
+
+def test_there_is_one():
+    assert ARCHIVES
+
+
+def test_datasets_and_runs_are_whole(kept):
+    store = open_store(str(kept))
+    for name in sorted(path.name for path in (kept / "datasets").iterdir()):
+        assert verify_dataset(store, f"datasets/{name}") == []
+    for run in ("pixels", "latents"):
+        assert verify_run(store, run).problems == []
+    assert load_index(store, "datasets/kept-8").held_out == "kept-held-out"
+    assert load_index(store, "datasets/kept-latents-4").encoding.source == "kept"
+    assert existing_config(store, "pixels").ema.names == ("ema-0.1",)
+
+
+@pytest.mark.parametrize("run", ["pixels", "latents"])
+def test_the_same_pictures_are_drawn(kept, tmp_path, run):
+    bucket = shutil.copytree(kept, tmp_path / "bucket")
+    (before,) = (kept / "runs" / run / "samples").glob("epoch-0002-*-seeds-0-3-alone.png")
+    path = bucket / before.relative_to(kept)
+    path.unlink()
+    succeeded(ddpm_here("sample", "--run", run, "--seeds", "0-3", "--no-nearest", "--bucket", bucket))
+    now, then = (np.asarray(Image.open(picture)).astype(int) for picture in (path, before))
+    # Another processor rounds otherwise.
+    assert np.abs(now - then).max() <= 3
+
+
+def test_what_was_made_is_found_again(kept, tmp_path):
+    bucket = shutil.copytree(kept, tmp_path / "bucket")
+    said = succeeded(ddpm_here("sample", "--run", "pixels", "--count", 20, "--bucket", bucket))
+    assert "complete already" in said
+    succeeded(ddpm_here("sample", "--run", "pixels", "--weights", "ema-0.2", "--seeds", 0, "--bucket", bucket))
+    words = ("--run", "pixels", "--count", 12, "--extractor", "mobilenet", "--bucket", bucket)
+    assert "fd-mobilenet" in succeeded(ddpm_here("evaluate", *words))
+
+
+@pytest.mark.parametrize(("run", "dataset"), [("pixels", "kept"), ("latents", "kept-latents")])
+def test_a_run_goes_on(kept, tmp_path, run, dataset):
+    bucket = shutil.copytree(kept, tmp_path / "bucket")
+    done = ddpm_here("train", "--dataset", dataset, "--run", run, "--epochs", 3, "--bucket", bucket)
+    succeeded(done)
+    assert "going on from epoch 2" in done.stderr
+    assert verify_run(open_store(str(bucket)), run).problems == []
+    status = json.loads((bucket / "runs" / run / "status.json").read_text())
+    assert (status["state"], status["fence"]) == ("finished", 2)
+
+
+def test_diffusers_reads_its_checkpoint(kept):
+    from diffusers import UNet2DModel
+
+    (folder, *_) = sorted((kept / "runs/pixels/checkpoints").iterdir(), reverse=True)
+    assert UNet2DModel.from_pretrained(folder, subfolder="unet").config.num_class_embeds == 2
