@@ -34,8 +34,7 @@ def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     network = mobilenet_v2()
     network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
     network.to(device).eval()
-    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
-    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+    mean, std = _imagenet(device)
 
     def see(images: Tensor) -> Seen:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bilinear", align_corners=False)
@@ -49,8 +48,39 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.float().expand(-1, 3, -1, -1)
 
 
+def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+    import timm
+    from safetensors.torch import load_file
+
+    tensors = load_file(path)
+    # Of training alone; Meta's files have it, timm's do not.
+    tensors.pop("mask_token", None)
+    size = _VIT_SIZES[tensors["cls_token"].shape[-1]]
+    # Positions are of 518 pixels, between which they are interpolated.
+    network = timm.create_model(f"vit_{size}_patch14_dinov2", pretrained=False, num_classes=0, dynamic_img_size=True)
+    network.load_state_dict(tensors)
+    network.to(device).eval()
+    mean, std = _imagenet(device)
+
+    def see(images: Tensor) -> Seen:
+        x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bicubic", align_corners=False, antialias=True)
+        return network((x.clamp(0, 1) - mean) / std), None
+
+    return see
+
+
+_VIT_SIZES = {384: "small", 768: "base", 1024: "large", 1536: "giant"}
+"""By the width of the class token."""
+
+
+def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1)
+    return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
+
+
 LOADERS: dict[str, Callable[[Path, torch.device], Callable[[Tensor], Seen]]] = {
     "inception": _inception,
     "mobilenet": _mobilenet,
+    "dinov2": _dinov2,
 }
 """By the name of the network: from its file of weights to what it sees, on a device."""

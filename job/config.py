@@ -437,7 +437,9 @@ class EvaluateConfig(Section):
     metrics: Annotated[
         tuple[Literal["fid", "kid", "prdc", "mind"], ...], BeforeValidator(_split), Field(min_length=1)
     ] = Field(("kid", "fid"), description="the first of them says which checkpoint is the best")
-    extractor: Literal["inception", "mobilenet"] = Field("inception", description="whose features are compared")
+    extractor: Literal["inception", "mobilenet", "dinov2"] = Field(
+        "inception", description="whose features are compared"
+    )
 
 
 class LogConfig(Section):

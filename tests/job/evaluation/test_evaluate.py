@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import re
 import shutil
 import signal
 import time
@@ -11,7 +12,7 @@ import pytest
 from job.data.shards import load_index
 from job.evaluation import evaluate, plan
 from job.evaluation.extractors import EXTRACTORS, find_extractor
-from job.exits import Exit
+from job.exits import BadDataError, Exit, MissingInputError
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
@@ -118,7 +119,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_p
     assert "scores need 12" in refused(evaluating("--count", 5, "--extractor", "mobilenet"), Exit.BAD_REQUEST)
     assert "no metric 'fidd'; did you mean 'fid'?" in refused(evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST)
     assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)
-    assert "there are inception and mobilenet" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
+    assert "there are inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
     assert "no checkpoint of epoch 7" in refused(evaluating("--checkpoints", 7), Exit.MISSING_INPUT).replace("'", "")
     monkeypatch.setattr(plan, "find_spec", lambda name: None)
@@ -144,6 +145,34 @@ def test_a_networks_file_is_found_in_the_bucket_and_known_by_its_hash(bucket, tm
     (bucket / "extractors").mkdir()
     shutil.copy(in_package.uri, bucket / "extractors" / mobilenet.file)
     assert find_extractor("mobilenet", store).uri == str(bucket / "extractors" / mobilenet.file)
+
+
+def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
+    """Weights that nobody trained, under Meta's names: the network is timm's."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    network = timm.create_model("vit_small_patch14_dinov2", num_classes=0, img_size=224, init_values=1.0).eval()
+    at_518 = timm.create_model("vit_small_patch14_dinov2", num_classes=0)
+    tensors = at_518.state_dict() | {"mask_token": torch.zeros(1, 384)}
+    save_file(tensors, tmp_path / "vits14.safetensors")
+    found = find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "vits14.safetensors"))
+    assert len(found.extractor.sha256) == 64
+    features, logits = found.load(torch.device("cpu"))(torch.zeros(2, 1, 16, 16, dtype=torch.uint8))
+    assert (features.shape, logits) == ((2, 384), None)
+    # As the network that timm makes for 224 pixels, with the positions that timm interpolates for it.
+    network.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(at_518.state_dict(), network))
+    black = (torch.zeros(1, 3, 224, 224) - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor(
+        [0.229, 0.224, 0.225]
+    ).view(3, 1, 1)
+    with torch.no_grad():
+        assert (network(black) - features[:1]).abs().max() < 1e-4
+    save_file({"head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(BadDataError, match="holds no weights of DINOv2"):
+        find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "other.safetensors")).load(torch.device("cpu"))
+    with pytest.raises(MissingInputError, match=re.escape("extractors/dinov2.safetensors")):
+        find_extractor("dinov2", open_store(str(tmp_path)))
 
 
 def test_what_a_network_saw_is_the_datasets_own(bucket):
