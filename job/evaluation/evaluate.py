@@ -248,7 +248,9 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
         ]
         for name in _told(plan, first.values):
             of_sets = [one.values[name] for one in found]
-            spread = stdev(of_sets) if len(of_sets) > 1 else first.values.get(f"{name}_std")
+            # The bound is about no drawn image: it is the same for all sets.
+            is_drawn = name != "bpd" and len(of_sets) > 1
+            spread = stdev(of_sets) if is_drawn else first.values.get(f"{name}_std")
             told = f"{fmean(of_sets):.4g}" + (f" ± {spread:.2g}" if spread is not None else "")
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
             lines.append(f"{score_name(name, extractor.name):<20}{told:>22}  {real}")
