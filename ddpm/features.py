@@ -19,10 +19,13 @@ Seen = tuple[Tensor, Tensor | None]
 
 def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     # TorchScript runs what its file says: to be called with a file whose hash is known.
+    from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
+
     network = torch.jit.load(str(path), map_location=device).eval()
 
     def see(images: Tensor) -> Seen:
-        x = F.interpolate(_in_colour(images), (299, 299), mode="bilinear", align_corners=False)
+        # PyTorch's samples half a pixel beside.
+        x = interpolate_bilinear_2d_like_tensorflow1x(_in_colour(images), size=(299, 299), align_corners=False)
         return network((x - 128) / 128), None
 
     return see

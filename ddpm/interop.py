@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -133,6 +134,12 @@ def unet_options(config: Mapping[str, Any]) -> Options:
     for key, value in _FIXED.items():
         if said[key] != value:
             raise NoCounterpartError(f"{key}={said[key]!r} has no counterpart: {value!r} alone has")
+    for key, known in (
+        ("resnet_time_scale_shift", ("default", "scale_shift")),
+        ("downsample_type", ("conv", "resnet")),
+    ):
+        if said[key] not in known:
+            raise NoCounterpartError(f"{key}={said[key]!r} has no counterpart: {' and '.join(known)} have")
     conventions = [of for of, values in _CONVENTIONS.items() if values.items() <= said.items()]
     if not conventions:
         choices = ", ".join(f"{key}={said[key]!r}" for key in _CONVENTIONS["ho"])
@@ -143,7 +150,7 @@ def unet_options(config: Mapping[str, Any]) -> Options:
         up = [_level(kind, said["upsample_type"]) for kind in said["up_block_types"]][::-1]
         inside = {"in_channels": int(said["in_channels"]), "out_channels": int(said["out_channels"])}
         multiples = [width // widths[0] for width in widths]
-    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+    except (KeyError, TypeError, ValueError, IndexError, ArithmeticError) as error:
         raise NoCounterpartError(f"it does not say what it is made of ({type(error).__name__}: {error})") from None
     if [width // widths[0] * widths[0] for width in widths] != widths:
         raise NoCounterpartError(f"block_out_channels={widths} have no counterpart: multiples of the first alone have")
@@ -231,15 +238,30 @@ def process_options(config: Mapping[str, Any]) -> Options:
         NoCounterpartError: it is of another process than ours, or its network predicts something else.
     """
     kind = str(config.get("_class_name", "DDPMScheduler"))
+    if kind.removesuffix("Scheduler") not in _OF_BETAS:
+        raise NoCounterpartError(f"{kind} has no counterpart: schedulers of betas have, such as DDPMScheduler")
+    for key, value in _USUAL.items():
+        if config.get(key, value) != value:
+            raise NoCounterpartError(f"{key}={config[key]!r} has no counterpart: {value!r} alone has")
     schedules = {name: ours for ours, (name, _, _) in _SCHEDULES.items()}
     name, betas = config.get("beta_schedule", "linear"), config.get("trained_betas")
-    if name not in schedules or betas is not None or "Flow" in kind or "EDM" in kind:
-        what = "trained_betas" if betas is not None else f"{kind} with beta_schedule={name!r}"
-        raise NoCounterpartError(f"{what} has no counterpart: beta_schedule {', '.join(schedules)} have")
+    if name not in schedules:
+        raise NoCounterpartError(f"beta_schedule={name!r} has no counterpart: {', '.join(schedules)} have")
     schedule = schedules[name]
     ends = config.get("beta_start", 1e-4), config.get("beta_end", 0.02)
-    if schedule != "cosine" and ends != _SCHEDULES[schedule][1:]:
+    if betas is not None:
+        sigmoid = sigmoid_schedule(len(betas)).betas
+        if not torch.allclose(torch.tensor(betas, dtype=sigmoid.dtype), sigmoid, rtol=1e-6):
+            raise NoCounterpartError(
+                "trained_betas have no counterpart but where they are those of the sigmoid schedule"
+            )
+        schedule = "sigmoid"
+    elif schedule != "cosine" and ends != _SCHEDULES[schedule][1:]:
         raise NoCounterpartError(f"beta_start and beta_end {ends} have no counterpart: {_SCHEDULES[schedule][1:]} have")
+    variance = str(config.get("variance_type") or "fixed")
+    if variance == "learned":
+        raise NoCounterpartError("variance_type='learned' has no counterpart: learned_range has")
+    variance = variance if variance == "learned_range" else "fixed"
     predictions = {theirs: ours for ours, theirs in _PREDICTIONS.items()}
     predicted = config.get("prediction_type", "epsilon")
     if predicted not in predictions:
@@ -249,7 +271,7 @@ def process_options(config: Mapping[str, Any]) -> Options:
         "timesteps": config.get("num_train_timesteps", 1000),
         "prediction": predictions[predicted],
         "zero_terminal_snr": bool(config.get("rescale_betas_zero_snr", False)),
-        "variance": "learned_range" if config.get("variance_type") == "learned_range" else "fixed",
+        "variance": variance,
     }
 
 
@@ -266,7 +288,21 @@ def with_null_class(embeddings: Tensor) -> Tensor:
     return F.pad(embeddings, (0, 0, 0, 1))
 
 
-PREFIXES = ("module.", "_orig_mod.", "ema_model.", "model.", "unet.")
+_OF_BETAS = (
+    *("DDPM", "DDPMParallel", "DDIM", "DDIMParallel", "DDIMInverse", "PNDM", "LMSDiscrete", "EulerDiscrete"),
+    *("EulerAncestralDiscrete", "HeunDiscrete", "KDPM2Discrete", "KDPM2AncestralDiscrete", "DPMSolverMultistep"),
+    *(
+        "DPMSolverMultistepInverse",
+        "DPMSolverSinglestep",
+        "DPMSolverSDE",
+        "DEISMultistep",
+        "UniPCMultistep",
+        "SASolver",
+    ),
+)
+"""Schedulers of diffusers whose process is a table of betas; others call their keys alike."""
+_USUAL: Options = {"thresholding": False, "clip_sample_range": 1.0}
+PREFIXES = ("ema_model.", "module.", "_orig_mod.", "model.", "unet.")
 """What wrappers put before the names of parameters: DDP, torch.compile, averages, whoever holds a network."""
 
 

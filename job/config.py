@@ -454,6 +454,7 @@ class RunConfig(Section):
     """The whole configuration of a run."""
 
     preset: str = ""
+    imported: bool = Field(default=False, description="whether it began with somebody else's checkpoint")
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     model: Network = UNetConfig()  # type: ignore[call-arg]
     diffusion: DiffusionConfig = DiffusionConfig()  # type: ignore[call-arg]
@@ -681,6 +682,7 @@ MOST_SETTINGS_BYTES = 1 << 18
 
 CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
+    "imported": "ddpm import",
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
     "data.latents": "--dataset NAME",

@@ -170,15 +170,29 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     config = follow_dataset(config, index)
     if stored is not None and config.train.precision == "auto":
         config = config.updated({"train.precision": stored.train.precision})
-    if config.sample.weights not in (there := ("ema", "model", *config.ema.names)):
-        raise BadConfigError(f"sample.weights={config.sample.weights} is none that training has ({', '.join(there)})")
-    if config.sample.sampler == "own" or config.sample.grid == "found":
-        raise BadConfigError("sample.sampler=own and sample.grid=found are for `ddpm sample`: choose others to train")
+    check_drawing(config)
+    if stored is not None and stored.imported and not list_checkpoints(run):
+        raise BadDataError(
+            f"run {request.run!r} was to begin with an imported checkpoint, and has none: give the same `ddpm import` "
+            f"again, or delete it (ddpm runs delete {request.run} --yes)"
+        )
     changes = changed_for_attempt(stored, config, request.run) if stored is not None else {}
     own, held_out = (stored or config).sample, None
     if index.held_out and config.log.validate_epochs:
         held_out = load_index(bucket, dataset_key(index.held_out, index.size))
     return Plan(bucket, run, index, config, own, request, changes, stored is None, held_out)
+
+
+def check_drawing(config: RunConfig) -> None:
+    """Returns if a run can draw as its section `sample` says.
+
+    Raises:
+        BadConfigError: by weights that it has not, or in a way that a command has to name.
+    """
+    if config.sample.weights not in (there := ("ema", "model", *config.ema.names)):
+        raise BadConfigError(f"sample.weights={config.sample.weights} is none that training has ({', '.join(there)})")
+    if config.sample.sampler == "own" or config.sample.grid == "found":
+        raise BadConfigError("sample.sampler=own and sample.grid=found are for `ddpm sample`: choose others to train")
 
 
 def follow_dataset(config: RunConfig, index: DatasetIndex) -> RunConfig:

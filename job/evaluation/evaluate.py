@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean, stdev
@@ -20,7 +20,7 @@ from job.data.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.features import FeatureFolder, Named
 from job.evaluation.plan import EvaluatePlan, Evaluation, reference_folder
-from job.exits import StoppedError
+from job.exits import BadDataError, StoppedError
 from job.plan import FoundRun
 from job.processes.launched import lost_peer
 from job.processes.ranks import Ranks, meet
@@ -28,11 +28,11 @@ from job.progress import Progress
 from job.runs import records
 from job.runs.layout import ObjectKind
 from job.runs.retention import reading
-from job.runs.scores import About, Reference, Scores, score_name
+from job.runs.scores import Reference, Scores, score_name
 from job.sampling.painter import Painter
 from job.sampling.sample import prepared
 from job.stop import NEVER, Stop
-from job.store import ObjectExistsError
+from job.store import ObjectExistsError, ObjectMissingError
 from job.validation import validation_row
 
 if TYPE_CHECKING:
@@ -43,7 +43,6 @@ Make = Callable[[range, Callable[[float], None]], Named]
 """From the numbers of images, and what is told how many more are done, to what was seen in them."""
 SEE_IMAGES = 50
 """Real images that each process sees at a time."""
-COMPARED = ("fid", "kid", "prdc", "mind")
 
 
 def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
@@ -56,96 +55,118 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     ranks = meet(stop)
     sampling_plan, painter, sampling = prepared(plan.sampling, ranks, stop)
     plan = replace(plan, sampling=sampling_plan)
-    todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
-    if todo:
-        see = plan.found.load(painter.device)
-        real = references(plan.sampling, plan.reference, painter, see)
-        for evaluation in plan.evaluations():
-            if evaluation.batch in todo:
-                _evaluate(evaluation, painter, sampling, see, real)
-    ranks.on_main(lambda: print("\n\n".join(tables(plan))))
+    with ExitStack() as stack:
+        # Until the scores of all are told: a run that trains meanwhile would retire them.
+        renewals = [stack.enter_context(reading(plan.sampling.run, ref)) for ref in plan.sampling.checkpoints]
+
+        def renew() -> None:
+            for one in renewals:
+                one()
+
+        todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
+        if todo:
+            see = plan.found.load(painter.device)
+            real = references(plan.sampling, plan.reference, painter, see)
+            for evaluation in plan.evaluations():
+                if evaluation.batch in todo:
+                    _evaluate(evaluation, painter, sampling, see, real, renew)
+        ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
 def references(of_run: FoundRun, reference: Reference, painter: Painter, see: See) -> Named:
     """Features of the real images, on the main process; none on the others. Collective."""
     folder, ranks = reference_folder(of_run, reference), painter.ranks
-    if ranks.on_main(lambda: len(folder.committed())) < folder.pieces:
-        chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
-        images = of_run.opened_images(painter.stop, index=of_run.pictures())
 
-        def make(numbers: range, advance: Callable[[float], None]) -> Named:
-            parts = []
-            for start in range(0, len(numbers), SEE_IMAGES):
-                painter.check_stopped()
-                some = chosen[numbers[start : start + SEE_IMAGES]]
-                parts.append(seen(see, images.read(some), painter.device))
-                advance(len(some))
-            return joined(parts)
+    def make(numbers: range, advance: Callable[[float], None]) -> Named:
+        parts = []
+        for start in range(0, len(numbers), SEE_IMAGES):
+            painter.check_stopped()
+            some = chosen[numbers[start : start + SEE_IMAGES]]
+            parts.append(seen(see, images.read(some), painter.device))
+            advance(len(some))
+        return joined(parts)
 
-        _make_pieces(folder, painter, f"looking at {reference.dataset}", make)
-        about = About(reference=reference, pieces=folder.pieces)
-        with suppress(ObjectExistsError):
-            ranks.on_main(lambda: folder.store.create("reference.json", about.to_json()))
+    if ranks.on_main(lambda: len(folder.committed())) == folder.pieces:
+        with suppress(BadDataError):
+            return _on_main(ranks, folder.load)
+    # A damaged piece has been deleted.
+    chosen = Order((reference.of_images,), seed=0).indices(np.arange(folder.count))
+    images = of_run.opened_images(painter.stop, index=of_run.pictures())
+    _make_pieces(folder, painter, f"looking at {reference.dataset}", make)
     return _on_main(ranks, folder.load)
 
 
-def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See, real: Named) -> None:
+def _evaluate(
+    evaluation: Evaluation,
+    painter: Painter,
+    sampling: Sampling,
+    see: See,
+    real: Named,
+    renew: Callable[[], None],
+) -> None:
     """Draws and scores the images of a checkpoint. Collective."""
-    plan, images, ref = evaluation.plan.sampling, evaluation.images, evaluation.ref
+    plan, images = evaluation.plan.sampling, evaluation.images
     evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
-    with reading(plan.run, ref) as renew:
-        painter.load(plan.run, ref, plan.sample.weights)
+    painter.load(plan.run, evaluation.ref, plan.sample.weights)
 
-        def make(numbers: range, advance: Callable[[float], None]) -> Named:
-            first, parts = images.drawing.first_seed, []
-            for start in range(0, len(numbers), batch_size):
-                some = [first + number for number in numbers[start : start + batch_size]]
+    def make(numbers: range, advance: Callable[[float], None]) -> Named:
+        first, parts = images.drawing.first_seed, []
+        for start in range(0, len(numbers), batch_size):
+            some = [first + number for number in numbers[start : start + batch_size]]
 
-                def after_evaluation(*_: object, count: int = len(some)) -> None:
-                    painter.check_stopped()
-                    renew()
-                    advance(count / evaluations)
+            def after_evaluation(*_: object, count: int = len(some)) -> None:
+                painter.check_stopped()
+                renew()
+                advance(count / evaluations)
 
-                drawn = painter.draw_alone(some, sampling, after_evaluation)
-                parts.append(seen(see, drawn, painter.device))
-            return joined(parts)
+            drawn = painter.draw_alone(some, sampling, after_evaluation)
+            parts.append(seen(see, drawn, painter.device))
+        return joined(parts)
 
-        _make_pieces(evaluation.folder, painter, images.name, make)
-        bound = _bits_per_dim(evaluation, painter)
-        painter.ranks.on_main(lambda: _publish(evaluation, evaluation.folder.load(), real, bound, painter.stop))
+    _make_pieces(evaluation.folder, painter, images.name, make)
+    bound = _bits_per_dim(evaluation, painter)
+    painter.ranks.on_main(lambda: _publish(evaluation, real, bound, painter.stop))
 
 
-def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> dict[str, float]:
-    """The bound on images that nobody learnt from, if there are any, else on learnt ones. Collective."""
+def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | None, int]:
+    """The bound on images that nobody learnt from, if there are any, else on learnt ones; on how many. Collective."""
     plan = evaluation.plan
     config, index = plan.sampling.config, plan.index
     if config.diffusion.offset_noise or index.encoding:
-        return {}
+        return None, 0
     if index.held_out:
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
     images = plan.sampling.opened_images(painter.stop, index=index)
     row = validation_row(
         painter, images, method.objective_of(config), config.log.validate_images, plan.sampling.sample.batch_size
     )
-    return {"bpd": row["val_bits_per_dim"], "images": min(config.log.validate_images, index.images)}
+    return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 
 
-def _publish(evaluation: Evaluation, drawn: Named, real: Named, bound: dict[str, float], stop: Stop) -> None:
+def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int], stop: Stop) -> None:
     """Computes the scores, writes them down, and removes the features that they are of."""
     plan, images = evaluation.plan, evaluation.images
-    values, floor, floor_images = scored(COMPARED, drawn, real, stop, f"scoring {images.name}")
+    try:
+        drawn = evaluation.folder.load()
+    except ObjectMissingError:
+        # An equal evaluation that was faster has removed them.
+        if evaluation.scores() is None:
+            raise
+        return
+    values, floor, floor_images = scored(tuple(metrics.COMPARISONS), drawn, real, stop, f"scoring {images.name}")
     if "logits" in drawn:
-        for scores, logits in ((values, drawn["logits"]), (floor, real["logits"])):
+        # It grows with the number of images.
+        for scores, logits in ((values, drawn["logits"]), (floor, real["logits"][: floor_images[0]])):
             scores["is"], scores["is_std"] = metrics.inception_score(logits)
-    if bound:
-        values["bpd"] = bound["bpd"]
+    if bound[0] is not None:
+        values["bpd"] = bound[0]
     record = Scores(
         drawing=images.drawing,
         reference=plan.reference,
         values=values,
         floor=floor,
         floor_images=floor_images,
-        bits_per_dim_images=int(bound.get("images", 0)),
+        bits_per_dim_images=bound[1],
         held_out=bool(plan.index.held_out),
         batch=evaluation.batch,
         created=records.utc_now(),

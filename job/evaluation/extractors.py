@@ -60,7 +60,7 @@ EXTRACTORS = {
         Extractor(
             name="inception",
             title="Inception-v3 of the FID papers (TensorFlow, 2015-12-05)",
-            how="bilinear to 299 pixels, (x - 128) / 128",
+            how="TensorFlow 1's bilinear to 299 pixels, (x - 128) / 128",
             has_classes=False,
             file="default_1.pt",
             sha256="7ff4a85c3a6378f0dfc8433ffd789663b01176bec0a683a435651739c091fa34",
@@ -119,8 +119,10 @@ class FoundExtractor:
         with os_errors(path), path.open("rb") as file:
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
         if sha256 != self.extractor.sha256:
+            if is_remote(self.uri):
+                path.unlink()
             raise BadDataError(
-                f"{path} is not the file of {self.extractor.title}: its SHA-256 is {sha256:.12}… and not "
+                f"{self.uri} is not the file of {self.extractor.title}: its SHA-256 is {sha256:.12}… and not "
                 f"{self.extractor.sha256:.12}…: delete it, and take the right one"
             )
         try:

@@ -18,12 +18,20 @@ from job.sampling.painter import Painter
 
 
 class Judge:
-    """The network that sees images, and what it saw in real ones; each is loaded when it is first needed."""
+    """The network that sees images, and what it saw in real ones."""
 
-    def __init__(self, plan: Plan) -> None:
-        self._plan, self._chosen = plan, plan.config.evaluate
-        self._found = find_extractor(self._chosen.extractor, plan.bucket)
-        self._real: Named | None = None
+    def __init__(self, plan: Plan, painter: Painter) -> None:
+        """Looks at the real images, which may take its time; on all processes, before anything is learnt. Collective.
+
+        Raises:
+            StoppedError: this process was asked to stop; the same command goes on.
+        """
+        self._chosen, self._sample, pictures = plan.config.evaluate, plan.config.sample, plan.pictures()
+        assert pictures is not None
+        found = find_extractor(self._chosen.extractor, plan.bucket)
+        self._see = found.load(painter.device)
+        reference = reference_of(pictures, found.extractor, self._chosen.references)
+        self._real = references(plan, reference, painter, self._see)
 
     def row(self, painter: Painter) -> Row:
         """The scores of the painter's network by name, on the main process; none on the others. Collective.
@@ -31,14 +39,7 @@ class Judge:
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.
         """
-        plan, chosen = self._plan, self._chosen
-        if self._real is None:
-            self._see = self._found.load(painter.device)
-            pictures = plan.pictures()
-            assert pictures is not None
-            reference = reference_of(pictures, self._found.extractor, chosen.references)
-            self._real = references(plan, reference, painter, self._see)
-        sample = plan.config.sample
+        chosen, sample = self._chosen, self._sample
 
         def features(images: np.ndarray) -> np.ndarray:
             return seen(self._see, images, painter.device)["features"].numpy()
@@ -48,10 +49,8 @@ class Judge:
         row: Row = {}
 
         def score() -> None:
-            real = self._real
-            assert real is not None
             of_drawn: Named = {"features": torch.from_numpy(drawn)}
-            values, floor, counts = scored(chosen.metrics, of_drawn, real, painter.stop, "scoring")
+            values, floor, counts = scored(chosen.metrics, of_drawn, self._real, painter.stop, "scoring")
             row.update({score_name(name, chosen.extractor): value for name, value in values.items()})
             row.update({f"real {score_name(name, chosen.extractor)}": value for name, value in floor.items()})
             told = [

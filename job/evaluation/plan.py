@@ -48,13 +48,13 @@ class EvaluatePlan:
             BadRequestError: the network has no classes, or the run no bound.
         """
         chosen, config = {*self.request.chosen_metrics}, self.sampling.config
-        if self.request.metrics != EvaluateRequest.metrics and "is" in chosen and not self.found.extractor.has_classes:
+        if self.request.metrics and "is" in chosen and not self.found.extractor.has_classes:
             raise BadRequestError(
                 f"--metrics is: {self.found.extractor.title} comes without its classes here; --extractor mobilenet has "
                 "some, and its score is told as cs-mobilenet"
             )
         is_bounded = not (config.diffusion.offset_noise or self.index.encoding)
-        if self.request.metrics != EvaluateRequest.metrics and "bpd" in chosen and not is_bounded:
+        if self.request.metrics and "bpd" in chosen and not is_bounded:
             raise BadRequestError(
                 "--metrics bpd: the bound is about independent noise, and diffusion.offset_noise is set"
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from job.runs.retention import reading
 from job.runs.samples import grid_key, label_of
 from job.sampling.plan import check_average
 from job.stop import Stop
-from job.store import ObjectMissingError, open_store
+from job.store import ObjectExistsError, ObjectMissingError, open_store
 
 CARD, PICTURE = "README.md", "grid.png"
 _PIPELINE = """```python
@@ -72,14 +73,10 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
     described = pipeline.described(of_run.config)
     if not described.objects:
         raise BadRequestError(f"run {name!r} cannot be exported to diffusers: {described.lacking}")
-    if not checkpoint.isdecimal() and checkpoint != "latest":
+    if not re.fullmatch("[0-9]{1,9}", checkpoint) and checkpoint != "latest":
         raise BadRequestError(f"--checkpoint {checkpoint!r}: use an epoch such as 80, or latest")
     (ref,) = choose(of_run.run, checkpoint, of_run.dataset_images, of_run.config.train.batch_size)
     target = open_store(to, of_run.bucket.retry)
-    # A local folder that is not there cannot be listed.
-    with suppress(MissingInputError):
-        if next(target.list(), None):
-            raise BadRequestError(f"--to {to}: there is something already; name a folder that is empty or not there")
     weights = (
         of_run.config.updated({"sample.weights": weights}).sample.weights if weights else of_run.config.sample.weights
     )
@@ -99,22 +96,33 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
             # Last what says that the folder is a pipeline.
             small = dict(sorted(small.items(), key=lambda each: each[0] == "model_index.json"))
             total = sum(path.stat().st_size for path in paths)
+            there: set[str] = set()
+            # A local folder that is not there cannot be listed.
+            with suppress(MissingInputError):
+                there = {entry.key for entry in target.list()}
+            # What an export that was killed left is as good as what this one would write.
+            if strangers := sorted(there - {*names, *small}):
+                raise BadRequestError(
+                    f"--to {to}: {strangers[0]} is there already; name another folder, or an empty one"
+                )
             with Progress(f"exporting {name}", unit="MB", total=total // 10**6) as bar:
                 for path, key in zip(paths, names, strict=True):
                     stop.check("while exporting", "what was written is deleted, and the same command begins again")
-                    written.append(key)
                     target.upload(path, key)
+                    written.append(key)
                     bar.update(sum(path.stat().st_size for path in paths[: len(written)]) // 10**6)
                 for key, data in small.items():
-                    written.append(key)
                     target.create(key, data)
+                    written.append(key)
+    except ObjectExistsError as error:
+        raise BadRequestError(f"{error}: name another folder, or an empty one") from None
     except BaseException:
         for key in written:
             target.delete(key)
         raise
     print(f"{target.uri}  ({label}, weights {weights}, {total:,} bytes)")
     if described.lacking:
-        note(f"without model_index.json: {described.lacking}; {CARD} shows how to draw from it")
+        note(f"without model_index.json: {described.lacking}; see {CARD}")
 
 
 def _index(paths: list[Path], names: list[str]) -> bytes:
@@ -143,11 +151,12 @@ def _card(of_run: FoundRun, ref: CheckpointRef, weights: str, objects: dict[str,
     else:
         how = f'`UNet2DModel.from_pretrained(..., subfolder="unet")` loads the network; {lacking}.'
     licence = index.licence if index else ""
+    kind_of = "class-conditional" if config.model.num_classes else "unconditional-image-generation"
     of_images = f"{index.images:,} images of {index.name}" if index else "images that are not known"
     licences = ["license: other", f"license_name: {json.dumps(licence)}"] if licence else []
     return "\n".join(
         [
-            *("---", "library_name: diffusers", "tags: [unconditional-image-generation, ddpm]", *licences, "---", ""),
+            *("---", "library_name: diffusers", f"tags: [{kind_of}, ddpm]", *licences, "---", ""),
             f"# {of_run.run.uri.rpartition('/')[2]}",
             "",
             f"A U-Net of {size}×{size} pixels, learnt from {of_images}: {ref.images_seen:,} images seen, "

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from ddpm import interop
 from ddpm.interop import NoCounterpartError
-from job.exits import BadDataError, BadRequestError, MissingInputError
-from job.progress import note
+from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.progress import note, printable
 from job.store import Retry, is_remote, open_store
 from job.store.files import os_errors, scratch_folder
 
@@ -53,7 +53,8 @@ class Foreign:
 
     Attributes:
         what: kind and origin, for people.
-        settings: dotted keys of a configuration, those of its network and process.
+        settings: dotted keys of a configuration, those of its network and process, as far as it says them; and
+            `out_channels` of a U-Net.
         tensors: by the names of our network's parameters.
     """
 
@@ -88,9 +89,14 @@ def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Fore
     """
     with _opened_source(source, retry) as found:
         try:
-            yield _of_diffusers(found) if found.names else _of_file(found.where, found.fetch(""), size)
-        except NoCounterpartError as error:
-            raise BadDataError(f"{found.where} cannot be imported: {error}") from None
+            foreign = _of_diffusers(found) if found.names else _of_file(found.where, found.fetch(""), size)
+        except JobError:
+            raise
+        # What strangers write meets readers with anything from KeyError to OverflowError; each means the same here.
+        except Exception as error:
+            said = str(error) if isinstance(error, NoCounterpartError) else f"{type(error).__name__}: {error}"
+            raise BadDataError(f"{found.where} cannot be imported: {printable(said):.300}") from None
+        yield foreign
 
 
 @contextmanager
@@ -100,7 +106,8 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
         # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
         path = Path(open_store(source, retry).uri)
         with os_errors(path):
-            if not path.exists():
+            # A pipe would be waited for in vain, and a device has no end.
+            if not (path.is_file() or path.is_dir()):
                 raise nothing
             files = [file for file in path.glob("**/*") if file.is_file()] if path.is_dir() else []
         names = frozenset(str(file.relative_to(path)) for file in files)
@@ -140,10 +147,10 @@ def _of_diffusers(source: _Source) -> Foreign:
     options = interop.unet_options(config)
     schedulers = ("scheduler/scheduler_config.json", "scheduler_config.json")
     scheduler = next((_json(source, name) for name in schedulers if name in source.names), None)
-    if scheduler is None:
-        note(f"{source.where} has no scheduler_config.json: taken for noise predicted over 1,000 linear timesteps")
-    settings = {f"diffusion.{key}": value for key, value in interop.process_options(scheduler or {}).items()}
-    settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler or {}).items()}
+    settings: dict[str, Any] = {}
+    if scheduler is not None:
+        settings |= {f"diffusion.{key}": value for key, value in interop.process_options(scheduler).items()}
+        settings |= {f"sample.{key}": value for key, value in interop.drawing_options(scheduler).items()}
     tensors = interop.with_names_of_today(_weights(source, folder))
     return Foreign("a UNet2DModel of diffusers", settings | _unet_settings(options), tensors)
 
@@ -170,11 +177,8 @@ def opened_autoencoder(source: str, retry: Retry) -> Iterator[tuple[dict[str, An
 def _unet_settings(options: interop.Options) -> dict[str, Any]:
     """Of a configuration, for these arguments of `UNet`."""
     rest = {"num_classes": 0, **options}
-    settings = {"data.size": rest.pop("image_size"), "data.channels": (channels := rest.pop("in_channels"))}
-    if (out_channels := rest.pop("out_channels")) != channels:
-        if out_channels != 2 * channels:
-            raise NoCounterpartError(f"{channels} channels in and {out_channels} out have none: as many or twice have")
-        settings["diffusion.variance"] = "learned_range"
+    settings = {"data.size": rest.pop("image_size"), "data.channels": rest.pop("in_channels")}
+    settings["out_channels"] = rest.pop("out_channels")
     return settings | {"model.kind": "unet"} | {f"model.{key}": value for key, value in rest.items()}
 
 
@@ -182,13 +186,13 @@ def _weights(source: _Source, folder: str) -> Named:
     """All tensors of a network of diffusers, in one file or in several with an index."""
     for name in (f"{folder}{name}" for name in WEIGHTS):
         if name in source.names:
-            return _averages_first(_tensors(source.where, source.fetch(name)))[0][1]
+            return _averages_first(_tensors(f"{source.where}/{name}", source.fetch(name)))[0][1]
         if f"{name}.index.json" in source.names:
             places = _json(source, f"{name}.index.json").get("weight_map", {})
             parts = sorted({f"{folder}{part}" for part in dict(places).values()})
             if strangers := [part for part in parts if part not in source.names]:
                 raise BadDataError(f"{source.where}/{strangers[0]} is missing, though {name}.index.json names it")
-            loaded = [_averages_first(_tensors(source.where, source.fetch(part)))[0][1] for part in parts]
+            loaded = [_averages_first(_tensors(f"{source.where}/{part}", source.fetch(part)))[0][1] for part in parts]
             return {name: tensor for named in loaded for name, tensor in named.items()}
     raise BadDataError(f"{source.where} has no weights: neither {folder}{WEIGHTS[0]} nor {folder}{WEIGHTS[1]} is in it")
 
@@ -211,7 +215,7 @@ def _of_file(where: str, path: Path, size: int | None) -> Foreign:
     for key, tensors in candidates:
         if found := _known(tensors, size):
             if key:
-                note(f"{where}: taking its {key}")
+                note(f"{where}: taking its {printable(key):.80}")
             return found
     for _, tensors in candidates:
         if "init_conv.weight" in tensors:
@@ -234,7 +238,11 @@ def _known(tensors: Named, size: int | None) -> Foreign | None:
     if "inc.double_conv.0.weight" not in tensors:
         return None
     settings = process | _DOME_SETTINGS | {"model.kind": "dome", "model.num_classes": 0}
-    settings |= {"data.size": size or DOME_SIZE, "data.channels": tensors["inc.double_conv.0.weight"].shape[1]}
+    settings |= {
+        "data.size": size or DOME_SIZE,
+        "data.channels": (channels := tensors["inc.double_conv.0.weight"].shape[1]),
+    }
+    settings["out_channels"] = channels
     if (labels := tensors.get("label_emb.weight")) is not None:
         # Without a class it adds nothing to the timestep, as a last embedding of zeros does; so it can be guided.
         settings |= {"model.num_classes": len(labels), "model.label_dropout": 0.1}
@@ -248,7 +256,13 @@ def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
 
     found: list[tuple[str, Named]] = []
 
+    walked: set[int] = set()
+
     def walk(part: Any, path: tuple[str, ...]) -> None:
+        # Lists that share an inner one would be walked for ever.
+        if id(part) in walked:
+            return
+        walked.add(id(part))
         if isinstance(part, Mapping):
             named = {key: value for key, value in part.items() if isinstance(key, str) and torch.is_tensor(value)}
             if named:
@@ -265,7 +279,7 @@ def _averages_first(loaded: Any) -> list[tuple[str, Named]]:
     walk(loaded, ())
     if not found:
         raise NoCounterpartError("it holds no tensors by name")
-    return sorted(found, key=lambda each: not re.search("ema|average", each[0]))
+    return sorted(found, key=lambda each: not re.search(r"(?i)(^|[._])(ema|average)", each[0]))
 
 
 def _tensors(where: str, path: Path) -> Any:

@@ -14,9 +14,9 @@ from job.config import LARGEST, RunConfig, draft, layered, parse_sets, validated
 from job.data.shards import find_dataset, load_index, validated_dataset_name
 from job.exchange.foreign import Foreign, opened_foreign
 from job.exits import BadConfigError, BadDataError, BadRequestError
-from job.plan import follow_dataset
+from job.plan import check_drawing, follow_dataset
 from job.processes.compute import describe_device
-from job.progress import note
+from job.progress import note, printable
 from job.runs import records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.lease import Lease
@@ -91,6 +91,8 @@ def import_run(request: ImportRequest) -> None:
     records.check_writable(run)
     lease = Lease.take(run, records.highest_fence(run), 0.0, stop, note)
     try:
+        # Somebody else may have begun it meanwhile.
+        _check_run(run, request.run, config)
         where = _commit(run, config, state, dataset_images, lease, stop, request.source)
     finally:
         lease.close(stop.seconds_left())
@@ -105,13 +107,32 @@ def _config(
     if request.size not in (None, found["data.size"]):
         raise BadConfigError(f"--size {request.size}: the checkpoint is of {found['data.size']} pixels, as it says")
     told = found | sets
+    channels, out_channels = told["data.channels"], told.pop("out_channels")
     if sets.get("diffusion.self_conditioning"):
-        told["data.channels"] = found["data.channels"] // 2
+        channels //= 2
+    if out_channels not in (channels, 2 * channels):
+        raise BadDataError(
+            f"{request.source} cannot be imported: {channels} channels in and {out_channels} out have no counterpart: "
+            "as many have, or twice as many; with diffusion.self_conditioning=true half of these are its estimate"
+        )
+    told |= {"data.channels": channels}
+    if out_channels != channels:
+        told |= {"diffusion.variance": "learned_range"}
+    if "diffusion.schedule" not in told:
+        raise BadConfigError(
+            f"{request.source} has no scheduler_config.json: say what its network was trained for, such as "
+            "--set diffusion.schedule=linear --set diffusion.prediction=epsilon"
+        )
     if sets.get("model.label_dropout") and found["model.kind"] == "unet":
         # The last embedding is that of no class.
         told["model.num_classes"] = found["model.num_classes"] - 1
     where = f"{request.source} as a run"
+    told["imported"] = True
+    if not request.preset:
+        # The usual number may be more than there are.
+        told = {"sample.steps": min(RunConfig().sample.steps, told.get("diffusion.timesteps", LARGEST))} | told
     config = draft(request.preset, told) if request.preset else validated(layered(RunConfig().flat(), told), where)
+    check_drawing(config)
     if not request.dataset:
         return config, MAX_IMAGES_SEEN + 1
     index = load_index(bucket, find_dataset(bucket, request.dataset, config.data.size))
@@ -145,21 +166,28 @@ def _state(config: RunConfig, foreign: Foreign, source: str) -> TrainState:
     from ddpm import training
     from job import method
 
+    plain = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
+    # Before memory is taken for whatever a configuration claims.
+    with torch.device("meta"):
+        expected = {name: p.shape for name, p in method.build_network(config, torch.device("meta")).named_parameters()}
+    says = f"{source} says that it is {foreign.what}, and"
+    for name in sorted(expected.keys() ^ foreign.tensors.keys()):
+        what = "lacks the tensor" if name in expected else "has a tensor that such a network does not have,"
+        raise BadDataError(f"{says} {what} {printable(name):.200}")
+    for name, shape in expected.items():
+        tensor = foreign.tensors[name]
+        if tensor.shape != shape:
+            raise BadDataError(f"{says} its tensor {name} is {[*tensor.shape]} and not {[*shape]}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.dtype not in plain:
+            raise BadDataError(f"{source}: the tensor {name} holds {tensor.dtype}, no plain floating-point numbers")
     device = torch.device("cpu")
     network = method.build_network(config, device)
-    parameters = dict(network.named_parameters())
-    for name in parameters.keys() ^ foreign.tensors.keys():
-        what = "lacks the tensor" if name in parameters else "has a tensor that such a network does not have,"
-        raise BadDataError(f"{source} says that it is {foreign.what}, and {what} {name:.200}")
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            tensor = foreign.tensors[name]
-            if tensor.shape != parameter.shape:
-                shapes = f"{[*tensor.shape]} and not {[*parameter.shape]}"
-                raise BadDataError(f"{source} says that it is {foreign.what}, and its tensor {name} is {shapes}")
-            if not tensor.isfinite().all():
+        for name, parameter in network.named_parameters():
+            parameter.copy_(foreign.tensors[name])
+            if not parameter.isfinite().all():
                 raise BadDataError(f"{source}: the tensor {name} holds what are no finite numbers")
-            parameter.copy_(tensor)
     return training.create_state(network, device, method.settings_of(config))
 
 

@@ -5,7 +5,7 @@
     BUCKET/datasets/NAME-SIZE/references/inception-50000-7be2…/piece-00012.safetensors      features of real images
 
 A score without its protocol says nothing: other images, filters, networks or counts give another. So both are one
-record, with the score of real images against others beside it: what no model can be expected to beat.
+record, with the score of real images against other real images beside it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pydantic import Field
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
 from job.runs.samples import NumberedDrawing
-from job.sealed import SHA256_PATTERN, Part, Sealed
+from job.sealed import SHA256_PATTERN, Part
 
 _OTHERS = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}
 
@@ -42,13 +42,6 @@ class Reference(Part):
     def __str__(self) -> str:
         which = f"{self.images:,} images" if self.images == self.of_images else f"{self.images:,} of {self.of_images:,}"
         return f"{which} of {self.dataset}-{self.size} (crop {self.crop}, {self.resize_filter})"
-
-
-class About(Sealed):
-    """What the features of real images are, beside them; nothing is decided by it."""
-
-    reference: Reference
-    pieces: int
 
 
 class Scores(RunRecord):

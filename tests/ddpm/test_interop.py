@@ -179,17 +179,17 @@ def test_processes_are_those_of_diffusers(schedule):
     theirs = DDIMScheduler.from_config(config)
     ours = make_process(schedule, 200, zero_terminal_snr=said["zero_terminal_snr"]).alphas_cumprod
     assert (theirs.alphas_cumprod.double() - ours).abs().max() < 1e-6
-    if schedule == "sigmoid":
-        with pytest.raises(interop.NoCounterpartError, match="trained_betas"):
-            interop.process_options(config)
-    else:
-        assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
+    assert interop.process_options(theirs.config) == said | {"variance": "fixed"}
 
 
 @pytest.mark.parametrize(
     ("config", "named"),
     [
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "FlowMatchEulerDiscreteScheduler"),
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "CMStochasticIterativeScheduler"),
+        ({"variance_type": "learned"}, "learned_range has"),
+        ({"thresholding": True}, "thresholding=True"),
+        ({"trained_betas": [0.1, 0.2]}, "trained_betas"),
         ({"beta_schedule": "laplace"}, "laplace"),
         ({"beta_end": 0.012}, "0.012"),
         ({"prediction_type": "flow_prediction"}, "flow_prediction"),

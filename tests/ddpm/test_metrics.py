@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
+from torch_fidelity.metric_fid import fid_statistics_to_metric
 
 from ddpm import metrics
 
@@ -24,13 +25,19 @@ def test_the_frechet_distance_is_that_of_pytorch_fid():
     difference = of_drawn.mean(axis=0) - of_real.mean(axis=0)
     theirs = difference @ difference + np.trace(np.cov(of_drawn, rowvar=False) + np.cov(of_real, rowvar=False))
     assert metrics.fid(drawn, real) == pytest.approx(theirs - 2 * np.trace(roots).real, rel=1e-9)
+    # As torch-fidelity has it, also of fewer images than features, whose covariances are singular.
+    for images in (300, 15):
+        of_sides = [metrics.moments(side) for side in (drawn[:images], real)]
+        sides = [{"mu": mean.numpy(), "sigma": covariance.numpy()} for mean, covariance in of_sides]
+        (of_library,) = fid_statistics_to_metric(*sides, verbose=False).values()
+        assert metrics.fid(drawn[:images], real) == pytest.approx(of_library, rel=1e-6)
 
 
 def test_sums_do_not_depend_on_how_features_come(monkeypatch):
     whole = metrics.moments(features(1000, 0))
     monkeypatch.setattr(metrics, "_CHUNK", 7)
-    for name, value in metrics.moments(features(1000, 0)).items():
-        np.testing.assert_allclose(value, whole[name], rtol=1e-12, atol=1e-10)
+    for in_parts, at_once in zip(metrics.moments(features(1000, 0)), whole, strict=True):
+        np.testing.assert_allclose(in_parts, at_once, rtol=1e-12, atol=1e-10)
 
 
 def test_kid_is_the_unbiased_distance_over_all_pairs_of_sets_that_are_small():
@@ -84,5 +91,7 @@ def test_the_inception_score_counts_classes_that_are_told_apart():
 
 
 def test_all_scores_by_name():
-    found = dict(metrics.compared(("kid", "prdc", "mind", "fid"), features(30, 0), features(30, 1)))
+    found = dict(metrics.compared(("kid", "prdc", "mind", "fid"), features(30, 0), features(40, 1)))
     assert [*found] == ["kid", "kid_std", "precision", "recall", "density", "coverage", "mind", "fid"]
+    # A single subset has no deviation.
+    assert [*dict(metrics.compared(("kid",), features(30, 0), features(30, 1)))] == ["kid"]

@@ -12,7 +12,7 @@ import pytest
 from job.data.shards import load_index
 from job.evaluation import evaluate, plan
 from job.evaluation.extractors import EXTRACTORS, find_extractor
-from job.exits import BadDataError, Exit, MissingInputError
+from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
@@ -176,10 +176,11 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
 
 
 def test_what_a_network_saw_is_the_datasets_own(bucket):
-    (about,) = bucket.glob("datasets/tiles-16/references/*/reference.json")
-    reference = json.loads(about.read_text())["reference"]
+    reference = next(iter(scores(bucket).values()))["reference"]
     assert reference["dataset_id"] == load_index(open_store(str(bucket)), "datasets/tiles-16").dataset_id
     assert (reference["images"], reference["of_images"], reference["crop"]) == (60, 299, "center")
+    (folder,) = bucket.glob("datasets/tiles-16/references/*")
+    assert folder.name.startswith("mobilenet-60-")
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles", "--bucket", bucket))
 
 
@@ -201,11 +202,49 @@ def test_a_run_keeps_its_best_checkpoint(tiles, tmp_path):
     assert [*found] == [312, 600, 912, 1200]
     assert {"fd-mobilenet", "real md-mobilenet"} <= found[312].keys()
     best = min(found, key=lambda images_seen: found[images_seen]["md-mobilenet"])
+    assert best < 1200, "this is about one that would have been retired"
     there = sorted(int(path.parent.name[7:]) for path in run.glob("checkpoints/*/MANIFEST.json"))
     assert there == sorted({best, 1200})
     assert (run / "figures/scores.png").exists()
     assert verify_run(open_store(str(bucket)), "r").problems == []
     assert "nothing to prune" in succeeded(ddpm_here("runs", "prune", "r", "--bucket", bucket))
+
+
+def test_a_score_that_a_stop_came_before_is_made_up_for(tiles, tmp_path, monkeypatch):
+    """Also that of the last epoch, after which nothing else would be saved; and a rotten piece is no reason to end."""
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
+    scored = {"evaluate__every_epochs": "1", "evaluate__images": "20", "evaluate__references": "40"}
+
+    def stopped(judge, painter):
+        raise StoppedError("stopped by a test")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("job.evaluation.in_training.Judge.row", stopped)
+        done = ddpm_here(*words, *settings(**scored, evaluate__extractor="mobilenet"))
+        assert done.returncode in (0, Exit.STOPPED), done.stderr
+    (piece, *_) = bucket.glob("datasets/tiles-16/references/*/piece-00001.safetensors")
+    content = bytearray(piece.read_bytes())
+    content[-1] ^= 1
+    piece.write_bytes(content)
+    succeeded(ddpm_here(*words))
+    rows = [json.loads(line) for path in bucket.glob("runs/r/metrics/*.jsonl") for line in path.open()]
+    assert [row["images_seen"] for row in rows if "kd-mobilenet" in row] == [312]
+    assert piece.read_bytes() != content
+    assert verify_run(open_store(str(bucket)), "r").problems == []
+
+
+def test_two_processes_stop_while_they_look_at_real_images(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    scored = {"evaluate__every_epochs": "1", "evaluate__images": "20", "evaluate__extractor": "mobilenet"}
+    words = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket, "--processes", 2)
+    process = started(*words, *settings(**scored))
+    deadline = time.monotonic() + 60
+    while not list(bucket.glob("datasets/tiles-16/references/*/piece-*")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=40) == Exit.STOPPED, process.stdout.read()
 
 
 def test_a_run_that_wants_scores_that_cannot_be_is_refused_when_it_begins(tiles, tmp_path, monkeypatch):

@@ -46,6 +46,18 @@ def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
     assert len(seen["images"]) == 4
 
 
+def test_an_export_that_was_killed_goes_on_and_what_others_wrote_stays(bucket, tmp_path):
+    succeeded(export(bucket, "images", tmp_path / "out"))
+    (tmp_path / "out/model_index.json").unlink()
+    (tmp_path / "out/README.md").unlink()
+    succeeded(export(bucket, "images", tmp_path / "out"))
+    assert (tmp_path / "out/model_index.json").exists()
+    # Other weights under the same name are somebody else's.
+    weights = (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes()
+    refused(export(bucket, "images", tmp_path / "out", "--weights", "model"), Exit.BAD_REQUEST)
+    assert (tmp_path / "out/unet/diffusion_pytorch_model.safetensors").read_bytes() == weights
+
+
 def test_other_weights_are_those_of_their_average(bucket, tmp_path):
     from safetensors.torch import load_file
 
@@ -75,13 +87,14 @@ def test_the_card_of_classes_has_a_loop_that_draws_them(bucket, tmp_path):
 
 def test_what_cannot_be_exported_is_refused_and_leaves_nothing(bucket, tmp_path):
     small = [word for word in settings() if word.startswith(("train.", "sample."))]
-    dome = [word for setting in ("model.kind=dome", *small) for word in ("--set", setting)]
-    succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dome", "--epochs", 1, "--bucket", bucket, *dome))
-    said = refused(export(bucket, "dome", tmp_path / "dome"), Exit.BAD_REQUEST)
-    assert "model.kind=dome is no network" in said
+    tiny = ("model.kind=dit", "model.width=16", "model.depth=1", "model.heads=2", *small)
+    words = [word for setting in tiny for word in ("--set", setting)]
+    succeeded(ddpm_here("train", "--dataset", "tiles", "--run", "dit", "--epochs", 1, "--bucket", bucket, *words))
+    said = refused(export(bucket, "dit", tmp_path / "dit"), Exit.BAD_REQUEST)
+    assert "model.kind=dit is no network" in said
     (tmp_path / "full").mkdir()
     (tmp_path / "full/notes.txt").write_text("mine")
-    assert "there is something" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)
+    assert "notes.txt is there already" in refused(export(bucket, "images", tmp_path / "full"), Exit.BAD_REQUEST)
     assert "use an epoch" in refused(export(bucket, "images", tmp_path / "x", "--checkpoint", "1,2"), Exit.BAD_REQUEST)
     assert "no run 'nope'" in refused(export(bucket, "nope", tmp_path / "x"), Exit.MISSING_INPUT)
     assert not (tmp_path / "x").exists()

@@ -21,7 +21,7 @@ from job.runs.records import existing_config, load_attempt
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.ddpm.networks.test_unet import randomise
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
 
 SEEDS = torch.arange(3)
 LEGACY = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
@@ -222,6 +222,111 @@ def test_the_average_in_a_list_of_the_ddim_authors_is_taken(tmp_path):
     succeeded(imported(tmp_path, tmp_path / "ckpt.pth", "r", "--size", 16, "--set", "model.norm_groups=4"))
     _, ours = network_of(tmp_path, "r")
     assert all(torch.equal(tensor, average.state_dict()[name]) for name, tensor in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("changes", "sets"),
+    [
+        ({"diffusion__schedule": "sigmoid"}, ()),
+        ({"diffusion__self_conditioning": "true"}, ("diffusion.self_conditioning=true",)),
+        ({"model__label_dropout": "0.1", "model__num_classes": "5"}, ("model.label_dropout=0.1",)),
+        ({"diffusion__variance": "learned_range"}, ()),
+        (
+            {"diffusion__schedule": "flow", "diffusion__prediction": "flow"},
+            ("diffusion.schedule=flow", "diffusion.prediction=flow", "diffusion.timesteps=50"),
+        ),
+    ],
+)
+def test_our_own_exports_come_back(tiles, tmp_path, changes, sets):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    changes = {"model__num_classes": "0", **changes}
+    train = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 1, "--bucket", bucket)
+    succeeded(ddpm_here(*train, *settings(**changes)))
+    succeeded(ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket))
+    words = [word for one in sets for word in ("--set", one)]
+    if "flow" in changes.get("diffusion__schedule", ""):
+        done = imported(bucket, tmp_path / "out", "back")
+        assert "--set diffusion.schedule=linear" in refused(done, Exit.BAD_CONFIG)
+    succeeded(imported(bucket, tmp_path / "out", "back", *words))
+    before, after = (network_of(bucket, run) for run in ("r", "back"))
+    assert before[0].diffusion.model_dump(exclude={"weighting", "gamma"}) == after[0].diffusion.model_dump(
+        exclude={"weighting", "gamma"}
+    )
+    ours, theirs = before[1].state_dict(), after[1].state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+def test_averages_are_taken_before_weights(tmp_path):
+    weights, average = (DomeUNet(image_size=16, in_channels=3, out_channels=3) for _ in range(2))
+    beside = {f"module.{name}": tensor for name, tensor in weights.state_dict().items()}
+    beside |= {f"ema_model.{name}": tensor for name, tensor in average.state_dict().items()}
+    apart = {"model": weights.state_dict(), "EMA": average.state_dict()}
+    for run, content in (("beside", beside), ("apart", apart)):
+        torch.save(content, tmp_path / "ckpt.pt")
+        succeeded(imported(tmp_path, tmp_path / "ckpt.pt", run, "--size", 16))
+        named = network_of(tmp_path, run)[1].state_dict()
+        assert all(torch.equal(tensor, named[name]) for name, tensor in average.state_dict().items())
+
+
+def test_an_import_that_was_killed_is_no_run_to_train(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    torch.save(DomeUNet(image_size=16, in_channels=3, out_channels=3).state_dict(), tmp_path / "ckpt.pt")
+    words = ("r", "--size", 16, "--dataset", "tiles")
+    succeeded(imported(bucket, tmp_path / "ckpt.pt", *words))
+    shutil.rmtree(bucket / "runs/r/checkpoints")
+    (bucket / "runs/r/LATEST").unlink()
+    done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
+    assert "give the same `ddpm import` again" in refused(done, Exit.BAD_DATA)
+    succeeded(imported(bucket, tmp_path / "ckpt.pt", *words))
+
+
+def odd_files(pipeline, folder):
+    """Files that are not what they seem, by name."""
+    dome = DomeUNet(image_size=16, in_channels=3, out_channels=3).state_dict()
+    first = "inc.double_conv.0.weight"
+    shared: list = [torch.zeros(1)]
+    for _ in range(60):
+        shared = [shared, shared]
+    contents = {
+        "scalar": dome | {first: torch.tensor(1.0)},
+        "complex": dome | {first: dome[first].to(torch.complex64)},
+        "integers": dome | {first: dome[first].to(torch.int8)},
+        "sparse": dome | {first: dome[first].to_sparse()},
+        "large": dome | {"label_emb.weight": torch.zeros(1, 1).expand(10**9, 256)},
+        "infinite": dome | {first: torch.full_like(dome[first], 1e300, dtype=torch.float64)},
+        "shared": shared,
+    }
+    for name, content in contents.items():
+        torch.save(content, folder / f"{name}.pt")
+        yield f"{name}.pt"
+    for name, path, change in (
+        ("places", "unet/config.json", {"sample_size": float("inf")}),
+        ("betas", "scheduler/scheduler_config.json", {"beta_schedule": []}),
+        ("consistency", "scheduler/scheduler_config.json", {"_class_name": "CMStochasticIterativeScheduler"}),
+        ("learned", "scheduler/scheduler_config.json", {"variance_type": "learned"}),
+        ("classes", "unet/config.json", {"num_class_embeds": 10**8}),
+        ("lines", "unet/config.json", {"act_fn": "a\n\x1b[31mb" * 10**5}),
+    ):
+        changed = shutil.copytree(pipeline, folder / name)
+        (changed / path).write_text(json.dumps(json.loads((changed / path).read_text()) | change))
+        yield name
+    changed = shutil.copytree(pipeline, folder / "index")
+    (changed / "unet/diffusion_pytorch_model.safetensors").unlink()
+    (changed / "unet/diffusion_pytorch_model.safetensors.index.json").write_text('{"weight_map": 5}')
+    yield "index"
+
+
+def test_files_that_are_not_what_they_seem_are_refused_in_a_line(pipeline, tmp_path):
+    for name in odd_files(pipeline, tmp_path):
+        done = imported(tmp_path / "bucket", tmp_path / name, "r", *(("--size", 16) if name.endswith(".pt") else ()))
+        line = refused(done, done.returncode)
+        assert done.returncode in (Exit.BAD_DATA, Exit.BAD_CONFIG), (name, line)
+        assert len(line) < 800, name
+        assert "\x1b" not in line
+    os.mkfifo(tmp_path / "pipe.pt")
+    assert "nothing lies at" in refused(imported(tmp_path / "bucket", tmp_path / "pipe.pt", "r"), Exit.MISSING_INPUT)
+    assert not (tmp_path / "bucket").exists()
 
 
 class Payload:
