@@ -795,7 +795,8 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
         if key not in keys:
             leaf = key.rsplit(".", 1)[-1]
             close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
-            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {', '.join(RunConfig.model_fields)})"
+            sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
+            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {sections})"
             raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
         if key in CHOSEN_ELSEWHERE:
             raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]}")

@@ -91,7 +91,7 @@ MEANINGLESS: Rows = [
     ("train --dataset a --config {notes}", 78, ["notes.yaml", "mapping of sections"]),
     ("train --dataset a --config {nowhere}", 66, ["nowhere", "No such file"]),
     ("sample --run a --seeds 1,,2", 64, ["--seeds '1,,2'", "numbers and ranges"]),
-    ("train --dataset a --set quite.something.else=1", 78, ["sections: preset, data"]),
+    ("train --dataset a --set quite.something.else=1", 78, ["sections: data, model"]),
     ("train --dataset a --set train.seed=2020-99-99", 78, ["not valid YAML"]),
     ("train --dataset a --set sample.steps=5000", 78, ["sample.steps=5000", "diffusion.timesteps=1000"]),
     ("train --dataset a --config {twice}", 78, ["twice.yaml", "'epochs' is there twice"]),
