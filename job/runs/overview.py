@@ -132,5 +132,7 @@ def describe_outputs(run: Store) -> str:
     """Where the run's checkpoints and pictures lie, a line each."""
     lines = [f"checkpoints {run.uri}/checkpoints"]
     # The images of a batch are not shown one by one.
-    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder).items()
-    return "\n".join([*lines, *(f"picture     {run.uri_of(key)}" for key, place in places if place.kind in PICTURES)])
+    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items()
+    what = {**dict.fromkeys(PICTURES, "picture    "), ObjectKind.SCORES: "scores     "}
+    shown = (f"{what[place.kind]} {run.uri_of(key)}" for key, place in places if place.kind in what)
+    return "\n".join([*lines, *shown])

@@ -51,6 +51,7 @@ def test_scores_come_with_their_protocol_and_those_of_real_images(bucket):
     assert abs(record["floor"]["kid"]) < 0.1 < record["values"]["kid"]
     assert verify_run(open_store(str(bucket)), "walk").problems == []
     assert not list(bucket.rglob("runs/**/piece-*.safetensors"))
+    assert "scores      " in succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
     few = succeeded(ddpm_here("evaluate", "--run", "walk", "--bucket", bucket, *FEW, "--metrics", "mind, kid"))
     assert [line.split()[0] for line in few.splitlines()[3:5]] == ["md-mobilenet", "kd-mobilenet"]
 
