@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import BucketUri, RunOption
+from job.cli.options import BucketUri, Checkpoints, RunOption
 
 
 def ddpm_ema(
@@ -13,9 +13,7 @@ def ddpm_ema(
     std: Annotated[
         float, typer.Option(metavar="STD", min=0.001, max=0.28, help="Width, as a share of the training so far.")
     ],
-    checkpoints: Annotated[
-        str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
-    ] = "latest",
+    checkpoints: Checkpoints = "latest",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Make an average of a run's weights that was not kept while it trained.

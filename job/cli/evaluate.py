@@ -5,14 +5,28 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, HangAfter, Processes, RunOption, StopAfter
+from job.cli.options import (
+    DEFAULT_HANG_AFTER,
+    BatchSize,
+    BucketUri,
+    Checkpoints,
+    GridOfPoints,
+    Guidance,
+    HangAfter,
+    Precision,
+    Processes,
+    RunOption,
+    SampledClasses,
+    Sampler,
+    Steps,
+    StopAfter,
+    Weights,
+)
 
 
 def ddpm_evaluate(
     run: RunOption,
-    checkpoints: Annotated[
-        str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
-    ] = "latest",
+    checkpoints: Checkpoints = "latest",
     count: Annotated[
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Images that are drawn of each checkpoint.")
     ] = 5000,
@@ -31,22 +45,14 @@ def ddpm_evaluate(
     repeats: Annotated[
         int, typer.Option(metavar="N", min=1, max=100, help="Sets of images of other seeds, to tell the spread.")
     ] = 1,
-    sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
-    ] = None,
-    classes: Annotated[
-        str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
-    ] = "",
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    grid: GridOfPoints = None,
+    guidance: Guidance = None,
+    classes: SampledClasses = "",
+    weights: Weights = None,
+    precision: Precision = None,
+    batch_size: BatchSize = None,
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",

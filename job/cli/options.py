@@ -17,6 +17,21 @@ BucketUri = Annotated[
 RunOption = Annotated[str, typer.Option(metavar="NAME", help="Name of the run, such as celeba.")]
 Dataset = Annotated[str, typer.Option(metavar="NAME", help="Name of a packed dataset, such as celeba.")]
 Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
+Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")]
+Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")]
+GridOfPoints = Annotated[
+    str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
+]
+Guidance = Annotated[
+    float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
+]
+SampledClasses = Annotated[
+    str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
+]
+Weights = Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")]
+Precision = Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")]
+BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")]
 Processes = Annotated[int | None, typer.Option(metavar="N", min=1, max=64, help="Default: one per GPU, or one.")]
 HangAfter = Annotated[
     float, typer.Option(metavar="SECONDS", min=0, help="End with 71 after so long without progress; 0: never.")

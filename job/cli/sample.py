@@ -5,22 +5,32 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, HangAfter, Processes, RunOption, StopAfter
+from job.cli.options import (
+    DEFAULT_HANG_AFTER,
+    BatchSize,
+    BucketUri,
+    Checkpoints,
+    GridOfPoints,
+    Guidance,
+    HangAfter,
+    Precision,
+    Processes,
+    RunOption,
+    SampledClasses,
+    Sampler,
+    Steps,
+    StopAfter,
+    Weights,
+)
 
 
 def ddpm_sample(
     run: RunOption,
-    checkpoints: Annotated[
-        str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")
-    ] = "latest",
+    checkpoints: Checkpoints = "latest",
     seeds: Annotated[str, typer.Option(metavar="LIST", help="One image per seed, such as 0-63 or 1,5,9-12.")] = "",
-    sampler: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")] = None,
-    grid: Annotated[
-        str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
-    ] = None,
+    sampler: Sampler = None,
+    steps: Steps = None,
+    grid: GridOfPoints = None,
     eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
     order: Annotated[int | None, typer.Option(metavar="1..4", help="Steps that unipc or ipndm takes together.")] = None,
     churn: Annotated[
@@ -30,9 +40,7 @@ def ddpm_sample(
     clip: Annotated[
         bool | None, typer.Option("--clip/--no-clip", help="Keep estimates within the pixels' range.")
     ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
-    ] = None,
+    guidance: Guidance = None,
     guidance_interval: Annotated[
         str | None, typer.Option(metavar="A,B", help="Guide where sigma/alpha is from A to B, such as 0.3,5.")
     ] = None,
@@ -42,11 +50,9 @@ def ddpm_sample(
     autoguidance: Annotated[
         int | None, typer.Option(metavar="EPOCH", min=1, help="Guide away from that checkpoint instead.")
     ] = None,
-    classes: Annotated[
-        str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
-    ] = "",
-    weights: Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")] = None,
-    precision: Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")] = None,
+    classes: SampledClasses = "",
+    weights: Weights = None,
+    precision: Precision = None,
     mode: Annotated[
         str, typer.Option(metavar="NAME", help="inpaint, img2img or interpolate, instead of new images.")
     ] = "",
@@ -66,7 +72,7 @@ def ddpm_sample(
     nearest: Annotated[
         bool | None, typer.Option("--nearest/--no-nearest", help="Show the nearest training image beside each sample.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at a time and process.")] = None,
+    batch_size: BatchSize = None,
     count: Annotated[
         int | None, typer.Option(metavar="IMAGES", min=1, help="Save so many images, one per seed.")
     ] = None,

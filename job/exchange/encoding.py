@@ -102,15 +102,20 @@ def encode_dataset(bucket_uri: str, dataset: str, size: int | None, autoencoder:
         latent_size, channels = _fit(config, source, autoencoder)
         weights = save({key: tensor.float().contiguous() for key, tensor in sorted(tensors.items())})
     placed, encoded_by = _placed(network), (_json_bytes(config), hashlib.sha256(weights).hexdigest())
-    parts = [(name, source_key, source)]
-    if source.held_out:
+    parts, held_out = [(name, source_key, source)], f"{name}-held-out" if source.held_out else ""
+    if held_out:
         held_key = shards.dataset_key(source.held_out, source.size)
-        parts.append((f"{name}-held-out", held_key, shards.load_index(bucket, held_key)))
+        parts.append((held_out, held_key, shards.load_index(bucket, held_key)))
     works = []
     for part, part_key, part_source in parts:
         key = shards.dataset_key(part, latent_size)
         if bucket.exists(f"{key}/{shards.INDEX}"):
-            raise _is_there(bucket, key, "is there already")
+            encoding = shards.load_index(bucket, key).encoding
+            encoded = (part_source.dataset_id, (hashlib.sha256(encoded_by[0]).hexdigest(), encoded_by[1]))
+            # The part that is held out is whole before the rest is.
+            if part != held_out or encoding is None or (encoding.source_id, encoding.hashes) != encoded:
+                raise _is_there(bucket, key, "is there already")
+            continue
         place = ShardSource(bucket, part_key, part_source, default_cache_dir() / part_source.dataset_id, stop=stop)
         shape = (channels, latent_size)
         works.append(_Work(part_source, ImageCache(place), placed, bucket.sub(key), part, *shape, *encoded_by, stop))
@@ -124,8 +129,8 @@ def encode_dataset(bucket_uri: str, dataset: str, size: int | None, autoencoder:
     # What is learnt says how the latents are normalised; and what is held out is there before it.
     normal = _normal(entries[0], works[0])
     for work, of_work in reversed(list(zip(works, entries, strict=True))):
-        held_out = works[1].name if work is works[0] and source.held_out else ""
-        work.dataset.create(shards.INDEX, _index(work, of_work, normal, held_out).to_json())
+        index = _index(work, of_work, normal, held_out if work.name == name else "")
+        work.dataset.create(shards.INDEX, index.to_json())
         for entry in work.dataset.list(shards.PACKING):
             work.dataset.delete(entry.key)
         work.images.close()

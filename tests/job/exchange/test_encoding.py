@@ -184,6 +184,11 @@ def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, m
     assert first.stat().st_mtime_ns == shards[first]
     assert not (bucket / KEY / PACKING).exists() or not list((bucket / KEY / PACKING).iterdir())
     assert "is there already" in refused(ddpm_here(*encode), Exit.BAD_REQUEST)
+    # As if it had been killed between the part that is held out and the rest.
+    index = (bucket / KEY / INDEX).read_bytes()
+    (bucket / KEY / INDEX).unlink()
+    succeeded(ddpm_here(*encode))
+    assert (bucket / KEY / INDEX).read_bytes() == index
     assert "as it was packed" in succeeded(ddpm_here("data", "verify", "tiles-latents", "--bucket", bucket))
 
 
