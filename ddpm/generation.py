@@ -49,7 +49,11 @@ class Sampling:
         return make_grid(process, self.steps, self.grid)
 
     def solver(self, process: Process) -> Sampler:
-        """The sampler with its options."""
+        """The sampler with its options.
+
+        Raises:
+            ValueError: there is none of this name.
+        """
         if callable(self.sampler):
             return self.sampler
         named: dict[str, Sampler] = {
@@ -64,6 +68,8 @@ class Sampling:
             "unipc": partial(samplers.unipc, order=self.order),
             "ipndm": partial(samplers.ipndm, order=self.order),
         }
+        if self.sampler not in named:
+            raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(named)}")
         return named[self.sampler]
 
 

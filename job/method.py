@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ddpm import networks, training
 from ddpm.augment import Augmentation
 from ddpm.ema import Exponential, PowerFunction
 from ddpm.generation import Sampling
 from ddpm.guidance import Guidance
+from ddpm.model import Model
 from ddpm.objective import Draws, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
@@ -37,6 +41,39 @@ def build_network(config: RunConfig, device: torch.device) -> nn.Module:
         # channels_last wins on GPUs and loses on CPUs (oneDNN picks its own layout there).
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return network
+
+
+def model_of(
+    config: RunConfig,
+    device: torch.device,
+    precision: str = "fp32",
+    decode: Callable[[Tensor], Tensor] | None = None,
+    classes: tuple[str, ...] | None = None,
+) -> Model:
+    """What draws as a run does, with initial weights.
+
+    Args:
+        config: of the run.
+        device: for the network.
+        precision: what the network computes in, `fp32` or `bf16`.
+        decode: makes pixels of latents, if it draws those.
+        classes: their names; numbers if there are none.
+    """
+    model, count = config.model, config.model.num_classes or 0
+    bf16 = partial(torch.autocast, device.type, torch.bfloat16)
+    return Model(
+        build_network(config, device).eval().requires_grad_(False),
+        process_of(config),
+        prediction_of(config),
+        config.image_shape,
+        sampling_of(config.sample),
+        classes or tuple(map(str, range(count))),
+        null_class=model.label_dropout > 0,
+        self_conditioning=config.diffusion.self_conditioning,
+        offset_noise=config.diffusion.offset_noise,
+        autocast=bf16 if precision == "bf16" else nullcontext,
+        decode=decode,
+    )
 
 
 def process_of(config: RunConfig) -> Process:

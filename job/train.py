@@ -483,7 +483,7 @@ class TrainingSession:
         """Makes the sample grid of this moment; collective."""
         sample, images_seen, painter = self.config.sample, self.state.images_seen, self._painter()
         seeds = range(sample.images)
-        drawn = painter.draw(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
+        drawn = painter.draw_together(seeds, method.sampling_of(sample), sample.batch_size, "sampling")
 
         def publish() -> None:
             learnt = self._pictures() if sample.nearest else None

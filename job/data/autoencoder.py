@@ -12,11 +12,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ddpm import figures
 from ddpm.latents import Latents
 from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
@@ -36,10 +34,10 @@ class Decoder:
     def __init__(self, network: nn.Module, latents: Latents, device: torch.device) -> None:
         self._network, self._latents = network.to(device).eval().requires_grad_(False), latents
 
-    def __call__(self, x: Tensor) -> np.ndarray:
-        """Normalised latents [b, C, h, w] to uint8 [b, H, W, channels]."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """Normalised latents [b, C, h, w] to pixels [b, channels, H, W] in [-1, 1]."""
         pixels: Tensor = self._network.decode(self._latents.restored(x.float())).sample  # type: ignore[operator]
-        return figures.to_uint8(pixels)
+        return pixels.clamp(-1, 1)
 
 
 def latents_of(index: DatasetIndex | None) -> Latents | None:

@@ -45,7 +45,7 @@ class Judge:
             return seen(self._see, images, painter.device)["features"].numpy()
 
         sampling, seeds = method.sampling_of(sample), range(chosen.images)
-        drawn = painter.draw(seeds, sampling, sample.batch_size, "drawing for scores", kept=features)
+        drawn = painter.draw_together(seeds, sampling, sample.batch_size, "drawing for scores", kept=features)
         row: Row = {}
 
         def score() -> None:

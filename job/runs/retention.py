@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.data.shards import load_index
-from job.exits import BadDataError, BadRequestError, LostRunError
+from job.exits import BadDataError, BadRequestError, LostRunError, NoPermissionError
 from job.processes.process_identity import ProcessIdentity
 from job.progress import Progress, note
 from job.runs import records
@@ -93,22 +93,29 @@ class Reader(records.RunRecord):
 def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
     """Keeps a checkpoint from being retired, and its run from being deleted, meanwhile.
 
-    Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`.
+    Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`. Who may not write in the
+    bucket reads all the same, and may find that it was retired.
     """
     key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
+    may_write = True
 
     def renew() -> None:
-        nonlocal said_at
-        if time.monotonic() - said_at > READING_SECONDS / 4:
+        nonlocal said_at, may_write
+        if not may_write or time.monotonic() - said_at <= READING_SECONDS / 4:
+            return
+        try:
             until, process = time.time() + READING_SECONDS, ProcessIdentity.of_this_process()
             run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
             said_at = time.monotonic()
+        except NoPermissionError:
+            may_write = False
 
     renew()
     try:
         yield renew
     finally:
-        run.delete(key)
+        if may_write:
+            run.delete(key)
 
 
 def being_read(run: Store) -> set[CheckpointRef]:

@@ -1,12 +1,10 @@
-"""Drawing: a network in eval mode, and images from it, on all processes together or on one alone."""
+"""Drawing: a model, and images from it, on all processes together or on one alone."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from ddpm import figures
-from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
+from ddpm.generation import Callback, Sampling, Walk, from_noise
+from ddpm.model import Model, NotFiniteError
 from ddpm.objective import Condition
 from ddpm.process import Point
-from ddpm.samplers import Denoiser, NoiseAt
 from job import method
 from job.config import RunConfig
 from job.data.autoencoder import Decoder
@@ -43,8 +41,8 @@ class Route:
     """Of those at these places among the seeds that are drawn."""
 
 
-class Painter:
-    """A network in eval mode and all that is needed to draw from it on the processes there are."""
+class Painter(Model):
+    """A model on each of the processes there are."""
 
     def __init__(
         self,
@@ -59,15 +57,8 @@ class Painter:
 
         `decoder` makes pixels of what is drawn, where that are latents.
         """
+        super().__init__(**vars(method.model_of(config, ranks.accelerator.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement = config, ranks, stop, agreement
-        self._pixels = decoder or figures.to_uint8
-        self.device = ranks.accelerator.device
-        self.network = method.build_network(config, self.device).eval().requires_grad_(False)
-        self.worse: nn.Module | None = None
-        """What autoguidance guides away from."""
-        self.process, self.prediction = method.process_of(config), method.prediction_of(config)
-        bf16 = partial(torch.autocast, self.device.type, torch.bfloat16)
-        self.autocast = bf16 if precision == "bf16" else nullcontext
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
         """Reads weights of a checkpoint, such as `ema` or `model`, once for all processes. Collective.
@@ -106,7 +97,7 @@ class Painter:
         with self.autocast():
             return self.network(x, t, condition)
 
-    def draw(
+    def draw_together(
         self,
         seeds: Sequence[int],
         sampling: Sampling,
@@ -171,19 +162,10 @@ class Painter:
             self.check_stopped()
             if next(evaluations) in shown[:-1]:
                 # At the variance of the images, so that noise does not hide all but black and white.
-                frames.append(self._pixels(x_t / max(1.0, point.sigma)))
+                frames.append(figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))))
 
         frames.append(self.draw_alone(seeds, sampling, keep))
         return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of what the network draws."""
-        return self.config.image_shape
-
-    def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
-        """How often the network is asked for an image."""
-        return evaluations_of(self.process, sampling, self.image_shape, walk)
 
     def draw_alone(
         self,
@@ -207,38 +189,10 @@ class Painter:
             NotANumberError: a pixel is none.
         """
         numbers = torch.tensor(seeds, dtype=torch.int64, device=self.device)
-        denoise = self.denoiser(numbers, sampling, callback or self.check_stopped)
-        images = generate(denoise, self.process, sampling, self.noise_of(numbers), walk)
-        # As uint8 it would be a black picture like any other.
-        if not images.isfinite().all():
-            raise NotANumberError("the network draws what are no finite numbers: draw from an earlier checkpoint")
-        return self._pixels(images)
-
-    def denoiser(self, seeds: torch.Tensor, sampling: Sampling, callback: Callback) -> Denoiser:
-        """For images of these seeds, int64 [n] on the device."""
-        diffusion, classes = self.config.diffusion, self.config.model.num_classes
-        taken = torch.tensor(sampling.labels or range(classes or 0), device=self.device)
-        start = torch.zeros(len(seeds), *self.image_shape, device=self.device)
-        return make_denoiser(
-            self.network,
-            self.process,
-            self.prediction,
-            Condition(
-                taken[seeds % len(taken)] if classes else None,
-                start if diffusion.self_conditioning else None,
-            ),
-            sampling.clip,
-            self.autocast,
-            callback,
-            guidance=sampling.guidance,
-            null_class=classes,
-            worse=self.worse,
-            with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
-        )
-
-    def noise_of(self, seeds: torch.Tensor) -> NoiseAt:
-        """The noise of seeds, int64 [n] on the device."""
-        return noise_of(seeds, self.image_shape, self.config.diffusion.offset_noise)
+        try:
+            return figures.to_uint8(self.draw(numbers, sampling, callback or self.check_stopped, walk))
+        except NotFiniteError as error:
+            raise NotANumberError(str(error)) from None
 
     def check_stopped(self, *_: Any) -> None:
         """Raises `StoppedError` if this process was asked to stop, whatever the others do."""

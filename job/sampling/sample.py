@@ -97,7 +97,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
             painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
-            images = painter.draw(drawn_seeds, sampling, sample.batch_size, label, route)
+            images = painter.draw_together(drawn_seeds, sampling, sample.batch_size, label, route)
             if is_main:
                 rate = len(drawn_seeds) / (time.monotonic() - began)
                 unit, number = label.split("-")

@@ -48,6 +48,6 @@ def draw(learned: Path) -> Draw:
         painter.load(plan.run, plan.checkpoints[0], "ema")
         if plan.worse:
             painter.load_worse(plan.run, plan.worse, "ema")
-        return painter.draw(seeds, sampling_of(plan.sample), batch_size, "test").astype(np.int16)
+        return painter.draw_together(seeds, sampling_of(plan.sample), batch_size, "test").astype(np.int16)
 
     return draw

@@ -1,0 +1,290 @@
+"""A trained network and all that is needed to draw from it: `ddpm.load(folder).sample(16, seed=0)`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ddpm import figures, interop, networks
+from ddpm.generation import Callback, Sampling, Walk, evaluations_of, from_noise, generate, make_denoiser, noise_of
+from ddpm.guidance import Guidance
+from ddpm.objective import Condition
+from ddpm.prediction import Prediction
+from ddpm.process import Process, make_process
+from ddpm.samplers import Denoiser, NoiseAt
+
+USUAL_STEPS = 100
+"""Of samplers other than `ddpm`, if nobody says otherwise."""
+_CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+_SCHEDULER = "scheduler_config.json"
+
+
+class NotFiniteError(ValueError):
+    """A network draws what are no numbers."""
+
+
+@dataclass
+class Model:
+    """A network in evaluation mode with its process. Image k depends on its seed alone.
+
+    Attributes:
+        network: of the images' shape, or of twice their channels where it gives variances as well.
+        process: the one it was trained with.
+        prediction: what its output means.
+        image_shape: (C, H, W) of what it draws.
+        sampling: how it draws if nobody says otherwise.
+        classes: names of those that it knows, by number.
+        null_class: whether it also knows a class behind them that stands for none, as guidance needs.
+        self_conditioning: whether it is shown its own estimate.
+        offset_noise: as it was trained with; see `noise_of`.
+        autocast: context for the network alone, such as bf16 autocast.
+        decode: makes pixels [B, c, h, w] in [-1, 1] of what is drawn, where that are latents.
+        worse: a network that has learnt less, to be guided away from.
+    """
+
+    network: nn.Module
+    process: Process
+    prediction: Prediction
+    image_shape: tuple[int, int, int]
+    sampling: Sampling
+    classes: tuple[str, ...] = ()
+    null_class: bool = False
+    self_conditioning: bool = False
+    offset_noise: float = 0.0
+    autocast: Callable[[], AbstractContextManager[None]] = nullcontext
+    decode: Callable[[Tensor], Tensor] | None = None
+    worse: nn.Module | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Of the network."""
+        return next(self.network.parameters()).device
+
+    def sample(
+        self,
+        images: int = 1,
+        *,
+        seed: int = 0,
+        classes: str | int | Sequence[str | int] | None = None,
+        sampler: str | None = None,
+        steps: int | None = None,
+        guidance: float | Guidance | None = None,
+        batch_size: int = 64,
+        as_tensor: bool = False,
+        **options: Any,
+    ) -> list[Image.Image] | Tensor:
+        """Draws images: number k is that of seed `seed` + k, whatever the others are.
+
+        Args:
+            images: how many.
+            seed: of the first.
+            classes: names or numbers of those that seeds take in turn; all if none are named.
+            sampler: such as `ddim`, `unipc` or `ddpm`.
+            steps: points that are visited.
+            guidance: away from images of no class; 1 is none.
+            batch_size: images at a time.
+            as_tensor: gives float32 [B, C, H, W] in [-1, 1] on the network's device, and not pictures.
+            options: others of `Sampling`, such as `eta` or `grid`.
+
+        Raises:
+            ValueError: there is no such class, sampler or grid; there are more steps than the process has; the network
+                has not learnt what guidance needs.
+            NotFiniteError: it draws what are no numbers.
+            TypeError: there is no such option.
+        """
+        chosen: dict[str, Any] = {"steps": steps, "sampler": sampler, **options}
+        if (
+            steps is None
+            and sampler not in (None, self.sampling.sampler)
+            and "ddpm" in (sampler, self.sampling.sampler)
+        ):
+            # Few steps are noise for ancestral sampling, and others need few.
+            chosen["steps"] = (
+                self.process.num_timesteps if sampler == "ddpm" else min(USUAL_STEPS, self.process.num_timesteps)
+            )
+        if guidance is not None:
+            chosen["guidance"] = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+        if classes is not None:
+            chosen["labels"] = self._labels(classes)
+        sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
+        if sampling.guidance.scale != 1 and not self.null_class and self.worse is None:
+            raise ValueError("guidance needs a network that has also learnt images without their class")
+        with _bar(total=images * self.evaluations_of(sampling)) as advance:
+            parts = []
+            for first in range(0, images, batch_size):
+                seeds = torch.arange(first, min(first + batch_size, images), device=self.device) + seed
+                parts.append(self.draw(seeds, sampling, lambda _, x_t, __: advance(len(x_t))))
+        x = torch.cat(parts)
+        if as_tensor:
+            return x
+        pixels = figures.to_uint8(x)
+        return [Image.fromarray(each[:, :, 0] if each.shape[2] == 1 else each) for each in pixels]
+
+    def draw(
+        self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None, walk: Walk = from_noise
+    ) -> Tensor:
+        """One batch: the images of these seeds, int64 [B] on the device, as pixels [B, C, H, W] in [-1, 1].
+
+        Args:
+            seeds: of the images.
+            sampling: how they are drawn.
+            callback: see there.
+            walk: from their noise to the images.
+
+        Raises:
+            NotFiniteError: a pixel is none.
+        """
+        x = generate(self.denoiser(seeds, sampling, callback), self.process, sampling, self.noise_of(seeds), walk)
+        # As a picture it would be grey like any other.
+        if not x.isfinite().all():
+            raise NotFiniteError("the network draws what are no finite numbers: draw from an earlier checkpoint")
+        return self.pixels(x)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """What a person sees of x [B, C, H, W]."""
+        return self.decode(x) if self.decode else x
+
+    def denoiser(self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None) -> Denoiser:
+        """For images of these seeds, int64 [B] on the device: seed k is of class k mod classes, of those it takes."""
+        taken = torch.tensor(sampling.labels or range(len(self.classes)), device=self.device)
+        start = torch.zeros(len(seeds), *self.image_shape, device=self.device) if self.self_conditioning else None
+        return make_denoiser(
+            self.network,
+            self.process,
+            self.prediction,
+            Condition(taken[seeds % len(taken)] if self.classes else None, start),
+            sampling.clip,
+            self.autocast,
+            callback,
+            guidance=sampling.guidance,
+            null_class=len(self.classes),
+            worse=self.worse,
+            with_share=(sampling.sampler, sampling.variance) == ("ddpm", "learned_range"),
+        )
+
+    def noise_of(self, seeds: Tensor) -> NoiseAt:
+        """The noise of seeds, int64 [B] on the device."""
+        return noise_of(seeds, self.image_shape, self.offset_noise)
+
+    def evaluations_of(self, sampling: Sampling, walk: Walk = from_noise) -> int:
+        """How often the network is asked for an image."""
+        return evaluations_of(self.process, sampling, self.image_shape, walk)
+
+    def _labels(self, classes: str | int | Sequence[str | int]) -> tuple[int, ...]:
+        if not self.classes:
+            raise ValueError(f"classes={classes!r}: the network knows none, so leave them out")
+        return tuple(self._label(one) for one in ([classes] if isinstance(classes, str | int) else classes))
+
+    def _label(self, one: str | int) -> int:
+        if one in self.classes:
+            return self.classes.index(str(one))
+        if isinstance(one, int) and 0 <= one < len(self.classes):
+            return one
+        near = difflib.get_close_matches(str(one), self.classes, 1)
+        there = f"did you mean {near[0]!r}?" if near else f"there are {len(self.classes):,}: {', '.join(self.classes)}"
+        raise ValueError(f"there is no class {one!r}; {there:.300}")
+
+
+@contextmanager
+def _bar(total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, for whoever draws; quiet elsewhere."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bars:
+        task = bars.add_task("sampling", total=total)
+        yield lambda done: bars.advance(task, done)
+
+
+def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
+    """The model in a folder of diffusers on disk: a pipeline of `UNet2DModel` and a scheduler, or the network alone.
+
+    Nothing in it is run: weights are read from safetensors alone. It draws with `ddim` unless told otherwise.
+
+    Args:
+        folder: with `unet/config.json`, or `config.json`.
+        device: none: the first GPU, if there is one.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no file of weights that can be read.
+        ValueError: it is no folder of diffusers, of a network or a process that has no counterpart here, or damaged;
+            the message says what it is.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    root = Path(folder).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{root} is no folder: name one of diffusers, with unet/config.json in it")
+    inner = next((inner for inner in (root / "unet", root) if (inner / _CONFIG).is_file()), None)
+    if inner is None:
+        raise ValueError(f"{root} is no folder of diffusers: neither unet/config.json nor config.json is in it")
+    found = next((path for path in (root / "scheduler" / _SCHEDULER, root / _SCHEDULER) if path.is_file()), None)
+    try:
+        options = interop.unet_options(_json(inner / _CONFIG))
+        scheduler = _json(found) if found else {}
+        said = interop.process_options(scheduler)
+        shape, classes = _network_shape(options, said["variance"]), options["num_classes"]
+        network = networks.build("unet", **options)
+        tensors: dict[str, Tensor] = {}
+        for path in _weights(inner):
+            tensors |= load_file(path)
+        network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
+    except FileNotFoundError:
+        raise
+    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return Model(
+        network.to(device).eval().requires_grad_(False),
+        make_process(said["schedule"], said["timesteps"], zero_terminal_snr=said["zero_terminal_snr"]),
+        Prediction(said["prediction"]),
+        shape,
+        Sampling("ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)),
+        tuple(map(str, range(classes))),
+        self_conditioning=options["in_channels"] == 2 * shape[0],
+    )
+
+
+def _network_shape(options: interop.Options, variance: str) -> tuple[int, int, int]:
+    """(C, H, W) of the images of a network with these arguments.
+
+    Raises:
+        ValueError: it gives something else than images, or takes something beside them.
+    """
+    channels = options["out_channels"] // (2 if variance == "learned_range" else 1)
+    if options["in_channels"] not in (channels, 2 * channels):
+        said = f"from {options['in_channels']} channels {options['out_channels']}"
+        raise ValueError(f"it makes {said}: a scheduler with variance_type=learned_range is missing, or it is no model")
+    return channels, options["image_size"], options["image_size"]
+
+
+def _weights(folder: Path) -> list[Path]:
+    if (path := folder / _WEIGHTS).is_file():
+        return [path]
+    if (index := folder / f"{_WEIGHTS}.index.json").is_file():
+        names = sorted({str(name) for name in _json(index).get("weight_map", {}).values()})
+        if any("/" in name or not (folder / name).is_file() for name in names):
+            raise FileNotFoundError(f"{index} names files that are not there")
+        return [folder / name for name in names]
+    raise FileNotFoundError(
+        f"{folder} has no {_WEIGHTS}: only safetensors are read here, for other files may run code; "
+        "diffusers writes it by save_pretrained"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    said = json.loads(path.read_bytes())
+    if not isinstance(said, dict):
+        raise ValueError(f"{path} is no JSON object")
+    return said

@@ -1,0 +1,128 @@
+"""A model in three lines, against diffusers."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
+
+import ddpm
+from tests.ddpm.networks.test_unet import randomise
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    """A folder that diffusers wrote, of four classes."""
+    blocks = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
+    network = UNet2DModel(16, 3, 3, block_out_channels=(8, 16), norm_num_groups=4, num_class_embeds=4, **blocks)
+    randomise(network)
+    scheduler = DDIMScheduler(num_train_timesteps=50, timestep_spacing="trailing", prediction_type="v_prediction")
+    folder = tmp_path_factory.mktemp("pipeline")
+    DDIMPipeline(network.eval(), scheduler).save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_of_diffusers_draws_what_it_did_there(pipeline):
+    model = ddpm.load(pipeline, device="cpu")
+    assert (model.classes, model.image_shape) == (("0", "1", "2", "3"), (3, 16, 16))
+    seeds = torch.arange(5, 8)
+    x = model.noise_of(seeds)(0)
+    theirs = DDIMPipeline.from_pretrained(pipeline)
+    theirs.scheduler.set_timesteps(10)
+    for t in theirs.scheduler.timesteps:
+        with torch.no_grad():
+            output = theirs.unet(x, t, class_labels=seeds % 4).sample
+        x = theirs.scheduler.step(output, t, x, use_clipped_model_output=True).prev_sample
+    ours = model.sample(3, seed=5, steps=10, as_tensor=True)
+    torch.testing.assert_close(ours, x.clamp(-1, 1), atol=1e-5, rtol=0)
+
+
+def test_pictures_are_those_of_their_seeds_and_classes(pipeline):
+    model = ddpm.load(pipeline, device="cpu")
+    pictures = model.sample(4, seed=6, steps=5, batch_size=3)
+    assert {(picture.size, picture.mode) for picture in pictures} == {((16, 16), "RGB")}
+    (alone,) = model.sample(1, seed=8, steps=5)
+    difference = torch.frombuffer(bytearray(alone.tobytes()), dtype=torch.uint8).int()
+    difference -= torch.frombuffer(bytearray(pictures[2].tobytes()), dtype=torch.uint8).int()
+    assert difference.abs().max() <= 1
+    # Seed 8 is of class 0.
+    chosen = model.sample(1, seed=8, classes=0, steps=5, as_tensor=True)
+    assert torch.equal(chosen, model.sample(1, seed=8, classes=["0", 2], steps=5, as_tensor=True))
+    assert not torch.equal(chosen, model.sample(1, seed=8, classes="2", steps=5, as_tensor=True))
+
+
+def test_ancestral_sampling_visits_all_points_unless_told_otherwise(pipeline):
+    model = ddpm.load(pipeline, device="cpu")
+    all_points = model.sample(1, sampler="ddpm", steps=50, as_tensor=True)
+    assert torch.equal(model.sample(1, sampler="ddpm", as_tensor=True), all_points)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"classes": "4"}, "there is no class '4'; there are 4: 0, 1, 2, 3"),
+        ({"sampler": "ddin"}, "unknown sampler 'ddin': choose one of ddpm, ddim"),
+        ({"steps": 51}, "steps must be between 1 and 50"),
+        ({"grid": "even"}, "unknown grid 'even'"),
+        ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
+    ],
+)
+def test_what_cannot_be_drawn_is_said(pipeline, options, said):
+    with pytest.raises(ValueError, match=said):
+        ddpm.load(pipeline, device="cpu").sample(1, **options)
+
+
+def broken(folder: Path, name: str, text: str | None) -> None:
+    (folder / name).unlink()
+    if text is not None:
+        (folder / name).write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("unet/config.json", None, "is no folder of diffusers: neither unet/config.json nor config.json"),
+        ("unet/config.json", "[]", "is no JSON object"),
+        ("unet/config.json", "{", "cannot be loaded"),
+        ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "it is a UNet2DConditionModel"),
+        ("unet/diffusion_pytorch_model.safetensors", None, "only safetensors are read here"),
+        ("unet/diffusion_pytorch_model.safetensors", "no tensors", "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "no counterpart"),
+    ],
+)
+def test_a_folder_that_is_no_model_is_refused_with_the_reason(pipeline, tmp_path, name, text, said):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    broken(folder, name, text)
+    with pytest.raises((ValueError, FileNotFoundError), match=said):
+        ddpm.load(folder)
+
+
+def test_a_network_that_is_no_model_of_its_process_is_refused(pipeline, tmp_path):
+    folder = shutil.copytree(pipeline, tmp_path / "folder")
+    config = json.loads((folder / "unet/config.json").read_text()) | {"out_channels": 6}
+    (folder / "unet/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="it makes from 3 channels 6"):
+        ddpm.load(folder)
+    with pytest.raises(FileNotFoundError, match="is no folder"):
+        ddpm.load(tmp_path / "nowhere")
+
+
+def test_what_a_researcher_wants_lies_at_the_top_and_pytorch_waits_until_then():
+    assert all(getattr(ddpm, name).__name__ for name in ddpm.__all__)
+    # Type checkers read the imports, and Python the table.
+    tree = ast.parse(Path(ddpm.__file__).read_text())
+    imported = {f"{node.module}.{node.names[0].name}" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert {name for name in imported if name.startswith("ddpm.")} == {
+        f"{module}.{name}" for name, module in ddpm._MODULE_OF.items()
+    }
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = ddpm.nothing
+    code = "assert 'torch' not in sys.modules; ddpm.UNet; job.load; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", f"import sys, ddpm, job; {code}"], check=True)
