@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import nbformat
 import pytest
+from nbclient import NotebookClient
 
 from benchmarks.crash_campaign.points import POINTS
 from job.exits import TABLE, Exit
@@ -53,3 +55,16 @@ def test_thousands_are_written_in_one_way():
 def test_the_exit_codes_that_people_read_are_those_of_the_program():
     rows = re.findall(r"^\| (\d+) \| (.+?) \| (\w+) \|$", (ROOT / "docs/exit-codes.md").read_text(), re.MULTILINE)
     assert rows == [(str(int(code)), meaning.text, meaning.retried) for code, meaning in TABLE.items()]
+
+
+@pytest.mark.slow
+def test_the_notebook_runs():
+    notebook = nbformat.read(ROOT / "docs/in-python.ipynb", as_version=4)
+    kept = [_text(cell) for cell in notebook.cells if cell.cell_type == "code"]
+    NotebookClient(notebook, timeout=280, resources={"metadata": {"path": str(ROOT / "docs")}}).execute()
+    assert [_text(cell) for cell in notebook.cells if cell.cell_type == "code"] == kept
+
+
+def _text(cell: nbformat.NotebookNode) -> list[str]:
+    """What a cell says, but for its pictures: these are of other rounding on other machines."""
+    return [output.get("text") or output["data"]["text/plain"] for output in cell.outputs]

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import CommitOperationAdd, ModelCard
 
 from job.exits import Exit
 from job.store import open_store
@@ -35,6 +36,13 @@ def test_an_export_is_a_pipeline_with_a_card(bucket, tmp_path):
     card = (tmp_path / "out/README.md").read_text()
     assert "Licence of the images: nothing is said of it." in card
     assert "299 images of tiles" in card
+    # As the hub reads it, and what its client would send.
+    assert ModelCard(card).data.to_dict() == {
+        "library_name": "diffusers",
+        "tags": ["unconditional-image-generation", "ddpm"],
+    }
+    sent = [CommitOperationAdd(name, tmp_path / "out" / name) for name in names]
+    assert all(operation.upload_info.size for operation in sent)
     # What the card says is what one types.
     (code,) = (part.removeprefix("python\n") for part in card.split("```")[1::2])
     seen: dict = {}
