@@ -25,6 +25,14 @@ if TYPE_CHECKING:
 
 Images = NDArray[np.uint8]
 _WHITE, _INK, _FAINT, _INK_HEX = (255, 255, 255), (64, 64, 64), (168, 168, 168), "#404040"
+_BETWEEN = (116, 116, 116)
+"""At the edges of letters, where there are few colours."""
+_XYZ_OF_RGB = (
+    (0.4124564 / 0.95047, 0.3575761 / 0.95047, 0.1804375 / 0.95047),
+    (0.2126729, 0.7151522, 0.0721750),
+    (0.0193339 / 1.08883, 0.1191920 / 1.08883, 0.9503041 / 1.08883),
+)
+"""Of linear sRGB (IEC 61966-2-1), relative to the white of D65."""
 _CURVES = {
     "loss": ("#22437c", "loss"),
     "val_loss": ("#111111", "held out"),
@@ -58,6 +66,7 @@ def image_grid(
     labels: Sequence[str] | None = None,
     row_labels: Sequence[str] | None = None,
     column_labels: Sequence[str] | None = None,
+    title: str = "",
 ) -> Image.Image:
     """Lay images out on white, row by row, `columns · (W · scale + padding) + padding` pixels wide, and likewise high.
 
@@ -69,6 +78,7 @@ def image_grid(
         labels: a caption under each image.
         row_labels: a caption left of each row.
         column_labels: a caption above each column.
+        title: above all; see `titled`.
     """
     tiles = _tiles(images, scale)
     count, height, width, _ = tiles.shape
@@ -92,13 +102,31 @@ def image_grid(
             _put_text(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
         if column_labels and index < columns:
             _put_text(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
-    return canvas
+    return titled(canvas, title)
+
+
+def colours_of(images: Images) -> NDArray[np.float64]:
+    """What a picture looks like from afar, float64 [B, 240]: distances are about those that people see.
+
+    The means of 8×8 and of 4×4 fields in CIE Lab (1976; D65), the coarse ones at twice the weight. Distances over raw
+    pixels would make a flat picture the nearest one to anything with a pattern, whatever its colour.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    pixels = torch.from_numpy(np.array(_checked_images(images))).permute(0, 3, 1, 2)
+    rgb = F.adaptive_avg_pool2d(pixels.float().expand(-1, 3, -1, -1), 8).double() / 255
+    linear = torch.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    xyz = torch.einsum("ij,bjhw->bihw", torch.tensor(_XYZ_OF_RGB, dtype=torch.float64), linear)
+    x, y, z = torch.where(xyz > (6 / 29) ** 3, xyz ** (1 / 3), xyz / (3 * (6 / 29) ** 2) + 4 / 29).unbind(1)
+    lab = torch.stack([116 * y - 16, 500 * (x - y), 200 * (y - z)], dim=1)
+    return torch.cat([F.adaptive_avg_pool2d(lab, 4).flatten(1) / 4, lab.flatten(1) / 16], dim=1).numpy()
 
 
 def nearest_pairs(
     samples: Images, training: Images | Callable[[], Iterable[Images]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Find the training image nearest to each sample, by exact L2 distance over all pixels.
+    """Find the training image nearest to each sample, by `colours_of`.
 
     Memory is bounded by the samples and a few times 16 MiB, whatever the size of the training set.
 
@@ -107,60 +135,109 @@ def nearest_pairs(
         training: uint8 [N, H, W, C], such as a memory map, or a function that yields it in chunks along N.
 
     Returns:
-        Indices into the training images, int64 [B], the lowest among equals; distances in grey levels, float64 [B].
+        Indices into the training images, int64 [B], the lowest among equals; distances, float64 [B].
     """
-    # In float64 every sum of products of bytes is exact; in float32 a copy can come out farther than a look-alike.
-    flat = _checked_images(samples).reshape(len(samples), -1).astype(np.float64)
-    norms = np.einsum("ij,ij->i", flat, flat)
-    best, indices = np.full(len(flat), np.inf), np.zeros(len(flat), dtype=np.int64)
-    at_once, seen = max(1, 2**24 // (8 * flat.shape[1])), 0
+    ours = colours_of(samples)
+    best, indices = np.full(len(ours), np.inf), np.zeros(len(ours), dtype=np.int64)
+    at_once, seen = max(1, 2**24 // (4 * samples[0].size)), 0
     for chunk in training() if callable(training) else [training]:
         if chunk.shape[1:] != samples.shape[1:]:
             raise ValueError(f"training images are {chunk.shape[1:]}, samples are {samples.shape[1:]}")
         for start in range(0, len(chunk), at_once):
-            others = chunk[start : start + at_once].reshape(-1, flat.shape[1]).astype(np.float64)
-            squared = norms[:, None] - 2 * flat @ others.T + np.einsum("ij,ij->i", others, others)
+            theirs = colours_of(chunk[start : start + at_once])
+            # Differences and not products, whose rounding would tell a copy from its original.
+            squared = np.stack([np.square(theirs - one).sum(axis=1) for one in ours])
             nearest = squared.argmin(axis=1)
-            found = squared[np.arange(len(flat)), nearest]
+            found = squared[np.arange(len(ours)), nearest]
             closer = found < best
             best[closer], indices[closer] = found[closer], nearest[closer] + seen
-            seen += len(others)
+            seen += len(theirs)
     if not seen:
         raise ValueError("there are no training images to compare with")
     return indices, np.sqrt(best)
 
 
-def pairs_grid(samples: Images, nearest: Images, columns: int = 4) -> Image.Image:
-    """Show each sample joined by a thin line to its nearest training image, `columns` pairs in a row."""
+def pairs_grid(
+    samples: Images,
+    nearest: Images,
+    columns: int = 4,
+    labels: Sequence[str] | None = None,
+    column_labels: Sequence[str] | None = None,
+    title: str = "",
+) -> Image.Image:
+    """Show each sample joined by a thin line to its nearest training image, `columns` pairs in a row.
+
+    Args:
+        samples: uint8 [B, H, W, C].
+        nearest: likewise.
+        columns: pairs in a row.
+        labels: a caption under each pair.
+        column_labels: a caption above each column.
+        title: above all.
+    """
     if samples.shape != nearest.shape:
         raise ValueError(f"samples {samples.shape} and training images {nearest.shape} do not pair up")
     left, right = (_tiles(images, _scale(images)) for images in (samples, nearest))
     count, height, width, _ = left.shape
     columns = min(columns, count)
     link, gap, size = max(8, width // 8), max(14, width // 4), _text_size(width)
-    step_x, step_y, header = 2 * width + link + gap, height + gap // 2, 2 * size
+    pair, line, header = 2 * width + link, 2 * size if labels else 0, 2 * size if column_labels else 0
+    step_x, step_y = pair + gap, height + line + gap // 2
     canvas = Image.new("RGB", (columns * step_x - gap, header + ceil(count / columns) * step_y - gap // 2), _WHITE)
-    _put_text(canvas, (0, size / 2), "sample | nearest training image", size, "lm")
     for index in range(count):
         x, y = index % columns * step_x, header + index // columns * step_y
         canvas.paste(_FAINT, (x + width, y + height // 2 - 1, x + width + link, y + height // 2 + 1))
         canvas.paste(Image.fromarray(left[index]), (x, y))
         canvas.paste(Image.fromarray(right[index]), (x + width + link, y))
-    return _framed(canvas)
+        if labels:
+            _put_text(canvas, (x + pair / 2, y + height + line / 2), labels[index], size, "mm", pair)
+        if column_labels and index < columns:
+            _put_text(canvas, (x + pair / 2, header / 2), column_labels[index], size, "mm", pair)
+    return titled(_framed(canvas), f"{title} · each beside the training image that looks nearest" if title else "")
 
 
-def comparison(grids: Sequence[tuple[str, Images]]) -> Image.Image:
+def titled(picture: Image.Image, title: str) -> Image.Image:
+    """The picture below a title in lines as long as it is wide; the parts of a title stand between ` · `."""
+    if not title:
+        return picture
+    size, margin = 13, 8
+    width = max(picture.width, 240)
+    lines = [""]
+    for part in title.split(" · "):
+        longer = f"{lines[-1]} · {part}" if lines[-1] else part
+        if lines[-1] and _font(size).getlength(longer) > width - 2 * margin:
+            lines.append(part)
+        else:
+            lines[-1] = longer
+    step = round(1.5 * size)
+    canvas = Image.new("RGB", (width, picture.height + len(lines) * step + margin), _WHITE)
+    canvas.paste(picture, (0, canvas.height - picture.height))
+    for number, line in enumerate(lines):
+        _put_text(canvas, (margin, margin / 2 + step * (number + 0.5)), line, size, "lm", width - 2 * margin)
+    return canvas
+
+
+def comparison(
+    grids: Sequence[tuple[str, Images]], columns: int = 0, column_labels: Sequence[str] | None = None, title: str = ""
+) -> Image.Image:
     """Show checkpoints side by side, each under its title ("epoch 30"), from the same seeds in the same order.
 
     More than four go into several rows; they are magnified no more than fits a screen.
+
+    Args:
+        grids: titles, and uint8 [B, H, W, C] alike.
+        columns: of each grid; 0: as many as rows.
+        column_labels: a caption above each column of each.
+        title: above all.
     """
     if not grids:
         raise ValueError("there is nothing to compare")
     first = _checked_images(grids[0][1])
-    columns = ceil(sqrt(len(first)))
+    columns = columns or ceil(sqrt(len(first)))
     across = len(grids) if len(grids) <= 4 else ceil(sqrt(len(grids)))
     scale = min(_scale(first), max(1, 2000 // (across * columns * first.shape[2])))
-    return _titled([(title, image_grid(images, columns, scale=scale)) for title, images in grids], across)
+    blocks = [(name, image_grid(images, columns, scale=scale, column_labels=column_labels)) for name, images in grids]
+    return titled(_side_by_side(blocks, across), title)
 
 
 class NoisingFigure(NamedTuple):
@@ -182,7 +259,7 @@ def noising_figure(images: Images, noised: torch.Tensor, timesteps: Sequence[int
     scale = _scale(images)
     plain = image_grid(images, 6, 4, scale, labels=[""] * len(images))
     labelled = image_grid(pixels, 6, 4, scale, labels=[f"t = {t}" for t in timesteps])
-    combined = _titled([("original", plain), ("noised", labelled)], across=2)
+    combined = _side_by_side([("original", plain), ("noised", labelled)], across=2)
     return NoisingFigure(image_grid(images, 6), image_grid(pixels, 6), combined)
 
 
@@ -215,20 +292,35 @@ def shown_evaluations(evaluations: int, frames: int = 20) -> list[int]:
     return [last - index * last // max(1, count - 1) for index in reversed(range(count))]
 
 
-def denoising_gif(frames: Sequence[Images], columns: int = 6, fps: int = 5, scale: int | None = None) -> bytes:
+def denoising_gif(
+    frames: Sequence[Images],
+    columns: int = 6,
+    fps: int = 5,
+    scale: int | None = None,
+    labels: Sequence[str] | None = None,
+    title: str = "",
+) -> bytes:
     """Animate sampling as an endless GIF over a thin bar that shows how far it is.
 
-    Each of `frames`, from noise to samples, becomes exactly one, shown for 1/`fps` seconds.
+    Args:
+        frames: uint8 [B, H, W, C] each, from noise to samples; each becomes exactly one frame.
+        columns: tiles in a row.
+        fps: frames in a second.
+        scale: magnification; about 96 pixels a tile if none is named.
+        labels: what stands under each frame, such as `t = 812`.
+        title: above all frames; see `titled`.
     """
-    if not frames:
-        raise ValueError("there are no frames to animate")
+    if not frames or (labels is not None and len(labels) != len(frames)):
+        raise ValueError(f"{len(frames)} frames to animate, with {labels} under them")
     scale = scale or _scale(frames[0])
     pictures, palette = [], _palette(frames[0])
     for index, images in enumerate(frames):
-        grid = image_grid(images, columns, scale=scale)
+        grid = image_grid(images, columns, scale=scale, title=title)
         # The bar also keeps equal frames apart, which the GIF writer would merge into one.
-        canvas = Image.new("RGB", (grid.width, grid.height + 6), _WHITE)
+        canvas = Image.new("RGB", (grid.width, grid.height + 6 + (22 if labels else 0)), _WHITE)
         canvas.paste(grid)
+        if labels:
+            _put_text(canvas, (4, grid.height + 17), labels[index], 13, "lm", grid.width)
         end = 2 + (grid.width - 5) * (index + 1) // len(frames)
         ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
         # One palette each, for noise and samples share few colours; dithering would look like noise that is left.
@@ -264,12 +356,13 @@ def schedule_figure(betas: ArrayLike, alphas_cumprod: ArrayLike, name: str) -> b
     return _plot_png(figure)
 
 
-def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = None) -> bytes:
+def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = None, title: str = "") -> bytes:
     """Plot the training loss over the images seen as a 960×480 PNG: smoothed over raw, timestep quartiles thin.
 
     Each row has `images_seen`, `loss` and, where known, `loss_q0` … `loss_q3`: the loss over the quarters of the
     timesteps, from least to most noise. Of rows that a resumed run logged again the last counts. The y axis is
-    logarithmic where the loss spans more than a factor of ten; images per epoch give a second axis in epochs.
+    logarithmic where the loss spans more than a factor of ten; images per epoch give a second axis in epochs. The title
+    says which run it is.
     """
     from matplotlib.ticker import EngFormatter, LogLocator
 
@@ -305,14 +398,15 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
         top.tick_params(colors=_INK_HEX)
         top.set_xlabel("epoch", color=_INK_HEX)
         top.spines[:].set_visible(False)
+    figure.suptitle(title, color=_INK_HEX, fontsize=12)
     return _plot_png(figure)
 
 
-def scores_figure(rows: Sequence[Mapping[str, float]], epoch_images: int) -> bytes:
+def scores_figure(rows: Sequence[Mapping[str, float]], epoch_images: int, title: str = "") -> bytes:
     """Plot scores over the epochs, a panel for each, as a PNG 480 pixels high.
 
     Each row has `images_seen`, and scores by their names; of several about one moment the last counts. Where a row has
-    `kid_std` that is the ± of `kid`, and `real kid` is a line: that of real images.
+    `kid_std` that is the ± of `kid`, and `real kid` is a line: that of real images. The title says which run it is.
     """
     latest = {row["images_seen"]: row for row in rows}
     beside = ("images_seen", "epoch", "time")
@@ -331,6 +425,7 @@ def scores_figure(rows: Sequence[Mapping[str, float]], epoch_images: int) -> byt
         axes.set_title(name)
         axes.set_xlabel("epoch")
         axes.set_ylim(bottom=min(0, *y))
+    figure.suptitle(title, color=_INK_HEX, fontsize=12)
     return _plot_png(figure)
 
 
@@ -371,7 +466,7 @@ def _put_text(
     ImageDraw.Draw(canvas).text(xy, text, fill=_INK, font=_font(size), anchor=anchor)
 
 
-def _titled(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Image:
+def _side_by_side(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Image:
     width, height = max(block.width for _, block in blocks), max(block.height for _, block in blocks)
     size = min(max(width // 24, 14), 24)
     gap, header = round(1.5 * size), 2 * size
@@ -394,9 +489,9 @@ def _palette(images: Images) -> Image.Image:
     # At most 32 pixels of a side of each image: k-means over more costs seconds and finds the same colours.
     stride = ceil(images.shape[2] / 32)
     small = image_grid(images[:, ::stride, ::stride], columns=len(images))
-    small = small.quantize(255, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
+    small = small.quantize(253, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*(small.getpalette() or [])[: 3 * 255], *_FAINT])
+    palette.putpalette([*(small.getpalette() or [])[: 3 * 253], *_FAINT, *_INK, *_BETWEEN])
     return palette
 
 

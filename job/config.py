@@ -413,10 +413,17 @@ class Drawing(Section):
 
     def name(self, own: Drawing) -> str:
         """Part of a picture's name: sampler and steps, then where this differs from the run's `own`."""
-        ours, theirs = self.drawing.model_dump(), own.drawing.model_dump()
-        differing = {key: value for key, value in ours.items() if value != theirs[key]}
-        words = [f"{key}-{_word(value)}" for key, value in differing.items() if key not in ("sampler", "steps")]
+        words = [f"{key}-{value}" for key, value in self._differing(own).items()]
         return "-".join([self.sampler, str(self.steps), *words])
+
+    def words(self, own: Drawing) -> str:
+        """The same for people, but for the classes, which a picture names: `ddim, 50 steps, eta 1`."""
+        words = [f"{key.replace('_', ' ')} {value}" for key, value in self._differing(own).items() if key != "labels"]
+        return ", ".join([self.sampler, f"{self.steps:,} steps", *words])
+
+    def _differing(self, own: Drawing) -> dict[str, str]:
+        ours, theirs = self.drawing.model_dump(exclude={"sampler", "steps"}), own.drawing.model_dump()
+        return {key: _word(value) for key, value in ours.items() if value != theirs[key]}
 
 
 class SampleConfig(Drawing):

@@ -42,6 +42,16 @@ class FoundRun:
         return self.index.classes if self.index and count else tuple(map(str, range(count)))
 
     @property
+    def drawing(self) -> Drawing:
+        """How images are drawn."""
+        return self.config.sample
+
+    @property
+    def drawn_classes(self) -> tuple[str, ...]:
+        """Those of them that the seeds take in turn."""
+        return tuple(self.classes[label] for label in self.drawing.labels) or self.classes
+
+    @property
     def picture_shape(self) -> tuple[int, int, int]:
         """Channels, height and width of the pictures that people see."""
         if self.index and (encoding := self.index.encoding):

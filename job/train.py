@@ -10,7 +10,7 @@ anybody acts on it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -36,11 +36,11 @@ from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.retention import Retention, best_images_seen
-from job.runs.samples import LOSS_FIGURE, SCORES_FIGURE, denoising_key, grid_key, label_of
+from job.runs.samples import LOSS_FIGURE, SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
 from job.runs.scores import score_name
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter
-from job.sampling.sample import grid_png
+from job.sampling.sample import grid_png, with_class
 from job.stop import NEVER, Stop
 from job.validation import validation_row
 
@@ -452,7 +452,7 @@ class TrainingSession:
             self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **row, "time": now})
             self.scored_rows.append(self.writer.rows[-1])
             self.writer.retention = self._retention()
-            figure = figures.scores_figure(self.scored_rows, self.dataset_images)
+            figure = figures.scores_figure(self.scored_rows, self.dataset_images, self.plan.request.run)
             self.writer.put(SCORES_FIGURE, figure, images_seen=images_seen)
 
     def _retention(self) -> Retention:
@@ -467,6 +467,11 @@ class TrainingSession:
         """Where the sample grid of this moment lies."""
         label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
         return grid_key(label, self.config.sample.name(self.plan.own))
+
+    def _title(self, seeds: Sequence[int]) -> str:
+        """What a picture of this moment shows."""
+        label = label_of(self.state.images_seen, self.dataset_images, self.batch_size)
+        return title_of(self.plan.run, moment_of(label), self.config.sample.words(self.plan.own), seeds)
 
     def _painter(self) -> Painter:
         """What draws as the run does, with the weights of this moment."""
@@ -487,7 +492,7 @@ class TrainingSession:
 
         def publish() -> None:
             learnt = self._pictures() if sample.nearest else None
-            grid = grid_png(drawn, seeds, self.plan.classes, learnt, self.stop)
+            grid = grid_png(drawn, seeds, self.plan.drawn_classes, learnt, self.stop, self._title(seeds))
             self.writer.put(self._grid_key(), grid, images_seen=images_seen)
 
         self.ranks.on_main(publish)
@@ -515,10 +520,12 @@ class TrainingSession:
         def publish() -> None:
             label = label_of(images_seen, self.dataset_images, self.batch_size)
             sample = self.config.sample
-            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(sample))
+            title = with_class(self._title(range(GIF_SEEDS)), self.plan.drawn_classes)
+            gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(sample), title)
             self.writer.put(denoising_key(label, sample.name(self.plan.own)), gif, images_seen=images_seen)
             rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, note)
-            self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images), images_seen=images_seen)
+            title = f"{self.plan.request.run} · {moment_of(label)} of {self.config.train.epochs:,}"
+            self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images, title), images_seen=images_seen)
             self.writer.wait()
 
         self.ranks.on_main(publish)

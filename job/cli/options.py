@@ -27,7 +27,13 @@ Guidance = Annotated[
     float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
 ]
 SampledClasses = Annotated[
-    str, typer.Option(metavar="LIST", help="Names or numbers of classes that the seeds take in turn.")
+    str,
+    typer.Option(
+        "--classes",
+        "--class",
+        metavar="LIST",
+        help="Names or numbers, such as forest,coast; of n, seed k has number k mod n. Default: all.",
+    ),
 ]
 Weights = Annotated[str | None, typer.Option(metavar="NAME", help="ema, ema-STD (averages) or model (raw).")]
 Precision = Annotated[str | None, typer.Option(metavar="NAME", help="fp32 or bf16.")]

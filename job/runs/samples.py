@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from math import ceil
 from typing import Literal
 
@@ -79,6 +80,33 @@ def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> s
     return f"epoch-{epochs[-1]:04d}" if epochs else f"images-{images_seen:09d}"
 
 
+def moment_of(label: str) -> str:
+    """A label for people: `epoch 80`."""
+    unit, _, number = label.partition("-")
+    return f"{unit} {int(number):,}"
+
+
+def title_of(run: Store, moment: str, how: str, seeds: Sequence[int]) -> str:
+    """What a picture shows: `celeba · epoch 80 · ddim, 100 steps · seeds 0-63`.
+
+    Args:
+        run: the run's folder.
+        moment: such as `epoch 80`; see `moment_of`.
+        how: it was drawn; see `Drawing.words`.
+        seeds: of the images.
+    """
+    ranges: list[list[int]] = []
+    for seed in seeds:
+        if ranges and seed == ranges[-1][1] + 1:
+            ranges[-1][1] = seed
+        else:
+            ranges.append([seed, seed])
+    words = [f"{first}-{last}" if last > first else f"{first}" for first, last in ranges]
+    shown = ", ".join(words) if len(words) <= 8 else f"{', '.join(words[:8])} … ({len(seeds):,} in all)"
+    of_seeds = f"seed{'s' * (len(seeds) > 1)} {shown}"
+    return " · ".join((run.uri.rpartition("/")[2], moment, how, of_seeds))
+
+
 def file_words(numbers: str, comma: str) -> str:
     """A list of numbers as part of a name, with another `comma`; its hash where it is long."""
     words = "".join(numbers.split()).replace(",", comma)
@@ -114,6 +142,12 @@ class Editing(Section):
         """Part of a picture's name."""
         given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
         return "-".join([self.mode, *(f"{key}-{_in_name(value)}" for key, value in given.items())])
+
+    @property
+    def words(self) -> str:
+        """The same for people."""
+        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
+        return ", ".join([self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())])
 
 
 def _in_name(value: object) -> str:

@@ -73,16 +73,16 @@ class Editor:
             return partial(editing.interpolate, other=self._painter.noise_of(others), weight=weight)
         return partial(self._edit, image=self._images[[seeds[place] % len(self._images) for place in places]])
 
-    def grid(self, images: np.ndarray, seeds: Sequence[int]) -> bytes:
+    def grid(self, images: np.ndarray, seeds: Sequence[int], title: str) -> bytes:
         """A row for each pair of seeds, or rows for each given image, which stands first."""
         scale = max(1, 96 // images.shape[1])
         if self._editing.mode == "interpolate":
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
-            return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names))
+            return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
         tiles: list[np.ndarray] = []
         for number, given in enumerate(self._shown):
             own = images[[seed % len(self._shown) == number for seed in seeds]]
             for start in range(0, len(own), COLUMNS - 1):
                 tiles += [given, *own[start : start + COLUMNS - 1]]
                 tiles += [np.full_like(given, 255)] * (-len(tiles) % COLUMNS)
-        return figures.png(figures.image_grid(np.stack(tiles), COLUMNS, scale=scale))
+        return figures.png(figures.image_grid(np.stack(tiles), COLUMNS, scale=scale, title=title))

@@ -16,7 +16,7 @@ from ddpm import figures
 from ddpm.generation import Callback, Sampling, Walk, from_noise
 from ddpm.model import Model, NotFiniteError
 from ddpm.objective import Condition
-from ddpm.process import Point
+from ddpm.process import Point, VarianceExploding
 from job import method
 from job.config import RunConfig
 from job.data.autoencoder import Decoder
@@ -152,20 +152,24 @@ class Painter(Model):
                 gathered[other::world_size] = of_rank
         return gathered
 
-    def denoising_gif(self, seeds: Sequence[int], sampling: Sampling) -> bytes:
+    def denoising_gif(self, seeds: Sequence[int], sampling: Sampling, title: str) -> bytes:
         """The way from noise to image for a few seeds, as a GIF of `GIF_FRAMES` frames, repeated if steps are fewer."""
+        # EDM's network is told ln(σ)/4, which says less.
+        by_sigma = isinstance(self.process, VarianceExploding)
         evaluations = itertools.count()
         shown = figures.shown_evaluations(self.evaluations_of(sampling), GIF_FRAMES)
-        frames: list[np.ndarray] = []
+        frames: list[tuple[np.ndarray, str]] = []
 
         def keep(point: Point[float], x_t: torch.Tensor, x_start: torch.Tensor) -> None:
             self.check_stopped()
             if next(evaluations) in shown[:-1]:
                 # At the variance of the images, so that noise does not hide all but black and white.
-                frames.append(figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))))
+                at = f"sigma = {point.sigma:.3g}" if by_sigma else f"t = {point.t:.0f}"
+                frames.append((figures.to_uint8(self.pixels(x_t / max(1.0, point.sigma))), at))
 
-        frames.append(self.draw_alone(seeds, sampling, keep))
-        return figures.denoising_gif([frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)])
+        frames.append((self.draw_alone(seeds, sampling, keep), "the image"))
+        shown_frames, labels = zip(*(frames[i * len(frames) // GIF_FRAMES] for i in range(GIF_FRAMES)), strict=True)
+        return figures.denoising_gif(shown_frames, labels=labels, title=title)
 
     def draw_alone(
         self,

@@ -67,10 +67,9 @@ class SamplePlan(FoundRun):
     """Numbers of the points to visit, once they are found."""
 
     @property
-    def classes(self) -> tuple[str, ...]:
-        """The names of those that the seeds take in turn."""
-        known = super().classes
-        return tuple(known[label] for label in self.sample.labels) or known
+    def drawing(self) -> SampleConfig:
+        """How images are drawn."""
+        return self.sample
 
     @property
     def precision(self) -> str:
@@ -81,6 +80,13 @@ class SamplePlan(FoundRun):
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
         return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
+
+    @property
+    def words(self) -> str:
+        """How images are drawn, for people."""
+        own = f", {self.own_sampler.name}" if self.own_sampler else ""
+        edited = f", {self.given.editing.words}" if self.given else ""
+        return f"{self.sample.words(self.own)}{own}{edited}"
 
     def how(self, seeds: str = "") -> str:
         """All that decides the images of a checkpoint, in a picture's name."""
@@ -270,7 +276,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             found=plan.found,
             size=plan.picture_shape[1],
             channels=plan.picture_shape[0],
-            classes=plan.classes,
+            classes=plan.drawn_classes,
             first_seed=first_seed,
             count=count,
             piece_images=piece_images(count),

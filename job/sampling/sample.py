@@ -28,7 +28,7 @@ from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.retention import reading
-from job.runs.samples import denoising_key, file_words, grid_key, put_picture
+from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.editing import Editor
 from job.sampling.found_grid import find_points
 from job.sampling.painter import Painter
@@ -100,19 +100,23 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
             images = painter.draw_together(drawn_seeds, sampling, sample.batch_size, label, route)
             if is_main:
                 rate = len(drawn_seeds) / (time.monotonic() - began)
-                unit, number = label.split("-")
-                grids.append((f"{unit} {int(number):,}", images))
+                grids.append((moment_of(label), images))
+                title = title_of(plan.run, moment_of(label), plan.words, seeds)
                 if editor:
-                    grid = editor.grid(images, seeds)
+                    grid = editor.grid(images, seeds, with_class(title, plan.drawn_classes))
                 else:
-                    grid = grid_png(images, seeds, plan.classes, training, painter.stop)
+                    grid = grid_png(images, seeds, plan.drawn_classes, training, painter.stop, title)
                 publish(ref, grid_key(label, how + layout), grid, f"  ({rate:.2f} images/s)")
         if request.gif and is_main:
-            gif = painter.denoising_gif(gif_seeds, sampling)
+            title = with_class(title_of(plan.run, moment_of(label), plan.words, gif_seeds), plan.drawn_classes)
+            gif = painter.denoising_gif(gif_seeds, sampling, title)
             publish(ref, denoising_key(label, plan.how(request.seeds and gif_words)), gif)
     if len(grids) > 1:
         key = grid_key(f"comparison-{file_words(request.checkpoints, '-')}", how)
-        publish(max(plan.checkpoints), key, figures.png(figures.comparison(grids)))
+        title = with_class(title_of(plan.run, f"{len(grids)} checkpoints", plan.words, seeds), plan.drawn_classes)
+        columns, above, _ = _arranged(seeds, plan.drawn_classes, 10) if len(plan.drawn_classes) > 1 else (0, None, None)
+        picture = figures.comparison(grids, columns if above else 0, above, title)
+        publish(max(plan.checkpoints), key, figures.png(picture))
 
 
 def _draw_slice(
@@ -205,7 +209,8 @@ def _draw_pieces(
                 images = np.concatenate(parts)
                 if number == 0:
                     shown = plan.sample.images
-                    grid = grid_png(images[:shown], seeds[:shown], plan.classes)
+                    title = title_of(plan.run, moment_of(plan.label(sample_set.ref)), plan.words, seeds[:shown])
+                    grid = grid_png(images[:shown], seeds[:shown], plan.drawn_classes, title=title)
                     put_picture(plan.run, sample_set.key(ObjectKind.GRID), grid, sample_set.ref)
                 writer.submit(number, images)
         finally:
@@ -229,19 +234,22 @@ def grid_png(
     classes: Sequence[str] = (),
     training: ImageCache | None = None,
     stop: Stop = NEVER,
+    title: str = "",
 ) -> bytes:
-    """A grid of images below the names of their classes, or each beside the training image that is nearest to it.
+    """A grid of images with the names of their classes, or each beside the training image that looks nearest to it.
 
     Args:
         images: uint8 [n, H, W, C].
         seeds: theirs.
-        classes: if the network knows any.
+        classes: that they take in turn, if the network knows any.
         training: images to find the nearest ones in, if these are to be shown.
         stop: heard while they are looked for.
+        title: what the picture shows.
 
     Raises:
         StoppedError: `stop` said so.
     """
+    title = with_class(title, classes)
     if training is not None:
 
         def chunks() -> Iterator[np.ndarray]:
@@ -250,9 +258,29 @@ def grid_png(
                 yield training.read(np.arange(first, min(first + 1024, training.index.images)))
 
         indices, _ = figures.nearest_pairs(images, chunks)
-        return figures.png(figures.pairs_grid(images, training.read(indices), columns=5))
+        columns, above, below = _arranged(seeds, classes, 5)
+        pairs = figures.pairs_grid(images, training.read(indices), columns, below, above, title)
+        return figures.png(pairs)
+    columns, above, below = _arranged(seeds, classes, 10 if len(classes) > 1 else 8)
+    scale = max(1, 96 // images.shape[1])
+    grid = figures.image_grid(images, columns, scale=scale, labels=below, column_labels=above, title=title)
+    return figures.png(grid)
+
+
+def with_class(title: str, classes: Sequence[str]) -> str:
+    """A title, with the class of all images if it is one."""
+    return f"{title} · class {classes[0]}" if len(classes) == 1 and title else title
+
+
+def _arranged(
+    seeds: Sequence[int], classes: Sequence[str], widest: int
+) -> tuple[int, Sequence[str] | None, Sequence[str] | None]:
+    """Columns, captions above them, and captions under images: a column for each class where that can be."""
     count = len(classes)
-    columns = 10 if count in (5, 10) else 8 if len(images) > 4 else len(images)
-    named = count and columns % count == 0 and list(seeds) == list(range(seeds[0], seeds[0] + len(seeds)))
-    labels = [classes[seed % count] for seed in seeds[:columns]] if named else None
-    return figures.png(figures.image_grid(images, columns, scale=max(1, 96 // images.shape[1]), column_labels=labels))
+    if count < 2:
+        return min(widest, len(seeds)), None, None
+    names = [classes[seed % count] for seed in seeds]
+    if count > widest or list(seeds) != list(range(seeds[0], seeds[0] + len(seeds))):
+        return min(widest, len(seeds)), None, names
+    columns = min(widest // count * count, len(seeds))
+    return columns, names[:columns], None

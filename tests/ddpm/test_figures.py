@@ -99,14 +99,41 @@ def test_letters_beyond_ascii_are_letters_and_not_boxes():
     assert len(set(drawn.values())) == len(drawn), "a missing letter would look like U+FFFF"
 
 
+def test_colours_are_those_of_lab():
+    """Of sRGB's corners, as tables of colours have them."""
+    known = {
+        (255, 0, 0): (53.24, 80.09, 67.20),
+        (0, 255, 0): (87.73, -86.18, 83.18),
+        (0, 0, 255): (32.30, 79.19, -107.86),
+        (255, 255, 255): (100, 0, 0),
+        (0, 0, 0): (0, 0, 0),
+    }
+    for rgb, lab in known.items():
+        fields = figures.colours_of(np.full((1, 16, 16, 3), rgb, dtype=np.uint8))[0]
+        coarse, fine = fields[:48].reshape(3, 16) * 4, fields[48:].reshape(3, 64) * 16
+        assert np.abs(coarse.T - lab).max() < 0.02 and np.abs(fine.T - lab).max() < 0.02, rgb
+
+
+def test_a_pattern_is_nearer_to_its_like_than_a_flat_picture_of_another_colour():
+    """As people see it; over raw pixels it is the other way round."""
+    rows = np.arange(32)[:, None, None]
+    waves = np.broadcast_to(np.where(rows // 2 % 2, (20, 90, 160), (150, 190, 220)), (32, 32, 3)).astype(np.uint8)
+    later = np.roll(waves, 2, axis=0)
+    dusk = np.full((32, 32, 3), (110, 110, 160), dtype=np.uint8)
+    raw = [((waves.astype(int) - other) ** 2).sum() for other in (dusk, later)]
+    assert raw[0] < raw[1]
+    indices, distances = figures.nearest_pairs(waves[None], np.stack([dusk, later]))
+    assert indices.tolist() == [1] and distances[0] < 1
+
+
 def test_nearest_pairs_equal_a_search_by_hand():
     training, samples = random_images(50, 6, 5, 3), random_images(9, 6, 5, 3, seed=1)
-    squared = ((samples[:, None].astype(np.int64) - training[None]) ** 2).sum(axis=(2, 3, 4))
+    squared = ((figures.colours_of(samples)[:, None] - figures.colours_of(training)[None]) ** 2).sum(axis=2)
     in_chunks = [lambda n=n: (training[at : at + n] for at in range(0, 50, n)) for n in (1, 7, 50)]
     for images in (training, *in_chunks):
         indices, distances = figures.nearest_pairs(samples, images)
         assert indices.tolist() == squared.argmin(axis=1).tolist()
-        assert distances.tolist() == np.sqrt(squared.min(axis=1)).tolist()
+        assert distances.tolist() == pytest.approx(np.sqrt(squared.min(axis=1)).tolist(), rel=1e-12)
 
 
 def test_a_copy_is_told_from_a_look_alike_and_from_a_later_copy():
@@ -115,7 +142,7 @@ def test_a_copy_is_told_from_a_look_alike_and_from_a_later_copy():
     alike[0, 63, 63, 2] = 255
     indices, distances = figures.nearest_pairs(bright, lambda: [alike, np.concatenate([bright, bright]), bright])
     assert (indices.tolist(), distances.tolist()) == ([1], [0.0])
-    assert figures.nearest_pairs(bright, alike)[1].tolist() == [1.0]
+    assert 0 < figures.nearest_pairs(bright, alike)[1][0] < 0.01
 
 
 def test_the_search_takes_little_memory_for_a_large_training_set(tmp_path):
@@ -131,7 +158,7 @@ def test_the_search_takes_little_memory_for_a_large_training_set(tmp_path):
 def test_pairs_lie_side_by_side_with_a_link_between():
     samples, nearest = random_images(5, 32, 32, 3), random_images(5, 32, 32, 3, seed=1)
     picture = pixels(figures.pairs_grid(samples, nearest, columns=2))
-    link, gap, header, margin = 12, 24, 26, 20
+    link, gap, header, margin = 12, 24, 0, 20
     assert picture.shape == (2 * margin + header + 3 * 96 + 2 * 12, 2 * margin + 2 * (2 * 96 + link) + gap, 3)
     for index in range(5):
         x, y = margin + index % 2 * (2 * 96 + link + gap), margin + header + index // 2 * (96 + 12)
@@ -140,7 +167,9 @@ def test_pairs_lie_side_by_side_with_a_link_between():
         between = picture[y : y + 96, x + 96 : x + 96 + link]
         lined = (between != 255).any(axis=(1, 2))
         assert lined.sum() == 2 and lined[47:49].all() and (between[lined] == 168).all()
-    assert (picture[margin : margin + header, margin:] < 128).any(), "header"
+    said = {"labels": list("abcde"), "column_labels": ["left", "right"], "title": "a run · epoch 3"}
+    named = pixels(figures.pairs_grid(samples, nearest, columns=2, **said))
+    assert near(named[:30], INK).any() and named.shape[0] > picture.shape[0] + 4 * 26
     with pytest.raises(ValueError, match="do not pair up"):
         figures.pairs_grid(samples, nearest[:4])
 
@@ -300,3 +329,28 @@ def test_what_a_resumed_run_logged_again_counts_once_and_nan_is_left_out():
     assert figures.loss_figure([*rows[:50], *stale, broken, *rows[50:]]) == figures.loss_figure(rows)
     empty = opened(figures.loss_figure([], epoch_images=299))
     assert empty.shape == (480, 960, 3) and near(empty[200:280, 350:650], INK).any(), "it says so"
+
+
+def test_a_title_stands_above_in_lines_as_long_as_the_picture_is_wide():
+    images = random_images(4, 16, 16, 3)
+    bare = pixels(figures.image_grid(images, 4, scale=6))
+    parts = " · ".join(["landscape", "epoch 30", "ddim, 100 steps", "seeds 0-39", "class coast"])
+    named = pixels(figures.image_grid(images, 4, scale=6, title=parts))
+    above = named.shape[0] - bare.shape[0]
+    assert (named[above:] == bare).all() and named.shape[1] == bare.shape[1]
+    rows = near(named[:above], INK).any(axis=1)
+    assert np.count_nonzero(np.diff(rows.astype(int)) == 1) >= 1 and (named[:above, :4] == 255).all()
+    narrow = pixels(figures.image_grid(images[:1], 1, title=parts))
+    assert narrow.shape[1] == 240 and narrow.shape[0] > 16 + 2 * 20, "several lines, and none is cut"
+
+
+def test_the_gif_says_where_it_is(tiles):
+    frames = [tiles[:2, ::4, ::4]] * 3
+    plain = gif_frames(figures.denoising_gif(frames, scale=6))
+    shown = gif_frames(
+        figures.denoising_gif(frames, scale=6, labels=["t = 999", "t = 500", "the image"], title="a run")
+    )
+    assert shown[0].shape[0] > plain[0].shape[0] + 22
+    assert len({frame[-16:, :80].tobytes() for frame in shown}) == 3
+    with pytest.raises(ValueError, match="3 frames"):
+        figures.denoising_gif(frames, labels=["t = 1"])

@@ -50,8 +50,8 @@ def test_the_same_pictures_are_drawn(kept, tmp_path, run):
     path.unlink()
     succeeded(ddpm_here("sample", "--run", run, "--seeds", "0-3", "--no-nearest", "--bucket", bucket))
     now, then = (np.asarray(Image.open(picture)).astype(int) for picture in (path, before))
-    # Another processor rounds otherwise.
-    assert np.abs(now - then).max() <= 3
+    # One row of tiles, with what is said above it by this version. Another processor rounds otherwise.
+    assert np.abs(now[-98:] - then[-98:]).max() <= 3
 
 
 def test_what_was_made_is_found_again(kept, tmp_path):

@@ -46,7 +46,8 @@ def images_of(bucket: Path, *numbers: int) -> np.ndarray:
 
 def tiles_of(picture: np.ndarray, columns: int, left: int = 0) -> np.ndarray:
     """The images of a grid whose tiles are six times as large and have two pixels around each, [n, 16, 16, 3]."""
-    rows = picture.shape[0] // 98
+    rows, title = divmod(picture.shape[0] - 2, 98)
+    picture = picture[title:]
     return np.stack(
         [
             picture[2 + 98 * y : 98 + 98 * y : 6, left + 2 + 98 * x :][:, :96:6]

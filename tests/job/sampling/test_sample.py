@@ -12,6 +12,7 @@ import pytest
 from accelerate.state import AcceleratorState
 from PIL import Image
 
+from ddpm import figures
 from job.config import SampleConfig
 from job.data.shards import load_index
 from job.exits import NotANumberError, StoppedError
@@ -140,7 +141,8 @@ def test_several_checkpoints_give_one_picture_of_the_same_seeds(bucket, sample):
         "comparison-1-3-ddim-4-seeds-0-3.png",
     ]
     assert list(sample(checkpoints="all", seeds="0-3"))[-1] == "comparison-all-ddim-4-seeds-0-3.png"
-    left, right = np.split(np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[:, 1:], 2, axis=1)
+    below_title = np.asarray(pictures["comparison-1-3-ddim-4-seeds-0-3.png"], np.int16)[60:]
+    left, right = np.split(below_title[:, below_title.shape[1] % 2 :], 2, axis=1)
     assert np.abs(left - right).mean() > 10
     assert verify_run(open_store(str(bucket)), "walk").problems == []
 
@@ -154,9 +156,11 @@ def test_a_gif_has_20_frames_at_5_per_second_from_noise_to_the_sample(sample, dr
         gif.seek(number)
         assert gif.info["duration"] == 200
         frames.append(np.asarray(gif.convert("RGB"), np.int16))
-    # Twelve tiles of 96 pixels; a palette of 255 colours is all that stands between the first one and its sample.
+    # Twelve tiles of 96 pixels in two rows, between the title and where it is. A palette is all that stands between.
     first = draw(range(12), 12, steps=steps)[0].repeat(6, axis=0).repeat(6, axis=1)
-    assert np.abs(frames[-1][2:98, 2:98] - first).mean() < 8 < 40 < np.abs(frames[0][2:98, 2:98] - first).mean()
+    top = gif.height - 28 - 2 * 98
+    tiles = [frame[top : top + 96, 2:98] for frame in frames]
+    assert np.abs(tiles[-1] - first).mean() < 8 < 40 < np.abs(tiles[0] - first).mean()
 
 
 def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
@@ -171,3 +175,26 @@ def test_the_search_for_the_nearest_images_can_be_stopped(bucket):
 
     with pytest.raises(StoppedError, match="nearest"):
         grid_png(np.zeros((4, 16, 16, 3), np.uint8), range(4), training=Cache(), stop=stop_after(1))
+
+
+@pytest.mark.parametrize(
+    ("words", "title", "above", "below"),
+    [
+        ({"seeds": "0-9"}, "ddim, 4 steps · seeds 0-9", ["coast", "desert", "hills", "mountain", "skyline"] * 2, None),
+        ({"seeds": "7,1,2"}, "ddim, 4 steps · seeds 7, 1-2", None, ["hills", "desert", "hills"]),
+        (
+            {"seeds": "3-8", "classes": "hills,coast", "eta": 0.5},
+            "ddim, 4 steps, eta 0.5 · seeds 3-8",
+            ["coast", "hills"] * 3,
+            None,
+        ),
+        ({"seeds": "0", "classes": "coast"}, "ddim, 4 steps · seed 0 · class coast", None, None),
+    ],
+)
+def test_a_grid_says_what_it_shows(sample, monkeypatch, words, title, above, below):
+    said = {}
+    drawn = figures.image_grid
+    monkeypatch.setattr(figures, "image_grid", lambda *grid, **more: said.update(more) or drawn(*grid, **more))
+    sample(**words)
+    assert said["title"] == f"walk · epoch 3 · {title}"
+    assert (said["column_labels"], said["labels"]) == (above, below)
