@@ -380,7 +380,7 @@ def loss_figure(rows: Sequence[Mapping[str, float]], epoch_images: int | None = 
             width = 2.2 if key == "loss" else 1
             if key == "loss":
                 axes.plot(x[known], y[known], color=color, linewidth=0.8, alpha=0.3)
-            axes.plot(x[known], _smoothed(y[known]), color=color, label=text, linewidth=width, zorder=2 + width)
+            axes.plot(x[known], smoothed(y[known]), color=color, label=text, linewidth=width, zorder=2 + width)
     if lowest > highest:
         axes.text(0.5, 0.5, "no loss logged yet", transform=axes.transAxes, ha="center", color=_INK_HEX)
     else:
@@ -524,7 +524,7 @@ def _plot_png(figure: Figure) -> bytes:
     return file.getvalue()
 
 
-def _smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
+def smoothed(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Moving average over a 25th of the points on either side; none before a point that are not also after it."""
     index = np.arange(len(values))
     radius = np.minimum(index, len(values) // 25)

@@ -93,7 +93,6 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
 
-    from ddpm import figures
     from job.data.cache import chosen_images
     from job.sampling.pictures import write_picture
 
@@ -105,15 +104,24 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     if encoding := index.encoding:
         print(f"to look at: `ddpm data show {encoding.source} --size {encoding.size}`")
         return
-    chosen = _spread(labels, len(index.classes))
-    sheet = figures.png(
-        figures.contact_sheet(images.read(chosen), labels[chosen].tolist() if index.classes else None, index.classes)
-    )
+    sheet = sheet_png(bucket, key, index)
     if output is None:
         bucket.put(f"{key}/{CONTACT_SHEET}", sheet)
     else:
         write_picture(output, sheet)
     print(f"contact sheet  {output or bucket.uri_of(f'{key}/{CONTACT_SHEET}')}")
+
+
+def sheet_png(bucket: Store, key: str, index: DatasetIndex) -> bytes:
+    """A contact sheet: images spread over the dataset at `key`, by class if there are classes."""
+    from ddpm import figures
+    from job.data.cache import chosen_images
+
+    images = chosen_images(bucket, key, index)
+    labels = images.labels(np.arange(index.images))
+    chosen = _spread(labels, len(index.classes))
+    by_class = labels[chosen].tolist() if index.classes else None
+    return figures.png(figures.contact_sheet(images.read(chosen), by_class, index.classes))
 
 
 def verify_named(bucket_uri: str, name: str, size: int | None) -> None:

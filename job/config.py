@@ -13,12 +13,15 @@ from collections import Counter
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from job.exits import BadConfigError, BadRequestError, MissingInputError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
 
 
 def _split(value: Any) -> Any:
@@ -681,6 +684,15 @@ class PackConfig(Section):
     fetch: str = Field(default="", description="where a person gets the images")
 
 
+class UsualConfig(Section):
+    """A preset's `usual` section: between which losses its runs are, whatever their seed."""
+
+    dataset_id: str
+    epochs: tuple[float, ...] = Field(min_length=1)
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+
+
 EMBEDDED = "landscape-sample"
 """The dataset that comes with the program, and the preset that others begin with."""
 
@@ -790,6 +802,21 @@ def pack_config(name: str) -> PackConfig | None:
     return PackConfig.model_validate(_preset(name)["pack"]) if name in presets() else None
 
 
+def usual_of(name: str) -> UsualConfig | None:
+    """What is usual for runs of this preset, if somebody measured it."""
+    usual = _preset(name).get("usual") if name in presets() else None
+    return UsualConfig.model_validate(usual) if usual else None
+
+
+def field_of(key: str, kind: str = "unet") -> FieldInfo:
+    """What is known of a dotted key, of this kind of network: type, default, description."""
+    section, _, leaf = key.rpartition(".")
+    if not section:
+        return RunConfig.model_fields[leaf]
+    annotation: Any = NETWORKS[kind] if section == "model" else RunConfig.model_fields[section].annotation
+    return annotation.model_fields[leaf]
+
+
 def known_keys() -> list[str]:
     """All dotted keys, those of every kind of network among them."""
     of_networks = (f"model.{key}" for network in NETWORKS.values() for key in network.model_fields)
@@ -846,5 +873,5 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
 
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
-    base = flatten({key: value for key, value in _preset(preset).items() if key != "pack"})
+    base = flatten({key: value for key, value in _preset(preset).items() if key not in ("pack", "usual")})
     return validated(layered(base | {"preset": preset}, changes))

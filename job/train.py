@@ -26,10 +26,13 @@ from job.data.cache import ImageCache
 from job.data.order import Order
 from job.data.stream import stream_batches
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
-from job.plan import Plan, plan_run
+from job.plan import FoundRun, Plan, plan_run
 from job.processes import compute
 from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress, note
+from job.report.facts import facts_of
+from job.report.page import put_page
+from job.report.pictures import Shelf
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
@@ -42,6 +45,7 @@ from job.runs.writer import CheckpointWriter, HeldRun
 from job.sampling.painter import Painter
 from job.sampling.sample import grid_png, with_class
 from job.stop import NEVER, Stop
+from job.store import Store
 from job.validation import validation_row
 
 if TYPE_CHECKING:
@@ -53,6 +57,8 @@ SLOW_FACTOR, SLOW_SECONDS = 5, 10.0
 """A step that takes so many times as long as it could is slow; a person hears of it when so much was lost by that."""
 _STARVED_POLL_SECONDS = 0.02
 _EXIT_SECONDS = 0.5
+PAGE_PATIENCE_SECONDS = 60.0
+"""With a bucket that is away, for what is written anew with the next grid anyway."""
 """For the process itself to end, of the time that a preemption leaves."""
 
 
@@ -136,7 +142,8 @@ class TrainingSession:
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.judge: Judge | None = None
         self.score = score_name(self.config.evaluate.metrics[0], self.config.evaluate.extractor)
-        self.scored_rows: list[metrics.Row] = []
+        self.rows: list[metrics.Row] = []
+        """Of the metrics, all that this process knows of; on the main one alone."""
         self.held_out, self.objective = held_out, method.objective_of(self.config)
         self.batch_size, self.dataset_images = self.config.train.batch_size, plan.index.images
         self.settings = replace(method.settings_of(self.config), latents=latents_of(plan.index))
@@ -175,8 +182,8 @@ class TrainingSession:
             yield
             return
         self.attempt, self.lease = attempt, lease
-        rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
-        self.scored_rows = [row for row in rows if self.score in row]
+        self.rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
+        self.shelf = Shelf(note)
         held = HeldRun(self.plan.run, self._retention(), attempt, lease)
         self.writer = CheckpointWriter(held, self.state.tensors(), manifest, aside, self.stop, note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
@@ -257,7 +264,6 @@ class TrainingSession:
             slots = len(range(self.ranks.rank, self.batch_size, self.ranks.world_size))
             images = min(slots, config.train.micro_batch_size or slots)
             compute.settle_buckets(self.network, config, images, accelerator.device)
-        self.logged_at = self.step_began = time.monotonic()
         with Progress("training", total=self.plan.target_images, start=state.images_seen) as self.bar:
             # The attempt that saved this checkpoint may not have got that far. What is made up for goes with another.
             if self._is_validation_due(state.images_seen) and self.ranks.on_main(self._lacks_validation):
@@ -268,6 +274,8 @@ class TrainingSession:
                 self.saved_images = -1
             if self._is_grid_due(state.images_seen) and self.ranks.on_main(self._lacks_grid):
                 self._draw_grid()
+                self.ranks.on_main(self._write_page)
+            self.logged_at = self.step_began = time.monotonic()
             with closing(self.batches):
                 # Each step tells the step after next whether anybody lacks its batch.
                 if self._can_all_begin(2):
@@ -327,15 +335,15 @@ class TrainingSession:
             self._log()
         if not stopping and self._is_validation_due(images):
             try:
-                self._validate()
-                self.step_began = time.monotonic()
+                with self._beside_training():
+                    self._validate()
             except StoppedError:
                 stopping = True
         is_scored = not stopping and self._is_scoring_due(images)
         if is_scored:
             try:
-                self._score()
-                self.step_began = time.monotonic()
+                with self._beside_training():
+                    self._score()
             except StoppedError:
                 stopping = True
         if stopping:
@@ -349,8 +357,9 @@ class TrainingSession:
         self.waited_seconds = time.monotonic() - self.step_began
         if not stopping and self._is_grid_due(images):
             try:
-                self._draw_grid()
-                self.step_began = time.monotonic()
+                with self._beside_training():
+                    self._draw_grid()
+                    self.ranks.on_main(self._write_page)
             except StoppedError:
                 # On every process at once, between two steps: what was learnt is saved as after any other.
                 self.stop.request(ANOTHER_PROCESS)
@@ -389,11 +398,25 @@ class TrainingSession:
             ),
             "ema_decay": self.settings.averages["ema"].decay_at(state.images_seen, self.batch_size),
             "images_per_second": round(rate, 2),
+            "memory_bytes": compute.peak_memory_bytes(self.ranks.accelerator.device),
             "time": round(time.time(), 3),
         }
-        if self.ranks.is_main:
-            self.writer.rows.append(self.last_row)
+        self._record(self.last_row)
         self.logged_at, self.logged_images = now, state.images_seen
+
+    def _record(self, row: metrics.Row) -> None:
+        """Has a row go with the next checkpoint."""
+        if self.ranks.is_main:
+            self.writer.rows.append(row)
+            self.rows.append(row)
+
+    @contextmanager
+    def _beside_training(self) -> Iterator[None]:
+        """What happens between two steps does not count as a slow step, nor as time in which images were learnt."""
+        began = time.monotonic()
+        yield
+        self.step_began = time.monotonic()
+        self.logged_at += self.step_began - began
 
     def _save(self) -> None:
         """Queues a checkpoint of this moment, unless there is one; collective."""
@@ -431,7 +454,7 @@ class TrainingSession:
         )
         if self.ranks.is_main:
             epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
-            self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **losses, "time": now})
+            self._record({"images_seen": images_seen, "epoch": epoch, **losses, "time": now})
 
     def _is_scoring_due(self, images_seen: int) -> bool:
         every = self.config.evaluate.every_epochs
@@ -449,15 +472,15 @@ class TrainingSession:
         if self.ranks.is_main:
             images_seen = self.state.images_seen
             epoch, now = round(images_seen / self.dataset_images, 4), round(time.time(), 3)
-            self.writer.rows.append({"images_seen": images_seen, "epoch": epoch, **row, "time": now})
-            self.scored_rows.append(self.writer.rows[-1])
+            self._record({"images_seen": images_seen, "epoch": epoch, **row, "time": now})
             self.writer.retention = self._retention()
-            figure = figures.scores_figure(self.scored_rows, self.dataset_images, self.plan.request.run)
+            scored = [row for row in self.rows if self.score in row]
+            figure = figures.scores_figure(scored, self.dataset_images, self.plan.request.run)
             self.writer.put(SCORES_FIGURE, figure, images_seen=images_seen)
 
     def _retention(self) -> Retention:
         """The run's rules, and the best checkpoint by its scores so far."""
-        best = best_images_seen(self.config, self.scored_rows)
+        best = best_images_seen(self.config, self.rows)
         return Retention(self.config, self.dataset_images, best)
 
     def _lacks_grid(self) -> bool:
@@ -523,12 +546,27 @@ class TrainingSession:
             title = with_class(self._title(range(GIF_SEEDS)), self.plan.drawn_classes)
             gif = painter.denoising_gif(range(GIF_SEEDS), method.sampling_of(sample), title)
             self.writer.put(denoising_key(label, sample.name(self.plan.own)), gif, images_seen=images_seen)
-            rows = metrics.read_rows(self.plan.run, self.writer.saved_metrics, note)
             title = f"{self.plan.request.run} · {moment_of(label)} of {self.config.train.epochs:,}"
-            self.writer.put(LOSS_FIGURE, figures.loss_figure(rows, self.dataset_images, title), images_seen=images_seen)
+            figure = figures.loss_figure(self.rows, self.dataset_images, title)
+            self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)
+            self._write_page("finished")
             self.writer.wait()
 
         self.ranks.on_main(publish)
+
+    def _write_page(self, state: str = "running") -> None:
+        """Has the run's page written as it is now."""
+        status, rows, plan = self._status(state), list(self.rows), self.plan
+
+        def write(run: Store) -> None:
+            found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, self.config, plan.own)
+            try:
+                put_page(facts_of(found, plan.request.run, rows, status), self.shelf)
+            except Exception as error:
+                # Whatever is wrong with it, what is learnt does not depend on a page.
+                note(f"the run's page is as it was before: {type(error).__name__}: {error}")
+
+        self.writer.do_later(write)
 
     def _show(self, images_seen: int) -> None:
         """What is beside the bar is from the last row of the log, since reading the loss would wait for the device."""

@@ -18,7 +18,7 @@ from job.runs.layout import SAMPLES, ObjectKind, located, places_in
 from job.runs.metrics import Row, read_rows
 from job.store import Store
 
-MEASURED = ("images_per_second", "time")
+MEASURED = ("images_per_second", "memory_bytes", "time")
 """What no two runs have in common in their metrics."""
 
 Ref = tuple[int, int]

@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from job import __version__
-from job.cli import data, doctor, ema, evaluate, exchange, figure, jobs, runs, sample, submit, train
+from job.cli import data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
 from job.exits import Exit, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 
@@ -31,6 +31,7 @@ app.command("import")(exchange.ddpm_import)
 app.command("export")(exchange.ddpm_export)
 app.add_typer(figure.app, name="figure")
 app.add_typer(runs.app, name="runs")
+app.command("report")(report.ddpm_report)
 app.add_typer(submit.app, name="submit")
 app.add_typer(jobs.app, name="jobs")
 app.command("doctor")(doctor.doctor)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from typing import Literal
 
+import psutil
 import torch
 from torch import nn
 
@@ -28,6 +29,15 @@ def describe_device(device: torch.device) -> str:
         # Each thread adds up a part.
         name = f"{torch.get_num_threads()}-thread CPU with {torch.backends.cpu.get_cpu_capability()}"
     return f"{name}, torch {torch.__version__}"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """What tensors took of a GPU's memory at most since this was asked last; of the machine's what the process has."""
+    if device.type != "cuda":
+        return int(psutil.Process().memory_info().rss)
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
 
 
 def settle_buckets(network: nn.Module, config: RunConfig, images: int, device: torch.device) -> None:

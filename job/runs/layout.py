@@ -57,6 +57,7 @@ class ObjectKind(Enum):
     LEASE = "lease.json"  # who may write to the run now
     STATUS = "status.json"  # how it is going, for people
     LATEST = "LATEST"  # the last commit, a hint
+    PAGE = "report.html"  # what people look at, written anew now and then
     ATTEMPT = "attempts/{fence:06d}.json"  # one per attempt, created once: its number is the attempt's fence
     MANIFEST = "checkpoints/{checkpoint}/MANIFEST.json"  # created once, last: the commit of a checkpoint
     TENSORS = "checkpoints/{checkpoint}/{group}-{number:02d}.safetensors"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from job.exits import BadDataError, BadRequestError
@@ -10,16 +10,25 @@ from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
+from job.runs.outlook import state_of
 from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-STALE = timedelta(seconds=120)
-"""A run that calls itself running but has not said so for this long was cut off."""
 PIPE_COLUMNS = 1000
 """Width where no terminal sets one: nothing is cut short that another program may look for."""
+
+
+def run_names(bucket: Store) -> list[str]:
+    """The runs in the bucket; neither folders that somebody else put there, nor what is left of deleted runs."""
+    names = []
+    for name in bucket.folders(RUNS):
+        with suppress(BadRequestError):
+            if any(entry.key != LEASE_KEY for entry in run_store(bucket, name).list()):
+                names.append(name)
+    return names
 
 
 def list_runs(bucket_uri: str) -> None:
@@ -28,15 +37,8 @@ def list_runs(bucket_uri: str) -> None:
 
     bucket = open_store(bucket_uri)
     table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "newest checkpoint", box=None)
-    for name in bucket.folders(RUNS):
-        try:
-            run = run_store(bucket, name)
-        except BadRequestError:
-            # A folder that somebody else put there.
-            continue
-        if all(entry.key == LEASE_KEY for entry in run.list()):
-            # All that is left of a run that was deleted.
-            continue
+    for name in run_names(bucket):
+        run = run_store(bucket, name)
         newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
         cells = ["not started", *"----"]
         if status is not None:
@@ -120,19 +122,12 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
     print(f"{uri}: {looked_at}: all as they were written")
 
 
-def state_of(status: Status) -> str:
-    """The state as a person should read it: a run that fell silent while running was cut off."""
-    if status.state != "running":
-        return status.state
-    silent = datetime.now(UTC) - datetime.fromisoformat(status.updated)
-    return "running" if silent < STALE else "cut off (the same command goes on)"
-
-
 def describe_outputs(run: Store) -> str:
-    """Where the run's checkpoints and pictures lie, a line each."""
-    lines = [f"checkpoints {run.uri}/checkpoints"]
+    """Where the run's page, its checkpoints and pictures lie, a line each."""
+    page = ObjectKind.PAGE.value
+    lines = [f"page        {run.uri_of(page)}"] if run.exists(page) else []
     # The images of a batch are not shown one by one.
     places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items()
     what = {**dict.fromkeys(PICTURES, "picture    "), ObjectKind.SCORES: "scores     "}
     shown = (f"{what[place.kind]} {run.uri_of(key)}" for key, place in places if place.kind in what)
-    return "\n".join([*lines, *shown])
+    return "\n".join([*lines, f"checkpoints {run.uri}/checkpoints", *shown])

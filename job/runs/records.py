@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import socket
 import threading
@@ -27,6 +28,8 @@ from job.store.retry import PATIENCE_SECONDS
 
 CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
+DOLLARS = "DDPM_DOLLARS_PER_HOUR"
+"""Variable of a job: what its machines cost together."""
 MOMENT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
 """How `utc_now` says it."""
 
@@ -185,6 +188,14 @@ class RunRecord(Sealed):
         return record
 
 
+class LastSeen(Part):
+    """How an attempt was going when its status was written for the last time."""
+
+    state: str
+    images_seen: int
+    updated: str = Field(pattern=MOMENT)
+
+
 class Attempt(RunRecord):
     """One try at a run. Fences grow, so that a later attempt's checkpoints always win over an earlier one's."""
 
@@ -205,6 +216,10 @@ class Attempt(RunRecord):
     """Where the checkpoint lay that it made its own, if it did not train."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
+    previous_seen: LastSeen | None = None
+    """What the run's status said of that one, before it was this one's."""
+    dollars_per_hour: float | None = None
+    """Of all its machines together, as whoever submitted it said."""
 
     def is_at(self, place: Located) -> bool:
         """In the record of its fence."""
@@ -253,6 +268,10 @@ def record_attempt(
     run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str, imported: str = ""
 ) -> Attempt:
     """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
+    previous, status = max(attempt_fences(run), default=None), read_status(run)
+    seen = None
+    if status is not None and status.fence == previous:
+        seen = LastSeen(state=status.state, images_seen=status.images_seen, updated=status.updated)
     attempt = Attempt(
         fence=fence,
         id=holder,
@@ -264,10 +283,18 @@ def record_attempt(
         changes=changes,
         config_sha256=hash_of_config(run),
         imported=imported,
-        previous=max(attempt_fences(run), default=None),
+        previous=previous,
+        previous_seen=seen,
+        dollars_per_hour=_dollars_per_hour(),
     )
     run.create(ObjectKind.ATTEMPT.key(fence=fence), attempt.to_json())
     return attempt
+
+
+def _dollars_per_hour() -> float | None:
+    with suppress(ValueError):
+        return float(os.environ[DOLLARS]) if os.environ.get(DOLLARS) else None
+    return None
 
 
 def what_is_otherwise(before: Attempt, now: Attempt) -> list[str]:

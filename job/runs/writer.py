@@ -139,7 +139,7 @@ class CheckpointWriter:
         self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
-        self._pictures: list[tuple[str, bytes, CheckpointRef]] = []
+        self._later: list[Callable[[Store], None]] = []
         self._reading_host = self._committing = self._is_swept = False
         self._error: BaseException | None = None
         threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
@@ -205,9 +205,14 @@ class CheckpointWriter:
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
+        ref = CheckpointRef(self._held.attempt.fence, images_seen)
+        self.do_later(lambda run: put_picture(run, key, picture, ref))
+
+    def do_later(self, work: Callable[[Store], None]) -> None:
+        """Queues what is to be done in the run's folder after all that was queued before; it gets the run's store."""
         with self._change():
             self.raise_trouble()
-            self._pictures.append((key, picture, CheckpointRef(self._held.attempt.fence, images_seen)))
+            self._later.append(work)
 
     def wait(self) -> None:
         """Returns when everything that was queued is in the bucket.
@@ -217,7 +222,7 @@ class CheckpointWriter:
             StoppedError: there was not enough time for the last pictures.
         """
         with self._changed:
-            while self._busy or self._pictures:
+            while self._busy or self._later:
                 self._wait_a_little()
             self.raise_trouble()
 
@@ -230,7 +235,7 @@ class CheckpointWriter:
             return time.monotonic() < over and self._stop.seconds_left_to_save() > 0
 
         with self._change():
-            while (self._busy or self._pictures) and self._error is None and is_time_left():
+            while (self._busy or self._later) and self._error is None and is_time_left():
                 self._changed.wait(WAIT_SECONDS)
             self._closing.request("the end of its process")
         # A thread that waits for a bucket that keeps silent dies with the process.
@@ -269,10 +274,10 @@ class CheckpointWriter:
             while self._has_work():
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
-                if self._pictures and not (self._queued and self._stop.reason):
-                    put_picture(self._run, *self._pictures[0])
+                if self._later and not (self._queued and self._stop.reason):
+                    self._later[0](self._run)
                     with self._change():
-                        del self._pictures[0]
+                        del self._later[0]
                 else:
                     self._retire(self._commit())
         except BaseException as error:
@@ -282,7 +287,7 @@ class CheckpointWriter:
 
     def _has_work(self) -> bool:
         with self._changed:
-            while not (self._queued or self._pictures or self._closing.reason):
+            while not (self._queued or self._later or self._closing.reason):
                 self._changed.wait()
             return not self._closing.reason
 

@@ -71,7 +71,8 @@ def learnt(run: Store) -> tuple[dict[str, str], list[dict[str, object]]]:
     """The hashes of the newest checkpoint's files, and its metrics without the clock."""
     manifest = load_manifest(run, max(list_checkpoints(run)))
     rows = read_rows(run, manifest.metrics)
-    timeless = [{name: row[name] for name in row if name not in ("time", "images_per_second")} for row in rows]
+    measured = {"time", "images_per_second", "memory_bytes"}
+    timeless = [{name: row[name] for name in row if name not in measured} for row in rows]
     return {file.name: file.sha256 for file in manifest.files}, timeless
 
 

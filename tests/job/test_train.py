@@ -86,6 +86,7 @@ def final_state(run):
     for row in rows:
         del row["time"]
         row.pop("images_per_second", None)
+        row.pop("memory_bytes", None)
     return ref, tensors, rows
 
 

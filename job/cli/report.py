@@ -1,0 +1,29 @@
+"""`ddpm report`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from job import DEFAULT_BUCKET
+from job.cli.options import BucketUri
+
+
+def ddpm_report(
+    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Name of the run. Default: all runs of the bucket.")] = "",
+    open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write it there, such as page.html, and not into the bucket.")
+    ] = None,
+    bucket: BucketUri = DEFAULT_BUCKET,
+) -> None:
+    """Write the page of a run, or of all runs: one HTML file that needs no network.
+
+    A run writes its own page, report.html in its folder, with each sample grid and at its end. This writes it as the
+    run is now. Without RUN it is report.html in the bucket: all runs with their newest grids, any two side by side.
+
+    Example: ddpm report celeba --open
+    """
+    from job.report.command import write_report
+
+    write_report(bucket, run, open_it, output)

@@ -1,0 +1,55 @@
+"""`ddpm report`: writes a page, says where it is, and shows it."""
+
+from __future__ import annotations
+
+import webbrowser
+from pathlib import Path
+
+from job.exits import BadRequestError
+from job.plan import find_run
+from job.progress import note
+from job.report.bucket_page import bucket_page
+from job.report.facts import facts_of
+from job.report.page import PAGE_KEY, run_page
+from job.report.pictures import Shelf
+from job.sampling.pictures import write_picture
+from job.store import Store, is_remote, open_store
+
+
+def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None) -> None:
+    """Writes the page of a run, or of all runs if none is named, into its folder or to `output`.
+
+    Raises:
+        MissingInputError: there is no such run, or no bucket.
+        BadDataError: its configuration or its dataset's index is damaged.
+        BadRequestError: nothing can be written to `output`.
+    """
+    if output is not None and (output.suffix.lower() != ".html" or output.is_dir() or not output.parent.is_dir()):
+        raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that is there")
+    bucket = open_store(bucket_uri)
+    if name:
+        found = find_run(bucket_uri, name)
+        folder, page = found.run, run_page(facts_of(found, name), Shelf(note))
+    else:
+        folder, page = bucket, bucket_page(bucket)
+    if output is not None:
+        write_picture(output, page)
+    else:
+        folder.put(PAGE_KEY, page)
+    where = str(output) if output else folder.uri_of(PAGE_KEY)
+    print(f"{where}  ({len(page):,} bytes)")
+    if open_it:
+        webbrowser.open(_local(folder, page, output).absolute().as_uri())
+
+
+def _local(folder: Store, page: bytes, output: Path | None) -> Path:
+    """A file that a browser of this machine can open, and which stays there."""
+    if output is not None:
+        return output
+    if not is_remote(folder.uri):
+        return Path(folder.uri, PAGE_KEY)
+    import tempfile
+
+    path = Path(tempfile.mkdtemp(prefix="ddpm-"), PAGE_KEY)
+    path.write_bytes(page)
+    return path

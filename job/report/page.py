@@ -1,0 +1,211 @@
+"""The page of a run: one HTML file with all it shows in it, that asks no network for anything.
+
+Every value of a run is escaped by Jinja, and its policy lets the page run the scripts that are named by their hashes
+alone: a class called `<script>` is text.
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import cache
+from hashlib import sha256
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from ddpm.figures import smoothed
+from job.catalog import sheet_png
+from job.code_version import code_version
+from job.config import field_of
+from job.data.shards import CONTACT_SHEET, dataset_key
+from job.report import pictures
+from job.report.facts import Facts
+from job.report.pictures import Shelf
+from job.runs.layout import ObjectKind
+from job.runs.metrics import Row
+from job.runs.outlook import duration
+from job.store import ObjectMissingError
+
+PAGE_KEY = ObjectKind.PAGE.value
+POINTS = 1000
+"""Of a curve, at most: of more, the means of as many."""
+SCRIPTS = ("uPlot.iife.min.js", "page.js")
+_QUARTERS = ("1st quarter of the noise", "2nd", "3rd", "4th")
+_NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
+
+
+def put_page(facts: Facts, shelf: Shelf) -> None:
+    """Puts the page into the run's folder, in the place of the one before."""
+    facts.found.run.put(PAGE_KEY, run_page(facts, shelf))
+
+
+def run_page(facts: Facts, shelf: Shelf) -> bytes:
+    """The file."""
+    run, config = facts.found.run, facts.config
+    chosen = [facts.grids[i] for i in pictures.evenly(len(facts.grids), pictures.GRIDS)]
+    grids = [
+        {"moment": grid.moment, "src": src}
+        for grid in chosen
+        if (src := shelf.get(run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES))
+    ]
+    keys = {key: (value, field_of(key, config.model.kind).description or "") for key, value in config.flat().items()}
+    return rendered(
+        "run.html",
+        {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},
+        facts=facts,
+        grids=grids,
+        left_out=len(facts.grids) - len(grids),
+        denoising=shelf.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
+        sheet=_sheet(facts, shelf),
+        index=facts.found.index,
+        classes=facts.found.classes,
+        keys=keys,
+        hours=duration,
+        python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
+    )
+
+
+def rendered(template: str, data: dict[str, Any], **values: Any) -> bytes:
+    """A page of a template, with `data` for its scripts."""
+    scripts = [_asset(name) for name in SCRIPTS]
+    hashes = " ".join(f"'sha256-{b64encode(sha256(text.encode()).digest()).decode()}'" for text in scripts)
+    html = (
+        _templates()
+        .get_template(template)
+        .render(
+            data=data,
+            scripts=scripts,
+            hashes=hashes,
+            styles=[_asset("uPlot.min.css"), _asset("page.css")],
+            written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            code_version=code_version(),
+            **values,
+        )
+    )
+    return str(html).encode()
+
+
+@cache
+def _templates() -> Any:
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FunctionLoader(_asset), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["thousands"] = lambda number: f"{number:,}"
+    environment.filters["short"] = _short
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
+    return environment
+
+
+@cache
+def _asset(name: str) -> str:
+    return (resources.files("job.report") / "assets" / name).read_text(encoding="utf-8")
+
+
+def _short(value: Any) -> str:
+    """A number as people read it."""
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_short, value)) or "none"
+    return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _sheet(facts: Facts, shelf: Shelf) -> str:
+    """Images of the dataset; empty where there are none, or where they cannot be read."""
+    index, bucket = facts.found.index, facts.found.bucket
+    if index is None:
+        return ""
+
+    def sheet() -> bytes:
+        shown = facts.found.pictures()
+        assert shown is not None
+        key = dataset_key(shown.name, shown.size)
+        with suppress(ObjectMissingError):
+            return bucket.read(f"{key}/{CONTACT_SHEET}").data
+        return sheet_png(bucket, key, shown)
+
+    where = bucket.uri_of(dataset_key(index.name, index.size))
+    return shelf.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
+
+
+def charts_of(facts: Facts) -> list[dict[str, Any]]:
+    """What is drawn over the epochs, or over the images seen where nobody knows how long an epoch is."""
+    unit = facts.epoch_images or 1
+    charts = []
+
+    def chart(name: str, title: str, of: Sequence[tuple[str, str, str]], **more: Any) -> None:
+        known = [row for row in facts.rows if any(row.get(key) is not None for key, _, _ in of)]
+        if not known:
+            return
+        x, columns = _columns(known, [key for key, _, _ in of], unit)
+        series = [
+            {"label": label, "color": color, "values": values}
+            for (_, label, color), values in zip(of, columns, strict=True)
+            if any(value is not None for value in values)
+        ]
+        charts.append({"name": name, "title": title, "x": x, "series": series, **more})
+
+    losses = [("loss", "loss", "loss"), ("val_loss", "held out", "held-out")]
+    losses += [(f"loss_q{i}", label, f"q{i}") for i, label in enumerate(_QUARTERS)]
+    band = {}
+    if (verdict := facts.verdict) is not None:
+        band = {"band": {"x": verdict.epochs, "low": verdict.low, "high": verdict.high}}
+    chart("loss", "Loss", losses, log=True, smooth=True, **band)
+    for name in dict.fromkeys(key for row in facts.rows for key in row):
+        if name in _NO_SCORES or "loss" in name or "_std" in name or name.startswith("real "):
+            continue
+        title = "Bits per dimension, held out" if name == "val_bits_per_dim" else f"Score {name}"
+        chart(f"score-{name}", title, [(name, name, "loss"), (f"real {name}", "real images", "q3")])
+    chart("speed", "Images per second", [("images_per_second", "images/s", "loss")])
+    chart("rate", "Learning rate", [("learning_rate", "learning rate", "loss")], log=False)
+    chart("memory", "Memory (GB)", [("memory_bytes", "of the main process", "loss")], divisor=1e9)
+    for each in charts:
+        _finish(each)
+    return charts
+
+
+def _columns(rows: Sequence[Row], keys: Sequence[str], unit: int) -> tuple[list[float], list[list[float | None]]]:
+    """Points along x, and the values of each key there, in as many blocks of rows as there are points."""
+    blocks = np.array_split(np.arange(len(rows)), min(POINTS, len(rows)))
+    x = [_digits(float(np.mean([rows[i]["images_seen"] for i in block])) / unit, 7) for block in blocks]
+    columns: list[list[float | None]] = []
+    for key in keys:
+        known = [[value for i in block if (value := rows[i].get(key)) is not None] for block in blocks]
+        columns.append([_digits(float(np.mean(values))) if values else None for values in known])
+    return [float(value or 0) for value in x], columns
+
+
+def _finish(chart: dict[str, Any]) -> None:
+    """Smooths what jitters, beside what it was made of, and says in words what the chart shows."""
+    divisor = chart.pop("divisor", 1)
+    first, *others = chart["series"]
+    for series in chart["series"]:
+        series["values"] = [None if value is None else _digits(value / divisor) for value in series["values"]]
+    known = [value for value in first["values"] if value is not None]
+    chart["said"] = f"{first['label']}: {known[0]:.4g} at first, {known[-1]:.4g} now" if known else "nothing yet"
+    if chart.pop("smooth", False):
+        raw = {**first, "label": f"{first['label']}, each row", "faint": True}
+        for series in (first, *others):
+            if series["label"] != "held out":
+                series["values"] = _smooth(series["values"])
+        chart["series"] = [*chart["series"], raw]
+
+
+def _smooth(values: list[float | None]) -> list[float | None]:
+    places = [i for i, value in enumerate(values) if value is not None]
+    means = smoothed(np.array([values[i] for i in places], dtype=np.float64))
+    result: list[float | None] = [None] * len(values)
+    for place, value in zip(places, means.tolist(), strict=True):
+        result[place] = _digits(value)
+    return result
+
+
+def _digits(value: float, digits: int = 5) -> float | None:
+    """Few digits, for thousands of numbers stand in a page; what is no number is left out."""
+    return float(f"{value:.{digits}g}") if np.isfinite(value) else None

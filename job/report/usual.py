@@ -1,0 +1,68 @@
+"""What is usual for a preset on its own dataset: a band of losses by epoch, and where a run is to it.
+
+The bands lie in `presets/`, below `usual`, and come from `python -m benchmarks.usual`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from job.config import FREE, FREE_SECTIONS, RunConfig, draft, usual_of
+from job.data.shards import DatasetIndex
+from job.exits import JobError
+from job.runs.metrics import Row
+
+BEHIND = 1.5
+"""Times the upper end of the band: a loss above that is of a run that does not learn what others do."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a run is going, beside others like it."""
+
+    word: str
+    """`on track`, `behind` or `broken`; empty where it is too early to tell."""
+    reason: str
+    epochs: tuple[float, ...]
+    low: tuple[float, ...]
+    high: tuple[float, ...]
+    """The band of the loss at these epochs."""
+
+
+def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | None) -> Verdict | None:
+    """Where a run is to the band of its preset; None where there is none for such a run.
+
+    Args:
+        config: of the run.
+        rows: of its metrics, in order.
+        index: of its dataset.
+    """
+    usual = usual_of(config.preset)
+    if usual is None or index is None or index.dataset_id != usual.dataset_id or not _learns_as_preset(config):
+        return None
+    band = (usual.epochs, usual.low, usual.high)
+    losses = [(row["images_seen"] / index.images, row["loss"]) for row in rows if row.get("loss") is not None]
+    if not losses or losses[-1][0] < usual.epochs[0]:
+        return Verdict("", f"too early to tell: the band begins at epoch {usual.epochs[0]:g}", *band)
+    epoch = losses[-1][0]
+    # As the band was made: the mean of the last epoch.
+    loss = float(np.mean([loss for at, loss in losses if at > epoch - 1]))
+    low, high = (float(np.interp(epoch, usual.epochs, ends)) for ends in (usual.low, usual.high))
+    word = "on track" if loss <= high else "behind" if loss <= BEHIND * high else "broken"
+    said = f"loss {loss:.4g} over the last epoch; {low:.4g} to {high:.4g} is usual at epoch {epoch:.1f}"
+    return Verdict(word, said, *band)
+
+
+def _learns_as_preset(config: RunConfig) -> bool:
+    """Whether nothing that decides what is learnt differs from the preset."""
+    try:
+        usual = draft(config.preset, {}).flat()
+    except JobError:
+        return False
+    ours = config.flat()
+    decides = [key for key in usual if key not in FREE and key.split(".")[0] not in FREE_SECTIONS]
+    follows = ("data.dataset", "data.dataset_id", "data.size", "data.channels", "model.num_classes", "train.precision")
+    return all(ours.get(key) == usual[key] for key in decides if key not in (*follows, "train.seed"))

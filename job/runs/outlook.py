@@ -1,0 +1,123 @@
+"""How long a run has taken and what that cost, when it will end and for how much: one answer for all who tell it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from job.exits import BadDataError
+from job.runs.records import Attempt, Status, attempt_fences, load_attempt
+from job.store import Store
+
+STALE = timedelta(seconds=120)
+"""A run that calls itself running but has not said so for this long was cut off."""
+CUT_OFF = "cut off"
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """One attempt on the axis of time, as far as anybody saw it."""
+
+    attempt: Attempt
+    began: datetime
+    seen: datetime
+    """When its status was written for the last time."""
+    state: str
+    """`running`, `finished`, `stopped`, `failed`, `imported`, or `cut off` without a word; empty if nobody knows."""
+    images_seen: int | None
+
+    @property
+    def hours(self) -> float:
+        """Between the two."""
+        return (self.seen - self.began).total_seconds() / 3600
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """Hours and dollars; None is what nobody can tell."""
+
+    hours_so_far: float
+    dollars_so_far: float | None
+    hours_left: float | None
+    """At the speed of the last row of the metrics, while it runs or if it went on now."""
+    dollars_left: float | None
+    ends: datetime | None
+    """If it runs on from now."""
+
+    @property
+    def words(self) -> dict[str, str]:
+        """The same for people, by what it is about."""
+        said = {}
+        if self.dollars_so_far is not None:
+            said["cost so far"] = f"${self.dollars_so_far:,.2f} ({self.hours_so_far:,.1f} hours of machines)"
+        if self.hours_left is not None:
+            to_end = f", for ${self.dollars_left:,.2f} more" if self.dollars_left is not None else ""
+            when = f", at {self.ends:%Y-%m-%d %H:%M} UTC" if self.ends else " when it goes on"
+            said["to the end"] = f"{duration(self.hours_left)}{when}{to_end}"
+        return said
+
+
+def duration(hours: float) -> str:
+    """Such as `3 h 20 min`."""
+    minutes = round(hours * 60)
+    if minutes < 1:
+        return "less than a minute"
+    days, rest = divmod(minutes, 24 * 60)
+    return (f"{days} d " * bool(days)) + (f"{rest // 60} h " * (rest >= 60)) + f"{rest % 60} min"
+
+
+def attempts_of(run: Store) -> list[Attempt]:
+    """All attempts whose records can be read, in order."""
+    attempts = []
+    for fence in attempt_fences(run):
+        with suppress(BadDataError):
+            attempts.append(load_attempt(run, fence))
+    return attempts
+
+
+def stretches(attempts: Iterable[Attempt], status: Status | None) -> list[Stretch]:
+    """Each attempt from its beginning to when it was last heard of: by its successor, or by the run's status."""
+    found: list[Stretch] = []
+    ordered = list(attempts)
+    for attempt, after in zip(ordered, [*ordered[1:], None], strict=True):
+        began = datetime.fromisoformat(attempt.started)
+        seen, state, images_seen = began, "", None
+        if after is not None and after.previous == attempt.fence and (last := after.previous_seen):
+            seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
+            state = CUT_OFF if last.state == "running" else last.state
+        elif after is None and status is not None and status.fence == attempt.fence:
+            seen, images_seen, state = datetime.fromisoformat(status.updated), status.images_seen, state_of(status)
+        found.append(Stretch(attempt, began, max(began, seen), state, images_seen))
+    return found
+
+
+def state_of(status: Status) -> str:
+    """The state as a person should read it: a run that fell silent while running was cut off."""
+    silent = datetime.now(UTC) - datetime.fromisoformat(status.updated)
+    return CUT_OFF if status.state == "running" and silent >= STALE else status.state
+
+
+def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
+    """What they took and cost, and what is left.
+
+    Args:
+        found: the run's attempts.
+        status: the run's.
+        dollars_per_hour: of the machines that will go on; None: as its last attempt's.
+    """
+    hours = sum(stretch.hours for stretch in found)
+    prices = [stretch.attempt.dollars_per_hour for stretch in found]
+    costs = [stretch.hours * price for stretch, price in zip(found, prices, strict=True) if price is not None]
+    if dollars_per_hour is None and prices:
+        dollars_per_hour = prices[-1]
+    left = ends = None
+    if status is not None and status.images_per_second and status.images_seen < status.target_images:
+        left = (status.target_images - status.images_seen) / status.images_per_second / 3600
+        if state_of(status) == "running":
+            ends = datetime.fromisoformat(status.updated) + timedelta(hours=left)
+    # Of a part of the attempts a sum would look like that of all.
+    so_far = sum(costs) if costs and len(costs) == len(prices) else None
+    dollars_left = left * dollars_per_hour if left is not None and dollars_per_hour is not None else None
+    return Outlook(hours, so_far, left, dollars_left, ends)
