@@ -41,7 +41,7 @@ PACK      = $(call quoted,$(or $(SOURCE),$(DATASET))) $(call quoted,$(DATASET)) 
 # Tests and campaigns start Python by the hundred: it is not to compile the same files each time.
 export PYTHONDONTWRITEBYTECODE =
 
-.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-containers test-infra infra infra-destroy lint bench quality crash-test clean
+.PHONY: help setup submit-train submit-sample submit-pack train sample evaluate pack image push-image image-size locks test test-browser test-containers test-infra infra infra-destroy lint bench quality crash-test clean
 
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -120,6 +120,11 @@ locks: $(TESTED) ## Write the locks of the image anew: ARGS=--upgrade
 
 test: $(TESTED) ## Install what the tests need and run them
 	.venv/bin/pytest -n 4 --dist loadfile $(ARGS)
+
+test-browser: $(TESTED) ## Look at the pages in Chromium: SCREENSHOTS=folder keeps what it saw
+	@tests/install.sh chromium
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[browser]'
+	.venv/bin/pytest -m browser tests/browser $(ARGS)
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
 	@tests/install.sh podman runc mmdebstrap

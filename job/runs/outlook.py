@@ -81,7 +81,7 @@ def stretches(attempts: Iterable[Attempt], status: Status | None) -> list[Stretc
     """Each attempt from its beginning to when it was last heard of: by its successor, or by the run's status."""
     found: list[Stretch] = []
     ordered = list(attempts)
-    for attempt, after in zip(ordered, [*ordered[1:], None], strict=True):
+    for attempt, after in zip(ordered, [*ordered[1:], None], strict=False):
         began = datetime.fromisoformat(attempt.started)
         seen, state, images_seen = began, "", None
         if after is not None and after.previous == attempt.fence and (last := after.previous_seen):

@@ -134,9 +134,11 @@
       const index = Math.max(0, Math.min(last, (drawn.cursor.idx ?? (by < 0 ? last + 1 : -1)) + by));
       drawn.setCursor({ left: drawn.valToPos(chart.x[index], "x"), top: 20 });
     });
-    draw();
     redraws.push(draw);
   }
+  // Once all of them have their place.
+  redraws.forEach((draw) => draw());
+
   const table = document.getElementById("runs");
   for (const [place, button] of [...(table?.querySelectorAll("th button") ?? [])].entries()) {
     const cell = (row) => row.cells[place + 1];

@@ -9,6 +9,7 @@ ROWS = {
     ObjectKind.LEASE: ("lease.json", {}),
     ObjectKind.STATUS: ("status.json", {}),
     ObjectKind.LATEST: ("LATEST", {}),
+    ObjectKind.PAGE: ("report.html", {}),
     ObjectKind.ATTEMPT: ("attempts/000003.json", {"fence": 3}),
     ObjectKind.MANIFEST: ("checkpoints/000003-000000000480/MANIFEST.json", {"checkpoint": REF}),
     ObjectKind.TENSORS: ("checkpoints/000003-000000000480/ema-00.safetensors", {"checkpoint": REF, "group": "ema"}),

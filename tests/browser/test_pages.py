@@ -1,0 +1,172 @@
+"""The pages in a real browser, at both widths and in both schemes: what moves, what shows, that nothing overflows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.job.command_line import ddpm_here, succeeded
+from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures
+from tests.job.report.hostile import CLASSES, fill_hostile, lengthen
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+pytestmark = pytest.mark.browser
+QUIET = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking")
+OVERFLOWING = """[...document.querySelectorAll('canvas, img, figure')].filter(
+    e => e.getBoundingClientRect().right > innerWidth && !e.closest('.scroll')).length"""
+UNNAMED = """[...document.querySelectorAll('input, select, button')].filter(
+    e => !e.labels?.length && !e.ariaLabel && !e.textContent.trim()).length"""
+WIDTHS, SCHEMES = (380, 1400), ("light", "dark")
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        path = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+        yield playwright.chromium.launch(executable_path=path, args=list(QUIET))
+
+
+@pytest.fixture(scope="module")
+def bucket(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # noqa: F811
+    """Two runs: `walk`, made long, and `odd`, whose classes are markup; with their pages, and that of the bucket."""
+    folder = tmp_path_factory.mktemp("pages") / "bucket"
+    fill_hostile(folder)
+    shutil.copytree(walked, folder, dirs_exist_ok=True)
+    lengthen(folder, "walk", epochs=500, grids=50, rows=8000)
+    for words in (("walk",), ("odd",), ()):
+        succeeded(ddpm_here("report", *words, "--bucket", folder))
+    return folder
+
+
+@pytest.fixture
+def opened(browser: Browser, bucket: Path, request: pytest.FixtureRequest):
+    """Opens a file of the bucket; at the end nothing was logged, and nothing asked for but the file."""
+    said: list[str] = []
+    pages: list[Page] = []
+
+    def open_page(name: str, width: int = 1400, scheme: str = "light") -> Page:
+        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(f"dialog {dialog.message}") or dialog.dismiss())
+        page.on("request", lambda asked: asked.url.startswith(("data:", "file:")) or said.append(asked.url))
+        page.goto((bucket / name).as_uri())
+        pages.append(page)
+        return page
+
+    yield open_page
+    for page in pages:
+        if shots := os.environ.get("SCREENSHOTS"):
+            size, scheme = page.viewport_size, page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+            name = f"{request.node.name}-{size['width']}-{'dark' if scheme else 'light'}.png".replace("/", "-")
+            page.screenshot(path=Path(shots, name), full_page=True)
+        page.close()
+    assert said == []
+
+
+@pytest.mark.parametrize("name", ["runs/walk/report.html", "runs/odd/report.html", "report.html"])
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nothing_overflows_and_everything_has_a_name(opened, name, width, scheme):
+    page = opened(name, width, scheme)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.evaluate(OVERFLOWING) == 0
+    assert page.locator("img:not([alt])").count() == 0
+    levels = page.evaluate("[...document.querySelectorAll('h1, h2, h3')].map(e => Number(e.tagName[1]))")
+    assert levels[0] == 1 and all(after - before <= 1 for before, after in pairwise(levels))
+    assert page.evaluate(UNNAMED) == 0
+    ink, paper = page.evaluate("(s => [s.color, s.backgroundColor])(getComputedStyle(document.body))")
+    assert (sum(map(int, paper[4:-1].split(","))) < sum(map(int, ink[4:-1].split(",")))) == (scheme == "dark")
+
+
+def test_the_scrubber_moves_by_mouse_and_by_keys(opened):
+    page = opened("runs/walk/report.html")
+    grid, moment = page.locator("#grid"), page.locator("#moment")
+    assert moment.text_content() == "epoch 500"
+    newest = grid.get_attribute("src")
+    page.locator("#scrubber").focus()
+    page.keyboard.press("Home")
+    assert (moment.text_content(), grid.get_attribute("alt")) == ("epoch 1", "Sample grid of epoch 1")
+    assert grid.get_attribute("src") != newest
+    page.locator("#later").click()
+    assert moment.text_content() == page.locator("#scrubber").get_attribute("aria-valuetext") == "epoch 3"
+    box = page.locator("#scrubber").bounding_box()
+    page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    assert 200 < int(moment.text_content().split()[1]) < 300
+    page.locator("#beside").select_option("0")
+    assert page.locator("#other-grid").is_visible() and page.locator("#other-caption").text_content() == "epoch 1"
+    # Both are as large as they look: pictures that did not load have no size.
+    for name in ("grid", "other-grid"):
+        assert page.evaluate(f"document.getElementById('{name}').naturalWidth") > 100
+
+
+def test_a_tooltip_shows_numbers_under_the_mouse_and_under_the_arrows(opened):
+    page = opened("runs/walk/report.html")
+    chart = page.locator("#chart-loss")
+    tooltip, plot = chart.locator(".tooltip"), chart.locator(".u-over")
+    assert not tooltip.is_visible()
+    plot.hover()
+    assert tooltip.is_visible()
+    said = tooltip.inner_text()
+    assert "epoch " in said and "loss 0.0" in said and "1st quarter of the noise 0.0" in said
+    box, frame = tooltip.bounding_box(), chart.bounding_box()
+    assert frame["x"] <= box["x"] and box["x"] + box["width"] <= frame["x"] + frame["width"]
+    chart.locator(".plot").focus()
+    page.keyboard.press("Home")
+    first = tooltip.inner_text()
+    page.keyboard.press("ArrowRight")
+    assert first != tooltip.inner_text() and "epoch " in first
+
+
+def test_the_scale_is_linear_or_logarithmic(opened):
+    page = opened("runs/walk/report.html")
+    button, canvas = page.locator("#chart-loss .controls button"), page.locator("#chart-loss canvas")
+    assert button.text_content() == "Linear scale"
+    before = canvas.screenshot()
+    button.click()
+    assert button.text_content() == "Logarithmic scale"
+    assert page.locator("#chart-loss canvas").screenshot() != before
+
+
+def test_markup_in_a_run_is_text(opened):
+    page = opened("runs/odd/report.html")
+    shown = page.locator("#data ~ p").all_inner_texts()
+    for name in CLASSES:
+        assert name.replace("/", "∕") in " ".join(shown)
+    assert "{{7*7}}" in " ".join(shown)
+
+
+def test_runs_are_sorted_and_any_two_of_them_lie_side_by_side(opened):
+    page = opened("report.html")
+    names = lambda: page.locator("#runs tbody th").all_inner_texts()  # noqa: E731
+    assert names() == ["odd", "walk"]
+    page.locator("#runs th button", has_text="Run").click()
+    page.locator("#runs th button", has_text="Run").click()
+    assert names() == ["walk", "odd"]
+    assert page.locator("#runs th[aria-sort=descending]").count() == 1
+    page.locator("#second").select_option("odd")
+    page.locator("#first").select_option("walk")
+    assert page.locator("#first-caption").text_content() == "walk"
+    keys = page.locator("#differing tbody th").all_inner_texts()
+    assert "data.dataset" in keys and "model.kind" not in keys
+    assert page.locator("#losses canvas").count() == 1
+    page.locator("#runs a", has_text="walk").click()
+    assert page.url.endswith("/runs/walk/report.html")
+
+
+def test_the_page_prints_its_numbers_without_its_script(browser, bucket):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto((bucket / "runs/walk/report.html").as_uri())
+    assert page.locator("#grid").is_visible() and "epoch 3.0 of 3" in page.locator("dl").inner_text()
+    context.close()

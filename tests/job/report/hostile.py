@@ -1,0 +1,74 @@
+"""A run whose every word is meant to be taken for something else, and one that is as long as runs get."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from job.data.pack import PackRequest, pack
+from job.plan import find_run
+from job.runs.checkpoints import list_checkpoints, load_manifest
+from job.runs.layout import CheckpointRef, ObjectKind
+from job.runs.metrics import metric_objects
+from job.runs.records import NamedObject, run_store
+from job.store import open_store
+from tests.job.command_line import ddpm_here, settings, succeeded
+
+MARKUP = "<script>alert(1)</script>"
+CLASSES = (MARKUP, "</script><img src=x onerror=alert(2)>", '"onload="alert(3)')
+
+
+def fill_hostile(folder: Path) -> None:
+    """A bucket with a run `odd` of two epochs, on images whose classes, licence and source are markup."""
+    folder.mkdir()
+    noise = np.random.default_rng(0)
+    source = folder / "{{7*7}}<b>.zip"
+    with zipfile.ZipFile(source, "w") as archive:
+        for number, name in enumerate(CLASSES):
+            # A zip's names have no slashes within a folder's.
+            for image in range(8):
+                file = io.BytesIO()
+                Image.fromarray(noise.integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
+                archive.writestr(f"{name.replace('/', '∕')}/{number}-{image}.png", file.getvalue())
+    pack(open_store(str(folder)), PackRequest(str(source), "odd", 16, licence=MARKUP))
+    words = ("--dataset", "odd", "--run", "odd", "--bucket", folder, "--epochs", 2)
+    succeeded(ddpm_here("train", *words, *settings(sample__every_epochs="1", train__batch_size="8")))
+
+
+def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None:
+    """Makes a run of one epoch look as if it were of many, with pictures that compress badly and all its metrics."""
+    store = run_store(open_store(str(bucket)), run)
+    found = find_run(str(bucket), run)
+    assert found.index is not None
+    noise = np.random.default_rng(0)
+    images, how = found.index.images, found.config.sample.name(found.own)
+    for epoch in np.linspace(1, epochs, grids).astype(int):
+        # As smooth as photographs are, and 64 of them.
+        coarse = Image.fromarray(noise.integers(0, 255, (80, 80, 3), np.uint8))
+        file = io.BytesIO()
+        coarse.resize((784, 784), Image.Resampling.BICUBIC).save(file, "PNG")
+        store.put(f"samples/epoch-{epoch:04d}-{how}.png", file.getvalue())
+    ref = max(list_checkpoints(store))
+    manifest = load_manifest(store, ref)
+    logged = [
+        {"images_seen": int(images * epochs * (i + 1) / rows), "time": 1.8e9 + i, "learning_rate": 2e-4}
+        | {"images_per_second": 400 + noise.random(), "memory_bytes": 9e9 + i}
+        | {name: 0.1 * noise.random() for name in ("loss", "loss_q0", "loss_q1", "loss_q2", "loss_q3", "val_loss")}
+        for i in range(rows)
+    ]
+    objects = metric_objects(logged, CheckpointRef(ref.fence, 1))
+    for key, data in objects.items():
+        store.put(key, data)
+    named = tuple(NamedObject.of(key, data) for key, data in objects.items())
+    store.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.model_copy(update={"metrics": named}).to_json())
+
+
+def data_of(page: str) -> dict[str, object]:
+    """What a page gives to its scripts."""
+    _, _, after = page.partition('id="data-of-page">')
+    return json.loads(after.partition("</script>")[0])

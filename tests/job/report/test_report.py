@@ -1,0 +1,145 @@
+"""The page of a run and that of a bucket: what is in them, and that nothing of a run is taken for markup."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shlex
+import shutil
+import time
+from itertools import pairwise
+
+import pytest
+
+from job.config import draft, parse_sets
+from job.exits import Exit
+from job.plan import find_run, follow_dataset
+from job.report.facts import facts_of
+from job.report.page import run_page
+from job.report.pictures import Shelf, evenly
+from job.runs.verification import verify_run
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen
+
+
+@pytest.fixture(scope="session")
+def odd(made_once):
+    """A bucket with the run `odd`; not to be changed."""
+    return made_once("odd", fill_hostile)
+
+
+def page_of(bucket, run):
+    found = find_run(str(bucket), run)
+    return run_page(facts_of(found, run), Shelf(lambda said: pytest.fail(said))).decode()
+
+
+def test_a_run_writes_its_page_with_each_grid_and_at_its_end(odd):
+    page = (odd / "runs/odd/report.html").read_text()
+    assert data_of(page)["grids"][-1]["moment"] == "epoch 2"
+    assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 1", "epoch 2"]
+    assert '<span class="state finished">finished</span>' in page
+    assert f"page        {odd}/runs/odd/report.html" in succeeded(ddpm_here("runs", "show", "odd", "--bucket", odd))
+    assert verify_run(open_store(str(odd)), "odd").problems == []
+
+
+def test_what_a_run_says_of_itself_is_text(odd):
+    page = page_of(odd, "odd")
+    scripts = re.findall(r"<script([^>]*)>", page)
+    assert scripts == [' type="application/json" id="data-of-page"', "", ""]
+    for name in CLASSES:
+        assert html.escape(name.replace("/", "∕"), quote=False) in page.replace("&#34;", '"').replace("&#39;", "'")
+    assert not re.findall(r"<(?:img|b)[^>]*(?:onerror|>49)", page)
+    assert "alert(1)</script>" not in page
+
+
+def test_a_page_asks_no_network_and_runs_no_script_but_its_own(odd):
+    page = page_of(odd, "odd")
+    outside = re.findall(r'(?:src|href)="(?!data:image/webp;base64,|samples/|figures/)([^"]*)"', page)
+    assert outside == []
+    (policy,) = re.findall(r'http-equiv="Content-Security-Policy" content="([^"]*)"', page)
+    assert html.unescape(policy).startswith("default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src ")
+    assert html.unescape(policy).count("'sha256-") == 2 and "unsafe-eval" not in policy
+
+
+def test_what_is_typed_to_make_it_again_makes_the_same(bucket):
+    found = find_run(str(bucket), "walk")
+    words = shlex.split(facts_of(found, "walk").make_again)
+    assert words[:6] == ["ddpm", "train", "--dataset", "tiles", "--run", "walk-again"]
+    sets = [word for option, word in pairwise(words) if option == "--set"]
+    again = follow_dataset(draft(words[words.index("--preset") + 1], parse_sets(sets)), found.index)
+    assert again == found.config
+
+
+def test_a_page_of_a_long_run_stays_small(bucket):
+    lengthen(bucket, "walk", epochs=500, grids=50, rows=8000)
+    began = time.monotonic()
+    said = succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    assert time.monotonic() - began < 60
+    assert (bucket / "runs/walk/report.html").stat().st_size < 5e6
+    assert said.startswith(f"{bucket}/runs/walk/report.html  (")
+    data = data_of((bucket / "runs/walk/report.html").read_text())
+    # One is of its own training.
+    assert len(data["grids"]) == 51
+    assert {len(chart["x"]) for chart in data["charts"]} == {1000}
+
+
+def test_a_page_is_written_where_one_says_and_nothing_in_the_bucket(bucket, tmp_path):
+    (bucket / "runs/walk/report.html").unlink()
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket, "--output", tmp_path / "page.html"))
+    assert "walk: finished" in (tmp_path / "page.html").read_text()
+    assert not (bucket / "runs/walk/report.html").exists()
+    for wrong in (tmp_path / "page.txt", tmp_path / "no/page.html"):
+        line = refused(ddpm_here("report", "walk", "--bucket", bucket, "--output", wrong), Exit.BAD_REQUEST)
+        assert "name a file that ends in .html" in line
+
+
+def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket):
+    line = refused(ddpm_here("report", "walks", "--bucket", bucket), Exit.MISSING_INPUT)
+    assert "there is no run 'walks'" in line
+    # Of a later version, damaged, and one that has only begun.
+    later = shutil.copytree(bucket / "runs/walk", bucket / "runs/later")
+    config = (later / "config.yaml").read_text()
+    shutil.rmtree(later / "attempts")
+    (later / "config.yaml").write_text(config.replace("train:", "later: {key: 1}\ntrain:"))
+    (bucket / "runs/begun").mkdir()
+    (bucket / "runs/begun/config.yaml").write_text(config)
+    assert "another version's" in refused(ddpm_here("report", "later", "--bucket", bucket), Exit.BAD_DATA)
+    assert "not started" in page_of(bucket, "begun")
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    page = (bucket / "report.html").read_text()
+    assert data_of(page)["runs"].keys() == {"begun", "walk"}
+    assert "no configuration, or another version" in page
+    assert 'href="runs/walk/report.html"' in page
+    # It is no run.
+    assert "report.html" not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))
+
+
+def test_what_lies_in_a_page_s_way_is_left_out(bucket):
+    (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(b"no picture")
+    max((bucket / "runs/walk/metrics").glob("*.jsonl")).write_text("{}")
+    done = ddpm_here("report", "walk", "--bucket", bucket)
+    succeeded(done)
+    assert "the page is without" in done.stderr and "epoch-0003" in done.stderr
+    assert "going on without the rows of" in done.stderr
+    assert data_of((bucket / "runs/walk/report.html").read_text())["grids"] == []
+
+
+def test_a_page_that_cannot_be_written_costs_no_training(tiles, tmp_path, monkeypatch):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+
+    def broken(*_):
+        raise ZeroDivisionError("a mistake")
+
+    monkeypatch.setattr("job.train.put_page", broken)
+    words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1)
+    done = ddpm_here("train", *words, *settings())
+    succeeded(done)
+    assert "the run's page is as it was before: ZeroDivisionError: a mistake" in done.stderr
+    assert json.loads((bucket / "runs/r/status.json").read_text())["state"] == "finished"
+
+
+def test_evenly_has_both_ends_and_no_more():
+    assert evenly(3, 5) == [0, 1, 2]
+    assert evenly(500, 60)[0] == 0 and evenly(500, 60)[-1] == 499 and len({*evenly(500, 60)}) == 60
