@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -64,6 +65,20 @@ class Sealed(Part):
             ObjectMissingError: it is not there.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
+
+
+def sealed_page(html: bytes, author: str) -> bytes:
+    """An HTML page that ends with who wrote it and the SHA-256 of all before that."""
+    signed = html + f"<!-- {author} ".encode()
+    return signed + f"{hashlib.sha256(signed).hexdigest()} -->\n".encode()
+
+
+def author_of(page: bytes) -> str | None:
+    """Who wrote such a page; None if it is rotten, cut off, or none."""
+    match = re.search(rb"<!-- (\S*) ([0-9a-f]{64}) -->\n\Z", page)
+    if match is None or hashlib.sha256(page[: match.start(2)]).hexdigest() != match[2].decode():
+        return None
+    return match[1].decode(errors="replace")
 
 
 def _digest_of(document: dict[str, Any]) -> str:

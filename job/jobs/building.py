@@ -13,12 +13,14 @@ from job.config import EMBEDDED, draft, parse_sets, read_config_file
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
+from job.jobs.prices import dollars_per_hour
 from job.jobs.spec import JobSpec, job_name, stop_after
 from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
 from job.processes.group import GPUS
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.lease import EXPIRE_SECONDS
+from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_uri, is_remote
 
@@ -94,7 +96,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     gpus = (0 if command.verb == "pack" else target.gpus) if resources.gpus is None else resources.gpus
     # Elsewhere nobody sees that a machine with a driver too old computes on its CPU.
     needed_gpus = {GPUS: str(gpus)} if gpus and target.is_remote else {}
-    return JobSpec(
+    spec = JobSpec(
         name=name,
         verb=command.verb,
         argv=argv,
@@ -109,6 +111,9 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         max_hours=resources.hours_on(target),
         env={JOB: name, **needed_gpus, **target.env},
     )
+    if command.verb != "train" or (dollars := dollars_per_hour(spec, target)) is None:
+        return spec
+    return replace(spec, env={**spec.env, DOLLARS: f"{dollars:.6g}"})
 
 
 def wait_seconds(target: Target) -> float:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.resources
 import json
 import shlex
 import sys
@@ -14,18 +12,24 @@ from typing import Any
 
 import yaml
 
-from job.config import parse_yaml
-from job.exits import BadRequestError, MissingInputError
+from job.exits import BadRequestError, JobError, MissingInputError
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import JsonObject, NoCapacityError
 from job.jobs.backends.batch import MAX_RETRIES
 from job.jobs.backends.machines import gpus_of
 from job.jobs.building import Resources, spec_of
 from job.jobs.command_line import ParsedCommand
+from job.jobs.prices import dollars_per_hour, hourly_of
 from job.jobs.spec import JobSpec
 from job.jobs.targets import BatchTarget, GoogleTarget, KubernetesTarget, Target, VmTarget, chosen_target, load_targets
 from job.jobs.watch import Watch
+from job.runs.outlook import attempts_of, outlook_of, stretches
+from job.runs.records import read_status, run_store
 from job.stop import Stop
+from job.store import open_store
+
+OUTLOOK_SECONDS = 10.0
+"""For a look at the run that a job will go on with."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,8 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
             print(formatted(manifests, options.output), end="")
             return
         if target.is_remote:
-            print("\n".join(plan_lines(spec, target, is_watched=options.watch)), flush=True)
+            lines = [*plan_lines(spec, target, is_watched=options.watch), *outlook_lines(spec, target)]
+            print("\n".join(lines), flush=True)
             if not options.yes:
                 _ask(spec)
         elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
@@ -100,6 +105,20 @@ def plan_lines(spec: JobSpec, target: Target, *, is_watched: bool = False) -> li
     ]
 
 
+def outlook_lines(spec: JobSpec, target: Target) -> list[str]:
+    """When a run that is there will end on these machines, and for how much, at the speed that it had last."""
+    if spec.verb != "train":
+        return []
+    try:
+        run = run_store(open_store(spec.bucket).within(OUTLOOK_SECONDS), spec.run)
+        status = read_status(run)
+        outlook = outlook_of(stretches(attempts_of(run), status), status, dollars_per_hour(spec, target))
+    except JobError:
+        # Who may submit jobs need not be able to see their bucket.
+        return []
+    return [f"{what:<10} {said}" for what, said in outlook.words.items()]
+
+
 def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tuple[int | None, str]:
     """What `max_hours` of `spec` mean on `target`: how often they may pass, and the same for a person.
 
@@ -123,47 +142,26 @@ def limit_of(spec: JobSpec, target: Target, *, is_watched: bool = False) -> tupl
     return attempts, f"{spec.max_hours:g} hours {how}{again}"
 
 
-@dataclass(frozen=True)
-class Price:
-    """One row of the table: what one machine costs on demand by the hour, who says so, and of which day."""
-
-    machine_type: str
-    region: str
-    dollars_per_hour: float
-    source: str
-    date: datetime.date
-
-
-def load_prices() -> list[Price]:
-    """The table that comes with the program."""
-    text = (importlib.resources.files("job.jobs") / "prices.yaml").read_text(encoding="utf-8")
-    return [Price(**row) for row in parse_yaml(text)["prices"]]
-
-
 def cost_of(spec: JobSpec, target: Target) -> str:
     """The most that `spec` can cost on `target`, with where that figure comes from: a target's own price wins."""
-    about, source = ", as the target says,", ""
-    per_hour = target.price_per_hour
-    if per_hour is None:
-        if not isinstance(target, GoogleTarget):
-            return "price unknown"
-        rows = {row.region: row for row in load_prices() if row.machine_type == target.machine_type}
-        if not all(region in rows for region in target.all_regions):
-            return "price unknown"
-        # It may end up in any of them.
-        dearest = max((rows[region] for region in target.all_regions), key=lambda row: row.dollars_per_hour)
-        per_hour = dearest.dollars_per_hour
-        source = f", without disk, address and traffic; {dearest.source}, {dearest.date}"
-        about = " on demand, and spot costs less," if spec.spot else ""
+    hourly = hourly_of(spec, target)
+    if hourly is None:
+        return "price unknown: set the target's `price_per_hour`"
+    about = f"; {hourly.about}"
+    if spec.spot and target.price_per_hour is None:
+        about = f"; spot costs less; {hourly.about}"
     attempts = limit_of(spec, target)[0]
-    words = f"{spec.machines} × ${per_hour:g} per hour{about}"
+    words = f"{spec.machines} × ${hourly.dollars:.4g} per hour"
     if attempts is None:
-        return f"{words.rstrip(',')}, for as long as it runs: nothing bounds that{source}"
+        return f"{words}, for as long as it runs: nothing bounds that{about}"
     words += f" × {attempts} attempts" * (attempts > 1)
     # A VM's own limit counts from its first minute to its last.
     margin = "" if isinstance(target, VmTarget) else "; machines that start or go cost some minutes more"
-    dollars = spec.machines * per_hour * attempts * spec.max_hours
-    return f"at most ${dollars:,.2f} ({words} × {spec.max_hours:g} hours{source}{margin})"
+    dollars = spec.machines * hourly.dollars * attempts * spec.max_hours
+    figure = f"${dollars:,.2f} ({words} × {spec.max_hours:g} hours{about}{margin})"
+    if hourly.unknown:
+        return f"from {figure}; nothing is known of prices in {', '.join(hourly.unknown)}"
+    return f"at most {figure}"
 
 
 def _ask(spec: JobSpec) -> None:

@@ -147,6 +147,8 @@ class KubernetesTarget(Target):
     """From the notice to the end: 15 on GKE spot nodes unless the node pool gives more."""
     machine_type: _LabelValue = ""
     """Of the nodes with GPUs, where Compute Engine makes them: a job asks for its GPUs' share of such a node."""
+    region: _LabelValue = ""
+    """Of those nodes: it decides about their price alone."""
     cpus: str = Field("", pattern=r"^([0-9]+(\.[0-9]+)?|[0-9]+m)?$")
     """Empty: its share, or 4 for each GPU where `machine_type` is not set or the GPUs are others."""
     memory: _Size = ""

@@ -28,6 +28,7 @@ from job.report.pictures import Shelf
 from job.runs.layout import ObjectKind
 from job.runs.metrics import Row
 from job.runs.outlook import duration
+from job.sealed import sealed_page
 from job.store import ObjectMissingError
 
 PAGE_KEY = ObjectKind.PAGE.value
@@ -53,7 +54,7 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         if (src := shelf.get(run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES))
     ]
     keys = {key: (value, field_of(key, config.model.kind).description or "") for key, value in config.flat().items()}
-    return rendered(
+    html = rendered(
         "run.html",
         {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},
         facts=facts,
@@ -67,6 +68,8 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
+    last = facts.attempts[-1].attempt if facts.attempts else None
+    return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
 
 def rendered(template: str, data: dict[str, Any], **values: Any) -> bytes:

@@ -10,7 +10,7 @@ from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
-from job.runs.outlook import state_of
+from job.runs.outlook import attempts_of, outlook_of, state_of, stretches
 from job.runs.records import Status, read_status, run_store
 from job.store import Store, open_store
 
@@ -82,6 +82,8 @@ def show_run(bucket_uri: str, name: str) -> None:
         print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
         loss, speed = _loss_and_speed(status)
         print(f"loss        {loss}\nspeed       {speed} images/s")
+        for what, said in outlook_of(stretches(attempts_of(run), status), status).words.items():
+            print(f"{what:<11} {said}")
     if refs := by_progress(list_checkpoints(run)):
         newest, dataset_images = newest_sound(run, list_checkpoints(run)), records.dataset_images_of(bucket, config)
         ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}

@@ -24,7 +24,7 @@ from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Reader, Retention, leftovers
 from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
 from job.runs.scores import Scores
-from job.sealed import Sealed
+from job.sealed import Sealed, author_of
 from job.store import ObjectMissingError, Store
 
 HASHERS = 4
@@ -103,6 +103,7 @@ class _Verification:
             list(pool.map(self._load, self._keys(*RECORD_TYPES)))
         config = self._look_at_config()
         self._look_at_attempts()
+        self._look_at_page()
         self._look_at_batches()
         left = leftovers(self._run, self._places, 10**6)
         self._look_for_lost(config, left)
@@ -193,6 +194,18 @@ class _Verification:
                         self._foreign(key, f"attempt {record.fence} of this one did not write it")
                 case LeaseRecord() if record.holder != ids.get(record.fence, record.holder):
                     self._foreign(key, f"attempt {record.fence} of this one did not hold it")
+
+    def _look_at_page(self) -> None:
+        """It vouches for nothing, and says itself who wrote it."""
+        ids = {str(attempt.fence): attempt.id for attempt in self._all(Attempt).values()}
+        for key in self._keys(ObjectKind.PAGE):
+            with suppress(ObjectMissingError):
+                author = author_of(self._run.read(key).data)
+                fence, _, attempt = (author or "").partition("/")
+                if author is None:
+                    self._bad(key, "is rotten: it does not match its own SHA-256; `ddpm report` writes it anew")
+                elif attempt != ids.get(fence, attempt):
+                    self._bad(key, f"is another run's: attempt {fence} of this one did not write it")
 
     def _look_at_batches(self) -> None:
         """Records of pieces against what is drawn, and the index against the records."""

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import datetime
+import re
+import shutil
 from dataclasses import replace
+from importlib import resources
 
 import pytest
 
-from job.jobs import submit
+from job.cli.submit import parsed
+from job.jobs import prices
+from job.jobs.building import Resources, spec_of
+from job.jobs.prices import Prices, load_prices
 from job.jobs.spec import JobSpec
-from job.jobs.submit import Price, cost_of, load_prices, plan_lines
+from job.jobs.submit import cost_of, outlook_lines, plan_lines
 from job.jobs.targets import Target, chosen_target, load_targets, parse_targets
+from tests.job.command_line import ddpm_here, succeeded
 from tests.job.jobs.submitting import FOR_TRAIN, built
 
 pytestmark = pytest.mark.usefixtures("targets_folder")
@@ -23,11 +30,13 @@ def target(backend: str, more: str = "") -> Target:
     return parse_targets(f"t: {{backend: {backend}, {google}image: i, bucket: gs://bucket{more}}}", "f")["t"]
 
 
-def row(region: str, dollars: float) -> Price:
-    return Price("g2-standard-8", region, dollars, "https://example.com/prices", datetime.date(2026, 1, 31))
-
-
-EAST, WEST = row("us-east1", 0.5), row("us-west1", 0.75)
+PRICES = Prices(
+    "https://example.com/prices",
+    datetime.date(2026, 1, 31),
+    {"g2-standard-8": {"us-east1": 0.5, "us-west1": 0.75}, "g2-standard-24": {"us-east1": 2.0}},
+    {"pd-balanced": {"us-east1": 0.073, "us-west1": 0.146}},
+    0.005,
+)
 
 
 def test_a_person_is_told_what_where_how_long_and_for_how_much():
@@ -38,7 +47,7 @@ def test_a_person_is_told_what_where_how_long_and_for_how_much():
     assert lines["command"] == "ddpm train --run 'it is'"
     assert lines["machines"].startswith("1 × g2-standard-8, 1 × nvidia-l4 each; spot, which may be taken away")
     assert lines["limit"].startswith("10 hours")
-    assert lines["cost"] == "at most $7.50 (1 × $0.75 per hour, as the target says, × 10 hours)"
+    assert lines["cost"] == "at most $7.50 (1 × $0.75 per hour × 10 hours; as the target says)"
     # Nothing of nodes that the target does not select, and of GPUs that packing pays for without using them.
     for on, gpus in (("plain", 8), ("own", 1)):
         lines = "\n".join(plan_lines(built("train", FOR_TRAIN, on), load_targets()[on]))
@@ -70,36 +79,75 @@ def test_a_person_is_told_what_the_hours_mean_there():
 
 
 def test_a_cost_has_a_source_or_there_is_none(monkeypatch):
-    source = ", without disk, address and traffic; https://example.com/prices, 2026-01-31"
+    monkeypatch.setattr(prices, "load_prices", lambda: PRICES)
+    beside = "g2-standard-8 and a disk of 100 GB and an address in us-east1, without traffic"
+    east = f"on demand with {beside}; https://example.com/prices, 2026-01-31"
     more = "; machines that start or go cost some minutes more"
-    priced, nodes = ", price_per_hour: 1.5", {"nodes": 2}
-    slices = {"verb": "sample", "argv": ("sample",), "slices": 4}
-    dearest = f"at most $82.50 (1 × $0.75 per hour × 11 attempts × 10 hours{source}{more})"
-    unbounded = "2 × $1.5 per hour, as the target says, for as long as it runs: nothing bounds that"
-    for there, changes, prices, said in (
-        (target("vm"), {}, [], "price unknown"),
-        (target("kubernetes"), {}, [EAST], "price unknown"),
-        (target("vm"), {}, [EAST], f"at most $5.00 (1 × $0.5 per hour × 10 hours{source})"),
-        (target("vm"), {"spot": True}, [EAST], "$0.5 per hour on demand, and spot costs less, × 10 hours"),
-        (target("vm"), slices, [EAST], "at most $20.00 (4 × $0.5"),
+    priced, nodes, slices = ", price_per_hour: 1.5", {"nodes": 2}, {"verb": "sample", "argv": ("sample",), "slices": 4}
+    node = ", machine_type: g2-standard-24, region: us-east1"
+    for there, changes, said in (
+        # A machine, 100 GB for 7.3 cents a gigabyte and month, and its address.
+        (target("vm"), {}, f"at most $5.15 (1 × $0.515 per hour × 10 hours; {east})"),
+        (target("vm", ", network: n"), {}, "at most $5.10 (1 × $0.51 per hour × 10 hours; on demand with"),
+        (target("vm", ", boot_disk_gigabytes: 200"), {}, "at most $5.25"),
+        (target("vm"), {"spot": True}, f"at most $5.15 (1 × $0.515 per hour × 10 hours; spot costs less; {east})"),
+        (target("vm"), slices, "at most $20.60 (4 × $0.515"),
         # It may end up in any of them, and Batch has each of eleven attempts run for so long.
-        (target("batch"), {}, [EAST], "price unknown"),
-        (target("batch"), {}, [EAST, WEST], dearest),
+        (target("batch"), {}, "at most $85.25 (1 × $0.775 per hour × 11 attempts × 10 hours; on demand with"),
+        (target("vm", ", machine_type: g2-standard-96"), {}, "price unknown: set the target's `price_per_hour`"),
+        (
+            target("vm").model_copy(update={"zones": ("us-east1-b", "mars-north1-a")}),
+            {},
+            f"from $5.15 (1 × $0.515 per hour × 10 hours; {east}); nothing is known of prices in mars-north1",
+        ),
         # The target's own price wins.
-        (target("vm", priced), nodes, [EAST], "at most $30.00 (2 × $1.5 per hour, as the target says, × 10 hours)"),
-        (target("kubernetes", priced), {}, [], "at most $15.00"),
+        (target("vm", priced), nodes, "at most $30.00 (2 × $1.5 per hour × 10 hours; as the target says)"),
+        (target("kubernetes", priced), {}, f"at most $15.00 (1 × $1.5 per hour × 10 hours; as the target says{more})"),
         # What several nodes cost is bounded by a queue alone.
-        (target("kubernetes", priced), nodes, [], unbounded),
-        (target("kubernetes", priced + ", queue: gpus"), nodes, [], "at most $30.00"),
+        (
+            target("kubernetes", priced),
+            nodes,
+            "2 × $1.5 per hour, for as long as it runs: nothing bounds that; as the target says",
+        ),
+        (target("kubernetes", priced + ", queue: gpus"), nodes, "at most $30.00"),
+        # A job pays for its share of a node, where it is known which that is.
+        (target("kubernetes"), {}, "price unknown"),
+        (target("kubernetes", node), {}, "at most $10.00 (1 × $1 per hour × 10 hours; on demand for 1 of the 2 GPUs"),
+        (target("kubernetes", node), {"gpus": 2}, "at most $20.00 (1 × $2 per hour × 10 hours; on demand for g2-"),
+        (target("kubernetes", node), {"gpus": 0}, "price unknown"),
     ):
-        monkeypatch.setattr(submit, "load_prices", lambda: prices)  # noqa: B023
         cost = cost_of(replace(SPEC, **changes), there)
-        assert cost.startswith(said) or (changes == {"spot": True} and said in cost), cost
+        assert cost.startswith(said), cost
 
 
-def test_every_price_that_is_shipped_has_a_source_and_a_day_and_is_found():
-    for price in load_prices():
-        assert price.source.startswith("https://") and price.dollars_per_hour > 0, price
-        assert isinstance(price.date, datetime.date), price
-    central = target("vm").model_copy(update={"zones": ("us-central1-a",)})
-    assert cost_of(SPEC, central).startswith("at most $8.54 (1 × $0.853624 per hour × 10 hours, without disk, address")
+def test_the_prices_that_are_shipped_have_a_source_and_a_day_and_are_those_of_the_example_targets():
+    table = load_prices()
+    assert table.source.startswith("https://") and isinstance(table.date, datetime.date)
+    assert all(dollars > 0 for by_region in table.machines.values() for dollars in by_region.values())
+    example = parse_targets((resources.files("job.jobs") / "targets.example.yaml").read_text(), "example")
+    for name, there in example.items():
+        if there.is_remote:
+            spec = spec_of(parsed("train", ["--dataset", "celeba"]), there, Resources())
+            assert cost_of(spec, there).startswith("at most $"), name
+
+
+def test_a_job_knows_its_price_and_the_page_says_what_submit_does(tmp_path, capsys, walked):
+    """One number, wherever it is told: before it is sent, of the job, and on the run's page."""
+    bucket = shutil.copytree(walked, tmp_path / "bucket")
+    there = target("vm", ", price_per_hour: 3.6")
+    spec = spec_of(parsed("train", ["--dataset", "tiles", "--run", "walk"]), there, Resources())
+    assert spec.env["DDPM_DOLLARS_PER_HOUR"] == "3.6"
+    words = ("--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", 100)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_DOLLARS_PER_HOUR", spec.env["DDPM_DOLLARS_PER_HOUR"])
+        done = ddpm_here("train", *words, "--stop-after", "4s", "--set", "log.every_images=72")
+    assert done.returncode == 75, done.stderr
+    (left,) = re.findall(r"(?m)^to the end  (.*)$", succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket)))
+    assert re.fullmatch(r".* when it goes on, for at most \$\d+\.\d\d more", left)
+    at_it = replace(spec, bucket=str(bucket), max_hours=1.0)
+    assert f"to the end {left}" in outlook_lines(at_it, there)
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    assert f"<dd>{left}</dd>" in (bucket / "runs/walk/report.html").read_text()
+    # Of a run that is not there, and in a bucket that nobody can see, nothing is told.
+    assert outlook_lines(replace(at_it, run="other"), there) == []
+    assert outlook_lines(replace(at_it, bucket="gs://no-such-bucket-of-ours"), there) == []

@@ -19,10 +19,10 @@ from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import DESCRIPTIONS, copy_objects, train
 
 NEVER_MISSED = re.compile(
-    r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json"
+    r"report\.html|samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json"
 )
-"""Pictures of the past, the index of a batch that others may still draw, readers, averages, grids and scores, which are
-made anew: nobody knows that they were there."""
+"""The page, pictures of the past, the index of a batch that others may still draw, readers, averages, grids and scores,
+which are made anew: nobody knows that they were there."""
 
 
 def blamed(store: Store) -> list[str]:
