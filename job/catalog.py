@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,13 +52,16 @@ def how_to_pack(bucket_uri: str, name: str, size: int, on: str) -> str:
     )
 
 
-def list_datasets(bucket_uri: str) -> None:
+def list_datasets(bucket_uri: str, *, as_json: bool = False) -> None:
     """Prints a table of the datasets in the bucket."""
     from rich.table import Table
 
-    from job.runs.overview import print_table
+    from job.runs.overview import print_json, print_table
 
     bucket = open_store(bucket_uri)
+    if as_json:
+        print_json([told for folder in bucket.folders(DATASETS) if (told := _told(bucket, f"{DATASETS}/{folder}"))])
+        return
     table = Table("dataset", "size", "images", "classes", "crop", "shards", "bytes", "licence", box=None)
     for folder in bucket.folders(DATASETS):
         try:
@@ -80,7 +84,18 @@ def list_datasets(bucket_uri: str) -> None:
     print_table(table, f"no datasets in {bucket.uri} yet: pack one with `ddpm data pack SOURCE NAME --size 64`")
 
 
-def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None) -> None:
+def _told(bucket: Store, key: str) -> dict[str, Any]:
+    """A dataset as values; nothing of one that is unfinished or damaged."""
+    try:
+        index = load_index(bucket, key)
+    except (MissingInputError, BadDataError):
+        return {}
+    size_bytes = sum(shard.bytes for shard in index.shards)
+    more = {"uri": f"{bucket.uri}/{key}", "id": index.dataset_id, "images": index.images, "bytes": size_bytes}
+    return more | index.model_dump(mode="json", exclude={"sha256", "shards", "format"}) | {"shards": len(index.shards)}
+
+
+def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | None, *, as_json: bool = False) -> None:
     """Prints what a dataset holds and makes a contact sheet of it, in the bucket unless `output` names a file.
 
     Raises:
@@ -92,6 +107,11 @@ def show_dataset(bucket_uri: str, name: str, size: int | None, output: Path | No
     bucket = open_store(bucket_uri)
     key = find_dataset(bucket, name, size)
     index = load_index(bucket, key)
+    if as_json:
+        from job.runs.overview import print_json
+
+        print_json(_told(bucket, key))
+        return
 
     from job.data.cache import chosen_images
     from job.sampling.pictures import write_picture
@@ -124,7 +144,7 @@ def sheet_png(bucket: Store, key: str, index: DatasetIndex) -> bytes:
     return figures.png(figures.contact_sheet(images.read(chosen), by_class, index.classes))
 
 
-def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
+def verify_named(bucket_uri: str, name: str, size: int | None, *, as_json: bool = False) -> None:
     """Checks all hashes and images of a dataset.
 
     Raises:
@@ -136,8 +156,14 @@ def verify_named(bucket_uri: str, name: str, size: int | None) -> None:
     key = find_dataset(bucket, name, size)
     with Progress(f"verifying {name}", unit="images") as bar:
         problems = verify_dataset(bucket, key, lambda done, total: bar.update(done, total=total))
+    if as_json:
+        from job.runs.overview import print_json
+
+        print_json({"uri": f"{bucket.uri}/{key}", "problems": problems})
     if problems:
         raise BadDataError(f"{bucket.uri}/{key} has {len(problems):,} problems: " + "; ".join(problems))
+    if as_json:
+        return
     print(f"{bucket.uri}/{key}: every shard, offset table and image is as it was packed")
 
 

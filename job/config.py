@@ -84,8 +84,8 @@ class Section(BaseModel):
 class DataConfig(Section):
     """Which images, in which order."""
 
-    dataset: str = ""
-    dataset_id: str = ""
+    dataset: str = Field("", description="its name")
+    dataset_id: str = Field("", description="what its images are, as a hash")
     size: int | None = Field(None, ge=1, le=LARGEST, description="pixels; follows the dataset")
     channels: int | None = Field(None, ge=1, le=256, description="follows the dataset")
     latents: bool = Field(False, description="whether the images are encoded; follows the dataset")
@@ -123,15 +123,22 @@ class NetworkConfig(Section):
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
 
 
+_CHANNELS = "width of the first level, before its multiplier"
+_MULTS = "one multiplier for each level; every level halves the size"
+_ATTENTION = "pixels; levels of these sizes have attention"
+_LAYERS = "residual blocks of a level on the way down"
+_DROPOUT = "probability, within the residual blocks"
+
+
 class UNetConfig(NetworkConfig):
     """The U-Net of Ho et al. (2020), appendix B; with its switches that of Dhariwal & Nichol (2021)."""
 
     kind: Literal["unet"] = "unet"
-    channels: int = Field(128, ge=4, le=4096)
-    channel_mults: Mults = Field((1, 2, 2, 2), min_length=1, max_length=12)
-    attention_sizes: Counts = (16,)
-    layers_per_level: int = Field(2, ge=1, le=64)
-    norm_groups: int = Field(32, ge=1, le=LARGEST)
+    channels: int = Field(128, ge=4, le=4096, description=_CHANNELS)
+    channel_mults: Mults = Field((1, 2, 2, 2), min_length=1, max_length=12, description=_MULTS)
+    attention_sizes: Counts = Field((16,), description=_ATTENTION)
+    layers_per_level: int = Field(2, ge=1, le=64, description=_LAYERS)
+    norm_groups: int = Field(32, ge=1, le=LARGEST, description="of the group normalisations")
     heads: int = Field(1, ge=1, le=LARGEST, description="of the attention")
     head_channels: int | None = Field(None, ge=1, le=LARGEST, description="width of a head, in the place of heads")
     scale_shift: bool = Field(False, description="the timestep scales as well as shifts")
@@ -139,7 +146,7 @@ class UNetConfig(NetworkConfig):
     conventions: Literal["ho", "diffusers"] = Field(
         "ho", description="diffusers: its defaults for the timestep's sinusoids, the norms and the padding"
     )
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -158,12 +165,12 @@ class EDM2Config(NetworkConfig):
     """The magnitude-preserving U-Net of Karras et al. (2024), configuration G; by default EDM2-S."""
 
     kind: Literal["edm2"] = "edm2"
-    channels: int = Field(192, ge=1, le=4096)
-    channel_mults: Mults = Field((1, 2, 3, 4), min_length=1, max_length=12)
-    attention_sizes: Counts = (16, 8)
-    layers_per_level: int = Field(3, ge=1, le=64)
+    channels: int = Field(192, ge=1, le=4096, description=_CHANNELS)
+    channel_mults: Mults = Field((1, 2, 3, 4), min_length=1, max_length=12, description=_MULTS)
+    attention_sizes: Counts = Field((16, 8), description=_ATTENTION)
+    layers_per_level: int = Field(3, ge=1, le=64, description=_LAYERS)
     head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -176,10 +183,10 @@ class DiTConfig(NetworkConfig):
 
     kind: Literal["dit"] = "dit"
     patch_size: int = Field(2, ge=1, le=LARGEST, description="pixels")
-    width: int = Field(384, ge=4, le=65536)
+    width: int = Field(384, ge=4, le=65536, description="channels of a patch")
     depth: int = Field(12, ge=1, le=1024, description="blocks")
     heads: int = Field(6, ge=1, le=LARGEST, description="of the attention")
-    dropout: float = Field(0.0, ge=0, lt=1)
+    dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -232,20 +239,24 @@ def _check_heads(model: UNetConfig | EDM2Config, size: int | None, divisor: int,
 class DiffusionConfig(Section):
     """The process, what the network predicts, and how much each point counts."""
 
-    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"] = "linear"
-    timesteps: int = Field(1000, ge=2, le=10_000)
+    schedule: Literal["linear", "scaled_linear", "cosine", "sigmoid", "edm", "flow"] = Field(
+        "linear", description="the way from image to noise: four tables of betas, EDM, or rectified flow"
+    )
+    timesteps: int = Field(1000, ge=2, le=10_000, description="numbered points of that way")
     zero_terminal_snr: bool = Field(False, description="rescale the betas so that the last timestep is pure noise")
     sigma_min: float = Field(0.002, gt=0, le=LARGEST, description="of edm")
     sigma_max: float = Field(80.0, gt=0, le=LARGEST, description="of edm")
     sigma_data: float = Field(0.5, gt=0, le=LARGEST, description="standard deviation of the images, for edm")
-    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = "epsilon"
+    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field(
+        "epsilon", description="what the network gives: the noise, the image, or a mixture of both"
+    )
     weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"] = Field(
         "plain", description="plain: the squared error as it is; the others say what it counts on x_0"
     )
     gamma: float = Field(5.0, gt=0, le=LARGEST, description="of min_snr and soft_min_snr")
     draws: Literal["uniform", "log_normal"] = Field("uniform", description="of the points, or of their sigma/alpha")
     draws_mean: float = Field(-1.2, ge=-100, le=100, description="of ln(sigma/alpha)")
-    draws_std: float = Field(1.2, gt=0, le=100)
+    draws_std: float = Field(1.2, gt=0, le=100, description="likewise, its standard deviation")
     stratified: bool = Field(False, description="each image of a batch draws from its own part")
     variance: Literal["fixed", "learned_range"] = Field(
         "fixed", description="learned_range: the network gives the variance of a step as well, by the hybrid loss"
@@ -283,18 +294,22 @@ class TrainConfig(Section):
 
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
     micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images at a time and process; none: all")
-    learning_rate: float = Field(2e-4, gt=0, le=LARGEST)
+    learning_rate: float = Field(2e-4, gt=0, le=LARGEST, description="after the warm-up, before any decay")
     warmup_images: int = Field(0, ge=0, le=LARGEST, description="linear warm-up of the learning rate")
-    learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = "constant"
+    learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = Field(
+        "constant", description="what becomes of it after the warm-up"
+    )
     decay_images: int = Field(
         0, ge=0, le=LARGEST, description="where inverse_root begins, where cosine reaches 0; fixed, unlike epochs"
     )
-    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = (0.9, 0.999)
-    adam_eps: float = Field(1e-8, gt=0, le=LARGEST)
+    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = Field(
+        (0.9, 0.999), description="decay of the two moments, per step"
+    )
+    adam_eps: float = Field(1e-8, gt=0, le=LARGEST, description="added to the root of the second moment")
     weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="AdamW's, times the learning rate per step; 0: Adam")
     clip_norm: float = Field(1.0, gt=0, le=LARGEST, description="limit of the gradient's global L2 norm")
-    epochs: int = Field(1, ge=1, le=1_000_000)
-    seed: int = Field(0, ge=0, lt=2**63)
+    epochs: int = Field(1, ge=1, le=1_000_000, description="passes over the dataset, in all")
+    seed: int = Field(0, ge=0, lt=2**63, description="of initial weights, order, noise, points and dropout")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: bf16 where the hardware has it")
     deterministic: bool = Field(False, description="bit-equal results on one kind of GPU, at some speed")
     compile: bool = Field(True, description="torch.compile on CUDA")
@@ -347,11 +362,11 @@ class EmaConfig(Section):
 class CheckpointConfig(Section):
     """When to commit, and what to keep."""
 
-    every_epochs: int = Field(1, ge=1, le=LARGEST)
-    every_minutes: float = Field(10.0, gt=0, le=LARGEST)
-    keep_last: int = Field(3, ge=1, le=LARGEST)
+    every_epochs: int = Field(1, ge=1, le=LARGEST, description="at the end of every so many epochs")
+    every_minutes: float = Field(10.0, gt=0, le=LARGEST, description="and when the last one is so many minutes old")
+    keep_last: int = Field(3, ge=1, le=LARGEST, description="the newest so many stay")
     keep_every_epochs: int = Field(0, ge=0, le=LARGEST, description="0: none beyond keep_last and keep_epochs")
-    keep_epochs: Counts = ()
+    keep_epochs: Counts = Field((), description="those at the end of these epochs stay, such as 30,80,490")
     keep_best: bool = Field(False, description="also the one with the best score: the first of evaluate.metrics")
 
 
@@ -389,7 +404,7 @@ class Drawing(Section):
         "ipndm",
         "own",
     ] = Field("ddim", description="own: `ddpm sample --sampler module:function` alone")
-    steps: int = Field(100, ge=1, le=LARGEST)
+    steps: int = Field(100, ge=1, le=LARGEST, description="points that are visited")
     grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "found"] = Field(
         "trailing", description="found: on the run's own network, by `ddpm sample` alone"
     )
@@ -434,7 +449,7 @@ class SampleConfig(Drawing):
 
     images: int = Field(64, ge=1, le=10_000, description="images of the grid made at the end and every `every_epochs`")
     every_epochs: int = Field(0, ge=0, le=LARGEST, description="0: only at the end")
-    batch_size: int = Field(64, ge=1, le=10_000)
+    batch_size: int = Field(64, ge=1, le=10_000, description="images that are drawn at a time, on each process")
     nearest: bool = Field(False, description="show the nearest training image beside each sample")
 
 
@@ -463,7 +478,7 @@ class LogConfig(Section):
 class RunConfig(Section):
     """The whole configuration of a run."""
 
-    preset: str = ""
+    preset: str = Field(default="", description="whose settings the run began with")
     imported: bool = Field(default=False, description="whether it began with somebody else's checkpoint")
     data: DataConfig = DataConfig()  # type: ignore[call-arg]
     model: Network = UNetConfig()  # type: ignore[call-arg]
@@ -699,6 +714,8 @@ EMBEDDED = "landscape-sample"
 MOST_SETTINGS_BYTES = 1 << 18
 """Of a file with settings or targets."""
 
+FOLLOWS = ("data.size", "data.channels", "model.num_classes")
+"""Keys that the dataset decides, unless somebody does."""
 CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
     "imported": "ddpm import",
@@ -871,7 +888,15 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     return _only_known(flatten(values), str(path))
 
 
+def preset_keys(name: str) -> dict[str, Any]:
+    """What a preset says, by dotted keys.
+
+    Raises:
+        BadRequestError: there is none of this name.
+    """
+    return flatten({key: value for key, value in _preset(name).items() if key not in ("pack", "usual")})
+
+
 def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
     """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
-    base = flatten({key: value for key, value in _preset(preset).items() if key not in ("pack", "usual")})
-    return validated(layered(base | {"preset": preset}, changes))
+    return validated(layered(preset_keys(preset) | {"preset": preset}, changes))

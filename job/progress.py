@@ -7,6 +7,7 @@ import re
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ RATE_SECONDS = 30.0
 
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 _lock = threading.RLock()
+_is_verbose = _is_quiet = False
 _bars: rich_progress.Progress | None = None
 """All bars of this process: two displays on one terminal would overwrite each other."""
 
@@ -52,11 +54,23 @@ def all_printable(document: Any) -> Any:
     return document
 
 
+def set_loudness(*, verbose: bool, quiet: bool) -> None:
+    """What this process tells on stderr beside errors: all of it, or nothing."""
+    global _is_verbose, _is_quiet
+    _is_verbose, _is_quiet = verbose, quiet
+
+
+def detail(tell: Callable[[], str]) -> None:
+    """Prints what only who asked for all of it wants to know."""
+    if _is_verbose:
+        note(tell())
+
+
 def note(text: str) -> None:
     """Prints a line on stderr, above the bars if there are any. Of several processes the first one speaks for all."""
     # A terminal or a pipe that went away must not end a run.
     with suppress(OSError):
-        if not _is_first():
+        if _is_quiet or not _is_first():
             return
         if (bars := _bars) is not None and not bars.disable:
             bars.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -107,7 +121,7 @@ class Progress:
     def __enter__(self) -> Progress:
         global _bars
         with _lock:
-            if _is_first():
+            if _is_first() and not _is_quiet:
                 if _bars is None:
                     _bars = _new_bars()
                     _bars.start()

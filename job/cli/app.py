@@ -10,9 +10,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from job import __version__
-from job.cli import data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
+from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
 from job.exits import Exit, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
+from job.progress import set_loudness
 
 app = typer.Typer(
     name="ddpm",
@@ -20,7 +21,7 @@ app = typer.Typer(
     # Rich would read [/PREFIX] as markup, and need three times as long for --help.
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 app.add_typer(data.app, name="data")
 app.command("train")(train.ddpm_train)
@@ -29,6 +30,7 @@ app.command("ema")(ema.ddpm_ema)
 app.command("evaluate")(evaluate.ddpm_evaluate)
 app.command("import")(exchange.ddpm_import)
 app.command("export")(exchange.ddpm_export)
+app.command("config")(config.ddpm_config)
 app.add_typer(figure.app, name="figure")
 app.add_typer(runs.app, name="runs")
 app.command("report")(report.ddpm_report)
@@ -48,6 +50,10 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Also tell each request to a bucket, and how long it took.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors alone.")] = False,
 ) -> None:
     """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.
 
@@ -55,6 +61,7 @@ def _root(
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
+    set_loudness(verbose=verbose, quiet=quiet)
 
 
 def main() -> None:

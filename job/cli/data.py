@@ -6,15 +6,19 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import BucketUri, Certain, Size, StopAfter, Targets
+from job.cli import completion
+from job.cli.options import AsJson, BucketUri, Certain, Size, StopAfter, Targets
 
 app = typer.Typer(
-    help="Datasets: pack images into shards, or index what there is; look at them, verify them.\n\n"
+    help="Datasets: pack images into shards, or index what there is; look, verify.\n\n"
     "Example: ddpm data pack ~/photos mine --size 64",
     no_args_is_help=True,
 )
 
-DatasetName = Annotated[str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.")]
+DatasetName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.", autocompletion=completion.datasets),
+]
 Crop = Annotated[str, typer.Option("--crop", metavar="CROP", help="center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT.")]
 Filter = Annotated[str, typer.Option("--filter", metavar="NAME", help="lanczos, bicubic, bilinear or box.")]
 Channels = Annotated[int | None, typer.Option("--channels", metavar="N", help="3 for colour, 1 for grey.")]
@@ -114,10 +118,11 @@ def data_encode(
     to: Annotated[str, typer.Option("--to", metavar="NAME", help="Default: the dataset's name with -latents.")] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Encode a dataset by an autoencoder: networks that learn its latents work on far fewer numbers.
+    """Encode a dataset by an autoencoder, for networks that learn latents.
 
-    Of each image mean and log-variance are kept, and the autoencoder with them: runs on the new dataset decode by
-    themselves what they draw. On a GPU if there is one. A command that was stopped goes on when it is given again.
+    They work on far fewer numbers. Of each image mean and log-variance are kept, and the autoencoder with them: runs on
+    the new dataset decode by themselves what they draw. On a GPU if there is one. A command that was stopped goes on
+    when it is given again.
 
     Example: ddpm data encode celebahq-256 --autoencoder sd-vae-ft-mse --to celebahq-latents
     """
@@ -148,14 +153,14 @@ def data_ensure(
 
 
 @app.command("list")
-def data_list(bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """List the datasets in the bucket.
 
     Example: ddpm data list --bucket gs://my-bucket
     """
     from job.catalog import list_datasets
 
-    list_datasets(bucket)
+    list_datasets(bucket, as_json=as_json)
 
 
 @app.command("show")
@@ -165,6 +170,7 @@ def data_show(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", metavar="PNG", help="Contact sheet. Default: in the bucket.")
     ] = None,
+    as_json: AsJson = False,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
     """Show what a dataset holds, and make a contact sheet of it.
@@ -173,18 +179,20 @@ def data_show(
     """
     from job.catalog import show_dataset
 
-    show_dataset(bucket, name, size, output)
+    show_dataset(bucket, name, size, output, as_json=as_json)
 
 
 @app.command("verify")
-def data_verify(name: DatasetName, size: Size = None, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def data_verify(
+    name: DatasetName, size: Size = None, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET
+) -> None:
     """Check every hash and image of a dataset; names each bad object.
 
     Example: ddpm data verify celeba --bucket gs://my-bucket
     """
     from job.catalog import verify_named
 
-    verify_named(bucket, name, size)
+    verify_named(bucket, name, size, as_json=as_json)
 
 
 @app.command("delete")

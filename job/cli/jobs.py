@@ -4,7 +4,8 @@ from typing import Annotated
 
 import typer
 
-from job.cli.options import Targets
+from job.cli import completion
+from job.cli.options import AsJson, Targets
 
 app = typer.Typer(
     help="Jobs that were submitted: how they are going, what they print, and how to stop them.\n\n"
@@ -12,21 +13,24 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 
-JobName = Annotated[str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.")]
+JobName = Annotated[
+    str,
+    typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.", autocompletion=completion.jobs),
+]
 OnOneTarget = Annotated[
     str, typer.Option(metavar="TARGET", help="Where it is. Default: all targets of the file are asked.")
 ]
 
 
 @app.command("list")
-def list_(on: OnOneTarget = "", targets: Targets = None) -> None:
+def list_(on: OnOneTarget = "", as_json: AsJson = False, targets: Targets = None) -> None:
     """List the jobs on a target, or on all of them.
 
     Example: ddpm jobs list --on gke
     """
     from job.jobs.overview import Search, list_jobs
 
-    list_jobs(Search(on, targets))
+    list_jobs(Search(on, targets), as_json=as_json)
 
 
 @app.command()
@@ -35,6 +39,7 @@ def status(
     on: OnOneTarget = "",
     targets: Targets = None,
     bucket: Annotated[str, typer.Option(metavar="URI", help="Where its run lies. Default: the target's bucket.")] = "",
+    as_json: AsJson = False,
 ) -> None:
     """Show how a job is going, also when its machine is gone.
 
@@ -44,7 +49,7 @@ def status(
     """
     from job.jobs.overview import Search, show_job
 
-    show_job(job, Search(on, targets), bucket)
+    show_job(job, Search(on, targets), bucket, as_json=as_json)
 
 
 @app.command()

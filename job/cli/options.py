@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from job.cli import completion
+
 BucketUri = Annotated[
     str,
     typer.Option(
@@ -14,8 +16,31 @@ BucketUri = Annotated[
         show_envvar=True,
     ),
 ]
-RunOption = Annotated[str, typer.Option(metavar="NAME", help="Name of the run, such as celeba.")]
-Dataset = Annotated[str, typer.Option(metavar="NAME", help="Name of a packed dataset, such as celeba.")]
+RunOption = Annotated[
+    str, typer.Option(metavar="NAME", help="Name of the run, such as celeba.", autocompletion=completion.runs)
+]
+Dataset = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="Name of a packed dataset, such as celeba.", autocompletion=completion.datasets),
+]
+Preset = Annotated[
+    str,
+    typer.Option(
+        metavar="NAME",
+        help="Settings to begin with. Default: the dataset's own, else the small one.",
+        autocompletion=completion.presets,
+    ),
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="One setting, such as train.batch_size=64; `ddpm config --list` has all.",
+        autocompletion=completion.keys,
+    ),
+]
+SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with settings.")]
 Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
 Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")]
 Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
@@ -45,10 +70,18 @@ HangAfter = Annotated[
 StopAfter = Annotated[
     str, typer.Option(metavar="DURATION", help="Save, and end with 75 after so long, such as 1h30m; a job for good.")
 ]
-OnTarget = Annotated[str, typer.Option(metavar="TARGET", help="Where: local, container, or a name of the file.")]
+OnTarget = Annotated[
+    str,
+    typer.Option(
+        metavar="TARGET",
+        help="Where: local, container, or a name of the file.",
+        autocompletion=completion.targets,
+    ),
+]
 Targets = Annotated[
     Path | None, typer.Option(metavar="FILE", help="Default: that of DDPM_TARGETS, else ./targets.yaml.")
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 Certain = Annotated[bool, typer.Option("--yes", help="Delete; without it, only say what would go.")]
 Output = Annotated[str, typer.Option("--output", "-o", metavar="FORMAT", help="yaml or json.")]
 

@@ -6,11 +6,17 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
+from job.cli import completion
 from job.cli.options import BucketUri
 
 
 def ddpm_report(
-    run: Annotated[str, typer.Argument(metavar="[RUN]", help="Name of the run. Default: all runs of the bucket.")] = "",
+    run: Annotated[
+        str,
+        typer.Argument(
+            metavar="[RUN]", help="Name of the run. Default: all runs of the bucket.", autocompletion=completion.runs
+        ),
+    ] = "",
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Write it there, such as page.html, and not into the bucket.")

@@ -5,42 +5,48 @@ from typing import Annotated
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import BucketUri, Certain
+from job.cli import completion
+from job.cli.options import AsJson, BucketUri, Certain
 
 app = typer.Typer(
     help="Runs in the bucket: how they are going, whether they are whole.\n\nExample: ddpm runs show celeba",
     no_args_is_help=True,
 )
 
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="Name of the run.")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="Name of the run, such as celeba.", autocompletion=completion.runs)
+]
 
 
 @app.command("list")
-def runs_list(bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def runs_list(as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """List the runs in the bucket.
 
     Example: ddpm runs list --bucket gs://my-bucket
     """
     from job.runs.overview import list_runs
 
-    list_runs(bucket)
+    list_runs(bucket, as_json=as_json)
 
 
 @app.command("show")
-def runs_show(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
     """Show a run: state, progress, checkpoints, attempts, where its pictures lie.
 
     Example: ddpm runs show celeba --bucket gs://my-bucket
     """
     from job.runs.overview import show_run
 
-    show_run(bucket, run)
+    show_run(bucket, run, as_json=as_json)
 
 
 @app.command("compare")
 def runs_compare(
     first: RunName,
-    second: Annotated[str, typer.Argument(metavar="OTHER", help="Name of the run to compare it with.")],
+    second: Annotated[
+        str,
+        typer.Argument(metavar="OTHER", help="Name of the run to compare it with.", autocompletion=completion.runs),
+    ],
     since_epoch: Annotated[float, typer.Option(metavar="EPOCH", min=0, help="Leave out what was before.")] = 0.0,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
@@ -57,16 +63,17 @@ def runs_compare(
 
 
 @app.command("verify")
-def runs_verify(run: RunName, bucket: BucketUri = DEFAULT_BUCKET) -> None:
-    """Check every object of a run; name each that is rotten, cut off, missing, swapped or foreign.
+def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT_BUCKET) -> None:
+    """Check every object of a run, and name each that is not as it was written.
 
-    Reads all of the run once, also while it trains. Ends with 65 if anything is wrong.
+    One may be rotten, cut off, missing, swapped or foreign. Reads all of the run once, also while it trains. Ends with
+    65 if anything is wrong.
 
     Example: ddpm runs verify celeba --bucket gs://my-bucket
     """
     from job.runs.overview import verify_named_run
 
-    verify_named_run(bucket, run)
+    verify_named_run(bucket, run, as_json=as_json)
 
 
 @app.command("prune")
@@ -78,9 +85,10 @@ def runs_prune(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would go, and why.")] = False,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
-    """Delete what the run's rules do not keep: old checkpoints, and what killed attempts left behind.
+    """Delete old checkpoints, as the run's rules have it, and leftovers.
 
-    Never the newest checkpoint that verifies, nor one that is being read. Refused while the run trains.
+    Leftovers are what killed attempts left behind. Never the newest checkpoint that verifies, nor one that is being
+    read. Refused while the run trains.
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """

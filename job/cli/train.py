@@ -1,27 +1,35 @@
 """`ddpm train`."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from job import DEFAULT_BUCKET
-from job.cli.options import DEFAULT_HANG_AFTER, BucketUri, Dataset, HangAfter, Processes, StopAfter
+from job.cli import completion
+from job.cli.options import (
+    DEFAULT_HANG_AFTER,
+    BucketUri,
+    Dataset,
+    HangAfter,
+    Preset,
+    Processes,
+    Sets,
+    SettingsFile,
+    StopAfter,
+)
 
 
 def ddpm_train(
     dataset: Dataset,
-    run: Annotated[str, typer.Option(metavar="NAME", help="Default: the dataset's name.")] = "",
+    run: Annotated[
+        str, typer.Option(metavar="NAME", help="Default: the dataset's name.", autocompletion=completion.runs)
+    ] = "",
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Up to this many passes over the dataset.")
     ] = None,
-    preset: Annotated[
-        str, typer.Option(metavar="NAME", help="Settings to begin with. Default: the dataset's own.")
-    ] = "",
-    sets: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="One setting, such as train.batch_size=64.")
-    ] = None,
-    config: Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML file with settings.")] = None,
+    preset: Preset = "",
+    sets: Sets = None,
+    config: SettingsFile = None,
     processes: Processes = None,
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")

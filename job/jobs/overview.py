@@ -5,18 +5,19 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from job.exits import BadRequestError, JobError, MissingInputError, meaning
 from job.jobs.backends import backend_for
 from job.jobs.backends.base import Backend, JobStatus, State
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.targets import Target, chosen_target, load_targets
-from job.outcome import read_outcome
-from job.progress import note
+from job.outcome import Outcome, read_outcome
+from job.progress import Progress, note
 from job.runs.layout import RUNS
-from job.runs.overview import print_table, show_run
+from job.runs.overview import print_json, print_table, progress_cells, show_run, summary_of
 from job.stop import handle_stop_signals
 from job.store import open_store
 
@@ -79,46 +80,88 @@ class Search:
         return MissingInputError(f"no target knows a job {name!r} ({names}): `ddpm jobs list` shows those there are")
 
 
-def list_jobs(search: Search) -> None:
-    """Prints a table of the jobs on the targets in question, newest first."""
+def list_jobs(search: Search, *, as_json: bool = False) -> None:
+    """Prints a table of the jobs on the targets in question, newest first, with how their runs are going."""
     from rich.table import Table
 
-    table = Table("job", "target", "state", "attempts", "exit code", "created", "place", "what it says", box=None)
     found = search.ask(lambda backend: backend.jobs())
-    for backend, status in sorted(found, key=lambda one: one[1].created, reverse=True):
-        code = "-" if status.exit_code is None else str(status.exit_code)
-        numbers = (str(status.attempts or "-"), code, status.created or "-", status.place or "-")
-        table.add_row(status.name, backend.target.name, status.state.value, *numbers, status.message)
+    ordered = sorted(found, key=lambda one: one[1].created, reverse=True)
+    with Progress("reading runs", total=len(ordered), unit="jobs") as bar:
+        told = []
+        for number, (backend, status) in enumerate(ordered, 1):
+            told.append(_told(status, backend, status.bucket or backend.target.usual_bucket))
+            bar.update(number)
+    if as_json:
+        print_json(told)
+        return
+    titles = ("job", "target", "state", "attempts", "exit code", "created", "place")
+    of_run = ("epoch", "loss", "images/s", "to the end", "cost so far", "what it says")
+    table = Table(*titles, *of_run, box=None)
+    for job in told:
+        code = "-" if job["exit_code"] is None else str(job["exit_code"])
+        engine = (str(job["attempts"] or "-"), code, job["created"] or "-", job["place"] or "-")
+        cells = (job["name"], job["target"], job["state"], *engine)
+        table.add_row(*cells, *_run_cells(job["run"]), job["message"])
     where = f"on {search.on}" if search.on else "on any target"
     print_table(table, f"no jobs {where}: start one with `ddpm submit train --dataset NAME --on TARGET`")
 
 
-def show_job(name: str, search: Search, bucket: str) -> None:
+def _told(status: JobStatus, backend: Backend | None, bucket_uri: str) -> dict[str, Any]:
+    """A job as values, with a summary of the run that it works on, if there is one."""
+    told = asdict(status) | {"target": backend.target.name if backend else None, "bucket": bucket_uri}
+    return told | {"run": _summary(_run_of(status.name, bucket_uri), bucket_uri)}
+
+
+def _summary(run: str, bucket_uri: str) -> dict[str, Any] | None:
+    with suppress(JobError):
+        return summary_of(open_store(bucket_uri), run) if run else None
+    return None
+
+
+def _run_cells(run: dict[str, Any] | None) -> list[str]:
+    """Epoch, loss, speed, what is left and what it cost."""
+    if run is None:
+        return ["-"] * 5
+    _, epoch, _, *others = progress_cells(run)
+    dollars = run["dollars_so_far"]
+    return [epoch, *others, "-" if dollars is None else f"at most ${dollars:,.2f}"]
+
+
+def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -> None:
     """Prints how a job is going, as its engine and its bucket say; the target's bucket, unless one is named.
 
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
     """
-    found = search.find(name)
-    for backend, status in found:
-        uri = bucket or status.bucket or backend.target.usual_bucket
-        _print_status(status.informed(uri), backend.target.name)
-        _print_run(_run_of(name, uri), uri)
-    if found:
+    found = [
+        (backend, status.informed(uri), uri)
+        for backend, status in search.find(name)
+        for uri in [bucket or status.bucket or backend.target.usual_bucket]
+    ]
+    gone = [] if found else list(_left_behind(name, search, bucket))
+    if not found and not gone:
+        raise search.unknown(name)
+    if as_json:
+        left = [(None, JobStatus(name, State.GONE).informed(uri), uri) for _, uri in gone]
+        print_json([_told(status, backend, uri) for backend, status, uri in [*found, *left]])
         return
-    is_known = False
-    # Its machine is gone; what it said is where it was.
-    for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
-        outcome, run = read_outcome(name, uri), _run_of(name, uri)
-        if outcome or run:
-            print(f"job         {name}: no engine knows it any more; this is what its bucket says")
-            is_known = True
+    for backend, status, uri in found:
+        _print_status(status, backend.target.name)
+        _print_run(_run_of(name, uri), uri)
+    for outcome, uri in gone:
+        print(f"job         {name}: no engine knows it any more; this is what its bucket says")
         if outcome:
             print(f"state       {outcome.state}, as of {outcome.updated}")
             _print_ending(outcome.exit_code, outcome.message)
-        _print_run(run, uri)
-    if not is_known:
-        raise search.unknown(name)
+        _print_run(_run_of(name, uri), uri)
+
+
+def _left_behind(name: str, search: Search, bucket: str) -> Iterator[tuple[Outcome | None, str]]:
+    """The buckets that know a job whose machine is gone: what it said is where it was."""
+    for uri in dict.fromkeys([bucket] if bucket else [target.usual_bucket for target in search.targets]):
+        outcome = read_outcome(name, uri)
+        if outcome or _run_of(name, uri):
+            yield outcome, uri
 
 
 def print_logs(name: str, search: Search, *, follow: bool) -> None:

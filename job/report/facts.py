@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from job.config import CHOSEN_ELSEWHERE, RunConfig, draft
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
 from job.exits import BadDataError, JobError
 from job.plan import FoundRun
 from job.progress import note
@@ -22,9 +22,6 @@ from job.runs.records import Status
 from job.runs.samples import denoising_key, grid_key, label_of, moment_of
 from job.runs.scores import Scores
 from job.store import ObjectMissingError
-
-FOLLOWS = ("data.size", "data.channels", "model.num_classes")
-"""Keys that nobody chose: the dataset did."""
 
 
 @dataclass(frozen=True)

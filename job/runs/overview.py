@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
+from job.config import RunConfig
 from job.exits import BadDataError, BadRequestError
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
-from job.runs.outlook import attempts_of, outlook_of, state_of, stretches
-from job.runs.records import Status, read_status, run_store
+from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_of, stretches
+from job.runs.records import read_status, run_store
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -31,27 +35,52 @@ def run_names(bucket: Store) -> list[str]:
     return names
 
 
-def list_runs(bucket_uri: str) -> None:
+def list_runs(bucket_uri: str, *, as_json: bool = False) -> None:
     """Prints a table of the runs in the bucket."""
     from rich.table import Table
 
     bucket = open_store(bucket_uri)
-    table = Table("run", "state", "epoch", "images seen", "loss", "images/s", "newest checkpoint", box=None)
-    for name in run_names(bucket):
-        run = run_store(bucket, name)
-        newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-        cells = ["not started", *"----"]
-        if status is not None:
-            seen = f"{status.images_seen:,}/{status.target_images:,}"
-            cells = [state_of(status), f"{status.epoch:.1f}", seen, *_loss_and_speed(status)]
-        table.add_row(name, *cells, f"{newest.images_seen:,}" if newest else "-")
+    runs = [summary_of(bucket, name) for name in run_names(bucket)]
+    if as_json:
+        print_json(runs)
+        return
+    titles = ("run", "state", "epoch", "images seen", "loss", "images/s", "to the end", "newest checkpoint")
+    table = Table(*titles, box=None)
+    for run in runs:
+        newest = f"{run['newest_images_seen']:,}" if run["newest_images_seen"] is not None else "-"
+        table.add_row(run["name"], *progress_cells(run), newest)
     print_table(table, f"no runs in {bucket.uri} yet: start one with `ddpm train --dataset NAME`")
 
 
-def _loss_and_speed(status: Status) -> list[str]:
-    """Before the first row of the metrics nobody knows them."""
-    shown = ((status.loss, ".4f"), (status.images_per_second, ",.1f"))
-    return ["-" if value is None else format(value, how) for value, how in shown]
+def summary_of(bucket: Store, name: str) -> dict[str, Any]:
+    """A run as a few values: what nobody knows is None."""
+    run = run_store(bucket, name)
+    newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
+    outlook = outlook_of(stretches(attempts_of(run), status), status)
+    told = dict.fromkeys(("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence"))
+    told |= {key: getattr(status, key) for key in told if status is not None}
+    return {
+        "name": name,
+        "uri": run.uri,
+        "state": state_of(status) if status else "not started",
+        **told,
+        "newest_images_seen": newest.images_seen if newest else None,
+        **asdict(outlook),
+    }
+
+
+def progress_cells(run: dict[str, Any]) -> list[str]:
+    """State, epoch, images seen, loss, speed and what is left, of a `summary_of` a run."""
+    seen = f"{run['images_seen']:,}/{run['target_images']:,}" if run["images_seen"] is not None else "-"
+    shown = ((run["epoch"], ".1f"), (run["loss"], ".4f"), (run["images_per_second"], ",.1f"))
+    epoch, loss, speed = ("-" if value is None else format(value, how) for value, how in shown)
+    left = "-" if run["hours_left"] is None else duration(run["hours_left"])
+    return [run["state"], epoch, seen, loss, speed, left]
+
+
+def print_json(document: Any) -> None:
+    """For programs: moments are ISO 8601."""
+    print(json.dumps(document, indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
 
 
 def print_table(table: Table, without_rows: str) -> None:
@@ -68,41 +97,59 @@ def print_table(table: Table, without_rows: str) -> None:
     console.print(table)
 
 
-def show_run(bucket_uri: str, name: str) -> None:
+def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     """Prints everything a person asks about one run."""
-    from ddpm.epochs import epochs_completed_by
-
     bucket = open_store(bucket_uri)
-    run = run_store(bucket, name)
     config = records.existing_config(bucket, name)
+    run, told = run_store(bucket, name), summary_of(bucket, name)
+    moments, attempts = _moments(bucket, run, config), list(_attempts(run))
+    if as_json:
+        more = {"dataset": config.data.dataset, "size": config.data.size, "checkpoints": moments, "attempts": attempts}
+        print_json(told | more | {"outputs": [uri for _, uri in outputs_of(run)]})
+        return
     print(f"run         {name}  ({run.uri})")
     print(f"dataset     {config.data.dataset}-{config.data.size}" if config.data.dataset else "dataset     none")
-    if (status := read_status(run)) is not None:
-        print(f"state       {state_of(status)}, as of {status.updated}, attempt {status.fence}")
-        print(f"images seen {status.images_seen:,} of {status.target_images:,} (epoch {status.epoch:.2f})")
-        loss, speed = _loss_and_speed(status)
+    if told["updated"] is not None:
+        _, _, _, loss, speed, _ = progress_cells(told)
+        again = " (the same command goes on)" if told["state"] == CUT_OFF else ""
+        print(f"state       {told['state']}{again}, as of {told['updated']}, attempt {told['fence']}")
+        print(f"images seen {told['images_seen']:,} of {told['target_images']:,} (epoch {told['epoch']:.2f})")
         print(f"loss        {loss}\nspeed       {speed} images/s")
+        status = read_status(run)
         for what, said in outlook_of(stretches(attempts_of(run), status), status).words.items():
             print(f"{what:<11} {said}")
-    if refs := by_progress(list_checkpoints(run)):
-        newest, dataset_images = newest_sound(run, list_checkpoints(run)), records.dataset_images_of(bucket, config)
-        ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
-        labels = [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
-        seen = f"{newest.key}, {newest.images_seen:,} images seen" if newest else "none that can be read"
-        print(f"newest      {seen}")
-        print(f"checkpoints {len(refs):,}: {', '.join(labels)}")
-    for fence in records.attempt_fences(run):
-        try:
-            attempt = records.load_attempt(run, fence)
-            where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
-            imported = f"imported from {attempt.imported} " * bool(attempt.imported)
-            print(f"attempt {fence:<3} {attempt.started} {imported}on {where}")
-        except BadDataError as error:
-            print(f"attempt {fence:<3} cannot be read: {error}")
+    if moments:
+        newest = newest_sound(run, list_checkpoints(run))
+        print(f"newest      {newest.key}, {newest.images_seen:,} images seen" if newest else "newest      none to read")
+        print(f"checkpoints {len(moments):,}: {', '.join(moments)}")
+    for attempt in attempts:
+        print(f"attempt {attempt['fence']:<3} {attempt['said']}")
     print(describe_outputs(run))
 
 
-def verify_named_run(bucket_uri: str, name: str) -> None:
+def _moments(bucket: Store, run: Store, config: RunConfig) -> list[str]:
+    """Those of the checkpoints, such as `epoch 30`."""
+    from ddpm.epochs import epochs_completed_by
+
+    refs, dataset_images = by_progress(list_checkpoints(run)), records.dataset_images_of(bucket, config)
+    ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
+    return [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
+
+
+def _attempts(run: Store) -> Iterator[dict[str, Any]]:
+    for fence in records.attempt_fences(run):
+        try:
+            attempt = records.load_attempt(run, fence)
+        except BadDataError as error:
+            yield {"fence": fence, "said": f"cannot be read: {error}"}
+            continue
+        where = f"{attempt.host}, {attempt.world_size} × {attempt.device}, code {attempt.code_version}"
+        imported = f"imported from {attempt.imported} " * bool(attempt.imported)
+        said = f"{attempt.started} {imported}on {where}"
+        yield attempt.model_dump(mode="json", exclude={"sha256"}) | {"said": said}
+
+
+def verify_named_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     """Checks every object of a run and prints a line for each bad one.
 
     Raises:
@@ -113,23 +160,34 @@ def verify_named_run(bucket_uri: str, name: str) -> None:
 
     bucket = open_store(bucket_uri)
     findings = verify_run(bucket, name)
-    for problem in findings.problems:
-        print(problem)
     uri, looked_at = run_store(bucket, name).uri, f"{findings.objects:,} objects, {findings.size_bytes:,} bytes"
-    if findings.leftovers:
-        left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
-        print(f"{uri}: {left} that killed attempts left behind harm nobody: `ddpm runs prune {name}` deletes them")
+    if as_json:
+        print_json({"uri": uri, **asdict(findings)})
+    else:
+        for problem in findings.problems:
+            print(problem)
+        if findings.leftovers:
+            left = f"{len(findings.leftovers):,} objects, {sum(findings.leftovers.values()):,} bytes"
+            deletes = f"`ddpm runs prune {name}` deletes them"
+            print(f"{uri}: {left} that killed attempts left behind harm nobody: {deletes}")
     if count := len(findings.problems):
         raise BadDataError(f"{uri}: {count:,} problem{'s' * (count > 1)} in {looked_at}; each is named above")
-    print(f"{uri}: {looked_at}: all as they were written")
+    if not as_json:
+        print(f"{uri}: {looked_at}: all as they were written")
 
 
 def describe_outputs(run: Store) -> str:
     """Where the run's page, its checkpoints and pictures lie, a line each."""
-    page = ObjectKind.PAGE.value
-    lines = [f"page        {run.uri_of(page)}"] if run.exists(page) else []
+    return "\n".join(f"{what:<11} {uri}" for what, uri in outputs_of(run))
+
+
+def outputs_of(run: Store) -> Iterator[tuple[str, str]]:
+    """What people look at, and where it lies."""
+    if run.exists(page := ObjectKind.PAGE.value):
+        yield "page", run.uri_of(page)
+    yield "checkpoints", f"{run.uri}/checkpoints"
+    what = {**dict.fromkeys(PICTURES, "picture"), ObjectKind.SCORES: "scores"}
     # The images of a batch are not shown one by one.
-    places = places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items()
-    what = {**dict.fromkeys(PICTURES, "picture    "), ObjectKind.SCORES: "scores     "}
-    shown = (f"{what[place.kind]} {run.uri_of(key)}" for key, place in places if place.kind in what)
-    return "\n".join([*lines, f"checkpoints {run.uri}/checkpoints", *shown])
+    for key, place in places_in(run, SAMPLES, ObjectKind.FIGURE.folder, ObjectKind.SCORES.folder).items():
+        if place.kind in what:
+            yield what[place.kind], run.uri_of(key)

@@ -10,6 +10,7 @@ import abc
 import copy
 import io
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
 
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.progress import detail
 from job.stop import NEVER, Stop
 from job.store.files import os_errors, temporary_beside
 from job.store.retry import Retry
@@ -209,10 +211,14 @@ class Store(abc.ABC):
         uri = f"{self.uri.rstrip('/')}/{key}".rstrip("/")
 
         def attempt() -> T:
+            began = time.monotonic()
             # What the disk says is about the file on it, if one is up- or downloaded.
             with os_errors(next((arg for arg in args if isinstance(arg, Path)), uri)):
                 try:
-                    return work(key, *args)
+                    result = work(key, *args)
+                    asked = work.__name__.strip("_")
+                    detail(lambda: f"{asked} {uri}: {time.monotonic() - began:.3f} s")
+                    return result
                 except Exception as error:
                     if told := self._told(error, uri):
                         raise told from error

@@ -131,7 +131,9 @@ def test_a_finished_run_says_so_and_where_everything_lies(bucket):
 def test_runs_are_listed_and_shown(bucket):
     _, row = succeeded(ddpm_here("runs", "list", "--bucket", bucket)).splitlines()
     assert row.split()[:4] == ["walk", "finished", "2.0", "600/600"]
-    loss, rate, newest = map(float, row.replace(",", "").split()[4:])
+    loss, rate, left, newest = row.replace(",", "").split()[4:]
+    assert left == "-"
+    loss, rate, newest = map(float, (loss, rate, newest))
     assert 0 < loss < 2
     assert rate > 1
     assert newest == 600

@@ -33,7 +33,8 @@ def test_jobs_are_listed_with_how_they_ended(request):
     )
     request.getfixturevalue("failed")
     header, row = succeeded(ddpm_here("jobs", "list", "--on", "local")).splitlines()
-    columns = ["job", "target", "state", "attempts", "exit code", "created", "place", "what it says"]
+    columns = ["job", "target", "state", "attempts", "exit code", "created", "place"]
+    columns += ["epoch", "loss", "images/s", "to the end", "cost so far", "what it says"]
     assert re.split(r"  +", header.strip()) == columns
     assert row.split()[:5] == ["train-none", "local", "failed", "1", "66"]
     assert "no dataset 'none'" in row

@@ -1,0 +1,138 @@
+"""`ddpm config`: every key of a configuration with what it takes; what a run would get, and where that comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from job.config import CHOSEN_ELSEWHERE, EMBEDDED, FOLLOWS, LARGEST, NETWORKS, RunConfig, draft, known_keys, preset_keys
+from job.requests import TrainRequest
+
+
+@dataclass(frozen=True)
+class Key:
+    """One key, as the schema has it."""
+
+    key: str
+    takes: str
+    """Type and limits, in words."""
+    default: Any
+    description: str
+    of: str = ""
+    """The option that chooses it, if `--set` does not."""
+
+
+def keys() -> Iterator[Key]:
+    """All keys, those of every kind of network among them: the same one of several kinds once."""
+    schema = RunConfig.model_json_schema()
+    sections = {name: _resolved(section, schema) for name, section in schema["properties"].items()}
+    models = [model.model_json_schema() for model in NETWORKS.values()]
+    for key in known_keys():
+        section, _, leaf = key.rpartition(".")
+        if section == "model":
+            found = next((each, each["properties"][leaf]) for each in models if leaf in each["properties"])
+            takes = "|".join(NETWORKS) if leaf == "kind" else words_of(_resolved(found[1], found[0]), found[0])
+            field = found[1]
+        else:
+            field = _resolved(sections[section]["properties"][leaf] if section else sections[leaf], schema)
+            takes = words_of(field, schema)
+        if key == "model.kind":
+            field = {"default": "unet", "description": "which network; its options are below"}
+        kinds = [kind for kind, model in NETWORKS.items() if section == "model" and leaf in model.model_fields]
+        only = f"of {', '.join(kinds)}" if kinds and len(kinds) < len(NETWORKS) else ""
+        said = "; ".join(filter(None, (field.get("description", ""), only)))
+        yield Key(key, takes, field.get("default"), said, CHOSEN_ELSEWHERE.get(key, ""))
+
+
+def _resolved(field: dict[str, Any], schema: dict[str, Any]) -> dict[str, Any]:
+    reference = field.get("$ref", "")
+    return {**schema["$defs"][reference.rpartition("/")[2]], **field} if reference else field
+
+
+def words_of(field: dict[str, Any], schema: dict[str, Any]) -> str:
+    """What a field of a JSON schema takes: `whole number from 1`, `ddim|ddpm`, `2 numbers above 0 up to 1`."""
+    field = _resolved(field, schema)
+    if "enum" in field:
+        return "|".join(map(str, field["enum"]))
+    if "const" in field:
+        return str(field["const"])
+    if "anyOf" in field:
+        return " or ".join(words_of(each, schema) for each in field["anyOf"])
+    kind = field.get("type")
+    if kind == "array":
+        if "prefixItems" in field:
+            return f"{len(field['prefixItems'])} {_several(words_of(field['prefixItems'][0], schema))}"
+        return f"list of {_several(words_of(field['items'], schema))}"
+    if kind in ("integer", "number"):
+        return " ".join(filter(None, ("whole number" if kind == "integer" else "number", _limits(field))))
+    return {"boolean": "true|false", "string": "text", "null": "null"}[str(kind)]
+
+
+def _several(words: str) -> str:
+    return words.replace("number", "numbers", 1)
+
+
+def _limits(field: dict[str, Any]) -> str:
+    low = f"from {field['minimum']:g}" if "minimum" in field else ""
+    low = f"above {field['exclusiveMinimum']:g}" if "exclusiveMinimum" in field else low
+    # A limit that nobody meets is none for a person.
+    high = f"up to {field['maximum']:,}" if field.get("maximum", LARGEST) < LARGEST else ""
+    below = field.get("exclusiveMaximum", LARGEST)
+    return " ".join(filter(None, (low, f"below {below:g}" if below < LARGEST else high)))
+
+
+def list_keys(*, as_json: bool) -> None:
+    """Prints every key: what it takes, its default, what it is."""
+    from rich.table import Table
+
+    from job.runs.overview import print_json, print_table
+
+    if as_json:
+        print_json([vars(key) for key in keys()])
+        return
+    table = Table("key", "takes", "default", "what it is", box=None)
+    for key in keys():
+        said = "; ".join(filter(None, (key.description, f"chosen with {key.of}" if key.of else "")))
+        table.add_row(key.key, key.takes, shown(key.default), said)
+    print_table(table, "there are no keys")
+
+
+def show_config(request: TrainRequest, *, as_json: bool) -> None:
+    """Prints what a new run would get, key by key, with where each value comes from; its dataset may fill in more.
+
+    Raises:
+        BadConfigError, BadRequestError, MissingInputError: as `ddpm train` would.
+    """
+    from rich.table import Table
+
+    from job.config import parse_sets, read_config_file
+    from job.runs.overview import print_json, print_table
+
+    file, sets = read_config_file(request.config_file), parse_sets(request.sets)
+    preset = request.preset or EMBEDDED
+    config = draft(preset, file | sets)
+    layers = {"--set": sets, f"{request.config_file}": file, f"preset {preset}": preset_keys(preset)}
+
+    def origin(key: str) -> str:
+        follows = {*FOLLOWS, *(key for key in CHOSEN_ELSEWHERE if key.startswith("data."))}
+        usual = "the dataset" if key in follows else "default"
+        return next((name for name, layer in layers.items() if key in layer), usual)
+
+    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key != "preset"}
+    if as_json:
+        print_json(told)
+        return
+    table = Table("key", "value", "from", box=None)
+    for key, values in told.items():
+        table.add_row(key, shown(values["value"]), values["from"])
+    print_table(table, "there are no keys")
+
+
+def shown(value: Any) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, list | tuple):
+        return ",".join(map(shown, value)) or "[]"
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value) or '""'
