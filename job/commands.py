@@ -29,6 +29,7 @@ from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, count_of, deadline
 from job.store import Retry, open_store
 from job.store.retry import away_limit_seconds
+from job.tracking import check_tracker
 
 if TYPE_CHECKING:
     from job.data.pack import PackRequest
@@ -55,6 +56,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         world_size = count_of("WORLD_SIZE", 1) if is_rank() else processes * here.nodes
         check_world_size(world_size, plan.config.train.batch_size)
         check_scores(plan)
+        check_tracker(plan.config.log.tracker)
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():
             _say_finished(plan, "is finished already")

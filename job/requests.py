@@ -49,6 +49,8 @@ class TrainRequest:
     config_file: Path | None = None
     wait_seconds: float = 0.0
     """How long to wait for another attempt that holds the run."""
+    tracker: str = ""
+    """A service that is told the metrics."""
     changes: dict[str, Any] = field(default_factory=dict)
 
     def check(self) -> TrainRequest:
@@ -62,6 +64,8 @@ class TrainRequest:
         changes = read_config_file(self.config_file) | parse_sets(self.sets)
         if self.epochs is not None:
             changes["train.epochs"] = self.epochs
+        if self.tracker:
+            changes["log.tracker"] = self.tracker
         checked = replace(self, run=run, changes=changes)
         draft(checked.preset_name, changes)
         return checked

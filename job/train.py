@@ -36,7 +36,7 @@ from job.report.pictures import Shelf
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
-from job.runs.layout import CheckpointRef
+from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.lease import Lease
 from job.runs.retention import Retention, best_images_seen
 from job.runs.samples import LOSS_FIGURE, SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
@@ -46,6 +46,7 @@ from job.sampling.painter import Painter
 from job.sampling.sample import grid_png, with_class
 from job.stop import NEVER, Stop
 from job.store import Store
+from job.tracking import CLOSE_SECONDS, Tracking
 from job.validation import validation_row
 
 if TYPE_CHECKING:
@@ -90,7 +91,15 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         nonlocal lease
         lease = Lease.take(plan.run, records.highest_fence(plan.run), request.wait_seconds, stop, note)
 
+    tracking: Tracking | None = None
+
+    def begin_tracking() -> None:
+        nonlocal tracking
+        tracking = Tracking(plan.config, request.run, plan.run.uri)
+
     try:
+        # Whoever is not let in there begins nothing here.
+        ranks.on_main(begin_tracking)
         ranks.on_main(take)
         plan = plan_run(request, stop)
         attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
@@ -99,7 +108,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
             held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
         # The network waits for all processes and says nothing meanwhile, which would look like a hang.
         ranks.sum(0)
-        session = TrainingSession(plan, ranks, images, stop, held_out)
+        session = TrainingSession(plan, ranks, images, stop, held_out, tracking)
         with session.restored(attempt, lease):
             session.look_at_references()
             session.train()
@@ -112,6 +121,8 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
     finally:
         if lease is not None:
             lease.close(stop.seconds_left() - _EXIT_SECONDS)
+        if tracking is not None:
+            tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
     ranks.accelerator.end_training()
     return plan
 
@@ -136,9 +147,16 @@ class TrainingSession:
     """On the main process alone, as are the lease and the status, while the session is `restored`."""
 
     def __init__(
-        self, plan: Plan, ranks: Ranks, images: ImageCache, stop: Stop = NEVER, held_out: ImageCache | None = None
+        self,
+        plan: Plan,
+        ranks: Ranks,
+        images: ImageCache,
+        stop: Stop = NEVER,
+        held_out: ImageCache | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
-        """Builds the network and its state on this process's device. Collective."""
+        """Builds the network and its state on this process's device; the main one may have a tracker. Collective."""
+        self.tracking = tracking
         self.plan, self.config, self.ranks, self.images, self.stop = plan, plan.config, ranks, images, stop
         self.judge: Judge | None = None
         self.score = score_name(self.config.evaluate.metrics[0], self.config.evaluate.extractor)
@@ -409,6 +427,8 @@ class TrainingSession:
         if self.ranks.is_main:
             self.writer.rows.append(row)
             self.rows.append(row)
+            if self.tracking is not None:
+                self.tracking.log(row)
 
     @contextmanager
     def _beside_training(self) -> Iterator[None]:
@@ -517,6 +537,9 @@ class TrainingSession:
             learnt = self._pictures() if sample.nearest else None
             grid = grid_png(drawn, seeds, self.plan.drawn_classes, learnt, self.stop, self._title(seeds))
             self.writer.put(self._grid_key(), grid, images_seen=images_seen)
+            ref = CheckpointRef(self.attempt.fence, images_seen)
+            events = metrics.grid_events(grid, images_seen)
+            self.writer.put(ObjectKind.GRID_EVENTS.key(checkpoint=ref), events, images_seen=images_seen)
 
         self.ranks.on_main(publish)
         return painter

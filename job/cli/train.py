@@ -30,6 +30,9 @@ def ddpm_train(
     preset: Preset = "",
     sets: Sets = None,
     config: SettingsFile = None,
+    tracker: Annotated[
+        str, typer.Option(metavar="NAME", help="Tell the metrics to wandb or mlflow as well, outside of the bucket.")
+    ] = "",
     processes: Processes = None,
     wait: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Wait so long for whoever holds the run.")
@@ -49,5 +52,5 @@ def ddpm_train(
     from job.commands import train_command
     from job.requests import TrainRequest
 
-    request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait)
+    request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait, tracker=tracker)
     train_command(request, processes, hang_after, stop_after)

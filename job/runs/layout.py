@@ -67,6 +67,7 @@ class ObjectKind(Enum):
     SNAPSHOT = "snapshots/{checkpoint}/{group}-{number:02d}.safetensors"  # averages of then, in half precision
     METRICS = "metrics/{checkpoint}.jsonl"  # rows up to this checkpoint and since the one before
     EVENTS = "tensorboard/events.out.tfevents.{checkpoint}"  # the same rows for TensorBoard
+    GRID_EVENTS = "tensorboard/samples/events.out.tfevents.{checkpoint}"  # a sample grid for TensorBoard
     PICTURE = "samples/{name}.{picture}"
     FIGURE = "figures/{name}.{picture}"
     DRAWING = "samples/{batch}/drawing.json"  # what decides the images of a batch: created once, first
@@ -110,7 +111,7 @@ class Located:
 
 OF_CHECKPOINT = (ObjectKind.TENSORS, ObjectKind.PIPELINE)
 """What a manifest commits."""
-PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID)
+PICTURES = (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.GRID, ObjectKind.GRID_EVENTS)
 """What has a record of where it comes from."""
 _FIELDS = {
     "checkpoint": r"\d{6}-\d{12}",
@@ -125,7 +126,7 @@ _FIELDS = {
     "piece": r"\d{5}",
     "steps": r"[1-9]\d{0,6}",
     "seed": r"\d{9,18}",
-    "of": r"(?:samples|figures)/.+\.(?:png|gif)",
+    "of": r"(?:samples|figures)/.+\.(?:png|gif)|tensorboard/samples/[^/]+",
     "sha256": "[0-9a-f]{64}",
     "unique": "[0-9a-f]{1,32}",
 }

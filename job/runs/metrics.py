@@ -9,15 +9,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable
-from typing import Any
+from io import BytesIO
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
 from pydantic import BaseModel, ValidationError
 
+from job.config import RunConfig
 from job.exits import BadDataError
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
 from job.store import Store
 from job.store.files import scratch_folder
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 Row = dict[str, Any]
 
@@ -29,22 +36,46 @@ class _Line(BaseModel, extra="allow"):
     images_seen: int
 
 
-def metric_objects(rows: list[Row], ref: CheckpointRef) -> dict[str, bytes]:
-    """The rows as two objects by their keys: JSON lines, and TensorBoard events."""
+def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
+    """The rows as two objects by their keys: JSON lines, and TensorBoard events.
+
+    Args:
+        rows: since the checkpoint before.
+        ref: of the checkpoint that they go with.
+        config: of the run, whose values are its hyper-parameters in TensorBoard; with its first rows.
+    """
     lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
-    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _events(rows)}
+
+    def write(writer: SummaryWriter) -> None:
+        if config is not None:
+            values = {key: value for key, value in config.flat().items() if value is not None}
+            plain = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
+            for summary in hparams(plain, {"loss": 0.0}):
+                writer.file_writer.add_summary(summary)
+        for row in rows:
+            for name, value in row.items():
+                if name not in ("images_seen", "time") and value is not None:
+                    writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
+
+    from tensorboardX.summary import hparams
+
+    return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _events(write)}
 
 
-def _events(rows: list[Row]) -> bytes:
+def grid_events(png: bytes, images_seen: int) -> bytes:
+    """A sample grid as TensorBoard events."""
+    with Image.open(BytesIO(png)) as picture:
+        pixels = np.asarray(picture.convert("RGB"))
+    return _events(lambda writer: writer.add_image("samples", pixels, images_seen, dataformats="HWC"))
+
+
+def _events(write: Callable[[SummaryWriter], None]) -> bytes:
     # Written locally, whole: an event writer on a bucket overwrites its own file at each flush.
     from tensorboardX import SummaryWriter
 
     with scratch_folder("events") as folder:
         with SummaryWriter(str(folder)) as writer:
-            for row in rows:
-                for name, value in row.items():
-                    if name not in ("images_seen", "time") and value is not None:
-                        writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
+            write(writer)
         (path,) = folder.iterdir()
         return path.read_bytes()
 

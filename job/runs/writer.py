@@ -180,7 +180,8 @@ class CheckpointWriter:
         self._saved_at = time.monotonic()
         attempt, objects = self._held.attempt, dict[str, bytes]()
         if self.rows:
-            objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen))
+            config = None if self.saved_metrics else self.retention.config
+            objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
             self.saved_metrics += [NamedObject.of(key, data) for key, data in objects.items()]
             self.rows = []
         manifest = Manifest(

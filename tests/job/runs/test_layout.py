@@ -31,6 +31,7 @@ ROWS = {
     ),
     ObjectKind.METRICS: ("metrics/000003-000000000480.jsonl", {"checkpoint": REF}),
     ObjectKind.EVENTS: ("tensorboard/events.out.tfevents.000003-000000000480", {"checkpoint": REF}),
+    ObjectKind.GRID_EVENTS: ("tensorboard/samples/events.out.tfevents.000003-000000000480", {"checkpoint": REF}),
     ObjectKind.PICTURE: ("samples/epoch-0001-ddim-4.png", {}),
     ObjectKind.FIGURE: ("figures/loss.png", {}),
     ObjectKind.DRAWING: ("samples/one/drawing.json", {"batch": "one"}),

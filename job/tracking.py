@@ -1,0 +1,133 @@
+"""Metrics that also go to Weights & Biases or MLflow, through Accelerate's trackers: the rows of the run, as they are.
+
+What a tracker is told leaves the bucket. It is told in a thread of its own, since a service that is away must not hold
+up training; the rows in the bucket are the truth, and what a tracker did not take is not sent to it again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any
+
+from job.code_version import how_to_install
+from job.config import RunConfig
+from job.exits import BadRequestError, NoPermissionError
+from job.progress import note
+from job.runs.metrics import Row
+
+if TYPE_CHECKING:
+    from accelerate.tracking import GeneralTracker
+
+PROJECT = "ddpm"
+CLOSE_SECONDS = 10.0
+"""For a service to take the last rows."""
+
+
+def check_tracker(name: str) -> None:
+    """Returns if a tracker's library is there, and its server known.
+
+    Raises:
+        BadRequestError: it is not; the message says what to do.
+    """
+    if name and importlib.util.find_spec(name) is None:
+        raise BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
+    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise BadRequestError(
+            "--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is, such as http://host:5000"
+        )
+
+
+class Tracking:
+    """A tracker of one run, or none where the configuration names none."""
+
+    def __init__(self, config: RunConfig, name: str, run_uri: str) -> None:
+        """Begins, or goes on where an earlier attempt was.
+
+        Raises:
+            NoPermissionError: the tracker does not let this user in, or is not there; the message is its own.
+        """
+        self._tracker: GeneralTracker | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
+        self._kind = config.log.tracker
+        if not self._kind:
+            return
+        begin = _wandb if self._kind == "wandb" else _mlflow
+        try:
+            # MLflow knows a run by the thread that began it.
+            self._tracker = self._pool.submit(begin, config, name, run_uri).result()
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise NoPermissionError(f"--tracker {self._kind}: {type(error).__name__}: {said:.300}") from None
+        note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
+
+    def log(self, row: Row) -> None:
+        """Tells a row, without waiting for whoever takes it."""
+        if self._tracker is not None:
+            self._pool.submit(self._told, dict(row))
+
+    def _told(self, row: Row) -> None:
+        tracker = self._tracker
+        if tracker is None:
+            return
+        try:
+            images_seen = row.pop("images_seen")
+            tracker.log({name: value for name, value in row.items() if value is not None}, step=images_seen)
+        except Exception as error:
+            self._tracker = None
+            note(f"{self._kind} takes no more rows, which stay in the bucket ({type(error).__name__}: {error!s:.200})")
+
+    def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
+        """Ends it, if it takes its last rows in time."""
+        with suppress(Exception):
+            self._pool.submit(self._finish).result(max(0.0, timeout_seconds))
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _finish(self) -> None:
+        if self._tracker is not None:
+            self._tracker.finish()
+
+
+def _wandb(config: RunConfig, name: str, run_uri: str) -> GeneralTracker:
+    from accelerate.tracking import WandBTracker
+
+    # Its files would lie in the working folder, which may be nobody's to write to.
+    os.environ.setdefault("WANDB_DIR", _scratch())
+    os.environ.setdefault("WANDB_SILENT", "true")
+    # Rows that a resumed run logs again are at steps that it has had, and are dropped there.
+    known = hashlib.sha256(run_uri.encode()).hexdigest()[:16]
+    tracker = WandBTracker(PROJECT, id=known, name=name, resume="allow")
+    tracker.start()
+    tracker.store_init_configuration(_plain(config))
+    return tracker
+
+
+def _mlflow(config: RunConfig, name: str, run_uri: str) -> GeneralTracker:
+    import mlflow
+    from accelerate.tracking import MLflowTracker
+
+    by_uri = {"ddpm.run": run_uri}
+    query = f"tags.`ddpm.run` = '{run_uri}'"
+    before = mlflow.search_runs(experiment_names=[PROJECT], filter_string=query, max_results=1, output_format="list")
+    known = before[0].info.run_id if before else None
+    tracker = MLflowTracker(PROJECT, run_name=name, run_id=known, tags=by_uri)
+    tracker.start()
+    if known is None:
+        # What a later attempt changes, MLflow would refuse to take.
+        tracker.store_init_configuration(_plain(config))
+    return tracker
+
+
+def _plain(config: RunConfig) -> dict[str, Any]:
+    return {key: str(value) if isinstance(value, list) else value for key, value in config.flat().items()}
+
+
+def _scratch() -> str:
+    from job.data.cache import default_cache_dir
+
+    folder = default_cache_dir() / "wandb"
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
