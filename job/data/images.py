@@ -14,6 +14,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,8 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
         RejectedImageError: unreadable, truncated, too small, too large, or the crop is outside of it.
     """
     try:
-        image: Image.Image = Image.open(io.BytesIO(encoded), formats=_FORMATS)
+        formats = (*_FORMATS, *_heif()) if encoded[4:8] == b"ftyp" else _FORMATS
+        image: Image.Image = Image.open(io.BytesIO(encoded), formats=formats)
         width, height = image.size
         if width * height > PIXEL_LIMIT:
             raise RejectedImageError(f"has {width}×{height} pixels, more than the limit of {PIXEL_LIMIT:,}")
@@ -116,6 +118,15 @@ def prepare(encoded: bytes, recipe: Recipe) -> np.ndarray:
         raise RejectedImageError(f"cannot be decoded: {' '.join(str(error).split()) or type(error).__name__}") from None
     image = image.resize((recipe.size, recipe.size), Image.Resampling[recipe.resize_filter.upper()], reducing_gap=None)
     return np.asarray(image).reshape(recipe.size, recipe.size, recipe.channels)
+
+
+@functools.cache
+def _heif() -> tuple[str, ...]:
+    """The format that telephones write, once Pillow reads it."""
+    import pi_heif
+
+    pi_heif.register_heif_opener(thumbnails=False, decode_threads=1)
+    return ("HEIF",)
 
 
 def _in_channels(image: Image.Image, channels: int) -> Image.Image:
@@ -144,7 +155,8 @@ def encode_png(pixels: np.ndarray) -> bytes:
 def codec_versions() -> str:
     """Versions of the decoders and encoders, which decide the bytes of a packed image."""
     libraries = ("jpg", "libjpeg_turbo", "zlib", "zlib_ng", "webp", "avif", "libtiff")
-    return " ".join([f"pillow {features.version('pil')}", *(f"{name} {features.version(name)}" for name in libraries)])
+    versions = [f"pillow {features.version('pil')}", *(f"{name} {features.version(name)}" for name in libraries)]
+    return " ".join([*versions, f"heif {metadata.version('pi-heif')}"])
 
 
 def decode(encoded: bytes, channels: int, size: int) -> np.ndarray:

@@ -26,13 +26,19 @@ from functools import partial
 from pathlib import Path
 from typing import IO, BinaryIO, cast
 
+import numpy as np
+
 from job.data.ahead import in_order
+from job.data.fetched import Web, fetched, is_on_the_web
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.progress import printable
 from job.store import Entry, Retry, Store, is_remote, open_store
 
-SUFFIXES = {".avif", ".bmp", ".gif", ".jfif", ".jpe", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+}
 ENTRY_BYTES = 256 * 1024 * 1024
 """Largest image file that is read."""
 BAD_CLASS = -2
@@ -48,6 +54,8 @@ _SKIPPED_BYTES = 1 << 20
 _SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
+_CIFAR_BYTES = 1 + 3 * 32 * 32
+_CIFAR_NOTE = "packing the images for training; --split test packs the others"
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
@@ -343,6 +351,8 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
+    if is_on_the_web(source):
+        return _on_the_web(Web(source, retry or Retry()))
     if is_remote(source):
         return _in_bucket(source, retry)
     path = Path(open_store(source).uri).resolve()
@@ -371,10 +381,67 @@ def _in_bucket(uri: str, retry: Retry | None) -> Source:
     return found or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
 
 
+def _on_the_web(web: Web) -> Source:
+    info = web.info()
+    if info.get("type") != "directory":
+        path = fetched(web, info)
+        return _archive(web.shown, lambda: path.open("rb"))
+    files = web.files()
+    if not files:
+        raise MissingInputError(_NOTHING_AT.format(web.shown))
+
+    def read(name: str, size_bytes: int) -> bytes:
+        _check_size(size_bytes)
+        return web.read(name)
+
+    def members() -> Iterator[Member]:
+        return (Member(name, partial(read, name, size_bytes)) for name, size_bytes in files)
+
+    return Source(web.shown, members, readers=_BUCKET_READERS)
+
+
 def _archive(where: str, opener: Opener) -> Source:
     with opener() as file:
         is_zip = file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
-    return Source(where, partial(_zip_members if is_zip else tar_members, opener))
+    if is_zip:
+        with opener() as file, zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+        return _mnist(where, names, partial(_zipped, opener)) or Source(where, partial(_zip_members, opener))
+    if re.search(r"cifar-?10", where.rpartition("/")[2]):
+        return Source(where, partial(_cifar_members, opener), split="train", note=_CIFAR_NOTE)
+    return Source(where, partial(tar_members, opener))
+
+
+def _zipped(opener: Opener, name: str) -> BinaryIO:
+    """One file of a zip, as a stream."""
+    return cast(BinaryIO, zipfile.ZipFile(opener()).open(name))
+
+
+def _cifar_members(opener: Opener) -> Iterator[Member]:
+    """CIFAR-10's binary archive (Krizhevsky 2009): a class, and 3,072 bytes of a 32×32 image, channel by channel.
+
+    Its images become PPM files, below train or test, in a folder per class.
+    """
+    names = list(map(str, range(10)))
+    for member in tar_members(opener):
+        if member.name.endswith("batches.meta.txt"):
+            names = [word for word in member.read().decode("ascii", "replace").split() if word]
+        elif re.search(r"cifar-10-batches-py/\w+_batch", member.name):
+            raise RefusedError("holds pickles, which are programs: get cifar-10-binary.tar.gz, of the same images")
+    for member in tar_members(opener):
+        if not (match := re.search(r"(data_batch_\d|test_batch)\.bin$", member.name)):
+            continue
+        content, split = member.read(), "test" if match[1].startswith("test") else "train"
+        count, rest = divmod(len(content), _CIFAR_BYTES)
+        if rest or not count:
+            raise _refused(member.name, f"is no whole number of images of {_CIFAR_BYTES:,} bytes: get it again")
+        for number in range(count):
+            image = content[number * _CIFAR_BYTES : (number + 1) * _CIFAR_BYTES]
+            if image[0] >= len(names):
+                raise _refused(member.name, f"has an image of class {image[0]}, of {len(names)}: get it again")
+            pixels = np.frombuffer(image, np.uint8, offset=1).reshape(3, 32, 32).transpose(1, 2, 0).tobytes()
+            name = f"{split}/{names[image[0]]}/{match[1]}-{number:05d}.ppm"
+            yield Member(name, partial(bytes, b"P6 32 32 255\n" + pixels))
 
 
 def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryIO], chosen: str = "") -> Source | None:

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
+from job.data.fetched import check_web_source, is_on_the_web
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
@@ -86,7 +87,11 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
                 command = command.with_values(extractor_file=file)
         case PackRequest():
             run, subject = "", request.name
-            source = request.source if request.source == EMBEDDED else _seen("SOURCE", request.source, target)
+            source = request.source
+            if is_on_the_web(source):
+                check_web_source(source)
+            elif source != EMBEDDED:
+                source = _seen("SOURCE", source, target)
             command = command.with_values(source=source)
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)

@@ -282,17 +282,17 @@ def test_classes_are_the_first_folders_that_tell_images_apart():
 def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, make, name):
     images = ["set/Train/cats/1.jpg", "set/Train/test/2.jpg", "set/test/cats/3.jpg"]
     others = [
-        "set/Train/a.HEIC",
-        "set/Train/b.heic",
+        "set/Train/a.CR2",
+        "set/Train/b.cr2",
         "set/test/c.txt",
         "set/README",
         "set/.DS_Store",
-        "__MACOSX/._1.heic",
+        "__MACOSX/._1.cr2",
     ]
     source = open_source(str(make(tmp_path / name, [(one, b"x") for one in sorted(images + others)])))
     for split, found, skipped in [
-        ("", images, {".heic": 2, ".txt": 1, "other": 1}),
-        ("train", images[:2], {".heic": 2}),
+        ("", images, {".cr2": 2, ".txt": 1, "other": 1}),
+        ("train", images[:2], {".cr2": 2}),
         ("test", images[2:], {".txt": 1}),
         ("val", [], {}),
     ]:

@@ -237,7 +237,7 @@ REFUSED = [
         )
     ],
     ("pack a.zip b --size 8", "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
-    ("pack https://a/b.zip b --size 8", "gke", {}, BadRequestError, "nobody here speaks https"),
+    ("pack ftp://a/b.zip b --size 8", "gke", {}, BadRequestError, "nobody here speaks ftp"),
 ]
 
 

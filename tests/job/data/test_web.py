@@ -1,0 +1,281 @@
+"""Sources on the web, by the real clients: a file server that knows ranges, and what the hub's client asks of it."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler
+from io import BytesIO
+from pathlib import Path, PurePosixPath
+from typing import ClassVar
+from urllib.parse import parse_qs, unquote, urlsplit
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from job.data import fetched
+from job.data.sources import open_source
+from job.exits import BadRequestError, Exit, MissingInputError
+from job.store import Retry
+from tests.job.answering import serving
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+
+def png(seed: int) -> bytes:
+    file = BytesIO()
+    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
+    return file.getvalue()
+
+
+class Files(BaseHTTPRequestHandler):
+    """Serves `content` by path, in ranges; and what the hub says of a dataset `org/name` of these files."""
+
+    content: ClassVar[dict[str, bytes]]
+    asked: ClassVar[list[tuple[str, str]]]
+    cut_after: ClassVar[list[int]]
+    """How many answers are whole before one breaks off."""
+    etag = "one"
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(with_body=False)
+
+    def do_POST(self) -> None:
+        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
+        paths = parse_qs(asked)["paths"] if asked.startswith("paths=") else json.loads(asked)["paths"]
+        self.say([each for each in self.listed() if each["path"] in paths])
+
+    def do_GET(self) -> None:
+        self.answer(with_body=True)
+
+    def answer(self, with_body: bool) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.asked.append((self.command, self.headers.get("Range", "")))
+        if path.startswith("/api/datasets/org/name"):
+            self.hub(path)
+            return
+        name = re.sub(r"^/datasets/org/name/resolve/[^/]+/", "/", path)
+        if name == "/secret.zip":
+            self.send_error(403)
+            return
+        if name not in self.content:
+            self.send_error(404)
+            return
+        whole = self.content[name]
+        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        first, last = (int(match[1]), int(match[2] or len(whole) - 1)) if match else (0, len(whole) - 1)
+        part = whole[first : last + 1]
+        self.send_response(206 if match else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{self.etag}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        self.send_header("Content-Length", str(len(part)))
+        if match:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
+        self.end_headers()
+        if with_body:
+            if match and self.cut_after and self.cut_after[0] <= first:
+                part = part[: len(part) // 2]
+                self.cut_after.clear()
+                self.close_connection = True
+            self.wfile.write(part)
+
+    def listed(self) -> list[dict[str, object]]:
+        """Files and folders as the hub tells of them."""
+        parents = {str(parent) for name in self.content for parent in PurePosixPath(name[1:]).parents} - {"."}
+        folders = [{"type": "directory", "path": folder, "oid": "b" * 40} for folder in sorted(parents)]
+        kept = self.content.items()
+        return [
+            *folders,
+            *({"type": "file", "path": name[1:], "size": len(data), "oid": "a" * 40} for name, data in kept),
+        ]
+
+    def hub(self, path: str) -> None:
+        if "/tree/" in path:
+            below = path.partition("/tree/")[2].partition("/")[2]
+            self.say([each for each in self.listed() if not below or str(each["path"]).startswith(f"{below}/")])
+        else:
+            self.say({"id": "org/name", "sha": "0" * 40, "siblings": [], "private": False, "gated": False})
+
+    def say(self, document: object) -> None:
+        body = json.dumps(document).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[type[Files], str]]:
+    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
+    handler = type("OwnFiles", (Files,), {"content": {}, "asked": [], "cut_after": []})
+    with serving(handler) as url:
+        yield handler, url
+
+
+def archive(images: int) -> bytes:
+    file = BytesIO()
+    with zipfile.ZipFile(file, "w") as zipped:
+        for number in range(images):
+            zipped.writestr(f"{'cats' if number % 2 else 'dogs'}/{number:03d}.png", png(number))
+    return file.getvalue()
+
+
+def test_an_archive_is_fetched_in_blocks_and_a_fetch_that_broke_off_goes_on(server, tmp_path, monkeypatch):
+    handler, url = server
+    handler.content = {"/all.zip": archive(40)}
+    size_bytes = len(handler.content["/all.zip"])
+    monkeypatch.setattr(fetched, "BLOCK_BYTES", 4000)
+    monkeypatch.setattr("job.store.retry.FIRST_PAUSE_SECONDS", 0.01)
+    handler.cut_after = [8000]
+    said = succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "web", "--size", 8, "--bucket", tmp_path / "b"))
+    assert "images   40 colour" in said and "made     from all.zip" in said
+    ranges = [asked for command, asked in handler.asked if command == "GET" and asked]
+    starts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges]
+    # Each block once, but for the one that broke off.
+    assert starts == sorted(starts)
+    assert len(starts) - len({*starts}) == 1
+    assert sorted({*starts}) == list(range(0, size_bytes, 4000))
+    # It is there now, and of another version again.
+    asked = len(handler.asked)
+    succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "again", "--size", 8, "--bucket", tmp_path / "b"))
+    assert [command for command, _ in handler.asked[asked:]] != [] and not any(r for _, r in handler.asked[asked:])
+    handler.etag = "two"
+    succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "later", "--size", 8, "--bucket", tmp_path / "b"))
+    assert [r for _, r in handler.asked[-3:]] != []
+
+
+def test_a_killed_fetch_goes_on_where_it_was(server, tmp_path, monkeypatch):
+    handler, url = server
+    handler.content = {"/all.zip": archive(40)}
+    monkeypatch.setattr(fetched, "BLOCK_BYTES", 4000)
+    web = fetched.Web(f"{url}/all.zip", Retry())
+    read, blocks = web.read, iter(range(3))
+
+    def killed(*where):
+        next(blocks)
+        return read(*where)
+
+    monkeypatch.setattr(web, "read", killed)
+    with pytest.raises(StopIteration):
+        fetched.fetched(web, web.info())
+    handler.asked.clear()
+    source = open_source(f"{url}/all.zip")
+    assert len(list(source.names())) == 40
+    assert next(asked for _, asked in handler.asked if asked).startswith("bytes=12000-")
+
+
+def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path, monkeypatch):
+    handler, url = server
+    handler.content = {f"/images/{kind}/{number}.png": png(number) for kind in ("cats", "dogs") for number in range(3)}
+    handler.content["/all.zip"] = archive(4)
+    monkeypatch.setenv("HF_ENDPOINT", url)
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    pack = ("data", "pack")
+    at = ("--size", 8, "--bucket", tmp_path / "b")
+    said = succeeded(ddpm_here(*pack, "hf://datasets/org/name/images", "folder", *at))
+    assert "images   6 colour" in said and "classes  cats, dogs" in said
+    said = succeeded(ddpm_here(*pack, "hf://datasets/org/name/all.zip", "archive", *at))
+    assert "images   4 colour" in said and "made     from all.zip" in said
+
+
+def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_path, monkeypatch):
+    _, url = server
+    at = ("name", "--size", 8, "--bucket", tmp_path / "b")
+    line = refused(ddpm_here("data", "pack", f"{url}/none.zip", *at), Exit.MISSING_INPUT)
+    assert f"there is nothing at {url}/none.zip: check the address" in line
+    line = refused(ddpm_here("data", "pack", f"{url}/secret.zip?token=abc", *at), Exit.NO_PERMISSION)
+    assert "sign in" in line and "abc" not in line
+    for source, said in (
+        ("http://example.com/a.zip", "anybody on the way could change it: use https://"),
+        ("https://user:word@example.com/a.zip", "must not hold a user or password"),
+        ("hf://models/org/name", "of the hub datasets are read"),
+        ("hf://datasets/name", "of the hub datasets are read"),
+    ):
+        line = refused(ddpm_here("data", "pack", source, *at), Exit.BAD_REQUEST)
+        assert said in line and "word" not in line.replace("password", "")
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10}))
+    handler, _ = server
+    handler.content = {"/large.zip": b"x" * 100}
+    line = refused(ddpm_here("data", "pack", f"{url}/large.zip", *at), Exit.DISK_FULL)
+    assert "has 100 bytes, and" in line and "set DDPM_CACHE to a larger disk" in line
+    assert not (tmp_path / "b").exists() or not list((tmp_path / "b").rglob("*.tar"))
+
+
+def cifar(folder: str = "cifar-10-batches-bin", suffix: str = ".bin") -> bytes:
+    """An archive as it is downloaded, with twelve images a batch."""
+    noise, file = np.random.default_rng(0), BytesIO()
+    names = b"airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
+    with tarfile.open(fileobj=file, mode="w:gz") as archive:
+        for name in ("data_batch_1", "data_batch_2", "test_batch"):
+            images = [bytes([number % 10]) + noise.bytes(3072) for number in range(12)]
+            info = tarfile.TarInfo(f"{folder}/{name}{suffix}")
+            data = b"".join(images)
+            info.size = len(data)
+            archive.addfile(info, BytesIO(data))
+        info = tarfile.TarInfo(f"{folder}/batches.meta.txt")
+        info.size = len(names)
+        archive.addfile(info, BytesIO(names))
+    return file.getvalue()
+
+
+def test_cifar_10_is_packed_as_it_is_downloaded(tmp_path, caplog):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(cifar())
+    at = ("--bucket", tmp_path / "b")
+    said = succeeded(ddpm_here("data", "pack", path, "cifar10", *at))
+    assert "images   24 colour, 32×32" in said and "classes  airplane, automobile, bird, cat" in said
+    assert "--split test packs the others" in caplog.text
+    assert "images   12 colour" in succeeded(
+        ddpm_here("data", "pack", path, "test", "--split", "test", "--size", 32, *at)
+    )
+    # Channel by channel, as their page has it.
+    entries = dict(open_source(str(path)).entries())
+    first = np.asarray(Image.open(BytesIO(entries["train/airplane/data_batch_1-00000.ppm"])))
+    assert first.shape == (32, 32, 3)
+    assert first[..., 0].tobytes() == np.random.default_rng(0).bytes(3072)[:1024]
+
+
+def test_cifar_10_of_pickles_or_damaged_is_refused(tmp_path):
+    at = ("cifar10", "--bucket", tmp_path / "b")
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(cifar("cifar-10-batches-py", ""))
+    line = refused(ddpm_here("data", "pack", tmp_path / "cifar-10-python.tar.gz", *at), Exit.BAD_DATA)
+    assert "holds pickles, which are programs: get cifar-10-binary.tar.gz, of the same images" in line
+
+
+def test_idx_files_in_a_zip_are_fashion_mnist_as_it_is_downloaded(tmp_path):
+    header = {"images": (0x803).to_bytes(4, "big"), "labels": (0x801).to_bytes(4, "big")}
+    count, pixels = (12).to_bytes(4, "big"), (28).to_bytes(4, "big") * 2
+    with zipfile.ZipFile(tmp_path / "archive.zip", "w") as archive:
+        for split in ("t10k", "train"):
+            images = np.random.default_rng(0).bytes(12 * 784)
+            archive.writestr(f"{split}-images-idx3-ubyte", header["images"] + count + pixels + images)
+            archive.writestr(f"{split}-labels-idx1-ubyte", header["labels"] + count + bytes(n % 10 for n in range(12)))
+        archive.writestr("fashion-mnist_train.csv", "label,pixel1\n")
+    said = succeeded(ddpm_here("data", "pack", tmp_path / "archive.zip", "fashion-mnist", "--bucket", tmp_path / "b"))
+    assert "images   12 grey, 28×28" in said and "classes  0, 1, 2" in said
+
+
+def test_without_its_library_the_web_is_refused(monkeypatch):
+    import fsspec
+
+    def missing(*_, **__):
+        raise ImportError("no aiohttp")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
+        open_source("https://example.com/a.zip")
+
+
+def test_a_folder_of_the_hub_that_is_not_there(server, monkeypatch):
+    _, url = server
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
+    with pytest.raises(MissingInputError, match="there is nothing at hf://datasets/org/name/none"):
+        open_source("hf://datasets/org/name/none")
