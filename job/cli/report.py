@@ -19,7 +19,10 @@ def ddpm_report(
     ] = "",
     open_it: Annotated[bool, typer.Option("--open", help="Show it in the browser.")] = False,
     output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write it there, such as page.html, and not into the bucket.")
+        Path | None,
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="Write it there, such as page.html, and not into the bucket."
+        ),
     ] = None,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:
