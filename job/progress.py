@@ -129,7 +129,8 @@ class Progress:
                 _bars.add_task(self._title, total=self._total, **begun)
                 self._task = _bars.tasks[-1]
         self._began = time.monotonic()
-        self._line_due = self._began + LINE_SECONDS
+        # Soon, for a log that says nothing looks like that of a job that hangs.
+        self._line_due = self._began + min(QUIET_SECONDS, LINE_SECONDS)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

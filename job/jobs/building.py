@@ -90,6 +90,11 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
             source = request.source
             if is_on_the_web(source):
                 check_web_source(source)
+                if target.is_remote and "?" in source:
+                    shown = source.partition("?")[0]
+                    raise BadRequestError(
+                        f"{shown}?…: its query, which may be a signature, would stand in the job's words"
+                    )
             elif source != EMBEDDED:
                 source = _seen("SOURCE", source, target)
             command = command.with_values(source=source)

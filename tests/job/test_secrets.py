@@ -78,7 +78,8 @@ def test_what_is_refused_is_not_repeated(seaweedfs_server, aws_credentials, secr
 
 
 def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path):
-    bucket = tmp_path / "bucket"
+    bucket, targets = tmp_path / "bucket", tmp_path / "targets.yaml"
+    targets.write_text("gke: {backend: kubernetes, image: i, bucket: gs://bucket}\n")
     for uri in (
         f"s3://AKIAEXAMPLE:{SECRET}@my-bucket",
         f"s3://AKIAEXAMPLE:ab/{SECRET}@my-bucket/folder",
@@ -87,13 +88,15 @@ def test_a_uri_with_a_password_is_refused_and_not_repeated(tmp_path):
         f"https://my-bucket.s3.amazonaws.com/archive.zip?X-Amz-Signature={SECRET}",
         f"hdfs://somebody:{SECRET}@host/folder",
     ):
-        for words in (
-            ["data", "list", "--bucket", uri],
+        sources = (
             ["data", "pack", uri, "a", "--size", 8, "--bucket", bucket],
             ["data", "ensure", "a", "--source", uri, "--bucket", bucket],
-        ):
+        )
+        # One that is signed is asked for, but handed to nobody else.
+        signed = ["submit", "pack", uri, "a", "--size", 8, "--on", "gke", "--targets", targets, "--dry-run"]
+        for words in (["data", "list", "--bucket", uri], *([signed] if "?" in uri else sources)):
             done = ddpm_here(*words)
             line = refused(done, Exit.BAD_REQUEST)
-            assert re.search("nobody here speaks|has a user or password in it|without a user or password", line)
+            assert re.search("nobody here speaks|a user or password|which may be a signature", line)
             assert told(done.stdout + done.stderr) == []
     assert not bucket.exists()

@@ -82,6 +82,7 @@ def test_tensorboard_has_the_grids_and_the_hyper_parameters(bucket, tmp_path):
     assert "all as they were written" in succeeded(ddpm_here("runs", "verify", "told", "--bucket", bucket))
 
 
+@pytest.mark.slow
 def test_wandb_gets_the_rows_offline_and_a_resumed_run_goes_on_there(bucket, tmp_path):
     from wandb.proto.wandb_internal_pb2 import Record
 
@@ -105,6 +106,7 @@ def test_wandb_gets_the_rows_offline_and_a_resumed_run_goes_on_there(bucket, tmp
     ]
 
 
+@pytest.mark.slow
 def test_mlflow_gets_the_rows_and_a_resumed_run_goes_on_there(bucket, tmp_path):
     at = {"MLFLOW_TRACKING_URI": (tmp_path / "mlruns").as_uri(), "MLFLOW_ALLOW_FILE_STORE": "true"}
     words = ("train", *WORDS, "--bucket", bucket, "--tracker", "mlflow", *settings())

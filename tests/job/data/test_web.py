@@ -19,10 +19,10 @@ from PIL import Image
 
 from job.data import fetched
 from job.data.sources import open_source
-from job.exits import BadRequestError, Exit, MissingInputError
+from job.exits import BadRequestError, Exit
 from job.store import Retry
 from tests.job.answering import serving
-from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 
 
 def png(seed: int) -> bytes:
@@ -172,18 +172,19 @@ def test_a_killed_fetch_goes_on_where_it_was(server, tmp_path, monkeypatch):
     assert next(asked for _, asked in handler.asked if asked).startswith("bytes=12000-")
 
 
-def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path, monkeypatch):
+def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path):
+    """In processes of their own, for the client keeps the address that it was imported with."""
     handler, url = server
     handler.content = {f"/images/{kind}/{number}.png": png(number) for kind in ("cats", "dogs") for number in range(3)}
     handler.content["/all.zip"] = archive(4)
-    monkeypatch.setenv("HF_ENDPOINT", url)
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    pack = ("data", "pack")
     at = ("--size", 8, "--bucket", tmp_path / "b")
-    said = succeeded(ddpm_here(*pack, "hf://datasets/org/name/images", "folder", *at))
+    said = succeeded(ddpm("data", "pack", "hf://datasets/org/name/images", "folder", *at, HF_ENDPOINT=url))
     assert "images   6 colour" in said and "classes  cats, dogs" in said
-    said = succeeded(ddpm_here(*pack, "hf://datasets/org/name/all.zip", "archive", *at))
+    said = succeeded(ddpm("data", "pack", "hf://datasets/org/name/all.zip", "archive", *at, HF_ENDPOINT=url))
     assert "images   4 colour" in said and "made     from all.zip" in said
+    done = ddpm("data", "pack", "hf://datasets/org/name/none", "none", *at, HF_ENDPOINT=url)
+    line = refused(done, Exit.MISSING_INPUT)
+    assert "there is nothing at hf://datasets/org/name/none" in line
 
 
 def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_path, monkeypatch):
@@ -272,10 +273,3 @@ def test_without_its_library_the_web_is_refused(monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
         open_source("https://example.com/a.zip")
-
-
-def test_a_folder_of_the_hub_that_is_not_there(server, monkeypatch):
-    _, url = server
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", url)
-    with pytest.raises(MissingInputError, match="there is nothing at hf://datasets/org/name/none"):
-        open_source("hf://datasets/org/name/none")

@@ -72,6 +72,7 @@ def test_what_is_typed_to_make_it_again_makes_the_same(bucket):
     assert again == found.config
 
 
+@pytest.mark.slow
 def test_a_page_of_a_long_run_stays_small(bucket):
     lengthen(bucket, "walk", epochs=500, grids=50, rows=8000)
     began = time.monotonic()
