@@ -579,11 +579,12 @@ class TrainingSession:
 
     def _write_page(self, state: str = "running") -> None:
         """Has the run's page written as it is now."""
-        status, rows, plan = self._status(state), list(self.rows), self.plan
+        status, rows, plan = self._going(state), list(self.rows), self.plan
 
         def write(run: Store) -> None:
             found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, self.config, plan.own)
             try:
+                self.lease.confirm()
                 put_page(facts_of(found, plan.request.run, rows, status), self.shelf)
             except Exception as error:
                 # Whatever is wrong with it, what is learnt does not depend on a page.
@@ -602,6 +603,9 @@ class TrainingSession:
     def _status(self, state: str) -> records.Status:
         # Whoever slept and was replaced must not say on waking how the run was going then.
         self.lease.confirm()
+        return self._going(state)
+
+    def _going(self, state: str) -> records.Status:
         images_seen = self.state.images_seen
         return records.Status(
             state=state,

@@ -10,6 +10,7 @@ from typing import Any
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
 from job.exits import BadDataError, JobError
+from job.keys import shown
 from job.plan import FoundRun
 from job.progress import note
 from job.report.usual import Verdict, verdict_of
@@ -83,9 +84,11 @@ class Facts:
         """What is typed to make another run like it."""
         if not self.config.data.dataset or self.config.imported:
             return ""
-        sets = [word for key, value in self.differing.items() for word in ("--set", f"{key}={_as_set(value[1])}")]
+        chosen = {"data.size": self.config.data.size} | {key: ours for key, (_, ours) in self.differing.items()}
+        sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
         preset = ["--preset", self.config.preset] if self.config.preset else []
-        return shlex.join(["ddpm", "train", *self._about(f"{self.name}-again"), *preset, *sets])
+        # A name has 63 characters at most.
+        return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
 
     def _about(self, run: str) -> list[str]:
         return ["--dataset", self.config.data.dataset, "--run", run, "--bucket", self.found.bucket.uri]
@@ -102,12 +105,6 @@ class Facts:
         if self.config.model.num_classes == 0 and self.found.index and self.found.index.classes:
             keys.append("model.num_classes")
         return {key: (usual.get(key), ours[key]) for key in keys if usual.get(key) != ours[key]}
-
-
-def _as_set(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return ",".join(map(str, value))
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def facts_of(
@@ -132,7 +129,7 @@ def facts_of(
     manifest = _manifest(found, say)
     if rows is None:
         rows = metrics.read_rows(run, manifest.metrics, say) if manifest else []
-    places = places_in(run, *{kind.folder for kind in (ObjectKind.PICTURE, ObjectKind.FIGURE, ObjectKind.SCORES)})
+    places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = stretches(attempts_of(run), status)
     epoch_images, batch_size, how = found.dataset_images, config.train.batch_size, config.sample.name(found.own)
 
