@@ -10,7 +10,7 @@ TENSORS = r"/checkpoints/[^/]+/(unet/)?[^/]+\.safetensors$"
 SNAPSHOT = r"/snapshots/"
 MANIFEST = r"/checkpoints/[^/]+/MANIFEST\.json$"
 PIECE = r"/piece-\d+\.tar$"
-PICTURES = r"(?<!/provenance)/samples/"
+PICTURES = r"(?<!/provenance)(?<!/tensorboard)/samples/"
 SHARD = r"/shard-\d+\.tar$"
 
 
