@@ -7,7 +7,11 @@
     made.append(...children);
     return made;
   };
-  const short = (value) => (value == null ? "" : Number(value.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 }));
+  const short = (value) => {
+    if (value == null) return "";
+    const size = Math.abs(value);
+    return size && size < 1e-3 ? value.toExponential(1) : value.toLocaleString("en", { maximumSignificantDigits: 4 });
+  };
 
   // How long ago: a page that lies in a bucket does not know it otherwise.
   for (const time of document.querySelectorAll("[data-ago]")) {
@@ -108,7 +112,7 @@
         label: series.label, stroke: style(series.color) + (series.faint ? "55" : ""), width: series.color === "loss" && !series.faint ? 2.2 : 1.2,
         spanGaps: true, points: { show: series.values.filter((value) => value != null).length < 30, size: 5 },
       }));
-      const ends = chart.band ? ["low", "high"].map((end) => ({ label: `usual, ${end}`, stroke: "transparent", points: { show: false } })) : [];
+      const ends = chart.band ? ["low", "high"].map((end) => ({ label: `usual, ${end}`, stroke: style("faint"), width: 1, dash: [4, 4], spanGaps: true, points: { show: false } })) : [];
       drawn = new uPlot({
         width: Math.max(280, plot.clientWidth), height: 300,
         scales: { x: { time: false }, y: { distr: logarithmic && positive ? 3 : 1 } },
