@@ -31,7 +31,7 @@ def measure(quick: bool) -> list[Figure]:
     sampling = Sampling("ddim", steps, "leading")
     turns = take_turns(
         "drawing images",
-        lambda: painter.draw(range(batch_size), sampling, batch_size, "our turn"),
+        lambda: painter.draw_together(range(batch_size), sampling, batch_size, "our turn"),
         lambda: pipeline(batch_size=batch_size, num_inference_steps=steps, output_type="np"),
         turns=2 if quick else 4,
     )

@@ -19,7 +19,8 @@ from tests.job.damages import DAMAGES, damaged, pairs, swapped
 from tests.job.runs.whole_runs import DESCRIPTIONS, copy_objects, train
 
 NEVER_MISSED = re.compile(
-    r"report\.html|samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json"
+    r"report\.html|tensorboard/samples/.*|reading/.*|grids/.*|evaluations/.*|.*/averages/ema-0\.2\.json|"
+    r"samples/((denoising-)?epoch-0002-ddim-4\.(png|gif)|[^/]*/index\.json)"
 )
 """The page, pictures of the past, the index of a batch that others may still draw, readers, averages, grids and scores,
 which are made anew: nobody knows that they were there."""
