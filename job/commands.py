@@ -56,7 +56,8 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
         world_size = count_of("WORLD_SIZE", 1) if is_rank() else processes * here.nodes
         check_world_size(world_size, plan.config.train.batch_size)
         check_scores(plan)
-        check_tracker(plan.config.log.tracker)
+        if not is_rank():
+            check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in plan.request.changes)
         # One of several might see the run otherwise than the others do.
         if (world_size == 1 or not is_rank()) and plan.is_finished():
             _say_finished(plan, "is finished already")

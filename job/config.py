@@ -473,7 +473,7 @@ class LogConfig(Section):
     every_images: int = Field(12_800, ge=1, le=LARGEST, description="a row at least once an epoch, whatever this is")
     validate_epochs: int = Field(1, ge=0, le=LARGEST, description="val_loss of held-out images so often; 0: never")
     validate_images: int = Field(2048, ge=1, le=LARGEST, description="of the held-out images, at most")
-    tracker: Literal["", "wandb", "mlflow"] = Field("", description="a service that is told the rows as well")
+    tracker: Literal["none", "wandb", "mlflow"] = Field("none", description="a service that is told the rows as well")
 
 
 class RunConfig(Section):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from job.code_version import how_to_install
 from job.config import RunConfig
-from job.exits import BadRequestError, NoPermissionError
+from job.exits import BadRequestError, JobError, NoPermissionError
 from job.progress import note
 from job.runs.metrics import Row
 
@@ -27,68 +28,90 @@ CLOSE_SECONDS = 10.0
 """For a service to take the last rows."""
 
 
-def check_tracker(name: str) -> None:
-    """Returns if a tracker's library is there, and its server known.
+def check_tracker(name: str, *, is_asked_for: bool) -> None:
+    """Returns if a tracker's library is there, its server known, and this user signed in; asks no network for that.
+
+    Args:
+        name: of the tracker.
+        is_asked_for: by this command. What an earlier one asked for is no reason not to go on: it is told, and left.
 
     Raises:
-        BadRequestError: it is not; the message says what to do.
+        BadRequestError, NoPermissionError: it is not; the message says what to do.
     """
-    if name and importlib.util.find_spec(name) is None:
-        raise BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
-    if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
-        raise BadRequestError(
-            "--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is, such as http://host:5000"
-        )
+    try:
+        if name == "none":
+            return
+        if importlib.util.find_spec(name) is None:
+            raise BadRequestError(f"--tracker {name} needs more than is installed: {how_to_install(name)}")
+        if name == "mlflow" and not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise BadRequestError("--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is")
+        if name == "wandb" and not _is_signed_in():
+            raise NoPermissionError("--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline")
+    except JobError as error:
+        if is_asked_for:
+            raise
+        note(f"going on without a tracker: {error}")
+
+
+def _is_signed_in() -> bool:
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return True
+    import wandb
+
+    try:
+        return bool(wandb.login(prompt=False))
+    except Exception:
+        # There is a key, of which the service says more when it is told the first row.
+        return True
 
 
 class Tracking:
     """A tracker of one run, or none where the configuration names none."""
 
     def __init__(self, config: RunConfig, name: str, run_uri: str) -> None:
-        """Begins, or goes on where an earlier attempt was.
-
-        Raises:
-            NoPermissionError: the tracker does not let this user in, or is not there; the message is its own.
-        """
+        """Begins, or goes on where an earlier attempt was, while training begins as well."""
+        self._kind, self._is_taking = config.log.tracker, config.log.tracker != "none"
         self._tracker: GeneralTracker | None = None
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
-        self._kind = config.log.tracker
-        if not self._kind:
-            return
-        begin = _wandb if self._kind == "wandb" else _mlflow
-        try:
-            # MLflow knows a run by the thread that began it.
-            self._tracker = self._pool.submit(begin, config, name, run_uri).result()
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise NoPermissionError(f"--tracker {self._kind}: {type(error).__name__}: {said:.300}") from None
-        note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
+        if self._is_taking:
+            self._pool = ThreadPoolExecutor(1, thread_name_prefix="tracker")
+            begin = _wandb if self._kind == "wandb" else _mlflow
+            self._pool.submit(self._trying, lambda: self._begin(begin, config, name, run_uri))
+            note(f"the rows of the metrics also go to {self._kind}, which is outside of the bucket")
 
     def log(self, row: Row) -> None:
         """Tells a row, without waiting for whoever takes it."""
-        if self._tracker is not None:
-            self._pool.submit(self._told, dict(row))
-
-    def _told(self, row: Row) -> None:
-        tracker = self._tracker
-        if tracker is None:
-            return
-        try:
-            images_seen = row.pop("images_seen")
-            tracker.log({name: value for name, value in row.items() if value is not None}, step=images_seen)
-        except Exception as error:
-            self._tracker = None
-            note(f"{self._kind} takes no more rows, which stay in the bucket ({type(error).__name__}: {error!s:.200})")
+        if self._is_taking:
+            self._pool.submit(self._trying, lambda: self._tell(dict(row)))
 
     def close(self, timeout_seconds: float = CLOSE_SECONDS) -> None:
         """Ends it, if it takes its last rows in time."""
-        with suppress(Exception):
-            self._pool.submit(self._finish).result(max(0.0, timeout_seconds))
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        if self._is_taking:
+            with suppress(Exception):
+                self._pool.submit(self._trying, self._finish).result(max(0.0, timeout_seconds))
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _trying(self, work: Callable[[], None]) -> None:
+        if not self._is_taking:
+            return
+        try:
+            work()
+        except Exception as error:
+            self._is_taking = False
+            said = " ".join(str(error).split())
+            note(f"{self._kind} takes no rows, which stay in the bucket ({type(error).__name__}: {said:.200})")
+
+    def _begin(self, begin: Callable[..., GeneralTracker], *about: Any) -> None:
+        # In the thread that tells it the rows: MLflow knows a run by the thread that began it.
+        self._tracker = begin(*about)
+
+    def _tell(self, row: Row) -> None:
+        assert self._tracker is not None
+        images_seen = row.pop("images_seen")
+        self._tracker.log({name: value for name, value in row.items() if value is not None}, step=images_seen)
 
     def _finish(self) -> None:
-        if self._tracker is not None:
-            self._tracker.finish()
+        assert self._tracker is not None
+        self._tracker.finish()
 
 
 def _wandb(config: RunConfig, name: str, run_uri: str) -> GeneralTracker:

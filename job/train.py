@@ -57,9 +57,9 @@ ANOTHER_PROCESS = "another process"
 SLOW_FACTOR, SLOW_SECONDS = 5, 10.0
 """A step that takes so many times as long as it could is slow; a person hears of it when so much was lost by that."""
 _STARVED_POLL_SECONDS = 0.02
-_EXIT_SECONDS = 0.5
 PAGE_PATIENCE_SECONDS = 60.0
 """With a bucket that is away, for what is written anew with the next grid anyway."""
+_EXIT_SECONDS = 0.5
 """For the process itself to end, of the time that a preemption leaves."""
 
 
@@ -98,10 +98,10 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         tracking = Tracking(plan.config, request.run, plan.run.uri)
 
     try:
-        # Whoever is not let in there begins nothing here.
-        ranks.on_main(begin_tracking)
         ranks.on_main(take)
         plan = plan_run(request, stop)
+        # Of who only finds the run held, nobody is to be told.
+        ranks.on_main(begin_tracking)
         attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
         with Progress("reading images", total=plan.index.images) as bar:
             images = plan.opened_images(stop, lambda done, total: bar.update(done))

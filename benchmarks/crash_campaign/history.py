@@ -21,6 +21,8 @@ from job.store import Store
 MEASURED = ("images_per_second", "memory_bytes", "time")
 """What no two runs have in common in their metrics."""
 
+TITLE_PIXELS = 48
+"""Height of what a title may take of a picture."""
 Ref = tuple[int, int]
 
 
@@ -84,9 +86,10 @@ def saved_images(run: Store) -> dict[str, str]:
 
 
 def _pixels_sha256(data: bytes) -> str:
-    """Over all frames of a picture."""
+    """Over all frames of a picture, below its title: that has the name of its run."""
     with Image.open(io.BytesIO(data)) as image:
-        frames = (frame.convert("RGB").tobytes() for frame in ImageSequence.Iterator(image))
+        below = (0, TITLE_PIXELS, image.width, image.height)
+        frames = (frame.convert("RGB").crop(below).tobytes() for frame in ImageSequence.Iterator(image))
         return hashlib.sha256(b"".join(frames)).hexdigest()
 
 

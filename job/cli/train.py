@@ -31,7 +31,8 @@ def ddpm_train(
     sets: Sets = None,
     config: SettingsFile = None,
     tracker: Annotated[
-        str, typer.Option(metavar="NAME", help="Tell the metrics to wandb or mlflow as well, outside of the bucket.")
+        str,
+        typer.Option(metavar="NAME", help="Also tell the metrics to wandb or mlflow; none: no more."),
     ] = "",
     processes: Processes = None,
     wait: Annotated[

@@ -178,6 +178,10 @@ def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> 
         sets, settings = parse_sets(request.sets), read_config_file(request.config_file)
         inlined = [f"{key}={_as_yaml(value)}" for key, value in settings.items() if key not in sets]
         command = command.with_values(config=None, sets=[*inlined, *request.sets])
+    if target.backend != "local" and request.changes.get("log.tracker", "none") != "none":
+        raise BadRequestError(
+            f"--tracker: jobs on {target.name!r} have no key for one, and their image no such library"
+        )
     if target.is_remote:
         command = command.with_values(wait=max(request.wait_seconds, wait_seconds(target)))
     return command

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+import time
 
 import numpy as np
 import pytest
@@ -13,12 +14,12 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 
 from job.config import draft
-from job.exits import Exit
+from job.exits import BadRequestError, Exit
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.runs.records import run_store
 from job.store import open_store
-from job.tracking import Tracking
+from job.tracking import Tracking, check_tracker
 from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
 
 WORDS = ("--dataset", "tiles", "--run", "told")
@@ -125,16 +126,17 @@ def test_a_tracker_that_is_not_there_or_lets_nobody_in_begins_nothing(bucket, tm
     assert "log.tracker" in refused(ddpm_here(*words, "comet"), Exit.BAD_CONFIG)
     done = ddpm(*words, "wandb", HOME=str(tmp_path), WANDB_MODE="online", NETRC=str(tmp_path / "none"))
     assert done.returncode == Exit.NO_PERMISSION
-    assert "--tracker wandb: UsageError: No API key configured. Use `wandb login` to log in" in done.stderr
+    assert "--tracker wandb: sign in with `wandb login`, or set WANDB_MODE=offline" in done.stderr
     assert not (bucket / "runs/told").exists()
-    line = refused(ddpm_here(*words, "mlflow"), Exit.BAD_REQUEST)
+    line = refused(ddpm(*words, "mlflow"), Exit.BAD_REQUEST)
     assert "--tracker mlflow: set MLFLOW_TRACKING_URI to where your server is" in line
-    found = importlib.util.find_spec
+    assert not (bucket / "runs/told").exists()
+    found, without = importlib.util.find_spec, {"mlflow": None}
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name, *more: None if name == "mlflow" else found(name, *more)
+        importlib.util, "find_spec", lambda name, *more: without[name] if name in without else found(name, *more)
     )
-    line = refused(ddpm_here(*words, "mlflow"), Exit.BAD_REQUEST)
-    assert "--tracker mlflow needs more than is installed" in line and "[mlflow]" in line
+    with pytest.raises(BadRequestError, match=r"--tracker mlflow needs more than is installed: .*\[mlflow\]"):
+        check_tracker("mlflow", is_asked_for=True)
 
 
 def test_a_service_that_is_away_costs_no_training(tmp_path, monkeypatch, capsys):
@@ -143,10 +145,26 @@ def test_a_service_that_is_away_costs_no_training(tmp_path, monkeypatch, capsys)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     PartialState(cpu=True)
     tracking = Tracking(draft("landscape-sample", {"log.tracker": "mlflow"}), "told", "gs://b/runs/told")
+    tracking._pool.submit(int).result()
     shutil.rmtree(tmp_path / "mlruns")
     (tmp_path / "mlruns").write_text("in the way")
     for images_seen in (1, 2):
         tracking.log({"images_seen": images_seen, "loss": 0.5})
     tracking.close()
     AcceleratorState._reset_state(reset_partial_state=True)
-    assert capsys.readouterr().err.count("mlflow takes no more rows, which stay in the bucket") == 1
+    assert capsys.readouterr().err.count("mlflow takes no rows, which stay in the bucket") == 1
+
+
+@pytest.mark.slow
+def test_a_service_that_never_answers_holds_nothing_up(bucket):
+    """From its first second; a run that was told to use it goes on without, and stops at once."""
+    at = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"}
+    words = ("train", *WORDS, "--bucket", bucket, *settings())
+    began = time.monotonic()
+    succeeded(ddpm(*words, "--epochs", 1, "--tracker", "mlflow", **at))
+    assert time.monotonic() - began < 40
+    # Nobody says where it is now, and then that there is to be none.
+    done = ddpm(*words, "--epochs", 2)
+    assert "going on without a tracker: --tracker mlflow: set MLFLOW_TRACKING_URI" in done.stderr
+    succeeded(done)
+    assert "tracker" not in ddpm(*words, "--epochs", 3, "--tracker", "none").stderr
