@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from job.config import EMBEDDED, pack_config
 from job.evaluation.plan import check_formulas, check_scores, plan_evaluation
-from job.exits import MissingInputError
+from job.exits import BadDataError, MissingInputError
 from job.outcome import outcome_written
 from job.plan import Plan, plan_run
 from job.processes.group import Group, check_gpus, default_processes
@@ -116,6 +116,7 @@ def evaluate_command(
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Makes a dataset of a source, or of tars where they lie, and says what came of it."""
     from job.catalog import describe_dataset
+    from job.data.fetched import forget
     from job.data.pack import check_free, is_whole, pack
 
     title, unit, units = ("indexing", "MB", 10**6) if request.tars else ("packing", "images", 1)
@@ -137,8 +138,14 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
                     shown = {"images": f"{images:,}"} if request.tars else {}
                     bar.update(done // units, total=total // units, **shown)
 
-                index = pack(bucket, part, stop=stop, progress=progress)
+                try:
+                    index = pack(bucket, part, stop=stop, progress=progress)
+                except BadDataError:
+                    # A damaged one would be found again otherwise.
+                    forget(request.source)
+                    raise
             print(describe_dataset(index, bucket))
+        forget(request.source)
 
 
 def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, source: str = "", on: str = "") -> None:

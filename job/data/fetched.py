@@ -1,17 +1,18 @@
 """Sources on the web: an https:// archive, or a file or folder of a dataset at the hub (hf://datasets/ORG/NAME/…).
 
-A file is fetched into the cache once, in blocks, so that a fetch that broke off goes on where it was. What a server
-says of a file, its size and its version, must stay the same meanwhile. A folder's files are read one by one.
+A file is fetched into the cache, and stays there until it is packed. A fetch that broke off goes on where it was, if the
+server still has the same file. A folder's files are read one by one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
@@ -23,6 +24,7 @@ from job.exits import (
     BadRequestError,
     BucketAwayError,
     DiskFullError,
+    JobError,
     MissingInputError,
     NoPermissionError,
 )
@@ -30,11 +32,16 @@ from job.progress import Progress
 from job.store import Retry
 from job.store.files import os_errors
 
+if TYPE_CHECKING:
+    import aiohttp
+
 SCHEMES = ("https", "http", "hf")
-BLOCK_BYTES = 16 << 20
+CHUNK_BYTES = 1 << 20
+SILENCE_SECONDS = 10.0
+"""After which a server that says nothing is asked again; so long at most a stop takes."""
 SPARE_BYTES = 1 << 30
 """Of the disk, that a fetched file leaves free."""
-_LOCAL = ("localhost", "127.0.0.1", "[::1]")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
 
 
 def is_on_the_web(source: str) -> bool:
@@ -49,66 +56,142 @@ def check_web_source(source: str) -> None:
         BadRequestError: it is no https:// or hf://datasets/, or holds a password, which lists would show.
     """
     parts = urlsplit(source)
-    if parts.scheme.lower() == "http" and parts.netloc.rpartition(":")[0] not in _LOCAL:
-        raise BadRequestError(f"{source.partition('?')[0]}: anybody on the way could change it: use https://")
     if parts.username or parts.password:
         raise BadRequestError("a source on the web must not hold a user or password: lists and logs would show them")
+    if not _is_safe(source):
+        raise BadRequestError(f"{source.partition('?')[0]}: anybody on the way could change it: use https://")
     if parts.scheme.lower() == "hf" and (parts.netloc != "datasets" or parts.path.count("/") < 2):
         raise BadRequestError(f"{source}: of the hub datasets are read, as hf://datasets/ORG/NAME[@REVISION][/PATH]")
 
 
+def _is_safe(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme.lower() != "http" or parts.hostname in _LOCAL
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sends of a file."""
+
+    start: int
+    """Where in the file it begins: at 0 unless the server went on as it was asked to."""
+    version: str
+    """As the server tells it; empty if it does not."""
+    chunks: Iterator[bytes]
+
+
 class Web:
-    """A file system of the web, as fsspec has it, with this program's patience and errors."""
+    """A source on the web, by fsspec's file systems, with this program's patience and errors."""
 
     def __init__(self, source: str, retry: Retry) -> None:
         """Raises `BadRequestError` if what speaks to it is not installed."""
         check_web_source(source)
-        self.source, self._retry = source, retry
-        scheme = source.partition("://")[0].lower()
-        try:
-            import fsspec
-
-            # Listings and files may have changed since another command asked.
-            self._files: Any = fsspec.filesystem(scheme, skip_instance_cache=True, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise BadRequestError(
-                f"{scheme}:// needs more than is installed ({error}): {how_to_install('web')}"
-            ) from None
-        self.path = source.removeprefix("hf://") if scheme == "hf" else source
+        self.source, self.retry = source, retry
         self.shown = source.partition("?")[0]
         """Without a query, which may be a signature."""
         self.name = self.shown.rstrip("/").rpartition("/")[2]
+        is_hub = source.lower().startswith("hf://")
+        try:
+            import aiohttp
+            import fsspec
+
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+            # Listings and files may have changed since another command asked.
+            own = {"skip_instance_cache": True, "use_listings_cache": False}
+            self._http: Any = fsspec.filesystem("https", client_kwargs={"timeout": limits}, **own)
+            self._hub: Any = fsspec.filesystem("hf", **own) if is_hub else None
+        except (ImportError, ValueError) as error:
+            needed = f"{source.partition('://')[0]}:// needs more than is installed ({error})"
+            raise BadRequestError(f"{needed}: {how_to_install('web')}") from None
+        self._path = source[len("hf://") :] if is_hub else source
 
     def info(self) -> dict[str, Any]:
-        """What is known of the source itself: `type`, `size` and what tells a version, where the server says it."""
-        found: dict[str, Any] = self._ask(partial(self._files.info, self.path))
+        """What is known of the source itself: `type`, `size` in bytes, and `ETag` where the server says it."""
+        found: dict[str, Any] = self._ask(partial((self._hub or self._http).info, self._path))
         return found
 
     def files(self) -> list[tuple[str, int]]:
-        """Relative paths and sizes in bytes of what is below it, in order."""
-        found: dict[str, dict[str, Any]] = self._ask(partial(self._files.find, self.path, detail=True))
-        return sorted((name.removeprefix(f"{self.path}/"), int(each["size"] or 0)) for name, each in found.items())
+        """Relative paths and sizes in bytes of what is below a folder of the hub, in order."""
+        found: dict[str, dict[str, Any]] = self._ask(partial(self._hub.find, self._path, detail=True))
+        return sorted((name.removeprefix(f"{self._path}/"), int(each["size"] or 0)) for name, each in found.items())
 
-    def read(self, name: str, start: int | None = None, end: int | None = None) -> bytes:
-        """Bytes of a file below the source, or of the source itself."""
-        path = f"{self.path}/{name}" if name else self.path
-        content: bytes = self._ask(partial(self._files.cat_file, path, start=start, end=end))
-        return content
+    def read(self, name: str, size_bytes: int) -> bytes:
+        """A file below a folder of the hub, which must be so large.
+
+        Raises:
+            BadDataError: it is larger.
+        """
+
+        def whole() -> bytes:
+            content = b""
+            for chunk in self.asked(name).chunks:
+                content += chunk
+                if len(content) > size_bytes:
+                    raise BadDataError(f"{self.shown}/{name} is larger than it is said to be: begin again")
+            if len(content) < size_bytes:
+                raise BucketAwayError(f"{self.shown}/{name} broke off")
+            return content
+
+        return self.retry(whole)
+
+    def asked(self, name: str = "", start: int = 0, version: str = "") -> Answer:
+        """Asks once for a file from byte `start` on, if it is still of this version.
+
+        Raises:
+            JobError: as the server refuses it; `BucketAwayError` if it may answer later.
+        """
+        url, headers = self._path, {"Accept-Encoding": "identity"}
+        if self._hub is not None:
+            from huggingface_hub import get_token
+
+            url = self._hub.url(f"{self._path}/{name}" if name else self._path)
+            headers |= {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+        if start:
+            headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
+
+        async def get() -> aiohttp.ClientResponse:
+            session = await self._http.set_session()
+            response: aiohttp.ClientResponse = await session.get(url, headers=headers)
+            response.raise_for_status()
+            return response
+
+        response = self._told(partial(self._sync, get))
+        if not _is_safe(str(response.url)):
+            response.close()
+            raise BadRequestError(f"{self.shown} leads to an address that anybody on the way could change: download it")
+        goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+        return Answer(start if goes_on else 0, response.headers.get("ETag", ""), self._chunks(response))
+
+    def _chunks(self, response: aiohttp.ClientResponse) -> Iterator[bytes]:
+        try:
+            while chunk := self._told(partial(self._sync, response.content.read, CHUNK_BYTES)):
+                self.retry.is_under_way(self.shown)
+                yield chunk
+        finally:
+            response.close()
+
+    def _sync(self, work: Callable[..., Any], *args: Any) -> Any:
+        from fsspec.asyn import sync
+
+        return sync(self._http.loop, work, *args)
 
     def _ask(self, question: Callable[[], Any]) -> Any:
-        return self._retry(partial(self._told, question))
+        return self.retry(partial(self._told, question))
 
     def _told(self, question: Callable[[], Any]) -> Any:
         where = self.shown
         try:
             return question()
+        except JobError:
+            raise
         except Exception as error:
             # fsspec takes whatever a server refuses for a file that is not there.
             cause = error.__cause__ or error
             status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
             said = " ".join(str(error).replace(self.source, where).split()) or type(error).__name__
             if status in (401, 403):
-                raise NoPermissionError(f"{where} may not be read ({said:.200}): sign in (`hf auth login`)") from None
+                how = "sign in with `hf auth login`" if self._hub else "download it where you are signed in"
+                raise NoPermissionError(f"{where} may not be read ({said:.200}): {how}") from None
             if status in (404, 410) or isinstance(error, FileNotFoundError):
                 raise MissingInputError(f"there is nothing at {where}: check the address") from None
             # Of all else nobody knows that it will not pass.
@@ -116,46 +199,74 @@ class Web:
 
 
 def fetched(web: Web, info: dict[str, Any]) -> Path:
-    """The file at a source, on the local disk, where it stays for the next time.
+    """The file at a source, on the local disk.
 
     Raises:
-        BadDataError: the server does not say how large it is, or it changed meanwhile.
+        BadDataError: the server does not say how large it is, or sends more.
         BadRequestError: another process fetches it.
         DiskFullError: the disk has no room for it.
     """
-    size_bytes = info.get("size")
+    size_bytes, version = info.get("size"), str(info.get("ETag") or "")
     if not size_bytes:
         raise BadDataError(f"{web.shown} does not say how large it is: download it, and pack the file")
-    version = str(info.get("ETag") or info.get("blob_id") or info.get("last_commit") or "")
-    known = hashlib.sha256(f"{web.path}\0{size_bytes}\0{version}".encode()).hexdigest()[:32]
-    whole = default_cache_dir() / "sources" / known
+    known = hashlib.sha256(f"{size_bytes}\0{version}".encode()).hexdigest()[:16]
+    whole = _place(web.source).with_suffix(f".{known}")
     with os_errors(whole.parent):
         whole.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(f"{whole}.lock", timeout=0):
             if not whole.exists():
-                _fetch(web, whole, size_bytes)
+                _fetch(web, whole, size_bytes, version)
     except Timeout:
         raise BadRequestError(f"another process fetches {web.shown} just now: begin again when it is done") from None
     return whole
 
 
-def _fetch(web: Web, whole: Path, size_bytes: int) -> None:
-    part = whole.with_suffix(".part")
-    with os_errors(part), part.open("ab") as file:
-        there, free_bytes = file.tell(), shutil.disk_usage(part.parent).free
-        if size_bytes - there > free_bytes - SPARE_BYTES:
+def forget(source: str) -> None:
+    """Removes what was fetched of a source: it is packed, or of no use."""
+    place = _place(source)
+    for path in place.parent.glob(f"{place.name}.*"):
+        path.unlink(missing_ok=True)
+
+
+def _place(source: str) -> Path:
+    return default_cache_dir() / "sources" / hashlib.sha256(source.encode()).hexdigest()[:32]
+
+
+def _fetch(web: Web, whole: Path, size_bytes: int, version: str) -> None:
+    part = whole.with_name(f"{whole.name}-part")
+    with os_errors(part), part.open("a+b") as file:
+        free_bytes = shutil.disk_usage(part.parent).free
+        if size_bytes - file.tell() > free_bytes - SPARE_BYTES:
             raise DiskFullError(
                 f"{web.shown} has {size_bytes:,} bytes, and {part.parent} room for {free_bytes:,}: set DDPM_CACHE to a "
                 "larger disk, or pack it from a bucket"
             )
-        with Progress(f"fetching {web.name}", total=size_bytes >> 20, unit="MiB", start=there >> 20) as bar:
-            while there < size_bytes:
-                block = web.read("", there, min(there + BLOCK_BYTES, size_bytes))
-                if not block or there + len(block) > size_bytes:
-                    part.unlink()
-                    raise BadDataError(f"{web.shown} gave other bytes than it said: begin again")
-                file.write(block)
-                there += len(block)
-                bar.update(there >> 20)
+        start = file.tell() >> 20
+        with Progress(f"fetching {web.name}", total=size_bytes >> 20, unit="MiB", start=start) as bar:
+
+            def go_on() -> None:
+                before = file.seek(0, 2)
+                answer = web.asked("", before, version)
+                if version and answer.version not in ("", version):
+                    raise BadDataError(f"{web.shown} was changed just now: begin again")
+                if answer.start != before:
+                    before = file.truncate(0)
+                try:
+                    for chunk in answer.chunks:
+                        file.write(chunk)
+                        bar.update(file.tell() >> 20)
+                        if file.tell() > size_bytes:
+                            file.truncate(0)
+                            raise BadDataError(f"{web.shown} has more bytes than it said: begin again, or download it")
+                except BucketAwayError:
+                    # What got on was no outage, however it ended.
+                    if file.tell() == before:
+                        raise
+                else:
+                    if file.tell() == before:
+                        raise BucketAwayError(f"{web.shown} sends nothing")
+
+            while file.seek(0, 2) < size_bytes:
+                web.retry(go_on)
     part.replace(whole)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import tarfile
+import threading
+import time
 import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
@@ -19,7 +21,8 @@ from PIL import Image
 
 from job.data import fetched
 from job.data.sources import open_source
-from job.exits import BadRequestError, Exit
+from job.exits import BadDataError, BadRequestError, Exit, StoppedError
+from job.stop import Stop
 from job.store import Retry
 from tests.job.answering import serving
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
@@ -39,6 +42,7 @@ class Files(BaseHTTPRequestHandler):
     cut_after: ClassVar[list[int]]
     """How many answers are whole before one breaks off."""
     etag = "one"
+    stalls = False
 
     def log_message(self, *_: object) -> None:
         pass
@@ -80,7 +84,10 @@ class Files(BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
         self.end_headers()
         if with_body:
-            if match and self.cut_after and self.cut_after[0] <= first:
+            if self.stalls:
+                time.sleep(3)
+                return
+            if self.cut_after and self.cut_after[0] <= first:
                 part = part[: len(part) // 2]
                 self.cut_after.clear()
                 self.close_connection = True
@@ -125,51 +132,74 @@ def archive(images: int) -> bytes:
     with zipfile.ZipFile(file, "w") as zipped:
         for number in range(images):
             zipped.writestr(f"{'cats' if number % 2 else 'dogs'}/{number:03d}.png", png(number))
+        zipped.writestr("notes.txt", np.random.default_rng(0).bytes(6_000_000))
     return file.getvalue()
 
 
-def test_an_archive_is_fetched_in_blocks_and_a_fetch_that_broke_off_goes_on(server, tmp_path, monkeypatch):
+def test_a_fetch_that_broke_off_goes_on_where_it_was(server, tmp_path, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
-    size_bytes = len(handler.content["/all.zip"])
-    monkeypatch.setattr(fetched, "BLOCK_BYTES", 4000)
     monkeypatch.setattr("job.store.retry.FIRST_PAUSE_SECONDS", 0.01)
-    handler.cut_after = [8000]
+    handler.cut_after = [0]
     said = succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "web", "--size", 8, "--bucket", tmp_path / "b"))
     assert "images   40 colour" in said and "made     from all.zip" in said
-    ranges = [asked for command, asked in handler.asked if command == "GET" and asked]
-    starts = [int(asked.removeprefix("bytes=").partition("-")[0]) for asked in ranges]
-    # Each block once, but for the one that broke off.
-    assert starts == sorted(starts)
-    assert len(starts) - len({*starts}) == 1
-    assert sorted({*starts}) == list(range(0, size_bytes, 4000))
-    # It is there now, and of another version again.
-    asked = len(handler.asked)
-    succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "again", "--size", 8, "--bucket", tmp_path / "b"))
-    assert [command for command, _ in handler.asked[asked:]] != [] and not any(r for _, r in handler.asked[asked:])
-    handler.etag = "two"
-    succeeded(ddpm_here("data", "pack", f"{url}/all.zip", "later", "--size", 8, "--bucket", tmp_path / "b"))
-    assert [r for _, r in handler.asked[-3:]] != []
+    # All of it at first, of which half came, and then the rest.
+    first, rest = (asked for command, asked in handler.asked if command == "GET")
+    assert (first, rest.startswith("bytes=2") or rest.startswith("bytes=3")) == ("", True)
+    # What is packed is not kept.
+    assert not [path for path in (tmp_path / "cache/sources").iterdir() if path.suffix != ".lock"]
 
 
-def test_a_killed_fetch_goes_on_where_it_was(server, tmp_path, monkeypatch):
+def test_a_killed_fetch_goes_on_unless_the_file_is_another_by_now(server, tmp_path, monkeypatch):
+    handler, url = server
+    for etag in ("one", "two"):
+        handler.content, handler.etag = {"/all.zip": archive(40)}, "one"
+        web = fetched.Web(f"{url}/all.zip", Retry())
+        handler.cut_after = [0]
+        ask, answers = web.asked, iter([1])
+
+        def killed(*about):
+            if next(answers, None) is None:  # noqa: B023
+                raise KeyboardInterrupt
+            return ask(*about)  # noqa: B023
+
+        monkeypatch.setattr(web, "asked", killed)
+        with pytest.raises(KeyboardInterrupt):
+            fetched.fetched(web, {"size": len(handler.content["/all.zip"]), "ETag": '"one"'})
+        web = fetched.Web(f"{url}/all.zip", Retry())
+        handler.etag = etag
+        handler.asked.clear()
+        if etag == "one":
+            assert len(list(open_source(f"{url}/all.zip").names())) == 40
+            assert handler.asked[-1][1].startswith("bytes=")
+        else:
+            # Found when it is asked for, and before anything of it is taken for the rest of the other.
+            with pytest.raises(BadDataError, match="was changed just now: begin again"):
+                fetched.fetched(web, {"size": len(handler.content["/all.zip"]), "ETag": '"one"'})
+        fetched.forget(f"{url}/all.zip")
+
+
+def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeypatch):
+    handler, url = server
+    handler.content = {"/all.zip": b"x" * 5_000_000}
+    monkeypatch.setattr(fetched, "CHUNK_BYTES", 1 << 16)
+    web = fetched.Web(f"{url}/all.zip", Retry())
+    with pytest.raises(BadDataError, match="has more bytes than it said"):
+        fetched.fetched(web, {"size": 1000, "ETag": '"one"'})
+    assert sum(path.stat().st_size for path in (tmp_path / "cache/sources").iterdir()) == 0
+
+
+def test_a_server_that_stalls_does_not_hold_up_a_stop(server, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
-    monkeypatch.setattr(fetched, "BLOCK_BYTES", 4000)
-    web = fetched.Web(f"{url}/all.zip", Retry())
-    read, blocks = web.read, iter(range(3))
-
-    def killed(*where):
-        next(blocks)
-        return read(*where)
-
-    monkeypatch.setattr(web, "read", killed)
-    with pytest.raises(StopIteration):
-        fetched.fetched(web, web.info())
-    handler.asked.clear()
-    source = open_source(f"{url}/all.zip")
-    assert len(list(source.names())) == 40
-    assert next(asked for _, asked in handler.asked if asked).startswith("bytes=12000-")
+    monkeypatch.setattr(fetched, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr(handler, "stalls", True)
+    stop = Stop()
+    threading.Timer(1.0, stop.request, ["a test"]).start()
+    began = time.monotonic()
+    with pytest.raises(StoppedError):
+        fetched.fetched(fetched.Web(f"{url}/all.zip", Retry(60.0, stop)), {"size": 100, "ETag": ""})
+    assert time.monotonic() - began < 5
 
 
 def test_a_dataset_of_the_hub_is_an_archive_or_a_folder(server, tmp_path):
@@ -193,7 +223,7 @@ def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_pa
     line = refused(ddpm_here("data", "pack", f"{url}/none.zip", *at), Exit.MISSING_INPUT)
     assert f"there is nothing at {url}/none.zip: check the address" in line
     line = refused(ddpm_here("data", "pack", f"{url}/secret.zip?token=abc", *at), Exit.NO_PERMISSION)
-    assert "sign in" in line and "abc" not in line
+    assert "download it where you are signed in" in line and "abc" not in line
     for source, said in (
         ("http://example.com/a.zip", "anybody on the way could change it: use https://"),
         ("https://user:word@example.com/a.zip", "must not hold a user or password"),
@@ -273,3 +303,25 @@ def test_without_its_library_the_web_is_refused(monkeypatch):
     monkeypatch.setattr(fsspec, "filesystem", missing)
     with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
         open_source("https://example.com/a.zip")
+
+
+def test_no_archive_in_an_archive_unpacks_to_more_than_it_may(tmp_path):
+    header = (0x803).to_bytes(4, "big") + (400_000).to_bytes(4, "big") + (28).to_bytes(4, "big") * 2
+    with zipfile.ZipFile(tmp_path / "bomb.zip", "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("train-images-idx3-ubyte", header + bytes(400_000 * 784))
+    line = refused(
+        ddpm_here("data", "pack", tmp_path / "bomb.zip", "a", "--size", 8, "--bucket", tmp_path / "b"), Exit.BAD_DATA
+    )
+    assert "unpacks to more than 200 times its size: do not trust this archive" in line
+
+
+def test_what_only_sounds_like_a_known_archive_is_what_is_in_it(tmp_path):
+    with tarfile.open(tmp_path / "cifar-10-pngs.tar", "w") as archive_of_pngs:
+        info = tarfile.TarInfo("cats/0.png")
+        info.size = len(png(0))
+        archive_of_pngs.addfile(info, BytesIO(png(0)))
+    with zipfile.ZipFile(tmp_path / "mixed.zip", "w") as mixed:
+        mixed.writestr("cats/0.png", png(0))
+        mixed.writestr("train-images-idx3-ubyte", b"")
+    for name in ("cifar-10-pngs.tar", "mixed.zip"):
+        assert list(open_source(str(tmp_path / name)).names()) == ["cats/0.png"]
