@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
 from ddpm.samplers import Denoiser, NoiseAt
 
+MOST_TIMESTEPS = 100_000
+"""Of a process that is loaded."""
 USUAL_STEPS = 100
 """Of samplers other than `ddpm`, if nobody says otherwise."""
 _CONFIG, _WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
@@ -97,11 +100,18 @@ class Model:
             options: others of `Sampling`, such as `eta` or `grid`.
 
         Raises:
-            ValueError: there is no such class, sampler or grid; there are more steps than the process has; the network
-                has not learnt what guidance needs.
+            ValueError: a number that means nothing; no such class, sampler or grid; more steps than the process has;
+                guidance that the network has not learnt.
             NotFiniteError: it draws what are no numbers.
             TypeError: there is no such option.
         """
+        for name, count in {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}.items():
+            if count < 1:
+                raise ValueError(f"{name}={count}: use 1 or more")
+        if seed < 0 or not 0 <= options.get("eta", 0) <= 1:
+            raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: a seed is 0 or more, eta from 0 to 1")
+        if "labels" in options:
+            raise TypeError("labels: name classes, as in classes=['forest', 3]")
         chosen: dict[str, Any] = {"steps": steps, "sampler": sampler, **options}
         if (
             steps is None
@@ -183,13 +193,20 @@ class Model:
     def _labels(self, classes: str | int | Sequence[str | int]) -> tuple[int, ...]:
         if not self.classes:
             raise ValueError(f"classes={classes!r}: the network knows none, so leave them out")
-        return tuple(self._label(one) for one in ([classes] if isinstance(classes, str | int) else classes))
+        several: Iterable[Any] = [classes]
+        if isinstance(classes, Iterable) and not isinstance(classes, str):
+            several = classes
+        labels = tuple(map(self._label, several))
+        if not labels:
+            raise ValueError("classes: name one at least, or leave them out for all")
+        return labels
 
     def _label(self, one: str | int) -> int:
         if one in self.classes:
             return self.classes.index(str(one))
-        if isinstance(one, int) and 0 <= one < len(self.classes):
-            return one
+        # Also NumPy's numbers, but neither True nor 1.0.
+        if hasattr(one, "__index__") and not isinstance(one, bool) and 0 <= index(one) < len(self.classes):
+            return index(one)
         near = difflib.get_close_matches(str(one), self.classes, 1)
         there = f"did you mean {near[0]!r}?" if near else f"there are {len(self.classes):,}: {', '.join(self.classes)}"
         raise ValueError(f"there is no class {one!r}; {there:.300}")
@@ -240,14 +257,18 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         for path in _weights(inner):
             tensors |= load_file(path)
         network.load_state_dict({name: each.float() for name, each in interop.with_names_of_today(tensors).items()})
+        if not 1 <= int(said["timesteps"]) <= MOST_TIMESTEPS:
+            raise ValueError(f"num_train_timesteps={said['timesteps']}: from 1 to {MOST_TIMESTEPS:,}")
+        process = make_process(said["schedule"], said["timesteps"], zero_terminal_snr=said["zero_terminal_snr"])
     except FileNotFoundError:
         raise
-    except (ValueError, TypeError, KeyError, RuntimeError, SafetensorError) as error:
+    # What strangers write meets readers with anything; each means the same here.
+    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(
         network.to(device).eval().requires_grad_(False),
-        make_process(said["schedule"], said["timesteps"], zero_terminal_snr=said["zero_terminal_snr"]),
+        process,
         Prediction(said["prediction"]),
         shape,
         Sampling("ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)),

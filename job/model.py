@@ -36,6 +36,8 @@ def load(
         BadDataError: the checkpoint is damaged.
     """
     uri = str(run).rstrip("/")
+    if epoch is not None and (isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0):
+        raise BadRequestError(f"epoch={epoch!r}: use the number of an epoch, such as 80, or none for the newest")
     match = re.fullmatch(rf"(?:(.*)/)?{RUNS}/([^/]+)", uri)
     if match is None:
         raise BadRequestError(f"{uri!r} is no run's folder: name one such as gs://my-bucket/runs/celeba")

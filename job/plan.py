@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ddpm.epochs import images_at_epoch
 from job.config import Drawing, RunConfig, changed_for_attempt, draft
 from job.data.shards import DatasetIndex, dataset_key, find_dataset, load_index
-from job.exits import BadConfigError, BadDataError, BadRequestError
+from job.exits import BadConfigError, BadDataError, BadRequestError, MissingInputError
 from job.progress import note
 from job.requests import TrainRequest
 from job.runs import records
@@ -94,8 +94,10 @@ class FoundRun:
         )
 
 
-def find_run(bucket_uri: str, name: str, stop: Stop = NEVER) -> FoundRun:
+def find_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bool = True) -> FoundRun:
     """A run that is there, as it was last changed, and its dataset; `stop` is heard while the bucket is away.
+
+    Without `with_dataset` one that is not there any more is told, and left out.
 
     Raises:
         MissingInputError: no such run, or no such dataset.
@@ -108,7 +110,13 @@ def find_run(bucket_uri: str, name: str, stop: Stop = NEVER) -> FoundRun:
         config = records.as_last_changed(run, config)
     except BadDataError as error:
         note(f"{error}; taking the run as it began")
-    index = load_index(bucket, records.dataset_key_of(config)) if config.data.dataset else None
+    index = None
+    try:
+        index = load_index(bucket, records.dataset_key_of(config)) if config.data.dataset else None
+    except (MissingInputError, BadDataError) as error:
+        if with_dataset:
+            raise
+        note(f"going on without the dataset: {error}")
     return FoundRun(bucket, run, index, config, own)
 
 

@@ -1,7 +1,7 @@
 """Sources on the web: an https:// archive, or a file or folder of a dataset at the hub (hf://datasets/ORG/NAME/…).
 
-A file is fetched into the cache, and stays there until it is packed. A fetch that broke off goes on where it was, if the
-server still has the same file. A folder's files are read one by one.
+A file is fetched into the cache, and stays there until it is packed. A fetch that broke off goes on where it was, but
+only in the same file. A folder's files are read one by one.
 """
 
 from __future__ import annotations
@@ -224,6 +224,8 @@ def fetched(web: Web, info: dict[str, Any]) -> Path:
 
 def forget(source: str) -> None:
     """Removes what was fetched of a source: it is packed, or of no use."""
+    if not is_on_the_web(source):
+        return
     place = _place(source)
     for path in place.parent.glob(f"{place.name}.*"):
         path.unlink(missing_ok=True)

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,7 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     """Prints a table of the jobs on the targets in question, newest first, with how their runs are going."""
     from rich.table import Table
 
+    _folders_of_runs.cache_clear()
     found = search.ask(lambda backend: backend.jobs())
     ordered = sorted(found, key=lambda one: one[1].created, reverse=True)
     with Progress("reading runs", total=len(ordered), unit="jobs") as bar:
@@ -124,7 +126,7 @@ def _run_cells(run: dict[str, Any] | None) -> list[str]:
         return ["-"] * 5
     _, epoch, _, *others = progress_cells(run)
     dollars = run["dollars_so_far"]
-    return [epoch, *others, "-" if dollars is None else f"at most ${dollars:,.2f}"]
+    return [epoch, *others, "-" if dollars is None else f"about ${dollars:,.2f}"]
 
 
 def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -> None:
@@ -133,6 +135,7 @@ def show_job(name: str, search: Search, bucket: str, *, as_json: bool = False) -
     Raises:
         MissingInputError: neither an engine nor a bucket knows it.
     """
+    _folders_of_runs.cache_clear()
     found = [
         (backend, status.informed(uri), uri)
         for backend, status in search.find(name)
@@ -204,17 +207,24 @@ def _print_ending(code: int | None, message: str) -> None:
 
 def _run_of(job_name: str, bucket_uri: str) -> str:
     """The run that a job works on; empty if there is none yet, or if nobody here may see it."""
+    for name in _folders_of_runs(bucket_uri):
+        # Somebody else may have put a folder there whose name no run can have.
+        with suppress(BadRequestError):
+            if is_about(job_name, name):
+                return name
+    return ""
+
+
+@cache
+def _folders_of_runs(bucket_uri: str) -> tuple[str, ...]:
+    """Asked once for all jobs of a bucket, which may be away."""
     try:
-        for name in open_store(bucket_uri).folders(RUNS):
-            # Somebody else may have put a folder there whose name no run can have.
-            with suppress(BadRequestError):
-                if is_about(job_name, name):
-                    return name
+        return tuple(open_store(bucket_uri).folders(RUNS))
     except MissingInputError:
         pass
     except JobError as error:
         note(f"the run's folder cannot be read: {error}")
-    return ""
+    return ()
 
 
 def _print_run(name: str, bucket_uri: str) -> None:

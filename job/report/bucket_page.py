@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
+from job.exits import JobError
 from job.plan import find_run
 from job.progress import Progress, note
 from job.report import pictures
@@ -52,9 +52,10 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
 
 def _entry(bucket: Store, name: str, shelf: Shelf, most_bytes: int, say: Callable[[str], None]) -> Entry:
     try:
-        facts = facts_of(find_run(bucket.uri, name), name, say=say)
-    except (BadDataError, BadRequestError, MissingInputError) as error:
-        return Entry(name, None, str(error))
+        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say)
+    except Exception as error:
+        # Whatever is wrong with one run, the others are to be seen.
+        return Entry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
     run = run_store(bucket, name)
     picture = shelf.get(run, facts.grids[-1].key, most_bytes, 800) if facts.grids else ""
     has_page = False

@@ -28,7 +28,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
         raise BadRequestError(f"--output {output}: name a file that ends in .html, in a folder that is there")
     bucket = open_store(bucket_uri)
     if name:
-        found = find_run(bucket_uri, name)
+        found = find_run(bucket_uri, name, with_dataset=False)
         folder, page = found.run, run_page(facts_of(found, name), Shelf(note))
     else:
         folder, page = bucket, bucket_page(bucket)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from job.config import CHOSEN_ELSEWHERE, FOLLOWS, RunConfig, draft
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, LARGEST, RunConfig, draft
 from job.exits import BadDataError, JobError
 from job.keys import shown
 from job.plan import FoundRun
@@ -16,7 +16,7 @@ from job.progress import note
 from job.report.usual import Verdict, verdict_of
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound
-from job.runs.layout import ObjectKind, places_in
+from job.runs.layout import MAX_IMAGES_SEEN, ObjectKind, places_in
 from job.runs.metrics import Row
 from job.runs.outlook import Outlook, Stretch, attempts_of, outlook_of, state_of, stretches
 from job.runs.records import Status
@@ -84,7 +84,8 @@ class Facts:
         """What is typed to make another run like it."""
         if not self.config.data.dataset or self.config.imported:
             return ""
-        chosen = {"data.size": self.config.data.size} | {key: ours for key, (_, ours) in self.differing.items()}
+        exact = {"data.size": self.config.data.size, "train.precision": self.config.train.precision}
+        chosen = exact | {key: ours for key, (_, ours) in self.differing.items()}
         sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
         preset = ["--preset", self.config.preset] if self.config.preset else []
         # A name has 63 characters at most.
@@ -102,6 +103,9 @@ class Facts:
             return {}
         ours = self.config.flat()
         keys = [key for key in ours if key not in (*CHOSEN_ELSEWHERE, *FOLLOWS)]
+        if usual["train.precision"] == "auto":
+            # What that was is the machine's.
+            keys.remove("train.precision")
         if self.config.model.num_classes == 0 and self.found.index and self.found.index.classes:
             keys.append("model.num_classes")
         return {key: (usual.get(key), ours[key]) for key in keys if usual.get(key) != ours[key]}
@@ -172,8 +176,10 @@ def merged(rows: Sequence[Row]) -> list[Row]:
     """Rows of one moment as one, in order; of what a resumed run logged again the last counts."""
     at: dict[int, Row] = {}
     for row in sorted(rows, key=lambda row: row["images_seen"]):
-        at.setdefault(row["images_seen"], {}).update(row)
-    return list(at.values())
+        # What is no number that can be drawn is left out.
+        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < LARGEST**2}
+        at.setdefault(row["images_seen"], {}).update(sound)
+    return [at[images_seen] for images_seen in at if images_seen <= MAX_IMAGES_SEEN]
 
 
 def _moment_in(key: str) -> str:

@@ -37,7 +37,8 @@ class Shelf:
                 self._made[name] = small(data(), *name[1:])
             except (JobError, OSError, ValueError, SyntaxError) as error:
                 # Whatever somebody put in the place of a picture is none, which is no reason for a page to fail.
-                self._say(f"the page is without {name[0]}: {error}")
+                why = error if isinstance(error, JobError) else f"it is no picture ({type(error).__name__})"
+                self._say(f"the page is without {name[0]}: {why}")
                 return ""
         return self._made[name]
 

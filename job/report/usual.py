@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from job.config import FREE, FREE_SECTIONS, RunConfig, draft, usual_of
+from job.config import CHOSEN_ELSEWHERE, FOLLOWS, FREE, FREE_SECTIONS, RunConfig, draft, usual_of
 from job.data.shards import DatasetIndex
 from job.exits import JobError
 from job.runs.metrics import Row
@@ -41,7 +41,7 @@ def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | Non
         index: of its dataset.
     """
     usual = usual_of(config.preset)
-    if usual is None or index is None or index.dataset_id != usual.dataset_id or not _learns_as_preset(config):
+    if usual is None or index is None or index.dataset_id != usual.dataset_id or not _learns_as_preset(config, index):
         return None
     band = (usual.epochs, usual.low, usual.high)
     losses = [(row["images_seen"] / index.images, row["loss"]) for row in rows if row.get("loss") is not None]
@@ -56,7 +56,7 @@ def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | Non
     return Verdict(word, said, *band)
 
 
-def _learns_as_preset(config: RunConfig) -> bool:
+def _learns_as_preset(config: RunConfig, index: DatasetIndex) -> bool:
     """Whether nothing that decides what is learnt differs from the preset."""
     try:
         usual = draft(config.preset, {}).flat()
@@ -64,5 +64,7 @@ def _learns_as_preset(config: RunConfig) -> bool:
         return False
     ours = config.flat()
     decides = [key for key in usual if key not in FREE and key.split(".")[0] not in FREE_SECTIONS]
-    follows = ("data.dataset", "data.dataset_id", "data.size", "data.channels", "model.num_classes", "train.precision")
-    return all(ours.get(key) == usual[key] for key in decides if key not in (*follows, "train.seed"))
+    if config.model.num_classes != len(index.classes):
+        return False
+    apart = (*CHOSEN_ELSEWHERE, *FOLLOWS, "train.precision", "train.seed")
+    return all(ours.get(key) == usual[key] for key in decides if key not in apart)

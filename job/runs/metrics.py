@@ -95,5 +95,6 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
             except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise
-                warn(f"going on without the rows of {run.uri_of(segment.key)}: {error}")
+                why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
+                warn(f"going on without the rows of {run.uri_of(segment.key)}: {why}")
     return rows

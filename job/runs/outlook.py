@@ -51,9 +51,9 @@ class Outlook:
         """The same for people, by what it is about."""
         said = {}
         if self.dollars_so_far is not None:
-            said["cost so far"] = f"at most ${self.dollars_so_far:,.2f} ({self.hours_so_far:,.1f} hours of machines)"
+            said["cost so far"] = f"about ${self.dollars_so_far:,.2f} ({self.hours_so_far:,.1f} hours)"
         if self.hours_left is not None:
-            to_end = f", for at most ${self.dollars_left:,.2f} more" if self.dollars_left is not None else ""
+            to_end = f", for about ${self.dollars_left:,.2f} more" if self.dollars_left is not None else ""
             when = f", at {self.ends:%Y-%m-%d %H:%M} UTC" if self.ends else " when it goes on"
             said["to the end"] = f"{duration(self.hours_left)}{when}{to_end}"
         return said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
@@ -64,8 +65,10 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
         "uri": run.uri,
         "state": state_of(status) if status else "not started",
         **told,
+        "newest": newest.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
+        "outlook": outlook.words,
     }
 
 
@@ -79,8 +82,19 @@ def progress_cells(run: dict[str, Any]) -> list[str]:
 
 
 def print_json(document: Any) -> None:
-    """For programs: moments are ISO 8601."""
-    print(json.dumps(document, indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
+    """For programs: moments are ISO 8601, and what is no finite number is null."""
+    print(json.dumps(_finite(document), indent=2, ensure_ascii=False, default=lambda moment: moment.isoformat()))
+
+
+def _finite(document: Any) -> Any:
+    match document:
+        case float():
+            return document if math.isfinite(document) else None
+        case dict():
+            return {key: _finite(value) for key, value in document.items()}
+        case list() | tuple():
+            return [_finite(value) for value in document]
+    return document
 
 
 def print_table(table: Table, without_rows: str) -> None:
@@ -115,12 +129,11 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
         print(f"state       {told['state']}{again}, as of {told['updated']}, attempt {told['fence']}")
         print(f"images seen {told['images_seen']:,} of {told['target_images']:,} (epoch {told['epoch']:.2f})")
         print(f"loss        {loss}\nspeed       {speed} images/s")
-        status = read_status(run)
-        for what, said in outlook_of(stretches(attempts_of(run), status), status).words.items():
+        for what, said in told["outlook"].items():
             print(f"{what:<11} {said}")
     if moments:
-        newest = newest_sound(run, list_checkpoints(run))
-        print(f"newest      {newest.key}, {newest.images_seen:,} images seen" if newest else "newest      none to read")
+        seen = f"{told['newest']}, {told['newest_images_seen']:,} images seen" if told["newest"] else "none to read"
+        print(f"newest      {seen}")
         print(f"checkpoints {len(moments):,}: {', '.join(moments)}")
     for attempt in attempts:
         print(f"attempt {attempt['fence']:<3} {attempt['said']}")

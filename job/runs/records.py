@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import socket
@@ -293,7 +294,8 @@ def record_attempt(
 
 def _dollars_per_hour() -> float | None:
     with suppress(ValueError):
-        return float(os.environ[DOLLARS]) if os.environ.get(DOLLARS) else None
+        dollars = float(os.environ.get(DOLLARS) or "nan")
+        return dollars if 0 <= dollars < math.inf else None
     return None
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler, UNet2DModel
@@ -54,7 +55,7 @@ def test_pictures_are_those_of_their_seeds_and_classes(pipeline):
     assert difference.abs().max() <= 1
     # Seed 8 is of class 0.
     chosen = model.sample(1, seed=8, classes=0, steps=5, as_tensor=True)
-    assert torch.equal(chosen, model.sample(1, seed=8, classes=["0", 2], steps=5, as_tensor=True))
+    assert torch.equal(chosen, model.sample(1, seed=8, classes=["0", np.int64(2)], steps=5, as_tensor=True))
     assert not torch.equal(chosen, model.sample(1, seed=8, classes="2", steps=5, as_tensor=True))
 
 
@@ -71,12 +72,20 @@ def test_ancestral_sampling_visits_all_points_unless_told_otherwise(pipeline):
         ({"sampler": "ddin"}, "unknown sampler 'ddin': choose one of ddpm, ddim"),
         ({"steps": 51}, "steps must be between 1 and 50"),
         ({"grid": "even"}, "unknown grid 'even'"),
+        ({"images": 0}, "images=0: use 1 or more"),
+        ({"batch_size": -1}, "batch_size=-1: use 1 or more"),
+        ({"steps": 0}, "steps=0: use 1 or more"),
+        ({"seed": -1}, "a seed is 0 or more"),
+        ({"eta": -1}, "eta from 0 to 1"),
+        ({"classes": []}, "name one at least"),
+        ({"classes": True}, "there is no class True"),
+        ({"classes": 1.0}, "there is no class 1.0"),
         ({"guidance": 2}, "guidance needs a network that has also learnt images without their class"),
     ],
 )
 def test_what_cannot_be_drawn_is_said(pipeline, options, said):
     with pytest.raises(ValueError, match=said):
-        ddpm.load(pipeline, device="cpu").sample(1, **options)
+        ddpm.load(pipeline, device="cpu").sample(**{"images": 1, **options})
 
 
 def broken(folder: Path, name: str, text: str | None) -> None:
@@ -94,6 +103,8 @@ def broken(folder: Path, name: str, text: str | None) -> None:
         ("unet/config.json", '{"_class_name": "UNet2DConditionModel"}', "it is a UNet2DConditionModel"),
         ("unet/diffusion_pytorch_model.safetensors", None, "only safetensors are read here"),
         ("unet/diffusion_pytorch_model.safetensors", "no tensors", "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": "x"}', "cannot be loaded"),
+        ("scheduler/scheduler_config.json", '{"num_train_timesteps": 1e12}', "cannot be loaded"),
         ("scheduler/scheduler_config.json", '{"_class_name": "FlowMatchEulerDiscreteScheduler"}', "no counterpart"),
     ],
 )

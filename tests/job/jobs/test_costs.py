@@ -143,7 +143,7 @@ def test_a_job_knows_its_price_and_the_page_says_what_submit_does(tmp_path, caps
         done = ddpm_here("train", *words, "--stop-after", "4s", "--set", "log.every_images=72")
     assert done.returncode == 75, done.stderr
     (left,) = re.findall(r"(?m)^to the end  (.*)$", succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket)))
-    assert re.fullmatch(r".* when it goes on, for at most \$\d+\.\d\d more", left)
+    assert re.fullmatch(r".* when it goes on, for about \$\d+\.\d\d more", left)
     at_it = replace(spec, bucket=str(bucket), max_hours=1.0)
     assert f"to the end {left}" in outlook_lines(at_it, there)
     succeeded(ddpm_here("report", "walk", "--bucket", bucket))

@@ -71,8 +71,8 @@ def test_hours_and_dollars_add_up():
     assert (outlook.hours_so_far, outlook.dollars_so_far) == (3.0, 2 * 2.0 + 1 * 4.0)
     assert (outlook.hours_left, outlook.dollars_left, outlook.ends) == (2.5, 10.0, None)
     assert outlook.words == {
-        "cost so far": "at most $8.00 (3.0 hours of machines)",
-        "to the end": "2 h 30 min when it goes on, for at most $10.00 more",
+        "cost so far": "about $8.00 (3.0 hours)",
+        "to the end": "2 h 30 min when it goes on, for about $10.00 more",
     }
     # On other machines.
     assert outlook_of(found, status(2, at(6)), 1.0).dollars_left == 2.5
@@ -86,7 +86,7 @@ def test_a_run_that_goes_on_says_when_it_ends():
     running = status(1, now.strftime("%Y-%m-%dT%H:%M:%SZ"), "running", speed=0.5)
     outlook = outlook_of(stretches([attempt(1, 0)], running), running)
     assert outlook.ends == now + timedelta(hours=5)
-    assert f"5 h 0 min, at {outlook.ends:%Y-%m-%d %H:%M} UTC, for at most $10.00 more" == outlook.words["to the end"]
+    assert f"5 h 0 min, at {outlook.ends:%Y-%m-%d %H:%M} UTC, for about $10.00 more" == outlook.words["to the end"]
 
 
 @pytest.mark.parametrize("told", [status(1, at(1), speed=None), status(1, at(1), seen=13_000), None])
