@@ -123,7 +123,6 @@ test: $(TESTED) ## Install what the tests need and run them
 
 test-browser: $(TESTED) ## Look at the pages in Chromium: SCREENSHOTS=folder keeps what it saw
 	@tests/install.sh chromium
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[browser]'
 	.venv/bin/pytest -m browser tests/browser $(ARGS)
 
 test-containers: $(TESTED) ## Build the image and run jobs in it: needs root, podman, runc and mmdebstrap
