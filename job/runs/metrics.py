@@ -48,6 +48,8 @@ def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None
 
     def write(writer: SummaryWriter) -> None:
         if config is not None:
+            from tensorboardX.summary import hparams
+
             values = {key: value for key, value in config.flat().items() if value is not None}
             plain = {key: str(value) if isinstance(value, list) else value for key, value in values.items()}
             for summary in hparams(plain, {"loss": 0.0}):
@@ -56,8 +58,6 @@ def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None
             for name, value in row.items():
                 if name not in ("images_seen", "time") and value is not None:
                     writer.add_scalar(name, value, row["images_seen"], walltime=row["time"])
-
-    from tensorboardX.summary import hparams
 
     return {ObjectKind.METRICS.key(checkpoint=ref): lines, ObjectKind.EVENTS.key(checkpoint=ref): _events(write)}
 
