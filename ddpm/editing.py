@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ddpm.generation import beginning, from_noise
 from ddpm.process import Point
-from ddpm.samplers import Denoiser, NoiseAt, Sampler
+from ddpm.samplers import Denoiser, NoiseAt, Sampler, ddim
 
 
 def inpaint(
@@ -66,6 +66,25 @@ def from_image(
     """Begins with an image and noise, at the first of `last_points` (SDEdit; Meng et al. 2022, algorithm 1)."""
     points = last_points(points, strength)
     return sample(denoise, points[0].alpha * image + points[0].sigma * noise_at(0), points, noise_at)
+
+
+def inverted(
+    sample: Sampler,
+    denoise: Denoiser,
+    points: Sequence[Point[float]],
+    noise_at: NoiseAt,
+    *,
+    image: Tensor,
+    strength: float,
+) -> Tensor:
+    """Finds the noise of an image by DDIM, and draws it again from there (Song et al. 2021, section 5.4).
+
+    The network is not asked at the clean image: there the estimate at the first noisy point stands for its own.
+    """
+    *way, _ = points = last_points(points, strength)
+    first = way[-1]
+    x = 2 * first.alpha * image - first.alpha * denoise(first.alpha * image, first)
+    return sample(denoise, ddim(denoise, x, way[::-1], noise_at), points, noise_at)
 
 
 def last_points(points: Sequence[Point[float]], strength: float) -> Sequence[Point[float]]:

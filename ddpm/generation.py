@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
+from math import inf
 
 import torch
 from torch import Tensor
@@ -93,8 +94,9 @@ def make_denoiser(
         network: the network, in evaluation mode.
         process: the one it was trained with.
         prediction: what its output means.
-        condition: what else it is told; an x_0 in it is replaced by each estimate (Chen et al. 2023, algorithm 2).
-        clip: see `Sampling`; after guidance.
+        condition: what else it is told; where it has an x_0, that is the first estimate of a network with
+            self-conditioning, and each evaluation sees the estimate of the one before (Chen et al. 2023, algorithm 2).
+        clip: see `Sampling`; after guidance. What the network sees as its estimate is clipped likewise.
         autocast: context for the network alone, such as bf16 autocast; all other arithmetic is fp32.
         callback: see `Callback`.
         guidance: see there; from its own estimate without a class if there is no worse network, both in one batch.
@@ -103,8 +105,11 @@ def make_denoiser(
         with_share: whether the answer has the share of β as well.
 
     Returns:
-        A function (x_t, point) → x_0, float32, without gradients.
+        A function (x_t, point) → x_0, float32, without gradients. It serves any number of trajectories: an estimate
+        conditions evaluations with less noise alone, so that a new trajectory and RePaint's jumps begin afresh.
     """
+    first_estimate = condition.x_start
+    estimates: list[tuple[float, Tensor]] = []
 
     def answer_of(network: Network, x_t: Tensor, point: Point[float], condition: Condition) -> Tensor:
         t = torch.full((len(x_t),), point.t, dtype=torch.float32, device=x_t.device)
@@ -132,11 +137,17 @@ def make_denoiser(
     @torch.no_grad()
     def denoise(x_t: Tensor, point: Point[float]) -> Tensor:
         nonlocal condition
+        ratio = point.sigma / point.alpha if point.alpha else inf
+        if first_estimate is not None:
+            while estimates and estimates[-1][0] <= ratio:
+                estimates.pop()
+            condition = condition._replace(x_start=estimates[-1][1] if estimates else first_estimate)
         x_start, share = answer_at(x_t, point).tensor_split([x_t.shape[1]], dim=1)
         if clip:
             x_start = x_start.clamp(-1, 1)
-        if condition.x_start is not None:
-            condition = condition._replace(x_start=x_start.clamp(-1, 1))
+        if first_estimate is not None:
+            # Two of them: Heun's method evaluates a point twice, and its corrected x follows from the one before.
+            estimates[:] = [*estimates[-1:], (ratio, x_start)]
         if callback is not None:
             callback(point, x_t, x_start)
         return torch.cat([x_start, share], dim=1) if with_share else x_start
@@ -161,9 +172,12 @@ def from_noise(sample: Sampler, denoise: Denoiser, points: Sequence[Point[float]
 def generate(
     denoise: Denoiser, process: Process, sampling: Sampling, noise_at: NoiseAt, walk: Walk = from_noise
 ) -> Tensor:
-    """Draws images, float32 [B, C, H, W] in [-1, 1]; image k depends on its noise alone (see `noise_of`)."""
+    """Returns x at the clean image, float32 [B, C, H, W]; sample k depends on its noise alone (see `noise_of`).
+
+    Nothing is clamped here: x may be latents, which have no bounds. `Model.pixels` makes pixels of it.
+    """
     with torch.inference_mode():
-        return walk(sampling.solver(process), denoise, sampling.points(process), noise_at).clamp(-1, 1)
+        return walk(sampling.solver(process), denoise, sampling.points(process), noise_at)
 
 
 def noise_of(seeds: Tensor, shape: tuple[int, int, int], offset_noise: float = 0.0) -> NoiseAt:

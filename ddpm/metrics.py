@@ -68,7 +68,8 @@ def prdc(drawn: Tensor, real: Tensor) -> dict[str, float]:
     """
     from torch_fidelity.metric_prc import prc_features_to_metric
 
-    drawn, real = drawn[:MOST_NEIGHBOURS_IMAGES], real[:MOST_NEIGHBOURS_IMAGES]
+    # In float32 distances of near neighbours round to equal ones, or past each other.
+    drawn, real = drawn[:MOST_NEIGHBOURS_IMAGES].double(), real[:MOST_NEIGHBOURS_IMAGES].double()
     options = {"prc_neighborhood": PRECISION_NEIGHBOURS, "prc_batch_size": _CHUNK, "save_cpu_ram": True}
     found = prc_features_to_metric(drawn, real, verbose=False, **options)
     reach = torch.cdist(real, real).kthvalue(DENSITY_NEIGHBOURS + 1).values

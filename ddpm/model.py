@@ -51,7 +51,7 @@ class Model:
         self_conditioning: whether it is shown its own estimate.
         offset_noise: as it was trained with; see `noise_of`.
         autocast: context for the network alone, such as bf16 autocast.
-        decode: makes pixels [B, c, h, w] in [-1, 1] of what is drawn, where that are latents.
+        decode: makes pixels [B, c, h, w] of what is drawn, where that are latents; `pixels` clamps them to [-1, 1].
         worse: a network that has learnt less, to be guided away from.
     """
 
@@ -161,8 +161,8 @@ class Model:
         return self.pixels(x)
 
     def pixels(self, x: Tensor) -> Tensor:
-        """What a person sees of x [B, C, H, W]."""
-        return self.decode(x) if self.decode else x
+        """Returns what a person sees of x [B, C, H, W], latents or images: float32 in [-1, 1]."""
+        return (self.decode(x) if self.decode else x).clamp(-1, 1)
 
     def denoiser(self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None) -> Denoiser:
         """For images of these seeds, int64 [B] on the device: seed k is of class k mod classes, of those it takes."""

@@ -86,6 +86,8 @@ class Objective:
     draws: Draws = Draws()
     learned_variance: bool = False
     """Whether the network also learns the variance of the ancestral step, by the variational bound."""
+    clip: bool = True
+    """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
 
     def __post_init__(self) -> None:
         if self.weighting not in get_args(Weighting):
@@ -153,8 +155,8 @@ class Objective:
         if conditions_on_itself:
             with torch.no_grad():
                 output = network(scale * x_t, drawn.t, condition).float()[:, :channels]
-                estimate = self.prediction.x_start(output, x_t, point).clamp(-1, 1)
-            condition = condition._replace(x_start=estimate)
+                estimate = self.prediction.x_start(output, x_t, point)
+            condition = condition._replace(x_start=estimate.clamp(-1, 1) if self.clip else estimate)
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
@@ -178,7 +180,7 @@ class Objective:
         """An estimate of the variational bound on -log₂ p(x_0) per dimension, from one step of each image.
 
         The bound is that of ancestral sampling over all points of any process (Ho et al. 2020, equation 5), with the
-        variance that was learnt or else β.
+        variance that was learnt or else β; at the last step β̃ of the one before, as Ho et al.'s `calc_bpd_loop` has it.
 
         Args:
             network: see `Network`.
@@ -199,8 +201,8 @@ class Objective:
         x_t = alpha * x_start + sigma * noise
         output, share = network(scale * x_t, t, condition).float().tensor_split([x_start.shape[1]], dim=1)
         estimate = self.prediction.x_start(output, x_t, Point(t, alpha, sigma)).clamp(-1, 1)
-        share = (share + 1) / 2 if self.learned_variance else torch.ones_like(x_start)
         is_last = (numbers == 0).to(x_start.device)
+        share = (share + 1) / 2 if self.learned_variance else (~is_last).float().view(-1, 1, 1, 1)
         (last,) = points_of(self.process.numbered(torch.tensor([self.process.num_timesteps - 1])))
         # What sampling begins with has the standard deviation max(1, σ).
         log_variance, beginning = 2 * math.log(last.sigma), 2 * math.log(max(1.0, last.sigma))

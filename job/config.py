@@ -676,10 +676,12 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
     # What a run that was imported computes in, the first machine that trains it decides.
     free = FREE | ({"train.precision"} if stored.train.precision == "auto" else set())
+    # A network with self-conditioning learns from estimates that are clipped as its samples are.
+    learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
     fixed = [
         f"{key}: the run has {before[key]}, asked for {value}"
         for key, value in changes.items()
-        if key not in free and key.split(".")[0] not in FREE_SECTIONS
+        if key in learnt or (key not in free and key.split(".")[0] not in FREE_SECTIONS)
     ]
     if fixed:
         raise BadConfigError(

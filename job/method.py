@@ -99,7 +99,8 @@ def objective_of(config: RunConfig) -> Objective:
     diffusion = config.diffusion
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
     learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
-    return Objective(process_of(config), prediction_of(config), weighting, diffusion.gamma, draws, learned)
+    process, prediction = process_of(config), prediction_of(config)
+    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, config.sample.clip)
 
 
 def settings_of(config: RunConfig) -> training.Settings:

@@ -20,6 +20,7 @@ GIF_SEEDS = 12
 MODES = {
     "inpaint": {"image", "mask", "resamplings"},
     "img2img": {"image", "strength"},
+    "invert": {"image", "strength"},
     "interpolate": set[str](),
 }
 """What is drawn instead of new images, and the options that each takes."""

@@ -54,7 +54,7 @@ def ddpm_sample(
     weights: Weights = None,
     precision: Precision = None,
     mode: Annotated[
-        str, typer.Option(metavar="NAME", help="inpaint, img2img or interpolate, instead of new images.")
+        str, typer.Option(metavar="NAME", help="inpaint, img2img, invert or interpolate, not new images.")
     ] = "",
     image: Annotated[
         str, typer.Option(metavar="LIST|FILE", help="Of the dataset by numbers such as 0-3, or a file.")
@@ -66,7 +66,7 @@ def ddpm_sample(
         int | None, typer.Option(metavar="N", help="How often inpaint walks each stretch of steps. Default: 10.")
     ] = None,
     strength: Annotated[
-        float | None, typer.Option(metavar="0..1", help="Share of the steps that img2img takes. Default: 0.6.")
+        float | None, typer.Option(metavar="0..1", help="Share of the steps. Default: img2img 0.6, invert 1.")
     ] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising, of the first 12.")] = False,
     nearest: Annotated[

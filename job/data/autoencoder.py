@@ -35,9 +35,9 @@ class Decoder:
         self._network, self._latents = network.to(device).eval().requires_grad_(False), latents
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Normalised latents [b, C, h, w] to pixels [b, channels, H, W] in [-1, 1]."""
+        """Normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
         pixels: Tensor = self._network.decode(self._latents.restored(x.float())).sample  # type: ignore[operator]
-        return pixels.clamp(-1, 1)
+        return pixels
 
 
 def latents_of(index: DatasetIndex | None) -> Latents | None:

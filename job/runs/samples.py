@@ -127,7 +127,7 @@ def denoising_key(label: str, how: str) -> str:
 class Editing(Section):
     """What is drawn instead of new images."""
 
-    mode: Literal["inpaint", "img2img", "interpolate"]
+    mode: Literal["inpaint", "img2img", "invert", "interpolate"]
     image: str = ""
     """Numbers in the dataset such as 3,17, or the SHA-256 of a file."""
     mask: str = ""
@@ -135,7 +135,7 @@ class Editing(Section):
     resamplings: int = Field(default=0, ge=0, le=1000)
     """Of `inpaint`: how often each stretch of steps is walked."""
     strength: float = Field(default=0.0, ge=0, le=1)
-    """Of `img2img`: the share of the steps that is taken."""
+    """Share of the steps that `img2img` and `invert` take."""
 
     @property
     def name(self) -> str:

@@ -43,7 +43,8 @@ class Editor:
             self._shown = cache.read(np.array(plan.given.numbers))
         self._images = torch.tensor(self._shown).permute(0, 3, 1, 2).to(painter.device).float() / 127.5 - 1
         if plan.given.unknown is None:
-            self._edit = partial(editing.from_image, strength=self._editing.strength)
+            edit = editing.inverted if self._editing.mode == "invert" else editing.from_image
+            self._edit = partial(edit, strength=self._editing.strength)
         else:
             unknown = torch.from_numpy(plan.given.unknown).to(painter.device)
             path = editing.resampled(sampling.steps, resamplings=self._editing.resamplings)
@@ -55,7 +56,9 @@ class Editor:
 
     def default_seeds(self) -> range:
         """Those of a picture."""
-        return range(2 * PAIRS if self._editing.mode == "interpolate" else self._given.images * (COLUMNS - 1))
+        # Without a sampler's noise, seeds invert an image alike.
+        of_mode = {"interpolate": 2 * PAIRS, "invert": self._given.images}
+        return range(of_mode.get(self._editing.mode, self._given.images * (COLUMNS - 1)))
 
     def drawn_seeds(self, seeds: Sequence[int]) -> Sequence[int]:
         """The seeds of the images of a picture."""
@@ -80,9 +83,10 @@ class Editor:
             names = [f"{a} to {b}" for a, b in zip(seeds[::2], seeds[1::2], strict=True)]
             return figures.png(figures.image_grid(images, COLUMNS, scale=scale, row_labels=names, title=title))
         tiles: list[np.ndarray] = []
+        columns = 2 if self._editing.mode == "invert" else COLUMNS
         for number, given in enumerate(self._shown):
             own = images[[seed % len(self._shown) == number for seed in seeds]]
-            for start in range(0, len(own), COLUMNS - 1):
-                tiles += [given, *own[start : start + COLUMNS - 1]]
-                tiles += [np.full_like(given, 255)] * (-len(tiles) % COLUMNS)
-        return figures.png(figures.image_grid(np.stack(tiles), COLUMNS, scale=scale, title=title))
+            for start in range(0, len(own), columns - 1):
+                tiles += [given, *own[start : start + columns - 1]]
+                tiles += [np.full_like(given, 255)] * (-len(tiles) % columns)
+        return figures.png(figures.image_grid(np.stack(tiles), columns, scale=scale, title=title))

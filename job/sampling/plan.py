@@ -26,8 +26,8 @@ from job.store import ObjectMissingError, Store
 
 RESAMPLINGS = 10
 """As Lugmayr et al. 2022."""
-STRENGTH = 0.6
-"""Of `img2img`, if nothing is said."""
+STRENGTHS = {"img2img": 0.6, "invert": 1.0}
+"""Share of the steps that a mode takes by default."""
 MOST_FILE_BYTES = 1 << 28
 """Of an image that is given."""
 _NUMBERS = "0123456789-, "
@@ -205,8 +205,9 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
     else:
         recipe = Recipe(size, "center", index.resize_filter if index else "lanczos", channels, min_side=1)
         image, name = _read_image("--image", name, recipe)
-    if request.mode == "img2img":
-        return Given(Editing(mode="img2img", image=name, strength=request.strength or STRENGTH), numbers, image)
+    if request.mode == "img2img" or request.mode == "invert":
+        strength = request.strength or STRENGTHS[request.mode]
+        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
     mask = request.mask or "half"
     unknown = np.zeros((size, size), bool)
     if mask == "half":

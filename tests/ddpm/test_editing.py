@@ -111,6 +111,27 @@ def test_from_an_image_less_stays_of_it_the_more_steps_are_taken() -> None:
             assert_close(found, expected, rtol=0.03, atol=0.02)
 
 
+def test_inversion_finds_the_noise_of_an_image() -> None:
+    """Of normal images the probability flow is known: x stays at the same quantile, and comes back to the image."""
+    std, image, began = 0.4, 0.4 * normal(1), list[Tensor]()
+
+    def denoise(x: Tensor, point: Point[float]) -> Tensor:
+        return point.alpha * std**2 / ((point.alpha * std) ** 2 + point.sigma**2) * x
+
+    def remembering(denoise, x, points, noise_at) -> Tensor:
+        began.append(x)
+        return ddim(denoise, x, points, noise_at)
+
+    for process in (linear_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow()):
+        points = make_grid(process, 400, "trailing")
+        for strength in (0.5, 1.0):
+            start, *_ = editing.last_points(points, strength)
+            found = editing.inverted(remembering, denoise, points, normal, image=image, strength=strength)
+            expected = ((start.alpha * std) ** 2 + start.sigma**2) ** 0.5 / std * image
+            assert_close(began.pop(), expected, rtol=0.03, atol=0.01, msg=f"{process} {strength}")
+            assert_close(found, image, rtol=0.03, atol=0.01)
+
+
 def test_between_two_noises_lies_noise() -> None:
     shape = (2000, 3, 4, 4)
     first, second, weight = normal(0, shape), normal(1, shape), torch.full((2000,), 0.3, dtype=torch.float64)
@@ -153,6 +174,7 @@ def test_editing_never_waits_for_the_device() -> None:
     for walk in (
         partial(editing.inpaint, image=x, unknown=x > 0, path=editing.resampled(2, 1, 2)),
         partial(editing.from_image, image=x, strength=0.5),
+        partial(editing.inverted, image=x, strength=0.5),
         partial(editing.interpolate, other=lambda draw: x, weight=x[:, 0, 0, 0]),
     ):
         assert walk(ddim, lambda x, point: x, points, lambda draw: x).shape == SHAPE

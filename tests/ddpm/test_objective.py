@@ -19,6 +19,7 @@ POSSIBLE = [
     ("linear", "epsilon", "plain with variance"),
     ("cosine", "v", "plain with itself"),
     ("cosine", "x0", "snr with variance and itself"),
+    ("linear", "epsilon", "plain with itself unclipped"),
     ("cosine", "v", "min_snr"),
     ("sigmoid", "x0", "snr"),
     ("edm", "edm", "plain"),
@@ -28,9 +29,9 @@ POSSIBLE = [
 
 
 def objective(schedule: str, prediction: str, weighting: str = "plain") -> Objective:
-    """A weighting "with variance" learns that as well."""
-    learned = "variance" in weighting
-    return Objective(make_process(schedule), Prediction(prediction), weighting.split()[0], learned_variance=learned)
+    """A weighting "with variance" learns that as well; "unclipped" is about its own estimate."""
+    options = {"learned_variance": "variance" in weighting, "clip": "unclipped" not in weighting}
+    return Objective(make_process(schedule), Prediction(prediction), weighting.split()[0], **options)
 
 
 def given(weighting: str) -> tuple[Condition, bool]:
@@ -71,7 +72,7 @@ def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
         assert told[0] is condition
         if twice:
             estimate = learnt.prediction.x_start(output, point.alpha * X_START + point.sigma * NOISE, point)
-            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1))
+            torch.testing.assert_close(told[1].x_start, estimate.clamp(-1, 1) if learnt.clip else estimate)
 
 
 def test_weights_are_said_on_x_start_whatever_is_predicted() -> None:

@@ -3,6 +3,7 @@
 import math
 
 import mpmath
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -202,3 +203,42 @@ def test_a_step_s_bits_are_the_divergences_of_torch() -> None:
             lambda x, t, c: estimate, x_0, noise, torch.full((4,), n), torch.full((4,), stands_for)
         )
         torch.testing.assert_close(found, (before + stands_for * term).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_bits_per_dim_equal_ho_s_calc_bpd_loop() -> None:
+    """`_prior_bpd` and `_vb_terms_bpd` with `fixedlarge`, clipped, in NumPy as Ho et al.'s code has them."""
+    T, x_0 = 12, levels(normal(0)).double().numpy()
+    betas = np.linspace(1e-4, 0.02, T)
+    alphas_cumprod = (1 - betas).cumprod()
+    before = np.append(1, alphas_cumprod[:-1])
+    posterior = betas * (1 - before) / (1 - alphas_cumprod)
+    log_true, log_model = np.log([posterior[1], *posterior[1:]]), np.log([posterior[1], *betas[1:]])
+    mean, variance = alphas_cumprod[-1] ** 0.5 * x_0, 1 - alphas_cumprod[-1]
+    expected = 0.5 * (-1 - np.log(variance) + variance + mean**2).mean(axis=(1, 2, 3))
+
+    def cdf(x: np.ndarray) -> np.ndarray:
+        return 0.5 * (1 + np.tanh((2 / np.pi) ** 0.5 * (x + 0.044715 * x**3)))
+
+    found = 0.0
+    objective = Objective(linear_schedule(T), Prediction("epsilon"))
+    for t in range(T):
+        noise = normal(1 + t)
+        x_t = alphas_cumprod[t] ** 0.5 * x_0 + (1 - alphas_cumprod[t]) ** 0.5 * noise.numpy()
+        # Good enough that no level is out of reach, where the code above stops at 1e-12.
+        epsilon = 0.9 * noise.numpy() + 0.05
+        estimate = (x_t - (1 - alphas_cumprod[t]) ** 0.5 * epsilon) / alphas_cumprod[t] ** 0.5
+        on_x_start = betas[t] * before[t] ** 0.5 / (1 - alphas_cumprod[t])
+        on_x_t = (1 - before[t]) * (1 - betas[t]) ** 0.5 / (1 - alphas_cumprod[t])
+        means = [on_x_start * x + on_x_t * x_t for x in (x_0, estimate.clip(-1, 1))]
+        if t:
+            away = (means[0] - means[1]) ** 2 * np.exp(-log_model[t])
+            term = 0.5 * (-1 + log_model[t] - log_true[t] + np.exp(log_true[t] - log_model[t]) + away)
+        else:
+            upper, lower = (cdf((x_0 - means[1] + end) * np.exp(-log_model[t] / 2)) for end in (1 / 255, -1 / 255))
+            likely = np.where(x_0 < -0.999, upper, np.where(x_0 > 0.999, 1 - lower, upper - lower))
+            term = -np.log(likely.clip(min=1e-12))
+        expected = expected + term.mean(axis=(1, 2, 3))
+        given = torch.from_numpy(epsilon).float()
+        numbers, all_steps = torch.full((len(x_0),), t), torch.full((len(x_0),), float(T))
+        found = found + objective.bits_per_dim(lambda *_, e=given: e, levels(normal(0)), noise, numbers, all_steps) / T
+    assert found.tolist() == pytest.approx((expected / np.log(2)).tolist(), rel=1e-3)

@@ -174,6 +174,17 @@ def test_the_less_of_the_way_is_walked_the_more_stays_of_an_image(bucket, sample
     assert distances[0] < 12 < distances[1] < distances[2]
 
 
+def test_invert_draws_an_image_again(bucket, sampled):
+    words = ("--mode", "invert", "--image", "40,41", "--steps", 40)
+    ((name, picture),) = sampled(*words).items()
+    assert name == "epoch-0002-ddim-40-labels-0_0-invert-image-40_41-strength-1.0.png"
+    tiles = tiles_of(picture, 2)
+    given = images_of(bucket, 40, 41)
+    assert np.array_equal(tiles[::2], given)
+    again, other = np.abs(tiles[1::2] - given).mean(), np.abs(tiles[1::2] - given[::-1]).mean()
+    assert again < 12 < 2 * again < other
+
+
 def test_between_two_seeds_lie_images_that_begin_and_end_with_theirs(sampled, draw):
     ((name, picture),) = sampled("--mode", "interpolate", "--seeds", "3,8,5,10").items()
     assert name == "epoch-0002-ddim-4-interpolate-seeds-3_8_5_10.png"
@@ -207,9 +218,9 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 66, "no checkpoint of epoch 3", ("--guidance", 2, "--autoguidance", 3)),
         ("all", 64, "did you mean 'mountain'?", ("--classes", "coast,mountan")),
         ("all", 64, "there is no class '7'; there are 5: coast", ("--classes", "7")),
-        ("all", 64, "inpaint, img2img, interpolate; did you mean 'inpaint'?", ("--mode", "inpant")),
+        ("all", 64, "inpaint, img2img, invert, interpolate; did you mean 'inpaint'?", ("--mode", "inpant")),
         ("all", 64, "needs --image", ("--mode", "img2img")),
-        ("all", 64, "--strength is an option of --mode img2img", (*inpaint, "--strength", 0.5)),
+        ("all", 64, "--strength is an option of --mode img2img and invert", (*inpaint, "--strength", 0.5)),
         ("all", 64, "--mask is an option of --mode inpaint", ("--mask", "half")),
         ("all", 64, "--strength 1.5", ("--mode", "img2img", "--image", 3, "--strength", 1.5)),
         ("all", 64, "--strength 0", ("--mode", "img2img", "--image", 3, "--strength", 0)),
