@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddpm import randomness, samplers
-from ddpm.grids import Grid, make_grid, numbered_points
+from ddpm.grids import Grid, make_grid, numbered_points, shifted
 from ddpm.guidance import UNGUIDED, Guidance, guided
 from ddpm.objective import UNCONDITIONAL, Condition, Network
 from ddpm.prediction import Prediction
@@ -33,6 +33,8 @@ class Sampling:
     steps: int
     grid: Grid | tuple[int, ...]
     """By its name, or the numbers of its points."""
+    shift: float = 1.0
+    """Of the grids of a rectified flow, for images of another size; see `shifted`."""
     eta: float = 0.0
     variance: Variance = "fixed_large"
     order: int = 3
@@ -47,7 +49,8 @@ class Sampling:
         """The points to visit, the clean image included."""
         if isinstance(self.grid, tuple):
             return numbered_points(process, self.grid)
-        return make_grid(process, self.steps, self.grid)
+        points = make_grid(process, self.steps, self.grid)
+        return points if self.shift == 1 else shifted(process, points, self.shift)
 
     def solver(self, process: Process) -> Sampler:
         """The sampler with its options.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddpm.process import CLEAN, Point, Process, points_of
+from ddpm.process import CLEAN, Point, Process, RectifiedFlow, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
 Grid = Literal["leading", "trailing", "linspace", "quadratic", "karras"]
@@ -47,6 +47,20 @@ def make_grid(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
 def numbered_points(process: Process, numbers: Sequence[int]) -> list[Point[float]]:
     """The points of these numbers, and the clean image."""
     return [*points_of(process.numbered(torch.tensor(numbers))), CLEAN]
+
+
+def shifted(process: Process, points: Sequence[Point[float]], shift: float) -> list[Point[float]]:
+    """Returns points of a rectified flow, moved to where an image of `shift` times the height has as much noise.
+
+    σ becomes s σ/(1 + (s - 1) σ), which multiplies σ/α by s (Esser et al. 2024, section 5.3.2).
+
+    Raises:
+        ValueError: the process is another one.
+    """
+    if not isinstance(process, RectifiedFlow):
+        raise ValueError("shift moves the points of a rectified flow: leave it at 1 for other processes")
+    sigma = torch.tensor([point.sigma for point in points[:-1]], dtype=torch.float64)
+    return [*points_of(process.uniform(shift * sigma / (1 + (shift - 1) * sigma))), points[-1]]
 
 
 def find_grid(denoise: Denoiser, x: Tensor, process: Process, steps: int, candidates: int) -> list[int]:

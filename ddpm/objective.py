@@ -17,7 +17,9 @@ from ddpm.variance import Posterior, bits, log_likelihood_of_levels, normal_kl, 
 QUARTILES = 4
 BOUND_WEIGHT = 1e-3
 """λ of the hybrid loss (Nichol & Dhariwal 2021, equation 16), on a bound in bits per dimension as in their code."""
-Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"]
+MOST_FLOW_WEIGHT = 400.0
+"""Of the squared error of x_0: 1/σ² at σ = 0.05, below which Li & He 2025 do not let it grow."""
+Weighting = Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"]
 """What the squared error counts: `plain` as it is at the output; the others say it on the error of x_0."""
 
 
@@ -86,6 +88,8 @@ class Objective:
     draws: Draws = Draws()
     learned_variance: bool = False
     """Whether the network also learns the variance of the ancestral step, by the variational bound."""
+    learned_uncertainty: bool = False
+    """Whether the network also gives u(σ), the logarithm of the loss to expect, by which losses are divided."""
     clip: bool = True
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
 
@@ -148,6 +152,7 @@ class Objective:
         Returns:
             float32 [B]: each image's squared error, averaged over its pixels and weighted. Where the variance is
             learnt, λ T times the bound's term at this step is added, whose gradient does not reach the estimate.
+            Where u(σ) is learnt it is loss/e^u + u (Karras et al. 2024, equation 21).
         """
         alpha, sigma, scale = (row.view(-1, 1, 1, 1) for row in (drawn.alpha, drawn.sigma, drawn.input_scale))
         x_t = alpha * x_start + sigma * noise
@@ -160,6 +165,9 @@ class Objective:
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
+        if self.learned_uncertainty:
+            u = share.mean(dim=(1, 2, 3))
+            return losses * (-u).exp() + u
         if not self.learned_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)
@@ -213,7 +221,8 @@ class Objective:
         """The weight of the squared error at the output, float64 [B].
 
         On the error of x_0 it is SNR, min(SNR, γ) (Hang et al. 2023, equation 7), SNR γ/(SNR + γ) (Crowson et al.
-        2024, section 4.2) or λ (Karras et al. 2022, table 1).
+        2024, section 4.2), λ (Karras et al. 2022, table 1), or that of the error of ε - x_0 (`flow`; on a rectified
+        flow 1/σ², the v-loss of Li & He 2025, section 4.3).
         """
         if self.weighting == "plain":
             return torch.ones_like(point.sigma)
@@ -225,6 +234,8 @@ class Objective:
             return snr.clamp(max=self.gamma) / factor
         if self.weighting == "soft_min_snr":
             return snr * self.gamma / (snr + self.gamma) / factor
+        if self.weighting == "flow":
+            return (1 + snr.sqrt()).square().clamp(max=MOST_FLOW_WEIGHT) / factor
         return (snr + self.prediction.sigma_data**-2) / factor
 
 

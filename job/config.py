@@ -171,6 +171,7 @@ class EDM2Config(NetworkConfig):
     layers_per_level: int = Field(3, ge=1, le=64, description=_LAYERS)
     head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
+    uncertainty: bool = Field(False, description="divide the loss by what the network expects it to be at its sigma")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -250,7 +251,7 @@ class DiffusionConfig(Section):
     prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field(
         "epsilon", description="what the network gives: the noise, the image, or a mixture of both"
     )
-    weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm"] = Field(
+    weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"] = Field(
         "plain", description="plain: the squared error as it is; the others say what it counts on x_0"
     )
     gamma: float = Field(5.0, gt=0, le=LARGEST, description="of min_snr and soft_min_snr")
@@ -408,6 +409,9 @@ class Drawing(Section):
     grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "found"] = Field(
         "trailing", description="found: on the run's own network, by `ddpm sample` alone"
     )
+    shift: float = Field(
+        1.0, gt=0, le=100, description="of schedule=flow: moves the grid to more noise, such as 3; 1: off"
+    )
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
     order: int = Field(3, ge=1, le=4, description="of unipc and ipndm: how many estimates make a step")
     churn: float = Field(0.0, ge=0, le=LARGEST, description="of heun: noise added before steps; EDM's S_churn")
@@ -559,6 +563,11 @@ class RunConfig(Section):
         if self.sample.grid == "karras" and (self.diffusion.schedule == "flow" or self.diffusion.zero_terminal_snr):
             raise ValueError(
                 "sample.grid=karras needs a process that leaves something of the image: choose another grid"
+            )
+        if self.sample.shift != 1 and (self.diffusion.schedule != "flow" or self.sample.grid == "found"):
+            raise ValueError(
+                f"sample.shift={self.sample.shift:g} moves the grids of diffusion.schedule=flow, but for found: leave it "
+                "at 1, or choose another grid"
             )
         if self.sample.grid == "quadratic" and (self.diffusion.schedule != "linear" or steps == 1):
             # It begins at 0.8 T, where other processes have much of the image left.

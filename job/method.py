@@ -19,7 +19,7 @@ from ddpm.model import Model
 from ddpm.objective import Draws, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
-from job.config import Drawing, RunConfig
+from job.config import Drawing, EDM2Config, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -100,7 +100,8 @@ def objective_of(config: RunConfig) -> Objective:
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
     learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
     process, prediction = process_of(config), prediction_of(config)
-    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, config.sample.clip)
+    uncertainty = isinstance(config.model, EDM2Config) and config.model.uncertainty
+    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, uncertainty, config.sample.clip)
 
 
 def settings_of(config: RunConfig) -> training.Settings:
@@ -135,6 +136,6 @@ def sampling_of(drawing: Drawing) -> Sampling:
     """How pictures are drawn."""
     guidance = Guidance(drawing.guidance, drawing.guidance_interval or (0.0, math.inf), drawing.guidance_rescale)
     how = drawing.model_dump(
-        include={"sampler", "steps", "grid", "eta", "variance", "order", "churn", "clip", "labels"}
+        include={"sampler", "steps", "grid", "shift", "eta", "variance", "order", "churn", "clip", "labels"}
     )
     return Sampling(**how, guidance=guidance)

@@ -21,6 +21,8 @@ RESIDUAL_BALANCE = 0.3
 SILU_MAGNITUDE = 0.596
 """√E[silu(x)²] for standard normal x."""
 
+UNCERTAINTY_FREQUENCIES = 128
+
 Kind = Literal["encoder", "down", "decoder", "up"]
 
 
@@ -41,6 +43,7 @@ class EDM2(nn.Module):
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        uncertainty: bool = False,  # one more channel, of u(σ): the logarithm of the loss to expect there
     ) -> None:
         super().__init__()
         check_levels(image_size, channel_mults)
@@ -57,9 +60,7 @@ class EDM2(nn.Module):
         self.in_channels = in_channels
         # One more channel, of ones, stands for all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
-        # Drawn once. They lie where the weights do, so that a checkpoint holds them, and have no gradient.
-        self.frequencies = nn.Parameter(torch.randn(widths[0]), requires_grad=False)
-        self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
+        self.frequencies, self.phases = _drawn_once(widths[0])
         self.time_embedding = MPConv(widths[0], embedding_width, 0)
         self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
         labels = augmentation_labels
@@ -89,13 +90,18 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
+        self.uncertainty = MPConv(UNCERTAINTY_FREQUENCIES, 1, 0) if uncertainty else None
+        if uncertainty:
+            self.uncertainty_frequencies, self.uncertainty_phases = _drawn_once(UNCERTAINTY_FREQUENCIES)
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
+        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`.
+
+        Where it is learnt, a channel of u(σ) follows.
+        """
         if self.training:
             self._force_unit_magnitude()
-        angles = t[:, None].float() * self.frequencies + self.phases
-        features = math.sqrt(2) * (2 * math.pi * angles).cos()
+        features = fourier(t, self.frequencies, self.phases)
         told = self.time_embedding(features.to(self.gain_out.dtype))
         embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
@@ -108,7 +114,15 @@ class EDM2(nn.Module):
             h = block(h, embedding)
         for block in self.decoder:
             h = block(h if block.kind == "up" else mp_cat(h, skips.pop()), embedding)
-        return self.conv_out(h) * self.gain_out
+        output = self.conv_out(h) * self.gain_out
+        if self.uncertainty is None:
+            return output
+        # The loss is divided by e^u, whose digits bfloat16 would cut to three.
+        with torch.autocast(t.device.type, enabled=False):
+            u = self.uncertainty(
+                fourier(t, self.uncertainty_frequencies, self.uncertainty_phases).to(self.gain_out.dtype)
+            )
+        return torch.cat([output, u[:, :, None, None].expand_as(output[:, :1])], dim=1)
 
     @torch.no_grad()
     def _force_unit_magnitude(self) -> None:
@@ -182,6 +196,17 @@ class MPEmbedding(MPConv):
         """int64 [B] to [B, E]."""
         one_hot = labels[:, None] == torch.arange(self.in_features, device=labels.device)
         return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
+
+
+def _drawn_once(count: int) -> tuple[nn.Parameter, nn.Parameter]:
+    """Frequencies and phases without a gradient; as parameters, so that a checkpoint holds them."""
+    draws = torch.randn(count), torch.rand(count)
+    return nn.Parameter(draws[0], requires_grad=False), nn.Parameter(draws[1], requires_grad=False)
+
+
+def fourier(t: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
+    """Cosines of t [B] at unit magnitude, float32 [B, frequencies] (equation 75)."""
+    return math.sqrt(2) * (2 * math.pi * (t[:, None].float() * frequencies + phases)).cos()
 
 
 def magnitude(x: Tensor, dims: list[int] | None = None) -> Tensor:

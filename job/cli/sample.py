@@ -31,6 +31,9 @@ def ddpm_sample(
     sampler: Sampler = None,
     steps: Steps = None,
     grid: GridOfPoints = None,
+    shift: Annotated[
+        float | None, typer.Option(metavar="S", help="Moves a flow's grid to more noise, such as 3.")
+    ] = None,
     eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
     order: Annotated[int | None, typer.Option(metavar="1..4", help="Steps that unipc or ipndm takes together.")] = None,
     churn: Annotated[

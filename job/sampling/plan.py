@@ -207,7 +207,7 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
         image, name = _read_image("--image", name, recipe)
     if request.mode == "img2img" or request.mode == "invert":
         strength = request.strength or STRENGTHS[request.mode]
-        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)
+        return Given(Editing(mode=request.mode, image=name, strength=strength), numbers, image)  # type: ignore[arg-type]
     mask = request.mask or "half"
     unknown = np.zeros((size, size), bool)
     if mask == "half":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from benchmarks.solvers import Mixture, rms
+from ddpm.generation import Sampling
 from ddpm.grids import find_grid, make_grid, numbered_points
 from ddpm.process import CLEAN, RectifiedFlow, VarianceExploding, cosine_schedule, linear_schedule
 from ddpm.samplers import ddim, unipc
@@ -20,6 +21,21 @@ def timesteps(steps: int, grid: str, num_timesteps: int = T) -> list[int]:
     *points, clean = make_grid(linear_schedule(num_timesteps), steps, grid)
     assert clean == CLEAN and all(point.t == round(point.t) for point in points)
     return [round(point.t) for point in points]
+
+
+def test_shift_is_diffusers() -> None:
+    import diffusers
+
+    for shift, steps in product((0.5, 1.0, 3.0), (1, 7, 28)):
+        scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
+        even = [point.sigma for point in make_grid(RectifiedFlow(), steps, "trailing")[:-1]]
+        scheduler.set_timesteps(sigmas=even)
+        points = Sampling("ddim", steps, "trailing", shift=shift).points(RectifiedFlow())
+        assert [point.sigma for point in points] == pytest.approx(scheduler.sigmas.tolist(), abs=1e-6)
+        assert [point.t for point in points[:-1]] == pytest.approx(scheduler.timesteps.tolist(), abs=1e-3)
+        assert [point.alpha + point.sigma for point in points] == pytest.approx([1] * (steps + 1))
+    with pytest.raises(ValueError, match="rectified flow"):
+        Sampling("ddim", 5, "trailing", shift=3.0).points(LINEAR)
 
 
 def test_every_grid_of_timesteps_descends_without_repeats() -> None:

@@ -110,6 +110,33 @@ def test_published_weights_on_the_output() -> None:
     torch.testing.assert_close(weights, torch.ones(3, dtype=torch.float64))
 
 
+def test_flow_weighting_is_the_velocity_s_error() -> None:
+    """(x_t - x_0)/σ on a rectified flow, as JiT has it, with σ of 0.05 at least (Li & He 2025)."""
+    sigma = torch.tensor([0.01, 0.04, 0.3, 0.99], dtype=torch.float64)
+    point, (x_0, noise, x_hat) = RectifiedFlow().uniform(sigma), torch.randn(3, 4, 50, dtype=torch.float64)
+    x_t = (1 - sigma[:, None]) * x_0 + sigma[:, None] * noise
+    velocity, estimated = ((x_t - x) / sigma.clamp(min=0.05)[:, None] for x in (x_0, x_hat))
+    expected = (estimated - velocity).square().mean(dim=1)
+    weights = Objective(RectifiedFlow(), Prediction("x0"), "flow").weights(point)
+    torch.testing.assert_close(weights * (x_hat - x_0).square().mean(dim=1), expected)
+    # An output that is the velocity has that error as it is.
+    assert Objective(RectifiedFlow(), Prediction("flow"), "flow").weights(point)[2:].tolist() == pytest.approx([1, 1])
+
+
+def test_learned_uncertainty_divides_the_loss() -> None:
+    """Karras et al. 2024, equation 21; the best u is the logarithm of the loss."""
+    process, u = VarianceExploding(), torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0], requires_grad=True)
+    plain = Objective(process, Prediction("edm"))
+    drawn = Drawn(*plain.draw(3, NUMBERS, 6))
+    losses = plain.losses(lambda x, t, told: OUTPUT, X_START, NOISE, drawn)
+    answer = torch.cat([OUTPUT, u.view(-1, 1, 1, 1).expand(-1, 1, 8, 8)], dim=1)
+    learnt = Objective(process, Prediction("edm"), learned_uncertainty=True)
+    found = learnt.losses(lambda x, t, told: answer, X_START, NOISE, drawn)
+    torch.testing.assert_close(found, losses / u.exp() + u)
+    found.sum().backward()
+    torch.testing.assert_close(u.grad, 1 - losses / u.detach().exp())
+
+
 def test_draws_follow_their_distributions() -> None:
     count = 50_000
     for process, draws, quantile_of in (

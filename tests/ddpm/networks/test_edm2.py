@@ -187,6 +187,20 @@ def test_forward_is_what_the_paper_says() -> None:
         torch.testing.assert_close(network(x, t, condition).double(), expected, rtol=0, atol=2e-5)
 
 
+def test_uncertainty_is_a_layer_of_cosines() -> None:
+    """Karras et al. 2024, figure 21: unit weights of 128 cosines, beside an output that stays as it is."""
+    plain, network, (x, t, condition) = open_gains(small(**ALL)), open_gains(small(**ALL, uncertainty=True)), inputs()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        output, u = network.eval()(x, t, condition).split([3, 1], dim=1)
+        assert torch.equal(output, plain.eval()(x, t, condition).float())
+    weights = {name: tensor.double() for name, tensor in network.state_dict().items()}
+    angles = t.double()[:, None] * weights["uncertainty_frequencies"] + weights["uncertainty_phases"]
+    unit = weights["uncertainty.weight"][0] / weights["uncertainty.weight"].norm()
+    expected = (2**0.5 * (2 * math.pi * angles).cos()) @ unit
+    torch.testing.assert_close(u.double(), expected.view(4, 1, 1, 1).expand_as(u), rtol=0, atol=2e-3)
+    assert expected.std() > 0.3
+
+
 def test_impossible_networks_are_refused() -> None:
     for changes, message in (
         ({"image_size": 15}, r"image_size 15 cannot be halved 1 times"),
