@@ -421,6 +421,7 @@ class Drawing(Section):
     guidance_interval: Interval | None = Field(None, description="from and to which sigma/alpha; none: everywhere")
     guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of the contrast that guidance adds taken back")
     autoguidance: int = Field(0, ge=0, le=LARGEST, description="guide away from this epoch's network instead; 0: no")
+    autoguidance_run: str = Field("", description="whose network that is; empty: the run's own")
     labels: Labels = Field((), description="numbers of the classes that seeds take in turn; none: all")
     weights: Weights = Field("ema", description="ema, ema-STD (averaged) or model (raw)")
     precision: Literal["auto", "fp32", "bf16"] = Field("auto", description="auto: that of the training")
@@ -541,7 +542,7 @@ class RunConfig(Section):
         if sample.guidance != 1 and not (self.model.label_dropout or sample.autoguidance):
             raise ValueError(
                 f"sample.guidance={sample.guidance:g} needs a network that has also learnt images without their class "
-                "(model.label_dropout=0.1 when the run begins), or --autoguidance EPOCH"
+                "(model.label_dropout=0.1 when the run begins), or --autoguidance [RUN@]EPOCH"
             )
         if sample.autoguidance and sample.guidance == 1:
             raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
@@ -566,8 +567,8 @@ class RunConfig(Section):
             )
         if self.sample.shift != 1 and (self.diffusion.schedule != "flow" or self.sample.grid == "found"):
             raise ValueError(
-                f"sample.shift={self.sample.shift:g} moves the grids of diffusion.schedule=flow, but for found: leave it "
-                "at 1, or choose another grid"
+                f"sample.shift={self.sample.shift:g} moves the grids of diffusion.schedule=flow, but for found: "
+                "leave it at 1, or choose another grid"
             )
         if self.sample.grid == "quadratic" and (self.diffusion.schedule != "linear" or steps == 1):
             # It begins at 0.8 T, where other processes have much of the image left.
@@ -734,7 +735,7 @@ CHOSEN_ELSEWHERE = {
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
     "data.latents": "--dataset NAME",
-    "sample.autoguidance": "ddpm sample --autoguidance EPOCH",
+    **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
 }
 """Keys that a person does not set, and the option that does."""
 

@@ -248,7 +248,10 @@ class EvaluateRequest:
 
 def chosen_of(options: dict[str, Any]) -> dict[str, Any]:
     """Of the options of `ddpm sample` those that are keys of the section `sample`, as far as they were given."""
-    return {key: options[key] for key in SampleConfig.model_fields if options.get(key) is not None}
+    chosen = {key: options[key] for key in SampleConfig.model_fields if options.get(key) is not None}
+    if "@" in (guide := str(chosen.get("autoguidance", ""))):
+        chosen["autoguidance_run"], _, chosen["autoguidance"] = guide.partition("@")
+    return chosen
 
 
 def check_world_size(processes: int, batch_size: int) -> None:

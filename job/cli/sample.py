@@ -51,7 +51,7 @@ def ddpm_sample(
         float | None, typer.Option(metavar="0..1", help="Share of the contrast that guidance adds taken back.")
     ] = None,
     autoguidance: Annotated[
-        int | None, typer.Option(metavar="EPOCH", min=1, help="Guide away from that checkpoint instead.")
+        str | None, typer.Option(metavar="[RUN@]EPOCH", help="Guide away from that checkpoint instead.")
     ] = None,
     classes: SampledClasses = "",
     weights: Weights = None,

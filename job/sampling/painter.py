@@ -68,10 +68,10 @@ class Painter(Model):
         """
         self._load(self.network, run, ref, group)
 
-    def load_worse(self, run: Store, ref: CheckpointRef, group: str) -> None:
-        """Likewise, of a second network that is guided away from."""
+    def load_worse(self, run: Store, config: RunConfig, ref: CheckpointRef, group: str) -> None:
+        """Likewise, of a second network that is guided away from, and of the run that it is of."""
         if self.worse is None:
-            self.worse = method.build_network(self.config, self.device).eval().requires_grad_(False)
+            self.worse = method.build_network(config, self.device).eval().requires_grad_(False)
             self._load(self.worse, run, ref, group)
 
     def _load(self, network: nn.Module, run: Store, ref: CheckpointRef, group: str) -> None:

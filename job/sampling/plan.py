@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config import OPTIONS_OF, SampleConfig, did_you_mean
+from job.config import OPTIONS_OF, RunConfig, SampleConfig, did_you_mean
 from job.data.images import Recipe, RejectedImageError, prepare
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.plan import FoundRun, find_run
@@ -51,6 +51,24 @@ class Given:
         return len(self.numbers) or 1
 
 
+SHARED = (
+    *(f"data.{key}" for key in ("size", "channels", "latents")),
+    "model.num_classes",
+    *(f"diffusion.{key}" for key in ("schedule", "timesteps", "zero_terminal_snr", "sigma_min", "sigma_max")),
+    *(f"diffusion.{key}" for key in ("sigma_data", "prediction", "self_conditioning")),
+)
+"""What two runs have alike if one is guided away from the other: their networks answer the same question."""
+
+
+@dataclass(frozen=True)
+class Worse:
+    """What autoguidance guides away from."""
+
+    run: Store
+    config: RunConfig
+    ref: CheckpointRef
+
+
 @dataclass(frozen=True)
 class SamplePlan(FoundRun):
     """A run, and what of it is to be drawn."""
@@ -59,8 +77,7 @@ class SamplePlan(FoundRun):
     sample: SampleConfig
     """The run's own section, but for what the request chose."""
     checkpoints: tuple[CheckpointRef, ...]
-    worse: CheckpointRef | None
-    """What autoguidance guides away from, if it does."""
+    worse: Worse | None
     given: Given | None
     own_sampler: OwnSampler | None
     found: tuple[int, ...]
@@ -135,11 +152,12 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     checkpoints = choose(run, request.checkpoints, of_run.dataset_images, config.train.batch_size)
     if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
         note(f"{lost}; drawing from the newest checkpoint that is there")
-    worse = None
-    if sample.autoguidance:
-        (worse,) = choose(run, str(sample.autoguidance), of_run.dataset_images, config.train.batch_size)
-    for ref in (*checkpoints, *([worse] if worse else [])) if sample.weights not in ("ema", "model") else ():
-        check_average(run, ref, sample.weights, request.run)
+    worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
+    if sample.weights not in ("ema", "model"):
+        for ref in checkpoints:
+            check_average(run, ref, sample.weights, request.run)
+        if worse:
+            check_average(worse.run, worse.ref, sample.weights, sample.autoguidance_run or request.run)
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
     return SamplePlan(
         **vars(of_run),
@@ -151,6 +169,16 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
         own_sampler=own_sampler,
         found=found,
     )
+
+
+def _worse(sample: SampleConfig, of_run: FoundRun, request: SampleRequest, stop: Stop) -> Worse:
+    name = sample.autoguidance_run
+    other = find_run(request.bucket, name, stop) if name else of_run
+    ours, theirs = of_run.config.flat(), other.config.flat()
+    if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in SHARED if ours[key] != theirs[key]]:
+        raise BadRequestError(f"--autoguidance {name}: it answers another question than {request.run} ({different[0]})")
+    (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
+    return Worse(other.run, other.config, ref)
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
@@ -271,7 +299,7 @@ def plan_sets(plan: SamplePlan) -> list[SampleSet]:
             **plan.sample.drawing.model_copy(update={"precision": plan.precision}).model_dump(),
             checkpoint=ref.key,
             checkpoint_sha256=load_manifest(plan.run, ref).sha256,
-            worse_sha256=load_manifest(plan.run, plan.worse).sha256 if plan.worse else "",
+            worse_sha256=load_manifest(plan.worse.run, plan.worse.ref).sha256 if plan.worse else "",
             editing=plan.given.editing if plan.given else None,
             own_sampler=f"{plan.own_sampler.name} {plan.own_sampler.sha256}" if plan.own_sampler else "",
             found=plan.found,

@@ -55,13 +55,13 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> tuple[SamplePlan, Painter, Sampling]:
     """What all processes draw, what draws it, and how. Collective."""
     # A run that trains meanwhile may show each process another newest checkpoint.
-    checkpoints, worse = ranks.on_main(lambda: (plan.checkpoints, plan.worse))
-    plan = replace(plan, checkpoints=checkpoints, worse=worse)
+    checkpoints, ref = ranks.on_main(lambda: (plan.checkpoints, plan.worse.ref if plan.worse else None))
+    plan = replace(plan, checkpoints=checkpoints, worse=replace(plan.worse, ref=ref) if plan.worse and ref else None)
     decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
     painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1), decoder)
-    if plan.worse is not None:
-        with reading(plan.run, plan.worse):
-            painter.load_worse(plan.run, plan.worse, plan.sample.weights)
+    if (other := plan.worse) is not None:
+        with reading(other.run, other.ref):
+            painter.load_worse(other.run, other.config, other.ref, plan.sample.weights)
     sampling = sampling_of(plan.sample)
     if plan.own_sampler:
         sampling = replace(sampling, sampler=plan.own_sampler)

@@ -1,28 +1,24 @@
 """Datasets of latents from encoding to scores, with a small autoencoder of diffusers and webdataset as judges."""
 
 import json
-import math
 import shutil
 from importlib import resources
-from itertools import pairwise
 
 import numpy as np
 import pytest
 import torch
 
 from ddpm.generation import noise_of
-from ddpm.objective import Condition
-from job import method
 from job.data.autoencoder import latents_of
 from job.data.cache import chosen_images
 from job.data.pack import PackRequest, pack
 from job.data.shards import INDEX, PACKING, load_index
 from job.exits import Exit
-from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.sampling.by_hand import ddim_50, estimate_of
 from tests.job.stops import stop_after
 
 KEY = "datasets/tiles-latents-8"
@@ -113,11 +109,8 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     held_out = [row for row in rows if "val_loss" in row]
     assert held_out
     assert "val_bits_per_dim" not in held_out[0]
-    network, run = method.build_network(config, torch.device("cpu")).eval(), store.sub("runs/r")
-    with opened(run, list_checkpoints(run)[-1], ("ema",)) as restored:
-        restored.copy_into({"ema": {name: p.detach() for name, p in network.named_parameters()}})
     seeds = torch.arange(3)
-    latents = ddim_50(network, seeds, noise_of(seeds, config.image_shape)(0))
+    latents = ddim_50(estimate_of(bucket, "r", seeds), noise_of(seeds, config.image_shape)(0))
     assert (latents.abs() > 1).float().mean() > 0.1, "latents have no bounds, and clipping them has to be seen here"
     encoding = index.encoding
     z = latents * torch.tensor(encoding.std)[:, None, None] + torch.tensor(encoding.mean)[:, None, None]
@@ -131,19 +124,6 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
     ours = np.stack([np.asarray(Image.open(path)) for path in paths])
     assert ours.std() > 5, "grey would equal grey"
     assert np.abs(ours - ((theirs + 1) * 127.5).clip(0, 255).numpy()).max() < 0.51
-
-
-def ddim_50(network, labels, x):
-    """All steps of DDIM's equation 12, from v on the cosine schedule of 50 timesteps (Nichol & Dhariwal 2021)."""
-    curve = [math.cos((t / 50 + 0.008) / 1.008 * math.pi / 2) ** 2 for t in range(51)]
-    alphas_cumprod = np.cumprod([max(after / before, 0.001) for before, after in pairwise(curve)])
-    for t, after in pairwise(range(49, -2, -1)):
-        now, then = alphas_cumprod[t], alphas_cumprod[after] if after >= 0 else 1.0
-        with torch.no_grad():
-            v = network(x, torch.full((len(x),), float(t)), Condition(labels))
-        x_start, epsilon = now**0.5 * x - (1 - now) ** 0.5 * v, (1 - now) ** 0.5 * x + now**0.5 * v
-        x = then**0.5 * x_start + (1 - then) ** 0.5 * epsilon
-    return x
 
 
 def test_scores_compare_with_the_images_that_were_encoded(bucket):

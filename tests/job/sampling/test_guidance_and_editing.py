@@ -9,14 +9,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import webdataset
 from PIL import Image
 
+from ddpm.generation import noise_of
 from job.data.cache import chosen_images
 from job.data.shards import load_index
 from job.runs.verification import verify_run
 from job.store import open_store
-from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+from tests.job.command_line import ddpm, ddpm_here, refused, settings, succeeded
+from tests.job.sampling.by_hand import ddim_50, estimate_of
 
 SEEDS = [0, 1, 2, 3, 4, 10**17, 77]
 
@@ -106,6 +109,22 @@ def test_saved_images_are_of_the_classes_that_were_chosen(bucket, draw):
     drawn = draw(range(18), 16, run="all", guidance=2.0, autoguidance=1, labels=(4, 0))
     assert np.abs(np.stack([sample["png"] for sample in samples]) - drawn).max() <= 1
     assert verify_run(open_store(str(bucket)), "all").problems == []
+
+
+def test_autoguidance_takes_another_run_s_network(bucket):
+    """As EDM2's best results are: away from a smaller network that has learnt less."""
+    smaller = ("--dataset", "tiles", "--run", "small", "--bucket", bucket, "--epochs", 1)
+    succeeded(ddpm_here("train", *smaller, *settings(model__channels="4")))
+    words = ("--precision", "fp32", "--steps", 50, "--guidance", 2, "--autoguidance", "small@1", "--count", 4)
+    succeeded(ddpm_here("sample", "--run", "walk", "--bucket", bucket, *words, "--save", "png"))
+    (folder,) = (bucket / "runs/walk/samples").glob("*-guidance-2-autoguidance-1-autoguidance_run-small-0-4-png")
+    saved = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("piece-*/*.png"))])
+    seeds = torch.arange(4)
+    better, worse = (estimate_of(bucket, run, seeds) for run in ("walk", "small"))
+    x = ddim_50(lambda *at: (worse(*at) + 2 * (better(*at) - worse(*at))).clamp(-1, 1), noise_of(seeds, (3, 16, 16))(0))
+    expected = ((x.permute(0, 2, 3, 1) + 1) * 127.5).clip(0, 255).numpy()
+    assert np.abs(saved - expected).max() < 0.51
+    assert verify_run(open_store(str(bucket)), "walk").problems == []
 
 
 def test_what_is_known_of_an_image_stays_and_the_rest_depends_on_the_seed(bucket, sampled, tmp_path):
@@ -216,6 +235,9 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("all", 64, "--guidance-interval '5': two numbers", ("--guidance-interval", "5")),
         ("all", 64, "--guidance-rescale", ("--guidance-rescale", 2)),
         ("all", 66, "no checkpoint of epoch 3", ("--guidance", 2, "--autoguidance", 3)),
+        ("all", 66, "there is no run 'none'", ("--guidance", 2, "--autoguidance", "none@3")),
+        ("all", 64, "--autoguidance 'x'", ("--guidance", 2, "--autoguidance", "walk@x")),
+        ("all", 64, "diffusion.self_conditioning: True and False", ("--guidance", 2, "--autoguidance", "walk@1")),
         ("all", 64, "did you mean 'mountain'?", ("--classes", "coast,mountan")),
         ("all", 64, "there is no class '7'; there are 5: coast", ("--classes", "7")),
         ("all", 64, "inpaint, img2img, invert, interpolate; did you mean 'inpaint'?", ("--mode", "inpant")),
@@ -249,7 +271,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
             ("diffusion.variance=learned_range", "diffusion.schedule=flow", "diffusion.prediction=v"),
         ),
         (78, "offset_noise=0.1 does not go", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
-        (78, "is chosen with ddpm sample --autoguidance EPOCH", ("sample.autoguidance=3",)),
+        (78, "is chosen with ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
         (78, "there is no class 9, of the 5", ("sample.labels=1,9",)),
     ):
         sets = [word for change in changes for word in ("--set", change)]
