@@ -187,6 +187,9 @@ class DiTConfig(NetworkConfig):
     depth: int = Field(12, ge=1, le=1024, description="blocks")
     heads: int = Field(6, ge=1, le=LARGEST, description="of the attention")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
+    qk_norm: bool = Field(False, description="RMSNorm, with a learnt scale, of queries and keys")
+    rms_norm: bool = Field(False, description="RMSNorm in the place of layer normalisation")
+    rope: bool = Field(False, description="rotary embedding of rows and columns in the attention")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -196,6 +199,11 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"model.width={self.width} cannot be split into model.heads={self.heads}")
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be a multiple of 4, for sines and cosines of two axes")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"model.rope needs heads of a multiple of 4 channels, not of {self.width // self.heads}: change "
+                f"model.width={self.width} or model.heads={self.heads}"
+            )
 
 
 class DomeConfig(NetworkConfig):
