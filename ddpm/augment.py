@@ -104,7 +104,7 @@ def crop(x: Tensor, boxes: Tensor) -> Tensor:
 
 
 def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """Draws EDM's geometric transforms (Karras et al. 2022, appendix F.2, and their `training/augment.py`), in its order.
+    """Draws EDM's geometric transforms (Karras et al. 2022, appendix F.2) in the order of its `training/augment.py`.
 
     Mirrored or not (always drawn), upside down or not, scaled, rotated, stretched along an axis, shifted.
 

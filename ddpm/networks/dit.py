@@ -30,7 +30,7 @@ class DiT(nn.Module):
         depth: int = 12,  # blocks
         heads: int = 6,  # of every attention
         dropout: float = 0.0,  # probability, at the ends of both branches of a block
-        qk_norm: bool = False,  # queries and keys pass an RMSNorm with a learnt scale (Esser et al. 2024, section 5.3.2)
+        qk_norm: bool = False,  # RMSNorm of queries and keys, with a learnt scale (Esser et al. 2024, section 5.3.2)
         rms_norm: bool = False,  # RMSNorm takes the place of all layer normalisations (Zhang & Sennrich 2019)
         rope: bool = False,  # attention also rotates queries and keys by their place; see `_rotations`
         num_classes: int = 0,  # 0: no class conditioning
@@ -96,7 +96,9 @@ class DiT(nn.Module):
 class TransformerBlock(Block):
     """Attention, then two layers with a GELU; the embedding shifts and scales what enters, and gates what is added."""
 
-    def __init__(self, width: int, heads: int, dropout: float, *, qk_norm: bool = False, rms_norm: bool = False) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float, *, qk_norm: bool = False, rms_norm: bool = False
+    ) -> None:
         super().__init__()
         self.heads, self.rms_norm = heads, rms_norm
         # As parts of one matrix [3 E, E], whose variance is 2/(E + 3 E), half of that of a matrix [E, E].

@@ -31,7 +31,7 @@ class Block(nn.Module):
 
 
 def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
-    """Draws initial weights uniformly, with variance 2 gain²/(fan-in + fan-out) as Ho et al. do with gain 1; or zeros."""
+    """Draws Ho et al.'s initial weights, uniform of variance 2 gain²/(fan-in + fan-out), or sets them to zero."""
     if zero:
         nn.init.zeros_(layer.weight)
     else:
