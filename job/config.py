@@ -171,6 +171,7 @@ class EDM2Config(NetworkConfig):
     layers_per_level: int = Field(3, ge=1, le=64, description=_LAYERS)
     head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
+    uncertainty: bool = Field(False, description="learn which error to expect at each noise level, and weigh by it")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""

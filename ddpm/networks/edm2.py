@@ -41,6 +41,7 @@ class EDM2(nn.Module):
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
+        uncertainty: bool = False,  # whether training learns u(σ); see `Uncertainty`
     ) -> None:
         super().__init__()
         check_levels(image_size, channel_mults)
@@ -89,14 +90,13 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
+        self.uncertainty = Uncertainty() if uncertainty else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         if self.training:
             self._force_unit_magnitude()
-        angles = t[:, None].float() * self.frequencies + self.phases
-        features = math.sqrt(2) * (2 * math.pi * angles).cos()
-        told = self.time_embedding(features.to(self.gain_out.dtype))
+        told = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
         embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
         x = with_estimate(x, condition, self.in_channels)
@@ -120,6 +120,20 @@ class EDM2(nn.Module):
         for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
             now = magnitude(weight)
             weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
+
+
+class Uncertainty(nn.Module):
+    """Learns u(σ), the logarithm of the error to expect at a noise level, by the loss error/exp(u) + u (equation 21)."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(width), requires_grad=False)
+        self.phases = nn.Parameter(torch.rand(width), requires_grad=False)
+        self.linear = MPConv(width, 1, 0)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """c_noise [B] to u, float32 [B]."""
+        return self.linear(fourier(t, self.frequencies, self.phases))[:, 0]
 
 
 class ResidualBlock(Block):
@@ -182,6 +196,11 @@ class MPEmbedding(MPConv):
         """int64 [B] to [B, E]."""
         one_hot = labels[:, None] == torch.arange(self.in_features, device=labels.device)
         return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
+
+
+def fourier(t: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
+    """√2 cos(2π(f t + φ)) of t [B], float32 [B, C] (equation 75)."""
+    return math.sqrt(2) * (2 * math.pi * (t[:, None].float() * frequencies + phases)).cos()
 
 
 def magnitude(x: Tensor, dims: list[int] | None = None) -> Tensor:

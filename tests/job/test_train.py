@@ -171,6 +171,7 @@ EDM2_SIZES = {
     "head_channels": 8,
     "attention_sizes": 8,
     "dropout": 0.1,
+    "uncertainty": True,
 }
 OTHER_NETWORKS = {
     "edm2": {"diffusion__schedule": "edm", "diffusion__prediction": "edm"}
