@@ -123,7 +123,7 @@ class EDM2(nn.Module):
 
 
 class Uncertainty(nn.Module):
-    """Learns u(σ), the logarithm of the error to expect at a noise level, by the loss error/exp(u) + u (equation 21)."""
+    """Learns u(σ), the logarithm of the error to expect at a noise level, by the loss error/exp(u) + u (eq. 21)."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()
