@@ -17,6 +17,8 @@ from ddpm.randomness import Purpose
 LABELS = 9
 SCALE_STD, STRETCH_STD, SHIFT_STD = 0.2, 0.2, 0.125
 """Of log₂ of the factors, and of the shift as a share of the image."""
+TURNED_STRETCHES = 0.5
+"""Share of the stretches with an axis of random direction; the others follow the image's own axes."""
 CROP_TRIES, CROP_RATIO = 10, (3 / 4, 4 / 3)
 
 
@@ -47,7 +49,7 @@ class Augmentation:
             u = randomness.augmentation_uniforms(Purpose.CROP, seed, image_numbers, 4 * CROP_TRIES)
             parts.append(random_boxes(u.view(-1, CROP_TRIES, 4), self.crop_scale, size))
         if self.probability:
-            u = randomness.augmentation_uniforms(Purpose.AUGMENT, seed, image_numbers, 13)
+            u = randomness.augmentation_uniforms(Purpose.AUGMENT, seed, image_numbers, 14)
             parts += random_transforms(u, self.probability)
         return torch.cat(parts, dim=1).float()
 
@@ -102,12 +104,12 @@ def crop(x: Tensor, boxes: Tensor) -> Tensor:
 
 
 def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
-    """EDM's geometric transforms (Karras et al. 2022, appendix F.2), in its order, each with this probability.
+    """Draws EDM's geometric transforms (Karras et al. 2022, appendix F.2) in the order of its `training/augment.py`.
 
-    Mirrored or not (always drawn), upside down or not, scaled, rotated, stretched along some direction, shifted.
+    Mirrored or not (always drawn), upside down or not, scaled, rotated, stretched along an axis, shifted.
 
     Args:
-        u: uniform in (0, 1), float64 [B, 13].
+        u: uniform in (0, 1), float64 [B, 14].
         probability: of each but the first.
 
     Returns:
@@ -118,19 +120,19 @@ def random_transforms(u: Tensor, probability: float) -> tuple[Tensor, Tensor]:
     mirrored, upside_down = (u[:, :2] < 0.5).double().unbind(1)
     happens = (u[:, 2:7] < probability).double()
     # Uniform on ±π, and standard normal.
-    rotation, direction = ((2 * u[:, 7:9] - 1) * math.pi).unbind(1)
+    rotation, axis = ((2 * u[:, 7:9] - 1) * math.pi).unbind(1)
+    axis = axis * (u[:, 13] < TURNED_STRETCHES)
     scale, stretch, right, down = torch.special.ndtri(u[:, 9:13]).unbind(1)
     drawn = torch.stack([upside_down, scale, rotation, stretch, right, down], dim=1) * happens[:, [0, 1, 2, 3, 4, 4]]
     upside_down, scale, rotation, stretch, right, down = drawn.unbind(1)
     along = torch.stack([2 ** (-STRETCH_STD * stretch), 2 ** (STRETCH_STD * stretch)], dim=1)
-    # Undone in the opposite order: shift, stretch, rotation, scale.
-    turned = _rotation(direction - rotation) * along[:, None, :]
-    matrix = (turned[..., None] * _rotation(-direction)[:, None]).sum(dim=2) * 2 ** (-SCALE_STD * scale)[:, None, None]
+    # Undone in the opposite order: shift, stretch, rotation, scale. A positive rotation is counterclockwise to the eye.
+    turned = _rotation(rotation - axis) * along[:, None, :]
+    matrix = (turned[..., None] * _rotation(axis)[:, None]).sum(dim=2) * 2 ** (-SCALE_STD * scale)[:, None, None]
     shift = 2 * SHIFT_STD * torch.stack([right, down], dim=1)
     offset = -(matrix * shift[:, None, :]).sum(dim=2, keepdim=True)
     turn = rotation.cos() - 1, rotation.sin()
-    # Of twice the angle: by the angle itself, as the paper has it, a stretch and a squeeze along it can look alike.
-    stretched = stretch * (2 * direction).cos(), stretch * (2 * direction).sin()
+    stretched = stretch * axis.cos(), stretch * axis.sin()
     labels = torch.stack([mirrored, upside_down, scale, *turn, *stretched, right, down], dim=1)
     return torch.cat([matrix, offset], dim=2).flatten(1), labels
 
@@ -141,17 +143,19 @@ def _rotation(angle: Tensor) -> Tensor:
 
 
 def transform(x: Tensor, matrices: Tensor, labels: Tensor) -> Tensor:
-    """Images [B, C, H, W] as `random_transforms` says, reflected at their borders.
+    """Moves images [B, C, H, W] as `random_transforms` says, reflected at the centres of their border pixels.
 
-    Where EDM's code doubles the size by a wavelet filter and interpolates bilinearly between, here one bicubic
-    interpolation does, so that what shrinks is not smoothed before. An image that is in its place stays as it is.
+    One bicubic interpolation takes the place of EDM's symlet filters and bilinear interpolation at twice the size, so
+    that no low-pass precedes a shrinking. An image that stays in its place keeps its values to the bit.
     """
     x = torch.where(labels[:, 0, None, None, None] > 0, x.flip(-1), x)
     x = torch.where(labels[:, 1, None, None, None] > 0, x.flip(-2), x)
     size = x.shape[-1]
     places = (2 * torch.arange(size, device=x.device) + 1) / size - 1
+    # With align_corners, ±1 are the centres of the border pixels, at which EDM's padding reflects.
+    matrices = matrices * (size / max(size - 1, 1))
     # One rounded operation at a time, as a product of matrices may be rounded otherwise in other company.
     m = matrices[..., None, None]
     grid = m[:, :, 0] * places + m[:, :, 1] * places[:, None] + m[:, :, 2]
-    moved = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=False)
+    moved = F.grid_sample(x, grid.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=True)
     return torch.where(labels[:, 2:].any(dim=1)[:, None, None, None], moved, x)

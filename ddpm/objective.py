@@ -88,8 +88,6 @@ class Objective:
     draws: Draws = Draws()
     learned_variance: bool = False
     """Whether the network also learns the variance of the ancestral step, by the variational bound."""
-    learned_uncertainty: bool = False
-    """Whether the network also gives u(σ), the logarithm of the loss to expect, by which losses are divided."""
     clip: bool = True
     """Whether self-conditioning shows the network its estimate clipped to [-1, 1], as sampling will."""
 
@@ -152,7 +150,6 @@ class Objective:
         Returns:
             float32 [B]: each image's squared error, averaged over its pixels and weighted. Where the variance is
             learnt, λ T times the bound's term at this step is added, whose gradient does not reach the estimate.
-            Where u(σ) is learnt it is loss/e^u + u (Karras et al. 2024, equation 21).
         """
         alpha, sigma, scale = (row.view(-1, 1, 1, 1) for row in (drawn.alpha, drawn.sigma, drawn.input_scale))
         x_t = alpha * x_start + sigma * noise
@@ -165,9 +162,6 @@ class Objective:
         output, share = network(scale * x_t, drawn.t, condition).float().tensor_split([channels], dim=1)
         target = self.prediction.target(x_start, noise, point)
         losses = drawn.weight * (output - target).square().mean(dim=(1, 2, 3))
-        if self.learned_uncertainty:
-            u = share.mean(dim=(1, 2, 3))
-            return losses * (-u).exp() + u
         if not self.learned_variance:
             return losses
         estimate = self.prediction.x_start(output.detach(), x_t, point)

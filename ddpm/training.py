@@ -193,6 +193,8 @@ def train(
     parameters = list(state.model.parameters())
     # Of the process with the fewest images: one that asked more often would wait for an answer for ever.
     questions = len(micro_batches(settings.batch_size_images // accelerator.num_processes, micro_batch_size))
+    # Of EDM2, which balances the noise levels so.
+    uncertainty = getattr(state.model, "uncertainty", None)
     network.train()
     for batch in batches:
         on_host = torch.from_numpy(batch.image_numbers)
@@ -226,7 +228,11 @@ def train(
                 unseen = torch.zeros_like(x_start) if settings.self_conditioning else None
                 condition = Condition(None if labels is None else labels[part], unseen, done)
                 losses = objective.losses(network, x_start, noise, Drawn(*points[:, part]), condition, twice)
-                accelerator.backward(losses.sum() * weight)
+                balanced = losses
+                if uncertainty is not None:
+                    u = uncertainty(points[0, part])
+                    balanced = losses / u.exp() + u
+                accelerator.backward(balanced.sum() * weight)
             losses_of_parts.append(losses.detach())
         state.log.add(torch.cat(losses_of_parts), Drawn(*points).quartile)
         norm = nn.utils.clip_grad_norm_(parameters, settings.optimizer.clip_norm, foreach=True)

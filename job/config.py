@@ -171,7 +171,7 @@ class EDM2Config(NetworkConfig):
     layers_per_level: int = Field(3, ge=1, le=64, description=_LAYERS)
     head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
-    uncertainty: bool = Field(False, description="divide the loss by what the network expects it to be at its sigma")
+    uncertainty: bool = Field(False, description="learn which error to expect at each noise level, and weigh by it")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -188,6 +188,9 @@ class DiTConfig(NetworkConfig):
     depth: int = Field(12, ge=1, le=1024, description="blocks")
     heads: int = Field(6, ge=1, le=LARGEST, description="of the attention")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
+    qk_norm: bool = Field(False, description="RMSNorm, with a learnt scale, of queries and keys")
+    rms_norm: bool = Field(False, description="RMSNorm in the place of layer normalisation")
+    rope: bool = Field(False, description="rotary embedding of rows and columns in the attention")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
@@ -197,6 +200,11 @@ class DiTConfig(NetworkConfig):
             raise ValueError(f"model.width={self.width} cannot be split into model.heads={self.heads}")
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be a multiple of 4, for sines and cosines of two axes")
+        if self.rope and self.width // self.heads % 4:
+            raise ValueError(
+                f"model.rope needs heads of a multiple of 4 channels, not of {self.width // self.heads}: change "
+                f"model.width={self.width} or model.heads={self.heads}"
+            )
 
 
 class DomeConfig(NetworkConfig):

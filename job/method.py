@@ -19,7 +19,7 @@ from ddpm.model import Model
 from ddpm.objective import Draws, Objective
 from ddpm.prediction import Prediction
 from ddpm.process import Process, make_process
-from job.config import Drawing, EDM2Config, RunConfig
+from job.config import Drawing, RunConfig
 
 
 def build_network(config: RunConfig, device: torch.device) -> nn.Module:
@@ -100,8 +100,7 @@ def objective_of(config: RunConfig) -> Objective:
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
     learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
     process, prediction = process_of(config), prediction_of(config)
-    uncertainty = isinstance(config.model, EDM2Config) and config.model.uncertainty
-    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, uncertainty, config.sample.clip)
+    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, config.sample.clip)
 
 
 def settings_of(config: RunConfig) -> training.Settings:

@@ -3,6 +3,8 @@
 In shapes, N is the number of patches and E the width of all tokens and of the embedding of t.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,6 +30,9 @@ class DiT(nn.Module):
         depth: int = 12,  # blocks
         heads: int = 6,  # of every attention
         dropout: float = 0.0,  # probability, at the ends of both branches of a block
+        qk_norm: bool = False,  # RMSNorm of queries and keys, with a learnt scale (Esser et al. 2024, section 5.3.2)
+        rms_norm: bool = False,  # RMSNorm takes the place of all layer normalisations (Zhang & Sennrich 2019)
+        rope: bool = False,  # attention also rotates queries and keys by their place; see `_rotations`
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
     ) -> None:
@@ -36,13 +41,18 @@ class DiT(nn.Module):
             raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}: change one")
         if width % heads or width % 4:
             raise ValueError(f"width {width} is not a multiple of 4 and of heads {heads}: change one of them")
-        self.in_channels, self.patch_size = in_channels, patch_size
+        if rope and width // heads % 4:
+            raise ValueError(f"rope needs heads of a multiple of 4 channels, not width {width} / heads {heads}")
+        self.in_channels, self.patch_size, self.rms_norm = in_channels, patch_size, rms_norm
+        self.head_width = width // heads if rope else 0
         self.patches = initialised(nn.Conv2d(in_channels, width, patch_size, stride=patch_size))
         self.linear_1, self.linear_2 = initialised(nn.Linear(FREQUENCIES, width)), initialised(nn.Linear(width, width))
         self.class_embedding = nn.Embedding(num_classes, width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, width, bias=False)) if labels else None
-        self.blocks = nn.ModuleList(TransformerBlock(width, heads, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, heads, dropout, qk_norm=qk_norm, rms_norm=rms_norm) for _ in range(depth)
+        )
         self.modulation = initialised(nn.Linear(width, 2 * width), zero=True)
         self.output = initialised(nn.Linear(width, patch_size**2 * out_channels), zero=True)
         # A patch is one vector of pixels.
@@ -50,6 +60,16 @@ class DiT(nn.Module):
         for embedding in (self.linear_1, self.linear_2, self.class_embedding):
             if embedding is not None:
                 nn.init.normal_(embedding.weight, std=0.02)
+        # Constants, and no part of a checkpoint.
+        self.grid = (image_size // patch_size,) * 2
+        positions, rotations = self._places(*self.grid, self.output.weight.device)
+        self.register_buffer("positions", positions, persistent=False)
+        self.register_buffer("rotations", rotations, persistent=False)
+
+    def _places(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
+        """Returns what tokens and attention are given of the places of patches; the second with `rope` alone."""
+        rotations = _rotations(rows, columns, self.head_width, device) if self.head_width else None
+        return _positions(rows, columns, self.output.in_features, device), rotations
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """x_t [B, C, H, W] and timesteps [B] to [B, out_channels, H, W]; see `UNet.forward`."""
@@ -62,11 +82,13 @@ class DiT(nn.Module):
         patches = self.patches(with_estimate(x, condition, self.in_channels))
         rows, columns = patches.shape[2:]
         tokens = patches.flatten(2).transpose(1, 2)
-        tokens = tokens + _positions(rows, columns, tokens.shape[2], x.device).to(tokens.dtype)
+        is_usual = (rows, columns) == self.grid
+        positions, rotations = (self.positions, self.rotations) if is_usual else self._places(rows, columns, x.device)
+        tokens = tokens + positions.to(tokens.dtype)
         for block in self.blocks:
-            tokens = block(tokens, embedding)
+            tokens = block(tokens, embedding, rotations)
         shift, scale = self.modulation(embedding)[:, None].chunk(2, dim=2)
-        pixels = self.output(_modulated(tokens, shift, scale))
+        pixels = self.output(_modulated(tokens, shift, scale, self.rms_norm))
         pixels = pixels.view(len(x), rows, columns, self.patch_size, self.patch_size, -1)
         return pixels.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, *x.shape[2:])
 
@@ -74,10 +96,16 @@ class DiT(nn.Module):
 class TransformerBlock(Block):
     """Attention, then two layers with a GELU; the embedding shifts and scales what enters, and gates what is added."""
 
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, heads: int, dropout: float, *, qk_norm: bool = False, rms_norm: bool = False
+    ) -> None:
         super().__init__()
-        self.heads = heads
-        self.to_q, self.to_k, self.to_v, self.to_out = (initialised(nn.Linear(width, width)) for _ in range(4))
+        self.heads, self.rms_norm = heads, rms_norm
+        # As parts of one matrix [3 E, E], whose variance is 2/(E + 3 E), half of that of a matrix [E, E].
+        fused = math.sqrt(0.5)
+        self.to_q, self.to_k, self.to_v = (initialised(nn.Linear(width, width), gain=fused) for _ in range(3))
+        self.to_out = initialised(nn.Linear(width, width))
+        self.scale_q, self.scale_k = (nn.Parameter(torch.ones(width // heads)) if qk_norm else None for _ in range(2))
         self.linear_1, self.linear_2 = (
             initialised(nn.Linear(width, 4 * width)),
             initialised(nn.Linear(4 * width, width)),
@@ -86,22 +114,50 @@ class TransformerBlock(Block):
         self.modulation = initialised(nn.Linear(width, 6 * width), zero=True)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """[B, N, E] and the activated embedding [B, E] to [B, N, E]."""
+    def forward(self, x: Tensor, embedding: Tensor, rotations: Tensor | None = None) -> Tensor:
+        """[B, N, E], the activated embedding [B, E] and `_rotations`, if any, to [B, N, E]."""
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = self.modulation(embedding)[:, None].chunk(6, dim=2)
-        h = _modulated(x, shift_1, scale_1)
-        h = self.to_out(attend(self.to_q(h), self.to_k(h), self.to_v(h), self.heads))
+        h = _modulated(x, shift_1, scale_1, self.rms_norm)
+        q, k = self._placed(self.to_q(h), self.scale_q, rotations), self._placed(self.to_k(h), self.scale_k, rotations)
+        h = self.to_out(attend(q, k, self.to_v(h), self.heads))
         x = x + gate_1 * self.dropout(h)
-        h = F.gelu(self.linear_1(_modulated(x, shift_2, scale_2)), approximate="tanh")
+        h = F.gelu(self.linear_1(_modulated(x, shift_2, scale_2, self.rms_norm)), approximate="tanh")
         return x + gate_2 * self.dropout(self.linear_2(h))
 
+    def _placed(self, x: Tensor, scale: Tensor | None, rotations: Tensor | None) -> Tensor:
+        """Normalises and rotates queries or keys [B, N, E] of each head, as far as the options say."""
+        heads = x.unflatten(2, (self.heads, -1))
+        if scale is not None:
+            heads = F.rms_norm(heads.float(), scale.shape, eps=1e-6) * scale
+        if rotations is not None:
+            cosine, sine = rotations[:, :, None]
+            first, second = heads.unflatten(3, (-1, 2)).unbind(4)
+            turned = torch.stack([first * cosine - second * sine, first * sine + second * cosine], dim=4)
+            heads = turned.flatten(3)
+        return heads.flatten(2).to(x.dtype)
 
-def _modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
+
+def _modulated(x: Tensor, shift: Tensor, scale: Tensor, rms_norm: bool) -> Tensor:
+    norm = F.rms_norm if rms_norm else F.layer_norm
+    # A learnt scale of the norm would be one with the bias of `scale`.
+    return norm(x, x.shape[2:], eps=1e-6) * (1 + scale) + shift
 
 
 def _positions(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
-    """Sinusoids of a patch's column, then of its row, float32 [N, E]."""
+    """Returns sinusoids of a patch's column, then of its row, float32 [N, width]."""
     across = torch.arange(columns, device=device).repeat(rows)
     down = torch.arange(rows, device=device).repeat_interleave(columns)
     return torch.cat([sinusoids(across, width // 2), sinusoids(down, width // 2)], dim=1)
+
+
+def _rotations(rows: int, columns: int, width: int, device: torch.device) -> Tensor:
+    """Returns the rotary embedding (RoPE) of two axes of EVA-02 (Fang et al. 2023), as LightningDiT and JiT take it.
+
+    A patch's row turns the pairs of neighbouring channels of the first half of a head of this width, its column those
+    of the second: pair i by 10000^(-4 i/width) radians a patch.
+
+    Returns:
+        float32 [2, N, width/2]: cosines, then sines.
+    """
+    sines_across, cosines_across, sines_down, cosines_down = _positions(rows, columns, width, device).chunk(4, dim=1)
+    return torch.stack([torch.cat([cosines_down, cosines_across], 1), torch.cat([sines_down, sines_across], 1)])

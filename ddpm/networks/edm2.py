@@ -21,8 +21,6 @@ RESIDUAL_BALANCE = 0.3
 SILU_MAGNITUDE = 0.596
 """√E[silu(x)²] for standard normal x."""
 
-UNCERTAINTY_FREQUENCIES = 128
-
 Kind = Literal["encoder", "down", "decoder", "up"]
 
 
@@ -43,7 +41,7 @@ class EDM2(nn.Module):
         dropout: float = 0.0,  # probability, within the residual blocks
         num_classes: int = 0,  # 0: no class conditioning
         augmentation_labels: int = 0,  # 0: none
-        uncertainty: bool = False,  # one more channel, of u(σ): the logarithm of the loss to expect there
+        uncertainty: bool = False,  # whether training learns u(σ); see `Uncertainty`
     ) -> None:
         super().__init__()
         check_levels(image_size, channel_mults)
@@ -60,7 +58,9 @@ class EDM2(nn.Module):
         self.in_channels = in_channels
         # One more channel, of ones, stands for all biases.
         self.conv_in = MPConv(in_channels + 1, widths[0], 3)
-        self.frequencies, self.phases = _drawn_once(widths[0])
+        # Drawn once. They lie where the weights do, so that a checkpoint holds them, and have no gradient.
+        self.frequencies = nn.Parameter(torch.randn(widths[0]), requires_grad=False)
+        self.phases = nn.Parameter(torch.rand(widths[0]), requires_grad=False)
         self.time_embedding = MPConv(widths[0], embedding_width, 0)
         self.class_embedding = MPEmbedding(num_classes, embedding_width, 0) if num_classes else None
         labels = augmentation_labels
@@ -90,19 +90,13 @@ class EDM2(nn.Module):
                 self.decoder.append(block("up", width, width))
         self.conv_out = MPConv(width, out_channels, 3)
         self.gain_out = nn.Parameter(torch.zeros([]))
-        self.uncertainty = MPConv(UNCERTAINTY_FREQUENCIES, 1, 0) if uncertainty else None
-        if uncertainty:
-            self.uncertainty_frequencies, self.uncertainty_phases = _drawn_once(UNCERTAINTY_FREQUENCIES)
+        self.uncertainty = Uncertainty() if uncertainty else None
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
-        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`.
-
-        Where it is learnt, a channel of u(σ) follows.
-        """
+        """c_in x_t [B, C, H, W] and c_noise [B] to [B, out_channels, H, W]; see `UNet.forward`."""
         if self.training:
             self._force_unit_magnitude()
-        features = fourier(t, self.frequencies, self.phases)
-        told = self.time_embedding(features.to(self.gain_out.dtype))
+        told = self.time_embedding(fourier(t, self.frequencies, self.phases).to(self.gain_out.dtype))
         embedding = mp_silu(with_labels(told, condition, self.class_embedding, self.augmentation_embedding, mp_sum))
 
         x = with_estimate(x, condition, self.in_channels)
@@ -114,15 +108,7 @@ class EDM2(nn.Module):
             h = block(h, embedding)
         for block in self.decoder:
             h = block(h if block.kind == "up" else mp_cat(h, skips.pop()), embedding)
-        output = self.conv_out(h) * self.gain_out
-        if self.uncertainty is None:
-            return output
-        # The loss is divided by e^u, whose digits bfloat16 would cut to three.
-        with torch.autocast(t.device.type, enabled=False):
-            u = self.uncertainty(
-                fourier(t, self.uncertainty_frequencies, self.uncertainty_phases).to(self.gain_out.dtype)
-            )
-        return torch.cat([output, u[:, :, None, None].expand_as(output[:, :1])], dim=1)
+        return self.conv_out(h) * self.gain_out
 
     @torch.no_grad()
     def _force_unit_magnitude(self) -> None:
@@ -134,6 +120,20 @@ class EDM2(nn.Module):
         for weight in [module.weight for module in self.modules() if isinstance(module, MPConv)]:
             now = magnitude(weight)
             weight.copy_(torch.where((now - 1).abs() < EPSILON, weight, weight / now.clamp(min=EPSILON)))
+
+
+class Uncertainty(nn.Module):
+    """Learns u(σ), the logarithm of the error to expect at a noise level, by the loss error/exp(u) + u (eq. 21)."""
+
+    def __init__(self, width: int = 128) -> None:
+        super().__init__()
+        self.frequencies = nn.Parameter(torch.randn(width), requires_grad=False)
+        self.phases = nn.Parameter(torch.rand(width), requires_grad=False)
+        self.linear = MPConv(width, 1, 0)
+
+    def forward(self, t: Tensor) -> Tensor:
+        """c_noise [B] to u, float32 [B]."""
+        return self.linear(fourier(t, self.frequencies, self.phases))[:, 0]
 
 
 class ResidualBlock(Block):
@@ -198,14 +198,8 @@ class MPEmbedding(MPConv):
         return super().forward(one_hot.to(self.weight.dtype) * math.sqrt(self.in_features))
 
 
-def _drawn_once(count: int) -> tuple[nn.Parameter, nn.Parameter]:
-    """Frequencies and phases without a gradient; as parameters, so that a checkpoint holds them."""
-    draws = torch.randn(count), torch.rand(count)
-    return nn.Parameter(draws[0], requires_grad=False), nn.Parameter(draws[1], requires_grad=False)
-
-
 def fourier(t: Tensor, frequencies: Tensor, phases: Tensor) -> Tensor:
-    """Cosines of t [B] at unit magnitude, float32 [B, frequencies] (equation 75)."""
+    """√2 cos(2π(f t + φ)) of t [B], float32 [B, C] (equation 75)."""
     return math.sqrt(2) * (2 * math.pi * (t[:, None].float() * frequencies + phases)).cos()
 
 

@@ -30,12 +30,12 @@ class Block(nn.Module):
         return super().__call__(*args)
 
 
-def initialised(layer: Layer, zero: bool = False) -> Layer:
-    """Ho et al.'s initial weights: uniform, with variance 2/(fan-in + fan-out); zero where a residual branch ends."""
+def initialised(layer: Layer, zero: bool = False, gain: float = 1.0) -> Layer:
+    """Draws Ho et al.'s initial weights, uniform of variance 2 gain²/(fan-in + fan-out), or sets them to zero."""
     if zero:
         nn.init.zeros_(layer.weight)
     else:
-        nn.init.xavier_uniform_(layer.weight)
+        nn.init.xavier_uniform_(layer.weight, gain)
     if layer.bias is not None:
         nn.init.zeros_(layer.bias)
     return layer

@@ -74,47 +74,79 @@ def _rotated(angle: float) -> np.ndarray:
     return np.array([[cosine, -sine, 0], [sine, cosine, 0], [0, 0, 1]])
 
 
-def test_transforms_are_those_of_edm_s_table_and_the_network_is_told() -> None:
+def _shifted(right: float, down: float) -> np.ndarray:
+    return np.array([[1, 0, right], [0, 1, down], [0, 0, 1.0]])
+
+
+def _source_in_edm(label: list[float], sign: int, size: int) -> np.ndarray:
+    """EDM's `G_inv` in pixels from the middle, y down, written out from its `training/augment.py`, flips included."""
+    flip, turn, scale, cosine, sine, along, across, right, down = label
+    stretch, axis = sign * math.hypot(along, across), math.atan2(across, along)
+    matrix = _scaled(1 - 2 * flip, 1 - 2 * turn) @ _scaled(2 ** (-0.2 * scale), 2 ** (-0.2 * scale))
+    matrix = matrix @ _rotated(math.atan2(sine, cosine + 1))
+    matrix = matrix @ _rotated(-axis) @ _scaled(2 ** (-0.2 * stretch), 2 ** (0.2 * stretch)) @ _rotated(axis)
+    return matrix @ _shifted(-right * size / 8, -down * size / 8)
+
+
+def test_transforms_are_edm_s_and_the_network_is_told() -> None:
     """A smooth function in the place of an image is known beyond its pixels: the result is the function elsewhere.
 
-    The matrix is rebuilt from what the network is told, one transform at a time: what is told is what was done.
+    EDM's label (w cos r, w sin r) is that of a stretch along r, or else of as strong a squeeze: both are drawn.
     """
 
     def smooth(x: np.ndarray, y: np.ndarray) -> np.ndarray:
         return np.sin(1.3 * x + 0.4) * np.cos(0.9 * y - 0.2) + 0.3 * x
 
-    size, numbers = 64, torch.arange(200)
-    u = torch.rand(200, 13, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    size, count = 64, 200
+    u = torch.rand(count, 14, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     matrices, labels = random_transforms(u, 0.5)
-    places = (2 * np.arange(size) + 1) / size - 1
-    x, y = np.meshgrid(places, places)
-    images = torch.from_numpy(smooth(x, y)).float().expand(200, 1, -1, -1)
+    x, y = np.meshgrid(*[np.arange(size) - (size - 1) / 2] * 2)
+    images = torch.from_numpy(smooth(x / 32, y / 32)).float().expand(count, 1, -1, -1)
     found = transform(images, matrices.view(-1, 2, 3).float(), labels.float())[:, 0].numpy()
-    compared = 0
-    for number in numbers.tolist():
-        flip, turn, scale, cosine, sine, along, across, right, down = labels[number].tolist()
-        stretch = math.hypot(along, across)
-        direction = _rotated(math.atan2(across, along) / 2)
-        matrix = _scaled(1 - 2 * flip, 1 - 2 * turn)
-        matrix = _scaled(2 ** (0.2 * scale), 2 ** (0.2 * scale)) @ matrix
-        matrix = _rotated(math.atan2(sine, cosine + 1)) @ matrix
-        matrix = direction @ _scaled(2 ** (0.2 * stretch), 2 ** (-0.2 * stretch)) @ np.linalg.inv(direction) @ matrix
-        # An eighth of an image that is two wide.
-        matrix = np.array([[1, 0, right / 4], [0, 1, down / 4], [0, 0, 1]]) @ matrix
-        source_x, source_y, _ = np.linalg.inv(matrix) @ np.stack([x.ravel(), y.ravel(), np.ones(size * size)])
-        inside = (np.maximum(abs(source_x), abs(source_y)) < 1 - 4 / size).reshape(size, size)
-        expected = smooth(source_x, source_y).reshape(size, size)
-        compared += inside.sum()
-        assert abs(found[number] - expected)[inside].max(initial=0) < 4e-3, number
-    assert compared > 200 * size * size / 3
+    compared, squeezes = 0, []
+    for number, label in enumerate(labels.tolist()):
+        fits = {}
+        for sign in (1, -1):
+            at = _source_in_edm(label, sign, size) @ np.stack([x.ravel(), y.ravel(), np.ones(size * size)])
+            source_x, source_y, _ = at.reshape(3, size, size)
+            inside = np.maximum(abs(source_x), abs(source_y)) < size / 2 - 2
+            compared += inside.sum() / 2
+            fits[sign] = abs(found[number] - smooth(source_x / 32, source_y / 32))[inside].max(initial=0) < 4e-3
+        assert any(fits.values()), number
+        if any(label[5:7]) and not all(fits.values()):
+            squeezes.append(fits[-1])
+    assert compared > count * size * size / 3
+    assert len(squeezes) > 80 and 0.3 < np.mean(squeezes) < 0.7
+
+
+def test_a_positive_rotation_is_counterclockwise_and_borders_are_mirrored() -> None:
+    """By hand: a quarter turn has EDM's label sin w = 1, and its padding repeats no border pixel."""
+    image = images_of(1).float()[0]
+    # Nothing happens but a rotation by π/2, of the range ±π.
+    u = torch.full((1, 14), 0.999, dtype=torch.float64)
+    u[0, 4], u[0, 7] = 0, 0.75
+    matrices, labels = random_transforms(u, 0.5)
+    assert labels[0].tolist() == pytest.approx([0, 0, 0, -1, 1, 0, 0, 0, 0])
+    turned = transform(image[None], matrices.view(-1, 2, 3).float(), labels.float())[0].numpy()
+    assert turned == pytest.approx(np.rot90(image.numpy(), axes=(1, 2)), abs=0.02)
+    # Five pixels to the right and three up.
+    shift = torch.tensor([[[1.0, 0.0, -10 / SIZE], [0.0, 1.0, 6 / SIZE]]])
+    moved = transform(image[None], shift, torch.tensor([[0.0, 0, 0, 0, 0, 0, 0, 5, -3]]))[0].numpy()
+    padded = np.pad(image.numpy(), ((0, 0), (0, 3), (5, 0)), mode="reflect")
+    assert moved == pytest.approx(padded[:, 3:, :SIZE], abs=0.02)
 
 
 def test_what_is_drawn_has_the_distributions_of_edm_s_table() -> None:
     labels = Augmentation(probability=0.12).draw(1, torch.arange(50_000), SIZE)[:, -LABELS:].double()
     shares = (labels != 0).double().mean(dim=0)
-    assert shares.tolist() == pytest.approx([0.5, 0.06, *[0.12] * 7], abs=0.008)
+    # Half of the stretches follow the image's axes: r = 0, and no w sin r.
+    assert shares.tolist() == pytest.approx([0.5, 0.06, *[0.12] * 4, 0.06, *[0.12] * 2], abs=0.008)
     # Standard normal where they happen.
-    for column in (2, 7, 8):
+    turned = labels[labels[:, 6] != 0]
+    axis = torch.atan2(turned[:, 6], turned[:, 5])
+    assert (axis.mean().item(), axis.std().item()) == pytest.approx((0, 2 * math.pi / math.sqrt(12)), abs=0.1)
+    labels[:, 6] = torch.where(labels[:, 6] == 0, labels[:, 5], 0)
+    for column in (2, 6, 7, 8):
         drawn = labels[:, column][labels[:, column] != 0]
         assert (drawn.mean().item(), drawn.std().item()) == pytest.approx((0, 1), abs=0.05), column
     angle = torch.atan2(labels[:, 4], labels[:, 3] + 1)[labels[:, 4] != 0]

@@ -123,20 +123,6 @@ def test_flow_weighting_is_the_velocity_s_error() -> None:
     assert Objective(RectifiedFlow(), Prediction("flow"), "flow").weights(point)[2:].tolist() == pytest.approx([1, 1])
 
 
-def test_learned_uncertainty_divides_the_loss() -> None:
-    """Karras et al. 2024, equation 21; the best u is the logarithm of the loss."""
-    process, u = VarianceExploding(), torch.tensor([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0], requires_grad=True)
-    plain = Objective(process, Prediction("edm"))
-    drawn = Drawn(*plain.draw(3, NUMBERS, 6))
-    losses = plain.losses(lambda x, t, told: OUTPUT, X_START, NOISE, drawn)
-    answer = torch.cat([OUTPUT, u.view(-1, 1, 1, 1).expand(-1, 1, 8, 8)], dim=1)
-    learnt = Objective(process, Prediction("edm"), learned_uncertainty=True)
-    found = learnt.losses(lambda x, t, told: answer, X_START, NOISE, drawn)
-    torch.testing.assert_close(found, losses / u.exp() + u)
-    found.sum().backward()
-    torch.testing.assert_close(u.grad, 1 - losses / u.detach().exp())
-
-
 def test_draws_follow_their_distributions() -> None:
     count = 50_000
     for process, draws, quantile_of in (

@@ -71,6 +71,11 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set model.kind=dit --set model.channels=64", 78, ["model.channels", "model.kind=dit"]),
     ("train --dataset a --set model.kind=dit --set model.heads=5", 78, ["model.width=384 cannot", "model.heads=5"]),
     ("train --dataset a --set model.kind=dit --set model.width=30", 78, ["model.width=30", "multiple of 4"]),
+    (
+        "train --dataset a --set model.kind=dit --set model.heads=64 --set model.rope=on",
+        78,
+        ["model.rope", "not of 6", "model.heads=64"],
+    ),
     ("train --dataset a --set model.kind=dit --set data.size=33", 78, ["data.size=33", "model.patch_size=2"]),
     ("train --dataset a --set model.kind=dome --set data.size=28", 78, ["data.size=28", "multiple of 8"]),
     (

@@ -171,11 +171,13 @@ EDM2_SIZES = {
     "head_channels": 8,
     "attention_sizes": 8,
     "dropout": 0.1,
+    "uncertainty": True,
 }
 OTHER_NETWORKS = {
     "edm2": {"diffusion__schedule": "edm", "diffusion__prediction": "edm"}
     | {f"model__{key}": value for key, value in EDM2_SIZES.items()},
-    "dit": {"model__width": 16, "model__depth": 2, "model__heads": 2, "model__dropout": 0.1},
+    "dit": {"model__width": 16, "model__depth": 2, "model__heads": 2, "model__dropout": 0.1}
+    | {"model__qk_norm": True, "model__rms_norm": True, "model__rope": True},
 }
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddpm.networks.dit import DiT
+from ddpm.networks.dit import DiT, _rotations
 from ddpm.objective import Condition
 from tests.ddpm.networks.test_unet import randomise
 
@@ -16,6 +16,8 @@ NAMES = {
     "linear_1": "ff.net.0.proj",
     "linear_2": "ff.net.2",
     "modulation": "norm1.linear",
+    "scale_q": "attn1.norm_q",
+    "scale_k": "attn1.norm_k",
 }
 """Layers of a block here, and in diffusers."""
 
@@ -26,7 +28,9 @@ def in_diffusers(weights: dict[str, Tensor], depth: int = 2) -> dict[str, Tensor
     for name, weight in weights.items():
         part, _, leaf = name.rpartition(".")
         if part.startswith("blocks."):
-            _, number, layer = part.split(".")
+            # A scale is a parameter of the block itself.
+            _, number, layer = part.split(".") if leaf in ("weight", "bias") else name.split(".")
+            leaf = leaf if leaf in ("weight", "bias") else "weight"
             mapped[f"transformer_blocks.{number}.{NAMES[layer]}.{leaf}"] = weight
         elif part in ("linear_1", "linear_2", "class_embedding"):
             theirs = "class_embedder.embedding_table" if part == "class_embedding" else f"timestep_embedder.{part}"
@@ -54,10 +58,30 @@ def test_published_sizes() -> None:
         assert round(sum(parameter.numel() for parameter in network.parameters()) / 1e6) == millions, sizes
 
 
-def test_outputs_and_gradients_equal_diffusers() -> None:
-    import diffusers
+OPTIONS = {
+    "none": {},
+    "qk_norm": {"qk_norm": True},
+    "rms_norm": {"rms_norm": True},
+    "rope": {"rope": True},
+    "all": {"qk_norm": True, "rms_norm": True, "rope": True},
+}
 
-    network = DiT(image_size=24, in_channels=3, out_channels=6, patch_size=4, width=16, depth=2, heads=2, num_classes=6)
+
+def flux_rotations(rows: int, columns: int, width: int) -> tuple[Tensor, Tensor]:
+    """FLUX's rotary embedding in diffusers, of a patch's row and column: cosines and sines [N, width]."""
+    from diffusers.models.transformers.transformer_flux import FluxPosEmbed
+
+    return FluxPosEmbed(10_000, [width // 2] * 2)(torch.cartesian_prod(torch.arange(rows), torch.arange(columns)))
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_outputs_and_gradients_equal_diffusers(options: dict[str, bool]) -> None:
+    """With diffusers' and PyTorch's norms in their places, and HunyuanDiT's attention, which rotates."""
+    import diffusers
+    from diffusers.models.attention_processor import HunyuanAttnProcessor2_0
+
+    sizes = {"patch_size": 4, "width": 16, "depth": 2, "heads": 2}
+    network = DiT(image_size=24, in_channels=3, out_channels=6, num_classes=6, **sizes, **options)
     judge = diffusers.DiTTransformer2DModel(
         num_attention_heads=2,
         attention_head_dim=8,
@@ -72,12 +96,21 @@ def test_outputs_and_gradients_equal_diffusers() -> None:
     for block in judge.transformer_blocks:
         # diffusers' frequencies end at 1/10000 itself; those of the paper's code, as of ADM's, one step before.
         block.norm1.emb.time_proj.downscale_freq_shift = 0
+        if "rms_norm" in options:
+            block.norm1.norm, block.norm3 = (torch.nn.RMSNorm(16, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        if "qk_norm" in options:
+            block.attn1.norm_q, block.attn1.norm_k = (diffusers.models.normalization.RMSNorm(8, 1e-6) for _ in range(2))
+        if "rope" in options:
+            block.attn1.set_processor(HunyuanAttnProcessor2_0())
+    if "rms_norm" in options:
+        judge.norm_out = torch.nn.RMSNorm(16, eps=1e-6, elementwise_affine=False)
+    rotated = {"image_rotary_emb": flux_rotations(6, 6, 8)} if "rope" in options else {}
     randomise(network)
     judge.load_state_dict(in_diffusers(network.state_dict()), strict=True)
     generator = torch.Generator().manual_seed(1)
     x, t = torch.randn(4, 3, 24, 24, generator=generator), torch.tensor([0, 17, 500, 999])
     labels = torch.tensor([0, 4, 2, 5])
-    output, expected = network(x, t, Condition(labels)), judge(x, t, labels).sample
+    output, expected = network(x, t, Condition(labels)), judge(x, t, labels, rotated).sample
     assert output.std() > 0.1
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-5)
 
@@ -100,8 +133,37 @@ def test_fresh_network_predicts_zero_and_its_blocks_are_identities() -> None:
     assert network.linear_1.weight.std().item() == pytest.approx(0.02, rel=0.05)
 
 
+def test_initial_weights_are_those_of_the_paper_s_code() -> None:
+    """q, k and v are one linear layer there, timm's `qkv`; a fresh block has no bias and no gate."""
+    block = DiT(image_size=8, in_channels=3, out_channels=3, width=48, depth=1, heads=4).blocks[0]
+    fused = torch.nn.Linear(48, 3 * 48)
+    torch.nn.init.xavier_uniform_(fused.weight)
+    expected, bound = fused.weight.std().item(), fused.weight.abs().max().item()
+    for layer in (block.to_q, block.to_k, block.to_v):
+        assert layer.weight.std().item() == pytest.approx(expected, rel=0.05)
+        assert layer.weight.abs().max().item() == pytest.approx(bound, rel=0.01)
+    for layer in (block.to_out, block.linear_1, block.linear_2):
+        linear = torch.nn.Linear(layer.in_features, layer.out_features)
+        torch.nn.init.xavier_uniform_(linear.weight)
+        assert layer.weight.std().item() == pytest.approx(linear.weight.std().item(), rel=0.05)
+
+
+def test_positions_are_computed_once_and_lie_in_no_checkpoint(monkeypatch: pytest.MonkeyPatch) -> None:
+    network = DiT(image_size=16, in_channels=1, out_channels=1, patch_size=4, width=16, depth=1, heads=2, rope=True)
+    plain = DiT(image_size=16, in_channels=1, out_channels=1, patch_size=4, width=16, depth=1, heads=2)
+    assert {*network.state_dict()} == {*plain.state_dict()} == {name for name, _ in network.named_parameters()}
+    randomise(network)
+    x, t = torch.randn(1, 1, 16, 16), torch.tensor([5.0])
+    output = network(x, t)
+    for name in ("_positions", "_rotations"):
+        monkeypatch.setattr(f"ddpm.networks.dit.{name}", lambda *_: pytest.fail("computed again"))
+    assert torch.equal(network(x, t), output)
+
+
 def test_rows_and_columns_are_told_apart() -> None:
-    """Also at another size than it was built for."""
+    """Also at another size than it was built for, and the rotations too."""
+    cosines, sines = (each[:, ::2] for each in flux_rotations(2, 6, 8))
+    torch.testing.assert_close(_rotations(2, 6, 8, torch.device("cpu")), torch.stack([cosines, sines]))
     network = DiT(image_size=16, in_channels=1, out_channels=1, patch_size=4, width=16, depth=1, heads=2)
     randomise(network)
     x, t = torch.randn(1, 1, 8, 24), torch.tensor([5.0])
@@ -118,6 +180,7 @@ def test_impossible_networks_are_refused() -> None:
         ({"image_size": 30}, r"image_size 30 is not a multiple of patch_size 4"),
         ({"heads": 3}, r"width 16 is not a multiple of 4 and of heads 3"),
         ({"width": 6, "heads": 3}, r"width 6 is not a multiple of 4"),
+        ({"heads": 8, "rope": True}, r"rope needs heads of a multiple of 4 channels, not width 16 / heads 8"),
     ):
         sizes = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2}
         with pytest.raises(ValueError, match=message):

@@ -1,15 +1,22 @@
 """The magnitude-preserving network: published sizes, what it promises, and its forward pass written down again."""
 
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddpm.augment import Augmentation
 from ddpm.networks import edm2
 from ddpm.networks.edm2 import EDM2, magnitude
-from ddpm.objective import Condition
+from ddpm.objective import Condition, Draws, Objective
+from ddpm.optimizer import OptimizerSettings
+from ddpm.prediction import Prediction
+from ddpm.process import VarianceExploding
+from ddpm.training import Hooks, Settings, create_state, loss_row, train
 
 ALL = {"num_classes": 5, "augmentation_labels": 2}
 
@@ -187,18 +194,41 @@ def test_forward_is_what_the_paper_says() -> None:
         torch.testing.assert_close(network(x, t, condition).double(), expected, rtol=0, atol=2e-5)
 
 
-def test_uncertainty_is_a_layer_of_cosines() -> None:
-    """Karras et al. 2024, figure 21: unit weights of 128 cosines, beside an output that stays as it is."""
-    plain, network, (x, t, condition) = open_gains(small(**ALL)), open_gains(small(**ALL, uncertainty=True)), inputs()
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        output, u = network.eval()(x, t, condition).split([3, 1], dim=1)
-        assert torch.equal(output, plain.eval()(x, t, condition).float())
-    weights = {name: tensor.double() for name, tensor in network.state_dict().items()}
-    angles = t.double()[:, None] * weights["uncertainty_frequencies"] + weights["uncertainty_phases"]
-    unit = weights["uncertainty.weight"][0] / weights["uncertainty.weight"].norm()
-    expected = (2**0.5 * (2 * math.pi * angles).cos()) @ unit
-    torch.testing.assert_close(u.double(), expected.view(4, 1, 1, 1).expand_as(u), rtol=0, atol=2e-3)
-    assert expected.std() > 0.3
+def test_learnt_uncertainty_divides_the_error_and_is_learnt() -> None:
+    """Equation 21 by hand for one image; at its minimum u is the logarithm of the error, which stays as it is."""
+    objective = Objective(VarianceExploding(), Prediction("edm", 0.5), draws=Draws("log_normal"))
+    settings = Settings(1, None, OptimizerSettings(0.01), {}, seed=3, augmentation=Augmentation(), dropout=0.0)
+    images = torch.randint(0, 256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    again = SimpleNamespace(image_numbers=np.arange(1), images=images, labels=None)
+
+    def trained(network: EDM2, steps: int) -> tuple[float, list[float]]:
+        """Returns the mean error in the log, and the losses that were differentiated."""
+        # The output stays zero, and with it the error.
+        network.gain_out.requires_grad_(False)
+        losses: list[float] = []
+
+        def backward(loss: Tensor) -> None:
+            losses.append(loss.item())
+            loss.backward()
+
+        accelerator = SimpleNamespace(device=torch.device("cpu"), num_processes=1, backward=backward)
+        state = create_state(network, accelerator.device, settings)
+        train(state, network, [again] * steps, objective, settings, accelerator, Hooks(lambda state: False))
+        return loss_row(state.log.reduced())["loss"], losses
+
+    network = small(uncertainty=True)
+    part = network.uncertainty
+    t = float(objective.draw(3, torch.arange(1), 1)[0])
+    weight, f, phi = (each.detach().double().numpy() for each in (part.linear.weight[0], part.frequencies, part.phases))
+    features = math.sqrt(2) * np.cos(2 * math.pi * (t * f + phi))
+    u = weight @ features / np.linalg.norm(weight)
+    assert abs(u) > 0.1
+    error, losses = trained(network, 150)
+    assert losses[0] == pytest.approx(error / math.exp(u) + u, rel=1e-3)
+    assert losses[-1] == pytest.approx(1 + math.log(error), abs=1e-3)
+    plain, errors = trained(small(), 1)
+    assert plain == pytest.approx(error, rel=1e-5)
+    assert errors == [pytest.approx(error, rel=1e-5)]
 
 
 def test_impossible_networks_are_refused() -> None:

@@ -15,7 +15,7 @@ from tests.ddpm.networks.test_unet import randomise
 SMALL: dict[str, dict[str, Any]] = {
     "unet": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "norm_groups": 4, "dropout": 0.3},
     "edm2": {"channels": 8, "channel_mults": (1, 2), "attention_sizes": (8,), "head_channels": 8, "dropout": 0.3},
-    "dit": {"width": 16, "depth": 2, "heads": 2, "dropout": 0.3},
+    "dit": {"width": 16, "depth": 2, "heads": 2, "dropout": 0.3, "qk_norm": True, "rms_norm": True, "rope": True},
     "dome": {},
 }
 TELLABLE = ("unet", "edm2", "dit")
