@@ -96,6 +96,9 @@ def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, jo
         for pod in pods:
             server.remove("pods", pod)
         assert told() == (State.WAITING, count, "waits for a pod; the attempt before: exit code 75: stopped by SIGTERM")
+    # Who stopped, however often, has not failed, though Kubernetes gives up.
+    server.end_job(NAME, "Failed", "in its own words", plural)
+    assert (backend.status(NAME).failures, backend.status(NAME).informed(bucket).failures) == (5, 0)
     # What was before this job is another one's.
     later = replace(backend.status(NAME), created="2100-01-01T00:00:00Z")
     assert later.informed(bucket) == later
