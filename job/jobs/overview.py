@@ -180,7 +180,7 @@ def print_logs(name: str, search: Search, *, follow: bool) -> None:
     if follow:
         handle_stop_signals(lambda number, frame: sys.exit(0))
     for line in backend.logs(name, follow):
-        # A terminal obeys escape sequences, and what a carriage return hides nobody reads.
+        # A terminal obeys escape sequences, and a carriage return would hide the text before it.
         print("\t".join(map(printable, line.rstrip("\r").split("\t"))), flush=True)
 
 

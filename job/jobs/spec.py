@@ -19,7 +19,7 @@ NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
 LABEL_PREFIX = "ddpm"
 RETRIES = 4
-"""How many failures that count, such as crashes, are followed by another attempt, whoever makes it."""
+"""How many failures that count, such as crashes, are followed by another attempt of the engine or of `--watch`."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 

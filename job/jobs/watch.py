@@ -64,8 +64,8 @@ class Watch:
         self._outcome_before: Outcome | None = None
         """What the bucket said when the job was submitted: not about this one."""
         self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
-        """Those that count, of all its jobs together: crashes, and machines that are gone without a word, which may as
-        well have failed for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
+        """Failures that count, over all submissions: crashes, and machines that vanished, which may as well have failed
+        for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
         self._waited_for: str | None = ""
         """Why the job had no machine when it was last looked at; None once it had one."""
         self._seen_seconds = self._unseen_seconds = 0.0
@@ -164,7 +164,7 @@ class Watch:
             rule, how, said = "always", f"had a machine for less than its {self.spec.max_hours:g} hours", ""
         if rule == "never":
             raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-        # An engine that makes attempts by itself has counted them.
+        # Else the failures of the engine's own attempts would multiply with those seen here.
         self._failures += max(status.failures, rule == "bounded")
         if self._failures > RETRIES:
             raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)

@@ -78,7 +78,7 @@ class JobStatus:
     attempts: int = 0
     """How often the program was started, where the engine tells it."""
     failures: int = 0
-    """How many of these failed so that they count, where the engine makes several attempts by itself."""
+    """How many attempts ended in a failure that counts, where the engine makes several attempts by itself."""
     created: str = ""
     """ISO 8601, UTC."""
     place: str = ""
@@ -90,7 +90,7 @@ class JobStatus:
     """As the job was told, where its engine remembers that."""
 
     def __post_init__(self) -> None:
-        # The last line of a program may hold what a terminal obeys.
+        # The last line of a program may hold escape sequences, which a terminal obeys.
         object.__setattr__(self, "message", printable(" ".join(self.message.split())))
 
     @classmethod
@@ -113,9 +113,9 @@ class JobStatus:
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
     def informed(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
-        """What an engine says of a job, with what the job's bucket says where the engine has forgotten it.
+        """Returns this status with what the job's bucket adds: starts, and how the job or its last attempt ended.
 
-        That is how often the job was started, and how it ended, or how the attempt before this one did.
+        The engine's own answer wins where it has one.
 
         Args:
             bucket_uri: the job's bucket.
@@ -138,7 +138,7 @@ class JobStatus:
             state=State.FINISHED if is_finished else self.state,
             exit_code=code,
             failures=self.failures * (retried(code) == "bounded"),
-            # What its engine knows is that it is gone.
+            # The engine would call a finished process killed.
             message=outcome.message or self.message * (not is_finished),
             # With a code that would come again a new machine is of no use, whatever became of this one.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,

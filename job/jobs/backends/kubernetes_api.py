@@ -76,7 +76,7 @@ class ClusterApi:
         return None
 
     def cluster_queue(self, local_queue: str) -> JsonObject | None:
-        """The ClusterQueue behind a LocalQueue; None for who may not see one of them."""
+        """Returns the ClusterQueue behind a LocalQueue; None if these credentials may not read both."""
         for group, version, plural in LOCAL_QUEUES:
             with suppress(NoSuchObjectError, NoPermissionError, KeyError):
                 local = self._objects("get", (group, version, plural), local_queue)

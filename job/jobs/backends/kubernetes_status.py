@@ -147,7 +147,7 @@ def _why_suspended(
 
 
 def _beyond_quota(job: JsonObject, cluster_queue: JsonObject) -> str:
-    """What to add if no flavor of a ClusterQueue has enough of a resource for all pods of a job; empty if one has."""
+    """Returns words about a resource of which no flavor of a ClusterQueue has enough for the job; empty otherwise."""
     from kubernetes.utils import parse_quantity
 
     spec = job["spec"]["replicatedJobs"][0]["template"]["spec"] if job.get("kind") == "JobSet" else job["spec"]
@@ -206,7 +206,7 @@ def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
 
 
 def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
-    """How many attempts of a job failed so that they count: of a group its restarts, of slices those of the worst."""
+    """Returns how many failures of a job count: the restarts of a group, and the failures of the worst slice."""
     ends = [(index_of(pod), _end_of(pod)) for pod in pods]
     counted = [index for index, end in ends if end is not None and retried(int(end["exitCode"])) == "bounded"]
     restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
@@ -279,6 +279,6 @@ def _in_a_line(text: object) -> str:
 
 
 def _ending_of(text: object) -> str:
-    """The same, without its beginning if it is long."""
+    """Returns the text in a line, without its beginning if it is long."""
     said = _in_a_line(text)
     return said if len(said) <= _LONGEST_SAID else f"… {said[-_LONGEST_SAID:].partition(' ')[2]}"
