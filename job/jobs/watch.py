@@ -84,8 +84,9 @@ class Watch:
             self._submit()
         else:
             note(f"{self.spec.name} is {status.state.value} already: watching it")
-            # Who still waits for a first machine has not run.
-            if status.costs or status.attempts > 1:
+            # A job that still waits for its first machine has not run; of one that is evicted only the bucket knows.
+            said = read_outcome(self.spec.name, self.spec.bucket)
+            if status.costs or status.attempts > 1 or (said and said.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:

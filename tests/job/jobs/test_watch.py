@@ -212,7 +212,7 @@ def test_max_hours_hold_for_all_attempts_together():
     assert engine.submitted == [("a", math.inf), ("a", math.inf)]
 
 
-def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
+def test_the_hours_of_a_job_that_runs_already_began_when_it_did(tmp_path):
     there = JobStatus("train-a", R, created="2026-01-31T11:00:00Z")
     for other, least, most in (
         (there, 0.98, 1.0),
@@ -226,6 +226,13 @@ def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
         assert least < hours <= most, other
     engine = stops(Engine([replace(there, created="2026-01-31T09:00:00Z"), 75]), "has used its 2 hours")
     assert engine.submitted == []
+    # An engine forgets an evicted attempt, and the job's bucket does not; what an earlier job said is none of it.
+    evicted = replace(there, state=W)
+    for updated, least, most in (("2026-01-31T11:30:00Z", 0.9, 1.0), ("2026-01-31T10:30:00Z", 1.9, 2.0)):
+        said = Outcome(state="stopped", exit_code=75, updated=updated)
+        open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", said.to_json())
+        ((_, hours),) = Engine([evicted, 75, R, F]).watch(spec=replace(SPEC, bucket=str(tmp_path))).submitted
+        assert least < hours <= most, updated
 
 
 def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited():
