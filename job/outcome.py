@@ -25,6 +25,8 @@ WRITE_SECONDS = 5.0
 """How long a bucket that is away may hold up a job that is to end."""
 LONGEST_MESSAGE = 500
 """In characters."""
+MOST_STARTS = 100
+"""Of one machine; those before are forgotten."""
 OUTCOME_READ_SECONDS = 10.0
 """How long a bucket may be away before its word is done without."""
 _SEVERITIES = ("finished", "stopped", "failed", "running")
@@ -44,6 +46,8 @@ class Outcome(Sealed):
     """Why it ended so, in a line."""
     machine: int = 0
     machines: int = 1
+    starts: tuple[str, ...] = ()
+    """When the machine began each attempt, the newest last, those of earlier jobs of this name included."""
 
 
 @contextmanager
@@ -61,17 +65,23 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         yield
         return
 
+    key, starts = f"{JOBS}/{name}/{machine}-of-{machines}.json", [_now()]
+    # An engine forgets an attempt with its pod.
+    with suppress(JobError):
+        before = Outcome.load(open_store(bucket_uri, Retry(WRITE_SECONDS)), key)
+        starts = [*before.starts, *starts][-MOST_STARTS:]
+
     def write(code: int | None, message: str = "") -> None:
         states: dict[int | None, Any] = {None: "running", Exit.FINISHED: "finished", Exit.STOPPED: "stopped"}
-        state, now = states.get(code, "failed"), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        message = " ".join(message.split())[:LONGEST_MESSAGE]
-        outcome = Outcome(state=state, exit_code=code, updated=now, message=message, machine=machine, machines=machines)
+        state, message = states.get(code, "failed"), " ".join(message.split())[:LONGEST_MESSAGE]
+        told: dict[str, Any] = {"machine": machine, "machines": machines, "starts": tuple(starts)}
+        outcome = Outcome(state=state, exit_code=code, updated=_now(), message=message, **told)
         # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.
         with suppress(JobError):
             store = open_store(bucket_uri, Retry(WRITE_SECONDS))
             # Raises for a folder that is not there: what is misspelt must not be made.
             store.folders(JOBS)
-            store.put(f"{JOBS}/{name}/{machine}-of-{machines}.json", outcome.to_json())
+            store.put(key, outcome.to_json())
 
     write(None)
     try:
@@ -80,6 +90,10 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         write(*ending_of(error))
         raise
     write(Exit.FINISHED)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
@@ -97,6 +111,10 @@ def read_outcome(name: str, bucket_uri: str) -> Outcome | None:
     newest = max(found, key=lambda one: one.updated)
     found = [one for one in found if one.machines == newest.machines]
     worst = max(found, key=lambda one: (_SEVERITIES.index(one.state), severity(retried(one.exit_code or 0))))
+    # Nodes begin an attempt together, slices each its own.
+    by_machine = [one.starts for one in found]
+    starts = sum(by_machine, ()) if name.startswith("sample-") else max(by_machine, key=len)
+    worst = worst.model_copy(update={"starts": starts})
     if worst.state == "finished" and len(found) < worst.machines:
         # The others have not begun yet.
         return worst.model_copy(update={"state": "running", "exit_code": None})

@@ -16,7 +16,7 @@ from job.jobs.backends.base import Backend, JobStatus, State
 from job.jobs.spec import is_about, validated_job_name
 from job.jobs.targets import Target, chosen_target, load_targets
 from job.outcome import Outcome, read_outcome
-from job.progress import Progress, note
+from job.progress import Progress, note, printable
 from job.runs.layout import RUNS
 from job.runs.overview import print_json, print_table, progress_cells, show_run, summary_of
 from job.stop import handle_stop_signals
@@ -91,7 +91,10 @@ def list_jobs(search: Search, *, as_json: bool = False) -> None:
     with Progress("reading runs", total=len(ordered), unit="jobs") as bar:
         told = []
         for number, (backend, status) in enumerate(ordered, 1):
-            told.append(_told(status, backend, status.bucket or backend.target.usual_bucket))
+            uri = status.bucket or backend.target.usual_bucket
+            # One that is away is asked once, and not for each job.
+            is_there = _folders_of_runs(uri) is not None
+            told.append(_told(status.informed(uri) if is_there else status, backend, uri))
             bar.update(number)
     if as_json:
         print_json(told)
@@ -177,7 +180,8 @@ def print_logs(name: str, search: Search, *, follow: bool) -> None:
     if follow:
         handle_stop_signals(lambda number, frame: sys.exit(0))
     for line in backend.logs(name, follow):
-        print(line, flush=True)
+        # A terminal obeys escape sequences, and a carriage return would hide the text before it.
+        print("\t".join(map(printable, line.rstrip("\r").split("\t"))), flush=True)
 
 
 def cancel_job(name: str, search: Search) -> None:
@@ -207,7 +211,7 @@ def _print_ending(code: int | None, message: str) -> None:
 
 def _run_of(job_name: str, bucket_uri: str) -> str:
     """The run that a job works on; empty if there is none yet, or if nobody here may see it."""
-    for name in _folders_of_runs(bucket_uri):
+    for name in _folders_of_runs(bucket_uri) or ():
         # Somebody else may have put a folder there whose name no run can have.
         with suppress(BadRequestError):
             if is_about(job_name, name):
@@ -216,15 +220,15 @@ def _run_of(job_name: str, bucket_uri: str) -> str:
 
 
 @cache
-def _folders_of_runs(bucket_uri: str) -> tuple[str, ...]:
-    """Asked once for all jobs of a bucket, which may be away."""
+def _folders_of_runs(bucket_uri: str) -> tuple[str, ...] | None:
+    """Asked once for all jobs of a bucket; None if that is away."""
     try:
         return tuple(open_store(bucket_uri).folders(RUNS))
     except MissingInputError:
-        pass
+        return ()
     except JobError as error:
         note(f"the run's folder cannot be read: {error}")
-    return ()
+    return None
 
 
 def _print_run(name: str, bucket_uri: str) -> None:

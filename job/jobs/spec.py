@@ -18,6 +18,8 @@ Verb = Literal["train", "sample", "evaluate", "pack"]
 NAME_CHARACTERS = 52
 """Longest name: Kubernetes appends `-INDEX-XXXXX` for pods, whose names are labels of 63 characters at most."""
 LABEL_PREFIX = "ddpm"
+RETRIES = 4
+"""How many failures that count, such as crashes, are followed by another attempt of the engine or of `--watch`."""
 _HASH_CHARACTERS = 8
 _JOB_NAME = re.compile(r"[a-z]([a-z0-9-]{0,61}[a-z0-9])?")
 
@@ -42,6 +44,7 @@ class JobSpec:
         max_hours: after so long the job is ended, whatever it does: the guard against a forgotten bill. See `limit_of`
             for by whom, and what counts. Infinite on this machine, unless somebody says otherwise.
         env: variables of the container. Nothing secret.
+        retries: failures that its engine may still follow with another attempt; `--watch` subtracts those it has seen.
     """
 
     name: str
@@ -57,6 +60,7 @@ class JobSpec:
     spot: bool = True
     max_hours: float = 24.0
     env: Mapping[str, str] = field(default_factory=dict)
+    retries: int = RETRIES
 
     def __post_init__(self) -> None:
         """Refuses what no backend could run, naming the field."""

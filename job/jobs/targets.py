@@ -68,6 +68,7 @@ _Region = Annotated[str, Field(pattern=r"^[a-z]+-[a-z]+[0-9]+$")]
 _Project = Annotated[str, Field(pattern=r"^[a-z][a-z0-9-]{4,28}[a-z0-9]$")]
 _Name = Annotated[str, Field(pattern=r"^[a-z]([a-z0-9-]{0,61}[a-z0-9])?$")]
 _LabelValue = Annotated[str, Field(pattern=r"^([A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?)?$")]
+_Queue = Annotated[str, Field(pattern=r"^([a-z0-9](-*[a-z0-9])*(\.[a-z0-9](-*[a-z0-9])*)*)?$", max_length=63)]
 _Image = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@-]{0,400})?$")]
 _Word = Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._:/@,=-]{0,400})?$")]
 """Part of a command or of a path there: it can be neither an option nor another place."""
@@ -135,7 +136,7 @@ class KubernetesTarget(Target):
     context: str = ""
     namespace: _Name = "default"
     service_account: _Name = "default"
-    queue: _LabelValue = ""
+    queue: _Queue = ""
     """Kueue's local queue; empty for none."""
     cluster: Literal["gke", "plain"] = "gke"
     """`gke` selects nodes and tolerates taints as GKE labels and taints them; `plain` does neither."""

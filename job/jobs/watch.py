@@ -16,7 +16,7 @@ from typing import Any
 
 from job.exits import CRASHED, BadRequestError, BucketAwayError, Exit, JobError, MissingInputError, StoppedError
 from job.jobs.backends.base import Backend, Cause, JobStatus, NoCapacityError, State
-from job.jobs.spec import JobSpec
+from job.jobs.spec import RETRIES, JobSpec
 from job.outcome import Outcome, read_outcome
 from job.progress import note
 
@@ -24,9 +24,6 @@ WATCH_POLL_SECONDS = 15.0
 FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS = 10.0, 600.0
 """Before a job is submitted again; doubled each time, until one had a machine for `STEADY_SECONDS`."""
 STEADY_SECONDS = 600.0
-MOST_FAILURES = 4
-"""Failures that count after which the watch gives up: crashes, and machines that are gone without a word, which may as
-well have failed for good. Preemptions do not count."""
 ELSEWHERE_SECONDS = 900.0
 """A job that has waited so long for a machine is moved to the target's next zone or region."""
 NO_IMAGE_SECONDS = 300.0
@@ -67,6 +64,10 @@ class Watch:
         self._outcome_before: Outcome | None = None
         """What the bucket said when the job was submitted: not about this one."""
         self._failures, self._pause_seconds = 0, FIRST_PAUSE_SECONDS
+        """Failures that count, over all submissions: crashes, and machines that vanished, which may as well have failed
+        for good. Preemptions do not count. After more than `RETRIES` the watch gives up."""
+        self._waited_for: str | None = ""
+        """Why the job had no machine when it was last looked at; None once it had one."""
         self._seen_seconds = self._unseen_seconds = 0.0
         """How long the job had a machine, in all, as was seen; and may have had one before anybody watched, at most."""
 
@@ -83,8 +84,9 @@ class Watch:
             self._submit()
         else:
             note(f"{self.spec.name} is {status.state.value} already: watching it")
-            # Who still waits for a first machine has not run.
-            if status.costs or status.attempts > 1:
+            # A job that still waits for its first machine has not run; of one that is evicted only the bucket knows.
+            said = read_outcome(self.spec.name, self.spec.bucket)
+            if status.costs or status.attempts > 1 or (said and said.updated >= status.created):
                 with suppress(ValueError):
                     self._unseen_seconds = self.now() - datetime.fromisoformat(status.created).timestamp()
         while (status := self._follow()).state is not State.FINISHED:
@@ -110,6 +112,7 @@ class Watch:
                 self._pause_seconds = FIRST_PAUSE_SECONDS
             if status.state.is_over:
                 return status.informed(self.spec.bucket, self._outcome_before)
+            self._waited_for = None if status.costs or self._waited_for is None else status.message
             if (status.state, status.place, status.message) != (before.state, before.place, before.message):
                 place, said = f" in {status.place}" * bool(status.place), f": {status.message}" * bool(status.message)
                 note(f"{self.spec.name} is {status.state.value}{place}{said}")
@@ -162,19 +165,23 @@ class Watch:
             rule, how, said = "always", f"had a machine for less than its {self.spec.max_hours:g} hours", ""
         if rule == "never":
             raise JobEndedError(f"{name} {how}, which would come again{said}", code)
-        self._failures += rule == "bounded"
-        if self._failures > MOST_FAILURES:
+        # Else the failures of the engine's own attempts would multiply with those seen here.
+        self._failures += max(status.failures, rule == "bounded")
+        if self._failures > RETRIES:
             raise JobEndedError(f"{name} {how}, the {self._failures}th failure: giving up{said}", code)
         if self._hours_left() < (SLACK_HOURS if status.cause is Cause.OUT_OF_TIME else SHORTEST_HOURS):
             used = f"{name} has used its {self.spec.max_hours:g} hours"
+            if self._waited_for and self._hours_left() > self.spec.max_hours / 2:
+                used = f"{name} never started within its {self.spec.max_hours:g} hours ({self._waited_for})"
             raise StoppedError(f"{used}: the same command goes on, for as long again")
-        counted = f" (failure {self._failures} of {MOST_FAILURES})" if rule == "bounded" else ""
+        counted = f" (failure {self._failures} of {RETRIES})" if rule == "bounded" else ""
         note(f"{name} {how}{said}; submitting it again{counted}")
 
     def _submit(self) -> None:
         """Submits the job where there is a machine, however long that takes to find."""
         self._outcome_before = read_outcome(self.spec.name, self.spec.bucket)
         spec = self.spec.lasting(max(self._hours_left(), SHORTEST_HOURS))
+        spec = replace(spec, retries=RETRIES - self._failures)
         while True:
             try:
                 self._here = self._retry(lambda: self._here.submit_where_possible(spec), "trying again")

@@ -89,6 +89,22 @@ def test_of_several_machines_the_worst_decides_and_all_must_have_finished(bucket
     assert (outcome.state, outcome.machines) == ("finished", 1)
 
 
+@pytest.mark.parametrize(("name", "count"), [("train-celeba", 2), ("sample-celeba-1a2b3c4d", 3)])
+def test_each_start_is_remembered_of_slices_all(bucket, monkeypatch, name, count):
+    for machine in (0, 1, 1):
+        monkeypatch.setenv(JOB, name)
+        with outcome_written(bucket, machine, 2):
+            pass
+    starts = read_outcome(name, bucket).starts
+    assert len(starts) == count and all(start.startswith("20") and start.endswith("Z") for start in starts)
+    # They do not grow without end.
+    for _ in range(120):
+        monkeypatch.setenv(JOB, "train-long")
+        with outcome_written(bucket):
+            pass
+    assert len(read_outcome("train-long", bucket).starts) == 100
+
+
 def test_commands_say_how_they_ended(tmp_path):
     bucket = ("--bucket", str(tmp_path / "bucket"))
     pack = ("data", "pack", "landscape-sample", "tiles", "--size", "8", *bucket)

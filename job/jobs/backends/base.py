@@ -12,7 +12,7 @@ from job.exits import BadRequestError, Exit, JobError, MissingInputError, meanin
 from job.jobs.spec import JobSpec
 from job.jobs.targets import Target
 from job.outcome import Outcome, read_outcome
-from job.progress import note
+from job.progress import note, printable
 
 JsonObject = dict[str, Any]
 """What is sent to an engine, as JSON types."""
@@ -77,6 +77,8 @@ class JobStatus:
     """Of the program, where the engine tells it."""
     attempts: int = 0
     """How often the program was started, where the engine tells it."""
+    failures: int = 0
+    """How many attempts ended in a failure that counts, where the engine makes several attempts by itself."""
     created: str = ""
     """ISO 8601, UTC."""
     place: str = ""
@@ -86,6 +88,10 @@ class JobStatus:
     """Whether a job that waits has one already, such as one that fetches its image: it costs as if the job ran."""
     bucket: str = ""
     """As the job was told, where its engine remembers that."""
+
+    def __post_init__(self) -> None:
+        # The last line of a program may hold escape sequences, which a terminal obeys.
+        object.__setattr__(self, "message", printable(" ".join(self.message.split())))
 
     @classmethod
     def of_code(cls, name: str, code: int) -> JobStatus:
@@ -107,23 +113,33 @@ class JobStatus:
         return "bounded" if self.exit_code is None else retried(self.exit_code)
 
     def informed(self, bucket_uri: str, earlier: Outcome | None = None) -> JobStatus:
-        """What an engine says of a job, with the job's own word for how it ended where the engine has none.
+        """Returns this status with what the job's bucket adds: starts, and how the job or its last attempt ended.
+
+        The engine's own answer wins where it has one.
 
         Args:
             bucket_uri: the job's bucket.
             earlier: what the bucket said before the job was submitted, which is about another one of this name.
         """
-        if self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
-            return self
         outcome = read_outcome(self.name, bucket_uri)
         # What is older than the job is an earlier one's as well.
-        if outcome is None or outcome.exit_code is None or outcome == earlier or outcome.updated < self.created:
+        if outcome is None or outcome == earlier or outcome.updated < self.created:
             return self
+        starts = sum(start >= self.created for start in outcome.starts)
+        status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
+        if self.exit_code is None and self.state is State.WAITING and starts:
+            ended = "no word" if code is None else f"exit code {code}: {outcome.message or meaning(code)}"
+            return replace(status, message=f"{self.message}; the attempt before: {ended}".removeprefix("; "))
+        if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
+            return status
+        is_finished = code == Exit.FINISHED
         return replace(
-            self,
-            state=State.FINISHED if outcome.exit_code == Exit.FINISHED else self.state,
-            exit_code=outcome.exit_code,
-            message=outcome.message or self.message,
+            status,
+            state=State.FINISHED if is_finished else self.state,
+            exit_code=code,
+            failures=self.failures * (retried(code) == "bounded"),
+            # The engine would call a finished process killed.
+            message=outcome.message or self.message * (not is_finished),
             # With a code that would come again a new machine is of no use, whatever became of this one.
             cause=None if self.cause is Cause.TAKEN_AWAY else self.cause,
         )

@@ -209,7 +209,9 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
         status = max(ends, key=lambda end: severity(end.retried), default=status)
     starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
     created = google.utc_text(found["createTime"])
-    return replace(status, attempts=starts, created=created, place=_region(found))
+    counted = [[code for code in _codes_of(task) if _ended_task(name, code).retried == "bounded"] for task in tasks]
+    failures = max(map(len, counted), default=0)
+    return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
 
 
 def _ended_task(name: str, code: int) -> JobStatus:
@@ -221,9 +223,13 @@ def _ended_task(name: str, code: int) -> JobStatus:
 
 def _failure_of(task: JsonObject) -> int:
     """The code with which a task failed at last; 0 if it did not."""
-    codes = [event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task)]
-    has_failed = task["status"].get("state") == "FAILED"
-    return next((code for code in reversed(codes) if code), 0) if has_failed else 0
+    return _codes_of(task)[-1] if task["status"].get("state") == "FAILED" and _codes_of(task) else 0
+
+
+def _codes_of(task: JsonObject) -> list[int]:
+    """The codes with which a task's attempts failed, the oldest first."""
+    codes = (event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task))
+    return [code for code in codes if code]
 
 
 def _batch_message(found: JsonObject, state: State) -> str:

@@ -11,7 +11,7 @@ from itertools import dropwhile
 from job.exits import BadRequestError, BucketAwayError, MissingInputError, NoPermissionError
 from job.jobs.backends import kubernetes_api, kubernetes_status
 from job.jobs.backends.base import Backend, Cause, Check, JobStatus, JsonObject, State
-from job.jobs.backends.kubernetes_manifests import manifest
+from job.jobs.backends.kubernetes_manifests import QUEUE_LABEL, manifest
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import KubernetesTarget, Target
 
@@ -26,7 +26,11 @@ JOB_SET_LABEL = "jobset.sigs.k8s.io/jobset-name"
 """On the Jobs that a JobSet makes."""
 _RELEASE = "https://github.com/kubernetes-sigs/{}/releases/latest/download/manifests.yaml"
 _INSTALL = f"kubectl apply --server-side -f {_RELEASE}"
-_CHECKED_RIGHTS = (("create", "batch", "jobs"), ("delete", "batch", "jobs"), ("get", "", "pods", "log"))
+_CHECKED_RIGHTS = (
+    *((verb, "batch", "jobs") for verb in ("create", "get", "list", "delete")),
+    ("list", "", "pods"),
+    ("get", "", "pods", "log"),
+)
 
 
 class KubernetesBackend(Backend):
@@ -168,7 +172,7 @@ class KubernetesBackend(Backend):
     def _observed(self, job: JsonObject, pods: list[JsonObject]) -> JobStatus:
         """How a job is going, with what others say about it where it does not say that itself."""
         name, uid = job["metadata"]["name"], job["metadata"]["uid"]
-        events, others = [], []
+        events, others, cluster_queue = [], [], None
         if kubernetes_status.is_over(job):
             if job.get("kind") == "JobSet":
                 others = self._api.all_with(kubernetes_api.KINDS["Job"], f"{JOB_SET_LABEL}={name}")
@@ -177,7 +181,9 @@ class KubernetesBackend(Backend):
             events = [event for event in self._api.events(name) if event["involvedObject"].get("uid") == uid]
             of_job = f"{kubernetes_api.JOB_UID_LABEL}={uid}"
             others = next(filter(None, (self._api.all_with(kind, of_job) for kind in kubernetes_api.WORKLOADS)), [])
-        return kubernetes_status.observed_status(job, pods, events, others)
+            if queue := kubernetes_status.is_suspended(job) and job["metadata"].get("labels", {}).get(QUEUE_LABEL):
+                cluster_queue = self._api.cluster_queue(queue)
+        return kubernetes_status.observed_status(job, pods, events, others, cluster_queue)
 
     def _wait_until_gone(self, kind: kubernetes_api.Kind, name: str) -> None:
         until = time.monotonic() + self.target.grace_seconds + GONE_MARGIN_SECONDS

@@ -75,6 +75,15 @@ class ClusterApi:
             return dict(self._objects("get", kind, name))
         return None
 
+    def cluster_queue(self, local_queue: str) -> JsonObject | None:
+        """Returns the ClusterQueue behind a LocalQueue; None if these credentials may not read both."""
+        for group, version, plural in LOCAL_QUEUES:
+            with suppress(NoSuchObjectError, NoPermissionError, KeyError):
+                local = self._objects("get", (group, version, plural), local_queue)
+                words = (group, version, "clusterqueues", local["spec"]["clusterQueue"])
+                return dict(self._ask("CustomObjectsApi", "get_cluster_custom_object", *words))
+        return None
+
     def knows(self, kind: Kind) -> bool:
         """Whether the cluster has such objects at all."""
         with suppress(NoSuchObjectError):
@@ -164,7 +173,8 @@ class ClusterApi:
         match error.status:
             case 401:
                 return NoPermissionError(f"{where} does not take these credentials ({said}): sign in again")
-            case 403:
+            # A webhook refuses what is asked for, and not who asks.
+            case 403 if "admission webhook" not in said:
                 return NoPermissionError(f"{where}: {said}; jobs need {_NEEDED_RIGHTS}")
             case 404:
                 return NoSuchObjectError(f"{where}: {said}: `kubectl create` it, or set `namespace:` of the target")

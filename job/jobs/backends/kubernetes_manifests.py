@@ -18,8 +18,6 @@ from job.jobs.targets import KubernetesTarget, size_bytes
 from job.stop import GRACE_VARIABLE
 
 CONTAINER = "ddpm"
-RETRIES = 4
-"""How many failures that may pass, such as crashes, are followed by another attempt."""
 SHOWN_SECONDS = 86_400
 """How long a job that is over stays, for its status and its output."""
 NODE_JOB = "node"
@@ -67,10 +65,11 @@ def manifest(spec: JobSpec, target: KubernetesTarget) -> JsonObject:
 
 
 def _job_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
-    limits, on_fatal = {"backoffLimit": RETRIES}, "FailJob"
+    limits, on_fatal = {"backoffLimit": spec.retries}, "FailJob"
     if spec.slices:
         # More than half of the slices failing for good is no accident: the rest need not cost money.
-        limits, on_fatal = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": spec.slices // 2}, "FailIndex"
+        limits = {"backoffLimitPerIndex": spec.retries, "maxFailedIndexes": spec.slices // 2}
+        on_fatal = "FailIndex"
     rules = [_on_codes("Ignore", "In", "always"), _on_codes(on_fatal, "In", "never")]
     return {**_pods(spec, target, "Ignore", *rules), **limits}
 
@@ -81,13 +80,12 @@ def _job_set_spec(spec: JobSpec, target: KubernetesTarget) -> dict[str, Any]:
     # itself is made anew by the Job, which pauses and counts: a JobSet does not pause. So it is with those that stop
     # together with one that is taken away: that one's word, which may come seconds later, still decides.
     rules = [_on_codes("FailJob", "NotIn", "always")]
-    limits = {"backoffLimitPerIndex": RETRIES, "maxFailedIndexes": 0}
+    limits = {"backoffLimitPerIndex": spec.retries, "maxFailedIndexes": 0}
     node_job = {**_pods(spec, target, "FailJob", *rules), **limits}
     return {
         "network": {"enableDNSHostnames": True, "subdomain": spec.name, "publishNotReadyAddresses": True},
-        "coordinator": {"replicatedJob": NODE_JOB, "jobIndex": 0, "podIndex": 0},
         "failurePolicy": {
-            "maxRestarts": RETRIES,
+            "maxRestarts": spec.retries,
             # The old pods are gone before new ones come, and with them their lease and their GPUs.
             "restartStrategy": "BlockingRecreate",
             "rules": _restart_rules(),
@@ -103,7 +101,7 @@ def _restart_rules() -> list[dict[str, Any]]:
     uncounted = {"action": "RestartJobSetAndIgnoreMaxRestarts", "onJobFailureReasons": ["PodFailurePolicy"]}
     final = {"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}
     return [
-        {"name": "taken-away", **uncounted, "onJobFailureMessagePatterns": [taken_away]},
+        {"name": "taken_away", **uncounted, "onJobFailureMessagePatterns": [taken_away]},
         {"name": "fatal", **final, "onJobFailureMessagePatterns": [fatal]},
         {"name": "deadline", **final, "onJobFailureReasons": ["DeadlineExceeded"]},
     ]

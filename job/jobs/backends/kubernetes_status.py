@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from job.exits import Exit, meaning, retried, severity
 from job.jobs.backends.base import Cause, JobStatus, JsonObject, State
 from job.jobs.backends.kubernetes_manifests import CONTAINER, INDEX_ANNOTATION, QUEUE_LABEL
+from job.jobs.spec import RETRIES
 
 NO_IMAGE_REASONS = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull", "ImageInspectError")
 """Why a container waits that will not start before somebody mends its image or the right to pull it."""
 _OUT_OF_TIME, _QUEUE_HOURS_OVER = "DeadlineExceeded", "maximum execution time"
 """How a Job says that its hours are over, and how Kueue does."""
 _HOURS_OVER = "its --max-hours are over, what it waited for a node included; the same command goes on"
+_NEVER = "it can never run so: ask for less, or for more quota"
+_LONGEST_SAID = 200
+"""Characters of what a queue says: it lists every flavor, and what is missing stands at the end."""
 
 
 def observed_status(
-    job: JsonObject, pods: Sequence[JsonObject], events: Sequence[JsonObject] = (), others: Sequence[JsonObject] = ()
+    job: JsonObject,
+    pods: Sequence[JsonObject],
+    events: Sequence[JsonObject] = (),
+    others: Sequence[JsonObject] = (),
+    cluster_queue: JsonObject | None = None,
 ) -> JobStatus:
     """How a Job or a JobSet is going.
 
@@ -26,14 +35,17 @@ def observed_status(
         pods: its pods, oldest first.
         events: what was said about it, oldest first; asked only while it has no pods, or is suspended.
         others: of a JobSet that is over its Jobs; of one that a queue holds the queue's Workload, if it can be seen.
+        cluster_queue: the ClusterQueue of a job that a queue holds, if it can be seen.
     """
     state, message, cause = _state_and_cause(job, pods, events, others)
+    if state is State.WAITING and cluster_queue and _NEVER not in message:
+        message += _beyond_quota(job, cluster_queue)
     if state not in (State.FINISHED, State.CANCELLED) and (numbers := job.get("status", {}).get("failedIndexes")):
         message = "; ".join(filter(None, (f"failed slices: {numbers}", message)))
     placed = [pod for pod in pods if _node_of(pod) and not has_ended(pod)]
     running = [pod for pod in placed if is_running(pod)]
     ended = _decisive_end(pods) if state is State.FAILED else next(reversed(_failures(pods)), None)
-    return JobStatus(
+    status = JobStatus(
         name=job["metadata"]["name"],
         state=state,
         message=message,
@@ -44,6 +56,8 @@ def observed_status(
         cause=cause,
         has_machine=state is State.WAITING and bool(placed),
     )
+    gave_up = state is State.FAILED and status.retried == "bounded"
+    return replace(status, failures=RETRIES + 1 if gave_up else _counted(job, pods))
 
 
 def is_over(job: JsonObject) -> bool:
@@ -105,7 +119,7 @@ def _state_and_cause(
         return State.WAITING, f"the next attempt follows; the last one: {how}", None
     if warnings := [event for event in events if event.get("type") == "Warning"]:
         return State.WAITING, f"{warnings[-1].get('reason')}: {warnings[-1].get('message')}", None
-    return State.WAITING, "has no pod yet", None
+    return State.WAITING, "waits for a pod", None
 
 
 def _why_suspended(
@@ -114,19 +128,43 @@ def _why_suspended(
     """What becomes of a job that a queue, or somebody, holds."""
     queue = job["metadata"].get("labels", {}).get(QUEUE_LABEL)
     is_deactivated = workload.get("spec", {}).get("active") is False
-    evicted = _in_a_line((_condition(workload, "Evicted") or {}).get("message"))
+    eviction = _condition(workload, "Evicted") or {}
+    evicted = _ending_of(eviction.get("message"))
     if _queue_ended_it(events) or (is_deactivated and _QUEUE_HOURS_OVER in evicted):
         return State.FAILED, _HOURS_OVER, Cause.OUT_OF_TIME
     if is_deactivated:
         why = f"its queue {queue!r} lets it run no more: {evicted or 'somebody deactivated it'}"
         return State.CANCELLED, f"{why}; the same command submits it again", None
     pending = _condition(workload, "QuotaReserved", status="False") or {}
-    said = ": ".join(filter(None, (pending.get("reason"), _in_a_line(pending.get("message")))))
+    said = ": ".join(filter(None, (pending.get("reason"), _ending_of(pending.get("message")))))
     if pending.get("reason") == "ExceedsMaxQuota":
-        said += "; it can never run so: ask for less, or for more quota"
+        said += f"; {_NEVER}"
     said = said or (_condition(job, "Suspended") or {}).get("message", "")
     why = f"waits in the queue {queue!r}" if queue else "is suspended"
+    if eviction.get("reason") == "Preempted":
+        why = f"was preempted ({evicted}), and {why} again"
     return State.WAITING, f"{why}: {said}" if said else why, None
+
+
+def _beyond_quota(job: JsonObject, cluster_queue: JsonObject) -> str:
+    """Returns words about a resource of which no flavor of a ClusterQueue has enough for the job; empty otherwise."""
+    from kubernetes.utils import parse_quantity
+
+    spec = job["spec"]["replicatedJobs"][0]["template"]["spec"] if job.get("kind") == "JobSet" else job["spec"]
+    resources, quotas = spec["template"]["spec"]["containers"][0]["resources"], cluster_queue["spec"]
+    borrows = quotas.get("cohortName") or quotas.get("cohort")
+    most: dict[str, Any] = {}
+    flavors = (flavor for group in quotas.get("resourceGroups", ()) for flavor in group["flavors"])
+    for one in (one for flavor in flavors for one in flavor["resources"]):
+        # Without a limit a queue may borrow all that its cohort has, which other queues know.
+        borrowed = parse_quantity(one.get("borrowingLimit") or "1E") if borrows else 0
+        most[one["name"]] = max(most.get(one["name"], 0), parse_quantity(one["nominalQuota"]) + borrowed)
+    for name, each in (resources["limits"] | resources["requests"]).items():
+        asked = parse_quantity(each) * spec["parallelism"]
+        if (has := most.get(name, asked)) < asked:
+            asks = f"it asks for {asked.normalize():f} {name}"
+            return f"; {asks}, and no flavor of its queue has more than {has.normalize():f}: {_NEVER}"
+    return ""
 
 
 def _condition(thing: JsonObject, *types: str, status: str = "True") -> Any:
@@ -165,6 +203,14 @@ def _attempts(job: JsonObject, pods: Sequence[JsonObject]) -> int:
     placed = [pod for pod in pods if _node_of(pod)]
     started = max(ended + sum(not has_ended(pod) for pod in placed), len(placed))
     return started + (len(placed) < len(pods))
+
+
+def _counted(job: JsonObject, pods: Sequence[JsonObject]) -> int:
+    """Returns how many failures of a job count: the restarts of a group, and the failures of the worst slice."""
+    ends = [(index_of(pod), _end_of(pod)) for pod in pods]
+    counted = [index for index, end in ends if end is not None and retried(int(end["exitCode"])) == "bounded"]
+    restarts = int(job.get("status", {}).get("restartsCountTowardsMax") or 0)
+    return max([restarts, *map(counted.count, counted)])
 
 
 def _queue_ended_it(events: Sequence[JsonObject]) -> bool:
@@ -230,3 +276,9 @@ def _why_waiting(pod: JsonObject) -> str:
 
 def _in_a_line(text: object) -> str:
     return " ".join(str(text or "").split())
+
+
+def _ending_of(text: object) -> str:
+    """Returns the text in a line, without its beginning if it is long."""
+    said = _in_a_line(text)
+    return said if len(said) <= _LONGEST_SAID else f"… {said[-_LONGEST_SAID:].partition(' ')[2]}"

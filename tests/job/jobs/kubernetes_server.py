@@ -1,7 +1,7 @@
 """A cluster on this machine that is no cluster: its API, as far as jobs need it, and what tests do to what it holds.
 
-Jobs and JobSets are judged by schemas that are not ours when they are made. What controllers and kubelets would do,
-`Cluster` does when a test says so.
+Jobs and JobSets are judged when they are made, by schemas that are not ours and by the rules of `admission`. What
+controllers and kubelets would do, `Cluster` does when a test says so.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from tests.job.answering import JsonHandler, serving
+from tests.job.jobs.admission import refusals
 from tests.job.jobs.kubernetes_jobs import schema_problems
 
 Object = dict[str, Any]
@@ -24,7 +25,7 @@ SERVED = {
     "v1": ("pods", "events", "serviceaccounts"),
     "batch/v1": ("jobs",),
     "jobset.x-k8s.io/v1alpha2": ("jobsets",),
-    "kueue.x-k8s.io/v1beta2": ("localqueues", "workloads"),
+    "kueue.x-k8s.io/v1beta2": ("clusterqueues", "localqueues", "workloads"),
     "authorization.k8s.io/v1": ("selfsubjectaccessreviews",),
 }
 KINDS = {"jobs": "Job", "jobsets": "JobSet"}
@@ -62,7 +63,7 @@ class Cluster:
         """A method, and what answers its next request instead; each is used once."""
         self.goes_after_seconds = 0.05
         """How long the pods of an object that is deleted take to end."""
-        self._objects: dict[tuple[str, str, str], Object] = {}
+        self._objects: dict[tuple[str | None, str, str], Object] = {}
         """By namespace, resource and name."""
         self._lines: dict[str, list[str]] = {}
         """Of a pod, by its name, behind their times."""
@@ -91,6 +92,8 @@ class Cluster:
             raise Refusal(404, f'namespaces "{namespace}" not found')
         if problems := schema_problems(body):
             raise Refusal(400, f"strict decoding error: {'; '.join(problems)}")
+        if problems := refusals(body):
+            raise Refusal(403, f"admission webhook denied the request: {'; '.join(problems)}")
         with self._lock:
             if key in self._objects:
                 raise Refusal(409, f'{plural} "{key[2]}" already exists')
@@ -129,8 +132,8 @@ class Cluster:
 
     # What tests do.
 
-    def add(self, plural: str, thing: Object, namespace: str = "default") -> None:
-        """Puts an object there without asking."""
+    def add(self, plural: str, thing: Object, namespace: str | None = "default") -> None:
+        """Puts an object there without asking; one of the whole cluster has no namespace."""
         made = {"status": {}, **copy.deepcopy(thing)}
         made["metadata"] = {"uid": str(uuid.uuid4()), "creationTimestamp": self._now(), **made["metadata"]}
         with self._lock:

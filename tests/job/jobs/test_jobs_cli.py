@@ -11,6 +11,7 @@ import yaml
 from job.exits import Exit
 from job.jobs.backends.local import LocalBackend
 from job.jobs.targets import load_targets
+from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.jobs.test_local import ended, spec
 
@@ -97,3 +98,21 @@ def test_a_bucket_that_cannot_be_read_hides_no_job(failed, folder):
     done = ddpm_here("jobs", "status", failed, "--bucket", "gs://X")
     assert "state       failed" in succeeded(done)
     assert "the run's folder cannot be read" in done.stderr
+
+
+def test_what_a_job_printed_cannot_command_a_terminal(failed):
+    log = next(Path("cache/jobs").glob("*/*.log"))
+    log.write_bytes("red \x1b[31mand\x1b]0;title\x07 \x9b2J\ttab\r\nhidden\rshown\ngrüße 🙂\n".encode())
+    printed = succeeded(ddpm_here("jobs", "logs", failed))
+    assert printed == "red %1B[31mand%1B]0;title%07 %C2%9B2J\ttab\nhidden%0Dshown\ngrüße 🙂\n"
+
+
+def test_a_job_that_finished_is_not_said_to_be_killed(failed, folder):
+    # As a job says it that ends with 0 in its bucket.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DDPM_JOB", failed)
+        with outcome_written(str(folder / "bucket")):
+            pass
+    for listed in (("list",), ("status", failed)):
+        told = succeeded(ddpm_here("jobs", *listed))
+        assert "finished" in told and "killed" not in told

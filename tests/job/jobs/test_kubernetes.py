@@ -7,15 +7,18 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import ExitStack, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError
+from job.exits import BadRequestError, BucketAwayError, Exit, MissingInputError, NoPermissionError, StoppedError
 from job.jobs.backends import kubernetes_api
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes import KubernetesBackend
+from job.outcome import outcome_written
 from tests.job.command_line import ddpm_here, environment, refused, succeeded
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 from tests.job.launching import eventually
@@ -53,7 +56,7 @@ def test_what_is_sent_is_what_a_dry_run_prints(server, backend):
 def test_a_job_from_its_beginning_to_its_end(server, backend):
     backend.submit(spec())
     status = backend.status(NAME)
-    assert (status.name, status.state, status.message) == (NAME, State.WAITING, "has no pod yet")
+    assert (status.name, status.state, status.message) == (NAME, State.WAITING, "waits for a pod")
     pod = server.start_pod(NAME)
     status = backend.status(NAME)
     assert (status.state, status.message, status.place, status.attempts) == (State.RUNNING, "", "node-0", 1)
@@ -69,6 +72,36 @@ def test_a_job_from_its_beginning_to_its_end(server, backend):
     status = backend.status(NAME)
     assert (status.state, status.exit_code, status.message) == (State.FINISHED, 0, "")
     assert backend.status("other").state is State.GONE
+
+
+@pytest.mark.parametrize("job", [spec(), spec(nodes=2)], ids=["job", "group"])
+def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, job, tmp_path, monkeypatch):
+    plural, bucket = "jobs" if job.nodes == 1 else "jobsets", str(tmp_path)
+
+    def told():
+        status = backend.status(NAME).informed(bucket)
+        return status.state, status.attempts, status.message
+
+    backend.submit(job)
+    assert told() == (State.WAITING, 0, "waits for a pod")
+    for count in (1, 2, 3):
+        pods = [server.start_pod(NAME, node, plural) for node in range(job.nodes)]
+        with suppress(StoppedError), ExitStack() as programs:
+            for node in range(job.nodes):
+                monkeypatch.setenv("DDPM_JOB", NAME)
+                programs.enter_context(outcome_written(bucket, node, job.nodes))
+            assert told() == (State.RUNNING, count, "")
+            raise StoppedError("stopped by SIGTERM")
+        # Who is evicted goes with its pod, and a pause of minutes follows.
+        for pod in pods:
+            server.remove("pods", pod)
+        assert told() == (State.WAITING, count, "waits for a pod; the attempt before: exit code 75: stopped by SIGTERM")
+    # Who stopped, however often, has not failed, though Kubernetes gives up.
+    server.end_job(NAME, "Failed", "in its own words", plural)
+    assert (backend.status(NAME).failures, backend.status(NAME).informed(bucket).failures) == (5, 0)
+    # What was before this job is another one's.
+    later = replace(backend.status(NAME), created="2100-01-01T00:00:00Z")
+    assert later.informed(bucket) == later
 
 
 def test_a_queue_must_be_there_before_the_job(server):
@@ -156,7 +189,11 @@ def test_what_the_server_refuses_is_told_and_leaves_nothing(server, backend, mon
     monkeypatch.setattr(backend, "render", lambda job: made)
     with pytest.raises(BadRequestError, match=r"refuses it .400.: strict decoding error.*restartPolicie"):
         backend.submit(spec())
-    assert not server.names("jobs")
+    made = KubernetesBackend(TARGET).render(spec(nodes=2))
+    made[0]["spec"]["failurePolicy"]["rules"][0]["name"] = "taken-away"
+    with pytest.raises(BadRequestError, match=r"refuses it .403.: admission webhook .* names of failure rules$"):
+        backend.submit(spec(nodes=2))
+    assert not server.names("jobs") and not server.names("jobsets")
 
 
 def test_no_permission_names_what_is_needed(server, backend):
@@ -231,6 +268,13 @@ def test_a_doctor_says_in_one_line_that_a_cluster_cannot_be_used(server, monkeyp
     server.forbidden.add(("get", "pods/log"))
     (check,) = doctor().values()
     assert "may not get pods/log in namespace 'default'" in check.message
+    # What `ddpm jobs` needs.
+    for verb, resource in (("list", "pods"), ("get", "jobs"), ("list", "jobs")):
+        server.forbidden = {(verb, resource)}
+        (check,) = doctor().values()
+        assert (check.passed, check.exit_code) == (False, Exit.NO_PERMISSION)
+        assert f"may not {verb} {resource} in namespace 'default'" in check.message
+    server.forbidden = set()
     server.answer_next(503, times=2, method="POST")
     (check,) = doctor().values()
     assert (check.name, check.passed, check.exit_code) == ("cluster", False, Exit.BUCKET_AWAY)
@@ -284,6 +328,47 @@ def test_what_a_queue_does_about_a_job_is_read_where_it_says_so(server):
     workload["metadata"]["labels"]["kueue.x-k8s.io/job-uid"] = made["uid"]
     server.add("workloads", {**workload, "spec": {"active": False}}, "training")
     assert backend.cancel("train-b").startswith("was cancelled already")
+
+
+def held_for_ever(server, name=NAME, plural="jobs"):
+    """A job that Kueue ended for its hours: it is suspended, for good, and its Workload is not active."""
+    uid = server.get(plural, name, "training")["metadata"]["uid"]
+    over = {"reason": "DeactivatedDueToMaximumExecutionTimeExceeded", "type": "Evicted", "status": "True"}
+    over["message"] = "The workload is deactivated due to exceeding the maximum execution time"
+    made = {"metadata": {"name": name, "labels": {"kueue.x-k8s.io/job-uid": uid}}, "spec": {"active": False}}
+    server.add("workloads", {**made, "status": {"conditions": [over]}}, "training")
+    server.change(plural, name, "training", conditions=[{"type": "Suspended", "status": "True"}])
+
+
+def test_a_job_that_its_queue_ended_is_cleared_away(server):
+    backend = KubernetesBackend(QUEUED)
+    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "gpus"}}, "training")
+    for job, plural in ((spec(), "jobs"), (spec(nodes=2), "jobsets")):
+        backend.submit(job)
+        held_for_ever(server, plural=plural)
+        assert backend.status(NAME).cause is Cause.OUT_OF_TIME
+        old = server.get(plural, NAME, "training")["metadata"]["uid"]
+        backend.submit(job)
+        assert server.get(plural, NAME, "training")["metadata"]["uid"] != old
+        server.remove("workloads", NAME, "training")
+        held_for_ever(server, plural=plural)
+        assert backend.cancel(NAME).startswith("was failed already")
+        eventually(lambda: backend.status(NAME).state is State.GONE)
+        server.remove("workloads", NAME, "training")
+
+
+def test_what_a_queue_has_is_read_by_whoever_may(server):
+    backend = KubernetesBackend(QUEUED)
+    server.add("localqueues", {"metadata": {"name": "gpus"}, "spec": {"clusterQueue": "all"}}, "training")
+    flavor = {"name": "spot", "resources": [{"name": "nvidia.com/gpu", "nominalQuota": "4"}]}
+    server.add(
+        "clusterqueues", {"metadata": {"name": "all"}, "spec": {"resourceGroups": [{"flavors": [flavor]}]}}, None
+    )
+    backend.submit(spec(gpus=5))
+    assert "no flavor of its queue has more than 4: it can never run so" in backend.status(NAME).message
+    for resource in ("clusterqueues", "localqueues"):
+        server.forbidden = {("get", resource)}
+        assert backend.status(NAME).message == "waits in the queue 'gpus'"
 
 
 class Followed:

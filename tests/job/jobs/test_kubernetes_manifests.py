@@ -6,13 +6,17 @@
 from __future__ import annotations
 
 import re
+from itertools import product
+from pathlib import Path
 
 import pytest
+import yaml
 
 from job.exits import TABLE, BadRequestError, Exit
 from job.jobs.backends.kubernetes_manifests import manifest
 from job.processes.group import Group
 from job.stop import GRACE_VARIABLE as GRACE
+from tests.job.jobs import admission
 from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, schema_problems, spec
 from tests.job.jobs.submitting import assert_kept
 
@@ -36,6 +40,35 @@ def test_a_manifest_is_what_is_kept_and_schemas_take_it(case):
     made = manifest(job, target)
     assert_kept("kubernetes", case, [made], CASES)
     assert [schema_problems(made, version) for version in VERSIONS] == [[]] * len(VERSIONS)
+
+
+KEPT = {path.stem: yaml.safe_load(path.read_text()) for path in Path(__file__).parent.glob("golden/kubernetes/*")}
+
+
+@pytest.mark.parametrize("rule", admission.RULES, ids=lambda rule: f"{rule.by}: {rule.name}")
+def test_each_rule_of_a_control_plane_can_be_broken(rule):
+    whole = KEPT["two-nodes" if rule.kind == "JobSet" else "one-gpu-spot"]
+    assert rule.holds(whole) and not rule.holds(admission.broken(rule, whole))
+
+
+def test_a_control_plane_takes_whatever_is_rendered():
+    longest = {nodes: "t" * (49 - len(str(nodes - 1))) for nodes in (2, 10, 11, 1000)}
+    places = (
+        TARGET,
+        QUEUED,
+        QUEUED.model_copy(update={"queue": "team-a.gpus"}),
+        TARGET.model_copy(update={"cluster": "plain"}),
+        TARGET.model_copy(update={"node_selector": {"gpu": "l4"}, "tolerations": []}),
+    )
+    machines = ({"gpus": 0, "spot": False}, {"gpus": 8}, {"spot": False, "max_hours": 720.0}, {"max_hours": 0.017})
+    for place, changes, retries in product(places, machines, (0, 4)):
+        changes = changes | {"retries": retries}
+        made = [spec(name, nodes=nodes, **changes) for nodes, name in longest.items()]
+        made += [spec("train-a-b", nodes=2, **changes), spec("t" * 52, run="r" * 63, **changes)]
+        made += [sampling("s" * 52, slices, **changes) for slices in (1, 2, 1000)]
+        for job in made:
+            assert admission.refusals(manifest(job, place)) == [], job
+    assert [admission.refusals(made) for made in KEPT.values()] == [[]] * len(CASES)
 
 
 def job_of(made):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from job.jobs.backends.base import Cause, State
 from job.jobs.backends.kubernetes_manifests import INDEX_ANNOTATION, manifest
 from job.jobs.backends.kubernetes_status import observed_status
-from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, spec
+from tests.job.jobs.kubernetes_jobs import QUEUED, TARGET, sampling, spec
 
 
 def job(*conditions, made=None, **status):
@@ -40,7 +40,7 @@ GONE, EVICTED = ({**pod(), "status": {"phase": "Failed", **said}} for said in ({
 
 def test_why_a_job_waits():
     for pods, events, message, has_machine in [
-        ([], [], "has no pod yet", False),
+        ([], [], "waits for a pod", False),
         ([], [event("FailedCreate", "exceeded quota: gpus")], "FailedCreate: exceeded quota: gpus", False),
         ([NO_NODE], [], "FailedScheduling: 0/3 nodes are available: 3 Insufficient nvidia.com/gpu.", False),
         ([pod()], [], "waits for a node", True),
@@ -107,8 +107,9 @@ def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
     for active, kind, reason, said, state, message in [
         (True, "QuotaReserved", "Pending", "no\nquota", State.WAITING, f"{waiting}Pending: no quota"),
         (True, "QuotaReserved", "ExceedsMaxQuota", "8 > 4", State.WAITING, f"{waiting}ExceedsMaxQuota: 8 > 4{never}"),
-        # One that was let go again, and one of which nothing is known.
-        (True, "Evicted", "Preempted", "for another", State.WAITING, f"{waiting}Job suspended"),
+        # One that was let go again, one that has to make room, and one of which nothing is known.
+        (True, "Evicted", "PodsReadyTimeout", "too slow", State.WAITING, f"{waiting}Job suspended"),
+        (True, "Evicted", "Preempted", "for another", State.WAITING, "was preempted (for another), and waits in the"),
         (None, "", "", "", State.WAITING, f"{waiting}Job suspended"),
         (False, "", "", "", State.CANCELLED, f"{stopped}somebody deactivated it"),
         (False, "Evicted", "Deactivated", f"{gave_up}number", State.CANCELLED, f"{stopped}{gave_up}number"),
@@ -119,6 +120,76 @@ def test_a_queue_says_why_a_job_waits_and_that_it_will_not_run():
         status = observed_status(held, [], [], [workload])
         assert status.state is state and status.message.startswith(message), status
         assert status.cause is (Cause.OUT_OF_TIME if state is State.FAILED else None)
+
+
+def a_queue(*quotas, cohort=""):
+    """A ClusterQueue with a flavor for each of the quotas, as the API gives it."""
+    flavors = [
+        {"name": "f", "resources": [{"name": name, "nominalQuota": most, **more} for name, most in quota.items()]}
+        for quota, more in quotas
+    ]
+    named = {"cohortName": cohort} if cohort else {}
+    return {"spec": {**named, "resourceGroups": [{"coveredResources": [], "flavors": flavors}]}}
+
+
+def test_a_job_beyond_every_flavor_of_its_queue_is_told_that_it_can_never_run():
+    four, borrowed, gpus = {"nvidia.com/gpu": "4"}, {"borrowingLimit": "1"}, "nvidia.com/gpu"
+    said = "; it asks for {} {}, and no flavor of its queue has more than {}: it can never run so: ask for less"
+    for made, queue, message in (
+        (spec(gpus=5), a_queue((four, {}), (four, {})), said.format(5, gpus, 4)),
+        # All pods of a group start together, and so do slices.
+        (spec(gpus=3, nodes=2), a_queue((four, {})), said.format(6, gpus, 4)),
+        (sampling(slices=5), a_queue((four, {})), said.format(5, gpus, 4)),
+        (spec(gpus=4), a_queue((four, {})), ""),
+        (spec(gpus=5), a_queue((four, {}), ({gpus: "8"}, {})), ""),
+        # What others of its cohort may lend, its own limits say, or nobody here knows.
+        (spec(gpus=5), a_queue((four, borrowed), cohort="all"), ""),
+        (spec(gpus=6), a_queue((four, borrowed), cohort="all"), said.format(6, gpus, 5)),
+        (spec(gpus=5), a_queue((four, {}), cohort="all"), ""),
+        (spec(), a_queue(({"cpu": "3500m"}, {})), said.format(4, "cpu", 3.5)),
+        (spec(), a_queue(({"memory": "16G"}, {})), said.format(16 * 2**30, "memory", 16 * 10**9)),
+        (spec(), a_queue(({"cpu": 4, "memory": "16Gi"}, {})), ""),
+        (spec(), {"spec": {}}, ""),
+    ):
+        pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": "no quota"}
+        workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
+        held = job(("Suspended",), made=manifest(made, QUEUED))
+        status = observed_status(held, [], [], [workload], queue)
+        told = status.message.removeprefix("waits in the queue 'gpus': Pending: no quota")
+        assert told.startswith(message) and bool(told) is bool(message), status
+
+
+def test_of_the_long_list_of_a_queue_the_end_is_told():
+    one = "insufficient unused quota for nvidia.com/gpu in flavor gpu-{}, {} more needed"
+    listed = "couldn't assign flavors to pod set main: " + ", ".join(one.format(n, n) for n in range(1, 12))
+    pending = {"type": "QuotaReserved", "status": "False", "reason": "Pending", "message": listed}
+    workload = {"spec": {"active": True}, "status": {"conditions": [pending]}}
+    message = observed_status(job(("Suspended",), made=manifest(spec(), QUEUED)), [], [], [workload]).message
+    assert len(listed) > 800 and len(message) < 250
+    assert message.startswith("waits in the queue 'gpus': Pending: … ") and message.endswith("gpu-11, 11 more needed")
+
+
+def test_failures_that_count_are_told_to_whoever_submits_again():
+    late = ("Failed", "DeadlineExceeded", "said")
+    first, second = ({"metadata": {"annotations": {INDEX_ANNOTATION: index}}} for index in "01")
+    for made, status, pods, failures in (
+        (spec(), {}, [ended(137), ended(75), ended(1), RUNNING], 2),
+        (spec(), {"failed": 2}, [], 0),
+        (sampling(), {}, [{**ended(137), **first}, {**ended(1), **second}, {**ended(1), **second}], 2),
+        (spec(nodes=2), {"restarts": 7, "restartsCountTowardsMax": 3}, [RUNNING], 3),
+    ):
+        for conditions in ((), (late,)):
+            assert observed_status(job(*conditions, made=manifest(made, TARGET), **status), pods).failures == failures
+    # All that there may be, though its pods are gone.
+    for reason, pods in (("BackoffLimitExceeded", []), ("ReachedMaxRestarts", [ended(71)])):
+        assert observed_status(job(("Failed", reason, "said")), pods).failures == 5
+    # A group whose pods stopped by themselves too often has not failed.
+    assert observed_status(job(("Failed", "ReachedMaxRestarts", "said")), [ended(75)]).failures == 0
+
+
+def test_a_program_s_last_line_cannot_command_a_terminal():
+    status = observed_status(job(("Failed", "PodFailurePolicy", "said")), [ended(1, "a\x1b[2Jb\x9b31mc\bd")])
+    assert status.message.isprintable() and status.message.endswith(": a%1B[2Jb%C2%9B31mc%08d (PodFailurePolicy)")
 
 
 def test_slices_that_failed_for_good_are_named_while_others_run_and_in_the_end():

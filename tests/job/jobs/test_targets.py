@@ -79,7 +79,10 @@ REFUSED = [
     ("b: {backend: batch, project: P, regions: [us-east1]}", ["project: String should match pattern"]),
     (GKE + ", tolerations: [{key: [a]}]}", ["tolerations.0.key"]),
     (GKE + ", node_selector: {a: b c}}", ["node_selector.a"]),
-    (GKE + ", queue: a b}", ["queue: String should match pattern"]),
+    *[
+        (f"{GKE}, queue: '{queue}'}}", ["queue: String should "])
+        for queue in ("a b", "Team", "a_b", "a-", "a..b", "q" * 64)
+    ],
     (GKE + ", scratch: fifty}", ["scratch: 'fifty' is no size: use one like 50Gi"]),
     (GKE + ", cpus: '-1'}", ["cpus: String should match pattern"]),
     ("c: {backend: container, image: --privileged}", ["image: String should match pattern", "'--privileged'"]),

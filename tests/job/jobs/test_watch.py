@@ -10,8 +10,8 @@ import pytest
 
 from job.exits import BadRequestError, BucketAwayError, Exit, JobError, NoPermissionError, StoppedError
 from job.jobs import watch
-from job.jobs.backends.base import Cause, JobStatus, NoCapacityError
-from job.jobs.watch import LONGEST_PAUSE_SECONDS, MOST_FAILURES, WATCH_POLL_SECONDS, JobEndedError
+from job.jobs.backends.base import Cause, JobStatus, NoCapacityError, State
+from job.jobs.watch import LONGEST_PAUSE_SECONDS, WATCH_POLL_SECONDS, JobEndedError
 from job.outcome import Outcome
 from job.store import open_store
 from tests.job.jobs.written_engine import SPEC, TAKEN, C, Engine, F, G, Place, R, W
@@ -19,6 +19,7 @@ from tests.job.jobs.written_engine import SPEC, TAKEN, C, Engine, F, G, Place, R
 DAY = 86_400.0
 PATIENCE = int(watch.ELSEWHERE_SECONDS / WATCH_POLL_SECONDS) + 2
 """Looks at a job that waits, after which it is moved."""
+MOST_FAILURES = 4
 WAITED = [(W, 45.0)] * 160
 """Two hours without a machine."""
 
@@ -62,6 +63,18 @@ def test_codes_and_causes_are_tried_again_as_the_table_says():
     assert len(engine.submitted) == 3 * MOST_FAILURES + 1
     with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
         Engine([G, 137]).watch()
+
+
+def test_failures_that_an_engine_followed_by_itself_are_counted_with_the_others():
+    five, three = (JobStatus("train-a", State.FAILED, "because", 137, failures=count) for count in (5, 3))
+    with pytest.raises(JobEndedError, match=r"ended with 137, the 5th failure: giving up: because"):
+        (engine := Engine([G, R, five])).watch()
+    assert engine.retries == [4]
+    # Three before its hours were over without a machine, one, and the last that there may be.
+    late = replace(three, exit_code=None, cause=Cause.OUT_OF_TIME)
+    with pytest.raises(JobEndedError, match="the 5th failure"):
+        (engine := Engine([G, late, R, 137, R, 137])).watch()
+    assert engine.retries == [4, 1, 0]
 
 
 def test_the_job_s_own_word_counts_where_its_engine_has_none(tmp_path):
@@ -199,7 +212,7 @@ def test_max_hours_hold_for_all_attempts_together():
     assert engine.submitted == [("a", math.inf), ("a", math.inf)]
 
 
-def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
+def test_the_hours_of_a_job_that_runs_already_began_when_it_did(tmp_path):
     there = JobStatus("train-a", R, created="2026-01-31T11:00:00Z")
     for other, least, most in (
         (there, 0.98, 1.0),
@@ -213,6 +226,13 @@ def test_the_hours_of_a_job_that_runs_already_began_when_it_did():
         assert least < hours <= most, other
     engine = stops(Engine([replace(there, created="2026-01-31T09:00:00Z"), 75]), "has used its 2 hours")
     assert engine.submitted == []
+    # An engine forgets an evicted attempt, and the job's bucket does not; what an earlier job said is none of it.
+    evicted = replace(there, state=W)
+    for updated, least, most in (("2026-01-31T11:30:00Z", 0.9, 1.0), ("2026-01-31T10:30:00Z", 1.9, 2.0)):
+        said = Outcome(state="stopped", exit_code=75, updated=updated)
+        open_store(str(tmp_path)).put("jobs/train-a/0-of-1.json", said.to_json())
+        ((_, hours),) = Engine([evicted, 75, R, F]).watch(spec=replace(SPEC, bucket=str(tmp_path))).submitted
+        assert least < hours <= most, updated
 
 
 def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited():
@@ -231,6 +251,14 @@ def test_what_the_engine_ended_for_its_hours_has_used_them_unless_it_only_waited
         assert first == 2.0 and second > 1.97 and 1.4 < third < 1.5, ending
         assert "train-a had a machine for less than its 2 hours; submitting it again" in engine.told
     stops(Engine([G, R, (R, 7000.0), Cause.OUT_OF_TIME], keeps_ended=True), "has used its 2 hours")
+
+
+def test_a_job_that_never_had_a_machine_has_not_used_its_hours():
+    no_node, short = JobStatus("train-a", W, "FailedScheduling: 0/3 nodes"), replace(SPEC, max_hours=0.02)
+    said = r"train-a never started within its 0.02 hours \(FailedScheduling: 0/3 nodes\): the same command goes on"
+    stops(Engine([G, *[no_node] * 5, Cause.OUT_OF_TIME]), said, spec=short)
+    # One that had a machine for a while has, also if it waited for another in the end.
+    stops(Engine([G, R, no_node, no_node, Cause.OUT_OF_TIME]), "has used its 0.02 hours", spec=short)
 
 
 def test_a_job_that_waits_when_the_hours_that_were_seen_are_used_up_is_removed():

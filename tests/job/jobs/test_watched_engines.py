@@ -48,9 +48,12 @@ def test_what_batch_gave_up_is_submitted_again_unless_that_is_of_no_use(cloud):
     watched(backend, job, runs, *lost * 6, lambda: becomes("SUCCEEDED", 0))
     with pytest.raises(JobEndedError, match="could not be ended"):
         watched(backend, job, runs, lambda: becomes("FAILED", 50004))
+    # Batch makes eleven attempts by itself.
+    with pytest.raises(JobEndedError, match="ended with 137, the 6th failure: giving up"):
+        watched(backend, job, runs, lambda: becomes("FAILED", *[50001] * 5, *[137] * 6))
 
 
-def test_a_job_on_a_cluster_is_submitted_again_unless_somebody_deleted_it(server):
+def test_a_job_on_a_cluster_is_submitted_again_unless_it_failed_five_times_or_somebody_deleted_it(server):
     name, pods = "train-celeba", []
 
     def runs():
@@ -61,8 +64,21 @@ def test_a_job_on_a_cluster_is_submitted_again_unless_somebody_deleted_it(server
         server.end_job(name, *how)
 
     backend, job = KubernetesBackend(kubernetes_jobs.TARGET), kubernetes_jobs.spec()
-    crashed = [lambda: ends(137, "Failed", "BackoffLimitExceeded"), nothing, runs]
-    watched(backend, job, runs, *crashed, lambda: ends(0, "Complete"))
+
+    def late():
+        server.remove("pods", pods.pop())
+        server.end_job(name, "Failed", "DeadlineExceeded")
+
+    def crashes():
+        server.end_pod(pods[-1], 137)
+
+    # Of the five failures that it may have three are used up before it waits for a node until its hours are over.
+    crashed = [runs, crashes] * 3
+    watched(backend, job, *crashed, runs, late, nothing, runs, lambda: ends(0, "Complete"))
+    assert [body["spec"]["backoffLimit"] for body in server.bodies] == [4, 1]
+    with pytest.raises(JobEndedError, match="ended with 137, the 5th failure: giving up") as failed:
+        watched(backend, job, runs, lambda: ends(137, "Failed", "BackoffLimitExceeded"))
+    assert (failed.value.exit_code, len(server.bodies)) == (137, 3)
     with pytest.raises(StoppedError, match="deleted by somebody") as stopped:
         watched(backend, job, runs, lambda: server.remove("jobs", name))
     assert stopped.value.exit_code is Exit.STOPPED

@@ -46,6 +46,8 @@ class Engine:
     told: list[str] = field(default_factory=list)
     submitted: list[tuple[str, float]] = field(default_factory=list)
     """Where, and for how many hours."""
+    retries: list[int] = field(default_factory=list)
+    """Failures that the engine may follow by itself, of each that was submitted."""
     submitted_at: list[float] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     at_submission: Callable[[], None] = lambda: None
@@ -92,6 +94,7 @@ class Place(Backend):
             raise NoCapacityError(f"{self.name} has no machine")
         self.engine.at_submission()
         self.engine.submitted.append((self.name, spec.max_hours))
+        self.engine.retries.append(spec.retries)
         self.engine.submitted_at.append(self.engine.seconds - NOON.timestamp())
 
     def status(self, name: str) -> JobStatus:
