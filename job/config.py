@@ -46,6 +46,8 @@ def _grows(interval: tuple[float, float]) -> tuple[float, float]:
 
 LARGEST = 10**9
 """Of a number without a limit of its own: nobody means more, and arithmetic with 1e300 overflows."""
+LARGEST_SIZE = 4096
+"""Of images, in pixels: height and width."""
 Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_split)]
 Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], BeforeValidator(_split)]
 Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], BeforeValidator(_split)]
@@ -86,7 +88,7 @@ class DataConfig(Section):
 
     dataset: str = Field("", description="its name")
     dataset_id: str = Field("", description="what its images are, as a hash")
-    size: int | None = Field(None, ge=1, le=LARGEST, description="pixels; follows the dataset")
+    size: int | None = Field(None, ge=1, le=LARGEST_SIZE, description="pixels; follows the dataset")
     channels: int | None = Field(None, ge=1, le=256, description="follows the dataset")
     latents: bool = Field(False, description="whether the images are encoded; follows the dataset")
     flip: bool = Field(True, description="mirror half of the images, drawn per image number")
@@ -713,7 +715,7 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
 class PackConfig(Section):
     """A preset's `pack` section: what its dataset looks like when packed under the preset's name."""
 
-    size: int = Field(ge=1, le=LARGEST)
+    size: int = Field(ge=1, le=LARGEST_SIZE)
     crop: str = "center"
     resize_filter: str = "lanczos"
     licence: str = ""

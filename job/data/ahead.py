@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,6 +32,17 @@ def in_order(
         check: called for each result, and while it is waited for; raises if this process is to stop.
     """
     waiting: deque[Future[Result]] = deque()
+    failed = threading.Event()
+
+    def work(item: Item) -> Result:
+        # The error of an earlier item is raised: one that begins later would only wait as long for the same outage.
+        if failed.is_set():
+            raise CancelledError
+        try:
+            return function(item)
+        except BaseException:
+            failed.set()
+            raise
 
     def first() -> Result:
         future = waiting.popleft()
@@ -41,7 +53,7 @@ def in_order(
 
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(pool.submit(work, item))
             if len(waiting) >= window:
                 yield first()
         while waiting:

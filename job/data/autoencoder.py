@@ -87,7 +87,7 @@ def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     """Diffusers' network of this configuration, with these weights.
 
     Raises:
-        BadDataError: it is another kind of network, or the weights are not those that it describes.
+        BadDataError: it is another kind of network, or the weights are not those that it describes, or not finite.
         BadRequestError: diffusers is not installed.
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
@@ -113,4 +113,6 @@ def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
     except (RuntimeError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
         said = " ".join(str(error).split())
         raise BadDataError(f"{where}: its weights are not those of its configuration ({said:.200})") from None
+    if bad := [name for name, weights in network.named_parameters() if not weights.isfinite().all()]:
+        raise BadDataError(f"{where}: the tensor {bad[0]} holds values that are not finite: get the file again")
     return network

@@ -7,13 +7,14 @@ only in the same file. A folder's files are read one by one.
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from filelock import FileLock, Timeout
 
@@ -31,14 +32,13 @@ from job.exits import (
 from job.progress import Progress
 from job.store import Retry
 from job.store.files import os_errors
+from job.store.retry import FIRST_PAUSE_SECONDS
 
 if TYPE_CHECKING:
     import aiohttp
 
 SCHEMES = ("https", "http", "hf")
 CHUNK_BYTES = 1 << 20
-SILENCE_SECONDS = 10.0
-"""After which a server that says nothing is asked again; so long at most a stop takes."""
 SPARE_BYTES = 1 << 30
 """Of the disk, that a fetched file leaves free."""
 _LOCAL = ("localhost", "127.0.0.1", "::1")
@@ -66,7 +66,7 @@ def check_web_source(source: str) -> None:
 
 def _is_safe(url: str) -> bool:
     parts = urlsplit(url)
-    return parts.scheme.lower() != "http" or parts.hostname in _LOCAL
+    return parts.scheme.lower() in ("https", "hf") or (parts.scheme.lower() == "http" and parts.hostname in _LOCAL)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,14 @@ class Web:
             import aiohttp
             import fsspec
 
-            limits = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE_SECONDS, sock_read=SILENCE_SECONDS)
+            silence_seconds = retry.silence_seconds
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds)
+            redirects = aiohttp.TraceConfig()
+            redirects.on_request_redirect.append(self._check_redirect)
             # Listings and files may have changed since another command asked.
             own = {"skip_instance_cache": True, "use_listings_cache": False}
-            self._http: Any = fsspec.filesystem("https", client_kwargs={"timeout": limits}, **own)
+            session = {"timeout": limits, "trace_configs": [redirects]}
+            self._http: Any = fsspec.filesystem("https", client_kwargs=session, **own)
             self._hub: Any = fsspec.filesystem("hf", **own) if is_hub else None
         except (ImportError, ValueError) as error:
             needed = f"{source.partition('://')[0]}:// needs more than is installed ({error})"
@@ -119,7 +123,7 @@ class Web:
         """A file below a folder of the hub, which must be so large.
 
         Raises:
-            BadDataError: it is larger.
+            BadDataError: it has another size.
         """
 
         def whole() -> bytes:
@@ -127,9 +131,9 @@ class Web:
             for chunk in self.asked(name).chunks:
                 content += chunk
                 if len(content) > size_bytes:
-                    raise BadDataError(f"{self.shown}/{name} is larger than it is said to be: begin again")
-            if len(content) < size_bytes:
-                raise BucketAwayError(f"{self.shown}/{name} broke off")
+                    break
+            if len(content) != size_bytes:
+                raise _wrong_size(f"{self.shown}/{name}", size_bytes, len(content))
             return content
 
         return self.retry(whole)
@@ -156,11 +160,15 @@ class Web:
             return response
 
         response = self._told(partial(self._sync, get))
-        if not _is_safe(str(response.url)):
-            response.close()
-            raise BadRequestError(f"{self.shown} leads to an address that anybody on the way could change: download it")
         goes_on = response.status == 206 and response.headers.get("Content-Range", "").startswith(f"bytes {start}-")
         return Answer(start if goes_on else 0, response.headers.get("ETag", ""), self._chunks(response))
+
+    async def _check_redirect(self, _: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
+        headers = sent.response.headers
+        target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
+        if not _is_safe(target):
+            shown = target.partition("?")[0]
+            raise BadRequestError(f"{self.shown} leads to {shown:.100}, which is not https://: download it")
 
     def _chunks(self, response: aiohttp.ClientResponse) -> Iterator[bytes]:
         try:
@@ -182,20 +190,23 @@ class Web:
         where = self.shown
         try:
             return question()
-        except JobError:
-            raise
         except Exception as error:
-            # fsspec takes whatever a server refuses for a file that is not there.
+            # fsspec raises a FileNotFoundError for every failure, and its cause says which one it was.
             cause = error.__cause__ or error
+            if isinstance(cause, JobError):
+                raise cause from None
             status = getattr(cause, "status", None) or getattr(getattr(cause, "response", None), "status_code", None)
-            said = " ".join(str(error).replace(self.source, where).split()) or type(error).__name__
+            # The query of an address may be a signature, also where a server redirects to.
+            said = " ".join(re.sub(r"\?[^\s'\")]+", "", str(cause)).split()) or type(cause).__name__
             if status in (401, 403):
                 how = "sign in with `hf auth login`" if self._hub else "download it where you are signed in"
                 raise NoPermissionError(f"{where} may not be read ({said:.200}): {how}") from None
-            if status in (404, 410) or isinstance(error, FileNotFoundError):
+            if status in (404, 410) or isinstance(cause, FileNotFoundError):
                 raise MissingInputError(f"there is nothing at {where}: check the address") from None
-            # Of all else nobody knows that it will not pass.
-            raise BucketAwayError(f"{where} does not answer: {said:.200}") from None
+            if status == 416:
+                raise BadDataError(f"{where} ends before the size that the server gives: download it") from None
+            # Any other failure may pass.
+            raise BucketAwayError(f"{where} does not answer: {said:.200}") from error
 
 
 def fetched(web: Web, info: dict[str, Any]) -> Path:
@@ -244,31 +255,46 @@ def _fetch(web: Web, whole: Path, size_bytes: int, version: str) -> None:
                 f"{web.shown} has {size_bytes:,} bytes, and {part.parent} room for {free_bytes:,}: set DDPM_CACHE to a "
                 "larger disk, or pack it from a bucket"
             )
-        start = file.tell() >> 20
-        with Progress(f"fetching {web.name}", total=size_bytes >> 20, unit="MiB", start=start) as bar:
+        furthest = file.tell()
+        with Progress(f"fetching {web.name}", total=size_bytes >> 20, unit="MiB", start=furthest >> 20) as bar:
 
             def go_on() -> None:
-                before = file.seek(0, 2)
-                answer = web.asked("", before, version)
+                nonlocal furthest
+                start = file.seek(0, 2)
+                answer = web.asked("", start, version)
                 if version and answer.version not in ("", version):
                     raise BadDataError(f"{web.shown} was changed just now: begin again")
-                if answer.start != before:
-                    before = file.truncate(0)
+                if answer.start != start:
+                    file.seek(file.truncate(0))
                 try:
                     for chunk in answer.chunks:
                         file.write(chunk)
                         bar.update(file.tell() >> 20)
                         if file.tell() > size_bytes:
-                            file.truncate(0)
-                            raise BadDataError(f"{web.shown} has more bytes than it said: begin again, or download it")
+                            break
+                    # The rest may come in parts, but an answer from the first byte on is the whole file.
+                    if answer.start and file.tell() < size_bytes:
+                        raise BucketAwayError(f"{web.shown} sends {file.tell():,} of {size_bytes:,} bytes")
                 except BucketAwayError:
-                    # What got on was no outage, however it ended.
-                    if file.tell() == before:
+                    # A server without ranges sends the same bytes again for ever, and they are no progress.
+                    if file.tell() <= furthest:
                         raise
-                else:
-                    if file.tell() == before:
-                        raise BucketAwayError(f"{web.shown} sends nothing")
+                    furthest = file.tell()
+                    web.retry.stop.sleep(FIRST_PAUSE_SECONDS)
+                    return
+                if (received_bytes := file.tell()) != size_bytes:
+                    file.truncate(0)
+                    raise _wrong_size(web.shown, size_bytes, received_bytes)
 
             while file.seek(0, 2) < size_bytes:
                 web.retry(go_on)
     part.replace(whole)
+
+
+def _wrong_size(where: str, size_bytes: int, received_bytes: int) -> JobError:
+    """Returns the error that a whole answer has another size than the server gave; an empty one may be an outage."""
+    said = f"{where}: the server gives a size of {size_bytes:,} bytes and sends "
+    if not received_bytes:
+        return BucketAwayError(f"{said}nothing")
+    sent = "more" if received_bytes > size_bytes else f"{received_bytes:,}"
+    return BadDataError(f"{said}{sent}: download it yourself, and pack the file")

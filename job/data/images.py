@@ -201,7 +201,7 @@ def decode_latents(encoded: bytes, channels: int, size: int) -> np.ndarray:
         uint8 [size, size, 4 C]: the bytes of float16 [size, size, 2 C], mean and log-variance.
 
     Raises:
-        BadDataError: the bytes are no latents, or of another shape.
+        BadDataError: the bytes are no latents, or of another shape, or not finite.
     """
     shape = (2 * channels, size, size)
     header, size_bytes = _npy_header(shape), 2 * math.prod(shape)
@@ -209,6 +209,8 @@ def decode_latents(encoded: bytes, channels: int, size: int) -> np.ndarray:
     if len(encoded) != len(header) + size_bytes or not encoded.startswith(header):
         raise BadDataError(f"it holds no latents of {channels} channels and {size}×{size}")
     moments = np.frombuffer(encoded, "<f2", offset=len(header)).reshape(shape)
+    if not np.isfinite(moments).all():
+        raise BadDataError("its latents are not finite")
     return np.ascontiguousarray(moments.transpose(1, 2, 0)).view(np.uint8)
 
 

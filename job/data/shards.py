@@ -20,13 +20,14 @@ import shlex
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Annotated, BinaryIO, Literal
 
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from job.config import LARGEST_SIZE
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.sealed import SHA256_PATTERN, Part, Sealed
 from job.store import ObjectMissingError, Store
@@ -149,13 +150,13 @@ class Encoding(Part):
     source: str
     """Name of the dataset of images, whose order and shards the latents have."""
     source_id: str = Field(pattern=SHA256_PATTERN)
-    size: int = Field(gt=0)
+    size: int = Field(gt=0, le=LARGEST_SIZE)
     """Height and width of the images, in pixels."""
     channels: int = Field(ge=1, le=3)
     """Of the images."""
-    mean: tuple[float, ...]
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     """Of each channel of the latents, over all images and what is drawn of each."""
-    std: tuple[float, ...]
+    std: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     hashes: tuple[str, str]
     """SHA-256 of each of `AUTOENCODER`."""
 
@@ -165,7 +166,7 @@ class DatasetIndex(Sealed):
 
     format: int = Field(default=2, ge=2, le=2)
     name: str
-    size: int = Field(gt=0, description="height and width in pixels, or of latents")
+    size: int = Field(gt=0, le=LARGEST_SIZE, description="height and width in pixels, or of latents")
     channels: int = Field(ge=1, le=256, description="that a network sees")
     dtype: Literal["uint8", "float16"] = Field(default="uint8", description="pixels; latents: mean, log-variance")
     encoding: Encoding | None = None
@@ -179,7 +180,7 @@ class DatasetIndex(Sealed):
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
-    skipped: dict[str, int] = Field(default={}, description="by suffix, how many files were no images")
+    skipped: dict[str, int] = Field(default={}, description="by suffix, how many files were left out; hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
     shards: tuple[Shard, ...] = Field(min_length=1)
 

@@ -50,6 +50,11 @@ SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", 
 Opener = Callable[[], BinaryIO]
 """Opens a file from its beginning, as a seekable stream; may be called several times."""
 
+HIDDEN = "hidden images"
+"""Files that are left out because their name, or that of a folder above them, begins with a dot."""
+
+_FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
+"""What macOS adds beside each file, by the same suffix."""
 _SKIPPED_BYTES = 1 << 20
 _SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
@@ -112,7 +117,7 @@ class Source:
         split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
         hold_out: which share of the images is kept apart.
         held: takes only those, not the others.
-        skipped: by suffix, how many files `names` has passed over, for they are no images.
+        skipped: how many files `names` has passed over: hidden images, and other files by suffix.
     """
 
     where: str
@@ -144,11 +149,14 @@ class Source:
         """Relative paths of the images, in order; reads no more than that takes."""
         self.skipped.clear()
         for member in self.members():
+            suffix = Path(member.name).suffix.lower()
             if is_image(member.name):
                 if self._takes(member.name):
                     yield member.name
+            elif suffix in SUFFIXES:
+                if not _FORK.search(member.name):
+                    self.skipped[HIDDEN] += 1
             elif not is_litter(member.name):
-                suffix = Path(member.name).suffix.lower()
                 is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
                 self.skipped[suffix if is_named else "other"] += 1
 
@@ -189,9 +197,13 @@ def folder_source(root: Path, bucket: str = "") -> Source:
             children = sorted(scan, key=lambda child: child.name + "/" * child.is_dir(follow_symlinks=False))
         for child in children:
             name, path = prefix + child.name, Path(child.path)
-            if is_litter(child.name) or path == packed_to:
+            if path == packed_to:
                 continue
-            if child.is_dir(follow_symlinks=False):
+            if is_litter(child.name):
+                # `names` counts the images among them, and `entries` reads none.
+                walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
+                yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
+            elif child.is_dir(follow_symlinks=False):
                 yield from below(path, f"{name}/")
             elif is_image(child.name) or child.is_dir():
                 # Following a link to a folder could go round in circles.

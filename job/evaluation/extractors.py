@@ -103,7 +103,7 @@ class FoundExtractor:
         """The network on a device; what lies in a bucket is downloaded once for the machine.
 
         Raises:
-            BadDataError: the file is another.
+            BadDataError: the file is another; the network raises it too, if its features are not finite.
             BadRequestError: the network is not installed.
         """
         from safetensors import SafetensorError
@@ -126,12 +126,20 @@ class FoundExtractor:
                 f"{self.extractor.sha256:.12}…: delete it, and take the right one"
             )
         try:
-            return LOADERS[self.extractor.name](path, device)
+            see = LOADERS[self.extractor.name](path, device)
         except ModuleNotFoundError as error:
             raise BadRequestError(f"{error}: {how_to_install(self.extractor.name)}") from None
         except (KeyError, RuntimeError, SafetensorError) as error:
             said = " ".join(str(error).split())
             raise BadDataError(f"{path} holds no weights of {self.extractor.title}: {said:.200}") from None
+
+        def checked(images: torch.Tensor) -> Seen:
+            found = see(images)
+            if not all(tensor is None or tensor.isfinite().all() for tensor in found):
+                raise BadDataError(f"{self.uri}: its features of images are not finite: take another file of weights")
+            return found
+
+        return checked
 
 
 def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:

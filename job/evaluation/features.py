@@ -91,6 +91,7 @@ class FeatureFolder:
         try:
             named = load(data)
             is_ours = _said(data) == {"fingerprint": self.fingerprint, "sha256": _digest(named)}
+            is_ours &= all(bool(tensor.isfinite().all()) for tensor in named.values())
         except (SafetensorError, KeyError, ValueError, AttributeError):
             is_ours = False
         if not is_ours or len(named["features"]) != len(self.numbers(piece)):

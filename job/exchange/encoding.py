@@ -11,15 +11,16 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
+from pydantic import Field
 
 from job.data import shards
 from job.data.cache import ImageCache, ShardSource, default_cache_dir
 from job.data.images import codec_versions, encode_latents
 from job.exchange.foreign import opened_autoencoder
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.sealed import Sealed
 from job.stop import Stop
@@ -39,9 +40,9 @@ class EncodedShard(Sealed):
 
     parameters_sha256: str
     shard: shards.Shard
-    sums: tuple[float, ...]
+    sums: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     """Of the means, for each channel, over images and places."""
-    squares: tuple[float, ...]
+    squares: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
     """Of their squares and the variances."""
 
 
@@ -80,7 +81,7 @@ def encode_dataset(bucket_uri: str, dataset: str, size: int | None, autoencoder:
 
     Raises:
         MissingInputError: there is no such dataset, or nothing at `autoencoder`.
-        BadDataError: what is there is damaged, or no autoencoder.
+        BadDataError: what is there is damaged, or no autoencoder, or its latents are not finite.
         BadConfigError: it does not fit the images.
         BadRequestError: something else lies where the latents would.
         StoppedError: whole shards are saved, and the same command goes on.
@@ -120,6 +121,8 @@ def encode_dataset(bucket_uri: str, dataset: str, size: int | None, autoencoder:
         shape = (channels, latent_size)
         works.append(_Work(part_source, ImageCache(place), placed, bucket.sub(key), part, *shape, *encoded_by, stop))
     for work in works:
+        # An autoencoder that overflows is refused before anything is written.
+        _moments(work, np.arange(min(ENCODED_IMAGES, work.source.images)))
         try:
             work.dataset.create(CONFIG, work.config)
             work.dataset.create(WEIGHTS, weights)
@@ -208,25 +211,19 @@ def _made(work: _Work, source: shards.Shard, numbers: range, bar: Progress) -> E
 
 def _encoded(work: _Work, path: Path, numbers: range, bar: Progress) -> EncodedShard:
     """Writes the latents of images to a shard and its table beside it; what they add up to."""
-    import torch
-
-    device = next(work.network.parameters()).device
     writer = shards.ShardWriter(path)
     sums, squares = np.zeros(work.channels), np.zeros(work.channels)
-    with torch.inference_mode():
-        for start in range(0, len(numbers), ENCODED_IMAGES):
-            work.stop.check(f"while encoding {work.source.name}", "the same command goes on behind the last shard")
-            some = np.array(numbers[start : start + ENCODED_IMAGES])
-            pixels = torch.from_numpy(work.images.read(some)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-            found = work.network.encode(pixels).latent_dist  # type: ignore[operator]
-            moments = torch.cat([found.mean, found.logvar], dim=1).half().cpu().numpy()
-            labels = work.images.labels(some).tolist()
-            for image, one, label in zip(some.tolist(), moments, labels, strict=True):
-                writer.add(f"{image:09d}", encode_latents(one), label, "npy")
-            mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
-            sums += mean.sum(axis=(0, 2, 3))
-            squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
-            bar.update(int(some[-1]) + 1)
+    for start in range(0, len(numbers), ENCODED_IMAGES):
+        work.stop.check(f"while encoding {work.source.name}", "the same command goes on behind the last shard")
+        some = np.array(numbers[start : start + ENCODED_IMAGES])
+        moments = _moments(work, some)
+        labels = work.images.labels(some).tolist()
+        for image, one, label in zip(some.tolist(), moments, labels, strict=True):
+            writer.add(f"{image:09d}", encode_latents(one), label, "npy")
+        mean, log_variance = np.split(moments.astype(np.float64), 2, axis=1)
+        sums += mean.sum(axis=(0, 2, 3))
+        squares += (mean**2 + np.exp(log_variance)).sum(axis=(0, 2, 3))
+        bar.update(int(some[-1]) + 1)
     shard, offsets = writer.finish()
     (path.parent / shard.offsets_name).write_bytes(offsets)
     return EncodedShard(
@@ -237,11 +234,35 @@ def _encoded(work: _Work, path: Path, numbers: range, bar: Progress) -> EncodedS
     )
 
 
+def _moments(work: _Work, numbers: np.ndarray) -> np.ndarray:
+    """Returns mean and log-variance of the latents of images, float16 [n, 2 C, h, w].
+
+    Raises:
+        BadDataError: they are not finite.
+    """
+    import torch
+
+    device = next(work.network.parameters()).device
+    with torch.inference_mode():
+        pixels = torch.from_numpy(work.images.read(numbers)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        found = work.network.encode(pixels).latent_dist  # type: ignore[operator]
+        moments: np.ndarray = torch.cat([found.mean, found.logvar], dim=1).half().cpu().numpy()
+    is_finite = np.isfinite(moments).all(axis=(1, 2, 3))
+    if not is_finite.all():
+        raise BadDataError(
+            f"image {numbers[~is_finite][0]} of {work.source.name}: its latents are not finite in half precision, so "
+            "the weights of the autoencoder are damaged or too large: take another one"
+        )
+    return moments
+
+
 def _normal(entries: list[EncodedShard], work: _Work) -> tuple[list[float], list[float]]:
     """Mean and deviation of each channel, over all images, places, and what is drawn of each."""
     count = work.source.images * work.size**2
     mean = np.sum([entry.sums for entry in entries], axis=0) / count
     variance = np.sum([entry.squares for entry in entries], axis=0) / count - mean**2
+    if not (np.isfinite(variance) & (variance > 0)).all():
+        raise BadDataError(f"the latents of {work.source.name} have channels without a finite deviation above 0")
     return mean.tolist(), np.sqrt(variance).tolist()
 
 

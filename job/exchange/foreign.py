@@ -6,6 +6,7 @@ networks as pesser/pytorch_diffusion and the DDIM authors keep them, and dome272
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import warnings
@@ -297,10 +298,11 @@ def _tensors(where: str, path: Path) -> Any:
                 return load_file(path)
             _check_not_compressed(path)
             return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
         # Readers meet broken files with anything from EOFError to AssertionError; each means the same here.
         except Exception as error:
+            # A zip that is cut off leads PyTorch to a place before its beginning: the disk refuses to go there.
+            if isinstance(error, OSError) and error.errno != errno.EINVAL:
+                raise
             if asked := re.search(r"GLOBAL ([\w.]+)", str(error)):
                 raise BadDataError(
                     f"{where} is a pickle that asks for {asked[1]:.100}, and what a pickle asks for runs: nothing of "

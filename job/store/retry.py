@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -80,6 +81,8 @@ class Retry:
     def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which must bear repetition, until the bucket is there for all of it.
 
+        A host that no server of names knows has `PATIENCE_SECONDS` at most, if the bucket has never answered.
+
         Raises:
             BucketAwayError: it was away for longer than the limit.
             StoppedError: `stop` said so while it was away.
@@ -95,9 +98,12 @@ class Retry:
                 now = time.monotonic()
                 # The silence counts that an attempt waited for, but not what it did before.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
-                left_seconds = away_since + self.limit_seconds - now
+                # A name that does not exist is misspelt, unless the bucket has answered before.
+                is_misspelt = not self._outage.answered_at and _is_unknown_host(error)
+                most_seconds = PATIENCE_SECONDS if is_misspelt else float("inf")
+                left_seconds = away_since + min(self.limit_seconds, most_seconds) - now
                 if left_seconds > 0 and not self.stop():
-                    self._outage.began(error, asked_at)
+                    self._outage.began(error, asked_at, most_seconds)
                 # Many processes may have lost the same bucket: not all of them are to ask at once.
                 if self.stop.sleep(min(pause_seconds * random.uniform(0.5, 1), left_seconds)):  # noqa: S311
                     raise StoppedError(f"stopped while the bucket was away ({error})") from error
@@ -113,6 +119,13 @@ class Retry:
                 _is_within_work.reset(outside)
 
 
+def _is_unknown_host(error: BaseException | None) -> bool:
+    """Returns whether an attempt failed because a server of names knows no such host."""
+    while error is not None and not isinstance(error, socket.gaierror):
+        error = error.__cause__ or error.__context__
+    return error is not None and error.errno == socket.EAI_NONAME
+
+
 class _Outage:
     """What is known about a bucket being away."""
 
@@ -120,21 +133,22 @@ class _Outage:
         self._limit_seconds, self.note = limit_seconds, note
         self._lock = threading.Lock()
         self._since: float | None = None
-        self._answered_at = 0.0
+        self.answered_at = 0.0
+        """Reading of the monotonic clock at the latest answer; 0 before the first one."""
 
-    def began(self, error: BucketAwayError, asked_at: float) -> None:
+    def began(self, error: BucketAwayError, asked_at: float, most_seconds: float) -> None:
         """An attempt failed that was begun at this reading of the monotonic clock."""
         with self._lock:
             # Others may have had an answer meanwhile.
-            is_news = self._since is None and asked_at > self._answered_at
+            is_news = self._since is None and asked_at > self.answered_at
             if is_news:
                 self._since = time.monotonic()
         if is_news:
-            self.note(f"{error}; trying again for up to {self._limit_seconds:g} s")
+            self.note(f"{error}; trying again for up to {min(self._limit_seconds, most_seconds):g} s")
 
     def ended(self) -> None:
         """An attempt succeeded."""
         with self._lock:
-            since, self._since, self._answered_at = self._since, None, time.monotonic()
+            since, self._since, self.answered_at = self._since, None, time.monotonic()
         if since is not None:
             self.note(f"the bucket is back after {time.monotonic() - since:.0f} s")

@@ -288,11 +288,15 @@ def test_what_is_no_image_is_counted_by_kind_and_a_split_is_a_folder(tmp_path, m
         "set/README",
         "set/.DS_Store",
         "__MACOSX/._1.cr2",
+        "__MACOSX/._1.jpg",
+        "set/Train/cats/._1.jpg",
+        "set/Train/cats/.4.jpg",
+        "set/.thumbnails/large/5.PNG",
     ]
     source = open_source(str(make(tmp_path / name, [(one, b"x") for one in sorted(images + others)])))
     for split, found, skipped in [
-        ("", images, {".cr2": 2, ".txt": 1, "other": 1}),
-        ("train", images[:2], {".cr2": 2}),
+        ("", images, {".cr2": 2, ".txt": 1, "other": 1, "hidden images": 2}),
+        ("train", images[:2], {".cr2": 2, "hidden images": 1}),
         ("test", images[2:], {".txt": 1}),
         ("val", [], {}),
     ]:
@@ -391,3 +395,17 @@ def test_work_is_done_ahead_but_not_far_and_comes_out_in_order():
             assert result == yielded**2
             yielded += 1
     assert (yielded, max(ahead)) == (200, 10)
+
+
+def test_nothing_is_begun_after_a_failure():
+    """Each item would wait for the same outage once more."""
+    begun: list[int] = []
+
+    def work(item: int) -> None:
+        begun.append(item)
+        time.sleep(0.05)
+        raise BadDataError(f"item {item}")
+
+    with ThreadPoolExecutor(2) as pool, pytest.raises(BadDataError, match="item 0"):
+        list(in_order(pool, work, range(6), window=6))
+    assert sorted(begun) == [0, 1]

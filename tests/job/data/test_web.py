@@ -184,7 +184,7 @@ def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeyp
     handler.content = {"/all.zip": b"x" * 5_000_000}
     monkeypatch.setattr(fetched, "CHUNK_BYTES", 1 << 16)
     web = fetched.Web(f"{url}/all.zip", Retry())
-    with pytest.raises(BadDataError, match="has more bytes than it said"):
+    with pytest.raises(BadDataError, match="gives a size of 1,000 bytes and sends more"):
         fetched.fetched(web, {"size": 1000, "ETag": '"one"'})
     assert sum(path.stat().st_size for path in (tmp_path / "cache/sources").iterdir()) == 0
 
@@ -192,7 +192,7 @@ def test_a_server_that_lies_gets_no_memory_and_no_disk(server, tmp_path, monkeyp
 def test_a_server_that_stalls_does_not_hold_up_a_stop(server, monkeypatch):
     handler, url = server
     handler.content = {"/all.zip": archive(40)}
-    monkeypatch.setattr(fetched, "SILENCE_SECONDS", 0.3)
+    monkeypatch.setattr("job.store.retry.SILENCE_SECONDS", 0.3)
     monkeypatch.setattr(handler, "stalls", True)
     stop = Stop()
     threading.Timer(1.0, stop.request, ["a test"]).start()

@@ -12,6 +12,7 @@ import pytest
 from job.data.shards import load_index
 from job.evaluation import evaluate, plan
 from job.evaluation.extractors import EXTRACTORS, find_extractor
+from job.evaluation.features import FeatureFolder
 from job.exits import BadDataError, Exit, MissingInputError, StoppedError
 from job.runs.verification import verify_run
 from job.store import open_store
@@ -169,11 +170,26 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
     ).view(3, 1, 1)
     with torch.no_grad():
         assert (network(black) - features[:1]).abs().max() < 1e-4
+    tensors["norm.bias"] = torch.full((384,), torch.nan)
+    save_file(tensors, tmp_path / "damaged.safetensors")
+    damaged = find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "damaged.safetensors"))
+    with pytest.raises(BadDataError, match=r"damaged.safetensors: its features of images are not finite"):
+        damaged.load(torch.device("cpu"))(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
     save_file({"head.weight": torch.zeros(2)}, tmp_path / "other.safetensors")
     with pytest.raises(BadDataError, match="holds no weights of DINOv2"):
         find_extractor("dinov2", open_store(str(bucket)), str(tmp_path / "other.safetensors")).load(torch.device("cpu"))
     with pytest.raises(MissingInputError, match=re.escape("extractors/dinov2.safetensors")):
         find_extractor("dinov2", open_store(str(tmp_path)))
+
+
+def test_features_that_are_not_finite_are_made_again(tmp_path):
+    import torch
+
+    folder = FeatureFolder(open_store(str(tmp_path)), "fingerprint", count=2, piece_images=2)
+    folder.commit(0, {"features": torch.tensor([[0.0], [torch.inf]])})
+    with pytest.raises(BadDataError, match="was damaged: the same command makes it again"):
+        folder.load()
+    assert folder.committed() == set()
 
 
 def test_what_a_network_saw_is_the_datasets_own(bucket):

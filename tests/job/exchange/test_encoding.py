@@ -1,9 +1,11 @@
 """Datasets of latents from encoding to scores, with a small autoencoder of diffusers and webdataset as judges."""
 
+import hashlib
 import json
 import shutil
 from importlib import resources
 
+import google_crc32c
 import numpy as np
 import pytest
 import torch
@@ -12,7 +14,7 @@ from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
 from job.data.cache import chosen_images
 from job.data.pack import PackRequest, pack
-from job.data.shards import INDEX, PACKING, load_index
+from job.data.shards import INDEX, OFFSETS_DTYPE, PACKING, load_index
 from job.exits import Exit
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
@@ -239,3 +241,51 @@ def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tm
     done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
     assert "cut off" in refused(done, Exit.BAD_DATA)
     assert not (open_store(images).exists(f"{KEY}/{INDEX}"))
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [(float("nan"), "encoder.conv_in.bias holds values that are not finite"), (1e30, "image 0 of tiles")],
+)
+def test_latents_that_are_not_finite_are_refused(images, autoencoder, tmp_path, value, said):
+    from safetensors.torch import load_file, save_file
+
+    other = shutil.copytree(autoencoder, tmp_path / "other")
+    tensors = load_file(other / NAMES[1])
+    # What is finite may still overflow.
+    name = "encoder.conv_in.bias" if value != value else "quant_conv.bias"
+    tensors[name].fill_(value)
+    save_file(tensors, other / NAMES[1])
+    done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--to", "bad", "--bucket", images)
+    line = refused(done, Exit.BAD_DATA)
+    assert said in line.replace("tiles-held-out", "tiles")
+    assert not list(open_store(images).list("datasets/bad-8"))
+
+
+def test_packed_latents_that_are_not_finite_are_named(bucket, tmp_path):
+    """As somebody else's program may have written them, with all hashes right."""
+    copied = shutil.copytree(bucket, tmp_path / "bucket")
+    store = open_store(str(copied))
+    index = load_index(store, KEY)
+    shard = index.shards[0]
+    content, table = bytearray((copied / KEY / shard.name).read_bytes()), (copied / KEY / shard.offsets_name)
+    rows = np.frombuffer(table.read_bytes(), OFFSETS_DTYPE).copy()
+    offset, size_bytes = int(rows["offset"][1]), int(rows["bytes"][1])
+    content[offset + size_bytes - 2 : offset + size_bytes] = np.float16("nan").tobytes()
+    rows["crc32c"][1] = google_crc32c.value(bytes(content[offset : offset + size_bytes]))
+    (copied / KEY / shard.name).write_bytes(content)
+    table.write_bytes(rows.tobytes())
+    hashes = {"sha256": content, "offsets_sha256": rows.tobytes()}
+    forged = shard.model_copy(update={key: hashlib.sha256(data).hexdigest() for key, data in hashes.items()})
+    forged_index = index.model_copy(update={"shards": (forged, *index.shards[1:])})
+    (copied / KEY / INDEX).write_bytes(forged_index.to_json())
+    verified = ddpm_here("data", "verify", "tiles-latents", "--bucket", copied)
+    assert "image 1 (at byte" in refused(verified, Exit.BAD_DATA)
+    assert "its latents are not finite" in refused(verified, Exit.BAD_DATA)
+    words = ("train", "--dataset", "tiles-latents", "--run", "new", "--epochs", 1, "--bucket", copied)
+    done = ddpm_here(*words, *settings(model__attention_sizes="4"), DDPM_CACHE=str(tmp_path / "cache"))
+    assert "image 1 (at byte" in refused(done, Exit.BAD_DATA)
+    of_nothing = index.encoding.model_copy(update={"std": (0.0, *index.encoding.std[1:])})
+    (copied / KEY / INDEX).write_bytes(index.model_copy(update={"encoding": of_nothing}).to_json())
+    shown = ddpm_here("data", "show", "tiles-latents", "--bucket", copied)
+    assert "encoding.std.0" in refused(shown, Exit.BAD_DATA)

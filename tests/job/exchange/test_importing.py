@@ -373,6 +373,7 @@ def spoiled(folder: Path, config: dict | None = None, keep_bytes: int | None = N
         ({"config": {"block_out_channels": [8, 24]}}, "[16, 8, 3, 3] and not [24, 8, 3, 3]"),
         ({"config": {"layers_per_block": 2}}, "lacks the tensor "),
         ({"config": {"layers_per_block": 10**9}}, "layers_per_level"),
+        ({"config": {"sample_size": 10**9}}, "data.size: input should be less than or equal to 4096 (got 1000000000)"),
         ({"tensors": {"conv_in.bias": None}}, "lacks the tensor conv_in.bias"),
         ({"tensors": {"conv_in.strange": torch.zeros(3)}}, "does not have, conv_in.strange"),
         ({"tensors": {"conv_in.bias": torch.full((8,), torch.inf)}}, "conv_in.bias holds what are no finite numbers"),
@@ -382,7 +383,8 @@ def test_a_folder_that_is_not_what_it_says_is_refused(pipeline, tmp_path, damage
     folder = shutil.copytree(pipeline, tmp_path / "folder")
     spoiled(folder, **damage)
     done = imported(tmp_path / "bucket", folder, "r")
-    assert said in refused(done, Exit.BAD_CONFIG if "layers_per_level" in said else Exit.BAD_DATA)
+    is_config = said.startswith(("layers_per_level", "data.size"))
+    assert said in refused(done, Exit.BAD_CONFIG if is_config else Exit.BAD_DATA)
     assert not (tmp_path / "bucket").exists()
 
 
@@ -406,6 +408,12 @@ def test_a_file_that_nobody_knows_is_refused(tmp_path):
         ("nowhere.pt", "nothing lies at", Exit.MISSING_INPUT),
     ):
         assert said in refused(imported(tmp_path / "bucket", tmp_path / name, "r"), code)
+    # PyTorch looks for the directory of a zip before the beginning of one that is cut in such places.
+    torch.save({f"w{number}": torch.zeros(100) for number in range(300)}, tmp_path / "many.pt")
+    content = (tmp_path / "many.pt").read_bytes()
+    for percent in (*range(1, 100, 7), 99):
+        (tmp_path / "cut.pt").write_bytes(content[: len(content) * percent // 100])
+        assert "cut off" in refused(imported(tmp_path / "bucket", tmp_path / "cut.pt", "r"), Exit.BAD_DATA), percent
     assert not (tmp_path / "bucket").exists()
     assert "--epoch counts" in refused(imported(tmp_path, tmp_path / "whole.pt", "r", "--epoch", 3), 64)
 

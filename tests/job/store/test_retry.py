@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -100,6 +101,18 @@ def test_the_limit_counts_from_the_first_failure(opened: Opened, proxy: FaultyPr
 
     Retry(0.5)(transfer)
     assert endings == []
+
+
+def test_a_host_that_answered_before_is_waited_for(monkeypatch: pytest.MonkeyPatch, remote_bucket: str) -> None:
+    def unknown() -> None:
+        raise BucketAwayError("away") from socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.0)
+    retry, began = Retry(1.0), time.monotonic()
+    retry(bool)
+    with pytest.raises(BucketAwayError):
+        retry(unknown)
+    assert time.monotonic() - began > 1
 
 
 def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyProxy, tmp_path: Path) -> None:

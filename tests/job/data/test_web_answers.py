@@ -1,0 +1,203 @@
+"""A web source whose server answers badly: a table of answers × places, over real HTTP on loopback."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import pytest
+
+from job.exits import Exit
+from tests.job.answering import serving
+from tests.job.command_line import ddpm_here, refused
+from tests.job.some_images import jpeg, zip_of
+
+PATIENCE_SECONDS = 1.2
+SILENCE_SECONDS = 3.0
+"""Longer than the patience, so that a busy machine does not look like a silent server."""
+MOST_REQUESTS = 100
+"""Of a command: a try has two (HEAD, GET), and ten for each that is redirected for ever."""
+
+
+class Answers(BaseHTTPRequestHandler):
+    """Serves one file in ranges, and answers otherwise at one place."""
+
+    whole: ClassVar[bytes]
+    place: ClassVar[str]
+    """HEAD, GET, GET of the rest, or every request."""
+    bad: ClassVar[Callable[[Answers, int], object]]
+    requests: ClassVar[list[str]]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer("HEAD", 0)
+
+    def do_GET(self) -> None:
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").removesuffix("-"))
+        self.answer("GET of the rest" if start else "GET", start)
+
+    def answer(self, asked: str, start: int) -> None:
+        self.requests.append(asked)
+        self.close_connection = True
+        if self.place in (asked, self.command, "every request"):
+            type(self).bad(self, start)
+        else:
+            # The rest is asked for only if the beginning broke off.
+            self.send(start, half=self.place == "GET of the rest" and not start)
+
+    def send(self, start: int = 0, *, promised: int = 0, half: bool = False, sent: int | None = None) -> None:
+        """Sends headers for the bytes from `start` on, `promised` more than there are, and `sent` of them."""
+        part = self.whole[start:]
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(part) + promised))
+        if start:
+            self.send_header("Content-Range", f"bytes {start}-{len(self.whole) - 1}/{len(self.whole)}")
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(part[: len(part) // 2 if half else sent])
+
+    def whole_answer(self, body: bytes) -> None:
+        """Sends an answer that is complete in itself, whatever was asked for."""
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def redirect(self, target: str) -> None:
+        self.send_response(302)
+        self.send_header("Location", target)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+def silent(handler: Answers, start: int) -> None:
+    handler.send(0, sent=1000)
+    time.sleep(SILENCE_SECONDS + 1)
+
+
+def slow(handler: Answers, start: int) -> None:
+    handler.send(start, sent=len(handler.whole) // 6 + 1)
+    time.sleep(PATIENCE_SECONDS / 2)
+
+
+def status(code: int) -> Callable[[Answers, int], object]:
+    return lambda handler, start: handler.send_error(code)
+
+
+ANSWERS: dict[str, Callable[[Answers, int], object]] = {
+    "whole, too short": lambda handler, start: handler.whole_answer(handler.whole[:-1]),
+    "whole, too long": lambda handler, start: handler.whole_answer(handler.whole + b"x"),
+    "whole, empty": lambda handler, start: handler.whole_answer(b""),
+    "another file": lambda handler, start: handler.whole_answer(b"x" * len(handler.whole)),
+    "cut at two thirds, without ranges": lambda handler, start: handler.send(sent=len(handler.whole) * 2 // 3),
+    "1,000 bytes, then silence": silent,
+    "a sixth, then a pause, with ranges": slow,
+    "a quarter, with ranges": lambda handler, start: handler.send(start, sent=len(handler.whole) // 4 + 1),
+    "401": status(401),
+    "403": status(403),
+    "404": status(404),
+    "410": status(410),
+    "416": status(416),
+    "429": status(429),
+    "500": status(500),
+    "503": status(503),
+    "junk": lambda handler, start: handler.wfile.write(b"\x00junk\r\n\r\n" * 50),
+    "nothing": lambda handler, start: None,
+    "redirect to http": lambda handler, start: handler.redirect("http://example.invalid/all.zip"),
+    "redirect to a file": lambda handler, start: handler.redirect("file:///etc/hostname"),
+    "redirect to itself": lambda handler, start: handler.redirect("/all.zip"),
+}
+AWAY, BAD_DATA, FINISHED = Exit.BUCKET_AWAY, Exit.BAD_DATA, Exit.FINISHED
+REFUSED = {
+    **dict.fromkeys(("401", "403"), Exit.NO_PERMISSION),
+    **dict.fromkeys(("404", "410"), Exit.MISSING_INPUT),
+    **dict.fromkeys(("redirect to http", "redirect to a file"), Exit.BAD_REQUEST),
+}
+OUTAGE = dict.fromkeys(("429", "500", "503", "junk", "nothing", "redirect to itself"), AWAY)
+CONTENT = {
+    **dict.fromkeys(("whole, too short", "whole, too long", "another file", "416"), BAD_DATA),
+    **dict.fromkeys(("whole, empty", "cut at two thirds, without ranges", "1,000 bytes, then silence"), AWAY),
+    **dict.fromkeys(("a sixth, then a pause, with ranges", "a quarter, with ranges"), FINISHED),
+}
+TABLE: dict[str, dict[str, Exit]] = {
+    # Without an answer to HEAD the GET tells the size.
+    "HEAD": dict.fromkeys(("whole, too short", "whole, too long", "whole, empty"), BAD_DATA)
+    | dict.fromkeys(("404", "500", "junk", "nothing", "redirect to a file"), FINISHED),
+    "GET": {
+        "whole, too short": BAD_DATA,
+        "cut at two thirds, without ranges": AWAY,
+        "1,000 bytes, then silence": AWAY,
+        "a quarter, with ranges": FINISHED,
+        "404": Exit.MISSING_INPUT,
+        "redirect to http": Exit.BAD_REQUEST,
+    },
+    "GET of the rest": CONTENT | REFUSED | OUTAGE,
+    "every request": REFUSED | OUTAGE | dict.fromkeys(("whole, empty", "another file"), BAD_DATA),
+}
+PLACES = [pytest.param(place, marks=[pytest.mark.slow] * (place == "GET of the rest")) for place in TABLE]
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[tuple[type[Answers], str]]:
+    # The client drops up to 128 KiB before a cut.
+    files = [("notes.txt", np.random.default_rng(0).bytes(3_000_000))]
+    files += [(f"{number}.jpg", jpeg(number)) for number in range(12)]
+    whole = zip_of(tmp_path / "all.zip", files).read_bytes()
+    handler = type("OwnAnswers", (Answers,), {"whole": whole, "requests": []})
+    with serving(handler) as url:
+        yield handler, f"{url}/all.zip"
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_every_answer_has_its_exit_code(server, tmp_path, monkeypatch, place):
+    monkeypatch.setattr("job.store.Retry.silence_seconds", SILENCE_SECONDS)
+    handler, url = server
+    variables = {"DDPM_AWAY_SECONDS": str(PATIENCE_SECONDS)}
+    found: dict[str, int] = {}
+    for number, answer in enumerate(TABLE[place]):
+        handler.place, handler.bad = place, staticmethod(ANSWERS[answer])
+        handler.requests.clear()
+        cache, bucket, began = tmp_path / f"cache{number}", tmp_path / f"bucket{number}", time.monotonic()
+        words = ("data", "pack", url, "all", "--size", 8, "--bucket", bucket)
+        done = ddpm_here(*words, DDPM_CACHE=str(cache), **variables)
+        found[answer] = done.returncode
+        assert time.monotonic() - began < 20 * PATIENCE_SECONDS, answer
+        assert len(handler.requests) <= MOST_REQUESTS, (answer, len(handler.requests))
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ddpm: ")]
+        assert len(errors) == bool(done.returncode) and "Traceback" not in done.stderr, (answer, done.stderr)
+        left = [path.name for path in cache.rglob("*") if path.is_file() and path.suffix != ".lock"]
+        # The same command goes on with a part, unless its content is wrong.
+        assert all(name.endswith("-part") for name in left), answer
+        if done.returncode in (Exit.FINISHED, Exit.BAD_DATA):
+            assert not left, answer
+        if done.returncode:
+            assert not [path for path in bucket.rglob("*") if path.is_file()], answer
+    assert found == {answer: int(code) for answer, code in TABLE[place].items()}
+
+
+@pytest.mark.parametrize("bucket", ["", "s3://bucket/folder", "gs://bucket/folder"])
+def test_a_host_that_does_not_exist_is_given_up_soon(tmp_path, monkeypatch, bucket):
+    """The clients' own errors have to lead to that of the resolver."""
+
+    def unknown(*_: object, **__: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    monkeypatch.setattr("socket.getaddrinfo", unknown)
+    monkeypatch.setattr("job.store.retry.PATIENCE_SECONDS", 0.5)
+    endpoint, began = "http://no-such.invalid", time.monotonic()
+    keys = dict.fromkeys(("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"), "a")
+    words = ("data", "pack", "landscape-sample" if bucket else "https://no-such.invalid/all.zip", "all")
+    variables = {"AWS_ENDPOINT_URL": endpoint, "STORAGE_EMULATOR_HOST": endpoint, "DDPM_AWAY_SECONDS": "100"}
+    done = ddpm_here(*words, "--size", 8, "--bucket", bucket or tmp_path / "bucket", **keys, **variables)
+    line = refused(done, Exit.BUCKET_AWAY)
+    assert "Name or service not known" in line
+    assert "trying again for up to 0.5 s" in done.stderr
+    assert time.monotonic() - began < 30
