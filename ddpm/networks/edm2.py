@@ -108,7 +108,11 @@ class EDM2(nn.Module):
             h = block(h, embedding)
         for block in self.decoder:
             h = block(h if block.kind == "up" else mp_cat(h, skips.pop()), embedding)
-        return self.conv_out(h) * self.gain_out
+        output = self.conv_out(h) * self.gain_out
+        if self.uncertainty is None or not self.training:
+            return output
+        # DDP waits for a gradient of every weight, also where the output alone is differentiated.
+        return output + 0 * self.uncertainty(t)[:, None, None, None].to(output.dtype)
 
     @torch.no_grad()
     def _force_unit_magnitude(self) -> None:
@@ -123,7 +127,7 @@ class EDM2(nn.Module):
 
 
 class Uncertainty(nn.Module):
-    """Learns u(σ), the logarithm of the error to expect at a noise level, by the loss error/exp(u) + u (eq. 21)."""
+    """Learns u(σ), the logarithm of the expected error at a noise level, by the loss error/exp(u) + u (equation 21)."""
 
     def __init__(self, width: int = 128) -> None:
         super().__init__()

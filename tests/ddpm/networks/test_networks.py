@@ -66,7 +66,7 @@ def test_the_null_class_is_one_more(kind: str) -> None:
 def test_every_weight_has_a_gradient_when_nothing_is_told(kind: str) -> None:
     """DDP waits for one that has none."""
     told = {"self_conditioning": True, "augmentation_labels": 2} if kind in TELLABLE else {}
-    network = build(kind, num_classes=2, **told)
+    network = build(kind, num_classes=2, **told, **({"uncertainty": True} if kind == "edm2" else {}))
     x, t = inputs()
     network(x, t, Condition(torch.tensor([0, 1, 0, 1]))).square().mean().backward()
     assert all(parameter.grad is not None for parameter in network.parameters() if parameter.requires_grad)
