@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from job.exits import BadDataError, Exit, JobError, ending_of, retried, severity
-from job.sealed import Sealed
+from job.sealed import MOMENT_FORMAT, Moment, Sealed
 from job.store import ObjectMissingError, Retry, open_store
 
 JOB = "DDPM_JOB"
@@ -38,8 +38,8 @@ class Outcome(Sealed):
     """`stopped` is exit code 75: the same command goes on from there."""
     exit_code: int | None
     """None while it runs."""
-    updated: str
-    """When it said so: ISO 8601, UTC."""
+    updated: Moment
+    """When it said so."""
     message: str = ""
     """Why it ended so, in a line."""
     machine: int = 0
@@ -63,7 +63,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
 
     def write(code: int | None, message: str = "") -> None:
         states: dict[int | None, Any] = {None: "running", Exit.FINISHED: "finished", Exit.STOPPED: "stopped"}
-        state, now = states.get(code, "failed"), time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+        state, now = states.get(code, "failed"), time.strftime(MOMENT_FORMAT, time.gmtime())
         message = " ".join(message.split())[:LONGEST_MESSAGE]
         outcome = Outcome(state=state, exit_code=code, updated=now, message=message, machine=machine, machines=machines)
         # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean, stdev
@@ -27,7 +27,6 @@ from job.processes.ranks import Ranks, meet
 from job.progress import Progress
 from job.runs import records
 from job.runs.layout import ObjectKind
-from job.runs.retention import reading
 from job.runs.scores import Reference, Scores, score_name
 from job.sampling.painter import Painter
 from job.sampling.sample import prepared
@@ -53,16 +52,9 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         StoppedError: whole pieces are saved, and the same command goes on.
     """
     ranks = meet(stop)
-    sampling_plan, painter, sampling = prepared(plan.sampling, ranks, stop)
-    plan = replace(plan, sampling=sampling_plan)
-    with ExitStack() as stack:
-        # Until the scores of all are told: a run that trains meanwhile would retire them.
-        renewals = [stack.enter_context(reading(plan.sampling.run, ref)) for ref in plan.sampling.checkpoints]
-
-        def renew() -> None:
-            for one in renewals:
-                one()
-
+    # Until the scores of all are told: a run that trains meanwhile would retire them.
+    with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling, renew):
+        plan = replace(plan, sampling=sampling_plan)
         todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
         if todo:
             see = plan.found.load(painter.device)

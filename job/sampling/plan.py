@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -77,6 +77,22 @@ class SamplePlan(FoundRun):
         chosen = self.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
 
+    def choose(self) -> tuple[CheckpointRef, ...]:
+        """The checkpoints of the request that are there now, with the weights that it draws with.
+
+        Raises:
+            MissingInputError: as `job.runs.checkpoints.choose`, or one has no such weights.
+        """
+        weights, batch_size = self.sample.weights, self.config.train.batch_size
+        chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
+        try:
+            for ref in (*chosen, *([self.worse] if self.worse else [])) if weights not in ("ema", "model") else ():
+                check_average(self.run, ref, weights, self.request.run)
+        except ObjectMissingError:
+            # Retired meanwhile.
+            return self.choose()
+        return tuple(chosen)
+
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
         return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
@@ -132,25 +148,24 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if sample.sampler == "own" and not request.own_sampler:
         raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
     own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
-    checkpoints = choose(run, request.checkpoints, of_run.dataset_images, config.train.batch_size)
-    if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
-        note(f"{lost}; drawing from the newest checkpoint that is there")
     worse = None
     if sample.autoguidance:
         (worse,) = choose(run, str(sample.autoguidance), of_run.dataset_images, config.train.batch_size)
-    for ref in (*checkpoints, *([worse] if worse else [])) if sample.weights not in ("ema", "model") else ():
-        check_average(run, ref, sample.weights, request.run)
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
-    return SamplePlan(
+    plan = SamplePlan(
         **vars(of_run),
         request=request,
         sample=sample,
-        checkpoints=tuple(checkpoints),
+        checkpoints=(),
         worse=worse,
         given=given,
         own_sampler=own_sampler,
         found=found,
     )
+    plan = replace(plan, checkpoints=plan.choose())
+    if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
+        note(f"{lost}; drawing from the newest checkpoint that is there")
+    return plan
 
 
 def found_points(run: Store, steps: int, num_timesteps: int) -> tuple[int, ...]:
