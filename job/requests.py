@@ -23,6 +23,10 @@ MODES = {
     "interpolate": set[str](),
 }
 """What is drawn instead of new images, and the options that each takes."""
+MASKS = ("", "half", "centre")
+"""Those of `inpaint` that are no files."""
+NUMBERS = "0123456789-, "
+"""What a list of numbers is written with; any other `--image` is a file."""
 METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
 """What an evaluation tells."""
 MAX_RESAMPLINGS = 1000
@@ -109,6 +113,13 @@ class SampleRequest:
         """`module:function`, if the sampler is somebody's own."""
         name = str(self.chosen.get("sampler"))
         return name if ":" in name else ""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Names of files of the machine where the command runs, by option."""
+        image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
+        named = {"--sampler": self.own_sampler, "--image": image, "--mask": mask}
+        return {option: name for option, name in named.items() if name}
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
+            raise BadRequestError(f"{option} {text!r}: use numbers of up to 18 digits, as in 0-63 or 1,5,9-12")
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")

@@ -53,7 +53,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     """
     ranks = meet(stop)
     # Until the scores of all are told: a run that trains meanwhile would retire them.
-    with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling, renew):
+    with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
         todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
         if todo:
@@ -61,7 +61,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
             real = references(plan.sampling, plan.reference, painter, see)
             for evaluation in plan.evaluations():
                 if evaluation.batch in todo:
-                    _evaluate(evaluation, painter, sampling, see, real, renew)
+                    _evaluate(evaluation, painter, sampling, see, real)
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
@@ -88,14 +88,7 @@ def references(of_run: FoundRun, reference: Reference, painter: Painter, see: Se
     return _on_main(ranks, folder.load)
 
 
-def _evaluate(
-    evaluation: Evaluation,
-    painter: Painter,
-    sampling: Sampling,
-    see: See,
-    real: Named,
-    renew: Callable[[], None],
-) -> None:
+def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See, real: Named) -> None:
     """Draws and scores the images of a checkpoint. Collective."""
     plan, images = evaluation.plan.sampling, evaluation.images
     evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
@@ -108,7 +101,6 @@ def _evaluate(
 
             def after_evaluation(*_: object, count: int = len(some)) -> None:
                 painter.check_stopped()
-                renew()
                 advance(count / evaluations)
 
             drawn = painter.draw_alone(some, sampling, after_evaluation)

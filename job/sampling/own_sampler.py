@@ -54,10 +54,8 @@ class OwnSampler:
             BadRequestError: there is no such function, its module cannot be imported, or its arguments are others.
         """
         module_name, _, function_name = name.partition(":")
-        # The working folder may be gone.
-        with suppress(FileNotFoundError):
-            # At the end, so that a file beside it cannot take the place of a library.
-            sys.path.append(str(Path.cwd()))
+        # At the end, so that a file beside it cannot take the place of a library.
+        sys.path.append(str(Path.cwd()))
         with _refused(name, "name a function of a module that is installed or lies where the command runs"):
             module = importlib.import_module(module_name)
             function = getattr(module, function_name)

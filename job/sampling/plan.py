@@ -30,7 +30,6 @@ STRENGTH = 0.6
 """Of `img2img`, if nothing is said."""
 MOST_FILE_BYTES = 1 << 28
 """Of an image that is given."""
-_NUMBERS = "0123456789-, "
 
 
 @dataclass(frozen=True, eq=False)
@@ -211,7 +210,7 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
     channels, size, _ = of_run.picture_shape
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} is about pixels, and {index.name} holds latents: draw new images")
-    if set(name) <= set(_NUMBERS):
+    if "--image" not in request.files:
         numbers = tuple(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
@@ -240,6 +239,8 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """An image file made to fit, and the SHA-256 of the file."""
     try:
+        if Path(path).is_fifo():
+            raise FileNotFoundError
         with Path(path).open("rb") as file:
             encoded = file.read(MOST_FILE_BYTES)
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -46,19 +46,17 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
     """
-    with prepared(plan, meet(stop), stop) as (plan, painter, sampling, renew):
+    with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
         editor = Editor(plan, painter, sampling) if plan.given else None
         if plan.request.count is None:
-            _draw_pictures(plan, painter, sampling, editor, renew)
+            _draw_pictures(plan, painter, sampling, editor)
         for sample_set in plan_sets(plan):
-            _draw_slice(plan, painter, sampling, sample_set, editor, renew)
+            _draw_slice(plan, painter, sampling, sample_set, editor)
 
 
 @contextmanager
-def prepared(
-    plan: SamplePlan, ranks: Ranks, stop: Stop
-) -> Iterator[tuple[SamplePlan, Painter, Sampling, Callable[[], None]]]:
-    """What all processes draw, what draws it, how, and what keeps its checkpoints: see `reading`. Collective."""
+def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
+    """Yields what all processes draw, what draws it, and how; keeps its checkpoints meanwhile. Collective."""
     with ExitStack() as stack:
         # A run that trains meanwhile may show each process another newest checkpoint.
         hold = partial(stack.enter_context, held(plan.run, plan.checkpoints, plan.choose))
@@ -67,7 +65,8 @@ def prepared(
         renew = stack.enter_context(reading(plan.run, *checkpoints, *([worse] if worse else [])))
         plan = replace(plan, checkpoints=tuple(checkpoints), worse=worse)
         decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
-        painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1), decoder)
+        agreement = Agreement(ranks.world_size, flags=1)
+        painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renew)
         if plan.worse is not None:
             painter.load_worse(plan.run, plan.worse, plan.sample.weights)
         sampling = sampling_of(plan.sample)
@@ -77,12 +76,10 @@ def prepared(
             # Whoever planned first may have seen none.
             plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
             sampling = replace(sampling, grid=plan.found)
-        yield plan, painter, sampling, renew
+        yield plan, painter, sampling
 
 
-def _draw_pictures(
-    plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None, renew: Callable[[], None]
-) -> None:
+def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
     request, sample, is_main = plan.request, plan.sample, painter.ranks.is_main
     usual_seeds = editor.default_seeds() if editor else range(sample.images)
     seeds = parse_numbers(request.seeds, "--seeds") if request.seeds else usual_seeds
@@ -99,11 +96,12 @@ def _draw_pictures(
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
         put_picture(plan.run, key, picture, ref)
-        print(f"{plan.run.uri_of(key)}{note}")
+        # That nobody reads it any more, as behind `head`, leaves nothing undrawn.
+        with suppress(BrokenPipeError):
+            print(f"{plan.run.uri_of(key)}{note}")
 
     for ref in plan.checkpoints:
         label = plan.label(ref)
-        renew()
         painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
@@ -130,12 +128,7 @@ def _draw_pictures(
 
 
 def _draw_slice(
-    plan: SamplePlan,
-    painter: Painter,
-    sampling: Sampling,
-    sample_set: SampleSet,
-    editor: Editor | None,
-    renew: Callable[[], None],
+    plan: SamplePlan, painter: Painter, sampling: Sampling, sample_set: SampleSet, editor: Editor | None
 ) -> None:
     """Makes the pieces of this slice that are missing, and the index if that completes the set. Collective."""
     ranks, stop, drawing = painter.ranks, painter.stop, sample_set.drawing
@@ -153,7 +146,6 @@ def _draw_slice(
         with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
             def advance(done: float) -> None:
-                renew()
                 # What the others have drawn by now is about as much.
                 bar.update(there_before + min(to_make, done * ranks.world_size))
 
