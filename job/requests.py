@@ -118,7 +118,10 @@ class SampleRequest:
     def files(self) -> dict[str, str]:
         """Names of files of the machine where the command runs, by option."""
         image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
-        named = {"--sampler": self.own_sampler, "--image": image, "--mask": mask}
+        module = self.own_sampler.partition(":")[0].partition(".")[0]
+        # One that does not lie here may be installed in the image of a job.
+        is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
+        named = {"--sampler": self.own_sampler if is_here else "", "--image": image, "--mask": mask}
         return {option: name for option, name in named.items() if name}
 
     @property
@@ -292,7 +295,9 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequestError(f"{option} {text!r}: use numbers of up to 18 digits, as in 0-63 or 1,5,9-12")
+            raise BadRequestError(
+                f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12, of up to 18 digits"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")

@@ -176,9 +176,7 @@ def _seen(what: str, uri: str, target: Target) -> str:
 
 def _check_files(request: SampleRequest, target: Target) -> None:
     for option, name in request.files.items() if target.backend != "local" else ():
-        raise BadRequestError(
-            f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see: use --on local"
-        )
+        raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
 
 
 def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> ParsedCommand:

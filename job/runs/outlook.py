@@ -102,9 +102,7 @@ def state_of(status: Status) -> str:
 
 def state_in(run: Store, status: Status | None) -> str:
     """The state of a run whose status is `status`, if that can be read."""
-    if status is not None:
-        return state_of(status)
-    return "cannot be read" if run.exists(STATUS_KEY) else "not started"
+    return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
 
 
 def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:

@@ -84,7 +84,8 @@ class OwnSampler:
         """
         import torch
 
-        evaluations, usual = 0, self._evaluations.get(key := tuple(points))
+        # The function may resize x in place, or clear its points.
+        evaluations, usual, shape = 0, self._evaluations.get(key := tuple(points)), x.shape
         varies = BadRequestError(
             f"--sampler {self.name} evaluates the network more or less often than the {usual} times that it took at "
             f"these points before: the number may depend on the points alone; {self.place}"
@@ -101,9 +102,9 @@ class OwnSampler:
             drawn = self.function(evaluate, x, points, noise_at)
         if evaluations != self._evaluations.setdefault(key, evaluations):
             raise varies
-        if not isinstance(drawn, torch.Tensor) or drawn.shape != x.shape or not drawn.isfinite().all():
+        if not isinstance(drawn, torch.Tensor) or drawn.shape != shape or not drawn.isfinite().all():
             what = f"a tensor {[*drawn.shape]}" if isinstance(drawn, torch.Tensor) else type(drawn).__name__
-            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*x.shape]} are wanted, as x")
+            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*shape]} are wanted, as x")
         return drawn
 
 
@@ -124,8 +125,7 @@ def _refused(name: str, otherwise: str) -> Iterator[None]:
             # The program's own, which a function may have caught, and raised another instead.
             if isinstance(cause, JobError | StopSignal) or lost_peer(cause):
                 raise cause from None
-        told = "".join(traceback.format_exception(error)).rstrip()
-        detail(lambda: told)
+        detail("".join(traceback.format_exception(error)).rstrip)
         frames = [
             each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(_NOT_THEIRS)
         ]
