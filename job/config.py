@@ -801,7 +801,7 @@ def read_settings(path: Path) -> str:
         BadConfigError: it is a pipe, or longer than such a file can be; /dev/zero never ends.
     """
     if path.is_fifo():
-        raise BadConfigError(f"{path} is a pipe, which each process of a command would read anew: name a file")
+        raise BadConfigError(f"{path} is a pipe, and each process of a command reads it anew: name a file")
     with path.open("rb") as file:
         text = file.read(MOST_SETTINGS_BYTES + 1)
     if len(text) > MOST_SETTINGS_BYTES:

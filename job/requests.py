@@ -24,9 +24,9 @@ MODES = {
 }
 """What is drawn instead of new images, and the options that each takes."""
 MASKS = ("", "half", "centre")
-"""Those of `inpaint` that are no files."""
+"""Masks by name; any other `--mask` is a file."""
 NUMBERS = "0123456789-, "
-"""What a list of numbers is written with; any other `--image` is a file."""
+"""The characters of a list of numbers; any other `--image` is a file."""
 METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
 """What an evaluation tells."""
 MAX_RESAMPLINGS = 1000
@@ -116,7 +116,7 @@ class SampleRequest:
 
     @property
     def files(self) -> dict[str, str]:
-        """Names of files of the machine where the command runs, by option."""
+        """Returns the options that name files of the machine where the command runs, with their values."""
         image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
         module = self.own_sampler.partition(":")[0].partition(".")[0]
         # One that does not lie here may be installed in the image of a job.

@@ -19,14 +19,14 @@ MOMENT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
 
 
 def _moment(text: str) -> str:
-    # Written again, for the parser also takes moments without a zone.
+    # Compared with the same moment formatted anew, for the parser also takes moments without a zone.
     if datetime.fromisoformat(text).strftime(MOMENT_FORMAT) != text:
         raise ValueError(f"{text!r} is not in UTC, or not to the second")
     return text
 
 
 Moment = Annotated[str, AfterValidator(_moment)]
-"""A moment in UTC that `datetime.fromisoformat` reads: month 13 is refused with its record, not where it is shown."""
+"""A moment in UTC that `datetime.fromisoformat` reads: a record with month 13 is refused when it is read."""
 
 
 class Part(BaseModel):

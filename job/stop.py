@@ -37,7 +37,7 @@ _MEETING_SLICE_SECONDS = 0.5
 
 
 class StopSignal(SystemExit):
-    """Ends a process at a signal; unlike any other `SystemExit`, code of somebody's own cannot have raised it."""
+    """Ends a process at a signal. A `SystemExit` of any other kind may come from the user's code."""
 
 
 class Stop:

@@ -106,7 +106,7 @@ def run() -> None:
             raise
         _fail(said, code)
     except SystemExit as end:
-        # The library of the command line ends with 1 where `head` or a pager has read enough: that is no failure.
+        # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail.
         raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) else end.code) from None
 
 

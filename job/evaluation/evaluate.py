@@ -52,7 +52,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         StoppedError: whole pieces are saved, and the same command goes on.
     """
     ranks = meet(stop)
-    # Until the scores of all are told: a run that trains meanwhile would retire them.
+    # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
         todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])

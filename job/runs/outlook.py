@@ -101,7 +101,7 @@ def state_of(status: Status) -> str:
 
 
 def state_in(run: Store, status: Status | None) -> str:
-    """The state of a run whose status is `status`, if that can be read."""
+    """Returns the state of a run from its status, or None where that is missing or cannot be read."""
     return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
 
 
@@ -120,7 +120,7 @@ def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: fl
         dollars_per_hour = prices[-1]
     left = ends = None
     if status is not None and status.images_per_second and status.images_seen < status.target_images:
-        # What ends after the year 9999 has no end that can be told, and neither has a speed of no number.
+        # A date after the year 9999 and a speed of NaN give no end.
         with suppress(OverflowError, ValueError):
             hours_left = (status.target_images - status.images_seen) / status.images_per_second / 3600
             to_end, left = timedelta(hours=hours_left), hours_left

@@ -123,10 +123,9 @@ def reading(run: Store, *refs: CheckpointRef) -> Iterator[Callable[[], None]]:
 def held(
     run: Store, refs: Sequence[CheckpointRef], choose_again: Callable[[], Sequence[CheckpointRef]]
 ) -> Iterator[tuple[Sequence[CheckpointRef], Callable[[], None]]]:
-    """Keeps the checkpoints that were just chosen; yields them, and the function that `reading` yields.
+    """Marks chosen checkpoints as being read; yields them, and the function that `reading` yields.
 
-    They are those of `choose_again` where a run that trains meanwhile retired one before this process said that it
-    reads it.
+    A run that trains may retire one before its mark is written: then `choose_again` chooses others.
     """
     while True:
         with reading(run, *refs) as renew:

@@ -362,7 +362,7 @@ class CheckpointWriter:
             refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
             for ref in self.retention.retire(refs):
                 lease.confirm()
-                # Right before: who says later that it reads it finds it gone, and chooses again.
+                # Right before the deletion: a reader that comes later finds the manifest gone, and chooses again.
                 if ref not in being_read(run):
                     delete_checkpoint(run, ref)
             if not self._is_swept:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 _PROGRAM = [str(Path(__file__).parents[2] / package) for package in ("job", "ddpm")]
 _NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.get_path, ("stdlib", "purelib")))))
-"""How the names of the files begin that are the program's, a library's or Python's."""
+"""Prefixes of the paths of files that are not the user's: the program's, the libraries' and Python's."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class OwnSampler:
             place = f"see {code.co_filename}, line {code.co_firstlineno}" if code else f"see {module.__file__}"
         if not callable(function):
             raise BadRequestError(f"--sampler {name}: it is no function, but {type(function).__name__}")
-        # What is compiled may not tell its arguments.
+        # A compiled function may have no signature.
         with _refused(name, f"it is given (denoise, x, points, noise_at); {place}"), suppress(ValueError):
             inspect.signature(function).bind("denoise", "x", "points", "noise_at")
         return cls(name, function, sha256, place)
@@ -79,12 +79,12 @@ class OwnSampler:
 
         Raises:
             BadRequestError: it raises an error, gives anything but finite numbers of the shape of x, or evaluates the
-                network more or less often than before at the same points, by which processes wait for each other.
+                network more or less often than before at the same points. Processes wait for each other by that number.
             JobError: from `denoise`, such as `StoppedError`.
         """
         import torch
 
-        # The function may resize x in place, or clear its points.
+        # The shape and the points from before the call, which may change both.
         evaluations, usual, shape = 0, self._evaluations.get(key := tuple(points)), x.shape
         varies = BadRequestError(
             f"--sampler {self.name} evaluates the network more or less often than the {usual} times that it took at "
@@ -110,7 +110,7 @@ class OwnSampler:
 
 @contextmanager
 def _refused(name: str, otherwise: str) -> Iterator[None]:
-    """Turns whatever somebody's own code raises, `SystemExit` too, into one line with its place, or `otherwise`.
+    """Turns any error of the user's code, `SystemExit` too, into one line with its place, or `otherwise`.
 
     Raises:
         BadRequestError: it raised something; the traceback is a detail.
@@ -122,7 +122,7 @@ def _refused(name: str, otherwise: str) -> Iterator[None]:
         while causes[-1].__context__:
             causes.append(causes[-1].__context__)
         for cause in causes:
-            # The program's own, which a function may have caught, and raised another instead.
+            # An error of the program, such as a stop, which the user's code may have caught and replaced by its own.
             if isinstance(cause, JobError | StopSignal) or lost_peer(cause):
                 raise cause from None
         detail("".join(traceback.format_exception(error)).rstrip)

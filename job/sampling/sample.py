@@ -56,7 +56,7 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
 
 @contextmanager
 def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
-    """Yields what all processes draw, what draws it, and how; keeps its checkpoints meanwhile. Collective."""
+    """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
     with ExitStack() as stack:
         # A run that trains meanwhile may show each process another newest checkpoint.
         hold = partial(stack.enter_context, held(plan.run, plan.checkpoints, plan.choose))
@@ -96,7 +96,7 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
         put_picture(plan.run, key, picture, ref)
-        # That nobody reads it any more, as behind `head`, leaves nothing undrawn.
+        # A closed pipe, as after `head`, must not leave pictures undrawn.
         with suppress(BrokenPipeError):
             print(f"{plan.run.uri_of(key)}{note}")
 
