@@ -108,8 +108,8 @@ class Model:
         for name, count in {"images": images, "batch_size": batch_size, "steps": 1 if steps is None else steps}.items():
             if count < 1:
                 raise ValueError(f"{name}={count}: use 1 or more")
-        if seed < 0 or not 0 <= options.get("eta", 0) <= 1:
-            raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: a seed is 0 or more, eta from 0 to 1")
+        if not 0 <= seed <= 2**63 - images or not 0 <= options.get("eta", 0) <= 1:
+            raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: seeds are from 0 to 2^63 - 1, eta from 0 to 1")
         if "labels" in options:
             raise TypeError("labels: name classes, as in classes=['forest', 3]")
         chosen: dict[str, Any] = {"steps": steps, "sampler": sampler, **options}

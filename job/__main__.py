@@ -11,7 +11,7 @@ from types import FrameType
 from typing import NoReturn
 
 from job.exits import ending_of
-from job.stop import handle_stop_signals, ignore_stop_signals
+from job.stop import StopSignal, handle_stop_signals, ignore_stop_signals
 
 _LAST_SECONDS = 5
 _is_ending = False
@@ -26,7 +26,7 @@ def _end(number: int, frame: FrameType | None) -> NoReturn:
     # The exception may be lost in a module that is imported with `except`, or in a callback of the interpreter's.
     signal.signal(signal.SIGALRM, lambda *_: os._exit(75))
     signal.alarm(_LAST_SECONDS)
-    raise SystemExit(75)
+    raise StopSignal(75)
 
 
 def _open_closed_streams() -> None:

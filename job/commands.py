@@ -27,7 +27,7 @@ from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_wor
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
 from job.stop import Stop, count_of, deadline
-from job.store import Retry, open_store
+from job.store import ObjectMissingError, Retry, open_store
 from job.store.retry import away_limit_seconds
 from job.tracking import check_tracker
 
@@ -84,12 +84,15 @@ def sample_command(request: SampleRequest, processes: int | None, hang_after_sec
             from job.sampling.sample import run_sampling
 
             run_sampling(plan, stop)
-        elif (sets := plan_sets(plan)) and all(sample_set.index() for sample_set in sets):
-            for sample_set in sets:
-                print(sample_set.describe("complete already"))
-        else:
-            check_writable(plan.run)
-            _launch(processes or default_processes(), hang_after_seconds)
+            return
+        # The processes choose again where a checkpoint was retired since it was chosen.
+        with suppress(ObjectMissingError):
+            if (sets := plan_sets(plan)) and all(sample_set.index() for sample_set in sets):
+                for sample_set in sets:
+                    print(sample_set.describe("complete already"))
+                return
+        check_writable(plan.run)
+        _launch(processes or default_processes(), hang_after_seconds)
 
 
 def evaluate_command(

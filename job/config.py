@@ -820,8 +820,10 @@ def read_settings(path: Path) -> str:
 
     Raises:
         OSError: it cannot be read.
-        BadConfigError: it is longer than such a file can be; /dev/zero never ends.
+        BadConfigError: it is a pipe, or longer than such a file can be; /dev/zero never ends.
     """
+    if path.is_fifo():
+        raise BadConfigError(f"{path} is a pipe, and each process of a command reads it anew: name a file")
     with path.open("rb") as file:
         text = file.read(MOST_SETTINGS_BYTES + 1)
     if len(text) > MOST_SETTINGS_BYTES:
@@ -890,8 +892,9 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
             raise BadConfigError(f"--set {assignment!r:.200}: write it as key=value, for example train.batch_size=64")
         try:
             flat[key.strip()] = parse_yaml(text)
-        except yaml.YAMLError:
-            raise BadConfigError(f"--set {assignment!r:.200}: the value is not valid YAML") from None
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise BadConfigError(f"--set {assignment!r:.200}: the value is not valid YAML ({why:.200})") from None
     return _only_known(flat, "--set")
 
 

@@ -13,7 +13,7 @@ from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS
-from job.runs.retention import reading
+from job.runs.retention import held
 from job.sampling.plan import plan_sampling
 
 
@@ -47,12 +47,12 @@ def load(
     bucket = match[1] or ("/" if uri.startswith("/") else ".")
     plan = plan_sampling(SampleRequest(match[2], bucket, checkpoints, chosen=chosen).check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    (ref,) = plan.checkpoints
-    config = plan.config.updated({"sample.weights": plan.sample.weights})
+    group = plan.sample.weights
+    config = plan.config.updated({"sample.weights": group})
     decode = load_decoder(plan.bucket, plan.index, on)
     # Unlike on a GPU, bf16 is slower than fp32 on many processors.
     model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
-    tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with reading(plan.run, ref), opened(plan.run, ref, (plan.sample.weights,)) as restored:
+    tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
+    with held(plan.run, plan.checkpoints, plan.choose) as ((ref,), _), opened(plan.run, ref, (group,)) as restored:
         restored.copy_into(tensors)
     return model

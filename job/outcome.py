@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from job.exits import BadDataError, Exit, JobError, ending_of, retried, severity
-from job.sealed import Sealed
+from job.sealed import MOMENT_FORMAT, Moment, Sealed
 from job.store import ObjectMissingError, Retry, open_store
 
 JOB = "DDPM_JOB"
@@ -40,13 +40,13 @@ class Outcome(Sealed):
     """`stopped` is exit code 75: the same command goes on from there."""
     exit_code: int | None
     """None while it runs."""
-    updated: str
-    """When it said so: ISO 8601, UTC."""
+    updated: Moment
+    """When it said so."""
     message: str = ""
     """Why it ended so, in a line."""
     machine: int = 0
     machines: int = 1
-    starts: tuple[str, ...] = ()
+    starts: tuple[Moment, ...] = ()
     """When the machine began each attempt, the newest last, those of earlier jobs of this name included."""
 
 
@@ -93,7 +93,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
 
 
 def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(MOMENT_FORMAT, time.gmtime())
 
 
 def read_outcome(name: str, bucket_uri: str) -> Outcome | None:

@@ -24,6 +24,10 @@ MODES = {
     "interpolate": set[str](),
 }
 """What is drawn instead of new images, and the options that each takes."""
+MASKS = ("", "half", "centre")
+"""Masks by name; any other `--mask` is a file."""
+NUMBERS = "0123456789-, "
+"""The characters of a list of numbers; any other `--image` is a file."""
 METRICS = ("fid", "kid", "prdc", "mind", "is", "bpd")
 """What an evaluation tells."""
 MAX_RESAMPLINGS = 1000
@@ -110,6 +114,16 @@ class SampleRequest:
         """`module:function`, if the sampler is somebody's own."""
         name = str(self.chosen.get("sampler"))
         return name if ":" in name else ""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Returns the options that name files of the machine where the command runs, with their values."""
+        image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
+        module = self.own_sampler.partition(":")[0].partition(".")[0]
+        # One that does not lie here may be installed in the image of a job.
+        is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
+        named = {"--sampler": self.own_sampler if is_here else "", "--image": image, "--mask": mask}
+        return {option: name for option, name in named.items() if name}
 
     @property
     def keys(self) -> dict[str, Any]:
@@ -285,7 +299,9 @@ def parse_numbers(text: str, option: str) -> list[int]:
     for word in text.split(","):
         match = re.fullmatch(r"\s*([0-9]{1,18})(?:-([0-9]{1,18}))?\s*", word)
         if not match or int(match[2] or match[1]) < int(match[1]):
-            raise BadRequestError(f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12")
+            raise BadRequestError(
+                f"{option} {text!r}: use numbers and ranges such as 0-63 or 1,5,9-12, of up to 18 digits"
+            )
         first, last = int(match[1]), int(match[2] or match[1])
         if len(numbers) + last - first >= MAX_NUMBERS:
             raise BadRequestError(f"{option} {text!r}: at most {MAX_NUMBERS:,} numbers")

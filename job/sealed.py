@@ -5,15 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from typing import Any, Self
+from datetime import datetime
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job.exits import BadDataError
 from job.progress import all_printable, printable
 from job.store.base import Store
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
+MOMENT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
+
+
+def _moment(text: str) -> str:
+    # Compared with the same moment formatted anew, for the parser also takes moments without a zone.
+    if datetime.fromisoformat(text).strftime(MOMENT_FORMAT) != text:
+        raise ValueError(f"{text!r} is not in UTC, or not to the second")
+    return text
+
+
+Moment = Annotated[str, AfterValidator(_moment)]
+"""A moment in UTC that `datetime.fromisoformat` reads: a record with month 13 is refused when it is read."""
 
 
 class Part(BaseModel):

@@ -36,6 +36,10 @@ _LONGEST_LOOK_SECONDS = 3.0
 _MEETING_SLICE_SECONDS = 0.5
 
 
+class StopSignal(SystemExit):
+    """Ends a process at a signal. A `SystemExit` of any other kind may come from the user's code."""
+
+
 class Stop:
     """Calling it says whether to stop. Made once per process by the command, handed down as `stop`, never wrapped.
 

@@ -1,9 +1,14 @@
 """Property tests: a few fixed examples in `make test`, many random ones among the slow tests."""
 
+import hashlib
+import json
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -11,6 +16,10 @@ from hypothesis.strategies import SearchStrategy
 
 MOST_SECONDS, MOST_BYTES = 20.0, 1 << 30
 """Of one example, on a busy machine; and of the memory by which all of them together let this process grow."""
+
+
+MOST_ADDRESS_BYTES = 8 << 30
+"""By which they may let its address space grow: what asks for more gets a `MemoryError`, not the machine's memory."""
 
 
 def examples(few: int, many: int) -> pytest.MarkDecorator:
@@ -38,7 +47,8 @@ def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[
             assert time.monotonic() - began < MOST_SECONDS
 
         before = _peak_bytes()
-        always(given(*strategies)(timed))()
+        with _limited_memory():
+            always(given(*strategies)(timed))()
         assert _peak_bytes() - before < MOST_BYTES
         return None
 
@@ -47,3 +57,41 @@ def search(count: int, *strategies: SearchStrategy, few: int = 100) -> Callable[
 
 def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+@contextmanager
+def _limited_memory() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    now_bytes = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (now_bytes + MOST_ADDRESS_BYTES, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+def sealed(document: Any) -> bytes:
+    """With the hash that makes it whole."""
+    if isinstance(document, dict):
+        content = {key: value for key, value in document.items() if key != "sha256"}
+        document["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return (json.dumps(document, indent=1) + "\n").encode()
+
+
+def forged(data: bytes, at: int, value: Any) -> bytes:
+    """A record of the right keys, of which one holds something else; and its hash is right."""
+    try:
+        document = json.loads(data)
+    except ValueError:
+        lines = data.decode(errors="replace").splitlines()
+        lines[at % len(lines)] = f"{lines[at % len(lines)].partition(':')[0]}: {json.dumps(value)}"
+        return "\n".join(lines).encode()
+    places = [(document, key) for key in document] if isinstance(document, dict) else []
+    for inner in [*places]:
+        if isinstance(child := document[inner[1]], dict | list) and child:
+            deeper = child[0] if isinstance(child, list) and isinstance(child[0], dict) else child
+            places += [(deeper, key) for key in (deeper if isinstance(deeper, dict) else range(len(deeper)))]
+    if places:
+        holder, key = places[at % len(places)]
+        holder[key] = value
+    return sealed(document)

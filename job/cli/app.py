@@ -5,13 +5,14 @@ import os
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
+from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
 
 from job import __version__
 from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs, report, runs, sample, submit, train
-from job.exits import Exit, ending_of
+from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
 
@@ -62,6 +63,11 @@ def _root(
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
     set_loudness(verbose=verbose, quiet=quiet)
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        # PyTorch's library of linear algebra would not load, and a relative path means nothing.
+        raise MissingInputError("the working folder is gone: change to one that is there, with cd") from None
 
 
 def main() -> None:
@@ -99,6 +105,9 @@ def run() -> None:
         if not said:
             raise
         _fail(said, code)
+    except SystemExit as end:
+        # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail.
+        raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) else end.code) from None
 
 
 def _fail(message: str, code: int) -> NoReturn:

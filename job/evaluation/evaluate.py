@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from itertools import groupby
 from statistics import fmean, stdev
@@ -27,7 +27,6 @@ from job.processes.ranks import Ranks, meet
 from job.progress import Progress
 from job.runs import records
 from job.runs.layout import ObjectKind
-from job.runs.retention import reading
 from job.runs.scores import Reference, Scores, score_name
 from job.sampling.painter import Painter
 from job.sampling.sample import prepared
@@ -53,23 +52,16 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
         StoppedError: whole pieces are saved, and the same command goes on.
     """
     ranks = meet(stop)
-    sampling_plan, painter, sampling = prepared(plan.sampling, ranks, stop)
-    plan = replace(plan, sampling=sampling_plan)
-    with ExitStack() as stack:
-        # Until the scores of all are told: a run that trains meanwhile would retire them.
-        renewals = [stack.enter_context(reading(plan.sampling.run, ref)) for ref in plan.sampling.checkpoints]
-
-        def renew() -> None:
-            for one in renewals:
-                one()
-
+    # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
+    with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
+        plan = replace(plan, sampling=sampling_plan)
         todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
         if todo:
             see = plan.found.load(painter.device)
             real = references(plan.sampling, plan.reference, painter, see)
             for evaluation in plan.evaluations():
                 if evaluation.batch in todo:
-                    _evaluate(evaluation, painter, sampling, see, real, renew)
+                    _evaluate(evaluation, painter, sampling, see, real)
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
@@ -96,14 +88,7 @@ def references(of_run: FoundRun, reference: Reference, painter: Painter, see: Se
     return _on_main(ranks, folder.load)
 
 
-def _evaluate(
-    evaluation: Evaluation,
-    painter: Painter,
-    sampling: Sampling,
-    see: See,
-    real: Named,
-    renew: Callable[[], None],
-) -> None:
+def _evaluate(evaluation: Evaluation, painter: Painter, sampling: Sampling, see: See, real: Named) -> None:
     """Draws and scores the images of a checkpoint. Collective."""
     plan, images = evaluation.plan.sampling, evaluation.images
     evaluations, batch_size = painter.evaluations_of(sampling), plan.sample.batch_size
@@ -116,7 +101,6 @@ def _evaluate(
 
             def after_evaluation(*_: object, count: int = len(some)) -> None:
                 painter.check_stopped()
-                renew()
                 advance(count / evaluations)
 
             drawn = painter.draw_alone(some, sampling, after_evaluation)

@@ -53,11 +53,10 @@ class EvaluatePlan:
                 f"--metrics is: {self.found.extractor.title} comes without its classes here; --extractor mobilenet has "
                 "some, and its score is told as cs-mobilenet"
             )
-        is_bounded = not (config.diffusion.offset_noise or self.index.encoding)
-        if self.request.metrics and "bpd" in chosen and not is_bounded:
-            raise BadRequestError(
-                "--metrics bpd: the bound is about independent noise, and diffusion.offset_noise is set"
-            )
+        why = "independent noise, and diffusion.offset_noise is set" if config.diffusion.offset_noise else ""
+        why = f"pixels, and {self.index.name} holds latents" if self.index.encoding else why
+        if self.request.metrics and "bpd" in chosen and why:
+            raise BadRequestError(f"--metrics bpd: the bound is about {why}")
 
     def evaluations(self) -> list[Evaluation]:
         """What is to be drawn and scored: each checkpoint as often as was asked for."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from contextlib import suppress
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 
 from job.code_version import code_version
@@ -14,7 +15,7 @@ from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import choose, opened
 from job.runs.layout import CheckpointRef
-from job.runs.retention import reading
+from job.runs.retention import held
 from job.runs.samples import grid_key, label_of
 from job.sampling.plan import check_average
 from job.stop import Stop
@@ -75,15 +76,17 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
         raise BadRequestError(f"run {name!r} cannot be exported to diffusers: {described.lacking}")
     if not re.fullmatch("[0-9]{1,9}", checkpoint) and checkpoint != "latest":
         raise BadRequestError(f"--checkpoint {checkpoint!r}: use an epoch such as 80, or latest")
-    (ref,) = choose(of_run.run, checkpoint, of_run.dataset_images, of_run.config.train.batch_size)
+    find = partial(choose, of_run.run, checkpoint, of_run.dataset_images, of_run.config.train.batch_size)
     target = open_store(to, of_run.bucket.retry)
     weights = (
         of_run.config.updated({"sample.weights": weights}).sample.weights if weights else of_run.config.sample.weights
     )
-    check_average(of_run.run, ref, weights, name)
     written: list[str] = []
     try:
-        with reading(of_run.run, ref), opened(of_run.run, ref, (weights,)) as restored:
+        with ExitStack() as stack:
+            (ref,), _ = stack.enter_context(held(of_run.run, find(), find))
+            check_average(of_run.run, ref, weights, name)
+            restored = stack.enter_context(opened(of_run.run, ref, (weights,)))
             paths = restored.files[weights]
             names = pipeline.weights_names(len(paths))
             small = dict(described.objects)

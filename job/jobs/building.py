@@ -76,12 +76,14 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
             command = _training(command, request, target)
         case SampleRequest():
             run = subject = request.run
+            _check_files(request, target)
             if resources.slices:
                 if request.slice:
                     raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
                 replace(request, slice=f"0/{resources.slices}").check()
         case EvaluateRequest():
             run = subject = request.run
+            _check_files(request.sampling, target)
             if request.extractor_file:
                 file = _seen("--extractor-file", request.extractor_file, target)
                 command = command.with_values(extractor_file=file)
@@ -170,6 +172,11 @@ def _seen(what: str, uri: str, target: Target) -> str:
         here = f"{what} {uri!r} is a path of this machine"
         raise BadRequestError(f"{here}, which jobs on {target.name!r} cannot see: use a URI, such as gs://NAME")
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _check_files(request: SampleRequest, target: Target) -> None:
+    for option, name in request.files.items() if target.backend != "local" else ():
+        raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
 
 
 def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> ParsedCommand:

@@ -18,7 +18,7 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound
 from job.runs.layout import MAX_IMAGES_SEEN, ObjectKind, places_in
 from job.runs.metrics import Row
-from job.runs.outlook import Outlook, Stretch, attempts_of, outlook_of, state_of, stretches
+from job.runs.outlook import Outlook, Stretch, attempts_of, outlook_of, state_in, stretches
 from job.runs.records import Status
 from job.runs.samples import denoising_key, grid_key, label_of, moment_of
 from job.runs.scores import Scores
@@ -168,7 +168,7 @@ def facts_of(
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label(ref.images_seen)) for ref in sorted(refs, key=lambda ref: ref.images_seen)],
         verdict=verdict_of(config, whole, found.index),
-        state=state_of(status) if status else "not started",
+        state=state_in(run, status),
     )
 
 

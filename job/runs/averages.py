@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from ddpm.ema import Stored, reconstruct
@@ -24,7 +25,7 @@ from job.runs import records
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
-from job.runs.retention import reading
+from job.runs.retention import held
 from job.runs.samples import label_of
 from job.runs.writer import plan_parts, write_part
 from job.stop import Stop
@@ -58,9 +59,10 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
     if not config.ema.stds:
         raise BadRequestError(f"run {name!r} keeps no averages to make others of: ema.stds and ema.snapshot_epochs do")
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
-    for ref in choose(run, checkpoints, dataset_images, batch_size):
-        of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
-        with reading(run, ref) as renew:
+    find = partial(choose, run, checkpoints, dataset_images, batch_size)
+    with held(run, find(), find) as (refs, renew):
+        for ref in refs:
+            of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
             manifest = load_manifest(run, ref)
             if group in manifest.groups:
                 print(f"{run.uri}/{ref.key}  ({of} is in the checkpoint itself)")
@@ -69,8 +71,8 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
                 average = load_average(run, manifest, group)
             except ObjectMissingError:
                 average = _make(run, config, manifest, std, stop, renew)
-        how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
-        print(f"{run.uri_of(ObjectKind.AVERAGE.key(checkpoint=ref, group=group))}  ({of}, {how})")
+            how = f"of {average.made_of:,} averages, {average.error:.2%} from its profile"
+            print(f"{run.uri_of(ObjectKind.AVERAGE.key(checkpoint=ref, group=group))}  ({of}, {how})")
 
 
 def _sources(config: RunConfig, manifest: Manifest) -> list[_Source]:

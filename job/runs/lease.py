@@ -20,8 +20,8 @@ from pydantic import Field
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs.layout import MAX_FENCE, ObjectKind
-from job.runs.records import MOMENT, utc_now
-from job.sealed import Sealed
+from job.runs.records import utc_now
+from job.sealed import Moment, Sealed
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
@@ -46,7 +46,7 @@ class LeaseRecord(Sealed):
     renewal: int = Field(ge=0)
     """Goes up with every write, so that no two are alike: a store tells its own lost answers by the content."""
     released: bool
-    since: str = Field(pattern=MOMENT)
+    since: Moment
     """For people only: nothing is decided by it."""
     process: ProcessIdentity
 

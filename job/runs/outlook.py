@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
 from job.exits import BadDataError
-from job.runs.records import Attempt, Status, attempt_fences, load_attempt
-from job.store import Store
+from job.runs.records import STATUS_KEY, Attempt, Status, attempt_fences, load_attempt
+from job.store import ObjectMissingError, Store
 
 STALE = timedelta(seconds=120)
 """A run that calls itself running but has not said so for this long was cut off."""
@@ -72,7 +72,8 @@ def attempts_of(run: Store) -> list[Attempt]:
     """All attempts whose records can be read, in order."""
     attempts = []
     for fence in attempt_fences(run):
-        with suppress(BadDataError):
+        # A run may be deleted while it is listed.
+        with suppress(BadDataError, ObjectMissingError):
             attempts.append(load_attempt(run, fence))
     return attempts
 
@@ -99,6 +100,11 @@ def state_of(status: Status) -> str:
     return CUT_OFF if status.state == "running" and silent >= STALE else status.state
 
 
+def state_in(run: Store, status: Status | None) -> str:
+    """Returns the state of a run from its status, or None where that is missing or cannot be read."""
+    return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
+
+
 def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
     """What they took and cost, and what is left.
 
@@ -114,9 +120,12 @@ def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: fl
         dollars_per_hour = prices[-1]
     left = ends = None
     if status is not None and status.images_per_second and status.images_seen < status.target_images:
-        left = (status.target_images - status.images_seen) / status.images_per_second / 3600
-        if state_of(status) == "running":
-            ends = datetime.fromisoformat(status.updated) + timedelta(hours=left)
+        # A date after the year 9999 and a speed of NaN give no end.
+        with suppress(OverflowError, ValueError):
+            hours_left = (status.target_images - status.images_seen) / status.images_per_second / 3600
+            to_end, left = timedelta(hours=hours_left), hours_left
+            if state_of(status) == "running":
+                ends = datetime.fromisoformat(status.updated) + to_end
     # Of a part of the attempts a sum would look like that of all.
     so_far = sum(costs) if costs and len(costs) == len(prices) else None
     dollars_left = left * dollars_per_hour if left is not None and dollars_per_hour is not None else None

@@ -15,7 +15,7 @@ from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
-from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_of, stretches
+from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_in, stretches
 from job.runs.records import read_status, run_store
 from job.store import Store, open_store
 
@@ -63,7 +63,7 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     return {
         "name": name,
         "uri": run.uri,
-        "state": state_of(status) if status else "not started",
+        "state": state_in(run, status),
         **told,
         "newest": newest.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,

@@ -20,10 +20,10 @@ from pydantic import Field
 from job.code_version import code_version
 from job.config import RunConfig, flatten, parse_yaml, validated
 from job.data.shards import dataset_key, load_index
-from job.exits import BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
+from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import SHA256_PATTERN, Part, Sealed
+from job.sealed import MOMENT_FORMAT, SHA256_PATTERN, Moment, Part, Sealed
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
@@ -31,8 +31,6 @@ CONFIG_KEY, STATUS_KEY = ObjectKind.CONFIG.value, ObjectKind.STATUS.value
 STATUS_SECONDS, STATUS_CLOSE_SECONDS = 30.0, 5.0
 DOLLARS = "DDPM_DOLLARS_PER_HOUR"
 """Variable of a job: what its machines cost together."""
-MOMENT = r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$"
-"""How `utc_now` says it."""
 
 
 def validated_run_name(name: str) -> str:
@@ -96,15 +94,17 @@ def as_last_changed(run: Store, config: RunConfig) -> RunConfig:
     """The run's configuration with what its last attempt changed about it.
 
     Raises:
-        BadDataError: the record of that attempt is damaged; with the changes of an earlier one, checkpoints that are to
-            stay would go.
+        BadDataError: the record of that attempt is damaged, or its changes are wrong; with those of an earlier one,
+            checkpoints that are to stay would go.
     """
+    if not (fences := attempt_fences(run)):
+        return config
     try:
-        changes = load_attempt(run, fences[-1]).changes if (fences := attempt_fences(run)) else {}
-    except BadDataError as error:
+        changes = load_attempt(run, fences[-1]).changes
+        return validated(config.flat() | changes, run.uri_of(ObjectKind.ATTEMPT.key(fence=fences[-1])))
+    except (BadDataError, BadConfigError) as error:
         what_to_do = "restore it, or delete it and say that again"
         raise BadDataError(f"{error}; it says what was changed with --set since the run began: {what_to_do}") from None
-    return validated(config.flat() | changes, run.uri_of(CONFIG_KEY))
 
 
 def hash_of_config(run: Store) -> str:
@@ -194,7 +194,7 @@ class LastSeen(Part):
 
     state: str
     images_seen: int
-    updated: str = Field(pattern=MOMENT)
+    updated: Moment
 
 
 class Attempt(RunRecord):
@@ -203,7 +203,7 @@ class Attempt(RunRecord):
     fence: int
     id: str
     """As which it held the run's lease; no other attempt at any run has it."""
-    started: str
+    started: Moment
     host: str
     code_version: str
     world_size: int
@@ -329,7 +329,7 @@ class Status(Sealed):
     epoch: float
     loss: float | None
     images_per_second: float | None
-    updated: str = Field(pattern=MOMENT)
+    updated: Moment
 
 
 def read_status(run: Store) -> Status | None:
@@ -341,7 +341,7 @@ def read_status(run: Store) -> Status | None:
 
 def utc_now() -> str:
     """Now, as ISO 8601 in UTC, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    return time.strftime(MOMENT_FORMAT, time.gmtime())
 
 
 def check_writable(run: Store) -> None:

@@ -90,14 +90,14 @@ class Reader(records.RunRecord):
 
 
 @contextmanager
-def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
-    """Keeps a checkpoint from being retired, and its run from being deleted, meanwhile.
+def reading(run: Store, *refs: CheckpointRef) -> Iterator[Callable[[], None]]:
+    """Keeps checkpoints from being retired, and their run from being deleted, meanwhile.
 
     Yields a function to be called now and then by whoever takes longer than `READING_SECONDS`. Who may not write in the
     bucket reads all the same, and may find that it was retired.
     """
-    key, said_at = ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex), float("-inf")
-    may_write = True
+    keys = {ref: ObjectKind.READER.key(checkpoint=ref, unique=uuid.uuid4().hex) for ref in refs}
+    may_write, said_at = True, float("-inf")
 
     def renew() -> None:
         nonlocal said_at, may_write
@@ -105,7 +105,8 @@ def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
             return
         try:
             until, process = time.time() + READING_SECONDS, ProcessIdentity.of_this_process()
-            run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
+            for ref, key in keys.items():
+                run.put(key, Reader(checkpoint=ref.key, until=until, process=process).to_json())
             said_at = time.monotonic()
         except NoPermissionError:
             may_write = False
@@ -114,8 +115,24 @@ def reading(run: Store, ref: CheckpointRef) -> Iterator[Callable[[], None]]:
     try:
         yield renew
     finally:
-        if may_write:
+        for key in keys.values() if may_write else ():
             run.delete(key)
+
+
+@contextmanager
+def held(
+    run: Store, refs: Sequence[CheckpointRef], choose_again: Callable[[], Sequence[CheckpointRef]]
+) -> Iterator[tuple[Sequence[CheckpointRef], Callable[[], None]]]:
+    """Marks chosen checkpoints as being read; yields them, and the function that `reading` yields.
+
+    A run that trains may retire one before its mark is written: then `choose_again` chooses others.
+    """
+    while True:
+        with reading(run, *refs) as renew:
+            if all(run.exists(ref.manifest_key) for ref in refs):
+                yield refs, renew
+                return
+        refs = choose_again()
 
 
 def being_read(run: Store) -> set[CheckpointRef]:

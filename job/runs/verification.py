@@ -176,10 +176,12 @@ class _Verification:
         for key, attempt in self._all(Attempt).items():
             if attempt.config_sha256 != sha256:
                 self._foreign(key, "it is about another configuration")
-        # Without what was changed later nobody knows which checkpoints are to be there; the damage has been told.
-        with suppress(BadDataError):
+        try:
             return records.as_last_changed(self._run, config)
-        return None
+        except BadDataError as error:
+            # Without what was changed later nobody knows which checkpoints are to be there.
+            self._problems.setdefault(max(self._keys(ObjectKind.ATTEMPT)), str(error))
+            return None
 
     def _look_at_attempts(self) -> None:
         """Attempts against each other, and what says by which it was written against that attempt."""

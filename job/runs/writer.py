@@ -360,10 +360,10 @@ class CheckpointWriter:
         try:
             # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
             refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
-            read = being_read(run)
             for ref in self.retention.retire(refs):
-                if ref not in read:
-                    lease.confirm()
+                lease.confirm()
+                # Right before the deletion: a reader that comes later finds the manifest gone, and chooses again.
+                if ref not in being_read(run):
                     delete_checkpoint(run, ref)
             if not self._is_swept:
                 sweep(run, lease)

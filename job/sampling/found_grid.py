@@ -14,7 +14,6 @@ from job.method import sampling_of
 from job.progress import Progress
 from job.runs import records
 from job.runs.layout import ObjectKind
-from job.runs.retention import reading
 from job.runs.samples import FoundGrid
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, found_points
@@ -38,8 +37,7 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
         raise BadRequestError(f"--grid found: chooses among {candidates} points, so it takes up to {candidates} steps")
 
     ref = max(plan.checkpoints)
-    with reading(run, ref):
-        painter.load(run, ref, sample.weights)
+    painter.load(run, ref, sample.weights)
 
     def find() -> tuple[int, ...]:
         asked = count(1)

@@ -4,20 +4,32 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import inspect
+import os
 import sys
-from dataclasses import dataclass
+import sysconfig
+import traceback
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.exits import BadRequestError
+from job.exits import BadRequestError, JobError
+from job.processes.launched import lost_peer
+from job.progress import detail
+from job.stop import StopSignal
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from torch import Tensor
 
     from ddpm.process import Point
     from ddpm.samplers import Denoiser, NoiseAt, Sampler
+
+_PROGRAM = [str(Path(__file__).parents[2] / package) for package in ("job", "ddpm")]
+_NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.get_path, ("stdlib", "purelib")))))
+"""Prefixes of the paths of files that are not the user's: the program's, the libraries' and Python's."""
 
 
 @dataclass(frozen=True)
@@ -29,31 +41,33 @@ class OwnSampler:
     """See `ddpm.samplers.Sampler`."""
     sha256: str
     """Of the file of its module."""
+    place: str
+    """Where it is defined, for people."""
+    _evaluations: dict[tuple[Point[float], ...], int] = field(default_factory=dict, compare=False)
+    """How often it evaluates the network, by the points that it visits."""
 
     @classmethod
     def load(cls, name: str) -> OwnSampler:
         """Imports it, from where the command runs if it is not installed.
 
         Raises:
-            BadRequestError: there is no such function.
+            BadRequestError: there is no such function, its module cannot be imported, or its arguments are others.
         """
         module_name, _, function_name = name.partition(":")
-        if (here := str(Path.cwd())) not in sys.path:
-            # At the end, so that a file beside it cannot take the place of a library.
-            sys.path.append(here)
-        try:
+        # At the end, so that a file beside it cannot take the place of a library.
+        sys.path.append(str(Path.cwd()))
+        with _refused(name, "name a function of a module that is installed or lies where the command runs"):
             module = importlib.import_module(module_name)
             function = getattr(module, function_name)
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
-        # A module of somebody's own may fail in any way.
-        except Exception as error:
-            raise BadRequestError(
-                f"--sampler {name}: {type(error).__name__}: {error}; name a function of a module that is installed or "
-                "lies where the command runs"
-            ) from None
+            code = getattr(inspect.unwrap(function), "__code__", None)
+            place = f"see {code.co_filename}, line {code.co_firstlineno}" if code else f"see {module.__file__}"
         if not callable(function):
             raise BadRequestError(f"--sampler {name}: it is no function, but {type(function).__name__}")
-        return cls(name, function, sha256)
+        # A compiled function may have no signature.
+        with _refused(name, f"it is given (denoise, x, points, noise_at); {place}"), suppress(ValueError):
+            inspect.signature(function).bind("denoise", "x", "points", "noise_at")
+        return cls(name, function, sha256, place)
 
     @property
     def words(self) -> str:
@@ -64,12 +78,57 @@ class OwnSampler:
         """Calls it.
 
         Raises:
-            BadRequestError: it gives anything but finite numbers of the shape of x.
+            BadRequestError: it raises an error, gives anything but finite numbers of the shape of x, or evaluates the
+                network more or less often than before at the same points. Processes wait for each other by that number.
+            JobError: from `denoise`, such as `StoppedError`.
         """
         import torch
 
-        drawn = self.function(denoise, x, points, noise_at)
-        if not isinstance(drawn, torch.Tensor) or drawn.shape != x.shape or not drawn.isfinite().all():
+        # The shape and the points from before the call, which may change both.
+        evaluations, usual, shape = 0, self._evaluations.get(key := tuple(points)), x.shape
+        varies = BadRequestError(
+            f"--sampler {self.name} evaluates the network more or less often than the {usual} times that it took at "
+            f"these points before: the number may depend on the points alone; {self.place}"
+        )
+
+        def evaluate(x_t: Tensor, point: Point[float]) -> Tensor:
+            nonlocal evaluations
+            evaluations += 1
+            if usual is not None and evaluations > usual:
+                raise varies
+            return denoise(x_t, point)
+
+        with _refused(self.name, self.place):
+            drawn = self.function(evaluate, x, points, noise_at)
+        if evaluations != self._evaluations.setdefault(key, evaluations):
+            raise varies
+        if not isinstance(drawn, torch.Tensor) or drawn.shape != shape or not drawn.isfinite().all():
             what = f"a tensor {[*drawn.shape]}" if isinstance(drawn, torch.Tensor) else type(drawn).__name__
-            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*x.shape]} are wanted, as x")
+            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*shape]} are wanted, as x")
         return drawn
+
+
+@contextmanager
+def _refused(name: str, otherwise: str) -> Iterator[None]:
+    """Turns any error of the user's code, `SystemExit` too, into one line with its place, or `otherwise`.
+
+    Raises:
+        BadRequestError: it raised something; the traceback is a detail.
+    """
+    try:
+        yield
+    except BaseException as error:
+        causes = [error]
+        while causes[-1].__context__:
+            causes.append(causes[-1].__context__)
+        for cause in causes:
+            # An error of the program, such as a stop, which the user's code may have caught and replaced by its own.
+            if isinstance(cause, JobError | StopSignal) or lost_peer(cause):
+                raise cause from None
+        detail("".join(traceback.format_exception(error)).rstrip)
+        frames = [
+            each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(_NOT_THEIRS)
+        ]
+        places = [otherwise, *(f"see {frame.filename}, line {frame.lineno}" for frame in frames)]
+        said = " ".join("".join(traceback.format_exception_only(error)).split())
+        raise BadRequestError(f"--sampler {name}: {said:.500}; {places[-1]}") from None

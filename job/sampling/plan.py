@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -30,7 +30,6 @@ STRENGTHS = {"img2img": 0.6, "invert": 1.0}
 """Share of the steps that a mode takes by default."""
 MOST_FILE_BYTES = 1 << 28
 """Of an image that is given."""
-_NUMBERS = "0123456789-, "
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +93,22 @@ class SamplePlan(FoundRun):
         chosen = self.sample.precision
         return self.config.train.precision if chosen == "auto" else chosen
 
+    def choose(self) -> tuple[CheckpointRef, ...]:
+        """The checkpoints of the request that are there now, with the weights that it draws with.
+
+        Raises:
+            MissingInputError: as `job.runs.checkpoints.choose`, or one has no such weights.
+        """
+        weights, batch_size = self.sample.weights, self.config.train.batch_size
+        chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
+        try:
+            for ref in chosen if weights not in ("ema", "model") else ():
+                check_average(self.run, ref, weights, self.request.run)
+        except ObjectMissingError:
+            # Retired meanwhile.
+            return self.choose()
+        return tuple(chosen)
+
     def label(self, ref: CheckpointRef) -> str:
         """What a checkpoint is called in a picture's name."""
         return label_of(ref.images_seen, self.dataset_images, self.config.train.batch_size)
@@ -149,26 +164,22 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     if sample.sampler == "own" and not request.own_sampler:
         raise BadRequestError("--sampler: the run's configuration names none that is known; choose one, such as ddim")
     own_sampler = OwnSampler.load(request.own_sampler) if request.own_sampler else None
-    checkpoints = choose(run, request.checkpoints, of_run.dataset_images, config.train.batch_size)
-    if request.checkpoints == "latest" and (lost := lost_manifest(run, checkpoints)):
-        note(f"{lost}; drawing from the newest checkpoint that is there")
     worse = _worse(sample, of_run, request, stop) if sample.autoguidance else None
-    if sample.weights not in ("ema", "model"):
-        for ref in checkpoints:
-            check_average(run, ref, sample.weights, request.run)
-        if worse:
-            check_average(worse.run, worse.ref, sample.weights, sample.autoguidance_run or request.run)
     found = found_points(run, sample.steps, config.diffusion.timesteps) if sample.grid == "found" else ()
-    return SamplePlan(
+    plan = SamplePlan(
         **vars(of_run),
         request=request,
         sample=sample,
-        checkpoints=tuple(checkpoints),
+        checkpoints=(),
         worse=worse,
         given=given,
         own_sampler=own_sampler,
         found=found,
     )
+    plan = replace(plan, checkpoints=plan.choose())
+    if request.checkpoints == "latest" and (lost := lost_manifest(run, [*plan.checkpoints])):
+        note(f"{lost}; drawing from the newest checkpoint that is there")
+    return plan
 
 
 def _worse(sample: SampleConfig, of_run: FoundRun, request: SampleRequest, stop: Stop) -> Worse:
@@ -178,6 +189,8 @@ def _worse(sample: SampleConfig, of_run: FoundRun, request: SampleRequest, stop:
     if different := [f"{key}: {ours[key]} and {theirs[key]}" for key in SHARED if ours[key] != theirs[key]]:
         raise BadRequestError(f"--autoguidance {name}: it answers another question than {request.run} ({different[0]})")
     (ref,) = choose(other.run, str(sample.autoguidance), other.dataset_images, other.config.train.batch_size)
+    if sample.weights not in ("ema", "model"):
+        check_average(other.run, ref, sample.weights, name or request.run)
     return Worse(other.run, other.config, ref)
 
 
@@ -224,7 +237,7 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
     channels, size, _ = of_run.picture_shape
     if index and index.encoding:
         raise BadRequestError(f"--mode {request.mode} is about pixels, and {index.name} holds latents: draw new images")
-    if set(name) <= set(_NUMBERS):
+    if "--image" not in request.files:
         numbers = tuple(parse_numbers(name, "--image"))
         if index is None:
             raise BadRequestError(f"--image {name}: the run was imported without a dataset, so name a file")
@@ -254,6 +267,8 @@ def _given(request: SampleRequest, of_run: FoundRun) -> Given | None:
 def _read_image(option: str, path: str, recipe: Recipe) -> tuple[np.ndarray, str]:
     """An image file made to fit, and the SHA-256 of the file."""
     try:
+        if Path(path).is_fifo():
+            raise FileNotFoundError
         with Path(path).open("rb") as file:
             encoded = file.read(MOST_FILE_BYTES)
         return prepare(encoded, recipe), hashlib.sha256(encoded).hexdigest()

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
@@ -27,7 +29,7 @@ from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.retention import reading
+from job.runs.retention import held, reading
 from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.editing import Editor
 from job.sampling.found_grid import find_points
@@ -44,32 +46,45 @@ def run_sampling(plan: SamplePlan, stop: Stop = NEVER) -> None:
         BadDataError: a checkpoint or a record is damaged; the message names the object.
         StoppedError: with `--count`, whole pieces are saved, and the same command goes on.
     """
-    plan, painter, sampling = prepared(plan, meet(stop), stop)
-    editor = Editor(plan, painter, sampling) if plan.given else None
-    if plan.request.count is None:
-        _draw_pictures(plan, painter, sampling, editor)
-    for sample_set in plan_sets(plan):
-        _draw_slice(plan, painter, sampling, sample_set, editor)
+    with prepared(plan, meet(stop), stop) as (plan, painter, sampling):
+        editor = Editor(plan, painter, sampling) if plan.given else None
+        if plan.request.count is None:
+            _draw_pictures(plan, painter, sampling, editor)
+        for sample_set in plan_sets(plan):
+            _draw_slice(plan, painter, sampling, sample_set, editor)
 
 
-def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> tuple[SamplePlan, Painter, Sampling]:
-    """What all processes draw, what draws it, and how. Collective."""
-    # A run that trains meanwhile may show each process another newest checkpoint.
-    checkpoints, ref = ranks.on_main(lambda: (plan.checkpoints, plan.worse.ref if plan.worse else None))
-    plan = replace(plan, checkpoints=checkpoints, worse=replace(plan.worse, ref=ref) if plan.worse and ref else None)
-    decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
-    painter = Painter(plan.config, ranks, plan.precision, stop, Agreement(ranks.world_size, flags=1), decoder)
-    if (other := plan.worse) is not None:
-        with reading(other.run, other.ref):
-            painter.load_worse(other.run, other.config, other.ref, plan.sample.weights)
-    sampling = sampling_of(plan.sample)
-    if plan.own_sampler:
-        sampling = replace(sampling, sampler=plan.own_sampler)
-    if plan.sample.grid == "found":
-        # Whoever planned first may have seen none.
-        plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
-        sampling = replace(sampling, grid=plan.found)
-    return plan, painter, sampling
+@contextmanager
+def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[SamplePlan, Painter, Sampling]]:
+    """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
+    with ExitStack() as stack:
+        # A run that trains meanwhile may show each process another newest checkpoint.
+        hold = partial(stack.enter_context, held(plan.run, plan.checkpoints, plan.choose))
+        checkpoints, ref = ranks.on_main(lambda: (hold()[0], plan.worse.ref if plan.worse else None))
+        worse = replace(plan.worse, ref=ref) if plan.worse and ref else None
+        plan = replace(plan, checkpoints=tuple(checkpoints), worse=worse)
+        # Each process for itself: one that commits its last piece may outlive the others.
+        readers = [stack.enter_context(reading(plan.run, *checkpoints))]
+        if worse is not None:
+            readers.append(stack.enter_context(reading(worse.run, worse.ref)))
+
+        def renew() -> None:
+            for reader in readers:
+                reader()
+
+        decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
+        agreement = Agreement(ranks.world_size, flags=1)
+        painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renew)
+        if worse is not None:
+            painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
+        sampling = sampling_of(plan.sample)
+        if plan.own_sampler:
+            sampling = replace(sampling, sampler=plan.own_sampler)
+        if plan.sample.grid == "found":
+            # Whoever planned first may have seen none.
+            plan = replace(plan, found=ranks.on_main(lambda: plan.found) or find_points(plan, painter))
+            sampling = replace(sampling, grid=plan.found)
+        yield plan, painter, sampling
 
 
 def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, editor: Editor | None) -> None:
@@ -89,12 +104,13 @@ def _draw_pictures(plan: SamplePlan, painter: Painter, sampling: Sampling, edito
 
     def publish(ref: CheckpointRef, key: str, picture: bytes, note: str = "") -> None:
         put_picture(plan.run, key, picture, ref)
-        print(f"{plan.run.uri_of(key)}{note}")
+        # A closed pipe, as after `head`, must not leave pictures undrawn.
+        with suppress(BrokenPipeError):
+            print(f"{plan.run.uri_of(key)}{note}")
 
     for ref in plan.checkpoints:
         label = plan.label(ref)
-        with reading(plan.run, ref):
-            painter.load(plan.run, ref, sample.weights)
+        painter.load(plan.run, ref, sample.weights)
         if request.with_grid:
             began = time.monotonic()
             images = painter.draw_together(drawn_seeds, sampling, sample.batch_size, label, route)
@@ -132,32 +148,29 @@ def _draw_slice(
     to_make = sum(len(drawing.seeds(number)) for number in missing)
     there_before = sum(len(drawing.seeds(number)) for number in numbers) - to_make
     made = "0 made"
-    # Each process for itself: one that commits its last piece may outlive the others.
-    with reading(plan.run, sample_set.ref) as renew:
-        if missing:
-            painter.load(plan.run, sample_set.ref, plan.sample.weights)
-            began = time.monotonic()
-            with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
+    if missing:
+        painter.load(plan.run, sample_set.ref, plan.sample.weights)
+        began = time.monotonic()
+        with Progress(sample_set.name, total=there_before + to_make, start=there_before) as bar:
 
-                def advance(done: float) -> None:
-                    renew()
-                    # What the others have drawn by now is about as much.
-                    bar.update(there_before + min(to_make, done * ranks.world_size))
+            def advance(done: float) -> None:
+                # What the others have drawn by now is about as much.
+                bar.update(there_before + min(to_make, done * ranks.world_size))
 
-                if count := _draw_pieces(plan, painter, sampling, sample_set, editor, missing, advance):
-                    made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
+            if count := _draw_pieces(plan, painter, sampling, sample_set, editor, missing, advance):
+                made = f"{count:,} made at {count / (time.monotonic() - began):.2f} images/s"
 
-        def finish() -> None:
-            note = f"{made}, {there_before:,} there before"
-            if to_come := drawing.pieces - len(sample_set.committed()):
-                pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
-                print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
-                return
-            if sample_set.index() is None:
-                sample_set.publish(stop)
-            print(sample_set.describe(note if missing else "complete already"))
+    def finish() -> None:
+        note = f"{made}, {there_before:,} there before"
+        if to_come := drawing.pieces - len(sample_set.committed()):
+            pieces = f"{to_come:,} of {drawing.pieces:,} pieces are to come from others"
+            print(f"{sample_set.folder.uri}  (slice {index}/{slices} is done: {note}; {pieces})")
+            return
+        if sample_set.index() is None:
+            sample_set.publish(stop)
+        print(sample_set.describe(note if missing else "complete already"))
 
-        ranks.on_main(finish)
+    ranks.on_main(finish)
 
 
 def _draw_pieces(

@@ -4,6 +4,7 @@ half-made is left that a later command would take for whole.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from job.exits import Exit
@@ -43,6 +44,8 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set train.batch_size", 78, ["'train.batch_size'", "key=value"]),
     ("train --dataset a --set train.batch_size=-8", 78, ["train.batch_size", "greater than", "got -8"]),
     ("train --dataset a --set train.learning_rate=.nan", 78, ["train.learning_rate", "finite"]),
+    ("train --dataset a --set train.seed=99999999999999999999", 78, ["train.seed", "a number is beyond 64 bits"]),
+    ("sample --run a --seeds 99999999999999999999", 64, ["--seeds '99999999999999999999'", "of up to 18 digits"]),
     ("train --dataset a --set train.seed=[", 78, ["'train.seed=['", "not valid YAML"]),
     (
         "train --dataset a --set data.cache_gigabytes=1e300",
@@ -102,6 +105,8 @@ MEANINGLESS: Rows = [
     ("train --dataset a --config {twice}", 78, ["twice.yaml", "'epochs' is there twice"]),
     ("train --dataset a --config {binary}", 78, ["binary.yaml is not valid YAML"]),
     ("train --dataset a --config /dev/zero", 78, ["/dev/zero has more than 256 KiB: is it the file that you mean?"]),
+    ("train --dataset a --config {pipe}", 78, ["pipe.yaml is a pipe", "name a file"]),
+    ("jobs list --targets {pipe}", 78, ["pipe.yaml is a pipe", "name a file"]),
     ("sample --run a --count 25600001", 64, ["--count 25600001: at most 25,600,000"]),
     ("train --dataset a --set sample.images=10001", 78, ["sample.images", "10000"]),
     ("sample --run a --count 5 --save jpg", 64, ["--save 'jpg'", "shards or png"]),
@@ -124,12 +129,24 @@ def test_a_request_that_means_nothing(tmp_path, monkeypatch):
     files = {name: tmp_path / f"{name}.yaml" for name in written}
     for name, path in files.items():
         path.write_bytes(written[name])
+    # Opening one would wait for a writer.
+    os.mkfifo(files.setdefault("pipe", tmp_path / "pipe.yaml"))
     monkeypatch.chdir(tmp_path)
     nowhere = tmp_path / "nowhere"
     for words, code, parts in MEANINGLESS:
         line = refused(ddpm_here(*words.format(nowhere=nowhere, **files).split(), DDPM_BUCKET=str(nowhere)), code)
         assert all(part in line for part in parts), (words, line)
         assert not nowhere.exists(), words
+
+
+def test_a_working_folder_that_is_gone(bucket, tmp_path, monkeypatch):
+    """Libraries would fail in it, and relative paths lead nowhere."""
+    (gone := tmp_path / "gone").mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    for words in ("runs list", "sample --run walk", "data pack x y --size 8", "jobs list"):
+        command = [*words.split(), *(["--bucket", bucket] if words.startswith(("runs list", "sample")) else [])]
+        assert "the working folder is gone" in refused(ddpm_here(*command), Exit.MISSING_INPUT), words
 
 
 def test_a_bucket_that_is_not_there(tmp_path, gcs_server):

@@ -2,12 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
+
+import pytest
 
 from job.exits import Exit
 from job.runs.checkpoints import list_checkpoints
 from job.store import open_store
 from tests.job.command_line import DDPM, environment, settings
+
+
+@pytest.mark.parametrize("words", ["runs list --json", "runs list", "--help", "config --list"])
+def test_a_reader_that_has_enough_is_no_failure(bucket, words):
+    """As `head` and pagers are."""
+    reads, writes = os.pipe()
+    os.close(reads)
+    command = [DDPM, *words.split(), *(["--bucket", str(bucket)] if words.startswith("runs") else [])]
+    with os.fdopen(writes, "w") as output:
+        done = subprocess.run(
+            command,
+            stdout=output,
+            stderr=subprocess.PIPE,
+            env=environment(PYTHONUNBUFFERED="1"),
+            check=False,
+            timeout=60,
+        )
+    assert (done.returncode, done.stderr) == (Exit.FINISHED, b"")
 
 
 def test_a_run_is_trained(bucket):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 
 from job.exits import TABLE
 from job.progress import printable
-from tests.fuzzing import examples, search
+from tests.fuzzing import examples, forged, sealed, search
 from tests.job.command_line import ddpm_here, refused, succeeded
 
 RUN = "runs/walk"
@@ -32,6 +31,7 @@ OBJECTS = [
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/drawing.json",
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/records/piece-00000.json",
     *(f"datasets/tiles-16/{name}" for name in ("index.json", "shard-00000.offsets")),
+    "jobs/train-walk/0-of-1.json",
 ]
 STRANGERS = [
     f"{RUN}/checkpoints/999999-000000000000/MANIFEST.json",
@@ -43,12 +43,10 @@ STRANGERS = [
     "runs/other/status.json",
 ]
 READING = (
-    "runs list",
-    "runs show walk",
-    "runs verify walk",
-    "runs prune walk --dry-run",
-    "data list",
-    "data show tiles",
+    *("runs list", "runs list --json", "runs show walk", "runs show walk --json", "runs verify walk"),
+    *("runs compare walk walk", "runs prune walk --dry-run", "report", "report walk", "data list", "data show tiles"),
+    *("jobs list", "jobs status train-walk", "submit train --dataset tiles --run walk --dry-run"),
+    *("submit sample --run walk --dry-run", "submit evaluate --run walk --dry-run"),
 )
 WRITING = (
     *("sample --run walk --seeds 0 --no-nearest", "sample --run walk --count 3", "runs prune walk"),
@@ -57,39 +55,13 @@ WRITING = (
 )
 VALUES: Any = st.recursive(
     st.sampled_from([None, True, 0, -1, 10**6, 999_999, 2**63, 10**400, 1e308, "", "nan", ESCAPE, "../../x", "\ud800"])
+    | st.sampled_from([1e-300, -1e-300, "2026-13-01T00:00:00Z", "2026-01-01T00:00:00", "9999-12-31T23:59:59Z"])
     | st.sampled_from([float("nan"), float("inf"), "9" * 5000, "2026-99-99T99:99:99Z", "٢٠٢٦-٠١-٠١T٠٠:٠٠:٠٠Z"])
     | st.integers()
     | st.text(max_size=9),
     lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(max_size=4), inner, max_size=2),
     max_leaves=4,
 )
-
-
-def sealed(document: Any) -> bytes:
-    """With the hash that makes it whole."""
-    if isinstance(document, dict):
-        content = {key: value for key, value in document.items() if key != "sha256"}
-        document["sha256"] = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-    return (json.dumps(document, indent=1) + "\n").encode()
-
-
-def forged(data: bytes, at: int, value: Any) -> bytes:
-    """A record of the right keys, of which one holds something else; and its hash is right."""
-    try:
-        document = json.loads(data)
-    except ValueError:
-        lines = data.decode(errors="replace").splitlines()
-        lines[at % len(lines)] = f"{lines[at % len(lines)].partition(':')[0]}: {json.dumps(value)}"
-        return "\n".join(lines).encode()
-    places = [(document, key) for key in document] if isinstance(document, dict) else []
-    for inner in [*places]:
-        if isinstance(child := document[inner[1]], dict | list) and child:
-            deeper = child[0] if isinstance(child, list) and isinstance(child[0], dict) else child
-            places += [(deeper, key) for key in (deeper if isinstance(deeper, dict) else range(len(deeper)))]
-    if places:
-        holder, key = places[at % len(places)]
-        holder[key] = value
-    return sealed(document)
 
 
 def harm(path: Path, how: tuple[str, Any]) -> None:
@@ -135,6 +107,9 @@ def sampled(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = shutil.copytree(walked, tmp_path_factory.mktemp("sampled") / "bucket")
     succeeded(ddpm_here("sample", "--run", "walk", "--count", 3, "--bucket", folder))
     succeeded(ddpm_here("ema", "--run", "walk", "--std", 0.2, "--bucket", folder))
+    (folder / "jobs/train-walk").mkdir(parents=True)
+    job = {"state": "running", "exit_code": None, "updated": "2026-01-01T00:00:00Z", "message": "", "machine": 0}
+    (folder / "jobs/train-walk/0-of-1.json").write_bytes(sealed({**job, "machines": 1, "sha256": ""}))
     return folder
 
 
@@ -159,6 +134,17 @@ def test_what_others_wrote_is_shown_and_not_obeyed(bucket: Path, tmp_path: Path)
     assert "%1B[2J" in refused(ddpm_here("runs", "show", "walk", "--bucket", bucket), 65)
 
 
+def ends_as_it_should(words: str, bucket: Path) -> None:
+    """With a code of the table, and a line that says why if that is not 0; and with nothing that a terminal obeys."""
+    place = () if words.startswith("jobs list") else ("--bucket", bucket)
+    done = ddpm_here(*words.split(), *place)
+    assert done.returncode in TABLE, words
+    said = [line for line in done.stderr.splitlines() if line.startswith("ddpm")]
+    assert len(said) == (done.returncode != 0), done.stderr
+    for line in [*done.stdout.split("\n"), *done.stderr.split("\n")]:
+        assert line.expandtabs() == printable(line.expandtabs())
+
+
 @examples(few=4, many=60)
 def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
@@ -174,9 +160,34 @@ def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
         for name, how in harms:
             harm(bucket / name, how)
         for words in commands:
-            done = ddpm_here(*words.split(), "--bucket", bucket)
-            assert done.returncode in TABLE
-            said = [line for line in done.stderr.splitlines() if line.startswith("ddpm")]
-            assert len(said) == (done.returncode != 0), done.stderr
-            for line in [*done.stdout.split("\n"), *done.stderr.split("\n")]:
-                assert line.expandtabs() == printable(line.expandtabs())
+            ends_as_it_should(words, bucket)
+
+
+RECORDS = [name for name in OBJECTS if name.endswith((".json", "LATEST"))]
+FORGED = st.lists(
+    st.tuples(st.sampled_from(RECORDS), st.integers(0, 60), VALUES),
+    min_size=1,
+    max_size=3,
+    unique_by=lambda one: one[0],
+)
+
+
+@examples(few=2, many=80)
+def test_whatever_sealed_records_say_every_reading_command_ends(
+    sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    bucket = shutil.copytree(sampled, tmp_path / "bucket")
+    # Where `jobs list` looks.
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("DDPM_BUCKET", str(bucket))
+
+    @search(count, FORGED, few=2)
+    def check(forgeries: list[tuple[str, int, Any]]) -> None:
+        for name, at, value in forgeries:
+            (bucket / name).write_bytes(forged((bucket / name).read_bytes(), at, value))
+        try:
+            for words in READING:
+                ends_as_it_should(words, bucket)
+        finally:
+            for name, _, _ in forgeries:
+                shutil.copy(sampled / name, bucket / name)

@@ -31,14 +31,28 @@ REFUSED = [
     ("train --dataset a --on gke --dry-run --watch", 64, "leave one of them out"),
     ("train --dataset a --set train.batch_size=0 --on gke", 78, "train.batch_size"),
     ("sample --run a --count 9 --slices 2", 64, "--slices 2 needs several machines"),
+    ("sample --run a --mode img2img --image x.png --on gke", 64, "--image 'x.png' is a file of this machine"),
+    ("sample --run a --mode img2img --image x.png --on container", 64, "jobs on 'container' cannot see"),
+    ("sample --run a --mode inpaint --image 3 --mask 7.png --on vm", 64, "--mask '7.png' is a file of this machine"),
+    ("sample --run a --sampler mine:walk --on batch", 64, "--sampler 'mine:walk' is a file of this machine"),
+    ("evaluate --run a --sampler mine:walk --on gke", 64, "--sampler 'mine:walk' is a file of this machine"),
     ("train --dataset a --bucket nowhere --detach", 66, "nowhere is not there: check the path"),
 ]
 
 
 def test_the_code_says_what_is_wrong(targets_folder):
+    (targets_folder / "mine.py").touch()
     for words, code, part in REFUSED:
         assert part in refused(ddpm_here("submit", *words.split()), code), words
     assert not (targets_folder / "nowhere").exists()
+
+
+def test_what_needs_no_file_of_this_machine_is_sent(targets_folder):
+    (targets_folder / "mine.py").touch()
+    anywhere = ("--mode inpaint --image 0-3 --mask half", "--sampler installed_there:walk")
+    here = ("--mode img2img --image x.png --on local", "--sampler mine:walk --on local")
+    for words in (*(f"{words} --on gke" for words in anywhere), *here):
+        succeeded(ddpm_here("submit", "sample", "--run", "a", *words.split(), "--dry-run"))
 
 
 @pytest.mark.parametrize("on", ["gke", "vm", "local", "container"])

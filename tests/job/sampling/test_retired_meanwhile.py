@@ -1,0 +1,68 @@
+"""A run that trains while others read its newest checkpoint, and retires that one in between."""
+
+from __future__ import annotations
+
+import pytest
+
+from job.evaluation.evaluate import run_evaluation
+from job.evaluation.plan import plan_evaluation
+from job.requests import EvaluateRequest, SampleRequest
+from job.runs.checkpoints import choose, list_checkpoints
+from job.runs.layout import CheckpointRef
+from job.runs.retention import held
+from job.sampling.plan import plan_sampling
+from job.sampling.sample import run_sampling
+from job.store import open_store
+from tests.job.command_line import ddpm_here, refused, succeeded
+
+CHOSEN = CheckpointRef(1, 912)
+
+
+@pytest.fixture
+def train_on(bucket):
+    """Trains another epoch, which retires all but the newest checkpoint and that of the first epoch."""
+
+    def train_on(epochs: int = 4) -> list[int]:
+        words = ("train", "--dataset", "tiles", "--run", "walk", "--bucket", bucket, "--epochs", epochs)
+        succeeded(ddpm_here(*words))
+        return [ref.images_seen for ref in list_checkpoints(open_store(str(bucket)).sub("runs/walk"))]
+
+    return train_on
+
+
+@pytest.mark.parametrize("count", [None, 3])
+def test_what_is_drawn_is_chosen_again(bucket, train_on, capsys, monkeypatch, count):
+    monkeypatch.setenv("DDPM_LAUNCHED", "1")
+    request = SampleRequest("walk", str(bucket), count=count, chosen={} if count else {"nearest": False})
+    plan = plan_sampling(request)
+    assert plan.checkpoints == (CHOSEN,)
+    assert train_on() == [312, 1200]
+    run_sampling(plan)
+    assert "epoch-0004-" in capsys.readouterr().out
+    assert not list((bucket / "runs/walk").glob("reading/*"))
+
+
+def test_what_is_scored_is_chosen_again(bucket, train_on, capsys):
+    request = EvaluateRequest("walk", str(bucket), count=12, extractor="mobilenet", references=24)
+    plan = plan_evaluation(request)
+    train_on()
+    run_evaluation(plan)
+    assert "walk, epoch-0004: 12 images" in capsys.readouterr().out
+
+
+def test_what_is_held_stays(bucket, train_on):
+    run = open_store(str(bucket)).sub("runs/walk")
+    refs = choose(run, "latest", 299, 24)
+    with held(run, refs, lambda: []) as (kept, _):
+        assert [*kept] == [CHOSEN]
+        assert train_on() == [312, 912, 1200]
+        told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
+        assert "somebody samples from" in refused(told, 76)
+    assert train_on(5) == [312, 1512]
+
+
+def test_an_epoch_that_was_retired_is_told(bucket, train_on):
+    plan = plan_sampling(SampleRequest("walk", str(bucket), checkpoints="3"))
+    train_on()
+    with pytest.raises(Exception, match=r"no checkpoint of epoch 3: not kept or not reached \(there are: 1, 4\)"):
+        run_sampling(plan)

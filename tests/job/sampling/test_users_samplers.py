@@ -1,0 +1,148 @@
+"""A sampler of the user's that fails in whatever way: one line with its file and line, and no picture."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pytest
+from hypothesis import strategies as st
+
+from job.exits import Exit
+from tests.fuzzing import examples, search
+from tests.job.command_line import ddpm, ddpm_here, refused, start_ddpm
+
+WALK = ("sample", "--run", "walk", "--seeds", "0-1", "--no-nearest", "--steps", 3)
+HEAD = "def f(denoise, x, points, noise_at):\n"
+FAULTS = {
+    "exits": ("import sys\ndef f(denoise, x, points, noise_at):\n    sys.exit(0)\n", 3, "SystemExit: 0"),
+    "exits_at_import": ("import sys\n\nsys.exit(0)\n", 3, "SystemExit: 0"),
+    "interrupts": ("def f(denoise, x, points, noise_at):\n    raise KeyboardInterrupt\n", 2, "KeyboardInterrupt"),
+    "divides": ("def f(denoise, x, points, noise_at):\n    return x / (1 // 0)\n", 2, "ZeroDivisionError: integer"),
+    "misuses": ("def f(denoise, x, points, noise_at):\n\n    return denoise(x, None)\n", 3, "AttributeError: "),
+    "allocates": ("def f(denoise, x, points, noise_at):\n    return bytes(1 << 62)\n", 2, "MemoryError"),
+    "imports": ("import os\nimport nothing_like_it\n", 2, "No module named 'nothing_like_it'"),
+    "misspells": ("from numpy import\n", 1, "SyntaxError: "),
+    "takes_two": ("\ndef f(denoise, x):\n    return x\n", 2, "too many positional arguments"),
+    "takes_five": ("def f(denoise, x, points, noise_at, more): ...\n", 1, "missing a required argument: 'more'"),
+    "asks_more": (
+        f"{HEAD}    for _ in range(1 + bool(x.any())):\n        y = denoise(x, points[0])\n    return y\n",
+        1,
+        "more or less often than the 1 times",
+    ),
+    "asks_less": (
+        f"{HEAD}    for _ in range(2 - bool(x.any())):\n        y = denoise(x, points[0])\n    return y\n",
+        1,
+        "more or less often than the 2 times",
+    ),
+}
+
+
+def pictures(bucket):
+    return sorted(path.name for path in (bucket / "runs/walk/samples").iterdir())
+
+
+@pytest.fixture
+def own(bucket, tmp_path, monkeypatch):
+    """Writes a module where the command runs; gives the words of a command that names its `f`."""
+    monkeypatch.chdir(tmp_path)
+
+    def own(name: str, text: str) -> tuple[object, ...]:
+        (tmp_path / f"{name}.py").write_text(text)
+        return (*WALK, "--bucket", bucket, "--sampler", f"{name}:f")
+
+    return own
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_each_fault_is_told_with_its_place(own, bucket, tmp_path, name):
+    text, line, said = FAULTS[name]
+    before = pictures(bucket)
+    told = refused(ddpm_here(*own(name, text)), Exit.BAD_REQUEST)
+    assert f"--sampler {name}:f" in told and said in told
+    assert str(tmp_path / f"{name}.py") in told and f"line {line}" in told
+    assert "micro_batch" not in told
+    assert pictures(bucket) == before
+
+
+def test_the_traceback_comes_with_verbose(own):
+    text = "def inner():\n    raise ValueError('why')\ndef f(denoise, x, points, noise_at):\n    inner()\n"
+    done = ddpm_here("-v", *own("verbose", text))
+    assert done.returncode == Exit.BAD_REQUEST
+    trace, _, told = done.stderr.rstrip("\n").rpartition("\n")
+    assert told.startswith("ddpm: --sampler verbose:f: ValueError: why; see ") and told.endswith("verbose.py, line 2")
+    assert "Traceback (most recent call last)" in trace and "    inner()" in trace
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "    try:\n        denoise(x, points[0])\n    except BaseException:\n        raise ValueError from None\n",
+        "    denoise(x, points[0])\n",
+    ],
+)
+def test_a_stop_within_is_a_stop(own, text):
+    kill = "import os\n\ndef f(denoise, x, points, noise_at):\n    if x.any():\n        os.kill(os.getpid(), 2)\n"
+    done = ddpm_here(*own(f"stopped{len(text)}", f"{kill}{text}    return x\n"))
+    assert "stopped while sampling" in refused(done, Exit.STOPPED)
+
+
+def test_ctrl_c_ends_an_import_that_catches_everything(own, tmp_path):
+    text = "import pathlib, time\npathlib.Path('begun').touch()\n"
+    text += "try:\n    time.sleep(60)\nexcept BaseException:\n    0 / 0\n"
+    process = start_ddpm(*own("slow", text))
+    while not (tmp_path / "begun").exists():
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=20)
+    assert process.returncode == Exit.STOPPED, said
+    assert "stopped by SIGINT" in said
+
+
+@pytest.mark.slow
+def test_a_number_that_varies_does_not_hold_up_other_processes(own):
+    text = f"import os\n{HEAD}    for _ in range(1 + 8 * int(os.environ['RANK']) * bool(x.any())):\n"
+    done = ddpm(*own("uneven", f"{text}        y = denoise(x, points[0])\n    return y\n"), "--processes", 2)
+    assert "more or less often than the 1 times" in done.stderr
+    assert done.returncode == Exit.BAD_REQUEST, done.stderr
+
+
+STATEMENTS = [
+    *("pass", "import sys; sys.exit(0)", "raise SystemExit('why')", "raise KeyboardInterrupt", "raise GeneratorExit"),
+    *(
+        "raise ValueError('\\x1b]0;\\n' * 99)",
+        "raise type('E', (BaseException,), {'__str__': None})",
+        "raise MemoryError",
+    ),
+    *("import nothing", "def g(): return g()\n    g()", "eval('1 +')", "assert 0", "[][1]", "del x", "x *= 0"),
+    *("x.resize_(0)", "x = x.double()", "x = x / 0", "denoise(x, points[0])", "x = denoise(x, points[-1])"),
+    *("denoise()", "denoise(x[:0], points[0])", "denoise(x.int(), points[0])", "noise_at(-1)", "noise_at('a')"),
+    *("points.clear()", "return", "return x", "return x.tolist()", "return denoise", "return x[..., :1]"),
+    *("yield x", "raise StopIteration"),
+]
+ARGUMENTS = ["denoise, x, points, noise_at", "*all", "", "denoise, x", "self, denoise, x, points, noise_at"]
+AT_IMPORT = ["", "", "", "import sys; sys.exit(0)", "raise KeyboardInterrupt", "0 / 0", "def (", "f = 3", "\\x00"]
+
+
+@examples(few=8, many=150)
+def test_whatever_a_user_s_module_does(own, bucket, count):
+    """Ends with 0 and a picture, or in a line."""
+    number = iter(range(10**6))
+
+    @search(
+        count,
+        st.lists(st.sampled_from(STATEMENTS), min_size=1, max_size=4),
+        st.sampled_from([*[ARGUMENTS[0]] * 4, *ARGUMENTS]),
+        st.sampled_from(AT_IMPORT),
+    )
+    def check(statements: list[str], arguments: str, at_import: str) -> None:
+        body = "".join(f"    {statement}\n" for statement in statements)
+        text = f"def f({arguments}):\n{body}    return x\n{at_import}\n"
+        before = pictures(bucket)
+        done = ddpm_here(*own(f"fuzzed{next(number)}", text))
+        made = [name for name in pictures(bucket) if name not in before]
+        if done.returncode == Exit.FINISHED:
+            assert made, text
+        else:
+            assert refused(done, Exit.BAD_REQUEST).isprintable()
+            assert not made
