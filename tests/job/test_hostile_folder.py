@@ -16,6 +16,8 @@ from job.exits import TABLE
 from job.progress import printable
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.report.forged import FORGED
+from tests.job.report.forged import forged as forged_picture
 
 RUN = "runs/walk"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -33,6 +35,11 @@ OBJECTS = [
     f"{RUN}/samples/epoch-0003-ddim-4-0-3/records/piece-00000.json",
     *(f"datasets/tiles-16/{name}" for name in ("index.json", "shard-00000.offsets")),
 ]
+PICTURES = [
+    *(f"{RUN}/samples/{name}-ddim-4.png" for name in ("epoch-0001", "epoch-0003", "images-000000007")),
+    *(f"{RUN}/{name}" for name in ("samples/denoising-epoch-0003-ddim-4.gif", "figures/loss.png")),
+    "datasets/tiles-16/contact-sheet.png",
+]
 STRANGERS = [
     f"{RUN}/checkpoints/999999-000000000000/MANIFEST.json",
     f"{RUN}/checkpoints/000002-999999999999/MANIFEST.json",
@@ -49,6 +56,9 @@ READING = (
     "runs prune walk --dry-run",
     "data list",
     "data show tiles",
+    "report",
+    "report walk",
+    "figure noising --dataset tiles --timesteps 5,9",
 )
 WRITING = (
     *("sample --run walk --seeds 0 --no-nearest", "sample --run walk --count 3", "runs prune walk"),
@@ -107,6 +117,8 @@ def harm(path: Path, how: tuple[str, Any]) -> None:
             os.mkfifo(path)
         case "bytes":
             path.write_bytes(value)
+        case "picture":
+            path.write_bytes(forged_picture(value))
         case "forged":
             path.write_bytes(forged(before, *value))
         case "sealed":
@@ -125,7 +137,8 @@ KINDS = st.one_of(
     st.tuples(st.just("sealed"), VALUES),
 )
 NAMES = st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS])
-HARM = st.lists(st.tuples(NAMES, KINDS), min_size=1, max_size=2, unique_by=lambda one: one[0])
+OF_PICTURES = st.tuples(st.sampled_from(PICTURES), st.tuples(st.just("picture"), st.sampled_from(sorted(FORGED))))
+HARM = st.lists(st.tuples(NAMES, KINDS) | OF_PICTURES, min_size=1, max_size=2, unique_by=lambda one: one[0])
 COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.sampled_from(WRITING))
 
 
@@ -165,6 +178,8 @@ def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
 ) -> None:
     monkeypatch.setattr("job.runs.lease.EXPIRE_SECONDS", 0.3)
     monkeypatch.setattr("job.runs.lease.WATCH_SECONDS", 0.05)
+    # Where a figure goes.
+    monkeypatch.chdir(tmp_path)
     bucket = tmp_path / "bucket"
 
     @search(count, HARM, COMMANDS)

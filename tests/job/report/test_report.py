@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import resource
 import shlex
 import shutil
 import time
@@ -21,7 +22,15 @@ from job.report.pictures import Shelf, evenly
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
+from tests.job.report.forged import FORGED, forged
 from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen
+
+SHOWN = ("sixteen bits",)
+NUMBERS = {
+    "many large frames": "300 × 4,000 × 4,000",
+    "many small frames": "100,000 × 1 × 1",
+    "a header alone": "900000000",
+}
 
 
 @pytest.fixture(scope="session")
@@ -125,6 +134,45 @@ def test_what_lies_in_a_page_s_way_is_left_out(bucket):
     assert "the page is without" in done.stderr and "epoch-0003" in done.stderr
     assert "going on without the rows of" in done.stderr
     assert data_of((bucket / "runs/walk/report.html").read_text())["grids"] == []
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_whatever_a_picture_is_a_line_stands_in_its_place(bucket, what):
+    path = bucket / "runs/walk/samples/epoch-0001-ddim-4.png"
+    path.write_bytes(forged(what))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    page = html.unescape((bucket / "runs/walk/report.html").read_text())
+    if what in SHOWN:
+        assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 1", "epoch 3"]
+    else:
+        assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 3"]
+        (why,) = re.findall(rf"{re.escape(str(path))} is not shown: (.*)\.\n?</p>", page)
+        assert (NUMBERS.get(what) or why) in why
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_a_picture_costs_a_training_neither_memory_nor_its_end(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    samples = bucket / "runs/r/samples"
+    samples.mkdir(parents=True)
+    for number, what in enumerate(("many large frames", "a header alone", "cut off")):
+        (samples / f"images-00000000{number}-ddim-4.png").write_bytes(forged(what))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, *settings())
+    succeeded(done)
+    assert done.stderr.count("the page is without") == 3
+    page = (bucket / "runs/r/report.html").read_text()
+    assert '<span class="state finished">finished</span>' in page and page.count(" is not shown: ") == 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+
+
+def test_pictures_are_left_out_where_no_process_can_make_them_small(bucket, monkeypatch):
+    """As where a decoder ends it."""
+    monkeypatch.setattr("job.report.pictures.sys.executable", "/bin/false")
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    page = (bucket / "runs/walk/report.html").read_text()
+    assert data_of(page)["grids"] == [] and "it takes more than 20 s" in page
 
 
 def test_a_page_that_cannot_be_written_costs_no_training(tiles, tmp_path, monkeypatch):
