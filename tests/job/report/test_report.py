@@ -23,7 +23,7 @@ from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.report.forged import FORGED, forged
-from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen
+from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen, multiply
 
 SHOWN = ("sixteen bits",)
 NUMBERS = {
@@ -124,6 +124,37 @@ def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket
     assert 'href="runs/walk/report.html"' in page
     # It is no run.
     assert "report.html" not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))
+
+
+def test_a_page_of_all_runs_has_each_picture_once(bucket):
+    """And of the keys those that differ."""
+    multiply(bucket, "walk", 3)
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    page = (bucket / "report.html").read_text()
+    assert len(re.findall(r"data:image/webp;base64,", page)) == 4
+    runs = data_of(page)["runs"]
+    assert [run["config"]["train.seed"] for run in runs.values()] == [0, 1, 2, 3]
+    assert {key for run in runs.values() for key in run["config"]} == {"train.seed"}
+    assert runs["walk"]["loss"] == runs["walk-000"]["loss"] and len(runs["walk"]["loss"]["values"]) > 3
+
+
+@pytest.mark.slow
+def test_a_page_of_many_runs_is_small_and_soon_there(bucket):
+    lengthen(bucket, "walk", epochs=3, grids=1, rows=1500)
+    multiply(bucket, "walk", 201)
+    began = time.monotonic()
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    # 5 s on two cores that nobody else uses.
+    assert time.monotonic() - began < 60
+    assert (bucket / "report.html").stat().st_size < 4e6
+
+
+def test_a_forged_picture_is_told_on_the_page_of_all_runs(bucket):
+    multiply(bucket, "walk", 1)
+    (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(forged("a header alone"))
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    page = (bucket / "report.html").read_text()
+    assert "900000000" in page and page.count("data:image/webp;base64,") == 1
 
 
 def test_what_lies_in_a_page_s_way_is_left_out(bucket):
