@@ -22,9 +22,9 @@ from job.store import Store
 
 MOST_POINTS = 250
 """Of a run's loss."""
-ALL_BYTES, MOST_BYTES = 1_800_000, 60_000
+ALL_BYTES, MOST_BYTES = 2_000_000, 60_000
 """Of all pictures together, and of one."""
-PIXELS_PER_BYTE = 8
+PIXELS_PER_BYTE = 4
 """Of a sample grid as WebP, about: one that is tried at a size that fits is encoded once."""
 
 
@@ -69,7 +69,7 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
 
 def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     try:
-        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say)
+        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
     except Exception as error:
         # Whatever is wrong with one run, the others are to be seen.
         return Entry(name, None, why=str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")

@@ -16,7 +16,7 @@ from job.exits import TABLE
 from job.progress import printable
 from tests.fuzzing import examples, search
 from tests.job.command_line import ddpm_here, refused, succeeded
-from tests.job.report.forged import FORGED
+from tests.job.report.forged import FORGED, gif, png
 from tests.job.report.forged import forged as forged_picture
 
 RUN = "runs/walk"
@@ -137,7 +137,15 @@ KINDS = st.one_of(
     st.tuples(st.just("sealed"), VALUES),
 )
 NAMES = st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS])
-OF_PICTURES = st.tuples(st.sampled_from(PICTURES), st.tuples(st.just("picture"), st.sampled_from(sorted(FORGED))))
+SIDES = st.sampled_from([0, 1, 16, 9000, 30_000, 65_535])
+HEADERS = st.one_of(
+    st.builds(png, SIDES, SIDES | st.just(2**31 - 1), st.binary(max_size=99), st.binary(min_size=5, max_size=5)),
+    st.builds(gif, st.just(16), st.just(16), st.integers(1, 9), SIDES, SIDES),
+)
+OF_PICTURES = st.tuples(
+    st.sampled_from(PICTURES),
+    st.tuples(st.just("picture"), st.sampled_from(sorted(FORGED))) | st.tuples(st.just("bytes"), HEADERS),
+)
 HARM = st.lists(st.tuples(NAMES, KINDS) | OF_PICTURES, min_size=1, max_size=2, unique_by=lambda one: one[0])
 COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.sampled_from(WRITING))
 
