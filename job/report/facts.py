@@ -122,8 +122,6 @@ def facts_of(
     rows: Sequence[Row] | None = None,
     status: Status | None = None,
     say: Callable[[str], None] = note,
-    *,
-    only_loss: bool = False,
 ) -> Facts:
     """What a page says.
 
@@ -133,14 +131,13 @@ def facts_of(
         rows: of the metrics; None: those that the newest checkpoint names.
         status: how it is going; None: as its status says.
         say: told what could not be read.
-        only_loss: of the metrics that are read.
     """
     run, config = found.run, found.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
     manifest = _manifest(found, say)
     if rows is None:
-        rows = metrics.read_rows(run, manifest.metrics, say, only_loss=only_loss) if manifest else []
+        rows = metrics.read_rows(run, manifest.metrics, say) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = stretches(attempts_of(run), status)
     epoch_images, batch_size, how = found.dataset_images, config.train.batch_size, config.sample.name(found.own)
@@ -181,10 +178,9 @@ def facts_of(
 def merged(rows: Sequence[Row]) -> list[Row]:
     """Rows of one moment as one, in order; of what a resumed run logged again the last counts."""
     at: dict[int, Row] = {}
-    most = LARGEST**2
     for row in sorted(rows, key=lambda row: row["images_seen"]):
         # What is no number that can be drawn is left out.
-        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < most}
+        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < LARGEST**2}
         at.setdefault(row["images_seen"], {}).update(sound)
     return [at[images_seen] for images_seen in at if images_seen <= MAX_IMAGES_SEEN]
 

@@ -47,11 +47,6 @@ def put_page(facts: Facts, shelf: Shelf) -> None:
 
 def run_page(facts: Facts, shelf: Shelf) -> bytes:
     """The file."""
-    with shelf:
-        return _run_page(facts, shelf)
-
-
-def _run_page(facts: Facts, shelf: Shelf) -> bytes:
     run, config = facts.found.run, facts.config
     chosen = [facts.grids[i] for i in pictures.evenly(len(facts.grids), pictures.GRIDS)]
     grids = [
@@ -75,6 +70,7 @@ def _run_page(facts: Facts, shelf: Shelf) -> bytes:
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
+    shelf.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
@@ -153,7 +149,7 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
         known = [row for row in facts.rows if any(row.get(key) is not None for key, _, _ in of)]
         if not known:
             return
-        x, values = columns(known, [key for key, _, _ in of], unit)
+        x, *values = columns(known, [key for key, _, _ in of], unit)
         series = [
             {"label": label, "color": color, "values": column}
             for (_, label, color), column in zip(of, values, strict=True)
@@ -180,21 +176,15 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     return charts
 
 
-def columns(
-    rows: Sequence[Row], keys: Sequence[str], unit: int, points: int = POINTS
-) -> tuple[list[float], list[list[float | None]]]:
-    """Points along x, and the means of each key there, in as many blocks of rows as there are points."""
+def columns(rows: Sequence[Row], keys: Sequence[str], unit: int, points: int = POINTS) -> list[list[float | None]]:
+    """Points along x, and then the means of each key there, in as many blocks of rows as there are points."""
+    table = np.array([[row.get(key) for key in ("images_seen", *keys)] for row in rows], dtype=np.float64)
+    known = ~np.isnan(table)
     starts = [block[0] for block in np.array_split(np.arange(len(rows)), min(points, len(rows)))]
-
-    def means(key: str) -> list[float]:
-        values = np.array([row.get(key) for row in rows], dtype=np.float64)
-        known = ~np.isnan(values)
-        with np.errstate(invalid="ignore"):
-            means = np.add.reduceat(np.where(known, values, 0), starts) / np.add.reduceat(known, starts, dtype=int)
-        return means.tolist()
-
-    x = [_digits(value / unit, 7) or 0.0 for value in means("images_seen")]
-    return x, [[_digits(value) for value in means(key)] for key in keys]
+    with np.errstate(invalid="ignore"):
+        means = np.add.reduceat(np.where(known, table, 0), starts) / np.add.reduceat(known, starts, dtype=int)
+    x, *values = means.T.tolist()
+    return [[_digits(value / unit, 7) for value in x], *([_digits(value) for value in column] for column in values)]
 
 
 def _finish(chart: dict[str, Any]) -> None:

@@ -36,14 +36,7 @@ class _Line(BaseModel, extra="allow"):
     images_seen: int
 
 
-class _Loss(BaseModel):
-    """Of a row no more than a curve of the loss needs, in half of the time."""
-
-    images_seen: int
-    loss: int | float | None = None
-
-
-_LINES, _LOSSES = TypeAdapter(list[_Line]), TypeAdapter(list[_Loss])
+_LINES = TypeAdapter(list[_Line])
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
@@ -90,9 +83,7 @@ def _events(write: Callable[[SummaryWriter], None]) -> bytes:
         return path.read_bytes()
 
 
-def read_rows(
-    run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None, *, only_loss: bool = False
-) -> list[Row]:
+def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None) -> list[Row]:
     """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
 
     Raises:
@@ -100,12 +91,11 @@ def read_rows(
         ValidationError: one holds no rows, though a checkpoint vouches for it.
     """
     rows: list[Row] = []
-    adapter: TypeAdapter[Any] = _LOSSES if only_loss else _LINES
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
                 lines = b",".join(segment.read(run).splitlines())
-                rows += [{**row.__dict__, **(row.model_extra or {})} for row in adapter.validate_json(b"[%b]" % lines)]
+                rows += [line.__dict__ | line.__pydantic_extra__ for line in _LINES.validate_json(b"[%b]" % lines)]
             except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise

@@ -127,14 +127,12 @@ def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket
 
 
 def test_a_page_of_all_runs_has_each_picture_once(bucket):
-    """And of the keys those that differ."""
     multiply(bucket, "walk", 3)
     succeeded(ddpm_here("report", "--bucket", bucket))
     page = (bucket / "report.html").read_text()
     assert len(re.findall(r"data:image/webp;base64,", page)) == 4
     runs = data_of(page)["runs"]
     assert [run["config"]["train.seed"] for run in runs.values()] == [0, 1, 2, 3]
-    assert {key for run in runs.values() for key in run["config"]} == {"train.seed"}
     assert runs["walk"]["loss"] == runs["walk-000"]["loss"] and len(runs["walk"]["loss"]["values"]) > 3
 
 
