@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from math import sqrt
 from typing import Any
 
 from job.exits import JobError
 from job.plan import find_run
 from job.progress import Progress, note
-from job.report import pictures
 from job.report.facts import Facts, facts_of
-from job.report.page import PAGE_KEY, charts_of, rendered
+from job.report.page import PAGE_KEY, columns, rendered, smooth
 from job.report.pictures import Shelf
 from job.runs.layout import RUNS
 from job.runs.overview import run_names
@@ -21,8 +22,10 @@ from job.store import Store
 
 MOST_POINTS = 250
 """Of a run's loss."""
-ALL_BYTES, MOST_BYTES = 3_000_000, 60_000
+ALL_BYTES, MOST_BYTES = 1_500_000, 60_000
 """Of all pictures together, and of one."""
+PIXELS_PER_BYTE = 4
+"""A sample grid as WebP has about this density; a good guess of the size saves encoding it again."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +34,12 @@ class Entry:
 
     name: str
     facts: Facts | None
-    """None where it cannot be read."""
+    """None where it cannot be read; without the rows of its metrics, which would fill the memory."""
     why: str = ""
-    picture: str = ""
+    loss: dict[str, Any] = field(default_factory=dict)
+    """Its curve."""
+    grid: str = ""
+    """Key of the newest, in the bucket."""
     has_page: bool = False
 
 
@@ -42,33 +48,30 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     names = run_names(bucket)
     shelf, entries = Shelf(say), list[Entry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
-    with Progress("reading runs", total=len(names), unit="runs") as bar:
+    size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
+    # The process of the shelf makes the picture of one run small while the records of the next are read.
+    with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
         for number, name in enumerate(names, 1):
-            entries.append(_entry(bucket, name, shelf, most_bytes, say))
+            entries.append(_entry(bucket, name, say))
+            if entries[-1].grid:
+                pool.submit(shelf.get, bucket, entries[-1].grid, *size)
             bar.update(number)
-    data = {entry.name: _data(entry) for entry in entries if entry.facts}
-    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, runs_folder=RUNS)
+    grids = {entry.name: shelf.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
+    shelf.close()
+    data = {e.name: {"loss": e.loss, "config": e.facts.config.flat()} for e in entries if e.facts}
+    more = {"grids": grids, "missing": shelf.missing, "runs_folder": RUNS}
+    return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
 
 
-def _entry(bucket: Store, name: str, shelf: Shelf, most_bytes: int, say: Callable[[str], None]) -> Entry:
+def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     try:
         facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say)
+        x, loss = columns(facts.rows, ["loss"], facts.epoch_images or 1, MOST_POINTS) if facts.rows else ([], [])
     except Exception as error:
         # Whatever is wrong with one run, the others are to be seen.
         return Entry(name, None, str(error) if isinstance(error, JobError) else f"cannot be read: {error!r}")
-    run = run_store(bucket, name)
-    picture = shelf.get(run, facts.grids[-1].key, most_bytes, 800) if facts.grids else ""
     has_page = False
     with suppress(JobError):
-        has_page = run.exists(PAGE_KEY)
-    return Entry(name, facts, picture=picture, has_page=has_page)
-
-
-def _data(entry: Entry) -> dict[str, Any]:
-    assert entry.facts is not None
-    loss = next((chart for chart in charts_of(entry.facts) if chart["name"] == "loss"), None)
-    curve: dict[str, Any] = {"x": [], "values": []}
-    if loss is not None:
-        some = pictures.evenly(len(loss["x"]), MOST_POINTS)
-        curve = {"x": [loss["x"][i] for i in some], "values": [loss["series"][0]["values"][i] for i in some]}
-    return {"loss": curve, "config": entry.facts.config.flat(), "src": entry.picture}
+        has_page = run_store(bucket, name).exists(PAGE_KEY)
+    grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
+    return Entry(name, replace(facts, rows=[]), "", {"x": x, "values": smooth(loss)}, grid, has_page)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from job.config import CHOSEN_ELSEWHERE, FOLLOWS, LARGEST, RunConfig, draft
@@ -57,8 +58,12 @@ class Facts:
     """Of the network, about; 0 where there is no checkpoint yet."""
     checkpoints: list[str]
     """Moments of those that are there."""
-    verdict: Verdict | None
     state: str = field(default="not started")
+
+    @cached_property
+    def verdict(self) -> Verdict | None:
+        """How the run goes beside others of its preset; None where there is nothing to compare."""
+        return verdict_of(self.config, self.rows, self.found.index)
 
     @property
     def config(self) -> RunConfig:
@@ -153,21 +158,19 @@ def facts_of(
                 scores.append(Scores.load(run, key))
             except (BadDataError, ObjectMissingError) as error:
                 say(f"the page is without {error}")
-    whole = merged(rows)
     return Facts(
         found=found,
         name=name,
         status=status,
         outlook=outlook_of(attempts, status),
         attempts=attempts,
-        rows=whole,
+        rows=merged(rows),
         grids=own,
         denoising=gif,
         others=[key for key in sorted(moments) if key not in shown],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
         checkpoints=[moment_of(label(ref.images_seen)) for ref in sorted(refs, key=lambda ref: ref.images_seen)],
-        verdict=verdict_of(config, whole, found.index),
         state=state_in(run, status),
     )
 

@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from importlib import resources
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -59,15 +60,17 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         {"charts": charts_of(facts), "grids": grids, "unit": "epoch" if facts.epoch_images else "images seen"},
         facts=facts,
         grids=grids,
-        left_out=len(facts.grids) - len(grids),
+        left_out=len(facts.grids) - len(chosen),
         denoising=shelf.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
         sheet=_sheet(facts, shelf),
+        missing=shelf.missing,
         index=facts.found.index,
         classes=facts.found.classes,
         keys=keys,
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
+    shelf.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
@@ -146,11 +149,11 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
         known = [row for row in facts.rows if any(row.get(key) is not None for key, _, _ in of)]
         if not known:
             return
-        x, columns = _columns(known, [key for key, _, _ in of], unit)
+        x, *values = columns(known, [key for key, _, _ in of], unit)
         series = [
-            {"label": label, "color": color, "values": values}
-            for (_, label, color), values in zip(of, columns, strict=True)
-            if any(value is not None for value in values)
+            {"label": label, "color": color, "values": column}
+            for (_, label, color), column in zip(of, values, strict=True)
+            if any(value is not None for value in column)
         ]
         charts.append({"name": name, "title": title, "x": x, "series": series, **more})
 
@@ -173,15 +176,15 @@ def charts_of(facts: Facts) -> list[dict[str, Any]]:
     return charts
 
 
-def _columns(rows: Sequence[Row], keys: Sequence[str], unit: int) -> tuple[list[float], list[list[float | None]]]:
-    """Points along x, and the values of each key there, in as many blocks of rows as there are points."""
-    blocks = np.array_split(np.arange(len(rows)), min(POINTS, len(rows)))
-    x = [_digits(float(np.mean([rows[i]["images_seen"] for i in block])) / unit, 7) for block in blocks]
-    columns: list[list[float | None]] = []
-    for key in keys:
-        known = [[value for i in block if (value := rows[i].get(key)) is not None] for block in blocks]
-        columns.append([_digits(float(np.mean(values))) if values else None for values in known])
-    return [float(value or 0) for value in x], columns
+def columns(rows: Sequence[Row], keys: Sequence[str], unit: int, points: int = POINTS) -> list[list[float | None]]:
+    """Points along x, and then the means of each key there, in as many blocks of rows as there are points."""
+    table = np.array([[row.get(key) for key in ("images_seen", *keys)] for row in rows], dtype=np.float64)
+    known = ~np.isnan(table)
+    starts = [block[0] for block in np.array_split(np.arange(len(rows)), min(points, len(rows)))]
+    with np.errstate(invalid="ignore"):
+        means = np.add.reduceat(np.where(known, table, 0), starts) / np.add.reduceat(known, starts, dtype=int)
+    x, *values = means.T.tolist()
+    return [[_digits(value / unit, 7) for value in x], *([_digits(value) for value in column] for column in values)]
 
 
 def _finish(chart: dict[str, Any]) -> None:
@@ -196,11 +199,12 @@ def _finish(chart: dict[str, Any]) -> None:
         raw = {**first, "label": f"{first['label']}, each row", "faint": True}
         for series in (first, *others):
             if series["label"] != "held out":
-                series["values"] = _smooth(series["values"])
+                series["values"] = smooth(series["values"])
         chart["series"] = [*chart["series"], raw]
 
 
-def _smooth(values: list[float | None]) -> list[float | None]:
+def smooth(values: list[float | None]) -> list[float | None]:
+    """A curve without its jitter; None where nothing is known."""
     places = [i for i, value in enumerate(values) if value is not None]
     means = smoothed(np.array([values[i] for i in places], dtype=np.float64))
     result: list[float | None] = [None] * len(values)
@@ -211,4 +215,4 @@ def _smooth(values: list[float | None]) -> list[float | None]:
 
 def _digits(value: float, digits: int = 5) -> float | None:
     """Few digits, for thousands of numbers stand in a page; what is no number is left out."""
-    return float(f"{value:.{digits}g}") if np.isfinite(value) else None
+    return float(f"{value:.{digits}g}") if isfinite(value) else None

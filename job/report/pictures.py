@@ -2,70 +2,90 @@
 
 from __future__ import annotations
 
-from base64 import b64encode
+import sys
 from collections.abc import Callable
-from io import BytesIO
+from contextlib import suppress
+from subprocess import DEVNULL, PIPE, Popen
 
-from PIL import Image, ImageSequence
-
-from job.exits import JobError
+from job.exits import BadDataError, JobError
+from job.report.small import MEMORY_BYTES, SECONDS
 from job.store import Store
 
 GRIDS = 60
 """On a page, at most: of more, as many as that, evenly spaced."""
 GRID_BYTES, NEWEST_BYTES, DENOISING_BYTES, SHEET_BYTES = 36_000, 400_000, 600_000, 150_000
 """Of a picture, at most: all of them together, as base64, leave a page below 5 MB."""
-THUMBNAIL_BYTES, THUMBNAIL_PIXELS = 14_000, 320
 WIDEST_PIXELS = 1200
+MOST_FILE_BYTES = 1 << 27
+"""A longer object is read up to here, and so counts as truncated."""
 
 
 class Shelf:
-    """Pictures as data URIs, each read and made small once: none changes under its name while a run goes."""
+    """Pictures as data URIs, each read and made small once: none changes under its name while a run goes.
+
+    Another process decodes them: a damaged or hostile file must not cost a training its memory, its time or its life.
+
+    Attributes:
+        missing: why a page is without a picture, by its URI.
+    """
 
     def __init__(self, say: Callable[[str], None]) -> None:
         """`say` is told what could not be read."""
         self._say, self._made = say, dict[tuple[str, int, int], str]()
+        self.missing = dict[str, str]()
+        self._process: Popen[bytes] | None = None
+
+    def close(self) -> None:
+        """Ends that process; the next picture starts another."""
+        if self._process is not None:
+            self._process.kill()
+            with suppress(BrokenPipeError), self._process:
+                self._process = None
 
     def get(self, store: Store, key: str, most_bytes: int, widest_pixels: int = WIDEST_PIXELS) -> str:
         """An object's picture; empty for one that is not there, or cannot be read."""
-        return self.made((store.uri_of(key), most_bytes, widest_pixels), lambda: store.read(key).data)
+
+        def data() -> bytes:
+            with store.open(key) as file:
+                return file.read(MOST_FILE_BYTES)
+
+        return self.made((store.uri_of(key), most_bytes, widest_pixels), data)
 
     def made(self, name: tuple[str, int, int], data: Callable[[], bytes]) -> str:
         """A picture by what tells it from all others: where it is from, its bytes at most, and its widest pixels."""
         if name not in self._made:
+            self.missing.pop(name[0], None)
             try:
-                self._made[name] = small(data(), *name[1:])
-            except (JobError, OSError, ValueError, SyntaxError) as error:
+                self._made[name] = self._small(data(), *name[1:])
+            except Exception as error:
                 # Whatever somebody put in the place of a picture is none, which is no reason for a page to fail.
-                why = error if isinstance(error, JobError) else f"it is no picture ({type(error).__name__})"
-                self._say(f"the page is without {name[0]}: {why}")
-                return ""
-        return self._made[name]
+                self.missing[name[0]] = str(error) or type(error).__name__
+                self._say(f"the page is without {name[0]}: {self.missing[name[0]]}")
+                if not isinstance(error, JobError) or isinstance(error, BadDataError):
+                    # It would be the same again.
+                    self._made[name] = ""
+        return self._made.get(name, "")
 
+    def _small(self, data: bytes, most_bytes: int, widest_pixels: int) -> str:
+        """See `small.small`.
 
-def small(data: bytes, most_bytes: int, widest_pixels: int = WIDEST_PIXELS) -> str:
-    """A picture, or an animation, as the data URI of a WebP of about so many bytes at most."""
-    with Image.open(BytesIO(data)) as picture:
-        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(picture)]
-        milliseconds = picture.info.get("duration", 200)
-    encoded = b""
-    # Fewer pixels where a lower quality would show.
-    for scale in (1.0, 0.7, 0.5, 0.35, 0.25):
-        width = min(widest_pixels, round(frames[0].width * scale))
-        size = width, max(1, round(frames[0].height * width / frames[0].width))
-        scaled = [frame.resize(size, Image.Resampling.LANCZOS) if frame.size != size else frame for frame in frames]
-        for quality in (82, 60):
-            file = BytesIO()
-            more = {"save_all": True, "append_images": scaled[1:], "duration": milliseconds, "loop": 0}
-            scaled[0].save(file, "WEBP", quality=quality, method=2, **(more if len(scaled) > 1 else {}))
-            encoded = file.getvalue()
-            if len(encoded) <= most_bytes:
-                return _uri(encoded)
-    return _uri(encoded)
-
-
-def _uri(webp: bytes) -> str:
-    return f"data:image/webp;base64,{b64encode(webp).decode()}"
+        Raises:
+            BadDataError: it cannot be shown.
+        """
+        if (child := self._process) is None:
+            command = [sys.executable, "-X", "utf8", "-P", "-m", "job.report.small"]
+            # Ctrl-C is for the program that asks.
+            child = self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
+        assert child.stdin is not None and child.stdout is not None
+        with suppress(BrokenPipeError):
+            child.stdin.writelines((b"%d %d %d\n" % (len(data), most_bytes, widest_pixels), data))
+            child.stdin.flush()
+        if not (answer := child.stdout.readline().decode().strip()):
+            self.close()
+            raise BadDataError(f"it takes more than {SECONDS} s or {MEMORY_BYTES:,} bytes of memory")
+        if not answer.startswith("data:"):
+            raise BadDataError(answer)
+        return answer
 
 
 def evenly(count: int, most: int) -> list[int]:

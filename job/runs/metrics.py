@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from job.config import RunConfig
 from job.exits import BadDataError
@@ -34,6 +34,9 @@ class _Line(BaseModel, extra="allow"):
 
     __pydantic_extra__: dict[str, int | float | None]
     images_seen: int
+
+
+_LINES = TypeAdapter(list[_Line])
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
@@ -91,7 +94,8 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
-                rows += [_Line.model_validate_json(line).model_dump() for line in segment.read(run).splitlines()]
+                lines = b",".join(segment.read(run).splitlines())
+                rows += [line.__dict__ | line.__pydantic_extra__ for line in _LINES.validate_json(b"[%b]" % lines)]
             except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise

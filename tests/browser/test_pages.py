@@ -13,7 +13,7 @@ import pytest
 
 from tests.job.command_line import ddpm_here, succeeded
 from tests.job.conftest import cache_folder, made_once, tiles, walked  # noqa: F401 -- fixtures
-from tests.job.report.hostile import CLASSES, fill_hostile, lengthen
+from tests.job.report.hostile import CLASSES, fill_hostile, lengthen, multiply
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -42,6 +42,9 @@ def bucket(walked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:  # n
     folder = tmp_path_factory.mktemp("pages") / "bucket"
     fill_hostile(folder)
     shutil.copytree(walked, folder, dirs_exist_ok=True)
+    # A bucket of many runs.
+    multiply(shutil.copytree(walked, folder / "many"), "walk", 59)
+    succeeded(ddpm_here("report", "--bucket", folder / "many"))
     lengthen(folder, "walk", epochs=500, grids=50, rows=8000)
     for words in (("walk",), ("odd",), ()):
         succeeded(ddpm_here("report", *words, "--bucket", folder))
@@ -162,6 +165,23 @@ def test_runs_are_sorted_and_any_two_of_them_lie_side_by_side(opened):
     assert page.locator("#losses canvas").count() == 1
     page.locator("#runs a", has_text="walk").click()
     assert page.url.endswith("/runs/walk/report.html")
+
+
+def test_many_runs_are_sorted_and_each_picture_is_there_once(opened):
+    page = opened("many/report.html")
+    sizes = page.evaluate("[...document.querySelectorAll('img.thumbnail')].map(image => image.naturalWidth)")
+    assert len(sizes) == 60 and min(sizes) > 100
+    for _ in range(2):
+        page.locator("#runs th button", has_text="Run").click()
+    assert page.locator("#runs tbody th").first.inner_text() == "walk-058"
+    page.locator("#first").select_option("walk-058")
+    page.locator("#second").select_option("walk-007")
+    for side, name in (("first", "walk-058"), ("second", "walk-007")):
+        assert page.evaluate(f"document.getElementById('{side}-grid').naturalWidth") > 100
+        thumbnail = page.locator(f"#runs img[alt='Newest sample grid of {name}']")
+        assert page.locator(f"#{side}-grid").get_attribute("src") == thumbnail.get_attribute("src")
+    assert page.locator("#differing tbody td").all_inner_texts() == ["59", "8"]
+    assert page.locator("#losses canvas").count() == 1
 
 
 def test_the_page_prints_its_numbers_without_its_script(browser, bucket):

@@ -15,6 +15,8 @@ from job.exits import TABLE
 from job.progress import printable
 from tests.fuzzing import examples, forged, sealed, search
 from tests.job.command_line import ddpm_here, refused, succeeded
+from tests.job.report.forged import FORGED, gif, png
+from tests.job.report.forged import forged as forged_picture
 
 RUN = "runs/walk"
 ESCAPE = "\x1b]0;owned\x07\x1b[2J"
@@ -33,6 +35,11 @@ OBJECTS = [
     *(f"datasets/tiles-16/{name}" for name in ("index.json", "shard-00000.offsets")),
     "jobs/train-walk/0-of-1.json",
 ]
+PICTURES = [
+    *(f"{RUN}/samples/{name}-ddim-4.png" for name in ("epoch-0001", "epoch-0003", "images-000000007")),
+    *(f"{RUN}/{name}" for name in ("samples/denoising-epoch-0003-ddim-4.gif", "figures/loss.png")),
+    "datasets/tiles-16/contact-sheet.png",
+]
 STRANGERS = [
     f"{RUN}/checkpoints/999999-000000000000/MANIFEST.json",
     f"{RUN}/checkpoints/000002-999999999999/MANIFEST.json",
@@ -47,6 +54,7 @@ READING = (
     *("runs compare walk walk", "runs prune walk --dry-run", "report", "report walk", "data list", "data show tiles"),
     *("jobs list", "jobs status train-walk", "submit train --dataset tiles --run walk --dry-run"),
     *("submit sample --run walk --dry-run", "submit evaluate --run walk --dry-run"),
+    "figure noising --dataset tiles --timesteps 5,9",
 )
 WRITING = (
     *("sample --run walk --seeds 0 --no-nearest", "sample --run walk --count 3", "runs prune walk"),
@@ -79,6 +87,8 @@ def harm(path: Path, how: tuple[str, Any]) -> None:
             os.mkfifo(path)
         case "bytes":
             path.write_bytes(value)
+        case "picture":
+            path.write_bytes(forged_picture(value))
         case "forged":
             path.write_bytes(forged(before, *value))
         case "sealed":
@@ -97,7 +107,16 @@ KINDS = st.one_of(
     st.tuples(st.just("sealed"), VALUES),
 )
 NAMES = st.sampled_from([*OBJECTS, *OBJECTS, *STRANGERS])
-HARM = st.lists(st.tuples(NAMES, KINDS), min_size=1, max_size=2, unique_by=lambda one: one[0])
+SIDES = st.sampled_from([0, 1, 16, 9000, 30_000, 65_535])
+HEADERS = st.one_of(
+    st.builds(png, SIDES, SIDES | st.just(2**31 - 1), st.binary(max_size=99), st.binary(min_size=5, max_size=5)),
+    st.builds(gif, st.just(16), st.just(16), st.integers(1, 9), SIDES, SIDES),
+)
+OF_PICTURES = st.tuples(
+    st.sampled_from(PICTURES),
+    st.tuples(st.just("picture"), st.sampled_from(sorted(FORGED))) | st.tuples(st.just("bytes"), HEADERS),
+)
+HARM = st.lists(st.tuples(NAMES, KINDS) | OF_PICTURES, min_size=1, max_size=2, unique_by=lambda one: one[0])
 COMMANDS = st.tuples(st.sampled_from(READING), st.sampled_from(READING), st.sampled_from(WRITING))
 
 
@@ -151,6 +170,8 @@ def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
 ) -> None:
     monkeypatch.setattr("job.runs.lease.EXPIRE_SECONDS", 0.3)
     monkeypatch.setattr("job.runs.lease.WATCH_SECONDS", 0.05)
+    # Where a figure goes.
+    monkeypatch.chdir(tmp_path)
     bucket = tmp_path / "bucket"
 
     @search(count, HARM, COMMANDS)

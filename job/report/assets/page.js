@@ -165,8 +165,9 @@
       const chosen = sides.map((side) => data.runs[side.value]);
       for (const [number, side] of sides.entries()) {
         const image = document.getElementById(`${side.id}-grid`);
-        image.classList.toggle("hidden", !chosen[number].src);
-        image.src = chosen[number].src;
+        const { src = "" } = table.querySelector(`img[data-run="${side.value}"]`) ?? {};
+        image.classList.toggle("hidden", !src);
+        image.src = src;
         image.alt = `Newest sample grid of ${side.value}`;
         document.getElementById(`${side.id}-caption`).textContent = side.value;
         document.getElementById(`${side.id}-head`).textContent = side.value;

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import re
+import shutil
 import zipfile
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -66,6 +69,18 @@ def lengthen(bucket: Path, run: str, epochs: int, grids: int, rows: int) -> None
         store.put(key, data)
     named = tuple(NamedObject.of(key, data) for key, data in objects.items())
     store.put(ObjectKind.MANIFEST.key(checkpoint=ref), manifest.model_copy(update={"metrics": named}).to_json())
+
+
+def multiply(bucket: Path, run: str, count: int) -> None:
+    """Adds so many runs, `RUN-000` and on, that differ from this one in their seed alone."""
+    for number in range(count):
+        copied = shutil.copytree(bucket / "runs" / run, bucket / f"runs/{run}-{number:03d}")
+        config, attempt = copied / "config.yaml", copied / "attempts/000001.json"
+        config.write_text(re.sub(r"\bseed: \d+", f"seed: {number + 1}", config.read_text()))
+        record = json.loads(attempt.read_bytes()) | {"config_sha256": sha256(config.read_bytes()).hexdigest()}
+        del record["sha256"]
+        record["sha256"] = sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+        attempt.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def data_of(page: str) -> dict[str, object]:

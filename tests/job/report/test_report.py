@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import json
 import re
+import resource
 import shlex
 import shutil
 import time
@@ -21,7 +22,15 @@ from job.report.pictures import Shelf, evenly
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
-from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen
+from tests.job.report.forged import FORGED, forged
+from tests.job.report.hostile import CLASSES, data_of, fill_hostile, lengthen, multiply
+
+SHOWN = ("sixteen bits",)
+NUMBERS = {
+    "many large frames": "300 × 4,000 × 4,000",
+    "many small frames": "100,000 × 1 × 1",
+    "a header alone": "900000000",
+}
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +126,35 @@ def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket
     assert "report.html" not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))
 
 
+def test_a_page_of_all_runs_has_each_picture_once(bucket):
+    multiply(bucket, "walk", 3)
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    page = (bucket / "report.html").read_text()
+    assert len(re.findall(r"data:image/webp;base64,", page)) == 4
+    runs = data_of(page)["runs"]
+    assert [run["config"]["train.seed"] for run in runs.values()] == [0, 1, 2, 3]
+    assert runs["walk"]["loss"] == runs["walk-000"]["loss"] and len(runs["walk"]["loss"]["values"]) > 3
+
+
+@pytest.mark.slow
+def test_a_page_of_many_runs_is_small_and_soon_there(bucket):
+    lengthen(bucket, "walk", epochs=3, grids=1, rows=1500)
+    multiply(bucket, "walk", 201)
+    began = time.monotonic()
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    # 5 s on two cores that nobody else uses.
+    assert time.monotonic() - began < 60
+    assert (bucket / "report.html").stat().st_size < 4e6
+
+
+def test_a_forged_picture_is_told_on_the_page_of_all_runs(bucket):
+    multiply(bucket, "walk", 1)
+    (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(forged("a header alone"))
+    succeeded(ddpm_here("report", "--bucket", bucket))
+    page = (bucket / "report.html").read_text()
+    assert "900000000" in page and page.count("data:image/webp;base64,") == 1
+
+
 def test_what_lies_in_a_page_s_way_is_left_out(bucket):
     (bucket / "runs/walk/samples/epoch-0003-ddim-4.png").write_bytes(b"no picture")
     max((bucket / "runs/walk/metrics").glob("*.jsonl")).write_text("{}")
@@ -125,6 +163,45 @@ def test_what_lies_in_a_page_s_way_is_left_out(bucket):
     assert "the page is without" in done.stderr and "epoch-0003" in done.stderr
     assert "going on without the rows of" in done.stderr
     assert data_of((bucket / "runs/walk/report.html").read_text())["grids"] == []
+
+
+@pytest.mark.parametrize("what", FORGED)
+def test_whatever_a_picture_is_a_line_stands_in_its_place(bucket, what):
+    path = bucket / "runs/walk/samples/epoch-0001-ddim-4.png"
+    path.write_bytes(forged(what))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    page = html.unescape((bucket / "runs/walk/report.html").read_text())
+    if what in SHOWN:
+        assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 1", "epoch 3"]
+    else:
+        assert [grid["moment"] for grid in data_of(page)["grids"]] == ["epoch 3"]
+        (why,) = re.findall(rf"{re.escape(str(path))} is not shown: (.*)\.\n?</p>", page)
+        assert (NUMBERS.get(what) or why) in why
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_a_picture_costs_a_training_neither_memory_nor_its_end(tiles, tmp_path):
+    bucket = shutil.copytree(tiles, tmp_path / "bucket")
+    samples = bucket / "runs/r/samples"
+    samples.mkdir(parents=True)
+    for number, what in enumerate(("many large frames", "a header alone", "cut off")):
+        (samples / f"images-00000000{number}-ddim-4.png").write_bytes(forged(what))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1, *settings())
+    succeeded(done)
+    assert done.stderr.count("the page is without") == 3
+    page = (bucket / "runs/r/report.html").read_text()
+    assert '<span class="state finished">finished</span>' in page and page.count(" is not shown: ") == 3
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300 << 10
+
+
+def test_pictures_are_left_out_where_no_process_can_make_them_small(bucket, monkeypatch):
+    """As where a decoder ends it."""
+    monkeypatch.setattr("job.report.pictures.sys.executable", "/bin/false")
+    succeeded(ddpm_here("report", "walk", "--bucket", bucket))
+    page = (bucket / "runs/walk/report.html").read_text()
+    assert data_of(page)["grids"] == [] and "it takes more than 20 s" in page
 
 
 def test_a_page_that_cannot_be_written_costs_no_training(tiles, tmp_path, monkeypatch):

@@ -1,0 +1,78 @@
+"""Makes a picture small. The pages run this module as a program, so that decoding cannot take their memory or time.
+
+The program reads a line `BYTES MOST_BYTES WIDEST_PIXELS` and a picture of that many bytes, again and again. For each it
+writes a line: a data URI, or an error.
+"""
+
+from __future__ import annotations
+
+import resource
+import signal
+import sys
+from base64 import b64encode
+from contextlib import suppress
+from io import BytesIO
+from math import prod, sqrt
+
+from PIL import Image, ImageSequence
+
+MOST_FRAMES, MOST_PIXELS = 1000, 89_478_485
+"""Limits of a picture; the pixels are those of all frames together, by Pillow's limit for one image."""
+NARROWEST_PIXELS = 32
+MEMORY_BYTES, SECONDS = 1 << 30, 20
+"""Limits of the program: address space, and processor time for each picture."""
+
+
+def small(data: bytes, most_bytes: int, widest_pixels: int) -> str:
+    """Returns a PNG, or the animation of a GIF, as the data URI of a WebP of at most about `most_bytes`.
+
+    Raises:
+        ValueError: it has more frames or pixels than are shown.
+        OSError, SyntaxError: it is damaged, or something else.
+    """
+    # No other kind is written into a run's folder, and some decoders take memory before they tell a size.
+    with Image.open(BytesIO(data), formats=("PNG", "GIF")) as picture:
+        size, count = picture.size, getattr(picture, "n_frames", 1)
+        if count > MOST_FRAMES or count * prod(size) > MOST_PIXELS:
+            raise ValueError(f"it has {count:,} × {size[0]:,} × {size[1]:,} pixels, and a page has room for few")
+        width = min(widest_pixels, size[0])
+        # One at a time: hundreds of whole frames would not fit into the memory.
+        frames = [_resized(frame.convert("RGB"), width) for frame in ImageSequence.Iterator(picture)]
+        milliseconds = picture.info.get("duration", 200)
+    more = {"save_all": True, "duration": milliseconds, "loop": 0} if len(frames) > 1 else {}
+    while True:
+        file = BytesIO()
+        frames[0].save(file, "WEBP", quality=75, method=2, append_images=frames[1:], **more)
+        over = file.tell() / most_bytes
+        if over <= 1 or width <= NARROWEST_PIXELS:
+            return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
+        # Fewer pixels where a lower quality would show; bytes grow with them.
+        width = max(NARROWEST_PIXELS, int(0.95 * width / sqrt(over)))
+        frames = [_resized(frame, width) for frame in frames]
+
+
+def _resized(frame: Image.Image, width: int) -> Image.Image:
+    size = width, max(1, round(frame.height * width / frame.width))
+    return frame if frame.size == size else frame.resize(size, Image.Resampling.HAMMING)
+
+
+def main() -> None:
+    """Answers until the input ends. A picture that exceeds `SECONDS`, or crashes the decoder, ends the process."""
+    # Some systems have no such limit.
+    with suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    while line := sys.stdin.buffer.readline():
+        size_bytes, most_bytes, widest_pixels = map(int, line.split())
+        # Processor time, because a busy machine must not lose pictures. Its signal ends the process.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
+        try:
+            answer = small(sys.stdin.buffer.read(size_bytes), most_bytes, widest_pixels)
+        # Decoders meet broken files with anything from SyntaxError to ZeroDivisionError.
+        except Exception as error:
+            # Pillow's message ends with the address of a Python object.
+            answer = " ".join(str(error).partition(" <_io")[0].split()) or type(error).__name__
+        print(answer, flush=True)
+
+
+if __name__ == "__main__":
+    main()
