@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Sampling, make_denoiser
+from ddpm.generation import Sampling, from_noise, make_denoiser
 from ddpm.grids import make_grid
 from ddpm.guidance import Guidance
 from ddpm.objective import Condition
@@ -339,6 +339,16 @@ class Gaussian:
 
 
 PROCESSES: Sequence[Process] = (linear_schedule(), cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow())
+
+
+def test_new_images_begin_with_noise_of_the_deviation_that_their_process_has() -> None:
+    """And end where the flow leads from there; EDM's begin with σ_max, and where variance is kept, with 1."""
+    data = Gaussian()
+    for process, deviation in zip(PROCESSES, (1, 1, 20, 1), strict=True):
+        points = make_grid(process, 400, "trailing")
+        found = from_noise(ddim, data.denoise, points, lambda draw: normal(draw).double())
+        expected = data.flow(deviation * normal(0).double(), points[0], CLEAN)
+        assert_close(found, expected, rtol=0.02, atol=0.01)
 
 
 def test_ddim_follows_the_probability_flow_of_every_process_to_first_order() -> None:
