@@ -177,11 +177,18 @@ class OnNetwork:
     def ways(self) -> Iterator[tuple[str, Draw]]:
         """All ways of drawing, by name."""
         seeds = torch.arange(IMAGES)
-        finder = self._denoiser(seeds), self._noise(seeds), self.process
+        denoise, noise = self._denoiser(seeds), self._noise(seeds)
+        estimates: dict[float, Tensor] = {}
+
+        def once(x: Tensor, point: Point[float]) -> Tensor:
+            # The fine trajectory is the same for all numbers of steps.
+            if point.t not in estimates:
+                estimates[point.t] = denoise(x, point)
+            return estimates[point.t]
 
         @cache
         def found(steps: int) -> tuple[int, ...]:
-            return tuple(find_grid(*finder, steps, CANDIDATES))
+            return tuple(find_grid(once, noise, self.process, steps, CANDIDATES))
 
         def ours(sampler: str, order: int, grid: Any, evaluations: int) -> Tensor:
             steps = most_steps(self.process, sampler, evaluations)
@@ -208,10 +215,11 @@ class OnNetwork:
 
         def theirs(kind: Any, config: dict[str, Any], evaluations: int) -> Tensor:
             scheduler = kind(trained_betas=betas, prediction_type=output, **config)
-            scheduler.set_timesteps(evaluations)
-            if len(scheduler.timesteps) > evaluations:
-                # Methods that ask twice a step.
-                scheduler.set_timesteps((evaluations + 1) // 2)
+            for steps in range(evaluations, 0, -1):
+                scheduler.set_timesteps(steps)
+                # Some methods ask more than once a step.
+                if len(scheduler.timesteps) <= evaluations:
+                    break
             return walk(scheduler)
 
         def on_found(evaluations: int) -> Tensor:
@@ -232,6 +240,7 @@ class OnNetwork:
 
         kinds: dict[str, tuple[Any, dict[str, Any]]] = {
             "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),
+            "Euler": (diffusers.EulerDiscreteScheduler, {}),
             "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
             "LMS": (diffusers.LMSDiscreteScheduler, {}),
             "Heun": (diffusers.HeunDiscreteScheduler, {}),
