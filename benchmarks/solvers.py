@@ -10,6 +10,7 @@ of 500 steps of UniPC for the same seeds. Each way asks the network as often, or
 from __future__ import annotations
 
 import argparse
+import inspect
 import io
 import json
 import math
@@ -47,6 +48,8 @@ from job.stop import NEVER
 EVALUATIONS = (5, 10, 20)
 STEPS = (40, 80, 160, 320)
 FINE = 960
+SPACINGS = ("karras_sigmas", "exponential_sigmas", "beta_sigmas", "lu_lambdas")
+"""Those of diffusers beside its timestep spacings."""
 EXACT_STEPS = 500
 ORDERS: dict[str, tuple[samplers.Sampler, int]] = {
     "ddim, euler": (samplers.ddim, 1),
@@ -58,12 +61,14 @@ ORDERS: dict[str, tuple[samplers.Sampler, int]] = {
     "ipndm, order 2": (partial(samplers.ipndm, order=2), 2),
     "ipndm, order 3": (samplers.ipndm, 2),
     "ipndm, order 4": (partial(samplers.ipndm, order=4), 2),
+    "deis, order 2": (partial(samplers.deis, order=2), 2),
+    "deis, order 3": (samplers.deis, 2),
 }
 """Samplers without noise, and their orders of convergence on any grid."""
 
 
 class Mixture:
-    """Images from three normal distributions, whose denoiser is known exactly on any process."""
+    """Independent pixels from three normal distributions: the denoiser and the flow are known on any process."""
 
     means, stds, shares = torch.tensor(
         [[-0.7, 0.1, 0.6], [0.15, 0.25, 0.1], [0.3, 0.5, 0.2]], dtype=torch.float64
@@ -75,6 +80,21 @@ class Mixture:
         away = x[..., None] - point.alpha * self.means
         likely = (self.shares.log() - variances.log() / 2 - away**2 / (2 * variances)).softmax(-1)
         return (likely * (self.means + point.alpha * self.stds**2 / variances * away)).sum(-1)
+
+    def flow(self, x: Tensor, start: Point[float], end: Point[float]) -> Tensor:
+        """Where the probability flow leads: each pixel keeps its quantile, which is searched for by bisection."""
+
+        def quantile(x: Tensor, point: Point[float]) -> Tensor:
+            stds = ((point.alpha * self.stds) ** 2 + point.sigma**2).sqrt()
+            return (self.shares * torch.special.ndtr((x[..., None] - point.alpha * self.means) / stds)).sum(-1)
+
+        wanted, low = quantile(x, start), torch.full_like(x, -10 * (1 + end.sigma))
+        high = -low
+        for _ in range(80):
+            middle = (low + high) / 2
+            below = quantile(middle, end) < wanted
+            low, high = middle.where(below, low), high.where(below, middle)
+        return low
 
 
 def refined(process: Process, steps: int) -> list[Point[float]]:
@@ -98,9 +118,9 @@ def errors_by_steps(steps: Sequence[int] = STEPS) -> dict[str, dict[str, list[fl
     }
     found: dict[str, dict[str, list[float]]] = {}
     for name, process in processes.items():
-        fine = refined(process, FINE)
-        x = math.hypot(0.5 * fine[0].alpha, fine[0].sigma) * noise
-        exact = samplers.unipc(data.denoise, x, fine, _no_noise)
+        start, end = refined(process, 1)
+        x = math.hypot(0.5 * start.alpha, start.sigma) * noise
+        exact = data.flow(x, start, end)
         found[name] = {
             sampler: [rms(function(data.denoise, x, refined(process, n), _no_noise) - exact) for n in steps]
             for sampler, (function, _) in ORDERS.items()
@@ -157,11 +177,18 @@ class OnNetwork:
     def ways(self) -> Iterator[tuple[str, Draw]]:
         """All ways of drawing, by name."""
         seeds = torch.arange(IMAGES)
-        finder = self._denoiser(seeds), self._noise(seeds), self.process
+        denoise, noise = self._denoiser(seeds), self._noise(seeds)
+        estimates: dict[float, Tensor] = {}
+
+        def once(x: Tensor, point: Point[float]) -> Tensor:
+            # The fine trajectory is the same for all numbers of steps.
+            if point.t not in estimates:
+                estimates[point.t] = denoise(x, point)
+            return estimates[point.t]
 
         @cache
         def found(steps: int) -> tuple[int, ...]:
-            return tuple(find_grid(*finder, steps, CANDIDATES))
+            return tuple(find_grid(once, noise, self.process, steps, CANDIDATES))
 
         def ours(sampler: str, order: int, grid: Any, evaluations: int) -> Tensor:
             steps = most_steps(self.process, sampler, evaluations)
@@ -170,15 +197,15 @@ class OnNetwork:
             return sampling.solver(self.process)(self._denoiser(self.seeds), self.start, points, _no_noise)
 
         (last,) = numbered_points(self.process, [self.process.num_timesteps - 1])[:1]
-        for grid in ("trailing", *(["karras"] if last.alpha else []), "found"):
+        for grid in ("trailing", *(["karras", "log_snr"] if last.alpha else []), "found"):
             for sampler in ("ddim", "heun", "dpmpp_2m", "dpmpp_3m"):
                 yield f"ours: {sampler}, {grid}", partial(ours, sampler, 1, grid)
-            for sampler, order in product(("unipc", "ipndm"), (2, 3)):
+            for sampler, order in product(("unipc", "ipndm", "deis"), (2, 3)):
                 yield f"ours: {sampler} of order {order}, {grid}", partial(ours, sampler, order, grid)
         if isinstance(self.process, VariancePreserving):
-            yield from self._theirs(self.process.betas.float().numpy())
+            yield from self._theirs(self.process.betas.float().numpy(), found)
 
-    def _theirs(self, betas: np.ndarray) -> Iterator[tuple[str, Draw]]:
+    def _theirs(self, betas: np.ndarray, found: Callable[[int], tuple[int, ...]]) -> Iterator[tuple[str, Draw]]:
         """Schedulers of diffusers as its users choose them, each with its own arithmetic on the same betas."""
         import diffusers
 
@@ -188,7 +215,19 @@ class OnNetwork:
 
         def theirs(kind: Any, config: dict[str, Any], evaluations: int) -> Tensor:
             scheduler = kind(trained_betas=betas, prediction_type=output, **config)
-            scheduler.set_timesteps((evaluations + 1) // 2 if kind is diffusers.HeunDiscreteScheduler else evaluations)
+            for steps in range(evaluations, 0, -1):
+                scheduler.set_timesteps(steps)
+                # Some methods ask more than once a step.
+                if len(scheduler.timesteps) <= evaluations:
+                    break
+            return walk(scheduler)
+
+        def on_found(evaluations: int) -> Tensor:
+            scheduler = diffusers.DPMSolverMultistepScheduler(trained_betas=betas, prediction_type=output)
+            scheduler.set_timesteps(timesteps=[*found(evaluations)])
+            return walk(scheduler)
+
+        def walk(scheduler: Any) -> Tensor:
             if hasattr(scheduler, "set_begin_index"):
                 # Of equal rounded timesteps it would take the wrong one.
                 scheduler.set_begin_index(0)
@@ -199,20 +238,28 @@ class OnNetwork:
                 x = scheduler.step(self.painter.predict(seen, told, condition), t, x).prev_sample
             return x
 
-        kinds = {
+        kinds: dict[str, tuple[Any, dict[str, Any]]] = {
             "DDIM": (diffusers.DDIMScheduler, {"clip_sample": False}),
-            "DPM++ 2M": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 2}),
-            "DPM++ 3M": (diffusers.DPMSolverMultistepScheduler, {"solver_order": 3}),
-            "UniPC of order 2": (diffusers.UniPCMultistepScheduler, {"solver_order": 2}),
-            "UniPC of order 3": (diffusers.UniPCMultistepScheduler, {"solver_order": 3}),
-            "DEIS": (diffusers.DEISMultistepScheduler, {"solver_order": 3}),
+            "Euler": (diffusers.EulerDiscreteScheduler, {}),
+            "PNDM": (diffusers.PNDMScheduler, {"skip_prk_steps": True}),
+            "LMS": (diffusers.LMSDiscreteScheduler, {}),
             "Heun": (diffusers.HeunDiscreteScheduler, {}),
+            "KDPM2": (diffusers.KDPM2DiscreteScheduler, {}),
         }
-        for spacing, (name, (kind, config)) in product(("leading", "trailing", "linspace"), kinds.items()):
-            yield f"diffusers: {name}, {spacing}", partial(theirs, kind, config | {"timestep_spacing": spacing})
-        for name in ("DPM++ 2M", "DPM++ 3M", "UniPC of order 2", "UniPC of order 3", "Heun"):
-            kind, config = kinds[name]
-            yield f"diffusers: {name}, karras", partial(theirs, kind, config | {"use_karras_sigmas": True})
+        for order in (2, 3):
+            by_order = {"solver_order": order}
+            kinds |= {
+                f"DPM++ {order}M": (diffusers.DPMSolverMultistepScheduler, by_order),
+                f"DPM++ {order}S": (diffusers.DPMSolverSinglestepScheduler, by_order),
+                f"UniPC of order {order}": (diffusers.UniPCMultistepScheduler, by_order),
+                f"DEIS of order {order}": (diffusers.DEISMultistepScheduler, by_order),
+            }
+        options = {spacing: {"timestep_spacing": spacing} for spacing in ("leading", "trailing", "linspace")}
+        options |= {name: {f"use_{name}": True} for name in SPACINGS}
+        for (spacing, chosen), (name, (kind, config)) in product(options.items(), kinds.items()):
+            if chosen.keys() <= inspect.signature(kind).parameters.keys():
+                yield f"diffusers: {name}, {spacing}", partial(theirs, kind, config | chosen)
+        yield "diffusers on our grid: DPM++ 2M, found", on_found
 
 
 def errors_on_network(bucket: str, run: str, images: int) -> dict[str, dict[int, float]]:
@@ -265,12 +312,14 @@ def main() -> None:
         print(f"{'rms distance on the network':<36}{''.join(f'{n:>10}' for n in EVALUATIONS)}   evaluations")
         report["errors_on_network"] = errors = errors_on_network(asked.bucket, asked.run, asked.images)
         for n in EVALUATIONS:
-            (ours, own), *theirs = [
-                min((by[n], name) for name, by in errors.items() if name.startswith(whose))
-                for whose in ("ours", "diffusers")
-                if any(name.startswith(whose) for name in errors)
-            ]
-            print(f"{n} evaluations: {own}", *(f"/ {name} = {ours / error:.2f}" for error, name in theirs))
+            theirs = min(((by[n], name) for name, by in errors.items() if name.startswith("diffusers:")), default=None)
+            for is_found in (False, True):
+                ours, own = min(
+                    (by[n], name)
+                    for name, by in errors.items()
+                    if name.startswith("ours:") and name.endswith("found") == is_found
+                )
+                print(f"{n} evaluations: {own}", f"/ {theirs[1]} = {ours / theirs[0]:.2f}" if theirs else "")
     if asked.output:
         asked.output.mkdir(parents=True, exist_ok=True)
         (asked.output / "solvers.json").write_text(json.dumps(report, indent=1) + "\n")

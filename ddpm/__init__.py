@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from ddpm.process import make_process as make_process
     from ddpm.samplers import ancestral as ancestral
     from ddpm.samplers import ddim as ddim
+    from ddpm.samplers import deis as deis
     from ddpm.samplers import dpmpp_2m as dpmpp_2m
     from ddpm.samplers import dpmpp_3m as dpmpp_3m
     from ddpm.samplers import dpmpp_sde_2m as dpmpp_sde_2m
@@ -54,7 +55,7 @@ _MODULES = {
     "ddpm.objective": ("Condition", "Draws", "Objective"),
     "ddpm.prediction": ("Prediction",),
     "ddpm.process": ("Point", "RectifiedFlow", "VarianceExploding", "VariancePreserving", "make_process"),
-    "ddpm.samplers": ("ancestral", "ddim", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde_2m", "heun", "ipndm", "unipc"),
+    "ddpm.samplers": ("ancestral", "ddim", "deis", "dpmpp_2m", "dpmpp_3m", "dpmpp_sde_2m", "heun", "ipndm", "unipc"),
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

@@ -71,6 +71,7 @@ class Sampling:
             "dpmpp_sde_2m": samplers.dpmpp_sde_2m,
             "unipc": partial(samplers.unipc, order=self.order),
             "ipndm": partial(samplers.ipndm, order=self.order),
+            "deis": partial(samplers.deis, order=self.order),
         }
         if self.sampler not in named:
             raise ValueError(f"unknown sampler {self.sampler!r}: choose one of {', '.join(named)}")

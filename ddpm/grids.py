@@ -11,7 +11,7 @@ from torch import Tensor
 from ddpm.process import CLEAN, Point, Process, RectifiedFlow, points_of
 from ddpm.samplers import Denoiser, Visit, euler_step, unipc
 
-Grid = Literal["leading", "trailing", "linspace", "quadratic", "karras"]
+Grid = Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr"]
 RHO = 7.0
 """ρ of Karras et al. 2022, section 3.2."""
 
@@ -26,21 +26,23 @@ def make_grid(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
             `linspace` begin at T-1, where x_T is the noise the network was trained on (Lin et al. 2024, table 2).
             `linspace`: T-1 to 0, rounded. `quadratic`: squares of evenly spaced numbers up to √(0.8 T), rounded down
             (Song et al. 2021, appendix D.2). `karras`: evenly spaced (σ/α)^(1/7) (Karras et al. 2022, equation 5).
+            `log_snr`: evenly spaced ln(α²/σ²) (DPM-Solver: Lu et al. 2022, section 3.3).
             Of equal numbers all but one are moved up.
 
     Returns:
         `steps` different points, from the most noise to the least, and the clean image.
 
     Raises:
-        ValueError: for steps outside 1..T, an unknown grid, or `karras` on a process that leaves nothing of the image.
+        ValueError: for steps outside 1..T, an unknown grid, or `karras` or `log_snr` on a process that leaves nothing
+            of the image.
     """
     T = process.num_timesteps
     if not 1 <= steps <= T:
         raise ValueError(f"steps must be between 1 and {T}, the timesteps of the process, not {steps}")
     if grid not in get_args(Grid):
         raise ValueError(f"unknown grid {grid!r}: choose one of {', '.join(get_args(Grid))}")
-    if grid == "karras":
-        return [*_karras(process, steps), CLEAN]
+    if grid in ("karras", "log_snr"):
+        return [*_by_ratio(process, steps, grid), CLEAN]
     return numbered_points(process, _numbers(T, steps, grid))
 
 
@@ -125,10 +127,13 @@ def _numbers(T: int, steps: int, grid: Grid) -> list[int]:
     return different[::-1]
 
 
-def _karras(process: Process, steps: int) -> list[Point[float]]:
+def _by_ratio(process: Process, steps: int, grid: Grid) -> list[Point[float]]:
     ends = process.numbered(torch.tensor([process.num_timesteps - 1, 0]))
     if not ends.alpha.all():
-        raise ValueError("the grid karras needs a process that leaves something of the image: choose another grid")
-    first, last = (ends.sigma / ends.alpha) ** (1 / RHO)
+        raise ValueError(f"the grid {grid} needs a process that leaves something of the image: choose another grid")
+    first, last = ends.sigma / ends.alpha
     between = torch.linspace(0, 1, steps, dtype=torch.float64)
+    if grid == "log_snr":
+        return points_of(process.with_ratio(first * (last / first) ** between))
+    first, last = first ** (1 / RHO), last ** (1 / RHO)
     return points_of(process.with_ratio((first + between * (last - first)) ** RHO))

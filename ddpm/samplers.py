@@ -182,6 +182,14 @@ def ipndm(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at
     return _multistep(denoise, x, points, ipndm_step, order)
 
 
+def deis(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
+    """DEIS (Zhang & Chen 2023, equations 14 and 15) with polynomials in ln(σ/α), as in diffusers, not in t.
+
+    No noise is asked for. Its last step, to the clean image, is Euler's.
+    """
+    return _multistep(denoise, x, points, deis_step, order)
+
+
 def unipc(denoise: Denoiser, x: Tensor, points: Sequence[Point[float]], noise_at: NoiseAt, order: int = 3) -> Tensor:
     """UniPC with B_2(h) (Zhao et al. 2023, algorithms 5 and 6), whose order is one more. No noise is asked for.
 
@@ -213,12 +221,22 @@ def euler_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
 
 def ipndm_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
     """Euler's step, but with the slope that all visits together say."""
+    return _adams_step(visits, after, ADAMS_BASHFORTH[len(visits) - 1][1:])
+
+
+def deis_step(visits: Sequence[Visit], after: Point[float]) -> Tensor:
+    """Euler's step, with the integral over σ/α of the polynomial in ln(σ/α) through the last slopes."""
+    gaps, h = _gaps(visits, after)
+    weights = [weight / gap for weight, gap in zip(_slope_weights(gaps, -h), gaps, strict=True)]
+    return _adams_step(visits, after, weights)
+
+
+def _adams_step(visits: Sequence[Visit], after: Point[float], weights: Sequence[float]) -> Tensor:
+    """Euler's step with a weighted sum of slopes; `weights` are of the earlier visits, and all weights add up to 1."""
     x, newest = euler_step(visits, after), visits[0]
-    if len(visits) == 1:
-        return x
-    weights = ADAMS_BASHFORTH[len(visits) - 1]
-    slope = sum((weight * visit.epsilon for weight, visit in zip(weights, visits, strict=True)), torch.zeros_like(x))
-    return x + _ratio_gained(newest.point, after) * (slope - newest.epsilon)
+    for weight, visit in zip(weights, visits[1:], strict=False):
+        x = x + _ratio_gained(newest.point, after) * weight * (visit.epsilon - newest.epsilon)
+    return x
 
 
 def exponential_step(
@@ -230,25 +248,30 @@ def exponential_step(
     was estimated at `after` (Zhao et al. 2023, equations 3 and 8). That of DPM-Solver++(3M) has half of its last term
     in the authors' code and in what was made from it, which leaves it of second order.
     """
-    # λ is infinite at the clean image and at pure noise: slopes over it are none.
-    newest, *earlier = [visits[0], *(visit for visit in visits[1:] if visit.point.alpha and after.sigma)]
-    h = _log_snr(after) - _log_snr(newest.point)
+    newest, (gaps, h) = visits[0], _gaps(visits, after)
     kept, gained = (exp(-h), -expm1(-2 * h)) if stochastic else (1.0, -expm1(-h))
     x = after.sigma / newest.point.sigma * kept * newest.x + after.alpha * gained * newest.x_start
-    gaps = [(_log_snr(visit.point) - _log_snr(newest.point)) / h for visit in earlier]
-    others = [visit.x_start for visit in earlier]
+    others = [visit.x_start for visit in visits[1 : len(gaps) + 1]]
     if x_start is not None:
         gaps, others = [*gaps, 1.0], [*others, x_start]
-    for weight, gap, other in zip(_slope_weights(gaps, h), gaps, others, strict=True):
+    # ½ as in both papers; it differs from what would be solved for by what the order allows.
+    weights = [0.5] if len(gaps) == 1 else _slope_weights(gaps, h)
+    for weight, gap, other in zip(weights, gaps, others, strict=True):
         x = x + (after.alpha * gained * weight / gap) * (other - newest.x_start)
     return x
 
 
+def _gaps(visits: Sequence[Visit], after: Point[float]) -> tuple[list[float], float]:
+    """How far, over λ and in units of the step h from the newest visit, the earlier ones lie; and h."""
+    start = _log_snr(visits[0].point)
+    h = _log_snr(after) - start
+    # λ is infinite at the clean image and at pure noise, which is visited first: no slope over it is finite.
+    earlier = [visit for visit in visits[1:] if visit.point.alpha and after.sigma]
+    return [(_log_snr(visit.point) - start) / h for visit in earlier], h
+
+
 def _slope_weights(gaps: Sequence[float], h: float) -> list[float]:
     """What slopes over these gaps count, in units of h: so much that the integrals of powers of λ are right."""
-    if len(gaps) == 1:
-        # As in both papers; it differs from what would be solved for by what the order allows.
-        return [0.5]
     integrals = [-expm1(-h)]
     for power in range(1, len(gaps) + 1):
         # By parts: ∫ τ^power h e^(h (τ - 1)) dτ from 0 to 1.

@@ -392,6 +392,7 @@ OPTIONS_OF: dict[str, tuple[str, ...]] = {
     "dpmpp_sde_2m": (),
     "unipc": ("order",),
     "ipndm": ("order",),
+    "deis": ("order",),
     "own": (),
 }
 """The samplers, and what only some of them take; `own` is somebody's own, which a command names."""
@@ -413,17 +414,18 @@ class Drawing(Section):
         "dpmpp_sde_2m",
         "unipc",
         "ipndm",
+        "deis",
         "own",
     ] = Field("ddim", description="own: `ddpm sample --sampler module:function` alone")
     steps: int = Field(100, ge=1, le=LARGEST, description="points that are visited")
-    grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "found"] = Field(
+    grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "found"] = Field(
         "trailing", description="found: on the run's own network, by `ddpm sample` alone"
     )
     shift: float = Field(
         1.0, gt=0, le=100, description="of schedule=flow: moves the grid to more noise, such as 3; 1: off"
     )
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
-    order: int = Field(3, ge=1, le=4, description="of unipc and ipndm: how many estimates make a step")
+    order: int = Field(3, ge=1, le=4, description="of unipc, ipndm and deis: how many estimates make a step")
     churn: float = Field(0.0, ge=0, le=LARGEST, description="of heun: noise added before steps; EDM's S_churn")
     variance: Literal["fixed_small", "fixed_large", "learned_range"] = Field("fixed_large", description="of ddpm")
     clip: bool = Field(True, description="keep the estimated image within [-1, 1]")
@@ -571,9 +573,10 @@ class RunConfig(Section):
                 f"sample.sampler={self.sample.sampler} is of order {order}, above sample.steps={steps}: take more "
                 "steps, a lower sample.order, or another sampler"
             )
-        if self.sample.grid == "karras" and (self.diffusion.schedule == "flow" or self.diffusion.zero_terminal_snr):
+        grid, diffusion = self.sample.grid, self.diffusion
+        if grid in ("karras", "log_snr") and (diffusion.schedule == "flow" or diffusion.zero_terminal_snr):
             raise ValueError(
-                "sample.grid=karras needs a process that leaves something of the image: choose another grid"
+                f"sample.grid={grid} needs a process that leaves something of the image: choose another grid"
             )
         if self.sample.shift != 1 and (self.diffusion.schedule != "flow" or self.sample.grid == "found"):
             raise ValueError(

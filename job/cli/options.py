@@ -46,7 +46,7 @@ Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 3
 Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
 Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")]
 GridOfPoints = Annotated[
-    str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras or found.")
+    str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras, log_snr or found.")
 ]
 Guidance = Annotated[
     float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")

@@ -35,7 +35,7 @@ def ddpm_sample(
         float | None, typer.Option(metavar="S", help="Moves a flow's grid to more noise, such as 3.")
     ] = None,
     eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
-    order: Annotated[int | None, typer.Option(metavar="1..4", help="Steps that unipc or ipndm takes together.")] = None,
+    order: Annotated[int | None, typer.Option(metavar="1..4", help="Estimates per step of unipc, ipndm, deis.")] = None,
     churn: Annotated[
         float | None, typer.Option(metavar="S", min=0, help="Noise that heun adds before steps, such as 40.")
     ] = None,

@@ -157,7 +157,7 @@ def plan_sampling(request: SampleRequest, stop: Stop = NEVER) -> SamplePlan:
     sample = config.updated({f"sample.{key}": value for key, value in chosen.items()}).sample
     for option in {key for options in OPTIONS_OF.values() for key in options} & chosen.keys():
         if option not in OPTIONS_OF[sample.sampler]:
-            takers = " and ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
+            takers = ", ".join(sampler for sampler, options in OPTIONS_OF.items() if option in options)
             raise BadRequestError(f"--{option} is an option of {takers}: leave it out, or choose --sampler")
     if sample.guidance == 1 and (idle := sorted({"guidance_interval", "guidance_rescale"} & chosen.keys())):
         raise BadRequestError(f"--{idle[0].replace('_', '-')} needs --guidance W other than 1")

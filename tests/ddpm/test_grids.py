@@ -82,15 +82,33 @@ def test_karras_is_the_grid_of_the_edm_paper() -> None:
         assert clean == CLEAN
 
 
+def test_log_snr_is_spaced_as_the_exponential_sigmas_of_diffusers() -> None:
+    """And the network is told the timestep there, which diffusers cuts to a whole one."""
+    from diffusers import DEISMultistepScheduler
+
+    process = cosine_schedule(T)
+    judge = DEISMultistepScheduler(trained_betas=process.betas.numpy(), use_exponential_sigmas=True)
+    for steps in (2, 10, 37):
+        judge.set_timesteps(steps)
+        *points, clean = make_grid(process, steps, "log_snr")
+        found = [point.sigma / point.alpha for point in points]
+        # Their tables are float32: of 1 - ᾱ three digits are left where there is least noise.
+        assert found == pytest.approx(judge.sigmas[:-1].tolist(), rel=1e-3)
+        assert [point.t for point in points] == pytest.approx([t + 0.5 for t in judge.timesteps.tolist()], abs=0.6)
+        assert clean == CLEAN
+    *points, _ = make_grid(VarianceExploding(), 7, "log_snr")
+    assert [point.sigma for point in points] == pytest.approx(np.geomspace(80, 0.002, 7).tolist())
+
+
 def test_impossible_grids_are_refused() -> None:
     for steps in (0, -1, T + 1):
         with pytest.raises(ValueError, match=f"between 1 and 1000.*not {steps}"):
             make_grid(LINEAR, steps, "trailing")
     with pytest.raises(ValueError, match=r"'cosine'.*leading.*karras"):
         make_grid(LINEAR, 10, "cosine")
-    for process in (RectifiedFlow(), LINEAR.with_zero_terminal_snr()):
-        with pytest.raises(ValueError, match="karras needs a process that leaves something"):
-            make_grid(process, 10, "karras")
+    for process, grid in product((RectifiedFlow(), LINEAR.with_zero_terminal_snr()), ("karras", "log_snr")):
+        with pytest.raises(ValueError, match=f"{grid} needs a process that leaves something"):
+            make_grid(process, 10, grid)
 
 
 def test_the_grid_that_is_found_is_the_best_of_all_by_its_own_measure_and_better_than_even_steps() -> None:
@@ -110,7 +128,7 @@ def test_the_grid_that_is_found_is_the_best_of_all_by_its_own_measure_and_better
     found = find_grid(data.denoise, x, process, 4, 9)
     assert found == [round(candidates[i].t) for i in best[:-1]]
 
-    exact = unipc(data.denoise, x, make_grid(process, 100, "trailing"), no_noise)
+    exact = data.flow(x, candidates[0], CLEAN)
     fine = find_grid(data.denoise, x, process, 8, 100)
     errors = [
         rms(ddim(data.denoise, x, points, no_noise) - exact)

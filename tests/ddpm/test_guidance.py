@@ -50,13 +50,15 @@ def test_the_guided_estimate_is_that_of_the_guided_score() -> None:
         for number in (700, 300):
             point = point_of(process, number)
 
-            def network(x: Tensor, t: Tensor, told: Condition, point=point, how=(process, prediction, asked)) -> Tensor:
-                process, prediction, asked = how
+            def network(x: Tensor, t: Tensor, told: Condition, point=point, how=(process, kind, asked)) -> Tensor:
+                process, kind, asked = how
                 asked.append(len(x))
                 x_t = x / process.input_scale(point.sigma)
-                q, p = prediction.coefficients(point)
                 x_0 = estimate(x_t, point, told.labels)
-                return q * x_0 + p * (x_t - point.alpha * x_0) / point.sigma
+                if kind == "edm":
+                    total = point.sigma**2 + 0.25
+                    return (x_0 - 0.25 / total * x_t) / (0.5 * point.sigma / total**0.5)
+                return (x_t - (point.alpha if kind == "epsilon" else 1) * x_0) / point.sigma
 
             x_t = point.alpha * 0.2 + point.sigma * normal(0)
             denoise = make_denoiser(

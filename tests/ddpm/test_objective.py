@@ -40,15 +40,50 @@ def given(weighting: str) -> tuple[Condition, bool]:
     return Condition(NUMBERS.flip(0), torch.zeros_like(X_START) if twice else None), twice
 
 
+def published_signal(schedule: str, t: Tensor) -> Tensor:
+    """α where the network is told t, by the formula of each paper; but for the last timestep, whose β is capped."""
+    u = torch.arange(1001, dtype=torch.float64) / 1000
+    if schedule in ("edm", "flow"):
+        return torch.ones_like(t) if schedule == "edm" else 1 - t / 1000
+    curve = {
+        "linear": torch.cat([torch.ones(1).double(), (1 - torch.linspace(1e-4, 0.02, 1000).double()).cumprod(0)]),
+        "cosine": ((u + 0.008) / 1.008 * math.pi / 2).cos().square(),
+        "sigmoid": (3 * torch.ones(1).double()).sigmoid() - (6 * u - 3).sigmoid(),
+    }[schedule]
+    return (curve / curve[0])[t.long() + 1].sqrt()
+
+
+def published_weight(weighting: str, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """On the error of the output, for the predictions that `POSSIBLE` has with each weighting."""
+    snr = (alpha / sigma).square()
+    return {
+        "plain": torch.ones_like(snr),
+        "snr": snr,
+        "min_snr": snr.clamp(max=5) / (snr + 1),
+        "soft_min_snr": 5 * snr / (5 + snr) * sigma**2,
+        "edm": (sigma**2 + 0.25) / (0.5 * sigma) ** 2 * sigma**2 / (1 + sigma**2) ** 2,
+    }[weighting]
+
+
 @pytest.mark.parametrize(("schedule", "prediction", "weighting"), POSSIBLE)
 def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
     schedule: str, prediction: str, weighting: str
 ) -> None:
     learnt, (condition, twice) = objective(schedule, prediction, weighting), given(weighting)
     drawn = Drawn(*learnt.draw(3, NUMBERS, 6))
-    point = Point(drawn.t, drawn.alpha.view(-1, 1, 1, 1), drawn.sigma.view(-1, 1, 1, 1))
-    scale = learnt.process.input_scale(point.sigma)
-    target = Prediction(prediction).target(X_START, NOISE, point)
+    alpha = published_signal(schedule, drawn.t.double())
+    sigma = {"edm": (4 * drawn.t.double()).exp(), "flow": 1 - alpha}.get(schedule, (1 - alpha**2).sqrt())
+    weights = published_weight(weighting.split()[0], alpha, sigma)
+    point = Point(drawn.t, alpha.float().view(-1, 1, 1, 1), sigma.float().view(-1, 1, 1, 1))
+    scale = (point.sigma**2 + 0.25) ** -0.5 if schedule == "edm" else 1.0
+    target = {
+        "epsilon": NOISE,
+        "x0": X_START,
+        "v": point.alpha * NOISE - point.sigma * X_START,
+        "flow": NOISE - X_START,
+        # (x_0 - c_skip x_t)/c_out.
+        "edm": (point.sigma**2 * X_START - 0.25 * point.sigma * NOISE) / (0.5 * point.sigma) * scale,
+    }[prediction]
     for output in (OUTPUT, target):
         # With the posterior's variance, a perfect estimate has no divergence from it.
         answer, told = torch.cat([output, -torch.ones_like(output)], 1), list[Condition]()
@@ -61,9 +96,7 @@ def test_loss_is_the_weighted_squared_error_of_what_the_network_makes_of_x_t(
             return answer if learnt.learned_variance else answer[:, :3]
 
         losses = learnt.losses(network, X_START, NOISE, drawn, condition, twice)
-        expected = [
-            w * nn.functional.mse_loss(output[i], target[i]).item() for i, w in enumerate(drawn.weight.tolist())
-        ]
+        expected = [w * nn.functional.mse_loss(output[i], target[i]).item() for i, w in enumerate(weights.tolist())]
         if output is target or not learnt.learned_variance:
             assert losses.tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
         else:

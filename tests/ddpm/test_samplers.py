@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from benchmarks.solvers import ORDERS, Mixture, errors_by_steps, orders, refined, rms
-from ddpm.generation import Sampling, make_denoiser
+from ddpm.generation import Sampling, from_noise, make_denoiser
 from ddpm.grids import make_grid
 from ddpm.guidance import Guidance
 from ddpm.objective import Condition
@@ -27,7 +27,21 @@ from ddpm.process import (
     linear_schedule,
     points_of,
 )
-from ddpm.samplers import Visit, ancestral, ddim, dpmpp_2m, dpmpp_3m, dpmpp_sde_2m, heun, ipndm, ipndm_step, unipc
+from ddpm.samplers import (
+    Step,
+    Visit,
+    ancestral,
+    ddim,
+    deis,
+    deis_step,
+    dpmpp_2m,
+    dpmpp_3m,
+    dpmpp_sde_2m,
+    heun,
+    ipndm,
+    ipndm_step,
+    unipc,
+)
 
 T = 1000
 SHAPE = (2, 3, 4, 4)
@@ -181,8 +195,10 @@ def asked_by_diffusers(kind: type, points: Sequence[Point[float]], x: Tensor, **
     return seen
 
 
+@pytest.mark.filterwarnings("ignore:divide by zero", "ignore:__array_wrap__")
 def test_multistep_samplers_equal_diffusers() -> None:
     """On the way to the clean image, and to another point; on a process that keeps the variance, and a flow."""
+    from diffusers import DEISMultistepScheduler as DEIS
     from diffusers import DPMSolverMultistepScheduler as DPM
     from diffusers import UniPCMultistepScheduler as UniPC
 
@@ -201,6 +217,9 @@ def test_multistep_samplers_equal_diffusers() -> None:
             (partial(unipc, order=3), UniPC, {"solver_order": 3}, 2),
             # Its predictor is DPM-Solver++(3M) with the whole of its last term.
             (dpmpp_3m, UniPC, without_corrector, 2),
+            # Theirs ends at the least noise: its step to the clean image is not a number.
+            (partial(deis, order=2), DEIS, {"solver_order": 2}, 1),
+            (partial(deis, order=3), DEIS, {"solver_order": 3}, 1),
         ):
             ours = asked(sampler, points, x, estimate)
             theirs = asked_by_diffusers(kind, points, x, use_flow_sigmas=flow, **config)
@@ -295,7 +314,7 @@ def test_heun_s_first_step_of_a_cosine_is_euler_s() -> None:
     """There σ/α falls from 20,000 to a few, over which no slope says anything."""
     data, process = Mixture(), cosine_schedule()
     points = make_grid(process, 8, "trailing")
-    exact = unipc(data.denoise, normal(0).double(), make_grid(process, 500, "trailing"), no_noise)
+    exact = data.flow(normal(0).double(), points[0], CLEAN)
     errors = [
         rms(f(data.denoise, normal(0).double(), points, no_noise) - exact)
         for f in (partial(heun, process=process), ddim)
@@ -322,6 +341,16 @@ class Gaussian:
 PROCESSES: Sequence[Process] = (linear_schedule(), cosine_schedule(), VarianceExploding(sigma_max=20), RectifiedFlow())
 
 
+def test_new_images_begin_with_noise_of_the_deviation_that_their_process_has() -> None:
+    """And end where the flow leads from there; EDM's begin with σ_max, and where variance is kept, with 1."""
+    data = Gaussian()
+    for process, deviation in zip(PROCESSES, (1, 1, 20, 1), strict=True):
+        points = make_grid(process, 400, "trailing")
+        found = from_noise(ddim, data.denoise, points, lambda draw: normal(draw).double())
+        expected = data.flow(deviation * normal(0).double(), points[0], CLEAN)
+        assert_close(found, expected, rtol=0.02, atol=0.01)
+
+
 def test_ddim_follows_the_probability_flow_of_every_process_to_first_order() -> None:
     data = Gaussian()
     for process in PROCESSES:
@@ -345,17 +374,19 @@ def test_every_sampler_converges_with_its_order() -> None:
     assert {name: round(min(measured[name])) for name in ORDERS} == {name: order for name, (_, order) in ORDERS.items()}
 
 
-def test_a_step_of_ipndm_is_of_its_order_where_sigma_over_alpha_is_evenly_spaced() -> None:
-    """From points that are visited exactly: over a whole trajectory its beginning of lower order is what one sees."""
+@pytest.mark.parametrize(("take", "evenly"), [(ipndm_step, True), (deis_step, False)])
+def test_a_step_of_ipndm_and_of_deis_has_its_order(take: Step, evenly: bool) -> None:
+    """From points that are visited exactly: a whole trajectory also begins with lower orders. iPNDM needs even σ/α."""
     data, process, x = Gaussian(), VarianceExploding(), normal(0).double()
     for order in (1, 2, 3, 4):
         errors = []
         for step in (0.04, 0.02):
-            ratios = 1 + step * torch.arange(-1, order, dtype=torch.float64)
+            steps = torch.arange(-1, order, dtype=torch.float64)
+            ratios = 1 + step * (steps if evenly else steps + 0.2 * steps**2)
             after, *before = points_of(process.with_ratio(ratios))
             xs = [data.flow(x, before[0], point) for point in (after, *before)]
             visits = [Visit(point, at, data.denoise(at, point)) for point, at in zip(before, xs[1:], strict=True)]
-            errors.append(float((ipndm_step(visits, after) - xs[0]).abs().mean()))
+            errors.append(float((take(visits, after) - xs[0]).abs().mean()))
         assert log2(errors[0] / errors[1]) == pytest.approx(order + 1, abs=0.3), order
 
 

@@ -54,6 +54,7 @@ def test_samplers_without_noise_all_find_one_image(draw):
             "dpmpp_3m": {},
             "unipc": {"order": 2},
             "ipndm": {"order": 2},
+            "deis": {"order": 3},
         }.items()
     }
     assert errors["euler"] == errors["ddim"] < 12

@@ -226,7 +226,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("walk", 78, "diffusion.variance", ("--sampler", "ddpm", "--variance", "learned_range")),
         ("walk", 78, "is of order 3, above sample.steps=2", ("--sampler", "unipc", "--steps", 2)),
         ("walk", 78, "is of order 2, above sample.steps=1", ("--sampler", "dpmpp_2m", "--steps", 1)),
-        ("walk", 64, "--order is an option of unipc and ipndm", ("--sampler", "dpmpp_2m", "--order", 2)),
+        ("walk", 64, "--order is an option of unipc, ipndm, deis", ("--sampler", "dpmpp_2m", "--order", 2)),
         ("walk", 78, "t=0 of 50", ("--grid", "leading", "--steps", 1)),
         ("all", 64, "--guidance-rescale needs --guidance", ("--guidance-rescale", 0.7)),
         ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
