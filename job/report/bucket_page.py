@@ -65,7 +65,7 @@ def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
 
 def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     try:
-        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say)
+        facts = facts_of(find_run(bucket.uri, name, with_dataset=False), name, say=say, only_loss=True)
         x, loss = columns(facts.rows, ["loss"], facts.epoch_images or 1, MOST_POINTS) if facts.rows else ([], [])
     except Exception as error:
         # Whatever is wrong with one run, the others are to be seen.

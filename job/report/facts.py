@@ -122,6 +122,7 @@ def facts_of(
     rows: Sequence[Row] | None = None,
     status: Status | None = None,
     say: Callable[[str], None] = note,
+    only_loss: bool = False,
 ) -> Facts:
     """What a page says.
 
@@ -131,13 +132,14 @@ def facts_of(
         rows: of the metrics; None: those that the newest checkpoint names.
         status: how it is going; None: as its status says.
         say: told what could not be read.
+        only_loss: of the metrics that are read.
     """
     run, config = found.run, found.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
     manifest = _manifest(found, say)
     if rows is None:
-        rows = metrics.read_rows(run, manifest.metrics, say) if manifest else []
+        rows = metrics.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
     attempts = stretches(attempts_of(run), status)
     epoch_images, batch_size, how = found.dataset_images, config.train.batch_size, config.sample.name(found.own)

@@ -73,7 +73,7 @@ class Shelf:
             BadDataError: it cannot be shown.
         """
         if (child := self._process) is None:
-            command = [sys.executable, "-X", "utf8", "-P", "-m", "job.report.small"]
+            command = [sys.executable, "-X", "utf8", "-P", "-c", "from job.report.small import main; main()"]
             # Ctrl-C is for the program that asks.
             child = self._process = Popen(command, stdin=PIPE, stdout=PIPE, stderr=DEVNULL, start_new_session=True)
         assert child.stdin is not None and child.stdout is not None

@@ -10,7 +10,6 @@ import resource
 import signal
 import sys
 from base64 import b64encode
-from contextlib import suppress
 from io import BytesIO
 from math import prod, sqrt
 
@@ -18,7 +17,6 @@ from PIL import Image, ImageSequence
 
 MOST_FRAMES, MOST_PIXELS = 1000, 89_478_485
 """Limits of a picture; the pixels are those of all frames together, by Pillow's limit for one image."""
-NARROWEST_PIXELS = 32
 MEMORY_BYTES, SECONDS = 1 << 30, 20
 """Limits of the program: address space, and processor time for each picture."""
 
@@ -44,10 +42,10 @@ def small(data: bytes, most_bytes: int, widest_pixels: int) -> str:
         file = BytesIO()
         frames[0].save(file, "WEBP", quality=75, method=2, append_images=frames[1:], **more)
         over = file.tell() / most_bytes
-        if over <= 1 or width <= NARROWEST_PIXELS:
+        if over <= 1 or width == 1:
             return f"data:image/webp;base64,{b64encode(file.getvalue()).decode()}"
         # Fewer pixels where a lower quality would show; bytes grow with them.
-        width = max(NARROWEST_PIXELS, int(0.95 * width / sqrt(over)))
+        width = int(0.95 * width / sqrt(over)) or 1
         frames = [_resized(frame, width) for frame in frames]
 
 
@@ -58,8 +56,8 @@ def _resized(frame: Image.Image, width: int) -> Image.Image:
 
 def main() -> None:
     """Answers until the input ends. A picture that exceeds `SECONDS`, or crashes the decoder, ends the process."""
-    # Some systems have no such limit.
-    with suppress(ValueError, OSError):
+    # macOS refuses such a limit.
+    if sys.platform == "linux":
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     while line := sys.stdin.buffer.readline():
         size_bytes, most_bytes, widest_pixels = map(int, line.split())
@@ -72,7 +70,3 @@ def main() -> None:
             # Pillow's message ends with the address of a Python object.
             answer = " ".join(str(error).partition(" <_io")[0].split()) or type(error).__name__
         print(answer, flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -36,7 +36,14 @@ class _Line(BaseModel, extra="allow"):
     images_seen: int
 
 
-_LINES = TypeAdapter(list[_Line])
+class _Loss(BaseModel):
+    """A row without the rest: it is read in half of the time."""
+
+    images_seen: int
+    loss: int | float | None = None
+
+
+_LINES, _LOSSES = TypeAdapter(list[_Line]), TypeAdapter(list[_Loss])
 
 
 def metric_objects(rows: list[Row], ref: CheckpointRef, config: RunConfig | None = None) -> dict[str, bytes]:
@@ -83,7 +90,9 @@ def _events(write: Callable[[SummaryWriter], None]) -> bytes:
         return path.read_bytes()
 
 
-def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None) -> list[Row]:
+def read_rows(
+    run: Store, named: Iterable[NamedObject], warn: Callable[[str], None] | None = None, only_loss: bool = False
+) -> list[Row]:
     """The rows of a checkpoint's metrics, in order. With `warn` a damaged object is named there, and left out.
 
     Raises:
@@ -94,8 +103,9 @@ def read_rows(run: Store, named: Iterable[NamedObject], warn: Callable[[str], No
     for segment in named:
         if located(segment.key).kind is ObjectKind.METRICS:
             try:
-                lines = b",".join(segment.read(run).splitlines())
-                rows += [line.__dict__ | line.__pydantic_extra__ for line in _LINES.validate_json(b"[%b]" % lines)]
+                lines = b"[%b]" % b",".join(segment.read(run).splitlines())
+                read = (_LOSSES if only_loss else _LINES).validate_json(lines)
+                rows += [line.__dict__ | (line.__pydantic_extra__ or {}) for line in read]
             except (BadDataError, ValidationError) as error:
                 if warn is None:
                     raise
