@@ -109,8 +109,8 @@ def make_denoiser(
         with_share: whether the answer has the share of β as well.
 
     Returns:
-        A function (x_t, point) → x_0, float32, without gradients. It serves any number of trajectories: an estimate
-        conditions evaluations with less noise alone, so that a new trajectory and RePaint's jumps begin afresh.
+        A function (x_t, point) → x_0, float32, without gradients. An estimate conditions evaluations with less noise
+        alone: a trajectory that begins where the one before did, and RePaint's jumps, begin afresh.
     """
     first_estimate = condition.x_start
     estimates: list[tuple[float, Tensor]] = []

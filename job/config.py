@@ -203,10 +203,7 @@ class DiTConfig(NetworkConfig):
         if self.width % 4:
             raise ValueError(f"model.width={self.width} must be a multiple of 4, for sines and cosines of two axes")
         if self.rope and self.width // self.heads % 4:
-            raise ValueError(
-                f"model.rope needs heads of a multiple of 4 channels, not of {self.width // self.heads}: change "
-                f"model.width={self.width} or model.heads={self.heads}"
-            )
+            raise ValueError(f"model.rope: model.width={self.width} / model.heads={self.heads} must be a multiple of 4")
 
 
 class DomeConfig(NetworkConfig):
@@ -421,9 +418,7 @@ class Drawing(Section):
     grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "found"] = Field(
         "trailing", description="found: on the run's own network, by `ddpm sample` alone"
     )
-    shift: float = Field(
-        1.0, gt=0, le=100, description="of schedule=flow: moves the grid to more noise, such as 3; 1: off"
-    )
+    shift: float = Field(1.0, gt=0, le=100, description="of schedule=flow: moves the grid to more noise; 1: off")
     eta: float = Field(0.0, ge=0, le=1, description="of ddim: the share of random noise")
     order: int = Field(3, ge=1, le=4, description="of unipc, ipndm and deis: how many estimates make a step")
     churn: float = Field(0.0, ge=0, le=LARGEST, description="of heun: noise added before steps; EDM's S_churn")
@@ -575,14 +570,9 @@ class RunConfig(Section):
             )
         grid, diffusion = self.sample.grid, self.diffusion
         if grid in ("karras", "log_snr") and (diffusion.schedule == "flow" or diffusion.zero_terminal_snr):
-            raise ValueError(
-                f"sample.grid={grid} needs a process that leaves something of the image: choose another grid"
-            )
+            raise ValueError(f"sample.grid={grid} needs a process that leaves something of the image: choose another")
         if self.sample.shift != 1 and (self.diffusion.schedule != "flow" or self.sample.grid == "found"):
-            raise ValueError(
-                f"sample.shift={self.sample.shift:g} moves the grids of diffusion.schedule=flow, but for found: "
-                "leave it at 1, or choose another grid"
-            )
+            raise ValueError(f"sample.shift={self.sample.shift:g} needs diffusion.schedule=flow and a grid but found")
         if self.sample.grid == "quadratic" and (self.diffusion.schedule != "linear" or steps == 1):
             # It begins at 0.8 T, where other processes have much of the image left.
             raise ValueError(

@@ -13,7 +13,7 @@ from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS
-from job.runs.retention import held
+from job.runs.retention import reading_chosen
 from job.sampling.plan import plan_sampling
 
 
@@ -53,6 +53,6 @@ def load(
     # Unlike on a GPU, bf16 is slower than fp32 on many processors.
     model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
     tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with held(plan.run, plan.checkpoints, plan.choose) as ((ref,), _), opened(plan.run, ref, (group,)) as restored:
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, (group,)) as restored:
         restored.copy_into(tensors)
     return model

@@ -8,13 +8,12 @@ Who submits a job gives it its name in a variable. Commands that somebody types 
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, Literal
 
 from job.exits import BadDataError, Exit, JobError, ending_of, retried, severity
-from job.sealed import MOMENT_FORMAT, Moment, Sealed
+from job.sealed import Moment, Sealed, utc_now
 from job.store import ObjectMissingError, Retry, open_store
 
 JOB = "DDPM_JOB"
@@ -65,7 +64,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         yield
         return
 
-    key, starts = f"{JOBS}/{name}/{machine}-of-{machines}.json", [_now()]
+    key, starts = f"{JOBS}/{name}/{machine}-of-{machines}.json", [utc_now()]
     # An engine forgets an attempt with its pod.
     with suppress(JobError):
         before = Outcome.load(open_store(bucket_uri, Retry(WRITE_SECONDS)), key)
@@ -75,7 +74,7 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         states: dict[int | None, Any] = {None: "running", Exit.FINISHED: "finished", Exit.STOPPED: "stopped"}
         state, message = states.get(code, "failed"), " ".join(message.split())[:LONGEST_MESSAGE]
         told: dict[str, Any] = {"machine": machine, "machines": machines, "starts": tuple(starts)}
-        outcome = Outcome(state=state, exit_code=code, updated=_now(), message=message, **told)
+        outcome = Outcome(state=state, exit_code=code, updated=utc_now(), message=message, **told)
         # The engine has the exit code as well, and the program's own lines say what is wrong with the bucket.
         with suppress(JobError):
             store = open_store(bucket_uri, Retry(WRITE_SECONDS))
@@ -90,10 +89,6 @@ def outcome_written(bucket_uri: str, machine: int = 0, machines: int = 1) -> Ite
         write(*ending_of(error))
         raise
     write(Exit.FINISHED)
-
-
-def _now() -> str:
-    return time.strftime(MOMENT_FORMAT, time.gmtime())
 
 
 def read_outcome(name: str, bucket_uri: str) -> Outcome | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import time
 from datetime import datetime
 from typing import Annotated, Any, Self
 
@@ -27,6 +28,11 @@ def _moment(text: str) -> str:
 
 Moment = Annotated[str, AfterValidator(_moment)]
 """A moment in UTC that `datetime.fromisoformat` reads: a record with month 13 is refused when it is read."""
+
+
+def utc_now() -> str:
+    """Returns this moment, to the second."""
+    return time.strftime(MOMENT_FORMAT, time.gmtime())
 
 
 class Part(BaseModel):

@@ -2,6 +2,7 @@
 
 import atexit
 import os
+import select
 import sys
 from contextlib import suppress
 from io import TextIOWrapper
@@ -106,8 +107,17 @@ def run() -> None:
             raise
         _fail(said, code)
     except SystemExit as end:
-        # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail.
-        raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) else end.code) from None
+        # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail; and for any other
+        # pipe, where it did.
+        is_unread = isinstance(end.__context__, BrokenPipeError) and not is_launched() and _output_is_closed()
+        raise SystemExit(0 if is_unread else end.code) from None
+
+
+def _output_is_closed() -> bool:
+    """Returns whether nobody reads the standard output: Rich has opened the null device in its place by then."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return bool(poll.poll(0)) or os.path.samestat(os.fstat(1), Path(os.devnull).stat())
 
 
 def _fail(message: str, code: int) -> NoReturn:

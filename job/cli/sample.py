@@ -31,9 +31,7 @@ def ddpm_sample(
     sampler: Sampler = None,
     steps: Steps = None,
     grid: GridOfPoints = None,
-    shift: Annotated[
-        float | None, typer.Option(metavar="S", help="Moves a flow's grid to more noise, such as 3.")
-    ] = None,
+    shift: Annotated[float | None, typer.Option(metavar="S", help="Spend more of a flow's steps on noise: 3.")] = None,
     eta: Annotated[float | None, typer.Option(metavar="0..1", help="Share of random noise, of ddim.")] = None,
     order: Annotated[int | None, typer.Option(metavar="1..4", help="Estimates per step of unipc, ipndm, deis.")] = None,
     churn: Annotated[

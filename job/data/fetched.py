@@ -213,7 +213,7 @@ def fetched(web: Web, info: dict[str, Any]) -> Path:
     """The file at a source, on the local disk.
 
     Raises:
-        BadDataError: the server does not say how large it is, or sends more.
+        BadDataError: the server does not say how large it is, or sends another size.
         BadRequestError: another process fetches it.
         DiskFullError: the disk has no room for it.
     """
@@ -293,8 +293,5 @@ def _fetch(web: Web, whole: Path, size_bytes: int, version: str) -> None:
 
 def _wrong_size(where: str, size_bytes: int, received_bytes: int) -> JobError:
     """Returns the error that a whole answer has another size than the server gave; an empty one may be an outage."""
-    said = f"{where}: the server gives a size of {size_bytes:,} bytes and sends "
-    if not received_bytes:
-        return BucketAwayError(f"{said}nothing")
-    sent = "more" if received_bytes > size_bytes else f"{received_bytes:,}"
-    return BadDataError(f"{said}{sent}: download it yourself, and pack the file")
+    said = f"{where}: the server gives a size of {size_bytes:,} bytes and sends {received_bytes:,} or more"
+    return BadDataError(f"{said}: download it yourself, and pack the file") if received_bytes else BucketAwayError(said)

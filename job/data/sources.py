@@ -200,7 +200,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
             if path == packed_to:
                 continue
             if is_litter(child.name):
-                # `names` counts the images among them, and `entries` reads none.
+                # `names` counts the images among them; folders that only the system may read are passed over.
                 walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
                 yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
             elif child.is_dir(follow_symlinks=False):

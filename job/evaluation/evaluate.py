@@ -25,11 +25,11 @@ from job.plan import FoundRun
 from job.processes.launched import lost_peer
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress
-from job.runs import records
 from job.runs.layout import ObjectKind
 from job.runs.scores import Reference, Scores, score_name
 from job.sampling.painter import Painter
 from job.sampling.sample import prepared
+from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 from job.validation import validation_row
@@ -153,7 +153,7 @@ def _publish(evaluation: Evaluation, real: Named, bound: tuple[float | None, int
         bits_per_dim_images=bound[1],
         held_out=bool(plan.index.held_out),
         batch=evaluation.batch,
-        created=records.utc_now(),
+        created=utc_now(),
         code_version=code_version(),
     )
     # Whoever else saw the last piece come writes the same scores, at another moment.

@@ -247,10 +247,9 @@ def _moments(work: _Work, numbers: np.ndarray) -> np.ndarray:
         pixels = torch.from_numpy(work.images.read(numbers)).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         found = work.network.encode(pixels).latent_dist  # type: ignore[operator]
         moments: np.ndarray = torch.cat([found.mean, found.logvar], dim=1).half().cpu().numpy()
-    is_finite = np.isfinite(moments).all(axis=(1, 2, 3))
-    if not is_finite.all():
+    if (bad := numbers[~np.isfinite(moments).all(axis=(1, 2, 3))]).size:
         raise BadDataError(
-            f"image {numbers[~is_finite][0]} of {work.source.name}: its latents are not finite in half precision, so "
+            f"image {bad[0]} of {work.source.name}: its latents are not finite in half precision, so "
             "the weights of the autoencoder are damaged or too large: take another one"
         )
     return moments

@@ -15,7 +15,7 @@ from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import choose, opened
 from job.runs.layout import CheckpointRef
-from job.runs.retention import held
+from job.runs.retention import reading_chosen
 from job.runs.samples import grid_key, label_of
 from job.sampling.plan import check_average
 from job.stop import Stop
@@ -84,7 +84,7 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
     written: list[str] = []
     try:
         with ExitStack() as stack:
-            (ref,), _ = stack.enter_context(held(of_run.run, find(), find))
+            (ref,), _ = stack.enter_context(reading_chosen(of_run.run, find))
             check_average(of_run.run, ref, weights, name)
             restored = stack.enter_context(opened(of_run.run, ref, (weights,)))
             paths = restored.files[weights]

@@ -9,7 +9,6 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Sequence
 from contextlib import suppress
-from datetime import UTC, datetime
 from functools import cache
 from hashlib import sha256
 from importlib import resources
@@ -29,7 +28,7 @@ from job.report.pictures import Shelf
 from job.runs.layout import ObjectKind
 from job.runs.metrics import Row
 from job.runs.outlook import duration
-from job.sealed import sealed_page
+from job.sealed import sealed_page, utc_now
 from job.store import ObjectMissingError
 
 PAGE_KEY = ObjectKind.PAGE.value
@@ -87,7 +86,7 @@ def rendered(template: str, data: dict[str, Any], **values: Any) -> bytes:
             scripts=scripts,
             hashes=hashes,
             styles=[_asset("uPlot.min.css"), _asset("page.css")],
-            written=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+            written=utc_now(),
             code_version=code_version(),
             **values,
         )

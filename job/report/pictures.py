@@ -61,7 +61,7 @@ class Shelf:
                 # Whatever somebody put in the place of a picture is none, which is no reason for a page to fail.
                 self.missing[name[0]] = str(error) or type(error).__name__
                 self._say(f"the page is without {name[0]}: {self.missing[name[0]]}")
-                if not isinstance(error, JobError) or isinstance(error, BadDataError):
+                if isinstance(error, BadDataError) or not isinstance(error, JobError | OSError):
                     # It would be the same again.
                     self._made[name] = ""
         return self._made.get(name, "")
@@ -82,7 +82,7 @@ class Shelf:
             child.stdin.flush()
         if not (answer := child.stdout.readline().decode().strip()):
             self.close()
-            raise BadDataError(f"it takes more than {SECONDS} s or {MEMORY_BYTES:,} bytes of memory")
+            raise BadDataError(f"it takes more than {SECONDS} s or {MEMORY_BYTES:,} bytes of memory, or ends a decoder")
         if not answer.startswith("data:"):
             raise BadDataError(answer)
         return answer

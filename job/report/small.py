@@ -32,7 +32,7 @@ def small(data: bytes, most_bytes: int, widest_pixels: int) -> str:
     with Image.open(BytesIO(data), formats=("PNG", "GIF")) as picture:
         size, count = picture.size, getattr(picture, "n_frames", 1)
         if count > MOST_FRAMES or count * prod(size) > MOST_PIXELS:
-            raise ValueError(f"it has {count:,} × {size[0]:,} × {size[1]:,} pixels, and a page has room for few")
+            raise ValueError(f"it has {count:,} × {size[0]:,} × {size[1]:,} pixels; {MOST_PIXELS:,} are the most")
         width = min(widest_pixels, size[0])
         # One at a time: hundreds of whole frames would not fit into the memory.
         frames = [_resized(frame.convert("RGB"), width) for frame in ImageSequence.Iterator(picture)]

@@ -25,7 +25,7 @@ from job.runs import records
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.records import NamedObject
-from job.runs.retention import held
+from job.runs.retention import reading_chosen
 from job.runs.samples import label_of
 from job.runs.writer import plan_parts, write_part
 from job.stop import Stop
@@ -60,7 +60,7 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
         raise BadRequestError(f"run {name!r} keeps no averages to make others of: ema.stds and ema.snapshot_epochs do")
     dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
     find = partial(choose, run, checkpoints, dataset_images, batch_size)
-    with held(run, find(), find) as (refs, renew):
+    with reading_chosen(run, find) as (refs, renew):
         for ref in refs:
             of = f"{group} of {label_of(ref.images_seen, dataset_images, batch_size)}"
             manifest = load_manifest(run, ref)

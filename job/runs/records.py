@@ -8,7 +8,6 @@ import os
 import re
 import socket
 import threading
-import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -23,7 +22,8 @@ from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import MOMENT_FORMAT, SHA256_PATTERN, Moment, Part, Sealed
+from job.sealed import SHA256_PATTERN, Moment, Part, Sealed
+from job.sealed import utc_now as utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
@@ -337,11 +337,6 @@ def read_status(run: Store) -> Status | None:
     with suppress(ObjectMissingError, BadDataError):
         return Status.load(run, STATUS_KEY)
     return None
-
-
-def utc_now() -> str:
-    """Now, as ISO 8601 in UTC, to the second."""
-    return time.strftime(MOMENT_FORMAT, time.gmtime())
 
 
 def check_writable(run: Store) -> None:

@@ -120,19 +120,18 @@ def reading(run: Store, *refs: CheckpointRef) -> Iterator[Callable[[], None]]:
 
 
 @contextmanager
-def held(
-    run: Store, refs: Sequence[CheckpointRef], choose_again: Callable[[], Sequence[CheckpointRef]]
+def reading_chosen(
+    run: Store, choose: Callable[[], Sequence[CheckpointRef]]
 ) -> Iterator[tuple[Sequence[CheckpointRef], Callable[[], None]]]:
-    """Marks chosen checkpoints as being read; yields them, and the function that `reading` yields.
+    """Chooses checkpoints and marks them as being read; yields them, and the function that `reading` yields.
 
-    A run that trains may retire one before its mark is written: then `choose_again` chooses others.
+    A run that trains may retire one before its mark is written: then it chooses again.
     """
     while True:
-        with reading(run, *refs) as renew:
+        with reading(run, *(refs := choose())) as renew:
             if all(run.exists(ref.manifest_key) for ref in refs):
                 yield refs, renew
                 return
-        refs = choose_again()
 
 
 def being_read(run: Store) -> set[CheckpointRef]:

@@ -12,11 +12,11 @@ from job.code_version import code_version
 from job.exits import BadRequestError
 from job.method import sampling_of
 from job.progress import Progress
-from job.runs import records
 from job.runs.layout import ObjectKind
 from job.runs.samples import FoundGrid
 from job.sampling.painter import Painter
 from job.sampling.plan import SamplePlan, found_points
+from job.sealed import utc_now
 from job.store import ObjectExistsError
 
 IMAGES = 16
@@ -59,7 +59,7 @@ def find_points(plan: SamplePlan, painter: Painter) -> tuple[int, ...]:
             numbers=tuple(numbers),
             checkpoint=ref.key,
             weights=sample.weights,
-            created=records.utc_now(),
+            created=utc_now(),
             code_version=code_version(),
         )
         try:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from ddpm.process import Point
     from ddpm.samplers import Denoiser, NoiseAt, Sampler
 
-_PROGRAM = [str(Path(__file__).parents[2] / package) for package in ("job", "ddpm")]
+_PROGRAM = (Path(__file__).parents[2] / package for package in ("job", "ddpm"))
 _NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.get_path, ("stdlib", "purelib")))))
 """Prefixes of the paths of files that are not the user's: the program's, the libraries' and Python's."""
 
@@ -62,8 +62,6 @@ class OwnSampler:
             sha256 = hashlib.sha256(Path(str(module.__file__)).read_bytes()).hexdigest()
             code = getattr(inspect.unwrap(function), "__code__", None)
             place = f"see {code.co_filename}, line {code.co_firstlineno}" if code else f"see {module.__file__}"
-        if not callable(function):
-            raise BadRequestError(f"--sampler {name}: it is no function, but {type(function).__name__}")
         # A compiled function may have no signature.
         with _refused(name, f"it is given (denoise, x, points, noise_at); {place}"), suppress(ValueError):
             inspect.signature(function).bind("denoise", "x", "points", "noise_at")
@@ -126,9 +124,7 @@ def _refused(name: str, otherwise: str) -> Iterator[None]:
             if isinstance(cause, JobError | StopSignal) or lost_peer(cause):
                 raise cause from None
         detail("".join(traceback.format_exception(error)).rstrip)
-        frames = [
-            each for each in traceback.extract_tb(error.__traceback__) if not each.filename.startswith(_NOT_THEIRS)
-        ]
-        places = [otherwise, *(f"see {frame.filename}, line {frame.lineno}" for frame in frames)]
+        frames = traceback.extract_tb(error.__traceback__)
+        places = [f"see {at.filename}, line {at.lineno}" for at in frames if not at.filename.startswith(_NOT_THEIRS)]
         said = " ".join("".join(traceback.format_exception_only(error)).split())
-        raise BadRequestError(f"--sampler {name}: {said:.500}; {places[-1]}") from None
+        raise BadRequestError(f"--sampler {name}: {said:.500}; {[otherwise, *places][-1]}") from None

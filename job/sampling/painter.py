@@ -52,15 +52,15 @@ class Painter(Model):
         stop: Stop,
         agreement: Agreement,
         decoder: Decoder | None = None,
-        renew: Callable[[], None] = lambda: None,
+        renewals: Sequence[Callable[[], None]] = (),
     ) -> None:
         """`agreement` has one flag: being stopped, which all processes must be at the same step.
 
-        `decoder` makes pixels of what is drawn, where that are latents. `renew` is called at each evaluation: see
+        `decoder` makes pixels of what is drawn, where that are latents. `renewals` are called at each evaluation: see
         `job.runs.retention.reading`.
         """
         super().__init__(**vars(method.model_of(config, ranks.accelerator.device, precision, decoder)))
-        self.config, self.ranks, self.stop, self.agreement, self.renew = config, ranks, stop, agreement, renew
+        self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:
         """Reads weights of a checkpoint, such as `ema` or `model`, once for all processes. Collective.
@@ -202,13 +202,15 @@ class Painter(Model):
 
     def check_stopped(self, *_: Any) -> None:
         """Raises `StoppedError` if this process was asked to stop, whatever the others do."""
-        self.renew()
         self.stop.check("while sampling")
+        for renew in self.renewals:
+            renew()
 
     def check_agreed(self, doing: str = "while sampling") -> None:
         """Raises `StoppedError` on all processes at once if any was asked to stop. Collective."""
-        self.renew()
         (stopping,) = self.agreement.exchange(self.stop())
         if stopping:
             self.agreement.finish()
             raise StoppedError(f"stopped {doing}; the same command begins again")
+        for renew in self.renewals:
+            renew()

@@ -50,13 +50,9 @@ class Given:
         return len(self.numbers) or 1
 
 
-SHARED = (
-    *(f"data.{key}" for key in ("size", "channels", "latents")),
-    "model.num_classes",
-    *(f"diffusion.{key}" for key in ("schedule", "timesteps", "zero_terminal_snr", "sigma_min", "sigma_max")),
-    *(f"diffusion.{key}" for key in ("sigma_data", "prediction", "self_conditioning")),
-)
-"""What two runs have alike if one is guided away from the other: their networks answer the same question."""
+_OF_PROCESS = "schedule timesteps zero_terminal_snr sigma_min sigma_max sigma_data prediction self_conditioning"
+SHARED = ["data.dataset_id", "data.size", "model.num_classes", *(f"diffusion.{key}" for key in _OF_PROCESS.split())]
+"""Keys that must be equal for autoguidance: only then do both networks estimate the same images."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +90,15 @@ class SamplePlan(FoundRun):
         return self.config.train.precision if chosen == "auto" else chosen
 
     def choose(self) -> tuple[CheckpointRef, ...]:
-        """The checkpoints of the request that are there now, with the weights that it draws with.
+        """Returns the checkpoints of the request that are there now.
 
         Raises:
             MissingInputError: as `job.runs.checkpoints.choose`, or one has no such weights.
         """
         weights, batch_size = self.sample.weights, self.config.train.batch_size
         chosen = choose(self.run, self.request.checkpoints, self.dataset_images, batch_size)
-        try:
-            for ref in chosen if weights not in ("ema", "model") else ():
-                check_average(self.run, ref, weights, self.request.run)
-        except ObjectMissingError:
-            # Retired meanwhile.
-            return self.choose()
+        for ref in chosen if weights not in ("ema", "model") else ():
+            check_average(self.run, ref, weights, self.request.run)
         return tuple(chosen)
 
     def label(self, ref: CheckpointRef) -> str:

@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 
@@ -29,7 +28,7 @@ from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.retention import held, reading
+from job.runs.retention import reading, reading_chosen
 from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.editing import Editor
 from job.sampling.found_grid import find_points
@@ -59,22 +58,15 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
     """Yields the plan, painter and sampling of all processes, and marks the checkpoints as being read. Collective."""
     with ExitStack() as stack:
         # A run that trains meanwhile may show each process another newest checkpoint.
-        hold = partial(stack.enter_context, held(plan.run, plan.checkpoints, plan.choose))
-        checkpoints, ref = ranks.on_main(lambda: (hold()[0], plan.worse.ref if plan.worse else None))
-        worse = replace(plan.worse, ref=ref) if plan.worse and ref else None
-        plan = replace(plan, checkpoints=tuple(checkpoints), worse=worse)
+        checkpoints = ranks.on_main(lambda: stack.enter_context(reading_chosen(plan.run, plan.choose))[0])
+        plan = replace(plan, checkpoints=tuple(checkpoints))
         # Each process for itself: one that commits its last piece may outlive the others.
-        readers = [stack.enter_context(reading(plan.run, *checkpoints))]
-        if worse is not None:
-            readers.append(stack.enter_context(reading(worse.run, worse.ref)))
-
-        def renew() -> None:
-            for reader in readers:
-                reader()
-
+        renewals = [stack.enter_context(reading(plan.run, *checkpoints))]
+        if (worse := plan.worse) is not None:
+            renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
         decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
         agreement = Agreement(ranks.world_size, flags=1)
-        painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renew)
+        painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renewals)
         if worse is not None:
             painter.load_worse(worse.run, worse.config, worse.ref, plan.sample.weights)
         sampling = sampling_of(plan.sample)

@@ -28,10 +28,10 @@ from PIL import Image
 
 from job.code_version import code_version
 from job.exits import BadDataError, BadRequestError, StoppedError
-from job.runs import records
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.records import NamedObject
 from job.runs.samples import BatchIndex, NumberedDrawing, Opening, PieceRecord
+from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
@@ -193,7 +193,7 @@ def commit_piece(sample_set: SampleSet, number: int, images: np.ndarray) -> int:
         files=stored,
         drawing=drawing,
         attempt=uuid.uuid4().hex,
-        created=records.utc_now(),
+        created=utc_now(),
         code_version=code_version(),
     )
     try:

@@ -52,7 +52,7 @@ class Retry:
             note: told when the bucket goes away and when it is back; from any thread.
         """
         self.limit_seconds, self.stop = limit_seconds, stop
-        self._outage = _Outage(limit_seconds, note)
+        self._outage = _Outage(note)
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
         """Gives up after `seconds`, or at `stop`, and shares what this one knows about an outage."""
@@ -81,7 +81,7 @@ class Retry:
     def __call__(self, work: Callable[..., T], *args: object) -> T:
         """Does `work`, which must bear repetition, until the bucket is there for all of it.
 
-        A host that no server of names knows has `PATIENCE_SECONDS` at most, if the bucket has never answered.
+        A host that no name server knows has `PATIENCE_SECONDS` at most, if the bucket has never answered.
 
         Raises:
             BucketAwayError: it was away for longer than the limit.
@@ -98,12 +98,13 @@ class Retry:
                 now = time.monotonic()
                 # The silence counts that an attempt waited for, but not what it did before.
                 away_since = min(away_since, max(asked_at, now - self.silence_seconds))
+                limit_seconds = self.limit_seconds
                 # A name that does not exist is misspelt, unless the bucket has answered before.
-                is_misspelt = not self._outage.answered_at and _is_unknown_host(error)
-                most_seconds = PATIENCE_SECONDS if is_misspelt else float("inf")
-                left_seconds = away_since + min(self.limit_seconds, most_seconds) - now
+                if not self._outage.answered_at and _is_unknown_host(error):
+                    limit_seconds = min(limit_seconds, PATIENCE_SECONDS)
+                left_seconds = away_since + limit_seconds - now
                 if left_seconds > 0 and not self.stop():
-                    self._outage.began(error, asked_at, most_seconds)
+                    self._outage.began(error, asked_at, limit_seconds)
                 # Many processes may have lost the same bucket: not all of them are to ask at once.
                 if self.stop.sleep(min(pause_seconds * random.uniform(0.5, 1), left_seconds)):  # noqa: S311
                     raise StoppedError(f"stopped while the bucket was away ({error})") from error
@@ -120,7 +121,7 @@ class Retry:
 
 
 def _is_unknown_host(error: BaseException | None) -> bool:
-    """Returns whether an attempt failed because a server of names knows no such host."""
+    """Returns whether an attempt failed because no name server knows the host."""
     while error is not None and not isinstance(error, socket.gaierror):
         error = error.__cause__ or error.__context__
     return error is not None and error.errno == socket.EAI_NONAME
@@ -129,14 +130,14 @@ def _is_unknown_host(error: BaseException | None) -> bool:
 class _Outage:
     """What is known about a bucket being away."""
 
-    def __init__(self, limit_seconds: float, note: Callable[[str], None]) -> None:
-        self._limit_seconds, self.note = limit_seconds, note
+    def __init__(self, note: Callable[[str], None]) -> None:
+        self.note = note
         self._lock = threading.Lock()
         self._since: float | None = None
         self.answered_at = 0.0
         """Reading of the monotonic clock at the latest answer; 0 before the first one."""
 
-    def began(self, error: BucketAwayError, asked_at: float, most_seconds: float) -> None:
+    def began(self, error: BucketAwayError, asked_at: float, limit_seconds: float) -> None:
         """An attempt failed that was begun at this reading of the monotonic clock."""
         with self._lock:
             # Others may have had an answer meanwhile.
@@ -144,7 +145,7 @@ class _Outage:
             if is_news:
                 self._since = time.monotonic()
         if is_news:
-            self.note(f"{error}; trying again for up to {min(self._limit_seconds, most_seconds):g} s")
+            self.note(f"{error}; trying again for up to {limit_seconds:g} s")
 
     def ended(self) -> None:
         """An attempt succeeded."""

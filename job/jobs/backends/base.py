@@ -127,9 +127,11 @@ class JobStatus:
             return self
         starts = sum(start >= self.created for start in outcome.starts)
         status, code = replace(self, attempts=max(self.attempts, starts)), outcome.exit_code
-        if self.exit_code is None and self.state is State.WAITING and starts:
-            ended = "no word" if code is None else f"exit code {code}: {outcome.message or meaning(code)}"
-            return replace(status, message=f"{self.message}; the attempt before: {ended}".removeprefix("; "))
+        # Of slices some may have ended, while others have not begun.
+        is_whole = outcome.machines == 1 or not self.name.startswith("sample-")
+        if self.exit_code is None and self.state is State.WAITING and starts and is_whole:
+            ended = "without a word" if code is None else f"with exit code {code}: {outcome.message or meaning(code)}"
+            return replace(status, message=f"{self.message}; the attempt before ended {ended}".removeprefix("; "))
         if code is None or self.exit_code is not None or self.state not in (State.FAILED, State.GONE):
             return status
         is_finished = code == Exit.FINISHED

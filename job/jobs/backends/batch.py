@@ -204,13 +204,13 @@ def batch_status(found: JsonObject, tasks: Sequence[JsonObject]) -> JobStatus:
     """A job's status from what Batch says about it, and about its tasks if it was asked."""
     name, state = found["name"].rpartition("/")[2], _job_state(found)
     status = JobStatus(name, state, _batch_message(found, state), 0 if state is State.FINISHED else None)
+    codes = [(task["status"].get("state"), _codes_of(task)) for task in tasks]
     if state is State.FAILED:
-        ends = [_ended_task(name, code) for task in tasks if (code := _failure_of(task))]
+        ends = [_ended_task(name, each[-1]) for ended, each in codes if ended == "FAILED" and each]
         status = max(ends, key=lambda end: severity(end.retried), default=status)
     starts = sum(event.get("taskState") == "RUNNING" for task in tasks for event in _status_events(task))
     created = google.utc_text(found["createTime"])
-    counted = [[code for code in _codes_of(task) if _ended_task(name, code).retried == "bounded"] for task in tasks]
-    failures = max(map(len, counted), default=0)
+    failures = max((sum(_ended_task(name, code).retried == "bounded" for code in each) for _, each in codes), default=0)
     return replace(status, attempts=starts, failures=failures, created=created, place=_region(found))
 
 
@@ -221,13 +221,8 @@ def _ended_task(name: str, code: int) -> JobStatus:
     return JobStatus(name, State.FAILED, f"ended with code {code}: {said}", cause=cause)
 
 
-def _failure_of(task: JsonObject) -> int:
-    """The code with which a task failed at last; 0 if it did not."""
-    return _codes_of(task)[-1] if task["status"].get("state") == "FAILED" and _codes_of(task) else 0
-
-
 def _codes_of(task: JsonObject) -> list[int]:
-    """The codes with which a task's attempts failed, the oldest first."""
+    """Returns the codes with which a task's attempts failed, the oldest first."""
     codes = (event.get("taskExecution", {}).get("exitCode", 0) for event in _status_events(task))
     return [code for code in codes if code]
 

@@ -57,7 +57,9 @@ def observed_status(
         has_machine=state is State.WAITING and bool(placed),
     )
     gave_up = state is State.FAILED and status.retried == "bounded"
-    return replace(status, failures=RETRIES + 1 if gave_up else _counted(job, pods))
+    spec = {**job.get("spec", {}), **job.get("spec", {}).get("failurePolicy", {})}
+    limit = spec.get("maxRestarts", spec.get("backoffLimitPerIndex", spec.get("backoffLimit", RETRIES)))
+    return replace(status, failures=limit + 1 if gave_up else _counted(job, pods))
 
 
 def is_over(job: JsonObject) -> bool:
@@ -234,7 +236,7 @@ def _decisive_end(pods: Sequence[JsonObject]) -> JsonObject | None:
 
 
 def _why_failed(condition: JsonObject, pods: Sequence[JsonObject]) -> str:
-    reason, said = condition.get("reason", ""), _in_a_line(condition.get("message"))
+    reason, said = condition.get("reason", ""), condition.get("message", "")
     why = reason if reason == "PodFailurePolicy" else f"{reason}: {said}"
     ended = _decisive_end(pods)
     return f"{_ending_in_words(ended)} ({why})" if ended else f"{reason}: {said}"
@@ -261,7 +263,7 @@ def _how_running(living: Sequence[JsonObject], pods: Sequence[JsonObject]) -> st
 
 def _why_waiting(pod: JsonObject) -> str:
     reason = _waiting_reason(pod)
-    said = _in_a_line((_container_state(pod).get("waiting") or {}).get("message"))
+    said = (_container_state(pod).get("waiting") or {}).get("message")
     if reason in NO_IMAGE_REASONS:
         image = pod["spec"]["containers"][0]["image"]
         return f"{reason}: {said or image}; is the image {image} there, and may the cluster's nodes pull it?"
@@ -270,15 +272,11 @@ def _why_waiting(pod: JsonObject) -> str:
     if reason:
         return f"{reason}: {said}" if said else reason
     if (unscheduled := _condition(pod, "PodScheduled", status="False")) is not None:
-        return f"FailedScheduling: {_in_a_line(unscheduled.get('message'))}"
+        return f"FailedScheduling: {unscheduled.get('message', '')}"
     return "waits for a node"
-
-
-def _in_a_line(text: object) -> str:
-    return " ".join(str(text or "").split())
 
 
 def _ending_of(text: object) -> str:
     """Returns the text in a line, without its beginning if it is long."""
-    said = _in_a_line(text)
+    said = " ".join(str(text or "").split())
     return said if len(said) <= _LONGEST_SAID else f"… {said[-_LONGEST_SAID:].partition(' ')[2]}"

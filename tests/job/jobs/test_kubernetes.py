@@ -95,7 +95,11 @@ def test_attempts_whose_pods_are_gone_are_told_by_the_bucket(server, backend, jo
         # Who is evicted goes with its pod, and a pause of minutes follows.
         for pod in pods:
             server.remove("pods", pod)
-        assert told() == (State.WAITING, count, "waits for a pod; the attempt before: exit code 75: stopped by SIGTERM")
+        assert told() == (
+            State.WAITING,
+            count,
+            "waits for a pod; the attempt before ended with exit code 75: stopped by SIGTERM",
+        )
     # Who stopped, however often, has not failed, though Kubernetes gives up.
     server.end_job(NAME, "Failed", "in its own words", plural)
     assert (backend.status(NAME).failures, backend.status(NAME).informed(bucket).failures) == (5, 0)

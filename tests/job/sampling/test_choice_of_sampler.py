@@ -114,7 +114,7 @@ def test_one_s_own_sampler(bucket, tmp_path, monkeypatch):
     for name, what in (
         ("mysamplers:nothing", "no attribute 'nothing'"),
         ("nothing_here:midway", "No module named 'nothing_here'"),
-        ("mysamplers:number", "no function, but int"),
+        ("mysamplers:number", "is not a callable object"),
         ("mysamplers:nothing_of_it", "gave NoneType: finite numbers"),
         ("mysamplers:smaller", "gave a tensor [1, 3, 8, 8]"),
     ):

@@ -9,7 +9,7 @@ from job.evaluation.plan import plan_evaluation
 from job.requests import EvaluateRequest, SampleRequest
 from job.runs.checkpoints import choose, list_checkpoints
 from job.runs.layout import CheckpointRef
-from job.runs.retention import held
+from job.runs.retention import reading_chosen
 from job.sampling.plan import plan_sampling
 from job.sampling.sample import run_sampling
 from job.store import open_store
@@ -53,7 +53,7 @@ def test_what_is_scored_is_chosen_again(bucket, train_on, capsys):
 def test_what_is_held_stays(bucket, train_on):
     run = open_store(str(bucket)).sub("runs/walk")
     refs = choose(run, "latest", 299, 24)
-    with held(run, refs, lambda: []) as (kept, _):
+    with reading_chosen(run, lambda: refs) as (kept, _):
         assert [*kept] == [CHOSEN]
         assert train_on() == [312, 912, 1200]
         told = ddpm_here("runs", "delete", "walk", "--yes", "--bucket", bucket)
