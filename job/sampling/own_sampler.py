@@ -100,10 +100,12 @@ class OwnSampler:
             drawn = self.function(evaluate, x, points, noise_at)
         if evaluations != self._evaluations.setdefault(key, evaluations):
             raise varies
-        if not isinstance(drawn, torch.Tensor) or drawn.shape != shape or not drawn.isfinite().all():
-            what = f"a tensor {[*drawn.shape]}" if isinstance(drawn, torch.Tensor) else type(drawn).__name__
-            raise BadRequestError(f"--sampler {self.name} gave {what}: finite numbers {[*shape]} are wanted, as x")
-        return drawn
+        is_tensor = isinstance(drawn, torch.Tensor)
+        if not is_tensor or drawn.shape != shape or not drawn.is_floating_point() or not drawn.isfinite().all():
+            what = f"a tensor {[*drawn.shape]}, {drawn.dtype}" if is_tensor else type(drawn).__name__
+            what += f": finite numbers {[*shape]} are wanted, as x; {self.place}"
+            raise BadRequestError(f"--sampler {self.name} gave {what}")
+        return drawn.detach().float()
 
 
 @contextmanager
@@ -117,8 +119,9 @@ def _refused(name: str, otherwise: str) -> Iterator[None]:
         yield
     except BaseException as error:
         causes = [error]
-        while causes[-1].__context__:
-            causes.append(causes[-1].__context__)
+        # Once each: an error may be its own context.
+        while (context := causes[-1].__context__) and context not in causes:
+            causes.append(context)
         for cause in causes:
             # An error of the program, such as a stop, which the user's code may have caught and replaced by its own.
             if isinstance(cause, JobError | StopSignal) or lost_peer(cause):

@@ -21,6 +21,12 @@ FAULTS = {
     "divides": ("def f(denoise, x, points, noise_at):\n    return x / (1 // 0)\n", 2, "ZeroDivisionError: integer"),
     "misuses": ("def f(denoise, x, points, noise_at):\n\n    return denoise(x, None)\n", 3, "AttributeError: "),
     "allocates": ("def f(denoise, x, points, noise_at):\n    return bytes(1 << 62)\n", 2, "MemoryError"),
+    "goes_round": (
+        f"{HEAD}    a, b = OSError(), KeyError()\n    b.__context__ = a\n    a.__context__ = b\n    raise a\n",
+        5,
+        "OSError",
+    ),
+    "is_complex": (f"{HEAD}    return denoise(x, points[0]).to(dtype=__import__('torch').complex64)\n", 1, "complex64"),
     "imports": ("import os\nimport nothing_like_it\n", 2, "No module named 'nothing_like_it'"),
     "misspells": ("from numpy import\n", 1, "SyntaxError: "),
     "takes_two": ("\ndef f(denoise, x):\n    return x\n", 2, "too many positional arguments"),
