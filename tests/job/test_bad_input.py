@@ -77,7 +77,7 @@ MEANINGLESS: Rows = [
     (
         "train --dataset a --set model.kind=dit --set model.heads=64 --set model.rope=on",
         78,
-        ["model.rope", "not of 6", "model.heads=64"],
+        ["model.rope", "model.width=384", "model.heads=64"],
     ),
     ("train --dataset a --set model.kind=dit --set data.size=33", 78, ["data.size=33", "model.patch_size=2"]),
     ("train --dataset a --set model.kind=dome --set data.size=28", 78, ["data.size=28", "multiple of 8"]),

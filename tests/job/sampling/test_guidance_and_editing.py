@@ -229,6 +229,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("walk", 64, "--order is an option of unipc, ipndm, deis", ("--sampler", "dpmpp_2m", "--order", 2)),
         ("walk", 78, "t=0 of 50", ("--grid", "leading", "--steps", 1)),
         ("all", 64, "--guidance-rescale needs --guidance", ("--guidance-rescale", 0.7)),
+        ("walk", 78, "sample.shift=3 needs diffusion.schedule=flow", ("--shift", 3)),
         ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
         ("all", 64, "from less to more", ("--guidance-interval", "5,0.5")),
