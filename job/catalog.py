@@ -214,7 +214,7 @@ def describe_dataset(index: DatasetIndex, bucket: Store) -> str:
         lines.append(f"licence  {index.licence}")
     if index.skipped:
         kinds = ", ".join(f"{count:,} {suffix}" for suffix, count in index.skipped.items())
-        lines.append(f"skipped  hidden files, and those that cannot be read as images: {kinds}")
+        lines.append(f"skipped  {kinds}")
     return "\n".join(lines)
 
 
