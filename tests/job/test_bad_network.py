@@ -158,7 +158,7 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
     done = ddpm_here(*train_words(remote_bucket, MANY_EPOCHS), *more)
     beside.join()
     assert done.returncode == Exit.STOPPED, done.stderr
-    assert done.stderr.count("trying again for up to 900 s") == done.stderr.count("the bucket is back after") >= 1
+    assert done.stderr.count("trying again for up to") == done.stderr.count("the bucket is back after") >= 1
 
     rows = read_rows(run, load_manifest(run, max(list_checkpoints(run))).metrics)
     while_away = [row["images_seen"] for row in rows if away[0] < row["time"] < away[1]]

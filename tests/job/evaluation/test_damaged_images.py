@@ -40,6 +40,8 @@ def noisy(images: np.ndarray, sigma: float) -> np.ndarray:
     return (images + noise).clip(0, 255).round().astype(np.uint8)
 
 
+# Inception sees some 17 images a second on two cores, and fewer beside other tests.
+@pytest.mark.timeout(900)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["inception", "mobilenet"])
 def test_scores_grow_with_the_damage(tmp_path, name):
