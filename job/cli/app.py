@@ -97,6 +97,7 @@ def run() -> None:
         if isinstance(stream, TextIOWrapper):
             # A terminal that cannot show ×, ᾱ or the bytes of somebody's file name would end the command otherwise.
             stream.reconfigure(errors="backslashreplace")
+    output = os.fstat(1)
     try:
         app()
     except Exception as error:
@@ -109,15 +110,15 @@ def run() -> None:
     except SystemExit as end:
         # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail; and for any other
         # pipe, where it did.
-        is_unread = isinstance(end.__context__, BrokenPipeError) and not is_launched() and _output_is_closed()
+        is_unread = isinstance(end.__context__, BrokenPipeError) and not is_launched() and _is_closed(output)
         raise SystemExit(0 if is_unread else end.code) from None
 
 
-def _output_is_closed() -> bool:
-    """Returns whether nobody reads the standard output: Rich has opened the null device in its place by then."""
+def _is_closed(output: os.stat_result) -> bool:
+    """Returns whether nobody reads the standard output, in whose place Rich has opened the null device by then."""
     poll = select.poll()
     poll.register(1, 0)
-    return bool(poll.poll(0)) or os.path.samestat(os.fstat(1), Path(os.devnull).stat())
+    return bool(poll.poll(0)) or not os.path.samestat(os.fstat(1), output)
 
 
 def _fail(message: str, code: int) -> NoReturn:
