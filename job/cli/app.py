@@ -110,15 +110,14 @@ def run() -> None:
     except SystemExit as end:
         # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail; and for any other
         # pipe, where it did.
-        is_unread = isinstance(end.__context__, BrokenPipeError) and not is_launched() and _is_closed(output)
-        raise SystemExit(0 if is_unread else end.code) from None
+        raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) and _is_unread(output) else end.code) from None
 
 
-def _is_closed(output: os.stat_result) -> bool:
-    """Returns whether nobody reads the standard output, in whose place Rich has opened the null device by then."""
+def _is_unread(output: os.stat_result) -> bool:
+    """Returns whether nobody reads what a person's command prints; Rich has opened the null device there by then."""
     poll = select.poll()
     poll.register(1, 0)
-    return bool(poll.poll(0)) or not os.path.samestat(os.fstat(1), output)
+    return not is_launched() and (bool(poll.poll(0)) or not os.path.samestat(os.fstat(1), output))
 
 
 def _fail(message: str, code: int) -> NoReturn:
