@@ -110,7 +110,8 @@ def run() -> None:
     except SystemExit as end:
         # Typer ends with 1 when `head` or a pager closes the pipe, though the command did not fail; and for any other
         # pipe, where it did.
-        raise SystemExit(0 if isinstance(end.__context__, BrokenPipeError) and _is_unread(output) else end.code) from None
+        left = isinstance(end.__context__, BrokenPipeError) and _is_unread(output)
+        raise SystemExit(0 if left else end.code) from None
 
 
 def _is_unread(output: os.stat_result) -> bool:
