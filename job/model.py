@@ -47,12 +47,11 @@ def load(
     bucket = match[1] or ("/" if uri.startswith("/") else ".")
     plan = plan_sampling(SampleRequest(match[2], bucket, checkpoints, chosen=chosen).check())
     on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    group = plan.sample.weights
-    config = plan.config.updated({"sample.weights": group})
+    config = plan.config.updated({"sample.weights": plan.sample.weights})
     decode = load_decoder(plan.bucket, plan.index, on)
     # Unlike on a GPU, bf16 is slower than fp32 on many processors.
     model = method.model_of(config, on, plan.precision if on.type == "cuda" else "fp32", decode, plan.classes)
-    tensors = {group: {name: each.detach() for name, each in model.network.named_parameters()}}
-    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, (group,)) as restored:
+    tensors = {plan.sample.weights: {name: each.detach() for name, each in model.network.named_parameters()}}
+    with reading_chosen(plan.run, plan.choose) as ((ref,), _), opened(plan.run, ref, tuple(tensors)) as restored:
         restored.copy_into(tensors)
     return model
