@@ -180,7 +180,7 @@ class DatasetIndex(Sealed):
     hold_out: float = Field(default=0.0, ge=0, le=1, description="the share of the source that was held out")
     rejected_images: int = Field(default=0, ge=0)
     rejects_sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of rejects.jsonl, if any")
-    skipped: dict[str, int] = Field(default={}, description="by suffix, how many files were left out; hidden images")
+    skipped: dict[str, int] = Field(default={}, description="files that were left out, by suffix or as hidden images")
     codecs: str = Field(default="", description="versions of what decoded the images")
     shards: tuple[Shard, ...] = Field(min_length=1)
 
