@@ -273,6 +273,8 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
+                # Whoever slept may have lost the run, and would upload whole checkpoints that nobody is to read.
+                self._run.retry(self._held.lease.confirm)
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
                 if self._later and not (self._queued and self._stop.reason):

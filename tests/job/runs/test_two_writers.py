@@ -22,7 +22,7 @@ from tests.job.hooked import hooked
 from tests.job.launching import children, eventually
 
 FREEZE = """
-import signal, threading
+import signal, threading, time
 from job.runs.lease import Lease
 commit, check_lost, committing = commit_manifest, Lease.check_lost, threading.RLock()
 
@@ -34,6 +34,8 @@ def commit_manifest(run, manifest):
         commit(run, manifest)
 
 def check_after_commit(lease):
+    if threading.current_thread().name == "lease":
+        time.sleep(1)
     with committing:
         check_lost(lease)
 
@@ -41,7 +43,8 @@ Lease.check_lost = check_after_commit
 """
 """A process that stops after it made sure that it holds the run, and before the commit: no check can help there.
 
-When it wakes, its main thread might notice first, and end it without the commit: here it is the slower one.
+When it wakes, its main thread or that of its lease might notice first, and end it before it could do harm: here they
+are the slower ones.
 """
 
 
