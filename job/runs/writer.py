@@ -273,11 +273,10 @@ class CheckpointWriter:
     def _work(self) -> None:
         try:
             while self._has_work():
-                # Whoever slept may have lost the run, and would upload whole checkpoints that nobody is to read.
-                self._run.retry(self._held.lease.confirm)
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
                 if self._later and not (self._queued and self._stop.reason):
+                    self._run.retry(self._held.lease.confirm)
                     self._later[0](self._run)
                     with self._change():
                         del self._later[0]
@@ -342,6 +341,8 @@ class CheckpointWriter:
         with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
 
             def upload(path: Path, key: str) -> None:
+                # Whoever slept may have lost the run, and would upload a whole checkpoint that nobody is to read.
+                self._run.retry(self._held.lease.confirm)
                 self._run.upload(path, key)
                 path.unlink()
 

@@ -16,7 +16,7 @@ from tensorboardX.proto.event_pb2 import Event
 from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs import writer as writer_module
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
-from job.runs.layout import CheckpointRef
+from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metrics import read_rows
 from job.runs.retention import reading
 from job.stop import GRACE_VARIABLE
@@ -205,6 +205,24 @@ def test_the_lease_is_confirmed_again_after_an_outage(gcs_server, gcs_bucket, mo
         with pytest.raises(LostRunError):
             writer.wait()
         assert list_checkpoints(run) == []
+
+
+@pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
+def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue):
+    holder, is_queued = held(run), threading.Event()
+    writer = writer_of(holder, live_tensors(), notes=[])
+
+    def lose(_: object) -> None:
+        is_queued.wait(30)
+        holder.lease.lost = True
+
+    writer.do_later(lose)
+    queue(writer)
+    is_queued.set()
+    writer._thread.join(10)
+    with pytest.raises(LostRunError):
+        writer.wait()
+    assert [entry.key for entry in run.list() if located(entry.key).kind is not ObjectKind.PROBE] == []
 
 
 @pytest.mark.slow
