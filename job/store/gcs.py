@@ -1,7 +1,6 @@
-"""A Google Cloud Storage bucket.
+"""A Google Cloud Storage bucket: gcsfs moves the content, google-cloud-storage makes the small writes that decide.
 
-google-cloud-storage does all but the moving of large content: streams of our own hear of a stop between two blocks,
-hold no chunks in memory, compute the checksum on the way, and are twice as fast at reading.
+These have connections of their own: a lease is renewed in time beside a checkpoint on its way up.
 """
 
 from __future__ import annotations
@@ -11,37 +10,59 @@ import os
 import re
 import secrets
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial, wraps
 from typing import Any
 
 # Without this every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read.
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+# Without this gcsfs imports its file system of zonal buckets, which asks by gRPC what a bucket is before it writes.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
+import aiohttp
 import google.auth
 import requests
-import urllib3
-from google.api_core.exceptions import GoogleAPIError, NotFound, from_http_response
-from google.auth.credentials import AnonymousCredentials
+from fsspec.config import apply_config
+from gcsfs.core import GCSFileSystem
+from gcsfs.credentials import GoogleCredentials
+from gcsfs.retry import HttpError
+from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed, Unauthorized, from_http_status
+from google.auth.credentials import AnonymousCredentials, Credentials, TokenState
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
-from google.auth.transport.requests import AuthorizedSession
+from google.auth.transport.requests import AuthorizedSession, Request
 from google.cloud import storage
 from requests.adapters import HTTPAdapter
 
 from job.exits import JobError, NoPermissionError
 from job.store.base import Entry
-from job.store.remote import CONNECTIONS, ByteRange, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.calls import T, in_thread, on_loop
+from job.store.files import COPY_BYTES
+from job.store.remote import (
+    CONNECTIONS,
+    EmptyObjectError,
+    Piece,
+    RemoteStore,
+    Watched,
+    cause,
+    content_type,
+    damaged,
+    one_line,
+)
 from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
-_BLOCK_BYTES = 64 << 10
+_BLOCK_BYTES = 256 << 10
 """Is on its way within seconds on the slowest of networks."""
 
-_UNREACHABLE = (requests.RequestException, urllib3.exceptions.HTTPError, ConnectionError, TimeoutError)
+_UNREACHABLE = (aiohttp.ClientError, requests.RequestException, ConnectionError, TimeoutError)
 _CLIENT = (GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
 _GOOGLE_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
 _DAMAGED = "doesn't match calculated CRC32C"
 _REQUEST = re.compile(r"^\d{3} [A-Z]+ \S+: ")
+_CRC32C = re.compile(r"crc32c=([^,]+)")
 
 
 class GcsStore(RemoteStore):
@@ -58,82 +79,136 @@ class GcsStore(RemoteStore):
         self._roles = f"roles/storage.objectUser on {self.uri}"
         self._make = f"gcloud storage buckets create {self.uri}"
         try:
-            emulated = "STORAGE_EMULATOR_HOST" in os.environ
-            credentials = AnonymousCredentials() if emulated else google.auth.default(scopes=[_SCOPE])[0]
+            self._login = _login()
         except DefaultCredentialsError as error:
             raise self._no_credentials(str(error)) from error
-        self._session = AuthorizedSession(credentials)
+        silence_seconds = retry.silence_seconds
+        self._fs = _OneAttempt(
+            token=self._login or "anon",
+            version_aware=False,
+            use_listings_cache=False,
+            skip_instance_cache=True,
+            requests_timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds),
+            session_kwargs={"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}, "trust_env": True},
+        )
+        session = AuthorizedSession(self._login or AnonymousCredentials(), refresh_status_codes=())
         for scheme in ("http://", "https://"):
             # More threads than connections would make urllib3 throw connections away, and complain of it.
-            self._session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
-        self._client = storage.Client(project=None, credentials=credentials, _http=self._session)
-        self._bucket = self._client.bucket(bucket)
+            session.mount(scheme, HTTPAdapter(pool_maxsize=CONNECTIONS))
+        client = storage.Client(
+            project=None,
+            credentials=session.credentials,
+            _http=session,
+            client_options={"api_endpoint": self._fs._location},
+        )
+        payer = self._fs.requester_pays
+        self._bucket = client.bucket(bucket, user_project=self._fs.project if payer is True else payer or None)
         self._was_seen = threading.Event()
 
-    def _head(self, key: str) -> tuple[int, str]:
-        blob = self._blob(key)
-        blob.reload(**self._once)
-        return int(blob.size), str(blob.generation)
+    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
+        @wraps(work)
+        def signed_in(key: str, *args: Any) -> T:
+            self._sign_in()
+            try:
+                return work(key, *args)
+            except Unauthorized:
+                if not self._login:
+                    raise
+                self._sign_in(anew=True)
+                return work(key, *args)
 
-    def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
-        with self._session.get(
-            f"{self._client.api_endpoint}/download/storage/v1{self._blob(key).path}",
-            params={"alt": "media"} | ({"generation": part.version} if part else {}),
-            headers={"Range": part.header} if part else {},
-            stream=True,
-            timeout=self.retry.silence_seconds,
-        ) as answer:
-            _checked(answer)
-            size_bytes, crc32c = self._consume(key, answer.raw.read, consume)
-        kept = f"crc32c={crc32c}" in answer.headers["X-Goog-Hash"]
-        if not (size_bytes == part.stop - part.start if part else kept):
-            raise damaged(self.uri_of(key))
-        return answer.headers["X-Goog-Generation"]
+        return super()._attempt(signed_in, key, *args)
+
+    def _sign_in(self, *, anew: bool = False) -> None:
+        began = time.monotonic()
+        if self._login and (token := self._login.coming(anew=anew)):
+            self._answer(token, lambda: began)
+
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
+        def piece(headers: Any, data: bytes) -> Piece:
+            size_bytes = int(headers.get("Content-Range", f"/{len(data)}").rpartition("/")[2])
+            crc32c = _CRC32C.search(",".join(headers.getall("X-Goog-Hash")))
+            return Piece(data, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
+
+        url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
+        part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
+        # What somebody stored compressed comes as it is stored, which is what its checksum is of.
+        return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
-        # Google refuses what arrives with another checksum.
-        about = {"name": self._prefix + key, "contentType": content_type(key), "crc32c": content.crc32c}
-        body = _TwoParts(about, content)
-        answer = self._session.post(
-            f"{self._client.api_endpoint}/upload/storage/v1{self._bucket.path}/o",
-            params={"uploadType": "multipart"} | ({} if over is None else {"ifGenerationMatch": over or "0"}),
-            headers={"Content-Type": f"multipart/related; boundary={body.boundary}"},
-            data=body,
-            timeout=self.retry.silence_seconds,
-        )
-        return None if answer.status_code == 412 else str(_checked(answer).json()["generation"])
+        condition = None if over is None else over or "0"
+        send = self._decide if content.size_bytes <= COPY_BYTES else self._upload
+        try:
+            return str(send(self._prefix + key, content, condition))
+        except PreconditionFailed:
+            return None
+
+    def _decide(self, name: str, content: Watched, condition: str | None) -> object:
+        blob = self._bucket.blob(name)
+        how = {"checksum": "crc32c", "retry": None, "timeout": self.retry.silence_seconds}
+        upload = partial(blob.upload_from_string, content_type=content_type(name), if_generation_match=condition, **how)
+        self._answer(in_thread(upload, content.read()))
+        return blob.generation
+
+    def _upload(self, name: str, content: Watched, condition: str | None) -> object:
+        # Google refuses what arrives with another checksum. No file holds the boundary.
+        about = {"name": name, "contentType": content_type(name), "crc32c": content.crc32c}
+        boundary = secrets.token_hex(16)
+        parts = ("application/json", json.dumps(about)), (about["contentType"], "")
+        head = "".join(f"\r\n--{boundary}\r\nContent-Type: {kind}\r\n\r\n{text}" for kind, text in parts).encode()
+        tail = f"\r\n--{boundary}--".encode()
+
+        async def body() -> AsyncIterator[bytes]:
+            yield head
+            while block := content.read(_BLOCK_BYTES):
+                yield block
+            yield tail
+
+        url = f"{self._fs._location}/upload/storage/v1/b/{{}}/o"
+        size_bytes = str(len(head) + content.size_bytes + len(tail))
+        headers = {"Content-Type": f"multipart/related; boundary={boundary}", "Content-Length": size_bytes}
+        how = {"uploadType": "multipart", "ifGenerationMatch": condition, "headers": headers, "data": body()}
+        return self._answer(self._call(_json, "POST", url, self._bucket.name, **how), lambda: content.read_at)[
+            "generation"
+        ]
 
     def _list(self, prefix: str) -> Sequence[Entry]:
-        blobs = self._pages(prefix, fields="items(name,size),nextPageToken")
-        return [Entry(blob.name.removeprefix(self._prefix), blob.size) for blob in blobs]
+        pages = self._pages(prefix, fields="items(name,size),nextPageToken")
+        items = (item for page in pages for item in page.get("items", []))
+        return [Entry(item["name"].removeprefix(self._prefix), int(item["size"])) for item in items]
 
     def _folders(self, prefix: str) -> Sequence[str]:
         pages = self._pages(prefix, fields="prefixes,nextPageToken", delimiter="/")
-        # The prefixes are gathered while the items, of which none are asked for, go by.
-        list(pages)
-        return [folder.removeprefix(self._prefix + prefix).removesuffix("/") for folder in pages.prefixes]
+        folders = (folder for page in pages for folder in page.get("prefixes", []))
+        return [folder.removeprefix(self._prefix + prefix).removesuffix("/") for folder in folders]
 
     def _delete(self, key: str) -> None:
-        self._blob(key).delete(**self._once)
+        self._answer(self._call(lambda *_: None, "DELETE", "b/{}/o/{}", self._bucket.name, self._prefix + key))
 
-    def _pages(self, prefix: str, **asked: Any) -> Any:
-        return self._client.list_blobs(self._bucket.name, prefix=self._prefix + prefix, **asked, **self._once)
+    def _pages(self, prefix: str, **asked: Any) -> Iterator[dict[str, Any]]:
+        page: dict[str, Any] = {"nextPageToken": None}
+        while "nextPageToken" in page:
+            asked |= {"prefix": self._prefix + prefix, "pageToken": page["nextPageToken"]}
+            yield (page := self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked)))
 
-    @property
-    def _once(self) -> dict[str, Any]:
-        """How a request is sent, as arguments of google-cloud-storage: its own retries know nothing of ours."""
-        return {"timeout": self.retry.silence_seconds, "retry": None}
+    def _call(self, made_of: Callable[[Any, bytes], T], *asked: Any, **named: Any) -> Future[T]:
+        """Begins a request that is sent once; its result is `made_of` the headers and the content of the answer."""
 
-    def _blob(self, key: str) -> storage.Blob:
-        return self._bucket.blob(self._prefix + key)
+        async def call() -> T:
+            try:
+                return made_of(*await self._fs._call(*asked, **named))
+            except Exception as error:
+                raise _as_google_says(error) from error
+
+        return on_loop(self._fs.loop, call())
 
     def _bucket_exists(self) -> bool:
         """As far as can be known: a missing bucket is answered like a missing object."""
         if not self._was_seen.is_set():
             # Who may not list cannot tell. Nor may the role that trains read a bucket's own metadata.
-            with suppress(*_UNREACHABLE, GoogleAuthError, GoogleAPIError):
+            with suppress(*_CLIENT):
                 try:
-                    any(self._pages("", max_results=1))
+                    next(self._pages("", maxResults=1, fields="nextPageToken"))
                 except NotFound:
                     return False
                 self._was_seen.set()
@@ -160,31 +235,79 @@ class GcsStore(RemoteStore):
         )
 
 
-class _TwoParts:
-    """The body of an upload: what the object is, and its content, read while it is sent."""
+class _OneAttempt(GCSFileSystem):
+    """Without gcsfs's own six, which would outlive a lease."""
 
-    def __init__(self, about: dict[str, str], content: Watched) -> None:
-        # No file holds it.
-        self.boundary = secrets.token_hex(16)
-        parts = ("application/json", json.dumps(about)), (about["contentType"], "")
-        before = (f"\r\n--{self.boundary}\r\nContent-Type: {kind}\r\n\r\n{text}" for kind, text in parts)
-        self._before = "".join(before).encode()
-        self._after = f"\r\n--{self.boundary}--".encode()
-        self._content = content
-
-    def __len__(self) -> int:
-        return len(self._before) + self._content.size_bytes + len(self._after)
-
-    def __iter__(self) -> Iterator[bytes]:
-        # It is sent again if the credentials had to be refreshed.
-        self._content.seek(0)
-        yield self._before
-        while block := self._content.read(_BLOCK_BYTES):
-            yield block
-        yield self._after
+    _request = GCSFileSystem._request.__wrapped__
 
 
-def _checked(answer: requests.Response) -> requests.Response:
-    if not answer.ok:
-        raise from_http_response(answer)
-    return answer
+class _Login(Credentials):
+    """The credentials in use, with a token that a thread of its own fetches before the last one expires.
+
+    gcsfs would fetch it on the event loop, where every transfer waits for it, and google-cloud-storage in the middle of
+    a request that renews a lease.
+    """
+
+    valid, token_state = True, TokenState.FRESH
+
+    def __init__(self, credentials: Credentials) -> None:
+        super().__init__()
+        self._credentials, self._lock = credentials, threading.Lock()
+        self._coming: Future[None] | None = None
+
+    def coming(self, *, anew: bool = False) -> Future[None] | None:
+        """The fetching of a token for which a request has to wait; None if there is one, which may be the last one."""
+        with self._lock:
+            state = TokenState.INVALID if anew else self._credentials.token_state
+            if state is not TokenState.FRESH and (self._coming is None or self._coming.done()):
+                self._coming = in_thread(self._credentials.refresh, Request())
+            return self._coming if state is TokenState.INVALID else None
+
+    def apply(self, headers: dict[str, str], token: str | None = None) -> None:
+        """Adds the token to a request."""
+        self._credentials.apply(headers)
+
+    def before_request(self, request: object, method: str, url: str, headers: dict[str, str]) -> None:
+        """Adds the token to a request."""
+        self.apply(headers)
+
+    def refresh(self, request: object) -> None:
+        """Is left to `coming`."""
+
+
+def _login() -> _Login | None:
+    """Of fsspec's configuration, or else of Google's; None for anonymous reading and for an emulator."""
+    token = apply_config(GCSFileSystem, {}).get("token")
+    if token is None and "STORAGE_EMULATOR_HOST" in os.environ:
+        token = "anon"  # noqa: S105
+    if token is None:
+        found = google.auth.default(scopes=[_SCOPE])[0]
+    else:
+        found = GoogleCredentials("", "read_write", token).credentials
+    return _Login(found) if found else None
+
+
+def _json(_: object, content: bytes) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(content)
+    return found
+
+
+def _as_google_says(error: Exception) -> Exception:
+    """An error of gcsfs, which tells a refusal in many ways, as one of google-cloud-storage."""
+    text = str(error).rpartition("\n")[2]
+    match error:
+        case HttpError() if error.code == 416:
+            return EmptyObjectError()
+        case HttpError():
+            return from_http_status(int(error.code), str(error.message))
+        case FileNotFoundError():
+            return from_http_status(404, text)
+        case FileExistsError():
+            return from_http_status(412, text)
+        case requests.exceptions.ProxyError():
+            return from_http_status(502, "Bad Gateway")
+        case OSError() if str(error).startswith("Forbidden: "):
+            return from_http_status(403, text)
+        case ValueError() if str(error).startswith("Bad Request: "):
+            return from_http_status(400, text)
+    return error

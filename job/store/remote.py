@@ -1,4 +1,4 @@
-"""What gs:// and s3:// have in common: content that comes as a stream, with a checksum, and errors of HTTP."""
+"""What gs://, s3:// and az:// have in common: content that comes in pieces, with a checksum, and errors of HTTP."""
 
 from __future__ import annotations
 
@@ -7,32 +7,41 @@ import base64
 import io
 import mimetypes
 import os
-from collections.abc import Callable
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from itertools import islice
 from typing import Any, BinaryIO, NamedTuple, cast
 
 import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
+from job.stop import beat
 from job.store.base import ObjectMissingError, Store
+from job.store.calls import T, answer
 from job.store.files import COPY_BYTES
 
 CONNECTIONS = 64
-_READ_AHEAD_BYTES = 8 << 20
+PIECE_BYTES = 8 << 20
+"""Of an object are asked for at a time: much longer on the way than the question, on most networks."""
+_PIECES_AHEAD = 4
 _REASON_CHARACTERS = 200
 
 
-class ByteRange(NamedTuple):
-    """The bytes of one version of an object from `start` to `stop`."""
+class Piece(NamedTuple):
+    """Some bytes of an object, and what the bucket says of the whole: size, version and, if it knows it, crc32c."""
 
+    data: bytes
+    size_bytes: int
     version: str
-    start: int
-    stop: int
+    crc32c: str
 
-    @property
-    def header(self) -> str:
-        """As HTTP writes it."""
-        return f"bytes={self.start}-{self.stop - 1}"
+
+class EmptyObjectError(Exception):
+    """HTTP has no range for what is in an empty object."""
 
 
 class RemoteStore(Store):
@@ -45,45 +54,69 @@ class RemoteStore(Store):
     """The command that makes the bucket."""
 
     @abc.abstractmethod
-    def _head(self, key: str) -> tuple[int, str]:
-        """Size in bytes, and version."""
-
-    @abc.abstractmethod
-    def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
-        """Streams the content, or a part of it, to `consume`; returns the version.
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
+        """Begins to read the bytes from `start` to `stop`, or to the end, of this version or of any.
 
         Raises:
-            BucketAwayError: less arrived, or, of the whole content, something else than its checksum says.
+            EmptyObjectError: the object has none, and a range was asked for.
         """
 
     @abc.abstractmethod
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
         """As `_write`."""
 
+    def _answer(self, future: Future[T], signed_at: Callable[[], float] | None = None) -> T:
+        return answer(future, self.retry, self.uri, signed_at)
+
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         return self._send(key, Watched(content, partial(self.retry.is_under_way, self.uri_of(key))), over)
 
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
+        checksum = google_crc32c.Checksum()
+        for piece in self._pieces(key):
+            checksum.update(piece.data)
+            consume(piece.data)
+        if piece.crc32c and piece.crc32c != _encoded(checksum):
+            raise damaged(self.uri_of(key))
+        return piece.version
+
+    def _pieces(self, key: str) -> Iterator[Piece]:
+        """The content in order and of one version; while a piece is used, the next ones are on their way."""
+        piece = self._first(key, PIECE_BYTES)
+        size_bytes, version = piece.size_bytes, piece.version
+        stops = ((start, min(start + PIECE_BYTES, size_bytes)) for start in range(PIECE_BYTES, size_bytes, PIECE_BYTES))
+        ahead: deque[tuple[int, int, Future[Piece]]] = deque()
+        try:
+            while True:
+                for start, stop in islice(stops, _PIECES_AHEAD - len(ahead)):
+                    ahead.append((start, stop, self._get(key, start, stop, version)))
+                yield piece
+                if not ahead:
+                    return
+                self.retry.is_under_way(self.uri_of(key))
+                piece = self._whole(key, *ahead.popleft())
+        finally:
+            for *_, piece_ahead in ahead:
+                piece_ahead.cancel()
+
+    def _first(self, key: str, stop: int) -> Piece:
+        with suppress(EmptyObjectError):
+            return self._whole(key, 0, stop, self._get(key, 0, stop))
+        return self._answer(self._get(key, 0, None))
+
     def _open(self, key: str) -> BinaryIO:
-        size_bytes, version = self._head(key)
+        _, size_bytes, version, _ = self._first(key, 1)
         ranges = _Ranges(partial(self._attempt, self._part, key, version), size_bytes)
-        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
+        return cast(BinaryIO, io.BufferedReader(ranges, PIECE_BYTES))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
-        content = io.BytesIO()
-        self._fetch(key, content.write, ByteRange(version, start, stop))
-        return content.getvalue()
+        return self._whole(key, start, stop, self._get(key, start, stop, version)).data
 
-    def _consume(self, key: str, read: Callable[[int], bytes], consume: Callable[[bytes], object]) -> tuple[int, str]:
-        """Takes blocks from `read` until there are no more; returns how many bytes they were, and their crc32c."""
-        checksum, size_bytes = google_crc32c.Checksum(), 0
-        while block := read(COPY_BYTES):
-            # What fits into a block is read to the end.
-            if size_bytes:
-                self.retry.is_under_way(self.uri_of(key))
-            size_bytes += len(block)
-            checksum.update(block)
-            consume(block)
-        return size_bytes, _encoded(checksum)
+    def _whole(self, key: str, start: int, stop: int, piece: Future[Piece]) -> Piece:
+        found = self._answer(piece)
+        if len(found.data) != min(stop, found.size_bytes) - start:
+            raise damaged(self.uri_of(key))
+        return found
 
     def _told(self, error: Exception, uri: str) -> JobError | None:
         # A proxy on the way may answer 200 with a page of its own, or with nothing.
@@ -107,23 +140,26 @@ class RemoteStore(Store):
 
 
 class Watched:
-    """Content on its way up, with its size and checksum; `report` is called at each read but those of the first block.
-
-    So what fits into a block is sent to the end, as it is read to the end.
-    """
+    """Content on its way up, with its size and checksum; `read_at` is when the server last took some of it."""
 
     def __init__(self, content: BinaryIO, report: Callable[[], None]) -> None:
-        self._content, self._report = content, report
+        """Reads it once; `report` is called after each block but the first."""
+        self._content, self.size_bytes = content, 0
         self.seek, self.tell = content.seek, content.tell
         checksum = google_crc32c.Checksum()
-        self.size_bytes = sum(map(len, checksum.consume(content, COPY_BYTES)))
+        for block in checksum.consume(content, COPY_BYTES):
+            if self.size_bytes:
+                report()
+            self.size_bytes += len(block)
         self.crc32c = _encoded(checksum)
         self.seek(0)
+        self.read_at = time.monotonic()
 
     def read(self, size_bytes: int = -1) -> bytes:
         """The next bytes."""
-        if self.tell() >= COPY_BYTES:
-            self._report()
+        # A transfer that gets on does not hang.
+        beat()
+        self.read_at = time.monotonic()
         return self._content.read(size_bytes)
 
 

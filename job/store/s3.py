@@ -9,8 +9,8 @@ The words of a server that refuses credentials are never repeated: they may hold
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,8 +22,19 @@ from botocore.parsers import ResponseParserError
 
 from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
+from job.store.calls import in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import CONNECTIONS, ByteRange, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.remote import (
+    CONNECTIONS,
+    EmptyObjectError,
+    Piece,
+    RemoteStore,
+    Watched,
+    cause,
+    content_type,
+    damaged,
+    one_line,
+)
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
@@ -71,32 +82,31 @@ class S3Store(RemoteStore):
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
 
-    def _head(self, key: str) -> tuple[int, str]:
-        try:
-            answer = self._client.head_object(**self._named(key))
-        except boto.ClientError:
-            # A HEAD request is answered with a bare number; this one says what it means.
-            self._client.get_object(**self._named(key))["Body"].close()
-            raise
-        return answer["ContentLength"], answer["ETag"]
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
+        which = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
+        which |= {"IfMatch": version} if version else {}
 
-    def _fetch(self, key: str, consume: Callable[[bytes], object], part: ByteRange | None = None) -> str:
-        which = {"IfMatch": part.version, "Range": part.header} if part else {}
-        answer = self._client.get_object(**self._named(key), **which)
-        if "ContentLength" not in answer:
-            # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
-            raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
-        # Entered itself, it would give the stream below it, which takes a shorter content for a whole one.
-        with closing(answer["Body"]) as body:
-            _, crc32c = self._consume(key, body.read, consume)
-        # What others wrote carries no checksum of ours.
-        if not part and answer["Metadata"].get(_CRC32C, crc32c) != crc32c:
-            raise damaged(self.uri_of(key))
-        return str(answer["ETag"])
+        def get() -> Piece:
+            try:
+                answer = self._client.get_object(**self._named(key), **which)
+            except boto.ClientError as error:
+                raise EmptyObjectError if _code(error) == "InvalidRange" else error from error
+            if "ContentLength" not in answer:
+                # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
+                raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
+            # Entered itself, it would give the stream below it, which takes a shorter content for a whole one.
+            with closing(answer["Body"]) as body:
+                data = body.read()
+            size_bytes = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
+            # What others wrote carries no checksum of ours.
+            return Piece(data, size_bytes, answer["ETag"], answer["Metadata"].get(_CRC32C, ""))
+
+        return in_thread(get)
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
         try:
-            answer = self._client.put_object(
+            answer = self._ask(
+                "put_object",
                 **self._named(key),
                 **({} if over is None else {"IfMatch": over} if over else {"IfNoneMatch": "*"}),
                 # A file is announced first, and waits for an answer.
@@ -110,6 +120,11 @@ class S3Store(RemoteStore):
                 return None
             raise
         return str(answer["ETag"])
+
+    def _ask(self, operation: str, **asked: Any) -> dict[str, Any]:
+        """The answer to a request."""
+        found: dict[str, Any] = self._answer(in_thread(getattr(self._client, operation), **asked))
+        return found
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         return [
@@ -127,20 +142,23 @@ class S3Store(RemoteStore):
         ]
 
         def has_objects(name: str) -> bool:
-            return "Contents" in self._client.list_objects_v2(Bucket=self._bucket, Prefix=f"{start}{name}/", MaxKeys=1)
+            return "Contents" in next(self._pages(f"{start}{name}/", MaxKeys=1))
 
         # SeaweedFS goes on listing a folder that was emptied.
         with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
             return [name for name, there in zip(found, pool.map(has_objects, found), strict=True) if there]
 
     def _delete(self, key: str) -> None:
-        self._client.delete_object(**self._named(key))
+        self._ask("delete_object", **self._named(key))
 
-    def _pages(self, start: str, **arguments: str) -> Iterator[dict[str, Any]]:
-        paginator = self._client.get_paginator("list_objects_v2")
-        pages = paginator.paginate(Bucket=self._bucket, Prefix=start, **arguments)
+    def _pages(self, start: str, **asked: Any) -> Iterator[dict[str, Any]]:
         # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
-        return (page for page in pages if page["IsTruncated"] is not None)
+        while True:
+            page = self._ask("list_objects_v2", Bucket=self._bucket, Prefix=start, **asked)
+            yield page
+            if not page["IsTruncated"]:
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}

@@ -1,4 +1,4 @@
-"""What every bucket keeps to: a folder, a gs:// and an s3:// server, and in the slow part another S3 server."""
+"""What every bucket keeps to: a folder, a gs://, an s3:// and an az:// server, and in the slow part another S3 server."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import boto3
 import pytest
+from azure.storage.blob import BlobServiceClient
 from google.cloud import storage
 
 from job.exits import BadRequestError, Exit, MissingInputError
@@ -30,7 +31,7 @@ LARGE_BYTES = 9 << 20
 """More than one read of a stream, and more than google-cloud-storage sends in a single request."""
 
 
-@pytest.fixture(params=["local", "gs", "s3-seaweedfs", pytest.param("s3-moto", marks=pytest.mark.slow)])
+@pytest.fixture(params=["local", "gs", "s3-seaweedfs", "az", pytest.param("s3-moto", marks=pytest.mark.slow)])
 def bucket_uri(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
     """Here alone, one of another S3 server as well."""
     return new_bucket(request.param, request, monkeypatch, tmp_path)
@@ -60,6 +61,9 @@ def put_by_others(uri: str, key: str, data: bytes = b"1") -> None:
             storage.Client(project="test").bucket(bucket).blob(key).upload_from_string(data)
         case "s3":
             boto3.client("s3").put_object(Bucket=bucket, Key=key, Body=data)
+        case "az":
+            account = BlobServiceClient.from_connection_string(os.environ["AZURE_STORAGE_CONNECTION_STRING"])
+            account.get_blob_client(bucket, key).upload_blob(data)
         case _:
             Path(uri, key).parent.mkdir(parents=True, exist_ok=True)
             Path(uri, key).write_bytes(data)
@@ -268,7 +272,7 @@ def race_in_child(uri: str, child: int) -> list[bool]:
 
 @pytest.mark.parametrize(
     "bucket_uri",
-    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs"))],
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs", "az"))],
     indirect=True,
 )
 def test_sixteen_racers_in_four_processes_have_one_winner_and_lose_no_count(store: Store) -> None:
@@ -300,7 +304,7 @@ for number in range(10_000):
 
 @pytest.mark.parametrize(
     "bucket_uri",
-    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs"))],
+    ["local", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gs", "s3-seaweedfs", "az"))],
     indirect=True,
 )
 def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Path) -> None:

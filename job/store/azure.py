@@ -1,0 +1,164 @@
+"""A container of Azure Blob Storage, by adlfs, which knows the account and its credentials, and Microsoft's client.
+
+A large object goes up in blocks and appears with their list. Azure compares the MD5 of each block; the metadata have
+the crc32c of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+from adlfs import AzureBlobFileSystem
+from azure.core import MatchConditions
+from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ServiceResponseError
+from azure.storage.blob import ContentSettings
+from azure.storage.blob.aio import BlobClient, BlobServiceClient
+
+from job.exits import JobError, NoPermissionError
+from job.store.base import Entry, ObjectMissingError
+from job.store.calls import T, on_loop
+from job.store.files import COPY_BYTES
+from job.store.remote import EmptyObjectError, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.retry import Retry
+
+_CRC32C = "ddpm_crc32c"
+_BLOCK_BYTES = 2 << 20
+_BLOCKS_AT_ONCE = 4
+_SILENCES_PER_BLOCK = 8
+"""On a slow network nothing is seen of blocks while they are on their way."""
+
+
+class AzureStore(RemoteStore):
+    """Objects of a container whose names begin with a prefix. Versions are ETags."""
+
+    def __init__(self, scheme: str, container: str, retry: Retry) -> None:
+        """Finds the account and its credentials as adlfs does, but sends nothing yet.
+
+        Raises:
+            NoPermissionError: no account is named.
+        """
+        super().__init__(f"{scheme}://{container}", retry)
+        self._bucket_uri = self.uri
+        self._roles = f"`Storage Blob Data Contributor` on {self.uri}"
+        self._make = f"az storage container create --name {container}"
+        try:
+            self._fs = AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
+        except ValueError as error:
+            # Its own words may repeat a key.
+            raise self._no_credentials(type(error.__cause__ or error).__name__) from None
+        # Of adlfs's own, each request would be tried again for a minute.
+        self._fs.service_client = BlobServiceClient(
+            self._fs.service_client.url,
+            credential=self._fs.service_client.credential,
+            retry_total=0,
+            connection_timeout=retry.silence_seconds,
+            read_timeout=retry.silence_seconds,
+            max_single_put_size=COPY_BYTES,
+            max_block_size=_BLOCK_BYTES,
+        )
+        self._container = self._fs.service_client.get_container_client(container)
+
+    def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
+        which: dict[str, Any] = {}
+        if stop:
+            which |= {"offset": start, "length": stop - start, "raw_request_hook": _once()}
+        which |= {"etag": version, "match_condition": MatchConditions.IfNotModified} if version else {}
+
+        async def get() -> Piece:
+            try:
+                found = await self._blob(key).download_blob(**which)
+            except HttpResponseError as error:
+                if error.status_code == 416:
+                    raise EmptyObjectError from error
+                raise
+            about, data = found.properties, await found.readall()
+            size_bytes = int((about.content_range or f"/{len(data)}").rpartition("/")[2])
+            return Piece(data, size_bytes, about.etag, about.metadata.get(_CRC32C, ""))
+
+        return on_loop(self._fs.loop, get())
+
+    def _send(self, key: str, content: Watched, over: str | None) -> str | None:
+        condition = {"etag": over, "match_condition": MatchConditions.IfNotModified} if over else {}
+        upload = self._blob(key).upload_blob(
+            content,
+            length=content.size_bytes,
+            overwrite=over != "",
+            metadata={_CRC32C: content.crc32c},
+            content_settings=ContentSettings(content_type=content_type(key)),
+            validate_content=True,
+            max_concurrency=_BLOCKS_AT_ONCE,
+            **condition,
+        )
+        patience_seconds = (_SILENCES_PER_BLOCK - 1) * self.retry.silence_seconds
+        try:
+            return str(self._ask(upload, lambda: content.read_at + patience_seconds)["etag"])
+        except HttpResponseError as error:
+            if error.error_code in ("BlobAlreadyExists", "ConditionNotMet") or (
+                over and error.error_code == "BlobNotFound"
+            ):
+                return None
+            raise
+
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        blobs = self._container.list_blobs(name_starts_with=self._prefix + prefix, include=["metadata"])
+        # With a hierarchy of names the folders are listed, too.
+        found = self._ask(_all(blobs))
+        is_file = [each for each in found if "hdi_isfolder" not in (each.metadata or {})]
+        return [Entry(each.name.removeprefix(self._prefix), each.size) for each in is_file]
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        start = self._prefix + prefix
+        found = self._ask(_all(self._container.walk_blobs(name_starts_with=start, delimiter="/")))
+        return [each.name.removeprefix(start).removesuffix("/") for each in found if each.name.endswith("/")]
+
+    def _delete(self, key: str) -> None:
+        self._ask(self._blob(key).delete_blob())
+
+    def _blob(self, key: str) -> BlobClient:
+        return self._container.get_blob_client(self._prefix + key)
+
+    def _ask(self, coroutine: Coroutine[Any, Any, T], signed_at: Callable[[], float] | None = None) -> T:
+        return self._answer(on_loop(self._fs.loop, coroutine), signed_at)
+
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        if not isinstance(error, (AzureError, ConnectionError, TimeoutError)):
+            return super()._told(error, uri)
+        status = error.status_code if isinstance(error, HttpResponseError) and error.response else None
+        code = str(getattr(error, "error_code", None) or "")
+        match code:
+            case "ContainerNotFound" | "ContainerBeingDeleted":
+                return self._no_bucket()
+            case "ConditionNotMet":
+                return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
+            case "Md5Mismatch" | "Crc64Mismatch":
+                return damaged(uri)
+        if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
+            return self._no_credentials(code or type(error).__name__)
+        if status is None:
+            return self._told_by_status(uri, None, cause(error))
+        # The words of a refusal hold what was signed.
+        return self._told_by_status(uri, status, code or one_line(error.reason or ""))
+
+    def _no_credentials(self, reason: str) -> NoPermissionError:
+        return NoPermissionError(
+            f"{self._bucket_uri}: no usable Azure credentials ({reason}): set AZURE_STORAGE_ACCOUNT_NAME and run "
+            "`az login`, or set AZURE_STORAGE_CONNECTION_STRING"
+        )
+
+
+def _once() -> Callable[[object], None]:
+    """For a request: refuses when Microsoft's client, which heeds no setting there, asks for a broken answer again."""
+    asked: list[object] = []
+
+    def ask(request: object) -> None:
+        asked.append(request)
+        if len(asked) > 1:
+            raise ServiceResponseError("the answer broke off")
+
+    return ask
+
+
+async def _all(pages: AsyncIterator[T]) -> list[T]:
+    return [each async for each in pages]

@@ -1,0 +1,78 @@
+"""Waiting for what threads and event loops do, such that a stop and silence end the wait.
+
+`fsspec.asyn.sync` and a request of one's own thread hear of neither until the server answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future
+from contextvars import copy_context
+from typing import Any, TypeVar
+
+from job.store.retry import Retry
+
+T = TypeVar("T")
+
+POLL_SECONDS = 0.1
+LAST_SECONDS = 0.5
+"""Are left to a call once a stop is heard: whoever ends still writes a record or gives back a lease."""
+
+
+def on_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+    """Begins a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
+    return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+
+def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
+    """Begins `work` in a thread of its own, for which the end of the process does not wait. It cannot be cancelled."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+    context = copy_context()
+
+    def run() -> None:
+        try:
+            result = context.run(work, *args, **named)
+        except BaseException as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    threading.Thread(target=run, name="bucket", daemon=True).start()
+    return future
+
+
+def answer(future: Future[T], retry: Retry, where: str, signed_at: Callable[[], float] | None = None) -> T:
+    """What a call returns or raises; it is cancelled when the wait for it ends otherwise.
+
+    Args:
+        future: of `on_loop` or `in_thread`.
+        retry: whose stop is heard, and which says how long silence lasts.
+        where: the URI that a stop names.
+        signed_at: gives when the server last gave a sign, by the monotonic clock, if the call does not end by itself.
+
+    Raises:
+        StoppedError: this process is to stop, and the call has had `LAST_SECONDS` since.
+        TimeoutError: the server gave no sign for so long.
+    """
+    heard_at = float("inf")
+    try:
+        while True:
+            try:
+                return future.result(POLL_SECONDS)
+            except TimeoutError:
+                # It may be the call's own, or have been too early by a moment.
+                if future.done():
+                    return future.result()
+            now = time.monotonic()
+            if retry.stop():
+                heard_at = min(heard_at, now)
+                if now - heard_at >= LAST_SECONDS:
+                    retry.stop.check(f"while {where} was on its way")
+            if signed_at and now - signed_at() > retry.silence_seconds:
+                raise TimeoutError
+    finally:
+        future.cancel()
