@@ -6,28 +6,31 @@ the crc32c of the whole.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from concurrent.futures import Future
+from io import BytesIO
 from typing import Any
 
 from adlfs import AzureBlobFileSystem
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ServiceResponseError
-from azure.storage.blob import ContentSettings
+from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob.aio import BlobClient, BlobServiceClient
 
 from job.exits import JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
 from job.store.calls import T, on_loop
 from job.store.files import COPY_BYTES
-from job.store.remote import EmptyObjectError, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
+from job.store.remote import EmptyObjectError, Piece, RemoteStore, Watched, cause, content_type, damaged
 from job.store.retry import Retry
 
 _CRC32C = "ddpm_crc32c"
 _BLOCK_BYTES = 2 << 20
 _BLOCKS_AT_ONCE = 4
 _SILENCES_PER_BLOCK = 8
-"""On a slow network nothing is seen of blocks while they are on their way."""
+_NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet")
 
 
 class AzureStore(RemoteStore):
@@ -77,56 +80,77 @@ class AzureStore(RemoteStore):
             size_bytes = int((about.content_range or f"/{len(data)}").rpartition("/")[2])
             return Piece(data, size_bytes, about.etag, about.metadata.get(_CRC32C, ""))
 
-        return on_loop(self._fs.loop, get())
+        return self._begin(get())
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
-        condition = {"etag": over, "match_condition": MatchConditions.IfNotModified} if over else {}
-        upload = self._blob(key).upload_blob(
-            content,
-            length=content.size_bytes,
-            overwrite=over != "",
-            metadata={_CRC32C: content.crc32c},
-            content_settings=ContentSettings(content_type=content_type(key)),
-            validate_content=True,
-            max_concurrency=_BLOCKS_AT_ONCE,
-            **condition,
-        )
-        patience_seconds = (_SILENCES_PER_BLOCK - 1) * self.retry.silence_seconds
+        about: dict[str, Any] = {
+            "metadata": {_CRC32C: content.crc32c},
+            "content_settings": ContentSettings(content_type=content_type(key)),
+        }
+        if over is not None:
+            about["match_condition"] = MatchConditions.IfNotModified if over else MatchConditions.IfMissing
+            about |= {"etag": over} if over else {}
+        blob = self._blob(key)
         try:
-            return str(self._ask(upload, lambda: content.read_at + patience_seconds)["etag"])
+            if content.size_bytes <= COPY_BYTES:
+                sent = self._send_off(blob.upload_blob(content.read(), overwrite=True, validate_content=True, **about))
+            else:
+                sent = self._send_off(blob.commit_block_list(self._blocks(blob, content), **about))
+            return str(self._answer(sent)["etag"])
         except HttpResponseError as error:
-            if error.error_code in ("BlobAlreadyExists", "ConditionNotMet") or (
-                over and error.error_code == "BlobNotFound"
-            ):
+            if _code(error) in _NOT_AS_THOUGHT or (over and _code(error) == "BlobNotFound"):
                 return None
             raise
+
+    def _blocks(self, blob: BlobClient, content: Watched) -> list[BlobBlock]:
+        """Sends the content in blocks, some at a time, which are nothing to anybody until their list is there."""
+        blocks: list[BlobBlock] = []
+        ahead: deque[Future[Any]] = deque()
+        try:
+            while block := content.read(_BLOCK_BYTES):
+                blocks.append(BlobBlock(f"{len(blocks):05d}"))
+                ahead.append(
+                    self._send_off(blob.stage_block(blocks[-1].id, BytesIO(block), len(block), validate_content=True))
+                )
+                if len(ahead) == _BLOCKS_AT_ONCE:
+                    self._answer(ahead.popleft())
+            while ahead:
+                self._answer(ahead.popleft())
+        finally:
+            for sent in ahead:
+                sent.cancel()
+        return blocks
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         blobs = self._container.list_blobs(name_starts_with=self._prefix + prefix, include=["metadata"])
         # With a hierarchy of names the folders are listed, too.
-        found = self._ask(_all(blobs))
+        found = self._answer(self._begin(_all(blobs)))
         is_file = [each for each in found if "hdi_isfolder" not in (each.metadata or {})]
         return [Entry(each.name.removeprefix(self._prefix), each.size) for each in is_file]
 
     def _folders(self, prefix: str) -> Sequence[str]:
         start = self._prefix + prefix
-        found = self._ask(_all(self._container.walk_blobs(name_starts_with=start, delimiter="/")))
+        found = self._answer(self._begin(_all(self._container.walk_blobs(name_starts_with=start, delimiter="/"))))
         return [each.name.removeprefix(start).removesuffix("/") for each in found if each.name.endswith("/")]
 
     def _delete(self, key: str) -> None:
-        self._ask(self._blob(key).delete_blob())
+        self._answer(self._begin(self._blob(key).delete_blob()))
 
     def _blob(self, key: str) -> BlobClient:
         return self._container.get_blob_client(self._prefix + key)
 
-    def _ask(self, coroutine: Coroutine[Any, Any, T], signed_at: Callable[[], float] | None = None) -> T:
-        return self._answer(on_loop(self._fs.loop, coroutine), signed_at)
+    def _begin(self, asked: Awaitable[T], limit_seconds: float | None = None) -> Future[T]:
+        return on_loop(self._fs.loop, asyncio.wait_for(asked, limit_seconds))
+
+    def _send_off(self, asked: Awaitable[T]) -> Future[T]:
+        # Nothing is seen of a block while a slow network takes it.
+        return self._begin(asked, _SILENCES_PER_BLOCK * self.retry.silence_seconds)
 
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, (AzureError, ConnectionError, TimeoutError)):
             return super()._told(error, uri)
         status = error.status_code if isinstance(error, HttpResponseError) and error.response else None
-        code = str(getattr(error, "error_code", None) or "")
+        code = _code(error)
         match code:
             case "ContainerNotFound" | "ContainerBeingDeleted":
                 return self._no_bucket()
@@ -136,10 +160,10 @@ class AzureStore(RemoteStore):
                 return damaged(uri)
         if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
             return self._no_credentials(code or type(error).__name__)
-        if status is None:
-            return self._told_by_status(uri, None, cause(error))
+        if status in (None, 200):
+            return self._told_by_status(uri, None, cause(error) if status is None else "an answer that is not Azure's")
         # The words of a refusal hold what was signed.
-        return self._told_by_status(uri, status, code or one_line(error.reason or ""))
+        return self._told_by_status(uri, status, code or "without a reason")
 
     def _no_credentials(self, reason: str) -> NoPermissionError:
         return NoPermissionError(
@@ -158,6 +182,12 @@ def _once() -> Callable[[object], None]:
             raise ServiceResponseError("the answer broke off")
 
     return ask
+
+
+def _code(error: Exception) -> str:
+    """The word by which Azure knows an error, such as `BlobNotFound`."""
+    code = getattr(error, "error_code", None)
+    return str(getattr(code, "value", code) or "")
 
 
 async def _all(pages: AsyncIterator[T]) -> list[T]:

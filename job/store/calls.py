@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
 from contextvars import copy_context
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from job.store.retry import Retry
 
@@ -22,9 +22,17 @@ LAST_SECONDS = 0.5
 """Are left to a call once a stop is heard: whoever ends still writes a record or gives back a lease."""
 
 
-def on_loop(loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]) -> Future[T]:
+def on_loop(loop: asyncio.AbstractEventLoop, asked: Awaitable[T]) -> Future[T]:
     """Begins a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
-    return asyncio.run_coroutine_threadsafe(coroutine, loop)
+
+    async def call() -> T:
+        # Of a call that fails when nobody waits for it any more, asyncio would complain.
+        cast(asyncio.Task[T], asyncio.current_task()).add_done_callback(
+            lambda task: task.cancelled() or task.exception()
+        )
+        return await asked
+
+    return asyncio.run_coroutine_threadsafe(call(), loop)
 
 
 def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:

@@ -29,7 +29,14 @@ from fsspec.config import apply_config
 from gcsfs.core import GCSFileSystem
 from gcsfs.credentials import GoogleCredentials
 from gcsfs.retry import HttpError
-from google.api_core.exceptions import GoogleAPIError, NotFound, PreconditionFailed, Unauthorized, from_http_status
+from google.api_core.exceptions import (
+    GoogleAPIError,
+    NotFound,
+    PreconditionFailed,
+    Unauthorized,
+    from_http_response,
+    from_http_status,
+)
 from google.auth.credentials import AnonymousCredentials, Credentials, TokenState
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import AuthorizedSession, Request
@@ -61,7 +68,7 @@ _UNREACHABLE = (aiohttp.ClientError, requests.RequestException, ConnectionError,
 _CLIENT = (GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
 _GOOGLE_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
 _DAMAGED = "doesn't match calculated CRC32C"
-_REQUEST = re.compile(r"^\d{3} [A-Z]+ \S+: ")
+_REQUEST = re.compile(r"^\d{3} ([A-Z]+ \S+: )?")
 _CRC32C = re.compile(r"crc32c=([^,]+)")
 
 
@@ -142,6 +149,11 @@ class GcsStore(RemoteStore):
             return str(send(self._prefix + key, content, condition))
         except PreconditionFailed:
             return None
+        except aiohttp.ClientOSError:
+            # Who refuses before all is sent may reset the connection, and the refusal is lost.
+            if over == "" and self.exists(key):
+                return None
+            raise
 
     def _decide(self, name: str, content: Watched, condition: str | None) -> object:
         blob = self._bucket.blob(name)
@@ -198,7 +210,9 @@ class GcsStore(RemoteStore):
             try:
                 return made_of(*await self._fs._call(*asked, **named))
             except Exception as error:
-                raise _as_google_says(error) from error
+                if said := _as_google_says(error):
+                    raise said from error
+                raise
 
         return on_loop(self._fs.loop, call())
 
@@ -217,11 +231,15 @@ class GcsStore(RemoteStore):
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, _CLIENT) or isinstance(error, requests.JSONDecodeError):
             return super()._told(error, uri)
+        if isinstance(answer := getattr(error, "response", None), requests.Response):
+            # The words of google-cloud-storage repeat the whole answer.
+            error = from_http_response(answer)
         if _DAMAGED in str(error):
             return damaged(uri)
         code = getattr(error, "code", None)
         reason = one_line(_REQUEST.sub("", str(error))) if code else cause(error)
-        if isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError)):
+        is_final = isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError))
+        if code == 401 or is_final:
             return self._no_credentials(reason)
         if code == 404 and not self._bucket_exists():
             return self._no_bucket()
@@ -292,14 +310,14 @@ def _json(_: object, content: bytes) -> dict[str, Any]:
     return found
 
 
-def _as_google_says(error: Exception) -> Exception:
-    """An error of gcsfs, which tells a refusal in many ways, as one of google-cloud-storage."""
+def _as_google_says(error: Exception) -> Exception | None:
+    """An error of gcsfs, which tells refusals in many ways, as google-cloud-storage tells it; or None."""
     text = str(error).rpartition("\n")[2]
     match error:
         case HttpError() if error.code == 416:
             return EmptyObjectError()
         case HttpError():
-            return from_http_status(int(error.code), str(error.message))
+            return from_http_status(int(error.code), str(error.message).removesuffix(f", {error.code}"))
         case FileNotFoundError():
             return from_http_status(404, text)
         case FileExistsError():
@@ -310,4 +328,4 @@ def _as_google_says(error: Exception) -> Exception:
             return from_http_status(403, text)
         case ValueError() if str(error).startswith("Bad Request: "):
             return from_http_status(400, text)
-    return error
+    return None

@@ -90,7 +90,9 @@ class S3Store(RemoteStore):
             try:
                 answer = self._client.get_object(**self._named(key), **which)
             except boto.ClientError as error:
-                raise EmptyObjectError if _code(error) == "InvalidRange" else error from error
+                if _code(error) == "InvalidRange":
+                    raise EmptyObjectError from error
+                raise
             if "ContentLength" not in answer:
                 # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
                 raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")

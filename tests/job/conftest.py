@@ -15,6 +15,7 @@ from job.data.pack import PackRequest, pack
 from job.store import open_store, retry
 from tests.faulty_proxy import FaultyProxy
 from tests.job.command_line import ddpm_here, settings, succeeded
+from tests.servers import azurite_account
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -26,10 +27,13 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(params=["gs", "s3"])
+BUCKETS = {"gs": "gcs_bucket", "s3": "seaweedfs_bucket", "az": "azure_container"}
+
+
+@pytest.fixture(params=BUCKETS)
 def remote_bucket(request: pytest.FixtureRequest) -> str:
-    """`gs://NAME` or `s3://NAME`, fresh and empty, on a real server."""
-    return str(request.getfixturevalue("gcs_bucket" if request.param == "gs" else "seaweedfs_bucket"))
+    """`gs://NAME`, `s3://NAME` or `az://NAME`, fresh and empty, on a real server."""
+    return str(request.getfixturevalue(BUCKETS[request.param]))
 
 
 @pytest.fixture
@@ -38,10 +42,18 @@ def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytes
     limits = {"FIRST_PAUSE_SECONDS": 0.05, "LONGEST_PAUSE_SECONDS": 0.2, "SILENCE_SECONDS": 1.0}
     for name, seconds in limits.items():
         monkeypatch.setattr(retry, name, seconds)
-    is_gs = remote_bucket.startswith("gs://")
-    with FaultyProxy(request.getfixturevalue("gcs_server" if is_gs else "seaweedfs_server")) as proxy:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST" if is_gs else "AWS_ENDPOINT_URL", proxy.url)
+    scheme = remote_bucket.partition("://")[0]
+    server = {"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}[scheme]
+    with FaultyProxy(request.getfixturevalue(server)) as proxy:
+        point_at(proxy.url, monkeypatch)
         yield proxy
+
+
+def point_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has all clients of buckets look for their server at this address."""
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", url)
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account(url))
 
 
 MadeOnce = Callable[[str, Callable[[Path], object]], Path]

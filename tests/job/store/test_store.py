@@ -1,4 +1,4 @@
-"""What every bucket keeps to: a folder, a gs://, an s3:// and an az:// server, and in the slow part another S3 server."""
+"""What every bucket keeps to: a folder, servers of gs://, s3:// and az://, and in the slow part another of s3://."""
 
 from __future__ import annotations
 
