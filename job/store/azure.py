@@ -78,7 +78,7 @@ class AzureStore(RemoteStore):
                 raise
             about, data = found.properties, await found.readall()
             size_bytes = int((about.content_range or f"/{len(data)}").rpartition("/")[2])
-            return Piece(data, size_bytes, about.etag, about.metadata.get(_CRC32C, ""))
+            return Piece([data], size_bytes, about.etag, about.metadata.get(_CRC32C, ""))
 
         return self._begin(get())
 

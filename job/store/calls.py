@@ -79,7 +79,7 @@ def answer(future: Future[T], retry: Retry, where: str, signed_at: Callable[[], 
             if retry.stop():
                 heard_at = min(heard_at, now)
                 if now - heard_at >= LAST_SECONDS:
-                    retry.stop.check(f"while {where} was on its way")
+                    retry.stop.check(f"while waiting for {where}")
             if signed_at and now - signed_at() > retry.silence_seconds:
                 raise TimeoutError
     finally:

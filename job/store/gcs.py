@@ -28,7 +28,6 @@ import requests
 from fsspec.config import apply_config
 from gcsfs.core import GCSFileSystem
 from gcsfs.credentials import GoogleCredentials
-from gcsfs.retry import HttpError
 from google.api_core.exceptions import (
     GoogleAPIError,
     NotFound,
@@ -132,10 +131,10 @@ class GcsStore(RemoteStore):
             self._answer(token, lambda: began)
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
-        def piece(headers: Any, data: bytes) -> Piece:
-            size_bytes = int(headers.get("Content-Range", f"/{len(data)}").rpartition("/")[2])
+        def piece(headers: Any, blocks: Sequence[bytes]) -> Piece:
+            size_bytes = int(headers.get("Content-Range", f"/{sum(map(len, blocks))}").rpartition("/")[2])
             crc32c = _CRC32C.search(",".join(headers.getall("X-Goog-Hash")))
-            return Piece(data, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
+            return Piece(blocks, size_bytes, headers["X-Goog-Generation"], crc32c[1] if crc32c else "")
 
         url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
@@ -203,16 +202,11 @@ class GcsStore(RemoteStore):
             asked |= {"prefix": self._prefix + prefix, "pageToken": page["nextPageToken"]}
             yield (page := self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked)))
 
-    def _call(self, made_of: Callable[[Any, bytes], T], *asked: Any, **named: Any) -> Future[T]:
-        """Begins a request that is sent once; its result is `made_of` the headers and the content of the answer."""
+    def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
+        """Begins a request; its result is `made_of` the headers and the content of the answer."""
 
         async def call() -> T:
-            try:
-                return made_of(*await self._fs._call(*asked, **named))
-            except Exception as error:
-                if said := _as_google_says(error):
-                    raise said from error
-                raise
+            return made_of(*await self._fs._call(*asked, **named))
 
         return on_loop(self._fs.loop, call())
 
@@ -254,9 +248,18 @@ class GcsStore(RemoteStore):
 
 
 class _OneAttempt(GCSFileSystem):
-    """Without gcsfs's own six, which would outlive a lease."""
+    """Sends a request once, where gcsfs tries six times and outlives a lease, and gives the answer in blocks."""
 
-    _request = GCSFileSystem._request.__wrapped__
+    async def _request(self, method: str, path: str, *args: str, **named: Any) -> tuple[int, Any, Any, Sequence[bytes]]:
+        about = {"headers": self._get_headers(named.pop("headers", None)), "data": named.pop("data", None)}
+        session = await self._set_session()
+        url, parameters = self._format_path(path, args), self._get_params(named)
+        async with session.request(method, url, params=parameters, timeout=self.requests_timeout, **about) as answer:
+            # Joined, they would all be copied once more.
+            blocks = [block async for block in answer.content.iter_any()]
+            if answer.status >= 400:
+                raise _refusal(answer.status, b"".join(blocks))
+            return answer.status, answer.headers, answer.request_info, blocks
 
 
 class _Login(Credentials):
@@ -305,27 +308,17 @@ def _login() -> _Login | None:
     return _Login(found) if found else None
 
 
-def _json(_: object, content: bytes) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(content)
+def _json(_: object, blocks: Sequence[bytes]) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(b"".join(blocks))
     return found
 
 
-def _as_google_says(error: Exception) -> Exception | None:
-    """An error of gcsfs, which tells refusals in many ways, as google-cloud-storage tells it; or None."""
-    text = str(error).rpartition("\n")[2]
-    match error:
-        case HttpError() if error.code == 416:
-            return EmptyObjectError()
-        case HttpError():
-            return from_http_status(int(error.code), str(error.message).removesuffix(f", {error.code}"))
-        case FileNotFoundError():
-            return from_http_status(404, text)
-        case FileExistsError():
-            return from_http_status(412, text)
-        case requests.exceptions.ProxyError():
-            return from_http_status(502, "Bad Gateway")
-        case OSError() if str(error).startswith("Forbidden: "):
-            return from_http_status(403, text)
-        case ValueError() if str(error).startswith("Bad Request: "):
-            return from_http_status(400, text)
-    return None
+def _refusal(status: int, content: bytes) -> Exception:
+    """As google-cloud-storage tells it."""
+    if status == 416:
+        return EmptyObjectError()
+    try:
+        message = str(json.loads(content)["error"]["message"])
+    except (ValueError, LookupError, TypeError):
+        message = content.decode(errors="replace")
+    return from_http_status(status, message)

@@ -9,7 +9,7 @@ import mimetypes
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -25,16 +25,17 @@ from job.store.calls import T, answer
 from job.store.files import COPY_BYTES
 
 CONNECTIONS = 64
-PIECE_BYTES = 8 << 20
-"""Of an object are asked for at a time: much longer on the way than the question, on most networks."""
-_PIECES_AHEAD = 4
+PIECE_BYTES = 4 << 20
+"""Of an object are asked for at a time: longer on the way than the question, on most networks."""
+_PIECES_AHEAD = 8
+_READ_AHEAD_BYTES = 8 << 20
 _REASON_CHARACTERS = 200
 
 
 class Piece(NamedTuple):
     """Some bytes of an object, and what the bucket says of the whole: size, version and, if it knows it, crc32c."""
 
-    data: bytes
+    blocks: Sequence[bytes]
     size_bytes: int
     version: str
     crc32c: str
@@ -74,8 +75,9 @@ class RemoteStore(Store):
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         checksum = google_crc32c.Checksum()
         for piece in self._pieces(key):
-            checksum.update(piece.data)
-            consume(piece.data)
+            for block in piece.blocks:
+                checksum.update(block)
+                consume(block)
         if piece.crc32c and piece.crc32c != _encoded(checksum):
             raise damaged(self.uri_of(key))
         return piece.version
@@ -107,14 +109,14 @@ class RemoteStore(Store):
     def _open(self, key: str) -> BinaryIO:
         _, size_bytes, version, _ = self._first(key, 1)
         ranges = _Ranges(partial(self._attempt, self._part, key, version), size_bytes)
-        return cast(BinaryIO, io.BufferedReader(ranges, PIECE_BYTES))
+        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
-        return self._whole(key, start, stop, self._get(key, start, stop, version)).data
+        return b"".join(self._whole(key, start, stop, self._get(key, start, stop, version)).blocks)
 
     def _whole(self, key: str, start: int, stop: int, piece: Future[Piece]) -> Piece:
         found = self._answer(piece)
-        if len(found.data) != min(stop, found.size_bytes) - start:
+        if sum(map(len, found.blocks)) != min(stop, found.size_bytes) - start:
             raise damaged(self.uri_of(key))
         return found
 

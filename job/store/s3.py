@@ -101,7 +101,7 @@ class S3Store(RemoteStore):
                 data = body.read()
             size_bytes = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
             # What others wrote carries no checksum of ours.
-            return Piece(data, size_bytes, answer["ETag"], answer["Metadata"].get(_CRC32C, ""))
+            return Piece([data], size_bytes, answer["ETag"], answer["Metadata"].get(_CRC32C, ""))
 
         return in_thread(get)
 

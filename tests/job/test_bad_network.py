@@ -278,7 +278,7 @@ def test_packing_is_stopped_though_the_bucket_is_away(proxy: FaultyProxy, remote
     child.terminate()
     said, _ = child.communicate(timeout=60)
     assert child.returncode == Exit.STOPPED, said
-    assert said.splitlines()[-1].startswith("ddpm: stopped while ")
+    assert said.splitlines()[-1].startswith("ddpm: stopped ")
     assert "Traceback" not in said
 
 

@@ -17,7 +17,7 @@ from job.store.base import Entry
 from tests.faulty_proxy import Fault, FaultyProxy
 
 Notes = list[str]
-CONTENT = bytes(range(256)) * 20_000
+CONTENT = bytes(range(256)) * 40_000
 """More than a stream reads at once."""
 
 
@@ -133,11 +133,11 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
         for call in (lambda: store.read("key"), lambda: store.upload(tmp_path / "file", "large")):
             began = time.monotonic()
             # The request for an upload is under way when the server falls silent.
-            said = r"stopped while the bucket was away \(.*(timed out|refused)|by SIGTERM while .*/large was on its way"
+            said = r"stopped while the bucket was away \(.*refused|by SIGTERM while (.*/large was on|waiting for gs:)"
             with pytest.raises(StoppedError, match=said):
                 call()
             # Far less than the proxy keeps silent.
-            assert time.monotonic() - began < 30
+            assert time.monotonic() - began < 1
         proxy.come_back()
 
 
