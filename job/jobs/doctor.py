@@ -22,7 +22,7 @@ from job.jobs.backends.base import Check
 from job.jobs.targets import Target
 from job.processes.group import local_gpus
 from job.runs.layout import RUNS
-from job.store import ObjectExistsError, Retry, Store, is_remote, open_store
+from job.store import Retry, Store, is_remote, open_store
 from job.store.files import os_errors, scratch_folder
 
 DOCTOR_FOLDER = "doctor"
@@ -85,17 +85,8 @@ def tell(checks: Iterable[Check], as_json: bool) -> Exit:
 
 
 def _write_once_and_delete(store: Store) -> str:
-    key, content = f"{DOCTOR_FOLDER}/{uuid.uuid4().hex}", uuid.uuid4().bytes
-    store.create(key, content)
-    try:
-        if store.read(key).data != content:
-            raise JobError("what is read is not what was written: use a bucket that keeps what it is given")
-        store.create(key, b"another writer's")
-    except ObjectExistsError:
-        return f"{store.uri} takes an object, gives it back, and refuses a second writer"
-    finally:
-        store.delete(key)
-    raise JobError("a second writer overwrites the first: use a bucket that honours preconditions")
+    store.check_writable(f"{DOCTOR_FOLDER}/{uuid.uuid4().hex}")
+    return f"{store.uri} takes an object, refuses a second writer, and deletes it again"
 
 
 def _ask_nvidia_smi() -> str:

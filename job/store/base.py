@@ -123,13 +123,23 @@ class Store(abc.ABC):
         return self._created(key, io.BytesIO(data))
 
     def check_writable(self, key: str) -> None:
-        """Writes and deletes a few bytes at a key of their own: what is forbidden is known before anything is computed.
+        """Writes and deletes a few bytes at a key of their own: what fails is known before anything is computed.
 
         Raises:
             NoPermissionError: the credentials do not allow one of the two; the message names the object.
+            BadRequestError: a second writer overwrites the first.
         """
-        self.create(key, b"writable?")
-        self.delete(key)
+        self.create(key, b"of the first writer")
+        try:
+            self.create(key, b"of a second one")
+        except ObjectExistsError:
+            return
+        finally:
+            self.delete(key)
+        raise BadRequestError(
+            f"{self.uri} lets a second writer overwrite the first, and two attempts could take one run: use a bucket "
+            "that honours If-None-Match or ifGenerationMatch (no zonal one, and no proxy that drops them)"
+        )
 
     def replace(self, key: str, data: bytes, version: str) -> str:
         """Writes over exactly `version` of an object (compare-and-swap) and returns the new version.
