@@ -16,6 +16,7 @@ from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs,
 from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
+from job.store import set_storage_options
 
 app = typer.Typer(
     name="ddpm",
@@ -56,14 +57,22 @@ def _root(
         bool, typer.Option("--verbose", "-v", help="Also tell each request to a bucket, and how long it took.")
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Tell results and errors alone.")] = False,
+    storage_options: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SCHEME.OPTION=VALUE",
+            help="Of fsspec, beside its own configuration, such as gs.requester_pays=my-project; may be repeated.",
+        ),
+    ] = None,
 ) -> None:
     """The diffusion training job that never loses work: packs images, trains a DDPM on them and samples from it.
 
-    Everything lies in a bucket: a folder, gs:// or s3://.
+    Everything lies in a bucket: a folder, gs://, s3:// or az://.
 
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
     set_loudness(verbose=verbose, quiet=quiet)
+    set_storage_options(storage_options or ())
     try:
         Path.cwd()
     except FileNotFoundError:

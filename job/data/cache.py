@@ -28,10 +28,10 @@ from filelock import FileLock, Timeout
 from job.data.ahead import STOP_POLL_SECONDS, in_order
 from job.data.images import Recipe, RejectedImageError, codec_versions, decode, decode_latents, prepare
 from job.data.order import Int64s, Order
-from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, first_damaged, split_uri
+from job.data.shards import OFFSETS_DTYPE, DatasetIndex, Record, first_damaged
 from job.exits import BadConfigError, BadDataError, BadRequestError, DiskFullError, JobError, MissingInputError
 from job.stop import NEVER, Stop
-from job.store import Store, open_store
+from job.store import Store, open_to_read, split_uri
 from job.store.files import os_errors, temporary_beside
 
 Uint8s = npt.NDArray[np.uint8]
@@ -119,7 +119,7 @@ class ShardSource:
         self.starts: Int64s = np.cumsum([0, *(shard.images for shard in index.shards)])
         self._bucket, self._key = bucket, key
         retry, folders = bucket.retry.elsewhere(), {split_uri(shard.uri)[0] for shard in index.shards if shard.uri}
-        self._foreign = {folder: open_store(folder, retry) for folder in folders}
+        self._foreign = {folder: open_to_read(folder, retry) for folder in folders}
         self.is_local = all(store.uri.startswith("/") for store in self._foreign.values() or [bucket])
         self._recipe = _recipe(index) if index.is_foreign else None
         self._decoders = ThreadPoolExecutor(self.threads, "decode")

@@ -17,11 +17,11 @@ from itertools import groupby, islice
 
 from braceexpand import braceexpand
 
-from job.data.shards import TAR_URI, Digests, split_uri
+from job.data.shards import TAR_URI, Digests
 from job.data.sources import BAD_CLASS, SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
-from job.store import Retry, Store, open_store
+from job.store import Retry, Store, open_to_read, split_uri
 
 MOST_TARS = 100_000
 """What the five digits in a shard's name can count."""
@@ -120,15 +120,15 @@ def _tars_at(word: str, retry: Retry | None) -> Iterator[ForeignTar]:
     for uri in uris:
         folder, name = split_uri(uri) if "/" in uri else (".", uri)
         if ".tar" not in name:
-            yield from _tars_below(open_store(uri, retry))
+            yield from _tars_below(open_to_read(uri, retry))
         elif len(uris) == 1:
-            store = open_store(folder, retry)
+            store = open_to_read(folder, retry)
             with store.open(name) as file:
                 yield ForeignTar(store, name, file.seek(0, io.SEEK_END))
         else:
             # A pattern costs a bucket one listing, instead of a question for each tar.
             if folder not in listed:
-                listed[folder] = {tar.key: tar for tar in _tars_below(open_store(folder, retry))}
+                listed[folder] = {tar.key: tar for tar in _tars_below(open_to_read(folder, retry))}
             if name not in listed[folder]:
                 raise MissingInputError(f"there is nothing at {uri}")
             yield listed[folder][name]

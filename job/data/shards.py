@@ -50,7 +50,7 @@ Record = tuple[int, int, int, int]
 
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
-TAR_URI = r"(/|gs://|s3://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]"
+TAR_URI = r"(/|[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f?]*[^\x00-\x1f\x7f/?]"
 """A regular expression of what an index may say of where a tar lies."""
 
 
@@ -271,12 +271,6 @@ def deleting(bucket: Store, key: str) -> str:
     """The command that deletes a dataset, for messages."""
     name, _, size = key.removeprefix(f"{DATASETS}/").rpartition("-")
     return f"`ddpm data delete {name} --size {size} --bucket {shlex.quote(bucket.uri)}`"
-
-
-def split_uri(uri: str) -> tuple[str, str]:
-    """The folder and the name of an object."""
-    folder, _, name = uri.rpartition("/")
-    return folder or "/", name
 
 
 def find_dataset(bucket: Store, name: str, size: int | None = None, *, unfinished: bool = False) -> str:

@@ -29,11 +29,12 @@ from typing import IO, BinaryIO, cast
 import numpy as np
 
 from job.data.ahead import in_order
-from job.data.fetched import Web, fetched, is_on_the_web
+from job.data.fetched import fetched
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.progress import printable
-from job.store import Entry, Retry, Store, is_remote, open_store
+from job.store import Entry, Retry, Store, is_remote, open_store, open_to_read, split_uri
+from job.store.foreign import ForeignStore
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -61,6 +62,7 @@ _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _CIFAR_BYTES = 1 + 3 * 32 * 32
 _CIFAR_NOTE = "packing the images for training; --split test packs the others"
+_PATTERN = re.compile(r"([^*]*/)([^/*]*\*[^?]*?)((?:\?|::).*)?")
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
@@ -218,14 +220,14 @@ def folder_source(root: Path, bucket: str = "") -> Source:
     return Source(str(root), partial(below, root, ""), note=note)
 
 
-def _bucket_members(store: Store) -> Iterator[Member]:
+def _bucket_members(store: Store, entries: Sequence[Entry]) -> Iterator[Member]:
     """A folder in a bucket, in key order. Each image costs a request: archives are read much faster."""
 
     def read(entry: Entry) -> bytes:
         _check_size(entry.size_bytes)
         return store.read(entry.key).data
 
-    return (Member(entry.key, partial(read, entry)) for entry in store.list())
+    return (Member(entry.key, partial(read, entry)) for entry in entries)
 
 
 def _zip_members(opener: Opener) -> Iterator[Member]:
@@ -363,10 +365,8 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
-    if is_on_the_web(source):
-        return _on_the_web(Web(source, retry or Retry()))
-    if is_remote(source):
-        return _in_bucket(source, retry)
+    if is_remote(source) or "::" in source:
+        return _elsewhere(source, retry)
     path = Path(open_store(source).uri).resolve()
     folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
 
@@ -381,35 +381,29 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         return _archive(str(path), partial(opened, chosen)) if chosen else folder_source(path, bucket)
 
 
-def _in_bucket(uri: str, retry: Retry | None) -> Source:
-    folder, _, name = uri.rpartition("/")
-    if name and not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(name):
+def _elsewhere(uri: str, retry: Retry | None) -> Source:
+    """An archive or a folder at a URI; of a folder, all files or those that match a pattern such as `train/*.jpg`."""
+    folder, name = split_uri(uri)
+    if pattern := _PATTERN.fullmatch(uri):
+        uri = f"{pattern[1]}{pattern[3] or ''}"
+    elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
+        if isinstance(parent, ForeignStore):
+            path = fetched(parent, name, uri)
+            return _archive(parent.uri_of(name), lambda: path.open("rb"))
         names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
         return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))
-    store = open_store(uri, retry)
-    if not (names := [entry.key for entry in store.list()]):
-        raise MissingInputError(_NOTHING_AT.format(uri))
-    found = _mnist(uri, names, store.open)
-    return found or Source(store.uri, partial(_bucket_members, store), readers=_BUCKET_READERS)
+    store = open_to_read(uri, retry)
+    entries = list(store.list())
+    if pattern:
+        from fsspec.utils import glob_translate
 
-
-def _on_the_web(web: Web) -> Source:
-    info = web.info()
-    if info.get("type") != "directory":
-        path = fetched(web, info)
-        return _archive(web.shown, lambda: path.open("rb"))
-    files = web.files()
-    if not files:
-        raise MissingInputError(_NOTHING_AT.format(web.shown))
-
-    def read(name: str, size_bytes: int) -> bytes:
-        _check_size(size_bytes)
-        return web.read(name, size_bytes)
-
-    def members() -> Iterator[Member]:
-        return (Member(name, partial(read, name, size_bytes)) for name, size_bytes in files)
-
-    return Source(web.shown, members, readers=_BUCKET_READERS)
+        entries = [entry for entry in entries if re.match(glob_translate(pattern[2]), entry.key)]
+    if not entries:
+        raise MissingInputError(_NOTHING_AT.format(store.uri))
+    found = _mnist(store.uri, [entry.key for entry in entries], store.open)
+    # What lies in an archive is read one by one.
+    readers = 0 if "::" in uri else _BUCKET_READERS
+    return found or Source(store.uri, partial(_bucket_members, store, entries), readers=readers)
 
 
 def _archive(where: str, opener: Opener) -> Source:

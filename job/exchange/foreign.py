@@ -21,7 +21,7 @@ from ddpm import interop
 from ddpm.interop import NoCounterpartError
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
-from job.store import Retry, is_remote, open_store
+from job.store import Retry, is_remote, open_store, open_to_read, split_uri
 from job.store.files import os_errors, scratch_folder
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Fore
 @contextmanager
 def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
     nothing = MissingInputError(f"nothing lies at {source}: name a folder of diffusers, a .pt or a .safetensors")
-    if not is_remote(source):
+    if not is_remote(source) and "::" not in source:
         # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
         path = Path(open_store(source, retry).uri)
         with os_errors(path):
@@ -116,9 +116,9 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
             raise nothing
         yield _Source(str(path), names, lambda name: path / name if name else path)
         return
-    folder, _, last = source.rstrip("/").rpartition("/")
+    folder, last = split_uri(source.rstrip("/"))
     with scratch_folder("import") as scratch:
-        if not folder.endswith(":/") and (parent := open_store(folder, retry)).exists(last):
+        if not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(last):
 
             def fetch(name: str) -> Path:
                 parent.download(last, scratch / last)
@@ -126,7 +126,7 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
 
             yield _Source(source, frozenset(), fetch)
             return
-        store = open_store(source, retry)
+        store = open_to_read(source, retry)
         if not (names := frozenset(entry.key for entry in store.list())):
             raise nothing
 

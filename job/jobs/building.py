@@ -10,7 +10,6 @@ from typing import Any
 import yaml
 
 from job.config import EMBEDDED, draft, parse_sets, read_config_file
-from job.data.fetched import check_web_source, is_on_the_web
 from job.data.pack import PackRequest
 from job.exits import BadConfigError, BadRequestError
 from job.jobs.command_line import ParsedCommand
@@ -24,6 +23,7 @@ from job.runs.lease import EXPIRE_SECONDS
 from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_uri, is_remote
+from job.store.foreign import check_source, is_foreign
 
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""
@@ -90,8 +90,11 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
         case PackRequest():
             run, subject = "", request.name
             source = request.source
-            if is_on_the_web(source):
-                check_web_source(source)
+            if is_foreign(source):
+                check_source(source)
+                chain, separator, last = source.rpartition("::")
+                if not is_remote(last):
+                    source = chain + separator + _seen("SOURCE", last, target)
                 if target.is_remote and "?" in source:
                     shown = source.partition("?")[0]
                     raise BadRequestError(

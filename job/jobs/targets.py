@@ -25,7 +25,9 @@ TARGETS_VARIABLE = "DDPM_TARGETS"
 """Path of the file, where it is not `targets.yaml` in the working folder."""
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
-_SECRET = re.compile(r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)")
+_SECRET = re.compile(
+    r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)|SAS_|CONNECTION_STRING|FSSPEC_[A-Z0-9]+$"
+)
 _NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
 """Names that sound like secrets, and say where something is."""
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?)([KMGTPE]i|[kMGTPE])")

@@ -1,9 +1,11 @@
-"""Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`, `s3`)."""
+"""Object storage: what we ask of a bucket (`base`), and who answers (`local`, `gcs`, `s3`, `azure`)."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
@@ -16,11 +18,12 @@ from job.store.retry import Retry
 __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
 """What lies in the modules below and is imported from here."""
 
+_SECRET_OPTION = re.compile("key|secret|token|passw|sas|credential|connection_string")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
 def open_store(uri: str, retry: Retry | None = None) -> Store:
-    """Opens `gs://` or `s3://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, without touching any of them.
+    """Opens `gs://`, `s3://` or `az://BUCKET[/PREFIX]`, `file:///PATH` or a plain path, and touches none of them.
 
     Backends are imported only when asked for, so that a local run needs no cloud library.
 
@@ -55,6 +58,45 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
     return store.sub(prefix) if prefix else store
+
+
+def open_to_read(uri: str, retry: Retry | None = None) -> Store:
+    """As `open_store`, and whatever an installed fsspec file system reads, see `job.store.foreign`; chained, too."""
+    from job.store.foreign import ForeignStore, is_foreign
+
+    return ForeignStore(uri, retry or Retry()) if is_foreign(uri) else open_store(uri, retry)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """The folder of an object, as `open_to_read` takes it, and its name: `zip://a/b::FILE` lies in `zip://a::FILE`."""
+    first = re.split(r"\?|::", uri, maxsplit=1)[0] if "://" in uri else uri
+    folder, _, name = first.rpartition("/")
+    return f"{folder or '/'}{'/' * folder.endswith(':/')}{uri.removeprefix(first)}", name
+
+
+def set_storage_options(settings: Iterable[str]) -> None:
+    """Adds to fsspec's configuration of this process, which goes by it from its first bucket on, and of its children.
+
+    Args:
+        settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is YAML.
+
+    Raises:
+        BadRequestError: it is none, or a secret, which lists of processes would show.
+    """
+    import yaml
+
+    for setting in settings:
+        name, _, text = setting.partition("=")
+        scheme, _, option = name.partition(".")
+        if not (text and option.isidentifier() and scheme.isalnum()):
+            raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
+        if _SECRET_OPTION.search(option) and text != "anon":
+            raise BadRequestError(
+                f"{name} is a secret, which lists would show: it goes into ~/.config/fsspec/conf.json"
+            )
+        variable = f"FSSPEC_{scheme.upper()}"
+        options = json.loads(os.environ.get(variable, "{}"))
+        os.environ[variable] = json.dumps(options | {option: yaml.safe_load(text)})
 
 
 def is_remote(uri: str) -> bool:
@@ -92,13 +134,12 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
     if (scheme := scheme.lower()) not in ("gs", "s3", "az", "abfs"):
         first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         raise BadRequestError(
-            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://BUCKET, s3://BUCKET or a path"
+            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://, s3:// or az://BUCKET, or a path"
         )
     bucket, _, prefix = rest.strip("/").partition("/")
-    if not _BUCKET.fullmatch(bucket):
-        raise BadRequestError(
-            f"{_without_secrets(uri)} names no bucket: use {scheme}://BUCKET[/FOLDER], without a user or password"
-        )
+    if not _BUCKET.fullmatch(bucket) or re.search(r"\?.*=", prefix):
+        named = f"use {scheme}://BUCKET[/FOLDER], without a user, password or signature"
+        raise BadRequestError(f"{_without_secrets(uri)} names no bucket: {named}")
     return scheme, bucket, prefix
 
 

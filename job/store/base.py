@@ -89,7 +89,7 @@ class Store(abc.ABC):
 
     def uri_of(self, key: str) -> str:
         """The URI a person or another tool can use for `key`."""
-        return f"{self.uri.rstrip('/')}/{validated_key(key)}"
+        return self._uri(validated_key(key))
 
     def sub(self, prefix: str) -> Self:
         """The store of everything below `prefix`, sharing this one's connections and patience."""
@@ -218,7 +218,7 @@ class Store(abc.ABC):
 
     def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
         """Does `work(key, *args)` with this store's patience, and tells what goes wrong as a `JobError`."""
-        uri = f"{self.uri.rstrip('/')}/{key}".rstrip("/")
+        uri = self._uri(key).rstrip("/")
 
         def attempt() -> T:
             began = time.monotonic()
@@ -235,6 +235,9 @@ class Store(abc.ABC):
                     raise
 
         return self.retry(attempt)
+
+    def _uri(self, key: str) -> str:
+        return f"{self.uri.rstrip('/')}/{key}"
 
     def _told(self, error: Exception, uri: str) -> JobError | None:
         """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""

@@ -108,7 +108,7 @@ class RemoteStore(Store):
 
     def _open(self, key: str) -> BinaryIO:
         _, size_bytes, version, _ = self._first(key, 1)
-        ranges = _Ranges(partial(self._attempt, self._part, key, version), size_bytes)
+        ranges = Ranges(partial(self._attempt, self._part, key, version), size_bytes)
         return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
@@ -165,7 +165,7 @@ class Watched:
         return self._content.read(size_bytes)
 
 
-class _Ranges(io.RawIOBase):
+class Ranges(io.RawIOBase):
     """A seekable file over a function that fetches the bytes from `start` to `stop`."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
@@ -173,22 +173,27 @@ class _Ranges(io.RawIOBase):
         self._position = 0
 
     def readable(self) -> bool:
+        """It can be read."""
         return True
 
     def seekable(self) -> bool:
+        """It can be."""
         return True
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Goes to a position."""
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
         self._position = max(0, origin + offset)
         return self._position
 
     def readinto(self, buffer: Any) -> int:
+        """The next bytes."""
         data = self._next(len(buffer))
         buffer[: len(data)] = data
         return len(data)
 
     def readall(self) -> bytes:
+        """The rest."""
         # What it inherits would send a request for every 8 KiB.
         return self._next(self._size_bytes)
 

@@ -16,9 +16,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import botocore.session
+from botocore import UNSIGNED
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.parsers import ResponseParserError
+from fsspec.config import conf
 
 from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import Entry, ObjectMissingError
@@ -61,6 +63,8 @@ class S3Store(RemoteStore):
         self._bucket, self._bucket_uri = bucket, self.uri
         self._roles = f"s3:ListBucket on {self.uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject in it"
         self._make = f"aws s3 mb {self.uri}"
+        options = conf.get("s3", {})
+        self._payer = {"RequestPayer": "requester"} if options.get("requester_pays") else {}
         config = Config(
             connect_timeout=retry.silence_seconds,
             read_timeout=retry.silence_seconds,
@@ -69,10 +73,13 @@ class S3Store(RemoteStore):
             # We send and compare crc32c ourselves; older servers choke on the trailers that botocore would add.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
+            signature_version=UNSIGNED if options.get("anon") else None,
         )
-        session = botocore.session.Session()
+        session = botocore.session.Session(profile=options.get("profile"))
+        if "key" in options:
+            session.set_credentials(options["key"], options["secret"], options.get("token"))
         try:
-            self._client = session.create_client("s3", config=config)
+            self._client = session.create_client("s3", config=config, endpoint_url=options.get("endpoint_url"))
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError
         except (boto.BotoCoreError, ValueError) as error:
@@ -156,14 +163,14 @@ class S3Store(RemoteStore):
     def _pages(self, start: str, **asked: Any) -> Iterator[dict[str, Any]]:
         # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
         while True:
-            page = self._ask("list_objects_v2", Bucket=self._bucket, Prefix=start, **asked)
+            page = self._ask("list_objects_v2", Bucket=self._bucket, Prefix=start, **self._payer, **asked)
             yield page
             if not page["IsTruncated"]:
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def _named(self, key: str) -> dict[str, str]:
-        return {"Bucket": self._bucket, "Key": self._prefix + key}
+        return {"Bucket": self._bucket, "Key": self._prefix + key, **self._payer}
 
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if isinstance(error, boto.ClientError):

@@ -154,7 +154,7 @@ def test_a_bucket_that_is_not_there(tmp_path, gcs_server):
     buckets: Rows = [
         (f"{tmp_path}/nowhere", 66, [f"{tmp_path}/nowhere is no folder", "check the path"]),
         (f"{tmp_path}/file", 66, [f"{tmp_path}/file is no folder"]),
-        ("az://mine", 64, ["'az://mine'", "gs://BUCKET"]),
+        ("ftp://mine", 64, ["'ftp://mine'", "az://BUCKET"]),
         ("gs://", 64, ["gs:// names no bucket"]),
         ("", 64, ["names no folder"]),
         ("gs://no-such-bucket", 66, ["no bucket gs://no-such-bucket", "gcloud storage buckets create"]),

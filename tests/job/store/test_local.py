@@ -302,14 +302,14 @@ def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credential
             "https://host/a.zip?s=1",
             "'https://host/a.zip?…': nobody here speaks https://; download it first (curl -LO), or use",
         ),
-        ("az://bucket", "nobody here speaks az://; use gs://BUCKET, s3://BUCKET or a path"),
+        ("ftp://bucket", "nobody here speaks ftp://; use gs://, s3:// or az://BUCKET, or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),
         ("file://", "names no folder"),
         ("file://server/share", "names no folder"),
         ("a\0b", "names no folder"),
         ("~nobody-of-this-name/x", "names no folder"),
-        *((f"{scheme}://{bucket}", words) for scheme in ("gs", "s3") for bucket, words in _NO_BUCKETS),
+        *((f"{scheme}://{bucket}", words) for scheme in ("gs", "s3", "az") for bucket, words in _NO_BUCKETS),
     ]:
         with pytest.raises(BadRequestError, match=re.escape(words)) as error:
             pytest.fail(f"{uri} was opened as {open_store(uri)}")

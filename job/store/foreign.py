@@ -1,0 +1,270 @@
+"""What any fsspec file system reads, chained ones too: `sftp://HOST/photos`, `zip://train::gs://THEIRS/archive.zip`.
+
+It is a source and no bucket: fsspec has no create that fails for a second writer. Each call is made in a thread, since
+most of these file systems know neither a stop nor a deadline.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from functools import partial
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
+from urllib.parse import urljoin, urlsplit
+
+from job.code_version import how_to_install
+from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
+from job.store.base import Entry, ObjectMissingError, Store
+from job.store.calls import T, answer, in_thread
+from job.store.files import COPY_BYTES
+from job.store.remote import Ranges, one_line
+from job.store.retry import Retry
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_READ_AHEAD_BYTES = 8 << 20
+_SILENCES_PER_READ = 8
+"""Some file systems show nothing of what they read ahead."""
+_WEB = ("http", "https")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_EXTRAS = {**dict.fromkeys((*_WEB, "hf"), "web"), **dict.fromkeys(("gs", "gcs"), "gs"), "az": "az", "abfs": "az"}
+BUCKETS = ("gs", "s3", "az", "abfs")
+_MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
+"""What these read lies elsewhere than their URL says, or fills the disk."""
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "generation",
+    "blob_id",
+    "sha",
+    "md5Hash",
+    "mtime",
+    "last_modified",
+    "LastModified",
+    "modified",
+)
+
+
+class About(NamedTuple):
+    """What is known of a file: its size in bytes, None if nobody says it, and what changes with its content."""
+
+    size_bytes: int | None
+    version: str
+
+
+class ForeignStore(Store):
+    """Files below the folder that a URL names. The query of a URL, which may be a signature, is in no message."""
+
+    def __init__(self, uri: str, retry: Retry) -> None:
+        """Makes the file systems of the URL's links, most of which ask nobody yet.
+
+        Raises:
+            BadRequestError: a scheme that fsspec does not know, or whose package is missing; or a URL that holds a
+                password, that anybody on the way could change, or that leads elsewhere.
+        """
+        check_source(uri)
+        first, sep, rest = uri.partition("::")
+        first, mark, query = first.partition("?")
+        self._first = first if first.endswith("://") else f"{first.rstrip('/')}/"
+        self._query, self._rest = mark + query, sep + re.sub(r"\?[^:]*", "", rest)
+        super().__init__(first.rstrip("/") + self._rest, retry)
+        try:
+            from fsspec.core import url_to_fs
+
+            own = {link.partition("://")[0].lower(): self._options(link) for link in uri.split("::")}
+            self._fs = url_to_fs(uri, **own)[0]
+        except (ImportError, ValueError) as error:
+            raise _not_installed(uri, error) from None
+        except Exception as error:
+            if told := self._told(error, self.uri):
+                raise told from error
+            raise
+
+    def about(self, key: str) -> About:
+        """Asks for a file's size and version.
+
+        Raises:
+            ObjectMissingError: there is none, or it is a folder.
+        """
+        return self._attempt(self._about, key)
+
+    def blocks(self, key: str, start: int = 0, version: str = "") -> tuple[int, Iterator[bytes]]:
+        """Begins to read a file at the byte `start`, or at 0 if it cannot be read from there or has another version.
+
+        Returns:
+            Where it begins, and the content from there on; reading raises as any operation does, and tries once.
+        """
+        where, path = self.uri_of(key), self._path(key)
+        how: dict[str, Any] = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
+        if is_web := path.lower().startswith(_WEB):
+            headers = {"Accept-Encoding": "identity"}
+            if start:
+                headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
+            # A stream; with a size nobody asks for it.
+            how = {"block_size": 0, "size": 1, "headers": headers}
+        file = self._ask(where, self._fs.open, path, "rb", **how)
+        if is_web:
+            goes_on = file.r.status == 206 and file.r.headers.get("Content-Range", "").startswith(f"bytes {start}-")
+            start = start if goes_on else 0
+        elif start:
+            self._ask(where, file.seek, start)
+
+        def content() -> Iterator[bytes]:
+            with closing(file):
+                while block := self._ask(where, file.read, COPY_BYTES):
+                    self.retry.is_under_way(where)
+                    yield block
+
+        return start, content()
+
+    def _uri(self, key: str) -> str:
+        return f"{self.uri.removesuffix(self._rest)}/{key}{self._rest}"
+
+    def _path(self, key: str) -> str:
+        path: str = self._fs._strip_protocol(f"{self._first}{self._prefix}{key}".rstrip("/") + self._query)
+        return path
+
+    def _options(self, link: str) -> dict[str, Any]:
+        own: dict[str, Any] = {"skip_instance_cache": True}
+        if link.lower().startswith(_WEB):
+            import aiohttp
+
+            silence_seconds = self.retry.silence_seconds
+            limits = aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds)
+            redirects = aiohttp.TraceConfig()
+            redirects.on_request_redirect.append(_check_redirect)
+            own["client_kwargs"] = {"timeout": limits, "trace_configs": [redirects], "trust_env": True}
+        return own
+
+    def _ask(self, where: str, work: Callable[..., T], *args: Any, **named: Any) -> T:
+        began = time.monotonic()
+        patience_seconds = (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
+        try:
+            return answer(in_thread(work, *args, **named), self.retry, where, lambda: began + patience_seconds)
+        except Exception as error:
+            if told := self._told(error, where):
+                raise told from error
+            raise
+
+    def _about(self, key: str) -> About:
+        self._fs.invalidate_cache()
+        found = self._ask(self.uri_of(key), self._fs.info, self._path(key))
+        if found.get("type") == "directory":
+            raise ObjectMissingError(f"{self.uri_of(key)} is a folder")
+        return About(found.get("size"), "\0".join(str(found[name]) for name in _VERSIONS if found.get(name)))
+
+    def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
+        about = self._about(key)
+        for block in self.blocks(key)[1]:
+            consume(block)
+        self._check_same(key, about)
+        return about.version
+
+    def _check_same(self, key: str, about: About) -> None:
+        if self._about(key) != about:
+            raise BadDataError(f"{self.uri_of(key)} was changed just now: begin again")
+
+    def _open(self, key: str) -> BinaryIO:
+        about = self._about(key)
+        if about.size_bytes is None:
+            raise BadDataError(f"{self.uri_of(key)} does not say how large it is: download it")
+        ranges = Ranges(partial(self._attempt, self._part, key, about), about.size_bytes)
+        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
+
+    def _part(self, key: str, about: About, start: int, stop: int) -> bytes:
+        part = self._ask(self.uri_of(key), self._fs.cat_file, self._path(key), start, stop)
+        self._check_same(key, about)
+        if len(part) != stop - start:
+            raise BadDataError(f"{self.uri_of(key)} cannot be read in parts: download it")
+        return cast(bytes, part)
+
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        folder = self._path(prefix.rstrip("/"))
+        found: dict[str, dict[str, Any]] = self._ask(self._uri(prefix), self._fs.find, folder, detail=True)
+        below = len(self._path(""))
+        return [Entry(name[below:].lstrip("/"), int(each["size"] or 0)) for name, each in found.items()]
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        names = (entry.key.removeprefix(prefix) for entry in self._list(prefix))
+        return sorted({name.partition("/")[0] for name in names if "/" in name})
+
+    def _write(self, key: str, content: BinaryIO, over: str | None) -> NoReturn:
+        raise BadRequestError(f"{self.uri_of(key)}: it can only be read: write to gs://, s3://, az:// or a folder")
+
+    def _delete(self, key: str) -> NoReturn:
+        raise BadRequestError(f"{self.uri_of(key)}: it can only be read: delete it where it is")
+
+    def _told(self, error: Exception, uri: str) -> JobError | None:
+        if isinstance(error, JobError):
+            return None
+        # fsspec raises a FileNotFoundError for any failure of the web, and its cause says which one it was.
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+        if isinstance(error, JobError):
+            return error
+        status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
+        # The query of an address may be a signature, also where a server redirects to.
+        said = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
+        if status in (401, 403) or isinstance(error, PermissionError):
+            how = "sign in with `hf auth login`" if uri.startswith("hf:") else "download it where you are signed in"
+            return NoPermissionError(f"{uri} may not be read ({said}): {how}")
+        if status in (404, 410) or isinstance(error, FileNotFoundError):
+            return ObjectMissingError(f"there is nothing at {uri}: check the address")
+        if status == 416:
+            return BadDataError(f"{uri} ends before the size that the server gives: download it")
+        # Any other failure may pass.
+        return BucketAwayError(f"{uri} does not answer: {said}")
+
+
+def is_foreign(uri: str) -> bool:
+    """Whether a URI is for fsspec alone: no bucket and no path."""
+    return "::" in uri or ("://" in uri and uri.partition("://")[0].lower() not in ("file", *BUCKETS))
+
+
+def check_source(uri: str) -> None:
+    """Returns if something may be read from a URL of `is_foreign`.
+
+    Raises:
+        BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
+    """
+    for link in uri.split("::"):
+        parts = urlsplit(link)
+        scheme = parts.scheme.lower()
+        # Of github://org:repo@ref/path it is none.
+        if scheme != "github" and (parts.password or (parts.username and scheme in _WEB)):
+            raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
+        if not _is_safe(link):
+            raise BadRequestError(f"{link.partition('?')[0]}: anybody on the way could change it: use https://")
+        if scheme in _MISLEADING:
+            raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
+
+
+def _is_safe(url: str) -> bool:
+    parts = urlsplit(url)
+    return parts.scheme.lower() != "http" or parts.hostname in _LOCAL
+
+
+async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
+    headers = sent.response.headers
+    target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
+    if not target.lower().startswith(_WEB) or not _is_safe(target):
+        shown = target.partition("?")[0]
+        raise BadRequestError(f"{sent.url.with_query(None)} leads to {shown:.100}, which is not https://: download it")
+
+
+def _not_installed(uri: str, error: Exception) -> BadRequestError:
+    """Which package is missing, or which scheme was meant."""
+    from fsspec import available_protocols
+
+    schemes = [link.partition("://")[0].lower() for link in uri.split("::") if "://" in link]
+    for scheme in schemes:
+        if scheme not in available_protocols():
+            near = difflib.get_close_matches(scheme, available_protocols(), 1)
+            meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` has all"
+            return BadRequestError(f"{scheme}://: no file system of that name is known: {meant}")
+    how = next((how_to_install(_EXTRAS[scheme]) for scheme in schemes if scheme in _EXTRAS), "install it with pip")
+    return BadRequestError(f"{schemes[0]}:// needs more than is installed ({one_line(str(error))}): {how}")
