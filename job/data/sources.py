@@ -401,9 +401,7 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
     if not entries:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
     found = _mnist(store.uri, [entry.key for entry in entries], store.open)
-    # What lies in an archive is read one by one.
-    readers = 0 if "::" in uri else _BUCKET_READERS
-    return found or Source(store.uri, partial(_bucket_members, store, entries), readers=readers)
+    return found or Source(store.uri, partial(_bucket_members, store, entries), readers=_BUCKET_READERS)
 
 
 def _archive(where: str, opener: Opener) -> Source:

@@ -133,9 +133,8 @@ def _bucket_of(uri: str) -> tuple[str, str, str]:
     scheme, _, rest = uri.partition("://")
     if (scheme := scheme.lower()) not in ("gs", "s3", "az", "abfs"):
         first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
-        raise BadRequestError(
-            f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {first}use gs://, s3:// or az://BUCKET, or a path"
-        )
+        use = f"{first}use gs://, s3:// or az://BUCKET, or a path"
+        raise BadRequestError(f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {use}")
     bucket, _, prefix = rest.strip("/").partition("/")
     if not _BUCKET.fullmatch(bucket) or re.search(r"\?.*=", prefix):
         named = f"use {scheme}://BUCKET[/FOLDER], without a user, password or signature"

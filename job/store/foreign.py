@@ -9,9 +9,11 @@ from __future__ import annotations
 import difflib
 import io
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin, urlsplit
@@ -70,20 +72,24 @@ class ForeignStore(Store):
         check_source(uri)
         first, sep, rest = uri.partition("::")
         first, mark, query = first.partition("?")
-        self._first = first if first.endswith("://") else f"{first.rstrip('/')}/"
+        self._first = f"{_trimmed(first)}/"
         self._query, self._rest = mark + query, sep + re.sub(r"\?[^:]*", "", rest)
-        super().__init__(first.rstrip("/") + self._rest, retry)
+        super().__init__(_trimmed(first) + self._rest, retry)
         try:
+            from fsspec import get_filesystem_class
             from fsspec.core import url_to_fs
 
+            for scheme in _schemes(uri):
+                get_filesystem_class(scheme)
             own = {link.partition("://")[0].lower(): self._options(link) for link in uri.split("::")}
-            self._fs = url_to_fs(uri, **own)[0]
         except (ImportError, ValueError) as error:
             raise _not_installed(uri, error) from None
-        except Exception as error:
-            if told := self._told(error, self.uri):
-                raise told from error
-            raise
+        self._one_by_one: AbstractContextManager[Any] = threading.Lock()
+        # Some connect at once.
+        self._fs = retry(partial(self._ask, self.uri, url_to_fs, uri, **own))[0]
+        if self._fs.async_impl or uri.lower().startswith("hf://"):
+            # Threads may share it, as fsspec says of no other: of two that ask by SSH, one would wait for good.
+            self._one_by_one = nullcontext()
 
     def about(self, key: str) -> About:
         """Asks for a file's size and version.
@@ -115,10 +121,12 @@ class ForeignStore(Store):
             self._ask(where, file.seek, start)
 
         def content() -> Iterator[bytes]:
-            with closing(file):
+            try:
                 while block := self._ask(where, file.read, COPY_BYTES):
                     self.retry.is_under_way(where)
                     yield block
+            finally:
+                self._begin(file.close)
 
         return start, content()
 
@@ -126,7 +134,7 @@ class ForeignStore(Store):
         return f"{self.uri.removesuffix(self._rest)}/{key}{self._rest}"
 
     def _path(self, key: str) -> str:
-        path: str = self._fs._strip_protocol(f"{self._first}{self._prefix}{key}".rstrip("/") + self._query)
+        path: str = self._fs._strip_protocol(_trimmed(f"{self._first}{self._prefix}{key}") + self._query)
         return path
 
     def _options(self, link: str) -> dict[str, Any]:
@@ -141,11 +149,18 @@ class ForeignStore(Store):
             own["client_kwargs"] = {"timeout": limits, "trace_configs": [redirects], "trust_env": True}
         return own
 
+    def _begin(self, work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
+        def one() -> T:
+            with self._one_by_one:
+                return work(*args, **named)
+
+        return in_thread(one)
+
     def _ask(self, where: str, work: Callable[..., T], *args: Any, **named: Any) -> T:
         began = time.monotonic()
         patience_seconds = (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
         try:
-            return answer(in_thread(work, *args, **named), self.retry, where, lambda: began + patience_seconds)
+            return answer(self._begin(work, *args, **named), self.retry, where, lambda: began + patience_seconds)
         except Exception as error:
             if told := self._told(error, where):
                 raise told from error
@@ -220,6 +235,10 @@ class ForeignStore(Store):
         return BucketAwayError(f"{uri} does not answer: {said}")
 
 
+def _trimmed(url: str) -> str:
+    return re.sub("(?<!:)(?<!:/)/+$", "", url)
+
+
 def is_foreign(uri: str) -> bool:
     """Whether a URI is for fsspec alone: no bucket and no path."""
     return "::" in uri or ("://" in uri and uri.partition("://")[0].lower() not in ("file", *BUCKETS))
@@ -245,7 +264,7 @@ def check_source(uri: str) -> None:
 
 def _is_safe(url: str) -> bool:
     parts = urlsplit(url)
-    return parts.scheme.lower() != "http" or parts.hostname in _LOCAL
+    return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
 
 
 async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
@@ -256,12 +275,15 @@ async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedir
         raise BadRequestError(f"{sent.url.with_query(None)} leads to {shown:.100}, which is not https://: download it")
 
 
+def _schemes(uri: str) -> list[str]:
+    return [link.partition("://")[0].lower() for link in uri.split("::") if "://" in link]
+
+
 def _not_installed(uri: str, error: Exception) -> BadRequestError:
     """Which package is missing, or which scheme was meant."""
     from fsspec import available_protocols
 
-    schemes = [link.partition("://")[0].lower() for link in uri.split("::") if "://" in link]
-    for scheme in schemes:
+    for scheme in (schemes := _schemes(uri)):
         if scheme not in available_protocols():
             near = difflib.get_close_matches(scheme, available_protocols(), 1)
             meant = f"did you mean {near[0]}://?" if near else "`fsspec.available_protocols()` has all"

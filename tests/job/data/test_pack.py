@@ -250,7 +250,7 @@ def test_what_changed_since_it_was_begun_is_refused_with_the_way_out(tmp_path, s
 def test_interrupted_before_any_write_it_goes_on_to_the_same_bytes(tmp_path, source, undisturbed):
     # Three objects for each of four shards; the index; the entries of the four to delete. Before them, a probe.
     for number in range(12 + 1 + 4):
-        bucket, writes = tmp_path / str(number), count(-2)
+        bucket, writes = tmp_path / str(number), count(-3)
 
         def dying(original, number=number, writes=writes):
             return lambda *arguments: interrupted() if next(writes) == number else original(*arguments)

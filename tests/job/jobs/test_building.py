@@ -208,7 +208,7 @@ def test_a_job_that_is_to_stop_is_limited_instead_of_ending_with_75_and_being_st
 REFUSED = [
     ("train --dataset a --bucket file:///b", "gke", {}, BadRequestError, "is a path of this machine"),
     ("train --dataset a", "s3", {}, BadRequestError, "jobs on 's3' cannot see"),
-    ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "user or password"),
+    ("train --dataset a --bucket gs://u:secret@b", "gke", {}, BadRequestError, "without a user, password"),
     ("train --dataset a", "bare", {}, BadConfigError, "target 'bare' has no `image:`"),
     ("train --dataset a --set x=1", "gke", {}, BadConfigError, "unknown key 'x'"),
     ("train --dataset a", "gke", {"max_hours": 0.0166}, BadRequestError, "at least a minute"),
@@ -237,7 +237,7 @@ REFUSED = [
         )
     ],
     ("pack a.zip b --size 8", "gke", {}, BadRequestError, "SOURCE 'a.zip' is a path of this"),
-    ("pack ftp://a/b.zip b --size 8", "gke", {}, BadRequestError, "nobody here speaks ftp"),
+    ("pack ftp://a/b.zip b --size 8", "gke", {}, BadRequestError, "anybody on the way"),
 ]
 
 
