@@ -48,9 +48,9 @@ class AzureStore(RemoteStore):
         self._make = f"az storage container create --name {container}"
         try:
             self._fs = AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
-        except ValueError as error:
+        except ValueError:
             # Its own words may repeat a key.
-            raise self._no_credentials(type(error.__cause__ or error).__name__) from None
+            raise self._no_credentials("no account, or one that makes no sense") from None
         # Of adlfs's own, each request would be tried again for a minute.
         self._fs.service_client = BlobServiceClient(
             self._fs.service_client.url,

@@ -20,7 +20,7 @@ from job.data.verify import verify_dataset
 from job.exits import Exit
 from job.store import open_store
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
-from tests.job.data.test_web import Files, png, server  # noqa: F401
+from tests.job.data.test_web import png, server  # noqa: F401
 
 IMAGES = {f"{kind}/{number}.png": png(10 * len(kind) + number) for kind in ("cat", "horse") for number in range(3)}
 WORD = "a-word-that-no-log-shows"
@@ -73,14 +73,14 @@ def sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
             "127.0.0.1", 0, server_factory=OnePassword, server_host_keys=[key], sftp_factory=files
         )
 
-    server = asyncio.run_coroutine_threadsafe(listen(), loop).result()
+    listening = asyncio.run_coroutine_threadsafe(listen(), loop).result()
     monkeypatch.setenv("FSSPEC_SFTP", f'{{"username": "somebody", "password": "{WORD}", "allow_agent": false}}')
     from fsspec.config import conf, set_conf_env
 
     monkeypatch.setitem(conf, "sftp", {})
     set_conf_env(conf)
-    yield folder, f"sftp://127.0.0.1:{server.get_port()}"
-    loop.call_soon_threadsafe(server.close)
+    yield folder, f"sftp://127.0.0.1:{listening.get_port()}"
+    loop.call_soon_threadsafe(listening.close)
 
 
 def test_folders_archives_and_chains_in_a_bucket(bucket_uri: str) -> None:

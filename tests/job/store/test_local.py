@@ -26,6 +26,7 @@ from job.exits import (
 from job.store import ObjectMissingError, Retry, Store, files, open_store
 from job.store.base import Entry
 from job.store.files import scratch_folder, temporary_beside
+from tests.servers import azurite_account
 
 NOBODY = 65534
 
@@ -297,6 +298,7 @@ def test_ways_to_write_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credentials: None) -> None:
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", azurite_account("http://127.0.0.1:1"))
     for uri, words in [
         (
             "https://host/a.zip?s=1",
@@ -320,6 +322,7 @@ _NO_BUCKETS = [
     ("", "names no bucket: use "),
     ("UPPER", "names no bucket"),
     ("user:secret@bucket/x", "://…@bucket/x names no bucket: use "),
+    ("bucket/x?sv=1&sig=secret", "://bucket/x?… names no bucket: use "),
     ("bucket/../other", "cannot be an object's key"),
 ]
 
