@@ -12,7 +12,7 @@ from packaging.utils import canonicalize_name
 
 CHECKOUT = Path(__file__).parents[1]
 DOCKER = CHECKOUT / "docker"
-IN_IMAGE = ("gs", "s3", "evaluate", "latents", "web")
+IN_IMAGE = ("gs", "s3", "az", "evaluate", "latents", "web")
 """The extras that jobs have."""
 PROJECT = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
 
@@ -38,7 +38,7 @@ def test_all_that_the_program_needs_is_locked_in_versions_it_allows():
 def test_an_extra_that_is_added_later_takes_what_the_others_have():
     """pip looks at what it is asked for: a limit that one extra's library has on another, all have that share it."""
     takes: dict[str, dict[str, bool]] = {}
-    for extra in ("gs", "s3", "kubernetes", "google"):
+    for extra in ("gs", "s3", "az", "kubernetes", "google"):
         for own in map(Requirement, PROJECT["optional-dependencies"][extra]):
             theirs = [Requirement(text) for text in requires(own.name) or ()]
             for one in [own, *theirs]:

@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from job.data.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, JobError
 from job.progress import Progress
+from job.store import is_foreign
 from job.store.files import os_errors
-from job.store.foreign import About, ForeignStore
 from job.store.retry import FIRST_PAUSE_SECONDS
+
+if TYPE_CHECKING:
+    from job.store.foreign import About, ForeignStore
 
 SPARE_BYTES = 1 << 30
 """Of the disk, that a fetched file leaves free."""
@@ -49,6 +53,8 @@ def fetched(store: ForeignStore, key: str, source: str) -> Path:
 
 def forget(source: str) -> None:
     """Removes what was fetched of a source: it is packed, or of no use."""
+    if not is_foreign(source):
+        return
     place = _place(source)
     for path in place.parent.glob(f"{place.name}.*"):
         path.unlink(missing_ok=True)

@@ -25,7 +25,7 @@ from typing import Annotated, BinaryIO, Literal
 import google_crc32c
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from job.config import LARGEST_SIZE
 from job.exits import BadDataError, BadRequestError, MissingInputError
@@ -54,6 +54,12 @@ TAR_URI = r"(/|[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f?]*[^\x00-\x1f\x7f/?]"
 """A regular expression of what an index may say of where a tar lies."""
 
 
+def _of_a_tar(uri: str) -> str:
+    if uri.startswith(("file:", "http:", "ftp:")):
+        raise ValueError("a tar is not read from there")
+    return uri
+
+
 class Shard(BaseModel):
     """One tar file of the dataset."""
 
@@ -64,7 +70,7 @@ class Shard(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    uri: str = Field(default="", pattern=rf"^({TAR_URI})?$")
+    uri: Annotated[str, AfterValidator(_of_a_tar)] = Field(default="", pattern=rf"^({TAR_URI})?$")
     """Where the tar lies; empty if that is beside its table, under `name`."""
 
     @property

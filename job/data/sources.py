@@ -24,7 +24,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, BinaryIO, cast
+from typing import IO, TYPE_CHECKING, BinaryIO, cast
 
 import numpy as np
 
@@ -33,8 +33,10 @@ from job.data.fetched import fetched
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.progress import printable
-from job.store import Entry, Retry, Store, is_remote, open_store, open_to_read, split_uri
-from job.store.foreign import ForeignStore
+from job.store import Entry, Retry, Store, is_foreign, is_remote, open_store, open_to_read, split_uri
+
+if TYPE_CHECKING:
+    from job.store.foreign import ForeignStore
 
 SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
@@ -387,8 +389,8 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
     if pattern := _PATTERN.fullmatch(uri):
         uri = f"{pattern[1]}{pattern[3] or ''}"
     elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
-        if isinstance(parent, ForeignStore):
-            path = fetched(parent, name, uri)
+        if is_foreign(uri):
+            path = fetched(cast("ForeignStore", parent), name, uri)
             return _archive(parent.uri_of(name), lambda: path.open("rb"))
         names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
         return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))

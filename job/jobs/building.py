@@ -22,8 +22,7 @@ from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_wor
 from job.runs.lease import EXPIRE_SECONDS
 from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
-from job.store import check_uri, is_remote
-from job.store.foreign import check_source, is_foreign
+from job.store import check_source, check_uri, is_foreign, is_remote
 
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""

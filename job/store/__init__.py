@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 from job.code_version import how_to_install
 from job.exits import BadRequestError
@@ -19,6 +19,11 @@ __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", 
 """What lies in the modules below and is imported from here."""
 
 _SECRET_OPTION = re.compile("key|secret|token|passw|sas|credential|connection_string")
+_MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
+"""What these read lies elsewhere than their URL says, or fills the disk."""
+WEB = ("http", "https")
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_BUCKETS = ("gs", "s3", "az", "abfs")
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -62,9 +67,40 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
 def open_to_read(uri: str, retry: Retry | None = None) -> Store:
     """As `open_store`, and whatever an installed fsspec file system reads, see `job.store.foreign`; chained, too."""
-    from job.store.foreign import ForeignStore, is_foreign
+    if not is_foreign(uri):
+        return open_store(uri, retry)
+    from job.store.foreign import ForeignStore
 
-    return ForeignStore(uri, retry or Retry()) if is_foreign(uri) else open_store(uri, retry)
+    return ForeignStore(uri, retry or Retry())
+
+
+def is_foreign(uri: str) -> bool:
+    """Whether a URI is for fsspec alone: no bucket and no path."""
+    return "::" in uri or ("://" in uri and uri.partition("://")[0].lower() not in ("file", *_BUCKETS))
+
+
+def check_source(uri: str) -> None:
+    """Returns if something may be read from a URL of `is_foreign`.
+
+    Raises:
+        BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
+    """
+    for link in uri.split("::"):
+        parts = urlsplit(link)
+        scheme = parts.scheme.lower()
+        # Of github://org:repo@ref/path it is none.
+        if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
+            raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
+        if not is_safe(link):
+            raise BadRequestError(f"{link.partition('?')[0]}: anybody on the way could change it: use https://")
+        if scheme in _MISLEADING:
+            raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
+
+
+def is_safe(url: str) -> bool:
+    """Whether nobody on the way could change what is read from a URL."""
+    parts = urlsplit(url)
+    return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -131,7 +167,7 @@ def _local_root(uri: str) -> Path:
 def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
-    if (scheme := scheme.lower()) not in ("gs", "s3", "az", "abfs"):
+    if (scheme := scheme.lower()) not in _BUCKETS:
         first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         use = f"{first}use gs://, s3:// or az://BUCKET, or a path"
         raise BadRequestError(f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {use}")

@@ -16,10 +16,11 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 from job.code_version import how_to_install
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
+from job.store import WEB, check_source, is_safe
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import T, answer, in_thread
 from job.store.files import COPY_BYTES
@@ -32,12 +33,7 @@ if TYPE_CHECKING:
 _READ_AHEAD_BYTES = 8 << 20
 _SILENCES_PER_READ = 8
 """Some file systems show nothing of what they read ahead."""
-_WEB = ("http", "https")
-_LOCAL = ("localhost", "127.0.0.1", "::1")
-_EXTRAS = {**dict.fromkeys((*_WEB, "hf"), "web"), **dict.fromkeys(("gs", "gcs"), "gs"), "az": "az", "abfs": "az"}
-BUCKETS = ("gs", "s3", "az", "abfs")
-_MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
-"""What these read lies elsewhere than their URL says, or fills the disk."""
+_EXTRAS = {**dict.fromkeys((*WEB, "hf"), "web"), **dict.fromkeys(("gs", "gcs"), "gs"), "az": "az", "abfs": "az"}
 _VERSIONS = (
     "ETag",
     "etag",
@@ -86,7 +82,7 @@ class ForeignStore(Store):
             raise _not_installed(uri, error) from None
         self._one_by_one: AbstractContextManager[Any] = threading.Lock()
         # Some connect at once.
-        self._fs = retry(partial(self._ask, self.uri, url_to_fs, uri, **own))[0]
+        self._fs = self._ask(self.uri, url_to_fs, uri, **own)[0]
         if self._fs.async_impl or uri.lower().startswith("hf://"):
             # Threads may share it, as fsspec says of no other: of two that ask by SSH, one would wait for good.
             self._one_by_one = nullcontext()
@@ -107,7 +103,7 @@ class ForeignStore(Store):
         """
         where, path = self.uri_of(key), self._path(key)
         how: dict[str, Any] = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
-        if is_web := path.lower().startswith(_WEB):
+        if is_web := path.lower().startswith(WEB):
             headers = {"Accept-Encoding": "identity"}
             if start:
                 headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
@@ -139,7 +135,7 @@ class ForeignStore(Store):
 
     def _options(self, link: str) -> dict[str, Any]:
         own: dict[str, Any] = {"skip_instance_cache": True}
-        if link.lower().startswith(_WEB):
+        if link.lower().startswith(WEB):
             import aiohttp
 
             silence_seconds = self.retry.silence_seconds
@@ -239,38 +235,10 @@ def _trimmed(url: str) -> str:
     return re.sub("(?<!:)(?<!:/)/+$", "", url)
 
 
-def is_foreign(uri: str) -> bool:
-    """Whether a URI is for fsspec alone: no bucket and no path."""
-    return "::" in uri or ("://" in uri and uri.partition("://")[0].lower() not in ("file", *BUCKETS))
-
-
-def check_source(uri: str) -> None:
-    """Returns if something may be read from a URL of `is_foreign`.
-
-    Raises:
-        BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
-    """
-    for link in uri.split("::"):
-        parts = urlsplit(link)
-        scheme = parts.scheme.lower()
-        # Of github://org:repo@ref/path it is none.
-        if scheme != "github" and (parts.password or (parts.username and scheme in _WEB)):
-            raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
-        if not _is_safe(link):
-            raise BadRequestError(f"{link.partition('?')[0]}: anybody on the way could change it: use https://")
-        if scheme in _MISLEADING:
-            raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
-
-
-def _is_safe(url: str) -> bool:
-    parts = urlsplit(url)
-    return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
-
-
 async def _check_redirect(_: object, __: object, sent: aiohttp.TraceRequestRedirectParams) -> None:
     headers = sent.response.headers
     target = urljoin(str(sent.url), headers.get("Location") or headers.get("URI") or "")
-    if not target.lower().startswith(_WEB) or not _is_safe(target):
+    if not target.lower().startswith(WEB) or not is_safe(target):
         shown = target.partition("?")[0]
         raise BadRequestError(f"{sent.url.with_query(None)} leads to {shown:.100}, which is not https://: download it")
 

@@ -64,7 +64,7 @@ def test_what_submitting_elsewhere_needs_is_installed_when_it_is_asked_for(make)
     assert "Nothing to be done" in succeeded(make("setup"))
     commands = succeeded(make("--dry-run", "setup", "EXTRAS=google,kubernetes")).splitlines()
     assert [shlex.split(command)[-2:] for command in commands if "pip install" in command] == [
-        ["--editable", ".[gs,s3,google,kubernetes]"]
+        ["--editable", ".[gs,s3,az,google,kubernetes]"]
     ]
 
 

@@ -1,0 +1,196 @@
+"""Buckets: our store beside the clouds' own clients, on real servers on this machine, at no distance and at some.
+
+With `DDPM_BENCH_BASE=FOLDER`, a checkout of an earlier commit, that store takes part in the same turns.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+
+from benchmarks.measuring import Figure
+from benchmarks.store_subject import BYTES_PER_SECOND
+from job.progress import Progress
+from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, seaweedfs
+
+BASE_VARIABLE = "DDPM_BENCH_BASE"
+_SUBJECT = Path(__file__).with_name("store_subject.py")
+
+
+def measure(quick: bool) -> list[Figure]:
+    """Rows of megabytes and of thousands, for each cloud."""
+    sizes = (
+        {"megabytes": 8, "small": 20, "listed": 30} if quick else {"megabytes": 600, "small": 1000, "listed": 10_000}
+    )
+    figures = []
+    with TemporaryDirectory(prefix="ddpm-bench-") as name, servers(Path(name)) as urls:
+        folder = Path(name)
+        (folder / "content").write_bytes(os.urandom(sizes["megabytes"] * 10**6))
+        for kind, url in urls.items():
+            figures += near(kind, url, folder, sizes, 1 if quick else 5)
+        for kind, url in urls.items():
+            with distance(url) as far:
+                figures += at_distance(kind, url, far, folder, sizes, 1 if quick else 2)
+    return figures
+
+
+def near(kind: str, url: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
+    """Each row in turn: ours, the raw client and, where there is one, the earlier store."""
+    bucket = new_bucket(kind, url)
+    rows = {
+        "upload": ["upload", folder / "content", "large"],
+        "download": ["download", folder / "out", "large"],
+        "ranges": ["ranges", "64", "large"],
+        "puts": ["puts", sizes["small"], "small"],
+        "gets": ["gets", sizes["small"], "small"],
+        "list": ["list", sizes["listed"], "listed"],
+    }
+    figures = []
+    with ExitStack() as workers:
+        everybody = {name: workers.enter_context(worker(name, kind, url, bucket)) for name in participants(kind)}
+        everybody["ours"]("fill", str(sizes["listed"]), "listed")
+        with Progress(f"{kind}: at no distance", total=len(rows) * (turns + 1), unit="turns") as bar:
+            for number, (row, words) in enumerate(rows.items()):
+                took: dict[str, list[float]] = {name: [] for name in everybody}
+                for turn in range(-1, turns):
+                    for name, ask in everybody.items():
+                        # Each one writes keys of its own, and reads the same.
+                        own = f"{words[2]}-{name}" if row in ("upload", "puts") else str(words[2])
+                        if row in ("download", "ranges", "gets"):
+                            own += "-ours"
+                        spent = ask(str(words[0]), str(words[1]), own)
+                        if turn >= 0:
+                            took[name].append(spent)
+                    bar.update(number * (turns + 1) + turn + 2)
+                figures.append(figure(f"store_{kind}_{row}", f"{kind}: {row}", took))
+    return figures
+
+
+def at_distance(kind: str, url: str, far: str, folder: Path, sizes: dict[str, int], turns: int) -> list[Figure]:
+    """Up and down where an answer takes 20 ms and a connection has 50 MB/s."""
+    bucket = new_bucket(kind, url)
+    figures, link_seconds = [], sizes["megabytes"] * 1e6 / BYTES_PER_SECOND
+    with ExitStack() as workers:
+        everybody = {name: workers.enter_context(worker(name, kind, far, bucket)) for name in participants(kind)}
+        with Progress(f"{kind}: at a distance", total=2 * turns, unit="turns") as bar:
+            for number, (row, path) in enumerate((("upload", "content"), ("download", "out"))):
+                took: dict[str, list[float]] = {name: [] for name in everybody}
+                for turn in range(turns):
+                    for name, ask in everybody.items():
+                        took[name].append(ask(row, str(folder / path), f"large-{name if row == 'upload' else 'ours'}"))
+                    bar.update(number * turns + turn + 1)
+                found = figure(f"store_{kind}_far_{row}", f"{kind}: {row} at a distance", took)
+                figures.append(found)
+                figures.append(
+                    Figure(
+                        f"store_{kind}_far_{row}_of_link",
+                        f"{kind}: {row} at a distance / what one connection has, ×",
+                        [link_seconds / each for each in took["ours"]],
+                        at_least=0.95 if row == "upload" else 2.5,
+                        beside=f"{median(took['ours']):.3g} s of {link_seconds:.3g} s",
+                    )
+                )
+    return figures
+
+
+def figure(key: str, what: str, took: dict[str, list[float]]) -> Figure:
+    """Speed of ours by that of the earlier store, or else by the raw client's."""
+    peer = "base" if "base" in took else "raw"
+    speeds = [theirs / ours for theirs, ours in zip(took[peer], took["ours"], strict=True)]
+    beside = ", ".join(f"{name} {median(spent):.3g} s" for name, spent in took.items())
+    return Figure(
+        key,
+        f"{what}, speed / {peer}, ×",
+        speeds,
+        at_least=0.9,
+        beside=beside,
+        raw={f"{n}_seconds": s for n, s in took.items()},
+    )
+
+
+def participants(kind: str) -> list[str]:
+    """Who takes part."""
+    return ["ours", *(["base"] if os.environ.get(BASE_VARIABLE) and kind != "az" else []), "raw"]
+
+
+@contextmanager
+def servers(folder: Path) -> Iterator[dict[str, str]]:
+    """A server of each cloud."""
+    with ExitStack() as stack:
+        urls = {}
+        for kind, server in (("gs", fake_gcs_server), ("s3", seaweedfs), ("az", azurite)):
+            (folder / kind).mkdir()
+            urls[kind] = stack.enter_context(server(folder / kind))
+        yield urls
+
+
+def variables(kind: str, url: str) -> dict[str, str]:
+    """What leads a client to a server."""
+    return {
+        "gs": {"STORAGE_EMULATOR_HOST": url},
+        "s3": {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "owner",
+            "AWS_SECRET_ACCESS_KEY": SECRET,
+            "AWS_DEFAULT_REGION": "us-east-1",
+        },
+        "az": {"AZURE_STORAGE_CONNECTION_STRING": azurite_account(url)},
+    }[kind]
+
+
+def new_bucket(kind: str, url: str) -> str:
+    """A fresh one's name."""
+    name = f"bench-{secrets.token_hex(4)}"
+    os.environ.update(variables(kind, url))
+    if kind == "gs":
+        from google.cloud import storage
+
+        storage.Client(project="bench").create_bucket(name)
+    elif kind == "s3":
+        import boto3
+
+        boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
+    else:
+        from azure.storage.blob import BlobServiceClient
+
+        BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
+    return name
+
+
+@contextmanager
+def worker(name: str, kind: str, url: str, bucket: str) -> Iterator[Callable[..., float]]:
+    """A process that does what it is asked for, and says how many seconds it took."""
+    root = os.environ[BASE_VARIABLE] if name == "base" else str(Path(__file__).parents[1])
+    environment = {**os.environ, **variables(kind, url), "PYTHONPATH": root}
+    words = [sys.executable, str(_SUBJECT), "raw" if name == "raw" else "store", kind, bucket]
+    with subprocess.Popen(
+        words, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root
+    ) as child:
+        assert child.stdin is not None
+        assert child.stdout is not None
+
+        def ask(*asked: str) -> float:
+            print(json.dumps(asked), file=child.stdin, flush=True)
+            return float(child.stdout.readline())
+
+        yield ask
+        child.stdin.close()
+
+
+@contextmanager
+def distance(url: str) -> Iterator[str]:
+    """The same server behind a network: a process of its own, so that it takes no time of whoever is measured."""
+    with subprocess.Popen([sys.executable, str(_SUBJECT), "network", url], stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        try:
+            yield child.stdout.readline().strip()
+        finally:
+            child.kill()

@@ -1,0 +1,406 @@
+"""What moves and what decides keep out of each other's way, and nothing waits for what does not come."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler
+from pathlib import Path
+from typing import ClassVar
+from urllib.parse import urlsplit
+
+import google_crc32c
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+
+from job.exits import BadRequestError, BucketAwayError, NoPermissionError, StoppedError
+from job.stop import Stop
+from job.store import Retry, Store, open_store, set_storage_options
+from tests.conftest import new_bucket
+from tests.faulty_proxy import Fault, FaultyProxy, Request
+from tests.job.answering import serving
+from tests.job.command_line import environment
+from tests.job.conftest import point_at
+from tests.job.store.test_remote import LARGE_BYTES, every_call
+
+FIRST_MOMENT_SECONDS = 0.5
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(LARGE_BYTES))
+    return path
+
+
+@contextmanager
+def silent_server(*, reads: bool) -> Iterator[str]:
+    """URL of one that takes connections, and what comes on them if it `reads`, and never answers."""
+    with socket.create_server(("127.0.0.1", 0), backlog=200) as server:
+
+        def read() -> None:
+            taken = []
+            while True:
+                try:
+                    taken.append(server.accept()[0])
+                except OSError:
+                    return
+                threading.Thread(
+                    target=lambda end=taken[-1]: all(iter(lambda: end.recv(1 << 20), b"")), daemon=True
+                ).start()
+
+        if reads:
+            threading.Thread(target=read, daemon=True).start()
+        yield f"http://127.0.0.1:{server.getsockname()[1]}"
+
+
+def stopped_at(store: Store, stop: Stop, file: Path) -> list[float]:
+    """When each operation, all at once, heard of a stop, in seconds since it was asked for."""
+    asked_at: list[float] = []
+
+    def ask() -> None:
+        asked_at.append(time.monotonic())
+        stop.request("SIGTERM")
+
+    def heard_at(call) -> float:
+        with pytest.raises(StoppedError):
+            call()
+        return time.monotonic()
+
+    calls = every_call(store, file)
+    with ThreadPoolExecutor(len(calls)) as pool:
+        threading.Timer(FIRST_MOMENT_SECONDS, ask).start()
+        heard = list(pool.map(heard_at, calls))
+    return [at - asked_at[0] for at in heard]
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["reads nothing", "answers nothing"])
+def test_a_stop_is_heard_within_a_second(
+    remote_bucket: str, reads: bool, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop = Stop(30)
+    with silent_server(reads=reads) as url:
+        point_at(url, monkeypatch)
+        assert max(stopped_at(open_store(f"{remote_bucket}/runs", Retry(60, stop)), stop, file)) < 1
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("fault", [Fault.UNAVAILABLE, Fault.TOO_MANY, Fault.RESET, Fault.SHORT])
+def test_one_failure_is_one_request(proxy: FaultyProxy, remote_bucket: str, tmp_path: Path, fault: Fault) -> None:
+    """Only our own retry asks again; a library's would outlive a lease."""
+    (tmp_path / "file").write_bytes(b"1" * 1000)
+    store = open_store(remote_bucket, Retry(0))
+    version = store.create("key", b"0123456789" * 1000)
+    open_store(remote_bucket).put("lease", b"1")
+    calls = every_call(store, tmp_path / "file")
+    calls[2] = lambda: store.replace("key", b"1", version)
+    for number, call in enumerate(calls):
+        proxy.inject(fault, ".")
+        before = proxy.requests.total()
+        # A deletion has no answer that could be short.
+        with pytest.raises(BucketAwayError):
+            call()
+        assert proxy.requests.total() == before + 1, number
+        proxy.forget()
+
+
+TOKEN_SECONDS = 10.0
+
+
+class Tokens(BaseHTTPRequestHandler):
+    """Google's server of tokens: what it gives is soon to be renewed, and the second one takes its time."""
+
+    given: ClassVar[list[str]]
+    delays_seconds: ClassVar[list[float]]
+    expires_seconds: ClassVar[list[int]]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_POST(self) -> None:
+        number = len(self.given)
+        self.given.append(f"token-{number}")
+        time.sleep(self.delays_seconds[min(number, len(self.delays_seconds) - 1)])
+        expires_seconds = self.expires_seconds[min(number, len(self.expires_seconds) - 1)]
+        body = json.dumps({"access_token": f"token-{number}", "expires_in": expires_seconds}).encode()
+        self.send_response(200 if expires_seconds else 401)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@contextmanager
+def signed_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, delays_seconds: list[float], expires_seconds: list[int]
+) -> Iterator[type[Tokens]]:
+    """A service account's key, whose tokens come from a server of ours."""
+    handler = type(
+        "OwnTokens", (Tokens,), {"given": [], "delays_seconds": delays_seconds, "expires_seconds": expires_seconds}
+    )
+    with serving(handler) as url:
+        key = rsa.generate_private_key(65537, 2048).private_bytes(
+            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+        )
+        account = {"type": "service_account", "client_email": "job@project.iam.gserviceaccount.com", "token_uri": url}
+        (folder / "key.json").write_text(json.dumps(account | {"private_key": key.decode(), "project_id": "project"}))
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", str(folder / "key.json"))
+        endpoint = os.environ["STORAGE_EMULATOR_HOST"]
+        # With an emulator nobody signs in.
+        monkeypatch.delenv("STORAGE_EMULATOR_HOST")
+        monkeypatch.setitem(__import__("fsspec.config").config.conf, "gs", {"endpoint_url": endpoint})
+        yield handler
+
+
+def renewals(store: Store, until: threading.Event) -> list[float]:
+    """How long each renewal of a lease took, in seconds, until then."""
+    version, took = store.create("lease", b"0"), []
+    while not until.is_set():
+        began = time.monotonic()
+        version = store.replace("lease", str(began).encode(), version)
+        took.append(time.monotonic() - began)
+        time.sleep(0.05)
+    return took
+
+
+def test_a_lease_and_a_transfer_go_on_while_a_token_is_fetched(
+    gcs_bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with signed_in(tmp_path, monkeypatch, [0, TOKEN_SECONDS, 0], [200, 3600]) as tokens:
+        store, is_over = open_store(gcs_bucket), threading.Event()
+        store.put("image", b"1")
+        threading.Timer(TOKEN_SECONDS, is_over.set).start()
+        with ThreadPoolExecutor(1) as pool:
+            took = pool.submit(renewals, store, is_over)
+            while not is_over.is_set():
+                began = time.monotonic()
+                store.read("image")
+                assert time.monotonic() - began < 1
+        assert len(took.result()) > TOKEN_SECONDS / 0.5
+        assert max(took.result()) < 1
+        time.sleep(0.5)
+        store.read("image")
+        assert tokens.given == ["token-0", "token-1"]
+
+
+def test_a_stop_ends_the_wait_for_a_token(gcs_bucket: str, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = Stop(30)
+    with signed_in(file.parent, monkeypatch, [TOKEN_SECONDS], [3600]):
+        assert max(stopped_at(open_store(gcs_bucket, Retry(60, stop)), stop, file)) < 1
+
+
+def test_a_token_that_is_refused_is_fetched_anew_once(
+    gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused = {"token-0"}
+
+    def refusing(request: Request) -> bytes | None:
+        token = dict(request.headers).get("Authorization", "").removeprefix("Bearer ").lower()
+        body = b'{"error": {"code": 401, "message": "Invalid Credentials"}}'
+        head = f"HTTP/1.1 401 No\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n".encode()
+        return head + body if token in refused or not token else None
+
+    with FaultyProxy(gcs_server) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        proxy.instead = refusing
+        with signed_in(tmp_path, monkeypatch, [0], [3600]) as tokens:
+            store = open_store(gcs_bucket)
+            (tmp_path / "large").write_bytes(bytes(LARGE_BYTES))
+            calls = every_call(store, tmp_path / "large")
+            for call in (calls[4], calls[1], calls[7], calls[5]):
+                refused.add(tokens.given[-1] if tokens.given else "")
+                before = len(tokens.given)
+                call() if call is not calls[1] else store.put("other", b"1")
+                assert len(tokens.given) == before + (1 if before else 2)
+            refused |= {f"token-{number}" for number in range(100)}
+            with pytest.raises(NoPermissionError, match="no usable Google credentials"):
+                store.read("key")
+
+
+class Sink(BaseHTTPRequestHandler):
+    """Takes large uploads and forgets them; what is small goes to the real server."""
+
+    behind: ClassVar[str]
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.do_POST()
+
+    def do_POST(self) -> None:
+        size_bytes = int(self.headers.get("Content-Length") or 0)
+        if size_bytes > 1 << 30:
+            buffer = bytearray(1 << 20)
+            while size_bytes > 0:
+                size_bytes -= self.rfile.readinto(memoryview(buffer)[: min(size_bytes, len(buffer))])
+            status, body = 200, b'{"generation": "1"}'
+        else:
+            server = HTTPConnection(urlsplit(self.behind).netloc)
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "host"}
+            server.request(self.command, self.path, self.rfile.read(size_bytes), headers)
+            answer = server.getresponse()
+            status, body = answer.status, answer.read()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+
+@pytest.mark.slow
+def test_a_lease_is_renewed_beside_ten_gigabytes(
+    gcs_bucket: str, gcs_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with (tmp_path / "large").open("wb") as large:
+        large.truncate(10 * 10**9)
+    with serving(type("OwnSink", (Sink,), {"behind": gcs_server, "protocol_version": "HTTP/1.1"})) as url:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
+        store, is_over = open_store(gcs_bucket), threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            took = pool.submit(renewals, store, is_over)
+            store.upload(tmp_path / "large", "large")
+            is_over.set()
+        assert len(took.result()) > 10
+        assert max(took.result()) < 1
+
+
+def test_a_large_upload_has_its_checksum_and_its_condition_in_one_request(
+    gcs_bucket: str, gcs_server: str, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What gcsfs takes for the end of a content is part of this one.
+    file.write_bytes(b"\r\n--==0==--" * 200_000)
+    seen: list[Request] = []
+    with FaultyProxy(gcs_server) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        proxy.instead = lambda request: seen.append(request) if "/upload/" in request.target else None
+        store = open_store(gcs_bucket)
+        store.upload(file, "large")
+        store.download("large", file.with_name("out"))
+    assert file.with_name("out").read_bytes() == file.read_bytes()
+    (request,) = seen
+    assert "uploadType=multipart" in request.target
+    assert "ifGenerationMatch=0" in request.target
+    checksum = base64.b64encode(google_crc32c.Checksum(file.read_bytes()).digest()).decode()
+    assert json.loads(request.body.split(b"\r\n\r\n")[1].split(b"\r\n--")[0])["crc32c"] == checksum
+
+
+@pytest.mark.parametrize("which", ["gs", "s3-moto"])
+def test_a_bucket_that_takes_two_creates_is_refused(
+    which: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Before anything is computed: a proxy on the way drops what only the first writer may do."""
+    uri = new_bucket(which, request, monkeypatch, tmp_path)
+    with FaultyProxy(str(request.getfixturevalue("gcs_server" if which == "gs" else "moto_server"))) as proxy:
+        point_at(proxy.url, monkeypatch)
+        open_store(uri).check_writable("probe")
+        proxy.passed = without_condition
+        with pytest.raises(
+            BadRequestError, match=r"lets a second writer overwrite the first.*that honours If-None-Match"
+        ):
+            open_store(uri).check_writable("probe")
+    assert list(open_store(uri).list()) == []
+
+
+def without_condition(request: Request) -> Request:
+    headers = tuple((name, value) for name, value in request.headers if name.lower() != "if-none-match")
+    return Request(request.method, request.target.replace("ifGenerationMatch", "x"), headers, request.body)
+
+
+def test_a_local_bucket_imports_no_cloud(tmp_path: Path) -> None:
+    script = """
+import sys
+from job.store import open_store
+store = open_store(sys.argv[1])
+store.create("a", b"1")
+store.read("a"), list(store.list())
+print(sorted({"fsspec", "gcsfs", "google.cloud", "botocore", "adlfs", "azure", "aiohttp", "requests"} & set(sys.modules)))
+"""
+    child = subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert child.stdout == "[]\n"
+
+
+SAYING = """
+import sys
+from job.store import open_store, set_storage_options
+set_storage_options(sys.argv[2:])
+store = open_store(sys.argv[1])
+version = store.create("small", b"1")
+store.put("large", bytes(3 << 20))
+print(store.read("small").data, len(store.read("large").data), [entry.key for entry in store.list()])
+store.delete("small")
+"""
+
+
+def test_the_configuration_of_fsspec_is_heeded(
+    remote_bucket: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
+    scheme = remote_bucket.partition("://")[0]
+    server = str(
+        request.getfixturevalue({"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}[scheme])
+    )
+    asked: list[Request] = []
+    with FaultyProxy(server) as proxy:
+        proxy.instead = lambda request: asked.append(request)
+        variables = {
+            "gs": {"FSSPEC_GS_ENDPOINT_URL": proxy.url, "FSSPEC_GS_REQUESTER_PAYS": "my-project"},
+            "s3": {"FSSPEC_S3": json.dumps({"endpoint_url": proxy.url, "requester_pays": True})},
+            "az": {"FSSPEC_AZ_ACCOUNT_NAME": "devstoreaccount1"},
+        }[scheme]
+        folder = tmp_path / "config"
+        folder.mkdir()
+        if scheme == "az":
+            # A key is no variable of this test: it lies in a file.
+            account = {"connection_string": point(proxy.url)}
+            (folder / "conf.json").write_text(json.dumps({"az": account}))
+        blank = dict.fromkeys(("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"))
+        options = ["gs.token=anon"] if scheme == "gs" else []
+        child = subprocess.run(
+            [sys.executable, "-c", SAYING, remote_bucket, *options],
+            check=False,
+            capture_output=True,
+            text=True,
+            env={
+                name: value
+                for name, value in environment(**variables, FSSPEC_CONFIG_DIR=str(folder)).items()
+                if name not in blank
+            },
+        )
+    assert child.stdout == "b'1' 3145728 ['large', 'small']\n", child.stderr
+    assert asked
+    if scheme == "gs":
+        assert all("userProject=my-project" in request.target for request in asked)
+    if scheme == "s3":
+        assert all(dict(request.headers)["x-amz-request-payer"] == "requester" for request in asked)
+
+
+def point(url: str) -> str:
+    from tests.servers import azurite_account
+
+    return azurite_account(url)
+
+
+def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FSSPEC_GS", "FSSPEC_S3", "FSSPEC_AZ"):
+        monkeypatch.delenv(name, raising=False)
+    for option in ("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "az.sas_token=word"):
+        with pytest.raises(BadRequestError, match="is a secret") as error:
+            set_storage_options([option])
+        assert "word" not in str(error.value)
+    for option in ("gs", "gs.requester_pays", "requester_pays=true", "gs.a b=1", ".a=1"):
+        with pytest.raises(BadRequestError, match=r"write SCHEME\.OPTION=VALUE"):
+            set_storage_options([option])
+    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.anon=true"])
+    assert json.loads(os.environ.pop("FSSPEC_GS")) == {"requester_pays": True, "token": "anon"}
+    assert json.loads(os.environ.pop("FSSPEC_S3")) == {"anon": True}
