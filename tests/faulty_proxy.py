@@ -78,6 +78,7 @@ class FaultyProxy:
         injected: the faults so far.
         connections: the connections so far.
         instead: answers a request in the server's stead, if it returns bytes.
+        passed: changes a request on its way to the server.
         sent: changes the body of a request on its way to the server.
         received: changes the body of an answer on its way to the client.
     """
@@ -89,6 +90,7 @@ class FaultyProxy:
         self.injected: Counter[Fault] = Counter()
         self.connections = 0
         self.instead: Callable[[Request], bytes | None] = lambda request: None
+        self.passed: Callable[[Request], Request] = lambda request: request
         self.sent: Callable[[bytes], bytes] = bytes
         self.received: Callable[[bytes], bytes] = bytes
         self._random, self._deck = random.Random(seed), list[Fault]()
@@ -193,7 +195,7 @@ class FaultyProxy:
         if (said := self.instead(request)) is not None:
             client.sendall(said)
             return False
-        answer = self._ask(server, replace(request, body=self.sent(request.body)))
+        answer = self._ask(server, self.passed(replace(request, body=self.sent(request.body))))
         answer = replace(answer, body=self.received(answer.body))
         if self._hanging:
             self._keep_silent(client)

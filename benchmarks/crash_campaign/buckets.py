@@ -13,6 +13,7 @@ KINDS = {
     "gs": "a fake-gcs-server of its own",
     "s3": "a SeaweedFS of its own",
     "s3-moto": "a moto server of its own",
+    "az": "an Azurite of its own",
 }
 
 
@@ -33,6 +34,8 @@ def bucket(wanted: str, folder: Path) -> Iterator[str]:
         yield f"file://{folder.resolve()}"
     elif kind == "gs":
         yield from _gs(folder)
+    elif kind == "az":
+        yield from _az(folder)
     else:
         yield from _s3(folder, with_moto=kind == "s3-moto")
 
@@ -60,6 +63,17 @@ def _s3(folder: Path, with_moto: bool) -> Iterator[str]:
         with _variables(AWS_ENDPOINT_URL=url, AWS_EC2_METADATA_DISABLED="true", **keys, **files):
             boto3.client("s3").create_bucket(Bucket=name)
             yield f"s3://{name}"
+
+
+def _az(folder: Path) -> Iterator[str]:
+    from azure.storage.blob import BlobServiceClient
+
+    from tests.servers import azurite, azurite_account
+
+    name = f"campaign-{secrets.token_hex(4)}"
+    with azurite(folder) as url, _variables(AZURE_STORAGE_CONNECTION_STRING=azurite_account(url)):
+        BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
+        yield f"az://{name}"
 
 
 @contextmanager

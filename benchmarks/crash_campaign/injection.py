@@ -31,7 +31,12 @@ SHARD_BYTES = 1 << 16
 RENEW_SECONDS, EXPIRE_SECONDS = 1.0, 12.0
 """Shorter than the product's, so that a small run renews its lease and a zombie is replaced while one watches."""
 
-_STORES = {"job.store.local": "LocalStore", "job.store.gcs": "GcsStore", "job.store.s3": "S3Store"}
+_STORES = {
+    "job.store.local": "LocalStore",
+    "job.store.gcs": "GcsStore",
+    "job.store.s3": "S3Store",
+    "job.store.azure": "AzureStore",
+}
 _SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "stop": signal.SIGSTOP}
 
 

@@ -16,7 +16,6 @@ from job.cli import config, data, doctor, ema, evaluate, exchange, figure, jobs,
 from job.exits import Exit, MissingInputError, ending_of
 from job.processes.launched import LOST_PEER, is_launched, lost_peer
 from job.progress import set_loudness
-from job.store import set_storage_options
 
 app = typer.Typer(
     name="ddpm",
@@ -72,7 +71,10 @@ def _root(
     Example: ddpm data pack photos.zip mine --size 64 && ddpm train --dataset mine
     """
     set_loudness(verbose=verbose, quiet=quiet)
-    set_storage_options(storage_options or ())
+    if storage_options:
+        from job.store import set_storage_options
+
+        set_storage_options(storage_options)
     try:
         Path.cwd()
     except FileNotFoundError:

@@ -269,12 +269,17 @@ class _Login(Credentials):
     a request that renews a lease.
     """
 
-    valid, token_state = True, TokenState.FRESH
+    token_state = TokenState.FRESH
 
     def __init__(self, credentials: Credentials) -> None:
         super().__init__()
         self._credentials, self._lock = credentials, threading.Lock()
         self._coming: Future[None] | None = None
+
+    @property
+    def valid(self) -> bool:
+        """Whether there is a token; that it is fresh is seen to by `coming`."""
+        return self._credentials.token is not None
 
     def coming(self, *, anew: bool = False) -> Future[None] | None:
         """The fetching of a token for which a request has to wait; None if there is one, which may be the last one."""
