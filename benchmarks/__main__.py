@@ -17,7 +17,7 @@ from rich.table import Table
 
 from benchmarks.measuring import BUSY_LOAD, Figure, machine
 
-PARTS = ("training_step", "loader", "checkpoint", "sampling")
+PARTS = ("training_step", "loader", "checkpoint", "sampling", "store")
 LATEST = Path(__file__).with_name("latest.json")
 
 

@@ -39,11 +39,15 @@ CREDENTIALS_FOLDER = "/credentials"
 _CREDENTIAL_FILES = {
     "gs": {"GOOGLE_APPLICATION_CREDENTIALS": "~/.config/gcloud/application_default_credentials.json"},
     "s3": {"AWS_CONFIG_FILE": "~/.aws/config", "AWS_SHARED_CREDENTIALS_FILE": "~/.aws/credentials"},
+    "az": {},
 }
 """For each kind of bucket the variables that say where a file with credentials lies, and where it lies else."""
+_FSSPEC = {"FSSPEC_CONFIG_DIR": "~/.config/fsspec"}
+"""A folder, which may hold credentials for all of them."""
 _HARMLESS = {
     "gs": ("GOOGLE_CLOUD_PROJECT", "STORAGE_EMULATOR_HOST"),
     "s3": ("AWS_PROFILE", "AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"),
+    "az": ("AZURE_STORAGE_ACCOUNT_NAME",),
 }
 """Variables that are handed on: they hold nothing secret."""
 _OVER = ("exited", "stopped", "dead", "removing")
@@ -52,11 +56,12 @@ _OVER = ("exited", "stopped", "dead", "removing")
 def credential_files(scheme: str) -> dict[str, Path]:
     """The files for a kind of bucket that are there, by the variable that says where one lies."""
     found = {}
-    for variable, usual in _CREDENTIAL_FILES.get(scheme, {}).items():
+    usually = _CREDENTIAL_FILES[scheme] | _FSSPEC if scheme in _CREDENTIAL_FILES else {}
+    for variable, usual in usually.items():
         # As google.auth looks for it.
         usual = usual.replace("~/.config/gcloud", os.environ.get("CLOUDSDK_CONFIG") or "~/.config/gcloud")
         path = os.path.expanduser(os.environ.get(variable) or usual)  # noqa: PTH111 -- a user may have no home
-        if os.path.isfile(path):  # noqa: PTH113 -- nor rights to look
+        if os.path.exists(path):  # noqa: PTH110 -- nor rights to look
             found[variable] = Path(path).absolute()
     return found
 

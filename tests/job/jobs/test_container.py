@@ -131,6 +131,14 @@ def test_secrets_in_variables_stay_where_they_are(engine, tmp_path, monkeypatch)
     (tmp_path / ".aws/credentials").write_text("[default]\naws_secret_access_key = hush\n")
     assert credential_files("s3") == {"AWS_SHARED_CREDENTIALS_FILE": tmp_path / ".aws/credentials"}
     assert "hush" not in " ".join(command_of(spec("s3://photos")))
+    monkeypatch.setenv("AZURE_STORAGE_CONNECTION_STRING", "AccountKey=hush")
+    (tmp_path / ".config/fsspec").mkdir(parents=True)
+    (tmp_path / ".config/fsspec/conf.json").write_text('{"az": {"connection_string": "AccountKey=hush"}}')
+    command = command_of(spec("az://photos"))
+    assert "hush" not in " ".join(command)
+    mounted = f"type=bind,source={tmp_path}/.config/fsspec,destination=/credentials/fsspec_config_dir,readonly"
+    assert mounted in values(command, "--mount")
+    assert "FSSPEC_CONFIG_DIR=/credentials/fsspec_config_dir" in values(command, "--env")
 
 
 def test_without_an_engine(tmp_path, monkeypatch):
