@@ -59,7 +59,7 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
         else:
             from job.store.azure import AzureStore
 
-            store = AzureStore(scheme, bucket, retry)
+            store = AzureStore(bucket, retry)
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
     return store.sub(prefix) if prefix else store

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
 from io import BytesIO
 from typing import Any
@@ -17,13 +17,13 @@ from adlfs import AzureBlobFileSystem
 from azure.core import MatchConditions
 from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError, ServiceResponseError
 from azure.storage.blob import BlobBlock, ContentSettings
-from azure.storage.blob.aio import BlobClient, BlobServiceClient
+from azure.storage.blob.aio import BlobClient, BlobPrefix, BlobServiceClient
 
 from job.exits import JobError, NoPermissionError
-from job.store.base import Entry, ObjectMissingError
+from job.store.base import ObjectMissingError
 from job.store.calls import T, on_loop
 from job.store.files import COPY_BYTES
-from job.store.remote import EmptyObjectError, Piece, RemoteStore, Watched, cause, content_type, damaged
+from job.store.remote import EmptyObjectError, Page, Piece, RemoteStore, Watched, cause, content_type, damaged
 from job.store.retry import Retry
 
 _CRC32C = "ddpm_crc32c"
@@ -36,13 +36,13 @@ _NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet")
 class AzureStore(RemoteStore):
     """Objects of a container whose names begin with a prefix. Versions are ETags."""
 
-    def __init__(self, scheme: str, container: str, retry: Retry) -> None:
+    def __init__(self, container: str, retry: Retry) -> None:
         """Finds the account and its credentials as adlfs does, but sends nothing yet.
 
         Raises:
             NoPermissionError: no account is named.
         """
-        super().__init__(f"{scheme}://{container}", retry)
+        super().__init__(f"az://{container}", retry)
         self._bucket_uri = self.uri
         self._roles = f"`Storage Blob Data Contributor` on {self.uri}"
         self._make = f"az storage container create --name {container}"
@@ -121,17 +121,18 @@ class AzureStore(RemoteStore):
                 sent.cancel()
         return blocks
 
-    def _list(self, prefix: str) -> Sequence[Entry]:
-        blobs = self._container.list_blobs(name_starts_with=self._prefix + prefix, include=["metadata"])
-        # With a hierarchy of names the folders are listed, too.
-        found = self._answer(self._begin(_all(blobs)))
-        is_file = [each for each in found if "hdi_isfolder" not in (each.metadata or {})]
-        return [Entry(each.name.removeprefix(self._prefix), each.size) for each in is_file]
-
-    def _folders(self, prefix: str) -> Sequence[str]:
-        start = self._prefix + prefix
-        found = self._answer(self._begin(_all(self._container.walk_blobs(name_starts_with=start, delimiter="/"))))
-        return [each.name.removeprefix(start).removesuffix("/") for each in found if each.name.endswith("/")]
+    def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
+        about = {"name_starts_with": start, "include": ["metadata"]}
+        listed = (
+            self._container.walk_blobs(delimiter=delimiter, **about)
+            if delimiter
+            else self._container.list_blobs(**about)
+        )
+        found = self._answer(self._begin(_all(listed)))
+        blobs = [each for each in found if not isinstance(each, BlobPrefix)]
+        # Where names have a hierarchy, folders are listed as objects.
+        objects = [(each.name, each.size) for each in blobs if "hdi_isfolder" not in (each.metadata or {})]
+        yield objects, [each.name for each in found if isinstance(each, BlobPrefix)]
 
     def _delete(self, key: str) -> None:
         self._answer(self._begin(self._blob(key).delete_blob()))

@@ -43,12 +43,12 @@ from google.cloud import storage
 from requests.adapters import HTTPAdapter
 
 from job.exits import JobError, NoPermissionError
-from job.store.base import Entry
 from job.store.calls import T, in_thread, on_loop
 from job.store.files import COPY_BYTES
 from job.store.remote import (
     CONNECTIONS,
     EmptyObjectError,
+    Page,
     Piece,
     RemoteStore,
     Watched,
@@ -179,28 +179,19 @@ class GcsStore(RemoteStore):
         size_bytes = str(len(head) + content.size_bytes + len(tail))
         headers = {"Content-Type": f"multipart/related; boundary={boundary}", "Content-Length": size_bytes}
         how = {"uploadType": "multipart", "ifGenerationMatch": condition, "headers": headers, "data": body()}
-        return self._answer(self._call(_json, "POST", url, self._bucket.name, **how), lambda: content.read_at)[
-            "generation"
-        ]
-
-    def _list(self, prefix: str) -> Sequence[Entry]:
-        pages = self._pages(prefix, fields="items(name,size),nextPageToken")
-        items = (item for page in pages for item in page.get("items", []))
-        return [Entry(item["name"].removeprefix(self._prefix), int(item["size"])) for item in items]
-
-    def _folders(self, prefix: str) -> Sequence[str]:
-        pages = self._pages(prefix, fields="prefixes,nextPageToken", delimiter="/")
-        folders = (folder for page in pages for folder in page.get("prefixes", []))
-        return [folder.removeprefix(self._prefix + prefix).removesuffix("/") for folder in folders]
+        sent = self._call(_json, "POST", url, self._bucket.name, **how)
+        return self._answer(sent, lambda: content.read_at)["generation"]
 
     def _delete(self, key: str) -> None:
         self._answer(self._call(lambda *_: None, "DELETE", "b/{}/o/{}", self._bucket.name, self._prefix + key))
 
-    def _pages(self, prefix: str, **asked: Any) -> Iterator[dict[str, Any]]:
+    def _pages(self, start: str, delimiter: str, **asked: Any) -> Iterator[Page]:
+        asked |= {"prefix": start, "delimiter": delimiter, "fields": "items(name,size),prefixes,nextPageToken"}
         page: dict[str, Any] = {"nextPageToken": None}
         while "nextPageToken" in page:
-            asked |= {"prefix": self._prefix + prefix, "pageToken": page["nextPageToken"]}
-            yield (page := self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked)))
+            asked["pageToken"] = page["nextPageToken"]
+            page = self._answer(self._call(_json, "GET", "b/{}/o", self._bucket.name, **asked))
+            yield [(item["name"], int(item["size"])) for item in page.get("items", [])], page.get("prefixes", [])
 
     def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
         """Begins a request; its result is `made_of` the headers and the content of the answer."""
@@ -216,7 +207,7 @@ class GcsStore(RemoteStore):
             # Who may not list cannot tell. Nor may the role that trains read a bucket's own metadata.
             with suppress(*_CLIENT):
                 try:
-                    next(self._pages("", maxResults=1, fields="nextPageToken"))
+                    next(self._pages("", "", maxResults=1))
                 except NotFound:
                     return False
                 self._was_seen.set()

@@ -9,7 +9,7 @@ import mimetypes
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from functools import partial
@@ -20,7 +20,7 @@ import google_crc32c
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.stop import beat
-from job.store.base import ObjectMissingError, Store
+from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import T, answer
 from job.store.files import COPY_BYTES
 
@@ -30,6 +30,10 @@ PIECE_BYTES = 4 << 20
 _PIECES_AHEAD = 8
 _READ_AHEAD_BYTES = 8 << 20
 _REASON_CHARACTERS = 200
+
+
+Page = tuple[Iterable[tuple[str, int]], Iterable[str]]
+"""Of a listing: whole names and sizes of objects, and names of folders."""
 
 
 class Piece(NamedTuple):
@@ -65,6 +69,19 @@ class RemoteStore(Store):
     @abc.abstractmethod
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
         """As `_write`."""
+
+    @abc.abstractmethod
+    def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
+        """What lies below `start`; folders are told up to the delimiter."""
+
+    def _list(self, prefix: str) -> Sequence[Entry]:
+        pages = self._pages(self._prefix + prefix, "")
+        return [Entry(name.removeprefix(self._prefix), size_bytes) for page, _ in pages for name, size_bytes in page]
+
+    def _folders(self, prefix: str) -> Sequence[str]:
+        start = self._prefix + prefix
+        folders = (folder for _, page in self._pages(start, "/") for folder in page)
+        return [folder.removeprefix(start).removesuffix("/") for folder in folders]
 
     def _answer(self, future: Future[T], signed_at: Callable[[], float] | None = None) -> T:
         return answer(future, self.retry, self.uri, signed_at)

@@ -23,12 +23,13 @@ from botocore.parsers import ResponseParserError
 from fsspec.config import conf
 
 from job.exits import BadRequestError, JobError, NoPermissionError
-from job.store.base import Entry, ObjectMissingError
+from job.store.base import ObjectMissingError
 from job.store.calls import in_thread
 from job.store.files import COPY_BYTES
 from job.store.remote import (
     CONNECTIONS,
     EmptyObjectError,
+    Page,
     Piece,
     RemoteStore,
     Watched,
@@ -135,39 +136,28 @@ class S3Store(RemoteStore):
         found: dict[str, Any] = self._answer(in_thread(getattr(self._client, operation), **asked))
         return found
 
-    def _list(self, prefix: str) -> Sequence[Entry]:
-        return [
-            Entry(content["Key"].removeprefix(self._prefix), content["Size"])
-            for page in self._pages(self._prefix + prefix)
-            for content in page.get("Contents", [])
-        ]
-
     def _folders(self, prefix: str) -> Sequence[str]:
-        start = self._prefix + prefix
-        found = [
-            folder["Prefix"].removeprefix(start).removesuffix("/")
-            for page in self._pages(start, Delimiter="/")
-            for folder in page.get("CommonPrefixes", [])
-        ]
-
         def has_objects(name: str) -> bool:
-            return "Contents" in next(self._pages(f"{start}{name}/", MaxKeys=1))
+            objects, _ = next(self._pages(f"{self._prefix}{prefix}{name}/", "", MaxKeys=1))
+            return bool(objects)
 
         # SeaweedFS goes on listing a folder that was emptied.
+        found = super()._folders(prefix)
         with ThreadPoolExecutor(_LISTINGS_AT_ONCE) as pool:
             return [name for name, there in zip(found, pool.map(has_objects, found), strict=True) if there]
 
     def _delete(self, key: str) -> None:
         self._ask("delete_object", **self._named(key))
 
-    def _pages(self, start: str, **asked: Any) -> Iterator[dict[str, Any]]:
-        # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
-        while True:
-            page = self._ask("list_objects_v2", Bucket=self._bucket, Prefix=start, **self._payer, **asked)
-            yield page
-            if not page["IsTruncated"]:
-                return
-            asked["ContinuationToken"] = page["NextContinuationToken"]
+    def _pages(self, start: str, delimiter: str, **asked: Any) -> Iterator[Page]:
+        asked |= {"Bucket": self._bucket, "Prefix": start, "Delimiter": delimiter, **self._payer}
+        is_last = False
+        while not is_last:
+            page = self._ask("list_objects_v2", **asked)
+            # A page of somebody on the way has nothing in it that S3 says, and would be an empty listing.
+            is_last, asked["ContinuationToken"] = not page["IsTruncated"], page.get("NextContinuationToken", "")
+            objects = [(content["Key"], content["Size"]) for content in page.get("Contents", [])]
+            yield objects, [folder["Prefix"] for folder in page.get("CommonPrefixes", [])]
 
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key, **self._payer}
