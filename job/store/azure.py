@@ -7,9 +7,11 @@ the crc32c of the whole.
 from __future__ import annotations
 
 import asyncio
+import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -30,7 +32,8 @@ _CRC32C = "ddpm_crc32c"
 _BLOCK_BYTES = 2 << 20
 _BLOCKS_AT_ONCE = 4
 _SILENCES_PER_BLOCK = 8
-_NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet")
+_NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
+"""Of a conditional write; the last if another one was committed in between, and these blocks are gone."""
 
 
 class AzureStore(RemoteStore):
@@ -104,11 +107,12 @@ class AzureStore(RemoteStore):
 
     def _blocks(self, blob: BlobClient, content: Watched) -> list[BlobBlock]:
         """Sends the content in blocks, some at a time, which are nothing to anybody until their list is there."""
-        blocks: list[BlobBlock] = []
+        # Of two writers under one key, each has blocks of its own.
+        writer, blocks = secrets.token_hex(8), list[BlobBlock]()
         ahead: deque[Future[Any]] = deque()
         try:
             while block := content.read(_BLOCK_BYTES):
-                blocks.append(BlobBlock(f"{len(blocks):05d}"))
+                blocks.append(BlobBlock(f"{writer}-{len(blocks):05d}"))
                 ahead.append(
                     self._send_off(blob.stage_block(blocks[-1].id, BytesIO(block), len(block), validate_content=True))
                 )
@@ -122,12 +126,8 @@ class AzureStore(RemoteStore):
         return blocks
 
     def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
-        about = {"name_starts_with": start, "include": ["metadata"]}
-        listed = (
-            self._container.walk_blobs(delimiter=delimiter, **about)
-            if delimiter
-            else self._container.list_blobs(**about)
-        )
+        asked = partial(self._container.walk_blobs, delimiter=delimiter) if delimiter else self._container.list_blobs
+        listed: Any = asked(name_starts_with=start, include=["metadata"])
         found = self._answer(self._begin(_all(listed)))
         blobs = [each for each in found if not isinstance(each, BlobPrefix)]
         # Where names have a hierarchy, folders are listed as objects.

@@ -134,6 +134,24 @@ def test_large_files_go_up_and_down_and_are_read_in_place(store: Store, large_fi
         assert archive.read("37.txt") == b"image 37"
 
 
+def test_of_two_large_uploads_at_once_one_is_there_and_whole(store: Store, tmp_path: Path) -> None:
+    contents = [bytes([number]) * LARGE_BYTES for number in (1, 2)]
+    for number, content in enumerate(contents):
+        (tmp_path / f"{number}").write_bytes(content)
+
+    def upload(round_and_number: tuple[int, int]) -> bool:
+        with suppress(ObjectExistsError):
+            store.upload(tmp_path / f"{round_and_number[1]}", f"part-{round_and_number[0]}")
+            return True
+        return False
+
+    with ThreadPoolExecutor(2) as pool:
+        for turn in range(4):
+            won = list(pool.map(upload, [(turn, 0), (turn, 1)]))
+            assert won.count(True) == 1
+            assert store.read(f"part-{turn}").data == contents[won.index(True)]
+
+
 def test_missing_objects_are_named_and_leave_nothing(store: Store, tmp_path: Path) -> None:
     store.create("folder/object", b"1")
     target = tmp_path / "file"
