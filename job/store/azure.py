@@ -160,7 +160,8 @@ class AzureStore(RemoteStore):
             case "Md5Mismatch" | "Crc64Mismatch":
                 return damaged(uri)
         if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
-            return self._no_credentials(code or type(error).__name__)
+            clock = ", or this machine's clock is wrong" if code == "AuthenticationFailed" else ""
+            return self._no_credentials((code or type(error).__name__) + clock)
         if status in (None, 200):
             return self._told_by_status(uri, None, cause(error) if status is None else "an answer that is not Azure's")
         # The words of a refusal hold what was signed.
