@@ -31,12 +31,12 @@ MinSide = Annotated[
     int | None, typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject shorter images. Default: size/2.")
 ]
 SourceArgument = Annotated[
-    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files; gs:// and s3:// too.")
+    str, typer.Argument(metavar="SOURCE", help="A folder, .zip, .tar[.gz], MNIST idx files, or a URL of any.")
 ]
 Split = Annotated[str, typer.Option("--split", metavar="NAME", help="Only the folder train, test, val … of SOURCE.")]
 HoldOut = Annotated[str, typer.Option("--hold-out", metavar="SHARE", help="Keep such a share apart, such as 5%.")]
 Tars = Annotated[
-    list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; gs://, s3:// or local.")
+    list[str], typer.Argument(metavar="URI", help="Tars, folders of tars, or patterns; local, or any URL.")
 ]
 
 
