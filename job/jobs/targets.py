@@ -279,7 +279,9 @@ def _target(name: str, block: Any, where: str) -> Target:
     except ValidationError as error:
         raise BadConfigError(f"{where}: {'; '.join(map(_problem, error.errors()))}") from None
     if target.is_remote and target.bucket and not is_remote(target.bucket):
-        raise BadConfigError(f"{where}: bucket: {target.bucket!r} is a folder of this machine: use gs://, s3:// or az://")
+        raise BadConfigError(
+            f"{where}: bucket: {target.bucket!r} is a folder of this machine: use gs://, s3:// or az://"
+        )
     return target
 
 

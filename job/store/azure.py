@@ -7,6 +7,7 @@ the crc32c of the whole.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -29,9 +30,9 @@ from job.store.remote import EmptyObjectError, Page, Piece, RemoteStore, Watched
 from job.store.retry import Retry
 
 _CRC32C = "ddpm_crc32c"
-_BLOCK_BYTES = 2 << 20
+_BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 4
-_SILENCES_PER_BLOCK = 8
+_SILENCES_PER_BLOCK = 12
 _NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
 """Of a conditional write; the last if another one was committed in between, and these blocks are gone."""
 
@@ -62,7 +63,6 @@ class AzureStore(RemoteStore):
             connection_timeout=retry.silence_seconds,
             read_timeout=retry.silence_seconds,
             max_single_put_size=COPY_BYTES,
-            max_block_size=_BLOCK_BYTES,
         )
         self._container = self._fs.service_client.get_container_client(container)
 
@@ -113,16 +113,17 @@ class AzureStore(RemoteStore):
         try:
             while block := content.read(_BLOCK_BYTES):
                 blocks.append(BlobBlock(f"{writer}-{len(blocks):05d}"))
-                ahead.append(
-                    self._send_off(blob.stage_block(blocks[-1].id, BytesIO(block), len(block), validate_content=True))
-                )
+                # Microsoft's client would compute it on the event loop.
+                md5 = hashlib.md5(block, usedforsecurity=False).digest()
+                sent = blob.stage_block(blocks[-1].id, BytesIO(block), len(block), transactional_content_md5=md5)
+                ahead.append(self._send_off(sent))
                 if len(ahead) == _BLOCKS_AT_ONCE:
                     self._answer(ahead.popleft())
             while ahead:
                 self._answer(ahead.popleft())
         finally:
-            for sent in ahead:
-                sent.cancel()
+            for under_way in ahead:
+                under_way.cancel()
         return blocks
 
     def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
@@ -157,7 +158,10 @@ class AzureStore(RemoteStore):
                 return self._no_bucket()
             case "ConditionNotMet":
                 return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
-            case "Md5Mismatch" | "Crc64Mismatch":
+            case "Md5Mismatch":
+                return damaged(uri)
+            case "InvalidOperation" if "contentMD5" in str(error):
+                # As Azurite says it.
                 return damaged(uri)
         if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
             clock = ", or this machine's clock is wrong" if code == "AuthenticationFailed" else ""

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
+import _thread
 import asyncio
-import threading
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
@@ -49,7 +49,8 @@ def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
         else:
             future.set_result(result)
 
-    threading.Thread(target=run, name="bucket", daemon=True).start()
+    # As a `threading.Thread` it would be waited for until it has begun.
+    _thread.start_new_thread(run, ())
     return future
 
 

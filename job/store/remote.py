@@ -28,7 +28,6 @@ CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
 """Of an object are asked for at a time: longer on the way than the question, on most networks."""
 _PIECES_AHEAD = 8
-_READ_AHEAD_BYTES = 8 << 20
 _REASON_CHARACTERS = 200
 
 
@@ -126,7 +125,7 @@ class RemoteStore(Store):
     def _open(self, key: str) -> BinaryIO:
         _, size_bytes, version, _ = self._first(key, 1)
         ranges = Ranges(partial(self._attempt, self._part, key, version), size_bytes)
-        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
+        return cast(BinaryIO, io.BufferedReader(ranges, PIECE_BYTES))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
         return b"".join(self._whole(key, start, stop, self._get(key, start, stop, version)).blocks)
