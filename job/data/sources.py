@@ -33,7 +33,7 @@ from job.data.fetched import fetched
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.progress import printable
-from job.store import Entry, Retry, Store, is_foreign, is_remote, open_store, open_to_read, split_uri
+from job.store import Entry, Retry, Store, check_source, is_foreign, is_remote, open_store, open_to_read, split_uri
 
 if TYPE_CHECKING:
     from job.store.foreign import ForeignStore
@@ -367,7 +367,7 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
-    if is_remote(source) or "::" in source:
+    if is_remote(source):
         return _elsewhere(source, retry)
     path = Path(open_store(source).uri).resolve()
     folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
@@ -385,6 +385,8 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
 
 def _elsewhere(uri: str, retry: Retry | None) -> Source:
     """An archive or a folder at a URI; of a folder, all files or those that match a pattern such as `train/*.jpg`."""
+    if is_foreign(uri):
+        check_source(uri)
     folder, name = split_uri(uri)
     if pattern := _PATTERN.fullmatch(uri):
         uri = f"{pattern[1]}{pattern[3] or ''}"
@@ -399,7 +401,8 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
     if pattern:
         from fsspec.utils import glob_translate
 
-        entries = [entry for entry in entries if re.match(glob_translate(pattern[2]), entry.key)]
+        matches = re.compile(glob_translate(pattern[2])).match
+        entries = [entry for entry in entries if matches(entry.key)]
     if not entries:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
     found = _mnist(store.uri, [entry.key for entry in entries], store.open)

@@ -103,7 +103,7 @@ def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Fore
 @contextmanager
 def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
     nothing = MissingInputError(f"nothing lies at {source}: name a folder of diffusers, a .pt or a .safetensors")
-    if not is_remote(source) and "::" not in source:
+    if not is_remote(source):
         # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
         path = Path(open_store(source, retry).uri)
         with os_errors(path):

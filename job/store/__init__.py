@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -23,7 +23,7 @@ _MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "block
 """What these read lies elsewhere than their URL says, or fills the disk."""
 WEB = ("http", "https")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_BUCKETS = ("gs", "s3", "az", "abfs")
+_BACKENDS = {"gs": ("gcs", "GcsStore"), "s3": ("s3", "S3Store"), "az": ("azure", "AzureStore")}
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -46,20 +46,9 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
         return LocalStore(_local_root(uri), retry)
     scheme, bucket, prefix = _bucket_of(uri)
-    store: Store
+    module, name = _BACKENDS[scheme]
     try:
-        if scheme == "gs":
-            from job.store.gcs import GcsStore
-
-            store = GcsStore(bucket, retry)
-        elif scheme == "s3":
-            from job.store.s3 import S3Store
-
-            store = S3Store(bucket, retry)
-        else:
-            from job.store.azure import AzureStore
-
-            store = AzureStore(bucket, retry)
+        store: Store = getattr(import_module(f"job.store.{module}"), name)(bucket, retry)
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
     return store.sub(prefix) if prefix else store
@@ -76,7 +65,7 @@ def open_to_read(uri: str, retry: Retry | None = None) -> Store:
 
 def is_foreign(uri: str) -> bool:
     """Whether a URI is for fsspec alone: no bucket and no path."""
-    return "::" in uri or ("://" in uri and uri.partition("://")[0].lower() not in ("file", *_BUCKETS))
+    return is_remote(uri) and ("::" in uri or uri.partition("://")[0].lower() not in _BACKENDS)
 
 
 def check_source(uri: str) -> None:
@@ -86,8 +75,12 @@ def check_source(uri: str) -> None:
         BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
     """
     for link in uri.split("::"):
-        parts = urlsplit(link)
-        scheme = parts.scheme.lower()
+        try:
+            parts = urlsplit(link)
+        except ValueError:
+            raise BadRequestError(f"{link.partition('?')[0]!r} is no URL: name its host") from None
+        # A link may be the bare name of a file system, such as `simplecache`.
+        scheme = link.partition("://")[0].lower()
         # Of github://org:repo@ref/path it is none.
         if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
             raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
@@ -105,7 +98,9 @@ def is_safe(url: str) -> bool:
 
 def split_uri(uri: str) -> tuple[str, str]:
     """The folder of an object, as `open_to_read` takes it, and its name: `zip://a/b::FILE` lies in `zip://a::FILE`."""
-    first = re.split(r"\?|::", uri, maxsplit=1)[0] if "://" in uri else uri
+    # The names of objects may have a question mark, but no signature.
+    ends = r"\?|::" if is_foreign(uri) else r"\?(?=.*=)"
+    first = re.split(ends, uri, maxsplit=1)[0] if "://" in uri else uri
     folder, _, name = first.rpartition("/")
     return f"{folder or '/'}{'/' * folder.endswith(':/')}{uri.removeprefix(first)}", name
 
@@ -114,13 +109,11 @@ def set_storage_options(settings: Iterable[str]) -> None:
     """Adds to fsspec's configuration of this process, which goes by it from its first bucket on, and of its children.
 
     Args:
-        settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is YAML.
+        settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is JSON, or else text.
 
     Raises:
         BadRequestError: it is none, or a secret, which lists of processes would show.
     """
-    import yaml
-
     for setting in settings:
         name, _, text = setting.partition("=")
         scheme, _, option = name.partition(".")
@@ -130,9 +123,7 @@ def set_storage_options(settings: Iterable[str]) -> None:
             raise BadRequestError(
                 f"{name} is a secret, which lists would show: it goes into ~/.config/fsspec/conf.json"
             )
-        variable = f"FSSPEC_{scheme.upper()}"
-        options = json.loads(os.environ.get(variable, "{}"))
-        os.environ[variable] = json.dumps(options | {option: yaml.safe_load(text)})
+        os.environ[f"FSSPEC_{scheme}_{option}".upper()] = text
 
 
 def is_remote(uri: str) -> bool:
@@ -167,7 +158,7 @@ def _local_root(uri: str) -> Path:
 def _bucket_of(uri: str) -> tuple[str, str, str]:
     """Scheme, bucket and prefix of a URI that is no folder's."""
     scheme, _, rest = uri.partition("://")
-    if (scheme := scheme.lower()) not in _BUCKETS:
+    if (scheme := scheme.lower()) not in _BACKENDS:
         first = "download it first (curl -LO), or " if scheme in ("http", "https") else ""
         use = f"{first}use gs://, s3:// or az://BUCKET, or a path"
         raise BadRequestError(f"{_without_secrets(uri)!r}: nobody here speaks {scheme}://; {use}")

@@ -22,11 +22,11 @@ from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpRes
 from azure.storage.blob import BlobBlock, ContentSettings
 from azure.storage.blob.aio import BlobClient, BlobPrefix, BlobServiceClient
 
-from job.exits import JobError, NoPermissionError
-from job.store.base import ObjectMissingError
+from job.exits import JobError
+from job.store.base import READ_BYTES, ObjectMissingError
 from job.store.calls import T, on_loop
 from job.store.files import COPY_BYTES
-from job.store.remote import EmptyObjectError, Page, Piece, RemoteStore, Watched, cause, content_type, damaged
+from job.store.remote import Page, Piece, RemoteStore, Watched, cause, content_type, damaged
 from job.store.retry import Retry
 
 _CRC32C = "ddpm_crc32c"
@@ -40,16 +40,17 @@ _NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
 class AzureStore(RemoteStore):
     """Objects of a container whose names begin with a prefix. Versions are ETags."""
 
+    _cloud, _make = "Azure", "az storage container create --name {name}"
+    _roles = "`Storage Blob Data Contributor` on {uri}"
+    _login_by = "set AZURE_STORAGE_ACCOUNT_NAME and run `az login`, or set AZURE_STORAGE_CONNECTION_STRING"
+
     def __init__(self, container: str, retry: Retry) -> None:
         """Finds the account and its credentials as adlfs does, but sends nothing yet.
 
         Raises:
             NoPermissionError: no account is named.
         """
-        super().__init__(f"az://{container}", retry)
-        self._bucket_uri = self.uri
-        self._roles = f"`Storage Blob Data Contributor` on {self.uri}"
-        self._make = f"az storage container create --name {container}"
+        super().__init__("az", container, retry)
         try:
             self._fs = AzureBlobFileSystem(use_listings_cache=False, skip_instance_cache=True)
         except ValueError:
@@ -63,6 +64,7 @@ class AzureStore(RemoteStore):
             connection_timeout=retry.silence_seconds,
             read_timeout=retry.silence_seconds,
             max_single_put_size=COPY_BYTES,
+            max_single_get_size=READ_BYTES,
         )
         self._container = self._fs.service_client.get_container_client(container)
 
@@ -73,12 +75,7 @@ class AzureStore(RemoteStore):
         which |= {"etag": version, "match_condition": MatchConditions.IfNotModified} if version else {}
 
         async def get() -> Piece:
-            try:
-                found = await self._blob(key).download_blob(**which)
-            except HttpResponseError as error:
-                if error.status_code == 416:
-                    raise EmptyObjectError from error
-                raise
+            found = await self._blob(key).download_blob(**which)
             about, data = found.properties, await found.readall()
             size_bytes = int((about.content_range or f"/{len(data)}").rpartition("/")[2])
             return Piece([data], size_bytes, about.etag, about.metadata.get(_CRC32C, ""))
@@ -151,8 +148,7 @@ class AzureStore(RemoteStore):
     def _told(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, (AzureError, ConnectionError, TimeoutError)):
             return super()._told(error, uri)
-        status = error.status_code if isinstance(error, HttpResponseError) and error.response else None
-        code = _code(error)
+        code, status = _code(error), self._status(error)
         match code:
             case "ContainerNotFound" | "ContainerBeingDeleted":
                 return self._no_bucket()
@@ -171,11 +167,8 @@ class AzureStore(RemoteStore):
         # The words of a refusal hold what was signed.
         return self._told_by_status(uri, status, code or "without a reason")
 
-    def _no_credentials(self, reason: str) -> NoPermissionError:
-        return NoPermissionError(
-            f"{self._bucket_uri}: no usable Azure credentials ({reason}): set AZURE_STORAGE_ACCOUNT_NAME and run "
-            "`az login`, or set AZURE_STORAGE_CONNECTION_STRING"
-        )
+    def _status(self, error: Exception) -> int | None:
+        return error.status_code if isinstance(error, HttpResponseError) else None
 
 
 def _once() -> Callable[[object], None]:

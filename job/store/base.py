@@ -252,18 +252,21 @@ class Store(abc.ABC):
     def _written(self, key: str, content: BinaryIO, over: str | None) -> str | None:
         content.seek(0)
         version = self._write(key, content, over)
-        if version is None:
+        if version is not None:
+            return version
+        try:
             # A write whose answer was lost is refused when it is repeated.
+            return self._attempt(self._version_if_equal, key, content)
+        except ObjectMissingError:
+            # Whoever was first has deleted it since, such as an equal packer that is done.
             content.seek(0)
-            equal: list[bool] = []
-            try:
-                there = self._attempt(self._fetch, key, lambda data: equal.append(content.read(len(data)) == data))
-            except ObjectMissingError:
-                # Whoever was first has deleted it since, such as an equal packer that is done.
-                content.seek(0)
-                return self._write(key, content, over)
-            return there if all(equal) and not content.read(1) else None
-        return version
+            return self._write(key, content, over)
+
+    def _version_if_equal(self, key: str, content: BinaryIO) -> str | None:
+        content.seek(0)
+        equal: list[bool] = []
+        version = self._fetch(key, lambda data: equal.append(content.read(len(data)) == data))
+        return version if all(equal) and not content.read(1) else None
 
     def _read(self, key: str) -> Blob:
         content = io.BytesIO()

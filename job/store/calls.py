@@ -10,7 +10,6 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import Future
-from contextvars import copy_context
 from typing import Any, TypeVar, cast
 
 from job.store.retry import Retry
@@ -39,11 +38,10 @@ def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
     """Begins `work` in a thread of its own, for which the end of the process does not wait. It cannot be cancelled."""
     future: Future[T] = Future()
     future.set_running_or_notify_cancel()
-    context = copy_context()
 
     def run() -> None:
         try:
-            result = context.run(work, *args, **named)
+            result = work(*args, **named)
         except BaseException as error:
             future.set_exception(error)
         else:

@@ -7,13 +7,14 @@ most of these file systems know neither a stop nor a deadline.
 from __future__ import annotations
 
 import difflib
-import io
+import lzma
 import re
+import tarfile
 import threading
 import time
+import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
@@ -22,30 +23,19 @@ from job.code_version import how_to_install
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
 from job.store import WEB, check_source, is_safe
 from job.store.base import Entry, ObjectMissingError, Store
-from job.store.calls import T, answer, in_thread
+from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import Ranges, one_line
+from job.store.remote import CONNECTIONS, READ_AHEAD_BYTES, Ranges, one_line
 from job.store.retry import Retry
 
 if TYPE_CHECKING:
     import aiohttp
 
-_READ_AHEAD_BYTES = 8 << 20
 _SILENCES_PER_READ = 8
+_DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 """Some file systems show nothing of what they read ahead."""
 _EXTRAS = {**dict.fromkeys((*WEB, "hf"), "web"), **dict.fromkeys(("gs", "gcs"), "gs"), "az": "az", "abfs": "az"}
-_VERSIONS = (
-    "ETag",
-    "etag",
-    "generation",
-    "blob_id",
-    "sha",
-    "md5Hash",
-    "mtime",
-    "last_modified",
-    "LastModified",
-    "modified",
-)
+_VERSIONS = ("ETag", "etag", "generation", "blob_id", "sha", "mtime", "last_modified", "LastModified", "modified")
 
 
 class About(NamedTuple):
@@ -77,15 +67,15 @@ class ForeignStore(Store):
 
             for scheme in _schemes(uri):
                 get_filesystem_class(scheme)
-            own = {link.partition("://")[0].lower(): self._options(link) for link in uri.split("::")}
+            own = {scheme: self._options(scheme) for scheme in _schemes(uri)}
         except (ImportError, ValueError) as error:
             raise _not_installed(uri, error) from None
-        self._one_by_one: AbstractContextManager[Any] = threading.Lock()
+        self._turns = threading.Semaphore()
         # Some connect at once.
-        self._fs = self._ask(self.uri, url_to_fs, uri, **own)[0]
+        self._fs = self.retry(partial(self._ask, self.uri, url_to_fs, uri, **own))[0]
         if self._fs.async_impl or uri.lower().startswith("hf://"):
             # Threads may share it, as fsspec says of no other: of two that ask by SSH, one would wait for good.
-            self._one_by_one = nullcontext()
+            self._turns = threading.Semaphore(CONNECTIONS)
 
     def about(self, key: str) -> About:
         """Asks for a file's size and version.
@@ -93,6 +83,7 @@ class ForeignStore(Store):
         Raises:
             ObjectMissingError: there is none, or it is a folder.
         """
+        self._fs.invalidate_cache()
         return self._attempt(self._about, key)
 
     def blocks(self, key: str, start: int = 0, version: str = "") -> tuple[int, Iterator[bytes]]:
@@ -102,8 +93,8 @@ class ForeignStore(Store):
             Where it begins, and the content from there on; reading raises as any operation does, and tries once.
         """
         where, path = self.uri_of(key), self._path(key)
-        how: dict[str, Any] = {"block_size": _READ_AHEAD_BYTES, "cache_type": "readahead"}
-        if is_web := path.lower().startswith(WEB):
+        how: dict[str, Any] = {"block_size": READ_AHEAD_BYTES, "cache_type": "readahead"}
+        if is_web := "https" in self._fs.protocol:
             headers = {"Accept-Encoding": "identity"}
             if start:
                 headers |= {"Range": f"bytes={start}-"} | ({"If-Range": version} if version else {})
@@ -122,7 +113,7 @@ class ForeignStore(Store):
                     self.retry.is_under_way(where)
                     yield block
             finally:
-                self._begin(file.close)
+                self._ask(where, file.close)
 
         return start, content()
 
@@ -133,9 +124,9 @@ class ForeignStore(Store):
         path: str = self._fs._strip_protocol(_trimmed(f"{self._first}{self._prefix}{key}") + self._query)
         return path
 
-    def _options(self, link: str) -> dict[str, Any]:
+    def _options(self, scheme: str) -> dict[str, Any]:
         own: dict[str, Any] = {"skip_instance_cache": True}
-        if link.lower().startswith(WEB):
+        if scheme in WEB:
             import aiohttp
 
             silence_seconds = self.retry.silence_seconds
@@ -145,47 +136,44 @@ class ForeignStore(Store):
             own["client_kwargs"] = {"timeout": limits, "trace_configs": [redirects], "trust_env": True}
         return own
 
-    def _begin(self, work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
-        def one() -> T:
-            with self._one_by_one:
-                return work(*args, **named)
-
-        return in_thread(one)
-
     def _ask(self, where: str, work: Callable[..., T], *args: Any, **named: Any) -> T:
-        began = time.monotonic()
-        patience_seconds = (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
+        while not self._turns.acquire(timeout=POLL_SECONDS):
+            self.retry.is_under_way(where)
+        due = time.monotonic() + (_SILENCES_PER_READ - 1) * self.retry.silence_seconds
         try:
-            return answer(self._begin(work, *args, **named), self.retry, where, lambda: began + patience_seconds)
-        except Exception as error:
-            if told := self._told(error, where):
-                raise told from error
+            return answer(in_thread(work, *args, **named), self.retry, where, lambda: due)
+        except JobError:
             raise
+        except Exception as error:
+            raise self._meaning(error, where) from error
+        finally:
+            self._turns.release()
 
     def _about(self, key: str) -> About:
-        self._fs.invalidate_cache()
         found = self._ask(self.uri_of(key), self._fs.info, self._path(key))
         if found.get("type") == "directory":
             raise ObjectMissingError(f"{self.uri_of(key)} is a folder")
         return About(found.get("size"), "\0".join(str(found[name]) for name in _VERSIONS if found.get(name)))
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
-        about = self._about(key)
+        about, received_bytes = self._about(key), 0
         for block in self.blocks(key)[1]:
             consume(block)
-        self._check_same(key, about)
+            received_bytes += len(block)
+        # A smaller one comes in a single request, and the hub answers few questions an hour.
+        if received_bytes > READ_AHEAD_BYTES:
+            self._check_same(key, about)
         return about.version
 
     def _check_same(self, key: str, about: About) -> None:
-        if self._about(key) != about:
+        if self.about(key) != about:
             raise BadDataError(f"{self.uri_of(key)} was changed just now: begin again")
 
     def _open(self, key: str) -> BinaryIO:
         about = self._about(key)
         if about.size_bytes is None:
             raise BadDataError(f"{self.uri_of(key)} does not say how large it is: download it")
-        ranges = Ranges(partial(self._attempt, self._part, key, about), about.size_bytes)
-        return cast(BinaryIO, io.BufferedReader(ranges, _READ_AHEAD_BYTES))
+        return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, about), about.size_bytes))
 
     def _part(self, key: str, about: About, start: int, stop: int) -> bytes:
         part = self._ask(self.uri_of(key), self._fs.cat_file, self._path(key), start, stop)
@@ -196,9 +184,10 @@ class ForeignStore(Store):
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         folder = self._path(prefix.rstrip("/"))
+        self._fs.invalidate_cache()
         found: dict[str, dict[str, Any]] = self._ask(self._uri(prefix), self._fs.find, folder, detail=True)
         below = len(self._path(""))
-        return [Entry(name[below:].lstrip("/"), int(each["size"] or 0)) for name, each in found.items()]
+        return [Entry(name[below:].lstrip("/"), int(each.get("size") or 0)) for name, each in found.items()]
 
     def _folders(self, prefix: str) -> Sequence[str]:
         names = (entry.key.removeprefix(prefix) for entry in self._list(prefix))
@@ -210,9 +199,7 @@ class ForeignStore(Store):
     def _delete(self, key: str) -> NoReturn:
         raise BadRequestError(f"{self.uri_of(key)}: it can only be read: delete it where it is")
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
-        if isinstance(error, JobError):
-            return None
+    def _meaning(self, error: Exception, uri: str) -> JobError:
         # fsspec raises a FileNotFoundError for any failure of the web, and its cause says which one it was.
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
         if isinstance(error, JobError):
@@ -220,13 +207,15 @@ class ForeignStore(Store):
         status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
         # The query of an address may be a signature, also where a server redirects to.
         said = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
-        if status in (401, 403) or isinstance(error, PermissionError):
+        if status in (401, 403) or isinstance(error, PermissionError) or "Authentication" in type(error).__name__:
             how = "sign in with `hf auth login`" if uri.startswith("hf:") else "download it where you are signed in"
             return NoPermissionError(f"{uri} may not be read ({said}): {how}")
         if status in (404, 410) or isinstance(error, FileNotFoundError):
             return ObjectMissingError(f"there is nothing at {uri}: check the address")
         if status == 416:
             return BadDataError(f"{uri} ends before the size that the server gives: download it")
+        if isinstance(error, _DAMAGES):
+            return BadDataError(f"{uri} is truncated or damaged ({said}): get it again")
         # Any other failure may pass.
         return BucketAwayError(f"{uri} does not answer: {said}")
 

@@ -28,35 +28,17 @@ import requests
 from fsspec.config import apply_config
 from gcsfs.core import GCSFileSystem
 from gcsfs.credentials import GoogleCredentials
-from google.api_core.exceptions import (
-    GoogleAPIError,
-    NotFound,
-    PreconditionFailed,
-    Unauthorized,
-    from_http_response,
-    from_http_status,
-)
+from google.api_core import exceptions as api
 from google.auth.credentials import AnonymousCredentials, Credentials, TokenState
 from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, TransportError
 from google.auth.transport.requests import AuthorizedSession, Request
 from google.cloud import storage
 from requests.adapters import HTTPAdapter
 
-from job.exits import JobError, NoPermissionError
+from job.exits import JobError
 from job.store.calls import T, in_thread, on_loop
 from job.store.files import COPY_BYTES
-from job.store.remote import (
-    CONNECTIONS,
-    EmptyObjectError,
-    Page,
-    Piece,
-    RemoteStore,
-    Watched,
-    cause,
-    content_type,
-    damaged,
-    one_line,
-)
+from job.store.remote import CONNECTIONS, Page, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
 _SCOPE = "https://www.googleapis.com/auth/devstorage.read_write"
@@ -64,15 +46,17 @@ _BLOCK_BYTES = 256 << 10
 """Is on its way within seconds on the slowest of networks."""
 
 _UNREACHABLE = (aiohttp.ClientError, requests.RequestException, ConnectionError, TimeoutError)
-_CLIENT = (GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
+_CLIENT = (api.GoogleAPIError, GoogleAuthError, *_UNREACHABLE)
 _GOOGLE_PERMISSION = re.compile(r"storage\.[a-z]+\.[a-zA-Z]+")
 _DAMAGED = "doesn't match calculated CRC32C"
-_REQUEST = re.compile(r"^\d{3} ([A-Z]+ \S+: )?")
 _CRC32C = re.compile(r"crc32c=([^,]+)")
 
 
 class GcsStore(RemoteStore):
     """Objects of a bucket whose names begin with a prefix. Versions are generations."""
+
+    _cloud, _roles, _make = "Google", "roles/storage.objectUser on {uri}", "gcloud storage buckets create gs://{name}"
+    _login_by = "run `gcloud auth application-default login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
 
     def __init__(self, bucket: str, retry: Retry) -> None:
         """Finds credentials, but sends nothing yet; with `STORAGE_EMULATOR_HOST` set it needs none.
@@ -80,21 +64,16 @@ class GcsStore(RemoteStore):
         Raises:
             NoPermissionError: there are no credentials.
         """
-        super().__init__(f"gs://{bucket}", retry)
-        self._bucket_uri = self.uri
-        self._roles = f"roles/storage.objectUser on {self.uri}"
-        self._make = f"gcloud storage buckets create {self.uri}"
+        super().__init__("gs", bucket, retry)
         try:
             self._login = _login()
         except DefaultCredentialsError as error:
             raise self._no_credentials(str(error)) from error
-        silence_seconds = retry.silence_seconds
         self._fs = _OneAttempt(
             token=self._login or "anon",
             version_aware=False,
             use_listings_cache=False,
             skip_instance_cache=True,
-            requests_timeout=aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds),
             session_kwargs={"auto_decompress": False, "headers": {"Accept-Encoding": "identity"}, "trust_env": True},
         )
         session = AuthorizedSession(self._login or AnonymousCredentials(), refresh_status_codes=())
@@ -117,7 +96,7 @@ class GcsStore(RemoteStore):
             self._sign_in()
             try:
                 return work(key, *args)
-            except Unauthorized:
+            except api.Unauthorized:
                 if not self._login:
                     raise
                 self._sign_in(anew=True)
@@ -146,7 +125,7 @@ class GcsStore(RemoteStore):
         send = self._decide if content.size_bytes <= COPY_BYTES else self._upload
         try:
             return str(send(self._prefix + key, content, condition))
-        except PreconditionFailed:
+        except api.PreconditionFailed:
             return None
         except aiohttp.ClientOSError:
             # Who refuses before all is sent may reset the connection, and the refusal is lost.
@@ -195,9 +174,11 @@ class GcsStore(RemoteStore):
 
     def _call(self, made_of: Callable[[Any, Sequence[bytes]], T], *asked: Any, **named: Any) -> Future[T]:
         """Begins a request; its result is `made_of` the headers and the content of the answer."""
+        silence_seconds = self.retry.silence_seconds
+        limits = aiohttp.ClientTimeout(total=None, sock_connect=silence_seconds, sock_read=silence_seconds)
 
         async def call() -> T:
-            return made_of(*await self._fs._call(*asked, **named))
+            return made_of(*await self._fs._call(*asked, timeout=limits, **named))
 
         return on_loop(self._fs.loop, call())
 
@@ -208,7 +189,7 @@ class GcsStore(RemoteStore):
             with suppress(*_CLIENT):
                 try:
                     next(self._pages("", "", maxResults=1))
-                except NotFound:
+                except api.NotFound:
                     return False
                 self._was_seen.set()
         return True
@@ -218,34 +199,31 @@ class GcsStore(RemoteStore):
             return super()._told(error, uri)
         if isinstance(answer := getattr(error, "response", None), requests.Response):
             # The words of google-cloud-storage repeat the whole answer.
-            error = from_http_response(answer)
+            error = _refusal(answer.status_code, answer.content)
         if _DAMAGED in str(error):
             return damaged(uri)
-        code = getattr(error, "code", None)
-        reason = one_line(_REQUEST.sub("", str(error))) if code else cause(error)
+        code = self._status(error)
+        reason = one_line(error.message) if isinstance(error, api.GoogleAPICallError) else cause(error)
         is_final = isinstance(error, GoogleAuthError) and not (error.retryable or isinstance(error, TransportError))
         if code == 401 or is_final:
             return self._no_credentials(reason)
         if code == 404 and not self._bucket_exists():
             return self._no_bucket()
         permission = _GOOGLE_PERMISSION.search(str(error))
-        return self._told_by_status(uri, int(code) if code else None, reason, permission[0] if permission else "")
+        return self._told_by_status(uri, code, reason, permission[0] if permission else "")
 
-    def _no_credentials(self, reason: str) -> NoPermissionError:
-        return NoPermissionError(
-            f"{self._bucket_uri}: no usable Google credentials ({reason}): run `gcloud auth application-default "
-            "login`, or set GOOGLE_APPLICATION_CREDENTIALS to a key file"
-        )
+    def _status(self, error: Exception) -> int | None:
+        return int(code) if (code := getattr(error, "code", None)) else None
 
 
 class _OneAttempt(GCSFileSystem):
     """Sends a request once, where gcsfs tries six times and outlives a lease, and gives the answer in blocks."""
 
     async def _request(self, method: str, path: str, *args: str, **named: Any) -> tuple[int, Any, Any, Sequence[bytes]]:
-        about = {"headers": self._get_headers(named.pop("headers", None)), "data": named.pop("data", None)}
+        about = {name: named.pop(name, None) for name in ("data", "timeout")}
+        about |= {"headers": self._get_headers(named.pop("headers", None)), "params": self._get_params(named)}
         session = await self._set_session()
-        url, parameters = self._format_path(path, args), self._get_params(named)
-        async with session.request(method, url, params=parameters, timeout=self.requests_timeout, **about) as answer:
+        async with session.request(method, self._format_path(path, args), **about) as answer:
             # Joined, they would all be copied once more.
             blocks = [block async for block in answer.content.iter_any()]
             if answer.status >= 400:
@@ -259,8 +237,6 @@ class _Login(Credentials):
     gcsfs would fetch it on the event loop, where every transfer waits for it, and google-cloud-storage in the middle of
     a request that renews a lease.
     """
-
-    token_state = TokenState.FRESH
 
     def __init__(self, credentials: Credentials) -> None:
         super().__init__()
@@ -283,10 +259,6 @@ class _Login(Credentials):
     def apply(self, headers: dict[str, str], token: str | None = None) -> None:
         """Adds the token to a request."""
         self._credentials.apply(headers)
-
-    def before_request(self, request: object, method: str, url: str, headers: dict[str, str]) -> None:
-        """Adds the token to a request."""
-        self.apply(headers)
 
     def refresh(self, request: object) -> None:
         """Is left to `coming`."""
@@ -311,10 +283,8 @@ def _json(_: object, blocks: Sequence[bytes]) -> dict[str, Any]:
 
 def _refusal(status: int, content: bytes) -> Exception:
     """As google-cloud-storage tells it."""
-    if status == 416:
-        return EmptyObjectError()
     try:
         message = str(json.loads(content)["error"]["message"])
     except (ValueError, LookupError, TypeError):
         message = content.decode(errors="replace")
-    return from_http_status(status, message)
+    return api.from_http_status(status, message)

@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import abc
 import base64
-import io
 import mimetypes
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from functools import partial
 from itertools import islice
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import BinaryIO, NamedTuple, cast
 
 import google_crc32c
+from fsspec.spec import AbstractBufferedFile
 
 from job.exits import BadRequestError, BucketAwayError, JobError, MissingInputError, NoPermissionError
 from job.stop import beat
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import T, answer
 from job.store.files import COPY_BYTES
+from job.store.retry import Retry
 
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
 """Of an object are asked for at a time: longer on the way than the question, on most networks."""
-_PIECES_AHEAD = 8
+_PIECES_AHEAD = 7
+READ_AHEAD_BYTES = PIECE_BYTES
 _REASON_CHARACTERS = 200
 
 
@@ -44,26 +45,28 @@ class Piece(NamedTuple):
     crc32c: str
 
 
-class EmptyObjectError(Exception):
-    """HTTP has no range for what is in an empty object."""
-
-
 class RemoteStore(Store):
     """A bucket behind HTTP. A backend sends the requests, knows its client's errors and says what mends them."""
 
-    _bucket_uri: str
+    _cloud: str
+    _login_by: str
     _roles: str
-    """What somebody without permission needs."""
+    """Somebody without permission needs these; `{uri}` is the bucket's."""
     _make: str
-    """The command that makes the bucket."""
+    """The command that makes the bucket `{name}`."""
+
+    def __init__(self, scheme: str, name: str, retry: Retry) -> None:
+        super().__init__(f"{scheme}://{name}", retry)
+        self._bucket_uri = self.uri
+        self._roles, self._make = (text.format(uri=self.uri, name=name) for text in (self._roles, self._make))
 
     @abc.abstractmethod
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
-        """Begins to read the bytes from `start` to `stop`, or to the end, of this version or of any.
+        """Begins to read the bytes from `start` to `stop`, or to the end, of this version or of any."""
 
-        Raises:
-            EmptyObjectError: the object has none, and a range was asked for.
-        """
+    @abc.abstractmethod
+    def _status(self, error: Exception) -> int | None:
+        """The number with which a server refused; None if none did."""
 
     @abc.abstractmethod
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
@@ -118,14 +121,17 @@ class RemoteStore(Store):
                 piece_ahead.cancel()
 
     def _first(self, key: str, stop: int) -> Piece:
-        with suppress(EmptyObjectError):
+        try:
             return self._whole(key, 0, stop, self._get(key, 0, stop))
+        except Exception as error:
+            # HTTP has no range for what is in an empty object.
+            if self._status(error) != 416:
+                raise
         return self._answer(self._get(key, 0, None))
 
     def _open(self, key: str) -> BinaryIO:
         _, size_bytes, version, _ = self._first(key, 1)
-        ranges = Ranges(partial(self._attempt, self._part, key, version), size_bytes)
-        return cast(BinaryIO, io.BufferedReader(ranges, PIECE_BYTES))
+        return cast(BinaryIO, Ranges(partial(self._attempt, self._part, key, version), size_bytes))
 
     def _part(self, key: str, version: str, start: int, stop: int) -> bytes:
         return b"".join(self._whole(key, start, stop, self._get(key, start, stop, version)).blocks)
@@ -156,6 +162,11 @@ class RemoteStore(Store):
     def _no_bucket(self) -> MissingInputError:
         return MissingInputError(f"no bucket {self._bucket_uri}: check the name, or make it with `{self._make}`")
 
+    def _no_credentials(self, reason: str) -> NoPermissionError:
+        return NoPermissionError(
+            f"{self._bucket_uri}: no usable {self._cloud} credentials ({reason}): {self._login_by}"
+        )
+
 
 class Watched:
     """Content on its way up, with its size and checksum; `read_at` is when the server last took some of it."""
@@ -181,43 +192,12 @@ class Watched:
         return self._content.read(size_bytes)
 
 
-class Ranges(io.RawIOBase):
-    """A seekable file over a function that fetches the bytes from `start` to `stop`."""
+class Ranges(AbstractBufferedFile):
+    """A seekable file over a function that fetches the bytes from `start` to `stop`, and some more ahead."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size_bytes: int) -> None:
-        self._fetch, self._size_bytes = fetch, size_bytes
-        self._position = 0
-
-    def readable(self) -> bool:
-        """It can be read."""
-        return True
-
-    def seekable(self) -> bool:
-        """It can be."""
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        """Goes to a position."""
-        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._size_bytes}[whence]
-        self._position = max(0, origin + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """The next bytes."""
-        data = self._next(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-    def readall(self) -> bytes:
-        """The rest."""
-        # What it inherits would send a request for every 8 KiB.
-        return self._next(self._size_bytes)
-
-    def _next(self, size_bytes: int) -> bytes:
-        stop = min(self._position + size_bytes, self._size_bytes)
-        data = self._fetch(self._position, stop) if stop > self._position else b""
-        self._position += len(data)
-        return data
+        self._fetch_range = fetch
+        super().__init__(None, "", block_size=READ_AHEAD_BYTES, size=size_bytes)
 
 
 def damaged(uri: str) -> BucketAwayError:

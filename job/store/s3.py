@@ -26,18 +26,7 @@ from job.exits import BadRequestError, JobError, NoPermissionError
 from job.store.base import ObjectMissingError
 from job.store.calls import in_thread
 from job.store.files import COPY_BYTES
-from job.store.remote import (
-    CONNECTIONS,
-    EmptyObjectError,
-    Page,
-    Piece,
-    RemoteStore,
-    Watched,
-    cause,
-    content_type,
-    damaged,
-    one_line,
-)
+from job.store.remote import CONNECTIONS, Page, Piece, RemoteStore, Watched, cause, content_type, damaged, one_line
 from job.store.retry import Retry
 
 _CRC32C = "ddpm-crc32c"
@@ -53,6 +42,13 @@ _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 class S3Store(RemoteStore):
     """Objects of a bucket whose names begin with a prefix. Versions are ETags."""
 
+    _cloud, _make = "AWS", "aws s3 mb s3://{name}"
+    _roles = "s3:ListBucket on {uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject in it"
+    _login_by = (
+        "run `aws configure` or `aws sso login`, set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine "
+        "or pod a role"
+    )
+
     def __init__(self, bucket: str, retry: Retry) -> None:
         """Finds credentials and endpoint as the AWS command line does, but sends nothing to the bucket yet.
 
@@ -60,10 +56,8 @@ class S3Store(RemoteStore):
             NoPermissionError: the profile does not exist.
             BadRequestError: the endpoint or another setting makes no sense.
         """
-        super().__init__(f"s3://{bucket}", retry)
-        self._bucket, self._bucket_uri = bucket, self.uri
-        self._roles = f"s3:ListBucket on {self.uri}, and s3:GetObject, s3:PutObject and s3:DeleteObject in it"
-        self._make = f"aws s3 mb {self.uri}"
+        super().__init__("s3", bucket, retry)
+        self._bucket = bucket
         options = conf.get("s3", {})
         self._payer = {"RequestPayer": "requester"} if options.get("requester_pays") else {}
         config = Config(
@@ -77,7 +71,7 @@ class S3Store(RemoteStore):
             signature_version=UNSIGNED if options.get("anon") else None,
         )
         session = botocore.session.Session(profile=options.get("profile"))
-        if "key" in options:
+        if "key" in options and "secret" in options:
             session.set_credentials(options["key"], options["secret"], options.get("token"))
         try:
             self._client = session.create_client("s3", config=config, endpoint_url=options.get("endpoint_url"))
@@ -95,12 +89,7 @@ class S3Store(RemoteStore):
         which |= {"IfMatch": version} if version else {}
 
         def get() -> Piece:
-            try:
-                answer = self._client.get_object(**self._named(key), **which)
-            except boto.ClientError as error:
-                if _code(error) == "InvalidRange":
-                    raise EmptyObjectError from error
-                raise
+            answer = self._client.get_object(**self._named(key), **which)
             if "ContentLength" not in answer:
                 # S3 always says how much is to come; something on the way cut the answer into chunks of its own.
                 raise boto.IncompleteReadError(actual_bytes=0, expected_bytes="unknown")
@@ -178,7 +167,7 @@ class S3Store(RemoteStore):
 
     def _refusal(self, error: boto.ClientError, uri: str) -> JobError:
         """What S3's word for an error means, or else its number."""
-        code, status = _code(error), error.response["ResponseMetadata"]["HTTPStatusCode"]
+        code, status = _code(error), self._status(error)
         reason = one_line(error.response["Error"].get("Message", "") or code)
         match code:
             case "NoSuchBucket":
@@ -198,11 +187,8 @@ class S3Store(RemoteStore):
         action = _ACTION.search(str(error))
         return self._told_by_status(uri, status, code if status in (401, 403) else reason, action[0] if action else "")
 
-    def _no_credentials(self, reason: str) -> NoPermissionError:
-        return NoPermissionError(
-            f"{self._bucket_uri}: no usable AWS credentials ({reason}): run `aws configure` or `aws sso login`, set "
-            "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or give the machine or pod a role"
-        )
+    def _status(self, error: Exception) -> int | None:
+        return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, boto.ClientError) else None
 
 
 def _code(error: boto.ClientError) -> str:

@@ -243,6 +243,8 @@ def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_pa
         ("sftp://user:word@example.com/a.zip", "must not hold a user and password"),
         ("zip://a::http://example.com/a.zip", "anybody on the way could change it: use https://"),
         ("reference://::https://example.com/a.json", "may lead anywhere"),
+        ("simplecache::https://example.com/a.zip", "may lead anywhere"),
+        ("https://[::1/a.zip", "is no URL"),
         ("sfpt://example.com/a.zip", "did you mean sftp://?"),
         ("nothinglikeit://example.com/a.zip", "no file system of that name is known"),
         ("smb://example.com/a.zip", "smb:// needs more than is installed (SMB requires"),

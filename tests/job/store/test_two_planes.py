@@ -23,6 +23,7 @@ import google_crc32c
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
+from fsspec.config import set_conf_env
 
 from job.exits import BadRequestError, BucketAwayError, NoPermissionError, StoppedError
 from job.stop import Stop
@@ -399,8 +400,6 @@ def point(url: str) -> str:
 
 
 def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("FSSPEC_GS", "FSSPEC_S3", "FSSPEC_AZ"):
-        monkeypatch.delenv(name, raising=False)
     for option in ("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "az.sas_token=word"):
         with pytest.raises(BadRequestError, match="is a secret") as error:
             set_storage_options([option])
@@ -408,6 +407,13 @@ def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatc
     for option in ("gs", "gs.requester_pays", "requester_pays=true", "gs.a b=1", ".a=1"):
         with pytest.raises(BadRequestError, match=r"write SCHEME\.OPTION=VALUE"):
             set_storage_options([option])
-    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.anon=true"])
-    assert json.loads(os.environ.pop("FSSPEC_GS")) == {"requester_pays": True, "token": "anon"}
-    assert json.loads(os.environ.pop("FSSPEC_S3")) == {"anon": True}
+    names = ("FSSPEC_GS_REQUESTER_PAYS", "FSSPEC_GS_TOKEN", "FSSPEC_S3_PROFILE")
+    for name in names:
+        # So that it is gone afterwards.
+        monkeypatch.setenv(name, "")
+    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.profile=[", "s3.a=2020-01-01"])
+    assert [os.environ[name] for name in names] == ["true", "anon", "["]
+    found: dict[str, dict[str, object]] = {}
+    set_conf_env(found)
+    assert found["gs"] == {"requester_pays": True, "token": "anon"}
+    assert found["s3"] == {"profile": "[", "a": "2020-01-01"}
