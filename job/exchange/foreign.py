@@ -21,7 +21,7 @@ from ddpm import interop
 from ddpm.interop import NoCounterpartError
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.progress import note, printable
-from job.store import Retry, is_remote, open_store, open_to_read, split_uri
+from job.store import Retry, is_remote, open_store, open_to_read, split_uri, without_queries
 from job.store.files import os_errors, scratch_folder
 
 if TYPE_CHECKING:
@@ -102,7 +102,9 @@ def opened_foreign(source: str, size: int | None, retry: Retry) -> Iterator[Fore
 
 @contextmanager
 def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
-    nothing = MissingInputError(f"nothing lies at {source}: name a folder of diffusers, a .pt or a .safetensors")
+    nothing = MissingInputError(
+        f"nothing lies at {without_queries(source)}: name a folder of diffusers, a .pt or a .safetensors"
+    )
     if not is_remote(source):
         # What a cache of the hub keeps are links to elsewhere: the files of this machine are read as they are.
         path = Path(open_store(source, retry).uri)
@@ -124,7 +126,7 @@ def _opened_source(source: str, retry: Retry) -> Iterator[_Source]:
                 parent.download(last, scratch / last)
                 return scratch / last
 
-            yield _Source(source, frozenset(), fetch)
+            yield _Source(parent.uri_of(last), frozenset(), fetch)
             return
         store = open_to_read(source, retry)
         if not (names := frozenset(entry.key for entry in store.list())):

@@ -6,7 +6,7 @@ those that were read, the optimiser's moments are zero. Everything else is as in
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ddpm.epochs import images_at_epoch
@@ -23,7 +23,7 @@ from job.runs.lease import Lease
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.stop import Stop
-from job.store import Retry, Store, open_store
+from job.store import Retry, Store, open_store, without_queries
 from job.store.retry import away_limit_seconds
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ def import_run(request: ImportRequest) -> None:
     bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
     run = records.run_store(bucket, request.run)
     with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
+        # What a URL ends with may be a signature.
+        request = replace(request, source=without_queries(request.source))
         config, dataset_images = _config(bucket, request, foreign.settings, sets)
         _check_run(run, request.run, config)
         state = _state(config, foreign, request.source)

@@ -15,6 +15,11 @@ from job.exits import BadRequestError
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
 
+# Without these every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read;
+os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
+# and gcsfs takes its file system of zonal buckets, which asks by gRPC what a bucket is.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+
 __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
 """What lies in the modules below and is imported from here."""
 
@@ -77,8 +82,10 @@ def check_source(uri: str) -> None:
     for link in uri.split("::"):
         try:
             parts = urlsplit(link)
+            # One that makes no sense may be a part of a password.
+            _ = parts.port if "@" in parts.netloc + parts.path + parts.fragment and "://" in link else None
         except ValueError:
-            raise BadRequestError(f"{link.partition('?')[0]!r} is no URL: name its host") from None
+            raise BadRequestError("a source that is no URL, or holds a user and password: name a host") from None
         # A link may be the bare name of a file system, such as `simplecache`.
         scheme = link.partition("://")[0].lower()
         # Of github://org:repo@ref/path it is none.
@@ -94,6 +101,11 @@ def is_safe(url: str) -> bool:
     """Whether nobody on the way could change what is read from a URL."""
     parts = urlsplit(url)
     return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
+
+
+def without_queries(uri: str) -> str:
+    """A URL for people and records: a query may be a signature."""
+    return "::".join(link.partition("?")[0] for link in uri.split("::")) if is_foreign(uri) else uri
 
 
 def split_uri(uri: str) -> tuple[str, str]:
@@ -119,6 +131,8 @@ def set_storage_options(settings: Iterable[str]) -> None:
         scheme, _, option = name.partition(".")
         if not (text and option.isidentifier() and scheme.isalnum()):
             raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
+        if text.lstrip().startswith(("{", "[")):
+            raise BadRequestError(f"{name} may hold a secret, which lists would show: it goes into ~/.config/fsspec")
         if _SECRET_OPTION.search(option) and text != "anon":
             raise BadRequestError(
                 f"{name} is a secret, which lists would show: it goes into ~/.config/fsspec/conf.json"

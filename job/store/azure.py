@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -28,6 +29,9 @@ from job.store.calls import T, on_loop
 from job.store.files import COPY_BYTES
 from job.store.remote import Page, Piece, RemoteStore, Watched, cause, content_type, damaged
 from job.store.retry import Retry
+
+# They tell what our one line says, in many.
+logging.getLogger("azure").setLevel(logging.CRITICAL)
 
 _CRC32C = "ddpm_crc32c"
 _BLOCK_BYTES = 4 << 20

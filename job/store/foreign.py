@@ -7,6 +7,7 @@ most of these file systems know neither a stop nor a deadline.
 from __future__ import annotations
 
 import difflib
+import logging
 import lzma
 import re
 import tarfile
@@ -21,7 +22,7 @@ from urllib.parse import urljoin
 
 from job.code_version import how_to_install
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
-from job.store import WEB, check_source, is_safe
+from job.store import WEB, check_source, is_safe, without_queries
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
@@ -31,11 +32,25 @@ from job.store.retry import Retry
 if TYPE_CHECKING:
     import aiohttp
 
+# It tells what our one line says, in many.
+logging.getLogger("paramiko").setLevel(logging.CRITICAL)
+
 _SILENCES_PER_READ = 8
 _DAMAGES = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError)
 """Some file systems show nothing of what they read ahead."""
 _EXTRAS = {**dict.fromkeys((*WEB, "hf"), "web"), **dict.fromkeys(("gs", "gcs"), "gs"), "az": "az", "abfs": "az"}
-_VERSIONS = ("ETag", "etag", "generation", "blob_id", "sha", "mtime", "last_modified", "LastModified", "modified")
+_VERSIONS = (
+    "ETag",
+    "etag",
+    "Last-Modified",
+    "generation",
+    "blob_id",
+    "sha",
+    "mtime",
+    "last_modified",
+    "LastModified",
+    "modified",
+)
 
 
 class About(NamedTuple):
@@ -59,7 +74,7 @@ class ForeignStore(Store):
         first, sep, rest = uri.partition("::")
         first, mark, query = first.partition("?")
         self._first = f"{_trimmed(first)}/"
-        self._query, self._rest = mark + query, sep + re.sub(r"\?[^:]*", "", rest)
+        self._query, self._rest = mark + query, without_queries(uri)[len(first) :] if sep else ""
         super().__init__(_trimmed(first) + self._rest, retry)
         try:
             from fsspec import get_filesystem_class
@@ -72,7 +87,7 @@ class ForeignStore(Store):
             raise _not_installed(uri, error) from None
         self._turns = threading.Semaphore()
         # Some connect at once.
-        self._fs = self.retry(partial(self._ask, self.uri, url_to_fs, uri, **own))[0]
+        self._fs = retry.elsewhere()(partial(self._ask, self.uri, url_to_fs, uri, **own))[0]
         if self._fs.async_impl or uri.lower().startswith("hf://"):
             # Threads may share it, as fsspec says of no other: of two that ask by SSH, one would wait for good.
             self._turns = threading.Semaphore(CONNECTIONS)
@@ -122,7 +137,7 @@ class ForeignStore(Store):
 
     def _path(self, key: str) -> str:
         path: str = self._fs._strip_protocol(_trimmed(f"{self._first}{self._prefix}{key}") + self._query)
-        return path
+        return path or self._fs.root_marker
 
     def _options(self, scheme: str) -> dict[str, Any]:
         own: dict[str, Any] = {"skip_instance_cache": True}
@@ -160,6 +175,8 @@ class ForeignStore(Store):
         for block in self.blocks(key)[1]:
             consume(block)
             received_bytes += len(block)
+        if about.size_bytes not in (None, received_bytes):
+            raise BucketAwayError(f"{self.uri_of(key)} sends {received_bytes:,} of {about.size_bytes:,} bytes")
         # A smaller one comes in a single request, and the hub answers few questions an hour.
         if received_bytes > READ_AHEAD_BYTES:
             self._check_same(key, about)
@@ -210,7 +227,7 @@ class ForeignStore(Store):
         if status in (401, 403) or isinstance(error, PermissionError) or "Authentication" in type(error).__name__:
             how = "sign in with `hf auth login`" if uri.startswith("hf:") else "download it where you are signed in"
             return NoPermissionError(f"{uri} may not be read ({said}): {how}")
-        if status in (404, 410) or isinstance(error, FileNotFoundError):
+        if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
             return ObjectMissingError(f"there is nothing at {uri}: check the address")
         if status == 416:
             return BadDataError(f"{uri} ends before the size that the server gives: download it")

@@ -17,11 +17,6 @@ from contextlib import suppress
 from functools import partial, wraps
 from typing import Any
 
-# Without this every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read.
-os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-# Without this gcsfs imports its file system of zonal buckets, which asks by gRPC what a bucket is before it writes.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-
 import aiohttp
 import google.auth
 import requests
