@@ -71,7 +71,7 @@ class ForeignStore(Store):
                 password, that anybody on the way could change, or that leads elsewhere.
         """
         check_source(uri)
-        first, sep, rest = uri.partition("::")
+        first, sep, _ = uri.partition("::")
         first, mark, query = first.partition("?")
         self._first = f"{_trimmed(first)}/"
         self._query, self._rest = mark + query, without_queries(uri)[len(first) :] if sep else ""
