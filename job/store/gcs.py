@@ -64,6 +64,9 @@ class GcsStore(RemoteStore):
             self._login = _login()
         except DefaultCredentialsError as error:
             raise self._no_credentials(str(error)) from error
+        except Exception as error:
+            # A token of fsspec's configuration that makes no sense stands in its words.
+            raise self._no_credentials(f"those of fsspec's configuration: {type(error).__name__}") from None
         self._fs = _OneAttempt(
             token=self._login or "anon",
             version_aware=False,
