@@ -70,11 +70,12 @@ class S3Store(RemoteStore):
             response_checksum_validation="when_required",
             signature_version=UNSIGNED if options.get("anon") else None,
         )
+        where = {"endpoint_url": options.get("endpoint_url"), **options.get("client_kwargs", {})}
         session = botocore.session.Session(profile=options.get("profile"))
         if "key" in options and "secret" in options:
             session.set_credentials(options["key"], options["secret"], options.get("token"))
         try:
-            self._client = session.create_client("s3", config=config, endpoint_url=options.get("endpoint_url"))
+            self._client = session.create_client("s3", config=config, **where)
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError
         except (boto.BotoCoreError, ValueError) as error:
