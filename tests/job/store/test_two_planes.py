@@ -102,7 +102,8 @@ def test_one_failure_is_one_request(proxy: FaultyProxy, remote_bucket: str, tmp_
     """Only our own retry asks again; a library's would outlive a lease."""
     (tmp_path / "file").write_bytes(b"1" * 1000)
     store = open_store(remote_bucket, Retry(0))
-    version = store.create("key", b"0123456789" * 1000)
+    # The first write to a bucket may take its server a while.
+    version = open_store(remote_bucket, Retry(20)).create("key", b"0123456789" * 1000)
     calls = every_call(store, tmp_path / "file")
     calls[1] = lambda: store.create("new", b"1")
     calls[2] = lambda: store.replace("key", b"1", version)
