@@ -13,7 +13,7 @@ import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from functools import partial
+from functools import partial, wraps
 from io import BytesIO
 from typing import Any
 
@@ -33,6 +33,7 @@ from job.store.retry import Retry
 # They tell what our one line says, in many.
 logging.getLogger("azure").setLevel(logging.CRITICAL)
 
+_SCOPE = "https://storage.azure.com/.default"
 _CRC32C = "ddpm_crc32c"
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 4
@@ -71,6 +72,18 @@ class AzureStore(RemoteStore):
             max_single_get_size=READ_BYTES,
         )
         self._container = self._fs.service_client.get_container_client(container)
+
+    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
+        credential: Any = self._fs.service_client.credential
+
+        @wraps(work)
+        def signed_in(key: str, *args: Any) -> T:
+            # It is kept until it expires. In the midst of a request nothing would bound the wait for it.
+            if hasattr(credential, "get_token"):
+                self._answer(self._begin(credential.get_token(_SCOPE), self.retry.silence_seconds))
+            return work(key, *args)
+
+        return super()._attempt(signed_in, key, *args)
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
         which: dict[str, Any] = {}
