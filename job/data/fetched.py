@@ -37,7 +37,7 @@ def fetched(store: ForeignStore, key: str, source: str) -> Path:
     about = store.about(key)
     if not about.size_bytes:
         raise BadDataError(f"{store.uri_of(key)} does not say how large it is: download it, and pack the file")
-    known = hashlib.sha256(f"{about.size_bytes}\0{about.version}".encode()).hexdigest()[:16]
+    known = hashlib.sha256(repr(about).encode()).hexdigest()[:16]
     whole = _place(source).with_suffix(f".{known}")
     with os_errors(whole.parent):
         whole.parent.mkdir(parents=True, exist_ok=True)
@@ -68,6 +68,9 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
     where, size_bytes = store.uri_of(key), about.size_bytes or 0
     part = whole.with_name(f"{whole.name}-part")
     with os_errors(part), part.open("a+b") as file:
+        if not about.version:
+            # Of which file the beginning is nobody knows.
+            file.truncate(0)
         free_bytes = shutil.disk_usage(part.parent).free
         if size_bytes - file.tell() > free_bytes - SPARE_BYTES:
             raise DiskFullError(
@@ -80,7 +83,7 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
             def go_on() -> None:
                 nonlocal furthest
                 asked = file.seek(0, 2)
-                start, blocks = store.blocks(key, asked, about.version)
+                start, blocks = store.blocks(key, asked, version=about.version)
                 if start != asked:
                     file.seek(file.truncate(0))
                 try:

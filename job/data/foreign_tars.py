@@ -17,11 +17,11 @@ from itertools import groupby, islice
 
 from braceexpand import braceexpand
 
-from job.data.shards import TAR_URI, Digests
+from job.data.shards import Digests, is_tar_uri
 from job.data.sources import BAD_CLASS, SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
-from job.store import Retry, Store, open_to_read, split_uri
+from job.store import Retry, Store, open_to_read, split_uri, without_queries
 
 MOST_TARS = 100_000
 """What the five digits in a shard's name can count."""
@@ -96,10 +96,14 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
     """
     tars: dict[str, ForeignTar] = {}
     for word in words:
+        if without_queries(word) != word:
+            raise BadRequestError(
+                f"{without_queries(word)}?…: its query, which may be a signature, would stand in an index"
+            )
         for tar in _tars_at(word, retry):
             if tar.uri in tars:
                 raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
-            if not re.fullmatch(TAR_URI, tar.uri) or printable(tar.uri) != tar.uri:
+            if not is_tar_uri(tar.uri) or printable(tar.uri) != tar.uri:
                 raise BadRequestError(f"{tar.uri!r} has characters in its name that no index can hold: rename it")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:

@@ -50,13 +50,17 @@ Record = tuple[int, int, int, int]
 
 _DATASET_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
-TAR_URI = r"(/|[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f?]*[^\x00-\x1f\x7f/?]"
-"""A regular expression of what an index may say of where a tar lies."""
+_TAR_URI = re.compile(r"(/|(?!file:|http:|ftp:)[a-z][a-z0-9+.-]*://)[^\x00-\x1f\x7f]*[^\x00-\x1f\x7f/]")
+
+
+def is_tar_uri(uri: str) -> bool:
+    """Whether an index may say that a tar lies there, where nobody on the way could change it."""
+    return _TAR_URI.fullmatch(uri) is not None
 
 
 def _of_a_tar(uri: str) -> str:
-    if uri.startswith(("file:", "http:", "ftp:")):
-        raise ValueError("a tar is not read from there")
+    if uri and not is_tar_uri(uri):
+        raise ValueError("no index may lead there")
     return uri
 
 
@@ -70,7 +74,7 @@ class Shard(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     images: int = Field(gt=0)
     offsets_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-    uri: Annotated[str, AfterValidator(_of_a_tar)] = Field(default="", pattern=rf"^({TAR_URI})?$")
+    uri: Annotated[str, AfterValidator(_of_a_tar)] = ""
     """Where the tar lies; empty if that is beside its table, under `name`."""
 
     @property

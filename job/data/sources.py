@@ -33,7 +33,18 @@ from job.data.fetched import fetched
 from job.data.shards import Digests
 from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
 from job.progress import printable
-from job.store import Entry, Retry, Store, check_source, is_foreign, is_remote, open_store, open_to_read, split_uri
+from job.store import (
+    Entry,
+    Retry,
+    Store,
+    is_foreign,
+    is_remote,
+    open_store,
+    open_to_read,
+    split_chain,
+    split_uri,
+    without_queries,
+)
 
 if TYPE_CHECKING:
     from job.store.foreign import ForeignStore
@@ -64,7 +75,7 @@ _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _CIFAR_BYTES = 1 + 3 * 32 * 32
 _CIFAR_NOTE = "packing the images for training; --split test packs the others"
-_PATTERN = re.compile(r"([^*?]*/)([^/*?]*\*[^?]*?)((?:\?|::).*)?")
+_PATTERN = re.compile(r"([^*?]*/)([^/*?]*\*[^?]*?)(\?.*)?")
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
@@ -227,7 +238,7 @@ def _bucket_members(store: Store, entries: Sequence[Entry]) -> Iterator[Member]:
 
     def read(entry: Entry) -> bytes:
         _check_size(entry.size_bytes)
-        return store.read(entry.key).data
+        return store.read(entry.key, ENTRY_BYTES).data
 
     return (Member(entry.key, partial(read, entry)) for entry in entries)
 
@@ -367,6 +378,9 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         BadRequestError: a URI that no store speaks, or a folder that is itself `bucket`.
         NoPermissionError: it may not be read.
     """
+    inside, archive = split_chain(source)
+    if inside:
+        return _inside(open_source(archive, bucket, retry), inside, without_queries(source))
     if is_remote(source):
         return _elsewhere(source, retry)
     path = Path(open_store(source).uri).resolve()
@@ -383,10 +397,29 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         return _archive(str(path), partial(opened, chosen)) if chosen else folder_source(path, bucket)
 
 
+def _inside(archive: Source, inside: str, where: str) -> Source:
+    """The files of an archive that lie in a folder of it, or match a pattern: `zip://train` or `zip://train/*.jpg`."""
+    path = inside.partition("://")[2].strip("/")
+    folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
+    start = f"{folder}/" if folder else ""
+    wanted = _matching(path.removeprefix(start)) if "*" in path else bool
+
+    def listed() -> Iterator[Member]:
+        for member in archive.members():
+            if member.name.startswith(start) and wanted(name := member.name.removeprefix(start)):
+                yield replace(member, name=name)
+
+    return replace(archive, where=where, listed=listed)
+
+
+def _matching(pattern: str) -> Callable[[str], object]:
+    from fsspec.utils import glob_translate
+
+    return re.compile(glob_translate(pattern)).match
+
+
 def _elsewhere(uri: str, retry: Retry | None) -> Source:
     """An archive or a folder at a URI; of a folder, all files or those that match a pattern such as `train/*.jpg`."""
-    if is_foreign(uri):
-        check_source(uri)
     folder, name = split_uri(uri)
     if pattern := _PATTERN.fullmatch(uri):
         uri = f"{pattern[1]}{pattern[3] or ''}"
@@ -397,12 +430,8 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
         names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
         return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))
     store = open_to_read(uri, retry)
-    entries = list(store.list())
-    if pattern:
-        from fsspec.utils import glob_translate
-
-        matches = re.compile(glob_translate(pattern[2])).match
-        entries = [entry for entry in entries if matches(entry.key)]
+    wanted = _matching(pattern[2]) if pattern else bool
+    entries = [entry for entry in store.list() if wanted(entry.key)]
     if not entries:
         raise MissingInputError(_NOTHING_AT.format(store.uri))
     found = _mnist(store.uri, [entry.key for entry in entries], store.open)

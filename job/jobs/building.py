@@ -22,7 +22,7 @@ from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_wor
 from job.runs.lease import EXPIRE_SECONDS
 from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
-from job.store import check_source, check_uri, is_foreign, is_remote
+from job.store import check_source, check_uri, is_foreign, is_remote, split_chain, without_queries
 
 WAIT_MARGIN_SECONDS = 30.0
 """For a predecessor's last save to arrive, and for the lease to be read in between."""
@@ -88,19 +88,17 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
                 command = command.with_values(extractor_file=file)
         case PackRequest():
             run, subject = "", request.name
-            source = request.source
+            inside, source = split_chain(request.source)
             if is_foreign(source):
                 check_source(source)
-                chain, separator, last = source.rpartition("::")
-                if not is_remote(last):
-                    source = chain + separator + _seen("SOURCE", last, target)
                 if target.is_remote and "?" in source:
-                    shown = source.partition("?")[0]
+                    shown = without_queries(source)
                     raise BadRequestError(
                         f"{shown}?…: its query, which may be a signature, would stand in the job's words"
                     )
             elif source != EMBEDDED:
                 source = _seen("SOURCE", source, target)
+            source = f"{inside}::{source}" if inside else source
             command = command.with_values(source=source)
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)

@@ -8,10 +8,11 @@ from collections.abc import Iterable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from job.code_version import how_to_install
-from job.exits import BadRequestError
+from job.exits import BadConfigError, BadRequestError
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
 
@@ -25,10 +26,13 @@ __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", 
 
 _SECRET_OPTION = re.compile("key|secret|token|passw|sas|credential|connection_string")
 _MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
-"""What these read lies elsewhere than their URL says, or fills the disk."""
+"""Their content lies elsewhere than their URL says, or fills the disk."""
+_CHAIN = re.compile(r"((?:zip|tar)://[^:]*)::(.+)", re.DOTALL | re.IGNORECASE)
 WEB = ("http", "https")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_BACKENDS = {"gs": ("gcs", "GcsStore"), "s3": ("s3", "S3Store"), "az": ("azure", "AzureStore")}
+_AZURE = ("azure", "AzureStore", "az")
+_BACKENDS = {"gs": ("gcs", "GcsStore", "gs"), "s3": ("s3", "S3Store", "s3"), "az": _AZURE, "abfs": _AZURE}
+"""By scheme: module, class and extra."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
 
@@ -51,26 +55,34 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
 
         return LocalStore(_local_root(uri), retry)
     scheme, bucket, prefix = _bucket_of(uri)
-    module, name = _BACKENDS[scheme]
+    module, name, extra = _BACKENDS[scheme]
     try:
-        store: Store = getattr(import_module(f"job.store.{module}"), name)(bucket, retry)
+        store: Store = getattr(_imported(module), name)(bucket, retry)
     except ModuleNotFoundError as error:
-        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(scheme)}") from None
+        raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(extra)}") from None
     return store.sub(prefix) if prefix else store
 
 
 def open_to_read(uri: str, retry: Retry | None = None) -> Store:
-    """As `open_store`, and whatever an installed fsspec file system reads, see `job.store.foreign`; chained, too."""
+    """As `open_store`, and whatever an installed fsspec file system reads: see `job.store.foreign`."""
     if not is_foreign(uri):
         return open_store(uri, retry)
-    from job.store.foreign import ForeignStore
+    store: Store = _imported("foreign").ForeignStore(uri, retry or Retry())
+    return store
 
-    return ForeignStore(uri, retry or Retry())
+
+def _imported(module: str) -> Any:
+    try:
+        return import_module(f"job.store.{module}")
+    except (ValueError, TypeError, AttributeError) as error:
+        # fsspec reads its configuration when it is imported, and its words may repeat a secret of it.
+        where = "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables)"
+        raise BadConfigError(f"{where} cannot be read: {type(error).__name__}") from None
 
 
 def is_foreign(uri: str) -> bool:
     """Whether a URI is for fsspec alone: no bucket and no path."""
-    return is_remote(uri) and ("::" in uri or uri.partition("://")[0].lower() not in _BACKENDS)
+    return is_remote(uri) and uri.partition("://")[0].lower() not in _BACKENDS
 
 
 def check_source(uri: str) -> None:
@@ -79,22 +91,19 @@ def check_source(uri: str) -> None:
     Raises:
         BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
     """
-    for link in uri.split("::"):
-        try:
-            parts = urlsplit(link)
-            # One that makes no sense may be a part of a password.
-            _ = parts.port if "@" in parts.netloc + parts.path + parts.fragment and "://" in link else None
-        except ValueError:
-            raise BadRequestError("a source that is no URL, or holds a user and password: name a host") from None
-        # A link may be the bare name of a file system, such as `simplecache`.
-        scheme = link.partition("://")[0].lower()
-        # Of github://org:repo@ref/path it is none.
-        if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
-            raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
-        if not is_safe(link):
-            raise BadRequestError(f"{link.partition('?')[0]}: anybody on the way could change it: use https://")
-        if scheme in _MISLEADING:
-            raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
+    scheme = re.split("://|::", uri, maxsplit=1)[0].lower()
+    if scheme in _MISLEADING or "::" in uri:
+        raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read; zip:// and tar:// make chains")
+    try:
+        parts = urlsplit(uri)
+        parts.port  # noqa: B018 -- one that is no number may be a part of a password
+    except ValueError:
+        raise BadRequestError("a source that is no URL, or holds a user and password: name a host") from None
+    # Of github://org:repo@ref/path it is none.
+    if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
+        raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
+    if not is_safe(uri):
+        raise BadRequestError(f"{without_queries(uri)}: anybody on the way could change it: use https://")
 
 
 def is_safe(url: str) -> bool:
@@ -105,16 +114,23 @@ def is_safe(url: str) -> bool:
 
 def without_queries(uri: str) -> str:
     """A URL for people and records: a query may be a signature."""
-    return "::".join(link.partition("?")[0] for link in uri.split("::")) if is_foreign(uri) else uri
+    return uri.partition("?")[0] if is_foreign(split_chain(uri)[1]) else uri
+
+
+def split_chain(uri: str) -> tuple[str, str]:
+    """A part of an archive, and where that lies: of `zip://train/*.jpg::gs://theirs/all.zip` the two halves.
+
+    The first one is empty if the URI is no chain.
+    """
+    chain = _CHAIN.fullmatch(uri)
+    return (chain[1], chain[2]) if chain else ("", uri)
 
 
 def split_uri(uri: str) -> tuple[str, str]:
-    """The folder of an object, as `open_to_read` takes it, and its name: `zip://a/b::FILE` lies in `zip://a::FILE`."""
-    # The names of objects may have a question mark, but no signature.
-    ends = r"\?|::" if is_foreign(uri) else r"\?(?=.*=)"
-    first = re.split(ends, uri, maxsplit=1)[0] if "://" in uri else uri
-    folder, _, name = first.rpartition("/")
-    return f"{folder or '/'}{'/' * folder.endswith(':/')}{uri.removeprefix(first)}", name
+    """The folder of an object, as `open_to_read` takes it, with the query of its URL, and its name."""
+    path, mark, query = uri.partition("?") if is_foreign(uri) else (uri, "", "")
+    folder, _, name = path.rpartition("/")
+    return f"{folder or '/'}{'/' * folder.endswith(':/')}{mark}{query}", name
 
 
 def set_storage_options(settings: Iterable[str]) -> None:

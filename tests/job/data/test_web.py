@@ -158,10 +158,10 @@ def test_a_killed_fetch_goes_on(server, monkeypatch):
     store = ForeignStore(url, Retry())
     ask, answers = store.blocks, iter([1])
 
-    def killed(*about):
+    def killed(*about, **named):
         if next(answers, None) is None:
             raise KeyboardInterrupt
-        return ask(*about)
+        return ask(*about, **named)
 
     monkeypatch.setattr(store, "blocks", killed)
     with pytest.raises(KeyboardInterrupt):
@@ -181,10 +181,10 @@ def test_no_fetch_is_of_two_files(server, monkeypatch):
     store = ForeignStore(url, Retry())
     ask = store.blocks
 
-    def replaced(*about):
+    def replaced(*about, **named):
         if about[1]:
             handler.content, handler.etag = {"/all.zip": two[: len(one)]}, "two"
-        return ask(*about)
+        return ask(*about, **named)
 
     monkeypatch.setattr(store, "blocks", replaced)
     with pytest.raises(BadDataError, match="was changed just now: begin again"):
@@ -244,7 +244,9 @@ def test_what_is_not_there_or_not_for_everybody_is_said_in_a_line(server, tmp_pa
         ("zip://a::http://example.com/a.zip", "anybody on the way could change it: use https://"),
         ("reference://::https://example.com/a.json", "may lead anywhere"),
         ("simplecache::https://example.com/a.zip", "may lead anywhere"),
-        ("https://[::1/a.zip", "is no URL"),
+        ("https://[::1/a.zip", "may lead anywhere"),
+        ("https://[1/a.zip", "is no URL"),
+        ("sftp://user:wo#rd@example.com/a.zip", "is no URL, or holds a user and password"),
         ("sfpt://example.com/a.zip", "did you mean sftp://?"),
         ("nothinglikeit://example.com/a.zip", "no file system of that name is known"),
         ("smb://example.com/a.zip", "smb:// needs more than is installed (SMB requires"),
@@ -318,7 +320,7 @@ def test_without_its_library_the_web_is_refused(monkeypatch):
     def missing(*_, **__):
         raise ImportError("no aiohttp")
 
-    monkeypatch.setattr("fsspec.get_filesystem_class", missing)
+    monkeypatch.setattr("job.store.foreign.get_filesystem_class", missing)
     with pytest.raises(BadRequestError, match=r"https:// needs more than is installed \(no aiohttp\): .*\[web\]"):
         open_source("https://example.com/a.zip")
 
