@@ -17,13 +17,16 @@ import pytest
 from job.data.shards import load_index
 from job.data.sources import open_source
 from job.data.verify import verify_dataset
-from job.exits import Exit
-from job.store import open_store
+from job.exits import BadDataError, BucketAwayError, Exit
+from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.data.test_web import png, server  # noqa: F401
+from tests.job.store.test_store import put_by_others
 
 IMAGES = {f"{kind}/{number}.png": png(10 * len(kind) + number) for kind in ("cat", "horse") for number in range(3)}
 WORD = "a-word-that-no-log-shows"
+SESSIONS: list[asyncssh.SSHServerConnection] = []
+"""All that the server of files has had."""
 
 
 def zip_bytes() -> bytes:
@@ -57,6 +60,9 @@ def sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
     folder.mkdir()
 
     class OnePassword(asyncssh.SSHServer):
+        def connection_made(self, connection: asyncssh.SSHServerConnection) -> None:
+            SESSIONS.append(connection)
+
         def password_auth_supported(self) -> bool:
             return True
 
@@ -96,8 +102,7 @@ def test_folders_archives_and_chains_in_a_bucket(bucket_uri: str) -> None:
         f"zip://cat::{bucket_uri}/archives/all.zip": {name.removeprefix("cat/"): data for name, data in cats.items()},
         f"zip://*/1.png::{bucket_uri}/archives/all.zip": {name: IMAGES[name] for name in ("cat/1.png", "horse/1.png")},
     }.items():
-        if "s3://" not in source or "::" not in source:
-            assert read(source) == images, source
+        assert read(source) == images, source
     if "://" in bucket_uri:
         assert read(f"{bucket_uri}/theirs/c*/*.png") == cats
 
@@ -106,8 +111,44 @@ def test_chains_over_the_web(server) -> None:  # noqa: F811
     handler, url = server
     handler.content = {"/all.zip": zip_bytes(), "/all.tar": tar_bytes(sorted(IMAGES))}
     assert read(f"zip://::{url}/all.zip?signature={WORD}") == IMAGES
-    assert read(f"tar://::{url}/all.tar") == IMAGES
-    assert read(f"{url}/all.tar") == IMAGES
+    assert read(f"tar://::{url}/all.tar") == read(f"{url}/all.tar") == IMAGES
+    assert read(f"tar://cat/*.png::{url}/all.tar") == {
+        name.removeprefix("cat/"): data for name, data in IMAGES.items() if name.startswith("cat/")
+    }
+
+
+def test_a_signature_is_in_no_record_and_no_message(server, tmp_path: Path) -> None:  # noqa: F811
+    handler, url = server
+    handler.content = {"/all.zip": zip_bytes()}
+    query = f"?se=2026-01-01T00:00:00Z&sig={WORD}"
+    bucket = tmp_path / "bucket"
+    for name, source in {"a": f"{url}/all.zip{query}", "b": f"zip://cat/*::{url}/all.zip{query}"}.items():
+        done = ddpm_here("data", "pack", source, name, "--size", 16, "--bucket", bucket)
+        assert WORD not in succeeded(done) + done.stderr
+    done = ddpm_here("import", f"{url}/all.zip{query}", "--run", "r", "--bucket", bucket)
+    assert WORD not in refused(done, Exit.BAD_DATA)
+    assert not [path for path in bucket.rglob("*") if path.is_file() and WORD.encode() in path.read_bytes()]
+
+
+def test_an_archive_in_a_chain_is_judged_as_any(bucket_uri: str) -> None:
+    store, damaged, unsafe = open_store(bucket_uri), bytearray(zip_bytes()), io.BytesIO()
+    damaged[60] ^= 1
+    with zipfile.ZipFile(unsafe, "w") as archive:
+        archive.writestr("../../evil.png", IMAGES["cat/0.png"])
+    for name, data, said in (
+        ("damaged.zip", bytes(damaged), "is truncated or damaged"),
+        ("unsafe.zip", unsafe.getvalue(), "leads out of it"),
+        ("none.zip", b"no archive", "is no archive"),
+    ):
+        store.put(name, data)
+        with pytest.raises(BadDataError, match=said):
+            read(f"zip://::{bucket_uri}/{name}")
+
+
+@pytest.mark.parametrize("name", ["what?.zip", "a::b.zip", "a b#c%20d.zip"])
+def test_odd_names_are_names(bucket_uri: str, name: str) -> None:
+    put_by_others(bucket_uri, f"odd/{name}", zip_bytes())
+    assert read(f"{bucket_uri}/odd/{name}") == IMAGES
 
 
 def test_a_server_of_files_by_ssh(sftp: tuple[Path, str], tmp_path: Path) -> None:
@@ -123,6 +164,36 @@ def test_a_server_of_files_by_ssh(sftp: tuple[Path, str], tmp_path: Path) -> Non
     line = refused(ddpm("data", "pack", f"{url}/none", "none", "--size", 16, "--bucket", ours), Exit.MISSING_INPUT)
     assert f"there is nothing at {url}/none" in line
     assert WORD not in "".join(path.read_text(errors="replace") for path in ours.rglob("*") if path.is_file())
+
+
+def test_a_connection_that_broke_is_made_anew(sftp: tuple[Path, str]) -> None:
+    folder, url = sftp
+    (folder / "0.png").write_bytes(IMAGES["cat/0.png"])
+    store = open_to_read(f"{url}/", Retry(20))
+    assert store.read("0.png").data == IMAGES["cat/0.png"]
+    for connection in [*SESSIONS]:
+        connection.abort()
+    assert store.sub("sub").exists("none") is False
+    assert store.read("0.png").data == IMAGES["cat/0.png"]
+
+
+def test_without_etags_the_date_tells_two_files_apart(server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    handler, url = server
+    one, two = (b"1" * 9_000_000, b"2" * 9_000_000)
+    handler.content, handler.etag, handler.date = {"/a": one}, "", "Sun, 01 Nov 2026 00:00:00 GMT"
+    store = open_to_read(url, Retry(1))
+    with store.open("a") as file:
+        assert file.read(10) == b"1" * 10
+        handler.content, handler.date = {"/a": two}, "Mon, 02 Nov 2026 00:00:00 GMT"
+        with pytest.raises(BadDataError, match="was changed just now"):
+            file.read()
+
+
+def test_a_body_that_ends_early_is_no_whole_object(server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    handler, url = server
+    handler.content, handler.without_length = {"/a": b"0123456789" * 100}, True
+    with pytest.raises(BucketAwayError, match="sends 500 of 1,000 bytes"):
+        open_to_read(url, Retry(0.5)).read("a")
 
 
 def test_tars_are_indexed_wherever_they_lie(sftp: tuple[Path, str], tmp_path: Path) -> None:
