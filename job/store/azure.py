@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+import re
 import secrets
 from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Future
-from functools import partial, wraps
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -38,6 +39,8 @@ _CRC32C = "ddpm_crc32c"
 _BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 4
 _SILENCES_PER_BLOCK = 12
+_UNREACHABLE = re.compile(r"(Environment|WorkloadIdentity)Credential: [^\n]*(Cannot connect|[Tt]imed? ?out)")
+"""Of credentials that are there; nothing but their words says so."""
 _NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
 """Of a conditional write; the last if another one was committed in between, and these blocks are gone."""
 
@@ -73,17 +76,11 @@ class AzureStore(RemoteStore):
         )
         self._container = self._fs.service_client.get_container_client(container)
 
-    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
-        credential: Any = self._fs.service_client.credential
-
-        @wraps(work)
-        def signed_in(key: str, *args: Any) -> T:
-            # It is kept until it expires. In the midst of a request nothing would bound the wait for it.
-            if hasattr(credential, "get_token"):
-                self._answer(self._begin(credential.get_token(_SCOPE), self.retry.silence_seconds))
-            return work(key, *args)
-
-        return super()._attempt(signed_in, key, *args)
+    def _sign_in(self, *, anew: bool = False) -> bool:
+        if hasattr(credential := self._fs.service_client.credential, "get_token"):
+            # It is kept until it expires.
+            self._in_time(self._begin(credential.get_token(_SCOPE)))
+        return False
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
         which: dict[str, Any] = {}
@@ -176,6 +173,8 @@ class AzureStore(RemoteStore):
             case "InvalidOperation" if "contentMD5" in str(error):
                 # As Azurite says it.
                 return damaged(uri)
+        if isinstance(error, ClientAuthenticationError) and _UNREACHABLE.search(str(error)):
+            return self._told_by_status(uri, None, "Azure's sign-in does not answer")
         if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
             clock = ", or this machine's clock is wrong" if code == "AuthenticationFailed" else ""
             return self._no_credentials((code or type(error).__name__) + clock)

@@ -10,11 +10,10 @@ import os
 import re
 import secrets
 import threading
-import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from functools import partial, wraps
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -88,24 +87,10 @@ class GcsStore(RemoteStore):
         self._bucket = client.bucket(bucket, user_project=self._fs.project if payer is True else payer or None)
         self._was_seen = threading.Event()
 
-    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
-        @wraps(work)
-        def signed_in(key: str, *args: Any) -> T:
-            self._sign_in()
-            try:
-                return work(key, *args)
-            except api.Unauthorized:
-                if not self._login:
-                    raise
-                self._sign_in(anew=True)
-                return work(key, *args)
-
-        return super()._attempt(signed_in, key, *args)
-
-    def _sign_in(self, *, anew: bool = False) -> None:
-        began = time.monotonic()
+    def _sign_in(self, *, anew: bool = False) -> bool:
         if self._login and (token := self._login.coming(anew=anew)):
-            self._answer(token, lambda: began)
+            self._in_time(token)
+        return bool(self._login)
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
         def piece(headers: Any, blocks: Sequence[bytes]) -> Piece:

@@ -8,11 +8,12 @@ import mimetypes
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future
-from functools import partial
+from contextlib import closing
+from functools import partial, wraps
 from itertools import islice
-from typing import BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import google_crc32c
 from fsspec.spec import AbstractBufferedFile
@@ -85,6 +86,29 @@ class RemoteStore(Store):
         folders = (folder for _, page in self._pages(start, "/") for folder in page)
         return [folder.removeprefix(start).removesuffix("/") for folder in folders]
 
+    def _sign_in(self, *, anew: bool = False) -> bool:
+        """Waits for a token if there is none; `anew`, whether there was a better one to get."""
+        return False
+
+    def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
+        @wraps(work)
+        def signed_in(key: str, *args: Any) -> T:
+            # In the midst of a request nothing would bound the wait, and a lease would expire meanwhile.
+            self._sign_in()
+            try:
+                return work(key, *args)
+            except Exception as error:
+                if self._status(error) != 401 or not self._sign_in(anew=True):
+                    raise
+                return work(key, *args)
+
+        return super()._attempt(signed_in, key, *args)
+
+    def _in_time(self, future: Future[T]) -> T:
+        """As `_answer`, of a call that does not end by itself when a server is silent."""
+        began = time.monotonic()
+        return self._answer(future, lambda: began)
+
     def _answer(self, future: Future[T], signed_at: Callable[[], float] | None = None) -> T:
         return answer(future, self.retry, self.uri, signed_at)
 
@@ -93,15 +117,17 @@ class RemoteStore(Store):
 
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
         checksum = google_crc32c.Checksum()
-        for piece in self._pieces(key):
-            for block in piece.blocks:
-                checksum.update(block)
-                consume(block)
+        # If the disk is full, nothing more is to come.
+        with closing(self._pieces(key)) as pieces:
+            for piece in pieces:
+                for block in piece.blocks:
+                    checksum.update(block)
+                    consume(block)
         if piece.crc32c and piece.crc32c != _encoded(checksum):
             raise damaged(self.uri_of(key))
         return piece.version
 
-    def _pieces(self, key: str) -> Iterator[Piece]:
+    def _pieces(self, key: str) -> Generator[Piece]:
         """The content in order and of one version; while a piece is used, the next ones are on their way."""
         piece = self._first(key, PIECE_BYTES)
         size_bytes, version = piece.size_bytes, piece.version

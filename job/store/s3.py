@@ -19,6 +19,7 @@ import botocore.session
 from botocore import UNSIGNED
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.credentials import RefreshableCredentials
 from botocore.parsers import ResponseParserError
 from fsspec.config import conf
 
@@ -75,6 +76,7 @@ class S3Store(RemoteStore):
         if "key" in options and "secret" in options:
             session.set_credentials(options["key"], options["secret"], options.get("token"))
         try:
+            self._credentials = session.get_credentials()
             self._client = session.create_client("s3", config=config, **where)
             if urlsplit(self._client.meta.endpoint_url).username is not None:
                 raise ValueError
@@ -84,6 +86,11 @@ class S3Store(RemoteStore):
             raise told or BadRequestError(
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
+
+    def _sign_in(self, *, anew: bool = False) -> bool:
+        if isinstance(self._credentials, RefreshableCredentials):
+            self._in_time(in_thread(self._credentials.get_frozen_credentials))
+        return False
 
     def _get(self, key: str, start: int, stop: int | None, version: str = "") -> Future[Piece]:
         which = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}

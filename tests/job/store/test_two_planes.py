@@ -27,7 +27,7 @@ from fsspec.config import set_conf_env
 
 from job.exits import BadRequestError, BucketAwayError, NoPermissionError, StoppedError
 from job.stop import Stop
-from job.store import Retry, Store, open_store, set_storage_options
+from job.store import Retry, Store, open_store, retry, set_storage_options
 from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
@@ -405,6 +405,10 @@ def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatc
         with pytest.raises(BadRequestError, match="is a secret") as error:
             set_storage_options([option])
         assert "word" not in str(error.value)
+    for option in ("s3.client_kwargs={aws_secret_access_key: word}", 'https.headers={"Authorization": "word"}'):
+        with pytest.raises(BadRequestError, match="may hold a secret") as error:
+            set_storage_options([option])
+        assert "word" not in str(error.value)
     for option in ("gs", "gs.requester_pays", "requester_pays=true", "gs.a b=1", ".a=1"):
         with pytest.raises(BadRequestError, match=r"write SCHEME\.OPTION=VALUE"):
             set_storage_options([option])
@@ -412,9 +416,37 @@ def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatc
     for name in names:
         # So that it is gone afterwards.
         monkeypatch.setenv(name, "")
-    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.profile=[", "s3.a=2020-01-01"])
-    assert [os.environ[name] for name in names] == ["true", "anon", "["]
+    set_storage_options(["gs.requester_pays=true", "gs.token=anon", "s3.profile=mine", "s3.a=2020-01-01"])
+    assert [os.environ[name] for name in names] == ["true", "anon", "mine"]
     found: dict[str, dict[str, object]] = {}
     set_conf_env(found)
     assert found["gs"] == {"requester_pays": True, "token": "anon"}
-    assert found["s3"] == {"profile": "[", "a": "2020-01-01"}
+    assert found["s3"] == {"profile": "mine", "a": "2020-01-01"}
+
+
+@pytest.mark.parametrize("which", ["az", "s3"])
+def test_the_wait_for_a_token_has_an_end(which: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's is above; whoever gives those of the others takes the question, and nothing comes."""
+    monkeypatch.setattr(retry, "SILENCE_SECONDS", 0.5)
+    (tmp_path / "token").write_text("a token of the pod")
+    with silent_server(reads=True) as url:
+        variables = {
+            "az": {
+                **dict.fromkeys(("AZURE_CLIENT_ID", "AZURE_TENANT_ID", "AZURE_CLIENT_SECRET"), "somebody"),
+                "AZURE_STORAGE_ACCOUNT_NAME": "account",
+                "AZURE_AUTHORITY_HOST": url.replace("http:", "https:"),
+            },
+            "s3": {
+                "AWS_ROLE_ARN": "arn:aws:iam::123456789012:role/job",
+                "AWS_WEB_IDENTITY_TOKEN_FILE": str(tmp_path / "token"),
+                "AWS_ENDPOINT_URL_STS": url,
+                "AWS_DEFAULT_REGION": "us-east-1",
+            },
+        }[which]
+        monkeypatch.delenv("AZURE_STORAGE_CONNECTION_STRING", raising=False)
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        began = time.monotonic()
+        with pytest.raises(BucketAwayError, match="timed out"):
+            open_store(f"{which}://bucket", Retry(1)).read("key")
+        assert time.monotonic() - began < 5
