@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from benchmarks.measuring import Figure
 from benchmarks.store_subject import BYTES_PER_SECOND
 from job.progress import Progress
-from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, seaweedfs
+from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, new_container, seaweedfs
 
 BASE_VARIABLE = "DDPM_BENCH_BASE"
 _SUBJECT = Path(__file__).with_name("store_subject.py")
@@ -150,20 +150,18 @@ def variables(kind: str, url: str) -> dict[str, str]:
 
 def new_bucket(kind: str, url: str) -> str:
     """A fresh one's name."""
+    if kind == "az":
+        return new_container(url)
     name = f"bench-{secrets.token_hex(4)}"
     os.environ.update(variables(kind, url))
     if kind == "gs":
         from google.cloud import storage
 
         storage.Client(project="bench").create_bucket(name)
-    elif kind == "s3":
+    else:
         import boto3
 
         boto3.client("s3", endpoint_url=url).create_bucket(Bucket=name)
-    else:
-        from azure.storage.blob import BlobServiceClient
-
-        BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
     return name
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, moto, seaweedfs
+from tests.servers import SECRET, azurite, azurite_account, fake_gcs_server, moto, new_container, seaweedfs
 
 # Nothing of whoever runs the tests reaches them or their children: no variable, target, credential, cluster or cache.
 # Of a make that runs them, its level among others would reach the makes that tests start.
@@ -106,11 +106,7 @@ def gcs_bucket(gcs_server: str) -> str:
 @pytest.fixture
 def azure_container(azurite_server: str) -> str:
     """`az://NAME` of a fresh, empty container."""
-    from azure.storage.blob import BlobServiceClient
-
-    name = f"test-{secrets.token_hex(6)}"
-    BlobServiceClient.from_connection_string(azurite_account(azurite_server)).create_container(name)
-    return f"az://{name}"
+    return f"az://{new_container(azurite_server)}"
 
 
 @pytest.fixture(params=["local", "gs", "s3-seaweedfs", "az"])

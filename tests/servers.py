@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -106,6 +107,15 @@ def azurite_account(url: str) -> str:
     """The connection string of an Azurite's account, at its URL or at that of a proxy before it."""
     account = f"AccountName=devstoreaccount1;AccountKey={AZURITE_KEY};BlobEndpoint={url}/devstoreaccount1"
     return f"DefaultEndpointsProtocol=http;{account}"
+
+
+def new_container(url: str) -> str:
+    """The name of a fresh, empty container of an Azurite."""
+    from azure.storage.blob import BlobServiceClient
+
+    name = f"test-{secrets.token_hex(6)}"
+    BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
+    return name
 
 
 @contextmanager

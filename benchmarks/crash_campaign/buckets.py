@@ -66,14 +66,10 @@ def _s3(folder: Path, with_moto: bool) -> Iterator[str]:
 
 
 def _az(folder: Path) -> Iterator[str]:
-    from azure.storage.blob import BlobServiceClient
+    from tests.servers import azurite, azurite_account, new_container
 
-    from tests.servers import azurite, azurite_account
-
-    name = f"campaign-{secrets.token_hex(4)}"
     with azurite(folder) as url, _variables(AZURE_STORAGE_CONNECTION_STRING=azurite_account(url)):
-        BlobServiceClient.from_connection_string(azurite_account(url)).create_container(name)
-        yield f"az://{name}"
+        yield f"az://{new_container(url)}"
 
 
 @contextmanager

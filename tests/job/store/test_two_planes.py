@@ -32,8 +32,9 @@ from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
 from tests.job.command_line import environment
-from tests.job.conftest import point_at
+from tests.job.conftest import SERVERS, point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
+from tests.servers import azurite_account
 
 FIRST_MOMENT_SECONDS = 0.5
 
@@ -79,7 +80,7 @@ def stopped_at(store: Store, stop: Stop, file: Path) -> list[float]:
             call()
         return time.monotonic()
 
-    calls = every_call(store, file)
+    calls = every_call(store, file).values()
     with ThreadPoolExecutor(len(calls)) as pool:
         threading.Timer(FIRST_MOMENT_SECONDS, ask).start()
         heard = list(pool.map(heard_at, calls))
@@ -104,21 +105,22 @@ def test_one_failure_is_one_request(proxy: FaultyProxy, remote_bucket: str, tmp_
     store = open_store(remote_bucket, Retry(0))
     # The first write to a bucket may take its server a while.
     version = open_store(remote_bucket, Retry(20)).create("key", b"0123456789" * 1000)
-    calls = every_call(store, tmp_path / "file")
-    calls[1] = lambda: store.create("new", b"1")
-    calls[2] = lambda: store.replace("key", b"1", version)
-    calls[4] = lambda: store.upload(tmp_path / "file", "new")
+    calls = every_call(store, tmp_path / "file") | {
+        "create": lambda: store.create("new", b"1"),
+        "replace": lambda: store.replace("key", b"1", version),
+        "upload": lambda: store.upload(tmp_path / "file", "new"),
+    }
     if fault is Fault.SHORT:
         # Other answers have nothing that could be missing.
-        calls = [calls[number] for number in (0, 5, 6, 7, 8)]
+        calls = {name: calls[name] for name in ("read", "download", "open", "list", "folders")}
     # When a connection that was idle is reset, aiohttp takes another one, at once.
     most = 2 if fault is Fault.RESET else 1
-    for number, call in enumerate(calls):
+    for name, call in calls.items():
         proxy.inject(fault, ".", times=most)
         before = proxy.requests.total()
         with pytest.raises(BucketAwayError):
             call()
-        assert proxy.requests.total() - before <= most, number
+        assert proxy.requests.total() - before <= most, name
         proxy.forget()
 
 
@@ -226,10 +228,10 @@ def test_a_token_that_is_refused_is_fetched_anew_once(
             store = open_store(gcs_bucket)
             (tmp_path / "large").write_bytes(bytes(LARGE_BYTES))
             calls = every_call(store, tmp_path / "large")
-            for call in (calls[4], calls[1], calls[7], calls[5]):
+            for name in ("upload", "put", "list", "download"):
                 refused.add(tokens.given[-1] if tokens.given else "")
                 before = len(tokens.given)
-                call() if call is not calls[1] else store.put("other", b"1")
+                calls[name]()
                 assert len(tokens.given) == before + (1 if before else 2)
             refused |= {f"token-{number}" for number in range(100)}
             with pytest.raises(NoPermissionError, match="no usable Google credentials"):
@@ -356,22 +358,19 @@ def test_the_configuration_of_fsspec_is_heeded(
 ) -> None:
     """Where the bucket is, and who pays, comes from its variables, its file and our option; no other says it."""
     scheme = remote_bucket.partition("://")[0]
-    server = str(
-        request.getfixturevalue({"gs": "gcs_server", "s3": "seaweedfs_server", "az": "azurite_server"}[scheme])
-    )
     asked: list[Request] = []
-    with FaultyProxy(server) as proxy:
+    with FaultyProxy(request.getfixturevalue(SERVERS[scheme])) as proxy:
         proxy.instead = lambda request: asked.append(request)
         variables = {
             "gs": {"FSSPEC_GS_ENDPOINT_URL": proxy.url, "FSSPEC_GS_REQUESTER_PAYS": "my-project"},
             "s3": {"FSSPEC_S3": json.dumps({"endpoint_url": proxy.url, "requester_pays": True})},
-            "az": {"FSSPEC_AZ_ACCOUNT_NAME": "devstoreaccount1"},
+            "az": {},
         }[scheme]
         folder = tmp_path / "config"
         folder.mkdir()
         if scheme == "az":
             # A key is no variable of this test: it lies in a file.
-            account = {"connection_string": point(proxy.url)}
+            account = {"connection_string": azurite_account(proxy.url)}
             (folder / "conf.json").write_text(json.dumps({"az": account}))
         blank = dict.fromkeys(("STORAGE_EMULATOR_HOST", "AWS_ENDPOINT_URL", "AZURE_STORAGE_CONNECTION_STRING"))
         options = ["gs.token=anon"] if scheme == "gs" else []
@@ -392,12 +391,6 @@ def test_the_configuration_of_fsspec_is_heeded(
         assert all("userProject=my-project" in request.target for request in asked)
     if scheme == "s3":
         assert all(dict(request.headers)["x-amz-request-payer"] == "requester" for request in asked)
-
-
-def point(url: str) -> str:
-    from tests.servers import azurite_account
-
-    return azurite_account(url)
 
 
 def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
