@@ -135,7 +135,7 @@ def servers(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def variables(kind: str, url: str) -> dict[str, str]:
-    """What leads a client to a server."""
+    """The variables that lead a client to a server."""
     return {
         "gs": {"STORAGE_EMULATOR_HOST": url},
         "s3": {

@@ -1,4 +1,4 @@
-"""What `benchmarks.store` measures, in a process of its own: a store, or a cloud's own client; and a slow network.
+"""The subjects of `benchmarks.store`, each in a process: a store, or a cloud's own client; and a slow network.
 
 It imports nothing of this checkout but `job.store`, which may be that of an earlier one.
 """
@@ -26,7 +26,7 @@ _QUEUED = 64
 
 
 class OfStore:
-    """What is measured, by `job.store` of whichever checkout."""
+    """The operations by `job.store`, of this checkout or an earlier one."""
 
     def __init__(self, kind: str, bucket: str) -> None:
         """Opens it."""
@@ -208,7 +208,7 @@ def _give(end: socket.socket, late: queue.Queue[tuple[float, bytes]]) -> None:
 
 
 def work() -> None:
-    """What a process of `worker` does."""
+    """Does the operations that its standard input names, and prints the seconds of each."""
     _, role, kind, bucket = sys.argv
     subject = OfRaw(kind, bucket) if role == "raw" else OfStore(kind, bucket)
     for line in sys.stdin:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from job.store.foreign import About, ForeignStore
 
 SPARE_BYTES = 1 << 30
-"""Of the disk, that a fetched file leaves free."""
+"""A fetched file leaves so much of the disk free."""
 
 
 def fetched(store: ForeignStore, key: str, source: str) -> Path:
@@ -69,7 +69,7 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
     part = whole.with_name(f"{whole.name}-part")
     with os_errors(part), part.open("a+b") as file:
         if not about.version:
-            # Of which file the beginning is nobody knows.
+            # The part may be of another file.
             file.truncate(0)
         free_bytes = shutil.disk_usage(part.parent).free
         if size_bytes - file.tell() > free_bytes - SPARE_BYTES:
@@ -96,7 +96,7 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
                     if start and file.tell() < size_bytes:
                         raise BucketAwayError(f"{where} sends {file.tell():,} of {size_bytes:,} bytes")
                 except BucketAwayError:
-                    # A server without ranges sends the same bytes again for ever, and they are no progress.
+                    # A server without ranges sends the same bytes again for ever, which is no progress.
                     if file.tell() <= furthest:
                         raise
                     furthest = file.tell()

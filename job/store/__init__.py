@@ -16,13 +16,13 @@ from job.exits import BadConfigError, BadRequestError
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import Retry
 
-# Without these every process asks, for traces that nobody wants, about a bucket's metadata that a trainer may not read;
+# Without these the client asks, for traces, about a bucket's metadata, which a trainer may not read;
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
-# and gcsfs takes its file system of zonal buckets, which asks by gRPC what a bucket is.
+# and gcsfs imports its file system of zonal buckets, which asks by gRPC about the bucket.
 os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 
 __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
-"""What lies in the modules below and is imported from here."""
+"""They lie in the modules below, and are imported from here."""
 
 _SECRET_OPTION = re.compile("key|secret|token|passw|sas|credential|connection_string")
 _MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
@@ -96,10 +96,10 @@ def check_source(uri: str) -> None:
         raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read; zip:// and tar:// make chains")
     try:
         parts = urlsplit(uri)
-        parts.port  # noqa: B018 -- one that is no number may be a part of a password
+        parts.port  # noqa: B018 -- it raises if the port is text, which may be a part of a password
     except ValueError:
         raise BadRequestError("a source that is no URL, or holds a user and password: name a host") from None
-    # Of github://org:repo@ref/path it is none.
+    # github://org:repo@ref/path looks as if it had them.
     if scheme != "github" and (parts.password or (parts.username and scheme in WEB)):
         raise BadRequestError("a source must not hold a user and password: lists and logs would show them")
     if not is_safe(uri):
@@ -107,7 +107,7 @@ def check_source(uri: str) -> None:
 
 
 def is_safe(url: str) -> bool:
-    """Whether nobody on the way could change what is read from a URL."""
+    """Whether the content of a URL cannot be changed on the way."""
     parts = urlsplit(url)
     return parts.scheme.lower() not in ("http", "ftp") or parts.hostname in _LOCAL
 
@@ -120,7 +120,7 @@ def without_queries(uri: str) -> str:
 def split_chain(uri: str) -> tuple[str, str]:
     """A part of an archive, and where that lies: of `zip://train/*.jpg::gs://theirs/all.zip` the two halves.
 
-    The first one is empty if the URI is no chain.
+    The first one is empty for any other URI.
     """
     chain = _CHAIN.fullmatch(uri)
     return (chain[1], chain[2]) if chain else ("", uri)
@@ -134,13 +134,13 @@ def split_uri(uri: str) -> tuple[str, str]:
 
 
 def set_storage_options(settings: Iterable[str]) -> None:
-    """Adds to fsspec's configuration of this process, which goes by it from its first bucket on, and of its children.
+    """Adds to fsspec's configuration of this process and its children, before it opens a bucket.
 
     Args:
         settings: `SCHEME.OPTION=VALUE`, such as `gs.requester_pays=my-project`; a value is JSON, or else text.
 
     Raises:
-        BadRequestError: it is none, or a secret, which lists of processes would show.
+        BadRequestError: a setting of another form, or a secret, which lists of processes would show.
     """
     for setting in settings:
         name, _, text = setting.partition("=")

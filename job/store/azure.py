@@ -40,9 +40,9 @@ _BLOCK_BYTES = 4 << 20
 _BLOCKS_AT_ONCE = 4
 _SILENCES_PER_BLOCK = 12
 _UNREACHABLE = re.compile(r"(Environment|WorkloadIdentity)Credential: [^\n]*(Cannot connect|[Tt]imed? ?out)")
-"""Of credentials that are there; nothing but their words says so."""
+"""The words of credentials whose server is away: nothing else tells them from wrong ones."""
 _NOT_AS_THOUGHT = ("BlobAlreadyExists", "ConditionNotMet", "InvalidBlockList")
-"""Of a conditional write; the last if another one was committed in between, and these blocks are gone."""
+"""The answers to a conditional write that finds something else; the last if that was committed in between."""
 
 
 class AzureStore(RemoteStore):

@@ -1,4 +1,4 @@
-"""What the pipeline asks of a bucket, said once for gs://, s3://, az:// and local folders alike.
+"""The operations of a bucket, said once for gs://, s3://, az:// and local folders alike.
 
 A bucket is not a file system: objects appear whole or not at all, nothing is appended to or renamed, a listing is not a
 lock. Every operation here is one that all backends can do atomically on a single object.

@@ -1,6 +1,6 @@
-"""Waiting for what threads and event loops do, such that a stop and silence end the wait.
+"""Waiting for threads and event loops, such that a stop and silence end the wait.
 
-`fsspec.asyn.sync` and a request of one's own thread hear of neither until the server answers.
+`fsspec.asyn.sync` and a request in the calling thread hear of neither until the server answers.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ T = TypeVar("T")
 
 POLL_SECONDS = 0.1
 LAST_SECONDS = 0.5
-"""Are left to a call once a stop is heard: whoever ends still writes a record or gives back a lease."""
+"""A call has so long once a stop is heard: enough to write a record or to give back a lease."""
 
 
 def on_loop(loop: asyncio.AbstractEventLoop, asked: Awaitable[T]) -> Future[T]:
     """Begins a call to an fsspec file system on its event loop, which serves all threads. It can be cancelled."""
 
     async def call() -> T:
-        # Of a call that fails when nobody waits for it any more, asyncio would complain.
+        # asyncio would complain of a call that fails when its waiter has left.
         cast(asyncio.Task[T], asyncio.current_task()).add_done_callback(
             lambda task: task.cancelled() or task.exception()
         )
@@ -53,7 +53,7 @@ def in_thread(work: Callable[..., T], *args: Any, **named: Any) -> Future[T]:
 
 
 def answer(future: Future[T], retry: Retry, where: str, signed_at: Callable[[], float] | None = None) -> T:
-    """What a call returns or raises; it is cancelled when the wait for it ends otherwise.
+    """Waits for a call, and cancels it when the wait ends before it.
 
     Args:
         future: of `on_loop` or `in_thread`.

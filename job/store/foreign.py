@@ -1,4 +1,4 @@
-"""Whatever an fsspec file system reads: `sftp://HOST/photos`, `hf://datasets/…`, `github://…`, `https://…`.
+"""Everything that an fsspec file system reads: `sftp://HOST/photos`, `hf://datasets/…`, `github://…`, `https://…`.
 
 It is a source and no bucket: fsspec has no create that fails for a second writer. Each call is made in a thread, since
 most of these file systems know neither a stop nor a deadline.
@@ -42,7 +42,7 @@ _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "m
 
 
 class About(NamedTuple):
-    """A file's size in bytes, None if nobody says it, and the words that change with its content."""
+    """A file's size in bytes, None if it is unknown, and the words that change with its content."""
 
     size_bytes: int | None
     version: tuple[str, ...]
@@ -72,7 +72,7 @@ class ForeignStore(Store):
     """Files below the folder that a URL names. The query of a URL, which may be a signature, is in no message."""
 
     def __init__(self, uri: str, retry: Retry) -> None:
-        """Finds the file system of the scheme, and asks nobody yet.
+        """Finds the file system of the scheme, and sends nothing yet.
 
         Raises:
             BadRequestError: a scheme that fsspec does not know, or whose package is missing; or a URL that holds a
@@ -94,7 +94,7 @@ class ForeignStore(Store):
         """Asks anew for a file's size and version.
 
         Raises:
-            ObjectMissingError: there is none, or it is a folder.
+            ObjectMissingError: it is missing, or a folder.
         """
         return self._attempt(self._about, key, True)
 
@@ -118,7 +118,7 @@ class ForeignStore(Store):
                 headers["Range"] = f"bytes={start}-{stop - 1 if stop else ''}"
             if start and version:
                 headers["If-Range"] = version[0]
-            # A stream; with a size nobody asks for it.
+            # A stream; it has a size, so that fsspec does not ask for one.
             return fs.open(path, "rb", block_size=0, size=1, headers=headers)
 
         file = self._ask(where, opened)

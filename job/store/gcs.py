@@ -64,7 +64,7 @@ class GcsStore(RemoteStore):
         except DefaultCredentialsError as error:
             raise self._no_credentials(str(error)) from error
         except Exception as error:
-            # A token of fsspec's configuration that makes no sense stands in its words.
+            # Its text may repeat a token of fsspec's configuration.
             raise self._no_credentials(f"those of fsspec's configuration: {type(error).__name__}") from None
         self._fs = _OneAttempt(
             token=self._login or "anon",
@@ -100,7 +100,7 @@ class GcsStore(RemoteStore):
 
         url = self._fs.url(f"{self._bucket.name}/{self._prefix}{key}", generation=version or None)
         part = {"Range": f"bytes={start}-{stop - 1}"} if stop else {}
-        # What somebody stored compressed comes as it is stored, which is what its checksum is of.
+        # A compressed object comes as it is stored: its checksum is of that.
         return self._call(piece, "GET", url, headers={"Accept-Encoding": "gzip", **part})
 
     def _send(self, key: str, content: Watched, over: str | None) -> str | None:
@@ -111,7 +111,7 @@ class GcsStore(RemoteStore):
         except api.PreconditionFailed:
             return None
         except aiohttp.ClientOSError:
-            # Who refuses before all is sent may reset the connection, and the refusal is lost.
+            # A server that refuses before all is sent may reset the connection, and the refusal is lost.
             if over == "" and self.exists(key):
                 return None
             raise
@@ -168,7 +168,7 @@ class GcsStore(RemoteStore):
     def _bucket_exists(self) -> bool:
         """As far as can be known: a missing bucket is answered like a missing object."""
         if not self._was_seen.is_set():
-            # Who may not list cannot tell. Nor may the role that trains read a bucket's own metadata.
+            # Without the right to list it is unknown. Nor may the role that trains read a bucket's own metadata.
             with suppress(*_CLIENT):
                 try:
                     next(self._pages("", "", maxResults=1))

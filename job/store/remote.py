@@ -1,4 +1,4 @@
-"""What gs://, s3:// and az:// have in common: content that comes in pieces, with a checksum, and errors of HTTP."""
+"""The common part of gs://, s3:// and az://: content that comes in pieces, with a checksum, and errors of HTTP."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _REASON_CHARACTERS = 200
 
 
 Page = tuple[Iterable[tuple[str, int]], Iterable[str]]
-"""Of a listing: whole names and sizes of objects, and names of folders."""
+"""A page of a listing: whole names and sizes of objects, and names of folders."""
 
 
 class Piece(NamedTuple):
@@ -75,7 +75,7 @@ class RemoteStore(Store):
 
     @abc.abstractmethod
     def _pages(self, start: str, delimiter: str) -> Iterator[Page]:
-        """What lies below `start`; folders are told up to the delimiter."""
+        """Lists the names that begin so; with a delimiter, the folders up to it."""
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         pages = self._pages(self._prefix + prefix, "")
@@ -87,7 +87,7 @@ class RemoteStore(Store):
         return [folder.removeprefix(start).removesuffix("/") for folder in folders]
 
     def _sign_in(self, *, anew: bool = False) -> bool:
-        """Waits for a token if there is none; `anew`, whether there was a better one to get."""
+        """Waits for a token if it is missing; `anew` gets another one, and returns whether it could."""
         return False
 
     def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:

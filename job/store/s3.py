@@ -36,7 +36,7 @@ _LISTINGS_AT_ONCE = 16
 _NO_ANSWER = (boto.ConnectionError, boto.HTTPClientError, boto.IncompleteReadError, ConnectionError, TimeoutError)
 _LOCKED_OUT = (boto.NoCredentialsError, boto.PartialCredentialsError, boto.ProfileNotFound, boto.SSOError)
 _NOT_AS_THOUGHT = ("PreconditionFailed", "412")
-"""Of a conditional write; the second from servers that only send a status."""
+"""The answers to a conditional write that finds something else; the second from servers that only send a status."""
 _ACTION = re.compile(r"\bs3:[A-Z][A-Za-z]+")
 
 
@@ -105,7 +105,7 @@ class S3Store(RemoteStore):
             with closing(answer["Body"]) as body:
                 data = body.read()
             size_bytes = int(answer.get("ContentRange", f"/{len(data)}").rpartition("/")[2])
-            # What others wrote carries no checksum of ours.
+            # An object of others carries no checksum of ours.
             return Piece([data], size_bytes, answer["ETag"], answer["Metadata"].get(_CRC32C, ""))
 
         return in_thread(get)
