@@ -659,7 +659,7 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
     try:
         return RunConfig.model_validate(nested)
     except ValidationError as error:
-        problems = []
+        problems: dict[tuple[str, ...] | str, str] = {}
         for problem in error.errors():
             loc, what, got = problem["loc"], problem["msg"].removeprefix("Value error, "), problem["input"]
             if problem["type"] == "union_tag_invalid":
@@ -670,9 +670,10 @@ def validated(flat: dict[str, Any], where: str = "configuration") -> RunConfig:
                 if problem["type"] == "extra_forbidden":
                     what = f"is no option of model.kind={model['kind']}"
             key = ".".join(map(str, loc))
-            # A rule between keys names them itself.
-            problems.append(f"{key}: {what.lower()} (got {got!r:.200})" if key else what)
-        raise BadConfigError(f"{where}: {'; '.join(problems)}") from None
+            # A rule between keys names them itself; in a list, whose elements may all be wrong, the first one is named.
+            setting = tuple(part for part in loc if isinstance(part, str)) or what
+            problems.setdefault(setting, f"{key}: {what.lower()} (got {got!r:.200})" if key else what)
+        raise BadConfigError(f"{where}: {'; '.join(problems.values())}") from None
 
 
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:

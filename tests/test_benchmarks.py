@@ -16,11 +16,13 @@ from benchmarks.measuring import Figure, Turns, take_turns
 
 ROOT = Path(__file__).parent.parent
 SHARES = {"training_waits_for_data_ratio", "training_share_of_matmul_peak"}
+NEAR = ("upload", "download", "ranges", "puts", "gets", "list")
+FAR = ("upload", "upload_of_link", "download", "download_of_link")
 CLAIMED = set(
     """training_step_ratio training_share_of_matmul_peak training_waits_for_data_ratio loader_images_per_second
     loader_ratio loader_first_batch_seconds loader_memory_ratio checkpoint_blocked_ratio checkpoint_committed_seconds
     checkpoint_upload_ratio resume_overhead_seconds sample_ratio""".split()  # noqa: SIM905
-)
+).union(f"store_{kind}_{row}" for kind in ("gs", "s3", "az") for row in (*NEAR, *(f"far_{row}" for row in FAR)))
 
 
 def benchmarks(*arguments: str) -> subprocess.CompletedProcess[str]:

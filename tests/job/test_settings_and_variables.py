@@ -53,6 +53,14 @@ def test_whatever_is_set(count):
                         assert torch.isfinite(torch.tensor(number * 1e9, dtype=torch.float32)), (key, number)
 
 
+def test_of_a_list_that_is_all_wrong_the_first_element_is_named():
+    with pytest.raises(JobError) as error:
+        draft("landscape-sample", parse_sets(["ema.stds=" + "1," * 5_000]))
+    said = str(error.value)
+    assert "ema.stds.0: " in said and "ema.stds.1:" not in said
+    in_one_line(error.value, {Exit.BAD_CONFIG})
+
+
 VARIABLES = [
     *("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "NNODES", "NODE_RANK"),
     *("DDPM_LAUNCHED", "DDPM_HEARTBEATS", "DDPM_STOP_AT", "DDPM_GPUS", "DDPM_GRACE_SECONDS", "DDPM_AWAY_SECONDS"),

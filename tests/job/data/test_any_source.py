@@ -20,7 +20,7 @@ from job.data.verify import verify_dataset
 from job.exits import BadDataError, BucketAwayError, Exit
 from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
-from tests.job.data.test_web import png, server  # noqa: F401
+from tests.job.data.file_server import png
 from tests.job.store.test_store import put_by_others
 
 IMAGES = {f"{kind}/{number}.png": png(10 * len(kind) + number) for kind in ("cat", "horse") for number in range(3)}
@@ -69,14 +69,16 @@ def sftp(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path
         def validate_password(self, username: str, password: str) -> bool:
             return (username, password) == ("somebody", WORD)
 
+    def below_folder(channel: asyncssh.SSHServerChannel[bytes]) -> asyncssh.SFTPServer:
+        return asyncssh.SFTPServer(channel, chroot=str(folder).encode())
+
     loop = asyncio.new_event_loop()
     threading.Thread(target=loop.run_forever, daemon=True).start()
 
     async def listen() -> asyncssh.SSHAcceptor:
         key = asyncssh.generate_private_key("ssh-ed25519")
-        files = lambda channel: asyncssh.SFTPServer(channel, chroot=str(folder).encode())  # noqa: E731
         return await asyncssh.listen(
-            "127.0.0.1", 0, server_factory=OnePassword, server_host_keys=[key], sftp_factory=files
+            "127.0.0.1", 0, server_factory=OnePassword, server_host_keys=[key], sftp_factory=below_folder
         )
 
     listening = asyncio.run_coroutine_threadsafe(listen(), loop).result()
@@ -107,7 +109,7 @@ def test_folders_archives_and_chains_in_a_bucket(bucket_uri: str) -> None:
         assert read(f"{bucket_uri}/theirs/c*/*.png") == cats
 
 
-def test_chains_over_the_web(server) -> None:  # noqa: F811
+def test_chains_over_the_web(server) -> None:
     handler, url = server
     handler.content = {"/all.zip": zip_bytes(), "/all.tar": tar_bytes(sorted(IMAGES))}
     assert read(f"zip://::{url}/all.zip?signature={WORD}") == IMAGES
@@ -117,7 +119,7 @@ def test_chains_over_the_web(server) -> None:  # noqa: F811
     }
 
 
-def test_a_signature_is_in_no_record_and_no_message(server, tmp_path: Path) -> None:  # noqa: F811
+def test_a_signature_is_in_no_record_and_no_message(server, tmp_path: Path) -> None:
     handler, url = server
     handler.content = {"/all.zip": zip_bytes()}
     query = f"?se=2026-01-01T00:00:00Z&sig={WORD}"
@@ -177,7 +179,7 @@ def test_a_connection_that_broke_is_made_anew(sftp: tuple[Path, str]) -> None:
     assert store.read("0.png").data == IMAGES["cat/0.png"]
 
 
-def test_without_etags_the_date_tells_two_files_apart(server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_without_etags_the_date_tells_two_files_apart(server, monkeypatch: pytest.MonkeyPatch) -> None:
     handler, url = server
     one, two = (b"1" * 9_000_000, b"2" * 9_000_000)
     handler.content, handler.etag, handler.date = {"/a": one}, "", "Sun, 01 Nov 2026 00:00:00 GMT"
@@ -189,7 +191,7 @@ def test_without_etags_the_date_tells_two_files_apart(server, monkeypatch: pytes
             file.read()
 
 
-def test_a_body_that_ends_early_is_no_whole_object(server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+def test_a_body_that_ends_early_is_no_whole_object(server, monkeypatch: pytest.MonkeyPatch) -> None:
     handler, url = server
     handler.content, handler.without_length = {"/a": b"0123456789" * 100}, True
     with pytest.raises(BucketAwayError, match="sends 500 of 1,000 bytes"):

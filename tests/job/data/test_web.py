@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler
 from io import BytesIO
-from pathlib import Path, PurePosixPath
-from typing import ClassVar
-from urllib.parse import parse_qs, unquote, urlsplit
 
 import numpy as np
 import pytest
@@ -25,116 +19,8 @@ from job.exits import BadDataError, BadRequestError, Exit, StoppedError
 from job.stop import Stop
 from job.store import Retry
 from job.store.foreign import About, ForeignStore
-from tests.job.answering import serving
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
-
-
-def png(seed: int) -> bytes:
-    file = BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
-
-
-class Files(BaseHTTPRequestHandler):
-    """Serves `content` by path, in ranges; and what the hub says of a dataset `org/name` of these files."""
-
-    content: ClassVar[dict[str, bytes]]
-    asked: ClassVar[list[tuple[str, str]]]
-    cut_after: ClassVar[list[int]]
-    """How many answers are whole before one breaks off."""
-    etag = "one"
-    date = ""
-    stalls = False
-    without_length = False
-    """Half of a body comes, and nothing says that it is half."""
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.answer(with_body=False)
-
-    def do_POST(self) -> None:
-        asked = self.rfile.read(int(self.headers["Content-Length"])).decode()
-        paths = parse_qs(asked)["paths"] if asked.startswith("paths=") else json.loads(asked)["paths"]
-        self.say([each for each in self.listed() if each["path"] in paths])
-
-    def do_GET(self) -> None:
-        self.answer(with_body=True)
-
-    def answer(self, with_body: bool) -> None:
-        path = unquote(urlsplit(self.path).path)
-        self.asked.append((self.command, self.headers.get("Range", "")))
-        if path.startswith("/api/datasets/org/name"):
-            self.hub(path)
-            return
-        name = re.sub(r"^/datasets/org/name/resolve/[^/]+/", "/", path)
-        if name == "/secret.zip":
-            self.send_error(403)
-            return
-        if name not in self.content:
-            self.send_error(404)
-            return
-        whole = self.content[name]
-        match = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        first, last = (int(match[1]), int(match[2] or len(whole) - 1)) if match else (0, len(whole) - 1)
-        part = whole[first : last + 1]
-        self.send_response(206 if match else 200)
-        self.send_header("Accept-Ranges", "bytes")
-        if self.etag:
-            self.send_header("ETag", f'"{self.etag}"')
-        if self.date:
-            self.send_header("Last-Modified", self.date)
-        self.send_header("X-Repo-Commit", "0" * 40)
-        if with_body and self.without_length:
-            part, self.close_connection = part[: len(part) // 2], True
-        else:
-            self.send_header("Content-Length", str(len(part)))
-        if match:
-            self.send_header("Content-Range", f"bytes {first}-{last}/{len(whole)}")
-        self.end_headers()
-        if with_body:
-            if self.stalls:
-                time.sleep(3)
-                return
-            if self.cut_after and self.cut_after[0] <= first:
-                part = part[: len(part) // 2]
-                self.cut_after.clear()
-                self.close_connection = True
-            self.wfile.write(part)
-
-    def listed(self) -> list[dict[str, object]]:
-        """Files and folders as the hub tells of them."""
-        parents = {str(parent) for name in self.content for parent in PurePosixPath(name[1:]).parents} - {"."}
-        folders = [{"type": "directory", "path": folder, "oid": "b" * 40} for folder in sorted(parents)]
-        kept = self.content.items()
-        return [
-            *folders,
-            *({"type": "file", "path": name[1:], "size": len(data), "oid": "a" * 40} for name, data in kept),
-        ]
-
-    def hub(self, path: str) -> None:
-        if "/tree/" in path:
-            below = path.partition("/tree/")[2].partition("/")[2]
-            self.say([each for each in self.listed() if not below or str(each["path"]).startswith(f"{below}/")])
-        else:
-            self.say({"id": "org/name", "sha": "0" * 40, "siblings": [], "private": False, "gated": False})
-
-    def say(self, document: object) -> None:
-        body = json.dumps(document).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[tuple[type[Files], str]]:
-    monkeypatch.setenv("DDPM_CACHE", str(tmp_path / "cache"))
-    handler = type("OwnFiles", (Files,), {"content": {}, "asked": [], "cut_after": []})
-    with serving(handler) as url:
-        yield handler, url
+from tests.job.data.file_server import png
 
 
 def archive(images: int) -> bytes:

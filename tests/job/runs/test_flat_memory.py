@@ -1,4 +1,4 @@
-"""A run that lasts needs no more memory, files or threads than one that just began: 1,000 steps, 50 checkpoints."""
+"""A run that lasts needs no more memory, files or threads than one that just began: 1,500 steps, 75 checkpoints."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from job.store import Store, open_store
 from tests.job.command_line import ddpm_here, environment, settings, succeeded
 from tests.job.some_images import encoded, folder_of, picture
 
-IMAGES, BATCH, EPOCHS = 80, 4, 50
+IMAGES, BATCH, EPOCHS = 80, 4, 75
 STEPS = EPOCHS * IMAGES // BATCH
-WARM, LAST = range(12, 20), range(42, 50)
-"""Epochs that are compared: pictures have been drawn before both."""
+WARM, LAST = range(22, 30), range(67, 75)
+"""Epochs that are compared: pictures have been drawn before both, and each pool has the threads that it will have."""
 GROWTH_KILOBYTES = 4 << 10
 
 

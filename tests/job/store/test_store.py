@@ -347,3 +347,10 @@ def test_killed_writers_leave_nothing_half_visible(store: Store, large_file: Pat
         assert len(set(store.read("status").data)) == 1
     store.put("status", b"alive")
     assert store.read("status").data == b"alive"
+
+
+def test_abfs_is_another_name_of_az(azure_container: str) -> None:
+    by_another_name = open_store(azure_container.replace("az://", "abfs://"))
+    by_another_name.put("a", b"1")
+    assert by_another_name.uri_of("a") == f"{azure_container}/a"
+    assert open_store(azure_container).read("a").data == b"1"
