@@ -285,6 +285,49 @@ def test_a_lease_is_renewed_beside_ten_gigabytes(
         assert max(took.result()) < 1
 
 
+MOVED_BYTES, MOST_ABOVE_BYTES = 2 * 10**9, 64 << 20
+MOVE = """
+import json, re, sys, threading
+from pathlib import Path
+from job.store import open_store
+
+def held_bytes():
+    return int(re.search(r"RssAnon:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+
+def watch():
+    while not is_over.wait(0.02):
+        held.append(held_bytes())
+
+store, (small, large, down) = open_store(sys.argv[1]), map(Path, sys.argv[2:])
+above = {}
+for path in (small, large):
+    moves = {"up": lambda: store.upload(path, path.name), "down": lambda: store.download(path.name, down)}
+    for name, move in moves.items():
+        before, held, is_over = held_bytes(), [], threading.Event()
+        watching = threading.Thread(target=watch)
+        watching.start()
+        move()
+        is_over.set()
+        watching.join()
+        above[name] = max(held) - before
+    assert down.stat().st_size == path.stat().st_size
+    down.unlink()
+print(json.dumps(above))
+"""
+
+
+@pytest.mark.slow
+def test_two_gigabytes_take_little_memory(remote_bucket: str, tmp_path: Path) -> None:
+    for name, size_bytes in (("small", 1 << 20), ("large", MOVED_BYTES)):
+        with (tmp_path / name).open("wb") as file:
+            file.truncate(size_bytes)
+    words = [sys.executable, "-c", MOVE, remote_bucket, *(str(tmp_path / name) for name in ("small", "large", "down"))]
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    print(done.stdout)
+    assert max(json.loads(done.stdout).values()) < MOST_ABOVE_BYTES
+
+
 def test_a_large_upload_has_its_checksum_and_its_condition_in_one_request(
     gcs_bucket: str, gcs_server: str, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
