@@ -303,7 +303,8 @@ above = {}
 for path in (small, large):
     moves = {"up": lambda: store.upload(path, path.name), "down": lambda: store.download(path.name, down)}
     for name, move in moves.items():
-        before, held, is_over = held_bytes(), [], threading.Event()
+        before, is_over = held_bytes(), threading.Event()
+        held = [before]
         watching = threading.Thread(target=watch)
         watching.start()
         move()
