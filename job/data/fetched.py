@@ -15,7 +15,7 @@ from filelock import FileLock, Timeout
 from job.data.cache import default_cache_dir
 from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, JobError
 from job.progress import Progress
-from job.store import is_foreign
+from job.store import is_foreign, split_chain
 from job.store.files import os_errors
 from job.store.retry import FIRST_PAUSE_SECONDS
 
@@ -53,7 +53,10 @@ def fetched(store: ForeignStore, key: str, source: str) -> Path:
 
 def forget(source: str) -> None:
     """Removes what was fetched of a source: it is packed, or of no use."""
-    if not is_foreign(source):
+    inside, archive = split_chain(source)
+    if inside:
+        forget(archive)
+    if inside or not is_foreign(source):
         return
     place = _place(source)
     for path in place.parent.glob(f"{place.name}.*"):

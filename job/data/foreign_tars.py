@@ -104,7 +104,7 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
             if tar.uri in tars:
                 raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")
             if not is_tar_uri(tar.uri) or printable(tar.uri) != tar.uri:
-                raise BadRequestError(f"{tar.uri!r} has characters in its name that no index can hold: rename it")
+                raise BadRequestError(f"{tar.uri!r} cannot stand in an index: http:// and odd characters may not")
             tars[tar.uri] = tar
             if len(tars) > MOST_TARS:
                 raise BadRequestError(f"more than {MOST_TARS:,} tars: a dataset has no names for so many shards")

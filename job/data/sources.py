@@ -37,6 +37,7 @@ from job.store import (
     Entry,
     Retry,
     Store,
+    fsspec_configured,
     is_foreign,
     is_remote,
     open_store,
@@ -75,7 +76,7 @@ _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
 _CIFAR_BYTES = 1 + 3 * 32 * 32
 _CIFAR_NOTE = "packing the images for training; --split test packs the others"
-_PATTERN = re.compile(r"([^*?]*/)([^/*?]*\*[^?]*?)(\?.*)?")
+_PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
 _IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
 _DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
@@ -403,17 +404,25 @@ def _inside(archive: Source, inside: str, where: str) -> Source:
     folder = path.partition("*")[0].rpartition("/")[0] if "*" in path else path
     start = f"{folder}/" if folder else ""
     wanted = _matching(path.removeprefix(start)) if "*" in path else bool
+    whole = replace(archive, split="")
 
     def listed() -> Iterator[Member]:
-        for member in archive.members():
+        is_empty = True
+        for member in whole.members():
             if member.name.startswith(start) and wanted(name := member.name.removeprefix(start)):
+                is_empty = False
                 yield replace(member, name=name)
+        if is_empty:
+            raise RefusedError(f"is empty: {'nothing matches' if '*' in path else 'no file is in'} {path!r} in there")
 
+    if any(part.lower() in SPLITS for part in folder.split("/")):
+        archive = replace(whole, note="")
     return replace(archive, where=where, listed=listed)
 
 
 def _matching(pattern: str) -> Callable[[str], object]:
-    from fsspec.utils import glob_translate
+    with fsspec_configured():
+        from fsspec.utils import glob_translate
 
     return re.compile(glob_translate(pattern)).match
 
@@ -421,8 +430,9 @@ def _matching(pattern: str) -> Callable[[str], object]:
 def _elsewhere(uri: str, retry: Retry | None) -> Source:
     """An archive or a folder at a URI; of a folder, all files or those that match a pattern such as `train/*.jpg`."""
     folder, name = split_uri(uri)
-    if pattern := _PATTERN.fullmatch(uri):
-        uri = f"{pattern[1]}{pattern[3] or ''}"
+    pattern = _PATTERN.fullmatch(uri) if without_queries(uri) == uri else None
+    if pattern:
+        uri = pattern[1]
     elif name and not folder.endswith("://") and (parent := open_to_read(folder, retry)).exists(name):
         if is_foreign(uri):
             path = fetched(cast("ForeignStore", parent), name, uri)

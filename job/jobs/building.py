@@ -91,8 +91,7 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
             inside, source = split_chain(request.source)
             if is_foreign(source):
                 check_source(source)
-                if target.is_remote and "?" in source:
-                    shown = without_queries(source)
+                if target.is_remote and (shown := without_queries(source)) != source:
                     raise BadRequestError(
                         f"{shown}?…: its query, which may be a signature, would stand in the job's words"
                     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from job.code_version import how_to_install
@@ -24,14 +24,19 @@ os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 __all__ = ["ConflictError", "Entry", "ObjectExistsError", "ObjectMissingError", "Retry", "Store"]
 """They lie in the modules below, and are imported from here."""
 
-_SECRET_OPTION = re.compile("key|secret|token|passw|sas|credential|connection_string")
-_MISLEADING = ("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached")
-"""Their content lies elsewhere than their URL says, or fills the disk."""
+_SECRET_OPTION = re.compile("key|secret|token|pass|sas|credential|connection_string")
+_MISLEADING = {
+    *("reference", "memory", "data", "filecache", "simplecache", "blockcache", "cached"),
+    *("local", "dir", "generic", "async_wrapper", "asyncwrapper"),
+}
+"""Their content lies elsewhere than their URL says, fills the disk, or has a plain path."""
+_ADDRESS = re.compile(r"\[[0-9a-fA-F:.]*\]")
+"""Of IPv6."""
 _CHAIN = re.compile(r"((?:zip|tar)://[^:]*)::(.+)", re.DOTALL | re.IGNORECASE)
 WEB = ("http", "https")
 _LOCAL = ("localhost", "127.0.0.1", "::1")
-_AZURE = ("azure", "AzureStore", "az")
-_BACKENDS = {"gs": ("gcs", "GcsStore", "gs"), "s3": ("s3", "S3Store", "s3"), "az": _AZURE, "abfs": _AZURE}
+_GOOGLE, _AZURE = ("gcs", "GcsStore", "gs"), ("azure", "AzureStore", "az")
+_BACKENDS = {"gs": _GOOGLE, "gcs": _GOOGLE, "s3": ("s3", "S3Store", "s3"), "az": _AZURE, "abfs": _AZURE}
 """By scheme: module, class and extra."""
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9._-]{1,220}[a-z0-9]")
 
@@ -57,7 +62,8 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     scheme, bucket, prefix = _bucket_of(uri)
     module, name, extra = _BACKENDS[scheme]
     try:
-        store: Store = getattr(_imported(module), name)(bucket, retry)
+        with fsspec_configured():
+            store: Store = getattr(import_module(f"job.store.{module}"), name)(bucket, retry)
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(extra)}") from None
     return store.sub(prefix) if prefix else store
@@ -67,17 +73,28 @@ def open_to_read(uri: str, retry: Retry | None = None) -> Store:
     """As `open_store`, and whatever an installed fsspec file system reads: see `job.store.foreign`."""
     if not is_foreign(uri):
         return open_store(uri, retry)
-    store: Store = _imported("foreign").ForeignStore(uri, retry or Retry())
-    return store
+    with fsspec_configured():
+        from job.store.foreign import ForeignStore
+
+        return ForeignStore(uri, retry or Retry())
 
 
-def _imported(module: str) -> Any:
+@contextmanager
+def fsspec_configured() -> Iterator[None]:
+    """In it fsspec may be imported, which reads its configuration, and a file system be made by that.
+
+    Raises:
+        BadConfigError: something in there makes no sense.
+    """
     try:
-        return import_module(f"job.store.{module}")
-    except (ValueError, TypeError, AttributeError) as error:
-        # fsspec reads its configuration when it is imported, and its words may repeat a secret of it.
+        with warnings.catch_warnings():
+            # It would print two lines, and go on without the variable.
+            warnings.filterwarnings("error", module=r"fsspec\.config")
+            yield
+    except (ValueError, TypeError, AttributeError, UserWarning) as error:
+        # Their words may repeat a secret.
         where = "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables)"
-        raise BadConfigError(f"{where} cannot be read: {type(error).__name__}") from None
+        raise BadConfigError(f"{where} makes no sense ({type(error).__name__}): correct it") from None
 
 
 def is_foreign(uri: str) -> bool:
@@ -92,8 +109,10 @@ def check_source(uri: str) -> None:
         BadRequestError: it holds a password, anybody on the way could change it, or it leads elsewhere.
     """
     scheme = re.split("://|::", uri, maxsplit=1)[0].lower()
-    if scheme in _MISLEADING or "::" in uri:
-        raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read; zip:// and tar:// make chains")
+    if scheme in ("zip", "tar"):
+        raise BadRequestError(f"{scheme}://: a chain is {scheme}://FOLDER::ARCHIVE, and only `data pack` takes one")
+    if scheme in _MISLEADING or "::" in _ADDRESS.sub("", uri):
+        raise BadRequestError(f"{scheme}:// may lead anywhere: name what it would read")
     try:
         parts = urlsplit(uri)
         parts.port  # noqa: B018 -- it raises if the port is text, which may be a part of a password
@@ -114,7 +133,15 @@ def is_safe(url: str) -> bool:
 
 def without_queries(uri: str) -> str:
     """A URL for people and records: a query may be a signature."""
-    return uri.partition("?")[0] if is_foreign(split_chain(uri)[1]) else uri
+    inside, archive = split_chain(uri)
+    if inside:
+        return f"{inside}::{without_queries(archive)}"
+    return uri.partition("?")[0] if is_web(uri) else uri
+
+
+def is_web(uri: str) -> bool:
+    """Whether a URI has a query behind its `?`, where others have a name."""
+    return uri.partition("://")[0].lower() in WEB
 
 
 def split_chain(uri: str) -> tuple[str, str]:
@@ -128,7 +155,7 @@ def split_chain(uri: str) -> tuple[str, str]:
 
 def split_uri(uri: str) -> tuple[str, str]:
     """The folder of an object, as `open_to_read` takes it, with the query of its URL, and its name."""
-    path, mark, query = uri.partition("?") if is_foreign(uri) else (uri, "", "")
+    path, mark, query = uri.partition("?") if is_web(uri) else (uri, "", "")
     folder, _, name = path.rpartition("/")
     return f"{folder or '/'}{'/' * folder.endswith(':/')}{mark}{query}", name
 
@@ -149,7 +176,7 @@ def set_storage_options(settings: Iterable[str]) -> None:
             raise BadRequestError(f"{name!r}: write SCHEME.OPTION=VALUE, such as gs.requester_pays=my-project")
         if text.lstrip().startswith(("{", "[")):
             raise BadRequestError(f"{name} may hold a secret, which lists would show: it goes into ~/.config/fsspec")
-        if _SECRET_OPTION.search(option) and text != "anon":
+        if (_SECRET_OPTION.search(option.lower()) or {"?", "@"} & {*text}) and text != "anon":
             raise BadRequestError(
                 f"{name} is a secret, which lists would show: it goes into ~/.config/fsspec/conf.json"
             )

@@ -12,6 +12,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 from urllib.parse import urljoin
@@ -21,7 +22,7 @@ from fsspec.config import conf
 
 from job.code_version import how_to_install
 from job.exits import BadDataError, BadRequestError, BucketAwayError, JobError, NoPermissionError
-from job.store import WEB, check_source, is_safe
+from job.store import WEB, check_source, is_safe, is_web
 from job.store.base import Entry, ObjectMissingError, Store
 from job.store.calls import POLL_SECONDS, T, answer, in_thread
 from job.store.files import COPY_BYTES
@@ -36,9 +37,14 @@ logging.getLogger("paramiko").setLevel(logging.CRITICAL)
 
 _SILENCES_PER_READ = 8
 """Some file systems show nothing of a block that they read ahead."""
-_EXTRAS = {**dict.fromkeys((*WEB, "hf"), "web"), "gcs": "gs"}
+_EXTRAS = dict.fromkeys((*WEB, "hf"), "web")
+_SIGN_IN = {
+    "hf": "sign in with `hf auth login`",
+    **dict.fromkeys(WEB, "download it where you are signed in"),
+}
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
 """A file system tells some of these; the first two are what `If-Range` takes."""
+_MOST_FOLDERS_DEEP = 64
 
 
 class About(NamedTuple):
@@ -51,16 +57,33 @@ class About(NamedTuple):
 class _Connection:
     """The file system of a store and of its copies; one that broke is made anew by the next call."""
 
-    def __init__(self, kind: Any, url: str, options: dict[str, Any]) -> None:
-        self.kind, self._url, self._options = kind, url, options
+    def __init__(self, scheme: str, kind: Any, url: str, options: dict[str, Any]) -> None:
+        self.scheme, self.kind, self._url, self._options = scheme, kind, url, options
         self._fs: Any = None
+        # A server of SSH has no other name for its top.
+        self._root: str = kind._strip_protocol(url) or ("/" if scheme in ("sftp", "ssh") else "")
         # Threads may share these, as fsspec says of no other: of two that ask by SSH, one would wait for good.
-        self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or url.startswith("hf://") else 1)
+        self.turns = threading.Semaphore(CONNECTIONS if kind.async_impl or scheme == "hf" else 1)
+
+    def path(self, below: str) -> str:
+        """The file system's name for what lies below the URL."""
+        # From a whole URL some file systems would take a part of a name for a query.
+        start = self._root if self._root[-1:] in ("", "/") else f"{self._root}/"
+        return f"{start}{below}".rstrip("/") or self._root
 
     def fs(self) -> Any:
         """The file system, which some kinds connect at once."""
         if self._fs is None:
-            self._fs = self.kind(**{**self.kind._get_kwargs_from_urls(self._url), **self._options})
+            try:
+                self._fs = self.kind(**{**self.kind._get_kwargs_from_urls(self._url), **self._options})
+            except ImportError as error:
+                raise _not_installed(self.scheme, error) from None
+            except (TypeError, ValueError, AttributeError) as error:
+                # Others may repeat a secret.
+                said = one_line(str(error)) if isinstance(error, TypeError) else type(error).__name__
+                raise BadRequestError(
+                    f"{self.scheme}:// cannot be opened ({said}): check the URL, and fsspec's configuration"
+                ) from None
         return self._fs
 
     def drop(self) -> None:
@@ -81,14 +104,16 @@ class ForeignStore(Store):
         check_source(uri)
         scheme, _, rest = uri.partition("://")
         scheme = scheme.lower()
-        path, mark, query = f"{scheme}://{rest}".partition("?")
+        path, mark, query = f"{scheme}://{rest}".partition("?") if is_web(uri) else (f"{scheme}://{rest}", "", "")
         self._query = mark + query
         super().__init__(path if path.endswith("://") else path.rstrip("/"), retry)
         try:
             kind = get_filesystem_class(scheme)
-        except (ImportError, ValueError) as error:
+        except (ImportError, ValueError, AttributeError) as error:
             raise _not_installed(scheme, error) from None
-        self._connection = _Connection(kind, path, _options(scheme, retry.silence_seconds))
+        self._connection = _Connection(scheme, kind, path, _options(scheme, retry.silence_seconds))
+        if "?" in path and "?" not in self._path(""):
+            raise BadRequestError(f"{path}: no folder with a ? in its name can be read there: rename it")
 
     def about(self, key: str) -> About:
         """Asks anew for a file's size and version.
@@ -139,8 +164,7 @@ class ForeignStore(Store):
         return start, content()
 
     def _path(self, key: str) -> str:
-        path: str = self._connection.kind._strip_protocol(self._uri(key).rstrip("/") + self._query)
-        return path
+        return self._connection.path(self._prefix + key) + self._query
 
     def _ask(self, where: str, work: Callable[[Any], T]) -> T:
         """Does `work` with the file system."""
@@ -159,14 +183,17 @@ class ForeignStore(Store):
         finally:
             self._connection.turns.release()
 
-    def _about(self, key: str, anew: bool = False) -> About:
+    def _info(self, key: str, anew: bool = False) -> dict[str, Any]:
         def info(fs: Any) -> dict[str, Any]:
             if anew:
                 fs.invalidate_cache()
             found: dict[str, Any] = fs.info(self._path(key))
             return found
 
-        found = self._ask(self.uri_of(key), info)
+        return self._ask(self._uri(key), info)
+
+    def _about(self, key: str, anew: bool = False) -> About:
+        found = self._info(key, anew)
         if found.get("type") == "directory":
             raise ObjectMissingError(f"{self.uri_of(key)} is a folder")
         return About(found.get("size"), tuple(str(found[name]) for name in _VERSIONS if found.get(name)))
@@ -208,15 +235,52 @@ class ForeignStore(Store):
         return bytes(part[: stop - start])
 
     def _list(self, prefix: str) -> Sequence[Entry]:
-        folder = self._path(prefix)
+        if self._query:
+            raise BadRequestError(
+                f"{self._uri(prefix)}: a folder with a query has no list of its files: name an archive"
+            )
+        entries, folders = list[Entry](), [prefix]
+        # The hub tells of all folders at once, and answers few questions an hour.
+        walks = self._connection.scheme != "hf"
+        while folders:
+            for key, found in self._listed(folder := folders.pop(), walks):
+                match found.get("type"):
+                    case "directory":
+                        folders.append(f"{key}/")
+                    case "file":
+                        entries.append(Entry(key, int(found.get("size") or 0)))
+                    case _:
+                        entries.append(Entry(key, self._linked_bytes(key)))
+            if folder.count("/") > _MOST_FOLDERS_DEEP:
+                raise BadDataError(f"{self._uri(prefix)} has folders in folders without end: name one of them")
+        return entries
 
-        def find(fs: Any) -> dict[str, dict[str, Any]]:
+    def _listed(self, folder: str, only: bool) -> Iterator[tuple[str, dict[str, Any]]]:
+        """What lies in a folder, or below it; nothing if there is no such folder."""
+        path = self._path(folder)
+
+        def ask(fs: Any) -> list[dict[str, Any]]:
             fs.invalidate_cache()
-            found: dict[str, dict[str, Any]] = fs.find(folder, detail=True)
-            return found
+            return fs.ls(path, detail=True) if only else [*fs.find(path, detail=True).values()]
 
-        below, found = len(self._path("")), self._ask(self._uri(prefix), find)
-        return [Entry(name[below:].lstrip("/"), int(each.get("size") or 0)) for name, each in found.items()]
+        found = []
+        with suppress(ObjectMissingError):
+            found = self._ask(self._uri(folder), ask)
+        start = self._connection.path(self._prefix).rstrip("/")
+        for each in found:
+            # The links of a page may lead anywhere.
+            name = each["name"]
+            if name.startswith(start) and (key := name[len(start) :].strip("/")).startswith(folder) and key != folder:
+                yield key, each
+
+    def _linked_bytes(self, key: str) -> int:
+        found = {}
+        # Whoever reads it will hear of it.
+        with suppress(ObjectMissingError):
+            found = self._info(key)
+        if found.get("type") == "directory":
+            raise BadDataError(f"{self.uri_of(key)} is a link to a folder: put a copy in its place")
+        return int(found.get("size") or 0)
 
     def _folders(self, prefix: str) -> Sequence[str]:
         names = (entry.key.removeprefix(prefix) for entry in self._list(prefix))
@@ -251,11 +315,14 @@ def _meaning(error: Exception, uri: str) -> JobError:
     status = getattr(error, "status", None) or getattr(getattr(error, "response", None), "status_code", None)
     # The query of an address may be a signature, also where a server redirects to.
     said = one_line(re.sub(r"\?[^\s'\")]+", "", str(error))) or type(error).__name__
-    if status in (401, 403) or isinstance(error, PermissionError) or "Authentication" in type(error).__name__:
-        how = "sign in with `hf auth login`" if uri.startswith("hf:") else "download it where you are signed in"
+    is_refused = isinstance(error, PermissionError) or "Authentication" in type(error).__name__
+    if status in (401, 403) or is_refused or said.startswith("No authentication"):
+        how = _SIGN_IN.get(uri.partition("://")[0], "its user and key go into fsspec's configuration")
         return NoPermissionError(f"{uri} may not be read ({said}): {how}")
     if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ObjectMissingError(f"there is nothing at {uri}: check the address")
+    if isinstance(error, (TypeError, NotImplementedError, IsADirectoryError)) or "Validation" in type(error).__name__:
+        return BadRequestError(f"{uri} cannot be read ({said}): check the URL")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")
     # Any other failure may pass.

@@ -28,7 +28,7 @@ from job.store.retry import Retry
 CONNECTIONS = 64
 PIECE_BYTES = 4 << 20
 """Of an object are asked for at a time: longer on the way than the question, on most networks."""
-_PIECES_AHEAD = 7
+_PIECES_AHEAD = 6
 READ_AHEAD_BYTES = PIECE_BYTES
 _REASON_CHARACTERS = 200
 

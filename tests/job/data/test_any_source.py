@@ -17,7 +17,7 @@ import pytest
 from job.data.shards import load_index
 from job.data.sources import open_source
 from job.data.verify import verify_dataset
-from job.exits import BadDataError, BucketAwayError, Exit
+from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit
 from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
 from tests.job.data.file_server import png
@@ -124,7 +124,11 @@ def test_a_signature_is_in_no_record_and_no_message(server, tmp_path: Path) -> N
     handler.content = {"/all.zip": zip_bytes()}
     query = f"?se=2026-01-01T00:00:00Z&sig={WORD}"
     bucket = tmp_path / "bucket"
-    for name, source in {"a": f"{url}/all.zip{query}", "b": f"zip://cat/*::{url}/all.zip{query}"}.items():
+    for name, source in {
+        "a": f"{url}/all.zip{query}",
+        "b": f"zip://cat/*::{url}/all.zip{query}",
+        "c": f"zip://::zip://cat::{url}/all.zip{query}",
+    }.items():
         done = ddpm_here("data", "pack", source, name, "--size", 16, "--bucket", bucket)
         assert WORD not in succeeded(done) + done.stderr
     done = ddpm_here("import", f"{url}/all.zip{query}", "--run", "r", "--bucket", bucket)
@@ -166,6 +170,74 @@ def test_a_server_of_files_by_ssh(sftp: tuple[Path, str], tmp_path: Path) -> Non
     line = refused(ddpm("data", "pack", f"{url}/none", "none", "--size", 16, "--bucket", ours), Exit.MISSING_INPUT)
     assert f"there is nothing at {url}/none" in line
     assert WORD not in "".join(path.read_text(errors="replace") for path in ours.rglob("*") if path.is_file())
+
+
+def test_names_and_links_on_a_server_of_files(sftp: tuple[Path, str]) -> None:
+    folder, url = sftp
+    (folder / "odd").mkdir()
+    (folder / "odd" / "a.png").write_bytes(IMAGES["cat/0.png"])
+    (folder / "odd" / "a.png?b.png").write_bytes(IMAGES["cat/1.png"])
+    (folder / "odd" / "c.png").symlink_to("a.png")
+    found = {"a.png": IMAGES["cat/0.png"], "a.png?b.png": IMAGES["cat/1.png"], "c.png": IMAGES["cat/0.png"]}
+    assert read(f"{url}/odd") == found
+    assert read(f"{url}/odd/a.png?*.png") == {"a.png?b.png": IMAGES["cat/1.png"]}
+    assert read(url) == {f"odd/{name}": data for name, data in found.items()}
+    (folder / "linked").symlink_to("odd")
+    with pytest.raises(BadDataError, match=r"/linked is a link to a folder: put a copy"):
+        read(url)
+    with pytest.raises(BadRequestError, match=r"no folder with a \?"):
+        open_source(f"{url}/a?b/")
+
+
+def page(*links: str) -> bytes:
+    return "".join(f'<a href="{link}">there</a>' for link in links).encode()
+
+
+def test_a_folder_of_the_web_is_its_page(server) -> None:
+    handler, url = server
+    handler.content = {f"/ds/{name}": data for name, data in IMAGES.items()}
+    handler.content |= {f"/ds/{kind}": page("../", "/", *(f"{n}.png" for n in range(3))) for kind in ("cat", "horse")}
+    handler.content["/ds"] = page("?C=N", "https://elsewhere.example/x.png", "/ds/", "cat/", "/ds/horse/")
+    assert read(f"{url}/ds/") == IMAGES
+    assert read(f"{url}/ds/*/1.png") == {name: IMAGES[name] for name in ("cat/1.png", "horse/1.png")}
+    for source in (f"{url}/ds/?signature={WORD}", f"{url}/ds/*/1.png?signature={WORD}"):
+        with pytest.raises(BadRequestError, match="a folder with a query has no list of its files") as error:
+            read(source)
+        assert WORD not in str(error.value)
+    handler.content |= {"/loop" + "/loop" * deep: page("loop/") for deep in range(100)}
+    with pytest.raises(BadDataError, match="without end"):
+        read(f"{url}/loop/")
+
+
+def test_what_a_chain_has_fetched_does_not_stay(server, tmp_path: Path) -> None:
+    handler, url = server
+    handler.content = {"/all.zip": zip_bytes()}
+    at = ("--size", 16, "--bucket", tmp_path / "bucket")
+    succeeded(ddpm_here("data", "pack", f"zip://::zip://cat::{url}/all.zip", "cats", *at))
+    refused(ddpm_here("data", "pack", f"zip://dog::{url}/all.zip", "dogs", *at), Exit.BAD_DATA)
+    assert not [path for path in (tmp_path / "cache/sources").iterdir() if path.suffix != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("adl://x/y", "adl:// needs more than is installed"),
+        ("github://x", "github:// cannot be opened .*missing 2 required positional arguments: 'org' and 'repo'"),
+        ("zip://cat", "a chain is zip://FOLDER::ARCHIVE"),
+        ("zip://a:b::all.zip", "a chain is zip://FOLDER::ARCHIVE"),
+        ("local://photos", "local:// may lead anywhere"),
+        ("dir:///photos", "dir:// may lead anywhere"),
+    ],
+)
+def test_what_can_never_be_read_is_refused_at_once(source: str, said: str) -> None:
+    with pytest.raises(BadRequestError, match=said):
+        read(source)
+
+
+def test_an_address_of_ipv6_is_a_host() -> None:
+    assert open_to_read("https://[2001:db8::1]/images").uri == "https://[2001:db8::1]/images"
+    with pytest.raises(BadRequestError, match="anybody on the way"):
+        open_to_read("http://[2001:db8::1]/images")
 
 
 def test_a_connection_that_broke_is_made_anew(sftp: tuple[Path, str]) -> None:

@@ -7,6 +7,7 @@ import tarfile
 import threading
 import time
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 
 import numpy as np
@@ -188,6 +189,20 @@ def test_cifar_10_is_packed_as_it_is_downloaded(tmp_path, caplog):
     first = np.asarray(Image.open(BytesIO(entries["train/airplane/data_batch_1-00000.ppm"])))
     assert first.shape == (32, 32, 3)
     assert first[..., 0].tobytes() == np.random.default_rng(0).bytes(3072)[:1024]
+
+
+def test_a_part_of_cifar_10_is_a_chain(tmp_path):
+    path = tmp_path / "cifar-10-binary.tar.gz"
+    path.write_bytes(cifar())
+    alone = open_source(str(path))
+    whole = dict(replace(alone, split="").entries())
+    assert dict(open_source(f"tar://::{path}").entries()) == dict(alone.entries())
+    for split in ("train", "test"):
+        part = {name.removeprefix(f"{split}/"): data for name, data in whole.items() if name.startswith(f"{split}/")}
+        assert dict(open_source(f"tar://{split}::{path}").entries()) == part
+        assert dict(replace(open_source(f"tar://::{path}"), split=split).entries()).keys() == {
+            f"{split}/{name}" for name in part
+        }
 
 
 def test_cifar_10_of_pickles_or_damaged_is_refused(tmp_path):

@@ -25,13 +25,13 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 from fsspec.config import set_conf_env
 
-from job.exits import BadRequestError, BucketAwayError, NoPermissionError, StoppedError
+from job.exits import BadRequestError, BucketAwayError, Exit, NoPermissionError, StoppedError
 from job.stop import Stop
 from job.store import Retry, Store, open_store, retry, set_storage_options
 from tests.conftest import new_bucket
 from tests.faulty_proxy import Fault, FaultyProxy, Request
 from tests.job.answering import serving
-from tests.job.command_line import environment
+from tests.job.command_line import ddpm, environment, refused
 from tests.job.conftest import SERVERS, point_at
 from tests.job.store.test_remote import LARGE_BYTES, every_call
 from tests.servers import azurite_account
@@ -438,7 +438,11 @@ def test_the_configuration_of_fsspec_is_heeded(
 
 
 def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
-    for option in ("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "az.sas_token=word"):
+    for option in ("az.account_key=word", "gs.token=/a/word.json", "s3.secret=word", "s3.KEY=word", "sftp.pass=word"):
+        with pytest.raises(BadRequestError, match="is a secret") as error:
+            set_storage_options([option])
+        assert "word" not in str(error.value)
+    for option in ("az.account_url=https://x.y/?sig=word", "gs.endpoint_url=https://me:word@x.y"):
         with pytest.raises(BadRequestError, match="is a secret") as error:
             set_storage_options([option])
         assert "word" not in str(error.value)
@@ -459,6 +463,21 @@ def test_storage_options_are_no_place_for_secrets(monkeypatch: pytest.MonkeyPatc
     set_conf_env(found)
     assert found["gs"] == {"requester_pays": True, "token": "anon"}
     assert found["s3"] == {"profile": "mine", "a": "2020-01-01"}
+
+
+@pytest.mark.parametrize(
+    ("uri", "variable", "value"),
+    [
+        ("gs://bucket", "FSSPEC_GS", '{"token":'),
+        ("s3://bucket", "FSSPEC_S3", '{"endpoint_url": 5}'),
+        ("sftp://host/images", "FSSPEC_SFTP", "[1]"),
+        ("https://host/images", "FSSPEC_HTTPS", '{"client_kwargs": 5}'),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_one_line(uri: str, variable: str, value: str, tmp_path: Path) -> None:
+    at = ("--size", 16, "--bucket", tmp_path)
+    line = refused(ddpm("data", "pack", uri, "name", *at, **{variable: value}), Exit.BAD_CONFIG)
+    assert "fsspec's configuration (~/.config/fsspec/*.json, FSSPEC_… variables) makes no sense" in line
 
 
 @pytest.mark.parametrize("which", ["az", "s3"])
