@@ -285,7 +285,7 @@ def test_a_lease_is_renewed_beside_ten_gigabytes(
         assert max(took.result()) < 1
 
 
-MOVED_BYTES, MOST_ABOVE_BYTES = 2 * 10**9, 64 << 20
+MOVED_BYTES, MOST_ABOVE_BYTES = 600 * 10**6, 64 << 20
 MOVE = """
 import json, re, sys, threading
 from pathlib import Path
@@ -318,14 +318,14 @@ print(json.dumps(above))
 
 
 @pytest.mark.slow
-def test_two_gigabytes_take_little_memory(remote_bucket: str, tmp_path: Path) -> None:
+@pytest.mark.timeout(600)
+def test_a_large_object_takes_little_memory(remote_bucket: str, tmp_path: Path) -> None:
     for name, size_bytes in (("small", 1 << 20), ("large", MOVED_BYTES)):
         with (tmp_path / name).open("wb") as file:
             file.truncate(size_bytes)
     words = [sys.executable, "-c", MOVE, remote_bucket, *(str(tmp_path / name) for name in ("small", "large", "down"))]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    print(done.stdout)
     assert max(json.loads(done.stdout).values()) < MOST_ABOVE_BYTES
 
 
