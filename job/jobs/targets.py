@@ -26,7 +26,7 @@ TARGETS_VARIABLE = "DDPM_TARGETS"
 BUILT_IN = ("local", "container")
 """Targets that are there without a file; one that defines them may only change what they say."""
 _SECRET = re.compile(
-    r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)|SAS_|CONNECTION_STRING|FSSPEC_[A-Z0-9]+$|FSSPEC_\w*(KWARGS|HEADERS)"
+    r"PASSW|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?!IZ)|PWD|KEYS?(_|$)|SAS_|CONNECTION_STRING|FSSPEC_[A-Z0-9]+$|FSSPEC_\w*(KWARGS|HEADERS|PASS)"
 )
 _NO_SECRET = re.compile(r"\w+_(FILE|PATH|DIR)|GOOGLE_APPLICATION_CREDENTIALS|(OLD)?PWD")
 """Names that sound like secrets, and say where something is."""

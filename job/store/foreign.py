@@ -45,6 +45,8 @@ _SIGN_IN = {
 _VERSIONS = ("ETag", "etag", "Last-Modified", "generation", "blob_id", "sha", "mtime", "last_modified", "modified")
 """A file system tells some of these; the first two are what `If-Range` takes."""
 _MOST_FOLDERS_DEEP = 64
+_HOPELESS = (TypeError, NotImplementedError, IsADirectoryError)
+"""A file system that raises these would raise them again."""
 
 
 class About(NamedTuple):
@@ -240,10 +242,8 @@ class ForeignStore(Store):
                 f"{self._uri(prefix)}: a folder with a query has no list of its files: name an archive"
             )
         entries, folders = list[Entry](), [prefix]
-        # The hub tells of all folders at once, and answers few questions an hour.
-        walks = self._connection.scheme != "hf"
         while folders:
-            for key, found in self._listed(folder := folders.pop(), walks):
+            for key, found in self._listed(folder := folders.pop()):
                 match found.get("type"):
                     case "directory":
                         folders.append(f"{key}/")
@@ -255,22 +255,24 @@ class ForeignStore(Store):
                 raise BadDataError(f"{self._uri(prefix)} has folders in folders without end: name one of them")
         return entries
 
-    def _listed(self, folder: str, only: bool) -> Iterator[tuple[str, dict[str, Any]]]:
-        """What lies in a folder, or below it; nothing if there is no such folder."""
-        path = self._path(folder)
+    def _listed(self, folder: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Keys of a folder's files and folders, and what is known of each; nothing if there is no such folder."""
+        path, start = self._path(folder), self._connection.path(self._prefix).rstrip("/")
 
         def ask(fs: Any) -> list[dict[str, Any]]:
             fs.invalidate_cache()
-            return fs.ls(path, detail=True) if only else [*fs.find(path, detail=True).values()]
+            # The hub answers few questions an hour, but tells all files below a folder at once.
+            is_hub = self._connection.scheme == "hf"
+            return [*fs.find(path, detail=True).values()] if is_hub else fs.ls(path, detail=True)
 
         found = []
         with suppress(ObjectMissingError):
             found = self._ask(self._uri(folder), ask)
-        start = self._connection.path(self._prefix).rstrip("/")
         for each in found:
-            # The links of a page may lead anywhere.
-            name = each["name"]
-            if name.startswith(start) and (key := name[len(start) :].strip("/")).startswith(folder) and key != folder:
+            # The links of a page may lead anywhere, and some servers begin theirs with a dot.
+            name = each["name"].replace("/./", "/")
+            key = name[len(start) :].strip("/")
+            if name.startswith(f"{start}/" if start else "") and key and key.startswith(folder):
                 yield key, each
 
     def _linked_bytes(self, key: str) -> int:
@@ -321,7 +323,7 @@ def _meaning(error: Exception, uri: str) -> JobError:
         return NoPermissionError(f"{uri} may not be read ({said}): {how}")
     if status in (404, 410) or isinstance(error, (FileNotFoundError, NotADirectoryError)):
         return ObjectMissingError(f"there is nothing at {uri}: check the address")
-    if isinstance(error, (TypeError, NotImplementedError, IsADirectoryError)) or "Validation" in type(error).__name__:
+    if isinstance(error, _HOPELESS) or type(error).__name__ == "HFValidationError":
         return BadRequestError(f"{uri} cannot be read ({said}): check the URL")
     if status == 416:
         return BadDataError(f"{uri} ends before the size that the server gives: download it")

@@ -32,6 +32,11 @@ def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
     return file.getvalue()
 
 
+def png(seed: int, width: int = 16, height: int = 16) -> bytes:
+    """A picture as PNG."""
+    return encoded(picture(seed, width, height))
+
+
 def jpeg(seed: int, width: int = 40, height: int = 48) -> bytes:
     """A picture as JPEG."""
     return encoded(picture(seed, width, height), "JPEG", quality=90)

@@ -7,22 +7,13 @@ import re
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler
-from io import BytesIO
 from pathlib import Path, PurePosixPath
 from typing import ClassVar
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from tests.job.answering import serving
-
-
-def png(seed: int) -> bytes:
-    file = BytesIO()
-    Image.fromarray(np.random.default_rng(seed).integers(0, 255, (16, 16, 3), np.uint8)).save(file, "PNG")
-    return file.getvalue()
 
 
 class Files(BaseHTTPRequestHandler):

@@ -20,7 +20,7 @@ from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit
 from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
-from tests.job.data.file_server import png
+from tests.job.some_images import png
 from tests.job.store.test_store import put_by_others
 
 IMAGES = {f"{kind}/{number}.png": png(10 * len(kind) + number) for kind in ("cat", "horse") for number in range(3)}
@@ -197,7 +197,9 @@ def test_a_folder_of_the_web_is_its_page(server) -> None:
     handler, url = server
     handler.content = {f"/ds/{name}": data for name, data in IMAGES.items()}
     handler.content |= {f"/ds/{kind}": page("../", "/", *(f"{n}.png" for n in range(3))) for kind in ("cat", "horse")}
-    handler.content["/ds"] = page("?C=N", "https://elsewhere.example/x.png", "/ds/", "cat/", "/ds/horse/")
+    handler.content["/ds"] = page(
+        "?C=N", "https://elsewhere.example/x.png", "/ds/", "/dsx/0.png", "./cat/", "/ds/horse/"
+    )
     assert read(f"{url}/ds/") == IMAGES
     assert read(f"{url}/ds/*/1.png") == {name: IMAGES[name] for name in ("cat/1.png", "horse/1.png")}
     for source in (f"{url}/ds/?signature={WORD}", f"{url}/ds/*/1.png?signature={WORD}"):

@@ -21,7 +21,7 @@ from job.stop import Stop
 from job.store import Retry
 from job.store.foreign import About, ForeignStore
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
-from tests.job.data.file_server import png
+from tests.job.some_images import png
 
 
 def archive(images: int) -> bytes:
