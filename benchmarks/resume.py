@@ -18,7 +18,7 @@ from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
 from job.runs.metrics import Row, read_rows
 from job.store import Store, open_store
-from job.train import run_training
+from job.training.attempt import run_training
 
 RUN = "resumed"
 IMAGES = 2
@@ -30,7 +30,7 @@ EVERY_STEP_LOGGED = (
     "checkpoint.keep_last=1",
 )
 """One step per epoch, over two images: what the step itself takes hardly counts."""
-IMPORTS = "import job.train, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
+IMPORTS = "import job.training.attempt, job.store.gcs, safetensors.torch, accelerate, torch._dynamo"
 """What any training process on a bucket imports before its first step; torch's optimisers import its compiler."""
 
 

@@ -30,18 +30,15 @@ from benchmarks.subject import (
     write_noise,
 )
 from ddpm.training import train
-from job import method
 from job.config import RunConfig
 from job.data.cache import open_cache
-from job.data.order import Order
-from job.data.stream import LoadedBatch, stream_batches
+from job.data.stream import LoadedBatch
 from job.plan import plan_run
 from job.processes import compute
 from job.processes.ranks import Ranks, build_accelerator
-from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
-from job.train import TrainingSession
+from job.training.session import TrainingSession, initial_state
 
 AT_LEAST = 1.8
 NO_SAVES = ("checkpoint.every_epochs=9999", "checkpoint.every_minutes=9999", "checkpoint.keep_every_epochs=0")
@@ -112,27 +109,19 @@ class OurLoop:
         accelerator = build_accelerator(precision)
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
-        self.session = TrainingSession(plan, Ranks(accelerator), cache)
-        self.wait_seconds: list[float] = []
-        config = plan.config
-        self._objective = method.objective_of(config)
-        self._stream: Any = stream_batches(
-            cache,
-            Order(tuple(shard.images for shard in plan.index.shards), config.train.seed),
-            batch_size_images=config.train.batch_size,
-            first_image=0,
-            last_image=None,
+        # Nothing is saved: the rows of the log go nowhere.
+        recorder: Any = SimpleNamespace(
+            writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
         )
-        self.session.batches = self._stream
-        self.session.bar = Progress("training")
-        # Nothing is to be saved.
-        self.session.writer = SimpleNamespace(overdue=False, troubled=False, rows=[])  # type: ignore[assignment]
+        ranks, state = Ranks(accelerator), initial_state(plan, accelerator.device)
+        self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
+        self.wait_seconds: list[float] = []
         self._batches = self._timed_batches()
 
     def _timed_batches(self) -> Iterator[LoadedBatch]:
         while True:
             start = time.perf_counter()
-            batch = next(self._stream)
+            batch = next(self.session.batches)
             self.wait_seconds.append(time.perf_counter() - start)
             yield batch
 
@@ -140,7 +129,7 @@ class OurLoop:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
         accelerator = session.ranks.accelerator
-        train(session.state, session.network, batch, self._objective, session.settings, accelerator, session.hooks)
+        train(session.state, session.network, batch, session.objective, session.settings, accelerator, session.hooks)
 
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""
@@ -152,7 +141,7 @@ class OurLoop:
 
     def close(self) -> None:
         """Ends the thread that reads images."""
-        self._stream.close()
+        self.session.batches.close()
 
 
 class DiffusersLoop:

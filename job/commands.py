@@ -65,7 +65,7 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
             check_writable(plan.run)
             _launch(processes, hang_after_seconds)
         else:
-            from job.train import run_training
+            from job.training.attempt import run_training
 
             plan = run_training(plan, stop)
             if os.environ.get("RANK", "0") == "0":

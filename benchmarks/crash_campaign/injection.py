@@ -179,7 +179,9 @@ class Watched:
                 self._watch_sampling(module.Painter, "check_stopped")
             case "job.runs.checkpoints":
                 self._watch_restoring(module)
-            case "job.train":
+            case "job.training.attempt":
+                self._watch_attempt(module)
+            case "job.training.session":
                 self._watch_session(module)
             case "ddpm.training":
                 self._keep_drawn(module)
@@ -235,20 +237,25 @@ class Watched:
 
         module.Restored.copy_into = copy_into
 
-    def _watch_session(self, module: ModuleType) -> None:
-        session = module.TrainingSession
-        restored, after_step = session.restored, session._after_step
+    def _watch_attempt(self, module: ModuleType) -> None:
+        restore = module._restore
 
-        def watched_restored(this: Any, attempt: Any, *args: Any, **kwargs: Any) -> Any:
+        def watched_restore(state: Any, plan: Any, ranks: Any, attempt: Any, *args: Any) -> Any:
             self._trace.fence = attempt.fence
             self._trace("began")
-            return restored(this, attempt, *args, **kwargs)
+            return restore(state, plan, ranks, attempt, *args)
+
+        module._restore = watched_restore
+
+    def _watch_session(self, module: ModuleType) -> None:
+        session = module.TrainingSession
+        after_step = session.after_step
 
         def watched_after_step(this: Any, state: Any) -> bool:
             self._trace("step", images_seen=state.images_seen, images=self._digests())
             return bool(after_step(this, state))
 
-        session.restored, session._after_step = watched_restored, watched_after_step
+        session.after_step = watched_after_step
 
     def _keep_drawn(self, module: ModuleType) -> None:
         """Keeps what goes into a micro-batch: the numbers of its images, and their pixels, noise and points."""

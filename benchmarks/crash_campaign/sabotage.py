@@ -67,7 +67,7 @@ def _shard_hash_unchecked(cache: Any, trace: Any) -> None:
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
     ("fence-ignored", "job.runs.lease"): _fence_ignored,
-    ("position-off-by-one", "job.train"): _position_off_by_one,
-    ("order-drawn-anew", "job.train"): _order_drawn_anew,
+    ("position-off-by-one", "job.training.session"): _position_off_by_one,
+    ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("shard-hash-unchecked", "job.data.cache"): _shard_hash_unchecked,
 }

@@ -20,6 +20,7 @@ from job.data.order import Order
 from job.data.shards import dataset_key, load_index
 from job.evaluation.features import FeatureFolder, Named
 from job.evaluation.plan import EvaluatePlan, Evaluation, reference_folder
+from job.evaluation.validation import validation_row
 from job.exits import BadDataError, StoppedError
 from job.plan import FoundRun
 from job.processes.launched import lost_peer
@@ -32,7 +33,6 @@ from job.sampling.sample import prepared
 from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
-from job.validation import validation_row
 
 if TYPE_CHECKING:
     from ddpm.features import Seen

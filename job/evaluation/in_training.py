@@ -1,4 +1,4 @@
-"""What a run draws while it trains, scored every few epochs: a row of its metrics."""
+"""Scores of a run's samples while it trains: a row of its metrics every few epochs."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from job.runs.scores import score_name
 from job.sampling.painter import Painter
 
 
-class Judge:
-    """The network that sees images, and what it saw in real ones."""
+class Evaluator:
+    """Scores a run's samples against the features of real images, which are computed once."""
 
     def __init__(self, plan: Plan, painter: Painter) -> None:
-        """Looks at the real images, which may take its time; on all processes, before anything is learnt. Collective.
+        """Computes the features of the real images, which may take minutes. Collective.
 
         Raises:
             StoppedError: this process was asked to stop; the same command goes on.
@@ -33,8 +33,8 @@ class Judge:
         reference = reference_of(pictures, found.extractor, self._chosen.references)
         self._real = references(plan, reference, painter, self._see)
 
-    def row(self, painter: Painter) -> Row:
-        """The scores of the painter's network by name, on the main process; none on the others. Collective.
+    def scores(self, painter: Painter) -> Row:
+        """Returns the scores of the painter's network by name on the main process, and {} on the others. Collective.
 
         Raises:
             StoppedError: on all processes at once, when any of them was asked to stop.

@@ -63,6 +63,12 @@ class Ranks:
             raise error
         return cast(T, result)
 
+    def only_on_main(self, make: Callable[[], T]) -> T | None:
+        """Returns the result of `make` on the main process, None on the others; raises its error on all. Collective."""
+        made: list[T] = []
+        self.on_main(lambda: made.append(make()))
+        return made[0] if made else None
+
     def sum(self, *numbers: int) -> tuple[int, ...]:
         """The sums of every process's numbers, on all of them. Collective."""
         if self._group is None:

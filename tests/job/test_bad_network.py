@@ -20,7 +20,7 @@ from job.runs import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.store import ConflictError, ObjectExistsError, Retry, Store, open_store, retry
-from job.train import TrainingSession
+from job.training.session import TrainingSession
 from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm_here, refused, settings, started, succeeded
 from tests.job.launching import children
@@ -134,13 +134,13 @@ def test_training_goes_on_while_the_bucket_is_away_and_the_uploads_catch_up(
     pack_tiles(patient(remote_bucket))
     run = patient(remote_bucket).sub("runs/walk")
     away, steps = [0.0, 0.0], list[int]()
-    after_step = TrainingSession._after_step
+    after_step = TrainingSession.after_step
 
     def noted(session: TrainingSession, state: TrainState) -> bool:
         steps.append(state.images_seen)
         return after_step(session, state)
 
-    monkeypatch.setattr(TrainingSession, "_after_step", noted)
+    monkeypatch.setattr(TrainingSession, "after_step", noted)
 
     def go_away() -> None:
         eventually(lambda: newest(run) > 0, 60)

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from job import train
 from job.exits import BucketAwayError, StoppedError
 from job.plan import Plan, plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import load_lease
 from job.store import Store
+from job.training.attempt import run_training
 from tests.job.command_line import NETWORK
 from tests.job.leases import eventually
 from tests.job.stops import StopWhen
@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(plan):
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(BucketAwayError, match="the shard's bucket is away"):
-        train.run_training(plan)
+        run_training(plan)
     watcher.join()
     assert seen == [EPOCH_IMAGES]
     assert saved(plan.run) == [EPOCH_IMAGES]
@@ -82,7 +82,7 @@ def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(plan):
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
     with pytest.raises(StoppedError, match="everything is saved"):
-        train.run_training(plan, StopWhen(lambda: lacking.is_set() and bool(saved(plan.run))))
+        run_training(plan, StopWhen(lambda: lacking.is_set() and bool(saved(plan.run))))
     assert saved(plan.run) == [EPOCH_IMAGES]
     # The reader is waited for, but not for ever.
     assert readers()

@@ -23,7 +23,7 @@ from job.runs.layout import located
 from job.runs.metrics import read_rows
 from job.runs.records import read_status
 from job.store import open_store
-from job.train import run_training
+from job.training.attempt import run_training
 from tests.job.command_line import NETWORK, ddpm_here, refused, succeeded
 from tests.job.stops import StopWhen
 
@@ -46,7 +46,7 @@ def packed(tiles, tmp_path_factory) -> Path:
 def train(packed):
     """Trains in this process; it is asked to stop after so many steps, or so many questions `asked_by` another."""
 
-    def train(run, *, dataset="tiles", epochs=None, stop_after=None, asked_by="_after_step", **changes):
+    def train(run, *, dataset="tiles", epochs=None, stop_after=None, asked_by="after_step", **changes):
         AcceleratorState._reset_state(reset_partial_state=True)
         steps = count()
 
@@ -101,9 +101,7 @@ def test_a_resumed_run_is_bit_equal_to_an_undisturbed_one(train, packed, capsys)
     assert (ref_a.fence, ref_b.fence) == (1, 3)
     said = [line for line in capsys.readouterr().err.splitlines() if "attempt" in line]
     assert said[:2] == ["beginning, image 0, attempt 1"] * 2
-    assert said[2:] == [
-        f"going on from epoch {at}" for at in ("0.5, image 144, attempt 2", "1.3, image 384, attempt 3")
-    ]
+    assert said[2:] == [f"resuming at epoch {at}" for at in ("0.5, image 144, attempt 2", "1.3, image 384, attempt 3")]
     assert tensors_a.keys() == tensors_b.keys()
     assert {name.partition(":")[0] for name in tensors_a} > {
         f"ema-{std}-00.safetensors at {images_seen}" for std in (0.05, 0.1) for images_seen in (312, 600)
@@ -264,11 +262,11 @@ def test_steps_that_take_much_longer_than_they_could_are_told_once(train, monkey
         return draw(seed, image_numbers, *how)
 
     monkeypatch.setattr(training.randomness, "training_noise", training_noise)
-    monkeypatch.setattr("job.train.SLOW_SECONDS", 1.0)
+    monkeypatch.setattr("job.training.pace.SLOW_SECONDS", 1.0)
     monkeypatch.setattr("os.getloadavg", lambda: (99.0, 1.0, 1.0))
     train("slow", epochs=1)
     (said,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("a step took")]
-    pattern = r"a step took 2\.\d s, and 0\.\d s when it went well: 99 threads want the \d+ cores of this machine; .*"
+    pattern = r"a step took 2\.\d s instead of 0\.\d s: 99 threads want the \d+ cores of this machine; .*"
     assert re.fullmatch(pattern, said)
 
 

@@ -68,7 +68,7 @@ def test_a_run_goes_on(kept, tmp_path, run, dataset):
     bucket = shutil.copytree(kept, tmp_path / "bucket")
     done = ddpm_here("train", "--dataset", dataset, "--run", run, "--epochs", 3, "--bucket", bucket)
     succeeded(done)
-    assert "going on from epoch 2" in done.stderr
+    assert "resuming at epoch 2" in done.stderr
     assert verify_run(open_store(str(bucket)), run).problems == []
     status = json.loads((bucket / "runs" / run / "status.json").read_text())
     assert (status["state"], status["fence"]) == ("finished", 2)

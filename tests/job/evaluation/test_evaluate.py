@@ -237,7 +237,7 @@ def test_a_score_that_a_stop_came_before_is_made_up_for(tiles, tmp_path, monkeyp
         raise StoppedError("stopped by a test")
 
     with monkeypatch.context() as patch:
-        patch.setattr("job.evaluation.in_training.Judge.row", stopped)
+        patch.setattr("job.evaluation.in_training.Evaluator.scores", stopped)
         done = ddpm_here(*words, *settings(**scored, evaluate__extractor="mobilenet"))
         assert done.returncode in (0, Exit.STOPPED), done.stderr
     (piece, *_) = bucket.glob("datasets/tiles-16/references/*/piece-00001.safetensors")

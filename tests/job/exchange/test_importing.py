@@ -153,7 +153,7 @@ def test_an_imported_run_learns_on(tiles, pipeline, tmp_path):
     train = ("train", "--dataset", "tiles", "--run", "r", "--epochs", 4, "--bucket", bucket)
     done = ddpm_here(*train)
     succeeded(done)
-    assert "going on from epoch 3.1, image 912" in done.stderr
+    assert "resuming at epoch 3.1, image 912" in done.stderr
     assert verify_run(open_store(str(bucket)), "r").problems == []
     # What has learnt here is no place for another checkpoint.
     assert "has learnt since (attempt 2)" in refused(imported(bucket, source, *again), Exit.BAD_REQUEST)

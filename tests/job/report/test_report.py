@@ -210,11 +210,11 @@ def test_a_page_that_cannot_be_written_costs_no_training(tiles, tmp_path, monkey
     def broken(*_):
         raise ZeroDivisionError("a mistake")
 
-    monkeypatch.setattr("job.train.put_page", broken)
+    monkeypatch.setattr("job.training.reporting.put_page", broken)
     words = ("--dataset", "tiles", "--run", "r", "--bucket", bucket, "--epochs", 1)
     done = ddpm_here("train", *words, *settings())
     succeeded(done)
-    assert "the run's page is as it was before: ZeroDivisionError: a mistake" in done.stderr
+    assert "the run's page stays as it was: ZeroDivisionError: a mistake" in done.stderr
     assert json.loads((bucket / "runs/r/status.json").read_text())["state"] == "finished"
 
 

@@ -1,0 +1,197 @@
+"""`ddpm train` on one process: begins a run or resumes it. There is no resume flag; the same command does both.
+
+An attempt meets the other processes, takes the lease of the run, plans again now that no other attempt changes the run,
+restores the newest checkpoint that verifies, and trains. However it ends, queued checkpoints are committed first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+
+import torch
+import torch.distributed as dist
+
+from ddpm import training
+from job.exits import JobError, LostRunError, NotANumberError, StoppedError
+from job.plan import Plan, plan_run
+from job.processes import compute
+from job.processes.ranks import Ranks, meet
+from job.progress import Progress, note
+from job.runs import metrics, records
+from job.runs.checkpoints import Manifest, newest_good
+from job.runs.layout import CheckpointRef
+from job.runs.lease import Lease
+from job.runs.writer import CheckpointWriter, HeldRun
+from job.stop import NEVER, Stop
+from job.tracking import CLOSE_SECONDS, Tracking
+from job.training.reporting import Recorder, retention_of
+from job.training.session import TrainingSession, initial_state
+
+_EXIT_SECONDS = 0.5
+"""The part of a preemption's notice that the process itself needs to end."""
+
+
+def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
+    """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
+
+    Args:
+        plan: the run.
+        stop: asked all the while.
+
+    Returns:
+        The plan that was carried out: another attempt may have begun or changed the run before the lease was taken.
+
+    Raises:
+        StoppedError: the state is committed; the same command resumes.
+        NotANumberError: a gradient was not finite; the last checkpoint is from before that.
+        LostRunError: another attempt holds the run, or took it.
+        BucketAwayError: the bucket stayed away beyond the limit.
+    """
+    precision = plan.config.train.precision
+    if precision == "auto":
+        precision = compute.best_precision()
+    # A new run keeps the precision of the machine that it began on.
+    request = replace(plan.request, changes=plan.request.changes | {"train.precision": precision})
+    ranks = meet(stop, precision, plan.config.train.deterministic)
+    lease: Lease | None = None
+    tracking: Tracking | None = None
+    try:
+        lease = ranks.only_on_main(
+            lambda: Lease.take(plan.run, records.highest_fence(plan.run), request.wait_seconds, stop, note)
+        )
+        plan = plan_run(request, stop)
+        # An attempt that never gets the run must not appear in the tracker.
+        tracking = ranks.only_on_main(lambda: Tracking(plan.config, request.run, plan.run.uri))
+        _train(plan, ranks, lease, tracking, stop)
+    except training.NonFiniteError as error:
+        raise NotANumberError(
+            f"{error}; what {plan.run.uri} holds is from before. It would happen again at the same image: "
+            "start another run with a lower train.learning_rate, or with train.precision=fp32"
+        ) from None
+    finally:
+        if lease is not None:
+            lease.close(stop.seconds_left() - _EXIT_SECONDS)
+        if tracking is not None:
+            tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
+    ranks.accelerator.end_training()
+    return plan
+
+
+def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | None, stop: Stop) -> None:
+    """Opens the dataset, restores the state and trains; the main process has the lease and the tracker. Collective."""
+    attempt = ranks.on_main(lambda: _begin(plan, ranks, lease))
+    with Progress("reading images", total=plan.index.images) as bar:
+        images = plan.opened_images(stop, lambda done, total: bar.update(done))
+        held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
+    # Building the network waits for all processes without a heartbeat, which would look like a hang.
+    ranks.sum(0)
+    state = initial_state(plan, ranks.accelerator.device)
+    damaged = set[CheckpointRef]()
+    manifest = _restore(state, plan, ranks, attempt, damaged)
+    with _recording(
+        plan, state, attempt, lease=lease, tracking=tracking, restored=manifest, damaged=damaged, stop=stop
+    ) as recorder:
+        session = TrainingSession(
+            plan,
+            ranks,
+            state,
+            images,
+            held_out=held_out,
+            recorder=recorder,
+            saved_images=manifest.images_seen if manifest else -1,
+            stop=stop,
+        )
+        session.train()
+        session.finish()
+
+
+def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
+    """Writes the run's configuration, if the run is new, and this attempt's record; reports changed circumstances."""
+    assert lease is not None
+    if plan.is_new:
+        records.create_config(plan.run, plan.config)
+    before = records.last_attempt(plan.run)
+    device = compute.describe_device(ranks.accelerator.device)
+    attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
+    for difference in records.what_is_otherwise(before, attempt) if before else []:
+        note(difference)
+    return attempt
+
+
+def _restore(
+    state: training.TrainState,
+    plan: Plan,
+    ranks: Ranks,
+    attempt: records.Attempt,
+    damaged: set[CheckpointRef],
+) -> Manifest | None:
+    """Loads the newest checkpoint that verifies, if there is one. Collective.
+
+    The main process reads it once and broadcasts it; checkpoints that do not verify go into `damaged`.
+    """
+    tensors = state.tensors()
+
+    def load() -> Manifest | None:
+        with newest_good(plan.run, note, damaged) as restored:
+            if restored is None:
+                return None
+            restored.copy_into(tensors)
+            return restored.manifest
+
+    manifest = ranks.on_main(load)
+    if manifest is None:
+        note(f"beginning, image 0, attempt {attempt.fence}")
+        return None
+    if dist.is_initialized():
+        for named in tensors.values():
+            for tensor in named.values():
+                dist.broadcast(tensor, src=0)
+    images_seen = manifest.images_seen
+    state.resume_at(images_seen, plan.config.train.batch_size)
+    if ranks.is_main:
+        # The other processes begin at zero, since the sums are added up over processes.
+        state.log.sums.copy_(torch.tensor(manifest.loss_sums, dtype=torch.float64))
+    epoch = images_seen / plan.index.images
+    note(f"resuming at epoch {epoch:.1f}, image {images_seen:,}, attempt {attempt.fence}")
+    return manifest
+
+
+@contextmanager
+def _recording(
+    plan: Plan,
+    state: training.TrainState,
+    attempt: records.Attempt,
+    *,
+    lease: Lease | None,
+    tracking: Tracking | None,
+    restored: Manifest | None,
+    damaged: set[CheckpointRef],
+    stop: Stop,
+) -> Iterator[Recorder | None]:
+    """Yields the recorder on the main process, None on the others; ends all writing, however training ends."""
+    if lease is None or tracking is None:
+        yield None
+        return
+    rows = metrics.read_rows(plan.run, restored.metrics, note) if restored else []
+    held = HeldRun(plan.run, retention_of(plan, rows), attempt, lease)
+    writer = CheckpointWriter(held, state.tensors(), restored, damaged, stop, note)
+    recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)
+    try:
+        yield recorder
+    except LostRunError:
+        # The run and its status are the other attempt's now: nothing more of this one may arrive.
+        with suppress(JobError):
+            writer.close(wait=False)
+        raise
+    except BaseException as error:
+        # A queued checkpoint is good, whatever went wrong since: it is committed before the error is reported.
+        try:
+            recorder.close("stopped" if isinstance(error, StoppedError) else "failed", stop)
+        except JobError as second:
+            if second is not error:
+                note(f"while ending: {second}")
+        raise
+    else:
+        recorder.close("finished", stop)

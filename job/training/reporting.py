@@ -1,0 +1,153 @@
+"""The main process's part of an attempt: rows, checkpoints, status, pictures and the page of the run."""
+
+from __future__ import annotations
+
+import time
+
+from torch import Tensor
+
+from ddpm import figures, training
+from job.plan import FoundRun, Plan
+from job.progress import Progress, note
+from job.report.facts import facts_of
+from job.report.page import put_page
+from job.report.pictures import Shelf
+from job.runs import records
+from job.runs.lease import Lease
+from job.runs.metrics import Row, read_rows
+from job.runs.retention import Retention, best_images_seen
+from job.runs.samples import LOSS_FIGURE, label_of, moment_of
+from job.runs.writer import CheckpointWriter
+from job.stop import Stop
+from job.store import Store
+from job.tracking import Tracking
+
+PAGE_PATIENCE_SECONDS = 60.0
+"""With a bucket that is away; the next grid writes the page again."""
+
+
+class Recorder:
+    """Writes an attempt down: it alone writes to the run's folder, and exists on the main process alone.
+
+    Attributes:
+        rows: the run's metrics so far, in order.
+        writer: commits checkpoints and pictures in a thread.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        state: training.TrainState,
+        attempt: records.Attempt,
+        lease: Lease,
+        *,
+        writer: CheckpointWriter,
+        rows: list[Row],
+        tracking: Tracking,
+    ) -> None:
+        """Starts the thread that writes the run's status.
+
+        Args:
+            plan: the run.
+            state: the live state, read for the number of images seen.
+            attempt: this attempt's record.
+            lease: held by this process.
+            writer: for this run's checkpoints.
+            rows: the metrics up to the checkpoint that was restored.
+            tracking: gets every row.
+        """
+        self.plan, self.attempt, self.writer, self.rows = plan, attempt, writer, rows
+        self._state, self._lease, self._tracking = state, lease, tracking
+        self._shelf, self._shown = Shelf(note), Row()
+        self._status = records.StatusReporter(plan.run, self._confirmed_status, note)
+
+    def has_saved(self, name: str) -> bool:
+        """Returns whether the newest checkpoint holds a row of this moment with this value."""
+        rows = read_rows(self.plan.run, self.writer.saved_metrics[-2:], note)
+        return any(name in row and row["images_seen"] == self._state.images_seen for row in rows)
+
+    def record(self, values: Row) -> None:
+        """Adds a row of this moment, which goes into the next checkpoint and to the tracker."""
+        images_seen = self._state.images_seen
+        epoch, now = round(images_seen / self.plan.index.images, 4), round(time.time(), 3)
+        row = {"images_seen": images_seen, "epoch": epoch, **values, "time": now}
+        self.writer.rows.append(row)
+        self.rows.append(row)
+        self._tracking.log(row)
+        if "images_per_second" in row:
+            self._shown = row
+
+    def save(self, loss_sums: Tensor) -> None:
+        """Queues a checkpoint of this moment."""
+        # A run that stops before its first row still has a loss in its status.
+        self._shown = self._shown or training.loss_row(loss_sums)
+        self.writer.save(self._state.images_seen, loss_sums.tolist())
+
+    def show(self, bar: Progress) -> None:
+        """Updates the bar, with the loss of the last row: reading the current one would wait for the device."""
+        images_seen, epochs = self._state.images_seen, self.plan.config.train.epochs
+        epoch, every_epochs = images_seen / self.plan.index.images, self.plan.config.checkpoint.every_epochs
+        shown = {"loss": f"{self._shown['loss']:.4f}"} if "loss" in self._shown else {}
+        shown["epoch"] = f"{epoch:.1f}/{epochs}"
+        shown["next_checkpoint"] = f"epoch {min((int(epoch) // every_epochs + 1) * every_epochs, epochs)}"
+        bar.update(images_seen, total=self.plan.target_images, **shown)
+
+    def write_page(self, state: str = "running") -> None:
+        """Queues the run's page as it is now."""
+        status, rows, plan = self._status_of(state), list(self.rows), self.plan
+
+        def write(run: Store) -> None:
+            found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, plan.config, plan.own)
+            try:
+                self._lease.confirm()
+                put_page(facts_of(found, plan.request.run, rows, status), self._shelf)
+            except Exception as error:
+                # Training must not end because of a page.
+                note(f"the run's page stays as it was: {type(error).__name__}: {error}")
+
+        self.writer.do_later(write)
+
+    def finish(self) -> None:
+        """Queues the figure of the losses and the finished page, and waits until everything is in the bucket."""
+        plan, images_seen = self.plan, self._state.images_seen
+        moment = moment_of(label_of(images_seen, plan.index.images, plan.config.train.batch_size))
+        title = f"{plan.request.run} · {moment} of {plan.config.train.epochs:,}"
+        figure = figures.loss_figure(self.rows, plan.index.images, title)
+        self.writer.put(LOSS_FIGURE, figure, images_seen=images_seen)
+        self.write_page("finished")
+        self.writer.wait()
+
+    def close(self, state: str, stop: Stop) -> None:
+        """Commits what is queued and writes the last status, as far as `stop` leaves time.
+
+        Raises:
+            JobError: a checkpoint could not be committed.
+        """
+        try:
+            self.writer.close(wait=True)
+        finally:
+            self._status.close(state, min(records.STATUS_CLOSE_SECONDS, stop.seconds_left() / 2))
+
+    def _confirmed_status(self, state: str) -> records.Status:
+        # A process that slept and was replaced must not overwrite the status of the attempt that replaced it.
+        self._lease.confirm()
+        return self._status_of(state)
+
+    def _status_of(self, state: str) -> records.Status:
+        images_seen = self._state.images_seen
+        return records.Status(
+            state=state,
+            fence=self.attempt.fence,
+            attempt=self.attempt.id,
+            images_seen=images_seen,
+            target_images=self.plan.target_images,
+            epoch=round(images_seen / self.plan.index.images, 3),
+            loss=self._shown.get("loss"),
+            images_per_second=self._shown.get("images_per_second"),
+            updated=records.utc_now(),
+        )
+
+
+def retention_of(plan: Plan, rows: list[Row]) -> Retention:
+    """Returns the run's retention rules with the best checkpoint by the scores so far."""
+    return Retention(plan.config, plan.index.images, best_images_seen(plan.config, rows))
