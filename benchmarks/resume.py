@@ -12,7 +12,6 @@ from torch import Tensor
 
 from benchmarks.measuring import Figure, seconds
 from benchmarks.subject import DATASET, PRESET, SIZE, forget_accelerator, pack_noise, write_noise
-from job.plan import plan_run
 from job.progress import Progress
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, load_manifest, newest_good
@@ -52,7 +51,7 @@ def resumptions(
     importing, loading, totals = [], [], []
     all_sets = (*sets, *EVERY_STEP_LOGGED)
     forget_accelerator()
-    run_training(plan_run(TrainRequest(DATASET, bucket, RUN, PRESET, epochs=1, sets=all_sets).check()))
+    run_training(TrainRequest(DATASET, bucket, RUN, PRESET, epochs=1, sets=all_sets).check())
     with Progress("resuming", total=turns, unit="starts") as bar:
         for turn in range(1, turns + 1):
             started = time.time()

@@ -9,7 +9,7 @@ from benchmarks.measuring import Figure, take_turns
 from benchmarks.subject import HALF_WIDTH, TINY, diffusers_twin, forget_accelerator, run_config
 from ddpm.generation import Sampling
 from job.processes import compute
-from job.processes.ranks import Agreement, Ranks, build_accelerator
+from job.processes.ranks import Agreement, meet
 from job.sampling.painter import Painter
 from job.stop import NEVER
 
@@ -24,7 +24,7 @@ def measure(quick: bool) -> list[Figure]:
     precision = compute.best_precision()
     config = run_config(TINY if quick else HALF_WIDTH)
     forget_accelerator()
-    ranks = Ranks(build_accelerator("fp32"))
+    ranks = meet(NEVER)
     painter = Painter(config, ranks, precision, NEVER, Agreement(1, flags=1))
     pipeline: Any = DDIMPipeline(diffusers_twin(painter.network, config).eval(), DDIMScheduler())
     pipeline.set_progress_bar_config(disable=True)

@@ -35,9 +35,10 @@ from job.data.cache import open_cache
 from job.data.stream import LoadedBatch
 from job.plan import plan_run
 from job.processes import compute
-from job.processes.ranks import Ranks, build_accelerator
+from job.processes.ranks import meet
 from job.requests import TrainRequest
 from job.runs.records import dataset_key_of
+from job.stop import NEVER
 from job.training.session import TrainingSession, initial_state
 
 AT_LEAST = 1.8
@@ -106,14 +107,14 @@ class OurLoop:
         sets = (*(TINY if quick else HALF_WIDTH), *NO_SAVES, f"train.precision={precision}")
         plan = plan_run(TrainRequest(DATASET, bucket, preset=PRESET, epochs=1000, sets=sets).check())
         forget_accelerator()
-        accelerator = build_accelerator(precision)
         key, cache_dir = dataset_key_of(plan.config), folder / "cache"
         cache = open_cache(plan.bucket, key, plan.index, cache_dir=cache_dir, budget_bytes=1 << 40)
         # Nothing is saved: the rows of the log go nowhere.
         recorder: Any = SimpleNamespace(
             writer=SimpleNamespace(overdue=False, troubled=False), record=lambda row: None, show=lambda bar: None
         )
-        ranks, state = Ranks(accelerator), initial_state(plan, accelerator.device)
+        ranks = meet(NEVER)
+        state = initial_state(plan, ranks.device)
         self.session = TrainingSession(plan, ranks, state, cache, recorder=recorder)
         self.wait_seconds: list[float] = []
         self._batches = self._timed_batches()
@@ -128,7 +129,7 @@ class OurLoop:
     def step(self) -> None:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
-        accelerator = session.ranks.accelerator
+        accelerator = session.accelerator
         train(session.state, session.network, batch, session.objective, session.settings, accelerator, session.hooks)
 
     def step_flop(self) -> int:

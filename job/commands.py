@@ -26,9 +26,8 @@ from job.progress import Progress, note
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
 from job.runs.records import check_writable
 from job.sampling.plan import plan_sampling, plan_sets
-from job.stop import Stop, count_of, deadline
-from job.store import ObjectMissingError, Retry, open_store
-from job.store.retry import away_limit_seconds
+from job.stop import Stop, deadline
+from job.store import ObjectMissingError, open_bucket
 from job.tracking import check_tracker
 
 if TYPE_CHECKING:
@@ -50,26 +49,24 @@ def train_command(request: TrainRequest, processes: int | None, hang_after_secon
     """
     here = Group(1) if is_rank() else Group.of(1)
     with _command_on(request.bucket, stop_after, here.node, here.nodes) as stop:
-        plan = plan_run(request.check(), stop)
-        # A rank must not ask a process of its own how many GPUs there are.
-        processes = 1 if is_rank() else processes or default_processes()
-        world_size = count_of("WORLD_SIZE", 1) if is_rank() else processes * here.nodes
-        check_world_size(world_size, plan.config.train.batch_size)
-        check_scores(plan)
-        if not is_rank():
-            check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in plan.request.changes)
-        # One of several might see the run otherwise than the others do.
-        if (world_size == 1 or not is_rank()) and plan.is_finished():
-            _say_finished(plan, "is finished already")
-        elif not is_rank():
-            check_writable(plan.run)
-            _launch(processes, hang_after_seconds)
-        else:
+        request = request.check()
+        if is_rank():
             from job.training.attempt import run_training
 
-            plan = run_training(plan, stop)
+            plan = run_training(request, stop)
             if os.environ.get("RANK", "0") == "0":
                 _say_finished(plan, "is finished")
+            return
+        plan = plan_run(request, stop)
+        processes = processes or default_processes()
+        check_world_size(processes * here.nodes, plan.config.train.batch_size)
+        check_scores(plan)
+        check_tracker(plan.config.log.tracker, is_asked_for="log.tracker" in request.changes)
+        if plan.is_finished():
+            _say_finished(plan, "is finished already")
+        else:
+            check_writable(plan.run)
+            _launch(processes, hang_after_seconds)
 
 
 def sample_command(request: SampleRequest, processes: int | None, hang_after_seconds: float, stop_after: str) -> None:
@@ -128,7 +125,7 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         request = request.check()
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
-        bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+        bucket = open_bucket(bucket_uri, stop)
         # Before what is held out of it.
         check_free(bucket, request)
         for part in request.parts():

@@ -16,8 +16,7 @@ from job.runs import records
 from job.runs.checkpoints import is_there, list_checkpoints
 from job.runs.layout import MAX_IMAGES_SEEN
 from job.stop import NEVER, Stop
-from job.store import Retry, Store, open_store
-from job.store.retry import away_limit_seconds
+from job.store import Store, open_bucket
 
 if TYPE_CHECKING:
     from job.data.cache import ImageCache
@@ -103,7 +102,7 @@ def find_run(bucket_uri: str, name: str, stop: Stop = NEVER, *, with_dataset: bo
         MissingInputError: no such run, or no such dataset.
         BadDataError: its configuration or the dataset's index is damaged.
     """
-    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+    bucket = open_bucket(bucket_uri, stop)
     run, config = records.run_store(bucket, name), records.existing_config(bucket, name)
     own = config.sample
     try:
@@ -152,18 +151,19 @@ class Plan(FoundRun):
         return is_there(self.run, max(list_checkpoints(self.run)))
 
 
-def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
+def plan_run(request: TrainRequest, stop: Stop = NEVER, precision: str = "auto") -> Plan:
     """Finds the dataset and the run, and resolves the configuration. Writes nothing.
 
     A run that exists is the base of its own configuration, so that a newer program's presets cannot change it; what
     its last attempt changed stays changed until somebody says otherwise.
-    `stop` is heard while the bucket is away, now and by the plan's stores later.
+    `stop` is heard while the bucket is away, now and by the plan's stores later. `precision` is what a new run computes
+    in where its configuration says `auto`.
 
     Raises:
         MissingInputError: no such dataset.
         BadConfigError: the configuration does not fit the dataset, or differs from the run's where it matters.
     """
-    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
+    bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     stored = records.load_config(run)
     if stored is None:
@@ -186,8 +186,9 @@ def plan_run(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     if index.encoding and (chosen := [key for key in ("data.flip", "sample.clip") if request.changes.get(key)]):
         raise BadConfigError(f"{chosen[0]} is about pixels, and {index.name} holds latents: leave it out")
     config = follow_dataset(config, index)
-    if stored is not None and config.train.precision == "auto":
-        config = config.updated({"train.precision": stored.train.precision})
+    if config.train.precision == "auto":
+        known = stored.train.precision if stored is not None else "auto"
+        config = config.updated({"train.precision": precision if known == "auto" else known})
     check_drawing(config)
     if stored is not None and stored.imported and not list_checkpoints(run):
         raise BadDataError(

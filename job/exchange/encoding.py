@@ -21,12 +21,11 @@ from job.data.cache import ImageCache, ShardSource, default_cache_dir
 from job.data.images import codec_versions, encode_latents
 from job.exchange.foreign import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
-from job.progress import Progress, note
+from job.progress import Progress
 from job.sealed import Sealed
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
-from job.store.retry import away_limit_seconds
 
 if TYPE_CHECKING:
     from torch import nn
@@ -92,7 +91,7 @@ def encode_dataset(bucket_uri: str, dataset: str, size: int | None, autoencoder:
     from job.data.autoencoder import CONFIG, WEIGHTS, build_autoencoder
 
     stop = Stop().install()
-    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+    bucket = open_bucket(bucket_uri, stop)
     source_key = shards.find_dataset(bucket, dataset, size)
     source = shards.load_index(bucket, source_key)
     name = shards.validated_dataset_name(name or f"{dataset}-latents")

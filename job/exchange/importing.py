@@ -23,8 +23,7 @@ from job.runs.lease import Lease
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.stop import Stop
-from job.store import Retry, Store, open_store, without_queries
-from job.store.retry import away_limit_seconds
+from job.store import Store, open_bucket, without_queries
 
 if TYPE_CHECKING:
     from ddpm.training import TrainState
@@ -81,7 +80,7 @@ def import_run(request: ImportRequest) -> None:
         StoppedError: a signal came before the checkpoint was committed.
     """
     sets, stop = request.check(), Stop().install()
-    bucket = open_store(request.bucket, Retry(away_limit_seconds(), stop, note))
+    bucket = open_bucket(request.bucket, stop)
     run = records.run_store(bucket, request.run)
     with opened_foreign(request.source, request.size, bucket.retry.elsewhere()) as foreign:
         # What a URL ends with may be a signature.

@@ -16,7 +16,7 @@ from job.processes.group import rendezvous_seconds
 from job.stop import NEVER, Stop, count_of
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
 
 T = TypeVar("T")
 
@@ -28,11 +28,11 @@ _COLLECTIVE_POLL_SECONDS = 0.002
 class Ranks:
     """All processes of a run, seen from one of them."""
 
-    def __init__(self, accelerator: Accelerator, stop: Stop = NEVER) -> None:
+    def __init__(self, state: PartialState, stop: Stop = NEVER) -> None:
         """Collective. `stop` is asked while this process waits for others: waiting must not be taken for hanging."""
-        self.accelerator, self._stop = accelerator, stop
-        self.rank, self.world_size = accelerator.process_index, accelerator.num_processes
-        self.is_main = accelerator.is_main_process
+        self.state, self._stop = state, stop
+        self.rank, self.world_size, self.device = state.process_index, state.num_processes, state.device
+        self.is_main = state.is_main_process
         # NCCL would need device tensors, and would give up after the timeout of a training step.
         self._group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if self.world_size > 1 else None
 
@@ -84,36 +84,35 @@ class Ranks:
         work.wait()
 
 
-def meet(stop: Stop, precision: str = "fp32", deterministic: bool = False) -> Ranks:
-    """The processes of this run, once they have met; one that is to stop before that ends at once. Collective."""
+def meet(stop: Stop) -> Ranks:
+    """Returns the processes of this run once they have met; one that is stopped before ends at once. Collective."""
     patience_seconds = rendezvous_seconds() if count_of("WORLD_SIZE", 1) > 1 else 0.0
     with stop.waiting(patience_seconds):
-        return Ranks(build_accelerator(precision, deterministic), stop)
+        # The import takes a second, in which `waiting` beats for this process.
+        from accelerate import PartialState
+
+        torch.backends.cudnn.benchmark = torch.cuda.is_available()
+        timeout = timedelta(seconds=rendezvous_seconds())
+        return Ranks(PartialState(cpu=not torch.cuda.is_available(), timeout=timeout), stop)
 
 
 def build_accelerator(precision: str, deterministic: bool = False) -> Accelerator:
-    """Joins the process group, if there is one, and picks this process's device.
+    """Returns what wraps a network for training on the processes that have met.
 
     Args:
         precision: `fp32` or `bf16`.
         deterministic: ask for bit-equal kernels.
     """
-    # It takes its time, in which `meet` says that this process is alive.
-    from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate import Accelerator, DistributedDataParallelKwargs
 
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
-    elif torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = True
     return Accelerator(
         cpu=not torch.cuda.is_available(),
         mixed_precision="bf16" if precision == "bf16" else "no",
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(gradient_as_bucket_view=True),
-            InitProcessGroupKwargs(timeout=timedelta(seconds=rendezvous_seconds())),
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 

@@ -29,9 +29,8 @@ from job.runs.retention import reading_chosen
 from job.runs.samples import label_of
 from job.runs.writer import plan_parts, write_part
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
-from job.store.retry import away_limit_seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +53,7 @@ def make_averages(bucket_uri: str, name: str, std: float, checkpoints: str) -> N
         StoppedError: a signal came; the same command begins the one that it was at again.
     """
     stop = Stop().install()
-    bucket = open_store(bucket_uri, Retry(away_limit_seconds(), stop, note))
+    bucket = open_bucket(bucket_uri, stop)
     run, config, group = records.run_store(bucket, name), records.existing_config(bucket, name), average_name(std)
     if not config.ema.stds:
         raise BadRequestError(f"run {name!r} keeps no averages to make others of: ema.stds and ema.snapshot_epochs do")

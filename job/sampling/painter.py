@@ -59,7 +59,7 @@ class Painter(Model):
         `decoder` makes pixels of what is drawn, where that are latents. `renewals` are called at each evaluation: see
         `job.runs.retention.reading`.
         """
-        super().__init__(**vars(method.model_of(config, ranks.accelerator.device, precision, decoder)))
+        super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals
 
     def load(self, run: Store, ref: CheckpointRef, group: str) -> None:

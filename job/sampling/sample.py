@@ -64,7 +64,7 @@ def prepared(plan: SamplePlan, ranks: Ranks, stop: Stop) -> Iterator[tuple[Sampl
         renewals = [stack.enter_context(reading(plan.run, *checkpoints))]
         if (worse := plan.worse) is not None:
             renewals.append(stack.enter_context(reading(worse.run, worse.ref)))
-        decoder = load_decoder(plan.bucket, plan.index, ranks.accelerator.device)
+        decoder = load_decoder(plan.bucket, plan.index, ranks.device)
         agreement = Agreement(ranks.world_size, flags=1)
         painter = Painter(plan.config, ranks, plan.precision, stop, agreement, decoder, renewals)
         if worse is not None:

@@ -13,8 +13,10 @@ from urllib.parse import unquote, urlsplit
 
 from job.code_version import how_to_install
 from job.exits import BadConfigError, BadRequestError
+from job.progress import note
+from job.stop import Stop
 from job.store.base import ConflictError, Entry, ObjectExistsError, ObjectMissingError, Store
-from job.store.retry import Retry
+from job.store.retry import Retry, away_limit_seconds
 
 # Without these the client asks, for traces, about a bucket's metadata, which a trainer may not read;
 os.environ.setdefault("DISABLE_GCS_PYTHON_CLIENT_OTEL_BUCKET_METADATA", "true")
@@ -67,6 +69,11 @@ def open_store(uri: str, retry: Retry | None = None) -> Store:
     except ModuleNotFoundError as error:
         raise BadRequestError(f"{scheme}:// needs more than is installed ({error}): {how_to_install(extra)}") from None
     return store.sub(prefix) if prefix else store
+
+
+def open_bucket(uri: str, stop: Stop) -> Store:
+    """Opens a store as `open_store` does, for a command: it waits while the bucket is away, and until `stop`."""
+    return open_store(uri, Retry(away_limit_seconds(), stop, note))
 
 
 def open_to_read(uri: str, retry: Retry | None = None) -> Store:

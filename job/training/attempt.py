@@ -8,23 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from ddpm import training
+from job.evaluation.plan import check_scores
 from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
+from job.processes.launched import is_launched
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
+from job.requests import TrainRequest, check_world_size
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
 from job.runs.writer import CheckpointWriter, HeldRun
 from job.stop import NEVER, Stop
+from job.store import open_bucket
 from job.tracking import CLOSE_SECONDS, Tracking
 from job.training.reporting import Recorder, retention_of
 from job.training.session import TrainingSession, initial_state
@@ -33,15 +37,15 @@ _EXIT_SECONDS = 0.5
 """The part of a preemption's notice that the process itself needs to end."""
 
 
-def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
+def run_training(request: TrainRequest, stop: Stop = NEVER) -> Plan:
     """Trains until the run is finished; on return everything is committed and the pictures are in the bucket.
 
     Args:
-        plan: the run.
+        request: which run, checked.
         stop: asked all the while.
 
     Returns:
-        The plan that was carried out: another attempt may have begun or changed the run before the lease was taken.
+        The plan that was carried out.
 
     Raises:
         StoppedError: the state is committed; the same command resumes.
@@ -49,25 +53,41 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
         LostRunError: another attempt holds the run, or took it.
         BucketAwayError: the bucket stayed away beyond the limit.
     """
-    precision = plan.config.train.precision
-    if precision == "auto":
-        precision = compute.best_precision()
-    # A new run keeps the precision of the machine that it began on.
-    request = replace(plan.request, changes=plan.request.changes | {"train.precision": precision})
-    ranks = meet(stop, precision, plan.config.train.deterministic)
+    ranks = meet(stop)
+    bucket = open_bucket(request.bucket, stop)
+    run = records.run_store(bucket, request.run)
+
+    def planned() -> Plan:
+        """Plans on the main process for all: at another moment another process might see another bucket."""
+
+        def plan() -> dict[str, Any]:
+            made = plan_run(request, stop, precision=compute.best_precision())
+            check_world_size(ranks.world_size, made.config.train.batch_size)
+            # A store holds connections, which no other process can use.
+            return {name: value for name, value in vars(made).items() if name not in ("bucket", "run")}
+
+        return Plan(bucket=bucket, run=run, **ranks.on_main(plan))
+
+    if not is_launched():
+        # Under torchrun no launcher of ours has checked the request.
+        plan = planned()
+        ranks.on_main(lambda: check_scores(plan))
+        if ranks.on_main(plan.is_finished):
+            return plan
     lease: Lease | None = None
     tracking: Tracking | None = None
     try:
         lease = ranks.only_on_main(
-            lambda: Lease.take(plan.run, records.highest_fence(plan.run), request.wait_seconds, stop, note)
+            lambda: Lease.take(run, records.highest_fence(run), request.wait_seconds, stop, note)
         )
-        plan = plan_run(request, stop)
+        # Now no other attempt changes the run.
+        plan = planned()
         # An attempt that never gets the run must not appear in the tracker.
-        tracking = ranks.only_on_main(lambda: Tracking(plan.config, request.run, plan.run.uri))
+        tracking = ranks.only_on_main(lambda: Tracking(plan.config, request.run, run.uri))
         _train(plan, ranks, lease, tracking, stop)
     except training.NonFiniteError as error:
         raise NotANumberError(
-            f"{error}; what {plan.run.uri} holds is from before. It would happen again at the same image: "
+            f"{error}; what {run.uri} holds is from before. It would happen again at the same image: "
             "start another run with a lower train.learning_rate, or with train.precision=fp32"
         ) from None
     finally:
@@ -75,7 +95,7 @@ def run_training(plan: Plan, stop: Stop = NEVER) -> Plan:
             lease.close(stop.seconds_left() - _EXIT_SECONDS)
         if tracking is not None:
             tracking.close(min(CLOSE_SECONDS, stop.seconds_left() - _EXIT_SECONDS))
-    ranks.accelerator.end_training()
+    ranks.state.destroy_process_group()
     return plan
 
 
@@ -87,7 +107,7 @@ def _train(plan: Plan, ranks: Ranks, lease: Lease | None, tracking: Tracking | N
         held_out = plan.opened_images(stop, index=plan.held_out) if plan.held_out else None
     # Building the network waits for all processes without a heartbeat, which would look like a hang.
     ranks.sum(0)
-    state = initial_state(plan, ranks.accelerator.device)
+    state = initial_state(plan, ranks.device)
     damaged = set[CheckpointRef]()
     manifest = _restore(state, plan, ranks, attempt, damaged)
     with _recording(
@@ -113,7 +133,7 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
     if plan.is_new:
         records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
-    device = compute.describe_device(ranks.accelerator.device)
+    device = compute.describe_device(ranks.device)
     attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import nn
@@ -26,13 +26,16 @@ from job.data.stream import stream_batches
 from job.exits import StoppedError
 from job.plan import Plan
 from job.processes import compute
-from job.processes.ranks import Agreement, Ranks
+from job.processes.ranks import Agreement, Ranks, build_accelerator
 from job.progress import Progress
 from job.runs.retention import Retention
 from job.stop import NEVER, Stop
 from job.training.interludes import Grid, Interlude, Scoring, Validation
 from job.training.pace import Pace
 from job.training.reporting import Recorder
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 T = TypeVar("T")
 
@@ -46,13 +49,13 @@ def initial_state(plan: Plan, device: torch.device) -> training.TrainState:
     return training.create_state(method.build_network(plan.config, device), device, method.settings_of(plan.config))
 
 
-def prepared_network(model: nn.Module, config: RunConfig, ranks: Ranks) -> nn.Module:
+def wrapped(model: nn.Module, config: RunConfig, ranks: Ranks, accelerator: Accelerator) -> nn.Module:
     """Returns the model compiled if so configured, and wrapped for autocast and for several processes. Collective."""
-    device, batch_size = ranks.accelerator.device, config.train.batch_size
+    device, batch_size = ranks.device, config.train.batch_size
     if config.train.compile and device.type == "cuda":
         model.compile()
     # It is on its device: asking whether its parameters are sharded would import a second's worth of modules.
-    network: nn.Module = ranks.accelerator.prepare_model(model, device_placement=False)
+    network: nn.Module = accelerator.prepare_model(model, device_placement=False)
     if ranks.world_size > 1:
         slots = len(range(ranks.rank, batch_size, ranks.world_size))
         compute.settle_buckets(network, config, min(slots, config.train.micro_batch_size or slots), device)
@@ -88,12 +91,13 @@ class TrainingSession:
         """
         self.plan, self.config, self.ranks, self.state, self.images = plan, plan.config, ranks, state, images
         self.held_out, self.recorder, self.stop = held_out, recorder, stop
-        self.batch_size, self.device = self.config.train.batch_size, ranks.accelerator.device
+        self.batch_size, self.device = self.config.train.batch_size, ranks.device
         self.objective = method.objective_of(self.config)
         self.settings = replace(method.settings_of(self.config), latents=latents_of(plan.index))
         self.hooks = training.Hooks(self.after_step, self._leaves_step)
         self.decoder = load_decoder(plan.bucket, plan.index, self.device)
-        self.network = prepared_network(state.model, self.config, ranks)
+        self.accelerator = build_accelerator(self.config.train.precision, self.config.train.deterministic)
+        self.network = wrapped(state.model, self.config, ranks, self.accelerator)
         self.agreement = Agreement(ranks.world_size, flags=4)
         self.agreement_in_step = Agreement(ranks.world_size, flags=1)
         self.retention = Retention(self.config, plan.index.images)
@@ -149,7 +153,7 @@ class TrainingSession:
                         self.batches,
                         self.objective,
                         settings=self.settings,
-                        accelerator=self.ranks.accelerator,
+                        accelerator=self.accelerator,
                         hooks=self.hooks,
                     )
                 self.agreement.finish()

@@ -70,7 +70,7 @@ def test_a_checkpoint_that_is_due_is_saved_before_images_are_waited_for(plan):
     watcher = threading.Thread(target=watch)
     watcher.start()
     with pytest.raises(BucketAwayError, match="the shard's bucket is away"):
-        run_training(plan)
+        run_training(plan.request)
     watcher.join()
     assert seen == [EPOCH_IMAGES]
     assert saved(plan.run) == [EPOCH_IMAGES]
@@ -82,7 +82,7 @@ def test_a_stop_waits_neither_for_them_nor_for_who_reads_them(plan):
         return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
 
     with pytest.raises(StoppedError, match="everything is saved"):
-        run_training(plan, StopWhen(lambda: lacking.is_set() and bool(saved(plan.run))))
+        run_training(plan.request, StopWhen(lambda: lacking.is_set() and bool(saved(plan.run))))
     assert saved(plan.run) == [EPOCH_IMAGES]
     # The reader is waited for, but not for ever.
     assert readers()

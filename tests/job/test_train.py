@@ -16,7 +16,6 @@ from safetensors.torch import load, load_file
 
 from ddpm import training
 from job.exits import NotANumberError, StoppedError
-from job.plan import plan_run
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints, opened
 from job.runs.layout import located
@@ -61,7 +60,7 @@ def train(packed):
             base = {key: value for key, value in base.items() if not key.startswith("model.")}
         sets = tuple(f"{key}={value}" for key, value in (base | keys).items())
         request = TrainRequest(dataset, str(packed), run=run, epochs=epochs, sets=sets)
-        run_training(plan_run(request.check()), StopWhen(is_enough))
+        run_training(request.check(), StopWhen(is_enough))
 
     return train
 
