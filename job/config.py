@@ -744,7 +744,7 @@ CHOSEN_ELSEWHERE = {
 """Keys that a person does not set, and the option that does."""
 
 
-def presets() -> list[str]:
+def preset_names() -> list[str]:
     """Names of the presets that come with the program."""
     return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
 
@@ -827,20 +827,20 @@ def read_settings(path: Path) -> str:
 
 
 def _preset(name: str) -> dict[str, Any]:
-    if name not in presets():
-        there = f"(there are: {', '.join(presets())})"
-        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, presets())} {there}")
+    if name not in preset_names():
+        there = f"(there are: {', '.join(preset_names())})"
+        raise BadRequestError(f"there is no preset {name!r}{did_you_mean(name, preset_names())} {there}")
     return parse_mapping((resources.files("job") / "presets" / f"{name}.yaml").read_text(), f"preset {name}")
 
 
 def pack_config(name: str) -> PackConfig | None:
     """How the dataset `name` is packed, if a preset of that name says so."""
-    return PackConfig.model_validate(_preset(name)["pack"]) if name in presets() else None
+    return PackConfig.model_validate(_preset(name)["pack"]) if name in preset_names() else None
 
 
 def usual_of(name: str) -> UsualConfig | None:
     """What is usual for runs of this preset, if somebody measured it."""
-    usual = _preset(name).get("usual") if name in presets() else None
+    usual = _preset(name).get("usual") if name in preset_names() else None
     return UsualConfig.model_validate(usual) if usual else None
 
 

@@ -43,9 +43,9 @@ def datasets(context: typer.Context, incomplete: str) -> list[str]:
 
 def presets(incomplete: str) -> list[str]:
     """Those that come with the program."""
-    from job.config import presets as there
+    from job.config import preset_names
 
-    return _offered(there(), incomplete)
+    return _offered(preset_names(), incomplete)
 
 
 def targets(context: typer.Context, incomplete: str) -> list[str]:
