@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def _split(value: Any) -> Any:
+def split_list(value: Any) -> Any:
     """Lets `--set model.channel_mults=1,2,2` stand for a list."""
     if isinstance(value, str):
         return [part for part in value.replace(" ", "").split(",") if part]
@@ -16,7 +16,7 @@ def _split(value: Any) -> Any:
 
 
 def _split_in_two(value: Any) -> Any:
-    parts = _split(value)
+    parts = split_list(value)
     if isinstance(parts, list) and len(parts) != 2:
         raise ValueError("two numbers, such as 0.3,5")
     return parts
@@ -32,16 +32,16 @@ LARGEST = 10**9
 """Of a number without a limit of its own: nobody means more, and arithmetic with 1e300 overflows."""
 LARGEST_SIZE = 4096
 """Of images, in pixels: height and width."""
-Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(_split)]
-Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], BeforeValidator(_split)]
-Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], BeforeValidator(_split)]
+Mults = Annotated[tuple[Annotated[int, Field(ge=1, le=64)], ...], BeforeValidator(split_list)]
+Counts = Annotated[tuple[Annotated[int, Field(ge=1, le=LARGEST)], ...], BeforeValidator(split_list)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], BeforeValidator(split_list)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Ratio = Annotated[float, Field(ge=0, le=LARGEST)]
 Interval = Annotated[tuple[Ratio, Ratio], BeforeValidator(_split_in_two), AfterValidator(_grows)]
 Share = Annotated[float, Field(gt=0, le=1)]
 SMALLEST_STD, LARGEST_STD = 0.001, 0.28
 """Of a power-function average: at 1/√12 all weights would count alike."""
-Stds = Annotated[tuple[Annotated[float, Field(ge=SMALLEST_STD, le=LARGEST_STD)], ...], BeforeValidator(_split)]
+Stds = Annotated[tuple[Annotated[float, Field(ge=SMALLEST_STD, le=LARGEST_STD)], ...], BeforeValidator(split_list)]
 
 
 def average_name(std: float) -> str:

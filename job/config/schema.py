@@ -19,10 +19,11 @@ from job.config.fields import (
     Share,
     Stds,
     Weights,
-    _split,
     average_name,
+    split_list,
 )
 from job.config.networks import NETWORKS, Network, UNetConfig
+from job.config.rules import RULES
 from job.exits import BadConfigError
 
 
@@ -35,7 +36,7 @@ class DataConfig(Section):
     channels: int | None = Field(None, ge=1, le=256, description="follows the dataset")
     latents: bool = Field(False, description="whether the images are encoded; follows the dataset")
     flip: bool = Field(True, description="mirror half of the images, drawn per image number")
-    crop_scale: Annotated[tuple[Share, Share], BeforeValidator(_split)] = Field(
+    crop_scale: Annotated[tuple[Share, Share], BeforeValidator(split_list)] = Field(
         (1.0, 1.0), description="share of an image's area, from and to, that a random box has which is enlarged to all"
     )
     augment: float = Field(0.0, ge=0, le=1, description="probability of each transform of EDM, told to the network")
@@ -118,7 +119,7 @@ class TrainConfig(Section):
     decay_images: int = Field(
         0, ge=0, le=LARGEST, description="where inverse_root begins, where cosine reaches 0; fixed, unlike epochs"
     )
-    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(_split)] = Field(
+    adam_betas: Annotated[tuple[Beta, Beta], BeforeValidator(split_list)] = Field(
         (0.9, 0.999), description="decay of the two moments, per step"
     )
     adam_eps: float = Field(1e-8, gt=0, le=LARGEST, description="added to the root of the second moment")
@@ -249,6 +250,11 @@ class Drawing(Section):
             unused |= {"guidance_interval", "guidance_rescale"}
         return Drawing(**self.model_dump(include=Drawing.model_fields.keys() - unused))
 
+    @property
+    def sampler_order(self) -> int:
+        """How many estimates of the image make one step, and so the least number of steps."""
+        return self.order if "order" in OPTIONS_OF[self.sampler] else _ORDERS.get(self.sampler, 1)
+
     def name(self, own: Drawing) -> str:
         """Part of a picture's name: sampler and steps, then where this differs from the run's `own`."""
         words = [f"{key}-{value}" for key, value in self._differing(own).items()]
@@ -280,7 +286,7 @@ class EvaluateConfig(Section):
     images: int = Field(1000, ge=12, le=1_000_000, description="drawn each time, by the section sample")
     references: int = Field(50_000, ge=12, le=1_000_000, description="real images that they are compared with, at most")
     metrics: Annotated[
-        tuple[Literal["fid", "kid", "prdc", "mind"], ...], BeforeValidator(_split), Field(min_length=1)
+        tuple[Literal["fid", "kid", "prdc", "mind"], ...], BeforeValidator(split_list), Field(min_length=1)
     ] = Field(("kid", "fid"), description="the first of them says which checkpoint is the best")
     extractor: Literal["inception", "mobilenet", "dinov2"] = Field(
         "inception", description="whose features are compared"
@@ -318,81 +324,9 @@ class RunConfig(Section):
         return self.data.channels, self.data.size, self.data.size
 
     @model_validator(mode="after")
-    def _network_fits(self) -> RunConfig:
-        self.model.check(self.data.size)
-        return self
-
-    @model_validator(mode="after")
-    def _network_is_told_what_it_knows(self) -> RunConfig:
-        if self.model.kind == "edm2" and self.diffusion.schedule != "edm":
-            raise ValueError(
-                "model.kind=edm2 is told ln(sigma)/4, not timesteps: set diffusion.schedule=edm and "
-                "diffusion.prediction=edm, or choose another network"
-            )
-        if self.model.kind == "dome" and (self.diffusion.self_conditioning or self.data.augment):
-            raise ValueError(
-                "model.kind=dome is told the timestep and the class alone, as in its checkpoints: leave out "
-                "diffusion.self_conditioning and data.augment, or choose another network"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _knows_its_best(self) -> RunConfig:
-        if self.checkpoint.keep_best and not self.evaluate.every_epochs:
-            raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
-        if self.checkpoint.keep_best and self.evaluate.metrics[0] == "prdc":
-            raise ValueError("checkpoint.keep_best goes by the first of evaluate.metrics, and prdc is four scores")
-        return self
-
-    @model_validator(mode="after")
-    def _draws_what_is_learnt(self) -> RunConfig:
-        sample, classes = self.sample, self.model.num_classes
-        if self.model.label_dropout and classes == 0:
-            raise ValueError(
-                f"model.label_dropout={self.model.label_dropout:g} leaves classes out, and the network learns none: "
-                "leave it at 0, or train on a dataset with classes"
-            )
-        if sample.variance == "learned_range" and self.diffusion.variance != "learned_range":
-            raise ValueError("sample.variance=learned_range needs a network that learnt it: diffusion.variance")
-        if sample.guidance != 1 and not (self.model.label_dropout or sample.autoguidance):
-            raise ValueError(
-                f"sample.guidance={sample.guidance:g} needs a network that has also learnt images without their class "
-                "(model.label_dropout=0.1 when the run begins), or --autoguidance [RUN@]EPOCH"
-            )
-        if sample.autoguidance and sample.guidance == 1:
-            raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
-        if sample.labels and classes is not None and max(sample.labels) >= classes:
-            raise ValueError(f"sample.labels: there is no class {max(sample.labels)}, of the {classes} of the network")
-        return self
-
-    @model_validator(mode="after")
-    def _steps_begin_at_noise(self) -> RunConfig:
-        steps, timesteps = self.sample.steps, self.diffusion.timesteps
-        if steps > timesteps:
-            raise ValueError(f"sample.steps={steps} exceeds diffusion.timesteps={timesteps}")
-        order = self.sample.order if "order" in OPTIONS_OF[self.sample.sampler] else _ORDERS.get(self.sample.sampler, 1)
-        if order > steps:
-            raise ValueError(
-                f"sample.sampler={self.sample.sampler} is of order {order}, above sample.steps={steps}: take more "
-                "steps, a lower sample.order, or another sampler"
-            )
-        grid, diffusion = self.sample.grid, self.diffusion
-        if grid in ("karras", "log_snr") and (diffusion.schedule == "flow" or diffusion.zero_terminal_snr):
-            raise ValueError(f"sample.grid={grid} needs a process that leaves something of the image: choose another")
-        if self.sample.shift != 1 and (self.diffusion.schedule != "flow" or self.sample.grid == "found"):
-            raise ValueError(f"sample.shift={self.sample.shift:g} needs diffusion.schedule=flow and a grid but found")
-        if self.sample.grid == "quadratic" and (self.diffusion.schedule != "linear" or steps == 1):
-            # It begins at 0.8 T, where other processes have much of the image left.
-            raise ValueError(
-                "sample.grid=quadratic is for diffusion.schedule=linear and two steps or more: use another"
-            )
-        stride = timesteps // steps
-        if self.sample.grid == "leading" and (first := (steps - 1) * stride) < 0.8 * timesteps:
-            fitting = f"{timesteps // stride} or {timesteps // (stride + 1)}" if stride > 1 and steps > 5 else "more"
-            raise ValueError(
-                f"sample.steps={steps} with sample.grid=leading would begin at t={first} of {timesteps}, where "
-                f"images are no noise yet: use {fitting} steps, or another grid"
-            )
+    def _follows_rules(self) -> RunConfig:
+        for rule in RULES:
+            rule(self)
         return self
 
     def to_yaml(self) -> str:

@@ -260,7 +260,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
         assert said in line, (words, line)
     for code, said, changes in (
-        (78, "and the network learns none", ("model.label_dropout=0.1", "model.num_classes=0")),
+        (78, "needs a network with classes", ("model.label_dropout=0.1", "model.num_classes=0")),
         (
             78,
             "draws=log_normal does not go with it",
@@ -273,7 +273,7 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ),
         (78, "offset_noise=0.1 does not go", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
         (78, "is chosen with ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
-        (78, "there is no class 9, of the 5", ("sample.labels=1,9",)),
+        (78, "class 9 does not exist, the network has 5", ("sample.labels=1,9",)),
     ):
         sets = [word for change in changes for word in ("--set", change)]
         line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), code)
