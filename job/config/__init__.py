@@ -15,7 +15,6 @@ from job.config.networks import UNetConfig as UNetConfig
 from job.config.presets import EMBEDDED as EMBEDDED
 from job.config.presets import PackConfig as PackConfig
 from job.config.presets import UsualConfig as UsualConfig
-from job.config.presets import did_you_mean as did_you_mean
 from job.config.presets import pack_config as pack_config
 from job.config.presets import preset_keys as preset_keys
 from job.config.presets import preset_names as preset_names

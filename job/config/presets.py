@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from importlib import resources
 from typing import Any
 
@@ -12,7 +10,7 @@ from pydantic import Field
 from job.config.fields import LARGEST_SIZE, Section
 from job.config.schema import flatten
 from job.config.yaml_files import parse_mapping
-from job.exits import BadRequestError
+from job.exits import BadRequestError, did_you_mean
 
 EMBEDDED = "landscape-sample"
 """The dataset that comes with the program, and the preset that others begin with."""
@@ -40,12 +38,6 @@ class UsualConfig(Section):
 def preset_names() -> list[str]:
     """Names of the presets that come with the program."""
     return sorted(p.name.removesuffix(".yaml") for p in (resources.files("job") / "presets").iterdir())
-
-
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message about a word that is not known; nothing if none is like it."""
-    close = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def _preset(name: str) -> dict[str, Any]:
