@@ -1,7 +1,7 @@
-"""What a run is made of: which keys exist, what is valid, what an attempt may change, and where the values come from.
+"""The configuration of a run: its settings, their rules, and where their values come from.
 
 A configuration is resolved once, when a run begins: preset ← dataset ← `--config FILE` ← `--set key=value`. It is then
-stored with the run and is the base of every later attempt. Numbers are in `presets/`.
+stored with the run, and every later attempt starts from it. `schema` and `networks` list the settings.
 """
 
 from job.config.fields import LARGEST as LARGEST

@@ -1,4 +1,4 @@
-"""The networks: the section `model` for each kind."""
+"""The section `model` of each kind of network."""
 
 from __future__ import annotations
 
@@ -10,26 +10,29 @@ from job.config.fields import LARGEST, Counts, Mults, Section
 
 
 class NetworkConfig(Section):
-    """What all networks have."""
+    """The settings that all networks share."""
 
     kind: str
-    num_classes: int | None = Field(None, ge=0, le=LARGEST, description="follows the dataset; 0: unconditional")
+    num_classes: int | None = Field(
+        None, ge=0, le=LARGEST, description="number of classes; null: as in the dataset; 0: none"
+    )
     label_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of the images that are learnt without their class, for guidance"
+        0.0, ge=0, lt=1, description="share of images trained without their class, which guidance needs; such as 0.1"
     )
     gradient_checkpointing: bool = Field(
-        False, description="keep less in memory and compute more, for larger batches or images; the same to the bit"
+        False, description="recompute activations in the backward pass: less memory, more time, the same result"
     )
 
     def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
 
 
-_CHANNELS = "width of the first level, before its multiplier"
-_MULTS = "one multiplier for each level; every level halves the size"
-_ATTENTION = "pixels; levels of these sizes have attention"
-_LAYERS = "residual blocks of a level on the way down"
-_DROPOUT = "probability, within the residual blocks"
+_CHANNELS = "channels of the first level, before its multiplier"
+_MULTS = "channel multiplier of each level; each level halves the size of the one before"
+_ATTENTION = "sizes of the levels that have attention, in pixels"
+_LAYERS = "residual blocks per level of the encoder"
+_HEAD_CHANNELS = "channels of each attention head"
+_DROPOUT = "dropout probability in each block"
 
 
 class UNetConfig(NetworkConfig):
@@ -40,18 +43,18 @@ class UNetConfig(NetworkConfig):
     channel_mults: Mults = Field((1, 2, 2, 2), min_length=1, max_length=12, description=_MULTS)
     attention_sizes: Counts = Field((16,), description=_ATTENTION)
     layers_per_level: int = Field(2, ge=1, le=64, description=_LAYERS)
-    norm_groups: int = Field(32, ge=1, le=LARGEST, description="of the group normalisations")
-    heads: int = Field(1, ge=1, le=LARGEST, description="of the attention")
-    head_channels: int | None = Field(None, ge=1, le=LARGEST, description="width of a head, in the place of heads")
-    scale_shift: bool = Field(False, description="the timestep scales as well as shifts")
-    resample_in_blocks: bool = Field(False, description="residual blocks change the size, and not convolutions")
+    norm_groups: int = Field(32, ge=1, le=LARGEST, description="groups of each group normalisation")
+    heads: int = Field(1, ge=1, le=LARGEST, description="attention heads")
+    head_channels: int | None = Field(None, ge=1, le=LARGEST, description=f"{_HEAD_CHANNELS}; replaces heads")
+    scale_shift: bool = Field(False, description="the timestep scales the features as well as shifting them")
+    resample_in_blocks: bool = Field(False, description="residual blocks change the size, instead of convolutions")
     conventions: Literal["ho", "diffusers"] = Field(
-        "ho", description="diffusers: its defaults for the timestep's sinusoids, the norms and the padding"
+        "ho", description="timestep embedding, norms and padding as in Ho et al. or as in diffusers"
     )
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
 
     def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
         _check_halvings(size, len(self.channel_mults) - 1)
         if self.channels % self.norm_groups:
             raise ValueError(
@@ -59,8 +62,7 @@ class UNetConfig(NetworkConfig):
             )
         if self.channels % 2:
             raise ValueError(f"model.channels={self.channels} must be even, for sines and cosines of the timestep")
-        key = "head_channels" if self.head_channels else "heads"
-        _check_heads(self, size, self.head_channels or self.heads, f"model.{key}={self.head_channels or self.heads}")
+        _check_heads(self, size, "head_channels" if self.head_channels else "heads")
 
 
 class EDM2Config(NetworkConfig):
@@ -71,31 +73,31 @@ class EDM2Config(NetworkConfig):
     channel_mults: Mults = Field((1, 2, 3, 4), min_length=1, max_length=12, description=_MULTS)
     attention_sizes: Counts = Field((16, 8), description=_ATTENTION)
     layers_per_level: int = Field(3, ge=1, le=64, description=_LAYERS)
-    head_channels: int = Field(64, ge=1, le=LARGEST, description="width of a head of the attention")
+    head_channels: int = Field(64, ge=1, le=LARGEST, description=_HEAD_CHANNELS)
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
-    uncertainty: bool = Field(False, description="learn which error to expect at each noise level, and weigh by it")
+    uncertainty: bool = Field(False, description="learn the expected error at each noise level; it weights the loss")
 
     def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
         _check_halvings(size, len(self.channel_mults) - 1)
-        _check_heads(self, size, self.head_channels, f"model.head_channels={self.head_channels}")
+        _check_heads(self, size, "head_channels")
 
 
 class DiTConfig(NetworkConfig):
     """The transformer of Peebles & Xie (2023); by default DiT-S/2."""
 
     kind: Literal["dit"] = "dit"
-    patch_size: int = Field(2, ge=1, le=LARGEST, description="pixels")
-    width: int = Field(384, ge=4, le=65536, description="channels of a patch")
-    depth: int = Field(12, ge=1, le=1024, description="blocks")
-    heads: int = Field(6, ge=1, le=LARGEST, description="of the attention")
+    patch_size: int = Field(2, ge=1, le=LARGEST, description="height and width of a patch, in pixels")
+    width: int = Field(384, ge=4, le=65536, description="channels of the embedding of a patch")
+    depth: int = Field(12, ge=1, le=1024, description="number of transformer blocks")
+    heads: int = Field(6, ge=1, le=LARGEST, description="attention heads")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
-    qk_norm: bool = Field(False, description="RMSNorm, with a learnt scale, of queries and keys")
-    rms_norm: bool = Field(False, description="RMSNorm in the place of layer normalisation")
+    qk_norm: bool = Field(False, description="RMSNorm of queries and keys, with a learnt scale")
+    rms_norm: bool = Field(False, description="RMSNorm instead of layer normalisation")
     rope: bool = Field(False, description="rotary embedding of rows and columns in the attention")
 
     def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
         if (size or 0) % self.patch_size:
             raise ValueError(f"data.size={size} is not a multiple of model.patch_size={self.patch_size}: change one")
         if self.width % self.heads:
@@ -113,7 +115,7 @@ class DomeConfig(NetworkConfig):
     dropout: ClassVar[float] = 0.0
 
     def check(self, size: int | None) -> None:
-        """Raises ValueError if the network cannot take images of this size, or cannot be built at all."""
+        """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
         if (size or 0) % 8:
             raise ValueError(f"data.size={size} cannot be halved 3 times, as model.kind=dome does: use a multiple of 8")
 
@@ -128,7 +130,6 @@ NETWORKS: dict[str, type[NetworkConfig]] = {
 
 
 def _check_halvings(size: int | None, halvings: int) -> None:
-    # Without a size yet, any will do.
     if (size or 0) % 2**halvings:
         raise ValueError(
             f"data.size={size} cannot be halved {halvings} times, as the {halvings + 1} levels of "
@@ -136,9 +137,10 @@ def _check_halvings(size: int | None, halvings: int) -> None:
         )
 
 
-def _check_heads(model: UNetConfig | EDM2Config, size: int | None, divisor: int, said: str) -> None:
-    widths = [model.channels * mult for mult in model.channel_mults]
-    has_attention = [(size or 0) / 2**level in model.attention_sizes for level in range(len(widths))]
-    for width in [*(width for width, has in zip(widths, has_attention, strict=True) if has), widths[-1]]:
-        if width % divisor:
-            raise ValueError(f"{width} channels, as the attention has, cannot be split into heads by {said}")
+def _check_heads(model: UNetConfig | EDM2Config, size: int | None, key: str) -> None:
+    """Raises ValueError if the attention's channels cannot be split as `key` says; the last level has attention."""
+    divisor, last = getattr(model, key), len(model.channel_mults) - 1
+    for level, mult in enumerate(model.channel_mults):
+        width, has_attention = model.channels * mult, level == last or (size or 0) / 2**level in model.attention_sizes
+        if has_attention and width % divisor:
+            raise ValueError(f"attention with {width} channels cannot be split into heads by model.{key}={divisor}")

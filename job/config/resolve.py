@@ -1,4 +1,4 @@
-"""A configuration is resolved: which keys there are, where their values come from, and what an attempt may change."""
+"""How a configuration comes about: which keys can be set, by whom, and which ones a later attempt may change."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from job.exits import BadConfigError, MissingInputError
 if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
-
 FREE = {
     "train.epochs",
     "train.micro_batch_size",
@@ -27,10 +26,11 @@ FREE = {
     "ema.snapshot_epochs",
     "model.gradient_checkpointing",
 }
+"""Keys that an attempt may change: they decide when and how something is done, never what is learnt."""
 FREE_SECTIONS = {"checkpoint", "sample", "evaluate", "log"}
-"""Keys and sections that an attempt may change: they decide when and how something is done, never what is learnt."""
+"""Sections that an attempt may change, for the same reason."""
 FOLLOWS = ("data.size", "data.channels", "model.num_classes")
-"""Keys that the dataset decides, unless somebody does."""
+"""Keys that the dataset sets if the user does not."""
 CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
     "imported": "ddpm import",
@@ -39,11 +39,11 @@ CHOSEN_ELSEWHERE = {
     "data.latents": "--dataset NAME",
     **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
 }
-"""Keys that a person does not set, and the option that does."""
+"""Keys that neither `--set` nor a file may set, and the option that sets them."""
 
 
 def field_of(key: str, kind: str = "unet") -> FieldInfo:
-    """What is known of a dotted key, of this kind of network: type, default, description."""
+    """Returns the type, default and description of a dotted key, for this kind of network."""
     section, _, leaf = key.rpartition(".")
     if not section:
         return RunConfig.model_fields[leaf]
@@ -52,7 +52,7 @@ def field_of(key: str, kind: str = "unet") -> FieldInfo:
 
 
 def known_keys() -> list[str]:
-    """All dotted keys, those of every kind of network among them."""
+    """Returns all dotted keys, including those of every kind of network."""
     of_networks = (f"model.{key}" for network in NETWORKS.values() for key in network.model_fields)
     return list(dict.fromkeys([*RunConfig().flat(), *of_networks]))
 
@@ -61,18 +61,18 @@ def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
     keys = known_keys()
     for key in flat:
         if key not in keys:
-            leaf = key.rsplit(".", 1)[-1]
-            close = [k for k in keys if k.rsplit(".", 1)[-1] == leaf] or difflib.get_close_matches(key, keys, n=1)
+            leaf = key.rpartition(".")[2]
+            close = [k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1)
             sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {sections})"
             raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
         if key in CHOSEN_ELSEWHERE:
-            raise BadConfigError(f"{where}: {key} is chosen with {CHOSEN_ELSEWHERE[key]}")
+            raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
     return flat
 
 
 def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
-    """`["train.batch_size=64"]` → `{"train.batch_size": 64}`; values are read as YAML.
+    """Returns `{"train.batch_size": 64}` for `["train.batch_size=64"]`; values are YAML.
 
     Raises:
         BadConfigError: no `=`, an unknown key, or a value that is not YAML.
@@ -91,11 +91,11 @@ def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read_config_file(path: Path | None) -> dict[str, Any]:
-    """Dotted keys of a user's YAML file; empty without one.
+    """Returns the dotted keys of a user's YAML file; none without a file.
 
     Raises:
-        MissingInputError: no such file.
-        BadConfigError: not YAML, or unknown keys.
+        MissingInputError: the file cannot be read.
+        BadConfigError: it is not YAML, or has unknown keys.
     """
     if path is None:
         return {}
@@ -106,21 +106,25 @@ def read_config_file(path: Path | None) -> dict[str, Any]:
     return _only_known(flatten(values), str(path))
 
 
+def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
+    """Returns the preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+    return validated(layered(preset_keys(preset) | {"preset": preset}, changes))
+
+
 def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
-    """What this attempt changes about its run.
+    """Returns the keys and values that this attempt changes about its run.
 
     Raises:
-        BadConfigError: a difference in a key that decides what is learnt, with both values and the way out.
+        BadConfigError: a key that decides what is learnt differs; the message has both values and the ways out.
     """
-    before = stored.flat()
-    now = wanted.flat()
+    before, now = stored.flat(), wanted.flat()
     if wanted.model.kind != stored.model.kind:
-        # Of two kinds of networks there is nothing else to compare.
+        # Two kinds of networks have different keys.
         now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
     changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
-    # What a run that was imported computes in, the first machine that trains it decides.
+    # An imported run leaves its precision to the first machine that trains it.
     free = FREE | ({"train.precision"} if stored.train.precision == "auto" else set())
-    # A network with self-conditioning learns from estimates that are clipped as its samples are.
+    # A network with self-conditioning learns from estimates that are clipped like its samples.
     learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
     fixed = [
         f"{key}: the run has {before[key]}, asked for {value}"
@@ -130,12 +134,7 @@ def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[
     if fixed:
         raise BadConfigError(
             f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
-            "Leave these out to go on with it, start another run with --run NAME, or delete this one "
+            "Leave these out to continue it, start another run with --run NAME, or delete this one "
             f"(ddpm runs delete {run} --yes)"
         )
     return changes
-
-
-def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
-    """The preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
-    return validated(layered(preset_keys(preset) | {"preset": preset}, changes))
