@@ -119,7 +119,8 @@ def show_config(request: TrainRequest, *, as_json: bool) -> None:
         usual = "the dataset" if key in follows else "default"
         return next((name for name, layer in layers.items() if key in layer), usual)
 
-    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key != "preset"}
+    settings = {*known_keys()} - {"preset"}
+    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key in settings}
     if as_json:
         print_json(told)
         return

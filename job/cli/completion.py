@@ -58,7 +58,7 @@ def targets(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Of a configuration, for `--set`."""
-    from job.config import known_keys
+    """Returns the settings that `--set` takes."""
+    from job.config import CHOSEN_ELSEWHERE, known_keys
 
-    return _offered((f"{key}=" for key in known_keys()), incomplete)
+    return _offered((f"{key}=" for key in {*known_keys()} - CHOSEN_ELSEWHERE.keys()), incomplete)

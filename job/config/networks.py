@@ -14,7 +14,7 @@ class NetworkConfig(Section):
 
     kind: str
     num_classes: int | None = Field(
-        None, ge=0, le=LARGEST, description="number of classes; null: as in the dataset; 0: none"
+        None, ge=0, le=LARGEST, description="number of classes; null: as in the dataset; 0: unconditional"
     )
     label_dropout: float = Field(
         0.0, ge=0, lt=1, description="share of images trained without their class, which guidance needs; such as 0.1"

@@ -31,15 +31,17 @@ FREE_SECTIONS = {"checkpoint", "sample", "evaluate", "log"}
 """Sections that an attempt may change, for the same reason."""
 FOLLOWS = ("data.size", "data.channels", "model.num_classes")
 """Keys that the dataset sets if the user does not."""
+PROGRAM = "the program"
 CHOSEN_ELSEWHERE = {
     "preset": "--preset NAME",
     "imported": "ddpm import",
     "data.dataset": "--dataset NAME",
     "data.dataset_id": "--dataset NAME",
     "data.latents": "--dataset NAME",
+    "data.order": PROGRAM,
     **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
 }
-"""Keys that neither `--set` nor a file may set, and the option that sets them."""
+"""Keys that neither `--set` nor a file may set, and the option that sets them instead."""
 
 
 def field_of(key: str, kind: str = "unet") -> FieldInfo:
@@ -52,22 +54,23 @@ def field_of(key: str, kind: str = "unet") -> FieldInfo:
 
 
 def known_keys() -> list[str]:
-    """Returns all dotted keys, including those of every kind of network."""
+    """Returns the dotted keys of all settings, including those of every kind of network."""
     of_networks = (f"model.{key}" for network in NETWORKS.values() for key in network.model_fields)
-    return list(dict.fromkeys([*RunConfig().flat(), *of_networks]))
+    keys = dict.fromkeys([*RunConfig().flat(), *of_networks])
+    return [key for key in keys if CHOSEN_ELSEWHERE.get(key) != PROGRAM]
 
 
 def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
     keys = known_keys()
     for key in flat:
+        if key in CHOSEN_ELSEWHERE:
+            raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
         if key not in keys:
             leaf = key.rpartition(".")[2]
             close = [k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1)
             sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
             hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {sections})"
             raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
-        if key in CHOSEN_ELSEWHERE:
-            raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
     return flat
 
 

@@ -96,6 +96,7 @@ MEANINGLESS: Rows = [
     ("train --dataset a --set data.size=16 --set model.head_channels=12", 78, ["64 channels", "head_channels=12"]),
     ("train --dataset a --set sample.grid=leading --set sample.steps=400", 78, ["t=798 of 1000", "500 or 333"]),
     ("train --dataset a --set preset=celeba", 78, ["preset", "--preset NAME"]),
+    ("train --dataset a --set data.order=feistel-1", 78, ["data.order is set by the program"]),
     (f"train --dataset a --set data.size=0x{'f' * 5000}", 78, ["data.size=0xfff", "not valid YAML"]),
     ("train --dataset a --config {alias}", 78, ["alias.yaml", "aliases are not supported (line 1)"]),
     ("train --dataset a --config {deep}", 78, ["deep.yaml", "exceeded maximum nesting depth"]),
