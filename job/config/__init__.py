@@ -9,12 +9,9 @@ from job.config.fields import LARGEST_SIZE as LARGEST_SIZE
 from job.config.fields import Section as Section
 from job.config.fields import average_name as average_name
 from job.config.networks import NETWORKS as NETWORKS
-from job.config.networks import DiTConfig as DiTConfig
-from job.config.networks import DomeConfig as DomeConfig
 from job.config.networks import UNetConfig as UNetConfig
 from job.config.presets import EMBEDDED as EMBEDDED
 from job.config.presets import PackConfig as PackConfig
-from job.config.presets import UsualConfig as UsualConfig
 from job.config.presets import pack_config as pack_config
 from job.config.presets import preset_keys as preset_keys
 from job.config.presets import preset_names as preset_names

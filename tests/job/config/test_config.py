@@ -3,8 +3,6 @@ import torch
 import yaml
 
 from job.config import (
-    DiTConfig,
-    DomeConfig,
     changed_for_attempt,
     draft,
     flatten,
@@ -14,6 +12,7 @@ from job.config import (
     read_config_file,
     validated,
 )
+from job.config.networks import DiTConfig, DomeConfig
 from job.data.pack import PackRequest
 from job.exits import BadConfigError
 from job.method import build_network

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from job.config import UsualConfig, draft, preset_names, usual_of
+from job.config import draft, preset_names, usual_of
+from job.config.presets import UsualConfig
 from job.data.shards import load_index
 from job.plan import follow_dataset
 from job.report import usual
