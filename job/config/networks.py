@@ -13,15 +13,9 @@ class NetworkConfig(Section):
     """The settings that all networks share."""
 
     kind: str
-    num_classes: int | None = Field(
-        None, ge=0, le=LARGEST, description="number of classes; null: as in the dataset; 0: unconditional"
-    )
-    label_dropout: float = Field(
-        0.0, ge=0, lt=1, description="share of images trained without their class, which guidance needs; such as 0.1"
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, more time, the same result"
-    )
+    num_classes: int | None = Field(None, ge=0, le=LARGEST, description="null: as in the dataset; 0: unconditional")
+    label_dropout: float = Field(0.0, ge=0, lt=1, description="share of images trained without class, for guidance")
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, slower, same result")
 
     def check(self, size: int | None) -> None:
         """Raises ValueError if the network cannot be built for images of this size; None stands for any size."""
@@ -48,9 +42,7 @@ class UNetConfig(NetworkConfig):
     head_channels: int | None = Field(None, ge=1, le=LARGEST, description=f"{_HEAD_CHANNELS}; replaces heads")
     scale_shift: bool = Field(False, description="the timestep scales the features as well as shifting them")
     resample_in_blocks: bool = Field(False, description="residual blocks change the size, instead of convolutions")
-    conventions: Literal["ho", "diffusers"] = Field(
-        "ho", description="timestep embedding, norms and padding as in Ho et al. or as in diffusers"
-    )
+    conventions: Literal["ho", "diffusers"] = Field("ho", description="timestep embedding, norms and padding")
     dropout: float = Field(0.0, ge=0, lt=1, description=_DROPOUT)
 
     def check(self, size: int | None) -> None:

@@ -35,25 +35,19 @@ class DataConfig(Section):
 
     dataset: str = Field("", description="name of the dataset")
     dataset_id: str = Field("", description="hash of the dataset's images")
-    size: int | None = Field(
-        None, ge=1, le=LARGEST_SIZE, description="height and width of the images in pixels; null: as in the dataset"
-    )
+    size: int | None = Field(None, ge=1, le=LARGEST_SIZE, description="pixels per side; null: as in the dataset")
     channels: int | None = Field(None, ge=1, le=256, description="channels of the images; null: as in the dataset")
     latents: bool = Field(False, description="the images are latents of an autoencoder")
     flip: bool = Field(True, description="mirror half of the images, chosen at random")
     crop_scale: Annotated[tuple[Share, Share], AsList] = Field(
         (1.0, 1.0), description="random crops: smallest and largest share of the image's area; 1,1: no crops"
     )
-    augment: float = Field(
-        0.0, ge=0, le=1, description="probability of each augmentation of EDM, which the network is conditioned on"
-    )
+    augment: float = Field(0.0, ge=0, le=1, description="probability of each augmentation of EDM, given to the network")
     shuffle_block_images: int = Field(
-        0, ge=0, le=LARGEST, description="shuffle within blocks of this many images; 0: the whole dataset"
+        0, ge=0, le=LARGEST, description="images per shuffled block; 0: the whole dataset"
     )
     order: Literal["feistel-1"] = Field("feistel-1", description="version of the shuffling algorithm")
-    cache_gigabytes: float = Field(
-        32.0, gt=0, le=LARGEST, description="local disk space for images on each node, in gigabytes"
-    )
+    cache_gigabytes: float = Field(32.0, gt=0, le=LARGEST, description="local disk space per node for cached images")
 
     @model_validator(mode="after")
     def _is_possible(self) -> DataConfig:
@@ -75,28 +69,18 @@ class DiffusionConfig(Section):
     sigma_min: float = Field(0.002, gt=0, le=LARGEST, description="smallest sigma of schedule=edm")
     sigma_max: float = Field(80.0, gt=0, le=LARGEST, description="largest sigma of schedule=edm")
     sigma_data: float = Field(0.5, gt=0, le=LARGEST, description="standard deviation of the images; for EDM's formulas")
-    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field(
-        "epsilon", description="the network's output: the noise, the image, or a mixture of both"
-    )
+    prediction: Literal["epsilon", "x0", "v", "flow", "edm"] = Field("epsilon", description="output of the network")
     weighting: Literal["plain", "snr", "min_snr", "soft_min_snr", "edm", "flow"] = Field(
         "plain", description="weight of the loss at each noise level; plain: squared error of the network's output"
     )
     gamma: float = Field(5.0, gt=0, le=LARGEST, description="limit of the SNR, for weighting=min_snr or soft_min_snr")
-    draws: Literal["uniform", "log_normal"] = Field(
-        "uniform", description="distribution of the noise levels in training: of t, or of sigma/alpha"
-    )
+    draws: Literal["uniform", "log_normal"] = Field("uniform", description="training distribution of t or sigma/alpha")
     draws_mean: float = Field(-1.2, ge=-100, le=100, description="mean of ln(sigma/alpha), with draws=log_normal")
     draws_std: float = Field(1.2, gt=0, le=100, description="standard deviation of ln(sigma/alpha), likewise")
     stratified: bool = Field(False, description="spread the noise levels of a batch evenly over their distribution")
-    variance: Literal["fixed", "learned_range"] = Field(
-        "fixed", description="learned_range: the network also predicts the variance of a step, with the hybrid loss"
-    )
-    self_conditioning: bool = Field(
-        False, description="the network also gets its own estimate of the images, in half of the batches"
-    )
-    offset_noise: float = Field(
-        0.0, ge=0, le=1, description="standard deviation of a random shift of the noise in each channel"
-    )
+    variance: Literal["fixed", "learned_range"] = Field("fixed", description="learned_range: predicted by the network")
+    self_conditioning: bool = Field(False, description="half of the batches give the network its own estimate of x_0")
+    offset_noise: float = Field(0.0, ge=0, le=1, description="standard deviation of a noise offset in each channel")
 
     @model_validator(mode="after")
     def _is_possible(self) -> DiffusionConfig:
@@ -108,15 +92,12 @@ class DiffusionConfig(Section):
                 f"{'zero_terminal_snr' if self.zero_terminal_snr else 'schedule=flow'} starts: use v, x0 or flow"
             )
         if self.variance == "learned_range":
-            obstacles = {
-                f"schedule={self.schedule}": self.schedule in ("edm", "flow"),
-                f"draws={self.draws}": self.draws != "uniform",
-                f"offset_noise={self.offset_noise}": self.offset_noise > 0,
-            }
-            if found := [setting for setting, applies in obstacles.items() if applies]:
+            no_betas = self.schedule in ("edm", "flow")
+            wrong = {"schedule": no_betas, "draws": self.draws != "uniform", "offset_noise": self.offset_noise > 0}
+            if keys := [key for key, is_wrong in wrong.items() if is_wrong]:
                 raise ValueError(
-                    "diffusion.variance=learned_range needs a table of betas, uniform draws and noise that is "
-                    f"independent in every pixel: change {found[0]}"
+                    "diffusion.variance=learned_range needs a table of betas, uniform draws and no offset noise: "
+                    f"change diffusion.{keys[0]}"
                 )
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"diffusion.sigma_min={self.sigma_min} must be below sigma_max={self.sigma_max}")
@@ -127,20 +108,14 @@ class TrainConfig(Section):
     """Optimisation. All lengths are in images, so that they mean the same on any number of GPUs."""
 
     batch_size: int = Field(128, ge=1, le=1_000_000, description="images per optimiser step, over all processes")
-    micro_batch_size: int | None = Field(
-        None, ge=1, le=LARGEST, description="images at once on each process; null: its share of the batch"
-    )
+    micro_batch_size: int | None = Field(None, ge=1, le=LARGEST, description="images at once per process; null: all")
     learning_rate: float = Field(2e-4, gt=0, le=LARGEST, description="learning rate after the warm-up")
     warmup_images: int = Field(0, ge=0, le=LARGEST, description="images over which the learning rate rises linearly")
     learning_rate_decay: Literal["constant", "inverse_root", "cosine"] = Field(
         "constant", description="decay of the learning rate after the warm-up"
     )
-    decay_images: int = Field(
-        0, ge=0, le=LARGEST, description="images seen when inverse_root starts or cosine ends; independent of epochs"
-    )
-    adam_betas: Annotated[tuple[Beta, Beta], AsList] = Field(
-        (0.9, 0.999), description="decay rates of Adam's two moments, per step"
-    )
+    decay_images: int = Field(0, ge=0, le=LARGEST, description="images seen when inverse_root starts or cosine ends")
+    adam_betas: Annotated[tuple[Beta, Beta], AsList] = Field((0.9, 0.999), description="decay of Adam's two moments")
     adam_eps: float = Field(1e-8, gt=0, le=LARGEST, description="Adam's epsilon, added to the second moment's root")
     weight_decay: float = Field(0.0, ge=0, le=LARGEST, description="AdamW's decay, times the learning rate; 0: Adam")
     clip_norm: float = Field(1.0, gt=0, le=LARGEST, description="largest L2 norm of the whole gradient")
@@ -162,9 +137,7 @@ class TrainConfig(Section):
 class EmaConfig(Section):
     """Averages of the weights: `ema`, and `ema-STD` for each of `stds`; each takes 4 bytes a weight on every GPU."""
 
-    decay: float = Field(
-        0.9999, ge=0, lt=1, description="decay of `ema` per step: 0.5^(batch_size/H) for a half-life of H images"
-    )
+    decay: float = Field(0.9999, ge=0, lt=1, description="per step; 0.5^(batch_size/H) is a half-life of H images")
     warmup: Literal["none", "ratio", "power", "edm"] = Field(
         "ratio",
         description="limit of the decay at step n: ratio: (1+n)/(10+n); power: 1-(1+(n-1)/inv_gamma)^-power; "
@@ -172,12 +145,8 @@ class EmaConfig(Section):
     )
     inv_gamma: float = Field(1.0, gt=0, le=LARGEST, description="parameter of warmup=power")
     power: float = Field(2 / 3, gt=0, le=LARGEST, description="parameter of warmup=power")
-    stds: Stds = Field(
-        (), description="relative widths of further averages, the power functions of EDM2; such as 0.05,0.10"
-    )
-    snapshot_epochs: int = Field(
-        0, ge=0, le=LARGEST, description="store the averages of stds every N epochs, for `ddpm ema`; 0: never"
-    )
+    stds: Stds = Field((), description="relative widths of further averages, as in EDM2; such as 0.05,0.10")
+    snapshot_epochs: int = Field(0, ge=0, le=LARGEST, description="store stds every N epochs, for `ddpm ema`; 0: never")
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -233,9 +202,7 @@ _ORDERS = {"dpmpp_2m": 2, "dpmpp_3m": 3, "dpmpp_sde_2m": 2}
 class Drawing(Section):
     """The settings that decide which image a seed gives, for the same checkpoint."""
 
-    sampler: Sampler = Field(
-        "ddim", description="sampling algorithm; own: a function of yours, only with `ddpm sample --sampler`"
-    )
+    sampler: Sampler = Field("ddim", description="sampling algorithm; own: a function, only with `ddpm sample`")
     steps: int = Field(100, ge=1, le=LARGEST, description="number of sampling steps")
     grid: Literal["leading", "trailing", "linspace", "quadratic", "karras", "log_snr", "found"] = Field(
         "trailing", description="spacing of the steps; found: optimised for the network, only with `ddpm sample`"
@@ -244,20 +211,12 @@ class Drawing(Section):
     eta: float = Field(0.0, ge=0, le=1, description="share of random noise in a step of ddim; 0: deterministic")
     order: int = Field(3, ge=1, le=4, description="order of unipc, ipndm and deis: estimates used per step")
     churn: float = Field(0.0, ge=0, le=LARGEST, description="noise added before the steps of heun: S_churn of EDM")
-    variance: Literal["fixed_small", "fixed_large", "learned_range"] = Field(
-        "fixed_large", description="variance of the steps of ddpm"
-    )
+    variance: Literal["fixed_small", "fixed_large", "learned_range"] = Field("fixed_large", description="only for ddpm")
     clip: bool = Field(True, description="clip the estimated image to [-1, 1]")
     guidance: float = Field(1.0, ge=0, le=LARGEST, description="guidance scale, for example 2; 1 turns guidance off")
-    guidance_interval: Interval | None = Field(
-        None, description="range of sigma/alpha in which guidance is on, such as 0.3,5; null: all"
-    )
-    guidance_rescale: float = Field(
-        0.0, ge=0, le=1, description="share of guidance's additional contrast that is removed"
-    )
-    autoguidance: int = Field(
-        0, ge=0, le=LARGEST, description="guide away from the network of this epoch; 0: from images without a class"
-    )
+    guidance_interval: Interval | None = Field(None, description="range of sigma/alpha with guidance; null: all")
+    guidance_rescale: float = Field(0.0, ge=0, le=1, description="share of guidance's added contrast that is removed")
+    autoguidance: int = Field(0, ge=0, le=LARGEST, description="guide away from this epoch's network; 0: from no class")
     autoguidance_run: str = Field("", description="run of that network; empty: the run itself")
     labels: Labels = Field((), description="class numbers that the seeds take in turn; empty: all")
     weights: Weights = Field("ema", description="weights to use: ema, ema-STD (other averages) or model (raw)")
@@ -318,9 +277,7 @@ class EvaluateConfig(Section):
     metrics: Annotated[tuple[Literal["fid", "kid", "prdc", "mind"], ...], AsList, Field(min_length=1)] = Field(
         ("kid", "fid"), description="scores to compute; the first decides which checkpoint is the best"
     )
-    extractor: Literal["inception", "mobilenet", "dinov2"] = Field(
-        "inception", description="network whose features are compared"
-    )
+    extractor: Literal["inception", "mobilenet", "dinov2"] = Field("inception", description="network of the features")
 
 
 class LogConfig(Section):

@@ -263,15 +263,15 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         (78, "needs a network with classes", ("model.label_dropout=0.1", "model.num_classes=0")),
         (
             78,
-            "change draws=log_normal",
+            "change diffusion.draws",
             ("diffusion.variance=learned_range", "diffusion.draws=log_normal"),
         ),
         (
             78,
-            "change schedule=flow",
+            "change diffusion.schedule",
             ("diffusion.variance=learned_range", "diffusion.schedule=flow", "diffusion.prediction=v"),
         ),
-        (78, "change offset_noise=0.1", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
+        (78, "change diffusion.offset_noise", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
         (78, "is set by ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
         (78, "class 9 does not exist, the network has 5", ("sample.labels=1,9",)),
     ):
