@@ -1,8 +1,10 @@
 """The exit-code table: the only one. Every backend's retry policy and every error message is derived from it."""
 
+import difflib
 import errno
 import re
 import sys
+from collections.abc import Iterable
 from enum import IntEnum
 from typing import Self
 
@@ -135,6 +137,12 @@ class BadConfigError(JobError):
     """A configuration that is not valid, or that differs from the run's where it matters."""
 
     exit_code = Exit.BAD_CONFIG
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Returns the end of a message about an unknown word: the known word that is most like it, if any is."""
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def ending_of(error: BaseException) -> tuple[int, str]:

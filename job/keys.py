@@ -38,9 +38,9 @@ def keys() -> Iterator[Key]:
             field = _resolved(sections[section]["properties"][leaf] if section else sections[leaf], schema)
             takes = words_of(field, schema)
         if key == "model.kind":
-            field = {"default": "unet", "description": "which network; its options are below"}
+            field = {"default": "unet", "description": "kind of network"}
         kinds = [kind for kind, model in NETWORKS.items() if section == "model" and leaf in model.model_fields]
-        only = f"of {', '.join(kinds)}" if kinds and len(kinds) < len(NETWORKS) else ""
+        only = f"only for {', '.join(kinds)}" if kinds and len(kinds) < len(NETWORKS) else ""
         said = "; ".join(filter(None, (field.get("description", ""), only)))
         yield Key(key, takes, field.get("default"), said, CHOSEN_ELSEWHERE.get(key, ""))
 
@@ -93,7 +93,7 @@ def list_keys(*, as_json: bool) -> None:
         return
     table = Table("key", "takes", "default", "what it is", box=None)
     for key in keys():
-        said = "; ".join(filter(None, (key.description, f"chosen with {key.of}" if key.of else "")))
+        said = "; ".join(filter(None, (key.description, f"set by {key.of}" if key.of else "")))
         table.add_row(key.key, key.takes, shown(key.default), said)
     print_table(table, "there are no keys")
 
@@ -119,7 +119,8 @@ def show_config(request: TrainRequest, *, as_json: bool) -> None:
         usual = "the dataset" if key in follows else "default"
         return next((name for name, layer in layers.items() if key in layer), usual)
 
-    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key != "preset"}
+    settings = {*known_keys()} - {"preset"}
+    told = {key: {"value": value, "from": origin(key)} for key, value in config.flat().items() if key in settings}
     if as_json:
         print_json(told)
         return

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from job.config import EMBEDDED, SampleConfig, did_you_mean, draft, parse_sets, presets, read_config_file
+from job.config import EMBEDDED, SampleConfig, draft, parse_sets, preset_names, read_config_file
 from job.data.shards import validated_dataset_name
-from job.exits import BadConfigError, BadRequestError
+from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.runs import records
 
 GIF_SEEDS = 12
@@ -78,7 +78,7 @@ class TrainRequest:
     @property
     def preset_name(self) -> str:
         """The preset asked for, else the dataset's own, else the small one."""
-        return self.preset or (self.dataset if self.dataset in presets() else EMBEDDED)
+        return self.preset or (self.dataset if self.dataset in preset_names() else EMBEDDED)
 
 
 @dataclass(frozen=True)

@@ -43,9 +43,9 @@ def datasets(context: typer.Context, incomplete: str) -> list[str]:
 
 def presets(incomplete: str) -> list[str]:
     """Those that come with the program."""
-    from job.config import presets as there
+    from job.config import preset_names
 
-    return _offered(there(), incomplete)
+    return _offered(preset_names(), incomplete)
 
 
 def targets(context: typer.Context, incomplete: str) -> list[str]:
@@ -58,7 +58,7 @@ def targets(context: typer.Context, incomplete: str) -> list[str]:
 
 
 def keys(incomplete: str) -> list[str]:
-    """Of a configuration, for `--set`."""
-    from job.config import known_keys
+    """Returns the settings that `--set` takes."""
+    from job.config import CHOSEN_ELSEWHERE, known_keys
 
-    return _offered((f"{key}=" for key in known_keys()), incomplete)
+    return _offered((f"{key}=" for key in {*known_keys()} - CHOSEN_ELSEWHERE.keys()), incomplete)

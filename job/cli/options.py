@@ -44,12 +44,12 @@ SettingsFile = Annotated[Path | None, typer.Option(metavar="FILE", help="A YAML 
 Size = Annotated[int | None, typer.Option(metavar="PIXELS", min=1, max=4096, help="Height and width of the images.")]
 Checkpoints = Annotated[str, typer.Option(metavar="LIST", help="Epochs such as 30,80,490, or latest, or all.")]
 Sampler = Annotated[str | None, typer.Option(metavar="NAME", help="Such as ddpm, ddim, unipc; or module:function.")]
-Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Points that are visited.")]
+Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps.")]
 GridOfPoints = Annotated[
     str | None, typer.Option(metavar="NAME", help="trailing, leading, linspace, quadratic, karras, log_snr or found.")
 ]
 Guidance = Annotated[
-    float | None, typer.Option(metavar="W", min=0, help="Away from images of no class, such as 2. 1: none.")
+    float | None, typer.Option(metavar="W", min=0, help="Guidance scale, such as 2; 1 turns guidance off.")
 ]
 SampledClasses = Annotated[
     str,

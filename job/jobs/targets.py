@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job import DEFAULT_BUCKET
-from job.config import did_you_mean, parse_mapping, read_settings
-from job.exits import BadConfigError, BadRequestError
+from job.config import parse_mapping, read_settings
+from job.exits import BadConfigError, BadRequestError, did_you_mean
 from job.store import check_uri, is_remote
 from job.store.files import os_errors
 

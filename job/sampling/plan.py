@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config import OPTIONS_OF, RunConfig, SampleConfig, did_you_mean
+from job.config import OPTIONS_OF, RunConfig, SampleConfig
 from job.data.images import Recipe, RejectedImageError, prepare
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError, did_you_mean
 from job.plan import FoundRun, find_run
 from job.progress import note
 from job.requests import SampleRequest, parse_numbers

@@ -281,7 +281,7 @@ UNSAFE_CALLS = {
 }
 KNOWN = {
     ("job/processes/ranks.py", "pickle.loads"),  # between the processes of one run
-    ("job/config.py", "yaml.load"),  # with a SafeLoader
+    ("job/config/yaml_files.py", "yaml.load"),  # with a SafeLoader
     ("ddpm/features.py", "torch.jit.load"),  # of a file whose hash is known
 }
 

@@ -93,6 +93,7 @@ def test_every_key_is_said_to_take_what_it_takes():
     listed = {key.key: key for key in keys()}
     assert list(listed) == known_keys()
     assert [key.key for key in listed.values() if not key.description] == []
+    assert "data.order" not in listed
     assert listed["train.batch_size"].takes == "whole number from 1 up to 1,000,000"
     assert listed["train.learning_rate"].takes == "number above 0"
     assert listed["data.crop_scale"].takes == "2 numbers above 0 up to 1"
@@ -112,8 +113,8 @@ def test_each_value_says_where_it_comes_from(tmp_path):
     assert told["model.channel_mults"] == {"value": [1, 2, 2, 2, 4], "from": "preset celeba"}
     assert told["train.warmup_images"]["from"] in ("default", "preset celeba")
     assert told["data.size"] == {"value": None, "from": "the dataset"}
-    sets = parse_sets(["train.batch_size=64", "train.seed=7"])
-    assert {key: values["value"] for key, values in told.items()} | {"preset": "celeba"} == draft("celeba", sets).flat()
+    sets, unset = parse_sets(["train.batch_size=64", "train.seed=7"]), {"preset": "celeba", "data.order": "feistel-1"}
+    assert {key: values["value"] for key, values in told.items()} | unset == draft("celeba", sets).flat()
     # What it prints is what one types.
     lines = [line.split() for line in succeeded(ddpm_here(*words)).splitlines()]
     (mults,) = (words[1] for words in lines if words[0] == "model.channel_mults")

@@ -42,7 +42,7 @@ def test_a_file_that_was_named_must_be_there_and_be_one(monkeypatch):
     Path("b").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadConfigError, match="is not valid YAML"):
         load_targets(Path("b"))
-    with pytest.raises(BadConfigError, match="/dev/zero has more than 256 KiB: is it the file that you mean"):
+    with pytest.raises(BadConfigError, match="/dev/zero is larger than 256 KiB: is it the right file"):
         load_targets(Path("/dev/zero"))
     Path("f").mkdir()
     with pytest.raises(BadRequestError, match="f: Is a directory"):

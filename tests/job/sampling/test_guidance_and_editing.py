@@ -232,8 +232,8 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         ("walk", 78, "sample.shift=3 needs diffusion.schedule=flow", ("--shift", 3)),
         ("walk", 64, "--churn is an option of heun", ("--churn", 40)),
         ("all", 78, "guidance other than 1", ("--autoguidance", 1)),
-        ("all", 64, "from less to more", ("--guidance-interval", "5,0.5")),
-        ("all", 64, "--guidance-interval '5': two numbers", ("--guidance-interval", "5")),
+        ("all", 64, "smaller number first", ("--guidance-interval", "5,0.5")),
+        ("all", 64, "--guidance-interval '5': give two numbers", ("--guidance-interval", "5")),
         ("all", 64, "--guidance-rescale", ("--guidance-rescale", 2)),
         ("all", 66, "no checkpoint of epoch 3", ("--guidance", 2, "--autoguidance", 3)),
         ("all", 66, "there is no run 'none'", ("--guidance", 2, "--autoguidance", "none@3")),
@@ -260,20 +260,20 @@ def test_what_cannot_be_drawn_is_refused_in_a_line(bucket, tmp_path):
         line = refused(ddpm_here("sample", "--run", run, "--bucket", bucket, *words), code)
         assert said in line, (words, line)
     for code, said, changes in (
-        (78, "and the network learns none", ("model.label_dropout=0.1", "model.num_classes=0")),
+        (78, "needs a network with classes", ("model.label_dropout=0.1", "model.num_classes=0")),
         (
             78,
-            "draws=log_normal does not go with it",
+            "change diffusion.draws",
             ("diffusion.variance=learned_range", "diffusion.draws=log_normal"),
         ),
         (
             78,
-            "schedule=flow does not go",
+            "change diffusion.schedule",
             ("diffusion.variance=learned_range", "diffusion.schedule=flow", "diffusion.prediction=v"),
         ),
-        (78, "offset_noise=0.1 does not go", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
-        (78, "is chosen with ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
-        (78, "there is no class 9, of the 5", ("sample.labels=1,9",)),
+        (78, "change diffusion.offset_noise", ("diffusion.variance=learned_range", "diffusion.offset_noise=0.1")),
+        (78, "is set by ddpm sample --autoguidance [RUN@]EPOCH", ("sample.autoguidance=3",)),
+        (78, "class 9 does not exist, the network has 5", ("sample.labels=1,9",)),
     ):
         sets = [word for change in changes for word in ("--set", change)]
         line = refused(ddpm_here("train", "--dataset", "tiles", "--run", "new", "--bucket", bucket, *sets), code)

@@ -3,17 +3,16 @@ import torch
 import yaml
 
 from job.config import (
-    DiTConfig,
-    DomeConfig,
     changed_for_attempt,
     draft,
     flatten,
     pack_config,
     parse_sets,
-    presets,
+    preset_names,
     read_config_file,
     validated,
 )
+from job.config.networks import DiTConfig, DomeConfig
 from job.data.pack import PackRequest
 from job.exits import BadConfigError
 from job.method import build_network
@@ -21,7 +20,7 @@ from job.requests import TrainRequest, parse_numbers
 
 
 def test_every_preset_is_valid_and_survives_being_stored():
-    for name in presets():
+    for name in preset_names():
         config = draft(name, {})
         assert validated(flatten(yaml.safe_load(config.to_yaml())), "stored") == config
         assert (packed := pack_config(name)) is not None
@@ -55,7 +54,7 @@ PARAMETERS = {
 """Of each preset's network with so many classes, as its source says but for what the preset's own lines name."""
 
 
-@pytest.mark.parametrize("name", presets())
+@pytest.mark.parametrize("name", preset_names())
 def test_every_preset_builds_its_network(name):
     parameters, classes = PARAMETERS[name]
     config = draft(name, {"data.channels": 1 if name == "fashion-mnist" else 3, "data.size": pack_config(name).size})

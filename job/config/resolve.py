@@ -1,0 +1,143 @@
+"""How a configuration comes about: which keys can be set, by whom, and which ones a later attempt may change."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from job.config.networks import NETWORKS
+from job.config.presets import preset_keys
+from job.config.schema import RunConfig, flatten, layered, validated
+from job.config.yaml_files import parse_mapping, parse_yaml, read_settings
+from job.exits import BadConfigError, MissingInputError
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+FREE = {
+    "train.epochs",
+    "train.micro_batch_size",
+    "train.compile",
+    "data.cache_gigabytes",
+    "ema.snapshot_epochs",
+    "model.gradient_checkpointing",
+}
+"""Keys that an attempt may change: they decide when and how something is done, never what is learnt."""
+FREE_SECTIONS = {"checkpoint", "sample", "evaluate", "log"}
+"""Sections that an attempt may change, for the same reason."""
+FOLLOWS = ("data.size", "data.channels", "model.num_classes")
+"""Keys that the dataset sets if the user does not."""
+PROGRAM = "the program"
+CHOSEN_ELSEWHERE = {
+    "preset": "--preset NAME",
+    "imported": "ddpm import",
+    "data.dataset": "--dataset NAME",
+    "data.dataset_id": "--dataset NAME",
+    "data.latents": "--dataset NAME",
+    "data.order": PROGRAM,
+    **dict.fromkeys(("sample.autoguidance", "sample.autoguidance_run"), "ddpm sample --autoguidance [RUN@]EPOCH"),
+}
+"""Keys that neither `--set` nor a file may set, and the option that sets them instead."""
+
+
+def field_of(key: str, kind: str = "unet") -> FieldInfo:
+    """Returns the type, default and description of a dotted key, for this kind of network."""
+    section, _, leaf = key.rpartition(".")
+    if not section:
+        return RunConfig.model_fields[leaf]
+    annotation: Any = NETWORKS[kind] if section == "model" else RunConfig.model_fields[section].annotation
+    return annotation.model_fields[leaf]
+
+
+def known_keys() -> list[str]:
+    """Returns the dotted keys of all settings, including those of every kind of network."""
+    of_networks = (f"model.{key}" for network in NETWORKS.values() for key in network.model_fields)
+    keys = dict.fromkeys([*RunConfig().flat(), *of_networks])
+    return [key for key in keys if CHOSEN_ELSEWHERE.get(key) != PROGRAM]
+
+
+def _only_known(flat: dict[str, Any], where: str) -> dict[str, Any]:
+    keys = known_keys()
+    for key in flat:
+        if key in CHOSEN_ELSEWHERE:
+            raise BadConfigError(f"{where}: {key} is set by {CHOSEN_ELSEWHERE[key]}")
+        if key not in keys:
+            leaf = key.rpartition(".")[2]
+            close = [k for k in keys if k.rpartition(".")[2] == leaf] or difflib.get_close_matches(key, keys, n=1)
+            sections = ", ".join(name for name in RunConfig.model_fields if name not in CHOSEN_ELSEWHERE)
+            hint = f"; did you mean {close[0]!r}?" if close else f" (sections: {sections})"
+            raise BadConfigError(f"{where}: unknown key {key!r:.200}{hint}")
+    return flat
+
+
+def parse_sets(assignments: Iterable[str]) -> dict[str, Any]:
+    """Returns `{"train.batch_size": 64}` for `["train.batch_size=64"]`; values are YAML.
+
+    Raises:
+        BadConfigError: no `=`, an unknown key, or a value that is not YAML.
+    """
+    flat: dict[str, Any] = {}
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
+        if not equals:
+            raise BadConfigError(f"--set {assignment!r:.200}: write it as key=value, for example train.batch_size=64")
+        try:
+            flat[key.strip()] = parse_yaml(text)
+        except yaml.YAMLError as error:
+            why = " ".join(str(error).split())
+            raise BadConfigError(f"--set {assignment!r:.200}: the value is not valid YAML ({why:.200})") from None
+    return _only_known(flat, "--set")
+
+
+def read_config_file(path: Path | None) -> dict[str, Any]:
+    """Returns the dotted keys of a user's YAML file; none without a file.
+
+    Raises:
+        MissingInputError: the file cannot be read.
+        BadConfigError: it is not YAML, or has unknown keys.
+    """
+    if path is None:
+        return {}
+    try:
+        values = parse_mapping(read_settings(path), str(path))
+    except OSError as error:
+        raise MissingInputError(f"--config {path}: {error.strerror}") from None
+    return _only_known(flatten(values), str(path))
+
+
+def draft(preset: str, changes: dict[str, Any]) -> RunConfig:
+    """Returns the preset with the user's changes, before the dataset is known; finds all errors that need no bucket."""
+    return validated(layered(preset_keys(preset) | {"preset": preset}, changes))
+
+
+def changed_for_attempt(stored: RunConfig, wanted: RunConfig, run: str) -> dict[str, Any]:
+    """Returns the keys and values that this attempt changes about its run.
+
+    Raises:
+        BadConfigError: a key that decides what is learnt differs; the message has both values and the ways out.
+    """
+    before, now = stored.flat(), wanted.flat()
+    if wanted.model.kind != stored.model.kind:
+        # Two kinds of networks have different keys.
+        now = {key: value for key, value in now.items() if key == "model.kind" or not key.startswith("model.")}
+    changes = {key: value for key, value in now.items() if before[key] != value and key != "preset"}
+    # An imported run leaves its precision to the first machine that trains it.
+    free = FREE | ({"train.precision"} if stored.train.precision == "auto" else set())
+    # A network with self-conditioning learns from estimates that are clipped like its samples.
+    learnt = {"sample.clip"} if stored.diffusion.self_conditioning else set()
+    fixed = [
+        f"{key}: the run has {before[key]}, asked for {value}"
+        for key, value in changes.items()
+        if key in learnt or (key not in free and key.split(".")[0] not in FREE_SECTIONS)
+    ]
+    if fixed:
+        raise BadConfigError(
+            f"run {run!r} was started with another configuration ({'; '.join(fixed)}). "
+            "Leave these out to continue it, start another run with --run NAME, or delete this one "
+            f"(ddpm runs delete {run} --yes)"
+        )
+    return changes

@@ -1,0 +1,102 @@
+"""Rules across the sections of a configuration."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from job.config.schema import RunConfig
+
+
+def network_takes_image_size(config: RunConfig) -> None:
+    """The size of the images fits the network's levels or patches."""
+    config.model.check(config.data.size)
+
+
+def network_takes_its_inputs(config: RunConfig) -> None:
+    """The network has inputs for the noise level, augmentation labels and own estimates that training gives it."""
+    if config.model.kind == "edm2" and config.diffusion.schedule != "edm":
+        raise ValueError(
+            "model.kind=edm2 takes ln(sigma)/4 instead of timesteps: set diffusion.schedule=edm and "
+            "diffusion.prediction=edm, or choose another network"
+        )
+    if config.model.kind == "dome" and (config.diffusion.self_conditioning or config.data.augment):
+        raise ValueError(
+            "model.kind=dome takes only the timestep and the class, as its checkpoints do: leave out "
+            "diffusion.self_conditioning and data.augment, or choose another network"
+        )
+
+
+def best_checkpoint_has_a_score(config: RunConfig) -> None:
+    """One score decides which checkpoint is the best."""
+    if config.checkpoint.keep_best and not config.evaluate.every_epochs:
+        raise ValueError("checkpoint.keep_best needs scores: set evaluate.every_epochs")
+    if config.checkpoint.keep_best and config.evaluate.metrics[0] == "prdc":
+        raise ValueError("checkpoint.keep_best needs a single score, and prdc has four: put another metric first")
+
+
+def samples_use_what_is_learnt(config: RunConfig) -> None:
+    """The network learns the classes, the variance and the unconditional images that sampling asks it for."""
+    sample, classes = config.sample, config.model.num_classes
+    if config.model.label_dropout and classes == 0:
+        raise ValueError(
+            f"model.label_dropout={config.model.label_dropout:g} needs a network with classes, and "
+            "model.num_classes=0: set it to 0, or train on a dataset with classes"
+        )
+    if sample.variance == "learned_range" and config.diffusion.variance != "learned_range":
+        raise ValueError("sample.variance=learned_range needs a network with diffusion.variance=learned_range")
+    if sample.guidance != 1 and not (config.model.label_dropout or sample.autoguidance):
+        raise ValueError(
+            f"sample.guidance={sample.guidance:g} needs a network that has also learnt images without their class "
+            "(model.label_dropout=0.1 when the run begins), or --autoguidance [RUN@]EPOCH"
+        )
+    if sample.autoguidance and sample.guidance == 1:
+        raise ValueError(f"autoguidance from epoch {sample.autoguidance} needs a guidance other than 1, such as 2")
+    if sample.labels and classes is not None and max(sample.labels) >= classes:
+        raise ValueError(f"sample.labels: class {max(sample.labels)} does not exist, the network has {classes}")
+
+
+def steps_suffice(config: RunConfig) -> None:
+    """There are no more steps than timesteps, and enough for the order of the sampler."""
+    sample, timesteps = config.sample, config.diffusion.timesteps
+    if sample.steps > timesteps:
+        raise ValueError(f"sample.steps={sample.steps} exceeds diffusion.timesteps={timesteps}")
+    if sample.steps < (order := sample.sampler_order):
+        raise ValueError(
+            f"sample.sampler={sample.sampler} is of order {order}, above sample.steps={sample.steps}: use more "
+            "steps, a lower sample.order, or another sampler"
+        )
+
+
+def grid_starts_at_noise(config: RunConfig) -> None:
+    """The first point of the grid is nearly pure noise, and is not exactly that where the grid cannot take it."""
+    sample, diffusion = config.sample, config.diffusion
+    steps, timesteps, is_flow = sample.steps, diffusion.timesteps, diffusion.schedule == "flow"
+    if sample.grid in ("karras", "log_snr") and (is_flow or diffusion.zero_terminal_snr):
+        start = "schedule=flow" if is_flow else "zero_terminal_snr"
+        raise ValueError(
+            f"sample.grid={sample.grid} cannot start at pure noise, as diffusion.{start} does: choose another"
+        )
+    if sample.shift != 1 and (not is_flow or sample.grid == "found"):
+        raise ValueError(f"sample.shift={sample.shift:g} needs diffusion.schedule=flow and a grid other than found")
+    if sample.grid == "quadratic" and (diffusion.schedule != "linear" or steps == 1):
+        # It starts at 0.8 T, where other processes still show much of the image.
+        raise ValueError("sample.grid=quadratic needs diffusion.schedule=linear and at least two steps: choose another")
+    stride = timesteps // steps
+    if sample.grid == "leading" and (first := (steps - 1) * stride) < 0.8 * timesteps:
+        fitting = f"{timesteps // stride} or {timesteps // (stride + 1)}" if stride > 1 and steps > 5 else "more"
+        raise ValueError(
+            f"sample.steps={steps} with sample.grid=leading starts at t={first} of {timesteps}, where the image "
+            f"still shows through the noise: use {fitting} steps, or another grid"
+        )
+
+
+RULES = (
+    network_takes_image_size,
+    network_takes_its_inputs,
+    best_checkpoint_has_a_score,
+    samples_use_what_is_learnt,
+    steps_suffice,
+    grid_starts_at_noise,
+)
+"""Each takes a `RunConfig` and raises ValueError if it is broken; the first one that is broken is reported."""
