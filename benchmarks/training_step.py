@@ -139,8 +139,8 @@ class OurLoop:
     def step(self) -> None:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
-        accelerator = session.ranks.accelerator
-        train(session.state, session.network, batch, self._objective, session.settings, accelerator, session.hooks)
+        how = {"settings": session.settings, "accelerator": session.ranks.accelerator, "hooks": session.hooks}
+        train(session.state, session.network, batch, self._objective, **how)
 
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""
