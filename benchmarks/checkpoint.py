@@ -78,9 +78,9 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
     """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
     lease = Lease.take(run, 0, 0.0, NEVER, print)
     create_config(run, config)
-    attempt = record_attempt(run, lease.fence, {}, 1, "cpu", lease.holder)
+    attempt = record_attempt(run, lease.fence, {}, world_size=1, device="cpu", holder=lease.holder)
     held = HeldRun(run, Retention(config, 10**6), attempt, lease)
-    writer = CheckpointWriter(held, state, None, set(), NEVER, print)
+    writer = CheckpointWriter(held, state, before=None, aside=set(), stop=NEVER, note=print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []

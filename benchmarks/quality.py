@@ -236,7 +236,7 @@ def _ours(learnt: np.ndarray, asked: argparse.Namespace, changes: dict[str, Any]
 
     accelerator = SimpleNamespace(device=cpu, num_processes=1, backward=Tensor.backward)
     hooks = training.Hooks(lambda state: time.process_time() > ends)
-    training.train(state, network, batches(), objective, settings, accelerator, hooks)
+    training.train(state, network, batches(), objective, settings=settings, accelerator=accelerator, hooks=hooks)
     state.averages[config.sample.weights].copy_to(network)
     return Ours(network, config), state.images_seen
 

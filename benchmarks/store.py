@@ -35,10 +35,10 @@ def measure(quick: bool) -> list[Figure]:
         folder = Path(name)
         (folder / "content").write_bytes(os.urandom(sizes["megabytes"] * 10**6))
         for kind, url in urls.items():
-            figures += near(kind, url, folder, sizes, 1 if quick else 3)
+            figures += near(kind, url, folder, sizes, turns=1 if quick else 3)
         for kind, url in urls.items():
             with distance(url) as far:
-                figures += at_distance(kind, url, far, folder, sizes, 1 if quick else 2)
+                figures += at_distance(kind, url, far, folder, sizes, turns=1 if quick else 2)
     return figures
 
 

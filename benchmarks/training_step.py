@@ -129,8 +129,8 @@ class OurLoop:
     def step(self) -> None:
         """One whole step."""
         session, batch = self.session, islice(self._batches, 1)
-        accelerator = session.accelerator
-        train(session.state, session.network, batch, session.objective, session.settings, accelerator, session.hooks)
+        how = {"settings": session.settings, "accelerator": session.accelerator, "hooks": session.hooks}
+        train(session.state, session.network, batch, session.objective, **how)
 
     def step_flop(self) -> int:
         """Floating-point operations of the network's forward and backward pass over one batch."""

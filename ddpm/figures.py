@@ -8,15 +8,15 @@ types or counts do not match. Small images are magnified by nearest neighbour, s
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cache
 from io import BytesIO
 from math import ceil, inf, sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from ddpm.captions import INK, WHITE, font, put_text, text_size, titled
 
 if TYPE_CHECKING:
     import torch
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Images = NDArray[np.uint8]
-_WHITE, _INK, _FAINT, _INK_HEX = (255, 255, 255), (64, 64, 64), (168, 168, 168), "#404040"
+_FAINT, _INK_HEX = (168, 168, 168), "#404040"
 _BETWEEN = (116, 116, 116)
 """At the edges of letters, where there are few colours."""
 _XYZ_OF_RGB = (
@@ -88,20 +88,20 @@ def image_grid(
         if captions is not None and len(captions) != expected:
             raise ValueError(f"{len(captions)} captions for {expected} places: {captions}")
 
-    size, line = _text_size(width), 2 * _text_size(width)
-    left = max(round(_font(size).getlength(text)) for text in row_labels) + size if row_labels else 0
+    size, line = text_size(width), 2 * text_size(width)
+    left = max(round(font(size).getlength(text)) for text in row_labels) + size if row_labels else 0
     top = line if column_labels else 0
     step_x, step_y = width + padding, height + padding + (line if labels else 0)
-    canvas = Image.new("RGB", (left + columns * step_x + padding, top + rows * step_y + padding), _WHITE)
+    canvas = Image.new("RGB", (left + columns * step_x + padding, top + rows * step_y + padding), WHITE)
     for index, tile in enumerate(tiles):
         x, y = left + padding + index % columns * step_x, top + padding + index // columns * step_y
         canvas.paste(Image.fromarray(tile), (x, y))
         if labels:
-            _put_text(canvas, (x + width / 2, y + height + line / 2), labels[index], size, "mm", width)
+            put_text(canvas, (x + width / 2, y + height + line / 2), labels[index], size=size, anchor="mm", limit=width)
         if row_labels and index % columns == 0:
-            _put_text(canvas, (left - size, y + height / 2), row_labels[index // columns], size, "rm")
+            put_text(canvas, (left - size, y + height / 2), row_labels[index // columns], size=size, anchor="rm")
         if column_labels and index < columns:
-            _put_text(canvas, (x + width / 2, line / 2), column_labels[index], size, "mm", width)
+            put_text(canvas, (x + width / 2, line / 2), column_labels[index], size=size, anchor="mm", limit=width)
     return titled(canvas, title)
 
 
@@ -180,41 +180,20 @@ def pairs_grid(
     left, right = (_tiles(images, _scale(images)) for images in (samples, nearest))
     count, height, width, _ = left.shape
     columns = min(columns, count)
-    link, gap, size = max(8, width // 8), max(14, width // 4), _text_size(width)
+    link, gap, size = max(8, width // 8), max(14, width // 4), text_size(width)
     pair, line, header = 2 * width + link, 2 * size if labels else 0, 2 * size if column_labels else 0
     step_x, step_y = pair + gap, height + line + gap // 2
-    canvas = Image.new("RGB", (columns * step_x - gap, header + ceil(count / columns) * step_y - gap // 2), _WHITE)
+    canvas = Image.new("RGB", (columns * step_x - gap, header + ceil(count / columns) * step_y - gap // 2), WHITE)
     for index in range(count):
         x, y = index % columns * step_x, header + index // columns * step_y
         canvas.paste(_FAINT, (x + width, y + height // 2 - 1, x + width + link, y + height // 2 + 1))
         canvas.paste(Image.fromarray(left[index]), (x, y))
         canvas.paste(Image.fromarray(right[index]), (x + width + link, y))
         if labels:
-            _put_text(canvas, (x + pair / 2, y + height + line / 2), labels[index], size, "mm", pair)
+            put_text(canvas, (x + pair / 2, y + height + line / 2), labels[index], size=size, anchor="mm", limit=pair)
         if column_labels and index < columns:
-            _put_text(canvas, (x + pair / 2, header / 2), column_labels[index], size, "mm", pair)
+            put_text(canvas, (x + pair / 2, header / 2), column_labels[index], size=size, anchor="mm", limit=pair)
     return titled(_framed(canvas), f"{title} · each beside the training image that looks nearest" if title else "")
-
-
-def titled(picture: Image.Image, title: str) -> Image.Image:
-    """The picture below a title in lines as long as it is wide; the parts of a title stand between ` · `."""
-    if not title:
-        return picture
-    size, margin = 13, 8
-    width = max(picture.width, 240)
-    lines = [""]
-    for part in title.split(" · "):
-        longer = f"{lines[-1]} · {part}" if lines[-1] else part
-        if lines[-1] and _font(size).getlength(longer) > width - 2 * margin:
-            lines.append(part)
-        else:
-            lines[-1] = longer
-    step = round(1.5 * size)
-    canvas = Image.new("RGB", (width, picture.height + len(lines) * step + margin), _WHITE)
-    canvas.paste(picture, (0, canvas.height - picture.height))
-    for number, line in enumerate(lines):
-        _put_text(canvas, (margin, margin / 2 + step * (number + 0.5)), line, size, "lm", width - 2 * margin)
-    return canvas
 
 
 def comparison(
@@ -317,10 +296,10 @@ def denoising_gif(
     for index, images in enumerate(frames):
         grid = image_grid(images, columns, scale=scale, title=title)
         # The bar also keeps equal frames apart, which the GIF writer would merge into one.
-        canvas = Image.new("RGB", (grid.width, grid.height + 6 + (22 if labels else 0)), _WHITE)
+        canvas = Image.new("RGB", (grid.width, grid.height + 6 + (22 if labels else 0)), WHITE)
         canvas.paste(grid)
         if labels:
-            _put_text(canvas, (4, grid.height + 17), labels[index], 13, "lm", grid.width)
+            put_text(canvas, (4, grid.height + 17), labels[index], size=13, anchor="lm", limit=grid.width)
         end = 2 + (grid.width - 5) * (index + 1) // len(frames)
         ImageDraw.Draw(canvas).rectangle((2, grid.height, end, grid.height + 2), fill=_FAINT)
         # One palette each, for noise and samples share few colours; dithering would look like noise that is left.
@@ -444,43 +423,21 @@ def _scale(images: Images, tile_pixels: int = 96) -> int:
     return max(1, round(tile_pixels / _checked_images(images).shape[2]))
 
 
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont:
-    import matplotlib
-
-    # Pillow's own font draws boxes for é, β and all else beyond ASCII; this one is also that of the plots.
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path(), "fonts/ttf/DejaVuSans.ttf")), size)
-
-
-def _text_size(tile_width: int) -> int:
-    return min(max(tile_width // 7, 12), 18)
-
-
-def _put_text(
-    canvas: Image.Image, xy: tuple[float, float], text: str, size: int, anchor: str, limit: float = inf
-) -> None:
-    while size > 9 and _font(size).getlength(text) > limit:
-        size -= 1
-    while len(text) > 1 and _font(size).getlength(text) > limit:
-        text = text[:-2] + "…"
-    ImageDraw.Draw(canvas).text(xy, text, fill=_INK, font=_font(size), anchor=anchor)
-
-
 def _side_by_side(blocks: Sequence[tuple[str, Image.Image]], across: int) -> Image.Image:
     width, height = max(block.width for _, block in blocks), max(block.height for _, block in blocks)
     size = min(max(width // 24, 14), 24)
     gap, header = round(1.5 * size), 2 * size
     rows = ceil(len(blocks) / across)
-    canvas = Image.new("RGB", (across * (width + gap) - gap, rows * (header + height + gap) - gap), _WHITE)
+    canvas = Image.new("RGB", (across * (width + gap) - gap, rows * (header + height + gap) - gap), WHITE)
     for index, (title, block) in enumerate(blocks):
         x, y = index % across * (width + gap), index // across * (header + height + gap)
-        _put_text(canvas, (x + 2, y + size * 0.8), title, size, "lm", width)
+        put_text(canvas, (x + 2, y + size * 0.8), title, size=size, anchor="lm", limit=width)
         canvas.paste(block, (x, y + header))
     return _framed(canvas)
 
 
 def _framed(picture: Image.Image, margin: int = 20) -> Image.Image:
-    canvas = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), _WHITE)
+    canvas = Image.new("RGB", (picture.width + 2 * margin, picture.height + 2 * margin), WHITE)
     canvas.paste(picture, (margin, margin))
     return canvas
 
@@ -491,7 +448,7 @@ def _palette(images: Images) -> Image.Image:
     small = image_grid(images[:, ::stride, ::stride], columns=len(images))
     small = small.quantize(253, Image.Quantize.MEDIANCUT, kmeans=small.width * small.height // 100)
     palette = Image.new("P", (1, 1))
-    palette.putpalette([*(small.getpalette() or [])[: 3 * 253], *_FAINT, *_INK, *_BETWEEN])
+    palette.putpalette([*(small.getpalette() or [])[: 3 * 253], *_FAINT, *INK, *_BETWEEN])
     return palette
 
 

@@ -112,23 +112,11 @@ class Model:
             raise ValueError(f"seed={seed}, eta={options.get('eta', 0)}: seeds are from 0 to 2^63 - 1, eta from 0 to 1")
         if "labels" in options:
             raise TypeError("labels: name classes, as in classes=['forest', 3]")
-        chosen: dict[str, Any] = {"steps": steps, "sampler": sampler, **options}
-        if (
-            steps is None
-            and sampler not in (None, self.sampling.sampler)
-            and "ddpm" in (sampler, self.sampling.sampler)
-        ):
-            # Few steps are noise for ancestral sampling, and others need few.
-            chosen["steps"] = (
-                self.process.num_timesteps if sampler == "ddpm" else min(USUAL_STEPS, self.process.num_timesteps)
-            )
-        if guidance is not None:
-            chosen["guidance"] = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
         if classes is not None:
-            chosen["labels"] = self._labels(classes)
-        sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
-        if sampling.guidance.scale != 1 and not self.null_class and self.worse is None:
-            raise ValueError("guidance needs a network that has also learnt images without their class")
+            options["labels"] = self._labels(classes)
+        if guidance is not None:
+            options["guidance"] = guidance if isinstance(guidance, Guidance) else Guidance(float(guidance))
+        sampling = self._sampling(sampler, steps, options)
         with _bar(total=images * self.evaluations_of(sampling)) as advance:
             parts = []
             for first in range(0, images, batch_size):
@@ -139,6 +127,18 @@ class Model:
             return x
         pixels = figures.to_uint8(x)
         return [Image.fromarray(each[:, :, 0] if each.shape[2] == 1 else each) for each in pixels]
+
+    def _sampling(self, sampler: str | None, steps: int | None, options: dict[str, Any]) -> Sampling:
+        """Returns how this model draws with these options."""
+        own, all_steps = self.sampling.sampler, self.process.num_timesteps
+        if steps is None and sampler not in (None, own) and "ddpm" in (sampler, own):
+            # Few steps are noise for ancestral sampling, and others need few.
+            steps = all_steps if sampler == "ddpm" else min(USUAL_STEPS, all_steps)
+        chosen = {"steps": steps, "sampler": sampler, **options}
+        sampling = replace(self.sampling, **{key: value for key, value in chosen.items() if value is not None})
+        if sampling.guidance.scale != 1 and not self.null_class and self.worse is None:
+            raise ValueError("guidance needs a network that has also learnt images without their class")
+        return sampling
 
     def draw(
         self, seeds: Tensor, sampling: Sampling, callback: Callback | None = None, walk: Walk = from_noise
@@ -173,9 +173,9 @@ class Model:
             self.process,
             self.prediction,
             Condition(taken[seeds % len(taken)] if self.classes else None, start),
-            sampling.clip,
-            self.autocast,
-            callback,
+            clip=sampling.clip,
+            autocast=self.autocast,
+            callback=callback,
             guidance=sampling.guidance,
             null_class=len(self.classes),
             worse=self.worse,
@@ -267,12 +267,14 @@ def load(folder: str | Path, device: str | torch.device | None = None) -> Model:
         raise ValueError(f"{root} cannot be loaded: {' '.join(str(error).split()):.300}") from None
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     return Model(
-        network.to(device).eval().requires_grad_(False),
-        process,
-        Prediction(said["prediction"]),
-        shape,
-        Sampling("ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)),
-        tuple(map(str, range(classes))),
+        network=network.to(device).eval().requires_grad_(False),
+        process=process,
+        prediction=Prediction(said["prediction"]),
+        image_shape=shape,
+        sampling=Sampling(
+            "ddim", min(USUAL_STEPS, said["timesteps"]), "trailing", **interop.drawing_options(scheduler)
+        ),
+        classes=tuple(map(str, range(classes))),
         self_conditioning=options["in_channels"] == 2 * shape[0],
     )
 

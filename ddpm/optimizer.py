@@ -59,12 +59,12 @@ class Adam:
         """Updates the parameters from their gradients, and then lets go of these."""
         names = [name for name, parameter in self._parameters.items() if parameter.grad is not None]
         adam(
-            [self._parameters[name] for name in names],
-            [grad for name in names if (grad := self._parameters[name].grad) is not None],
-            [self.exp_avg[name] for name in names],
-            [self.exp_avg_sq[name] for name in names],
-            [],
-            [self.steps[name] for name in names],
+            params=[self._parameters[name] for name in names],
+            grads=[grad for name in names if (grad := self._parameters[name].grad) is not None],
+            exp_avgs=[self.exp_avg[name] for name in names],
+            exp_avg_sqs=[self.exp_avg_sq[name] for name in names],
+            max_exp_avg_sqs=[],
+            state_steps=[self.steps[name] for name in names],
             fused=True,
             decoupled_weight_decay=True,
             amsgrad=False,

@@ -191,18 +191,18 @@ def run_campaign(request: Request, bucket: str, folder: Path, tell: Callable[[st
                 bar.update(done, total=max(total, done))
 
         for number, (processes, dropout, points, moments) in enumerate(planned):
-            base = f"{bucket}/lane-{number + 1}"
-            work = partial(_work, base, processes, dropout, request, source)
-            place = folder / f"lane-{number + 1}"
-            lanes.append(Lane(work, place, points, moments, request.sabotage, tell, killed))
+            base, place = f"{bucket}/lane-{number + 1}", folder / f"lane-{number + 1}"
+            how = {"processes": processes, "dropout": dropout, "seed": request.seed, "epochs": request.epochs}
+            work = partial(_work, base, source=source, **how)
+            lanes.append(Lane(work, place, points, moments, sabotage=request.sabotage, tell=tell, killed=killed))
         with ThreadPoolExecutor(LANES_AT_A_TIME) as pool:
             tallies = list(pool.map(Lane.run, lanes))
     names: Sequence[str] = [lane.name for lane in lanes]
     return Report(request, bucket, time.time() - began, dict(zip(names, tallies, strict=True)))
 
 
-def _work(base: str, processes: int, dropout: float, request: Request, source: Path, part: str) -> Work:
-    return Work(f"{base}/{part}", processes, dropout, request.seed, request.epochs, source)
+def _work(base: str, part: str, **how: Any) -> Work:
+    return Work(f"{base}/{part}", **how)
 
 
 def title(report: Report, bucket: str) -> str:

@@ -265,9 +265,10 @@ class Watched:
             self._drawn.append((image_numbers.tolist(), []))
             return draw(seed, image_numbers, *args)
 
-        def kept_losses(objective: Any, network: Any, x_start: Any, noise: Any, drawn: Any, *args: Any) -> Any:
+        def kept_losses(objective: Any, network: Any, *args: Any, **named: Any) -> Any:
+            x_start, noise, drawn = args[:3]
             self._drawn[-1][1].extend([x_start, noise, *(row for row in drawn if row is not None)])
-            return losses(objective, network, x_start, noise, drawn, *args)
+            return losses(objective, network, *args, **named)
 
         module.randomness.training_noise, module.Objective.losses = kept_noise, kept_losses
 

@@ -32,6 +32,7 @@ class Lane:
         folder: Path,
         points: Iterable[Point],
         moments: Iterable[Moment],
+        *,
         sabotage: str,
         tell: Callable[[str], None],
         killed: Callable[[], None],

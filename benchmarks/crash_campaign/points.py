@@ -55,10 +55,10 @@ class Point:
 
 def _pack() -> list[Point]:
     return [
-        Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, "before"),
+        Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, when="before"),
         Point("pack-upload-2", "the second shard is uploaded, nothing vouches for it", "pack", "upload", SHARD, nth=2),
         Point("pack-journal-3", "the journal vouches for three shards", "pack", "create", r"/packing/shard-", nth=3),
-        Point("pack-index-before", "all shards are there, the index is not", "pack", "create", INDEX, "before"),
+        Point("pack-index-before", "all shards are there, the index is not", "pack", "create", INDEX, when="before"),
         Point("pack-index", "the index is there, the journal not cleared away", "pack", "create", INDEX),
     ]
 
@@ -72,7 +72,7 @@ def _begin() -> list[Point]:
             "train",
             "create|replace",
             LEASE,
-            "before",
+            when="before",
             data=take,
             fresh=True,
         ),
@@ -94,11 +94,11 @@ def _begin() -> list[Point]:
 def _commit() -> list[Point]:
     staged, retired = "all local files are written, none of the checkpoint is uploaded", f"^delete .*{MANIFEST}"
     return [
-        Point("staged", staged, "train", "upload", TENSORS, "before", nth=4, hold=True),
+        Point("staged", staged, "train", "upload", TENSORS, when="before", nth=4, hold=True),
         *(Point(f"upload-{k}", f"{k} of 4 files are uploaded", "train", "upload", TENSORS, nth=k) for k in range(1, 5)),
         Point("snapshot", "a snapshot of the averages is uploaded, nothing names it", "train", "upload", SNAPSHOT),
         Point("metrics", "the metrics of the checkpoint are uploaded", "train", "create", "/metrics/"),
-        Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, "before"),
+        Point("manifest-before", "everything but the manifest is there", "train", "create", MANIFEST, when="before"),
         Point("manifest", "the manifest is there, LATEST is not", "train", "create", MANIFEST),
         Point("latest", "LATEST is written, nothing retired", "train", "put", "/LATEST$"),
         Point("sweep", "the leavings of dead attempts are half swept", "train", "delete", "/metrics/"),
@@ -110,7 +110,9 @@ def _commit() -> list[Point]:
 def _later() -> list[Point]:
     renewal = r'"renewal": [1-9]\d*,\s+"released": false'
     return [
-        Point("renewal-before", "the lease is about to be renewed", "train", "replace", LEASE, "before", data=renewal),
+        Point(
+            "renewal-before", "the lease is about to be renewed", "train", "replace", LEASE, when="before", data=renewal
+        ),
         Point("renewal", "the lease is renewed, the holder does not know", "train", "replace", LEASE, data=renewal),
         Point("checkpoint-rot", "a bit of the newest checkpoint flips in the bucket", "train", "rot"),
         Point("sampling", "in the middle of in-training sampling", "train", "sampling-step", nth=3),
@@ -120,7 +122,7 @@ def _later() -> list[Point]:
             "train",
             "put",
             f"{PICTURES}epoch-",
-            "before",
+            when="before",
         ),
         Point("cache-rot", "a byte of the cached images flips on the local disk", "train", "rot"),
         Point("shard-rot", "an image in the bucket's shard is replaced by another", "train", "rot", fresh=True),
@@ -130,7 +132,7 @@ def _later() -> list[Point]:
             "train",
             "create",
             MANIFEST,
-            "before",
+            when="before",
             action="stop",
         ),
     ]
@@ -151,10 +153,11 @@ def _of_two() -> list[Point]:
 
 def _end() -> list[Point]:
     return [
-        Point("last-picture", "the last picture is drawn, not stored", "end", "put", f"{PICTURES}denoising-", "before"),
-        Point("finished-before", "all is there, the status does not say so", "end", "put", "/status.json$", "before",
-              data='"state": "finished"'),
-        Point("lease-return", "finished, the lease not given back", "end", "replace", LEASE, "before",
+        Point("last-picture", "the last picture is drawn, not stored", "end", "put", f"{PICTURES}denoising-",
+              when="before"),
+        Point("finished-before", "all is there, the status does not say so", "end", "put", "/status.json$",
+              when="before", data='"state": "finished"'),
+        Point("lease-return", "finished, the lease not given back", "end", "replace", LEASE, when="before",
               data='"released": true'),
     ]  # fmt: skip
 
@@ -162,7 +165,7 @@ def _end() -> list[Point]:
 def _sample() -> list[Point]:
     return [
         Point("sample-step", "in the middle of `ddpm sample`", "sample", "sampling-step", nth=3),
-        Point("sample-before", "its picture is drawn, not stored", "sample", "put", PICTURES, "before"),
+        Point("sample-before", "its picture is drawn, not stored", "sample", "put", PICTURES, when="before"),
     ]
 
 
@@ -171,7 +174,7 @@ def _batch() -> list[Point]:
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
         Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
         Point("batch-record-2", "the second of its records is written", "batch", "create", "/records/piece-", nth=2),
-        Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, "before"),
+        Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, when="before"),
     ]
 
 

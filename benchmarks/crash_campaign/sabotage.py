@@ -50,18 +50,22 @@ def _order_drawn_anew(session: Any, trace: Any) -> None:
     session.Order = lambda shard_images, seed, block_images: order(shard_images, seed + trace.fence - 1, block_images)
 
 
-def _shard_hash_unchecked(cache: Any, trace: Any) -> None:
+def _shard_hash_unchecked(shard_source: Any, trace: Any) -> None:
     def verified(this: Any, shard: int, incoming: Path) -> Path:
         (store, key), path = this.place(shard), incoming / this.index.shards[shard].name
         store.download(key, path)
         return path
 
-    # The checksum of each image would find out as well.
+    shard_source.ShardSource.verified = verified
+
+
+def _image_checksum_unchecked(image_reader: Any, trace: Any) -> None:
     def read_image(this: Any, shard: int, row: int, record: Any, file: Any) -> Any:
         file.seek(record[0])
-        return cache.decode(file.read(record[1]), this.index.channels, this.index.size)
+        index = this.source.index
+        return image_reader.decode(file.read(record[1]), index.channels, index.size)
 
-    cache.ShardSource.verified, cache.ShardSource.read_image = verified, read_image
+    image_reader.ImageReader.read_image = read_image
 
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
@@ -69,5 +73,7 @@ _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("fence-ignored", "job.runs.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
-    ("shard-hash-unchecked", "job.data.cache"): _shard_hash_unchecked,
+    ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,
+    # The checksum of each image would find out as well.
+    ("shard-hash-unchecked", "job.data.image_reader"): _image_checksum_unchecked,
 }

@@ -6,6 +6,7 @@ are not clipped at ±256, which guards float16 alone. In shapes, E is the width 
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -48,12 +49,7 @@ class EDM2(nn.Module):
         widths = [channels * multiplier for multiplier in channel_mults]
         last_level, embedding_width = len(widths) - 1, max(widths)
         has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
-
-        def block(kind: Kind, width_in: int, width_out: int, attention: bool = False) -> ResidualBlock:
-            if attention and width_out % head_channels:
-                raise ValueError(f"{width_out} channels cannot be split into heads of {head_channels}")
-            heads = width_out // head_channels if attention else 0
-            return ResidualBlock(kind, width_in, width_out, embedding_width, heads, dropout)
+        block = partial(ResidualBlock, embedding_width=embedding_width, head_channels=head_channels, dropout=dropout)
 
         self.in_channels = in_channels
         # One more channel, of ones, stands for all biases.
@@ -141,16 +137,27 @@ class Uncertainty(nn.Module):
 
 
 class ResidualBlock(Block):
-    """conv(dropout(silu(g · conv(silu(h))))) with g = 1 + gain · dense(embedding), then attention where `heads` > 0.
+    """conv(dropout(silu(g · conv(silu(h))))) with g = 1 + gain · dense(embedding), then attention if wanted.
 
     In the encoder every pixel of the input is normalised, after the 1×1 convolution that a change of width needs.
     """
 
     def __init__(
-        self, kind: Kind, width_in: int, width_out: int, embedding_width: int, heads: int, dropout: float
+        self,
+        kind: Kind,
+        width_in: int,
+        width_out: int,
+        attention: bool = False,
+        *,
+        embedding_width: int,
+        head_channels: int,
+        dropout: float,
     ) -> None:
         super().__init__()
-        self.kind, self.heads, self.is_decoder = kind, heads, kind in ("decoder", "up")
+        if attention and width_out % head_channels:
+            raise ValueError(f"{width_out} channels cannot be split into heads of {head_channels}")
+        self.heads = heads = width_out // head_channels if attention else 0
+        self.kind, self.is_decoder = kind, kind in ("decoder", "up")
         self.conv_1 = MPConv(width_in if self.is_decoder else width_out, width_out, 3)
         self.dense = MPConv(embedding_width, width_out, 0)
         self.gain = nn.Parameter(torch.zeros([]))

@@ -4,7 +4,8 @@ Parameters are named as in diffusers' `UNet2DModel`, so that exporting a checkpo
 of the timestep embedding: four times that of the first level.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -61,55 +62,71 @@ class UNet(nn.Module):
         if channels < 4 or channels % 2:
             raise ValueError(f"channels {channels} must be even and at least 4, for the sinusoids of the timestep")
         widths = [channels * multiplier for multiplier in channel_mults]
-        last_level = len(widths) - 1
-        has_attention = [image_size // 2**level in attention_sizes for level in range(len(widths))]
         embedding_width = 4 * widths[0]
-
-        def resnet(width_in: int, width_out: int, resize: Resize | None = None) -> ResnetBlock:
-            return ResnetBlock(width_in, width_out, embedding_width, norm_groups, dropout, scale_shift, resize)
-
-        def resample(width: int, resize: Resize) -> nn.Module:
-            return resnet(width, width, resize) if resample_in_blocks else Resample(width, resize, conventions)
-
-        def attention(width: int) -> AttentionBlock:
-            if width % (head_channels or heads):
-                raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
-            return AttentionBlock(width, norm_groups, width // head_channels if head_channels else heads)
-
         self.conv_in = initialised(nn.Conv2d(in_channels, widths[0], 3, padding=1))
         self.time_embedding = TimestepEmbedding(widths[0], embedding_width, conventions)
         self.class_embedding = nn.Embedding(num_classes, embedding_width) if num_classes else None
         labels = augmentation_labels
         self.augmentation_embedding = initialised(nn.Linear(labels, embedding_width, bias=False)) if labels else None
 
+        resnet = partial(
+            ResnetBlock,
+            embedding_width=embedding_width,
+            norm_groups=norm_groups,
+            dropout=dropout,
+            scale_shift=scale_shift,
+        )
+
+        def resample(width: int, resize: Resize) -> nn.Module:
+            return resnet(width, width, resize) if resample_in_blocks else Resample(width, resize, conventions)
+
+        self._add_levels(
+            widths,
+            [image_size // 2**level in attention_sizes for level in range(len(widths))],
+            layers_per_level,
+            resnet=resnet,
+            attention=partial(AttentionBlock, norm_groups=norm_groups, heads=heads, head_channels=head_channels),
+            resample=resample,
+        )
+        self.conv_norm_out = nn.GroupNorm(norm_groups, widths[0])
+        self.conv_out = initialised(nn.Conv2d(widths[0], out_channels or in_channels, 3, padding=1), zero=True)
+        for module in self.modules():
+            if isinstance(module, nn.GroupNorm):
+                module.eps = 1e-6 if conventions == "ho" else 1e-5
+
+    def _add_levels(
+        self,
+        widths: list[int],
+        has_attention: list[bool],
+        layers: int,
+        *,
+        resnet: Callable[..., "ResnetBlock"],
+        attention: Callable[[int], "AttentionBlock"],
+        resample: Callable[[int, Resize], nn.Module],
+    ) -> None:
+        """Adds the blocks of the way down, the middle and the way up."""
         width = widths[0]
         skip_widths = [width]
         self.down_blocks = nn.ModuleList()
         for level, level_width in enumerate(widths):
-            resnets = [resnet(level_width if i else width, level_width) for i in range(layers_per_level)]
+            resnets = [resnet(level_width if i else width, level_width) for i in range(layers)]
             width = level_width
             attentions = [attention(width) for _ in resnets if has_attention[level]]
-            resizers = [resample(width, "down")] if level < last_level else []
-            skip_widths += [width] * (layers_per_level + len(resizers))
+            resizers = [resample(width, "down")] if level < len(widths) - 1 else []
+            skip_widths += [width] * (layers + len(resizers))
             self.down_blocks.append(DownBlock(resnets, attentions, resizers))
 
         self.mid_block = MidBlock([resnet(width, width), resnet(width, width)], attention(width))
 
         self.up_blocks = nn.ModuleList()
-        for level in range(last_level, -1, -1):
+        for level in reversed(range(len(widths))):
             resnets = []
-            for _ in range(layers_per_level + 1):
+            for _ in range(layers + 1):
                 resnets.append(resnet(width + skip_widths.pop(), widths[level]))
                 width = widths[level]
             attentions = [attention(width) for _ in resnets if has_attention[level]]
             resizers = [resample(width, "up")] if level > 0 else []
             self.up_blocks.append(UpBlock(resnets, attentions, resizers))
-
-        self.conv_norm_out = nn.GroupNorm(norm_groups, width)
-        self.conv_out = initialised(nn.Conv2d(width, out_channels or in_channels, 3, padding=1), zero=True)
-        for module in self.modules():
-            if isinstance(module, nn.GroupNorm):
-                module.eps = 1e-6 if conventions == "ho" else 1e-5
 
     def forward(self, x: Tensor, t: Tensor, condition: Condition = UNCONDITIONAL) -> Tensor:
         """Predict.
@@ -209,11 +226,12 @@ class ResnetBlock(Block):
         self,
         width_in: int,
         width_out: int,
+        resize: Resize | None = None,
+        *,
         embedding_width: int,
         norm_groups: int,
         dropout: float,
         scale_shift: bool,
-        resize: Resize | None,
     ) -> None:
         super().__init__()
         self.scale_shift, self.resize = scale_shift, resize
@@ -244,9 +262,11 @@ class ResnetBlock(Block):
 class AttentionBlock(Block):
     """Self-attention between all pixels, with a residual connection."""
 
-    def __init__(self, width: int, norm_groups: int, heads: int) -> None:
+    def __init__(self, width: int, *, norm_groups: int, heads: int, head_channels: int | None) -> None:
         super().__init__()
-        self.heads = heads
+        if width % (head_channels or heads):
+            raise ValueError(f"{width} channels cannot be split into heads: change heads or head_channels")
+        self.heads = width // head_channels if head_channels else heads
         self.group_norm = nn.GroupNorm(norm_groups, width)
         self.to_q = initialised(nn.Linear(width, width))
         self.to_k = initialised(nn.Linear(width, width))

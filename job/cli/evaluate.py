@@ -80,16 +80,16 @@ def ddpm_evaluate(
     from job.requests import EvaluateRequest, chosen_of
 
     request = EvaluateRequest(
-        run,
-        bucket,
-        checkpoints,
-        count,
-        metrics,
-        extractor,
-        extractor_file,
-        references,
-        repeats,
-        classes,
-        chosen_of(locals()),
+        run=run,
+        bucket=bucket,
+        checkpoints=checkpoints,
+        count=count,
+        metrics=metrics,
+        extractor=extractor,
+        extractor_file=extractor_file,
+        references=references,
+        repeats=repeats,
+        classes=classes,
+        chosen=chosen_of(locals()),
     )
     evaluate_command(request, processes, hang_after, stop_after)

@@ -45,7 +45,8 @@ def ddpm_import(
     """
     from job.exchange.importing import ImportRequest, import_run
 
-    import_run(ImportRequest(source, bucket, run, dataset, size, epoch, preset, tuple(set_ or ())))
+    sets = tuple(set_ or ())
+    import_run(ImportRequest(source, bucket, run, dataset=dataset, size=size, epoch=epoch, preset=preset, sets=sets))
 
 
 def ddpm_export(

@@ -51,7 +51,7 @@ def figure_noising(
     """
     from job.sampling.pictures import noising_picture
 
-    noising_picture(bucket, dataset, size, timesteps, kind, output)
+    noising_picture(bucket, dataset, size, timesteps=timesteps, kind=kind, output=output)
 
 
 @app.command("denoising")

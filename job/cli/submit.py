@@ -74,7 +74,7 @@ def _add_verb(verb: Verb) -> None:
         from job.jobs.building import Resources
         from job.jobs.submit import SubmitOptions, submit
 
-        resources = Resources(gpus, nodes, gpu_type, spot, max_hours, slices)
+        resources = Resources(gpus, nodes, gpu_type, spot, max_hours=max_hours, slices=slices)
         options = SubmitOptions(dry_run, output, watch, yes, detach)
         submit(parsed(verb, context.args), on, targets, resources, options)
 

@@ -53,5 +53,15 @@ def ddpm_train(
     from job.commands import train_command
     from job.requests import TrainRequest
 
-    request = TrainRequest(dataset, bucket, run, preset, epochs, tuple(sets or ()), config, wait, tracker=tracker)
+    request = TrainRequest(
+        dataset=dataset,
+        bucket=bucket,
+        run=run,
+        preset=preset,
+        epochs=epochs,
+        sets=tuple(sets or ()),
+        config_file=config,
+        wait_seconds=wait,
+        tracker=tracker,
+    )
     train_command(request, processes, hang_after, stop_after)

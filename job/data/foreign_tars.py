@@ -17,8 +17,10 @@ from itertools import groupby, islice
 
 from braceexpand import braceexpand
 
+from job.data.archives import tar_members
+from job.data.members import SUFFIXES, Member, is_litter, refusing
 from job.data.shards import Digests, is_tar_uri
-from job.data.sources import BAD_CLASS, SUFFIXES, Member, Sample, Source, is_litter, refusing, tar_members
+from job.data.sources import BAD_CLASS, Sample, Source
 from job.exits import BadDataError, BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import Retry, Store, open_to_read, split_uri, without_queries

@@ -36,7 +36,8 @@ from job.data import shards
 from job.data.ahead import in_order
 from job.data.foreign_tars import find_tars
 from job.data.images import Recipe, RejectedImageError, codec_versions, encode_png, prepare
-from job.data.sources import BAD_CLASS, SPLITS, Sample, no_images, open_source, survey
+from job.data.sources import BAD_CLASS, SPLITS, Sample, open_source
+from job.data.survey import no_images, survey
 from job.exits import BadDataError, BadRequestError
 from job.sealed import Sealed
 from job.stop import NEVER, Stop

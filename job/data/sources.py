@@ -7,31 +7,38 @@ terabytes mean that an archive is not what its user takes it for.
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import io
-import lzma
 import os
 import re
-import struct
-import tarfile
 import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, BinaryIO, cast
-
-import numpy as np
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 from job.data.ahead import in_order
+from job.data.archives import open_zipped, tar_members, zip_members
+from job.data.cifar import cifar_members
 from job.data.fetched import fetched
-from job.data.shards import Digests
-from job.exits import BadDataError, BadRequestError, MissingInputError, NoPermissionError
+from job.data.members import (
+    ENTRY_BYTES,
+    SUFFIXES,
+    Member,
+    Opener,
+    RefusedError,
+    check_size,
+    is_image,
+    is_litter,
+    path_parts,
+    read_exactly,
+    refused,
+    refusing,
+)
+from job.data.mnist import IDX_NAME, idx_members
+from job.exits import BadRequestError, MissingInputError
 from job.progress import printable
 from job.store import (
     Entry,
@@ -50,55 +57,20 @@ from job.store import (
 if TYPE_CHECKING:
     from job.store.foreign import ForeignStore
 
-SUFFIXES = {
-    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
-    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
-}
-ENTRY_BYTES = 256 * 1024 * 1024
-"""Largest image file that is read."""
 BAD_CLASS = -2
-EXPANSION = 200
-"""How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
 SPLITS = {"train", "training", "test", "testing", "val", "valid", "validation", "dev"}
 """Folders of these names say how a dataset is divided, not what its images show."""
-
-Opener = Callable[[], BinaryIO]
-"""Opens a file from its beginning, as a seekable stream; may be called several times."""
 
 HIDDEN = "hidden images"
 """Files that are left out because their name, or that of a folder above them, begins with a dot."""
 
 _FORK = re.compile(r"(^|/)(__MACOSX/|\._)")
 """What macOS adds beside each file, by the same suffix."""
-_SKIPPED_BYTES = 1 << 20
 _SUFFIXES_NAMED = 20
 _BUCKET_READERS = 16
 _NOTHING_AT = "there is nothing at {}: give a folder or an archive of images"
-_CIFAR_BYTES = 1 + 3 * 32 * 32
 _CIFAR_NOTE = "packing the images for training; --split test packs the others"
 _PATTERN = re.compile(r"([^*]*/)([^/*]*\*.*)")
-_IDX_NAME = re.compile(r"[^/]*(images[-.]idx3|labels[-.]idx1)-ubyte(\.gz)?")
-_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-_EXPANDS = f"unpacks to more than {EXPANSION} times its size: do not trust this archive"
-
-
-class RefusedError(Exception):
-    """Why a file is not acceptable, as the end of a sentence that begins with its name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """One file of a source, before its content is read.
-
-    Attributes:
-        name: its relative path.
-        read: gives its content.
-        offset: where that begins in a tar.
-    """
-
-    name: str
-    read: Callable[[], bytes]
-    offset: int = -1
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +196,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
             elif is_image(child.name) or child.is_dir():
                 # Following a link to a folder could go round in circles.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
-                    raise _refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
+                    raise refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
                 yield Member(name, partial(_read_file, path))
             elif child.is_file():
                 yield Member(name, bytes)
@@ -234,136 +206,19 @@ def folder_source(root: Path, bucket: str = "") -> Source:
     return Source(str(root), partial(below, root, ""), note=note)
 
 
+def _read_file(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return read_exactly(file, os.fstat(file.fileno()).st_size)
+
+
 def _bucket_members(store: Store, entries: Sequence[Entry]) -> Iterator[Member]:
     """A folder in a bucket, in key order. Each image costs a request: archives are read much faster."""
 
     def read(entry: Entry) -> bytes:
-        _check_size(entry.size_bytes)
+        check_size(entry.size_bytes)
         return store.read(entry.key, ENTRY_BYTES).data
 
     return (Member(entry.key, partial(read, entry)) for entry in entries)
-
-
-def _zip_members(opener: Opener) -> Iterator[Member]:
-    """A zip archive, in the order of its directory."""
-    with opener() as file:
-        _, limit_bytes = _unpacked(file)
-        with zipfile.ZipFile(file) as archive:
-            if sum(info.file_size for info in archive.infolist() if is_image(info.filename)) > limit_bytes:
-                raise RefusedError(_EXPANDS)
-            for info in archive.infolist():
-                if not info.is_dir():
-                    yield Member(info.filename, partial(_read_zipped, archive, info))
-
-
-def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
-    with archive.open(info) as stream:
-        return _read_exactly(stream, info.file_size)
-
-
-def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Member]:
-    """A tar archive, plain or gzipped, in stream order; it must end as a tar does.
-
-    With `digests`, which take every byte of it, it must be plain.
-    """
-    with opener() as file:
-        stream = _TarStream(file, digests)
-        try:
-            archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
-        except tarfile.TarError:
-            raise RefusedError(
-                "is no archive that can be packed (.zip, .tar, .tar.gz, MNIST idx), or damaged"
-            ) from None
-        while (member := archive.next()) is not None:
-            # Otherwise tarfile remembers every header, and memory grows with the archive.
-            archive.members.clear()  # type: ignore[attr-defined]
-            if member.size < 0:
-                raise _refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
-            if member.isreg() and not member.issparse():
-                content = cast(IO[bytes], archive.extractfile(member))
-                yield Member(member.name, partial(_read_exactly, content, member.size), member.offset_data)
-            elif not member.isdir():
-                raise _refused(member.name, "is a link or a device: do not trust this archive")
-        stream.finish()
-
-
-class _TarStream:
-    """What `tarfile` reads from: it only goes forward, bounds each read, and knows whether the archive was whole."""
-
-    def __init__(self, file: BinaryIO, digests: Digests | None) -> None:
-        """With `digests` everything is read; else, what nobody wants is skipped."""
-        self._file, self._limit_bytes = _unpacked(file)
-        if digests is not None and self._file is not file:
-            raise RefusedError("is compressed: pack it with `ddpm data pack`, or unpack it to a plain .tar")
-        self._digests, self._position, self._last_block = digests, 0, b""
-
-    def tell(self) -> int:
-        """Bytes up to here, unpacked."""
-        return self._position
-
-    def seek(self, position: int) -> None:
-        """Goes forward to `position`."""
-        if position < self._position:
-            raise tarfile.ReadError(f"a header that leads back to byte {position}")
-        if position > self._limit_bytes:
-            raise RefusedError(_EXPANDS)
-        if self._digests is None:
-            self._position = self._file.seek(position)
-        while self._position < position:
-            if not self.read(min(position - self._position, _SKIPPED_BYTES)):
-                raise EOFError("unexpected end of data")
-
-    def read(self, size: int) -> bytes:
-        """The next bytes."""
-        # A header may claim any length for itself, and tarfile would believe it.
-        if not 0 <= size <= ENTRY_BYTES:
-            raise tarfile.ReadError(f"a block of {size:,} bytes")
-        self._last_block = self._file.read(size)
-        self._position += len(self._last_block)
-        if self._position > self._limit_bytes:
-            raise RefusedError(_EXPANDS)
-        if self._digests is not None:
-            self._digests.update(self._last_block)
-        return self._last_block
-
-    def finish(self) -> None:
-        """Raises unless the archive ends as a tar does: `tarfile` takes zeros in place of a header for the end."""
-        if self._last_block != bytes(tarfile.BLOCKSIZE):
-            raise tarfile.ReadError("it has no end mark")
-        # A checksum is compared when the end is reached.
-        while block := self.read(_SKIPPED_BYTES):
-            if block.strip(b"\0"):
-                raise RefusedError("holds more behind its end mark: was it joined by `cat`? Unpack it, pack the folder")
-
-
-def _idx_members(open_images: Opener, open_labels: Opener | None = None) -> Iterator[Member]:
-    """MNIST's format (LeCun et al. 1998): big-endian headers, one byte per pixel, labels in a file of their own.
-
-    Its images become PGM files in a folder per class; without labels there are no classes.
-    """
-    with open_images() as raw:
-        file, limit_bytes = _unpacked(raw)
-        magic, count, height, width = struct.unpack(">4I", _read_exactly(file, 16))
-        pixels = height * width
-        if magic != 0x803 or not 16 < 16 + count * pixels <= limit_bytes:
-            raise RefusedError(f"is no whole MNIST image file (header {magic:#x}, {count:,} of {height} × {width})")
-        labels = _idx_labels(open_labels, count) if open_labels else b""
-        digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
-        header = b"P5 %d %d 255\n" % (width, height)
-        for number in range(count):
-            folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
-            yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + _read_exactly(file, pixels))
-        file.seek(16 + count * pixels)
-        if file.read(1):
-            raise RefusedError(f"holds more than the {count:,} images of its header: get it again")
-
-
-def _idx_labels(opener: Opener, count: int) -> bytes:
-    with opener() as raw:
-        file, _ = _unpacked(raw)
-        if struct.unpack(">2I", _read_exactly(file, 8)) != (0x801, count):
-            raise RefusedError("does not go with its labels, which are for another number of images")
-        return _read_exactly(file, count)
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> Source:
@@ -437,7 +292,7 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
         if is_foreign(uri):
             path = fetched(cast("ForeignStore", parent), name, uri)
             return _archive(parent.uri_of(name), lambda: path.open("rb"))
-        names = [entry.key for entry in parent.list()] if _IDX_NAME.fullmatch(name) else []
+        names = [entry.key for entry in parent.list()] if IDX_NAME.fullmatch(name) else []
         return _mnist(parent.uri, names, parent.open, name) or _archive(uri, partial(parent.open, name))
     store = open_to_read(uri, retry)
     wanted = _matching(pattern[2]) if pattern else bool
@@ -454,194 +309,22 @@ def _archive(where: str, opener: Opener) -> Source:
             with zipfile.ZipFile(file) as archive:
                 # What is compressed in there once more has no honest limit.
                 names = [name for name in archive.namelist() if is_image(name) or not name.endswith(".gz")]
-            found = None if any(map(is_image, names)) else _mnist(where, names, partial(_zipped, opener))
-            return found or Source(where, partial(_zip_members, opener))
+            found = None if any(map(is_image, names)) else _mnist(where, names, partial(open_zipped, opener))
+            return found or Source(where, partial(zip_members, opener))
         first = next(tar_members(opener), None)
     if first is not None and first.name.startswith("cifar-10-batches-"):
-        return Source(where, partial(_cifar_members, opener), split="train", note=_CIFAR_NOTE)
+        return Source(where, partial(cifar_members, opener), split="train", note=_CIFAR_NOTE)
     return Source(where, partial(tar_members, opener))
-
-
-def _zipped(opener: Opener, name: str) -> BinaryIO:
-    """One file of a zip, as a stream."""
-    file = opener()
-    _, limit_bytes = _unpacked(file)
-    archive = zipfile.ZipFile(file)
-    if archive.getinfo(name).file_size > limit_bytes:
-        raise RefusedError(_EXPANDS)
-    return cast(BinaryIO, archive.open(name))
-
-
-def _cifar_members(opener: Opener) -> Iterator[Member]:
-    """CIFAR-10's binary archive (Krizhevsky 2009): a class, and 3,072 bytes of a 32×32 image, channel by channel.
-
-    Its images become PPM files, below train or test, in a folder per class.
-    """
-    names = list(map(str, range(10)))
-    for member in tar_members(opener):
-        if member.name.endswith("batches.meta.txt"):
-            names = [word for word in member.read().decode("ascii", "replace").split() if word]
-        elif re.search(r"cifar-10-batches-py/\w+_batch", member.name):
-            raise RefusedError("holds pickles, which are programs: get cifar-10-binary.tar.gz, of the same images")
-    for member in tar_members(opener):
-        if not (match := re.search(r"(data_batch_\d|test_batch)\.bin$", member.name)):
-            continue
-        content, split = member.read(), "test" if match[1].startswith("test") else "train"
-        count, rest = divmod(len(content), _CIFAR_BYTES)
-        if rest or not count:
-            raise _refused(member.name, f"is no whole number of images of {_CIFAR_BYTES:,} bytes: get it again")
-        for number in range(count):
-            image = content[number * _CIFAR_BYTES : (number + 1) * _CIFAR_BYTES]
-            if image[0] >= len(names):
-                raise _refused(member.name, f"has an image of class {image[0]}, of {len(names)}: get it again")
-            pixels = np.frombuffer(image, np.uint8, offset=1).reshape(3, 32, 32).transpose(1, 2, 0).tobytes()
-            name = f"{split}/{names[image[0]]}/{match[1]}-{number:05d}.ppm"
-            yield Member(name, partial(bytes, b"P6 32 32 255\n" + pixels))
 
 
 def _mnist(folder: object, names: Sequence[str], opened: Callable[[str], BinaryIO], chosen: str = "") -> Source | None:
     """The MNIST set `chosen` of a folder's files, or else the first one for training; None without any."""
-    sets = sorted(name for name in names if _IDX_NAME.fullmatch(name) and "images" in name)
-    if not sets or (chosen and not _IDX_NAME.fullmatch(chosen)):
+    sets = sorted(name for name in names if IDX_NAME.fullmatch(name) and "images" in name)
+    if not sets or (chosen and not IDX_NAME.fullmatch(chosen)):
         return None
     name = chosen or next((name for name in sets if "train" in name), sets[0])
     wanted = name.removesuffix(".gz").replace("images", "labels").replace("idx3", "idx1")
     labels = [partial(opened, there) for there in names if there.removesuffix(".gz") == wanted]
     others = [other for other in sets if other.removesuffix(".gz") != name.removesuffix(".gz")]
     note = f"packing {name}, leaving out {', '.join(others)}" if others and not chosen else ""
-    return Source(f"{folder}/{name}", partial(_idx_members, partial(opened, name), *labels[:1]), channels=1, note=note)
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What a first look at a source's names tells."""
-
-    images: int
-    classes: tuple[str, ...]
-    depth: int
-    """Number of folders above those that name the classes."""
-    note: str = ""
-    """What a person should know who expected classes."""
-
-    def label(self, name: str) -> int:
-        """Class of an image; -1 without classes."""
-        return self.classes.index(path_parts(name)[self.depth]) if self.classes else -1
-
-
-def survey(names: Iterable[str], where: str, classes: bool | None = None) -> Survey:
-    """Counts the images and finds their classes: the first folders in which they differ, unless these are splits.
-
-    Args:
-        names: relative paths of all images.
-        where: the source, for messages.
-        classes: True if there must be classes, False for none; None takes them if each image lies in one of several.
-
-    Raises:
-        BadDataError: there are no images.
-        BadRequestError: there must be classes, and there are none.
-    """
-    images, folders = 0, set()
-    for name in names:
-        images += 1
-        folders.add(path_parts(name)[:-1])
-    if not images:
-        raise no_images(where)
-    found, depth = _class_folders(folders)
-    if classes and not found:
-        raise BadRequestError(f"{where} has no classes: each image would have to lie in one of at least two folders")
-    notes, divided = [], {part for folder in folders for part in folder if part.lower() in SPLITS}
-    if len(splits := divided.difference(found)) > 1:
-        named = f"{' and '.join(sorted(splits))} are packed together, as one dataset"
-        notes.append(f"{where}: {named}; `ddpm data pack --split {max(splits).lower()}` would pack {max(splits)} alone")
-    inner = {tuple(part for part in folder if part not in splits) for folder in folders}
-    if classes is None and not found and len([folder for folder in inner if folder]) > 1:
-        notes.append(f"{where}: some images lie beside the folders of others, so the folders are not taken for classes")
-    return Survey(images, () if classes is False else found, depth, "\n".join(notes))
-
-
-def no_images(where: str) -> BadDataError:
-    """The error that a source is empty."""
-    return BadDataError(f"{where} holds no images: none of its names ends in {', '.join(sorted(SUFFIXES))}")
-
-
-def _class_folders(folders: set[tuple[str, ...]]) -> tuple[tuple[str, ...], int]:
-    while True:
-        levels = enumerate(zip(*folders, strict=False))
-        depth = next((number for number, level in levels if len(set(level)) > 1), min(map(len, folders)))
-        if any(len(folder) == depth for folder in folders):
-            return (), 0
-        first = {folder[depth] for folder in folders}
-        if not all(name.lower() in SPLITS for name in first):
-            return tuple(sorted(first)), depth
-        folders = {(*folder[:depth], "", *folder[depth + 1 :]) for folder in folders}
-
-
-@contextmanager
-def refusing(where: str) -> Iterator[None]:
-    """Turns whatever a damaged file, archive or folder can cause into one clear error that begins with `where`.
-
-    Raises:
-        BadDataError: damaged or refused.
-        MissingInputError: gone.
-        NoPermissionError: not readable by this user.
-    """
-    try:
-        yield
-    except RefusedError as error:
-        raise BadDataError(f"{where} {error}") from None
-    except FileNotFoundError:
-        raise MissingInputError(f"{where} is not there (any more)") from None
-    except PermissionError:
-        raise NoPermissionError(f"{where} may not be read by this user: change its permissions") from None
-    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError;
-    # tarfile IndexError for a sparse file that is cut off, and OverflowError for a size beyond all machines.
-    except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
-        raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
-
-
-def path_parts(name: str) -> tuple[str, ...]:
-    """Components of a relative path; archives made on Windows may separate them by backslashes."""
-    return tuple(name.replace("\\", "/").split("/"))
-
-
-def is_image(name: str) -> bool:
-    """Whether the name says that this is an image a person meant to keep: no hidden file, no macOS litter."""
-    _, dot, suffix = path_parts(name)[-1].rpartition(".")
-    return f"{dot}{suffix.lower()}" in SUFFIXES and not is_litter(name)
-
-
-def is_litter(name: str) -> bool:
-    """Whether an operating system or program put it there: hidden files, and the resource forks of macOS."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path_parts(name))
-
-
-def _refused(name: str, problem: str) -> RefusedError:
-    return RefusedError(f"has the entry {name!r}, which {problem}")
-
-
-def _read_exactly(file: IO[bytes], size: int) -> bytes:
-    """The next `size` bytes, which must be there; no header is trusted with more memory than an image may take."""
-    _check_size(size)
-    content = file.read(size)
-    if len(content) != size:
-        raise RefusedError(f"has {len(content):,} bytes where {size:,} were promised: it is truncated or damaged")
-    return content
-
-
-def _check_size(size: int) -> None:
-    if size > ENTRY_BYTES:
-        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
-
-
-def _read_file(path: Path) -> bytes:
-    with path.open("rb") as file:
-        return _read_exactly(file, os.fstat(file.fileno()).st_size)
-
-
-def _unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
-    """What is in a file that may be gzipped, and how many bytes may come out of it."""
-    limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
-    file.seek(0)
-    is_gzipped = file.read(2) == b"\x1f\x8b"
-    file.seek(0)
-    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file, limit_bytes
+    return Source(f"{folder}/{name}", partial(idx_members, partial(opened, name), *labels[:1]), channels=1, note=note)

@@ -71,7 +71,7 @@ def stream_batches(
     """
 
     def batches() -> Iterator[LoadedBatch]:
-        slots = _slots(order, batch_size_images, first_image, last_image, rank, world_size)
+        slots = _slots(order, batch_size_images, first_image, last_image, rank=rank, world_size=world_size)
         for first, indices, numbers in slots:
             cache.prefetch(order, first)
             images = torch.empty((len(indices), *cache.index.image_shape), dtype=torch.uint8, pin_memory=pin_memory)
@@ -130,7 +130,7 @@ class BatchStream(Iterator[LoadedBatch]):
 
 
 def _slots(
-    order: Order, batch_size: int, first: int, last: int | None, rank: int, world_size: int
+    order: Order, batch_size: int, first: int, last: int | None, *, rank: int, world_size: int
 ) -> Iterator[tuple[int, Int64s, Int64s]]:
     """First image of each batch, and this rank's indices and image numbers; thousands at once, which is far cheaper."""
     slots = np.arange(rank, batch_size, world_size)

@@ -11,7 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from job.data.ahead import in_order
-from job.data.cache import ShardSource
+from job.data.image_reader import ImageReader
+from job.data.shard_source import ShardSource
 from job.data.shards import (
     AUTOENCODER,
     CONTACT_SHEET,
@@ -62,17 +63,18 @@ def verify_dataset(
                 problems.append(f"{dataset.uri_of(name)} is not what encoded the images: restore it, or encode anew")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
+        reader = ImageReader(source)
         for number, shard in enumerate(index.shards):
             images: list[tuple[int, Record]] = []
             with _noting(problems, dataset.uri_of(shard.offsets_name)):
                 images += enumerate(source.read_table(number).tolist())
             with _noting(problems, source.uri(number)):
-                check = partial(_image_problems, source, number, source.verified(number, folder))
+                check = partial(_image_problems, reader, source.uri(number), number, source.verified(number, folder))
                 for (row, _), found in zip(images, in_order(workers, check, images, _IMAGES_AHEAD), strict=True):
                     problems += found
                     progress(int(source.starts[number]) + row + 1, index.images)
             (folder / shard.name).unlink(missing_ok=True)
-        source.close()
+        reader.close()
     return problems
 
 
@@ -86,11 +88,11 @@ def _noting(problems: list[str], uri: str) -> Iterator[None]:
         problems.append(str(error))
 
 
-def _image_problems(source: ShardSource, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
+def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image: tuple[int, Record]) -> list[str]:
     """What is wrong with an image of a shard that is whole."""
     problems: list[str] = []
-    with _noting(problems, source.uri(shard)), path.open("rb") as file:
-        source.read_image(shard, *image, file)
+    with _noting(problems, uri), path.open("rb") as file:
+        reader.read_image(shard, *image, file)
     return problems
 
 

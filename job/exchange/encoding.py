@@ -17,8 +17,9 @@ import numpy as np
 from pydantic import Field
 
 from job.data import shards
-from job.data.cache import ImageCache, ShardSource, default_cache_dir
+from job.data.cache import ImageCache, default_cache_dir
 from job.data.images import codec_versions, encode_latents
+from job.data.shard_source import ShardSource
 from job.exchange.foreign import opened_autoencoder
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.progress import Progress

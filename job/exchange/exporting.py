@@ -19,7 +19,7 @@ from job.runs.retention import reading_chosen
 from job.runs.samples import grid_key, label_of
 from job.sampling.plan import check_average
 from job.stop import Stop
-from job.store import ObjectExistsError, ObjectMissingError, open_store
+from job.store import ObjectExistsError, ObjectMissingError, Store, open_store
 
 CARD, PICTURE = "README.md", "grid.png"
 _PIPELINE = """```python
@@ -78,9 +78,8 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
         raise BadRequestError(f"--checkpoint {checkpoint!r}: use an epoch such as 80, or latest")
     find = partial(choose, of_run.run, checkpoint, of_run.dataset_images, of_run.config.train.batch_size)
     target = open_store(to, of_run.bucket.retry)
-    weights = (
-        of_run.config.updated({"sample.weights": weights}).sample.weights if weights else of_run.config.sample.weights
-    )
+    config = of_run.config.updated({"sample.weights": weights}) if weights else of_run.config
+    weights = config.sample.weights
     written: list[str] = []
     try:
         with ExitStack() as stack:
@@ -99,15 +98,7 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
             # Last what says that the folder is a pipeline.
             small = dict(sorted(small.items(), key=lambda each: each[0] == "model_index.json"))
             total = sum(path.stat().st_size for path in paths)
-            there: set[str] = set()
-            # A local folder that is not there cannot be listed.
-            with suppress(MissingInputError):
-                there = {entry.key for entry in target.list()}
-            # What an export that was killed left is as good as what this one would write.
-            if strangers := sorted(there - {*names, *small}):
-                raise BadRequestError(
-                    f"--to {to}: {strangers[0]} is there already; name another folder, or an empty one"
-                )
+            _check_free(target, to, {*names, *small})
             with Progress(f"exporting {name}", unit="MB", total=total // 10**6) as bar:
                 for path, key in zip(paths, names, strict=True):
                     stop.check("while exporting", "what was written is deleted, and the same command begins again")
@@ -126,6 +117,14 @@ def export_run(bucket_uri: str, name: str, to: str, checkpoint: str = "latest", 
     print(f"{target.uri}  ({label}, weights {weights}, {total:,} bytes)")
     if described.lacking:
         note(f"without model_index.json: {described.lacking}; see {CARD}")
+
+
+def _check_free(target: Store, to: str, own: set[str]) -> None:
+    """Raises `BadRequestError` if the folder holds other objects than an export that was killed has left."""
+    # A local folder that does not exist cannot be listed.
+    with suppress(MissingInputError):
+        if strangers := [entry.key for entry in target.list() if entry.key not in own]:
+            raise BadRequestError(f"--to {to}: {strangers[0]} is there already; name another folder, or an empty one")
 
 
 def _index(paths: list[Path], names: list[str]) -> bytes:

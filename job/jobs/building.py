@@ -66,39 +66,21 @@ def spec_of(command: ParsedCommand, target: Target, resources: Resources) -> Job
     request = command.request().check()
     match request:
         case TrainRequest():
-            run = subject = request.run
-            # Without that word a run that is there has the batch it began with.
-            if "train.batch_size" in request.changes:
-                gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
-                batch_size = draft(request.preset_name, request.changes).train.batch_size
-                check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
-            command = _training(command, request, target)
+            command = _training(command, request, target, resources)
         case SampleRequest():
-            run = subject = request.run
             _check_files(request, target)
             if resources.slices:
                 if request.slice:
                     raise BadRequestError("--slices gives each machine a --slice of its own: leave one of them out")
                 replace(request, slice=f"0/{resources.slices}").check()
         case EvaluateRequest():
-            run = subject = request.run
             _check_files(request.sampling, target)
             if request.extractor_file:
                 file = _seen("--extractor-file", request.extractor_file, target)
                 command = command.with_values(extractor_file=file)
         case PackRequest():
-            run, subject = "", request.name
-            inside, source = split_chain(request.source)
-            if is_foreign(source):
-                check_source(source)
-                if target.is_remote and (shown := without_queries(source)) != source:
-                    raise BadRequestError(
-                        f"{shown}?…: its query, which may be a signature, would stand in the job's words"
-                    )
-            elif source != EMBEDDED:
-                source = _seen("SOURCE", source, target)
-            source = f"{inside}::{source}" if inside else source
-            command = command.with_values(source=source)
+            command = command.with_values(source=_source(request.source, target))
+    run, subject = ("", request.name) if isinstance(request, PackRequest) else (request.run, request.run)
     if not target.is_remote:
         command = _on_this_machine(command, target, resources)
     argv = command.argv()
@@ -178,7 +160,24 @@ def _check_files(request: SampleRequest, target: Target) -> None:
         raise BadRequestError(f"{option} {name!r} is a file of this machine, which jobs on {target.name!r} cannot see")
 
 
-def _training(command: ParsedCommand, request: TrainRequest, target: Target) -> ParsedCommand:
+def _source(source: str, target: Target) -> str:
+    """Returns what is packed, as the jobs of a target can see it."""
+    inside, archive = split_chain(source)
+    if is_foreign(archive):
+        check_source(archive)
+        if target.is_remote and (shown := without_queries(archive)) != archive:
+            raise BadRequestError(f"{shown}?…: its query, which may be a signature, would stand in the job's words")
+    elif archive != EMBEDDED:
+        archive = _seen("SOURCE", archive, target)
+    return f"{inside}::{archive}" if inside else archive
+
+
+def _training(command: ParsedCommand, request: TrainRequest, target: Target, resources: Resources) -> ParsedCommand:
+    # Without that word a run that is there has the batch it began with.
+    if "train.batch_size" in request.changes:
+        gpus = target.gpus if resources.gpus is None and target.is_remote else resources.gpus
+        batch_size = draft(request.preset_name, request.changes).train.batch_size
+        check_world_size((command.values["processes"] or gpus or 1) * resources.nodes, batch_size)
     if request.config_file is not None and target.backend != "local":
         # The file is not there where the job runs.
         sets, settings = parse_sets(request.sets), read_config_file(request.config_file)

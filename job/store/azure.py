@@ -159,9 +159,9 @@ class AzureStore(RemoteStore):
         # Nothing is seen of a block while a slow network takes it.
         return self._begin(asked, _SILENCES_PER_BLOCK * self.retry.silence_seconds)
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
+    def _job_error(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, (AzureError, ConnectionError, TimeoutError)):
-            return super()._told(error, uri)
+            return super()._job_error(error, uri)
         code, status = _code(error), self._status(error)
         match code:
             case "ContainerNotFound" | "ContainerBeingDeleted":
@@ -174,14 +174,14 @@ class AzureStore(RemoteStore):
                 # As Azurite says it.
                 return damaged(uri)
         if isinstance(error, ClientAuthenticationError) and _UNREACHABLE.search(str(error)):
-            return self._told_by_status(uri, None, "Azure's sign-in does not answer")
+            return self._status_error(uri, None, "Azure's sign-in does not answer")
         if isinstance(error, ClientAuthenticationError) and "Authorization" not in code:
             clock = ", or this machine's clock is wrong" if code == "AuthenticationFailed" else ""
             return self._no_credentials((code or type(error).__name__) + clock)
         if status in (None, 200):
-            return self._told_by_status(uri, None, cause(error) if status is None else "an answer that is not Azure's")
+            return self._status_error(uri, None, cause(error) if status is None else "an answer that is not Azure's")
         # The words of a refusal hold what was signed.
-        return self._told_by_status(uri, status, code or "without a reason")
+        return self._status_error(uri, status, code or "without a reason")
 
     def _status(self, error: Exception) -> int | None:
         return error.status_code if isinstance(error, HttpResponseError) else None

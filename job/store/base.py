@@ -1,4 +1,4 @@
-"""The operations of a bucket, said once for gs://, s3://, az:// and local folders alike.
+"""The operations of a bucket, defined once for gs://, s3://, az:// and local folders.
 
 A bucket is not a file system: objects appear whole or not at all, nothing is appended to or renamed, a listing is not a
 lock. Every operation here is one that all backends can do atomically on a single object.
@@ -38,11 +38,11 @@ class ObjectMissingError(MissingInputError):
 
 
 class ObjectExistsError(JobError):
-    """`create` found another object with this key: somebody else was first."""
+    """`create` found another object with this key: another writer was first."""
 
 
 class ConflictError(JobError):
-    """`replace` found a version other than the expected one: somebody else wrote in between."""
+    """`replace` found a version other than the expected one: another writer replaced it in between."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,60 +62,57 @@ class Blob:
 
 
 class Store(abc.ABC):
-    """A bucket, or a folder in one. Keys are relative, `/`-separated and validated; instances are thread-safe.
+    """A bucket, or a folder in one. Keys are relative and `/`-separated; new ones are plain, others any safe name.
 
-    What is written here gets a plain name; what others wrote, spaces and all, is listed and read under its own.
+    Instances are thread-safe. They must not cross a fork: pass `uri` to the child and call `open_store` there.
 
-    Instances hold connections and must not cross a fork: pass `uri` to the child and call `open_store` there.
+    Methods raise `ObjectMissingError`, `MissingInputError` for a missing bucket, `NoPermissionError`, `DiskFullError`,
+    `BucketAwayError` when `retry` gives up, and `StoppedError` when its stop ends the wait; each message names the URI
+    and a remedy. The first object creates a local folder. Listing it earlier is an error: its name may be misspelt.
 
-    Every method raises `ObjectMissingError` (66) for a missing object, `MissingInputError` (66) for a missing bucket,
-    `NoPermissionError` (77), `DiskFullError` (74), `BucketAwayError` (69) when `retry` gives up, and `StoppedError`
-    (75) when its stop ends the waiting; each message names the object's URI and what to do. A local folder is made with
-    its first object: until then it holds no objects, and listing it is an error, for it may be a misspelt one.
-
-    A backend implements what begins with an underscore: one attempt each, with keys that are validated. Its clients'
-    errors are told in one place, `_told`; what may pass is a `BucketAwayError`.
+    A backend implements the methods that begin with an underscore: each makes one attempt, with validated keys.
+    `_job_error` translates its client's errors; the operation is tried again after a `BucketAwayError`.
     """
 
     uri: str
     """`gs://bucket/prefix` or an absolute local path; no trailing slash. `open_store(uri)` gives an equal store."""
     retry: Retry
-    """Tries again while the bucket is away; `store.retry(work)` does several operations again as one."""
+    """Repeats an operation while the bucket is away; `store.retry(work)` repeats several operations as one."""
 
     def __init__(self, uri: str, retry: Retry) -> None:
-        """The whole bucket."""
+        """Opens the whole bucket."""
         self.uri, self.retry = uri.rstrip("/") or "/", retry
         self._prefix = ""
 
     def uri_of(self, key: str) -> str:
-        """The URI a person or another tool can use for `key`."""
+        """Returns the URI of an object, for people and other tools."""
         return self._uri(validated_key(key))
 
     def sub(self, prefix: str) -> Self:
-        """The store of everything below `prefix`, sharing this one's connections and patience."""
+        """Returns the store of everything below `prefix`, which shares this one's connections and `retry`."""
         below = copy.copy(self)
         below.uri, below._prefix = self.uri_of(prefix), f"{self._prefix}{prefix}/"
         return below
 
     def within(self, seconds: float, stop: Stop = NEVER) -> Self:
-        """The same objects and connections, with operations that give up after `seconds`, or at `stop`."""
+        """Returns a store of the same objects whose operations give up after `seconds`, or at `stop`."""
         other = copy.copy(self)
         other.retry = self.retry.within(seconds, stop)
         return other
 
-    def read(self, key: str, most_bytes: int | None = None) -> Blob:
-        """The whole object and its version. For small objects: it is held in memory, up to `READ_BYTES` or fewer.
+    def read(self, key: str, most_bytes: int = READ_BYTES) -> Blob:
+        """Returns a small object's content and version.
 
         Raises:
-            BadDataError: it is larger.
+            BadDataError: the object has more than `most_bytes`.
         """
         return self._attempt(self._read, validated_key(key), most_bytes)
 
     def create(self, key: str, data: bytes) -> str:
         """Writes an object that must not exist yet, atomically, and returns its version.
 
-        A retry after a lost response finds the object it wrote itself, so a conflict with byte-identical content
-        counts as success: put something unique (an attempt id) into objects that decide a race.
+        A retry after a lost response finds its first write, so a conflict with identical content counts as success:
+        objects that decide a race need unique content, such as an attempt id.
 
         Raises:
             ObjectExistsError: an object with other content has this key.
@@ -123,10 +120,10 @@ class Store(abc.ABC):
         return self._created(key, io.BytesIO(data))
 
     def check_writable(self, key: str) -> None:
-        """Writes and deletes a few bytes at a key of their own: what fails is known before anything is computed.
+        """Writes and deletes a test object, so that missing rights are known before anything is computed.
 
         Raises:
-            NoPermissionError: the credentials do not allow one of the two; the message names the object.
+            NoPermissionError: the credentials lack one of the two rights; the message names the object.
             BadRequestError: a second writer overwrites the first.
         """
         self.create(key, b"of the first writer")
@@ -136,102 +133,81 @@ class Store(abc.ABC):
             return
         finally:
             self.delete(key)
-        raise BadRequestError(
-            f"{self.uri} lets a second writer overwrite the first, and two attempts could take one run: use a bucket "
-            "that honours If-None-Match or ifGenerationMatch (no zonal one, and no proxy that drops them)"
+        remedy = (
+            "use a bucket, not zonal, that honours If-None-Match or ifGenerationMatch, and no proxy that drops them"
         )
+        raise BadRequestError(f"{self.uri} lets a second writer overwrite the first: {remedy}")
 
     def replace(self, key: str, data: bytes, version: str) -> str:
-        """Writes over exactly `version` of an object (compare-and-swap) and returns the new version.
-
-        As in `create`, a conflict in which the object already holds `data` counts as success.
+        """Replaces exactly `version` of an object (compare-and-swap) and returns the new version; see `create`.
 
         Raises:
             ConflictError: the object is gone or has another version.
         """
         new_version = self._attempt(self._written, validated_new_key(key), io.BytesIO(data), version)
         if new_version is None:
-            raise ConflictError(f"{self.uri_of(key)} has changed or is gone: somebody else wrote it")
+            raise ConflictError(f"{self.uri_of(key)} has changed or is gone: another writer replaced it")
         return new_version
 
     def put(self, key: str, data: bytes) -> None:
-        """Writes an object whatever was there before, atomically. Only for hints, status and reports."""
+        """Writes an object atomically, over any earlier one. Only for hints, status and reports."""
         self._attempt(self._written, validated_new_key(key), io.BytesIO(data), None)
 
     def upload(self, path: Path, key: str) -> None:
-        """Copies a finished local file to a fresh key; a bucket verifies its crc32c.
-
-        The object appears whole or not at all, also when this process dies half-way. As in `create`, a conflict with
-        an object of the same content counts as success, so that whoever died after an upload can repeat it.
-
-        Raises:
-            ObjectExistsError: an object with other content has this key.
-        """
+        """Copies a finished local file to a new object, as `create` does; the bucket verifies its crc32c."""
         with os_errors(path), path.open("rb") as file:
             self._created(key, file)
 
     def download(self, key: str, path: Path) -> None:
-        """Copies an object to a local file (temporary name, then rename), making its folder if need be.
-
-        `path` is whole or absent, whatever happens to this process. It is not forced to the disk: after a power failure
-        it may be damaged, and can be fetched again.
-        """
+        """Copies an object to a local file, which is whole or absent; only a power failure may damage it."""
         self._attempt(self._download, validated_key(key), path)
 
     def open(self, key: str) -> BinaryIO:
-        """A seekable stream over an object, for archives that are too large to hold or copy.
-
-        Each read is tried again at its position; all are of the version that was there at the beginning.
-        """
+        """Returns a seekable stream over one version of an object; each read is tried again at its position."""
         return self._attempt(self._open, validated_key(key))
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All objects below the folder `prefix`, recursively, in key order; never from a cache.
+        """Lists all objects below the folder `prefix`, recursively, in key order; never from a cache.
 
-        A prefix under which nothing lies gives an empty listing, not an error; a missing bucket is an error. Hidden
-        names (`.DS_Store`), folder markers and names with control characters are left out: they are no keys.
+        A missing folder is empty, a missing bucket an error. Hidden names and folder markers are left out.
         """
         entries = self._attempt(self._list, folder_key(prefix))
         return iter(sorted((entry for entry in entries if is_key(entry.key)), key=lambda entry: entry.key))
 
     def folders(self, prefix: str = "") -> Sequence[str]:
-        """Names of the immediate sub-folders of `prefix`, sorted; never from a cache."""
+        """Lists the names of the immediate sub-folders of `prefix`, sorted; never from a cache."""
         return sorted(name for name in self._attempt(self._folders, folder_key(prefix)) if is_key(name))
 
     def delete(self, key: str) -> None:
-        """Removes an object; one that is already gone is no error."""
+        """Deletes an object, if it exists."""
         with suppress(ObjectMissingError):
             self._attempt(self._delete, validated_key(key))
 
     def exists(self, key: str) -> bool:
-        """Whether an object has this key right now; does not read it."""
+        """Returns whether an object has this key now, without reading its content."""
         with suppress(ObjectMissingError), self.open(key):
             return True
         return False
 
     def sweep(self) -> None:
-        """Removes what killed writers left half-written and nobody can see.
-
-        A bucket keeps nothing of the kind.
-        """
+        """Removes the temporary files of killed writers, which only a local folder has."""
         return
 
     def _attempt(self, work: Callable[..., T], key: str, *args: Any) -> T:
-        """Does `work(key, *args)` with this store's patience, and tells what goes wrong as a `JobError`."""
+        """Does `work(key, *args)` with this store's `retry`, and turns its client's errors into a `JobError`."""
         uri = self._uri(key).rstrip("/")
 
         def attempt() -> T:
             began = time.monotonic()
-            # What the disk says is about the file on it, if one is up- or downloaded.
+            # An error of the disk is about the local file, if one is up- or downloaded.
             with os_errors(next((arg for arg in args if isinstance(arg, Path)), uri)):
                 try:
                     result = work(key, *args)
-                    asked = work.__name__.strip("_")
-                    detail(lambda: f"{asked} {uri}: {time.monotonic() - began:.3f} s")
+                    detail(lambda: f"{work.__name__.strip('_')} {uri}: {time.monotonic() - began:.3f} s")
                     return result
                 except Exception as error:
-                    if told := self._told(error, uri):
-                        raise told from error
+                    if meaning := self._job_error(error, uri):
+                        raise meaning from error
                     raise
 
         return self.retry(attempt)
@@ -239,14 +215,14 @@ class Store(abc.ABC):
     def _uri(self, key: str) -> str:
         return f"{self.uri.rstrip('/')}/{key}"
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
-        """What a client's error about `uri` means, or None if it came from elsewhere, such as a local disk."""
+    def _job_error(self, error: Exception, uri: str) -> JobError | None:
+        """Returns the meaning of a client's error about `uri`; None for other errors, such as those of a local disk."""
         return None
 
     def _created(self, key: str, content: BinaryIO) -> str:
         version = self._attempt(self._written, validated_new_key(key), content, "")
         if version is None:
-            raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: somebody else was first")
+            raise ObjectExistsError(f"{self.uri_of(key)} exists already with other content: another writer was first")
         return version
 
     def _written(self, key: str, content: BinaryIO, over: str | None) -> str | None:
@@ -258,7 +234,7 @@ class Store(abc.ABC):
             # A write whose answer was lost is refused when it is repeated.
             return self._attempt(self._version_if_equal, key, content)
         except ObjectMissingError:
-            # Whoever was first has deleted it since, such as an equal packer that is done.
+            # Another writer's object is gone again, such as that of an equal packer that has finished.
             content.seek(0)
             return self._write(key, content, over)
 
@@ -268,8 +244,8 @@ class Store(abc.ABC):
         version = self._fetch(key, lambda data: equal.append(content.read(len(data)) == data))
         return version if all(equal) and not content.read(1) else None
 
-    def _read(self, key: str, most_bytes: int | None = None) -> Blob:
-        content, most_bytes = io.BytesIO(), most_bytes or READ_BYTES
+    def _read(self, key: str, most_bytes: int) -> Blob:
+        content = io.BytesIO()
 
         def consume(data: bytes) -> None:
             if content.tell() + len(data) > most_bytes:
@@ -287,21 +263,18 @@ class Store(abc.ABC):
 
     @abc.abstractmethod
     def _fetch(self, key: str, consume: Callable[[bytes], object]) -> str:
-        """Streams the content, verified, to `consume`; returns the version."""
+        """Streams the verified content to `consume`, and returns its version."""
 
     @abc.abstractmethod
     def _write(self, key: str, content: BinaryIO, over: str | None) -> str | None:
-        """Writes over this version, where nothing is if it is empty, or over anything if it is None.
-
-        Returns the new version; None if something else is there.
-        """
+        """Writes over the version `over` ("": no object, None: any); returns the new version, None after a conflict."""
 
     @abc.abstractmethod
     def _open(self, key: str) -> BinaryIO: ...
 
     @abc.abstractmethod
     def _list(self, prefix: str) -> Sequence[Entry]:
-        """The objects whose keys begin so, with their whole keys, in any order."""
+        """Lists the objects whose keys begin with `prefix`, with their whole keys, in any order."""
 
     @abc.abstractmethod
     def _folders(self, prefix: str) -> Sequence[str]: ...
@@ -311,7 +284,7 @@ class Store(abc.ABC):
 
 
 def is_key(name: str) -> bool:
-    """Whether `name` is a safe relative key: nothing empty, hidden or `..` in it, no backslash or control character."""
+    """Returns whether `name` is a safe relative key: no empty, hidden or `..` part, backslash or control character."""
     return _KEY.fullmatch(name) is not None
 
 
@@ -319,7 +292,7 @@ def validated_key(key: str) -> str:
     """Returns `key` if it is a safe relative key.
 
     Raises:
-        BadRequestError: it could lead outside the store, or is one that no listing shows.
+        BadRequestError: the key could lead outside the store, or no listing would show it.
     """
     if not is_key(key):
         raise BadRequestError(f"{key!r} cannot be an object's key: use a relative path without '..' or hidden names")
@@ -338,5 +311,5 @@ def validated_new_key(key: str) -> str:
 
 
 def folder_key(prefix: str) -> str:
-    """What the keys below the folder `prefix` begin with; nothing for the store itself."""
+    """Returns the beginning of all keys below the folder `prefix`; empty for the store itself."""
     return f"{validated_key(prefix)}/" if prefix else ""

@@ -177,9 +177,9 @@ class GcsStore(RemoteStore):
                 self._was_seen.set()
         return True
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
+    def _job_error(self, error: Exception, uri: str) -> JobError | None:
         if not isinstance(error, _CLIENT) or isinstance(error, requests.JSONDecodeError):
-            return super()._told(error, uri)
+            return super()._job_error(error, uri)
         if isinstance(answer := getattr(error, "response", None), requests.Response):
             # The words of google-cloud-storage repeat the whole answer.
             error = _refusal(answer.status_code, answer.content)
@@ -193,7 +193,7 @@ class GcsStore(RemoteStore):
         if code == 404 and not self._bucket_exists():
             return self._no_bucket()
         permission = _GOOGLE_PERMISSION.search(str(error))
-        return self._told_by_status(uri, code, reason, permission[0] if permission else "")
+        return self._status_error(uri, code, reason, permission[0] if permission else "")
 
     def _status(self, error: Exception) -> int | None:
         return int(code) if (code := getattr(error, "code", None)) else None

@@ -168,13 +168,13 @@ class RemoteStore(Store):
             raise damaged(self.uri_of(key))
         return found
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
+    def _job_error(self, error: Exception, uri: str) -> JobError | None:
         # A proxy on the way may answer 200 with a page of its own, or with nothing.
         if isinstance(error, (LookupError, TypeError, ValueError, AttributeError)):
-            return self._told_by_status(uri, None, f"an answer that is no bucket's: {type(error).__name__}")
+            return self._status_error(uri, None, f"an answer that is no bucket's: {type(error).__name__}")
         return None
 
-    def _told_by_status(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
+    def _status_error(self, uri: str, status: int | None, reason: str, permission: str = "") -> JobError:
         """What an answer means, or that there was none; `permission` is the one that is lacking, if that is known."""
         if status == 404:
             return ObjectMissingError(f"no object at {uri}")

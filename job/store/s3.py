@@ -82,7 +82,7 @@ class S3Store(RemoteStore):
                 raise ValueError
         except (boto.BotoCoreError, ValueError) as error:
             # Its own words may repeat a password.
-            told = self._told(error, self.uri) if isinstance(error, boto.BotoCoreError) else None
+            told = self._job_error(error, self.uri) if isinstance(error, boto.BotoCoreError) else None
             raise told or BadRequestError(
                 f"{self.uri}: AWS_ENDPOINT_URL must be the URL of a server without a user and password"
             ) from None
@@ -159,19 +159,19 @@ class S3Store(RemoteStore):
     def _named(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key, **self._payer}
 
-    def _told(self, error: Exception, uri: str) -> JobError | None:
+    def _job_error(self, error: Exception, uri: str) -> JobError | None:
         if isinstance(error, boto.ClientError):
             return self._refusal(error, uri)
         if isinstance(error, (*_LOCKED_OUT, boto.TokenRetrievalError)):
             return self._no_credentials(type(error).__name__)
         if isinstance(error, ResponseParserError):
             # The answer itself is in its words.
-            return self._told_by_status(uri, None, "an answer that is not S3's")
+            return self._status_error(uri, None, "an answer that is not S3's")
         if isinstance(error, (*_NO_ANSWER, boto.CredentialRetrievalError)):
-            return self._told_by_status(uri, None, cause(error))
+            return self._status_error(uri, None, cause(error))
         if isinstance(error, boto.BotoCoreError):
             return BadRequestError(f"{uri}: cannot be asked for ({cause(error)}): check the AWS settings")
-        return super()._told(error, uri)
+        return super()._job_error(error, uri)
 
     def _refusal(self, error: boto.ClientError, uri: str) -> JobError:
         """What S3's word for an error means, or else its number."""
@@ -191,9 +191,9 @@ class S3Store(RemoteStore):
             case "PreconditionFailed" | "412":
                 return ObjectMissingError(f"{uri} was replaced while it was read: what is there now is another object")
             case "ConditionalRequestConflict" | "IncompleteBody" | "OperationAborted" | "RequestTimeout" | "SlowDown":
-                return self._told_by_status(uri, None, reason)
+                return self._status_error(uri, None, reason)
         action = _ACTION.search(str(error))
-        return self._told_by_status(uri, status, code if status in (401, 403) else reason, action[0] if action else "")
+        return self._status_error(uri, status, code if status in (401, 403) else reason, action[0] if action else "")
 
     def _status(self, error: Exception) -> int | None:
         return error.response["ResponseMetadata"]["HTTPStatusCode"] if isinstance(error, boto.ClientError) else None

@@ -73,6 +73,29 @@ def _mount(path: Path, inside: str, *options: str) -> str:
     return ",".join(("type=bind", f"source={path}", f"destination={inside}", *options))
 
 
+def _mounted_folders(spec: JobSpec) -> list[str]:
+    """Returns the mounts of the folders that a job reads or writes: a local bucket, and the source that it packs."""
+    mounts = []
+    if (folder := spec.bucket_folder) is not None:
+        mounts.append(_mount(folder, str(folder)))
+    if spec.verb == "pack":
+        # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
+        source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
+        mounts += [_mount(Path(source), source, "readonly")] if source.startswith("/") else []
+    return mounts
+
+
+def _gpu_options(engine: str, count: int, there: int) -> list[str]:
+    """Returns the options that give a container `count` of the GPUs `there`."""
+    if not count:
+        return []
+    if engine == "docker":
+        return ["--gpus", "all" if count == there else str(count)]
+    # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
+    names = ["all"] if count == there else range(count)
+    return [word for name in names for word in ("--device", f"nvidia.com/gpu={name}")]
+
+
 class ContainerBackend(Backend):
     """Jobs that are containers of this machine's engine, found again by their labels."""
 
@@ -100,7 +123,7 @@ class ContainerBackend(Backend):
         scheme, target = spec.bucket.partition("://")[0].lower(), self.target
         files = credential_files(scheme)
         inside = {variable: f"{CREDENTIALS_FOLDER}/{variable.lower()}" for variable in files}
-        mounts = self._folders(spec)
+        mounts = _mounted_folders(spec)
         mounts += [_mount(path, inside[variable], "readonly") for variable, path in files.items()]
         uid, gid = self.user if mounts else (IMAGE_USER, IMAGE_USER)
         words = [
@@ -116,7 +139,7 @@ class ContainerBackend(Backend):
             if self.engine == "podman" and uid:
                 # Without root a user of the container is another one outside.
                 words += ["--userns", "keep-id"]
-        words += self._gpus_handed_on(min(spec.gpus, self.gpus))
+        words += _gpu_options(self.engine, min(spec.gpus, self.gpus), self.gpus)
         words += ["--memory", target.memory] if target.memory else []
         words += ["--network", target.network] if target.network else []
         harmless = {name: os.environ[name] for name in _HARMLESS.get(scheme, ()) if os.environ.get(name)}
@@ -124,26 +147,6 @@ class ContainerBackend(Backend):
         for name, value in sorted(variables.items()):
             words += ["--env", f"{name}={value}"]
         return words + [word for mount in mounts for word in ("--mount", mount)]
-
-    def _folders(self, spec: JobSpec) -> list[str]:
-        """What of this machine is mounted where it is."""
-        mounts = []
-        if (folder := spec.bucket_folder) is not None:
-            mounts.append(_mount(folder, str(folder)))
-        if spec.verb == "pack":
-            # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
-            source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
-            mounts += [_mount(Path(source), source, "readonly")] if source.startswith("/") else []
-        return mounts
-
-    def _gpus_handed_on(self, count: int) -> list[str]:
-        if not count:
-            return []
-        if self.engine == "docker":
-            return ["--gpus", "all" if count == self.gpus else str(count)]
-        # Names of the Container Device Interface, which `nvidia-ctk cdi generate` writes.
-        names = ["all"] if count == self.gpus else range(count)
-        return [word for name in names for word in ("--device", f"nvidia.com/gpu={name}")]
 
     def become(self, spec: JobSpec) -> NoReturn:
         """Turns this process into the engine's client, which passes signals on and ends with the job's exit code."""

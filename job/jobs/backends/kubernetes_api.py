@@ -149,8 +149,8 @@ class ClusterApi:
 
     def _objects(self, verb: str, kind: Kind, *words: Any, **options: Any) -> Any:
         group, version, plural = kind
-        call = f"{verb}_namespaced_custom_object"
-        return self._ask("CustomObjectsApi", call, group, version, self.namespace, plural, *words, **options)
+        call, place = f"{verb}_namespaced_custom_object", (group, version, self.namespace, plural)
+        return self._ask("CustomObjectsApi", call, *place, *words, **options)
 
     def _ask(self, api: str, call: str, *words: Any, **options: Any) -> Any:
         """Calls a method of the client."""

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data.cache import DecodedCache, ImageCache, ShardCache, ShardSource
+from job.data.cache import DecodedCache, ImageCache, ShardCache
 from job.data.pack import PackRequest, pack
+from job.data.shard_source import ShardSource
 from job.data.shards import load_index
 from job.data.verify import verify_dataset
 from job.exits import BadDataError, Exit, MissingInputError

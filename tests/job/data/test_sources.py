@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from job.data import sources
+from job.data import members
 from job.data.ahead import in_order
 from job.data.images import Recipe, prepare
-from job.data.sources import open_source, survey
+from job.data.sources import open_source
+from job.data.survey import survey
 from job.exits import BadDataError, BadRequestError, JobError, MissingInputError
 from job.store import open_store
 from tests.job.damages import flip_a_bit
@@ -134,7 +135,7 @@ def deflated(path: Path, entries: int, entry_bytes: int) -> Path:
 
 
 def test_bombs_do_not_go_off(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "ENTRY_BYTES", limit := 1 << 20)
+    monkeypatch.setattr(members, "ENTRY_BYTES", limit := 1 << 20)
     for make, name in [*ARCHIVES[:2], (folder_of, "a")]:
         path = make(tmp_path / name, [("small.png", bytes(limit)), ("large.png", bytes(limit + 1))])
         assert f"entry 'large.png' has {limit + 1:,} bytes, more than the {limit:,}" in refusal(path)
@@ -372,7 +373,7 @@ def test_a_bucket_gives_what_a_local_disk_gives(tmp_path, gcs_server, gcs_bucket
         handle.blob(f"Landscape Images/{name}").upload_from_string(f"{number}".encode())
     photos = [(name, f"{number}".encode()) for number, name in enumerate(LANDSCAPE)]
     assert read(f"{gcs_bucket}/Landscape Images") == photos
-    monkeypatch.setattr(sources, "ENTRY_BYTES", 0)
+    monkeypatch.setattr(members, "ENTRY_BYTES", 0)
     assert "'00000000.jpg' has 1 bytes, more than the 0" in refusal(f"{gcs_bucket}/Landscape Images")
 
 

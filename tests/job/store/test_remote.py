@@ -279,10 +279,10 @@ def test_a_refusal_before_the_content_is_sent_and_one_without_words_are_conflict
     file.write_bytes(bytes(LARGE_BYTES))
     with serving(RefusingAtOnce) as url:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        with pytest.raises(ObjectExistsError, match="somebody else was first"):
+        with pytest.raises(ObjectExistsError, match="another writer was first"):
             open_store("gs://bucket", Retry(2)).upload(file, "key")
         monkeypatch.setenv("AWS_ENDPOINT_URL", url)
-        with pytest.raises(ObjectExistsError, match="somebody else was first"):
+        with pytest.raises(ObjectExistsError, match="another writer was first"):
             open_store("s3://bucket", Retry(2)).create("key", b"content")
 
 

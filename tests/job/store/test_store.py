@@ -79,13 +79,13 @@ def test_what_is_written_is_read_and_nothing_takes_the_place_of_another(store: S
         store.delete("runs/a/object")
 
     first = store.create("lease", b"1")
-    with pytest.raises(ObjectExistsError, match="somebody else was first") as error:
+    with pytest.raises(ObjectExistsError, match="another writer was first") as error:
         store.create("lease", b"theirs")
     assert store.uri_of("lease") in str(error.value)
     assert store.create("lease", b"1") == first, "a repeated write whose answer was lost is no conflict"
     second = store.replace("lease", b"2", first)
     assert store.read("lease") == Blob(b"2", second) != Blob(b"2", first)
-    with pytest.raises(ConflictError, match="somebody else wrote it"):
+    with pytest.raises(ConflictError, match="another writer replaced it"):
         store.replace("lease", b"3", first)
     assert store.replace("lease", b"2", first) == second, "nor is this"
     store.put("lease", b"4")

@@ -1,0 +1,117 @@
+"""One file of a source, and the error that refuses it: archives come from strangers."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import lzma
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import IO, BinaryIO, cast
+
+from job.exits import BadDataError, MissingInputError, NoPermissionError
+
+SUFFIXES = {
+    *(".avif", ".bmp", ".gif", ".heic", ".heif", ".hif", ".jfif", ".jpe", ".jpeg", ".jpg"),
+    *(".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"),
+}
+ENTRY_BYTES = 256 * 1024 * 1024
+"""Largest image file that is read."""
+EXPANSION = 200
+"""How many times larger than the archive its content may be. Images hardly compress; deflate alone reaches 1,032."""
+Opener = Callable[[], BinaryIO]
+"""Opens a file from its beginning, as a seekable stream; may be called several times."""
+
+_DAMAGES = (tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+
+
+class RefusedError(Exception):
+    """Why a file is not acceptable, as the end of a sentence that begins with its name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One file of a source, before its content is read.
+
+    Attributes:
+        name: its relative path.
+        read: gives its content.
+        offset: where that begins in a tar.
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    offset: int = -1
+
+
+@contextmanager
+def refusing(where: str) -> Iterator[None]:
+    """Turns whatever a damaged file, archive or folder can cause into one clear error that begins with `where`.
+
+    Raises:
+        BadDataError: damaged or refused.
+        MissingInputError: gone.
+        NoPermissionError: not readable by this user.
+    """
+    try:
+        yield
+    except RefusedError as error:
+        raise BadDataError(f"{where} {error}") from None
+    except FileNotFoundError:
+        raise MissingInputError(f"{where} is not there (any more)") from None
+    except PermissionError:
+        raise NoPermissionError(f"{where} may not be read by this user: change its permissions") from None
+    # zipfile raises RuntimeError and ValueError for what makes no sense or has a password, gzip EOFError, bz2 OSError;
+    # tarfile IndexError for a sparse file that is cut off, and OverflowError for a size beyond all machines.
+    except (*_DAMAGES, EOFError, OSError, RuntimeError, ValueError, IndexError, OverflowError) as error:
+        raise BadDataError(f"{where} is truncated or damaged ({error}): get it again") from None
+
+
+def path_parts(name: str) -> tuple[str, ...]:
+    """Components of a relative path; archives made on Windows may separate them by backslashes."""
+    return tuple(name.replace("\\", "/").split("/"))
+
+
+def is_image(name: str) -> bool:
+    """Whether the name says that this is an image a person meant to keep: no hidden file, no macOS litter."""
+    _, dot, suffix = path_parts(name)[-1].rpartition(".")
+    return f"{dot}{suffix.lower()}" in SUFFIXES and not is_litter(name)
+
+
+def is_litter(name: str) -> bool:
+    """Whether an operating system or program put it there: hidden files, and the resource forks of macOS."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path_parts(name))
+
+
+def refused(name: str, problem: str) -> RefusedError:
+    """Returns the error that a source has this entry."""
+    return RefusedError(f"has the entry {name!r}, which {problem}")
+
+
+def read_exactly(file: IO[bytes], size: int) -> bytes:
+    """The next `size` bytes, which must be there; no header is trusted with more memory than an image may take."""
+    check_size(size)
+    content = file.read(size)
+    if len(content) != size:
+        raise RefusedError(f"has {len(content):,} bytes where {size:,} were promised: it is truncated or damaged")
+    return content
+
+
+def check_size(size: int) -> None:
+    """Raises `RefusedError` for more bytes than an image file may have."""
+    if size > ENTRY_BYTES:
+        raise RefusedError(f"has {size:,} bytes, more than the {ENTRY_BYTES:,} that an image may have")
+
+
+def unpacked(file: BinaryIO) -> tuple[BinaryIO, int]:
+    """What is in a file that may be gzipped, and how many bytes may come out of it."""
+    limit_bytes = max(ENTRY_BYTES, EXPANSION * file.seek(0, io.SEEK_END))
+    file.seek(0)
+    is_gzipped = file.read(2) == b"\x1f\x8b"
+    file.seek(0)
+    return cast(BinaryIO, gzip.GzipFile(fileobj=file)) if is_gzipped else file, limit_bytes
