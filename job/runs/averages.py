@@ -24,8 +24,8 @@ from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.readers import reading_chosen
 from job.runs.records import NamedObject
-from job.runs.retention import reading_chosen
 from job.runs.samples import label_of
 from job.runs.writer import plan_parts, write_part
 from job.stop import Stop

@@ -20,8 +20,9 @@ from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Latest, Manifest, lost_manifest, sha256_of
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, PICTURES, SAMPLES, ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
+from job.runs.readers import Reader
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
-from job.runs.retention import Reader, Retention, leftovers
+from job.runs.retention import Retention, leftovers
 from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
 from job.runs.scores import Scores
 from job.sealed import Sealed, author_of

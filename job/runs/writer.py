@@ -25,8 +25,9 @@ from job.runs import metrics, pipeline
 from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
 from job.runs.lease import Lease
+from job.runs.readers import being_read
 from job.runs.records import Attempt, NamedObject, utc_now
-from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
+from job.runs.retention import Retention, delete_checkpoint, sweep
 from job.runs.samples import put_picture
 from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
 from job.store import Store

@@ -10,11 +10,11 @@ import pytest
 
 from job.exits import Exit, StoppedError
 from job.processes.process_identity import ProcessIdentity
-from job.runs import records, retention
+from job.runs import records, removal
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.lease import LEASE_KEY, load_lease
-from job.runs.retention import Reader, being_read, reading
+from job.runs.readers import Reader, being_read, reading
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
@@ -220,8 +220,8 @@ def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, 
         stop = StopWhen(lambda leaves=leaves: len(everything(run)) == leaves)
         monkeypatch.setattr(stop, "install", lambda stop=stop: stop)
         with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
-            patch.setattr(retention, "Stop", lambda stop=stop: stop)
-            retention.delete_run(str(bucket), "r", certain=True)
+            patch.setattr(removal, "Stop", lambda stop=stop: stop)
+            removal.delete_run(str(bucket), "r", certain=True)
         assert len(everything(run)) == leaves
         train = ("train", "--dataset", "random", "--run", "r")
         for words in (("runs", "show", "r"), train, ("sample", "--run", "r")):

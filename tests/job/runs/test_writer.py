@@ -18,7 +18,7 @@ from job.runs import writer as writer_module
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metrics import read_rows
-from job.runs.retention import reading
+from job.runs.readers import reading
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
