@@ -203,7 +203,8 @@ class TrainingSession:
         self.rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
         self.shelf = Shelf(note)
         held = HeldRun(self.plan.run, self._retention(), attempt, lease)
-        self.writer = CheckpointWriter(held, self.state.tensors(), manifest, aside, self.stop, note)
+        tensors = self.state.tensors()
+        self.writer = CheckpointWriter(held, tensors, before=manifest, aside=aside, stop=self.stop, note=note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield

@@ -203,7 +203,8 @@ def _commit(
     attempt = records.record_attempt(run, lease.fence, {}, 1, device, lease.holder, imported=source)
     # Whoever imports one after another wants all of them.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
-    writer = CheckpointWriter(HeldRun(run, retention, attempt, lease), state.tensors(), None, set(), stop, note)
+    held = HeldRun(run, retention, attempt, lease)
+    writer = CheckpointWriter(held, state.tensors(), before=None, aside=set(), stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()

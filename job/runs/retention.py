@@ -5,12 +5,12 @@ Training retires and sweeps as it goes. A checkpoint that somebody reads stays, 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
-from job.exits import BadDataError
+from job.exits import BadDataError, JobError, LostRunError
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
 from job.runs.lease import Lease
@@ -123,3 +123,30 @@ def sweep(run: Store, lease: Lease) -> None:
         lease.confirm()
         run.delete(key)
     run.sub(CHECKPOINTS).sweep()
+
+
+class Retirement:
+    """Deletes what may go, after each commit of an attempt."""
+
+    def __init__(self, run: Store, lease: Lease, aside: Collection[CheckpointRef], note: Callable[[str], None]) -> None:
+        """Checkpoints that are set `aside` because they do not verify push no other out, and stay."""
+        self._run, self._lease, self._aside, self._note = run, lease, aside, note
+        self._is_swept = False
+
+    def after(self, newest: CheckpointRef, retention: Retention) -> None:
+        """Deletes what may go by now. An error costs space, not work: the next commit tries again."""
+        try:
+            # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
+            refs = [ref for ref in list_checkpoints(self._run) if ref <= newest and ref not in self._aside]
+            for ref in retention.retire(refs):
+                self._lease.confirm()
+                # Right before the deletion: a reader that comes later finds the manifest gone, and chooses again.
+                if ref not in being_read(self._run):
+                    delete_checkpoint(self._run, ref)
+            if not self._is_swept:
+                sweep(self._run, self._lease)
+                self._is_swept = True
+        except LostRunError:
+            raise
+        except JobError as error:
+            self._note(f"old checkpoints of {self._run.uri} stay for now: {error}")

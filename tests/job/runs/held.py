@@ -62,7 +62,7 @@ def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
 
 def writer_of(held_run: HeldRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
     note = pytest.fail if notes is None else notes.append
-    return CheckpointWriter(held_run, tensors, None, set(), stop, note)
+    return CheckpointWriter(held_run, tensors, before=None, aside=set(), stop=stop, note=note)
 
 
 def save(writer: CheckpointWriter, *images_seen: int) -> None:

@@ -14,7 +14,7 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.runs import writer as writer_module
+from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metrics import read_rows
@@ -67,7 +67,7 @@ def refusing(error: Exception) -> Callable[[str], None]:
 
 def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
-    monkeypatch.setattr(writer_module, "PART_BYTES", 12_000)
+    monkeypatch.setattr(checkpoint_files, "PART_BYTES", 12_000)
     writer = writer_of(held(run), tensors)
     for images_seen in (8, 16):
         writer.save(images_seen, [])
@@ -229,7 +229,7 @@ def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue)
 def test_a_person_is_warned_and_saving_follows(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the shortest cadence that follows; a test has less time.
-    hooks = hooked(tmp_path / "hooks", job__runs__writer="SHORTEST_CADENCE_MINUTES = 0.002")
+    hooks = hooked(tmp_path / "hooks", job__runs__cadence="SHORTEST_CADENCE_MINUTES = 0.002")
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]
