@@ -41,7 +41,7 @@ from job.runs.lease import Lease
 from job.runs.retention import Retention, best_images_seen
 from job.runs.samples import LOSS_FIGURE, SCORES_FIGURE, denoising_key, grid_key, label_of, moment_of, title_of
 from job.runs.scores import score_name
-from job.runs.writer import CheckpointWriter, HeldRun
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sampling.painter import Painter
 from job.sampling.sample import grid_png, with_class
 from job.stop import NEVER, Stop
@@ -134,7 +134,9 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
         records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.accelerator.device)
-    attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
+    attempt = records.record_attempt(
+        plan.run, lease.fence, lease.holder, changes=plan.changes, world_size=ranks.world_size, device=device
+    )
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     return attempt
@@ -202,9 +204,9 @@ class TrainingSession:
         self.attempt, self.lease = attempt, lease
         self.rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
         self.shelf = Shelf(note)
-        held = HeldRun(self.plan.run, self._retention(), attempt, lease)
+        leased = LeasedRun(self.plan.run, self._retention(), attempt, lease)
         tensors = self.state.tensors()
-        self.writer = CheckpointWriter(held, tensors, before=manifest, aside=aside, stop=self.stop, note=note)
+        self.writer = CheckpointWriter(leased, tensors, before=manifest, aside=aside, stop=self.stop, note=note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield

@@ -64,7 +64,7 @@ def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: boo
     else:
         with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
             found = _removals(bucket, run, config, lease.fence)
-            for removal in _while_held("pruning", found, lease, stop):
+            for removal in _while_leased("pruning", found, lease, stop):
                 if _remove(run, removal):
                     print(removal)
             run.sweep()
@@ -158,7 +158,7 @@ def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
             )
         # Listed anew, for whoever held the run before may have written since.
         keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
-        for key in _while_held("deleting", keys, lease, stop):
+        for key in _while_leased("deleting", keys, lease, stop):
             run.delete(key)
     print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
 
@@ -173,7 +173,7 @@ def _turn(key: str) -> int:
     return turns.get(located(key).kind, 2)
 
 
-def _while_held(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:
+def _while_leased(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:
     """Yields what is to be deleted one by one, for as long as the run is certainly ours and nobody asks to stop."""
     with Progress(title, total=len(objects), unit="objects") as bar:
         for number, one in enumerate(objects):

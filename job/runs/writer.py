@@ -29,7 +29,7 @@ WAIT_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
-class HeldRun:
+class LeasedRun:
     """A run, and what makes an attempt its one writer."""
 
     store: Store
@@ -55,7 +55,7 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        held: HeldRun,
+        leased: LeasedRun,
         live: Tensors,
         *,
         before: Manifest | None,
@@ -66,7 +66,7 @@ class CheckpointWriter:
         """Allocates the host buffers and starts the thread.
 
         Args:
-            held: the run.
+            leased: the run.
             live: the tensors to save, by group.
             before: of the checkpoint that was restored, whose metrics and snapshots stay those of the run.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
@@ -75,15 +75,15 @@ class CheckpointWriter:
         """
         self.rows, self.saved_metrics = list[metrics.Row](), list(before.metrics if before else ())
         self._snapshots = before.snapshots if before else ()
-        self.retention = held.retention
-        self._held, self._stop = held, stop
+        self.retention = leased.retention
+        self._leased, self._stop = leased, stop
         # What is on its way when a stop is asked for is to arrive.
         self._closing = Stop(stop.grace_seconds)
-        self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
-        self._files = CheckpointFiles(live, held.retention)
-        every_minutes = held.retention.config.checkpoint.every_minutes
+        self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
+        self._files = CheckpointFiles(live, leased.retention)
+        every_minutes = leased.retention.config.checkpoint.every_minutes
         self._cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
-        self._retirement = Retirement(self._run, held.lease, aside, note)
+        self._retirement = Retirement(self._run, leased.lease, aside, note)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
         self._later: list[Callable[[Store], None]] = []
@@ -100,7 +100,7 @@ class CheckpointWriter:
     @property
     def troubled(self) -> bool:
         """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
-        return bool(self._held.lease.lost) or self._error is not None
+        return bool(self._leased.lease.lost) or self._error is not None
 
     def raise_trouble(self) -> None:
         """Raises why this attempt cannot go on, if it cannot.
@@ -109,7 +109,7 @@ class CheckpointWriter:
             LostRunError: another attempt took the run.
             JobError: saving failed for good.
         """
-        self._held.lease.check_lost()
+        self._leased.lease.check_lost()
         if self._error is not None:
             raise self._error
 
@@ -123,7 +123,7 @@ class CheckpointWriter:
             BucketAwayError: a stop was asked for, and leaves no time for that.
         """
         self._cadence.begin()
-        attempt, objects = self._held.attempt, dict[str, bytes]()
+        attempt, objects = self._leased.attempt, dict[str, bytes]()
         if self.rows:
             config = None if self.saved_metrics else self.retention.config
             objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
@@ -151,7 +151,7 @@ class CheckpointWriter:
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
-        ref = CheckpointRef(self._held.attempt.fence, images_seen)
+        ref = CheckpointRef(self._leased.attempt.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
     def do_later(self, work: Callable[[Store], None]) -> None:
@@ -221,7 +221,7 @@ class CheckpointWriter:
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
                 if self._later and not (self._queued and self._stop.reason):
-                    self._run.retry(self._held.lease.confirm)
+                    self._run.retry(self._leased.lease.confirm)
                     self._later[0](self._run)
                     with self._change():
                         del self._later[0]
@@ -244,7 +244,7 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        uploaded = self._files.upload(self._run, self._held.lease, manifest.ref, self._release_host)
+        uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = [file for file in uploaded if located(file.key).kind in OF_CHECKPOINT]
         self._snapshots += tuple(file for file in uploaded if file not in files)
         described = self._files.descriptions(manifest.ref)
@@ -255,7 +255,7 @@ class CheckpointWriter:
 
         def commit() -> None:
             # Both again after an outage: the run may have been taken over meanwhile.
-            self._held.lease.confirm()
+            self._leased.lease.confirm()
             commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
