@@ -21,11 +21,12 @@ from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
 from job import method
 from job.config import RunConfig
+from job.runs.checkpoint_files import PARALLEL_UPLOADS, plan_parts
 from job.runs.checkpoints import list_checkpoints
 from job.runs.lease import Lease
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import Retention, delete_checkpoint
-from job.runs.writer import PARALLEL_UPLOADS, CheckpointWriter, HeldRun, plan_parts
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER
 from job.store import Store, open_store
 from tests.servers import fake_gcs_server
@@ -78,9 +79,9 @@ def saves(run: Store, config: RunConfig, state: State, turns: int) -> tuple[Turn
     """Seconds that `CheckpointWriter.save` blocks, in turn with a plain copy, and seconds until it is committed."""
     lease = Lease.take(run, 0, 0.0, NEVER, print)
     create_config(run, config)
-    attempt = record_attempt(run, lease.fence, {}, world_size=1, device="cpu", holder=lease.holder)
-    held = HeldRun(run, Retention(config, 10**6), attempt, lease)
-    writer = CheckpointWriter(held, state, before=None, aside=set(), stop=NEVER, note=print)
+    attempt = record_attempt(run, lease.fence, lease.holder, changes={}, world_size=1, device="cpu")
+    leased = LeasedRun(run, Retention(config, 10**6), attempt, lease)
+    writer = CheckpointWriter(leased, state, before=None, aside=set(), stop=NEVER, note=print)
     live = list(chain.from_iterable(named.values() for named in state.values()))
     buffers = [torch.empty_like(tensor).fill_(0) for tensor in live]
     images_seen, started, committed = count(), [0.0], []

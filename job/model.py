@@ -13,7 +13,7 @@ from job.exits import BadRequestError
 from job.requests import SampleRequest
 from job.runs.checkpoints import opened
 from job.runs.layout import RUNS
-from job.runs.retention import reading_chosen
+from job.runs.readers import reading_chosen
 from job.sampling.plan import plan_sampling
 
 

@@ -15,19 +15,22 @@ def apply(name: str, module: ModuleType, trace: Any) -> None:
 
 
 def _manifest_first(module: Any, trace: Any) -> None:
-    upload_files, commit_manifest = module.CheckpointWriter._upload_files, module.commit_manifest
+    from job.runs.checkpoint_files import write_part
+    from job.store.files import scratch_folder
+
+    upload, commit_manifest = module.CheckpointFiles.upload, module.commit_manifest
     late: list[Callable[[], Any]] = []
 
-    def upload_later(writer: Any, ref: Any) -> Any:
-        late.append(lambda: upload_files(writer, ref))
-        with module.scratch_folder("sabotage") as folder:
-            return tuple(module.write_part(folder / "part", key, tensors) for key, tensors in writer._files_of(ref))
+    def upload_later(files: Any, run: Any, lease: Any, ref: Any, when_written: Any) -> Any:
+        late.append(lambda: upload(files, run, lease, ref, when_written))
+        with scratch_folder("sabotage") as folder:
+            return tuple(write_part(folder / "part", key, tensors) for key, tensors in files.tensors_of(ref))
 
     def commit_and_upload(run: Any, manifest: Any) -> None:
         commit_manifest(run, manifest)
         late.pop()()
 
-    module.CheckpointWriter._upload_files, module.commit_manifest = upload_later, commit_and_upload
+    module.CheckpointFiles.upload, module.commit_manifest = upload_later, commit_and_upload
 
 
 def _fence_ignored(lease: Any, trace: Any) -> None:

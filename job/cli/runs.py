@@ -92,7 +92,7 @@ def runs_prune(
 
     Example: ddpm runs prune celeba --keep-last 1 --dry-run
     """
-    from job.runs.retention import prune_run
+    from job.runs.removal import prune_run
 
     prune_run(bucket, run, keep_last=keep_last, dry_run=dry_run)
 
@@ -105,6 +105,6 @@ def runs_delete(run: RunName, yes: Certain = False, bucket: BucketUri = DEFAULT_
 
     Example: ddpm runs delete celeba --yes
     """
-    from job.runs.retention import delete_run
+    from job.runs.removal import delete_run
 
     delete_run(bucket, run, certain=yes)

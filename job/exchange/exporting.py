@@ -15,7 +15,7 @@ from job.progress import Progress, note
 from job.runs import pipeline
 from job.runs.checkpoints import choose, opened
 from job.runs.layout import CheckpointRef
-from job.runs.retention import reading_chosen
+from job.runs.readers import reading_chosen
 from job.runs.samples import grid_key, label_of
 from job.sampling.plan import check_average
 from job.stop import Stop

@@ -21,7 +21,7 @@ from job.runs import records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.lease import Lease
 from job.runs.retention import Retention
-from job.runs.writer import CheckpointWriter, HeldRun
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 
@@ -199,10 +199,13 @@ def _commit(
     if records.load_config(run) is None:
         records.create_config(run, config)
     device = describe_device(state.first_nonfinite.device)
-    attempt = records.record_attempt(run, lease.fence, {}, 1, device, lease.holder, imported=source)
+    attempt = records.record_attempt(
+        run, lease.fence, lease.holder, changes={}, world_size=1, device=device, imported=source
+    )
     # Whoever imports one after another wants all of them.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
-    writer = CheckpointWriter(HeldRun(run, retention, attempt, lease), state.tensors(), None, set(), stop, note)
+    leased = LeasedRun(run, retention, attempt, lease)
+    writer = CheckpointWriter(leased, state.tensors(), before=None, aside=set(), stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()

@@ -22,12 +22,12 @@ from job.config import RunConfig, average_name
 from job.exits import BadDataError, BadRequestError
 from job.progress import Progress, note
 from job.runs import records
+from job.runs.checkpoint_files import plan_parts, write_part
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.readers import reading_chosen
 from job.runs.records import NamedObject
-from job.runs.retention import reading_chosen
 from job.runs.samples import label_of
-from job.runs.writer import plan_parts, write_part
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder

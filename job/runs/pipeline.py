@@ -12,10 +12,14 @@ pipelines can draw from both without being told a class.
 from __future__ import annotations
 
 import json
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ddpm import interop
 from job.config import RunConfig, UNetConfig
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FORMAT_VERSION = "0.36.0"
 """Of diffusers, in which all that these files say is known."""
@@ -88,3 +92,32 @@ def weights_names(parts: int) -> list[str]:
 def weights_index(size_bytes: int, names: dict[str, str]) -> bytes:
     """The JSON object that says in which of several files a tensor lies, by the tensor's name."""
     return (json.dumps({"metadata": {"total_size": size_bytes}, "weight_map": names}, indent=2) + "\n").encode()
+
+
+class FilesForDiffusers(NamedTuple):
+    """The weights that draw and what describes them, as they lie in a checkpoint."""
+
+    drawn: str
+    """Which weights; none where diffusers has no such network."""
+    names: dict[str, str]
+    """Their files below the checkpoint, by the names that they would have otherwise."""
+    descriptions: dict[str, bytes]
+    """The JSON objects beside them, by key below the checkpoint."""
+
+
+def files_for_diffusers(config: RunConfig, parts: Mapping[str, Mapping[str, Tensor]]) -> FilesForDiffusers:
+    """What the files of the weights that draw are called, and what describes them.
+
+    Args:
+        config: of the run.
+        parts: all tensors of a checkpoint by file, each named after its group: `ema-00.safetensors`.
+    """
+    descriptions = described(config).objects
+    drawn = config.sample.weights if descriptions else ""
+    weights = {part: tensors for part, tensors in parts.items() if drawn and part.rpartition("-")[0] == drawn}
+    names = dict(zip(weights, weights_names(len(weights)), strict=True))
+    if len(weights) > 1:
+        where = {tensor: names[part].rpartition("/")[2] for part, tensors in weights.items() for tensor in tensors}
+        size_bytes = sum(tensor.nbytes for tensors in weights.values() for tensor in tensors.values())
+        descriptions[INDEX] = weights_index(size_bytes, where)
+    return FilesForDiffusers(drawn, names, descriptions)

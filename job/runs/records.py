@@ -266,7 +266,7 @@ def highest_fence(run: Store) -> int:
 
 
 def record_attempt(
-    run: Store, fence: int, changes: dict[str, Any], world_size: int, device: str, holder: str, imported: str = ""
+    run: Store, fence: int, holder: str, *, changes: dict[str, Any], world_size: int, device: str, imported: str = ""
 ) -> Attempt:
     """Writes down who works on the run under this fence, which the run's lease gave to `holder`."""
     previous, status = max(attempt_fences(run), default=None), read_status(run)

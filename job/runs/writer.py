@@ -6,82 +6,30 @@ old checkpoints are retired. How often is as configured, or more often where a p
 
 from __future__ import annotations
 
-import os
-import re
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
-from torch import Tensor
-
-from job.exits import BucketAwayError, JobError, LostRunError, StoppedError
-from job.runs import metrics, pipeline
-from job.runs.checkpoints import Manifest, commit_manifest, list_checkpoints, sha256_of
-from job.runs.layout import OF_CHECKPOINT, CheckpointRef, ObjectKind, located
+from job.exits import BucketAwayError, StoppedError
+from job.runs import metrics
+from job.runs.cadence import Cadence
+from job.runs.checkpoint_files import CheckpointFiles, Tensors
+from job.runs.checkpoints import Manifest, commit_manifest
+from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
 from job.runs.lease import Lease
 from job.runs.records import Attempt, NamedObject, utc_now
-from job.runs.retention import Retention, being_read, delete_checkpoint, sweep
+from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.stop import GRACE_VARIABLE, MARGIN_SECONDS, Stop
+from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
-from job.store.files import os_errors, scratch_folder
 
-Tensors = dict[str, dict[str, Tensor]]
-"""By group and name."""
-
-PART_BYTES = 128 * 1024 * 1024
-"""Parts of this size keep all connections busy, and a retry cheap."""
-PARALLEL_UPLOADS = 4
 WAIT_SECONDS = 0.1
-PROBE_BYTES = 16 << 20
-SAVES_PER_CADENCE = 10
-"""Where a preemption costs the work since the last save, saving may take up to a tenth of the time."""
-SHORTEST_CADENCE_MINUTES = 1.0
-
-
-def plan_parts(tensors: Tensors) -> Tensors:
-    """Cuts each group into files of about `PART_BYTES`: by file name, what it holds. A large tensor has its own."""
-    parts: Tensors = {}
-    for group, named in tensors.items():
-        number = size_bytes = 0
-        for name, tensor in named.items():
-            if size_bytes and size_bytes + tensor.nbytes > PART_BYTES:
-                number, size_bytes = number + 1, 0
-            parts.setdefault(f"{group}-{number:02d}.safetensors", {})[name] = tensor
-            size_bytes += tensor.nbytes
-    return parts
-
-
-class HostCopy:
-    """Host buffers for a set of live tensors: contiguous, allocated and touched once, pinned for CUDA."""
-
-    def __init__(self, live: Tensors) -> None:
-        self.live = live
-        self.host: Tensors = {}
-        self._cuda = any(tensor.is_cuda for named in live.values() for tensor in named.values())
-        for group, named in live.items():
-            sizes = [tensor.numel() for tensor in named.values()]
-            flat = torch.empty(sum(sizes), dtype=torch.float32, pin_memory=self._cuda)
-            flat.fill_(0)  # touches every page: a first save into fresh pages takes ten times as long
-            views = zip(named.items(), flat.split(sizes), strict=True)
-            self.host[group] = {name: view.view(tensor.shape) for (name, tensor), view in views}
-
-    def copy(self) -> None:
-        """Copies the live values; when it returns, training may go on."""
-        for group, named in self.live.items():
-            torch._foreach_copy_(list(self.host[group].values()), list(named.values()), non_blocking=True)
-        if self._cuda:
-            torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
-class HeldRun:
+class LeasedRun:
     """A run, and what makes an attempt its one writer."""
 
     store: Store
@@ -107,8 +55,9 @@ class CheckpointWriter:
 
     def __init__(
         self,
-        held: HeldRun,
+        leased: LeasedRun,
         live: Tensors,
+        *,
         before: Manifest | None,
         aside: set[CheckpointRef],
         stop: Stop,
@@ -117,7 +66,7 @@ class CheckpointWriter:
         """Allocates the host buffers and starts the thread.
 
         Args:
-            held: the run.
+            leased: the run.
             live: the tensors to save, by group.
             before: of the checkpoint that was restored, whose metrics and snapshots stay those of the run.
             aside: checkpoints that do not verify. They push no other out, and stay for somebody to look at.
@@ -126,36 +75,32 @@ class CheckpointWriter:
         """
         self.rows, self.saved_metrics = list[metrics.Row](), list(before.metrics if before else ())
         self._snapshots = before.snapshots if before else ()
-        self.retention = held.retention
-        self._held, self._aside, self._stop, self._note = held, aside, stop, note
+        self.retention = leased.retention
+        self._leased, self._stop = leased, stop
         # What is on its way when a stop is asked for is to arrive.
         self._closing = Stop(stop.grace_seconds)
-        self._run = held.store.within(held.store.retry.limit_seconds, self._closing)
-        self._copy = HostCopy(live)
-        self._parts = plan_parts(self._copy.host)
-        self._descriptions = pipeline.described(held.retention.config).objects
-        self._drawn = held.retention.config.sample.weights if self._descriptions else ""
-        self._names = self._named_for_diffusers()
-        self._every_minutes, self._saved_at = held.retention.config.checkpoint.every_minutes, time.monotonic()
+        self._run = leased.store.within(leased.store.retry.limit_seconds, self._closing)
+        self._files = CheckpointFiles(live, leased.retention)
+        every_minutes = leased.retention.config.checkpoint.every_minutes
+        self._cadence = Cadence(self._run, self._files.size_bytes, every_minutes, stop.grace_seconds, note)
+        self._retirement = Retirement(self._run, leased.lease, aside, note)
         self._changed = threading.Condition()
         self._queued: tuple[Manifest, dict[str, bytes]] | None = None
         self._later: list[Callable[[Store], None]] = []
-        self._reading_host = self._committing = self._is_swept = False
+        self._reading_host = self._committing = False
         self._error: BaseException | None = None
-        threading.Thread(target=self._measure, name="measure-save", daemon=True).start()
         self._thread = threading.Thread(target=self._work, name="checkpoint-writer", daemon=True)
         self._thread.start()
 
     @property
     def overdue(self) -> bool:
         """Whether the last checkpoint is older than the cadence allows."""
-        minutes = (time.monotonic() - self._saved_at) / 60
-        return minutes >= self._every_minutes and not self._busy
+        return self._cadence.is_over and not self._busy
 
     @property
     def troubled(self) -> bool:
         """Whether this attempt cannot go on: another holds the run, or what was to be saved cannot be."""
-        return bool(self._held.lease.lost) or self._error is not None
+        return bool(self._leased.lease.lost) or self._error is not None
 
     def raise_trouble(self) -> None:
         """Raises why this attempt cannot go on, if it cannot.
@@ -164,7 +109,7 @@ class CheckpointWriter:
             LostRunError: another attempt took the run.
             JobError: saving failed for good.
         """
-        self._held.lease.check_lost()
+        self._leased.lease.check_lost()
         if self._error is not None:
             raise self._error
 
@@ -177,8 +122,8 @@ class CheckpointWriter:
         Raises:
             BucketAwayError: a stop was asked for, and leaves no time for that.
         """
-        self._saved_at = time.monotonic()
-        attempt, objects = self._held.attempt, dict[str, bytes]()
+        self._cadence.begin()
+        attempt, objects = self._leased.attempt, dict[str, bytes]()
         if self.rows:
             config = None if self.saved_metrics else self.retention.config
             objects = metrics.metric_objects(self.rows, CheckpointRef(attempt.fence, images_seen), config)
@@ -192,7 +137,7 @@ class CheckpointWriter:
             world_size=attempt.world_size,
             loss_sums=loss_sums,
             files=(),
-            drawn=self._drawn,
+            drawn=self._files.drawn,
             metrics=tuple(self.saved_metrics),
         )
         with self._change():
@@ -201,12 +146,12 @@ class CheckpointWriter:
             self.raise_trouble()
             if self._queued:
                 objects = self._queued[1] | objects
-            self._copy.copy()
+            self._files.copy()
             self._queued = manifest, objects
 
     def put(self, key: str, picture: bytes, *, images_seen: int) -> None:
         """Queues a picture of the weights at `images_seen`, which goes up when the bucket takes it."""
-        ref = CheckpointRef(self._held.attempt.fence, images_seen)
+        ref = CheckpointRef(self._leased.attempt.fence, images_seen)
         self.do_later(lambda run: put_picture(run, key, picture, ref))
 
     def do_later(self, work: Callable[[Store], None]) -> None:
@@ -276,12 +221,12 @@ class CheckpointWriter:
                 # In order, for the next attempt draws only the picture of the very checkpoint that it begins with. But
                 # whoever is to stop may have no time for both.
                 if self._later and not (self._queued and self._stop.reason):
-                    self._run.retry(self._held.lease.confirm)
+                    self._run.retry(self._leased.lease.confirm)
                     self._later[0](self._run)
                     with self._change():
                         del self._later[0]
                 else:
-                    self._retire(self._commit())
+                    self._retirement.after(self._commit(), self.retention)
         except BaseException as error:
             with self._change():
                 self._error = error
@@ -299,10 +244,10 @@ class CheckpointWriter:
             assert self._queued is not None
             (manifest, objects), self._queued = self._queued, None
             self._committing = self._reading_host = True
-        uploaded = self._upload_files(manifest.ref)
+        uploaded = self._files.upload(self._run, self._leased.lease, manifest.ref, self._release_host)
         files = [file for file in uploaded if located(file.key).kind in OF_CHECKPOINT]
         self._snapshots += tuple(file for file in uploaded if file not in files)
-        described = {f"{manifest.ref.key}/{name}": data for name, data in self._descriptions.items()}
+        described = self._files.descriptions(manifest.ref)
         files += [NamedObject.of(key, data) for key, data in described.items()]
         manifest = manifest.model_copy(update={"files": tuple(files), "snapshots": self._snapshots})
         for key, data in (objects | described).items():
@@ -310,7 +255,7 @@ class CheckpointWriter:
 
         def commit() -> None:
             # Both again after an outage: the run may have been taken over meanwhile.
-            self._held.lease.confirm()
+            self._leased.lease.confirm()
             commit_manifest(self._run, manifest)
 
         self._run.retry(commit)
@@ -318,99 +263,6 @@ class CheckpointWriter:
             self._committing = False
         return manifest.ref
 
-    def _named_for_diffusers(self) -> dict[str, str]:
-        """What the files of the weights that draw are called below a checkpoint; describes several."""
-        parts = [part for part in self._parts if self._drawn and part.rpartition("-")[0] == self._drawn]
-        names = dict(zip(parts, pipeline.weights_names(len(parts)), strict=True))
-        if len(parts) > 1:
-            where = {tensor: name.rpartition("/")[2] for part, name in names.items() for tensor in self._parts[part]}
-            size_bytes = sum(tensor.nbytes for tensor in self._copy.host[self._drawn].values())
-            self._descriptions[pipeline.INDEX] = pipeline.weights_index(size_bytes, where)
-        return names
-
-    def _files_of(self, ref: CheckpointRef) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """What belongs to a checkpoint, by key: the host copy, and a snapshot of its averages if one is due."""
-        averages = self.retention.config.ema.names if self.retention.takes_snapshot(ref.images_seen) else ()
-        for name, tensors in self._parts.items():
-            yield f"{ref.key}/{self._names.get(name, name)}", tensors
-            if name.rpartition("-")[0] in averages:
-                yield f"{ObjectKind.SNAPSHOT.folder}/{ref}/{name}", {n: t.half() for n, t in tensors.items()}
-
-    def _upload_files(self, ref: CheckpointRef) -> tuple[NamedObject, ...]:
-        """Uploads the host copy, which may be overwritten as soon as all of it is in local files."""
-        with scratch_folder("save") as folder, ThreadPoolExecutor(PARALLEL_UPLOADS) as pool:
-
-            def upload(path: Path, key: str) -> None:
-                # Whoever slept may have lost the run, and would upload a whole checkpoint that nobody is to read.
-                self._run.retry(self._held.lease.confirm)
-                self._run.upload(path, key)
-                path.unlink()
-
-            records, uploads = [], []
-            for number, (key, tensors) in enumerate(self._files_of(ref)):
-                path = folder / f"{number}.safetensors"
-                records.append(write_part(path, key, tensors))
-                uploads.append(pool.submit(upload, path, key))
-            with self._change():
-                self._reading_host = False
-            for one in uploads:
-                one.result()
-            return tuple(records)
-
-    def _retire(self, newest: CheckpointRef) -> None:
-        """Deletes what may go by now. An error costs space, not work: the next commit tries again."""
-        run, lease = self._run, self._held.lease
-        try:
-            # One of a higher fence, which may be rotten for all anybody knows, pushes none out.
-            refs = [ref for ref in list_checkpoints(run) if ref <= newest and ref not in self._aside]
-            for ref in self.retention.retire(refs):
-                lease.confirm()
-                # Right before the deletion: a reader that comes later finds the manifest gone, and chooses again.
-                if ref not in being_read(run):
-                    delete_checkpoint(run, ref)
-            if not self._is_swept:
-                sweep(run, lease)
-                self._is_swept = True
-        except LostRunError:
-            raise
-        except JobError as error:
-            self._note(f"old checkpoints of {run.uri} stay for now: {error}")
-
-    def _measure(self) -> None:
-        """Has saves made more often if one does not fit into the grace of a preemption."""
-        size_bytes = sum(tensor.nbytes for named in self._copy.host.values() for tensor in named.values())
-        data = os.urandom(min(PROBE_BYTES, size_bytes))
-        key, began = ObjectKind.PROBE.key(unique=uuid.uuid4().hex), time.monotonic()
-        try:
-            self._run.create(key, data)
-            seconds = (time.monotonic() - began) * size_bytes / len(data)
-            self._run.delete(key)
-        except JobError as error:
-            self._note(f"could not measure how long a save takes: {error}")
-            return
-        grace_seconds, configured = self._stop.grace_seconds, self._every_minutes
-        if seconds + MARGIN_SECONDS > grace_seconds:
-            often = max(SHORTEST_CADENCE_MINUTES, seconds * SAVES_PER_CADENCE / 60)
-            self._every_minutes = min(configured, often)
-            self._note(
-                f"a save takes about {seconds:.1f} s, which does not fit into the {grace_seconds:g} s between a "
-                f"preemption notice and the end: saving every {self._every_minutes:.1f} instead of {configured:g} "
-                "minutes"
-            )
-
-
-def write_part(path: Path, key: str, tensors: dict[str, Tensor]) -> NamedObject:
-    """Writes tensors to a local file; what a record says of it once it is an object at `key`."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    with os_errors(path):
-        try:
-            save_file(tensors, path, {"format": "pt"})
-        except SafetensorError as error:
-            # It tells a full disk in words alone, which would end as a crash instead of with the disk's own code.
-            if (match := re.search(r"os error (\d+)", str(error))) is None:
-                raise
-            raise OSError(int(match[1]), os.strerror(int(match[1]))) from None
-    with path.open("rb") as file:
-        return NamedObject(key=key, size_bytes=path.stat().st_size, sha256=sha256_of(file))
+    def _release_host(self) -> None:
+        with self._change():
+            self._reading_host = False

@@ -57,7 +57,7 @@ class Painter(Model):
         """`agreement` has one flag: being stopped, which all processes must be at the same step.
 
         `decoder` makes pixels of what is drawn, where that are latents. `renewals` are called at each evaluation: see
-        `job.runs.retention.reading`.
+        `job.runs.readers.reading`.
         """
         super().__init__(**vars(method.model_of(config, ranks.device, precision, decoder)))
         self.config, self.ranks, self.stop, self.agreement, self.renewals = config, ranks, stop, agreement, renewals

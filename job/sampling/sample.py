@@ -28,7 +28,7 @@ from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress
 from job.requests import GIF_SEEDS, parse_numbers
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.retention import reading, reading_chosen
+from job.runs.readers import reading, reading_chosen
 from job.runs.samples import denoising_key, file_words, grid_key, moment_of, put_picture, title_of
 from job.sampling.editing import Editor
 from job.sampling.found_grid import find_points

@@ -26,7 +26,7 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
 from job.runs.lease import Lease
-from job.runs.writer import CheckpointWriter, HeldRun
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket
 from job.tracking import CLOSE_SECONDS, Tracking
@@ -134,7 +134,9 @@ def _begin(plan: Plan, ranks: Ranks, lease: Lease | None) -> records.Attempt:
         records.create_config(plan.run, plan.config)
     before = records.last_attempt(plan.run)
     device = compute.describe_device(ranks.device)
-    attempt = records.record_attempt(plan.run, lease.fence, plan.changes, ranks.world_size, device, lease.holder)
+    attempt = records.record_attempt(
+        plan.run, lease.fence, lease.holder, changes=plan.changes, world_size=ranks.world_size, device=device
+    )
     for difference in records.what_is_otherwise(before, attempt) if before else []:
         note(difference)
     return attempt
@@ -195,8 +197,8 @@ def _recording(
         yield None
         return
     rows = metrics.read_rows(plan.run, restored.metrics, note) if restored else []
-    held = HeldRun(plan.run, retention_of(plan, rows), attempt, lease)
-    writer = CheckpointWriter(held, state.tensors(), restored, damaged, stop, note)
+    leased = LeasedRun(plan.run, retention_of(plan, rows), attempt, lease)
+    writer = CheckpointWriter(leased, state.tensors(), before=restored, aside=damaged, stop=stop, note=note)
     recorder = Recorder(plan, state, attempt, lease, writer=writer, rows=rows, tracking=tracking)
     try:
         yield recorder

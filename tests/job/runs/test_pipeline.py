@@ -9,7 +9,7 @@ import torch
 from ddpm.generation import beginning, generate, make_denoiser, noise_of
 from ddpm.objective import UNCONDITIONAL, Condition
 from job import method
-from job.runs import writer as writer_module
+from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
@@ -91,7 +91,7 @@ def test_a_network_of_classes_draws_the_same_in_the_loop_of_the_documentation(bu
 def test_large_weights_lie_in_several_files_with_an_index(bucket, monkeypatch):
     from diffusers import UNet2DModel
 
-    monkeypatch.setattr(writer_module, "PART_BYTES", 50_000)
+    monkeypatch.setattr(checkpoint_files, "PART_BYTES", 50_000)
     store, ref = trained(bucket, "large", ema__stds="0.1", sample__weights="ema-0.1")
     names = [file.name for file in load_manifest(store.sub("runs/large"), ref).files]
     assert names.count("diffusion_pytorch_model.safetensors.index.json") == 1

@@ -10,17 +10,17 @@ import pytest
 
 from job.exits import Exit, StoppedError
 from job.processes.process_identity import ProcessIdentity
-from job.runs import records, retention
+from job.runs import records, removal
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
 from job.runs.lease import LEASE_KEY, load_lease
-from job.runs.retention import Reader, being_read, reading
+from job.runs.readers import Reader, being_read, reading
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
-from tests.job.runs.held import committed_images, small_config, write
+from tests.job.runs.leased import committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 
@@ -40,7 +40,7 @@ def run(bucket: Path) -> Store:
     records.create_config(run, small_config(checkpoint__keep_last=2, train__batch_size=16))
     for fence, images in ((1, (16, 32)), (FENCE, (48, 64, 80))):
         taken(run).close()
-        records.record_attempt(run, fence, {}, 1, "cpu", f"{fence:032x}")
+        records.record_attempt(run, fence, f"{fence:032x}", changes={}, world_size=1, device="cpu")
         write(run, *((fence, images_seen) for images_seen in images))
     return run
 
@@ -82,7 +82,8 @@ def test_a_dry_run_says_what_would_go_and_why_and_then_it_goes(bucket, run):
 
 def test_epochs_that_the_run_keeps_stay(bucket, run, tmp_path):
     changes = {"checkpoint.keep_epochs": [2], "checkpoint.keep_last": 1}
-    assert records.record_attempt(run, 3, changes, 1, "cpu", "").previous == FENCE
+    attempt = records.record_attempt(run, 3, "", changes=changes, world_size=1, device="cpu")
+    assert attempt.previous == FENCE
     assert "no dataset at" in refused(prune(bucket), Exit.MISSING_INPUT)
     write_dataset(str(bucket), tmp_path, (5, 3, 7, 1, 6))
     # 22 images an epoch, 16 a batch: the second ends with image 48.
@@ -220,8 +221,8 @@ def test_a_stopped_deletion_leaves_nothing_that_is_taken_for_whole(bucket, run, 
         stop = StopWhen(lambda leaves=leaves: len(everything(run)) == leaves)
         monkeypatch.setattr(stop, "install", lambda stop=stop: stop)
         with monkeypatch.context() as patch, pytest.raises(StoppedError, match="the same command goes on"):
-            patch.setattr(retention, "Stop", lambda stop=stop: stop)
-            retention.delete_run(str(bucket), "r", certain=True)
+            patch.setattr(removal, "Stop", lambda stop=stop: stop)
+            removal.delete_run(str(bucket), "r", certain=True)
         assert len(everything(run)) == leaves
         train = ("train", "--dataset", "random", "--run", "r")
         for words in (("runs", "show", "r"), train, ("sample", "--run", "r")):

@@ -22,7 +22,8 @@ from tests.job.hooked import hooked
 from tests.job.launching import children, eventually
 
 FREEZE = """
-import signal, threading, time
+import os, signal, threading, time
+from pathlib import Path
 from job.runs.lease import Lease
 commit, check_lost, committing = commit_manifest, Lease.check_lost, threading.RLock()
 

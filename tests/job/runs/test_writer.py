@@ -14,11 +14,11 @@ import torch
 from tensorboardX.proto.event_pb2 import Event
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
-from job.runs import writer as writer_module
+from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metrics import read_rows
-from job.runs.retention import reading
+from job.runs.readers import reading
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
 from job.store.local import LocalStore
@@ -26,7 +26,7 @@ from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
-from tests.job.runs.held import committed_images, held, live_tensors, save, writer_of
+from tests.job.runs.leased import committed_images, leased, live_tensors, save, writer_of
 
 
 class Watched(LocalStore):
@@ -67,8 +67,8 @@ def refusing(error: Exception) -> Callable[[str], None]:
 
 def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run, monkeypatch):
     tensors = {"model": {f"w{i}": torch.full((1000,), float(i)) for i in range(10)}, "ema": {"w": torch.ones(5)}}
-    monkeypatch.setattr(writer_module, "PART_BYTES", 12_000)
-    writer = writer_of(held(run), tensors)
+    monkeypatch.setattr(checkpoint_files, "PART_BYTES", 12_000)
+    writer = writer_of(leased(run), tensors)
     for images_seen in (8, 16):
         writer.save(images_seen, [])
         for tensor in tensors["model"].values():
@@ -84,7 +84,7 @@ def test_the_values_of_the_moment_come_back_in_parts_though_training_goes_on(run
 
 def test_a_failed_save_is_raised_by_every_later_call_and_leaves_no_checkpoint(run):
     run.hooks["upload"] = refusing(BadDataError("the disk ate it"))
-    writer = writer_of(held(run), live_tensors(), notes=[])
+    writer = writer_of(leased(run), live_tensors(), notes=[])
     writer.save(80, [])
     eventually(lambda: writer.troubled)
     for call in (
@@ -106,7 +106,7 @@ def test_old_checkpoints_and_what_dead_attempts_left_go_and_those_of_chosen_epoc
     kept = {"checkpoints/000007-000000000048/model-00.safetensors", "checkpoints/of-a-person/notes.txt"}
     for key in orphans | kept:
         run.put(key, b"1")
-    holder = held(run, 2, checkpoint__keep_last=1, checkpoint__keep_every_epochs=2)
+    holder = leased(run, 2, checkpoint__keep_last=1, checkpoint__keep_every_epochs=2)
     holder.lease.confirm = lambda: run.events.append("confirm")
     writer = writer_of(holder, live_tensors())
     save(writer, 24, 48, 72)
@@ -131,7 +131,7 @@ def test_old_checkpoints_and_what_dead_attempts_left_go_and_those_of_chosen_epoc
 
 def test_a_checkpoint_stays_while_it_is_read_or_the_bucket_cannot_delete(run):
     notes = []
-    writer = writer_of(held(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
+    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors(), notes=notes)
     save(writer, 24)
     with reading(run, CheckpointRef(1, 24)):
         save(writer, 48, 72)
@@ -159,7 +159,7 @@ def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
 def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run, changes):
     go_on = threading.Event()
     run.hooks["upload"] = lambda key: go_on.wait(30)
-    writer = writer_of(held(run, **changes), live_tensors())
+    writer = writer_of(leased(run, **changes), live_tensors())
     writer.save(24, [])
     eventually(lambda: writer._committing and not writer._reading_host)
     rows = [{"images_seen": images_seen, "time": 1.0, "loss": images_seen / 7} for images_seen in (30, 36, 48, 72)]
@@ -180,7 +180,7 @@ def test_the_newest_stands_in_for_others_but_not_for_what_is_kept_for_good(run, 
 
 def test_nobody_waits_for_retirement_but_the_end(run):
     go_on = threading.Event()
-    writer = writer_of(held(run, checkpoint__keep_last=1), live_tensors())
+    writer = writer_of(leased(run, checkpoint__keep_last=1), live_tensors())
     save(writer, 24)
     run.hooks["delete"] = lambda key: go_on.wait(30)
     save(writer, 48)
@@ -196,7 +196,7 @@ def test_the_lease_is_confirmed_again_after_an_outage(gcs_server, gcs_bucket, mo
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
         run = open_store(gcs_bucket, Retry(60)).sub("runs/r")
         proxy.inject(Fault.UNAVAILABLE, "MANIFEST", times=100)
-        holder = held(run)
+        holder = leased(run)
         writer = writer_of(holder, live_tensors(), notes=[])
         writer.save(24, [])
         eventually(lambda: holder.lease.confirmations >= 2)
@@ -209,7 +209,7 @@ def test_the_lease_is_confirmed_again_after_an_outage(gcs_server, gcs_bucket, mo
 
 @pytest.mark.parametrize("queue", [lambda w: w.put("samples/a.png", b"1", images_seen=8), lambda w: w.save(8, [])])
 def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue):
-    holder, is_queued = held(run), threading.Event()
+    holder, is_queued = leased(run), threading.Event()
     writer = writer_of(holder, live_tensors(), notes=[])
 
     def lose(_: object) -> None:
@@ -229,7 +229,7 @@ def test_who_lost_the_run_meanwhile_writes_nothing_of_what_is_queued(run, queue)
 def test_a_person_is_warned_and_saving_follows(tiles, tmp_path):
     bucket = shutil.copytree(tiles, tmp_path / "bucket")
     # A minute is the shortest cadence that follows; a test has less time.
-    hooks = hooked(tmp_path / "hooks", job__runs__writer="SHORTEST_CADENCE_MINUTES = 0.002")
+    hooks = hooked(tmp_path / "hooks", job__runs__cadence="SHORTEST_CADENCE_MINUTES = 0.002")
     keep = {"checkpoint.every_minutes": 7, "checkpoint.every_epochs": 999}
     keep |= {"checkpoint.keep_last": 99, "checkpoint.keep_every_epochs": 0}
     rarely = [word for key, value in keep.items() for word in ("--set", f"{key}={value}")]

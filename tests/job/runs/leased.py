@@ -1,4 +1,4 @@
-"""Runs that are held, without a lease in a bucket: for tests of what a holder writes."""
+"""Runs with a lease that lies in no bucket, for tests of what its holder writes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from job.exits import LostRunError
 from job.runs.checkpoints import list_checkpoints
 from job.runs.records import Attempt
 from job.runs.retention import Retention
-from job.runs.writer import CheckpointWriter, HeldRun
+from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import Store
 
@@ -42,8 +42,8 @@ def small_config(**changes: object) -> RunConfig:
     return validated({name.replace("__", "."): value for name, value in (settings | changes).items()}, "here")
 
 
-def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
-    """A run that attempt `fence` holds."""
+def leased(run: Store, fence: int = 1, **changes: object) -> LeasedRun:
+    """A run of which attempt `fence` has the lease."""
     attempt = Attempt(
         fence=fence,
         id=f"{fence:032x}",
@@ -57,12 +57,12 @@ def held(run: Store, fence: int = 1, **changes: object) -> HeldRun:
         previous=None,
     )
     retention = Retention(small_config(**changes), DATASET_IMAGES)
-    return HeldRun(run, retention, attempt, SureLease(fence))  # type: ignore[arg-type]
+    return LeasedRun(run, retention, attempt, SureLease(fence))  # type: ignore[arg-type]
 
 
-def writer_of(held_run: HeldRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
+def writer_of(leased_run: LeasedRun, tensors: Tensors, stop: Stop = NEVER, notes: list[str] | None = None):
     note = pytest.fail if notes is None else notes.append
-    return CheckpointWriter(held_run, tensors, None, set(), stop, note)
+    return CheckpointWriter(leased_run, tensors, before=None, aside=set(), stop=stop, note=note)
 
 
 def save(writer: CheckpointWriter, *images_seen: int) -> None:
@@ -82,7 +82,7 @@ def write(run: Store, *places: tuple[int, int], tensors: Tensors | None = None, 
     """Commits checkpoints at (fence, images seen), and returns what is in them."""
     tensors = tensors or live_tensors()
     for fence, images_seen in places:
-        writer = writer_of(held(run, fence, **changes), tensors)
+        writer = writer_of(leased(run, fence, **changes), tensors)
         writer.save(images_seen, [[1.5, 0.1], [3.0, 4.0]])
         writer.close(wait=True)
     return tensors

@@ -1,0 +1,126 @@
+"""The objects of a run against each other: records of another run, and what must be there and is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+
+from job.config import RunConfig
+from job.exits import BadDataError
+from job.runs import records, samples
+from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest
+from job.runs.inventory import Inventory
+from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
+from job.runs.lease import LEASE_KEY, LeaseRecord
+from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
+from job.runs.retention import Retention
+from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
+from job.sealed import author_of
+from job.store import ObjectMissingError
+
+
+def check_config(found: Inventory) -> tuple[RunConfig, RunConfig] | None:
+    """The configuration as the run began and as it was last changed, if both are known."""
+    try:
+        config = records.load_config(found.run)
+    except BadDataError as error:
+        found.problems[CONFIG_KEY] = str(error)
+        return None
+    if config is None:
+        # An attempt that begins takes the lease and measures the bucket first.
+        if len(found.keys(ObjectKind.LEASE, ObjectKind.PROBE)) < len(found.sizes):
+            found.missing(CONFIG_KEY, "there are other objects of the run")
+        return None
+    sha256 = records.hash_of_config(found.run)
+    for key, attempt in found.all(Attempt).items():
+        if attempt.config_sha256 != sha256:
+            found.foreign(key, "it is about another configuration")
+    try:
+        return config, records.as_last_changed(found.run, config)
+    except BadDataError as error:
+        # Without what was changed later nobody knows which checkpoints are to be there.
+        found.problems.setdefault(max(found.keys(ObjectKind.ATTEMPT)), str(error))
+        return None
+
+
+def check_attempts(found: Inventory) -> None:
+    """Attempts against each other, and what says by which it was written against that attempt."""
+    ids = {attempt.fence: attempt.id for attempt in found.all(Attempt).values()}
+    for key, record in list(found.records.items()):
+        match record:
+            case Attempt(previous=int(previous)):
+                found.missing(ObjectKind.ATTEMPT.key(fence=previous), f"attempt {record.fence} came after it")
+            case Manifest() | Average() | Status() | Provenance():
+                found.missing(ObjectKind.ATTEMPT.key(fence=record.fence), f"{key} is of this attempt")
+                if record.attempt not in ("", ids.get(record.fence, record.attempt)):
+                    found.foreign(key, f"attempt {record.fence} of this one did not write it")
+            case LeaseRecord() if record.holder != ids.get(record.fence, record.holder):
+                found.foreign(key, f"attempt {record.fence} of this one did not hold it")
+
+
+def check_page(found: Inventory) -> None:
+    """It vouches for nothing, and says itself who wrote it."""
+    ids = {str(attempt.fence): attempt.id for attempt in found.all(Attempt).values()}
+    for key in found.keys(ObjectKind.PAGE):
+        with suppress(ObjectMissingError):
+            author = author_of(found.run.read(key).data)
+            fence, _, attempt = (author or "").partition("/")
+            if author is None:
+                found.bad(key, "is rotten: it does not match its own SHA-256; `ddpm report` writes it anew")
+            elif attempt != ids.get(fence, attempt):
+                found.bad(key, f"is another run's: attempt {fence} of this one did not write it")
+
+
+def check_batches(found: Inventory) -> None:
+    """Records of pieces against what is drawn, and the index against the records."""
+    for key, record in found.all(PieceRecord).items():
+        batch = found.places[key].batch
+        drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
+        opening, index = found.records.get(drawing_key), found.records.get(index_key)
+        if isinstance(opening, Opening) and record.drawing != opening.drawing:
+            found.bad(key, f"is about another drawing than {drawing_key}")
+        if isinstance(index, BatchIndex) and record.in_index not in index.pieces[record.number : record.number + 1]:
+            found.bad(index_key, "does not say what the records of its pieces say")
+    for key, index in found.all(BatchIndex).items():
+        batch = found.places[key].batch
+        recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]
+        for other in (ObjectKind.GRID.key(batch=batch), *recorded):
+            found.missing(other, f"{key} says that everything is there")
+    drawn = (place for place in found.places.values() if place.kind and place.kind.folder == SAMPLES)
+    for batch in {place.batch for place in drawn if place.batch}:
+        found.missing(ObjectKind.DRAWING.key(batch=batch), "there are images of it")
+
+
+def check_lost(found: Inventory, configs: tuple[RunConfig, RunConfig] | None, left: Iterable[str]) -> None:
+    """What a run like this one must have, beside the `left` objects of killed attempts.
+
+    An attempt commits in order, so a checkpoint before another of the same attempt was there, and so was one whose
+    metrics another names. If the run's rules would not have retired it, somebody else deleted its manifest.
+    A finished run has its last pictures; others may be deleted by whoever likes.
+    """
+    refs = [found.places[key].checkpoint for key in found.keys(ObjectKind.MANIFEST)]
+    if found.keys(ObjectKind.ATTEMPT):
+        found.missing(LEASE_KEY, "there were attempts")
+    if refs:
+        found.missing(STATUS_KEY, "there are checkpoints")
+    # Whoever was killed after the very first one had not said so yet.
+    if len(refs) > 1:
+        found.missing(LATEST_KEY, "there are checkpoints")
+    if lost := lost_manifest(found.run, refs):
+        found.problems[LATEST_KEY] = lost
+    if configs is None:
+        return
+    stored, config = configs
+    dataset_images = records.dataset_images_of(found.bucket, config)
+    retention = Retention(config, dataset_images)
+    committed = {located(key).checkpoint for manifest in found.all(Manifest).values() for key in manifest.objects}
+    for ref in {found.places[key].checkpoint for key in left if found.places[key].kind in OF_CHECKPOINT}:
+        came_later = [other for other in refs if other.fence == ref.fence and other > ref]
+        if (came_later or ref in committed) and ref not in retention.retire([*refs, ref]):
+            found.missing(ref.manifest_key, "its files are there, and the run's rules keep it")
+    status = found.records.get(STATUS_KEY)
+    if isinstance(status, Status) and status.state == "finished" and dataset_images <= MAX_IMAGES_SEEN:
+        label = samples.label_of(status.images_seen, dataset_images, config.train.batch_size)
+        how = config.sample.name(stored.sample)
+        for key in (samples.grid_key(label, how), samples.denoising_key(label, how), samples.LOSS_FIGURE):
+            found.missing(key, "the run is finished")

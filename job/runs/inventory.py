@@ -1,0 +1,99 @@
+"""One listing of a run for its verification: what lies where, the records that are sound, and the problems found."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TypeVar
+
+from job.exits import BadDataError
+from job.runs.checkpoints import Average, Latest, Manifest
+from job.runs.layout import ObjectKind, located
+from job.runs.lease import LEASE_KEY, LeaseRecord
+from job.runs.readers import Reader
+from job.runs.records import Attempt, Status, no_such_run, run_store
+from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
+from job.runs.scores import Scores
+from job.sealed import Sealed
+from job.store import ObjectMissingError, Store
+
+PARALLEL_READS = 16
+"""Small objects that are read at a time."""
+
+RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
+    ObjectKind.ATTEMPT: Attempt,
+    ObjectKind.LEASE: LeaseRecord,
+    ObjectKind.STATUS: Status,
+    ObjectKind.LATEST: Latest,
+    ObjectKind.MANIFEST: Manifest,
+    ObjectKind.AVERAGE: Average,
+    ObjectKind.READER: Reader,
+    ObjectKind.PROVENANCE: Provenance,
+    ObjectKind.FOUND_GRID: FoundGrid,
+    ObjectKind.SCORES: Scores,
+    ObjectKind.DRAWING: Opening,
+    ObjectKind.RECORD: PieceRecord,
+    ObjectKind.INDEX: BatchIndex,
+}
+"""What carries its own hash. Of all else, but for the configuration, one of these has it."""
+
+SealedRecord = TypeVar("SealedRecord", bound=Sealed)
+
+
+class Inventory:
+    """One listing of a run. What is listed may be retired, written over or joined by more while it is checked.
+
+    Attributes:
+        bucket: where the run lies.
+        run: its folder.
+        sizes: of the objects in bytes, by key.
+        places: what the keys say, by key.
+        records: those that are sound, in their place and this run's, by key.
+        problems: the first that was found, by key.
+    """
+
+    def __init__(self, bucket: Store, name: str) -> None:
+        """Lists the run and reads its records.
+
+        Raises:
+            MissingInputError: there is no such run.
+        """
+        self.bucket, self.run = bucket, run_store(bucket, name)
+        self.sizes = {entry.key: entry.size_bytes for entry in self.run.list()}
+        # A lease alone is what is left of a run that was deleted.
+        if not self.sizes.keys() - {LEASE_KEY}:
+            raise no_such_run(bucket, name)
+        self.places = {key: located(key) for key in self.sizes}
+        self.records: dict[str, Sealed] = {}
+        self.problems: dict[str, str] = {}
+        with ThreadPoolExecutor(PARALLEL_READS) as pool:
+            list(pool.map(self._load, self.keys(*RECORD_TYPES)))
+
+    def _load(self, key: str) -> None:
+        with suppress(ObjectMissingError):
+            try:
+                self.records[key] = RECORD_TYPES[self.places[key].kind].load(self.run, key)
+            except BadDataError as error:
+                self.problems[key] = str(error)
+
+    def keys(self, *kinds: ObjectKind | None) -> list[str]:
+        """Keys of the objects of these kinds."""
+        return [key for key, place in self.places.items() if place.kind in kinds]
+
+    def all(self, kind: type[SealedRecord]) -> dict[str, SealedRecord]:
+        """The sound records of a type, by key."""
+        return {key: record for key, record in self.records.items() if isinstance(record, kind)}
+
+    def bad(self, key: str, what: str) -> None:
+        """Adds a problem."""
+        self.problems.setdefault(key, f"{self.run.uri_of(key)} {what}")
+
+    def missing(self, key: str, why: str) -> None:
+        """Adds the problem that an object is not there, if it is not."""
+        if key not in self.sizes:
+            self.bad(key, f"is missing, though {why}")
+
+    def foreign(self, key: str, why: str) -> None:
+        """Adds the problem that a record is another run's, and counts it no longer."""
+        self.bad(key, f"is another run's: {why}")
+        del self.records[key]

@@ -1,0 +1,183 @@
+"""`ddpm runs prune` and `delete`: what a run's rules do not keep, or all of a run, goes while nobody trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from typing import NamedTuple, TypeVar
+
+from job.config import RunConfig
+from job.data.shards import load_index
+from job.exits import BadDataError, BadRequestError, LostRunError
+from job.progress import Progress, note
+from job.runs import records
+from job.runs.checkpoints import list_checkpoints, newest_good
+from job.runs.layout import MAX_FENCE, CheckpointRef, ObjectKind, located
+from job.runs.lease import LEASE_KEY, Lease, load_lease
+from job.runs.metrics import read_rows
+from job.runs.readers import READING_SECONDS, being_read
+from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers
+from job.stop import Stop
+from job.store import ObjectMissingError, Store, open_store
+
+T = TypeVar("T")
+
+
+class Removal(NamedTuple):
+    """A checkpoint or an object that is to go."""
+
+    key: str
+    size_bytes: int
+    why: str
+    ref: CheckpointRef | None = None
+
+    def __str__(self) -> str:
+        return f"{self.key}  {self.size_bytes:,} bytes  {self.why}"
+
+
+def prune_run(bucket_uri: str, name: str, *, keep_last: int | None, dry_run: bool) -> None:
+    """Deletes what the run's rules do not keep, and prints a line for each removal; with `dry_run` only prints.
+
+    It is what training retires as it goes, at once and for a run that is over.
+
+    Args:
+        bucket_uri: where the run lies.
+        name: of the run.
+        keep_last: how many of the newest checkpoints stay, instead of the run's `checkpoint.keep_last`.
+        dry_run: write, take and delete nothing.
+
+    Raises:
+        MissingInputError: there is no such run, or not the dataset whose epochs its rules speak of.
+        BadDataError: none of its checkpoints verifies; nothing was deleted.
+        LostRunError: somebody trains it.
+        StoppedError: a signal came; what is left goes with the same command.
+    """
+    bucket, stop = open_store(bucket_uri), Stop().install()
+    run = records.run_store(bucket, name)
+    config = records.as_last_changed(run, records.existing_config(bucket, name))
+    if keep_last is not None:
+        config = config.updated({"checkpoint.keep_last": keep_last})
+    if dry_run:
+        found = _removals(bucket, run, config, _fence_at_work(run))
+        for removal in found:
+            print(removal)
+    else:
+        with closing(Lease.take(run, records.highest_fence(run), 0.0, stop, note)) as lease:
+            found = _removals(bucket, run, config, lease.fence)
+            for removal in _while_leased("pruning", found, lease, stop):
+                if _remove(run, removal):
+                    print(removal)
+            run.sweep()
+    total_bytes, what = sum(removal.size_bytes for removal in found), "would go" if dry_run else "deleted"
+    print(f"{run.uri}: {total_bytes:,} bytes {what}" if found else f"{run.uri}: there is nothing to prune")
+
+
+def _fence_at_work(run: Store) -> int:
+    """The fence from which on attempts may still be at work: the highest, unless it gave its lease back."""
+    with suppress(BadDataError, ObjectMissingError):
+        if load_lease(run).released:
+            return records.highest_fence(run) + 1
+    return records.highest_fence(run)
+
+
+def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[Removal]:
+    """What is to go, in the order in which it goes; deletes nothing. Attempts with a lower fence than `fence` are over.
+
+    Raises:
+        MissingInputError: the run's rules speak of epochs of a dataset that is not there.
+        BadDataError: none of its checkpoints verifies.
+    """
+    sizes, keep, dataset_images = {entry.key: entry.size_bytes for entry in run.list()}, config.checkpoint, 1
+    why = f"not among the last {keep.keep_last}"
+    if keep.keep_every_epochs or keep.keep_epochs:
+        dataset_images = load_index(bucket, records.dataset_key_of(config)).images
+        why += ", nor of an epoch to keep"
+    found, read = list[Removal](), being_read(run)
+    if old := Retention(config, dataset_images).retire(list_checkpoints(run)):
+        with newest_good(run, note) as newest:
+            stays = read | ({newest.manifest.ref} if newest else set())
+            best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
+            old = [ref for ref in old if ref.images_seen != best]
+        for ref in old:
+            if ref not in stays:
+                size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
+                found.append(Removal(ref.key, size_bytes, why, ref))
+    places = {key: located(key) for key in sizes}
+    for key, who in leftovers(run, places, fence).items():
+        # A sampler says that it reads a checkpoint before it makes its first piece.
+        if not (read and places[key].batch):
+            found.append(Removal(key, sizes[key], f"left behind by {who}"))
+    return found
+
+
+def _remove(run: Store, removal: Removal) -> bool:
+    """Whether it has gone: a piece that has been taken up since it was found stays.
+
+    Samplers hold no lease, but say that they read. They look for a piece's record while they say so, and make the
+    record after all that it names is there.
+    """
+    if batch := located(removal.key).batch:
+        record_key = ObjectKind.RECORD.key(batch=batch, piece=located(removal.key).piece)
+        if being_read(run) or run.exists(record_key):
+            return False
+    if removal.ref is None:
+        run.delete(removal.key)
+    else:
+        delete_checkpoint(run, removal.ref)
+    return True
+
+
+def delete_run(bucket_uri: str, name: str, *, certain: bool) -> None:
+    """Deletes a run, or what is left of one whose deletion was stopped, and says how much that was.
+
+    Raises:
+        BadRequestError: not `certain`; the message says what would go.
+        MissingInputError: there is no such run.
+        LostRunError: somebody trains it, or samples from it.
+        StoppedError: a signal came; what is left goes with the same command.
+    """
+    bucket, stop = open_store(bucket_uri), Stop().install()
+    run = records.run_store(bucket, name)
+    entries = [entry for entry in run.list() if entry.key != LEASE_KEY]
+    if not entries:
+        raise records.no_such_run(bucket, name)
+    size_bytes = sum(entry.size_bytes for entry in entries)
+    if not certain:
+        raise BadRequestError(
+            f"{run.uri} has {len(entries):,} objects of {size_bytes:,} bytes, its checkpoints and pictures among them: "
+            "add --yes to delete them for good"
+        )
+    # Whatever bears the last fence goes as well.
+    floor = min(records.highest_fence(run), MAX_FENCE - 1)
+    with closing(Lease.take(run, floor, 0.0, stop, note)) as lease:
+        if read := being_read(run):
+            raise LostRunError(
+                f"somebody samples from {run.uri}/{max(read).key}: wait until that is done, or stop it. One that was "
+                f"killed on another machine holds it for up to {READING_SECONDS / 60:g} minutes, or until {run.uri}/"
+                f"{ObjectKind.READER.folder} is deleted"
+            )
+        # Listed anew, for whoever held the run before may have written since.
+        keys = sorted((entry.key for entry in run.list() if entry.key != LEASE_KEY), key=_turn)
+        for key in _while_leased("deleting", keys, lease, stop):
+            run.delete(key)
+    print(f"deleted {run.uri}: {len(keys):,} objects, {size_bytes:,} bytes")
+
+
+def _turn(key: str) -> int:
+    """An order in which a half-deleted run is never taken for whole.
+
+    The configuration goes first, without which nobody goes on with the run, and the attempts last, which say that there
+    was one. The lease stays: a woken attempt of the old run would otherwise have a fence as high as one of a new run.
+    """
+    turns: dict[ObjectKind | None, int] = {ObjectKind.CONFIG: 0, ObjectKind.MANIFEST: 1, ObjectKind.ATTEMPT: 3}
+    return turns.get(located(key).kind, 2)
+
+
+def _while_leased(title: str, objects: Sequence[T], lease: Lease, stop: Stop) -> Iterator[T]:
+    """Yields what is to be deleted one by one, for as long as the run is certainly ours and nobody asks to stop."""
+    with Progress(title, total=len(objects), unit="objects") as bar:
+        for number, one in enumerate(objects):
+            stop.check(f"after {number:,} of {len(objects):,} objects")
+            lease.confirm()
+            yield one
+            bar.update(number + 1)
