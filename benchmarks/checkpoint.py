@@ -21,9 +21,9 @@ from benchmarks.subject import TINY, run_config
 from ddpm.training import create_state
 from job import method
 from job.config import RunConfig
+from job.processes.lease import Lease
 from job.runs.checkpoint_files import PARALLEL_UPLOADS, plan_parts
 from job.runs.checkpoints import list_checkpoints
-from job.runs.lease import Lease
 from job.runs.records import create_config, record_attempt
 from job.runs.retention import Retention, delete_checkpoint
 from job.runs.writer import CheckpointWriter, LeasedRun

@@ -7,13 +7,14 @@ import json
 import re
 import time
 from datetime import datetime
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from job.exits import BadDataError
 from job.progress import all_printable, printable
-from job.store.base import Store
+from job.store.base import ObjectMissingError, Store
 
 SHA256_PATTERN = r"^[0-9a-f]{64}$"
 MOMENT_FORMAT = "%Y-%m-%dT%H:%M:%SZ"
@@ -39,6 +40,42 @@ class Part(BaseModel):
     """A part of a record: it has these fields and no others, and never changes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class NamedObject(Part):
+    """The key, size and hash of an object, as a record names it."""
+
+    key: str
+    size_bytes: int = Field(gt=0)
+    sha256: str = Field(pattern=SHA256_PATTERN)
+
+    @classmethod
+    def of(cls, key: str, content: bytes | Path) -> Self:
+        """Returns what names an object of this content, or of a local file's."""
+        if isinstance(content, bytes):
+            return cls(key=key, size_bytes=len(content), sha256=hashlib.sha256(content).hexdigest())
+        with content.open("rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        return cls(key=key, size_bytes=content.stat().st_size, sha256=sha256)
+
+    @property
+    def name(self) -> str:
+        """The last part of the key."""
+        return self.key.rpartition("/")[2]
+
+    def read(self, store: Store) -> bytes:
+        """Returns the content.
+
+        Raises:
+            BadDataError: it is missing or corrupt; the message names it.
+        """
+        try:
+            data = store.read(self.key).data
+        except ObjectMissingError:
+            raise BadDataError(f"{store.uri_of(self.key)} is missing, though a record names it") from None
+        if hashlib.sha256(data).hexdigest() != self.sha256:
+            raise BadDataError(f"{store.uri_of(self.key)} is corrupt: its SHA-256 is not the one in its record")
+        return data
 
 
 class Sealed(Part):

@@ -170,7 +170,7 @@ class Watched:
                 store = getattr(module, _STORES[module.__name__])
                 for op in OPERATIONS:
                     setattr(store, op, self._watched(op, getattr(store, op)))
-            case "job.runs.lease":
+            case "job.processes.lease":
                 vars(module).update(RENEW_SECONDS=RENEW_SECONDS, EXPIRE_SECONDS=EXPIRE_SECONDS)
             case "job.data.pack":
                 module.pack.__kwdefaults__["shard_bytes"] = SHARD_BYTES

@@ -73,7 +73,7 @@ def _image_checksum_unchecked(image_reader: Any, trace: Any) -> None:
 
 _BROKEN: dict[tuple[str, str], Callable[[Any, Any], None]] = {
     ("manifest-first", "job.runs.writer"): _manifest_first,
-    ("fence-ignored", "job.runs.lease"): _fence_ignored,
+    ("fence-ignored", "job.processes.lease"): _fence_ignored,
     ("position-off-by-one", "job.training.session"): _position_off_by_one,
     ("order-drawn-anew", "job.training.session"): _order_drawn_anew,
     ("shard-hash-unchecked", "job.data.shard_source"): _shard_hash_unchecked,

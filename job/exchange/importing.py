@@ -16,10 +16,10 @@ from job.exchange.foreign import Foreign, opened_foreign
 from job.exits import BadConfigError, BadDataError, BadRequestError
 from job.plan import check_drawing, follow_dataset
 from job.processes.compute import describe_device
+from job.processes.lease import Lease
 from job.progress import note, printable
 from job.runs import records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
-from job.runs.lease import Lease
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import Stop

@@ -18,8 +18,8 @@ from job.jobs.spec import JobSpec, job_name, stop_after
 from job.jobs.targets import KubernetesTarget, Target
 from job.outcome import JOB
 from job.processes.group import GPUS
+from job.processes.lease import EXPIRE_SECONDS
 from job.requests import EvaluateRequest, SampleRequest, TrainRequest, check_world_size
-from job.runs.lease import EXPIRE_SECONDS
 from job.runs.records import DOLLARS
 from job.stop import SPOT_GRACE_SECONDS, duration_seconds
 from job.store import check_source, check_uri, is_foreign, is_remote, split_chain, without_queries

@@ -26,8 +26,8 @@ from job.runs.checkpoint_files import plan_parts, write_part
 from job.runs.checkpoints import Average, Manifest, choose, load_average, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.readers import reading_chosen
-from job.runs.records import NamedObject
 from job.runs.samples import label_of
+from job.sealed import NamedObject
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder

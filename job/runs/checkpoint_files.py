@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from job.processes.lease import Lease
 from job.runs import pipeline
 from job.runs.checkpoints import sha256_of
 from job.runs.layout import CheckpointRef, ObjectKind
-from job.runs.lease import Lease
-from job.runs.records import NamedObject
 from job.runs.retention import Retention
+from job.sealed import NamedObject
 from job.store import Store
 from job.store.files import os_errors, scratch_folder
 

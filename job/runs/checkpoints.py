@@ -27,8 +27,8 @@ from ddpm.epochs import epochs_completed_by
 from job.config import average_name
 from job.exits import BadDataError, MissingInputError
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, located, places_in
-from job.runs.records import NamedObject, RunRecord, attempt_id
-from job.sealed import Sealed
+from job.runs.records import RunRecord, attempt_id
+from job.sealed import NamedObject, Sealed
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 

@@ -7,11 +7,11 @@ from contextlib import suppress
 
 from job.config import RunConfig
 from job.exits import BadDataError
+from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest
 from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
-from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
 from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance

@@ -7,9 +7,9 @@ from contextlib import suppress
 from typing import TypeVar
 
 from job.exits import BadDataError
+from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs.checkpoints import Average, Latest, Manifest
 from job.runs.layout import ObjectKind, located
-from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.readers import Reader
 from job.runs.records import Attempt, Status, no_such_run, run_store
 from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance

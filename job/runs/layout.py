@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from job.processes.lease import LEASE_KEY
 from job.store import Store
 
 RUNS = "runs"
@@ -19,8 +20,6 @@ CHECKPOINTS = "checkpoints"
 SAMPLES = "samples"
 MAX_IMAGES_SEEN = 10**12 - 1
 """What the twelve digits in a checkpoint's name can count."""
-MAX_FENCE = 10**6 - 1
-"""What the six before them can."""
 
 
 @dataclass(frozen=True, order=True, slots=True)
@@ -54,7 +53,7 @@ class ObjectKind(Enum):
     """The kinds of objects in a run's folder, and their keys."""
 
     CONFIG = "config.yaml"  # resolved when the run began; never rewritten
-    LEASE = "lease.json"  # who may write to the run now
+    LEASE = LEASE_KEY  # who may write to the run now
     STATUS = "status.json"  # how it is going, for people
     LATEST = "LATEST"  # the last commit, a hint
     PAGE = "report.html"  # what people look at, written anew now and then

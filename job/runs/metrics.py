@@ -19,7 +19,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from job.config import RunConfig
 from job.exits import BadDataError
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.records import NamedObject
+from job.sealed import NamedObject
 from job.store import Store
 from job.store.files import scratch_folder
 

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from job.config import RunConfig
 from job.exits import BadDataError, BadRequestError
+from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
-from job.runs.lease import LEASE_KEY
 from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_in, stretches
 from job.runs.records import read_status, run_store
 from job.store import Store, open_store

@@ -137,38 +137,6 @@ def create_config(run: Store, config: RunConfig) -> None:
         raise LostRunError(f"{run.uri} was begun by another attempt meanwhile: the same command goes on") from None
 
 
-class NamedObject(Part):
-    """What a record says of another object of the run."""
-
-    key: str
-    size_bytes: int = Field(gt=0)
-    sha256: str = Field(pattern=SHA256_PATTERN)
-
-    @classmethod
-    def of(cls, key: str, data: bytes) -> Self:
-        """An object of this content."""
-        return cls(key=key, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
-    @property
-    def name(self) -> str:
-        """Its name in its folder."""
-        return self.key.rpartition("/")[2]
-
-    def read(self, run: Store) -> bytes:
-        """Its content.
-
-        Raises:
-            BadDataError: it is missing or rotten; the message names it.
-        """
-        try:
-            data = run.read(self.key).data
-        except ObjectMissingError:
-            raise BadDataError(f"{run.uri_of(self.key)} is missing, though a record names it") from None
-        if hashlib.sha256(data).hexdigest() != self.sha256:
-            raise BadDataError(f"{run.uri_of(self.key)} is rotten: its SHA-256 is not the one in its record")
-        return data
-
-
 class RunRecord(Sealed):
     """A record that says itself where in its run's folder it belongs."""
 

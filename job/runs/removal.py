@@ -9,11 +9,11 @@ from typing import NamedTuple, TypeVar
 from job.config import RunConfig
 from job.data.shards import load_index
 from job.exits import BadDataError, BadRequestError, LostRunError
+from job.processes.lease import LEASE_KEY, MAX_FENCE, Lease, load_lease
 from job.progress import Progress, note
 from job.runs import records
 from job.runs.checkpoints import list_checkpoints, newest_good
-from job.runs.layout import MAX_FENCE, CheckpointRef, ObjectKind, located
-from job.runs.lease import LEASE_KEY, Lease, load_lease
+from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.metrics import read_rows
 from job.runs.readers import READING_SECONDS, being_read
 from job.runs.retention import Retention, best_images_seen, delete_checkpoint, leftovers

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from ddpm.epochs import epochs_completed_by
 from job.config import RunConfig
 from job.exits import BadDataError, JobError, LostRunError
+from job.processes.lease import Lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CHECKPOINTS, CheckpointRef, Located, ObjectKind, places_in
-from job.runs.lease import Lease
 from job.runs.metrics import Row
 from job.runs.readers import being_read
 from job.runs.scores import score_name

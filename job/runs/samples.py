@@ -24,8 +24,8 @@ from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import Drawing, Section
 from job.runs.layout import CheckpointRef, Located, ObjectKind
-from job.runs.records import NamedObject, RunRecord, attempt_id
-from job.sealed import SHA256_PATTERN, Sealed
+from job.runs.records import RunRecord, attempt_id
+from job.sealed import SHA256_PATTERN, NamedObject, Sealed
 from job.store import Store
 
 LOSS_FIGURE = ObjectKind.FIGURE.key(name="loss", picture="png")

@@ -13,15 +13,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from job.exits import BucketAwayError, StoppedError
+from job.processes.lease import Lease
 from job.runs import metrics
 from job.runs.cadence import Cadence
 from job.runs.checkpoint_files import CheckpointFiles, Tensors
 from job.runs.checkpoints import Manifest, commit_manifest
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
-from job.runs.lease import Lease
-from job.runs.records import Attempt, NamedObject, utc_now
+from job.runs.records import Attempt, utc_now
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
+from job.sealed import NamedObject
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 

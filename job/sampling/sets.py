@@ -29,9 +29,8 @@ from PIL import Image
 from job.code_version import code_version
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
-from job.runs.records import NamedObject
 from job.runs.samples import BatchIndex, NumberedDrawing, Opening, PieceRecord
-from job.sealed import utc_now
+from job.sealed import NamedObject, utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 

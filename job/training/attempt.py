@@ -19,13 +19,13 @@ from job.exits import JobError, LostRunError, NotANumberError, StoppedError
 from job.plan import Plan, plan_run
 from job.processes import compute
 from job.processes.launched import is_launched
+from job.processes.lease import Lease
 from job.processes.ranks import Ranks, meet
 from job.progress import Progress, note
 from job.requests import TrainRequest, check_world_size
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
 from job.runs.layout import CheckpointRef
-from job.runs.lease import Lease
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.stop import NEVER, Stop
 from job.store import open_bucket

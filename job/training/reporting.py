@@ -8,12 +8,12 @@ from torch import Tensor
 
 from ddpm import figures, training
 from job.plan import FoundRun, Plan
+from job.processes.lease import Lease
 from job.progress import Progress, note
 from job.report.facts import facts_of
 from job.report.page import put_page
 from job.report.pictures import Shelf
 from job.runs import records
-from job.runs.lease import Lease
 from job.runs.metrics import Row, read_rows
 from job.runs.retention import Retention, best_images_seen
 from job.runs.samples import LOSS_FIGURE, label_of, moment_of

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from job.processes import lease as lease_module
+from job.processes.lease import LEASE_KEY, Lease
 from job.processes.process_identity import ProcessIdentity
-from job.runs import lease as lease_module
-from job.runs.lease import LEASE_KEY, Lease
 from job.stop import NEVER
 from job.store import Store
 from tests.job.launching import eventually as eventually

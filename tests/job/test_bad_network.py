@@ -16,7 +16,7 @@ import pytest
 from ddpm.training import TrainState
 from job.data.pack import PackRequest, pack
 from job.exits import Exit
-from job.runs import lease
+from job.processes import lease
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.metrics import read_rows
 from job.store import ConflictError, ObjectExistsError, Retry, Store, open_store, retry

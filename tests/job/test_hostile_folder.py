@@ -168,8 +168,8 @@ def ends_as_it_should(words: str, bucket: Path) -> None:
 def test_whatever_lies_in_a_bucket_a_command_ends_with_a_code_of_the_table(
     sampled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
 ) -> None:
-    monkeypatch.setattr("job.runs.lease.EXPIRE_SECONDS", 0.3)
-    monkeypatch.setattr("job.runs.lease.WATCH_SECONDS", 0.05)
+    monkeypatch.setattr("job.processes.lease.EXPIRE_SECONDS", 0.3)
+    monkeypatch.setattr("job.processes.lease.WATCH_SECONDS", 0.05)
     # Where a figure goes.
     monkeypatch.chdir(tmp_path)
     bucket = tmp_path / "bucket"

@@ -11,9 +11,9 @@ import pytest
 
 from job.exits import BucketAwayError, StoppedError
 from job.plan import Plan, plan_run
+from job.processes.lease import load_lease
 from job.requests import TrainRequest
 from job.runs.checkpoints import list_checkpoints
-from job.runs.lease import load_lease
 from job.store import Store
 from job.training.attempt import run_training
 from tests.job.command_line import NETWORK

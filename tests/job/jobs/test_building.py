@@ -14,7 +14,7 @@ from job.exits import BadConfigError, BadRequestError
 from job.jobs.building import wait_seconds
 from job.jobs.spec import NAME_CHARACTERS, JobSpec, is_about, job_name
 from job.jobs.targets import load_targets
-from job.runs.lease import EXPIRE_SECONDS
+from job.processes.lease import EXPIRE_SECONDS
 from tests.job.jobs.submitting import FOR_TRAIN, built
 
 pytestmark = pytest.mark.usefixtures("targets_folder")

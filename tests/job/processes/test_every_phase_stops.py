@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from job.processes.lease import load_lease
 from job.runs.checkpoints import list_checkpoints
-from job.runs.lease import load_lease
 from job.runs.records import read_status
 from job.store import Store, open_store
 from tests.faulty_proxy import Fault

@@ -18,7 +18,8 @@ from job.plan import find_run
 from job.runs.checkpoints import list_checkpoints, load_manifest
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.metrics import metric_objects
-from job.runs.records import NamedObject, run_store
+from job.runs.records import run_store
+from job.sealed import NamedObject
 from job.store import open_store
 from tests.job.command_line import ddpm_here, settings, succeeded
 

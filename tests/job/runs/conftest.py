@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from job.data.pack import PackRequest, pack
-from job.runs import lease
+from job.processes import lease
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef, ObjectKind
 from job.runs.readers import Reader

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from job.exits import BadDataError, BucketAwayError, LostRunError
+from job.processes import lease as lease_module
+from job.processes.lease import LEASE_KEY
 from job.processes.process_identity import ProcessIdentity
-from job.runs import lease as lease_module
-from job.runs.lease import LEASE_KEY
 from job.stop import NEVER, Stop
 from job.store import ConflictError, Store, open_store
 from job.store.local import LocalStore

@@ -9,18 +9,18 @@ from pathlib import Path
 import pytest
 
 from job.exits import Exit, StoppedError
+from job.processes.lease import LEASE_KEY, load_lease
 from job.processes.process_identity import ProcessIdentity
 from job.runs import records, removal
 from job.runs.checkpoints import list_checkpoints
 from job.runs.layout import CheckpointRef
-from job.runs.lease import LEASE_KEY, load_lease
 from job.runs.readers import Reader, being_read, reading
 from job.store import Store, open_store
 from job.store.local import LocalStore
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.damages import DAMAGES, damaged
 from tests.job.leases import taken
-from tests.job.runs.leased import committed_images, small_config, write
+from tests.job.processes.leased import committed_images, small_config, write
 from tests.job.small_dataset import write_dataset
 from tests.job.stops import StopWhen
 

@@ -19,13 +19,13 @@ from pydantic import Field
 
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
-from job.runs.layout import MAX_FENCE, ObjectKind
-from job.runs.records import utc_now
-from job.sealed import Moment, Sealed
+from job.sealed import Moment, Sealed, utc_now
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
-LEASE_KEY = ObjectKind.LEASE.value
+LEASE_KEY = "lease.json"
+MAX_FENCE = 10**6 - 1
+"""The largest number of six digits, which a checkpoint's name has."""
 RENEW_SECONDS = 5.0
 EXPIRE_SECONDS = 20.0
 WATCH_SECONDS = 0.5
@@ -73,6 +73,11 @@ def _read_lease(run: Store) -> tuple[LeaseRecord | None, str]:
     with suppress(BadDataError):
         return LeaseRecord.from_json(blob.data, run.uri_of(LEASE_KEY)), blob.version
     return None, blob.version
+
+
+def claim_version(folder: Store) -> str:
+    """Returns the version of the lease in a folder, which changes whenever it is renewed; empty if there is none."""
+    return _read_lease(folder)[1]
 
 
 def _write_lease(run: Store, record: LeaseRecord, version: str) -> str:
