@@ -380,7 +380,7 @@ def _point(name: str) -> Point:
 
 def _objects(store: Store) -> dict[str, bytes]:
     """A dataset's objects, without the journal, which stays behind when packing is killed after its commit."""
-    keys = (entry.key for entry in store.list() if not entry.key.startswith("packing/"))
+    keys = (entry.key for entry in store.list() if not entry.key.startswith(("pieces/", "claims/")))
     return {key: store.read(key).data for key in keys}
 
 

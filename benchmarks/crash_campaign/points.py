@@ -56,10 +56,10 @@ class Point:
 def _pack() -> list[Point]:
     return [
         Point("pack-staged", "the first shard is written, nothing uploaded", "pack", "upload", SHARD, when="before"),
-        Point("pack-upload-2", "the second shard is uploaded, nothing vouches for it", "pack", "upload", SHARD, nth=2),
-        Point("pack-journal-3", "the journal vouches for three shards", "pack", "create", r"/packing/shard-", nth=3),
+        Point("pack-upload-2", "the second shard is uploaded, it has no record", "pack", "upload", SHARD, nth=2),
+        Point("pack-record-3", "three shards have records", "pack", "create", r"/pieces/\d", nth=3),
         Point("pack-index-before", "all shards are there, the index is not", "pack", "create", INDEX, when="before"),
-        Point("pack-index", "the index is there, the journal not cleared away", "pack", "create", INDEX),
+        Point("pack-index", "the index is there, the records not cleared away", "pack", "create", INDEX),
     ]
 
 
@@ -173,7 +173,7 @@ def _batch() -> list[Point]:
     return [
         Point("batch-step", "in the middle of a piece of `ddpm sample --count`", "batch", "sampling-step", nth=3),
         Point("batch-upload-2", "the second piece is uploaded, it has no record", "batch", "create", PIECE, nth=2),
-        Point("batch-record-2", "the second of its records is written", "batch", "create", "/records/piece-", nth=2),
+        Point("batch-record-2", "the second of its records is written", "batch", "create", "/pieces/", nth=2),
         Point("batch-index-before", "all pieces are there, the index is not", "batch", "create", INDEX, when="before"),
     ]
 

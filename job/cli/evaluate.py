@@ -18,6 +18,7 @@ from job.cli.options import (
     RunOption,
     SampledClasses,
     Sampler,
+    SliceOption,
     Steps,
     StopAfter,
     Weights,
@@ -53,6 +54,7 @@ def ddpm_evaluate(
     weights: Weights = None,
     precision: Precision = None,
     batch_size: BatchSize = None,
+    slice_: SliceOption = "",
     processes: Processes = None,
     hang_after: HangAfter = DEFAULT_HANG_AFTER,
     stop_after: StopAfter = "",
@@ -91,5 +93,6 @@ def ddpm_evaluate(
         repeats=repeats,
         classes=classes,
         chosen=chosen_of(locals()),
+        slice=slice_,
     )
     evaluate_command(request, processes, hang_after, stop_after)

@@ -34,7 +34,7 @@ def zip_members(opener: Opener) -> Iterator[Member]:
                 raise RefusedError(_EXPANDS)
             for info in archive.infolist():
                 if not info.is_dir():
-                    yield Member(info.filename, partial(_read_zipped, archive, info))
+                    yield Member(info.filename, partial(_read_zipped, archive, info), size_bytes=info.file_size)
 
 
 def _read_zipped(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:
@@ -62,7 +62,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
                 raise refused(member.name, f"has a size of {member.size:,} bytes: do not trust this archive")
             if member.isreg() and not member.issparse():
                 content = cast(IO[bytes], archive.extractfile(member))
-                yield Member(member.name, partial(read_exactly, content, member.size), member.offset_data)
+                yield Member(member.name, partial(read_exactly, content, member.size), member.offset_data, member.size)
             elif not member.isdir():
                 raise refused(member.name, "is a link or a device: do not trust this archive")
         stream.finish()

@@ -42,11 +42,13 @@ class Member:
         name: its relative path.
         read: gives its content.
         offset: where that begins in a tar.
+        size_bytes: of the content; 0 where its name decides it.
     """
 
     name: str
     read: Callable[[], bytes]
     offset: int = -1
+    size_bytes: int = 0
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from collections.abc import Iterator
+from functools import partial
 
 from job.data.members import Member, Opener, RefusedError, read_exactly, unpacked
 
@@ -25,9 +26,15 @@ def idx_members(open_images: Opener, open_labels: Opener | None = None) -> Itera
         labels = _idx_labels(open_labels, count) if open_labels else b""
         digits, label_digits = len(str(count - 1)), len(str(max(labels, default=0)))
         header = b"P5 %d %d 255\n" % (width, height)
+
+        def read(number: int) -> bytes:
+            # Images that another machine packs are not read.
+            file.seek(16 + number * pixels)
+            return header + read_exactly(file, pixels)
+
         for number in range(count):
             folder = f"{labels[number]:0{label_digits}d}/" if labels else ""
-            yield Member(f"{folder}{number:0{digits}d}.pgm", lambda: header + read_exactly(file, pixels))
+            yield Member(f"{folder}{number:0{digits}d}.pgm", partial(read, number))
         file.seek(16 + count * pixels)
         if file.read(1):
             raise RefusedError(f"holds more than the {count:,} images of its header: get it again")

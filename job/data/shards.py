@@ -38,11 +38,10 @@ REJECTS = "rejects.jsonl"
 CONTACT_SHEET = "contact-sheet.png"
 AUTOENCODER = "autoencoder/config.json", "autoencoder/diffusion_pytorch_model.safetensors"
 """What encoded latents, and decodes them."""
-PACKING = "packing"
-"""Folder of what vouches for shards until the index does."""
 REFERENCES = "references"
 """Folder of what pretrained networks see in the images, which evaluations keep."""
-SHARD_BYTES = 64 * 1024 * 1024
+SHARD_PIXEL_BYTES = 96 << 20
+"""Pixels of the images of a shard, which make about 64 MB of PNG."""
 OFFSETS_DTYPE = np.dtype([("offset", "<u8"), ("bytes", "<u4"), ("label", "<i4"), ("crc32c", "<u4")])
 """Where an image's encoded bytes lie in its tar, its class (-1 without classes), and the CRC-32C of the bytes."""
 Record = tuple[int, int, int, int]
@@ -69,7 +68,7 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=r"^shard-\d{5}\.tar$")
+    name: str = Field(pattern=r"^shard-\d{5}(-[0-9a-f]{8})?\.tar$")
     bytes: int = Field(gt=0)
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     images: int = Field(gt=0)
@@ -235,9 +234,9 @@ class DatasetIndex(Sealed):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def shard_name(number: int) -> str:
-    """Key of a shard below its dataset."""
-    return f"shard-{number:05d}.tar"
+def shard_name(number: int, sha256: str = "") -> str:
+    """Returns the key of a shard below its dataset, with the beginning of its hash if that is given."""
+    return f"shard-{number:05d}{f'-{sha256[:8]}' if sha256 else ''}.tar"
 
 
 def dataset_key(name: str, size: int) -> str:

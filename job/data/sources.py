@@ -12,7 +12,7 @@ import os
 import re
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -105,7 +105,7 @@ class Source:
         split: takes only what lies in this folder of those that divide the source, see `SPLITS`.
         hold_out: which share of the images is kept apart.
         held: takes only those, not the others.
-        skipped: how many files `names` has passed over: hidden images, and other files by suffix.
+        skipped: how many files `images` has passed over: hidden images, and other files by suffix.
     """
 
     where: str
@@ -133,14 +133,14 @@ class Source:
                 if not self.split or self.split == next((part for part in map(str.lower, parts) if part in SPLITS), ""):
                     yield replace(member, name=printable("/".join(part for part in parts if part not in ("", "."))))
 
-    def names(self) -> Iterator[str]:
-        """Relative paths of the images, in order; reads no more than that takes."""
+    def images(self) -> Iterator[Member]:
+        """Yields the images, in order, and counts what it passes over; reads no content."""
         self.skipped.clear()
         for member in self.members():
             suffix = Path(member.name).suffix.lower()
             if is_image(member.name):
                 if self._takes(member.name):
-                    yield member.name
+                    yield member
             elif suffix in SUFFIXES:
                 if not _FORK.search(member.name):
                     self.skipped[HIDDEN] += 1
@@ -148,9 +148,8 @@ class Source:
                 is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
                 self.skipped[suffix if is_named else "other"] += 1
 
-    def entries(self) -> Iterator[tuple[str, bytes]]:
-        """Relative paths and contents of the images, in order."""
-        images = (member for member in self.members() if is_image(member.name) and self._takes(member.name))
+    def loaded(self, images: Iterable[Member]) -> Iterator[tuple[str, bytes]]:
+        """Yields relative path and content of these images, in order."""
         if not self.readers:
             yield from map(self._load, images)
             return
@@ -188,7 +187,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
             if path == packed_to:
                 continue
             if is_litter(child.name):
-                # `names` counts the images among them; folders that only the system may read are passed over.
+                # `images` counts the images among them; folders that only the system may read are passed over.
                 walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
                 yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
             elif child.is_dir(follow_symlinks=False):
@@ -197,7 +196,7 @@ def folder_source(root: Path, bucket: str = "") -> Source:
                 # Following a link to a folder could go round in circles.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
                     raise refused(name, "is a link out of this folder or to one, or no file: put a copy in its place")
-                yield Member(name, partial(_read_file, path))
+                yield Member(name, partial(_read_file, path), size_bytes=child.stat().st_size)
             elif child.is_file():
                 yield Member(name, bytes)
 
@@ -218,7 +217,7 @@ def _bucket_members(store: Store, entries: Sequence[Entry]) -> Iterator[Member]:
         check_size(entry.size_bytes)
         return store.read(entry.key, ENTRY_BYTES).data
 
-    return (Member(entry.key, partial(read, entry)) for entry in entries)
+    return (Member(entry.key, partial(read, entry), size_bytes=entry.size_bytes) for entry in entries)
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> Source:

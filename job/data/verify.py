@@ -17,7 +17,6 @@ from job.data.shards import (
     AUTOENCODER,
     CONTACT_SHEET,
     INDEX,
-    PACKING,
     REFERENCES,
     REJECTS,
     DatasetIndex,
@@ -25,6 +24,7 @@ from job.data.shards import (
     load_index,
 )
 from job.exits import BadDataError
+from job.pieces import CLAIMS, RECORDS
 from job.store import ObjectMissingError, Store
 from job.store.files import scratch_folder
 
@@ -106,5 +106,5 @@ def _others(dataset: Store, index: DatasetIndex) -> list[str]:
         for entry in dataset.list()
         # What clearing-up leaves of the journal when it is killed belongs to nothing any more, and harms nobody; what
         # evaluations keep says itself what it is of.
-        if entry.key not in named and not entry.key.startswith((f"{PACKING}/", f"{REFERENCES}/"))
+        if entry.key not in named and not entry.key.startswith((f"{RECORDS}/", f"{CLAIMS}/", f"{REFERENCES}/"))
     ]

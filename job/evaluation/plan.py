@@ -13,6 +13,7 @@ from job.data.shards import REFERENCES, DatasetIndex, dataset_key
 from job.evaluation.extractors import Extractor, FoundExtractor, find_extractor
 from job.evaluation.features import FeatureFolder
 from job.exits import BadDataError, BadRequestError
+from job.pieces import WHOLE, Slice
 from job.plan import FoundRun, Plan
 from job.requests import EvaluateRequest
 from job.runs.layout import CheckpointRef, ObjectKind
@@ -90,7 +91,7 @@ class Evaluation:
         """Features of the images."""
         drawing, key = self.images.drawing, PurePosixPath(ObjectKind.SCORES.key(batch=self.batch))
         store = self.images.run.sub(str(key.parent))
-        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images)
+        return FeatureFolder(store, self.fingerprint, drawing.count, drawing.piece_images, self.images.share)
 
     @property
     def ref(self) -> CheckpointRef:
@@ -176,12 +177,12 @@ def reference_of(index: DatasetIndex, extractor: Extractor, images: int) -> Refe
     )
 
 
-def reference_folder(of_run: FoundRun, reference: Reference) -> FeatureFolder:
+def reference_folder(of_run: FoundRun, reference: Reference, share: Slice = WHOLE) -> FeatureFolder:
     """Features of the real images, which all runs on this dataset share."""
     fingerprint = _hash_of(reference.model_dump())
     name = f"{REFERENCES}/{reference.extractor}-{reference.images}-{fingerprint[:12]}"
     store = of_run.bucket.sub(f"{dataset_key(reference.dataset, reference.size)}/{name}")
-    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images))
+    return FeatureFolder(store, fingerprint, reference.images, piece_images(reference.images), share)
 
 
 def _hash_of(content: object) -> str:

@@ -68,7 +68,7 @@ def submit(command: ParsedCommand, on: str, targets: Path | None, resources: Res
             print("\n".join(lines), flush=True)
             if not options.yes:
                 _ask(spec)
-        elif (folder := spec.bucket_folder) and spec.verb != "pack" and not folder.is_dir():
+        elif (folder := spec.bucket_folder) and spec.verb not in ("pack", "index") and not folder.is_dir():
             raise MissingInputError(f"bucket {spec.bucket} is not there: check the path, or pack a dataset first")
         if options.watch:
             Watch(backend, spec, Stop().install().sleep).run()

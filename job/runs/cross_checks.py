@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from job.config import RunConfig
 from job.exits import BadDataError
+from job.pieces import PieceRecord
 from job.processes.lease import LEASE_KEY, LeaseRecord
 from job.runs import records, samples
 from job.runs.checkpoints import LATEST_KEY, Average, Manifest, lost_manifest
@@ -14,7 +15,7 @@ from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, Opening, Provenance, named_piece
 from job.sealed import author_of
 from job.store import ObjectMissingError
 
@@ -77,10 +78,14 @@ def check_batches(found: Inventory) -> None:
         batch = found.places[key].batch
         drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
         opening, index = found.records.get(drawing_key), found.records.get(index_key)
-        if isinstance(opening, Opening) and record.drawing != opening.drawing:
+        if record.number != found.places[key].piece:
+            found.bad(key, "is not in its place: it was written for another piece")
+        if isinstance(opening, Opening) and record.fingerprint != opening.drawing.fingerprint:
             found.bad(key, f"is about another drawing than {drawing_key}")
-        if isinstance(index, BatchIndex) and record.in_index not in index.pieces[record.number : record.number + 1]:
-            found.bad(index_key, "does not say what the records of its pieces say")
+        if isinstance(index, BatchIndex):
+            named = named_piece(record, index.drawing)
+            if named not in index.pieces[record.number : record.number + 1]:
+                found.bad(index_key, "does not say what the records of its pieces say")
     for key, index in found.all(BatchIndex).items():
         batch = found.places[key].batch
         recorded = [ObjectKind.RECORD.key(batch=batch, piece=number) for number in range(len(index.pieces))]

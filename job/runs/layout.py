@@ -72,11 +72,14 @@ class ObjectKind(Enum):
     DRAWING = "samples/{batch}/drawing.json"  # what decides the images of a batch: created once, first
     PIECE = "samples/{batch}/piece-{piece:05d}.tar"  # a shard that webdataset can read
     IMAGE = "samples/{batch}/piece-{piece:05d}/{seed:09d}.png"  # with --save png
-    RECORD = "samples/{batch}/records/piece-{piece:05d}.json"  # created once, after the piece: its commit
+    RECORD = "samples/{batch}/pieces/{piece:05d}.json"  # created once, after the piece: its commit
+    CLAIM = "samples/{batch}/claims/{piece:05d}/lease.json"  # the process that makes the piece now
     GRID = "samples/{batch}/grid.png"  # the first images of a batch
     INDEX = "samples/{batch}/index.json"  # created once, when all pieces are there
     PROVENANCE = "provenance/{of}/{sha256}.json"  # where a picture of these bytes comes from
     FEATURES = "evaluations/{batch}/piece-{piece:05d}.safetensors"  # of drawn images, until the scores are there
+    FEATURE_RECORD = "evaluations/{batch}/pieces/{piece:05d}.json"  # created once, after them: their commit
+    FEATURE_CLAIM = "evaluations/{batch}/claims/{piece:05d}/lease.json"  # the process that makes them now
     SCORES = "evaluations/{batch}/scores.json"  # created once: how far they are from real images
     FOUND_GRID = "grids/found-{steps}.json"  # created once: the points that were found for so many steps
     READER = "reading/{checkpoint}-{unique}.json"  # somebody reads this checkpoint; it stays until then

@@ -103,8 +103,10 @@ def leftovers(run: Store, places: Mapping[str, Located], fence: int) -> dict[str
                 left[key] = "`ddpm ema` that was stopped"
             case ObjectKind.PIECE | ObjectKind.IMAGE if (place.batch, place.piece) not in recorded:
                 left[key] = "sampling that was stopped"
-            case ObjectKind.FEATURES:
+            case ObjectKind.FEATURES | ObjectKind.FEATURE_RECORD | ObjectKind.FEATURE_CLAIM:
                 left[key] = "an evaluation that was stopped"
+            case ObjectKind.CLAIM:
+                left[key] = "sampling by several machines"
             case ObjectKind.READER if place.checkpoint not in read:
                 left[key] = "a reader that was killed"
             case ObjectKind.PROBE:

@@ -23,6 +23,7 @@ from pydantic import Field
 from ddpm.epochs import epochs_completed_by
 from job.code_version import code_version
 from job.config import Drawing, Section
+from job.pieces import PieceRecord
 from job.runs.layout import CheckpointRef, Located, ObjectKind
 from job.runs.records import RunRecord, attempt_id
 from job.sealed import SHA256_PATTERN, NamedObject, Sealed
@@ -180,6 +181,11 @@ class NumberedDrawing(Drawing):
         """Number of pieces."""
         return ceil(self.count / self.piece_images)
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of it all."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
     def seeds(self, number: int) -> range:
         """The seeds of a piece."""
         first, end = self.first_seed + number * self.piece_images, self.first_seed + self.count
@@ -209,29 +215,13 @@ class Opening(Sealed):
     drawing: NumberedDrawing
 
 
-class PieceRecord(RunRecord):
-    """A piece that is there. Its existence is the commit."""
-
-    number: int = Field(ge=0)
-    files: tuple[NamedObject, ...] = Field(min_length=1)
-    drawing: NumberedDrawing
-    attempt: str = Field(pattern=r"^[0-9a-f]{32}$")
-    """Without this, two that make the same piece in the same second could both take themselves for the first."""
-    created: str
-    code_version: str
-
-    def is_at(self, place: Located) -> bool:
-        """In the record of its number."""
-        return self.number == place.piece
-
-    @property
-    def in_index(self) -> NamedObject:
-        """What the index says about it; a folder has the hash of its `sha256sum *.png`."""
-        if self.drawing.save == "shards":
-            return self.files[0]
-        lines = "".join(f"{file.sha256}  {file.name}\n" for file in self.files)
-        named = NamedObject.of(self.files[0].key.rpartition("/")[0], lines.encode())
-        return named.model_copy(update={"size_bytes": sum(file.size_bytes for file in self.files)})
+def named_piece(record: PieceRecord, drawing: NumberedDrawing) -> NamedObject:
+    """Returns what the index says of a piece; a folder of images has the hash of its `sha256sum *.png`."""
+    if drawing.save == "shards":
+        return record.files[0]
+    lines = "".join(f"{file.sha256}  {file.name}\n" for file in record.files)
+    named = NamedObject.of(record.files[0].key.rpartition("/")[0], lines.encode())
+    return named.model_copy(update={"size_bytes": sum(file.size_bytes for file in record.files)})
 
 
 class BatchIndex(Sealed):

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from job.pieces import PieceRecord
 from job.processes.lease import MAX_FENCE
 from job.progress import Progress
 from job.runs.checkpoints import Average, Manifest, sha256_of
@@ -19,7 +20,6 @@ from job.runs.cross_checks import check_attempts, check_batches, check_config, c
 from job.runs.inventory import Inventory
 from job.runs.layout import OF_CHECKPOINT, PICTURES, ObjectKind
 from job.runs.retention import leftovers
-from job.runs.samples import PieceRecord
 from job.store import ObjectMissingError, Store
 
 HASHERS = 4

@@ -282,7 +282,7 @@ def test_rotten_descriptions_are_named(tmp_path):
 
 
 def test_what_was_never_finished_is_listed_and_goes_without_its_size(tmp_path):
-    left = tmp_path / "datasets/mine-16/packing/shard-00000.json"
+    left = tmp_path / "datasets/mine-16/pieces/00000.json"
     left.parent.mkdir(parents=True)
     left.write_text("{}")
     assert "unfinished: pack it again, or delete it" in succeeded(ddpm_here("data", "list", "--bucket", tmp_path))

@@ -20,7 +20,7 @@ from job.jobs.backends.google import GoogleNotFoundError
 from job.jobs.backends.machines import Machine
 from job.jobs.spec import LABEL_PREFIX, JobSpec
 from job.jobs.targets import BatchTarget
-from job.requests import BATCH_TASK_INDEX
+from job.pieces import BATCH_TASK_INDEX
 
 MAX_RETRIES = 10
 """The most that Batch takes; it counts preemptions like everything else, and so `--watch` goes on where it stops."""

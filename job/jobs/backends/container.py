@@ -74,15 +74,11 @@ def _mount(path: Path, inside: str, *options: str) -> str:
 
 
 def _mounted_folders(spec: JobSpec) -> list[str]:
-    """Returns the mounts of the folders that a job reads or writes: a local bucket, and the source that it packs."""
+    """Returns the mounts of the folders that a job reads or writes: a local bucket, and what it is made of."""
     mounts = []
     if (folder := spec.bucket_folder) is not None:
         mounts.append(_mount(folder, str(folder)))
-    if spec.verb == "pack":
-        # `data pack SOURCE …`, or `data pack … -- SOURCE NAME`.
-        source = spec.argv[spec.argv.index("--") + 1 if "--" in spec.argv else 2].removeprefix("file://")
-        mounts += [_mount(Path(source), source, "readonly")] if source.startswith("/") else []
-    return mounts
+    return mounts + [_mount(Path(path), path, "readonly") for path in filter(None, spec.reads)]
 
 
 def _gpu_options(engine: str, count: int, there: int) -> list[str]:

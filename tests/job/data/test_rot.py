@@ -34,7 +34,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("pets", "other")):
         files = [(f"{kind}/{n:02d}.jpg", jpeg(100 * number + n)) for kind in ("cat", "dog") for n in range(10)]
         source = zip_of(folder / f"{name}.zip", [*files, ("cat/bad.jpg", b""), ("dog/bad.jpg", b"")])
-        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_bytes=16_000)
+        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_images=6)
         succeeded(ddpm_here("data", "show", name, "--bucket", folder, DDPM_CACHE=str(folder / "show")))
     return folder
 
@@ -118,7 +118,7 @@ def test_verifying_names_whatever_is_damaged_and_nothing_else(bucket, store, dat
         with damaged(dataset, key, lambda data, theirs=theirs: theirs):
             if (found := blamed(store)) != [key]:
                 wrong["another dataset's", key] = found
-    for key, is_named in (("shard-00099.tar", True), ("packing/left-by-a-killed-packer.json", False)):
+    for key, is_named in (("shard-00099.tar", True), ("pieces/00099.json", False)):
         dataset.create(key, b"x")
         if (found := blamed(store)) != [key] * is_named:
             wrong["no part of it", key] = found

@@ -55,7 +55,7 @@ def images(tmp_path_factory):
     bucket = open_store(str(tmp_path_factory.mktemp("images") / "bucket"))
     source = str(resources.files("job") / "datasets" / "landscape-sample.zip")
     for part in PackRequest(source, "tiles", 16, hold_out="20%").check().parts():
-        pack(bucket, part, shard_bytes=60_000)
+        pack(bucket, part, shard_images=24)
     return bucket.uri
 
 
