@@ -302,9 +302,9 @@ def test_uris_that_nobody_speaks(monkeypatch: pytest.MonkeyPatch, aws_credential
     for uri, words in [
         (
             "https://host/a.zip?s=1",
-            "'https://host/a.zip?…': nobody here speaks https://; download it first (curl -LO), or use",
+            "'https://host/a.zip?…': https:// is not supported; download it first (curl -LO), or use",
         ),
-        ("ftp://bucket", "nobody here speaks ftp://; use gs://, s3:// or az://BUCKET, or a path"),
+        ("ftp://bucket", "ftp:// is not supported; use gs://, s3:// or az://BUCKET, or a path"),
         ("https://storage.googleapis.com/bucket", "https://"),
         ("", "names no folder"),
         ("file://", "names no folder"),
