@@ -113,7 +113,7 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
                 store.retry(go_on)
         if store.about(key) != about:
             file.truncate(0)
-            raise BadDataError(f"{where} was changed just now: begin again")
+            raise BadDataError(f"{where} has changed during the read: begin again")
     part.replace(whole)
 
 

@@ -185,7 +185,7 @@ def test_names_and_links_on_a_server_of_files(sftp: tuple[Path, str]) -> None:
     (folder / "linked").symlink_to("odd")
     with pytest.raises(BadDataError, match=r"/linked is a link to a folder: put a copy"):
         read(url)
-    with pytest.raises(BadRequestError, match=r"no folder with a \?"):
+    with pytest.raises(BadRequestError, match=r"a folder with a \? in its name"):
         open_source(f"{url}/a?b/")
 
 
@@ -203,11 +203,11 @@ def test_a_folder_of_the_web_is_its_page(server) -> None:
     assert read(f"{url}/ds/") == IMAGES
     assert read(f"{url}/ds/*/1.png") == {name: IMAGES[name] for name in ("cat/1.png", "horse/1.png")}
     for source in (f"{url}/ds/?signature={WORD}", f"{url}/ds/*/1.png?signature={WORD}"):
-        with pytest.raises(BadRequestError, match="a folder with a query has no list of its files") as error:
+        with pytest.raises(BadRequestError, match="the files of a folder with a query cannot be listed") as error:
             read(source)
         assert WORD not in str(error.value)
     handler.content |= {"/loop" + "/loop" * deep: page("loop/") for deep in range(100)}
-    with pytest.raises(BadDataError, match="without end"):
+    with pytest.raises(BadDataError, match="more than 64 levels"):
         read(f"{url}/loop/")
 
 
@@ -261,7 +261,7 @@ def test_without_etags_the_date_tells_two_files_apart(server, monkeypatch: pytes
     with store.open("a") as file:
         assert file.read(10) == b"1" * 10
         handler.content, handler.date = {"/a": two}, "Mon, 02 Nov 2026 00:00:00 GMT"
-        with pytest.raises(BadDataError, match="was changed just now"):
+        with pytest.raises(BadDataError, match="has changed during the read"):
             file.read()
 
 

@@ -282,7 +282,7 @@ def test_words_that_mean_no_tars(tmp_path):
     for word, code, part in [
         ("nowhere.tar", 66, "no object at"),
         ("{nowhere,a}.tar", 66, "nothing at"),
-        ("nowhere", 66, "is no folder"),
+        ("nowhere", 66, "is not a folder"),
         ("empty", 66, "holds no .tar"),
         ("texts", 66, "holds no .tar"),
         ("no-images.tar", 65, "holds no images: none of its names ends in .avif"),
