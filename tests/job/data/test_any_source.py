@@ -144,7 +144,7 @@ def test_an_archive_in_a_chain_is_judged_as_any(bucket_uri: str) -> None:
     for name, data, said in (
         ("damaged.zip", bytes(damaged), "is truncated or damaged"),
         ("unsafe.zip", unsafe.getvalue(), "leads out of it"),
-        ("none.zip", b"no archive", "is no archive"),
+        ("none.zip", b"no archive", "is not an archive"),
     ):
         store.put(name, data)
         with pytest.raises(BadDataError, match=said):

@@ -243,7 +243,7 @@ def test_a_tar_that_changes_later_is_named(tmp_path, tars):
                 pixels(bucket, KEY, folder / "cache", budget_bytes)
             assert raised.value.exit_code == code
             assert f"{theirs}/00002.tar" in str(raised.value)
-            assert ("than were indexed" in str(raised.value)) == (code == Exit.BAD_DATA)
+            assert ("or index the dataset again" in str(raised.value)) == (code == Exit.BAD_DATA)
 
 
 def test_bad_images_are_named_left_out_and_bounded(tmp_path, bucket):
