@@ -157,8 +157,8 @@ def test_a_working_folder_that_is_gone(bucket, tmp_path, monkeypatch):
 def test_a_bucket_that_is_not_there(tmp_path, gcs_server):
     (tmp_path / "file").write_text("no bucket")
     buckets: Rows = [
-        (f"{tmp_path}/nowhere", 66, [f"{tmp_path}/nowhere is no folder", "check the path"]),
-        (f"{tmp_path}/file", 66, [f"{tmp_path}/file is no folder"]),
+        (f"{tmp_path}/nowhere", 66, [f"{tmp_path}/nowhere is not a folder", "check the path"]),
+        (f"{tmp_path}/file", 66, [f"{tmp_path}/file is not a folder"]),
         ("ftp://mine", 64, ["'ftp://mine'", "az://BUCKET"]),
         ("gs://", 64, ["gs:// names no bucket"]),
         ("", 64, ["names no folder"]),

@@ -205,7 +205,7 @@ def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
     assert "CRC check failed" in refusal(flip_a_bit(tar_of(tmp_path / "a.tgz", FILES), -6))
     for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)):
         (tmp_path / "a").write_bytes(content)
-        assert "a is no archive that can be packed" in refusal(tmp_path / "a"), content[:20]
+        assert "a is not an archive that can be packed" in refusal(tmp_path / "a"), content[:20]
     first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]).read_bytes() for name in "ab")
     (tmp_path / "joined.tar").write_bytes(first + second)
     assert "holds more behind its end mark" in refusal(tmp_path / "joined.tar")
@@ -235,8 +235,8 @@ def test_mnist_files_become_grey_images_in_a_folder_per_class(tmp_path, digits, 
     for content, its_labels, part in [
         (idx(images)[:-1], labels, "has 783 bytes where 784 were promised"),
         (idx(images)[:10], labels, "has 10 bytes where 16 were promised"),
-        (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is no whole MNIST image file"),
-        (idx(images[:0]), labels[:0], "is no whole MNIST image file"),
+        (b"\0\0\x08\x03" + b"\xff" * 400, labels, "is not a complete MNIST image file"),
+        (idx(images[:0]), labels[:0], "is not a complete MNIST image file"),
         (idx(images), labels[:-1], "does not go with its labels"),
         (idx(images) + b"0", labels, "holds more than the"),
     ]:
@@ -339,7 +339,7 @@ def test_links_of_a_folder(tmp_path):
     assert read(folder) == [("1.jpg", b"1"), ("3.jpg", b"2"), ("sub/2.jpg", b"2")]
     for name, target in [("4.jpg", "../outside.jpg"), ("other", "/etc"), ("other", "."), ("4.jpg", "gone.jpg")]:
         (folder / name).symlink_to(target)
-        assert f"{name!r}, which is a link out of this folder or to one, or no file" in refusal(folder)
+        assert f"{name!r}, which is not a file, or links to a folder or outside" in refusal(folder)
         (folder / name).unlink()
     os.mkfifo(folder / "4.jpg")
     assert "'4.jpg', which is" in refusal(folder)

@@ -156,12 +156,12 @@ def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    assert "is not what encoded the images" in refused(
+    assert "diffusion_pytorch_model.safetensors differs from the index" in refused(
         ddpm_here("data", "verify", "tiles-latents", "--bucket", changed), Exit.BAD_DATA
     )
     sample = ("sample", "--run", "r", "--seeds", 0, "--bucket", changed)
     done = ddpm_here(*sample, DDPM_CACHE=str(tmp_path / "cache"))
-    assert "is not what encoded the images" in refused(done, Exit.BAD_DATA)
+    assert "or its configuration, differs from the index" in refused(done, Exit.BAD_DATA)
 
 
 def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, monkeypatch):
@@ -227,10 +227,10 @@ def test_an_autoencoder_that_does_not_fit_is_refused(images, tmp_path, changes, 
     ("config", "said"),
     [
         ({"_class_name": "VQModel"}, "is a VQModel"),
-        ({"block_out_channels": [8, 10**9]}, "is none"),
-        ({"layers_per_block": 10**9}, "is none"),
-        ({"layers_per_block": 2}, "are not those of its configuration"),
-        ({"down_block_types": ["Nonsense", "Nonsense"]}, "are not those of its configuration"),
+        ({"block_out_channels": [8, 10**9]}, "wrong block_out_channels="),
+        ({"layers_per_block": 10**9}, "or layers_per_block=1000000000"),
+        ({"layers_per_block": 2}, "its weights do not fit its configuration"),
+        ({"down_block_types": ["Nonsense", "Nonsense"]}, "its weights do not fit its configuration"),
     ],
 )
 def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tmp_path, config, said):
