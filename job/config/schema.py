@@ -8,26 +8,18 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from job.config.fields import (
-    LARGEST,
-    LARGEST_SIZE,
-    AsList,
-    Beta,
-    Counts,
-    Interval,
-    Labels,
-    Section,
-    Share,
-    Stds,
-    Weights,
-    average_name,
-)
+from job.config.fields import LARGEST, LARGEST_SIZE, AsList, Counts, Interval, Section, Stds, Weights, average_name
 from job.config.networks import NETWORKS, Network, UNetConfig
 from job.config.rules import RULES
 from job.exits import BadConfigError
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
+
+
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(gt=0, le=1)]
+Labels = Annotated[tuple[Annotated[int, Field(ge=0, le=LARGEST)], ...], AsList]
 
 
 class DataConfig(Section):
@@ -175,20 +167,8 @@ class CheckpointConfig(Section):
     keep_best: bool = Field(False, description="also keep the checkpoint with the best score; see evaluate.metrics")
 
 
-Sampler = Literal[
-    "ddpm",
-    "ddim",
-    "euler",
-    "euler_ancestral",
-    "heun",
-    "dpmpp_2m",
-    "dpmpp_3m",
-    "dpmpp_sde_2m",
-    "unipc",
-    "ipndm",
-    "deis",
-    "own",
-]
+_Multistep = Literal["dpmpp_2m", "dpmpp_3m", "dpmpp_sde_2m", "unipc", "ipndm", "deis"]
+Sampler = Literal["ddpm", "ddim", "euler", "euler_ancestral", "heun", _Multistep, "own"]
 OPTIONS_OF: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(get_args(Sampler), ()),
     "ddpm": ("variance",),
