@@ -74,4 +74,4 @@ def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    return Entry(name, replace(facts, rows=[]), "", {"x": x, "values": smooth(loss)}, grid, has_page)
+    return Entry(name, replace(facts, rows=[]), loss={"x": x, "values": smooth(loss)}, grid=grid, has_page=has_page)
