@@ -32,7 +32,7 @@ from job.processes.ranks import Agreement, Ranks, meet
 from job.progress import Progress, note
 from job.report.facts import facts_of
 from job.report.page import put_page
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.requests import GIF_SEEDS
 from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, newest_good
@@ -203,7 +203,7 @@ class TrainingSession:
             return
         self.attempt, self.lease = attempt, lease
         self.rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
-        self.shelf = Shelf(note)
+        self.page_pictures = PictureCache(note)
         leased = LeasedRun(self.plan.run, self._retention(), attempt, lease)
         tensors = self.state.tensors()
         self.writer = CheckpointWriter(leased, tensors, before=manifest, aside=aside, stop=self.stop, note=note)
@@ -588,7 +588,7 @@ class TrainingSession:
             found = FoundRun(plan.bucket, run.within(PAGE_PATIENCE_SECONDS), plan.index, self.config, plan.own)
             try:
                 self.lease.confirm()
-                put_page(facts_of(found, plan.request.run, rows, status), self.shelf)
+                put_page(facts_of(found, plan.request.run, rows, status), self.page_pictures)
             except Exception as error:
                 # Whatever is wrong with it, what is learnt does not depend on a page.
                 note(f"the run's page is as it was before: {type(error).__name__}: {error}")

@@ -35,9 +35,9 @@ from job.store import ObjectExistsError, ObjectMissingError
 from job.validation import validation_row
 
 if TYPE_CHECKING:
-    from ddpm.features import Seen
+    from ddpm.features import ExtractorOutput
 
-See = Callable[[torch.Tensor], "Seen"]
+See = Callable[[torch.Tensor], "ExtractorOutput"]
 Make = Callable[[range, Callable[[float], None]], Named]
 """From the numbers of images, and what is told how many more are done, to what was seen in them."""
 SEE_IMAGES = 50

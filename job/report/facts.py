@@ -19,7 +19,7 @@ from job.runs import metrics, records
 from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
 from job.runs.layout import ObjectKind, places_in
 from job.runs.metrics import Row
-from job.runs.outlook import Outlook, Stretch, attempts_of, outlook_of, state_in, stretches
+from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
 from job.runs.samples import denoising_key, grid_key, label_of, moment_of
 from job.runs.scores import Scores
@@ -46,7 +46,7 @@ class Facts:
     name: str
     status: Status | None
     outlook: Outlook
-    attempts: list[Stretch]
+    attempts: list[AttemptSpan]
     rows: list[Row]
     """Of the metrics, those of one moment as one, in order."""
     grids: list[Grid]
@@ -132,7 +132,7 @@ def facts_of(
     if rows is None:
         rows = metrics.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
-    attempts = stretches(attempts_of(run), status)
+    attempts = spans_of(attempts_of(run), status)
     pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(found.own)
     grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
     gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]

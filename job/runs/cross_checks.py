@@ -14,7 +14,7 @@ from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind,
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.runs.samples import BatchIndex, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, DrawingRecord, PieceRecord, Provenance
 from job.sealed import author_of
 from job.store import ObjectMissingError
 
@@ -76,8 +76,8 @@ def check_batches(found: Inventory) -> None:
     for key, record in found.all(PieceRecord).items():
         batch = found.places[key].batch
         drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
-        opening, index = found.records.get(drawing_key), found.records.get(index_key)
-        if isinstance(opening, Opening) and record.drawing != opening.drawing:
+        drawing, index = found.records.get(drawing_key), found.records.get(index_key)
+        if isinstance(drawing, DrawingRecord) and record.drawing != drawing.drawing:
             found.bad(key, f"is about another drawing than {drawing_key}")
         if isinstance(index, BatchIndex) and record.in_index not in index.pieces[record.number : record.number + 1]:
             found.bad(index_key, "does not say what the records of its pieces say")

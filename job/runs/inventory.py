@@ -12,7 +12,7 @@ from job.runs.layout import ObjectKind, located
 from job.runs.lease import LEASE_KEY, LeaseRecord
 from job.runs.readers import Reader
 from job.runs.records import Attempt, Status, no_such_run, run_store
-from job.runs.samples import BatchIndex, FoundGrid, Opening, PieceRecord, Provenance
+from job.runs.samples import BatchIndex, DrawingRecord, FoundGrid, PieceRecord, Provenance
 from job.runs.scores import Scores
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -31,7 +31,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.PROVENANCE: Provenance,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.DRAWING: Opening,
+    ObjectKind.DRAWING: DrawingRecord,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: BatchIndex,
 }

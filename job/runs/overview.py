@@ -14,7 +14,7 @@ from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
 from job.runs.lease import LEASE_KEY
-from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_in, stretches
+from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import read_status, run_store
 from job.runs.samples import label_of, moment_of
 from job.store import Store, open_store
@@ -57,7 +57,7 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """A run as a few values: what nobody knows is None."""
     run = run_store(bucket, name)
     newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-    outlook = outlook_of(stretches(attempts_of(run), status), status)
+    outlook = outlook_of(spans_of(attempts_of(run), status), status)
     told = dict.fromkeys(("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence"))
     told |= {key: getattr(status, key) for key in told if status is not None}
     return {

@@ -189,7 +189,7 @@ class RunRecord(Sealed):
         return record
 
 
-class LastSeen(Part):
+class LastStatus(Part):
     """How an attempt was going when its status was written for the last time."""
 
     state: str
@@ -217,7 +217,7 @@ class Attempt(RunRecord):
     """Where the checkpoint lay that it made its own, if it did not train."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
-    previous_seen: LastSeen | None = None
+    previous_seen: LastStatus | None = None
     """What the run's status said of that one, before it was this one's."""
     dollars_per_hour: float | None = None
     """Of all its machines together, as whoever submitted it said."""
@@ -272,7 +272,7 @@ def record_attempt(
     previous, status = max(attempt_fences(run), default=None), read_status(run)
     seen = None
     if status is not None and status.fence == previous:
-        seen = LastSeen(state=status.state, images_seen=status.images_seen, updated=status.updated)
+        seen = LastStatus(state=status.state, images_seen=status.images_seen, updated=status.updated)
     attempt = Attempt(
         fence=fence,
         id=holder,

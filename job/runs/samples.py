@@ -133,7 +133,7 @@ class Editing(Section):
     mask: str = ""
     """Of `inpaint`: half, centre, or the SHA-256 of a file."""
     resamplings: int = Field(default=0, ge=0, le=1000)
-    """Of `inpaint`: how often each stretch of steps is walked."""
+    """Of `inpaint`: how often each span of steps is walked."""
     strength: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps that `img2img` and `invert` take."""
 
@@ -206,7 +206,7 @@ class FoundGrid(RunRecord):
         return self.steps == len(self.numbers) == place.steps
 
 
-class Opening(Sealed):
+class DrawingRecord(Sealed):
     """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
 
     drawing: NumberedDrawing

@@ -30,12 +30,12 @@ from job.code_version import code_version
 from job.exits import BadDataError, BadRequestError, StoppedError
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind, places_in
 from job.runs.records import NamedObject
-from job.runs.samples import BatchIndex, NumberedDrawing, Opening, PieceRecord
+from job.runs.samples import BatchIndex, DrawingRecord, NumberedDrawing, PieceRecord
 from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
-AboutDrawing = TypeVar("AboutDrawing", Opening, PieceRecord, BatchIndex)
+AboutDrawing = TypeVar("AboutDrawing", DrawingRecord, PieceRecord, BatchIndex)
 
 PIECES_WANTED = 64
 """So many pieces, if they are of a useful size, let a dozen slices finish at about the same time."""
@@ -75,7 +75,7 @@ class SampleSet:
         Raises:
             BadRequestError: it is about another; the message says in what they differ.
         """
-        self._load(Opening, self.key(ObjectKind.DRAWING))
+        self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
 
     def begin(self) -> set[int]:
         """Claims the folder for this drawing, and returns the numbers of the pieces that are there.
@@ -84,7 +84,7 @@ class SampleSet:
             BadRequestError: it is about another; the message says in what they differ.
         """
         try:
-            self.run.create(self.key(ObjectKind.DRAWING), Opening(drawing=self.drawing).to_json())
+            self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
         except ObjectExistsError:
             self.check()
         return self.committed()
