@@ -44,6 +44,7 @@ from job.runs.scores import score_name
 from job.runs.writer import CheckpointWriter, LeasedRun
 from job.sampling.painter import Painter
 from job.sampling.sample import grid_png, with_class
+from job.sealed import utc_now
 from job.stop import NEVER, Stop
 from job.store import Store
 from job.tracking import CLOSE_SECONDS, Tracking
@@ -619,5 +620,5 @@ class TrainingSession:
             epoch=round(images_seen / self.dataset_images, 3),
             loss=self.last_row.get("loss"),
             images_per_second=self.last_row.get("images_per_second"),
-            updated=records.utc_now(),
+            updated=utc_now(),
         )

@@ -22,6 +22,7 @@ from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.lease import Lease
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
+from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Retry, Store, open_store, without_queries
 from job.store.retry import away_limit_seconds
@@ -221,7 +222,7 @@ def _commit(
         epoch=round(state.images_seen / dataset_images, 3),
         loss=None,
         images_per_second=None,
-        updated=records.utc_now(),
+        updated=utc_now(),
     )
     run.put(records.STATUS_KEY, status.to_json())
     return f"{run.uri}/{CheckpointRef(attempt.fence, state.images_seen).key}"

@@ -28,6 +28,7 @@ from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.readers import reading_chosen
 from job.runs.records import NamedObject
 from job.runs.samples import label_of
+from job.sealed import utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Retry, Store, open_store
 from job.store.files import scratch_folder
@@ -117,7 +118,7 @@ def _make(
         std=std,
         made_of=len(sources),
         error=error,
-        created=records.utc_now(),
+        created=utc_now(),
         code_version=code_version(),
         files=tuple(files),
     )

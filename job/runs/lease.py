@@ -20,8 +20,7 @@ from pydantic import Field
 from job.exits import BadDataError, BucketAwayError, JobError, LostRunError
 from job.processes.process_identity import ProcessIdentity
 from job.runs.layout import MAX_FENCE, ObjectKind
-from job.runs.records import utc_now
-from job.sealed import Moment, Sealed
+from job.sealed import Moment, Sealed, utc_now
 from job.stop import Stop
 from job.store import ConflictError, ObjectExistsError, ObjectMissingError, Store
 
