@@ -55,11 +55,11 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
-        todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations() if one.scores() is None])
+        todo = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
         if todo:
             see = plan.found.load(painter.device)
             real = references(plan.sampling, plan.reference, painter, see)
-            for evaluation in plan.evaluations():
+            for evaluation in plan.evaluations:
                 if evaluation.batch in todo:
                     _evaluate(evaluation, painter, sampling, see, real)
         ranks.on_main(lambda: print("\n\n".join(tables(plan))))
@@ -239,7 +239,7 @@ def _on_main(ranks: Ranks, work: Callable[[], Named]) -> Named:
 
 def tables(plan: EvaluatePlan) -> Iterator[str]:
     """What a person is told of each checkpoint: the protocol, and the scores beside those of real images."""
-    for ref, group in groupby(plan.evaluations(), key=lambda each: each.ref):
+    for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
         drawing, extractor = first.drawing, plan.found.extractor
