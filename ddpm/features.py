@@ -13,17 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Seen = tuple[Tensor, Tensor | None]
+ExtractorOutput = tuple[Tensor, Tensor | None]
 """Features [b, D] and, where the network has classes, logits [b, classes]; float32."""
 
 
-def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def _inception(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
     # TorchScript runs what its file says: to be called with a file whose hash is known.
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
     network = torch.jit.load(str(path), map_location=device).eval()
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         # PyTorch's samples half a pixel beside.
         x = interpolate_bilinear_2d_like_tensorflow1x(_in_colour(images), size=(299, 299), align_corners=False)
         return network((x - 128) / 128), None
@@ -31,7 +31,7 @@ def _inception(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     return see
 
 
-def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
     from torchvision.models import mobilenet_v2
 
     network = mobilenet_v2()
@@ -39,7 +39,7 @@ def _mobilenet(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bilinear", align_corners=False)
         features = network.features((x - mean) / std).mean(dim=(2, 3))
         return features, network.classifier(features)
@@ -51,7 +51,7 @@ def _in_colour(images: Tensor) -> Tensor:
     return images.float().expand(-1, 3, -1, -1)
 
 
-def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
+def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], ExtractorOutput]:
     import timm
     from safetensors.torch import load_file
 
@@ -65,7 +65,7 @@ def _dinov2(path: Path, device: torch.device) -> Callable[[Tensor], Seen]:
     network.to(device).eval()
     mean, std = _imagenet(device)
 
-    def see(images: Tensor) -> Seen:
+    def see(images: Tensor) -> ExtractorOutput:
         x = F.interpolate(_in_colour(images) / 255, (224, 224), mode="bicubic", align_corners=False, antialias=True)
         return network((x.clamp(0, 1) - mean) / std), None
 
@@ -81,7 +81,7 @@ def _imagenet(device: torch.device) -> tuple[Tensor, Tensor]:
     return mean, torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1)
 
 
-LOADERS: dict[str, Callable[[Path, torch.device], Callable[[Tensor], Seen]]] = {
+LOADERS: dict[str, Callable[[Path, torch.device], Callable[[Tensor], ExtractorOutput]]] = {
     "inception": _inception,
     "mobilenet": _mobilenet,
     "dinov2": _dinov2,

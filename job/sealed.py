@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import time
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -33,7 +32,12 @@ Moment = Annotated[str, AfterValidator(_moment)]
 
 def utc_now() -> str:
     """Returns this moment, to the second."""
-    return time.strftime(MOMENT_FORMAT, time.gmtime())
+    return datetime.now(UTC).strftime(MOMENT_FORMAT)
+
+
+def utc_text(iso: str) -> str:
+    """Returns a time in ISO 8601 of any zone as one in UTC, to the second."""
+    return datetime.fromisoformat(iso).astimezone(UTC).strftime(MOMENT_FORMAT)
 
 
 class Part(BaseModel):

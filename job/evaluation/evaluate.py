@@ -35,9 +35,9 @@ from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError
 
 if TYPE_CHECKING:
-    from ddpm.features import Seen
+    from ddpm.features import ExtractorOutput
 
-See = Callable[[torch.Tensor], "Seen"]
+See = Callable[[torch.Tensor], "ExtractorOutput"]
 SEE_IMAGES = 50
 """Real images that each process sees at a time."""
 
@@ -53,9 +53,8 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
     # `prepared` keeps the checkpoints until all scores are printed: a run that trains would retire them.
     with prepared(plan.sampling, ranks, stop) as (sampling_plan, painter, sampling):
         plan = replace(plan, sampling=sampling_plan)
-        evaluations = plan.evaluations()
-        batches = ranks.on_main(lambda: [one.batch for one in evaluations if one.scores() is None])
-        todo = [one for one in evaluations if one.batch in batches]
+        batches = ranks.on_main(lambda: [one.batch for one in plan.evaluations if one.scores() is None])
+        todo = [one for one in plan.evaluations if one.batch in batches]
         if todo:
             see, share = plan.found.load(painter.device), todo[0].images.share
             real = references(plan.sampling, plan.reference, painter, see, share)
@@ -71,7 +70,7 @@ def run_evaluation(plan: EvaluatePlan, stop: Stop = NEVER) -> None:
             for evaluation in todo:
                 painter.load(plan.sampling.run, evaluation.ref, plan.sampling.sample.weights)
                 _score(evaluation, painter, real or {})
-        ranks.on_main(lambda: print("\n\n".join(tables(plan, evaluations))))
+        ranks.on_main(lambda: print("\n\n".join(tables(plan))))
 
 
 def references(
@@ -215,9 +214,9 @@ def joined(parts: list[Named]) -> Named:
     return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
-def tables(plan: EvaluatePlan, evaluations: Sequence[Evaluation]) -> Iterator[str]:
+def tables(plan: EvaluatePlan) -> Iterator[str]:
     """What a person is told of each checkpoint: the protocol, and the scores beside those of real images."""
-    for ref, group in groupby(evaluations, key=lambda each: each.ref):
+    for ref, group in groupby(plan.evaluations, key=lambda each: each.ref):
         found = [scores for evaluation in group if (scores := evaluation.scores())]
         first, sampling = found[0], plan.sampling
         drawing, extractor = first.drawing, plan.found.extractor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.util import find_spec
 from pathlib import PurePosixPath
 
@@ -59,8 +60,9 @@ class EvaluatePlan:
         if self.request.metrics and "bpd" in chosen and why:
             raise BadRequestError(f"--metrics bpd: the bound is about {why}")
 
+    @cached_property
     def evaluations(self) -> list[Evaluation]:
-        """What is to be drawn and scored: each checkpoint as often as was asked for."""
+        """What is to be drawn and scored: each checkpoint as often as was asked for, its manifest read once."""
         found = []
         for repeat in range(self.request.repeats):
             request = replace(self.sampling.request, first_seed=repeat * self.request.count)

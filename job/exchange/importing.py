@@ -22,6 +22,7 @@ from job.runs import records
 from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef
 from job.runs.retention import Retention
 from job.runs.writer import CheckpointWriter, LeasedRun
+from job.sealed import utc_now
 from job.stop import Stop
 from job.store import Store, open_bucket, without_queries
 
@@ -220,7 +221,7 @@ def _commit(
         epoch=round(state.images_seen / dataset_images, 3),
         loss=None,
         images_per_second=None,
-        updated=records.utc_now(),
+        updated=utc_now(),
     )
     run.put(records.STATUS_KEY, status.to_json())
     return f"{run.uri}/{CheckpointRef(attempt.fence, state.images_seen).key}"

@@ -14,7 +14,7 @@ from job.plan import find_run
 from job.progress import Progress, note
 from job.report.facts import Facts, facts_of
 from job.report.page import PAGE_KEY, columns, rendered, smooth
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.runs.layout import RUNS
 from job.runs.overview import run_names
 from job.runs.records import run_store
@@ -46,20 +46,20 @@ class Entry:
 def bucket_page(bucket: Store, say: Callable[[str], None] = note) -> bytes:
     """The file. A run that cannot be read is there by name, with the reason."""
     names = run_names(bucket)
-    shelf, entries = Shelf(say), list[Entry]()
+    picture_cache, entries = PictureCache(say), list[Entry]()
     most_bytes = min(MOST_BYTES, ALL_BYTES // max(1, len(names)))
     size = most_bytes, round(sqrt(PIXELS_PER_BYTE * most_bytes))
-    # The process of the shelf makes the picture of one run small while the records of the next are read.
+    # The process of the cache makes the picture of one run small while the records of the next are read.
     with Progress("reading runs", total=len(names), unit="runs") as bar, ThreadPoolExecutor(1) as pool:
         for number, name in enumerate(names, 1):
             entries.append(_entry(bucket, name, say))
             if entries[-1].grid:
-                pool.submit(shelf.get, bucket, entries[-1].grid, *size)
+                pool.submit(picture_cache.get, bucket, entries[-1].grid, *size)
             bar.update(number)
-    grids = {entry.name: shelf.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
-    shelf.close()
+    grids = {entry.name: picture_cache.get(bucket, entry.grid, *size) for entry in entries if entry.grid}
+    picture_cache.close()
     data = {e.name: {"loss": e.loss, "config": e.facts.config.flat()} for e in entries if e.facts}
-    more = {"grids": grids, "missing": shelf.missing, "runs_folder": RUNS}
+    more = {"grids": grids, "missing": picture_cache.missing, "runs_folder": RUNS}
     return rendered("bucket.html", {"runs": data}, bucket=bucket, entries=entries, **more)
 
 
@@ -74,5 +74,4 @@ def _entry(bucket: Store, name: str, say: Callable[[str], None]) -> Entry:
     with suppress(JobError):
         has_page = run_store(bucket, name).exists(PAGE_KEY)
     grid = f"{RUNS}/{name}/{facts.grids[-1].key}" if facts.grids else ""
-    loss_curve = {"x": x, "values": smooth(loss)}
-    return Entry(name, replace(facts, rows=[]), loss=loss_curve, grid=grid, has_page=has_page)
+    return Entry(name, replace(facts, rows=[]), loss={"x": x, "values": smooth(loss)}, grid=grid, has_page=has_page)

@@ -11,7 +11,7 @@ from job.progress import note
 from job.report.bucket_page import bucket_page
 from job.report.facts import facts_of
 from job.report.page import PAGE_KEY, run_page
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.sampling.pictures import write_picture
 from job.store import Store, is_remote, open_store
 
@@ -29,7 +29,7 @@ def write_report(bucket_uri: str, name: str, open_it: bool, output: Path | None)
     bucket = open_store(bucket_uri)
     if name:
         found = find_run(bucket_uri, name, with_dataset=False)
-        folder, page = found.run, run_page(facts_of(found, name), Shelf(note))
+        folder, page = found.run, run_page(facts_of(found, name), PictureCache(note))
     else:
         folder, page = bucket, bucket_page(bucket)
     if output is not None:

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
+import re
 import shlex
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from job.config import CHOSEN_ELSEWHERE, FOLLOWS, LARGEST, RunConfig, draft
-from job.exits import BadDataError, JobError
+from job.config import RunConfig
+from job.exits import BadDataError
 from job.keys import shown
 from job.plan import FoundRun
 from job.progress import note
-from job.report.usual import Verdict, verdict_of
+from job.report.usual import Verdict, differing, verdict_of
 from job.runs import metrics, records
-from job.runs.checkpoints import Manifest, list_checkpoints, load_manifest, newest_sound
-from job.runs.layout import MAX_IMAGES_SEEN, ObjectKind, places_in
+from job.runs.checkpoints import Manifest, by_progress, list_checkpoints, newest_sound
+from job.runs.layout import ObjectKind, places_in
 from job.runs.metrics import Row
-from job.runs.outlook import Outlook, Stretch, attempts_of, outlook_of, state_in, stretches
+from job.runs.outlook import AttemptSpan, Outlook, attempts_of, outlook_of, spans_of, state_in
 from job.runs.records import Status
 from job.runs.samples import denoising_key, grid_key, label_of, moment_of
 from job.runs.scores import Scores
 from job.store import ObjectMissingError
+
+_LABEL = "LABEL"
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Facts:
     name: str
     status: Status | None
     outlook: Outlook
-    attempts: list[Stretch]
+    attempts: list[AttemptSpan]
     rows: list[Row]
     """Of the metrics, those of one moment as one, in order."""
     grids: list[Grid]
@@ -102,18 +104,7 @@ class Facts:
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
         """How the configuration differs from its preset, by key: the preset's value, and the run's."""
-        try:
-            usual = draft(self.config.preset, {"model.kind": self.config.model.kind}).flat()
-        except JobError:
-            return {}
-        ours = self.config.flat()
-        keys = [key for key in ours if key not in (*CHOSEN_ELSEWHERE, *FOLLOWS)]
-        if usual["train.precision"] == "auto":
-            # What that was is the machine's.
-            keys.remove("train.precision")
-        if self.config.model.num_classes == 0 and self.found.index and self.found.index.classes:
-            keys.append("model.num_classes")
-        return {key: (usual.get(key), ours[key]) for key in keys if usual.get(key) != ours[key]}
+        return differing(self.config, self.found.index)
 
 
 def facts_of(
@@ -137,22 +128,16 @@ def facts_of(
     run, config = found.run, found.config
     status = status or records.read_status(run)
     refs = list_checkpoints(run)
-    manifest = _manifest(found, say)
+    manifest = newest_sound(run, refs)
     if rows is None:
         rows = metrics.read_rows(run, manifest.metrics, say, only_loss) if manifest else []
     places = places_in(run, ObjectKind.PICTURE.folder, ObjectKind.SCORES.folder)
-    attempts = stretches(attempts_of(run), status)
-    epoch_images, batch_size, how = found.dataset_images, config.train.batch_size, config.sample.name(found.own)
-
-    def label(images_seen: int) -> str:
-        return label_of(images_seen, epoch_images, batch_size)
-
-    moments = {key: place for key, place in places.items() if place.kind is ObjectKind.PICTURE}
-    grids = [(key, _moment_in(key)) for key in moments]
-    own = [Grid(moment_of(at), key) for key, at in sorted(grids, key=_order) if at and key == grid_key(at, how)]
-    gifs = [denoising_key(at, how) for _, at in sorted(grids, key=_order, reverse=True) if at]
-    gif = next((key for key in gifs if key in moments), "")
-    shown = {grid.key for grid in own} | {gif}
+    attempts = spans_of(attempts_of(run), status)
+    pictures, how = [key for key in places if places[key].kind is ObjectKind.PICTURE], config.sample.name(found.own)
+    grids = [Grid(moment_of(label), key) for label, key in _in_order(pictures, grid_key(_LABEL, how))]
+    gifs = [key for _, key in _in_order(pictures, denoising_key(_LABEL, how))]
+    shown = {*(grid.key for grid in grids), *gifs[-1:]}
+    labels = [label_of(seen, found.dataset_images, config.train.batch_size) for seen in by_progress(refs)]
     scores = []
     for key, place in places.items():
         if place.kind is ObjectKind.SCORES:
@@ -166,47 +151,22 @@ def facts_of(
         status=status,
         outlook=outlook_of(attempts, status),
         attempts=attempts,
-        rows=merged(rows),
-        grids=own,
-        denoising=gif,
-        others=[key for key in sorted(moments) if key not in shown],
+        rows=metrics.merged(rows),
+        grids=grids,
+        denoising=gifs[-1] if gifs else "",
+        others=[key for key in sorted(pictures) if key not in shown],
         scores=sorted(scores, key=lambda each: (each.ref.images_seen, each.batch)),
         parameters=_parameters(manifest),
-        checkpoints=[moment_of(label(ref.images_seen)) for ref in sorted(refs, key=lambda ref: ref.images_seen)],
+        checkpoints=[moment_of(label) for label in labels],
         state=state_in(run, status),
     )
 
 
-def merged(rows: Sequence[Row]) -> list[Row]:
-    """Rows of one moment as one, in order; of what a resumed run logged again the last counts."""
-    at: dict[int, Row] = {}
-    for row in sorted(rows, key=lambda row: row["images_seen"]):
-        # What is no number that can be drawn is left out.
-        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < LARGEST**2}
-        at.setdefault(row["images_seen"], {}).update(sound)
-    return [at[images_seen] for images_seen in at if images_seen <= MAX_IMAGES_SEEN]
-
-
-def _moment_in(key: str) -> str:
-    """`epoch-0080` of `samples/epoch-0080-ddim-100.png`; empty if there is none."""
-    words = key.rpartition("/")[2].removeprefix("denoising-").split("-")
-    is_moment = len(words) > 2 and words[0] in ("epoch", "images") and words[1].isdecimal()
-    return "-".join(words[:2]) if is_moment else ""
-
-
-def _order(grid: tuple[str, str]) -> tuple[str, int]:
-    unit, _, number = grid[1].partition("-")
-    return unit, int(number or 0)
-
-
-def _manifest(found: FoundRun, say: Callable[[str], None]) -> Manifest | None:
-    with suppress(ObjectMissingError):
-        if ref := newest_sound(found.run, list_checkpoints(found.run)):
-            try:
-                return load_manifest(found.run, ref)
-            except BadDataError as error:
-                say(f"the page is without {error}")
-    return None
+def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
+    """Labels and keys of the pictures that are called so, with any label in the place of `_LABEL`; the oldest first."""
+    matches = (re.fullmatch(re.escape(pattern).replace(_LABEL, r"((epoch|images)-(\d+))"), key) for key in keys)
+    found = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
+    return [(label, key) for _, _, label, key in found]
 
 
 def _parameters(manifest: Manifest | None) -> int:

@@ -24,7 +24,7 @@ from job.config import field_of
 from job.data.shards import CONTACT_SHEET, dataset_key
 from job.report import pictures
 from job.report.facts import Facts
-from job.report.pictures import Shelf
+from job.report.pictures import PictureCache
 from job.runs.layout import ObjectKind
 from job.runs.metrics import Row
 from job.runs.outlook import duration
@@ -39,19 +39,23 @@ _QUARTERS = ("1st quarter of the noise", "2nd", "3rd", "4th")
 _NO_SCORES = ("images_seen", "epoch", "time", "learning_rate", "ema_decay", "images_per_second", "memory_bytes")
 
 
-def put_page(facts: Facts, shelf: Shelf) -> None:
+def put_page(facts: Facts, picture_cache: PictureCache) -> None:
     """Puts the page into the run's folder, in the place of the one before."""
-    facts.found.run.put(PAGE_KEY, run_page(facts, shelf))
+    facts.found.run.put(PAGE_KEY, run_page(facts, picture_cache))
 
 
-def run_page(facts: Facts, shelf: Shelf) -> bytes:
+def run_page(facts: Facts, picture_cache: PictureCache) -> bytes:
     """The file."""
     run, config = facts.found.run, facts.config
     chosen = [facts.grids[i] for i in pictures.evenly(len(facts.grids), pictures.GRIDS)]
     grids = [
         {"moment": grid.moment, "src": src}
         for grid in chosen
-        if (src := shelf.get(run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES))
+        if (
+            src := picture_cache.get(
+                run, grid.key, pictures.NEWEST_BYTES if grid is chosen[-1] else pictures.GRID_BYTES
+            )
+        )
     ]
     keys = {key: (value, field_of(key, config.model.kind).description or "") for key, value in config.flat().items()}
     html = rendered(
@@ -60,16 +64,16 @@ def run_page(facts: Facts, shelf: Shelf) -> bytes:
         facts=facts,
         grids=grids,
         left_out=len(facts.grids) - len(chosen),
-        denoising=shelf.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
-        sheet=_sheet(facts, shelf),
-        missing=shelf.missing,
+        denoising=picture_cache.get(run, facts.denoising, pictures.DENOISING_BYTES) if facts.denoising else "",
+        sheet=_sheet(facts, picture_cache),
+        missing=picture_cache.missing,
         index=facts.found.index,
         classes=facts.found.classes,
         keys=keys,
         hours=duration,
         python=f'import job\n\nmodel = job.load("{run.uri}")\nimages = model.sample(16, seed=0)',
     )
-    shelf.close()
+    picture_cache.close()
     last = facts.attempts[-1].attempt if facts.attempts else None
     return sealed_page(html, f"{last.fence}/{last.id}" if last else "0/")
 
@@ -121,7 +125,7 @@ def _short(value: Any) -> str:
     return "none" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _sheet(facts: Facts, shelf: Shelf) -> str:
+def _sheet(facts: Facts, picture_cache: PictureCache) -> str:
     """Images of the dataset; empty where there are none, or where they cannot be read."""
     index, bucket = facts.found.index, facts.found.bucket
     if index is None:
@@ -136,7 +140,7 @@ def _sheet(facts: Facts, shelf: Shelf) -> str:
         return sheet_png(bucket, key, shown)
 
     where = bucket.uri_of(dataset_key(index.name, index.size))
-    return shelf.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
+    return picture_cache.made((where, pictures.SHEET_BYTES, pictures.WIDEST_PIXELS), sheet)
 
 
 def charts_of(facts: Facts) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ MOST_FILE_BYTES = 1 << 27
 """A longer object is read up to here, and so counts as truncated."""
 
 
-class Shelf:
+class PictureCache:
     """Pictures as data URIs, each read and made small once: none changes under its name while a run goes.
 
     Another process decodes them: a damaged or hostile file must not cost a training its memory, its time or its life.

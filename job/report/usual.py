@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -56,15 +57,26 @@ def verdict_of(config: RunConfig, rows: Sequence[Row], index: DatasetIndex | Non
     return Verdict(word, said, *band)
 
 
-def _learns_as_preset(config: RunConfig, index: DatasetIndex) -> bool:
-    """Whether nothing that decides what is learnt differs from the preset."""
+def differing(config: RunConfig, index: DatasetIndex | None) -> dict[str, tuple[Any, Any]]:
+    """How a configuration differs from its preset, by key: the preset's value, and its own."""
+    kind = config.model.kind
     try:
         usual = draft(config.preset, {}).flat()
+        usual = draft(config.preset, {"model.kind": kind}).flat() | {"model.kind": usual["model.kind"]}
     except JobError:
-        return False
+        return {}
     ours = config.flat()
-    decides = [key for key in usual if key not in FREE and key.split(".")[0] not in FREE_SECTIONS]
-    if config.model.num_classes != len(index.classes):
-        return False
-    apart = (*CHOSEN_ELSEWHERE, *FOLLOWS, "train.precision", "train.seed")
-    return all(ours.get(key) == usual[key] for key in decides if key not in apart)
+    keys = [key for key in ours if key not in (*CHOSEN_ELSEWHERE, *FOLLOWS)]
+    if usual["train.precision"] == "auto":
+        # What that was is the machine's.
+        keys.remove("train.precision")
+    if config.model.num_classes == 0 and index and index.classes:
+        keys.append("model.num_classes")
+    return {key: (usual.get(key), ours[key]) for key in keys if usual.get(key) != ours[key]}
+
+
+def _learns_as_preset(config: RunConfig, index: DatasetIndex) -> bool:
+    """Whether nothing that decides what is learnt differs from the preset."""
+    free = {*FREE, "train.precision", "train.seed"}
+    decides = [key for key in differing(config, index) if key not in free and key.split(".")[0] not in FREE_SECTIONS]
+    return not decides and config.model.num_classes == len(index.classes)

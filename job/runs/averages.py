@@ -27,7 +27,7 @@ from job.runs.checkpoints import Average, Manifest, choose, load_average, load_m
 from job.runs.layout import CheckpointRef, ObjectKind, located
 from job.runs.readers import reading_chosen
 from job.runs.samples import label_of
-from job.sealed import NamedObject
+from job.sealed import NamedObject, utc_now
 from job.stop import Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store, open_bucket
 from job.store.files import scratch_folder
@@ -116,7 +116,7 @@ def _make(
         std=std,
         made_of=len(sources),
         error=error,
-        created=records.utc_now(),
+        created=utc_now(),
         code_version=code_version(),
         files=tuple(files),
     )

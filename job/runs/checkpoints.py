@@ -155,18 +155,19 @@ def lost_manifest(run: Store, refs: list[CheckpointRef]) -> str:
     return f"{run.uri_of(ref.manifest_key)} is missing, though {run.uri_of(LATEST_KEY)} names it"
 
 
-def is_there(run: Store, ref: CheckpointRef) -> bool:
-    """Whether a checkpoint's manifest is sound and its files have the sizes that it says; reads no more than that."""
+def sound_manifest(run: Store, ref: CheckpointRef) -> Manifest | None:
+    """A checkpoint's manifest, if it is sound and the files have the sizes that it says; reads no more than that."""
     with suppress(BadDataError, ObjectMissingError):
-        files = load_manifest(run, ref).files
+        manifest = load_manifest(run, ref)
         sizes = {entry.key: entry.size_bytes for entry in run.list(ref.key)}
-        return all(sizes.get(file.key) == file.size_bytes for file in files)
-    return False
+        if all(sizes.get(file.key) == file.size_bytes for file in manifest.files):
+            return manifest
+    return None
 
 
-def newest_sound(run: Store, refs: list[CheckpointRef]) -> CheckpointRef | None:
-    """The newest of these checkpoints that `is_there`: what lies beside them may be anybody's."""
-    return next((ref for ref in sorted(refs, reverse=True) if is_there(run, ref)), None)
+def newest_sound(run: Store, refs: list[CheckpointRef]) -> Manifest | None:
+    """The manifest of the newest of these checkpoints that is sound: what lies beside them may be anybody's."""
+    return next((manifest for ref in sorted(refs, reverse=True) if (manifest := sound_manifest(run, ref))), None)
 
 
 @contextmanager

@@ -91,7 +91,5 @@ def _rows(bucket: Store, name: str) -> dict[int, metrics.Row]:
     run = records.run_store(bucket, name)
     if not (refs := list_checkpoints(run)):
         raise MissingInputError(f"run {name!r} has no checkpoint yet, and no losses")
-    rows: dict[int, metrics.Row] = {}
-    for row in metrics.read_rows(run, load_manifest(run, max(refs)).metrics):
-        rows.setdefault(row["images_seen"], {}).update(row)
-    return rows
+    rows = metrics.merged(metrics.read_rows(run, load_manifest(run, max(refs)).metrics))
+    return {row["images_seen"]: row for row in rows}

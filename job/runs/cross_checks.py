@@ -15,7 +15,7 @@ from job.runs.inventory import Inventory
 from job.runs.layout import MAX_IMAGES_SEEN, OF_CHECKPOINT, SAMPLES, ObjectKind, located
 from job.runs.records import CONFIG_KEY, STATUS_KEY, Attempt, Status
 from job.runs.retention import Retention
-from job.runs.samples import BatchIndex, Opening, Provenance, named_piece
+from job.runs.samples import BatchIndex, DrawingRecord, Provenance, named_piece
 from job.sealed import author_of
 from job.store import ObjectMissingError
 
@@ -77,10 +77,10 @@ def check_batches(found: Inventory) -> None:
     for key, record in found.all(PieceRecord).items():
         batch = found.places[key].batch
         drawing_key, index_key = ObjectKind.DRAWING.key(batch=batch), ObjectKind.INDEX.key(batch=batch)
-        opening, index = found.records.get(drawing_key), found.records.get(index_key)
+        drawing, index = found.records.get(drawing_key), found.records.get(index_key)
         if record.number != found.places[key].piece:
             found.bad(key, "is not in its place: it was written for another piece")
-        if isinstance(opening, Opening) and record.fingerprint != opening.drawing.fingerprint:
+        if isinstance(drawing, DrawingRecord) and record.fingerprint != drawing.drawing.fingerprint:
             found.bad(key, f"is about another drawing than {drawing_key}")
         if isinstance(index, BatchIndex):
             named = named_piece(record, index.drawing)

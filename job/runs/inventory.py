@@ -13,7 +13,7 @@ from job.runs.checkpoints import Average, Latest, Manifest
 from job.runs.layout import ObjectKind, located
 from job.runs.readers import Reader
 from job.runs.records import Attempt, Status, no_such_run, run_store
-from job.runs.samples import BatchIndex, FoundGrid, Opening, Provenance
+from job.runs.samples import BatchIndex, DrawingRecord, FoundGrid, Provenance
 from job.runs.scores import Scores
 from job.sealed import Sealed
 from job.store import ObjectMissingError, Store
@@ -32,7 +32,7 @@ RECORD_TYPES: dict[ObjectKind | None, type[Sealed]] = {
     ObjectKind.PROVENANCE: Provenance,
     ObjectKind.FOUND_GRID: FoundGrid,
     ObjectKind.SCORES: Scores,
-    ObjectKind.DRAWING: Opening,
+    ObjectKind.DRAWING: DrawingRecord,
     ObjectKind.RECORD: PieceRecord,
     ObjectKind.INDEX: BatchIndex,
 }

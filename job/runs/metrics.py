@@ -8,7 +8,7 @@ commit is logged again by the attempt that computes it again.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
@@ -16,9 +16,9 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from job.config import RunConfig
+from job.config import LARGEST, RunConfig
 from job.exits import BadDataError
-from job.runs.layout import CheckpointRef, ObjectKind, located
+from job.runs.layout import MAX_IMAGES_SEEN, CheckpointRef, ObjectKind, located
 from job.sealed import NamedObject
 from job.store import Store
 from job.store.files import scratch_folder
@@ -112,3 +112,13 @@ def read_rows(
                 why = error if isinstance(error, BadDataError) else "it holds no rows of this version"
                 warn(f"going on without the rows of {run.uri_of(segment.key)}: {why}")
     return rows
+
+
+def merged(rows: Sequence[Row]) -> list[Row]:
+    """Rows of one moment as one, in order; of what a resumed run logged again the last counts."""
+    at: dict[int, Row] = {}
+    for row in sorted(rows, key=lambda row: row["images_seen"]):
+        # What is no number that can be drawn is left out.
+        sound = {name: value for name, value in row.items() if value is not None and -LARGEST < value < LARGEST**2}
+        at.setdefault(row["images_seen"], {}).update(sound)
+    return [at[images_seen] for images_seen in at if images_seen <= MAX_IMAGES_SEEN]

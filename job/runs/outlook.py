@@ -17,12 +17,12 @@ CUT_OFF = "cut off"
 
 
 @dataclass(frozen=True)
-class Stretch:
+class AttemptSpan:
     """One attempt on the axis of time, as far as anybody saw it."""
 
     attempt: Attempt
     began: datetime
-    seen: datetime
+    last_seen: datetime
     """When its status was written for the last time."""
     state: str
     """`running`, `finished`, `stopped`, `failed`, `imported`, or `cut off` without a word; empty if nobody knows."""
@@ -31,7 +31,7 @@ class Stretch:
     @property
     def hours(self) -> float:
         """Between the two."""
-        return (self.seen - self.began).total_seconds() / 3600
+        return (self.last_seen - self.began).total_seconds() / 3600
 
 
 @dataclass(frozen=True)
@@ -78,19 +78,20 @@ def attempts_of(run: Store) -> list[Attempt]:
     return attempts
 
 
-def stretches(attempts: Iterable[Attempt], status: Status | None) -> list[Stretch]:
+def spans_of(attempts: Iterable[Attempt], status: Status | None) -> list[AttemptSpan]:
     """Each attempt from its beginning to when it was last heard of: by its successor, or by the run's status."""
-    found: list[Stretch] = []
+    found: list[AttemptSpan] = []
     ordered = list(attempts)
     for attempt, after in zip(ordered, [*ordered[1:], None], strict=False):
         began = datetime.fromisoformat(attempt.started)
-        seen, state, images_seen = began, "", None
+        last_seen, state, images_seen = began, "", None
         if after is not None and after.previous == attempt.fence and (last := after.previous_seen):
-            seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
+            last_seen, images_seen = datetime.fromisoformat(last.updated), last.images_seen
             state = CUT_OFF if last.state == "running" else last.state
         elif after is None and status is not None and status.fence == attempt.fence:
-            seen, images_seen, state = datetime.fromisoformat(status.updated), status.images_seen, state_of(status)
-        found.append(Stretch(attempt, began, max(began, seen), state, images_seen))
+            last_seen, images_seen = datetime.fromisoformat(status.updated), status.images_seen
+            state = state_of(status)
+        found.append(AttemptSpan(attempt, began, max(began, last_seen), state, images_seen))
     return found
 
 
@@ -105,7 +106,7 @@ def state_in(run: Store, status: Status | None) -> str:
     return state_of(status) if status else "cannot be read" if run.exists(STATUS_KEY) else "not started"
 
 
-def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
+def outlook_of(found: list[AttemptSpan], status: Status | None, dollars_per_hour: float | None = None) -> Outlook:
     """What they took and cost, and what is left.
 
     Args:
@@ -113,9 +114,9 @@ def outlook_of(found: list[Stretch], status: Status | None, dollars_per_hour: fl
         status: the run's.
         dollars_per_hour: of the machines that will go on; None: as its last attempt's.
     """
-    hours = sum(stretch.hours for stretch in found)
-    prices = [stretch.attempt.dollars_per_hour for stretch in found]
-    costs = [stretch.hours * price for stretch, price in zip(found, prices, strict=True) if price is not None]
+    hours = sum(span.hours for span in found)
+    prices = [span.attempt.dollars_per_hour for span in found]
+    costs = [span.hours * price for span, price in zip(found, prices, strict=True) if price is not None]
     if dollars_per_hour is None and prices:
         dollars_per_hour = prices[-1]
     left = ends = None

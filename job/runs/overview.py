@@ -9,14 +9,14 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from job.config import RunConfig
 from job.exits import BadDataError, BadRequestError
 from job.processes.lease import LEASE_KEY
 from job.runs import records
 from job.runs.checkpoints import by_progress, list_checkpoints, newest_sound
 from job.runs.layout import PICTURES, RUNS, SAMPLES, ObjectKind, places_in
-from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, state_in, stretches
+from job.runs.outlook import CUT_OFF, attempts_of, duration, outlook_of, spans_of, state_in
 from job.runs.records import read_status, run_store
+from job.runs.samples import label_of, moment_of
 from job.store import Store, open_store
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
     """A run as a few values: what nobody knows is None."""
     run = run_store(bucket, name)
     newest, status = newest_sound(run, list_checkpoints(run)), read_status(run)
-    outlook = outlook_of(stretches(attempts_of(run), status), status)
+    outlook = outlook_of(spans_of(attempts_of(run), status), status)
     told = dict.fromkeys(("epoch", "images_seen", "target_images", "loss", "images_per_second", "updated", "fence"))
     told |= {key: getattr(status, key) for key in told if status is not None}
     return {
@@ -65,7 +65,7 @@ def summary_of(bucket: Store, name: str) -> dict[str, Any]:
         "uri": run.uri,
         "state": state_in(run, status),
         **told,
-        "newest": newest.key if newest else None,
+        "newest": newest.ref.key if newest else None,
         "newest_images_seen": newest.images_seen if newest else None,
         **asdict(outlook),
         "outlook": outlook.words,
@@ -116,7 +116,9 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     bucket = open_store(bucket_uri)
     config = records.existing_config(bucket, name)
     run, told = run_store(bucket, name), summary_of(bucket, name)
-    moments, attempts = _moments(bucket, run, config), list(_attempts(run))
+    dataset_images, batch_size = records.dataset_images_of(bucket, config), config.train.batch_size
+    labels = [label_of(seen, dataset_images, batch_size) for seen in by_progress(list_checkpoints(run))]
+    moments, attempts = [moment_of(label) for label in labels], list(_attempts(run))
     if as_json:
         more = {"dataset": config.data.dataset, "size": config.data.size, "checkpoints": moments, "attempts": attempts}
         print_json(told | more | {"outputs": [uri for _, uri in outputs_of(run)]})
@@ -138,15 +140,6 @@ def show_run(bucket_uri: str, name: str, *, as_json: bool = False) -> None:
     for attempt in attempts:
         print(f"attempt {attempt['fence']:<3} {attempt['said']}")
     print(describe_outputs(run))
-
-
-def _moments(bucket: Store, run: Store, config: RunConfig) -> list[str]:
-    """Those of the checkpoints, such as `epoch 30`."""
-    from ddpm.epochs import epochs_completed_by
-
-    refs, dataset_images = by_progress(list_checkpoints(run)), records.dataset_images_of(bucket, config)
-    ends = {images: epochs_completed_by(images, dataset_images, config.train.batch_size) for images in refs}
-    return [f"epoch {epochs[-1]}" if epochs else f"{images:,} images" for images, epochs in ends.items()]
 
 
 def _attempts(run: Store) -> Iterator[dict[str, Any]]:

@@ -22,8 +22,7 @@ from job.data.shards import dataset_key, load_index
 from job.exits import BadConfigError, BadDataError, BadRequestError, JobError, LostRunError, MissingInputError
 from job.progress import all_printable
 from job.runs.layout import CHECKPOINTS, MAX_IMAGES_SEEN, RUNS, Located, ObjectKind, located, places_in
-from job.sealed import SHA256_PATTERN, Moment, Part, Sealed
-from job.sealed import utc_now as utc_now
+from job.sealed import SHA256_PATTERN, Moment, Part, Sealed, utc_now
 from job.store import ObjectExistsError, ObjectMissingError, Store
 from job.store.retry import PATIENCE_SECONDS
 
@@ -157,7 +156,7 @@ class RunRecord(Sealed):
         return record
 
 
-class LastSeen(Part):
+class LastStatus(Part):
     """How an attempt was going when its status was written for the last time."""
 
     state: str
@@ -185,7 +184,7 @@ class Attempt(RunRecord):
     """Where the checkpoint lay that it made its own, if it did not train."""
     previous: int | None
     """The fence of the attempt before, so that a record that was lost is missed; none for the first."""
-    previous_seen: LastSeen | None = None
+    previous_seen: LastStatus | None = None
     """What the run's status said of that one, before it was this one's."""
     dollars_per_hour: float | None = None
     """Of all its machines together, as whoever submitted it said."""
@@ -240,7 +239,7 @@ def record_attempt(
     previous, status = max(attempt_fences(run), default=None), read_status(run)
     seen = None
     if status is not None and status.fence == previous:
-        seen = LastSeen(state=status.state, images_seen=status.images_seen, updated=status.updated)
+        seen = LastStatus(state=status.state, images_seen=status.images_seen, updated=status.updated)
     attempt = Attempt(
         fence=fence,
         id=holder,

@@ -82,9 +82,9 @@ def label_of(images_seen: int, dataset_images: int, batch_size_images: int) -> s
 
 
 def moment_of(label: str) -> str:
-    """A label for people: `epoch 80`."""
+    """A label for people: `epoch 80`, or `12,345 images`."""
     unit, _, number = label.partition("-")
-    return f"{unit} {int(number):,}"
+    return f"epoch {int(number):,}" if unit == "epoch" else f"{int(number):,} images"
 
 
 def title_of(run: Store, moment: str, how: str, seeds: Sequence[int]) -> str:
@@ -134,21 +134,24 @@ class Editing(Section):
     mask: str = ""
     """Of `inpaint`: half, centre, or the SHA-256 of a file."""
     resamplings: int = Field(default=0, ge=0, le=1000)
-    """Of `inpaint`: how often each stretch of steps is walked."""
+    """Of `inpaint`: how often each span of steps is walked."""
     strength: float = Field(default=0.0, ge=0, le=1)
     """Share of the steps that `img2img` and `invert` take."""
 
     @property
     def name(self) -> str:
         """Part of a picture's name."""
-        given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
-        return "-".join([self.mode, *(f"{key}-{_in_name(value)}" for key, value in given.items())])
+        return "-".join(part.replace(" ", "-") for part in self._parts)
 
     @property
     def words(self) -> str:
         """The same for people."""
+        return ", ".join(self._parts)
+
+    @property
+    def _parts(self) -> list[str]:
         given = {key: value for key, value in self.model_dump(exclude={"mode"}).items() if value}
-        return ", ".join([self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())])
+        return [self.mode, *(f"{key} {_in_name(value)}" for key, value in given.items())]
 
 
 def _in_name(value: object) -> str:
@@ -209,7 +212,7 @@ class FoundGrid(RunRecord):
         return self.steps == len(self.numbers) == place.steps
 
 
-class Opening(Sealed):
+class DrawingRecord(Sealed):
     """`drawing.json`: written before the first piece, so that no two drawings can share a folder."""
 
     drawing: NumberedDrawing

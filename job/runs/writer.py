@@ -19,10 +19,10 @@ from job.runs.cadence import Cadence
 from job.runs.checkpoint_files import CheckpointFiles, Tensors
 from job.runs.checkpoints import Manifest, commit_manifest
 from job.runs.layout import OF_CHECKPOINT, CheckpointRef, located
-from job.runs.records import Attempt, utc_now
+from job.runs.records import Attempt
 from job.runs.retention import Retention, Retirement
 from job.runs.samples import put_picture
-from job.sealed import NamedObject
+from job.sealed import NamedObject, utc_now
 from job.stop import GRACE_VARIABLE, Stop
 from job.store import Store
 

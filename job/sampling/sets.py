@@ -25,11 +25,11 @@ from PIL import Image
 from job.exits import BadDataError, BadRequestError
 from job.pieces import WHOLE, Made, Pieces, Slice
 from job.runs.layout import SAMPLES, CheckpointRef, ObjectKind
-from job.runs.samples import BatchIndex, NumberedDrawing, Opening, named_piece
+from job.runs.samples import BatchIndex, DrawingRecord, NumberedDrawing, named_piece
 from job.stop import NEVER, Stop
 from job.store import ObjectExistsError, ObjectMissingError, Store
 
-AboutDrawing = TypeVar("AboutDrawing", Opening, BatchIndex)
+AboutDrawing = TypeVar("AboutDrawing", DrawingRecord, BatchIndex)
 
 PIECES_WANTED = 64
 """So many pieces, if they are of a useful size, let a dozen slices finish at about the same time."""
@@ -68,7 +68,7 @@ class SampleSet:
         Raises:
             BadRequestError: it is about another; the message says in what they differ.
         """
-        self._load(Opening, self.key(ObjectKind.DRAWING))
+        self._load(DrawingRecord, self.key(ObjectKind.DRAWING))
 
     def begin(self) -> None:
         """Claims the folder for this drawing.
@@ -77,7 +77,7 @@ class SampleSet:
             BadRequestError: it is about another; the message says in what they differ.
         """
         try:
-            self.run.create(self.key(ObjectKind.DRAWING), Opening(drawing=self.drawing).to_json())
+            self.run.create(self.key(ObjectKind.DRAWING), DrawingRecord(drawing=self.drawing).to_json())
         except ObjectExistsError:
             self.check()
 
