@@ -178,15 +178,15 @@ def pack(
             packing.take(pieces.records(sorted(pieces.committed()), stop))
             pieces.make_missing(packing.made, f"packing {request.name}", unit=packing.unit, stop=stop)
             # A run that finds this dataset looks for its held-out part.
-            if not all(is_whole(bucket, part) for part in request.parts() if part.held):
+            if request.held_out and not is_whole(bucket, request.parts()[0]):
                 return None
             try:
-                packing.publish(dataset, pieces.records(stop=stop))
-                pieces.clear()
+                packing.publish(dataset, pieces)
             except ObjectMissingError:
                 if dataset.exists(shards.INDEX):
                     # An equal attempt was faster, and has cleared the records away.
                     packing.check_same(shards.load_index(bucket, key))
+                    pieces.clear()
                 elif share == WHOLE:
                     raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}") from None
                 else:
@@ -322,18 +322,21 @@ class _Packing(abc.ABC):
         if not all(shard is None or shard in there for shard in self._known):
             raise OtherWorkError(f"{index.name} was made of something else meanwhile")
 
-    def publish(self, dataset: Store, records: Sequence[PieceRecord]) -> None:
-        """Creates the index, which makes the dataset exist.
+    def publish(self, dataset: Store, pieces: Pieces) -> None:
+        """Creates the index, which makes the dataset exist, and clears the records of the pieces away.
 
         Raises:
+            ObjectMissingError: a record is not there.
             BadDataError: there are no images, or none that can be used.
             ObjectExistsError: something else lies in its place.
         """
+        records = pieces.records(stop=self._stop)
         self._rejects = []
         self.take(records)
         facts = [record.facts for record in records]
         made = [shards.Shard.model_validate(each["shard"]) for each in facts if each["shard"]]
         if not made:
+            pieces.clear()
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
         self._check_whole(facts, sum(shard.images for shard in made))
@@ -359,6 +362,7 @@ class _Packing(abc.ABC):
         if rejects:
             dataset.create(shards.REJECTS, rejects)
         dataset.create(shards.INDEX, index.to_json())
+        pieces.clear()
 
     def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
         """Checks what only all pieces together tell; nothing of a source that is copied."""
@@ -450,25 +454,24 @@ class _Copying(_Packing):
         """Writes a shard; see `_Packing`."""
         numbers, rejects, sha256 = self._numbers(number), list[Reject](), hashlib.sha256()
         read = 0
-        with os_errors(self._folder):
-            writer = shards.ShardWriter(self._folder / shards.shard_name(number))
+        writer: shards.ShardWriter | None = None
         for image, checked in zip(numbers, self._checked(self._samples(numbers), rejects), strict=False):
             name = checked.sample.name.encode()
             # The length keeps names and contents apart, whatever they are.
             sha256.update(b"%d:%b%b" % (len(name), name, checked.sha256))
             if not checked.reason:
                 with os_errors(self._folder):
+                    writer = writer or shards.ShardWriter(self._folder / shards.shard_name(number))
                     writer.add(f"{image:09d}", checked.png, checked.sample.label)
             read += 1
             advance(1)
         if read < len(numbers):
             raise BadDataError(f"{self.where} has changed while it was packed: type this command again")
+        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": sha256.hexdigest(), "shard": None}
+        if writer is None:
+            return Made({}, facts)
         with os_errors(self._folder):
             shard, offsets = writer.finish()
-        facts: dict[str, Any] = {"rejects": rejects, "source_sha256": sha256.hexdigest(), "shard": None}
-        if len(rejects) == read:
-            writer.path.unlink()
-            return Made({}, facts)
         self._known.append(shard.model_dump())
         return Made({shard.name: writer.path, shard.offsets_name: offsets}, facts | {"shard": shard.model_dump()})
 

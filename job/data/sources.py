@@ -13,6 +13,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -191,13 +192,20 @@ def _folder_source(root: Path, bucket: str) -> Source:
                 # A link to a folder could form a cycle.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
                     raise refused(name, "is not a file, or links to a folder or outside: put a copy in its place")
-                yield Member(name, partial(_read_file, path), size_bytes=child.stat().st_size)
+                yield Member(name, partial(_read_file, path), size_bytes=_size_of(child))
             elif child.is_file():
                 yield Member(name, bytes)
 
     is_below = packed_to and packed_to.is_dir() and packed_to.is_relative_to(root)
     note = f"leaving out {packed_to}, which is the bucket" if is_below else ""
     return Source(str(root), partial(below, root, ""), note=note)
+
+
+def _size_of(child: os.DirEntry[str]) -> int:
+    # Reading names a file that is gone.
+    with suppress(FileNotFoundError):
+        return child.stat().st_size
+    return 0
 
 
 def _read_file(path: Path) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 import job.data.pack
 from job.data.pack import PackRequest, pack
 from job.data.shards import DatasetIndex
+from job.data.sources import Source
 from job.stop import Stop
 from job.store import open_store
 from tests.job.some_images import jpeg, zip_of
@@ -34,6 +36,16 @@ def packed(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(job.data.pack, "prepare", counted)
         return pack(open_store(str(bucket)), request, shard_images=shard_images, stop=stop)
+
+
+def names_of(source: Source) -> Iterator[str]:
+    """The names of a source's images, in order."""
+    return (member.name for member in source.images())
+
+
+def entries_of(source: Source) -> Iterator[tuple[str, bytes]]:
+    """The same with their contents."""
+    return source.loaded(source.images())
 
 
 def objects(bucket: str | Path) -> dict[str, bytes]:

@@ -20,6 +20,7 @@ from job.data.verify import verify_dataset
 from job.exits import BadDataError, BadRequestError, BucketAwayError, Exit
 from job.store import Retry, open_store, open_to_read
 from tests.job.command_line import ddpm, ddpm_here, refused, succeeded
+from tests.job.packing import entries_of, names_of
 from tests.job.some_images import png
 from tests.job.store.test_store import put_by_others
 
@@ -49,8 +50,8 @@ def tar_bytes(names: list[str], mode: str = "w") -> bytes:
 
 def read(source: str) -> dict[str, bytes]:
     opened = open_source(source)
-    assert list(opened.names()) == [name for name, _ in opened.entries()]
-    return dict(opened.entries())
+    assert list(names_of(opened)) == [name for name, _ in entries_of(opened)]
+    return dict(entries_of(opened))
 
 
 @pytest.fixture

@@ -34,7 +34,7 @@ def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for number, name in enumerate(("pets", "other")):
         files = [(f"{kind}/{n:02d}.jpg", jpeg(100 * number + n)) for kind in ("cat", "dog") for n in range(10)]
         source = zip_of(folder / f"{name}.zip", [*files, ("cat/bad.jpg", b""), ("dog/bad.jpg", b"")])
-        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_images=6)
+        pack(open_store(str(folder)), PackRequest(str(source), name, 16), shard_images=8)
         succeeded(ddpm_here("data", "show", name, "--bucket", folder, DDPM_CACHE=str(folder / "show")))
     return folder
 
