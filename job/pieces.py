@@ -240,9 +240,9 @@ class Pieces:
         for key in (self._record_key(record.number), *(file.key for file in record.files)):
             self.store.delete(key)
 
-    def clear(self) -> None:
-        """Deletes records and claims, once something else vouches for the files."""
-        for folder in (self._claims, self._records):
+    def clear(self, *, records: bool) -> None:
+        """Deletes all claims once the work is done, and the records once something else vouches for the files."""
+        for folder in (self._claims, self._records) if records else (self._claims,):
             for entry in self.store.list(folder):
                 self.store.delete(entry.key)
 

@@ -186,7 +186,7 @@ def pack(
                 if dataset.exists(shards.INDEX):
                     # An equal attempt was faster, and has cleared the records away.
                     packing.check_same(shards.load_index(bucket, key))
-                    pieces.clear()
+                    pieces.clear(records=True)
                 elif share == WHOLE:
                     raise BadRequestError(f"{dataset.uri} was deleted meanwhile: {way}") from None
                 else:
@@ -336,7 +336,7 @@ class _Packing(abc.ABC):
         facts = [record.facts for record in records]
         made = [shards.Shard.model_validate(each["shard"]) for each in facts if each["shard"]]
         if not made:
-            pieces.clear()
+            pieces.clear(records=True)
             unusable = BadDataError(f"{self.where}: none of its images can be used: {self._first_rejects()}")
             raise unusable if self._rejects else no_images(self.where)
         self._check_whole(facts, sum(shard.images for shard in made))
@@ -362,7 +362,7 @@ class _Packing(abc.ABC):
         if rejects:
             dataset.create(shards.REJECTS, rejects)
         dataset.create(shards.INDEX, index.to_json())
-        pieces.clear()
+        pieces.clear(records=True)
 
     def _check_whole(self, facts: list[dict[str, Any]], images: int) -> None:
         """Checks what only all pieces together tell; nothing of a source that is copied."""

@@ -70,7 +70,7 @@ class FeatureFolder:
         """Deletes the pieces."""
         for record in self.pieces.records(self.pieces.committed()):
             self.pieces.forget(record)
-        self.pieces.clear()
+        self.pieces.clear(records=True)
 
     def _load(self, pieces: Pieces, record: PieceRecord) -> Named:
         from safetensors import SafetensorError

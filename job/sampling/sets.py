@@ -111,6 +111,7 @@ class SampleSet:
         self._check_files(index)
         # Whoever else saw the last piece come writes the same.
         self.run.create(self.key(ObjectKind.INDEX), index.to_json())
+        self.pieces.clear(records=False)
 
     def describe(self, note: str) -> str:
         """A line for people about a whole set."""

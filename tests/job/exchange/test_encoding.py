@@ -14,14 +14,14 @@ from ddpm.generation import noise_of
 from job.data.autoencoder import latents_of
 from job.data.cache import chosen_images
 from job.data.pack import PackRequest, pack
-from job.data.shards import INDEX, OFFSETS_DTYPE, PACKING, load_index
+from job.data.shards import INDEX, OFFSETS_DTYPE, load_index
 from job.exits import Exit
 from job.runs.records import existing_config
 from job.runs.verification import verify_run
 from job.store import open_store
 from tests.job.command_line import ddpm_here, refused, settings, succeeded
 from tests.job.sampling.by_hand import ddim_50, estimate_of
-from tests.job.stops import stop_after
+from tests.job.stops import StopWhen
 
 KEY = "datasets/tiles-latents-8"
 NAMES = ("config.json", "diffusion_pytorch_model.safetensors")
@@ -168,10 +168,11 @@ def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, m
     bucket = shutil.copytree(images, tmp_path / "bucket")
     encode = ("data", "encode", "tiles", "--autoencoder", autoencoder, "--bucket", bucket)
     with monkeypatch.context() as patch:
-        patch.setattr("job.exchange.encoding.Stop", lambda: Installed(stop_after(12)))
+        is_begun = StopWhen(lambda: any((bucket / KEY / "pieces").glob("*.json")))
+        patch.setattr("job.commands.Stop", lambda: Installed(is_begun))
         done = ddpm_here(*encode)
-    assert "goes on behind the last shard" in refused(done, Exit.STOPPED)
-    entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / PACKING).glob("*.json")}
+    assert "all whole pieces are saved" in refused(done, Exit.STOPPED)
+    entries = {path: path.stat().st_mtime_ns for path in (bucket / KEY / "pieces").glob("*.json")}
     assert entries
     assert not (bucket / KEY / INDEX).exists()
     shards = {path: path.stat().st_mtime_ns for path in (bucket / KEY).glob("*.tar")}
@@ -180,9 +181,9 @@ def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, m
         ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", bucket), Exit.BAD_REQUEST
     )
     succeeded(ddpm_here(*encode))
-    first = bucket / KEY / "shard-00000.tar"
+    first = min(shards)
     assert first.stat().st_mtime_ns == shards[first]
-    assert not (bucket / KEY / PACKING).exists() or not list((bucket / KEY / PACKING).iterdir())
+    assert not (bucket / KEY / "pieces").exists() or not list((bucket / KEY / "pieces").iterdir())
     assert "is there already" in refused(ddpm_here(*encode), Exit.BAD_REQUEST)
     # As if it had been killed between the part that is held out and the rest.
     index = (bucket / KEY / INDEX).read_bytes()
@@ -198,7 +199,7 @@ class Installed:
     def __init__(self, stop):
         self._stop = stop
 
-    def install(self):
+    def install(self, *, signals=True):
         return self._stop
 
 
