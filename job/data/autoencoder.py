@@ -62,9 +62,7 @@ def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device
         hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
     if hashes != encoding.hashes:
         path.unlink(missing_ok=True)
-        raise BadDataError(
-            f"{dataset.uri_of(WEIGHTS)}, or its configuration, differs from the index: restore it, or encode again"
-        )
+        raise BadDataError(f"{dataset.uri_of(WEIGHTS)} or {CONFIG} differs from the index: restore it, or encode again")
     try:
         network = build_autoencoder(json.loads(config), load_file(path), dataset.uri_of(CONFIG))
     except (SafetensorError, ValueError) as error:
@@ -86,16 +84,14 @@ def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         BadRequestError: diffusers is not installed.
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise BadDataError(
-            f"{where} is a {config['_class_name']!s:.60}: AutoencoderKL is the only supported autoencoder"
-        )
+        raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
     widths, layers = config.get("block_out_channels", [64]), config.get("layers_per_block", 1)
     try:
-        is_small = len(widths) <= MOST_LEVELS and max(map(int, widths)) <= MOST_CHANNELS and int(layers) <= MOST_LAYERS
+        if len(widths) > MOST_LEVELS or max(map(int, widths)) > MOST_CHANNELS or int(layers) > MOST_LAYERS:
+            raise ValueError
     except (TypeError, ValueError):
-        is_small = False
-    if not is_small:
-        raise BadDataError(f"{where}: wrong block_out_channels={widths!s:.60} or layers_per_block={layers!s:.20}")
+        wrong = f"block_out_channels={widths!s:.60} or layers_per_block={layers!s:.20}"
+        raise BadDataError(f"{where}: wrong {wrong}") from None
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:
