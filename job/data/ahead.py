@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
@@ -32,16 +31,16 @@ def in_order(
         check: called for each result and during the wait for it; raises if this process has to stop.
     """
     waiting: deque[Future[Result]] = deque()
-    failed = threading.Event()
+    failed: list[int] = []
 
-    def work(item: Item) -> Result:
-        # After an error no item is started, which would only wait as long for the same outage.
-        if failed.is_set():
+    def work(number: int, item: Item) -> Result:
+        # After an error no later item is started, which would only wait as long for the same outage.
+        if min(failed, default=number) < number:
             raise CancelledError
         try:
             return function(item)
         except BaseException:
-            failed.set()
+            failed.append(number)
             raise
 
     def first() -> Result:
@@ -52,8 +51,8 @@ def in_order(
         return future.result()
 
     try:
-        for item in items:
-            waiting.append(pool.submit(work, item))
+        for number, item in enumerate(items):
+            waiting.append(pool.submit(work, number, item))
             if len(waiting) >= window:
                 yield first()
         while waiting:

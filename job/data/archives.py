@@ -53,9 +53,7 @@ def tar_members(opener: Opener, digests: Digests | None = None) -> Iterator[Memb
         try:
             archive = tarfile.TarFile(fileobj=cast(BinaryIO, stream))
         except tarfile.TarError:
-            raise RefusedError(
-                "is not an archive that can be packed (.zip, .tar, .tar.gz, MNIST idx), or damaged"
-            ) from None
+            raise RefusedError("is damaged, or not a .zip, .tar, .tar.gz or MNIST idx file") from None
         while (member := archive.next()) is not None:
             # tarfile would keep every header, and memory would grow with the archive.
             archive.members.clear()  # type: ignore[attr-defined]

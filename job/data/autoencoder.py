@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -28,16 +28,8 @@ MOST_LEVELS, MOST_LAYERS, MOST_CHANNELS = 12, 64, 8192
 """Limits of a configuration: a larger network would be built for hours before its weights do not fit."""
 
 
-class Decoder:
-    """Decodes a network's samples to pixels."""
-
-    def __init__(self, network: nn.Module, latents: Latents, device: torch.device) -> None:
-        self._network, self._latents = network.to(device).eval().requires_grad_(False), latents
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Decodes normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
-        pixels: Tensor = self._network.decode(self._latents.restored(x.float())).sample  # type: ignore[operator]
-        return pixels
+Decoder = Callable[[Tensor], Tensor]
+"""Decodes normalised latents [b, C, h, w] to pixels [b, channels, H, W], about in [-1, 1]."""
 
 
 def latents_of(index: DatasetIndex | None) -> Latents | None:
@@ -70,14 +62,18 @@ def load_decoder(bucket: Store, index: DatasetIndex | None, device: torch.device
         hashes = hashlib.sha256(config).hexdigest(), hashlib.file_digest(file, "sha256").hexdigest()
     if hashes != encoding.hashes:
         path.unlink(missing_ok=True)
-        raise BadDataError(
-            f"{dataset.uri_of(WEIGHTS)}, or its configuration, differs from the index: restore it, or encode again"
-        )
+        raise BadDataError(f"{dataset.uri_of(WEIGHTS)} or {CONFIG} differs from the index: restore it, or encode again")
     try:
         network = build_autoencoder(json.loads(config), load_file(path), dataset.uri_of(CONFIG))
     except (SafetensorError, ValueError) as error:
         raise BadDataError(f"{dataset.uri_of(CONFIG)} is not an autoencoder: {error}") from None
-    return Decoder(network, Latents(encoding.mean, encoding.std), device)
+    network, latents = network.to(device).eval().requires_grad_(False), Latents(encoding.mean, encoding.std)
+
+    def decode(x: Tensor) -> Tensor:
+        pixels: Tensor = network.decode(latents.restored(x.float())).sample  # type: ignore[operator]
+        return pixels
+
+    return decode
 
 
 def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> nn.Module:
@@ -88,16 +84,14 @@ def build_autoencoder(config: Mapping[str, Any], tensors: Mapping[str, Tensor], 
         BadRequestError: diffusers is not installed.
     """
     if config.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise BadDataError(
-            f"{where} is a {config['_class_name']!s:.60}: AutoencoderKL is the only supported autoencoder"
-        )
+        raise BadDataError(f"{where} is a {config['_class_name']!s:.60}, and only AutoencoderKL is supported")
     widths, layers = config.get("block_out_channels", [64]), config.get("layers_per_block", 1)
     try:
-        is_small = len(widths) <= MOST_LEVELS and max(map(int, widths)) <= MOST_CHANNELS and int(layers) <= MOST_LAYERS
+        if len(widths) > MOST_LEVELS or max(map(int, widths)) > MOST_CHANNELS or int(layers) > MOST_LAYERS:
+            raise ValueError
     except (TypeError, ValueError):
-        is_small = False
-    if not is_small:
-        raise BadDataError(f"{where}: wrong block_out_channels={widths!s:.60} or layers_per_block={layers!s:.20}")
+        wrong = f"block_out_channels={widths!s:.60} or layers_per_block={layers!s:.20}"
+        raise BadDataError(f"{where}: wrong {wrong}") from None
     try:
         from diffusers import AutoencoderKL
     except ModuleNotFoundError as error:

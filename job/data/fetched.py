@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from filelock import FileLock, Timeout
 
 from job.data.cache import default_cache_dir
-from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError, JobError
+from job.exits import BadDataError, BadRequestError, BucketAwayError, DiskFullError
 from job.progress import Progress
 from job.store import is_foreign, split_chain
 from job.store.files import os_errors
@@ -107,7 +107,13 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
                     return
                 if (received_bytes := file.tell()) != size_bytes:
                     file.truncate(0)
-                    raise _wrong_size(where, size_bytes, received_bytes)
+                    sizes = (
+                        f"{where}: the server gives a size of {size_bytes:,} bytes and sends {received_bytes:,} or more"
+                    )
+                    # An empty answer may be an outage.
+                    if not received_bytes:
+                        raise BucketAwayError(sizes)
+                    raise BadDataError(f"{sizes}: download it, and pack the file")
 
             while file.seek(0, 2) < size_bytes:
                 store.retry(go_on)
@@ -115,9 +121,3 @@ def _fetch(store: ForeignStore, key: str, about: About, whole: Path) -> None:
             file.truncate(0)
             raise BadDataError(f"{where} has changed during the read: begin again")
     part.replace(whole)
-
-
-def _wrong_size(where: str, size_bytes: int, received_bytes: int) -> JobError:
-    """Returns the error that a whole answer has another size than announced; an empty one may be an outage."""
-    sizes = f"{where}: the server gives a size of {size_bytes:,} bytes and sends {received_bytes:,} or more"
-    return BadDataError(f"{sizes}: download it, and pack the file") if received_bytes else BucketAwayError(sizes)

@@ -99,9 +99,7 @@ def find_tars(words: Iterable[str], retry: Retry | None = None) -> list[ForeignT
     tars: dict[str, ForeignTar] = {}
     for word in words:
         if without_queries(word) != word:
-            raise BadRequestError(
-                f"{without_queries(word)}?…: its query may be a signature, and an index cannot hold secrets"
-            )
+            raise BadRequestError(f"{without_queries(word)}?…: its query may be a signature, which an index would show")
         for tar in _tars_at(word, retry):
             if tar.uri in tars:
                 raise BadRequestError(f"{tar.uri} is named twice: its images would count twice")

@@ -251,9 +251,8 @@ def validated_dataset_name(name: str) -> str:
         BadRequestError: it is not valid.
     """
     if not _DATASET_NAME.fullmatch(name):
-        raise BadRequestError(
-            f"{name!r} cannot be a dataset's name: use up to 63 lower-case letters, digits, inner '.', '_' and '-'"
-        )
+        wanted = "use up to 63 lower-case letters, digits, inner '.', '_' and '-'"
+        raise BadRequestError(f"{name!r} cannot be a dataset's name: {wanted}")
     return name
 
 

@@ -19,23 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, cast
 
+from job.data import members
 from job.data.ahead import in_order
 from job.data.archives import open_zipped, tar_members, zip_members
 from job.data.cifar import cifar_members
 from job.data.fetched import fetched
-from job.data.members import (
-    ENTRY_BYTES,
-    SUFFIXES,
-    Member,
-    Opener,
-    RefusedError,
-    check_size,
-    is_hidden,
-    is_image,
-    path_parts,
-    refused,
-    refusing,
-)
+from job.data.members import Member, Opener, RefusedError
 from job.data.mnist import IDX_NAME, idx_members
 from job.exits import BadRequestError, MissingInputError
 from job.progress import printable
@@ -123,9 +112,9 @@ class Source:
 
     def members(self) -> Iterator[Member]:
         """Yields all files with normalised names, each readable until the next one is requested."""
-        with refusing(self.where):
+        with members.refusing(self.where):
             for member in self.listed():
-                parts = path_parts(member.name)
+                parts = members.path_parts(member.name)
                 if parts[0] == "" or ".." in parts or re.fullmatch("[A-Za-z]:", parts[0]):
                     raise RefusedError(f"has an entry that leads out of it, {member.name!r}: do not trust this archive")
                 if not self.split or self.split == next((part for part in map(str.lower, parts) if part in SPLITS), ""):
@@ -136,13 +125,13 @@ class Source:
         self.skipped.clear()
         for member in self.members():
             suffix = Path(member.name).suffix.lower()
-            if is_image(member.name):
+            if members.is_image(member.name):
                 if self._takes(member.name):
                     yield member
-            elif suffix in SUFFIXES:
+            elif suffix in members.SUFFIXES:
                 if not _FORK.search(member.name):
                     self.skipped[HIDDEN] += 1
-            elif not is_hidden(member.name):
+            elif not members.is_hidden(member.name):
                 is_named = suffix in self.skipped or (1 < len(suffix) < 12 and len(self.skipped) < _SUFFIXES_NAMED)
                 self.skipped[suffix if is_named else "other"] += 1
 
@@ -160,7 +149,7 @@ class Source:
         return (drawn < self.hold_out) == self.held
 
     def _load(self, member: Member) -> tuple[str, bytes]:
-        with refusing(f"{self.where}: entry {member.name!r}"):
+        with members.refusing(f"{self.where}: entry {member.name!r}"):
             return member.name, member.read()
 
 
@@ -182,16 +171,17 @@ def _folder_source(root: Path, bucket: str) -> Source:
             name, path = prefix + child.name, Path(child.path)
             if path == packed_to:
                 continue
-            if is_hidden(child.name):
+            if members.is_hidden(child.name):
                 # `images` counts hidden images; os.walk ignores folders that only the system may read.
                 walk = os.walk(path) if child.is_dir(follow_symlinks=False) else [("", [], [child.name])]
                 yield from (Member(f"{name}/{file}", bytes) for _, _, files in walk for file in files)
             elif child.is_dir(follow_symlinks=False):
                 yield from below(path, f"{name}/")
-            elif is_image(child.name) or child.is_dir():
+            elif members.is_image(child.name) or child.is_dir():
                 # A link to a folder could form a cycle.
                 if not child.is_file() or (child.is_symlink() and not path.resolve().is_relative_to(root)):
-                    raise refused(name, "is not a file, or links to a folder or outside: put a copy in its place")
+                    problem = "is not a file, or links to a folder or outside: put a copy in its place"
+                    raise members.refused(name, problem)
                 yield Member(name, partial(_read_file, path), size_bytes=_size_of(child))
             elif child.is_file():
                 yield Member(name, bytes)
@@ -209,13 +199,13 @@ def _size_of(child: os.DirEntry[str]) -> int:
 
 
 def _read_file(path: Path) -> bytes:
-    check_size(path.stat().st_size)
+    members.check_size(path.stat().st_size)
     return path.read_bytes()
 
 
 def _read_stored(store: Store, entry: Entry) -> bytes:
-    check_size(entry.size_bytes)
-    return store.read(entry.key, ENTRY_BYTES).data
+    members.check_size(entry.size_bytes)
+    return store.read(entry.key, members.ENTRY_BYTES).data
 
 
 def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> Source:
@@ -238,7 +228,7 @@ def open_source(source: str, bucket: str = "", retry: Retry | None = None) -> So
         return _elsewhere(source, retry)
     path = Path(open_store(source).uri).resolve()
     folder, chosen = (path, "") if path.is_dir() else (path.parent, path.name)
-    with refusing(repr(source)):
+    with members.refusing(repr(source)):
         if chosen and not path.is_file():
             raise MissingInputError(_NOTHING_AT.format(source))
         files = [file.name for file in folder.iterdir()]
@@ -308,12 +298,12 @@ def _elsewhere(uri: str, retry: Retry | None) -> Source:
 
 def _archive(where: str, opener: Opener) -> Source:
     """Returns a zip or a tar, which may hold MNIST's files or those of CIFAR-10."""
-    with refusing(where), opener() as file:
+    with members.refusing(where), opener() as file:
         if file.read(4) in (b"PK\x03\x04", b"PK\x05\x06"):
             with zipfile.ZipFile(file) as archive:
                 # The size of a gzipped file in a zip is unknown before it is unpacked.
-                names = [name for name in archive.namelist() if is_image(name) or not name.endswith(".gz")]
-            found = None if any(map(is_image, names)) else _mnist(where, names, partial(open_zipped, opener))
+                names = [name for name in archive.namelist() if members.is_image(name) or not name.endswith(".gz")]
+            found = None if any(map(members.is_image, names)) else _mnist(where, names, partial(open_zipped, opener))
             return found or Source(where, partial(zip_members, opener))
         first = next(tar_members(opener), None)
     if first is not None and first.name.startswith("cifar-10-batches-"):

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from job.data import shards
 from job.data.ahead import in_order
 from job.data.image_reader import ImageReader
 from job.data.shard_source import ShardSource
-from job.data.shards import (
-    AUTOENCODER,
-    CONTACT_SHEET,
-    INDEX,
-    REFERENCES,
-    REJECTS,
-    DatasetIndex,
-    Record,
-    load_index,
-)
+from job.data.shards import DatasetIndex, Record, load_index
 from job.exits import BadDataError
 from job.pieces import CLAIMS, RECORDS
 from job.store import ObjectMissingError, Store
@@ -51,16 +43,14 @@ def verify_dataset(
     """
     index = load_index(bucket, key)
     dataset = bucket.sub(key)
-    problems = _others(dataset, index)
-    if index.rejected_images:
-        uri = dataset.uri_of(REJECTS)
-        with _noting(problems, uri):
-            if hashlib.sha256(dataset.read(REJECTS).data).hexdigest() != index.rejects_sha256:
-                problems.append(f"{uri} differs from the index: restore it, or pack the dataset again")
-    for name, sha256 in zip(AUTOENCODER, index.encoding.hashes, strict=True) if index.encoding else ():
+    hashes = {shards.REJECTS: index.rejects_sha256} if index.rejected_images else {}
+    if index.encoding:
+        hashes |= zip(shards.AUTOENCODER, index.encoding.hashes, strict=True)
+    problems = _others(dataset, index, hashes)
+    for name, sha256 in hashes.items():
         with _noting(problems, dataset.uri_of(name)), dataset.open(name) as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:  # type: ignore[arg-type]
-                problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or encode again")
+                problems.append(f"{dataset.uri_of(name)} differs from the index: restore it, or make the dataset again")
     with scratch_folder("verify") as folder, ThreadPoolExecutor(os.cpu_count()) as workers:
         source = ShardSource(bucket, key, index, folder)
         reader = ImageReader(source)
@@ -96,14 +86,13 @@ def _image_problems(reader: ImageReader, uri: str, shard: int, path: Path, image
     return problems
 
 
-def _others(dataset: Store, index: DatasetIndex) -> list[str]:
+def _others(dataset: Store, index: DatasetIndex, hashes: Iterable[str]) -> list[str]:
     """Returns a problem for each object that does not belong to the dataset."""
-    named = {INDEX, CONTACT_SHEET, *([REJECTS] if index.rejected_images else [])}
-    named |= {*AUTOENCODER} if index.encoding else set()
+    named = {shards.INDEX, shards.CONTACT_SHEET, *hashes}
     named |= {name for shard in index.shards for name in (shard.name, shard.offsets_name)}
     return [
         f"{dataset.uri_of(entry.key)} does not belong to the dataset: move it elsewhere, or delete it"
         for entry in dataset.list()
         # A killed packer may leave harmless records of pieces; references of evaluations name their dataset.
-        if entry.key not in named and not entry.key.startswith((f"{RECORDS}/", f"{CLAIMS}/", f"{REFERENCES}/"))
+        if entry.key not in named and not entry.key.startswith((f"{RECORDS}/", f"{CLAIMS}/", f"{shards.REFERENCES}/"))
     ]

@@ -237,9 +237,7 @@ class ForeignStore(Store):
 
     def _list(self, prefix: str) -> Sequence[Entry]:
         if self._query:
-            raise BadRequestError(
-                f"{self._uri(prefix)}: the files of a folder with a query cannot be listed: name an archive"
-            )
+            raise BadRequestError(f"{self._uri(prefix)}: a folder with a query cannot be listed: name an archive")
         entries, folders = list[Entry](), [prefix]
         while folders:
             for key, found in self._listed(folder := folders.pop()):

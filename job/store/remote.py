@@ -188,10 +188,8 @@ class RemoteStore(Store):
     def _no_bucket(self) -> MissingInputError:
         return MissingInputError(f"no bucket {self._bucket_uri}: check the name, or make it with `{self._make}`")
 
-    def _no_credentials(self, reason: str) -> NoPermissionError:
-        return NoPermissionError(
-            f"{self._bucket_uri}: no usable {self._cloud} credentials ({reason}): {self._login_by}"
-        )
+    def _no_credentials(self, why: str) -> NoPermissionError:
+        return NoPermissionError(f"{self._bucket_uri}: no usable {self._cloud} credentials ({why}): {self._login_by}")
 
 
 class Watched:

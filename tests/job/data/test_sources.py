@@ -5,6 +5,7 @@ import os
 import shutil
 import struct
 import tarfile
+import threading
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -206,7 +207,7 @@ def test_what_is_damaged_is_named_and_nothing_is_left_out_in_silence(tmp_path):
     assert "CRC check failed" in refusal(flip_a_bit(tar_of(tmp_path / "a.tgz", FILES), -6))
     for content in (b"", b"hello", bytes(100), b"\x89PNG\r\n\x1a\n" * 200, gzip.compress(b"a,b\n" * 999)):
         (tmp_path / "a").write_bytes(content)
-        assert "a is not an archive that can be packed" in refusal(tmp_path / "a"), content[:20]
+        assert "a is damaged, or not a .zip" in refusal(tmp_path / "a"), content[:20]
     first, second = (tar_of(tmp_path / f"{name}.tar", [(f"{name}.jpg", b"1")]).read_bytes() for name in "ab")
     (tmp_path / "joined.tar").write_bytes(first + second)
     assert "holds more behind its end mark" in refusal(tmp_path / "joined.tar")
@@ -411,3 +412,24 @@ def test_nothing_is_begun_after_a_failure():
     with ThreadPoolExecutor(2) as pool, pytest.raises(BadDataError, match="item 0"):
         list(in_order(pool, work, range(6), window=6))
     assert sorted(begun) == [0, 1]
+
+
+def test_a_later_failure_does_not_cancel_an_earlier_item():
+    """Its thread may be slow to begin, and its result comes first."""
+    failed = threading.Event()
+
+    class SlowToBegin(ThreadPoolExecutor):
+        def submit(self, work, *args):
+            return super().submit(lambda: ((args[-1] == 0 and failed.wait(5) and time.sleep(0.05)), work(*args))[1])
+
+    def work(item: int) -> int:
+        if item:
+            failed.set()
+            raise BadDataError(f"item {item}")
+        return item
+
+    with SlowToBegin(2) as pool:
+        results = in_order(pool, work, range(2), window=2)
+        assert next(results) == 0
+        with pytest.raises(BadDataError, match="item 1"):
+            next(results)

@@ -161,7 +161,7 @@ def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):
     )
     sample = ("sample", "--run", "r", "--seeds", 0, "--bucket", changed)
     done = ddpm_here(*sample, DDPM_CACHE=str(tmp_path / "cache"))
-    assert "or its configuration, differs from the index" in refused(done, Exit.BAD_DATA)
+    assert "or autoencoder/config.json differs from the index" in refused(done, Exit.BAD_DATA)
 
 
 def test_encoding_goes_on_behind_the_last_shard(images, autoencoder, tmp_path, monkeypatch):
