@@ -205,9 +205,8 @@ class TrainingSession:
         self.attempt, self.lease = attempt, lease
         self.rows = metrics.read_rows(self.plan.run, manifest.metrics, note) if manifest else []
         self.page_pictures = PictureCache(note)
-        leased = LeasedRun(self.plan.run, self._retention(), attempt, lease)
-        tensors = self.state.tensors()
-        self.writer = CheckpointWriter(leased, tensors, before=manifest, aside=aside, stop=self.stop, note=note)
+        leased = LeasedRun(self.plan.run, self._retention(), attempt, lease, aside)
+        self.writer = CheckpointWriter(leased, self.state.tensors(), before=manifest, stop=self.stop, note=note)
         self.status = records.StatusReporter(self.plan.run, self._status, note)
         try:
             yield
