@@ -290,6 +290,4 @@ class Lease:
             elif record.holder != self.holder:
                 self.lost = f"{self._run.uri} was taken over by {record}: this attempt writes nothing more"
         self.check_lost()
-        raise BucketAwayError(
-            f"{self._uri} changes faster than it can be renewed: find out what else writes it"
-        )
+        raise BucketAwayError(f"{self._uri} changes faster than it can be renewed: find out what else writes it")
