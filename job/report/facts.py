@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,7 @@ from job.runs.scores import Scores
 from job.store import ObjectMissingError
 
 _LABEL = "LABEL"
+"""A label in the patterns of `_in_order`."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ class Facts:
     """The approximate number of the network's parameters; 0 before the first checkpoint."""
     checkpoints: list[str]
     """The moments of the checkpoints."""
-    state: str = field(default="not started")
+    state: str
+    """See `job.runs.outlook.state_in`."""
 
     @cached_property
     def verdict(self) -> Verdict | None:

@@ -170,7 +170,7 @@ class Lease:
 
         Raises:
             LostRunError: the holder lives; the message names it.
-            BadDataError: an object has the last possible fence, or the lease is something else than an object.
+            BadDataError: an object has the last possible fence, or `lease.json` is not an object.
             StoppedError: a stop was requested.
             BucketAwayError: the lease cannot be read or written.
         """

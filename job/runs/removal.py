@@ -95,9 +95,8 @@ def _removals(bucket: Store, run: Store, config: RunConfig, fence: int) -> list[
         with newest_good(run, note) as newest:
             stays = read | ({newest.manifest.ref} if newest else set())
             best = best_images_seen(config, read_rows(run, newest.manifest.metrics, note)) if newest else -1
-            old = [ref for ref in old if ref.images_seen != best]
         for ref in old:
-            if ref not in stays:
+            if ref not in stays and ref.images_seen != best:
                 size_bytes = sum(size for key, size in sizes.items() if key.startswith(f"{ref.key}/"))
                 found.append(Removal(ref.key, size_bytes, why, ref))
     places = {key: located(key) for key in sizes}
@@ -114,10 +113,9 @@ def _remove(run: Store, removal: Removal) -> bool:
     Samplers have no lease, but a mark that they read. Under this mark they look for a piece's record, and they create
     the record after everything that it names.
     """
-    if batch := located(removal.key).batch:
-        record_key = ObjectKind.RECORD.key(batch=batch, piece=located(removal.key).piece)
-        if being_read(run) or run.exists(record_key):
-            return False
+    place = located(removal.key)
+    if place.batch and (being_read(run) or run.exists(ObjectKind.RECORD.key(batch=place.batch, piece=place.piece))):
+        return False
     if removal.ref is None:
         run.delete(removal.key)
     else:
