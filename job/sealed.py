@@ -97,7 +97,7 @@ class Sealed(Part):
         """The inverse of `to_json`; `uri` is where the bytes came from.
 
         Raises:
-            BadDataError: it is something else, or rotten; the message names the object.
+            BadDataError: it is something else, or corrupt; the message names the object.
         """
         try:
             document = json.loads(data)
@@ -107,7 +107,7 @@ class Sealed(Part):
         except (ValueError, TypeError, KeyError, RecursionError):
             intact = False
         if not intact:
-            raise BadDataError(f"{uri} is rotten: it does not match its own SHA-256")
+            raise BadDataError(f"{uri} is corrupt: it does not match its own SHA-256")
         try:
             record = cls.model_validate(document)
             return record if shown == document else cls.model_validate(shown)
@@ -121,7 +121,7 @@ class Sealed(Part):
         """Reads a record and checks it against its own hash.
 
         Raises:
-            BadDataError: it is something else, or rotten; the message names the object.
+            BadDataError: it is something else, or corrupt; the message names the object.
             ObjectMissingError: it is not there.
         """
         return cls.from_json(store.read(key).data, store.uri_of(key))
@@ -134,7 +134,7 @@ def sealed_page(html: bytes, author: str) -> bytes:
 
 
 def author_of(page: bytes) -> str | None:
-    """Who wrote such a page; None if it is rotten, cut off, or none."""
+    """Who wrote such a page; None if it is corrupt, cut off, or something else."""
     match = re.search(rb"<!-- (\S*) ([0-9a-f]{64}) -->\n\Z", page)
     if match is None or hashlib.sha256(page[: match.start(2)]).hexdigest() != match[2].decode():
         return None

@@ -206,7 +206,7 @@ def _commit(
     # Whoever imports one after another wants all of them.
     retention = Retention(config.updated({"checkpoint.keep_last": LARGEST}), dataset_images)
     leased = LeasedRun(run, retention, attempt, lease)
-    writer = CheckpointWriter(leased, state.tensors(), before=None, aside=set(), stop=stop, note=note)
+    writer = CheckpointWriter(leased, state.tensors(), before=None, stop=stop, note=note)
     try:
         writer.save(state.images_seen, state.log.reduced().tolist())
         writer.wait()

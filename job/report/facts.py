@@ -1,11 +1,11 @@
-"""What a page says of a run, read from its folder; nothing here knows of HTML."""
+"""The facts about a run that its page shows, read from its folder; independent of HTML."""
 
 from __future__ import annotations
 
 import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -26,21 +26,22 @@ from job.runs.scores import Scores
 from job.store import ObjectMissingError
 
 _LABEL = "LABEL"
+"""A label in the patterns of `_in_order`."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """A sample grid, of the same seeds as all others of its run."""
+    """A sample grid; all grids of a run have the same seeds."""
 
     moment: str
-    """Such as `epoch 80`."""
+    """The moment of its weights, such as `epoch 80`."""
     key: str
-    """Below the run."""
+    """The key below the run."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """A run at one moment."""
+    """The state of a run at one moment."""
 
     found: FoundRun
     name: str
@@ -48,38 +49,39 @@ class Facts:
     outlook: Outlook
     attempts: list[AttemptSpan]
     rows: list[Row]
-    """Of the metrics, those of one moment as one, in order."""
+    """The merged rows of the metrics, in order."""
     grids: list[Grid]
     """Oldest first."""
     denoising: str
-    """Key of the GIF of the newest moment; empty if there is none."""
+    """The key of the newest denoising GIF; empty without one."""
     others: list[str]
-    """Keys of all other pictures."""
+    """The keys of all other pictures."""
     scores: list[Scores]
     parameters: int
-    """Of the network, about; 0 where there is no checkpoint yet."""
+    """The approximate number of the network's parameters; 0 before the first checkpoint."""
     checkpoints: list[str]
-    """Moments of those that are there."""
-    state: str = field(default="not started")
+    """The moments of the checkpoints."""
+    state: str
+    """See `job.runs.outlook.state_in`."""
 
     @cached_property
     def verdict(self) -> Verdict | None:
-        """How the run goes beside others of its preset; None where there is nothing to compare."""
+        """Returns the verdict on the loss among runs of the preset; None if nothing is comparable."""
         return verdict_of(self.config, self.rows, self.found.index)
 
     @property
     def config(self) -> RunConfig:
-        """As it was last changed."""
+        """Returns the configuration as it was last changed."""
         return self.found.config
 
     @property
     def epoch_images(self) -> int | None:
-        """None where nobody knows how long an epoch is."""
+        """Returns the images of an epoch; None if the dataset is missing."""
         return self.found.index.images if self.found.index else None
 
     @property
     def go_on(self) -> str:
-        """What is typed to go on; empty for a run that cannot be trained."""
+        """Returns the command that goes on with the run; empty if it cannot be trained."""
         data = self.config.data
         if not data.dataset:
             return ""
@@ -88,14 +90,14 @@ class Facts:
 
     @property
     def make_again(self) -> str:
-        """What is typed to make another run like it."""
+        """Returns the command that makes another run like it; empty for an imported run."""
         if not self.config.data.dataset or self.config.imported:
             return ""
         exact = {"data.size": self.config.data.size, "train.precision": self.config.train.precision}
         chosen = exact | {key: ours for key, (_, ours) in self.differing.items()}
         sets = [word for key, value in chosen.items() for word in ("--set", f"{key}={shown(value)}")]
         preset = ["--preset", self.config.preset] if self.config.preset else []
-        # A name has 63 characters at most.
+        # Names are limited to 63 characters.
         return shlex.join(["ddpm", "train", *self._about(f"{self.name[:57]}-again"), *preset, *sets])
 
     def _about(self, run: str) -> list[str]:
@@ -103,7 +105,7 @@ class Facts:
 
     @property
     def differing(self) -> dict[str, tuple[Any, Any]]:
-        """How the configuration differs from its preset, by key: the preset's value, and the run's."""
+        """Returns the values that differ from the preset, by key: the preset's, and the run's."""
         return differing(self.config, self.found.index)
 
 
@@ -115,15 +117,15 @@ def facts_of(
     say: Callable[[str], None] = note,
     only_loss: bool = False,
 ) -> Facts:
-    """What a page says.
+    """Collects the facts about a run.
 
     Args:
         found: the run.
-        name: of it.
-        rows: of the metrics; None: those that the newest checkpoint names.
-        status: how it is going; None: as its status says.
-        say: told what could not be read.
-        only_loss: of the metrics that are read.
+        name: of the run.
+        rows: of the metrics; None: those of the newest checkpoint.
+        status: of the run; None: the one in its folder.
+        say: receives messages about objects that cannot be read.
+        only_loss: read only the loss of the metrics.
     """
     run, config = found.run, found.config
     status = status or records.read_status(run)
@@ -163,7 +165,7 @@ def facts_of(
 
 
 def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
-    """Labels and keys of the pictures that are called so, with any label in the place of `_LABEL`; the oldest first."""
+    """Returns the labels and keys that match `pattern`, in which `_LABEL` is any label; the oldest first."""
     matches = (re.fullmatch(re.escape(pattern).replace(_LABEL, r"((epoch|images)-(\d+))"), key) for key in keys)
     found = sorted((match[2], int(match[3]), match[1], match[0]) for match in matches if match)
     return [(label, key) for _, _, label, key in found]
@@ -172,5 +174,5 @@ def _in_order(keys: Iterable[str], pattern: str) -> list[tuple[str, str]]:
 def _parameters(manifest: Manifest | None) -> int:
     if manifest is None:
         return 0
-    # Four bytes each; what a file says of its tensors is small beside them.
+    # A parameter has four bytes; the headers of the files are small.
     return sum(file.size_bytes for file in manifest.files if manifest.group_of(file) == "model") // 4

@@ -260,7 +260,7 @@ def test_rotten_checkpoints_are_named_and_not_used(bucket):
         done = ddpm_here(*words, "--epochs" if words[0] == "train" else "--steps", 4, DDPM_BUCKET=str(bucket))
         assert done.returncode == Exit.BAD_DATA
         assert "Traceback" not in done.stderr
-        assert f"{rotten[-1]} is rotten" in done.stderr.splitlines()[-1]
+        assert f"{rotten[-1]} is corrupt" in done.stderr.splitlines()[-1]
     flip_a_bit(bucket / "runs/walk/attempts/000001.json")
     assert "attempt 1   cannot be read: " in succeeded(ddpm_here("runs", "show", "walk", "--bucket", bucket))
 

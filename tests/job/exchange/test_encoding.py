@@ -147,7 +147,7 @@ def test_what_is_about_pixels_is_refused(bucket, tmp_path):
     assert "holds latents already, of tiles" in refused(ddpm_here(*again), Exit.BAD_REQUEST)
     done = ddpm_here("export", "--run", "r", "--to", tmp_path / "out", "--bucket", bucket)
     succeeded(done)
-    assert "DDIMPipeline draws pixels" in done.stderr
+    assert "DDIMPipeline samples pixels" in done.stderr
 
 
 def test_an_autoencoder_that_has_changed_is_noticed(bucket, tmp_path):

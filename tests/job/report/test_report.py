@@ -120,7 +120,7 @@ def test_runs_that_cannot_be_read_have_no_page_and_do_not_hide_the_others(bucket
     succeeded(ddpm_here("report", "--bucket", bucket))
     page = (bucket / "report.html").read_text()
     assert data_of(page)["runs"].keys() == {"begun", "walk"}
-    assert "no configuration, or another version" in page
+    assert "is not a configuration, or is another version" in page
     assert 'href="runs/walk/report.html"' in page
     # It is no run.
     assert "report.html" not in succeeded(ddpm_here("runs", "list", "--bucket", bucket))
