@@ -31,17 +31,17 @@ class Exit(IntEnum):
 
     FINISHED = 0, "finished", "never"
     USAGE = 2, "wrong usage of the command line", "never"
-    BAD_REQUEST = 64, "a request that cannot be met, such as an unknown name", "never"
-    BAD_DATA = 65, "bad data: unreadable, truncated, rotten or unsafe", "never"
-    MISSING_INPUT = 66, "missing input: a bucket, dataset, run or checkpoint that is not there", "never"
-    BUCKET_AWAY = 69, "the bucket was away beyond the limit", "bounded"
-    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; it would be again", "never"
+    BAD_REQUEST = 64, "an impossible request, such as an unknown name", "never"
+    BAD_DATA = 65, "bad data: unreadable, truncated, corrupt or unsafe", "never"
+    MISSING_INPUT = 66, "missing input: no such bucket, dataset, run or checkpoint", "never"
+    BUCKET_AWAY = 69, "the bucket did not answer within the limit", "bounded"
+    NOT_A_NUMBER = 70, "the loss or a gradient was not a number; a retry would repeat it", "never"
     HUNG = 71, "the job hung, or its machine lost a GPU", "bounded"
     DISK_FULL = 74, "the local disk is full", "never"
     STOPPED = 75, "stopped by preemption, a signal or a deadline, with the state saved", "always"
     LOST_RUN = 76, "another attempt holds the run", "never"
     NO_PERMISSION = 77, "permission denied", "never"
-    BAD_CONFIG = 78, "the configuration is not valid, or not the one the run was started with", "never"
+    BAD_CONFIG = 78, "an invalid configuration, or another one than the run's", "never"
 
 
 TABLE: dict[int, Exit] = {int(code): code for code in Exit}
