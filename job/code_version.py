@@ -1,4 +1,4 @@
-"""Which code this is: the package's version, a hash of its sources, and how what it lacks is installed."""
+"""The version of this code with a hash of its sources, and the command that installs missing libraries."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGES = ("ddpm", "job")
 
 @cache
 def code_version() -> str:
-    """`0.1.0+3f2a9c1b`: the hash is over the names and bytes of all modules and presets of `PACKAGES`."""
+    """Returns `0.1.0+3f2a9c1b`: version, and a hash of the names and bytes of all modules and presets of `PACKAGES`."""
     root, sha256 = Path(__file__).parents[1], hashlib.sha256()
     paths = (path for package in PACKAGES for path in (root / package).rglob("*") if path.suffix in (".py", ".yaml"))
     for path in sorted(paths):
@@ -25,7 +25,7 @@ def code_version() -> str:
 
 
 def how_to_install(extra: str) -> str:
-    """What to type for the libraries of an extra of this package: no index has it, so it comes from where this did."""
+    """Returns the command that installs an extra, from this package's checkout or wheel: no package index has it."""
     root = Path(__file__).parents[1]
     is_checkout = (root / "pyproject.toml").exists()
     what = ["--editable", f"{root}[{extra}]"] if is_checkout else [f"ddpm-job[{extra}] @ file:///PATH/TO/ITS/WHEEL.whl"]

@@ -277,7 +277,7 @@ def test_an_import_that_was_killed_is_no_run_to_train(tiles, tmp_path):
     shutil.rmtree(bucket / "runs/r/checkpoints")
     (bucket / "runs/r/LATEST").unlink()
     done = ddpm_here("train", "--dataset", "tiles", "--run", "r", "--bucket", bucket)
-    assert "give the same `ddpm import` again" in refused(done, Exit.BAD_DATA)
+    assert "type the same `ddpm import` again" in refused(done, Exit.BAD_DATA)
     succeeded(imported(bucket, tmp_path / "ckpt.pt", *words))
 
 
