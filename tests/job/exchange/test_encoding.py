@@ -131,7 +131,7 @@ def test_a_run_decodes_what_it_draws(bucket, autoencoder):
 def test_scores_compare_with_the_images_that_were_encoded(bucket):
     few = ("--extractor", "mobilenet", "--count", 12, "--references", 24)
     bound = ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few, "--metrics", "bpd")
-    assert "the bound is about pixels, and tiles-latents holds latents" in refused(bound, 64)
+    assert "the bound needs pixels, and tiles-latents holds latents" in refused(bound, 64)
     said = succeeded(ddpm_here("evaluate", "--run", "r", "--bucket", bucket, *few))
     assert "of tiles-16 (crop center" in said
     assert "bpd" not in said
