@@ -200,7 +200,7 @@ UNFIT: Rows = [
     ("train --dataset other --run walk", 64, ["run 'walk'", "has another dataset, 'tiles'"]),
     ("sample --run other", 66, ["no run 'other'", "ddpm runs list"]),
     ("sample --run walk --checkpoints 1,7", 66, ["no checkpoint of epoch 7", "there are: 1, 3)"]),
-    ("train --dataset tiles --run new --set sample.weights=ema-0.05", 78, ["sample.weights=ema-0.05", "training has only ema, model"]),
+    ("train --dataset tiles --run new --set sample.weights=ema-0.05", 78, ["ema-0.05: training has only ema, model"]),
     (
         "sample --run walk --weights ema-0.05",
         66,

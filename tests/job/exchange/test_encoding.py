@@ -140,7 +140,7 @@ def test_scores_compare_with_the_images_that_were_encoded(bucket):
 
 def test_what_is_about_pixels_is_refused(bucket, tmp_path):
     train = ("train", "--dataset", "tiles-latents", "--run", "x", "--bucket", bucket)
-    assert "data.flip is about pixels" in refused(ddpm_here(*train, "--set", "data.flip=true"), Exit.BAD_CONFIG)
+    assert "data.flip needs pixels" in refused(ddpm_here(*train, "--set", "data.flip=true"), Exit.BAD_CONFIG)
     sample = ("sample", "--run", "r", "--bucket", bucket, "--mode", "img2img", "--image", "0")
     assert "holds latents" in refused(ddpm_here(*sample), Exit.BAD_REQUEST)
     again = ("data", "encode", "tiles-latents", "--autoencoder", tmp_path, "--bucket", bucket)
@@ -242,7 +242,7 @@ def test_a_folder_that_is_no_such_autoencoder_is_refused(images, autoencoder, tm
     assert said in refused(done, Exit.BAD_DATA)
     (other / NAMES[1]).write_bytes((autoencoder / NAMES[1]).read_bytes()[:2000])
     done = ddpm_here("data", "encode", "tiles", "--autoencoder", other, "--bucket", images)
-    assert "cut off" in refused(done, Exit.BAD_DATA)
+    assert "truncated" in refused(done, Exit.BAD_DATA)
     assert not (open_store(images).exists(f"{KEY}/{INDEX}"))
 
 
