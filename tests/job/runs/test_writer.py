@@ -17,7 +17,7 @@ from job.exits import BadDataError, BucketAwayError, LostRunError
 from job.runs import checkpoint_files
 from job.runs.checkpoints import list_checkpoints, load_manifest, opened
 from job.runs.layout import CheckpointRef, ObjectKind, located
-from job.runs.metrics import read_rows
+from job.runs.metric_rows import read_rows
 from job.runs.readers import reading
 from job.stop import GRACE_VARIABLE
 from job.store import Retry, open_store, retry
