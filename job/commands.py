@@ -121,7 +121,7 @@ def evaluate_command(
 def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") -> None:
     """Packs a source, or indexes tars where they lie, and prints what came of it."""
     from job.data.fetched import forget
-    from job.data.pack import check_free, is_made_by_others, is_whole, pack
+    from job.data.pack import check_free, is_whole, pack
 
     share = Slice.parse(request.slice)
     with _command_on(bucket_uri, stop_after, share) as stop:
@@ -130,11 +130,9 @@ def pack_command(request: PackRequest, bucket_uri: str, stop_after: str = "") ->
         if request.source == EMBEDDED:
             request = replace(request, source=str(resources.files("job") / "datasets" / f"{EMBEDDED}.zip"))
         bucket = open_bucket(bucket_uri, stop)
-        if is_made_by_others(bucket, request):
-            print(f"{request.name}: complete already")
-            return
-        # Before its held-out part is packed.
-        check_free(bucket, request)
+        if not request.slice:
+            # Before its held-out part is packed.
+            check_free(bucket, request)
         for part in request.parts():
             if part.held and is_whole(bucket, part):
                 # The same command goes on where it was interrupted.
