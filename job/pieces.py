@@ -190,7 +190,8 @@ class Pieces:
             nonlocal done
             done += more
             # The other processes have made about as much by now.
-            bar.update(there + min(to_make, done * world_size))
+            # Thirds and the like add up to a little less than the whole.
+            bar.update(round(there + min(to_make, done * world_size), 6))
 
         try:
             with Progress(title, total=round(there + to_make), unit=unit, start=round(there)) as bar:

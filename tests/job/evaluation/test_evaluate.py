@@ -187,11 +187,11 @@ def test_a_file_of_dinov2_says_itself_what_it_is(bucket, tmp_path):
 def test_features_that_are_not_finite_are_made_again(tmp_path):
     import torch
 
-    folder = FeatureFolder(open_store(str(tmp_path)), "fingerprint", count=2, piece_images=2)
-    folder.commit(0, {"features": torch.tensor([[0.0], [torch.inf]])})
+    folder = FeatureFolder(open_store(str(tmp_path)), "a" * 64, count=2, piece_images=2)
+    folder.pieces.commit(0, folder.made(0, {"features": torch.tensor([[0.0], [torch.inf]])}))
     with pytest.raises(BadDataError, match="was damaged: the same command makes it again"):
         folder.load()
-    assert folder.committed() == set()
+    assert folder.pieces.committed() == set()
 
 
 def test_what_a_network_saw_is_the_datasets_own(bucket):

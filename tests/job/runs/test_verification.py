@@ -42,6 +42,9 @@ def test_a_whole_run_has_no_problems(bucket, store, keys):
         ObjectKind.IMAGE,
         ObjectKind.PROBE,
         ObjectKind.FEATURES,
+        ObjectKind.FEATURE_RECORD,
+        ObjectKind.FEATURE_CLAIM,
+        ObjectKind.CLAIM,
     }
 
 

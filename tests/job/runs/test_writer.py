@@ -26,7 +26,7 @@ from tests.faulty_proxy import Fault, FaultyProxy
 from tests.job.command_line import ddpm, settings
 from tests.job.hooked import hooked
 from tests.job.leases import eventually
-from tests.job.processes.leased import committed_images, leased, live_tensors, save, writer_of
+from tests.job.runs.leased import committed_images, leased, live_tensors, save, writer_of
 
 
 class Watched(LocalStore):
