@@ -108,7 +108,7 @@ class SampleRequest:
     with_grid: bool = True
 
     @property
-    def own_sampler(self) -> str:
+    def custom_sampler(self) -> str:
         """`module:function`, if the sampler is one of the user."""
         name = str(self.chosen.get("sampler"))
         return name if ":" in name else ""
@@ -117,16 +117,16 @@ class SampleRequest:
     def files(self) -> dict[str, str]:
         """The options that name files of this machine, with their values."""
         image, mask = self.image.strip(NUMBERS) and self.image, self.mask if self.mask not in MASKS else ""
-        module = self.own_sampler.partition(":")[0].partition(".")[0]
+        module = self.custom_sampler.partition(":")[0].partition(".")[0]
         # A module that does not lie here may be installed in the image of a job.
         is_here = module and any(Path(name).exists() for name in (module, f"{module}.py"))
-        named = {"--sampler": self.own_sampler if is_here else "", "--image": image, "--mask": mask}
+        named = {"--sampler": self.custom_sampler if is_here else "", "--image": image, "--mask": mask}
         return {option: name for option, name in named.items() if name}
 
     @property
     def keys(self) -> dict[str, Any]:
         """The chosen values in the form of a configuration."""
-        return self.chosen | ({"sampler": "own"} if self.own_sampler else {})
+        return self.chosen | ({"sampler": "own"} if self.custom_sampler else {})
 
     def check(self) -> SampleRequest:
         """Returns the request if its options are valid.
@@ -142,7 +142,7 @@ class SampleRequest:
             option, what = str(first["loc"][0]).replace("_", "-"), first["msg"].removeprefix("Value error, ")
             raise BadRequestError(f"--{option} {first['input']!r}: {what.lower()}") from None
         sampler = self.chosen.get("sampler")
-        if sampler == "own" or (self.own_sampler and not _OWN_SAMPLER.fullmatch(self.own_sampler)):
+        if sampler == "own" or (self.custom_sampler and not _OWN_SAMPLER.fullmatch(self.custom_sampler)):
             raise BadRequestError(f"--sampler {sampler!r}: name yours as module:function, such as mysamplers:walk")
         if self.save not in ("", "shards", "png"):
             raise BadRequestError(f"--save {self.save!r}: use shards or png")

@@ -316,6 +316,6 @@ def install() -> None:
     trace = Trace(chosen["trace"])
     role = "rank" if "DDPM_LAUNCHED" in os.environ else "launcher"
     trace("process", pid=os.getpid(), role=role)
-    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") == "pack"
+    is_target = role == "rank" or (chosen["fault"] or {}).get("phase") in ("pack", "shared-pack")
     fault = Fault(trace, chosen["fault"]) if chosen["fault"] and is_target else None
     sys.meta_path.insert(0, _AfterImport(Watched(trace, fault, chosen["sabotage"]).after_import))

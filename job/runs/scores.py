@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from job.runs.drawings import NumberedDrawing
 from job.runs.layout import CheckpointRef, Located
 from job.runs.records import RunRecord
-from job.runs.samples import NumberedDrawing
 from job.sealed import SHA256_PATTERN, Part
 
 _OTHERS = {"fid": "fd", "kid": "kd", "kid_std": "kd_std", "mind": "md", "is": "cs", "is_std": "cs_std"}

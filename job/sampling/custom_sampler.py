@@ -33,7 +33,7 @@ _NOT_THEIRS = ("<", *(f"{path}{os.sep}" for path in (*_PROGRAM, *map(sysconfig.g
 
 
 @dataclass(frozen=True)
-class OwnSampler:
+class CustomSampler:
     """The function, with the hash of its module."""
 
     name: str
@@ -47,7 +47,7 @@ class OwnSampler:
     """The number of its evaluations of the network, by points."""
 
     @classmethod
-    def load(cls, name: str) -> OwnSampler:
+    def load(cls, name: str) -> CustomSampler:
         """Imports the function: an installed one, or one in the working folder.
 
         Raises:
