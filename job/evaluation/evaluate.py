@@ -236,8 +236,8 @@ def tables(plan: EvaluatePlan) -> Iterator[str]:
             real = f"{first.floor[name]:.4g}" if name in first.floor else ""
             lines.append(f"{score_name(name, extractor.name):<20}{told:>22}  {real}")
         if "bpd" in first.values and "bpd" in plan.request.chosen_metrics:
-            kind = "held-out" if first.held_out else "training"
-            lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind} images)")
+            kind = "held-out images" if first.held_out else "training images"
+            lines.append(f"(bpd: the variational bound on {first.bits_per_dim_images:,} {kind})")
         if len(found) > 1:
             lines.append(f"(± is the deviation over {len(found)} sets of seeds)")
         elif any(f"{name}_std" in first.values for name in _told(plan, first.values)):
