@@ -160,7 +160,7 @@ def locate_extractor(name: str, bucket: Store, file: str = "") -> LocatedExtract
         folder, _, last = (file if is_remote(file) else str(Path(file).expanduser().absolute())).rpartition("/")
         store = open_store(folder or "/")
         if not store.exists(last):
-            raise MissingInputError(f"--extractor-file {file}: the file is missing")
+            raise MissingInputError(f"--extractor-file {file}: no such file")
         return _found(extractor, store, last)
     key = f"{FOLDER}/{extractor.file}"
     if bucket.exists(key):

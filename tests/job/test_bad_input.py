@@ -37,7 +37,7 @@ MEANINGLESS: Rows = [
     ("data pack x a --size 8 --filter cubic", 64, ["'cubic'", "lanczos, bicubic"]),
     ("data pack x a --size 8 --channels 2", 64, ["2 channels", "3 for colour or 1 for grey"]),
     ("data show a -o sheet.jpg", 64, ["sheet.jpg", "ends in .png"]),
-    ("figure noising --dataset a --schedule sine", 64, ["no schedule 'sine'", "linear, scaled_linear"]),
+    ("figure noising --dataset a --schedule sine", 64, ["--schedule 'sine'", "linear, scaled_linear"]),
     ("figure noising --dataset a --timesteps 1000", 64, ["1000 is not in 0 to 999"]),
     ("figure noising --dataset a -o nowhere/n.png", 64, ["nowhere/n.png", "a folder that is there"]),
     ("train --dataset a --set train.batchsize=8", 78, ["'train.batchsize'", "did you mean 'train.batch_size'?"]),

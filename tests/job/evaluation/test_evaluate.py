@@ -119,7 +119,7 @@ def test_what_cannot_be_scored_is_refused_before_anything_is_drawn(bucket, tmp_p
 
     monkeypatch.setattr(evaluate, "run_evaluation", None)
     assert "scores need 12" in refused(evaluating("--count", 5, "--extractor", "mobilenet"), Exit.BAD_REQUEST)
-    assert "no metric 'fidd'; did you mean 'fid'?" in refused(evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST)
+    assert "unknown metric 'fidd'; did you mean 'fid'?" in refused(evaluating("--metrics", "kid,fidd"), Exit.BAD_REQUEST)
     assert "comes without its classes" in refused(evaluating("--metrics", "is"), Exit.BAD_REQUEST)
     assert "there are inception, mobilenet, dinov2" in refused(evaluating("--extractor", "vgg"), Exit.BAD_REQUEST)
     assert "no such file" in refused(evaluating("--extractor-file", tmp_path / "nope.pt"), Exit.MISSING_INPUT)
