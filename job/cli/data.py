@@ -16,8 +16,7 @@ app = typer.Typer(
 )
 
 DatasetName = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.", autocompletion=completion.datasets),
+    str, typer.Argument(metavar="NAME", help="Name of the dataset, such as celeba.", autocompletion=completion.datasets)
 ]
 Crop = Annotated[
     str, typer.Option("--crop", metavar="CROP", help="center[:PIXELS], squash or LEFT,TOP,WIDTH,HEIGHT in pixels.")
@@ -37,12 +36,7 @@ Licence = Annotated[str, typer.Option("--licence", metavar="TEXT", help="Licence
 MaxBad = Annotated[int, typer.Option("--max-bad", metavar="N", min=0, help="Give up after N unreadable images.")]
 MinSide = Annotated[
     int | None,
-    typer.Option(
-        "--min-side",
-        metavar="PIXELS",
-        min=1,
-        help="Reject images whose shorter side is below this. Default: half of --size.",
-    ),
+    typer.Option("--min-side", metavar="PIXELS", min=1, help="Reject images with a shorter side. Default: size/2."),
 ]
 SourceArgument = Annotated[
     str, typer.Argument(metavar="SOURCE", help="Folder, .zip, .tar[.gz] or MNIST idx files; a path or a URL.")
@@ -168,12 +162,7 @@ def data_ensure(
     on: Annotated[str, typer.Option("--on", metavar="TARGET", help="Use this target's bucket, if it has one.")] = "",
     targets: Targets = None,
     bucket: Annotated[
-        str,
-        typer.Option(
-            "--bucket",
-            metavar="URI",
-            help="Bucket of the dataset. Default: the target's, else DDPM_BUCKET, else ./bucket.",
-        ),
+        str, typer.Option("--bucket", metavar="URI", help="Default: the target's, else DDPM_BUCKET, else ./bucket.")
     ] = "",
 ) -> None:
     """Pack a dataset if the bucket lacks it.

@@ -12,9 +12,7 @@ def ddpm_ema(
     run: RunOption,
     std: Annotated[
         float,
-        typer.Option(
-            metavar="STD", min=0.001, max=0.28, help="Width, as a share of the training so far, such as 0.13."
-        ),
+        typer.Option(metavar="STD", min=0.001, max=0.28, help="Width: share of the training so far, such as 0.13."),
     ],
     checkpoints: Checkpoints = "latest",
     bucket: BucketUri = DEFAULT_BUCKET,

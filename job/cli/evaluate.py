@@ -44,10 +44,7 @@ def ddpm_evaluate(
         int, typer.Option(metavar="IMAGES", min=1, max=1_000_000, help="Largest number of real images to compare with.")
     ] = 50_000,
     repeats: Annotated[
-        int,
-        typer.Option(
-            metavar="N", min=1, max=100, help="Number of sample sets with other seeds, to measure the spread."
-        ),
+        int, typer.Option(metavar="N", min=1, max=100, help="Sample sets with other seeds, to measure the spread.")
     ] = 1,
     sampler: Sampler = None,
     steps: Steps = None,

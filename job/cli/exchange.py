@@ -24,9 +24,7 @@ def ddpm_import(
     preset: Annotated[str, typer.Option(metavar="NAME", help="Settings that the file lacks, such as erengurs.")] = "",
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Change one setting, such as train.batch_size=64; may be repeated."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE", help="Such as train.batch_size=64; may be repeated."),
     ] = None,
     bucket: BucketUri = DEFAULT_BUCKET,
 ) -> None:

@@ -13,8 +13,7 @@ app = typer.Typer(
 )
 
 JobName = Annotated[
-    str,
-    typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.", autocompletion=completion.jobs),
+    str, typer.Argument(metavar="JOB", help="Name of the job, such as train-celeba.", autocompletion=completion.jobs)
 ]
 OnOneTarget = Annotated[
     str, typer.Option(metavar="TARGET", help="Target of the job. Default: search all targets of the file.")

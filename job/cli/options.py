@@ -55,9 +55,7 @@ Sampler = Annotated[
 Steps = Annotated[int | None, typer.Option(metavar="N", min=1, help="Number of sampling steps, such as 50.")]
 GridOfPoints = Annotated[
     str | None,
-    typer.Option(
-        metavar="NAME", help="Spacing of the steps: trailing, leading, linspace, quadratic, karras, log_snr or found."
-    ),
+    typer.Option(metavar="NAME", help="Steps: trailing, leading, linspace, quadratic, karras, log_snr or found."),
 ]
 Guidance = Annotated[
     float | None, typer.Option(metavar="W", min=0, help="Guidance scale, such as 2; 1 turns guidance off.")
@@ -72,10 +70,7 @@ SampledClasses = Annotated[
     ),
 ]
 Weights = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME", help="Weights to use: ema, ema-STD such as ema-0.05 (other averages), or model (raw)."
-    ),
+    str | None, typer.Option(metavar="NAME", help="Weights: ema, ema-STD such as ema-0.05 (averages), or model (raw).")
 ]
 Precision = Annotated[str | None, typer.Option(metavar="NAME", help="Number format: fp32 or bf16.")]
 BatchSize = Annotated[int | None, typer.Option(metavar="N", min=1, help="Images at once on each process.")]

@@ -12,16 +12,13 @@ from job.cli.options import BucketUri
 
 def ddpm_report(
     run: Annotated[
-        str,
-        typer.Argument(
-            metavar="[RUN]", help="Name of the run. Default: all runs of the bucket.", autocompletion=completion.runs
-        ),
+        str, typer.Argument(metavar="[RUN]", help="Name of the run. Default: all runs.", autocompletion=completion.runs)
     ] = "",
     open_it: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write to this file, such as page.html, instead of the bucket."
+            "--output", "-o", metavar="FILE", help="File to write, such as page.html. Default: in the bucket."
         ),
     ] = None,
     bucket: BucketUri = DEFAULT_BUCKET,

@@ -44,8 +44,7 @@ def runs_show(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAULT
 def runs_compare(
     first: RunName,
     second: Annotated[
-        str,
-        typer.Argument(metavar="OTHER", help="Name of the run to compare with.", autocompletion=completion.runs),
+        str, typer.Argument(metavar="OTHER", help="Name of the run to compare with.", autocompletion=completion.runs)
     ],
     since_epoch: Annotated[
         float, typer.Option(metavar="EPOCH", min=0, help="Leave out all epochs before this one.")
@@ -82,10 +81,7 @@ def runs_verify(run: RunName, as_json: AsJson = False, bucket: BucketUri = DEFAU
 def runs_prune(
     run: RunName,
     keep_last: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N", min=1, help="Number of newest checkpoints to keep. Default: the run's checkpoint.keep_last."
-        ),
+        int | None, typer.Option(metavar="N", min=1, help="Newest checkpoints to keep. Default: checkpoint.keep_last.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print what would be deleted, and why.")] = False,
     bucket: BucketUri = DEFAULT_BUCKET,

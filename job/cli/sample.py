@@ -67,17 +67,13 @@ def ddpm_sample(
         str, typer.Option(metavar="LIST|FILE", help="Image numbers in the dataset, such as 0-3, or a file.")
     ] = "",
     mask: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME|FILE", help="Part that inpaint replaces: half, centre, or the white part of a file."
-        ),
+        str, typer.Option(metavar="NAME|FILE", help="Part to replace: half, centre, or the white of a file.")
     ] = "",
     resamplings: Annotated[
         int | None, typer.Option(metavar="N", help="Passes of inpaint over each stretch of ten steps. Default: 10.")
     ] = None,
     strength: Annotated[
-        float | None,
-        typer.Option(metavar="0..1", help="Share of the steps to take. Default: img2img 0.6, invert 1."),
+        float | None, typer.Option(metavar="0..1", help="Share of the steps to take. Default: img2img 0.6, invert 1.")
     ] = None,
     gif: Annotated[bool, typer.Option("--gif", help="Also make a GIF of the denoising of the first 12 seeds.")] = False,
     nearest: Annotated[

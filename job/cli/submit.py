@@ -61,16 +61,12 @@ def _add_verb(verb: Verb) -> None:
             ),
         ] = None,
         max_hours: Annotated[
-            float | None,
-            typer.Option(metavar="H", help="End the job after H hours. Default: the target's."),
+            float | None, typer.Option(metavar="H", help="End the job after H hours. Default: the target's.")
         ] = None,
         slices: Annotated[
             int,
             typer.Option(
-                metavar="N",
-                min=0,
-                max=1000,
-                help="Number of machines that share the work, such as 8; not for training.",
+                metavar="N", min=0, max=1000, help="Machines that share the work, such as 8; not for training."
             ),
         ] = 0,
         targets: Targets = None,
@@ -78,9 +74,7 @@ def _add_verb(verb: Verb) -> None:
         output: Output = "",
         watch: Annotated[
             bool,
-            typer.Option(
-                "--watch", help="Wait for the end; submit again after preemptions, failures and lack of machines."
-            ),
+            typer.Option("--watch", help="Wait, and submit again after preemptions, failures or lack of machines."),
         ] = False,
         yes: Annotated[bool, typer.Option("--yes", help="Do not ask for confirmation.")] = False,
         detach: Annotated[

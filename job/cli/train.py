@@ -22,10 +22,7 @@ from job.cli.options import (
 def ddpm_train(
     dataset: Dataset,
     run: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Name of the run. Default: the dataset's name.", autocompletion=completion.runs
-        ),
+        str, typer.Option(metavar="NAME", help="Default: the dataset's name.", autocompletion=completion.runs)
     ] = "",
     epochs: Annotated[
         int | None, typer.Option(metavar="N", min=1, help="Train up to this epoch, counted from the start of the run.")
@@ -34,8 +31,7 @@ def ddpm_train(
     sets: Sets = None,
     config: SettingsFile = None,
     tracker: Annotated[
-        str,
-        typer.Option(metavar="NAME", help="Also send the metrics to wandb or mlflow; none: stop sending."),
+        str, typer.Option(metavar="NAME", help="Also send the metrics to wandb or mlflow; none: stop sending.")
     ] = "",
     processes: Processes = None,
     wait: Annotated[
