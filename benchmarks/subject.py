@@ -10,7 +10,8 @@ from PIL import Image
 from torch import nn
 
 from job.config import RunConfig, UNetConfig, draft, parse_sets
-from job.data.pack import PackRequest, pack
+from job.data.pack import pack
+from job.data.pack_request import PackRequest
 from job.data.shards import DatasetIndex
 from job.store import open_store
 

@@ -32,7 +32,7 @@ from job.store import ObjectMissingError, Store, open_bucket
 from job.training.tracking import check_tracker
 
 if TYPE_CHECKING:
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
     from job.data.shards import DatasetIndex
 
 
@@ -173,7 +173,7 @@ def ensure_command(name: str, bucket_uri: str, *, size: int | None = None, sourc
     Raises:
         MissingInputError: it is not there and there is nothing to pack; the message has the lines to type.
     """
-    from job.data.pack import PackRequest
+    from job.data.pack_request import PackRequest
     from job.report.datasets import how_to_pack, is_packed
 
     # A dataset without a preset of its own is trained with the embedded one's network, which is made for its size.

@@ -67,7 +67,7 @@ def model_of(
         prediction_of(config),
         config.image_shape,
         sampling_of(config.sample),
-        classes or tuple(map(str, range(count))),
+        classes=classes or tuple(map(str, range(count))),
         null_class=model.label_dropout > 0,
         self_conditioning=config.diffusion.self_conditioning,
         offset_noise=config.diffusion.offset_noise,
@@ -98,9 +98,15 @@ def objective_of(config: RunConfig) -> Objective:
     """What is learnt."""
     diffusion = config.diffusion
     draws = Draws(diffusion.draws, diffusion.draws_mean, diffusion.draws_std, diffusion.stratified)
-    learned, weighting = diffusion.variance == "learned_range", diffusion.weighting
-    process, prediction = process_of(config), prediction_of(config)
-    return Objective(process, prediction, weighting, diffusion.gamma, draws, learned, config.sample.clip)
+    return Objective(
+        process_of(config),
+        prediction_of(config),
+        diffusion.weighting,
+        diffusion.gamma,
+        draws,
+        learned_variance=diffusion.variance == "learned_range",
+        clip=config.sample.clip,
+    )
 
 
 def settings_of(config: RunConfig) -> training.Settings:

@@ -146,7 +146,11 @@ def _bits_per_dim(evaluation: Evaluation, painter: Painter) -> tuple[float | Non
         index = load_index(plan.sampling.bucket, dataset_key(index.held_out, index.size))
     images = plan.sampling.opened_images(painter.stop, index=index)
     row = validation_row(
-        painter, images, method.objective_of(config), config.log.validate_images, plan.sampling.sample.batch_size
+        painter,
+        images,
+        method.objective_of(config),
+        count=config.log.validate_images,
+        batch_size=plan.sampling.sample.batch_size,
     )
     return row["val_bits_per_dim"], min(config.log.validate_images, index.images)
 

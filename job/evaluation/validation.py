@@ -24,15 +24,15 @@ def validation_row(
     painter: Painter,
     images: ImageCache,
     objective: Objective,
+    *,
     count: int,
     batch_size: int,
     latents: Latents | None = None,
 ) -> Row:
-    """The mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
+    """Returns the mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
 
-    The points are spread evenly over the draws, so that the row strays less than one of as many learnt images.
-    `val_bits_per_dim` is the variational bound, of which each image gives one step; it is about pixels, and about
-    independent noise.
+    The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
+    on pixels with independent noise, of which each image gives one step.
 
     Args:
         painter: with the weights.
@@ -54,11 +54,11 @@ def validation_row(
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
     offset = painter.config.diffusion.offset_noise
     is_bounded = not (offset or latents)
-    rank, world_size = painter.ranks.rank, painter.ranks.world_size
+    ranks = painter.ranks
     # Every process asks as often as the first one, which has the most.
-    for start in range(0, len(numbers[::world_size]), batch_size):
+    for start in range(0, len(numbers[:: ranks.world_size]), batch_size):
         painter.check_agreed("while validating")
-        places = np.arange(len(numbers))[rank::world_size][start : start + batch_size]
+        places = np.arange(len(numbers))[ranks.rank :: ranks.world_size][start : start + batch_size]
         if not len(places):
             continue
         stored = torch.from_numpy(images.read(numbers[places])).to(painter.device)
