@@ -29,7 +29,7 @@ def validation_row(
     batch_size: int,
     latents: Latents | None = None,
 ) -> Row:
-    """Returns the mean loss of averaged weights as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
+    """Returns the mean loss as `val_loss`, and by quarters of the draws as `val_loss_q0` …. Collective.
 
     The points are spread evenly over the draws, which lowers the variance. `val_bits_per_dim` is the variational bound
     on pixels with independent noise, of which each image gives one step.
@@ -52,8 +52,7 @@ def validation_row(
     points = spread.draw(SEED, strata, len(numbers))
     steps, stands_for = (part[strata] for part in spread_over_steps(objective.process.num_timesteps, len(numbers)))
     log, bits, classes = LossLog(painter.device), LossLog(painter.device), painter.config.model.num_classes
-    offset = painter.config.diffusion.offset_noise
-    is_bounded = not (offset or latents)
+    is_bounded = not ((offset := painter.config.diffusion.offset_noise) or latents)
     ranks = painter.ranks
     # Every process asks as often as the first one, which has the most.
     for start in range(0, len(numbers[:: ranks.world_size]), batch_size):
@@ -80,4 +79,4 @@ def validation_row(
                 bits.add(objective.bits_per_dim(painter.predict, x_start, noise, *at, condition), drawn.quartile)
     painter.agreement.finish()
     row = {f"val_{name}": value for name, value in loss_row(log.reduced()).items()}
-    return row if not is_bounded else row | {"val_bits_per_dim": loss_row(bits.reduced())["loss"]}
+    return row | ({"val_bits_per_dim": loss_row(bits.reduced())["loss"]} if is_bounded else {})
